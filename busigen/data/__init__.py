@@ -1,0 +1,1 @@
+"""Reading labelled breast-ultrasound folders into one prepared table and its arrays."""

@@ -1,0 +1,173 @@
+"""From a lesion mask to what may be repainted: edit region, ring, window, feather, signed distance.
+
+Training, runtime and ``verify`` all call these, so that an edit region means the same everywhere. All of them are pure
+functions of their arguments; masks are ``(256, 256)`` bool arrays on the letterboxed grid, distances are pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from busigen.registry import BUCKET_CONTEXT, BUCKETS, LATENT_FACTOR, MASK_GRID, RESOLUTION, SDF_LIMIT
+
+Mask = NDArray[np.bool_]
+
+MARGIN_SHARE, MARGIN_RANGE = 0.15, (6.0, 16.0)
+"""Margin around the lesion as a share of its equivalent diameter, and its bounds in pixels."""
+
+SHADOW_SHARE, SHADOW_RANGE = 0.6, (12, 64)
+"""Room below the lesion for shadow or enhancement as a share of its height, and its bounds in pixels."""
+
+RING_WIDTH = 2 * LATENT_FACTOR
+"""Width in pixels of the band inside the edit region's rim that stage 3 repaints: two latent cells."""
+
+FEATHER_WIDTH = 6.0
+"""Pixels over which the paste fades in, counted inwards from the edit region's rim."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A square crop of the working image: top-left corner and side in pixels; the side is one of ``BUCKETS``."""
+
+    top: int
+    left: int
+    side: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Row and column slices of the window."""
+        return slice(self.top, self.top + self.side), slice(self.left, self.left + self.side)
+
+
+def largest_component(mask: Mask) -> Mask:
+    """Keep the largest 8-connected component and fill its holes; an empty mask stays empty."""
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count == 0:
+        return np.zeros_like(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    filled: Mask = ndimage.binary_fill_holes(labels == sizes.argmax())
+    return filled
+
+
+def edit_region(mask: Mask, valid: Mask, *, margin_scale: float = 1.0, shadow_scale: float = 1.0) -> Mask:
+    """The pixels that may change when a lesion is painted.
+
+    The lesion, a margin around it, and room straight below it for posterior shadowing or enhancement, cut to the
+    ``valid`` (not letterbox) pixels. Training varies the two scales; in use both are 1, so that anyone can recompute
+    the region from the mask alone.
+
+    Args:
+        mask: lesion, ``(256, 256)`` bool.
+        valid: pixels that hold image rather than letterbox bars, same shape.
+        margin_scale: factor on the margin.
+        shadow_scale: factor on the room below.
+
+    Returns:
+        ``(256, 256)`` bool; empty where the mask is.
+    """
+    if not mask.any():
+        return np.zeros_like(mask)
+    diameter = 2.0 * np.sqrt(mask.sum() / np.pi)
+    margin = float(np.clip(MARGIN_SHARE * diameter, *MARGIN_RANGE)) * margin_scale
+    rows = np.flatnonzero(mask.any(axis=1))
+    height = rows[-1] - rows[0] + 1
+    shadow = round(float(np.clip(SHADOW_SHARE * height, *SHADOW_RANGE)) * shadow_scale)
+    row = np.arange(mask.shape[0])[:, None]
+    bottom = np.where(mask.any(axis=0), mask.shape[0] - 1 - mask[::-1].argmax(axis=0), -shadow - 1)
+    below = (row > bottom) & (row <= bottom + shadow)
+    seed = mask | below
+    box = _around(seed, int(np.ceil(margin)) + 1)
+    result = np.zeros_like(mask)
+    result[box] = ndimage.distance_transform_edt(~seed[box]) <= margin
+    return result & valid
+
+
+def ring_region(edit: Mask) -> Mask:
+    """The band of ``RING_WIDTH`` pixels inside the edit region's rim, which stage 3 repaints."""
+    return edit & (_depth(edit) <= RING_WIDTH)
+
+
+def feather(edit: Mask) -> NDArray[np.float32]:
+    """Opacity of the paste, ``(256, 256)`` float32: exactly 0 outside the edit region, rising to 1 inside it."""
+    return np.clip(_depth(edit) / FEATHER_WIDTH, 0.0, 1.0).astype(np.float32)
+
+
+def _around(mask: Mask, pad: int) -> tuple[slice, slice]:
+    """The mask's bounding box and ``pad`` pixels around it: distances need not be computed over the whole image."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, left = max(0, int(rows[0]) - pad), max(0, int(columns[0]) - pad)
+    return slice(top, int(rows[-1]) + pad + 1), slice(left, int(columns[-1]) + pad + 1)
+
+
+def _depth(edit: Mask) -> NDArray[np.float64]:
+    """Pixels from each pixel of the region to the nearest one outside it; the image's own border does not count."""
+    depth = np.zeros(edit.shape)
+    if edit.any():
+        box = _around(edit, 1)
+        depth[box] = ndimage.distance_transform_edt(edit[box])
+    return depth
+
+
+def window_for(edit: Mask) -> Window:
+    """The smallest bucket around the edit region, centred on it as far as the image's edges allow.
+
+    Raises:
+        ValueError: the region is empty.
+    """
+    rows, columns = np.flatnonzero(edit.any(axis=1)), np.flatnonzero(edit.any(axis=0))
+    if rows.size == 0:
+        raise ValueError("an empty edit region has no window")
+    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1 + 2 * BUCKET_CONTEXT
+    side = next((bucket for bucket in BUCKETS if extent <= bucket), BUCKETS[-1])
+    corners = []
+    for line in (rows, columns):
+        middle = (int(line[0]) + int(line[-1]) + 1) // 2
+        corners.append(int(np.clip(middle - side // 2, 0, RESOLUTION - side)))
+    return Window(top=corners[0], left=corners[1], side=side)
+
+
+def patches_outside(edit: Mask, patch: int) -> Mask:
+    """Context patches that see nothing of the edit region, ``(tokens,)`` bool in row-major order."""
+    tiles = edit.reshape(edit.shape[0] // patch, patch, edit.shape[1] // patch, patch)
+    result: Mask = ~tiles.any(axis=(1, 3)).ravel()
+    return result
+
+
+def signed_distance(mask: Mask) -> NDArray[np.float32]:
+    """Stage 1's target: distance to the outline, positive inside, on the ``MASK_GRID`` grid.
+
+    Returns:
+        ``(64, 64)`` float32 in [-1, 1]: pixels clipped at ``SDF_LIMIT`` and divided by it. An empty mask is -1 all over.
+    """
+    if not mask.any():
+        return np.full((MASK_GRID, MASK_GRID), -1.0, dtype=np.float32)
+    distance = ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask)
+    # Half a pixel, because both transforms count from pixel centres and the outline runs between them.
+    distance = distance - 0.5 * np.sign(distance)
+    step = RESOLUTION // MASK_GRID
+    cells = distance.reshape(MASK_GRID, step, MASK_GRID, step).mean(axis=(1, 3))
+    return (np.clip(cells, -SDF_LIMIT, SDF_LIMIT) / SDF_LIMIT).astype(np.float32)
+
+
+def paste(
+    image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window
+) -> NDArray[np.uint8]:
+    """Put a painted window into the image; pixels outside the edit region keep their bytes.
+
+    Args:
+        image: ``(256, 256)`` uint8.
+        painted: the window's new pixels, ``(side, side)`` float32 in [-1, 1].
+        edit: edit region, ``(256, 256)`` bool.
+        window: where ``painted`` belongs.
+    """
+    result = image.copy()
+    old = image[window.slices].astype(np.float32)
+    new = np.clip((painted + 1.0) * 127.5, 0.0, 255.0)
+    opacity = feather(edit)[window.slices]
+    result[window.slices] = np.where(opacity > 0, np.rint(old + opacity * (new - old)), old).astype(np.uint8)
+    return result

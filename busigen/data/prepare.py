@@ -1,0 +1,291 @@
+"""From labelled folders to one prepared folder: a table, letterboxed arrays, groups and splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from busigen import __version__
+from busigen.data import schema
+from busigen.data.groups import class_conflicts, near_duplicate_groups
+from busigen.data.prepared import Prepared
+from busigen.data.records import Listing, Record, Refusal
+from busigen.data.rowfile import RowFile
+from busigen.data.samples import Sample, read_sample
+from busigen.data.sources import read_source
+from busigen.data.splits import EXCLUDED, assign_splits
+from busigen.errors import InputError, OutputError
+from busigen.registry import RESOLUTION
+
+Progress = Callable[[int, int], None]
+"""Called with (images looked at, images in all)."""
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did.
+
+    Attributes:
+        out: The prepared folder.
+        images: Rows of the table.
+        by_class: Images per class.
+        by_source: Images per source.
+        by_split: Images per split; ``excluded`` only if there are any.
+        by_class_and_split: Images per class, then per split.
+        groups: Groups of near-duplicates and patients.
+        conflicts: Images whose frame also stands under another class.
+        overlays: Images with suspected ``colour``, ``text`` and ``calipers``.
+        kept_splits: Images that kept the split of an earlier run in the same folder.
+        refused: What was left out and why.
+        split_hash: Fingerprint of who is in which split.
+        seconds: Wall time.
+    """
+
+    out: Path
+    images: int
+    by_class: dict[str, int]
+    by_source: dict[str, int]
+    by_split: dict[str, int]
+    by_class_and_split: dict[str, dict[str, int]]
+    groups: int
+    conflicts: int
+    overlays: dict[str, int]
+    kept_splits: int
+    refused: tuple[Refusal, ...]
+    split_hash: str
+    seconds: float
+
+
+def prepare(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> PrepareReport:
+    """Read labelled folders and write a prepared folder.
+
+    Files that are damaged, missing or mismatched are named in the report and left out; the rest is prepared. A run
+    into an existing prepared folder replaces it and keeps the split of every image it held.
+
+    Args:
+        sources: Folders in any of the layouts of `sources.LAYOUTS`.
+        out: The folder to write; created if missing.
+        seed: Decides the splits, with the groups' names.
+        strict: Stop at the first file that would be left out.
+        progress: Called after every image.
+
+    Returns:
+        The counts, and what was left out.
+
+    Raises:
+        InputError: A source has no known layout, none of its images is usable, or ``strict`` met a bad file.
+        OutputError: ``out`` holds something else, was prepared with another seed, or cannot be written.
+        IntegrityError: ``out`` was prepared earlier and changed since.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    earlier = _earlier_splits(out, seed)
+    listings = _list_all(sources)
+    refused = [refusal for listing in listings for refusal in listing.refused]
+    if strict and refused:
+        raise refused[0].to_error()
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        rows, thumbnails = _write_arrays(listings, out, refused, strict=strict, progress=progress)
+        table, kept = _tabulate(rows, thumbnails, earlier, seed)
+        table.write_parquet(_partial(out, schema.TABLE))
+        report = _report(out, table, kept, refused, time.perf_counter() - start)
+        _publish(out, report, seed)
+    return report
+
+
+def _list_all(sources: Sequence[Path]) -> list[Listing]:
+    if not sources:
+        raise InputError("No source folder was given.", fix="Name at least one folder of images and masks.")
+    listings = [read_source(Path(source)) for source in sources]
+    seen: dict[str, Path] = {}
+    for listing in listings:
+        for record in listing.records:
+            other = seen.setdefault(record.id, listing.folder)
+            if other != listing.folder:
+                raise InputError(
+                    f"Two sources name an image '{record.id}': {other} and {listing.folder}.",
+                    fix="Give each source once, and give plain folders different names.",
+                )
+    folders = Counter(listing.folder for listing in listings)
+    twice = [folder for folder, times in folders.items() if times > 1]
+    if twice:
+        raise InputError(f"The source {twice[0]} is given twice.", fix="Give it once.")
+    return listings
+
+
+def _write_arrays(
+    listings: Sequence[Listing],
+    out: Path,
+    refused: list[Refusal],
+    *,
+    strict: bool,
+    progress: Progress | None,
+) -> tuple[list[dict[str, object]], NDArray[np.float32]]:
+    """Write the arrays row by row; returns the rows and the thumbnails, ``float32 (N, 64, 64)``."""
+    rows: list[dict[str, object]] = []
+    thumbnails: list[NDArray[np.float32]] = []
+    frame = (RESOLUTION, RESOLUTION)
+    with ExitStack() as stack:
+        images, masks, overlays = (
+            stack.enter_context(RowFile(_partial(out, schema.ARRAYS[name]), frame, dtype))
+            for name, dtype in (("images", np.uint8), ("masks", np.uint8), ("overlays", np.bool_))
+        )
+        for listing, record, sample in _samples(listings, refused, strict=strict, progress=progress):
+            images.append(sample.image)
+            masks.append(sample.labels)
+            overlays.append(sample.overlay)
+            thumbnails.append(sample.thumbnail)
+            files = {
+                "image_file": listing.relative(record.image),
+                "mask_files": [listing.relative(mask) for mask in record.masks],
+            }
+            rows.append({"row": len(rows), **sample.row, **files})
+    if not rows:
+        first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
+        raise InputError(f"No usable image was found.{first}", fix="Correct the files, or give another folder.")
+    return rows, np.stack(thumbnails)
+
+
+def _samples(
+    listings: Sequence[Listing], refused: list[Refusal], *, strict: bool, progress: Progress | None
+) -> Iterator[tuple[Listing, Record, Sample]]:
+    total = sum(len(listing.records) for listing in listings)
+    done = 0
+    for listing in listings:
+        for record in listing.records:
+            try:
+                sample = read_sample(record)
+            except InputError as error:
+                refusal = Refusal(file=listing.relative(record.image), problem=error.problem, fix=error.fix)
+                if strict:
+                    raise refusal.to_error() from error
+                refused.append(refusal)
+            else:
+                yield listing, record, sample
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+
+def _tabulate(
+    rows: Sequence[dict[str, object]], thumbnails: NDArray[np.float32], earlier: dict[str, str], seed: int
+) -> tuple[pl.DataFrame, int]:
+    """The table with groups, splits and conflicts, and how many images kept an earlier split."""
+    patients = [None if row["patient"] is None else str(row["patient"]) for row in rows]
+    known = [earlier.get(str(row["sha256"])) for row in rows]
+
+    def regroup(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return near_duplicate_groups(thumbnails[indices], [patients[index] for index in indices])
+
+    splits, groups = assign_splits([str(row["id"]) for row in rows], patients, known, regroup, seed=seed)
+    conflicts = class_conflicts(thumbnails, [str(row["class"]) for row in rows])
+    complete = [
+        {**row, "group": int(group), "split": split, "class_conflict": bool(conflict)}
+        for row, group, split, conflict in zip(rows, groups, splits, conflicts, strict=True)
+    ]
+    kept = sum(before == after for before, after in zip(known, splits, strict=True))
+    return pl.DataFrame(complete, schema=schema.COLUMNS), kept
+
+
+def _report(out: Path, table: pl.DataFrame, kept: int, refused: Sequence[Refusal], seconds: float) -> PrepareReport:
+    by_class_and_split: dict[str, dict[str, int]] = {}
+    for image_class, split in zip(table["class"], table["split"], strict=True):
+        per_split = by_class_and_split.setdefault(image_class, {})
+        per_split[split] = per_split.get(split, 0) + 1
+    return PrepareReport(
+        out=out,
+        images=table.height,
+        by_class=dict(Counter(table["class"])),
+        by_source=dict(Counter(table["source"])),
+        by_split=dict(Counter(table["split"])),
+        by_class_and_split=by_class_and_split,
+        groups=table["group"].n_unique(),
+        conflicts=int(table["class_conflict"].sum()),
+        overlays={kind: int(table[f"overlay_{kind}"].sum()) for kind in ("colour", "text", "calipers")},
+        kept_splits=kept,
+        refused=tuple(refused),
+        split_hash=schema.split_hash(table["sha256"], table["split"]),
+        seconds=seconds,
+    )
+
+
+def _publish(out: Path, report: PrepareReport, seed: int) -> None:
+    """Give every file its final name; the one that makes the folder valid comes last."""
+    names = (*schema.ARRAYS.values(), schema.TABLE)
+    info = {
+        "schema": schema.SCHEMA_VERSION,
+        "busigen": __version__,
+        "seed": seed,
+        "images": report.images,
+        "classes": report.by_class,
+        "sources": report.by_source,
+        "splits": report.by_split,
+        "classes_and_splits": report.by_class_and_split,
+        "groups": report.groups,
+        "conflicts": report.conflicts,
+        "excluded": report.by_split.get(EXCLUDED, 0),
+        "overlays": report.overlays,
+        "refused": [refusal.to_dict() for refusal in report.refused],
+        "split_hash": report.split_hash,
+        "files": {name: schema.file_sha256(_partial(out, name)) for name in names},
+    }
+    _partial(out, schema.INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in (*names, schema.INFO):
+        os.replace(_partial(out, name), out / name)
+
+
+def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
+    """Splits by image hash of the prepared folder that ``out`` already is; empty if it is new."""
+    if not out.exists() and not out.is_symlink():
+        return {}
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file.", fix="Name a folder to write the prepared data into.")
+    with _writing(out):
+        present = {path.name.removesuffix(schema.PARTIAL) for path in out.iterdir()}
+    if schema.INFO not in present or not (out / schema.INFO).is_file():
+        # A run that was killed leaves files of ours without the one that is written last.
+        if present - {schema.INFO, schema.TABLE, *schema.ARRAYS.values()}:
+            raise OutputError(f"{out} is not empty and holds no prepared data.", fix="Name a new or empty folder.")
+        return {}
+    try:
+        prepared = Prepared.open(out)
+    except InputError as error:
+        raise OutputError(f"{out} holds another {schema.INFO}: {error.problem}", fix="Name a new folder.") from error
+    if prepared.info["seed"] != seed:
+        raise OutputError(
+            f"{out} was prepared with seed {prepared.info['seed']}, not {seed}; its images keep their splits.",
+            fix=f"Use seed {prepared.info['seed']}, or write to another folder.",
+        )
+    return dict(zip(prepared.table["sha256"], prepared.table["split"], strict=True))
+
+
+def _partial(out: Path, name: str) -> Path:
+    return out / f"{name}{schema.PARTIAL}"
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror or error}.", fix="Check the disk's space and your permissions."
+        ) from error

@@ -1,0 +1,138 @@
+"""Opening a prepared folder, and checking that it is what its record says."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from busigen.data import schema
+from busigen.errors import InputError, IntegrityError
+from busigen.registry import RESOLUTION
+
+_PREPARE = "Run 'busigen prepare' into a new folder."
+_DTYPES = {"images": np.dtype(np.uint8), "masks": np.dtype(np.uint8), "overlays": np.dtype(np.bool_)}
+
+
+class Prepared:
+    """A prepared folder: one table, and arrays with one row per image. Open it with `Prepared.open`.
+
+    Attributes:
+        folder: The folder.
+        info: The content of ``prepared.json``.
+        table: One row per image, with the columns of `schema.COLUMNS`.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any], table: pl.DataFrame) -> None:
+        self.folder = folder
+        self.info = info
+        self.table = table
+
+    @classmethod
+    def open(cls, folder: Path, *, check: bool = False) -> Prepared:
+        """Open a prepared folder.
+
+        The table is always checked against its hash, the arrays for shape and type; their hashes only on demand,
+        because that reads every byte.
+
+        Args:
+            folder: What `prepare` wrote.
+            check: Check the arrays' hashes as well.
+
+        Returns:
+            The opened folder.
+
+        Raises:
+            InputError: It is no prepared folder, or one of another schema version.
+            IntegrityError: A file is missing, damaged or not the one that was written.
+        """
+        folder = Path(folder)
+        info = _read_info(folder)
+        _check_hash(folder, info, schema.TABLE)
+        prepared = cls(folder, info, _read_table(folder, info))
+        for name, file in schema.ARRAYS.items():
+            prepared._load(name)
+            if check:
+                _check_hash(folder, info, file)
+        return prepared
+
+    @cached_property
+    def images(self) -> NDArray[np.uint8]:
+        """``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255, memory-mapped read-only."""
+        return self._load("images")
+
+    @cached_property
+    def masks(self) -> NDArray[np.uint8]:
+        """``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th, memory-mapped read-only."""
+        return self._load("masks")
+
+    @cached_property
+    def overlays(self) -> NDArray[np.bool_]:
+        """``bool (N, 256, 256)``, True where the scanner probably painted, memory-mapped read-only."""
+        return self._load("overlays")
+
+    @property
+    def split_hash(self) -> str:
+        """Fingerprint of who is in which split."""
+        return str(self.info["split_hash"])
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.table.height
+
+    def _load(self, name: str) -> NDArray[Any]:
+        path = self.folder / schema.ARRAYS[name]
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
+        expected = (self.table.height, RESOLUTION, RESOLUTION)
+        if not isinstance(array, np.ndarray) or array.shape != expected or array.dtype != _DTYPES[name]:
+            raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
+        return array
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / schema.INFO
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no prepared folder: it has no {schema.INFO}.", fix=_PREPARE) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", fix=_PREPARE) from error
+    version = info.get("schema") if isinstance(info, dict) else None
+    if version != schema.SCHEMA_VERSION:
+        raise InputError(f"{path} has schema {version!r}; this busigen reads {schema.SCHEMA_VERSION}.", fix=_PREPARE)
+    wanted = {"images": int, "seed": int, "split_hash": str, "files": dict}
+    for key, kind in wanted.items():
+        if not isinstance(info.get(key), kind):
+            raise IntegrityError(f"{path} has no valid '{key}': {info.get(key)!r}.", fix=_PREPARE)
+    return dict(info)
+
+
+def _check_hash(folder: Path, info: dict[str, Any], name: str) -> None:
+    path = folder / name
+    try:
+        found = schema.file_sha256(path)
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read: {error.strerror}.", fix=_PREPARE) from error
+    if found != info["files"].get(name):
+        raise IntegrityError(f"{path} is not the file that was prepared: its sha256 is {found[:12]}....", fix=_PREPARE)
+
+
+def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
+    path = folder / schema.TABLE
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error
+    if dict(table.schema) != schema.COLUMNS or table.height != info["images"]:
+        raise IntegrityError(f"{path} has other columns or rows than {schema.INFO} says.", fix=_PREPARE)
+    if schema.split_hash(table["sha256"], table["split"]) != info["split_hash"]:
+        raise IntegrityError(f"{path} and {schema.INFO} disagree about the splits.", fix=_PREPARE)
+    return table

@@ -1,0 +1,62 @@
+"""Errors meant for the person at the keyboard, and the exit code each of them ends the process with."""
+
+from __future__ import annotations
+
+
+class BusigenError(Exception):
+    """What went wrong, the offending value, and what to do about it, in one line.
+
+    Subclasses set ``exit_code``; the table in ``docs/exit-codes.md`` lists them.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, fix: str = "") -> None:
+        self.problem = problem
+        self.fix = fix
+        super().__init__(f"{problem} {fix}".strip())
+
+
+class UsageError(BusigenError):
+    """An option has a value that busigen cannot work with."""
+
+    exit_code = 2
+
+
+class InputError(BusigenError):
+    """A file or folder given as input is missing, unreadable or not what it claims to be."""
+
+    exit_code = 3
+
+
+class OutputError(BusigenError):
+    """The output cannot be written: permissions, space, or a folder that belongs to another run."""
+
+    exit_code = 4
+
+
+class IntegrityError(BusigenError):
+    """A file's content is not what its record says: a wrong hash, a missing shard, a tampered bundle."""
+
+    exit_code = 5
+
+
+class ParityError(BusigenError):
+    """An exported graph does not reproduce the checkpoint it came from."""
+
+    exit_code = 6
+
+
+class MissingDependencyError(BusigenError):
+    """A command needs an extra that is not installed."""
+
+    exit_code = 7
+
+
+class AcceptanceError(BusigenError):
+    """The quality gates refuse so many draws that the requested count cannot be reached."""
+
+    exit_code = 8
+
+
+INTERRUPTED_EXIT_CODE = 130

@@ -1,0 +1,1 @@
+"""Runtime: bundle reader, backends, noise, the three-stage sampler, shards, resume, verify. Imports no torch."""

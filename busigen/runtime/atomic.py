@@ -1,0 +1,104 @@
+"""Files that are either whole or absent, and operating-system errors turned into advice."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+
+from busigen.errors import OutputError
+from busigen.runtime.layout import TEMPORARY_PREFIX
+
+_AGAIN = "then run the same command again: complete shards are kept."
+_FULL = f"Free some space there or raise the quota, {_AGAIN}"
+_DENIED = f"Give yourself write access to it, {_AGAIN} Or choose another --out."
+_FIXES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: f"Raise the file-size limit (ulimit -f) or choose another --out with a smaller --shard-size, {_AGAIN}",
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: "It is on a read-only file system: choose another --out.",
+    errno.ENOTDIR: "A part of that path is a file, not a folder: choose another --out.",
+    errno.EEXIST: "A file is in the way: choose another --out.",
+    errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
+}
+
+
+@contextmanager
+def output_errors(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into an ``OutputError`` that names the folder and what helps.
+
+    Raises:
+        OutputError: the block raised an ``OSError`` or polars could not write.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        fix = _FIXES.get(error.errno or 0, f"Check the disk, {_AGAIN}")
+        raise OutputError(f"Cannot write to {folder}: {reason}.", fix=fix) from error
+    except pl.exceptions.PolarsError as error:
+        raise OutputError(f"Cannot write to {folder}: {error}.", fix=f"Check the disk, {_AGAIN}") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on success it is flushed to disk and renamed to ``path``.
+
+    The rename is what makes a shard survive a kill; the two fsyncs are what make it survive a power cut: without the
+    first, the name may outlive the bytes.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    # Windows cannot open a folder; its rename is journalled by the file system.
+    if os.name == "posix":
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears at ``path`` only once it is complete."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically. NaN and infinities are refused with a ``ValueError``: they are not JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_file(path) as file:
+        file.write(f"{text}\n".encode())
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files directly in ``folder`` that a killed run left behind, sorted; none if it does not exist."""
+    return sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

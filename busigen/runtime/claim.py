@@ -1,0 +1,136 @@
+"""Making a folder this run's own, or proving that it already is."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import polars as pl
+
+import busigen
+from busigen.errors import OutputError
+from busigen.runtime.atomic import leftovers, output_errors, write_json
+from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SCHEMA_VERSION, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
+from busigen.runtime.lock import exclusive
+from busigen.runtime.sample import Source
+
+_SHOWN = 8
+
+
+def run_record(source: Source, plan: Plan) -> dict[str, Any]:
+    """What ``run.json`` holds: all that decides which samples exist, and the versions that decide their bytes."""
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "busigen": busigen.__version__,
+        "config": plan.config(),
+        "columns": {name: kind.__name__ for name, kind in source.row_types().items()},
+        "fingerprint": source.fingerprint(),
+        # Told, not compared: another Pillow may pack the same pixels into other bytes, but they stay the same samples.
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "polars": pl.__version__,
+        },
+    }
+    # Through JSON, so that a tuple equals the list that comes back from the file.
+    normal: dict[str, Any] = json.loads(json.dumps(record, allow_nan=False))
+    return normal
+
+
+@contextmanager
+def claimed(out: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Hold ``out`` for this run until the block ends; create it or continue it.
+
+    Yields:
+        The run record that stands in the folder: ``run`` itself, or that of the run which is continued.
+
+    Raises:
+        OutputError: the folder holds something else, belongs to another run or process, or cannot be written.
+    """
+    with output_errors(out):
+        _refuse_foreign(out)
+        (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        lock = exclusive(out)
+        lock.__enter__()
+    try:
+        with output_errors(out):
+            for path in leftovers(out) + leftovers(out / SHARD_FOLDER):
+                path.unlink()
+            standing = _read_run(out)
+            if standing is None:
+                standing = dict(run)
+                write_json(out / RUN_FILE, standing)
+        _refuse_other(out, standing, run)
+        yield standing
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two JSON values differ, as (dotted name, old, new); a missing field counts as None."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    return [] if old == new and type(old) is type(new) else [(name, old, new)]
+
+
+def _refuse_foreign(out: Path) -> None:
+    if not out.is_dir():
+        if out.exists():
+            raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
+        return
+    if (out / RUN_FILE).exists():
+        return
+    # What a run that was killed before it could write run.json may have left.
+    own = {LOCK_FILE, SHARD_FOLDER}
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in own and not p.name.startswith(TEMPORARY_PREFIX))
+    if (out / SHARD_FOLDER).is_dir():
+        foreign += sorted(f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir())
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"{out} holds other files ({', '.join(foreign[:3])}{more}) and no {RUN_FILE}.",
+            fix="Choose an --out that is empty or does not exist.",
+        )
+
+
+def _read_run(out: Path) -> dict[str, Any] | None:
+    try:
+        run = json.loads((out / RUN_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _unreadable(out) from error
+    if not isinstance(run, dict):
+        raise _unreadable(out)
+    return run
+
+
+def _refuse_other(out: Path, standing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    changed = differences({**standing, "versions": None}, {**run, "versions": None})
+    if not changed:
+        return
+    shown = "; ".join(f"{name}: {_short(old)} -> {_short(new)}" for name, old, new in changed[:_SHOWN])
+    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    fix = "Choose another --out, or repeat the options that the folder was started with."
+    if [name for name, _, _ in changed] == ["config.count"]:
+        fix += " For more samples, generate them with another --seed into another --out and use both folders."
+    raise OutputError(f"{out} belongs to another run ({shown}{more}).", fix=fix)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _unreadable(out: Path) -> OutputError:
+    return OutputError(f"{out / RUN_FILE} is not a run record of busigen.", fix="Choose another --out.")

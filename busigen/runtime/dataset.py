@@ -1,0 +1,274 @@
+"""Reading a dataset folder that may have come from anywhere; nothing in it is believed or unpacked to disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from PIL import Image
+
+from busigen.errors import InputError, IntegrityError
+from busigen.registry import RESOLUTION
+from busigen.runtime.layout import (
+    DATASET_FILE,
+    MANIFEST_FILE,
+    MAX_COUNT,
+    MEMBER_LIMIT,
+    MEMBER_SUFFIXES,
+    RUN_FILE,
+    SCHEMA_VERSION,
+    Plan,
+    key_of,
+    shard_path,
+)
+from busigen.runtime.sample import Sample
+from busigen.runtime.shards import FIXED_COLUMNS, ShardRecord
+
+_VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sample as it lies in a shard's tar: key, two PNG files' bytes and the decoded row."""
+
+    key: str
+    image: bytes
+    mask: bytes
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset folder. ``info`` is the content of ``dataset.json``."""
+
+    folder: Path
+    info: dict[str, Any]
+    plan: Plan
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """Open a finished dataset.
+
+        Raises:
+            InputError: the folder is missing, unfinished, no dataset, or newer than this busigen.
+            IntegrityError: ``dataset.json`` is damaged.
+        """
+        path = folder / DATASET_FILE
+        try:
+            info = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _not_finished(folder) from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
+        except ValueError as error:
+            raise _damaged(path) from error
+        version = info.get("schema_version") if isinstance(info, dict) else None
+        if not isinstance(version, int):
+            raise _damaged(path)
+        if version > SCHEMA_VERSION:
+            raise InputError(
+                f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}.",
+                fix="Upgrade: `pip install --upgrade busigen`.",
+            )
+        return cls(folder=folder, info=info, plan=plan_of(info, path))
+
+    def shards(self) -> list[ShardRecord]:
+        """Every shard's record, in order.
+
+        Raises:
+            IntegrityError: a record is missing or damaged.
+        """
+        try:
+            return [ShardRecord.read(self.folder, number) for number in range(self.plan.shards)]
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{error.filename} is missing.", fix=_VERIFY) from error
+
+    def manifest(self) -> pl.DataFrame:
+        """All rows in index order; columns are ``shards.FIXED_COLUMNS`` and the source's own.
+
+        Raises:
+            IntegrityError: the file is missing or damaged.
+        """
+        path = self.folder / MANIFEST_FILE
+        try:
+            return pl.read_parquet(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
+
+    def iter_samples(self) -> Iterator[Sample]:
+        """Every sample in index order, one shard's file open at a time.
+
+        Raises:
+            IntegrityError: a shard is missing or holds anything but its samples.
+        """
+        for number in range(self.plan.shards):
+            indices = self.plan.indices(number)
+            for member in read_members(self.folder / shard_path(number, "tar"), indices):
+                yield to_sample(member)
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices, in the order asked for.
+
+        Raises:
+            IndexError: an index is not in the dataset.
+            IntegrityError: as for ``iter_samples``.
+        """
+        outside = [index for index in indices if not 0 <= index < self.plan.count]
+        if outside:
+            raise IndexError(f"index {outside[0]} is outside 0 to {self.plan.count - 1}")
+        found: dict[int, Sample] = {}
+        for number in sorted({index // self.plan.shard_size for index in indices}):
+            inside = self.plan.indices(number)
+            wanted = [index for index in indices if index in inside]
+            for member in read_members(self.folder / shard_path(number, "tar"), inside, only=wanted):
+                found[int(member.key)] = to_sample(member)
+        return [found[index] for index in indices]
+
+
+def plan_of(info: dict[str, Any], path: Path) -> Plan:
+    """The plan that a ``run.json`` or ``dataset.json`` was made for.
+
+    Raises:
+        IntegrityError: it names none.
+    """
+    config = info.get("config")
+    names = ("count", "seed", "shard_size")
+    if not isinstance(config, dict) or any(type(config.get(name)) is not int for name in names):
+        raise _damaged(path)
+    values = {name: config[name] for name in names}
+    if not (0 < values["count"] <= MAX_COUNT and 0 < values["shard_size"] <= MAX_COUNT and values["seed"] >= 0):
+        raise _damaged(path)
+    return Plan(**values)
+
+
+def read_members(path: Path, indices: range, only: Sequence[int] | None = None) -> Iterator[Member]:
+    """Read a shard's tar, whose members must be exactly those of ``indices``, in order.
+
+    Args:
+        path: the tar file.
+        indices: the shard's sample indices.
+        only: yield these alone; the names of all others are checked, their content is skipped.
+
+    Raises:
+        IntegrityError: the file is missing, is no tar, or a member has an unexpected name, kind, size or content.
+    """
+    wanted = None if only is None else set(only)
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for index in indices:
+                key = key_of(index)
+                members = [_next_member(path, tar, f"{key}.{suffix}") for suffix in MEMBER_SUFFIXES]
+                if wanted is not None and index not in wanted:
+                    continue
+                image, mask, text = (_content(path, tar, member) for member in members)
+                yield Member(key=key, image=image, mask=mask, row=_parse_row(path, key, text))
+            extra = tar.next()
+            if extra is not None:
+                raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
+    except (OSError, tarfile.TarError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
+
+
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """Decode a shard's image PNG to (256, 256) uint8.
+
+    Raises:
+        ValueError: the bytes are not an 8-bit grey PNG of that size.
+    """
+    return np.asarray(_decode(data, "L"), dtype=np.uint8)
+
+
+def decode_mask(data: bytes) -> NDArray[np.bool_]:
+    """Decode a shard's mask PNG to (256, 256) bool.
+
+    Raises:
+        ValueError: the bytes are not a 1-bit PNG of that size.
+    """
+    return np.asarray(_decode(data, "1"), dtype=np.bool_)
+
+
+def to_sample(member: Member) -> Sample:
+    """Decode one member.
+
+    Raises:
+        IntegrityError: a PNG or the row is damaged.
+    """
+    try:
+        return Sample(
+            index=int(member.row["index"]),
+            attempt=int(member.row["attempt"]),
+            label=str(member.row["class"]),
+            image=decode_image(member.image),
+            mask=decode_mask(member.mask),
+            row={name: value for name, value in member.row.items() if name not in FIXED_COLUMNS},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
+
+
+def _next_member(path: Path, tar: tarfile.TarFile, expected: str) -> tarfile.TarInfo:
+    member = tar.next()
+    if member is None:
+        raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
+    # Drop tarfile's own list of members: a reader that streams a large shard should not collect its headers.
+    vars(tar)["members"] = []
+    # Names are compared, never used: an absolute path, a "..", a link or a device can only fail here.
+    if member.name != expected or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
+    if not 0 < member.size <= MEMBER_LIMIT:
+        raise IntegrityError(
+            f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed.", fix=_VERIFY
+        )
+    return member
+
+
+def _content(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) != member.size:
+        raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
+    return data
+
+
+def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or row.get("key") != key:
+        raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
+    return row
+
+
+def _decode(data: bytes, mode: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
+                raise ValueError(
+                    f"a PNG of mode {image.mode} and size {image.size}, not {mode} and {RESOLUTION} squared"
+                )
+            image.load()
+            return image.copy()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable PNG ({error})") from error
+
+
+def _not_finished(folder: Path) -> InputError:
+    if (folder / RUN_FILE).is_file():
+        return InputError(
+            f"{folder} is not finished: it has {RUN_FILE} but no {DATASET_FILE}.",
+            fix="Run `busigen generate` with the same options again to finish it.",
+        )
+    return InputError(f"{folder} is no busigen dataset: it has no {DATASET_FILE}.", fix="Give the folder of `--out`.")
+
+
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(f"{path} is damaged: it is not what busigen writes.", fix=_VERIFY)

@@ -1,0 +1,202 @@
+"""The dataset factory: draws shard after shard, writes each one whole, continues where a killed run stopped."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
+from busigen.runtime.atomic import output_errors
+from busigen.runtime.claim import claimed, run_record
+from busigen.runtime.finish import dataset_info, finish, is_finished, unfinish
+from busigen.runtime.layout import Plan
+from busigen.runtime.progress import Progress
+from busigen.runtime.sample import Drawn, Source
+from busigen.runtime.shards import ShardRecord, schema_of, write_shard
+
+BYTES_PER_SAMPLE = 60_000
+"""Disk space per sample until the first shard has been measured: two PNGs, a row, tar padding."""
+
+
+class GenerationInterrupted(BusigenError):
+    """The person pressed Ctrl-C; every complete shard is kept."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """What a call to ``generate`` did.
+
+    Attributes:
+        folder: the dataset.
+        samples: samples in the dataset.
+        shards: shards in the dataset.
+        written: shards that this call wrote; the others were complete before.
+        classes: samples per class.
+        rejected: refused draws per reason, over the whole dataset.
+        size: bytes of all shards.
+        seconds: wall-clock time of this call.
+        already_complete: the dataset was finished before, and nothing was done.
+    """
+
+    folder: Path
+    samples: int
+    shards: int
+    written: int
+    classes: dict[str, int]
+    rejected: dict[str, int]
+    size: int
+    seconds: float
+    already_complete: bool
+
+
+def generate(
+    source: Source,
+    out: Path,
+    *,
+    count: int,
+    seed: int,
+    shard_size: int = 500,
+    progress: Progress | None = None,
+) -> GenerateReport:
+    """Make the dataset of ``count`` accepted samples in ``out``, or finish one that the same call began earlier.
+
+    Samples, shards and every hashed file depend on the source's fingerprint and these arguments alone, not on where
+    earlier runs were stopped. A folder keeps the count that it was started with: a larger one is refused like any other
+    difference, because it would change a last, short shard that may have been used already.
+
+    Args:
+        source: where samples come from.
+        out: the dataset's folder; created if it does not exist.
+        count: number of samples, 1 to 10^9.
+        seed: 0 to 2^64 - 1.
+        shard_size: samples per shard. A killed run loses at most two shards' worth of work: the one being drawn and the
+            one being written.
+        progress: told of every sample; None shows nothing.
+
+    Raises:
+        UsageError: a number is out of range.
+        OutputError: the folder is foreign, in use, of another run, too small or not writable.
+        GenerationInterrupted: on Ctrl-C.
+        BusigenError: whatever the source raises; complete shards are kept.
+    """
+    started = time.monotonic()
+    plan = Plan(count=count, seed=seed, shard_size=shard_size)
+    schema_of(source.row_types())
+    with claimed(out, run_record(source, plan)) as run:
+        with output_errors(out):
+            kept = {n: record for n in range(plan.shards) if (record := complete_shard(out, plan, n))}
+            finished = len(kept) == plan.shards and is_finished(out, run)
+        records = dict(kept)
+        if not finished:
+            with output_errors(out):
+                unfinish(out)
+            try:
+                _draw_missing(source, out, plan, records, progress or Progress())
+                with output_errors(out):
+                    finish(out, run, [records[number] for number in range(plan.shards)])
+            except KeyboardInterrupt:
+                raise _interrupted(out, plan) from None
+        info = dataset_info(run, [records[number] for number in range(plan.shards)], {})
+    return GenerateReport(
+        folder=out,
+        samples=plan.count,
+        shards=plan.shards,
+        written=plan.shards - len(kept),
+        classes=info["classes"],
+        rejected=info["rejected"],
+        size=sum(record.tar.size + record.parquet.size for record in records.values()),
+        seconds=time.monotonic() - started,
+        already_complete=finished,
+    )
+
+
+def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
+    """A shard's record if its three files are there with their recorded sizes, else None: it must be made (again).
+
+    Contents are not hashed here, so that continuing a large dataset is instant; ``busigen verify`` does that.
+    """
+    try:
+        record = ShardRecord.read(folder, number)
+        indices = plan.indices(number)
+        fits = (record.first, record.count) == (indices.start, len(indices))
+        sizes = all((folder / file.file).stat().st_size == file.size for file in (record.tar, record.parquet))
+    except (FileNotFoundError, IntegrityError):
+        return None
+    return record if fits and sizes else None
+
+
+def _draw_missing(source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress) -> None:
+    """Draw and write the shards that ``records`` lacks, and add them to it."""
+    types = source.row_types()
+    missing = [number for number in range(plan.shards) if number not in records]
+    progress.start("generating", plan.count, sum(record.count for record in records.values()))
+    _check_space(out, plan, records)
+    pending: Future[ShardRecord] | None = None
+
+    def settle() -> None:
+        if pending is not None:
+            with output_errors(out):
+                record = pending.result()
+            records[record.number] = record
+            _check_space(out, plan, records)
+
+    try:
+        # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving
+        # the block waits for the writer: a shard that was drawn is not thrown away because the next draw failed.
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+            for number in missing:
+                drawn = _draw(source, plan, number, progress)
+                settle()
+                pending = writer.submit(write_shard, out, number, drawn, types)
+            settle()
+    finally:
+        progress.stop()
+
+
+def _draw(source: Source, plan: Plan, number: int, progress: Progress) -> Drawn:
+    indices = plan.indices(number)
+    drawn = source.draw(plan.seed, indices, progress.advance)
+    if [sample.index for sample in drawn.samples] != list(indices):
+        raise ValueError(f"the source was asked for {indices} and answered with other indices")
+    progress.rejected(len(drawn.rejections))
+    return drawn
+
+
+def _interrupted(out: Path, plan: Plan) -> GenerationInterrupted:
+    complete = sum(complete_shard(out, plan, number) is not None for number in range(plan.shards))
+    return GenerationInterrupted(
+        f"Interrupted with {complete} of {plan.shards} shards complete in {out}.",
+        fix="Run the same command again to continue.",
+    )
+
+
+def _check_space(out: Path, plan: Plan, records: dict[int, ShardRecord]) -> None:
+    """Refuse early what would fail hours later.
+
+    Raises:
+        OutputError: the disk has no room for the samples that are still to come.
+    """
+    done = sum(record.count for record in records.values())
+    if done == plan.count:
+        return
+    measured = sum(record.tar.size + record.parquet.size for record in records.values())
+    per_sample = measured / done if done else BYTES_PER_SAMPLE
+    needed = (plan.count - done) * per_sample
+    with output_errors(out):
+        free = shutil.disk_usage(out).free
+    if free < needed:
+        raise OutputError(
+            f"{out} has {_gigabytes(free)} free, but the remaining {plan.count - done} samples need about "
+            f"{_gigabytes(needed)}.",
+            fix="Free some space, then run the same command again: complete shards are kept. "
+            "Or choose another --out or a smaller --count.",
+        )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,117 @@
+"""What makes a set of complete shards a dataset: manifest, preview, card, Croissant, and dataset.json last."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from busigen.runtime.atomic import atomic_file, atomic_path, write_json
+from busigen.runtime.card import croissant, readme
+from busigen.runtime.dataset import Dataset, plan_of
+from busigen.runtime.layout import (
+    CARD_FILE,
+    CROISSANT_FILE,
+    DATASET_FILE,
+    FINISHED_FILES,
+    MANIFEST_FILE,
+    PREVIEW_FILE,
+    RUN_FILE,
+)
+from busigen.runtime.preview import contact_sheet, pick_evenly
+from busigen.runtime.shards import FileRecord, ShardRecord
+
+_ROW_GROUP = 1 << 16
+
+
+def finish(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
+    """Write every file that describes the whole dataset, ``dataset.json`` last.
+
+    Raises:
+        OSError: the disk refused.
+        IntegrityError: a shard was damaged since it was written.
+    """
+    write_manifest(folder, records)
+    files = {MANIFEST_FILE: FileRecord.of(folder, MANIFEST_FILE)}
+    info = dataset_info(run, records, files)
+    dataset = Dataset(folder=folder, info=info, plan=plan_of(info, folder / RUN_FILE))
+
+    classes = pl.read_parquet(folder / MANIFEST_FILE, columns=["index", "class"])
+    sheet = contact_sheet(dataset.samples(pick_evenly(classes)))
+    with atomic_file(folder / PREVIEW_FILE) as file:
+        sheet.save(file, "PNG")
+    with atomic_file(folder / CARD_FILE) as file:
+        file.write(readme(info).encode())
+    write_json(folder / CROISSANT_FILE, croissant(info))
+    write_json(folder / DATASET_FILE, info)
+
+
+def unfinish(folder: Path) -> None:
+    """Take back the claim that the dataset is complete before anything in it is made again."""
+    (folder / DATASET_FILE).unlink(missing_ok=True)
+
+
+def is_finished(folder: Path, run: Mapping[str, Any]) -> bool:
+    """Whether every top-level file is there and ``dataset.json`` closes this very run."""
+    try:
+        info = json.loads((folder / DATASET_FILE).read_bytes())
+        closes = all(info[name] == value for name, value in run.items())
+        manifest = info["files"][MANIFEST_FILE]["size"] == (folder / MANIFEST_FILE).stat().st_size
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    return closes and manifest and all((folder / name).is_file() for name in FINISHED_FILES)
+
+
+def write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
+    """Join the shards' rows into one table in index order, streaming: a large dataset's rows need not fit in memory."""
+    rows = pl.scan_parquet([folder / record.parquet.file for record in records], glob=False)
+    with atomic_path(folder / MANIFEST_FILE) as path:
+        rows.sink_parquet(
+            path,
+            compression="zstd",
+            compression_level=3,
+            statistics=True,
+            row_group_size=_ROW_GROUP,
+            maintain_order=True,
+        )
+
+
+def dataset_info(
+    run: Mapping[str, Any], records: Sequence[ShardRecord], files: Mapping[str, FileRecord]
+) -> dict[str, Any]:
+    """Content of ``dataset.json``: the run record and all that follows from the shards. It holds no time of day.
+
+    Args:
+        run: content of ``run.json``.
+        records: every shard's record, in order.
+        files: records of further files, by name.
+    """
+    return {
+        **run,
+        "samples": sum(record.count for record in records),
+        "classes": _sum(record.classes for record in records),
+        "rejected": _sum(record.rejected for record in records),
+        "files": {name: asdict(record) for name, record in sorted(files.items())},
+        "shards": [
+            {
+                "number": record.number,
+                "first": record.first,
+                "count": record.count,
+                "tar": asdict(record.tar),
+                "parquet": asdict(record.parquet),
+            }
+            for record in records
+        ],
+    }
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(sorted(total.items()))

@@ -1,0 +1,147 @@
+"""Progress of a long run: a bar on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+LINE_SECONDS = 10.0
+"""Seconds between two lines where no terminal shows a bar."""
+
+
+class Progress:
+    """Counts samples; this base class shows nothing.
+
+    Use as a context manager around ``start`` so that a bar is taken down whatever happens. Calls may come from any
+    thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begin("", 0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin to count: ``done`` of ``total`` samples exist already and do not count towards the rate."""
+        with self._lock:
+            self._begin(what, total, done)
+            self._show()
+
+    def advance(self, samples: int) -> None:
+        """Add finished samples."""
+        with self._lock:
+            self.done += samples
+            self._show()
+
+    def rejected(self, draws: int) -> None:
+        """Add draws that the quality gates refused."""
+        with self._lock:
+            self.refused += draws
+            self._show()
+
+    def stop(self) -> None:
+        """Show the last state and release the terminal; may be called twice."""
+
+    @property
+    def rate(self) -> float:
+        """Samples per second since the start."""
+        return (self.done - self._resumed) / max(time.monotonic() - self._started, 1e-9)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of draws that were accepted, 0 to 1; None before any was refused."""
+        fresh = self.done - self._resumed
+        return fresh / (fresh + self.refused) if self.refused else None
+
+    def _begin(self, what: str, total: int, done: int) -> None:
+        self.what, self.total, self.done, self.refused = what, total, done, 0
+        self._resumed, self._started = done, time.monotonic()
+
+    def _show(self) -> None:
+        """Called under the lock after every change."""
+
+    def _summary(self) -> str:
+        accepted = self.acceptance
+        return f"{self.rate:.1f} samples/s" + (f", {accepted:.1%} accepted" if accepted is not None else "")
+
+
+class BarProgress(Progress):
+    """A bar with rate, remaining time and acceptance rate."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[summary]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, summary="")
+        super().__init__()
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin to count and put up the bar."""
+        super().start(what, total, done)
+        self._bar.reset(self._task, total=total, completed=done, description=what, summary="")
+        self._bar.start()
+
+    def stop(self) -> None:
+        """Take the bar down."""
+        self._bar.stop()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self.done, summary=self._summary())
+
+
+class LineProgress(Progress):
+    """One line at the start, one every ``LINE_SECONDS``, one at the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = 0.0
+        self._printed = -1
+        super().__init__()
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin to count."""
+        self._last = float("-inf")
+        super().start(what, total, done)
+
+    def stop(self) -> None:
+        """Print the last state, unless it has been printed."""
+        with self._lock:
+            if self.what and self._printed != self.done:
+                self._print()
+
+    def _show(self) -> None:
+        if time.monotonic() - self._last >= LINE_SECONDS:
+            self._print()
+
+    def _print(self) -> None:
+        self._last, self._printed = time.monotonic(), self.done
+        parts = [f"{self.what}: {self.done}/{self.total}"]
+        if self.done > self._resumed:
+            parts += [self._summary(), f"{(self.total - self.done) / self.rate:.0f} s left"]
+        self._console.print(", ".join(parts), highlight=False, soft_wrap=True)
+
+
+def console_progress() -> Progress:
+    """Progress on stderr, so that stdout stays free for results: a bar on a terminal, else lines."""
+    console = Console(file=sys.stderr)
+    return BarProgress(console) if console.is_terminal else LineProgress(console)

@@ -1,0 +1,69 @@
+"""What a source of samples hands to the factory, and what the factory asks of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One accepted sample.
+
+    Attributes:
+        index: position in the dataset, from 0.
+        attempt: number of draws that the quality gates refused for this index before this one.
+        label: one of ``registry.LESION_CLASSES``.
+        image: (256, 256) uint8, grey.
+        mask: (256, 256) bool, true on the lesion.
+        row: further manifest fields; flat, JSON-able scalars under the same keys in every sample of a source.
+    """
+
+    index: int
+    attempt: int
+    label: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One draw that a quality gate refused, and the gate's reason."""
+
+    index: int
+    attempt: int
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The answer to one request: a sample per requested index, in index order, and every refused draw."""
+
+    samples: list[Sample]
+    rejections: list[Rejection]
+
+
+class Source(Protocol):
+    """What the factory drives. Samples must be a pure function of the fingerprint, the seed and the index."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides which samples exist, nested and JSON-able (bundle, healthy images, classes)."""
+        ...
+
+    def row_types(self) -> Mapping[str, type]:
+        """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None.
+
+        Declared, never guessed from values: a shard whose column is all None, or whose floats all happen to be whole
+        numbers, must get the same table schema as its neighbours.
+        """
+        ...
+
+    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> Drawn:
+        """Draw one accepted sample per index; call ``done(n)`` whenever ``n`` more samples have been accepted."""
+        ...

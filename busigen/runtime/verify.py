@@ -1,0 +1,197 @@
+"""Proving that a dataset is what its records say: every file, hash, pair, row, and every background."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from busigen.errors import InputError
+from busigen.runtime.backgrounds import Backgrounds
+from busigen.runtime.claim import differences
+from busigen.runtime.dataset import plan_of
+from busigen.runtime.finish import dataset_info
+from busigen.runtime.layout import (
+    DATASET_FILE,
+    FINISHED_FILES,
+    LOCK_FILE,
+    MANIFEST_FILE,
+    RUN_FILE,
+    TEMPORARY_PREFIX,
+    Plan,
+    shard_path,
+)
+from busigen.runtime.progress import Progress
+from busigen.runtime.shards import COLUMN_TYPES, FileRecord, schema_of
+from busigen.runtime.verify_shard import FINISH, Problem, ShardFindings, check_shard
+
+_DELETE = "Delete it, or move it out of the dataset."
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Outcome of ``verify``.
+
+    Attributes:
+        folder: the dataset.
+        samples: samples that were read.
+        shards: shards that the dataset should have.
+        problems: everything found wrong.
+        duplicates: samples whose image equals an earlier one's.
+        backgrounds_proven: samples whose pixels outside the edit region equal their healthy image, bit for bit.
+        backgrounds_unproven: samples with a real healthy image for which that was not shown.
+    """
+
+    folder: Path
+    samples: int
+    shards: int
+    problems: tuple[Problem, ...]
+    duplicates: int
+    backgrounds_proven: int
+    backgrounds_unproven: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | None = None) -> VerifyReport:
+    """Check a whole dataset; nothing is changed.
+
+    Args:
+        folder: the dataset.
+        healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
+        progress: told of every sample; None shows nothing.
+
+    Raises:
+        InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
+    """
+    progress = progress or Progress()
+    problems: list[Problem] = []
+    run = _read_run(folder)
+    plan, schema = plan_of(run, folder / RUN_FILE), _schema(run, folder)
+    backgrounds = Backgrounds.below(healthy) if healthy else None
+    progress.start("verifying", plan.count)
+    try:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            numbers = range(plan.shards)
+            shards = list(
+                pool.map(lambda number: check_shard(folder, plan, number, schema, backgrounds, progress), numbers)
+            )
+    finally:
+        progress.stop()
+    for shard in shards:
+        problems += shard.problems
+    problems += _check_dataset(folder, run, shards)
+    duplicates = list(_duplicates(shards))
+    problems += duplicates
+    problems += _strangers(folder, plan)
+    return VerifyReport(
+        folder=folder,
+        samples=sum(shard.samples for shard in shards),
+        shards=plan.shards,
+        problems=tuple(problems),
+        duplicates=len(duplicates),
+        backgrounds_proven=sum(shard.proven for shard in shards),
+        backgrounds_unproven=sum(shard.unproven for shard in shards),
+    )
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    for name in (RUN_FILE, DATASET_FILE):
+        try:
+            run = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(run, dict):
+            return run
+    raise InputError(
+        f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read.",
+        fix="Give the folder that was the `--out` of `busigen generate`.",
+    )
+
+
+def _schema(run: dict[str, Any], folder: Path) -> pl.Schema:
+    try:
+        return schema_of({name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{folder / RUN_FILE} names no valid columns.", fix="Get the original file again.") from error
+
+
+def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings]) -> Iterator[Problem]:
+    """dataset.json and the manifest must follow from run.json and the shards."""
+    missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
+    yield from (Problem(name, "is missing.", FINISH) for name in missing)
+    if DATASET_FILE in missing:
+        return
+    try:
+        info = json.loads((folder / DATASET_FILE).read_bytes())
+    except (OSError, ValueError):
+        yield Problem(DATASET_FILE, "cannot be read as JSON.", f"Delete it. {FINISH}")
+        return
+    records = [shard.record for shard in shards if shard.record is not None]
+    files = {name: FileRecord.of(folder, name) for name in (MANIFEST_FILE,) if name not in missing}
+    recorded = info.get("files") if isinstance(info, dict) else None
+    # A changed manifest is the manifest's problem; dataset.json is judged by all the rest of what it says.
+    blamed = [name for name, file in files.items() if isinstance(recorded, dict) and recorded.get(name) != asdict(file)]
+    for name in blamed:
+        problem = f"has another sha256 or size than {DATASET_FILE} records: its content was changed or damaged."
+        yield Problem(name, problem, f"Delete it. {FINISH}")
+    if len(records) == len(shards):
+        wanted = dataset_info(run, records, files)
+        if isinstance(info, dict) and (blamed or missing):
+            wanted["files"] = recorded
+        changed = differences(info, wanted)
+        if changed:
+            named = ", ".join(name for name, _, _ in changed if name) or "everything"
+            problem = f"differs from {RUN_FILE}, the shards' records or the manifest in: {named}."
+            yield Problem(DATASET_FILE, problem, f"Delete it. {FINISH}")
+    if files:
+        yield from _check_manifest(folder, shards)
+
+
+def _check_manifest(folder: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
+    fix = f"Delete it. {FINISH}"
+    try:
+        manifest = pl.read_parquet(folder / MANIFEST_FILE)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", fix)
+        return
+    tables = [shard.rows for shard in shards if shard.rows is not None]
+    if len(tables) != len(shards):
+        return
+    try:
+        equal = manifest.equals(pl.concat(tables))
+    except pl.exceptions.PolarsError:
+        equal = False
+    if not equal:
+        yield Problem(MANIFEST_FILE, "does not equal the shards' rows.", fix)
+
+
+def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
+    first: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        for digest, key in shard.hashes:
+            if digest in first:
+                problem = f"sample {key}: its image equals that of sample {first[digest]}."
+                yield Problem(shard_path(number, "tar"), problem, "Report it: every sample has noise of its own.")
+            first.setdefault(digest, key)
+
+
+def _strangers(folder: Path, plan: Plan) -> Iterator[Problem]:
+    expected = set(FINISHED_FILES) | {LOCK_FILE}
+    expected |= {shard_path(number, suffix) for number in range(plan.shards) for suffix in ("tar", "parquet", "json")}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.name.startswith(TEMPORARY_PREFIX):
+            yield Problem(name, "is a temporary file of a killed run.", FINISH)
+        elif name not in expected and not path.is_dir():
+            yield Problem(name, "is no part of the dataset.", _DELETE)

@@ -1,0 +1,183 @@
+"""Checking one shard of a dataset: its record, its table, its tar, and what each says about the others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from busigen.errors import IntegrityError
+from busigen.runtime.atomic import sha256_of
+from busigen.runtime.backgrounds import Backgrounds
+from busigen.runtime.claim import differences
+from busigen.runtime.dataset import Member, decode_image, decode_mask, read_members
+from busigen.runtime.layout import SHARD_FOLDER, Plan, key_of, shard_path
+from busigen.runtime.progress import Progress
+from busigen.runtime.shards import FileRecord, ShardRecord, lesion_box
+
+FINISH = "Run `busigen generate` with the same options again to finish the dataset."
+"""What helps wherever a file is missing."""
+
+_REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, the file (relative to the dataset) it is wrong with, and what to do about it."""
+
+    file: str
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem} {self.fix}"
+
+
+@dataclass
+class ShardFindings:
+    """What the check of one shard found; ``hashes`` pairs each image's sha256 with its sample's key."""
+
+    record: ShardRecord | None = None
+    rows: pl.DataFrame | None = None
+    samples: int = 0
+    proven: int = 0
+    unproven: int = 0
+    hashes: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def report(self, file: str, problem: str, remake: str) -> None:
+        """Add a problem that making the shard of the record ``remake`` anew solves."""
+        self.problems.append(Problem(file, problem, _REMAKE.format(file=remake)))
+
+
+def check_shard(
+    folder: Path, plan: Plan, number: int, schema: pl.Schema, backgrounds: Backgrounds | None, progress: Progress
+) -> ShardFindings:
+    """Check one shard and everything in it.
+
+    Args:
+        folder: the dataset.
+        plan: which samples the dataset should hold.
+        number: the shard's number.
+        schema: columns that its table must have.
+        backgrounds: healthy images to compare with; None compares none.
+        progress: told of every sample.
+    """
+    found = ShardFindings()
+    indices = plan.indices(number)
+    names = {suffix: shard_path(number, suffix) for suffix in ("json", "tar", "parquet")}
+    try:
+        record = found.record = ShardRecord.read(folder, number)
+    except FileNotFoundError:
+        found.problems.append(Problem(names["json"], "is missing: the shard is not complete.", FINISH))
+        return found
+    except (OSError, IntegrityError):
+        found.report(names["json"], "is not the record of its shard.", names["json"])
+        return found
+    if (record.first, record.count) != (indices.start, len(indices)):
+        held = f"{record.first} to {record.first + record.count - 1}"
+        found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.", names["json"])
+    if Counter(rejection.get("reason") for rejection in record.rejections) != Counter(record.rejected):
+        found.report(names["json"], "lists other rejections than it counts.", names["json"])
+    if _check_file(folder, record.parquet, names["json"], found):
+        found.rows = _read_rows(folder, names["parquet"], indices, schema, found)
+    tar_is_whole = _check_file(folder, record.tar, names["json"], found)
+    if found.rows is None or not (folder / names["tar"]).is_file():
+        return found
+    try:
+        _check_members(folder / names["tar"], indices, found.rows, found, backgrounds, progress)
+    except IntegrityError as error:
+        # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
+        if tar_is_whole:
+            found.report(names["tar"], error.problem, names["json"])
+    if Counter(found.rows["class"].to_list()) != Counter(record.classes):
+        found.report(names["json"], "counts other classes than the shard's rows hold.", names["json"])
+    return found
+
+
+def _check_file(folder: Path, record: FileRecord, remake: str, found: ShardFindings) -> bool:
+    try:
+        size = (folder / record.file).stat().st_size
+        if size != record.size:
+            found.report(record.file, f"has {size} bytes instead of {record.size}.", remake)
+        elif sha256_of(folder / record.file) != record.sha256:
+            found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.", remake)
+        else:
+            return True
+    except FileNotFoundError:
+        found.report(record.file, "is missing.", remake)
+    except OSError as error:
+        found.report(record.file, f"cannot be read: {error.strerror}.", remake)
+    return False
+
+
+def _read_rows(folder: Path, name: str, indices: range, schema: pl.Schema, found: ShardFindings) -> pl.DataFrame | None:
+    remake = name.replace(".parquet", ".json")
+    try:
+        rows = pl.read_parquet(folder / name)
+        fits = (
+            rows.schema == schema
+            and rows["index"].to_list() == list(indices)
+            and rows["key"].to_list() == [key_of(n) for n in indices]
+        )
+    except (OSError, pl.exceptions.PolarsError) as error:
+        found.report(name, f"cannot be read as a table: {error}.", remake)
+        return None
+    if not fits:
+        found.report(name, f"does not hold the rows {indices.start} to {indices[-1]} once each, in order.", remake)
+        return None
+    return rows
+
+
+def _check_members(
+    tar: Path,
+    indices: range,
+    rows: pl.DataFrame,
+    found: ShardFindings,
+    backgrounds: Backgrounds | None,
+    progress: Progress,
+) -> None:
+    name = f"{SHARD_FOLDER}/{tar.name}"
+    remake = name.replace(".tar", ".json")
+    for member, row in zip(read_members(tar, indices), rows.iter_rows(named=True), strict=True):
+        found.samples += 1
+        progress.advance(1)
+        found.hashes.append((row["image_sha256"], member.key))
+        wrong = list(_member_problems(member, row))
+        for problem in wrong:
+            found.report(name, f"sample {member.key}: {problem}", remake)
+        if row.get("healthy_sha256") is None:
+            continue
+        if backgrounds is None or wrong:
+            found.unproven += 1
+            continue
+        reason = backgrounds.difference(row["healthy_sha256"], decode_image(member.image), decode_mask(member.mask))
+        if reason is None:
+            found.proven += 1
+        else:
+            found.unproven += 1
+            found.problems.append(Problem(name, f"sample {member.key}: {reason.problem}", reason.fix))
+
+
+def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
+    if member.row != row:
+        changed = ", ".join(name for name, _, _ in differences(member.row, row))
+        yield f"its json differs from its row in the table ({changed})."
+    for kind, content in (("image", member.image), ("mask", member.mask)):
+        if hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
+            yield f"its {kind} has another sha256 than its row says."
+    try:
+        decode_image(member.image)
+        mask = decode_mask(member.mask)
+    except ValueError as error:
+        yield f"its image or mask is {error}."
+        return
+    box = lesion_box(mask) or (None, None, None, None)
+    recorded = tuple(row[f"box_{side}"] for side in ("left", "top", "right", "bottom"))
+    if int(mask.sum()) != row["lesion_pixels"] or box != recorded:
+        yield "its mask has another area or bounding box than its row says."

@@ -1,0 +1,108 @@
+"""The checkpoint: a run's folder as training leaves it and export reads it.
+
+::
+
+    base/<component>/            diffusers layout: config.json + safetensors
+    adapters/<stage>-<class>/    peft layout, beside the merged weights
+    merged/<stage>-<class>/      what is exported
+    busigen.json                 recipe, split hash, latent statistics, figures, sha256 of every weight file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from busigen.errors import InputError, IntegrityError
+from busigen.registry import LESION_CLASSES, PRESETS, STAGES
+from busigen.training.models import model_class
+from busigen.training.networks import Networks
+from busigen.training.state import fresh_folder, write_json
+
+RECORD = "busigen.json"
+SCHEMA = 1
+BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
+
+_TRAIN = "Run 'busigen train' to its end first."
+
+
+def save_component(model: ModelMixin, folder: Path) -> None:
+    """Save a component in diffusers' layout, by rename."""
+    with fresh_folder(folder) as temporary:
+        model.save_pretrained(str(temporary), safe_serialization=True)
+
+
+def load_component(component: str, folder: Path) -> ModelMixin:
+    """Load a component in evaluation mode.
+
+    Raises:
+        InputError: the folder holds no such component, or one whose weights do not fit its configuration.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no {component}.", fix=_TRAIN)
+    try:
+        model = model_class(component).from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder} cannot be loaded: {error}.", fix=_TRAIN) from error
+    return model.eval()
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every safetensors file of a checkpoint, by relative path."""
+    files = sorted(path for top in (BASE, ADAPTERS, MERGED) for path in (folder / top).rglob("*.safetensors"))
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_record(folder: Path, content: dict[str, Any]) -> None:
+    """Write ``busigen.json``; its presence means that the checkpoint is complete."""
+    write_json(folder / RECORD, {"schema": SCHEMA, "weights": weight_hashes(folder), **content})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read and check ``busigen.json``.
+
+    Raises:
+        InputError: no complete checkpoint is there, or it has an unknown schema or preset.
+        IntegrityError: a weight file is missing, extra or not the one that was recorded.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no finished checkpoint: it has no {RECORD}.", fix=_TRAIN) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", fix=_TRAIN) from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise InputError(f"{path} does not have schema {SCHEMA}.", fix="Train again with this busigen.")
+    if record.get("preset") not in PRESETS:
+        raise InputError(f"{path} names preset {record.get('preset')!r}.", fix=f"Known: {', '.join(PRESETS)}.")
+    found, recorded = weight_hashes(folder), record.get("weights", {})
+    for name in sorted(set(found) | set(recorded)):
+        if found.get(name) != recorded.get(name):
+            state = "missing" if name not in found else "not recorded" if name not in recorded else "changed"
+            raise IntegrityError(f"{folder / name} is {state} since training.", fix="Train again, or restore the file.")
+    return record
+
+
+def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
+    """Load a finished checkpoint: autoencoder, context, prior and the merged stages, with its record."""
+    record = read_record(folder)
+    denoisers = {"prior": load_component("prior", folder / BASE / "prior")}
+    for stage in STAGES:
+        for label in LESION_CLASSES:
+            name = f"{stage}-{label}"
+            denoisers[name] = load_component(stage, folder / MERGED / name)
+    networks = Networks(
+        preset=PRESETS[record["preset"]],
+        autoencoder=load_component("autoencoder", folder / BASE / "autoencoder"),
+        latents_mean=torch.tensor(record["latents"]["mean"]),
+        latents_std=torch.tensor(record["latents"]["std"]),
+        context=load_component("context", folder / BASE / "context"),
+        denoisers=denoisers,
+    )
+    return networks, record

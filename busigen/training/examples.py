@@ -1,0 +1,400 @@
+"""Training examples: prepared images turned into the tensors that each denoiser's loss reads.
+
+Encoding dominates a step's cost on a CPU, so every image is encoded once per *variant* (another flip, gain, window
+offset and edit region each) and a step only draws from these. All randomness is keyed by (seed, row, variant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from busigen.data.geometry import (
+    Mask,
+    Window,
+    edit_region,
+    patches_outside,
+    ring_region,
+    signed_distance,
+    window_for,
+)
+from busigen.data.prepared import Prepared
+from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.training.models import mask_condition, region_condition
+from busigen.training.networks import Networks, pixels_to_distance
+
+Progress = Callable[[int, int], None]
+ENCODE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image with everything that must be flipped along with it; all ``(256, 256)``."""
+
+    image: NDArray[np.uint8]
+    lesions: NDArray[np.uint8]
+    overlay: Mask
+    valid: Mask
+    label: str
+
+    def flipped(self) -> Frame:
+        """Mirror left and right. Never top and bottom: the skin is at the top and shadows fall downwards."""
+        turned = (np.ascontiguousarray(a[:, ::-1]) for a in (self.image, self.lesions, self.overlay, self.valid))
+        return Frame(*turned, label=self.label)  # type: ignore[arg-type]
+
+    def with_gain(self, rng: np.random.Generator) -> Frame:
+        """Vary gain and contrast as a sonographer's knobs would: +-8 % and a gamma between 0.85 and 1.18."""
+        gamma, gain = np.exp(rng.uniform(-0.16, 0.16)), rng.uniform(0.92, 1.08)
+        table = np.clip(255.0 * gain * (np.arange(256) / 255.0) ** gamma, 0, 255).astype(np.uint8)
+        return Frame(table[self.image], self.lesions, self.overlay, self.valid, self.label)
+
+    def filling(self, rng: np.random.Generator) -> Frame:
+        """Cut to a square without letterbox bars: a random horizontal cut of wide images, the top of tall ones."""
+        rows, columns = np.flatnonzero(self.valid.any(axis=1)), np.flatnonzero(self.valid.any(axis=0))
+        top, left, height, width = rows[0], columns[0], rows.size, columns.size
+        side = min(height, width)
+        left += int(rng.integers(0, width - side + 1))
+        cut = (slice(top, top + side), slice(left, left + side))
+
+        def enlarge(array: NDArray[np.uint8], how: Image.Resampling) -> NDArray[np.uint8]:
+            return np.asarray(Image.fromarray(array[cut]).resize((RESOLUTION, RESOLUTION), how))
+
+        return Frame(
+            enlarge(self.image, Image.Resampling.BICUBIC),
+            enlarge(self.lesions, Image.Resampling.NEAREST),
+            enlarge(self.overlay.astype(np.uint8), Image.Resampling.NEAREST) > 0,
+            np.ones_like(self.valid),
+            self.label,
+        )
+
+
+class Frames:
+    """The rows of a prepared folder that a task trains on, as :class:`Frame`."""
+
+    def __init__(self, prepared: Prepared, rows: pl.DataFrame, images: NDArray[np.uint8] | None = None) -> None:
+        self.prepared = prepared
+        self.table = rows
+        self.images = prepared.images if images is None else images
+
+    def __len__(self) -> int:
+        return self.table.height
+
+    def __getitem__(self, position: int) -> Frame:
+        record = self.table.row(position, named=True)
+        row = record["row"]
+        return Frame(
+            image=np.array(self.images[row]),
+            lesions=np.array(self.prepared.masks[row]),
+            overlay=np.array(self.prepared.overlays[row]),
+            valid=valid_region(record),
+            label=record["class"],
+        )
+
+
+def valid_region(record: dict[str, int]) -> Mask:
+    """The pixels of a letterboxed row that are not bars, ``(256, 256)`` bool."""
+    valid = np.zeros((RESOLUTION, RESOLUTION), dtype=bool)
+    top, left = record["top"], record["left"]
+    valid[top : top + record["inner_height"], left : left + record["inner_width"]] = True
+    return valid
+
+
+def at_most(rows: pl.DataFrame, limit: int | None) -> pl.DataFrame:
+    """At most ``limit`` rows, evenly spaced over the table, so that all sources and classes stay in."""
+    if limit is None or rows.height <= limit:
+        return rows
+    return rows[np.linspace(0, rows.height - 1, limit).round().astype(int).tolist()]
+
+
+def select(
+    prepared: Prepared,
+    split: str,
+    *,
+    limit: int | None = None,
+    sources: tuple[str, ...] = (),
+    label: str | None = None,
+) -> pl.DataFrame:
+    """Rows of a split; an adapter's rows are those of its class and sources that are under no other class as well.
+
+    ``limit`` bounds the split before anything else is filtered, so that all tasks draw from the same images.
+    """
+    rows = at_most(prepared.table.filter(pl.col("split") == split), limit)
+    if sources:
+        rows = rows.filter(pl.col("source").is_in(list(sources)))
+    if label is not None:
+        rows = rows.filter((pl.col("class") == label) & ~pl.col("class_conflict"))
+    return rows
+
+
+def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """Grey pixels ``(..., H, W)`` uint8 as ``(..., 1, H, W)`` float32 in [-1, 1]."""
+    return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1.0).unsqueeze(-3)
+
+
+def greyed(image: NDArray[np.uint8], edit: Mask) -> NDArray[np.float32]:
+    """The image in [-1, 1] with the edit region at 0: what the encoder is shown, in training and in use."""
+    return np.where(edit, 0.0, image.astype(np.float32) / 127.5 - 1.0).astype(np.float32)
+
+
+def random_lesion(frame: Frame, rng: np.random.Generator) -> Mask:
+    """One of the image's lesions, as a mask without holes or crumbs."""
+    mask = frame.lesions == rng.integers(1, int(frame.lesions.max()) + 1)
+    labels, count = ndimage.label(mask)
+    return np.asarray(labels == np.bincount(labels.ravel())[1:].argmax() + 1) if count else np.asarray(mask)
+
+
+def decoy_region(frame: Frame, shape: Mask, rng: np.random.Generator) -> Mask | None:
+    """An edit region of another lesion's ``shape`` moved to where this image has no lesion; ``None`` if none fits."""
+    rows, columns = np.nonzero(shape)
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    free_rows, free_columns = np.nonzero(frame.valid)
+    for _ in range(8):
+        at = rng.integers(free_rows.size)
+        moved = np.zeros_like(shape)
+        y = rows - rows.min() + free_rows[at] - height // 2
+        x = columns - columns.min() + free_columns[at] - width // 2
+        inside = (y >= 0) & (y < RESOLUTION) & (x >= 0) & (x < RESOLUTION)
+        moved[y[inside], x[inside]] = True
+        edit = edit_region(moved & frame.valid, frame.valid)
+        if edit.sum() > 400 and not (edit & (frame.lesions > 0)).any():
+            return edit
+    return None
+
+
+@dataclass
+class WindowExamples:
+    """Windows of one bucket. ``N`` variants; ``s`` = window side / 8; tokens are shared with the 'keep' mask.
+
+    ``clean``/``known`` ``(N, C, s, s)`` fp16 latents of the whole and of the greyed window; ``mask`` ``(N, 4, s, s)``;
+    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)`` fp16; ``keep`` ``(N, T)``; ``label`` ``(N,)``.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return self.tensors["clean"].shape[0]
+
+    def batch(self, index: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The examples at ``index`` in fp32 on ``device``."""
+        return as_batch(self.tensors, index, device)
+
+
+def as_batch(tensors: dict[str, Tensor], index: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Gather rows, widened from storage types: fp16 and bool to fp32."""
+    picked = {name: tensor[index].to(device) for name, tensor in tensors.items()}
+    return {name: t if t.dtype == torch.long else t.float() for name, t in picked.items()}
+
+
+def window_examples(
+    frames: Frames,
+    networks: Networks,
+    *,
+    normal_windows: bool,
+    variants: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> dict[int, WindowExamples]:
+    """Encode windows for stages 2 and 3, by bucket.
+
+    A lesion image gives ``variants`` windows around its lesion and, with ``normal_windows``, half as many of class
+    ``normal`` elsewhere; the latter teach the model to heal. Raises ``ValueError`` if no row gives a window.
+    """
+    pending: dict[int, list[dict[str, Tensor]]] = {side: [] for side in BUCKETS}
+    done: dict[int, list[dict[str, Tensor]]] = {side: [] for side in BUCKETS}
+    jobs = list(_window_jobs(frames, variants, seed, normal_windows))
+    for count, (frame, mask, edit, label, rng) in enumerate(jobs, start=1):
+        window = _jittered(window_for(edit), rng)
+        pending[window.side].append(_window_arrays(frame, mask, edit, label, window, networks.preset.patch))
+        if len(pending[window.side]) == ENCODE_BATCH:
+            done[window.side].append(_encode_windows(pending[window.side], networks, device))
+            pending[window.side] = []
+            progress(count, len(jobs))
+    for side, rest in pending.items():
+        if rest:
+            done[side].append(_encode_windows(rest, networks, device))
+    progress(len(jobs), len(jobs))
+    buckets = {side: WindowExamples(_joined(parts)) for side, parts in done.items() if parts}
+    if not buckets:
+        raise ValueError("no prepared row gives a window to train on")
+    return buckets
+
+
+def _window_jobs(
+    frames: Frames, variants: int, seed: int, normal_windows: bool
+) -> Iterator[tuple[Frame, Mask, Mask, str, np.random.Generator]]:
+    """Yield (frame, lesion mask, edit region, label, generator) for each window to encode."""
+    lesion_rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
+    for position in range(len(frames)):
+        base = frames[position]
+        for variant in range(variants):
+            rng = np.random.default_rng((seed, int(frames.table["row"][position]), variant))
+            frame = (base.flipped() if rng.random() < 0.5 else base).with_gain(rng)
+            scales = {"margin_scale": rng.uniform(0.8, 1.4), "shadow_scale": rng.uniform(0.7, 1.3)}
+            if frame.label != "normal":
+                mask = random_lesion(frame, rng)
+                edit = edit_region(mask, frame.valid, **scales)
+                if edit.any():
+                    yield frame, mask, edit, frame.label, rng
+            if normal_windows and lesion_rows and (variant % 2 == 0 or frame.label == "normal"):
+                other = frames[lesion_rows[int(rng.integers(len(lesion_rows)))]]
+                edit_elsewhere = decoy_region(frame, random_lesion(other, rng), rng)
+                if edit_elsewhere is not None:
+                    yield frame, np.zeros_like(edit_elsewhere), edit_elsewhere, "normal", rng
+
+
+def _jittered(window: Window, rng: np.random.Generator) -> Window:
+    """Move a window by up to ``BUCKET_CONTEXT`` pixels, within the image."""
+    limit = RESOLUTION - window.side
+    top, left = (int(np.clip(v + rng.integers(-8, 9), 0, limit)) for v in (window.top, window.left))
+    return Window(top, left, window.side)
+
+
+def _window_arrays(frame: Frame, mask: Mask, edit: Mask, label: str, window: Window, patch: int) -> dict[str, Tensor]:
+    cut = window.slices
+    return {
+        "pixels": to_tensor(frame.image[cut]),
+        "greyed": torch.from_numpy(greyed(frame.image, edit)[cut])[None],
+        "mask": torch.from_numpy(mask[cut].astype(np.float32))[None],
+        "edit": torch.from_numpy(edit[cut].astype(np.float32))[None],
+        "ring": torch.from_numpy(ring_region(edit)[cut].astype(np.float32))[None],
+        # Bars and overlays are not to be learnt: neither is tissue.
+        "usable": torch.from_numpy((frame.valid & ~frame.overlay)[cut].astype(np.float32))[None],
+        "image": to_tensor(frame.image),
+        "keep": torch.from_numpy(patches_outside(edit, patch)),
+        "label": torch.tensor(CLASSES.index(label)),
+    }
+
+
+@torch.no_grad()
+def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: torch.device) -> dict[str, Tensor]:
+    stacked = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+    keep = stacked["keep"].float()
+    encoded = {
+        "clean": networks.encoder(stacked["pixels"]).half(),
+        "known": networks.encoder(stacked["greyed"]).half(),
+        "mask": mask_condition(stacked["mask"]).half(),
+        "edit": region_condition(stacked["edit"]).bool(),
+        "ring": region_condition(stacked["ring"]).bool(),
+        # A cell counts when all of its pixels do.
+        "weight": (1.0 - region_condition(1.0 - stacked["usable"])).bool(),
+        "tokens": networks.tokens(stacked["image"], keep).half(),
+        "keep": keep.bool(),
+        "label": stacked["label"],
+    }
+    return {name: tensor.cpu() for name, tensor in encoded.items()}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def mask_examples(
+    frames: Frames,
+    healed: Callable[[int, int], NDArray[np.uint8]],
+    networks: Networks,
+    *,
+    variants: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Stage 1's examples: tokens of the *healed* image and the lesion's signed distance.
+
+    ``healed(row, variant)`` returns the image without its lesion and with decoy edits (:mod:`busigen.training.heal`).
+    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
+    """
+    parts: list[dict[str, Tensor]] = []
+    batch: list[dict[str, Tensor]] = []
+    rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
+    total = len(rows) * variants
+    for count, (position, variant) in enumerate(((p, v) for p in rows for v in range(variants)), start=1):
+        row = int(frames.table["row"][position])
+        rng = np.random.default_rng((seed, row, variant, 1))
+        frame = frames[position]
+        # One lesion is drawn before the geometry changes, so that the others do not become targets half way.
+        lesion = random_lesion(frame, rng).astype(np.uint8)
+        frame = Frame(healed(row, variant), lesion, frame.overlay, frame.valid, frame.label).with_gain(rng)
+        frame = frame.flipped() if rng.random() < 0.5 else frame
+        if rng.random() < 0.5:
+            filled = frame.filling(rng)
+            # A lesion that the cut truncates would teach straight edges at the border.
+            frame = filled if _whole(filled.lesions > 0) else frame
+        batch.append(
+            {
+                "image": to_tensor(frame.image),
+                "distance": torch.from_numpy(signed_distance(frame.lesions > 0))[None],
+                "label": torch.tensor(CLASSES.index(frame.label)),
+            }
+        )
+        if len(batch) == ENCODE_BATCH or count == total:
+            stacked = {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
+            keep = torch.ones(len(batch), networks.preset.tokens, device=device)
+            parts.append(
+                {
+                    "clean": pixels_to_distance(stacked["distance"]).half(),
+                    "tokens": networks.tokens(stacked["image"].to(device), keep).half().cpu(),
+                    "label": stacked["label"],
+                }
+            )
+            batch = []
+            progress(count, total)
+    return _joined(parts)
+
+
+def _whole(mask: Mask) -> bool:
+    border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    return bool(mask.any() and not border.any())
+
+
+@torch.no_grad()
+def background_examples(
+    frames: Frames,
+    healed: Callable[[int, int], NDArray[np.uint8]],
+    networks: Networks,
+    *,
+    variants: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """The healthy prior's examples: latents of whole healthy or healed images without letterbox bars."""
+    parts: list[dict[str, Tensor]] = []
+    jobs = [(position, variant) for position in range(len(frames)) for variant in range(variants)]
+    for start in range(0, len(jobs), ENCODE_BATCH):
+        images, weights = [], []
+        for position, variant in jobs[start : start + ENCODE_BATCH]:
+            row = int(frames.table["row"][position])
+            rng = np.random.default_rng((seed, row, variant, 2))
+            frame = frames[position]
+            image = frame.image if frame.label == "normal" else healed(row, variant)
+            frame = Frame(image, frame.lesions, frame.overlay, frame.valid, frame.label).filling(rng).with_gain(rng)
+            frame = frame.flipped() if rng.random() < 0.5 else frame
+            images.append(to_tensor(frame.image))
+            weights.append(torch.from_numpy(frame.overlay.astype(np.float32))[None])
+        parts.append(
+            {
+                "clean": networks.encoder(torch.stack(images).to(device)).half().cpu(),
+                "weight": (1.0 - region_condition(torch.stack(weights))).bool(),
+            }
+        )
+        progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
+    return _joined(parts)
+
+
+def bucket_sizes(buckets: dict[int, WindowExamples], batch: int) -> dict[int, int]:
+    """Batch size per bucket, so that a batch of large windows costs about what one of small ones does."""
+    smallest = min(buckets)
+    return {side: max(2, batch * smallest**2 // side**2) for side in buckets}
+
+
+assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"

@@ -1,0 +1,115 @@
+"""Healing: images whose lesion the model itself has replaced by normal tissue, with decoy edits elsewhere.
+
+Stage 1 learns where lesions go from images that have one. Shown the image as it is, or with a plain hole, it would
+learn to look for the lesion or the hole. So it is shown a healed image, and decoy repaints elsewhere in it, so that
+"was repainted" does not tell the place either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from busigen.data.geometry import Mask, edit_region, paste, patches_outside, window_for
+from busigen.registry import BUCKETS, LATENT_FACTOR
+from busigen.training.examples import Frame, Frames, Progress, decoy_region, greyed, random_lesion, to_tensor
+from busigen.training.networks import Networks, window_condition
+
+REPAINT_BATCH = 16
+DECOYS = (1, 2)
+
+Pixels = NDArray[np.uint8]
+
+
+def lesion_edit(frame: Frame) -> Mask:
+    """The union of the edit regions of all of an image's lesions."""
+    edit = np.zeros_like(frame.valid)
+    labels, count = ndimage.label(frame.lesions > 0)
+    for number in range(1, count + 1):
+        edit |= edit_region(labels == number, frame.valid)
+    return edit
+
+
+@torch.no_grad()
+def repaint(images: list[Pixels], edits: list[Mask], networks: Networks, seed: int, device: torch.device) -> list[Pixels]:
+    """Replace each edit region by normal tissue, in batches of one window size. Images with an empty region stay."""
+    results = list(images)
+    windows = [window_for(edit) if edit.any() else None for edit in edits]
+    for side in BUCKETS:
+        members = [k for k, window in enumerate(windows) if window is not None and window.side == side]
+        for start in range(0, len(members), REPAINT_BATCH):
+            chosen = members[start : start + REPAINT_BATCH]
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + chosen[0])
+            cuts = [windows[k].slices for k in chosen]  # type: ignore[union-attr]
+            known = torch.stack([torch.from_numpy(greyed(images[k], edits[k])[c])[None] for k, c in zip(chosen, cuts, strict=True)])
+            region = torch.stack([torch.from_numpy(edits[k][c].astype(np.float32))[None] for k, c in zip(chosen, cuts, strict=True)])
+            keep = torch.stack([torch.from_numpy(patches_outside(edits[k], networks.preset.patch)) for k in chosen])
+            keep = keep.float().to(device)
+            tokens = networks.tokens(torch.stack([to_tensor(images[k]) for k in chosen]).to(device), keep)
+            cells = side // LATENT_FACTOR
+            noise = torch.randn(len(chosen), networks.preset.latent_channels, cells, cells, generator=generator)
+            condition = window_condition(networks.encoder(known.to(device)), torch.zeros_like(region).to(device), region.to(device))
+            latents = networks.sample("lesion", noise.to(device), "normal", tokens, keep, *condition)
+            painted = networks.decoder(latents).float().cpu().numpy()[:, 0]
+            for k, pixels in zip(chosen, painted, strict=True):
+                results[k] = paste(images[k], pixels, edits[k], windows[k])  # type: ignore[arg-type]
+    return results
+
+
+def heal(frames: Frames, networks: Networks, *, variants: int, seed: int, device: torch.device, progress: Progress) -> Pixels:
+    """Heal every lesion image ``variants`` times.
+
+    Returns:
+        ``(N, variants, 256, 256)`` uint8, ``N`` being the rows of ``frames`` in order; images without lesion get decoys only.
+    """
+    result = np.empty((len(frames), variants, *frames[0].image.shape), dtype=np.uint8)
+    shapes = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
+    jobs = [(position, variant) for position in range(len(frames)) for variant in range(variants)]
+    chunk = 4 * REPAINT_BATCH
+    for start in range(0, len(jobs), chunk):
+        part = jobs[start : start + chunk]
+        chosen = [frames[position] for position, _ in part]
+        healed = repaint([f.image for f in chosen], [lesion_edit(f) for f in chosen], networks, seed + start, device)
+        for round_number in range(max(DECOYS)):
+            edits = [
+                _decoy(frame, frames, shapes, (seed, start + k, round_number)) if round_number < _decoys(seed, start + k)
+                else np.zeros_like(frame.valid)
+                for k, frame in enumerate(chosen)
+            ]
+            healed = repaint(healed, edits, networks, seed + start + 7919 * (round_number + 1), device)
+        for (position, variant), image in zip(part, healed, strict=True):
+            result[position, variant] = image
+        progress(min(start + chunk, len(jobs)), len(jobs))
+    return result
+
+
+def _decoys(seed: int, job: int) -> int:
+    return int(np.random.default_rng((seed, job)).integers(DECOYS[0], DECOYS[1] + 1))
+
+
+def _decoy(frame: Frame, frames: Frames, shapes: list[int], key: tuple[int, ...]) -> Mask:
+    rng = np.random.default_rng(key)
+    shape = random_lesion(frames[shapes[int(rng.integers(len(shapes)))]], rng)
+    edit = decoy_region(frame, shape, rng)
+    return np.zeros_like(frame.valid) if edit is None else edit
+
+
+def save_healed(path: Path, rows: Iterable[int], images: Pixels) -> None:
+    """Write healed images and the prepared rows that they belong to, by rename. They never leave the run's folder."""
+    temporary = path.with_name(path.name + ".tmp.npz")
+    np.savez(temporary, rows=np.fromiter(rows, dtype=np.int64), images=images)
+    os.replace(temporary, path)
+
+
+def healed_reader(path: Path) -> Callable[[int, int], Pixels]:
+    """Read :func:`save_healed`'s file as ``healed(row, variant)``; variants repeat cyclically."""
+    with np.load(path, allow_pickle=False) as stored:
+        position = {int(row): k for k, row in enumerate(stored["rows"])}
+        images: Pixels = stored["images"]
+    return lambda row, variant: images[position[row], variant % images.shape[1]]

@@ -1,0 +1,165 @@
+"""Every network, built from a preset. All are diffusers ``ModelMixin``s, so each saves as config.json + safetensors."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderDC, ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION, Preset
+
+MASKED = -1e4
+"""Attention bias of a dropped token: far below any logit, yet finite in fp16."""
+
+
+class ContextEncoder(ModelMixin, ConfigMixin):
+    """Vision Transformer over the whole image, with patches that can be dropped.
+
+    Dropping works as an attention bias rather than by gathering, so that the exported graph keeps static shapes.
+    """
+
+    @register_to_config
+    def __init__(self, resolution: int, patch: int, dim: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, dim, patch, stride=patch)
+        self.position = nn.Parameter(torch.randn(1, (resolution // patch) ** 2, dim) * 0.02)
+        self.blocks = _transformer(dim, layers, heads)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor, keep: Tensor) -> Tensor:
+        """Encode images into tokens.
+
+        Args:
+            image: ``(B, 1, 256, 256)`` float in [-1, 1].
+            keep: ``(B, N)`` float, 1 for patches to see and 0 for dropped ones.
+
+        Returns:
+            ``(B, N, D)`` tokens; those of dropped patches hold nothing of their pixels and must be masked by the reader.
+        """
+        tokens = self.embed(image).flatten(2).transpose(1, 2) * keep[..., None] + self.position
+        bias = ((1.0 - keep) * MASKED)[:, None, :]
+        for block in self.blocks:
+            tokens = block(tokens, attention_mask=bias)
+        return self.norm(tokens)
+
+
+class MaskedAutoencoder(nn.Module):
+    """The context encoder with the light decoder that pre-trains it (He et al. 2022, MAE); the decoder is thrown away."""
+
+    def __init__(self, encoder: ContextEncoder) -> None:
+        super().__init__()
+        config = encoder.config
+        self.encoder = encoder
+        self.patch = config.patch
+        self.hole = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.position = nn.Parameter(torch.randn(1, (config.resolution // config.patch) ** 2, config.dim) * 0.02)
+        self.blocks = _transformer(config.dim, 1, config.heads)
+        self.head = nn.Linear(config.dim, config.patch**2)
+
+    def forward(self, image: Tensor, keep: Tensor) -> Tensor:
+        """Predict all patches' pixels, ``(B, N, patch * patch)``, from the kept ones."""
+        seen = keep[..., None]
+        tokens = self.encoder(image, keep) * seen + self.hole * (1.0 - seen) + self.position
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens)
+
+
+def _transformer(dim: int, layers: int, heads: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        BasicTransformerBlock(dim, heads, dim // heads, activation_fn="gelu", attention_bias=True)
+        for _ in range(layers)
+    )
+
+
+def _autoencoder(preset: Preset) -> AutoencoderDC:
+    levels = len(preset.autoencoder_channels)
+    return AutoencoderDC(
+        in_channels=1,
+        latent_channels=preset.latent_channels,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=preset.autoencoder_channels,
+        decoder_block_out_channels=preset.autoencoder_channels,
+        encoder_layers_per_block=preset.autoencoder_layers,
+        decoder_layers_per_block=preset.autoencoder_layers,
+        encoder_qkv_multiscales=((),) * levels,
+        decoder_qkv_multiscales=((),) * levels,
+        downsample_block_type="Conv",
+        # Interpolation, because a bare pixel-shuffle head leaves a 2 x 2 block pattern in the speckle.
+        upsample_block_type="interpolate",
+        decoder_act_fns="silu",
+        scaling_factor=1.0,
+    )
+
+
+def _context(preset: Preset) -> ContextEncoder:
+    return ContextEncoder(
+        resolution=RESOLUTION,
+        patch=preset.patch,
+        dim=preset.context_dim,
+        layers=preset.context_layers,
+        heads=preset.context_heads,
+    )
+
+
+def denoiser_channels(name: str, latent_channels: int) -> tuple[int, int]:
+    """Input and output channels of a denoiser.
+
+    Stages 2 and 3 read the noisy latents, the known latents, the lesion mask (2 x 2 grid points per cell) and the
+    region to paint; stage 1 and the prior read their noisy sample alone.
+    """
+    if name == "mask":
+        return MASK_CHANNELS, MASK_CHANNELS
+    if name == "prior":
+        return latent_channels, latent_channels
+    return 2 * latent_channels + MASK_CHANNELS + 1, latent_channels
+
+
+def _denoiser(name: str, preset: Preset) -> UNet2DConditionModel:
+    shape = preset.denoisers[name]
+    channels_in, channels_out = denoiser_channels(name, preset.latent_channels)
+    return UNet2DConditionModel(
+        sample_size=MASK_GRID // 2 if name == "mask" else RESOLUTION // LATENT_FACTOR,
+        in_channels=channels_in,
+        out_channels=channels_out,
+        block_out_channels=shape.channels,
+        layers_per_block=shape.layers,
+        down_block_types=tuple("CrossAttnDownBlock2D" if used else "DownBlock2D" for used in shape.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if used else "UpBlock2D" for used in reversed(shape.attention)),
+        cross_attention_dim=preset.context_dim,
+        attention_head_dim=shape.head_dim,
+        norm_num_groups=shape.groups,
+        num_class_embeds=len(CLASSES),
+    )
+
+
+def build(component: str, preset: Preset) -> ModelMixin:
+    """Build a component with fresh weights: ``autoencoder``, ``context`` or a denoiser of the preset.
+
+    Raises:
+        KeyError: the preset has no such component.
+    """
+    if component == "autoencoder":
+        return _autoencoder(preset)
+    if component == "context":
+        return _context(preset)
+    return _denoiser(component, preset)
+
+
+def model_class(component: str) -> type[ModelMixin]:
+    """The class to load a saved component with."""
+    return {"autoencoder": AutoencoderDC, "context": ContextEncoder}.get(component, UNet2DConditionModel)
+
+
+def mask_condition(mask: Tensor) -> Tensor:
+    """Window masks ``(B, 1, S, S)`` in [0, 1] as ``(B, 4, S/8, S/8)``: area shares, two grid points per cell and axis."""
+    return F.pixel_unshuffle(F.avg_pool2d(mask, LATENT_FACTOR // 2), 2)
+
+
+def region_condition(region: Tensor) -> Tensor:
+    """Window regions ``(B, 1, S, S)`` as ``(B, 1, S/8, S/8)``: 1 where any pixel of the cell may be painted."""
+    return F.max_pool2d(region, LATENT_FACTOR)

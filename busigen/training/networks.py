@@ -1,0 +1,136 @@
+"""The trained networks behind one interface: what is fed to them, how latents are normalised, how a stage is sampled.
+
+This is the reference that the exported graphs must reproduce (:mod:`busigen.export.parity`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from busigen.registry import CLASSES, MASK_GRID, RESOLUTION, SOLVER_STEPS, Preset
+from busigen.solver import TIME_SCALE, euler_steps
+from busigen.training.models import mask_condition, region_condition
+
+
+class Encoder(nn.Module):
+    """Pixels to normalised latents: ``(B, 1, S, S)`` in [-1, 1] to ``(B, C, S/8, S/8)`` of zero mean, unit variance."""
+
+    def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = autoencoder.encoder
+        self.register_buffer("mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("std", std.view(1, -1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode."""
+        return (self.network(pixels) - self.mean) / self.std
+
+
+class Decoder(nn.Module):
+    """Normalised latents to pixels: the inverse of :class:`Encoder`, clipped to [-1, 1]."""
+
+    def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = autoencoder.decoder
+        self.register_buffer("mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("std", std.view(1, -1, 1, 1))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode."""
+        return self.network(latents * self.std + self.mean).clamp(-1.0, 1.0)
+
+
+class Velocity(nn.Module):
+    """One evaluation of a denoiser: ``(x, t, label, tokens, keep, *condition)`` to the velocity, shaped like ``x``."""
+
+    def __init__(self, unet: ModelMixin) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
+        """Evaluate; ``t`` is ``(B,)`` in [0, 1], ``label`` ``(B,)`` int64, ``condition`` is joined along the channels."""
+        return self.unet(
+            torch.cat((x, *condition), dim=1) if condition else x,
+            t * TIME_SCALE,
+            tokens,
+            class_labels=label,
+            encoder_attention_mask=keep,
+        ).sample
+
+
+def window_condition(known: Tensor, mask: Tensor, region: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stages 2 and 3 see besides the noise: latents ``(B, C, s, s)``, window mask and region ``(B, 1, S, S)``."""
+    return known, mask_condition(mask), region_condition(region)
+
+
+def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> Tensor:
+    """Stage 3's known latents: the painted ones inside the edit region, the image's outside, nothing in the ring.
+
+    ``edit`` and ``ring`` are the cell masks ``(B, 1, s, s)`` of :func:`region_condition`.
+    """
+    return (known * (1.0 - edit) + painted * edit) * (1.0 - ring)
+
+
+def distance_to_pixels(sample: Tensor) -> Tensor:
+    """A stage-1 sample ``(B, 4, 32, 32)`` as a signed distance on the pixels' grid, ``(B, 1, 256, 256)``, inside > 0."""
+    grid = F.pixel_shuffle(sample, 2)
+    return F.interpolate(grid, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
+
+
+def pixels_to_distance(grid: Tensor) -> Tensor:
+    """A signed distance ``(B, 1, 64, 64)`` as a stage-1 sample; the inverse of the first half of the above."""
+    assert grid.shape[-1] == MASK_GRID
+    return F.pixel_unshuffle(grid, 2)
+
+
+@torch.no_grad()
+def integrate(velocity: Velocity, noise: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, steps: int, *condition: Tensor) -> Tensor:
+    """Run the few-step solver from ``noise``; the exported graphs hold exactly this loop."""
+    x = noise
+    for step in euler_steps(steps):
+        t = torch.full((x.shape[0],), step.t, dtype=x.dtype, device=x.device)
+        x = step.a * x + step.b * velocity(x, t, label, tokens, keep, *condition)
+    return x
+
+
+@dataclass
+class Networks:
+    """The networks of one checkpoint, in evaluation mode, with the samplers of each stage.
+
+    ``denoisers`` is keyed by stage or by ``<stage>-<class>`` where adapters are merged.
+    """
+
+    preset: Preset
+    autoencoder: ModelMixin
+    latents_mean: Tensor
+    latents_std: Tensor
+    context: ModelMixin | None = None
+    denoisers: dict[str, ModelMixin] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Wrap the halves of the autoencoder once."""
+        self.encoder = Encoder(self.autoencoder, self.latents_mean, self.latents_std).eval()
+        self.decoder = Decoder(self.autoencoder, self.latents_mean, self.latents_std).eval()
+
+    @torch.no_grad()
+    def tokens(self, image: Tensor, keep: Tensor) -> Tensor:
+        """Context tokens of images ``(B, 1, 256, 256)``."""
+        assert self.context is not None
+        return self.context.eval()(image, keep)
+
+    def sample(self, name: str, noise: Tensor, label: str, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
+        """Sample one denoiser for one class."""
+        unet = self.denoisers.get(f"{name}-{label}", self.denoisers.get(name))
+        if unet is None:
+            raise KeyError(f"no denoiser {name!r} for class {label!r}")
+        labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
+        return integrate(Velocity(unet).eval(), noise, labels, tokens, keep, SOLVER_STEPS[name], *condition)
+
+    def no_context(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The single empty token that the prior, which has no image to look at, attends to."""
+        return torch.zeros(batch, 1, self.preset.context_dim, device=device), torch.ones(batch, 1, device=device)

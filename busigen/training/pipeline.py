@@ -1,0 +1,256 @@
+"""A recipe from its first task to a finished checkpoint, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import peft
+import polars as pl
+import torch
+from rich.console import Console
+
+from busigen import __version__
+from busigen.data.prepared import Prepared
+from busigen.errors import InputError, OutputError, UsageError
+from busigen.registry import LESION_CLASSES
+from busigen.training import adapters, checkpoint
+from busigen.training.examples import Frames, Progress, select, to_tensor
+from busigen.training.heal import heal, healed_reader, save_healed
+from busigen.training.models import build
+from busigen.training.networks import Networks
+from busigen.training.recipe import Recipe, TaskSpec
+from busigen.training.state import fresh_folder, write_json
+from busigen.training.tasks import KINDS, Setting
+from busigen.training.trainer import Trainer
+
+log = logging.getLogger("busigen.training")
+
+RUN = "run.json"
+HEALED = "healed.npz"
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` as a device.
+
+    Raises:
+        UsageError: the name is unknown, or CUDA is asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}.", fix="Choose one of: auto, cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no CUDA device.", fix="Use --device cpu, or install a CUDA build of torch.")
+    return torch.device(name)
+
+
+def train(data: Path, out: Path, recipe: Recipe, *, device: str = "auto", console: Console | None = None) -> dict[str, Any]:
+    """Run a recipe on a prepared folder; a rerun continues where the last one stopped.
+
+    Args:
+        data: what ``busigen prepare`` wrote.
+        out: the run's folder, which becomes the checkpoint.
+        recipe: what to train.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        console: where progress goes; stderr by default.
+
+    Returns:
+        The content of the checkpoint's ``busigen.json``.
+
+    Raises:
+        InputError: the prepared folder lacks a lesion class in its training split.
+        OutputError: ``out`` belongs to a run with another recipe or other data.
+    """
+    prepared = Prepared.open(data)
+    present = set(select(prepared, "train")["class"])
+    for label in LESION_CLASSES:
+        if label not in present:
+            raise InputError(f"{data} has no {label} image in its training split.", fix="Prepare more images of that class.")
+    _claim(out, recipe, prepared)
+    run = _Run(prepared, out, recipe, pick_device(device), console or Console(stderr=True))
+    return run.execute()
+
+
+def _claim(out: Path, recipe: Recipe, prepared: Prepared) -> None:
+    config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
+    path = out / RUN
+    try:
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before != config:
+                changed = _differences(before, config)
+                raise OutputError(f"{out} belongs to another run ({changed}).", fix="Use another --out, or the same options.")
+            return
+        if out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to.") from error
+
+
+def _differences(before: Any, now: Any, at: str = "") -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = [_differences(before.get(k), now.get(k), f"{at}.{k}".strip(".")) for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        return "; ".join(parts)
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        parts = [_differences(a, b, f"{at}[{k}]") for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b]
+        return "; ".join(parts[:4]) + ("; ..." if len(parts) > 4 else "")
+    return f"{at}: {before!r} there, {now!r} now"
+
+
+class _Run:
+    """The state that tasks share while a recipe runs."""
+
+    def __init__(self, prepared: Prepared, out: Path, recipe: Recipe, device: torch.device, console: Console) -> None:
+        self.prepared, self.out, self.recipe, self.device, self.console = prepared, out, recipe, device, console
+        self.base = out / checkpoint.BASE
+        self.figures: dict[str, Any] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Do every task that is not done yet, in order, then write the record."""
+        if (self.out / checkpoint.RECORD).exists():
+            log.info("%s is a finished checkpoint already", self.out)
+            return checkpoint.read_record(self.out)
+        for number, spec in enumerate(self.recipe.tasks, start=1):
+            marker = self.out / "done" / f"{spec.name}.json"
+            marker.parent.mkdir(exist_ok=True)
+            if not marker.exists():
+                log.info("task %d of %d: %s", number, len(self.recipe.tasks), spec.name)
+                started = time.monotonic()
+                figures = self._do(spec)
+                write_json(marker, {**figures, "seconds": round(time.monotonic() - started, 1)})
+            self.figures[spec.name] = json.loads(marker.read_text(encoding="utf-8"))
+        record = self._record()
+        checkpoint.write_record(self.out, record)
+        return checkpoint.read_record(self.out)
+
+    def _record(self) -> dict[str, Any]:
+        latents = self.figures["autoencoder"]["latents"]
+        return {
+            "preset": self.recipe.preset,
+            "recipe": self.recipe.to_dict(),
+            "data": {key: self.prepared.info.get(key) for key in ("split_hash", "images", "seed", "counts")},
+            "latents": latents,
+            "tasks": self.figures,
+            "device": str(self.device),
+            "versions": {
+                "busigen": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "peft": peft.__version__,
+            },
+        }
+
+    def _do(self, spec: TaskSpec) -> dict[str, Any]:
+        if spec.kind == "heal":
+            return self._heal(spec)
+        if spec.kind == "adapter":
+            return self._adapt(spec)
+        torch.manual_seed(self.recipe.seed)
+        module = build(spec.component, self.recipe.sizes).to(self.device)
+        figures = self._train(spec, module, spec.kind)
+        checkpoint.save_component(module, self.base / spec.component)
+        if spec.component == "autoencoder":
+            figures["latents"] = self._latent_statistics(module)
+        return figures
+
+    def _train(self, spec: TaskSpec, module: torch.nn.Module, kind: str) -> dict[str, Any]:
+        task = KINDS[kind](spec, self._setting(spec), module)
+        trainer = Trainer(task, seed=self.recipe.seed, folder=self.out, device=self.device, console=self.console)
+        figures = trainer.run()
+        module.eval()
+        return figures
+
+    def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
+        kind = next(task.kind for task in self.recipe.tasks if task.name == spec.component)
+        base = checkpoint.load_component(spec.component, self.base / spec.component).to(self.device)
+        model = adapters.with_adapter(base, self.recipe.lora, self.recipe.seed)
+        figures = self._train(spec, model, kind)
+        with fresh_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
+            adapters.save_adapter(model, folder)
+        checkpoint.save_component(adapters.merge(model), self.out / checkpoint.MERGED / spec.name)
+        return figures
+
+    def _heal(self, spec: TaskSpec) -> dict[str, Any]:
+        limit = self.recipe.max_images
+        rows = pl.concat([select(self.prepared, split, limit=limit) for split in ("train", "val")])
+        frames = Frames(self.prepared, rows)
+        images = heal(
+            frames,
+            self._networks("lesion"),
+            variants=self.recipe.heal_variants,
+            seed=self.recipe.seed,
+            device=self.device,
+            progress=self._report(f"healing {len(frames)} images, {self.recipe.heal_variants} times each"),
+        )
+        save_healed(self.out / HEALED, rows["row"], images)
+        return {"images": len(frames), "variants": self.recipe.heal_variants}
+
+    def _networks(self, *denoisers: str) -> Networks:
+        latents = self.figures["autoencoder"]["latents"]
+        names = ("autoencoder", "context", *denoisers)
+        loaded = {name: checkpoint.load_component(name, self.base / name).to(self.device) for name in names}
+        return Networks(
+            preset=self.recipe.sizes,
+            autoencoder=loaded["autoencoder"],
+            latents_mean=torch.tensor(latents["mean"], device=self.device),
+            latents_std=torch.tensor(latents["std"], device=self.device),
+            context=loaded["context"],
+            denoisers={name: loaded[name] for name in denoisers},
+        )
+
+    def _setting(self, spec: TaskSpec) -> Setting:
+        ready = "autoencoder" in self.figures and "context" in self.figures
+        healed = self.out / HEALED
+        return Setting(
+            prepared=self.prepared,
+            networks=self._networks() if ready else None,  # type: ignore[arg-type]
+            device=self.device,
+            seed=self.recipe.seed,
+            report=self._report,
+            max_images=self.recipe.max_images,
+            healed=healed_reader(healed) if healed.exists() and spec.component in ("mask", "prior") else None,
+        )
+
+    @torch.no_grad()
+    def _latent_statistics(self, autoencoder: torch.nn.Module) -> dict[str, list[float]]:
+        """Mean and deviation of every latent channel over the training images' valid cells."""
+        frames = Frames(self.prepared, select(self.prepared, "train"))
+        rng = np.random.default_rng(self.recipe.seed)
+        chosen = rng.permutation(len(frames))[:256]
+        cells = []
+        for position in chosen:
+            frame = frames[int(position)]
+            latents = autoencoder.encode(to_tensor(frame.image)[None].to(self.device)).latent[0]
+            inside = torch.from_numpy(frame.valid[4::8, 4::8]).to(self.device)
+            cells.append(latents[:, inside])
+        joined = torch.cat(cells, dim=1)
+        return {"mean": joined.mean(dim=1).tolist(), "std": joined.std(dim=1).clamp(min=1e-3).tolist()}
+
+    def _report(self, what: str) -> Progress:
+        """A progress callback that logs at most every ten seconds, with rate and ETA."""
+        started = time.monotonic()
+        spoken = [started]
+
+        def report(done: int, total: int) -> None:
+            now = time.monotonic()
+            if now - spoken[0] > 10 or (done == total and now - started > 2):
+                rate = done / max(now - started, 1e-9)
+                log.info("%s: %d/%d, %.1f/s, ETA %.0f s", what, done, total, rate, (total - done) / max(rate, 1e-9))
+                spoken[0] = now
+
+        return report
+
+
+# Deterministic kernels where there are any: a resumed run should end where an undisturbed one does.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

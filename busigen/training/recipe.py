@@ -1,0 +1,146 @@
+"""What is trained, in which order and for how long: one declarative table per preset, no script per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from busigen.errors import UsageError
+from busigen.registry import LESION_CLASSES, PRESETS, STAGES, Preset
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One step of a recipe.
+
+    ``kind`` names the task class (:data:`busigen.training.tasks.KINDS`); ``component`` the network it trains; ``label``
+    an adapter's class. ``variants`` is the number of encodings per image, ``batch`` counts 128-pixel windows (or images).
+    """
+
+    name: str
+    kind: str
+    component: str
+    steps: int
+    batch: int
+    lr: float
+    label: str | None = None
+    variants: int = 1
+    schedule: str = "cosine"
+    warmup: int = 100
+    ema: float = 0.999
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The adapters: rank, alpha and the modules they attach to."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset's whole training run.
+
+    ``heal_variants`` is the number of healed versions of each image; ``max_images`` bounds the images of a split that
+    any one task looks at (``None``: all), which keeps trials short.
+    """
+
+    preset: str
+    seed: int
+    tasks: tuple[TaskSpec, ...]
+    lora: LoraSpec = LoraSpec()
+    heal_variants: int = 2
+    max_images: int | None = None
+
+    @property
+    def sizes(self) -> Preset:
+        """The preset's network sizes."""
+        return PRESETS[self.preset]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy, kept in every checkpoint."""
+        return asdict(self)
+
+
+def _adapters(steps: int, batch: int, lr: float, variants: int) -> Iterator[TaskSpec]:
+    for stage in STAGES:
+        for label in LESION_CLASSES:
+            yield TaskSpec(
+                name=f"{stage}-{label}",
+                kind="adapter",
+                component=stage,
+                label=label,
+                steps=steps,
+                batch=batch,
+                lr=lr,
+                variants=variants,
+                schedule="constant_with_warmup",
+                warmup=10,
+                ema=0.99,
+                sources=("busi",),
+            )
+
+
+def _compact() -> tuple[TaskSpec, ...]:
+    """Sized for minutes of a large GPU; a CPU run scales the steps down (``--scale``)."""
+    return (
+        TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=20_000, batch=16, lr=1.5e-3, ema=0.995),
+        TaskSpec("context", "context", "context", steps=8_000, batch=32, lr=1e-3, ema=0.995),
+        TaskSpec("lesion", "window", "lesion", steps=20_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
+        TaskSpec("mask", "mask", "mask", steps=16_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("prior", "background", "prior", steps=40_000, batch=24, lr=1e-3, variants=4),
+        *_adapters(steps=1_500, batch=32, lr=1e-3, variants=4),
+    )
+
+
+def _tiny() -> tuple[TaskSpec, ...]:
+    return (
+        TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=200, batch=8, lr=3e-3, warmup=20, ema=0.98),
+        TaskSpec("context", "context", "context", steps=60, batch=8, lr=2e-3, warmup=10, ema=0.95),
+        TaskSpec("lesion", "window", "lesion", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
+        TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
+        TaskSpec("mask", "mask", "mask", steps=200, batch=16, lr=2e-3, warmup=20, ema=0.98),
+        TaskSpec("blend", "window", "blend", steps=80, batch=16, lr=2e-3, warmup=20, ema=0.98),
+        TaskSpec("prior", "background", "prior", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
+        *_adapters(steps=20, batch=16, lr=1e-3, variants=1),
+    )
+
+
+_RECIPES: dict[str, Callable[[int], Recipe]] = {
+    "compact": lambda seed: Recipe("compact", seed, _compact()),
+    "tiny": lambda seed: Recipe("tiny", seed, _tiny(), heal_variants=1, max_images=160),
+}
+
+
+def recipe_for(preset: str, *, seed: int = 0, scale: float = 1.0) -> Recipe:
+    """The recipe of a preset.
+
+    Args:
+        preset: a name in ``registry.PRESETS``.
+        seed: seeds weights, order, augmentation and noise.
+        scale: factor on every task's steps; at least 2 steps remain. Warm-ups never exceed a tenth of the steps.
+
+    Raises:
+        UsageError: unknown preset, or a scale that is not positive.
+    """
+    if preset not in _RECIPES:
+        raise UsageError(f"unknown preset {preset!r}.", fix=f"Choose one of: {', '.join(sorted(_RECIPES))}.")
+    if not scale > 0:
+        raise UsageError(f"--scale must be above 0, not {scale}.", fix="1 is the whole recipe, 0.05 a twentieth of it.")
+    recipe = _RECIPES[preset](seed)
+    return replace(recipe, tasks=tuple(_scaled(task, scale) for task in recipe.tasks))
+
+
+def _scaled(task: TaskSpec, scale: float) -> TaskSpec:
+    if task.steps == 0:
+        return task
+    steps = max(2, round(task.steps * scale))
+    return replace(task, steps=steps, warmup=min(task.warmup, max(1, steps // 10)))

@@ -1,0 +1,300 @@
+"""The kinds of task that a recipe can name. Each owns its data, loss, validation and sheet; the trainer owns the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from busigen.data.prepared import Prepared
+from busigen.errors import InputError
+from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR
+from busigen.training import objectives, sheets
+from busigen.training.examples import (
+    Frames,
+    Progress,
+    WindowExamples,
+    as_batch,
+    background_examples,
+    bucket_sizes,
+    mask_examples,
+    select,
+    to_tensor,
+    window_examples,
+)
+from busigen.training.models import MaskedAutoencoder
+from busigen.training.networks import Networks, Velocity, blend_input, distance_to_pixels, integrate
+from busigen.training.recipe import TaskSpec
+
+VALIDATION_BATCHES = 6
+PAINTED_NOISE = 0.15
+"""Noise put on the painted latents that stage 3 sees in training, where they are real, because in use they are not
+(conditioning augmentation, Ho et al. 2022)."""
+
+
+@dataclass
+class Setting:
+    """What every task is built from. ``healed`` is there once the heal step has run."""
+
+    prepared: Prepared
+    networks: Networks
+    device: torch.device
+    seed: int
+    report: Callable[[str], Progress]
+    max_images: int | None = None
+    healed: Callable[[int, int], NDArray[np.uint8]] | None = None
+
+    def frames(self, split: str, spec: TaskSpec) -> Frames:
+        """The task's rows of a split; a split without any falls back to the training rows, and a class that the
+        wanted sources lack to all sources, for small sets."""
+        attempts: tuple[tuple[str, tuple[str, ...]], ...] = ((split, spec.sources), ("train", spec.sources), ("train", ()))
+        for name, sources in attempts:
+            rows = select(self.prepared, name, limit=self.max_images, sources=sources, label=spec.label)
+            if rows.height:
+                return Frames(self.prepared, rows)
+        raise InputError(
+            f"task {spec.name} finds no {spec.label or ''} image to train on.", fix="Prepare more images of that class."
+        )
+
+
+class AutoencoderTask:
+    """Random crops through encoder and decoder; some crops carry a grey hole, as the windows of stage 2 do."""
+
+    crop = 128
+
+    def __init__(self, spec: TaskSpec, setting: Setting, module: nn.Module) -> None:
+        self.spec, self.module, self.device = spec, module, setting.device
+        self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
+
+    def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        pixels, weights = [], []
+        for position in rng.integers(0, len(frames), size):
+            frame = frames[int(position)]
+            frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
+            top, left = rng.integers(0, frame.image.shape[0] - self.crop + 1, 2)
+            cut = (slice(top, top + self.crop), slice(left, left + self.crop))
+            window = to_tensor(frame.image[cut])
+            if rng.random() < 0.3:
+                y, x = rng.integers(0, 96, 2)
+                window[:, y : y + rng.integers(16, 80), x : x + rng.integers(16, 80)] = 0.0
+            pixels.append(window)
+            weights.append(torch.from_numpy((~frame.overlay[cut]).astype(np.float32))[None])
+        return torch.stack(pixels).to(self.device), torch.stack(weights).to(self.device)
+
+    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
+        pixels, weight = self._batch(frames, self.spec.batch, generator)
+        latents = self.module.encode(pixels).latent
+        # A little noise makes the decoder forgive what the denoisers get slightly wrong.
+        latents = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(latents)
+        output = self.module.decode(latents).sample
+        return objectives.reconstruction(output.float(), pixels, weight, latents.float(), generator)
+
+    def loss(self, generator: Generator) -> Tensor:
+        """See :class:`busigen.training.trainer.Task`."""
+        return self._loss(self.train, generator)
+
+    def validate(self) -> float:
+        """Mean loss of fixed held-out crops."""
+        return _mean(lambda g: self._loss(self.held_out, g))
+
+    def sheet(self) -> Image.Image:
+        """Held-out crops above their reconstructions."""
+        pixels, _ = self._batch(self.held_out, 8, Generator().manual_seed(1))
+        output = self.module(pixels).sample
+        return sheets.grid([[sheets.to_picture(p) for p in pixels], [sheets.to_picture(p) for p in output]])
+
+
+class ContextTask:
+    """Masked-autoencoder pre-training of the context encoder on all images."""
+
+    def __init__(self, spec: TaskSpec, setting: Setting, module: nn.Module) -> None:
+        self.spec, self.device = spec, setting.device
+        self.module = MaskedAutoencoder(module).to(setting.device)
+        self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
+
+    def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        side = 256 // self.module.patch
+        images, keeps = [], []
+        for position in rng.integers(0, len(frames), size):
+            frame = frames[int(position)]
+            frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
+            keep = np.ones((side, side), dtype=np.float32)
+            # Blocks, because that is how edit regions drop patches; scattered ones on top make the task hard enough.
+            for _ in range(2):
+                y, x = rng.integers(0, side, 2)
+                keep[y : y + rng.integers(side // 4, side // 2 + 1), x : x + rng.integers(side // 4, side // 2 + 1)] = 0
+            keep[rng.random((side, side)) < 0.4] = 0
+            images.append(to_tensor(frame.image))
+            keeps.append(torch.from_numpy(keep.ravel()))
+        return torch.stack(images).to(self.device), torch.stack(keeps).to(self.device)
+
+    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
+        images, keep = self._batch(frames, self.spec.batch, generator)
+        return objectives.masked_patches(self.module(images, keep).float(), images, keep, self.module.patch)
+
+    def loss(self, generator: Generator) -> Tensor:
+        """See :class:`busigen.training.trainer.Task`."""
+        return self._loss(self.train, generator)
+
+    def validate(self) -> float:
+        """Mean squared error on dropped patches of held-out images."""
+        return _mean(lambda g: self._loss(self.held_out, g))
+
+    def sheet(self) -> Image.Image:
+        """Images, what is kept of them, and what is predicted."""
+        images, keep = self._batch(self.held_out, 6, Generator().manual_seed(1))
+        output = self.module(images, keep).transpose(1, 2)
+        patch = self.module.patch
+        full = nn.functional.fold(output, 256, patch, stride=patch)
+        seen = nn.functional.interpolate(keep.view(-1, 1, 256 // patch, 256 // patch), scale_factor=patch)
+        return sheets.grid([[sheets.to_picture(p) for p in row] for row in (images, images * seen, full)])
+
+
+class DenoiserTask:
+    """Common to all denoisers: the velocity objective over examples that a subclass supplies."""
+
+    def __init__(self, spec: TaskSpec, setting: Setting, module: nn.Module) -> None:
+        self.spec, self.setting, self.device = spec, setting, setting.device
+        self.module, self.velocity = module, Velocity(module)
+        self.train, self.held_out = self._examples("train"), self._examples("val")
+
+    def _examples(self, split: str) -> dict[int, WindowExamples]:
+        raise NotImplementedError
+
+    def _build(self, split: str) -> dict[str, object]:
+        frames = self.setting.frames(split, self.spec)
+        return {
+            "networks": self.setting.networks,
+            "variants": self.spec.variants if split == "train" else 1,
+            "seed": self.setting.seed,
+            "device": self.device,
+            "progress": self.setting.report(f"{self.spec.name}: encoding {len(frames)} {split} images"),
+        }
+
+    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
+        """Condition channels and, in ``batch['weight']``, where the loss counts."""
+        return ()
+
+    def _draw(self, examples: dict[int, WindowExamples], generator: Generator) -> dict[str, Tensor]:
+        sides = list(examples)
+        counts = torch.tensor([float(len(examples[side])) for side in sides])
+        side = sides[int(torch.multinomial(counts, 1, generator=generator))]
+        size = bucket_sizes(examples, self.spec.batch)[side]
+        return examples[side].batch(torch.randint(len(examples[side]), (size,), generator=generator), self.device)
+
+    def _loss(self, examples: dict[int, WindowExamples], generator: Generator) -> Tensor:
+        batch = self._draw(examples, generator)
+        condition = self._condition(batch, generator)
+        x, t, target = objectives.noisy(batch["clean"], generator)
+        output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
+        return objectives.velocity(output.float(), target, batch["weight"])
+
+    def loss(self, generator: Generator) -> Tensor:
+        """See :class:`busigen.training.trainer.Task`."""
+        return self._loss(self.train, generator)
+
+    def validate(self) -> float:
+        """Mean velocity error on held-out groups."""
+        return _mean(lambda g: self._loss(self.held_out, g))
+
+    def _sampled(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
+        generator = Generator().manual_seed(1)
+        examples = self.held_out[min(self.held_out)]
+        index = torch.linspace(0, len(examples) - 1, min(count, len(examples))).long()
+        batch = examples.batch(index, self.device)
+        condition = self._condition(batch, generator)
+        noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
+        return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], 8, *condition)
+
+
+class WindowTask(DenoiserTask):
+    """Stages 2 and 3: paint the edit region, or the ring inside its rim, of a window."""
+
+    def _examples(self, split: str) -> dict[int, WindowExamples]:
+        frames = self.setting.frames(split, self.spec)
+        return window_examples(frames, normal_windows=self.spec.label is None, **self._build(split))  # type: ignore[arg-type]
+
+    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
+        region, known, outside = batch["edit"], batch["known"], 0.25
+        if self.spec.component == "blend":
+            noise = torch.randn(known.shape, generator=generator).to(known)
+            known = blend_input(known, batch["clean"] + PAINTED_NOISE * noise, batch["edit"], batch["ring"])
+            region, outside = batch["ring"], 0.1
+        batch["weight"] = batch["weight"] * torch.where(region > 0, 1.0, outside)
+        return known, batch["mask"], region
+
+    def sheet(self) -> Image.Image:
+        """Real windows, the same with the model's latents, outlines of masks drawn in."""
+        batch, latents = self._sampled(8)
+        decode = self.setting.networks.decoder
+        rows = [[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)]
+        masks = nn.functional.pixel_shuffle(batch["mask"], 2)
+        masks = nn.functional.interpolate(masks, scale_factor=LATENT_FACTOR // 2)[:, 0].cpu().numpy() >= 0.5
+        rows.append([sheets.outlined(p, m) for p, m in zip(rows[1], masks, strict=True)])
+        return sheets.grid(rows)
+
+
+class MaskTask(DenoiserTask):
+    """Stage 1: the lesion's signed distance from the healed image's tokens."""
+
+    def _examples(self, split: str) -> dict[int, WindowExamples]:
+        assert self.setting.healed is not None
+        frames = self.setting.frames(split, self.spec)
+        tensors = mask_examples(frames, self.setting.healed, **self._build(split))  # type: ignore[arg-type]
+        tensors["keep"] = torch.ones(tensors["tokens"].shape[:2], dtype=torch.bool)
+        tensors["weight"] = torch.ones(tensors["clean"].shape[0], 1, 1, 1)
+        return {BUCKETS[0]: WindowExamples(tensors)}
+
+    def sheet(self) -> Image.Image:
+        """Real and sampled signed distances with their zero line."""
+        batch, samples = self._sampled(10)
+        rows = []
+        for distance in (batch["clean"], samples):
+            pictures = distance_to_pixels(distance)
+            rows.append([sheets.outlined(sheets.to_picture(p), p[0].cpu().numpy() > 0) for p in pictures])
+        return sheets.grid(rows)
+
+
+class BackgroundTask(DenoiserTask):
+    """The healthy prior: whole healthy images out of noise."""
+
+    def _examples(self, split: str) -> dict[int, WindowExamples]:
+        assert self.setting.healed is not None
+        frames = self.setting.frames(split, self.spec)
+        tensors = background_examples(frames, self.setting.healed, **self._build(split))  # type: ignore[arg-type]
+        count = tensors["clean"].shape[0]
+        tokens, keep = self.setting.networks.no_context(1)
+        tensors["tokens"], tensors["keep"] = tokens.expand(count, -1, -1), keep.expand(count, -1)
+        tensors["label"] = torch.full((count,), CLASSES.index("normal"))
+        return {BUCKETS[0]: WindowExamples(tensors)}
+
+    def sheet(self) -> Image.Image:
+        """Held-out backgrounds (through the autoencoder) above sampled ones."""
+        batch, latents = self._sampled(6)
+        decode = self.setting.networks.decoder
+        return sheets.grid([[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)])
+
+
+@torch.no_grad()
+def _mean(loss: Callable[[Generator], Tensor]) -> float:
+    values = [loss(Generator().manual_seed(1000 + k)) for k in range(VALIDATION_BATCHES)]
+    return float(torch.stack(values).mean())
+
+
+KINDS = {
+    "autoencoder": AutoencoderTask,
+    "context": ContextTask,
+    "window": WindowTask,
+    "mask": MaskTask,
+    "background": BackgroundTask,
+}
+"""Task classes by the kind that a recipe names. An adapter uses the class of its stage's base task."""
+
+__all__ = ["KINDS", "Setting", "as_batch"]

@@ -1,0 +1,187 @@
+"""The one trainer. It knows steps, EMA, schedules and state; tasks know what is trained and on what."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Generator, Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from busigen.training.recipe import TaskSpec
+from busigen.training.state import load_state, optimizer_tensors, restore_optimizer, save_state, trainable
+
+log = logging.getLogger("busigen.training")
+
+SAVE_SECONDS = 60.0
+VALIDATIONS = 8
+"""Validations (with a sample sheet each) per task, evenly spaced, the last one at its end."""
+
+
+class Task(Protocol):
+    """What the trainer drives."""
+
+    spec: TaskSpec
+    module: nn.Module
+
+    def loss(self, generator: Generator) -> Tensor:
+        """Loss of one training batch; the batch is a pure function of the generator."""
+
+    def validate(self) -> float:
+        """Loss on held-out groups, with fixed draws."""
+
+    def sheet(self) -> Image.Image:
+        """Pictures that show a person what the network does now."""
+
+
+def step_generator(seed: int, task: str, step: int) -> Generator:
+    """The generator of one step. Keyed by the step, so that a resumed run draws what an undisturbed one would."""
+    digest = hashlib.sha256(f"{seed}/{task}/{step}".encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Trainer:
+    """Trains one task to its last step, resuming where its state file ends.
+
+    Args:
+        task: what to train.
+        seed: the recipe's seed.
+        folder: the run's folder; state, sheets and TensorBoard scalars go below it.
+        device: where the task's module lives.
+        console: where progress is shown.
+    """
+
+    def __init__(self, task: Task, *, seed: int, folder: Path, device: torch.device, console: Console) -> None:
+        self.task, self.spec, self.seed, self.device, self.console = task, task.spec, seed, device, console
+        self.state_path = folder / "state" / f"{self.spec.name}.safetensors"
+        self.sheets = folder / "samples" / self.spec.name
+        self.events = folder / "tensorboard"
+        for path in (self.state_path.parent, self.sheets, self.events):
+            path.mkdir(parents=True, exist_ok=True)
+        self.parameters = trainable(task.module)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=self.spec.lr, betas=(0.9, 0.99), weight_decay=self.spec.weight_decay
+        )
+        self.schedule = get_scheduler(
+            self.spec.schedule,
+            self.optimizer,
+            num_warmup_steps=self.spec.warmup,
+            num_training_steps=self.spec.steps,
+        )
+        self.ema = EMAModel(self.parameters.values(), decay=self.spec.ema, use_ema_warmup=True, power=0.75)
+        self.step = 0
+        self.validation: list[tuple[int, float]] = []
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, leave the EMA weights in the module, and return the task's figures."""
+        self._restore()
+        writer = SummaryWriter(str(self.events), purge_step=self.step or None)
+        started = saved = noted = time.monotonic()
+        interval = max(1, self.spec.steps // VALIDATIONS)
+        first = self.step
+        running = 0.0
+        with _progress(self.console) as progress:
+            bar = progress.add_task(self.spec.name, total=self.spec.steps, completed=self.step, note="")
+            try:
+                while self.step < self.spec.steps:
+                    loss = self._train_step()
+                    running = loss if not running else 0.98 * running + 0.02 * loss
+                    rate = (self.step - first) / (time.monotonic() - started)
+                    note = f"loss {running:.4f}  {rate:.2f} step/s"
+                    progress.update(bar, completed=self.step, note=note)
+                    writer.add_scalar(f"{self.spec.name}/loss", loss, self.step)
+                    writer.add_scalar(f"{self.spec.name}/lr", self.schedule.get_last_lr()[0], self.step)
+                    if self.step % interval == 0 or self.step == self.spec.steps:
+                        self._validate(writer)
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        self._save()
+                        saved = time.monotonic()
+                    if not self.console.is_terminal and time.monotonic() - noted > 20:
+                        left = (self.spec.steps - self.step) / max(rate, 1e-9)
+                        log.info("%s %d/%d  %s  ETA %.0f s", self.spec.name, self.step, self.spec.steps, note, left)
+                        noted = time.monotonic()
+            except KeyboardInterrupt:
+                self._save()
+                raise
+        self._save()
+        writer.close()
+        self.ema.copy_to(self.parameters.values())
+        return {"steps": self.step, "validation": self.validation}
+
+    def _train_step(self) -> float:
+        self.task.module.train()
+        generator = step_generator(self.seed, self.spec.name, self.step)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.task.loss(generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.spec.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.step(self.parameters.values())
+        self.step += 1
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _validate(self, writer: SummaryWriter) -> None:
+        """Validate and draw with the EMA weights, then put the trained ones back."""
+        self.task.module.eval()
+        self.ema.store(self.parameters.values())
+        self.ema.copy_to(self.parameters.values())
+        figure = self.task.validate()
+        self.task.sheet().save(self.sheets / f"{self.step:06d}.png")
+        self.ema.restore(self.parameters.values())
+        self.validation.append((self.step, figure))
+        writer.add_scalar(f"{self.spec.name}/validation", figure, self.step)
+        log.info("%s step %d: validation %.4f", self.spec.name, self.step, figure)
+
+    def _save(self) -> None:
+        names = list(self.parameters)
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
+        tensors |= {f"ema.{name}": p for name, p in zip(names, self.ema.shadow_params, strict=True)}
+        tensors |= {f"buffer.{name}": b for name, b in self.task.module.named_buffers()}
+        tensors |= optimizer_tensors(self.optimizer, names)
+        meta = {"step": self.step, "ema_step": self.ema.optimization_step, "validation": self.validation}
+        save_state(self.state_path, tensors, meta)
+
+    def _restore(self) -> None:
+        if not self.state_path.exists():
+            return
+        tensors, meta = load_state(self.state_path)
+        self.step, self.validation = meta["step"], [tuple(entry) for entry in meta["validation"]]
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+            for name, shadow in zip(self.parameters, self.ema.shadow_params, strict=True):
+                shadow.copy_(tensors[f"ema.{name}"])
+            for name, buffer in self.task.module.named_buffers():
+                buffer.copy_(tensors[f"buffer.{name}"])
+        restore_optimizer(self.optimizer, list(self.parameters), tensors)
+        self.ema.optimization_step = meta["ema_step"]
+        # LambdaLR's rate is a closed form of the step, so there is nothing to replay.
+        self.schedule.last_epoch = self.step
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_lr(), strict=True):
+            group["lr"] = lr
+        log.info("%s resumes at step %d of %d", self.spec.name, self.step, self.spec.steps)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description:18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,199 @@
+"""One command makes a table and arrays of real folders, whatever lies in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from busigen.data.prepare import prepare
+from busigen.data.prepared import Prepared
+from busigen.data.schema import COLUMNS
+from busigen.errors import InputError, OutputError
+from tests.conftest import Sources
+from tests.drawn import draw_pairs
+
+
+@pytest.fixture
+def busi(drawn_busi: Path, tmp_path: Path) -> Path:
+    """A copy of the drawn set, to be damaged."""
+    return Path(shutil.copytree(drawn_busi, tmp_path / "BUSI"))
+
+
+def test_every_image_of_both_sets_is_prepared(any_sources: Sources) -> None:
+    prepared = any_sources.prepared
+    table = prepared.table
+    assert prepared.info["refused"] == []
+    assert dict(table.schema) == COLUMNS
+    assert table["row"].to_list() == list(range(table.height))
+    assert table["id"].n_unique() == table.height
+    files = [*table["image_file"], *table.explode("mask_files")["mask_files"].drop_nulls()]
+    roots = {any_sources.busi.name: any_sources.busi.parent, any_sources.busbra.name: any_sources.busbra.parent}
+    assert all((roots[file.split("/")[0]] / file).is_file() for file in files)
+
+
+def test_lesions_are_where_their_masks_say(any_sources: Sources) -> None:
+    prepared = any_sources.prepared
+    for row in prepared.table.iter_rows(named=True):
+        mask = prepared.masks[row["row"]]
+        assert sorted(set(np.unique(mask)) - {0}) == list(range(1, row["lesions"] + 1))
+        assert (row["lesions"] == 0) == (row["class"] == "normal")
+        assert (row["mask_area"] > 0) == (row["lesions"] > 0)
+    assert prepared.table["lesions"].max() == 2
+
+
+def test_lesions_are_darker_than_what_surrounds_them(any_sources: Sources) -> None:
+    prepared = any_sources.prepared
+    darker = []
+    for image, mask in zip(prepared.images, prepared.masks, strict=True):
+        if mask.any():
+            ring = ndimage.binary_dilation(mask > 0, iterations=6) & (mask == 0)
+            darker.append(image[mask > 0].mean() < image[ring].mean())
+    # Breast lesions are hypoechoic with few exceptions; a mask that is shifted or inverted would not show it.
+    assert np.mean(darker) > 0.85
+
+
+def test_the_same_input_gives_the_same_bytes(drawn_busi: Path, tmp_path: Path) -> None:
+    reports = [prepare([drawn_busi], tmp_path / name) for name in "ab"]
+    assert reports[0].split_hash == reports[1].split_hash
+    for file in ("table.parquet", "images.npy", "masks.npy", "overlays.npy", "prepared.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert str(tmp_path) not in (tmp_path / "a" / "prepared.json").read_text()
+    assert prepare([drawn_busi], tmp_path / "c", seed=1).split_hash != reports[0].split_hash
+
+
+def _empty(path: Path) -> None:
+    with Image.open(path) as mask:
+        size = mask.size
+    Image.new("L", size).save(path)
+
+
+def _fill(path: Path) -> None:
+    with Image.open(path) as mask:
+        size = mask.size
+    Image.new("L", size, 255).save(path)
+
+
+DAMAGES = {
+    "truncated image": ("benign (8).png", lambda path: path.write_bytes(path.read_bytes()[:2000]), "damaged"),
+    "text named .png": ("benign (8).png", lambda path: path.write_text("report"), "not a PNG"),
+    "empty file": ("benign (8).png", lambda path: path.write_bytes(b""), "0 bytes"),
+    "icon": ("benign (8).png", lambda path: Image.new("L", (16, 16)).save(path), "at least 32"),
+    "missing mask": ("benign (8)_mask.png", lambda path: path.unlink(), "no mask"),
+    "truncated mask": ("benign (8)_mask.png", lambda path: path.write_bytes(path.read_bytes()[:60]), "damaged"),
+    "empty mask": ("benign (8)_mask.png", _empty, "empty"),
+    "inverted mask": ("benign (8)_mask.png", _fill, "100%"),
+    "mask of another size": ("benign (8)_mask.png", lambda path: Image.new("L", (99, 77)).save(path), "99x77"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damage_is_named_and_the_rest_prepared(busi: Path, tmp_path: Path, damage: str) -> None:
+    name, spoil, says = DAMAGES[damage]
+    spoil(busi / "benign" / name)
+    report = prepare([busi], tmp_path / "out")
+    assert report.images == 31
+    assert [refusal.file for refusal in report.refused] == ["BUSI/benign/benign (8).png"]
+    assert says in report.refused[0].problem
+    assert report.refused[0].fix
+    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["refused"] == [report.refused[0].to_dict()]
+    with pytest.raises(InputError, match=r"benign \(8\)\.png"):
+        prepare([busi], tmp_path / "strict", strict=True)
+
+
+def test_a_normal_image_with_a_lesion_is_refused(busi: Path, tmp_path: Path) -> None:
+    with Image.open(busi / "normal" / "normal (1).png") as image:
+        mask = Image.new("1", image.size)
+    mask.paste(1, (50, 50, 120, 110))
+    mask.save(busi / "normal" / "normal (1)_mask.png")
+    assert "marks a lesion" in prepare([busi], tmp_path / "out").refused[0].problem
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    place = tmp_path / "BUSI" / "benign"
+    place.mkdir(parents=True)
+    (place / "benign (1).png").write_text("no image")
+    with pytest.raises(InputError, match=r"No usable image.*benign \(1\)\.png"):
+        prepare([tmp_path / "BUSI"], tmp_path / "out")
+    with pytest.raises(InputError, match="No source"):
+        prepare([], tmp_path / "out")
+
+
+def test_a_source_given_twice_is_an_error(drawn_busi: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="given twice"):
+        prepare([drawn_busi, drawn_busi.parent], tmp_path / "out")
+    again = Path(shutil.copytree(drawn_busi, tmp_path / "other"))
+    with pytest.raises(InputError, match="Two sources name"):
+        prepare([drawn_busi, again], tmp_path / "out")
+
+
+def test_an_output_that_is_something_else_is_left_alone(drawn_busi: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "work" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("chapter 1")
+    for out in (thesis.parent, thesis):
+        with pytest.raises(OutputError):
+            prepare([drawn_busi], out)
+    assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"]
+
+
+def test_the_rest_of_a_killed_run_is_replaced(drawn_busi: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images.npy.partial").write_bytes(b"half")
+    (tmp_path / "out" / "masks.npy").write_bytes(b"half")
+    prepare([drawn_busi], tmp_path / "out")
+    assert len(Prepared.open(tmp_path / "out", check=True)) == 32
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_adding_images_moves_nobody(busi: Path, drawn_busi: Path, tmp_path: Path) -> None:
+    for number in range(2, 17, 3):
+        for path in (busi / "benign").glob(f"benign ({number})*"):
+            path.unlink()
+    (busi / "malignant" / "malignant (1).png").unlink()
+    (busi / "malignant" / "malignant (1)_mask.png").unlink()
+    first = prepare([busi], tmp_path / "out")
+    before = dict(Prepared.open(tmp_path / "out").table.select("id", "split").iter_rows())
+    second = prepare([drawn_busi], tmp_path / "out")
+    table = Prepared.open(tmp_path / "out", check=True).table
+    after = dict(table.select("id", "split").iter_rows())
+    assert first.images < second.images == 32
+    assert second.kept_splits == first.images + 1, "malignant 1 is benign 3 byte for byte, so it is known too"
+    assert all(after[name] == split for name, split in before.items())
+    assert table.filter(pl.col("split") != "excluded").group_by("group").n_unique()["split"].max() == 1
+
+
+def test_file_names_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
+    folder = draw_pairs(tmp_path / "clinic")
+    scan = folder / "images" / "normal" / "scan2.png"
+    try:
+        shutil.copy(scan, os.fsdecode(os.fsencode(scan).replace(b"scan2", b"M\xfcller")))
+        shutil.copy(scan, os.fsdecode(os.fsencode(folder / "images") + b"/M\xfcller 2.png"))
+    except OSError:
+        return  # This file system takes only text.
+    report = prepare([folder], tmp_path / "out")
+    assert report.images == 7
+    assert [refusal.file for refusal in report.refused] == ["clinic/images/M\\udcfcller 2.png"]
+    assert "clinic/normal/M\\udcfcller" in Prepared.open(tmp_path / "out").table["id"]
+
+
+def test_another_seed_over_the_same_folder_is_refused(drawn_busi: Path, tmp_path: Path) -> None:
+    prepare([drawn_busi], tmp_path / "out")
+    with pytest.raises(OutputError, match="seed 0, not 7"):
+        prepare([drawn_busi], tmp_path / "out", seed=7)
+
+
+def test_progress_counts_every_image_and_pairs_join_in(drawn_busi: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    sources = [drawn_busi, draw_pairs(tmp_path / "clinic", labels=True)]
+    report = prepare(sources, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 38) for done in range(1, 39)]
+    assert report.by_source == {"busi": 32, "clinic": 6}
+    assert sum(report.by_split.values()) == sum(report.by_class.values()) == report.images == 38

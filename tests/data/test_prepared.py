@@ -1,0 +1,82 @@
+"""A prepared folder that was changed is not used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from busigen.data.prepared import Prepared
+from busigen.errors import BusigenError, InputError, IntegrityError
+
+
+@pytest.fixture
+def folder(drawn_prepared: Prepared, tmp_path: Path) -> Path:
+    """A copy of the drawn prepared folder, to be damaged."""
+    return Path(shutil.copytree(drawn_prepared.folder, tmp_path / "prepared"))
+
+
+def test_arrays_are_read_only_and_match_the_table(drawn_prepared: Prepared) -> None:
+    shape = (drawn_prepared.table.height, 256, 256)
+    assert drawn_prepared.images.shape == drawn_prepared.masks.shape == drawn_prepared.overlays.shape == shape
+    assert drawn_prepared.images.dtype == drawn_prepared.masks.dtype == np.uint8
+    assert drawn_prepared.overlays.dtype == np.bool_
+    with pytest.raises(ValueError, match="read-only"):
+        drawn_prepared.images[0, 0, 0] = 1
+    assert drawn_prepared.split_hash == drawn_prepared.info["split_hash"]
+
+
+def test_other_folders_are_not_prepared_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no prepared folder"):
+        Prepared.open(tmp_path)
+    with pytest.raises(InputError, match="no prepared folder"):
+        Prepared.open(tmp_path / "nowhere")
+    for content in ("", "[]", "{", '{"schema": 99}', "[" * 100_000, '"\\ud800"'):
+        (tmp_path / "prepared.json").write_text(content)
+        with pytest.raises(BusigenError):
+            Prepared.open(tmp_path)
+
+
+def _flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: _flip(folder / "table.parquet", 100),
+        lambda folder: (folder / "table.parquet").unlink(),
+        lambda folder: (folder / "masks.npy").unlink(),
+        lambda folder: (folder / "images.npy").write_bytes(b"\x93NUMPY"),
+        lambda folder: (folder / "images.npy").write_bytes((folder / "images.npy").read_bytes()[:-9]),
+        lambda folder: np.save(folder / "masks.npy", np.zeros((3, 256, 256), np.uint8)),
+        lambda folder: np.save(folder / "overlays.npy", np.array([{}], dtype=object), allow_pickle=True),
+    ],
+    ids=["table", "no table", "no masks", "header", "cut short", "other shape", "pickle"],
+)
+def test_damage_is_noticed_on_opening(folder: Path, change: Callable[[Path], object]) -> None:
+    change(folder)
+    with pytest.raises(IntegrityError) as refusal:
+        Prepared.open(folder)
+    assert refusal.value.fix
+
+
+def test_a_changed_pixel_is_noticed_by_a_full_check(folder: Path) -> None:
+    _flip(folder / "images.npy", -5)
+    Prepared.open(folder)
+    with pytest.raises(IntegrityError, match=r"images\.npy"):
+        Prepared.open(folder, check=True)
+
+
+def test_a_rewritten_split_is_noticed(folder: Path) -> None:
+    info = json.loads((folder / "prepared.json").read_text())
+    info["split_hash"] = "0" * 64
+    (folder / "prepared.json").write_text(json.dumps(info))
+    with pytest.raises(IntegrityError, match="splits"):
+        Prepared.open(folder)

@@ -1,0 +1,219 @@
+"""The factory's promises: resumable anywhere, one process, one run per folder, errors that say what helps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from busigen.errors import OutputError, UsageError
+from busigen.runtime.factory import GenerationInterrupted, generate
+from busigen.runtime.layout import FINISHED_FILES
+from busigen.runtime.lock import exclusive
+from busigen.runtime.verify import verify
+from tests.runtime.noise_source import NoiseSource
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(out: Path, count: int, shard_size: int, *more: object) -> list[str]:
+    return [sys.executable, "-m", "tests.runtime.noise_source", *map(str, (out, count, shard_size, *more))]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("whole") / "set"
+    generate(NoiseSource(), out, count=75, seed=7, shard_size=10)
+    return hashes(out)
+
+
+def test_makes_a_whole_dataset(tmp_path: Path) -> None:
+    report = generate(NoiseSource(), tmp_path / "deep" / "set", count=23, seed=7, shard_size=10)
+    assert (report.samples, report.shards, report.written, report.already_complete) == (23, 3, 3, False)
+    assert sum(report.classes.values()) == 23
+    assert report.rejected == {"too dark": 3}
+    folder = report.folder
+    assert {path.name for path in folder.iterdir()} == {*FINISHED_FILES, "shards"}
+    manifest = pl.read_parquet(folder / "manifest.parquet")
+    assert manifest["index"].to_list() == list(range(23))
+    info = json.loads((folder / "dataset.json").read_text())
+    assert info["config"] == {"count": 23, "seed": 7, "shard_size": 10}
+    assert info["fingerprint"] == {"source": {"name": "noise", "sizes": [12, 60]}}
+    assert info["classes"] == report.classes
+
+
+def test_webdataset_reads_it(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    generate(NoiseSource(), tmp_path / "set", count=5, seed=7, shard_size=3)
+    url = (tmp_path / "set" / "shards" / "{000000..000001}.tar").as_posix()
+    samples = list(webdataset.WebDataset(url, shardshuffle=False).decode("l8"))
+    assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(5)]
+    assert all(sample["image.png"].shape == sample["mask.png"].shape == (256, 256) for sample in samples)
+    assert [sample["json"]["index"] for sample in samples] == list(range(5))
+
+
+def test_samples_do_not_depend_on_shard_size(tmp_path: Path) -> None:
+    tables = []
+    for size in (3, 50):
+        generate(NoiseSource(), tmp_path / str(size), count=8, seed=7, shard_size=size)
+        tables.append(pl.read_parquet(tmp_path / str(size) / "manifest.parquet").drop("shard"))
+    assert tables[0].equals(tables[1])
+
+
+def test_killed_anywhere_it_continues_to_the_same_bytes(tmp_path: Path, uninterrupted: dict[str, str]) -> None:
+    out = tmp_path / "set"
+    rng = random.Random(5)
+    kills = 0
+    for _ in range(5):
+        run = subprocess.Popen(command(out, 75, 10, 7, 0.005), cwd=ROOT, stderr=subprocess.PIPE)
+        # Counted from the first byte in the folder, so that start-up time on a busy machine does not eat the instants.
+        while run.poll() is None and not (out / "run.json").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.3, 0.8) if kills == 0 else rng.uniform(0.5, 1.5))
+        kills += run.poll() is None
+        run.kill()
+        run.wait()
+        run.stderr.close()
+    assert kills >= 1
+    before = {name for name in hashes(out) if name.endswith(".json") and name.startswith("shards/")}
+    report = generate(NoiseSource(), out, count=75, seed=7, shard_size=10)
+    assert report.written == 8 - len(before)
+    assert hashes(out) == uninterrupted
+    assert verify(out).ok
+
+
+def test_leftovers_and_half_shards_are_made_anew(tmp_path: Path, uninterrupted: dict[str, str]) -> None:
+    out = tmp_path / "set"
+    generate(NoiseSource(), out, count=75, seed=7, shard_size=10)
+    (out / "shards" / ".tmp-1-000000.tar").write_bytes(b"torn")
+    (out / "shards" / "000001.json").unlink()
+    (out / "shards" / "000002.tar").write_bytes(b"torn")
+    (out / "shards" / "000003.json").write_text("{")
+    (out / "shards" / "000004.parquet").unlink()
+    assert generate(NoiseSource(), out, count=75, seed=7, shard_size=10).written == 4
+    assert hashes(out) == uninterrupted
+
+
+def test_finished_folder_is_left_alone(tmp_path: Path) -> None:
+    generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    report = generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
+    assert report.already_complete
+    assert report.written == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+
+
+def test_other_config_is_refused_with_the_difference(tmp_path: Path) -> None:
+    generate(NoiseSource(bundle="aa"), tmp_path, count=4, seed=7, shard_size=3)
+    before = hashes(tmp_path)
+    with pytest.raises(OutputError, match=r'config.seed: 7 -> 8; fingerprint.bundle: "aa" -> "bb"') as caught:
+        generate(NoiseSource(bundle="bb"), tmp_path, count=4, seed=8, shard_size=3)
+    assert "--out" in caught.value.fix
+    with pytest.raises(OutputError, match=r"config.count: 4 -> 9.*another --seed"):
+        generate(NoiseSource(bundle="aa"), tmp_path, count=9, seed=7, shard_size=3)
+    assert hashes(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["count", "shard_size", "seed"])
+def test_impossible_numbers_are_refused_before_anything_is_written(tmp_path: Path, option: str) -> None:
+    for value in (-1, 0) if option != "seed" else (-1, 2**64):
+        numbers = {"count": 4, "seed": 7, "shard_size": 3, option: value}
+        with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is {value}"):
+            generate(NoiseSource(), tmp_path / "set", **numbers)
+    assert not (tmp_path / "set").exists()
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.docx").write_text("mine")
+    with pytest.raises(OutputError, match=r"thesis.docx"):
+        generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_second_process_is_refused_and_a_killed_one_never_blocks(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    holder = subprocess.Popen(command(out, 1000, 5, 7, 0.05), cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while holder.poll() is None and not (out / "run.json").exists():
+            time.sleep(0.01)
+        with pytest.raises(OutputError, match=f"is being written by process {holder.pid}"):
+            generate(NoiseSource(), out, count=1000, seed=7, shard_size=5)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert (out / ".lock").exists()
+    with exclusive(out):
+        pass
+    assert not (out / ".lock").exists()
+
+
+def test_out_below_a_file_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "set"):
+        with pytest.raises(OutputError, match="file"):
+            generate(NoiseSource(), out, count=4, seed=7, shard_size=3)
+
+
+def test_failed_write_keeps_complete_shards_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+
+    def limit() -> None:
+        # A shard of 2 samples fits, the short preview and everything else would not; Python gets EFBIG.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = subprocess.run(command(out, 4, 2), cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == OutputError.exit_code
+    assert f"Cannot write to {out}: File too large." in done.stderr
+    assert "complete shards are kept" in done.stderr
+    assert not list(out.rglob(".tmp-*"))
+    assert not (out / "dataset.json").exists()
+    assert generate(NoiseSource(), out, count=4, seed=7, shard_size=2).written == 0
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
+def test_full_disk_is_an_output_error(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        with pytest.raises(OutputError, match=r"0\.00 GB free, but the remaining 1000 samples need about 0\.06 GB"):
+            generate(NoiseSource(), disk / "early", count=1000, seed=7, shard_size=10)
+        # The estimate before the first shard passes, the disk fills up all the same.
+        with pytest.raises(OutputError, match="No space left on device"):
+            generate(NoiseSource(), disk / "late", count=17, seed=7, shard_size=17)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_ctrl_c_keeps_what_was_drawn(tmp_path: Path) -> None:
+    class Interrupted(NoiseSource):
+        def draw(self, seed, indices, done):
+            if indices[0] == 6:
+                raise KeyboardInterrupt
+            return super().draw(seed, indices, done)
+
+    with pytest.raises(GenerationInterrupted, match="2 of 4 shards complete") as caught:
+        generate(Interrupted(), tmp_path, count=12, seed=7, shard_size=3)
+    assert caught.value.exit_code == 130
+    assert generate(NoiseSource(), tmp_path, count=12, seed=7, shard_size=3).written == 2

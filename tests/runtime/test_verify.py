@@ -1,0 +1,263 @@
+"""Whatever is done to a dataset, verify names the file; and a reader trusts nothing in it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from busigen.data.geometry import edit_region
+from busigen.data.letterbox import letterbox
+from busigen.errors import InputError, IntegrityError
+from busigen.runtime.dataset import Dataset, read_members
+from busigen.runtime.factory import generate
+from busigen.runtime.preview import contact_sheet, outline, pick_evenly
+from busigen.runtime.progress import LineProgress, console_progress
+from busigen.runtime.sample import Drawn
+from busigen.runtime.verify import verify
+from tests.runtime.noise_source import NoiseSource, noise_sample
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pristine") / "set"
+    generate(NoiseSource(), out, count=8, seed=7, shard_size=3)
+    return out
+
+
+@pytest.fixture
+def dataset(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "set"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def reseal(folder: Path, number: int) -> None:
+    """Make the shard's record fit its files, as someone who tampers would."""
+    path = folder / f"shards/{number:06d}.json"
+    record = json.loads(path.read_text())
+    for kind in ("tar", "parquet"):
+        data = (folder / record[kind]["file"]).read_bytes()
+        record[kind] |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    path.write_text(json.dumps(record))
+
+
+def test_untouched_dataset_is_fine(pristine: Path) -> None:
+    report = verify(pristine)
+    assert report.ok, report.problems
+    assert (report.samples, report.shards, report.duplicates) == (8, 3, 0)
+    assert (report.backgrounds_proven, report.backgrounds_unproven) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "problem"),
+    [
+        (lambda d: flip(d / "shards/000001.tar"), "shards/000001.tar", "sha256"),
+        (lambda d: flip(d / "shards/000001.parquet"), "shards/000001.parquet", "sha256"),
+        (lambda d: (d / "shards/000001.parquet").write_bytes(b"PAR1"), "shards/000001.parquet", "4 bytes"),
+        (lambda d: (d / "shards/000002.json").unlink(), "shards/000002.json", "missing"),
+        (lambda d: (d / "shards/000002.json").write_text("[]"), "shards/000002.json", "not the record"),
+        (lambda d: (d / "shards/000002.tar").unlink(), "shards/000002.tar", "missing"),
+        (lambda d: (d / "shards/000009.tar").write_bytes(b""), "shards/000009.tar", "no part"),
+        (lambda d: (d / "notes.txt").write_bytes(b""), "notes.txt", "no part"),
+        (lambda d: (d / "shards/.tmp-1-000000.tar").write_bytes(b""), "shards/.tmp-1-000000.tar", "temporary"),
+        (lambda d: flip(d / "manifest.parquet"), "manifest.parquet", "sha256"),
+        (lambda d: (d / "manifest.parquet").unlink(), "manifest.parquet", "missing"),
+        (lambda d: (d / "dataset.json").unlink(), "dataset.json", "missing"),
+        (lambda d: (d / "dataset.json").write_text("{"), "dataset.json", "JSON"),
+        (lambda d: (d / "dataset.json").write_text("[]"), "dataset.json", "differs"),
+        (lambda d: (d / "README.md").unlink(), "README.md", "missing"),
+    ],
+)
+def test_damage_is_named(dataset: Path, damage: Callable[[Path], object], file: str, problem: str) -> None:
+    damage(dataset)
+    report = verify(dataset)
+    assert not report.ok
+    assert any(found.file == file and problem in found.problem and found.fix for found in report.problems), report
+
+
+def test_a_changed_row_is_found_behind_fitting_hashes(dataset: Path) -> None:
+    path = dataset / "shards/000001.parquet"
+    pl.read_parquet(path).with_columns(pl.lit("benign").alias("class")).write_parquet(path)
+    reseal(dataset, 1)
+    found = [str(problem) for problem in verify(dataset).problems]
+    assert any("shards/000001.tar: sample 00000000" in text and "(class)" in text for text in found), found
+    assert any(text.startswith("manifest.parquet: does not equal") for text in found)
+    assert any(text.startswith("dataset.json: differs") for text in found)
+
+
+def test_a_foreign_table_is_found_behind_fitting_hashes(dataset: Path) -> None:
+    pl.DataFrame({"index": [3, 4, 5]}).write_parquet(dataset / "shards/000001.parquet")
+    reseal(dataset, 1)
+    assert any(found.file == "shards/000001.parquet" for found in verify(dataset).problems)
+
+
+def test_what_verify_names_generate_mends(dataset: Path) -> None:
+    flip(dataset / "shards/000001.tar")
+    problems = verify(dataset).problems
+    assert problems
+    assert all("Delete shards/000001.json" in problem.fix for problem in problems)
+    (dataset / "shards/000001.json").unlink()
+    generate(NoiseSource(), dataset, count=8, seed=7, shard_size=3)
+    assert verify(dataset).ok
+
+
+def test_duplicates_are_reported(tmp_path: Path) -> None:
+    class Repeating(NoiseSource):
+        def draw(self, seed, indices, done):
+            return Drawn([replace(noise_sample(seed, 0), index=index) for index in indices], [])
+
+    generate(Repeating(), tmp_path, count=3, seed=7, shard_size=2)
+    report = verify(tmp_path)
+    assert report.duplicates == 2
+    assert "000000002: its image equals that of sample 000000000" in report.problems[-1].problem
+
+
+def test_verify_and_open_refuse_what_is_no_dataset(tmp_path: Path, dataset: Path) -> None:
+    with pytest.raises(InputError, match="no busigen dataset"):
+        verify(tmp_path / "absent")
+    with pytest.raises(InputError, match="no busigen dataset"):
+        Dataset.open(tmp_path / "absent")
+    (dataset / "dataset.json").unlink()
+    with pytest.raises(InputError, match="not finished"):
+        Dataset.open(dataset)
+
+
+def test_dataset_reads_back(pristine: Path) -> None:
+    dataset = Dataset.open(pristine)
+    samples = list(dataset.iter_samples())
+    assert [sample.index for sample in samples] == list(range(8))
+    assert sum(record.count for record in dataset.shards()) == dataset.manifest().height == 8
+    fresh = NoiseSource().draw(7, range(8), lambda _: None).samples
+    for read, drawn in zip(samples, fresh, strict=True):
+        assert np.array_equal(read.image, drawn.image)
+        assert np.array_equal(read.mask, drawn.mask)
+        assert (read.attempt, read.label, read.row) == (drawn.attempt, drawn.label, drawn.row)
+    assert [sample.index for sample in dataset.samples([7, 0])] == [7, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../../etc/passwd", tarfile.REGTYPE),
+        ("/etc/passwd", tarfile.REGTYPE),
+        ("000000000.image.png", tarfile.SYMTYPE),
+        ("000000000.image.png", tarfile.LNKTYPE),
+        ("000000000.image.png", tarfile.CHRTYPE),
+        ("000000000.image.png", tarfile.DIRTYPE),
+        ("000000001.image.png", tarfile.REGTYPE),
+    ],
+)
+def test_evil_members_are_refused(tmp_path: Path, name: str, kind: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(member)
+    with pytest.raises(IntegrityError, match=r"expected the file 000000000\.image\.png"):
+        list(read_members(tmp_path / "x.tar", range(1)))
+
+
+def test_oversized_missing_and_surplus_members_are_refused(pristine: Path, tmp_path: Path) -> None:
+    member = tarfile.TarInfo("000000000.image.png")
+    member.size = 2 << 20
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(IntegrityError, match="2097152 bytes"):
+        list(read_members(tmp_path / "x.tar", range(1)))
+    with pytest.raises(IntegrityError, match="unexpected member"):
+        list(read_members(pristine / "shards/000000.tar", range(2)))
+    with pytest.raises(IntegrityError, match="ends before"):
+        list(read_members(pristine / "shards/000000.tar", range(4)))
+    (tmp_path / "cut.tar").write_bytes((pristine / "shards/000000.tar").read_bytes()[:70_000])
+    with pytest.raises(IntegrityError, match=r"cut\.tar"):
+        list(read_members(tmp_path / "cut.tar", range(3)))
+
+
+class PaintingSource(NoiseSource):
+    """Paints noise into real healthy images; ``leak`` also changes one pixel outside the edit region."""
+
+    def __init__(self, healthy: Path, leak: bool = False) -> None:
+        super().__init__()
+        self.leak = leak
+        self.sha256 = hashlib.sha256(healthy.read_bytes()).hexdigest()
+        self.pixels, self.box = letterbox(np.asarray(Image.open(healthy)))
+
+    def draw(self, seed, indices, done):
+        samples = []
+        for sample in super().draw(seed, indices, done).samples:
+            edit = edit_region(sample.mask, self.box.valid)
+            image = np.where(edit, sample.image, self.pixels)
+            if self.leak and sample.index == 1:
+                image[tuple(np.argwhere(~edit)[-1])] ^= 1
+            real = self.sha256 if sample.index else None
+            samples.append(replace(sample, image=image, row=sample.row | {"healthy_sha256": real}))
+        return Drawn(samples, [])
+
+
+def test_backgrounds_are_proven_bit_for_bit(tmp_path: Path) -> None:
+    healthy = tmp_path / "healthy"
+    healthy.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (200, 300), dtype=np.uint8)
+    Image.fromarray(pixels).save(healthy / "a.png")
+    for name, leak in (("honest", False), ("leaky", True)):
+        generate(PaintingSource(healthy / "a.png", leak), tmp_path / name, count=4, seed=7, shard_size=3)
+    honest = verify(tmp_path / "honest", healthy=healthy)
+    assert honest.ok, honest.problems
+    assert (honest.backgrounds_proven, honest.backgrounds_unproven) == (3, 0)
+    leaky = verify(tmp_path / "leaky", healthy=healthy)
+    assert (leaky.backgrounds_proven, leaky.backgrounds_unproven) == (2, 1)
+    assert "sample 000000001: 1 pixels outside" in leaky.problems[0].problem
+    assert verify(tmp_path / "honest").backgrounds_unproven == 3
+    (healthy / "a.png").rename(tmp_path / "a.png")
+    assert not verify(tmp_path / "honest", healthy=healthy).ok
+
+
+def test_contact_sheet_shows_lesion_and_contour(pristine: Path) -> None:
+    samples = list(Dataset.open(pristine).iter_samples())
+    sheet = contact_sheet(samples[:5], columns=4)
+    assert sheet.size == (1024, 3 * 278)
+    assert sheet.tobytes() == contact_sheet(samples[:5], columns=4).tobytes()
+    painted = outline(samples[0].image, samples[0].mask, (255, 0, 0))
+    changed = (painted != samples[0].image[..., None]).any(axis=2)
+    assert changed.any()
+    assert not (changed & samples[0].mask).any()
+    picked = pick_evenly(Dataset.open(pristine).manifest(), per_class=2)
+    assert {samples[index].label for index in picked} == {"benign", "malignant"}
+    with pytest.raises(ValueError, match="even number"):
+        contact_sheet(samples, columns=3)
+
+
+def test_card_and_croissant_describe_the_dataset(pristine: Path) -> None:
+    card = (pristine / "README.md").read_text()
+    assert "{000000..000002}.tar" in card
+    assert "not anonymous" in card
+    croissant = json.loads((pristine / "croissant.json").read_text())
+    assert croissant["conformsTo"] == "http://mlcommons.org/croissant/1.0"
+    ids = [node["@id"] for node in croissant["distribution"] + croissant["recordSet"]]
+    assert len(ids) == len(set(ids))
+    fields = {field["name"] for field in croissant["recordSet"][0]["field"]}
+    assert fields == set(Dataset.open(pristine).manifest().columns)
+
+
+def test_progress_prints_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = console_progress()
+    assert isinstance(progress, LineProgress)
+    generate(NoiseSource(), tmp_path, count=8, seed=7, shard_size=4, progress=progress)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "generating: 0/8"
+    assert lines[-1].startswith("generating: 8/8")
+    assert "samples/s, 88.9% accepted" in lines[-1]
