@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -30,6 +31,7 @@ from busigen.data.prepared import Prepared
 from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.training.models import mask_condition, region_condition
 from busigen.training.networks import Networks, pixels_to_distance
+from busigen.training.state import load_state, save_state
 
 Progress = Callable[[int, int], None]
 ENCODE_BATCH = 16
@@ -183,21 +185,37 @@ class WindowExamples:
         return self.tensors["clean"].shape[0]
 
     def batch(self, index: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The examples at ``index`` in fp32 on ``device``."""
-        return as_batch(self.tensors, index, device)
+        """The examples at ``index`` on ``device``, widened from storage types: fp16 and bool to fp32."""
+        picked = {name: tensor[index].to(device) for name, tensor in self.tensors.items()}
+        return {name: t if t.dtype == torch.long else t.float() for name, t in picked.items()}
+
+    def only(self, rows: Tensor, label: int | None) -> WindowExamples:
+        """The examples of some prepared rows and, unless ``None``, of one class."""
+        keep = torch.isin(self.tensors["row"], rows)
+        if label is not None:
+            keep &= self.tensors["label"] == label
+        return WindowExamples({name: tensor[keep] for name, tensor in self.tensors.items()})
 
 
-def as_batch(tensors: dict[str, Tensor], index: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Gather rows, widened from storage types: fp16 and bool to fp32."""
-    picked = {name: tensor[index].to(device) for name, tensor in tensors.items()}
-    return {name: t if t.dtype == torch.long else t.float() for name, t in picked.items()}
+def save_examples(path: Path, buckets: dict[int, WindowExamples]) -> None:
+    """Keep encoded examples on disk, by rename; they belong to the run that made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_state(path, {f"{side}.{name}": t for side, part in buckets.items() for name, t in part.tensors.items()}, {})
+
+
+def load_examples(path: Path) -> dict[int, WindowExamples]:
+    """Read what :func:`save_examples` wrote."""
+    buckets: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_state(path)[0].items():
+        side, _, name = key.partition(".")
+        buckets.setdefault(int(side), {})[name] = tensor
+    return {side: WindowExamples(buckets[side]) for side in sorted(buckets)}
 
 
 def window_examples(
     frames: Frames,
     networks: Networks,
     *,
-    normal_windows: bool,
     variants: int,
     seed: int,
     device: torch.device,
@@ -205,15 +223,16 @@ def window_examples(
 ) -> dict[int, WindowExamples]:
     """Encode windows for stages 2 and 3, by bucket.
 
-    A lesion image gives ``variants`` windows around its lesion and, with ``normal_windows``, half as many of class
-    ``normal`` elsewhere; the latter teach the model to heal. Raises ``ValueError`` if no row gives a window.
+    A lesion image gives ``variants`` windows around its lesion and half as many of class ``normal`` elsewhere; the
+    latter teach the model to heal. Raises ``ValueError`` if no row gives a window.
     """
     pending: dict[int, list[dict[str, Tensor]]] = {side: [] for side in BUCKETS}
     done: dict[int, list[dict[str, Tensor]]] = {side: [] for side in BUCKETS}
-    jobs = list(_window_jobs(frames, variants, seed, normal_windows))
-    for count, (frame, mask, edit, label, rng) in enumerate(jobs, start=1):
+    jobs = list(_window_jobs(frames, variants, seed))
+    for count, (row, frame, mask, edit, label, rng) in enumerate(jobs, start=1):
         window = _jittered(window_for(edit), rng)
-        pending[window.side].append(_window_arrays(frame, mask, edit, label, window, networks.preset.patch))
+        arrays = _window_arrays(frame, mask, edit, label, window, networks.preset.patch)
+        pending[window.side].append({**arrays, "row": torch.tensor(row)})
         if len(pending[window.side]) == ENCODE_BATCH:
             done[window.side].append(_encode_windows(pending[window.side], networks, device))
             pending[window.side] = []
@@ -229,26 +248,27 @@ def window_examples(
 
 
 def _window_jobs(
-    frames: Frames, variants: int, seed: int, normal_windows: bool
-) -> Iterator[tuple[Frame, Mask, Mask, str, np.random.Generator]]:
-    """Yield (frame, lesion mask, edit region, label, generator) for each window to encode."""
+    frames: Frames, variants: int, seed: int
+) -> Iterator[tuple[int, Frame, Mask, Mask, str, np.random.Generator]]:
+    """Yield (row, frame, lesion mask, edit region, label, generator) for each window to encode."""
     lesion_rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
     for position in range(len(frames)):
         base = frames[position]
         for variant in range(variants):
-            rng = np.random.default_rng((seed, int(frames.table["row"][position]), variant))
+            row = int(frames.table["row"][position])
+            rng = np.random.default_rng((seed, row, variant))
             frame = (base.flipped() if rng.random() < 0.5 else base).with_gain(rng)
             scales = {"margin_scale": rng.uniform(0.8, 1.4), "shadow_scale": rng.uniform(0.7, 1.3)}
             if frame.label != "normal":
                 mask = random_lesion(frame, rng)
                 edit = edit_region(mask, frame.valid, **scales)
                 if edit.any():
-                    yield frame, mask, edit, frame.label, rng
-            if normal_windows and lesion_rows and (variant % 2 == 0 or frame.label == "normal"):
+                    yield row, frame, mask, edit, frame.label, rng
+            if lesion_rows and (variant % 2 == 0 or frame.label == "normal"):
                 other = frames[lesion_rows[int(rng.integers(len(lesion_rows)))]]
                 edit_elsewhere = decoy_region(frame, random_lesion(other, rng), rng)
                 if edit_elsewhere is not None:
-                    yield frame, np.zeros_like(edit_elsewhere), edit_elsewhere, "normal", rng
+                    yield row, frame, np.zeros_like(edit_elsewhere), edit_elsewhere, "normal", rng
 
 
 def _jittered(window: Window, rng: np.random.Generator) -> Window:
@@ -289,6 +309,7 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: 
         "tokens": networks.tokens(stacked["image"], keep).half(),
         "keep": keep.bool(),
         "label": stacked["label"],
+        "row": stacked["row"],
     }
     return {name: tensor.cpu() for name, tensor in encoded.items()}
 
@@ -334,6 +355,7 @@ def mask_examples(
                 "image": to_tensor(frame.image),
                 "distance": torch.from_numpy(signed_distance(frame.lesions > 0))[None],
                 "label": torch.tensor(CLASSES.index(frame.label)),
+                "row": torch.tensor(row),
             }
         )
         if len(batch) == ENCODE_BATCH or count == total:
@@ -344,6 +366,7 @@ def mask_examples(
                     "clean": pixels_to_distance(stacked["distance"]).half(),
                     "tokens": networks.tokens(stacked["image"].to(device), keep).half().cpu(),
                     "label": stacked["label"],
+                    "row": stacked["row"],
                 }
             )
             batch = []
@@ -371,7 +394,7 @@ def background_examples(
     parts: list[dict[str, Tensor]] = []
     jobs = [(position, variant) for position in range(len(frames)) for variant in range(variants)]
     for start in range(0, len(jobs), ENCODE_BATCH):
-        images, weights = [], []
+        images, weights, rows = [], [], []
         for position, variant in jobs[start : start + ENCODE_BATCH]:
             row = int(frames.table["row"][position])
             rng = np.random.default_rng((seed, row, variant, 2))
@@ -379,12 +402,14 @@ def background_examples(
             image = frame.image if frame.label == "normal" else healed(row, variant)
             frame = Frame(image, frame.lesions, frame.overlay, frame.valid, frame.label).filling(rng).with_gain(rng)
             frame = frame.flipped() if rng.random() < 0.5 else frame
+            rows.append(row)
             images.append(to_tensor(frame.image))
             weights.append(torch.from_numpy(frame.overlay.astype(np.float32))[None])
         parts.append(
             {
                 "clean": networks.encoder(torch.stack(images).to(device)).half().cpu(),
                 "weight": (1.0 - region_condition(torch.stack(weights))).bool(),
+                "row": torch.tensor(rows),
             }
         )
         progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))

@@ -22,7 +22,8 @@ from busigen.training.examples import Frame, Frames, Progress, decoy_region, gre
 from busigen.training.networks import Networks, window_condition
 
 REPAINT_BATCH = 16
-DECOYS = (1, 2)
+HEAL_STEPS = 3
+"""Network evaluations per repaint. Half of what a lesion gets: normal tissue is forgiving, and there is a lot to heal."""
 
 Pixels = NDArray[np.uint8]
 
@@ -55,7 +56,7 @@ def repaint(images: list[Pixels], edits: list[Mask], networks: Networks, seed: i
             cells = side // LATENT_FACTOR
             noise = torch.randn(len(chosen), networks.preset.latent_channels, cells, cells, generator=generator)
             condition = window_condition(networks.encoder(known.to(device)), torch.zeros_like(region).to(device), region.to(device))
-            latents = networks.sample("lesion", noise.to(device), "normal", tokens, keep, *condition)
+            latents = networks.sample("lesion", noise.to(device), "normal", tokens, keep, *condition, steps=HEAL_STEPS)
             painted = networks.decoder(latents).float().cpu().numpy()[:, 0]
             for k, pixels in zip(chosen, painted, strict=True):
                 results[k] = paste(images[k], pixels, edits[k], windows[k])  # type: ignore[arg-type]
@@ -76,24 +77,16 @@ def heal(frames: Frames, networks: Networks, *, variants: int, seed: int, device
         part = jobs[start : start + chunk]
         chosen = [frames[position] for position, _ in part]
         healed = repaint([f.image for f in chosen], [lesion_edit(f) for f in chosen], networks, seed + start, device)
-        for round_number in range(max(DECOYS)):
-            edits = [
-                _decoy(frame, frames, shapes, (seed, start + k, round_number)) if round_number < _decoys(seed, start + k)
-                else np.zeros_like(frame.valid)
-                for k, frame in enumerate(chosen)
-            ]
-            healed = repaint(healed, edits, networks, seed + start + 7919 * (round_number + 1), device)
+        decoys = [_decoy(frame, frames, shapes, (seed, start + k)) for k, frame in enumerate(chosen)]
+        healed = repaint(healed, decoys, networks, seed + start + 7919, device)
         for (position, variant), image in zip(part, healed, strict=True):
             result[position, variant] = image
         progress(min(start + chunk, len(jobs)), len(jobs))
     return result
 
 
-def _decoys(seed: int, job: int) -> int:
-    return int(np.random.default_rng((seed, job)).integers(DECOYS[0], DECOYS[1] + 1))
-
-
-def _decoy(frame: Frame, frames: Frames, shapes: list[int], key: tuple[int, ...]) -> Mask:
+def _decoy(frame: Frame, frames: Frames, shapes: list[int], key: tuple[int, int]) -> Mask:
+    """A region elsewhere in the image, shaped like another image's edit region; empty where none fits."""
     rng = np.random.default_rng(key)
     shape = random_lesion(frames[shapes[int(rng.integers(len(shapes)))]], rng)
     edit = decoy_region(frame, shape, rng)

@@ -123,13 +123,27 @@ class Networks:
         assert self.context is not None
         return self.context.eval()(image, keep)
 
-    def sample(self, name: str, noise: Tensor, label: str, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
-        """Sample one denoiser for one class."""
+    def sample(
+        self,
+        name: str,
+        noise: Tensor,
+        label: str,
+        tokens: Tensor,
+        keep: Tensor,
+        *condition: Tensor,
+        steps: int | None = None,
+    ) -> Tensor:
+        """Sample one denoiser for one class, in ``registry.SOLVER_STEPS`` steps unless told otherwise.
+
+        Raises:
+            KeyError: there is no such denoiser.
+        """
         unet = self.denoisers.get(f"{name}-{label}", self.denoisers.get(name))
         if unet is None:
             raise KeyError(f"no denoiser {name!r} for class {label!r}")
         labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
-        return integrate(Velocity(unet).eval(), noise, labels, tokens, keep, SOLVER_STEPS[name], *condition)
+        velocity = Velocity(unet).eval()
+        return integrate(velocity, noise, labels, tokens, keep, steps or SOLVER_STEPS[name], *condition)
 
     def no_context(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The single empty token that the prior, which has no image to look at, attends to."""

@@ -35,6 +35,7 @@ log = logging.getLogger("busigen.training")
 
 RUN = "run.json"
 HEALED = "healed.npz"
+CACHE = "cache"
 
 
 def pick_device(name: str) -> torch.device:
@@ -218,6 +219,7 @@ class _Run:
             device=self.device,
             seed=self.recipe.seed,
             report=self._report,
+            cache=self.out / CACHE,
             max_images=self.recipe.max_images,
             healed=healed_reader(healed) if healed.exists() and spec.component in ("mask", "prior") else None,
         )

@@ -55,7 +55,7 @@ class Recipe:
     seed: int
     tasks: tuple[TaskSpec, ...]
     lora: LoraSpec = LoraSpec()
-    heal_variants: int = 2
+    heal_variants: int = 1
     max_images: int | None = None
 
     @property
@@ -116,7 +116,7 @@ def _tiny() -> tuple[TaskSpec, ...]:
 
 _RECIPES: dict[str, Callable[[int], Recipe]] = {
     "compact": lambda seed: Recipe("compact", seed, _compact()),
-    "tiny": lambda seed: Recipe("tiny", seed, _tiny(), heal_variants=1, max_images=160),
+    "tiny": lambda seed: Recipe("tiny", seed, _tiny(), max_images=160),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +21,11 @@ from busigen.training.examples import (
     Frames,
     Progress,
     WindowExamples,
-    as_batch,
     background_examples,
     bucket_sizes,
+    load_examples,
     mask_examples,
+    save_examples,
     select,
     to_tensor,
     window_examples,
@@ -46,6 +49,7 @@ class Setting:
     device: torch.device
     seed: int
     report: Callable[[str], Progress]
+    cache: Path
     max_images: int | None = None
     healed: Callable[[int, int], NDArray[np.uint8]] | None = None
 
@@ -158,25 +162,42 @@ class ContextTask:
 
 
 class DenoiserTask:
-    """Common to all denoisers: the velocity objective over examples that a subclass supplies."""
+    """Common to all denoisers: the velocity objective over examples that a subclass supplies.
+
+    ``examples`` names the encoding that a subclass draws from.
+    """
+
+    examples: str
 
     def __init__(self, spec: TaskSpec, setting: Setting, module: nn.Module) -> None:
         self.spec, self.setting, self.device = spec, setting, setting.device
         self.module, self.velocity = module, Velocity(module)
         self.train, self.held_out = self._examples("train"), self._examples("val")
 
-    def _examples(self, split: str) -> dict[int, WindowExamples]:
+    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
+        """Encode all of a split's images; supplied by the subclass."""
         raise NotImplementedError
 
-    def _build(self, split: str) -> dict[str, object]:
-        frames = self.setting.frames(split, self.spec)
-        return {
-            "networks": self.setting.networks,
-            "variants": self.spec.variants if split == "train" else 1,
-            "seed": self.setting.seed,
-            "device": self.device,
-            "progress": self.setting.report(f"{self.spec.name}: encoding {len(frames)} {split} images"),
-        }
+    def _examples(self, split: str) -> dict[int, WindowExamples]:
+        """The task's share of the stage's examples; base and adapters draw from one encoding, which is kept on disk."""
+        variants = self.spec.variants if split == "train" else 1
+        path = self.setting.cache / f"{self.examples}-{split}-{variants}.safetensors"
+        if not path.exists():
+            frames = Frames(self.setting.prepared, select(self.setting.prepared, split, limit=self.setting.max_images))
+            options = {
+                "networks": self.setting.networks,
+                "variants": variants,
+                "seed": self.setting.seed,
+                "device": self.device,
+                "progress": self.setting.report(f"{self.examples}: encoding {len(frames)} {split} images"),
+            }
+            save_examples(path, self._encode(frames, options) if len(frames) else {})
+        wanted = torch.from_numpy(self.setting.frames(split, self.spec).table["row"].to_numpy())
+        label = None if self.spec.label is None else CLASSES.index(self.spec.label)
+        chosen = {side: part.only(wanted, label) for side, part in load_examples(path).items()}
+        chosen = {side: part for side, part in chosen.items() if len(part)}
+        # A class without a held-out image is validated on training ones: a poor figure, but no crash on small sets.
+        return chosen or self._examples("train")
 
     def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
         """Condition channels and, in ``batch['weight']``, where the loss counts."""
@@ -217,9 +238,10 @@ class DenoiserTask:
 class WindowTask(DenoiserTask):
     """Stages 2 and 3: paint the edit region, or the ring inside its rim, of a window."""
 
-    def _examples(self, split: str) -> dict[int, WindowExamples]:
-        frames = self.setting.frames(split, self.spec)
-        return window_examples(frames, normal_windows=self.spec.label is None, **self._build(split))  # type: ignore[arg-type]
+    examples = "windows"
+
+    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
+        return window_examples(frames, **options)
 
     def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
         region, known, outside = batch["edit"], batch["known"], 0.25
@@ -244,10 +266,11 @@ class WindowTask(DenoiserTask):
 class MaskTask(DenoiserTask):
     """Stage 1: the lesion's signed distance from the healed image's tokens."""
 
-    def _examples(self, split: str) -> dict[int, WindowExamples]:
+    examples = "outlines"
+
+    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
         assert self.setting.healed is not None
-        frames = self.setting.frames(split, self.spec)
-        tensors = mask_examples(frames, self.setting.healed, **self._build(split))  # type: ignore[arg-type]
+        tensors = mask_examples(frames, self.setting.healed, **options)
         tensors["keep"] = torch.ones(tensors["tokens"].shape[:2], dtype=torch.bool)
         tensors["weight"] = torch.ones(tensors["clean"].shape[0], 1, 1, 1)
         return {BUCKETS[0]: WindowExamples(tensors)}
@@ -265,13 +288,14 @@ class MaskTask(DenoiserTask):
 class BackgroundTask(DenoiserTask):
     """The healthy prior: whole healthy images out of noise."""
 
-    def _examples(self, split: str) -> dict[int, WindowExamples]:
+    examples = "backgrounds"
+
+    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
         assert self.setting.healed is not None
-        frames = self.setting.frames(split, self.spec)
-        tensors = background_examples(frames, self.setting.healed, **self._build(split))  # type: ignore[arg-type]
+        tensors = background_examples(frames, self.setting.healed, **options)
         count = tensors["clean"].shape[0]
         tokens, keep = self.setting.networks.no_context(1)
-        tensors["tokens"], tensors["keep"] = tokens.expand(count, -1, -1), keep.expand(count, -1)
+        tensors["tokens"], tensors["keep"] = tokens.repeat(count, 1, 1), keep.repeat(count, 1)
         tensors["label"] = torch.full((count,), CLASSES.index("normal"))
         return {BUCKETS[0]: WindowExamples(tensors)}
 
@@ -296,5 +320,3 @@ KINDS = {
     "background": BackgroundTask,
 }
 """Task classes by the kind that a recipe names. An adapter uses the class of its stage's base task."""
-
-__all__ = ["KINDS", "Setting", "as_batch"]

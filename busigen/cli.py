@@ -1,0 +1,274 @@
+"""The command line: each command parses, calls one function and prints. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from busigen import __version__
+from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, InputError, MissingDependencyError
+from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS
+
+if TYPE_CHECKING:
+    from busigen.runtime.factory import GenerateReport
+    from busigen.runtime.verify import VerifyReport
+
+app = typer.Typer(
+    name="busigen",
+    help="Turn healthy breast-ultrasound images into benign or malignant ones, with the exact lesion mask.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog="Exit codes: 0 done, 2 usage, 3 input, 4 output, 5 integrity, 6 parity, 7 missing extra, 8 acceptance, "
+    "130 interrupted. See docs/exit-codes.md.",
+)
+stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+
+DEBUG = "--debug"
+SHOWN_PROBLEMS = 20
+
+
+class Interrupted(BusigenError):
+    """Ctrl-C, with what was done kept."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        stdout.print(f"busigen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback with an error; works after a command, too.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    # Libraries log how they load files; a person wants to hear about the run.
+    for name in ("httpx", "torch", "onnxscript", "onnx_ir", "PIL", "urllib3", "absl", "tensorboard"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@app.command(epilog="Example: `busigen prepare Dataset_BUSI_with_GT BUSBRA --out prepared`")
+def prepare(
+    sources: Annotated[list[Path], typer.Argument(help="BUSI's or BUS-BRA's folder, or one with images/ and masks/.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the table and the letterboxed arrays to.")],
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be used.")] = False,
+) -> None:
+    """Read data sets into one table: classes, patients, near-duplicate groups, splits, overlays."""
+    from busigen.data.prepare import prepare as run
+    from busigen.runtime.progress import console_progress
+
+    with console_progress() as progress:
+        started: list[int] = []
+
+        def report(done: int, total: int) -> None:
+            if not started:
+                progress.start("preparing", total)
+                started.append(0)
+            progress.advance(done - started[0])
+            started[0] = done
+
+        result = run(sources, out, seed=seed, strict=strict, progress=report)
+    stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
+    for name, parts in result.by_class_and_split.items():
+        counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))
+        stdout.print(f"  {name:10} {sum(parts.values()):6}   {counts}")
+    stdout.print(f"  sources: {', '.join(f'{name} {count}' for name, count in result.by_source.items())}")
+    stdout.print(f"  groups (patients and near-duplicates): {result.groups}; images under two classes: {result.conflicts}")
+    stdout.print(f"  overlays suspected: {', '.join(f'{name} {count}' for name, count in result.overlays.items())}")
+    stdout.print(f"  split hash: {result.split_hash}")
+    stdout.print(f"  refused: {len(result.refused)}")
+    for refusal in result.refused[:SHOWN_PROBLEMS]:
+        stdout.print(escape(f"    {refusal.file}: {refusal.problem} {refusal.fix}"))
+    if len(result.refused) > SHOWN_PROBLEMS:
+        stdout.print(f"    and {len(result.refused) - SHOWN_PROBLEMS} more, all of them in {out / 'prepared.json'}")
+
+
+@app.command(epilog="Example: `busigen train --data prepared --out runs/first --preset tiny`")
+def train(
+    data: Annotated[Path, typer.Option(help="What `busigen prepare` wrote.")],
+    out: Annotated[Path, typer.Option(help="The run's folder, which becomes the checkpoint. A rerun continues in it.")],
+    preset: Annotated[str, typer.Option(help=f"Sizes and recipe: {', '.join(PRESETS)}.")] = "compact",
+    scale: Annotated[float, typer.Option(help="Factor on every task's steps; 1 is sized for a GPU.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seeds weights, order, augmentation and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train autoencoder, context encoder, three stages, healthy prior and one LoRA per class, and merge them."""
+    with _needs("train"):
+        from busigen.training.pipeline import train as run
+        from busigen.training.recipe import recipe_for
+    with _quiet_libraries():
+        try:
+            record = run(data, out, recipe_for(preset, seed=seed, scale=scale), device=device, console=stderr)
+        except KeyboardInterrupt:
+            raise Interrupted(f"Interrupted; {out} keeps what was trained.", fix="Run the same command to continue.") from None
+    seconds = sum(task["seconds"] for task in record["tasks"].values())
+    stdout.print(f"Checkpoint finished in {out}: preset {record['preset']}, {seconds / 60:.1f} minutes of training.")
+    stdout.print(f"Next: busigen export {out} --out bundle")
+
+
+@app.command(epilog="Example: `busigen export runs/first --out bundle`")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
+    out: Annotated[Path, typer.Option(help="The bundle's folder; must not exist yet, or be empty.")],
+    target: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+) -> None:
+    """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""
+    with _needs("train"):
+        from busigen.export.exporter import export as run
+    with _quiet_libraries():
+        bundle = run(checkpoint, out, target=target)
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    stdout.print(f"Bundle written to {out}: {len(bundle.info['graphs'])} graphs, {size:.1f} MB")
+    for label in LESION_CLASSES:
+        figures = bundle.info["parity"][label]
+        stdout.print(
+            f"  parity {label:10} {figures['compared']} of {figures['draws']} draws compared, Dice >= {figures['dice']:.4f}, "
+            f"PSNR >= {figures['psnr']:.1f} dB, grey difference <= {figures['max_grey_difference']}"
+        )
+
+
+@app.command(
+    epilog="Examples: `busigen generate --count 1000 --out data` uses the shipped bundle and synthetic backgrounds; "
+    "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images."
+)
+def generate(
+    count: Annotated[int, typer.Option(help="Accepted samples to write.")],
+    out: Annotated[Path, typer.Option(help="The dataset's folder. A rerun of the same command continues in it.")],
+    bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
+    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = "synthetic",
+    classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
+    seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
+    shard_size: Annotated[int, typer.Option(help="Samples per shard.")] = 500,
+    provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+) -> None:
+    """Write a dataset of images with lesions and their exact masks, in shards."""
+    from busigen.runtime.backend import OnnxBackend
+    from busigen.runtime.bundle import Bundle, default_bundle
+    from busigen.runtime.classes import parse_classes
+    from busigen.runtime.factory import generate as run
+    from busigen.runtime.healthy import SYNTHETIC, HealthyFolder
+    from busigen.runtime.layout import Plan
+    from busigen.runtime.progress import console_progress
+    from busigen.runtime.sampler import Sampler
+
+    # Cheap checks first: a wrong number should not have to wait for a folder to be read.
+    Plan(count=count, seed=seed, shard_size=shard_size)
+    weights = parse_classes(classes)
+    opened = Bundle.open(bundle or default_bundle())
+    engine = OnnxBackend(opened, provider=provider, threads=threads)
+    source = None if healthy == SYNTHETIC else HealthyFolder(Path(healthy))
+    sampler = Sampler(opened, engine, classes=weights, healthy=source, batch_size=batch_size)
+    with console_progress() as progress:
+        report = run(sampler, out, count=count, seed=seed, shard_size=shard_size, progress=progress)
+    _print_generated(report)
+
+
+def _print_generated(report: GenerateReport) -> None:
+    classes = ", ".join(f"{name} {count}" for name, count in report.classes.items())
+    if report.already_complete:
+        stdout.print(f"{report.folder} is complete already: {report.samples} samples ({classes}).")
+        return
+    stdout.print(
+        f"{report.samples} samples ({classes}) in {report.shards} shard(s), {report.size / 1e6:.1f} MB, in {report.folder}; "
+        f"{report.written} shard(s) written in {report.seconds:.1f} s"
+    )
+    if report.rejected:
+        refused = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
+        share = sum(report.rejected.values()) / (sum(report.rejected.values()) + report.samples)
+        stdout.print(f"  draws refused by the gates: {share:.1%} ({refused})")
+    stdout.print(f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}")
+
+
+@app.command(epilog="Example: `busigen verify data --healthy normal/`")
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    healthy: Annotated[Path | None, typer.Option(help="The run's healthy images: proves every background.")] = None,
+) -> None:
+    """Check a dataset: hashes, counts, pairing, duplicates and, given the healthy images, every background."""
+    from busigen.runtime.progress import console_progress
+    from busigen.runtime.verify import verify as run
+
+    if healthy is not None and not healthy.is_dir():
+        raise InputError(f"--healthy {healthy} is no folder.", fix="Give the folder that `generate --healthy` was given.")
+    with console_progress() as progress:
+        report = run(dataset, healthy=healthy, progress=progress)
+    _print_verified(report, proving=healthy is not None)
+    if not report.ok:
+        raise typer.Exit(5)
+
+
+def _print_verified(report: VerifyReport, *, proving: bool) -> None:
+    for problem in report.problems[:SHOWN_PROBLEMS]:
+        stdout.print(escape(f"{problem.file}: {problem.problem} {problem.fix}"))
+    if len(report.problems) > SHOWN_PROBLEMS:
+        stdout.print(f"and {len(report.problems) - SHOWN_PROBLEMS} more problems")
+    state = "is sound" if report.ok else f"has {len(report.problems)} problem(s)"
+    stdout.print(f"{report.folder} {state}: {report.samples} samples in {report.shards} shard(s) read")
+    if proving:
+        stdout.print(
+            f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
+            f"{report.backgrounds_proven}; not proven: {report.backgrounds_unproven}"
+        )
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Turn a missing module into the name of the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"this command needs {error.name}, which is not installed.", fix=f"pip install 'busigen[{extra}]'"
+        ) from error
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep third-party deprecation warnings off the user's terminal."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main() -> None:
+    """Run the command line; an error of the user's becomes one line and its exit code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="busigen")
+    except BusigenError as error:
+        if debug:
+            traceback.print_exc()
+        stderr.print(escape(f"error: {error}"), style=None if debug else "red")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # `busigen verify data | head`: the reader has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        stderr.print(escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it."))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Writing a bundle: graphs with fp16 weights in shared files, hashes, and ``bundle.json`` last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
+
+SMALL = 64
+"""Weights of fewer elements stay fp32 inside the graph: halving them saves nothing."""
+
+ALIGNMENT = 64
+
+
+class WeightFile:
+    """One file of fp16 weights that the graphs of a component share, whatever their window size."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._content = bytearray()
+        self._places: dict[str, tuple[int, int]] = {}
+        self._digests: dict[str, str] = {}
+
+    def place(self, name: str, value: np.ndarray) -> tuple[int, int]:
+        """Store a weight, once, and return its offset and length.
+
+        Raises:
+            ValueError: another weight of that name is stored, or the value does not fit fp16.
+        """
+        half = value.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ValueError(f"weight {name} does not fit fp16: its largest magnitude is {np.abs(value).max():.3g}")
+        data = half.tobytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if name in self._places:
+            if self._digests[name] != digest:
+                raise ValueError(f"two different weights are called {name}")
+            return self._places[name]
+        self._content += b"\0" * (-len(self._content) % ALIGNMENT)
+        self._places[name] = (len(self._content), len(data))
+        self._digests[name] = digest
+        self._content += data
+        return self._places[name]
+
+    def write(self, folder: Path) -> None:
+        """Write the file."""
+        (folder / self.name).write_bytes(bytes(self._content))
+
+
+def halved(model: ModelProto, weights: WeightFile) -> ModelProto:
+    """Move a graph's large fp32 weights into ``weights`` as fp16, cast back to fp32 where they are read.
+
+    Storage is halved and arithmetic stays fp32: CPUs gain nothing from fp16, and ONNX Runtime folds the casts when it
+    loads the graph.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    casts = []
+    for tensor in result.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if tensor.data_type != TensorProto.FLOAT or value.size < SMALL:
+            continue
+        stored = f"{tensor.name}/fp16"
+        offset, length = weights.place(tensor.name, value)
+        casts.append(helper.make_node("Cast", [stored], [tensor.name], name=f"{tensor.name}/cast", to=TensorProto.FLOAT))
+        tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), stored))
+        set_external_data(tensor, weights.name, offset=offset, length=length)
+        tensor.ClearField("raw_data")
+    nodes = list(result.graph.node)
+    del result.graph.node[:]
+    result.graph.node.extend([*casts, *nodes])
+    # Shapes that the tracer inferred would contradict the new types, and ONNX Runtime infers its own.
+    del result.graph.value_info[:]
+    return result
+
+
+def write_graphs(folder: Path, component: str, models: Mapping[str, ModelProto]) -> dict[str, dict[str, object]]:
+    """Write the graphs of a component and their common weights.
+
+    Args:
+        folder: the bundle.
+        component: names the weight file.
+        models: graphs by name, ``<component>`` or ``<component>@<window side>``.
+
+    Returns:
+        The records for ``bundle.json`` by graph name: files with their sha256, inputs, output.
+    """
+    weights = WeightFile(f"{component}.weights")
+    written = {}
+    for name, model in models.items():
+        file = f"{name.replace('@', '-')}.onnx"
+        graph = halved(model, weights)
+        (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
+        written[name] = (file, [value.name for value in graph.graph.input], graph.graph.output[0].name)
+    weights.write(folder)
+    records: dict[str, dict[str, object]] = {}
+    for name, (file, inputs, output) in written.items():
+        files = {part: hashlib.sha256((folder / part).read_bytes()).hexdigest() for part in (file, weights.name)}
+        onnx.checker.check_model(str(folder / file))
+        records[name] = {"file": file, "files": files, "inputs": inputs, "output": output}
+    return records

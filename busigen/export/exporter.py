@@ -1,0 +1,210 @@
+"""A finished checkpoint to a bundle: trace, unroll, write, prove; nothing is left behind where a proof fails."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from diffusers import ModelMixin
+from onnx import ModelProto
+
+from busigen import __version__
+from busigen.errors import OutputError, UsageError
+from busigen.export import trace
+from busigen.export.bundle_writer import write_graphs
+from busigen.export.parity import compare
+from busigen.export.unroll import unroll, with_weights
+from busigen.registry import (
+    BUCKETS,
+    CLASSES,
+    LATENT_FACTOR,
+    LESION_CLASSES,
+    MASK_CHANNELS,
+    MASK_GRID,
+    RESOLUTION,
+    SOLVER_STEPS,
+)
+from busigen.runtime.bundle import RECORD, SCHEMA, Bundle, graphs_of
+from busigen.solver import euler_steps
+from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
+from busigen.training.checkpoint import load_networks
+from busigen.training.networks import Networks
+from busigen.training.state import write_json
+
+log = logging.getLogger("busigen.export")
+
+TARGETS = ("onnx",)
+CARD = "MODEL_CARD.md"
+
+Graphs = dict[str, ModelProto]
+
+
+def export(checkpoint: Path, out: Path, *, target: str = "onnx") -> Bundle:
+    """Export a checkpoint.
+
+    Args:
+        checkpoint: what ``busigen train`` finished.
+        out: the bundle's folder; it must not exist, or be empty.
+        target: a name in ``TARGETS``.
+
+    Returns:
+        The written bundle.
+
+    Raises:
+        UsageError: unknown target.
+        InputError: ``checkpoint`` is not finished or not readable.
+        IntegrityError: its weights are not those that training recorded.
+        OutputError: ``out`` is taken or cannot be written.
+        ParityError: the graphs do not reproduce the checkpoint; nothing is left at ``out``.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}.", fix=f"Choose one of: {', '.join(TARGETS)}.")
+    networks, record = load_networks(checkpoint)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out} exists and is not empty.", fix="Use another --out, or delete it first.")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            _fill(temporary, networks, record, checkpoint)
+            if out.exists():
+                out.rmdir()
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to.") from error
+    return Bundle.open(out)
+
+
+def _fill(folder: Path, networks: Networks, record: Mapping[str, Any], checkpoint: Path) -> None:
+    graphs: dict[str, Any] = {}
+    for component, models in _components(networks):
+        started = time.monotonic()
+        graphs |= write_graphs(folder, component, models)
+        log.info("%s: %d graph(s) written in %.1f s", component, len(models), time.monotonic() - started)
+    info: dict[str, Any] = {
+        "schema": SCHEMA,
+        "preset": record["preset"],
+        "classes": list(LESION_CLASSES),
+        "latent_channels": networks.preset.latent_channels,
+        "patch": networks.preset.patch,
+        "solver_steps": SOLVER_STEPS,
+        "split_hash": record["data"]["split_hash"],
+        "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),
+        "graphs": graphs,
+        "opset": trace.OPSET,
+        "versions": {
+            **record["versions"],
+            "busigen": __version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }
+    write_json(folder / RECORD, info)
+    log.info("comparing PyTorch and ONNX Runtime over the whole trajectory")
+    info["parity"] = compare(networks, Bundle.open(folder))
+    for label in LESION_CLASSES:
+        log.info("parity, %s: %s", label, info["parity"][label])
+    (folder / CARD).write_text(_card(record, info), encoding="utf-8")
+    write_json(folder / RECORD, info)
+
+
+def _components(networks: Networks) -> Iterator[tuple[str, Graphs]]:
+    """Yield each component's graphs; a network is traced once per window size and gets each class's weights."""
+    yield "context", {"context": trace.trace_context(networks)}
+    yield "encoder", {f"encoder@{side}": trace.trace_encoder(networks, side) for side in BUCKETS}
+    yield "decoder", {f"decoder@{side}": trace.trace_decoder(networks, side) for side in BUCKETS}
+    yield "prior", {"prior": _prior(networks)}
+    yield from _staged(networks, "mask", [MASK_GRID // 2], None)
+    window_cells = [side // LATENT_FACTOR for side in BUCKETS]
+    yield from _staged(networks, "lesion", window_cells, (trace.LesionCondition(), ["known", "mask", "edit"]))
+    yield from _staged(
+        networks, "blend", window_cells, (trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"])
+    )
+
+
+def _prior(networks: Networks) -> ModelProto:
+    cells = RESOLUTION // LATENT_FACTOR
+    return unroll(
+        trace.trace_step(networks.denoisers["prior"], cells, 1, ()),
+        euler_steps(SOLVER_STEPS["prior"]),
+        CLASSES.index("normal"),
+        name="prior",
+        output="latents",
+        before=trace.trace_no_context(networks, cells),
+    )
+
+
+def _staged(
+    networks: Networks, stage: str, cells: list[int], condition: tuple[torch.nn.Module, list[str]] | None
+) -> Iterator[tuple[str, Graphs]]:
+    channels = networks.preset.latent_channels
+    first = networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
+    steps, before, after = [], [], None
+    for size in cells:
+        steps.append(trace.trace_step(first, size, networks.preset.tokens, (channels, MASK_CHANNELS, 1) if condition else ()))
+        before.append(trace.trace_condition(*condition, channels, size * LATENT_FACTOR) if condition else None)
+    if condition is None:
+        after = trace.trace_distance((MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2))
+    for label in LESION_CLASSES:
+        component = f"{stage}-{label}"
+        weights = _weights(networks.denoisers[component])
+        yield component, {
+            name: unroll(
+                with_weights(step, weights),
+                euler_steps(SOLVER_STEPS[stage]),
+                CLASSES.index(label),
+                name=component,
+                output="distance" if after is not None else "latents",
+                before=known,
+                after=after,
+            )
+            for name, step, known in zip(graphs_of(component), steps, before, strict=True)
+        }
+
+
+def _weights(unet: ModelMixin) -> dict[str, Any]:
+    return {f"velocity.unet.{name}": value.detach().cpu().numpy() for name, value in unet.state_dict().items()}
+
+
+def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    """The part of a model card that a machine can write: what it was trained on, for how long, and its figures."""
+    tasks = "\n".join(
+        f"| {name} | {task.get('steps', '')} | {task['validation'][-1][1]:.4f} | {task['seconds']:.0f} |"
+        if task.get("validation")
+        else f"| {name} | | | {task['seconds']:.0f} |"
+        for name, task in record["tasks"].items()
+    )
+    parity = "\n".join(
+        f"| {label} | {p['compared']} of {p['draws']} | {p['dice']:.4f} | {p['psnr']:.1f} | {p['max_grey_difference']} |"
+        for label, p in ((label, info["parity"][label]) for label in LESION_CLASSES)
+    )
+    return f"""# Model card
+
+Preset `{info["preset"]}`, trained on {record["data"]["images"]} prepared images (split hash `{info["split_hash"]}`) on
+{record["device"]}. Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].items())}.
+
+| task | steps | held-out loss | seconds |
+| --- | --- | --- | --- |
+{tasks}
+
+PyTorch against ONNX Runtime over the whole trajectory, same draws:
+
+| class | accepted by both | smallest Dice | smallest PSNR (dB) | largest grey difference |
+| --- | --- | --- | --- | --- |
+{parity}
+
+Not for diagnosis. Lesions painted into a patient's image still hold that patient's pixels.
+"""

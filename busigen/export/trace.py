@@ -1,0 +1,173 @@
+"""PyTorch modules to ONNX graphs of one evaluation: static sizes, dynamic batch, parameters as named initialisers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import onnx.inliner
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from busigen.registry import LATENT_FACTOR, RESOLUTION
+from busigen.training.models import region_condition
+from busigen.training.networks import Networks, Velocity, blend_input, distance_to_pixels, window_condition
+
+OPSET = 20
+EXAMPLE_BATCH = 2
+"""A batch of one would be frozen into the graph by the tracer."""
+
+
+class Step(nn.Module):
+    """One evaluation with ``t`` and ``label`` of shape (1,), so that the unrolled loop can feed constants."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        super().__init__()
+        self.velocity = velocity
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
+        """Evaluate with the same time and class for the whole batch."""
+        batch = x.shape[0]
+        # The tracer gives every input's batch axis a symbol of its own; attention's reshapes need to know they agree.
+        for other in (tokens, keep, *condition):
+            torch._check(other.shape[0] == batch)
+        return self.velocity(x, t.expand(batch), label.expand(batch), tokens, keep, *condition)
+
+
+class LesionCondition(nn.Module):
+    """What the lesion graph is fed, as condition channels."""
+
+    def forward(self, known: Tensor, mask: Tensor, edit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`window_condition`."""
+        # An input handed through untouched would have one name for both, so it is touched.
+        return window_condition(known * 1.0, mask, edit)
+
+
+class BlendCondition(nn.Module):
+    """What the blend graph is fed, as condition channels."""
+
+    def forward(
+        self, known: Tensor, painted: Tensor, mask: Tensor, edit: Tensor, ring: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`blend_input`."""
+        seen = blend_input(known, painted, region_condition(edit), region_condition(ring))
+        return window_condition(seen, mask, ring)
+
+
+class NoContext(nn.Module):
+    """The prior's empty context, sized after its noise."""
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.dim = networks.preset.context_dim
+
+    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Networks.no_context`; built from the input, because a constant would have a fixed batch."""
+        zero = (noise[:, :1, 0, 0] * 0.0)[:, :, None]
+        return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0
+
+
+class DistanceOutput(nn.Module):
+    """A stage-1 sample on the pixels' grid."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """See :func:`distance_to_pixels`."""
+        return distance_to_pixels(sample)
+
+
+def trace(module: nn.Module, arguments: Sequence[Tensor], inputs: Sequence[str], outputs: Sequence[str], static: Sequence[str] = ()) -> ModelProto:
+    """Trace a module.
+
+    Args:
+        module: in evaluation mode.
+        arguments: example tensors with batch ``EXAMPLE_BATCH`` first.
+        inputs: their names.
+        outputs: names of the outputs.
+        static: names of inputs without a batch axis.
+    """
+    dynamic = [None if name in static else {0: torch.export.Dim.DYNAMIC} for name in inputs]
+    fixed = _positional(module)
+    shapes = tuple(dynamic[:fixed]) + ((tuple(dynamic[fixed:]),) if len(dynamic) > fixed else ())
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(arguments),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            # Folding would rename and transpose weights, and their names are how another class's are put in.
+            optimize=False,
+            verbose=False,
+        )
+    return onnx.inliner.inline_local_functions(program.model_proto)
+
+
+def _positional(module: nn.Module) -> int:
+    """Number of named positional parameters of ``forward``; the rest arrive as one ``*args`` tuple."""
+    code = module.forward.__code__
+    return int(code.co_argcount) - 1
+
+
+def trace_context(networks: Networks) -> ModelProto:
+    """``(image, keep)`` to ``tokens``."""
+    tokens = networks.preset.tokens
+    arguments = [torch.randn(EXAMPLE_BATCH, 1, RESOLUTION, RESOLUTION), torch.ones(EXAMPLE_BATCH, tokens)]
+    return trace(networks.context, arguments, ["image", "keep"], ["tokens"])
+
+
+def trace_encoder(networks: Networks, side: int) -> ModelProto:
+    """``pixels`` to ``latents`` for one window size."""
+    return trace(networks.encoder, [torch.randn(EXAMPLE_BATCH, 1, side, side)], ["pixels"], ["latents"])
+
+
+def trace_decoder(networks: Networks, side: int) -> ModelProto:
+    """``latents`` to ``pixels`` for one window size."""
+    cells = side // LATENT_FACTOR
+    example = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
+    return trace(networks.decoder, [example], ["latents"], ["pixels"])
+
+
+def trace_step(unet: nn.Module, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
+    """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are the condition inputs' channel counts."""
+    config = unet.config
+    x = torch.randn(EXAMPLE_BATCH, config.out_channels, cells, cells)
+    arguments = [
+        x,
+        torch.full((1,), 0.5),
+        torch.ones(1, dtype=torch.long),
+        torch.randn(EXAMPLE_BATCH, tokens, config.cross_attention_dim),
+        torch.ones(EXAMPLE_BATCH, tokens),
+        *(torch.randn(EXAMPLE_BATCH, channels, cells, cells) for channels in conditions),
+    ]
+    names = ["x", "t", "label", "tokens", "keep", *(f"condition{k}" for k in range(len(conditions)))]
+    return trace(Step(Velocity(unet)), arguments, names, ["velocity"], static=("t", "label"))
+
+
+def trace_condition(module: nn.Module, inputs: Sequence[str], channels: int, side: int) -> ModelProto:
+    """Condition channels of stage 2 or 3; latents are named ``known`` and ``painted``, everything else is pixels."""
+    cells = side // LATENT_FACTOR
+    arguments = [
+        torch.randn(EXAMPLE_BATCH, channels, cells, cells)
+        if name in ("known", "painted")
+        else torch.ones(EXAMPLE_BATCH, 1, side, side)
+        for name in inputs
+    ]
+    return trace(module, arguments, list(inputs), ["condition0", "condition1", "condition2"])
+
+
+def trace_no_context(networks: Networks, cells: int) -> ModelProto:
+    """``noise`` to the prior's ``tokens`` and ``keep``."""
+    noise = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
+    return trace(NoContext(networks), [noise], ["noise"], ["tokens", "keep"])
+
+
+def trace_distance(sample_shape: Sequence[int]) -> ModelProto:
+    """A stage-1 sample to a signed distance per pixel."""
+    return trace(DistanceOutput(), [torch.randn(EXAMPLE_BATCH, *sample_shape)], ["sample"], ["distance"])

@@ -1,0 +1,129 @@
+"""Reading a bundle: which graphs there are, what they were proved to be, and that no file was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from busigen.errors import InputError, IntegrityError
+from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
+
+RECORD = "bundle.json"
+SCHEMA = 1
+MAX_RECORD_BYTES = 4 << 20
+MAX_GRAPH_BYTES = 4 << 30
+
+_EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
+
+
+def graph_names() -> tuple[str, ...]:
+    """Every graph that a bundle holds."""
+    components = ("context", "prior", *(f"{stage}-{label}" for stage in STAGES for label in LESION_CLASSES))
+    return tuple(name for component in ("encoder", "decoder", *components) for name in graphs_of(component))
+
+
+def graphs_of(component: str) -> tuple[str, ...]:
+    """The graphs of one component: one, or one per window size (``<component>@<side>``) for what works on windows."""
+    if component in ("encoder", "decoder") or component.partition("-")[0] in ("lesion", "blend"):
+        return tuple(f"{component}@{side}" for side in BUCKETS)
+    return (component,)
+
+
+def default_bundle() -> Path:
+    """The bundle that ships inside the package."""
+    return Path(str(files("busigen"))) / "bundles" / "default"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        folder: where it lies.
+        info: the content of ``bundle.json``.
+        sha256: of ``bundle.json``; since that names every file's hash, it stands for the whole bundle.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    sha256: str
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Open a bundle and check every file against its recorded hash.
+
+        Raises:
+            InputError: no bundle is there, or one that this busigen does not read.
+            IntegrityError: a file is missing or changed, or a recorded path leaves the folder.
+        """
+        path = folder / RECORD
+        try:
+            if path.stat().st_size > MAX_RECORD_BYTES:
+                raise InputError(f"{path} is larger than {MAX_RECORD_BYTES} bytes.", fix=_EXPORT)
+            content = path.read_bytes()
+            info = json.loads(content)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{folder} is no bundle: it has no {RECORD}.", fix=_EXPORT) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} cannot be read: {error}.", fix=_EXPORT) from error
+        if not isinstance(info, dict) or info.get("schema") != SCHEMA:
+            raise InputError(f"{path} does not have schema {SCHEMA}.", fix=_EXPORT)
+        bundle = cls(folder, info, hashlib.sha256(content).hexdigest())
+        bundle._check()
+        return bundle
+
+    def graph(self, name: str) -> Path:
+        """Path of a graph's file."""
+        return self.folder / str(self.info["graphs"][name]["file"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Latents of a whole image: channels, rows, columns."""
+        cells = RESOLUTION // LATENT_FACTOR
+        return int(self.info["latent_channels"]), cells, cells
+
+    @property
+    def patch(self) -> int:
+        """Side of a context patch in pixels."""
+        return int(self.info["patch"])
+
+    def _check(self) -> None:
+        graphs = self.info.get("graphs")
+        if not isinstance(graphs, dict) or set(graphs) != set(graph_names()):
+            raise IntegrityError(f"{self.folder / RECORD} does not name the graphs of a bundle.", fix=_EXPORT)
+        for key in ("latent_channels", "patch"):
+            if not isinstance(self.info.get(key), int) or not 1 <= self.info[key] <= RESOLUTION:
+                raise IntegrityError(f"{self.folder / RECORD} has no valid {key!r}: {self.info.get(key)!r}.", fix=_EXPORT)
+        expected: dict[str, str] = {}
+        for name, record in graphs.items():
+            hashes = record.get("files") if isinstance(record, dict) else None
+            if not isinstance(hashes, dict) or record.get("file") not in hashes:
+                raise IntegrityError(f"{self.folder / RECORD} records no files for graph {name}.", fix=_EXPORT)
+            for file, sha256 in hashes.items():
+                if file not in expected:
+                    _check_name(file, self.folder / RECORD)
+                    _check_file(self.folder / file, sha256)
+                if expected.setdefault(file, sha256) != sha256:
+                    raise IntegrityError(f"{self.folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
+
+
+def _check_name(file: str, record: Path) -> None:
+    if Path(file).name != file or "\\" in file or file.startswith("."):
+        raise IntegrityError(f"{record} names the file {file!r}, which is not a plain name.", fix=_EXPORT)
+
+
+def _check_file(path: Path, expected: str) -> None:
+    try:
+        # A link may point anywhere, and what it points to may change after the check.
+        if path.is_symlink() or path.stat().st_size > MAX_GRAPH_BYTES:
+            raise IntegrityError(f"{path} is a link, or larger than {MAX_GRAPH_BYTES} bytes.", fix=_EXPORT)
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read: {error.strerror}.", fix=_EXPORT) from error
+    if found != expected:
+        raise IntegrityError(f"{path} is not the file that was exported: its sha256 is {found[:12]}....", fix=_EXPORT)

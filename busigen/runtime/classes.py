@@ -1,0 +1,53 @@
+"""The class mix: parsing ``benign=0.5,malignant=0.5`` and dealing classes to indices in exact proportion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+from busigen.errors import UsageError
+from busigen.registry import LESION_CLASSES
+
+_EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
+
+
+def parse_classes(text: str) -> dict[str, float]:
+    """Read weights; they need not sum to one, and a name alone weighs 1.
+
+    Raises:
+        UsageError: unknown or repeated class, or a weight that is not a positive finite number.
+    """
+    weights: dict[str, float] = {}
+    for part in (piece.strip() for piece in text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in LESION_CLASSES:
+            raise UsageError(f"--classes names {name!r}, which is no lesion class.", fix=_EXAMPLE)
+        if name in weights:
+            raise UsageError(f"--classes names {name!r} twice.", fix=_EXAMPLE)
+        try:
+            weight = float(value or "1")
+        except ValueError:
+            weight = -1.0
+        if not 0.0 < weight < float("inf"):
+            raise UsageError(f"--classes gives {name!r} the weight {value!r}.", fix=f"Weights are above 0. {_EXAMPLE}")
+        weights[name] = weight
+    return weights
+
+
+def class_at(index: int, weights: Mapping[str, float]) -> str:
+    """The class of a sample: among the first n, each class has its share of n to within one per class.
+
+    A pure function of index and weights. Each class in turn takes its share of what the classes before it left, spread
+    evenly (Bresenham's line), computed in fractions so that no platform rounds differently.
+    """
+    names = sorted(weights)
+    rest = sum((Fraction(weights[name]).limit_denominator(10**6) for name in names), start=Fraction(0))
+    for name in names[:-1]:
+        weight = Fraction(weights[name]).limit_denominator(10**6)
+        share = weight / rest
+        before, after = int(index * share), int((index + 1) * share)
+        if after > before:
+            return name
+        index -= before
+        rest -= weight
+    return names[-1]

@@ -1,0 +1,71 @@
+"""Quality gates: why a draw is refused before it reaches a shard. Each returns a reason, or ``None`` to let it pass."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from busigen.data.geometry import Mask
+
+AREA_RANGE = (0.002, 0.45)
+"""Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
+
+CRUMB_SHARE = 0.10
+"""Share of the outline's area that may lie outside its largest part before the mask counts as crumbling."""
+
+BORDER_SHARE = 0.15
+"""Share of the lesion's outline that may run along the image's border before the lesion counts as cut off."""
+
+MIN_CONTRAST = 4.0
+"""Least difference in mean grey levels between the lesion and the band around it."""
+
+BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
+"""Mean grey levels a synthetic background may have, and the least deviation."""
+
+
+def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
+    """Judge stage 1's outline.
+
+    Args:
+        raw: where the predicted distance is positive, ``(256, 256)`` bool.
+        mask: its largest part with holes filled and cut to ``valid``.
+        valid: pixels that are image rather than letterbox bars.
+    """
+    if not mask.any():
+        return "empty mask"
+    share = mask.sum() / max(int(valid.sum()), 1)
+    if share < AREA_RANGE[0]:
+        return "tiny mask"
+    if share > AREA_RANGE[1]:
+        return "huge mask"
+    inside = raw & valid
+    if (inside & ~mask).sum() > CRUMB_SHARE * inside.sum():
+        return "crumbling mask"
+    outline = mask & ~ndimage.binary_erosion(mask, border_value=1)
+    if cut_pixels(mask, valid) > BORDER_SHARE * max(int(outline.sum()), 1):
+        return "mask cut by the border"
+    return None
+
+
+def cut_pixels(mask: Mask, valid: Mask) -> int:
+    """Lesion pixels on the outermost line of the valid image."""
+    inner: Mask = ndimage.binary_erosion(valid, structure=np.ones((3, 3)))
+    return int((mask & ~inner).sum())
+
+
+def image_reason(image: NDArray[np.uint8], mask: Mask, valid: Mask) -> str | None:
+    """Judge the painted image: the lesion must differ from the band of 8 pixels around it."""
+    band = ndimage.binary_dilation(mask, iterations=8) & ~mask & valid
+    if not band.any():
+        return "no surroundings"
+    if abs(float(image[mask].mean()) - float(image[band].mean())) < MIN_CONTRAST:
+        return "no contrast"
+    return None
+
+
+def background_reason(image: NDArray[np.uint8]) -> str | None:
+    """Judge a synthetic background: neither black, nor white, nor flat."""
+    if not BACKGROUND_MEAN[0] <= float(image.mean()) <= BACKGROUND_MEAN[1]:
+        return "background too dark or too bright"
+    return "flat background" if float(image.std()) < BACKGROUND_DEVIATION else None

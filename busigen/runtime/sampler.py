@@ -1,0 +1,288 @@
+"""The three-stage sampler: (seed, index) in, accepted pair of image and mask out.
+
+Everything a sample depends on is keyed by its index, so draws can be grouped by class and window size to fill batches
+without changing what any of them is. Batches are padded to a fixed size, so that the engines see one shape per graph.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.data.geometry import (
+    Mask,
+    Window,
+    edit_region,
+    largest_component,
+    paste,
+    patches_outside,
+    ring_region,
+    window_for,
+)
+from busigen.errors import AcceptanceError, UsageError
+from busigen.registry import BUCKETS, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION
+from busigen.runtime import gates
+from busigen.runtime.backend import Backend
+from busigen.runtime.bundle import Bundle, graph_names
+from busigen.runtime.classes import class_at
+from busigen.runtime.healthy import SYNTHETIC, Healthy, HealthyFolder, synthetic
+from busigen.runtime.noise import normal, uniform
+from busigen.runtime.sample import Drawn, Rejection, Sample
+
+MAX_ATTEMPTS = 64
+"""Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
+
+BATCHES_PER_ROUND = 8
+"""Draws are collected for this many batches before they are grouped, so that most groups fill their batches."""
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One draw on its way through the stages. Later fields are filled stage by stage."""
+
+    index: int
+    attempt: int
+    label: str
+    healthy: Healthy
+    mask: Mask | None = None
+    edit: Mask | None = None
+    window: Window | None = None
+
+
+class Sampler:
+    """A :class:`busigen.runtime.sample.Source` on top of a bundle's graphs.
+
+    Args:
+        bundle: says what the graphs are.
+        backend: runs them.
+        classes: class weights (:func:`busigen.runtime.classes.parse_classes`).
+        healthy: a folder of healthy images, or ``None`` for synthetic backgrounds.
+        batch_size: images per engine call at the smallest window; larger windows use fewer.
+
+    Raises:
+        UsageError: ``batch_size`` is not between 1 and 4096.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        classes: Mapping[str, float],
+        healthy: HealthyFolder | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if not 1 <= batch_size <= 4096:
+            raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
+        self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
+        self.batch_size = batch_size
+        self._graphs = frozenset(graph_names())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See :class:`busigen.runtime.sample.Source`. The batch size is absent: it changes no sample."""
+        return {
+            "bundle": self.bundle.sha256,
+            "checkpoint": self.bundle.info.get("checkpoint"),
+            "split_hash": self.bundle.info.get("split_hash"),
+            "preset": self.bundle.info.get("preset"),
+            "provider": self.backend.name,
+            "engine_version": self.backend.version,
+            "classes": self.classes,
+            "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
+            "gates": {name: getattr(gates, name) for name in sorted(vars(gates)) if name.isupper()},
+        }
+
+    def row_types(self) -> Mapping[str, type]:
+        """See :class:`busigen.runtime.sample.Source`."""
+        return {
+            "background": str,
+            "healthy_file": str,
+            "healthy_sha256": str,
+            "letterbox_scale": float,
+            "letterbox_left": int,
+            "letterbox_top": int,
+            "window_top": int,
+            "window_left": int,
+            "window_side": int,
+            "edit_pixels": int,
+        }
+
+    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> Drawn:
+        """Draw until every index has an accepted sample.
+
+        Raises:
+            AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
+        """
+        pending = deque((index, 0) for index in indices)
+        samples: dict[int, Sample] = {}
+        rejections: list[Rejection] = []
+        while pending:
+            size = min(len(pending), self.batch_size * BATCHES_PER_ROUND)
+            jobs = [pending.popleft() for _ in range(size)]
+            accepted, refused = self.attempt(seed, jobs)
+            samples.update((sample.index, sample) for sample in accepted)
+            rejections += refused
+            for rejection in refused:
+                if rejection.attempt + 1 >= MAX_ATTEMPTS:
+                    raise AcceptanceError(
+                        f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
+                        fix="Use another bundle or other healthy images; 'dataset.json' counts refusals by reason.",
+                    )
+                pending.append((rejection.index, rejection.attempt + 1))
+            done(len(accepted))
+        rejections.sort(key=lambda rejection: (rejection.index, rejection.attempt))
+        return Drawn([samples[index] for index in indices], rejections)
+
+    def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
+        """Make one draw per (index, attempt) and judge each by the gates."""
+        samples: list[Sample] = []
+        rejections: list[Rejection] = []
+
+        def passed(draft: Draft, reason: str | None) -> bool:
+            if reason is not None:
+                rejections.append(Rejection(draft.index, draft.attempt, draft.label, reason))
+            return reason is None
+
+        drafts = [draft for draft in self._backgrounds(seed, jobs) if passed(draft, _background_reason(draft))]
+        outlined = []
+        for draft, raw in self._outlines(seed, drafts):
+            mask = largest_component(raw & draft.healthy.valid)
+            if passed(draft, gates.mask_reason(raw, mask, draft.healthy.valid)):
+                edit = edit_region(mask, draft.healthy.valid)
+                outlined.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
+        for draft, image in self._paint(seed, outlined):
+            assert draft.mask is not None
+            if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
+                samples.append(_sample(draft, image))
+        return samples, rejections
+
+    def _backgrounds(self, seed: int, jobs: Sequence[tuple[int, int]]) -> list[Draft]:
+        """Pick or synthesise each draw's healthy image."""
+        if self.healthy is not None:
+            pictures = [self.healthy.pick(uniform(seed, i, a, "healthy")) for i, a in jobs]
+        else:
+            pictures = []
+            for batch in _batches(jobs, self._size(BUCKETS[-1])):
+                # Whole images, so the prior's batch is that of the large windows.
+                noise = np.stack([normal(seed, i, a, "prior", self.bundle.latent_shape) for i, a in batch])
+                latents = self._run("prior", BUCKETS[-1], len(batch), noise=noise)
+                pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents)
+                pictures += [synthetic(_to_grey(image[0])) for image in pixels]
+        return [
+            Draft(index, attempt, class_at(index, self.classes), picture)
+            for (index, attempt), picture in zip(jobs, pictures, strict=True)
+        ]
+
+    def _outlines(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, Mask]]:
+        """Stage 1: where the lesion goes and what outline it has."""
+        shape = (MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2)
+        for label, group in _grouped(drafts, lambda draft: draft.label):
+            for batch in _batches(group, self.batch_size):
+                noise = np.stack([normal(seed, d.index, d.attempt, "mask", shape) for d in batch])
+                keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
+                tokens = self._tokens(batch, keep)
+                distance = self._run(f"mask-{label}", None, len(batch), noise=noise, tokens=tokens, keep=keep)
+                yield from ((draft, field[0] > 0) for draft, field in zip(batch, distance, strict=True))
+
+    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, NDArray[np.uint8]]]:
+        """Stages 2 and 3, and the paste into the healthy image."""
+        for (label, side), group in _grouped(drafts, lambda d: (d.label, d.window.side if d.window else 0)):
+            for batch in _batches(group, self._size(side)):
+                yield from zip(batch, self._paint_batch(seed, label, side, batch), strict=True)
+
+    def _paint_batch(self, seed: int, label: str, side: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
+        count = len(batch)
+        shape = (self.bundle.latent_shape[0], side // LATENT_FACTOR, side // LATENT_FACTOR)
+        masks = [draft.mask for draft in batch if draft.mask is not None]
+        edits = [draft.edit for draft in batch if draft.edit is not None]
+        windows = [draft.window for draft in batch if draft.window is not None]
+        keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
+        grey = [np.where(e, 0.0, _to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
+        common = {
+            "tokens": self._tokens(batch, keep),
+            "keep": keep,
+            "known": self._run("encoder", side, count, pixels=_cut(grey, windows)),
+            "mask": _cut(masks, windows),
+            "edit": _cut(edits, windows),
+        }
+
+        def noise(stage: str) -> Floats:
+            return np.stack([normal(seed, d.index, d.attempt, stage, shape) for d in batch])
+
+        painted = self._run(f"lesion-{label}", side, count, noise=noise("lesion"), **common)
+        ring = _cut([ring_region(edit) for edit in edits], windows)
+        blended = self._run(f"blend-{label}", side, count, noise=noise("blend"), painted=painted, ring=ring, **common)
+        pixels = self._run("decoder", side, count, latents=blended)
+        return [
+            paste(draft.healthy.pixels, new[0], edit, window)
+            for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)
+        ]
+
+    def _tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
+        image = np.stack([_to_unit(draft.healthy.pixels)[None] for draft in batch])
+        return self._run("context", None, len(batch), image=image, keep=keep)
+
+    def _size(self, side: int) -> int:
+        return max(1, self.batch_size * BUCKETS[0] ** 2 // side**2)
+
+    def _run(self, graph: str, side: int | None, count: int, **inputs: NDArray[Any]) -> Floats:
+        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
+        size = max(count, self._size(side or BUCKETS[0]))
+        padded = {
+            name: np.concatenate((array, np.repeat(array[-1:], size - count, axis=0))).astype(np.float32, copy=False)
+            for name, array in inputs.items()
+        }
+        name = graph if graph in self._graphs else f"{graph}@{side}"
+        return self.backend.run(name, padded)[:count]
+
+
+def _background_reason(draft: Draft) -> str | None:
+    if draft.healthy.row["background"] != SYNTHETIC:
+        return None
+    return gates.background_reason(draft.healthy.pixels)
+
+
+def _sample(draft: Draft, image: NDArray[np.uint8]) -> Sample:
+    assert draft.mask is not None and draft.edit is not None and draft.window is not None
+    row = {
+        **draft.healthy.row,
+        "window_top": draft.window.top,
+        "window_left": draft.window.left,
+        "window_side": draft.window.side,
+        "edit_pixels": int(draft.edit.sum()),
+    }
+    return Sample(draft.index, draft.attempt, draft.label, image, draft.mask, row)
+
+
+def _to_unit(pixels: NDArray[np.uint8]) -> Floats:
+    return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)).astype(np.float32)
+
+
+def _to_grey(pixels: Floats) -> NDArray[np.uint8]:
+    return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
+    """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
+    cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
+    return np.stack(cuts)[:, None].astype(np.float32)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _grouped(items: Sequence[T], key: Callable[[T], K]) -> list[tuple[K, list[T]]]:
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
