@@ -51,8 +51,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback with an error; works after a command, too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show a traceback with an error; works after a command, too.")
+    ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     # Libraries log how they load files; a person wants to hear about the run.
@@ -87,7 +91,7 @@ def prepare(
         counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))
         stdout.print(f"  {name:10} {sum(parts.values()):6}   {counts}")
     stdout.print(f"  sources: {', '.join(f'{name} {count}' for name, count in result.by_source.items())}")
-    stdout.print(f"  groups (patients and near-duplicates): {result.groups}; images under two classes: {result.conflicts}")
+    stdout.print(f"  groups (patients, near-duplicates): {result.groups}; images under two classes: {result.conflicts}")
     stdout.print(f"  overlays suspected: {', '.join(f'{name} {count}' for name, count in result.overlays.items())}")
     stdout.print(f"  split hash: {result.split_hash}")
     stdout.print(f"  refused: {len(result.refused)}")
@@ -114,7 +118,9 @@ def train(
         try:
             record = run(data, out, recipe_for(preset, seed=seed, scale=scale), device=device, console=stderr)
         except KeyboardInterrupt:
-            raise Interrupted(f"Interrupted; {out} keeps what was trained.", fix="Run the same command to continue.") from None
+            raise Interrupted(
+                f"Interrupted; {out} keeps what was trained.", fix="Run the same command to continue."
+            ) from None
     seconds = sum(task["seconds"] for task in record["tasks"].values())
     stdout.print(f"Checkpoint finished in {out}: preset {record['preset']}, {seconds / 60:.1f} minutes of training.")
     stdout.print(f"Next: busigen export {out} --out bundle")
@@ -136,7 +142,7 @@ def export(
     for label in LESION_CLASSES:
         figures = bundle.info["parity"][label]
         stdout.print(
-            f"  parity {label:10} {figures['compared']} of {figures['draws']} draws compared, Dice >= {figures['dice']:.4f}, "
+            f"  parity {label:10} {figures['compared']} of {figures['draws']} draws, Dice >= {figures['dice']:.4f}, "
             f"PSNR >= {figures['psnr']:.1f} dB, grey difference <= {figures['max_grey_difference']}"
         )
 
@@ -185,8 +191,8 @@ def _print_generated(report: GenerateReport) -> None:
         stdout.print(f"{report.folder} is complete already: {report.samples} samples ({classes}).")
         return
     stdout.print(
-        f"{report.samples} samples ({classes}) in {report.shards} shard(s), {report.size / 1e6:.1f} MB, in {report.folder}; "
-        f"{report.written} shard(s) written in {report.seconds:.1f} s"
+        f"{report.samples} samples ({classes}) in {report.folder}: {report.shards} shard(s), "
+        f"{report.size / 1e6:.1f} MB; {report.written} shard(s) written in {report.seconds:.1f} s"
     )
     if report.rejected:
         refused = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
@@ -205,7 +211,9 @@ def verify(
     from busigen.runtime.verify import verify as run
 
     if healthy is not None and not healthy.is_dir():
-        raise InputError(f"--healthy {healthy} is no folder.", fix="Give the folder that `generate --healthy` was given.")
+        raise InputError(
+            f"--healthy {healthy} is no folder.", fix="Give the folder that `generate --healthy` was given."
+        )
     with console_progress() as progress:
         report = run(dataset, healthy=healthy, progress=progress)
     _print_verified(report, proving=healthy is not None)
@@ -266,7 +274,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        stderr.print(escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it."))
+        stderr.print(
+            escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it.")
+        )
         sys.exit(1)
 
 

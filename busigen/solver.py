@@ -7,12 +7,13 @@ predicts the velocity ``noise - x_0`` and an Euler step from ``t`` to ``s`` is `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 TIME_SCALE = 1000.0
 """The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for."""
 
 SHIFT = 1.5
-"""How much more densely the steps sit near pure noise, where small latents lose their layout (Esser et al. 2024, 5.3.2)."""
+"""How much denser the steps sit near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2)."""
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,4 @@ def euler_steps(count: int) -> list[SolverStep]:
         raise ValueError(f"a solver needs at least 1 step, not {count}")
     uniform = [1.0 - k / count for k in range(count + 1)]
     times = [SHIFT * u / (1.0 + (SHIFT - 1.0) * u) for u in uniform]
-    return [SolverStep(t=t, a=1.0, b=s - t, c=0.0) for t, s in zip(times, times[1:], strict=False)]
+    return [SolverStep(t=t, a=1.0, b=s - t, c=0.0) for t, s in pairwise(times)]

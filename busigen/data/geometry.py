@@ -142,7 +142,7 @@ def signed_distance(mask: Mask) -> NDArray[np.float32]:
     """Stage 1's target: distance to the outline, positive inside, on the ``MASK_GRID`` grid.
 
     Returns:
-        ``(64, 64)`` float32 in [-1, 1]: pixels clipped at ``SDF_LIMIT`` and divided by it. An empty mask is -1 all over.
+        ``(64, 64)`` float32 in [-1, 1]: pixels clipped at ``SDF_LIMIT`` and divided by it; an empty mask is all -1.
     """
     if not mask.any():
         return np.full((MASK_GRID, MASK_GRID), -1.0, dtype=np.float32)
@@ -151,12 +151,11 @@ def signed_distance(mask: Mask) -> NDArray[np.float32]:
     distance = distance - 0.5 * np.sign(distance)
     step = RESOLUTION // MASK_GRID
     cells = distance.reshape(MASK_GRID, step, MASK_GRID, step).mean(axis=(1, 3))
-    return (np.clip(cells, -SDF_LIMIT, SDF_LIMIT) / SDF_LIMIT).astype(np.float32)
+    share: NDArray[np.float32] = (np.clip(cells, -SDF_LIMIT, SDF_LIMIT) / SDF_LIMIT).astype(np.float32)
+    return share
 
 
-def paste(
-    image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window
-) -> NDArray[np.uint8]:
+def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:
     """Put a painted window into the image; pixels outside the edit region keep their bytes.
 
     Args:

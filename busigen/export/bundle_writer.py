@@ -67,7 +67,9 @@ def halved(model: ModelProto, weights: WeightFile) -> ModelProto:
             continue
         stored = f"{tensor.name}/fp16"
         offset, length = weights.place(tensor.name, value)
-        casts.append(helper.make_node("Cast", [stored], [tensor.name], name=f"{tensor.name}/cast", to=TensorProto.FLOAT))
+        casts.append(
+            helper.make_node("Cast", [stored], [tensor.name], name=f"{tensor.name}/cast", to=TensorProto.FLOAT)
+        )
         tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), stored))
         set_external_data(tensor, weights.name, offset=offset, length=length)
         tensor.ClearField("raw_data")

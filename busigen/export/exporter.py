@@ -83,7 +83,9 @@ def export(checkpoint: Path, out: Path, *, target: str = "onnx") -> Bundle:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to.") from error
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
+        ) from error
     return Bundle.open(out)
 
 
@@ -154,25 +156,30 @@ def _staged(
     first = networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
     steps, before, after = [], [], None
     for size in cells:
-        steps.append(trace.trace_step(first, size, networks.preset.tokens, (channels, MASK_CHANNELS, 1) if condition else ()))
+        steps.append(
+            trace.trace_step(first, size, networks.preset.tokens, (channels, MASK_CHANNELS, 1) if condition else ())
+        )
         before.append(trace.trace_condition(*condition, channels, size * LATENT_FACTOR) if condition else None)
     if condition is None:
         after = trace.trace_distance((MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2))
     for label in LESION_CLASSES:
         component = f"{stage}-{label}"
         weights = _weights(networks.denoisers[component])
-        yield component, {
-            name: unroll(
-                with_weights(step, weights),
-                euler_steps(SOLVER_STEPS[stage]),
-                CLASSES.index(label),
-                name=component,
-                output="distance" if after is not None else "latents",
-                before=known,
-                after=after,
-            )
-            for name, step, known in zip(graphs_of(component), steps, before, strict=True)
-        }
+        yield (
+            component,
+            {
+                name: unroll(
+                    with_weights(step, weights),
+                    euler_steps(SOLVER_STEPS[stage]),
+                    CLASSES.index(label),
+                    name=component,
+                    output="distance" if after is not None else "latents",
+                    before=known,
+                    after=after,
+                )
+                for name, step, known in zip(graphs_of(component), steps, before, strict=True)
+            },
+        )
 
 
 def _weights(unet: ModelMixin) -> dict[str, Any]:
@@ -188,8 +195,8 @@ def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
         for name, task in record["tasks"].items()
     )
     parity = "\n".join(
-        f"| {label} | {p['compared']} of {p['draws']} | {p['dice']:.4f} | {p['psnr']:.1f} | {p['max_grey_difference']} |"
-        for label, p in ((label, info["parity"][label]) for label in LESION_CLASSES)
+        f"| {name} | {p['compared']} of {p['draws']} | {p['dice']:.4f} | {p['psnr']:.1f} | {p['max_grey_difference']} |"
+        for name, p in ((label, info["parity"][label]) for label in LESION_CLASSES)
     )
     return f"""# Model card
 

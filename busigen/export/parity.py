@@ -36,7 +36,7 @@ class TorchBackend:
     """The checkpoint's networks behind the runtime's interface: the reference that a bundle is held against."""
 
     name = "torch"
-    version = torch.__version__
+    version = str(torch.__version__)
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
@@ -92,7 +92,9 @@ def compare(networks: Networks, bundle: Bundle, *, draws: int = DRAWS) -> dict[s
         for name, limit in (("dice", MIN_DICE), ("psnr", MIN_PSNR))
         if report[label][name] < limit
     ]
-    failures += [f"{label}: the gates decide differently" for label in LESION_CLASSES if not report[label]["same_gates"]]
+    failures += [
+        f"{label}: the gates decide differently" for label in LESION_CLASSES if not report[label]["same_gates"]
+    ]
     if failures:
         raise ParityError(
             f"the exported graphs do not reproduce the checkpoint: {'; '.join(failures)}.",

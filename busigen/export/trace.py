@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import onnx.inliner
 import torch
+from diffusers import ModelMixin
 from onnx import ModelProto
 from torch import Tensor, nn
 
@@ -77,7 +78,13 @@ class DistanceOutput(nn.Module):
         return distance_to_pixels(sample)
 
 
-def trace(module: nn.Module, arguments: Sequence[Tensor], inputs: Sequence[str], outputs: Sequence[str], static: Sequence[str] = ()) -> ModelProto:
+def trace(
+    module: nn.Module,
+    arguments: Sequence[Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    static: Sequence[str] = (),
+) -> ModelProto:
     """Trace a module.
 
     Args:
@@ -106,6 +113,7 @@ def trace(module: nn.Module, arguments: Sequence[Tensor], inputs: Sequence[str],
             optimize=False,
             verbose=False,
         )
+    assert program is not None
     return onnx.inliner.inline_local_functions(program.model_proto)
 
 
@@ -119,6 +127,7 @@ def trace_context(networks: Networks) -> ModelProto:
     """``(image, keep)`` to ``tokens``."""
     tokens = networks.preset.tokens
     arguments = [torch.randn(EXAMPLE_BATCH, 1, RESOLUTION, RESOLUTION), torch.ones(EXAMPLE_BATCH, tokens)]
+    assert networks.context is not None
     return trace(networks.context, arguments, ["image", "keep"], ["tokens"])
 
 
@@ -134,8 +143,8 @@ def trace_decoder(networks: Networks, side: int) -> ModelProto:
     return trace(networks.decoder, [example], ["latents"], ["pixels"])
 
 
-def trace_step(unet: nn.Module, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
-    """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are the condition inputs' channel counts."""
+def trace_step(unet: ModelMixin, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
+    """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are its condition inputs' channels."""
     config = unet.config
     x = torch.randn(EXAMPLE_BATCH, config.out_channels, cells, cells)
     arguments = [

@@ -123,8 +123,12 @@ def unroll(
         prefix = f"step{number}/"
         t = assembly.constant(f"{prefix}t", np.array([constants.t], dtype=np.float32))
         (velocity,) = assembly.paste(step, prefix, {**wiring, "x": x, "t": t})
-        scaled = assembly.add("Mul", [velocity, assembly.constant(f"{prefix}b", np.float32([constants.b]))], f"{prefix}bv")
-        kept = assembly.add("Mul", [x, assembly.constant(f"{prefix}a", np.float32([constants.a]))], f"{prefix}ax")
+        scaled = assembly.add(
+            "Mul", [velocity, assembly.constant(f"{prefix}b", np.array([constants.b], dtype=np.float32))], f"{prefix}bv"
+        )
+        kept = assembly.add(
+            "Mul", [x, assembly.constant(f"{prefix}a", np.array([constants.a], dtype=np.float32))], f"{prefix}ax"
+        )
         x = assembly.add("Add", [kept, scaled], f"{prefix}x")
     if after is not None:
         (x,) = assembly.paste(after, "after/", {after.graph.input[0].name: x})

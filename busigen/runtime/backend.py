@@ -29,7 +29,7 @@ class Backend(Protocol):
 
 
 class OnnxBackend:
-    """ONNX Runtime sessions, opened when first needed.
+    """ONNX Runtime sessions, all but the first opened when first needed.
 
     Args:
         bundle: an opened, checked bundle.
@@ -38,6 +38,7 @@ class OnnxBackend:
 
     Raises:
         UsageError: the provider is unknown, or not usable here.
+        IntegrityError: a graph cannot be loaded.
     """
 
     def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
@@ -49,8 +50,9 @@ class OnnxBackend:
         self.version = str(ort.__version__)
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
-        self._options = _session_options(threads or len(os.sched_getaffinity(0)))
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._options = _session_options(threads or _usable_cores())
+        # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
+        self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
 
     def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
         """See :class:`Backend`."""
@@ -76,6 +78,11 @@ class OnnxBackend:
                 fix="Install the extra 'cuda' on a machine with an NVIDIA GPU, or use --provider cpu.",
             )
         return session
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use; where the system does not say, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _session_options(threads: int) -> ort.SessionOptions:

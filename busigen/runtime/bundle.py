@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -97,11 +98,13 @@ class Bundle:
             raise IntegrityError(f"{self.folder / RECORD} does not name the graphs of a bundle.", fix=_EXPORT)
         for key in ("latent_channels", "patch"):
             if not isinstance(self.info.get(key), int) or not 1 <= self.info[key] <= RESOLUTION:
-                raise IntegrityError(f"{self.folder / RECORD} has no valid {key!r}: {self.info.get(key)!r}.", fix=_EXPORT)
+                raise IntegrityError(
+                    f"{self.folder / RECORD} has no valid {key!r}: {self.info.get(key)!r}.", fix=_EXPORT
+                )
         expected: dict[str, str] = {}
         for name, record in graphs.items():
             hashes = record.get("files") if isinstance(record, dict) else None
-            if not isinstance(hashes, dict) or record.get("file") not in hashes:
+            if not isinstance(hashes, dict) or record.get("file") not in list(hashes):
                 raise IntegrityError(f"{self.folder / RECORD} records no files for graph {name}.", fix=_EXPORT)
             for file, sha256 in hashes.items():
                 if file not in expected:
@@ -119,11 +122,13 @@ def _check_name(file: str, record: Path) -> None:
 def _check_file(path: Path, expected: str) -> None:
     try:
         # A link may point anywhere, and what it points to may change after the check.
-        if path.is_symlink() or path.stat().st_size > MAX_GRAPH_BYTES:
-            raise IntegrityError(f"{path} is a link, or larger than {MAX_GRAPH_BYTES} bytes.", fix=_EXPORT)
+        found_there = path.lstat()
+        if not stat.S_ISREG(found_there.st_mode) or found_there.st_size > MAX_GRAPH_BYTES:
+            raise IntegrityError(f"{path} is no regular file of at most {MAX_GRAPH_BYTES} bytes.", fix=_EXPORT)
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise IntegrityError(f"{path} cannot be read: {error.strerror}.", fix=_EXPORT) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise IntegrityError(f"{str(path)!r} cannot be read: {reason}.", fix=_EXPORT) from error
     if found != expected:
         raise IntegrityError(f"{path} is not the file that was exported: its sha256 is {found[:12]}....", fix=_EXPORT)

@@ -38,12 +38,12 @@ def class_at(index: int, weights: Mapping[str, float]) -> str:
     """The class of a sample: among the first n, each class has its share of n to within one per class.
 
     A pure function of index and weights. Each class in turn takes its share of what the classes before it left, spread
-    evenly (Bresenham's line), computed in fractions so that no platform rounds differently.
+    evenly (Bresenham's line), computed in fractions of the weights' decimals so that no platform rounds differently.
     """
     names = sorted(weights)
-    rest = sum((Fraction(weights[name]).limit_denominator(10**6) for name in names), start=Fraction(0))
+    rest = sum((Fraction(str(weights[name])) for name in names), start=Fraction(0))
     for name in names[:-1]:
-        weight = Fraction(weights[name]).limit_denominator(10**6)
+        weight = Fraction(str(weights[name]))
         share = weight / rest
         before, after = int(index * share), int((index + 1) * share)
         if after > before:

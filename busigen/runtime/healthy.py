@@ -103,7 +103,9 @@ class HealthyFolder:
         sha256, path = self.items[number]
         image = read_image(path)
         if image.sha256 != sha256:
-            raise IntegrityError(f"{path} has changed since the run began.", fix="Restore it, or start a run of its own.")
+            raise IntegrityError(
+                f"{path} has changed since the run began.", fix="Restore it, or start a run of its own."
+            )
         pixels, box = letterbox(image.pixels)
         row = {
             "background": "real",

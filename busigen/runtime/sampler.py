@@ -268,7 +268,8 @@ def _to_unit(pixels: NDArray[np.uint8]) -> Floats:
 
 
 def _to_grey(pixels: Floats) -> NDArray[np.uint8]:
-    return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    grey: NDArray[np.uint8] = np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    return grey
 
 
 def _cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:

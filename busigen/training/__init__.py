@@ -1,1 +1,1 @@
-"""Training: autoencoder, context encoder, three stages, healthy prior, LoRA adapters, merge. Needs the ``train`` extra."""
+"""Training: autoencoder, context encoder, stages, healthy prior, LoRA adapters, merge. Needs the ``train`` extra."""

@@ -49,8 +49,13 @@ class Frame:
 
     def flipped(self) -> Frame:
         """Mirror left and right. Never top and bottom: the skin is at the top and shadows fall downwards."""
-        turned = (np.ascontiguousarray(a[:, ::-1]) for a in (self.image, self.lesions, self.overlay, self.valid))
-        return Frame(*turned, label=self.label)  # type: ignore[arg-type]
+        return Frame(
+            np.ascontiguousarray(self.image[:, ::-1]),
+            np.ascontiguousarray(self.lesions[:, ::-1]),
+            np.ascontiguousarray(self.overlay[:, ::-1]),
+            np.ascontiguousarray(self.valid[:, ::-1]),
+            self.label,
+        )
 
     def with_gain(self, rng: np.random.Generator) -> Frame:
         """Vary gain and contrast as a sonographer's knobs would: +-8 % and a gamma between 0.85 and 1.18."""
@@ -176,7 +181,8 @@ class WindowExamples:
     """Windows of one bucket. ``N`` variants; ``s`` = window side / 8; tokens are shared with the 'keep' mask.
 
     ``clean``/``known`` ``(N, C, s, s)`` fp16 latents of the whole and of the greyed window; ``mask`` ``(N, 4, s, s)``;
-    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)`` fp16; ``keep`` ``(N, T)``; ``label`` ``(N,)``.
+    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)`` fp16; ``keep`` ``(N, T)``; ``label`` and
+    ``row`` ``(N,)``.
     """
 
     tensors: dict[str, Tensor]

@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.geometry import Mask, edit_region, paste, patches_outside, window_for
-from busigen.registry import BUCKETS, LATENT_FACTOR
+from busigen.data.geometry import Mask, Window, edit_region, paste, patches_outside, window_for
+from busigen.registry import BUCKETS
 from busigen.training.examples import Frame, Frames, Progress, decoy_region, greyed, random_lesion, to_tensor
 from busigen.training.networks import Networks, window_condition
 
 REPAINT_BATCH = 16
 HEAL_STEPS = 3
-"""Network evaluations per repaint. Half of what a lesion gets: normal tissue is forgiving, and there is a lot to heal."""
+"""Network evaluations per repaint. Half of a lesion's: normal tissue is forgiving, and there is much to heal."""
 
 Pixels = NDArray[np.uint8]
 
@@ -37,37 +37,56 @@ def lesion_edit(frame: Frame) -> Mask:
     return edit
 
 
-@torch.no_grad()
-def repaint(images: list[Pixels], edits: list[Mask], networks: Networks, seed: int, device: torch.device) -> list[Pixels]:
+def repaint(
+    images: list[Pixels], edits: list[Mask], networks: Networks, seed: int, device: torch.device
+) -> list[Pixels]:
     """Replace each edit region by normal tissue, in batches of one window size. Images with an empty region stay."""
     results = list(images)
-    windows = [window_for(edit) if edit.any() else None for edit in edits]
+    jobs = [(k, edit, window_for(edit)) for k, edit in enumerate(edits) if edit.any()]
     for side in BUCKETS:
-        members = [k for k, window in enumerate(windows) if window is not None and window.side == side]
+        members = [job for job in jobs if job[2].side == side]
         for start in range(0, len(members), REPAINT_BATCH):
             chosen = members[start : start + REPAINT_BATCH]
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + chosen[0])
-            cuts = [windows[k].slices for k in chosen]  # type: ignore[union-attr]
-            known = torch.stack([torch.from_numpy(greyed(images[k], edits[k])[c])[None] for k, c in zip(chosen, cuts, strict=True)])
-            region = torch.stack([torch.from_numpy(edits[k][c].astype(np.float32))[None] for k, c in zip(chosen, cuts, strict=True)])
-            keep = torch.stack([torch.from_numpy(patches_outside(edits[k], networks.preset.patch)) for k in chosen])
-            keep = keep.float().to(device)
-            tokens = networks.tokens(torch.stack([to_tensor(images[k]) for k in chosen]).to(device), keep)
-            cells = side // LATENT_FACTOR
-            noise = torch.randn(len(chosen), networks.preset.latent_channels, cells, cells, generator=generator)
-            condition = window_condition(networks.encoder(known.to(device)), torch.zeros_like(region).to(device), region.to(device))
-            latents = networks.sample("lesion", noise.to(device), "normal", tokens, keep, *condition, steps=HEAL_STEPS)
-            painted = networks.decoder(latents).float().cpu().numpy()[:, 0]
-            for k, pixels in zip(chosen, painted, strict=True):
-                results[k] = paste(images[k], pixels, edits[k], windows[k])  # type: ignore[arg-type]
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + chosen[0][0])
+            painted = _normal_tissue([images[k] for k, _, _ in chosen], chosen, networks, generator, device)
+            for (k, edit, window), pixels in zip(chosen, painted, strict=True):
+                results[k] = paste(images[k], pixels, edit, window)
     return results
 
 
-def heal(frames: Frames, networks: Networks, *, variants: int, seed: int, device: torch.device, progress: Progress) -> Pixels:
+@torch.no_grad()
+def _normal_tissue(
+    images: list[Pixels],
+    jobs: list[tuple[int, Mask, Window]],
+    networks: Networks,
+    generator: torch.Generator,
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """Windows of one size repainted with class ``normal``, ``(B, S, S)`` in [-1, 1]."""
+    edits, cuts = [edit for _, edit, _ in jobs], [window.slices for _, _, window in jobs]
+
+    def stacked(arrays: list[NDArray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([a[c] for a, c in zip(arrays, cuts, strict=True)])[:, None]).float().to(device)
+
+    region = stacked(list(edits))
+    known = networks.encoder(stacked([greyed(image, edit) for image, edit in zip(images, edits, strict=True)]))
+    keep = torch.from_numpy(np.stack([patches_outside(edit, networks.preset.patch) for edit in edits]))
+    keep = keep.float().to(device)
+    tokens = networks.tokens(torch.stack([to_tensor(image) for image in images]).to(device), keep)
+    noise = torch.randn(known.shape, generator=generator).to(device)
+    condition = window_condition(known, torch.zeros_like(region), region)
+    latents = networks.sample("lesion", noise, "normal", tokens, keep, *condition, steps=HEAL_STEPS)
+    painted: NDArray[np.float32] = networks.decoder(latents).float().cpu().numpy()[:, 0]
+    return painted
+
+
+def heal(
+    frames: Frames, networks: Networks, *, variants: int, seed: int, device: torch.device, progress: Progress
+) -> Pixels:
     """Heal every lesion image ``variants`` times.
 
     Returns:
-        ``(N, variants, 256, 256)`` uint8, ``N`` being the rows of ``frames`` in order; images without lesion get decoys only.
+        ``(N, variants, 256, 256)`` uint8, ``N`` in the order of ``frames``; images without lesion get decoys only.
     """
     result = np.empty((len(frames), variants, *frames[0].image.shape), dtype=np.uint8)
     shapes = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]

@@ -37,7 +37,7 @@ class ContextEncoder(ModelMixin, ConfigMixin):
             keep: ``(B, N)`` float, 1 for patches to see and 0 for dropped ones.
 
         Returns:
-            ``(B, N, D)`` tokens; those of dropped patches hold nothing of their pixels and must be masked by the reader.
+            ``(B, N, D)`` tokens; those of dropped patches hold nothing of their pixels; readers mask them.
         """
         tokens = self.embed(image).flatten(2).transpose(1, 2) * keep[..., None] + self.position
         bias = ((1.0 - keep) * MASKED)[:, None, :]
@@ -47,7 +47,7 @@ class ContextEncoder(ModelMixin, ConfigMixin):
 
 
 class MaskedAutoencoder(nn.Module):
-    """The context encoder with the light decoder that pre-trains it (He et al. 2022, MAE); the decoder is thrown away."""
+    """The context encoder with the light decoder that pre-trains it (He et al. 2022, MAE) and is thrown away."""
 
     def __init__(self, encoder: ContextEncoder) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def model_class(component: str) -> type[ModelMixin]:
 
 
 def mask_condition(mask: Tensor) -> Tensor:
-    """Window masks ``(B, 1, S, S)`` in [0, 1] as ``(B, 4, S/8, S/8)``: area shares, two grid points per cell and axis."""
+    """Window masks ``(B, 1, S, S)`` in [0, 1] as ``(B, 4, S/8, S/8)``: area shares, 2 x 2 grid points a cell."""
     return F.pixel_unshuffle(F.avg_pool2d(mask, LATENT_FACTOR // 2), 2)
 
 

@@ -20,6 +20,9 @@ from busigen.training.models import mask_condition, region_condition
 class Encoder(nn.Module):
     """Pixels to normalised latents: ``(B, 1, S, S)`` in [-1, 1] to ``(B, C, S/8, S/8)`` of zero mean, unit variance."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.network = autoencoder.encoder
@@ -33,6 +36,9 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Normalised latents to pixels: the inverse of :class:`Encoder`, clipped to [-1, 1]."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -53,7 +59,7 @@ class Velocity(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
-        """Evaluate; ``t`` is ``(B,)`` in [0, 1], ``label`` ``(B,)`` int64, ``condition`` is joined along the channels."""
+        """Evaluate; ``t`` is ``(B,)`` in [0, 1], ``label`` ``(B,)`` int64, ``condition`` joins the channels."""
         return self.unet(
             torch.cat((x, *condition), dim=1) if condition else x,
             t * TIME_SCALE,
@@ -64,7 +70,7 @@ class Velocity(nn.Module):
 
 
 def window_condition(known: Tensor, mask: Tensor, region: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What stages 2 and 3 see besides the noise: latents ``(B, C, s, s)``, window mask and region ``(B, 1, S, S)``."""
+    """What stages 2 and 3 see besides noise: latents ``(B, C, s, s)``, window mask and region ``(B, 1, S, S)``."""
     return known, mask_condition(mask), region_condition(region)
 
 
@@ -77,7 +83,7 @@ def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> T
 
 
 def distance_to_pixels(sample: Tensor) -> Tensor:
-    """A stage-1 sample ``(B, 4, 32, 32)`` as a signed distance on the pixels' grid, ``(B, 1, 256, 256)``, inside > 0."""
+    """A stage-1 sample ``(B, 4, 32, 32)`` as a signed distance per pixel, ``(B, 1, 256, 256)``, inside > 0."""
     grid = F.pixel_shuffle(sample, 2)
     return F.interpolate(grid, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
 
@@ -89,7 +95,9 @@ def pixels_to_distance(grid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def integrate(velocity: Velocity, noise: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, steps: int, *condition: Tensor) -> Tensor:
+def integrate(
+    velocity: Velocity, noise: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, steps: int, *condition: Tensor
+) -> Tensor:
     """Run the few-step solver from ``noise``; the exported graphs hold exactly this loop."""
     x = noise
     for step in euler_steps(steps):

@@ -48,7 +48,7 @@ def masked_patches(output: Tensor, image: Tensor, keep: Tensor, patch: int) -> T
 
 
 def noisy(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the flow-matching pair: ``x_t``, ``t`` (logit-normal, Esser et al. 2024, 3.1) and the velocity to predict."""
+    """Draw the flow-matching pair: ``x_t``, ``t`` (logit-normal, Esser et al. 2024, 3.1) and the target velocity."""
     t = torch.sigmoid(torch.randn(clean.shape[0], generator=generator) * 1.1 + 0.2).to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     wide = t.view(-1, 1, 1, 1)

@@ -15,6 +15,7 @@ import numpy as np
 import peft
 import polars as pl
 import torch
+from diffusers import ModelMixin
 from rich.console import Console
 
 from busigen import __version__
@@ -49,11 +50,15 @@ def pick_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {name!r}.", fix="Choose one of: auto, cpu, cuda.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no CUDA device.", fix="Use --device cpu, or install a CUDA build of torch.")
+        raise UsageError(
+            "--device cuda: PyTorch sees no CUDA device.", fix="Use --device cpu, or install a CUDA build of torch."
+        )
     return torch.device(name)
 
 
-def train(data: Path, out: Path, recipe: Recipe, *, device: str = "auto", console: Console | None = None) -> dict[str, Any]:
+def train(
+    data: Path, out: Path, recipe: Recipe, *, device: str = "auto", console: Console | None = None
+) -> dict[str, Any]:
     """Run a recipe on a prepared folder; a rerun continues where the last one stopped.
 
     Args:
@@ -74,7 +79,9 @@ def train(data: Path, out: Path, recipe: Recipe, *, device: str = "auto", consol
     present = set(select(prepared, "train")["class"])
     for label in LESION_CLASSES:
         if label not in present:
-            raise InputError(f"{data} has no {label} image in its training split.", fix="Prepare more images of that class.")
+            raise InputError(
+                f"{data} has no {label} image in its training split.", fix="Prepare more images of that class."
+            )
     _claim(out, recipe, prepared)
     run = _Run(prepared, out, recipe, pick_device(device), console or Console(stderr=True))
     return run.execute()
@@ -88,19 +95,27 @@ def _claim(out: Path, recipe: Recipe, prepared: Prepared) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))
             if before != config:
                 changed = _differences(before, config)
-                raise OutputError(f"{out} belongs to another run ({changed}).", fix="Use another --out, or the same options.")
+                raise OutputError(
+                    f"{out} belongs to another run ({changed}).", fix="Use another --out, or the same options."
+                )
             return
         if out.exists() and any(out.iterdir()):
             raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to.") from error
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
+        ) from error
 
 
 def _differences(before: Any, now: Any, at: str = "") -> str:
     if isinstance(before, dict) and isinstance(now, dict):
-        parts = [_differences(before.get(k), now.get(k), f"{at}.{k}".strip(".")) for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        parts = [
+            _differences(before.get(k), now.get(k), f"{at}.{k}".strip("."))
+            for k in sorted({*before, *now})
+            if before.get(k) != now.get(k)
+        ]
         return "; ".join(parts)
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         parts = [_differences(a, b, f"{at}[{k}]") for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b]
@@ -225,7 +240,7 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _latent_statistics(self, autoencoder: torch.nn.Module) -> dict[str, list[float]]:
+    def _latent_statistics(self, autoencoder: ModelMixin) -> dict[str, list[float]]:
         """Mean and deviation of every latent channel over the training images' valid cells."""
         frames = Frames(self.prepared, select(self.prepared, "train"))
         rng = np.random.default_rng(self.recipe.seed)

@@ -15,7 +15,7 @@ class TaskSpec:
     """One step of a recipe.
 
     ``kind`` names the task class (:data:`busigen.training.tasks.KINDS`); ``component`` the network it trains; ``label``
-    an adapter's class. ``variants`` is the number of encodings per image, ``batch`` counts 128-pixel windows (or images).
+    an adapter's class. ``variants`` counts encodings per image, ``batch`` 128-pixel windows (or images).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The kinds of task that a recipe can name. Each owns its data, loss, validation and sheet; the trainer owns the rest."""
+"""The kinds of task that a recipe can name: each owns its data, loss, validation and sheet, the trainer the rest."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from busigen.training.examples import (
 from busigen.training.models import MaskedAutoencoder
 from busigen.training.networks import Networks, Velocity, blend_input, distance_to_pixels, integrate
 from busigen.training.recipe import TaskSpec
+from busigen.training.trainer import Task
 
 VALIDATION_BATCHES = 6
 PAINTED_NOISE = 0.15
@@ -54,9 +55,16 @@ class Setting:
     healed: Callable[[int, int], NDArray[np.uint8]] | None = None
 
     def frames(self, split: str, spec: TaskSpec) -> Frames:
-        """The task's rows of a split; a split without any falls back to the training rows, and a class that the
-        wanted sources lack to all sources, for small sets."""
-        attempts: tuple[tuple[str, tuple[str, ...]], ...] = ((split, spec.sources), ("train", spec.sources), ("train", ()))
+        """The task's rows of a split.
+
+        For small sets: a split without any falls back to the training rows, and a class that the wanted sources lack
+        to all sources.
+        """
+        attempts: tuple[tuple[str, tuple[str, ...]], ...] = (
+            (split, spec.sources),
+            ("train", spec.sources),
+            ("train", ()),
+        )
         for name, sources in attempts:
             rows = select(self.prepared, name, limit=self.max_images, sources=sources, label=spec.label)
             if rows.height:
@@ -71,7 +79,7 @@ class AutoencoderTask:
 
     crop = 128
 
-    def __init__(self, spec: TaskSpec, setting: Setting, module: nn.Module) -> None:
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
         self.spec, self.module, self.device = spec, module, setting.device
         self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
 
@@ -117,14 +125,15 @@ class AutoencoderTask:
 class ContextTask:
     """Masked-autoencoder pre-training of the context encoder on all images."""
 
-    def __init__(self, spec: TaskSpec, setting: Setting, module: nn.Module) -> None:
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
         self.spec, self.device = spec, setting.device
-        self.module = MaskedAutoencoder(module).to(setting.device)
+        self.network = MaskedAutoencoder(module).to(setting.device)
+        self.module: nn.Module = self.network
         self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
 
     def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        side = 256 // self.module.patch
+        side = 256 // self.network.patch
         images, keeps = [], []
         for position in rng.integers(0, len(frames), size):
             frame = frames[int(position)]
@@ -141,7 +150,7 @@ class ContextTask:
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
         images, keep = self._batch(frames, self.spec.batch, generator)
-        return objectives.masked_patches(self.module(images, keep).float(), images, keep, self.module.patch)
+        return objectives.masked_patches(self.network(images, keep).float(), images, keep, self.network.patch)
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`."""
@@ -154,8 +163,8 @@ class ContextTask:
     def sheet(self) -> Image.Image:
         """Images, what is kept of them, and what is predicted."""
         images, keep = self._batch(self.held_out, 6, Generator().manual_seed(1))
-        output = self.module(images, keep).transpose(1, 2)
-        patch = self.module.patch
+        output = self.network(images, keep).transpose(1, 2)
+        patch = self.network.patch
         full = nn.functional.fold(output, 256, patch, stride=patch)
         seen = nn.functional.interpolate(keep.view(-1, 1, 256 // patch, 256 // patch), scale_factor=patch)
         return sheets.grid([[sheets.to_picture(p) for p in row] for row in (images, images * seen, full)])
@@ -169,7 +178,7 @@ class DenoiserTask:
 
     examples: str
 
-    def __init__(self, spec: TaskSpec, setting: Setting, module: nn.Module) -> None:
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
         self.spec, self.setting, self.device = spec, setting, setting.device
         self.module, self.velocity = module, Velocity(module)
         self.train, self.held_out = self._examples("train"), self._examples("val")
@@ -257,8 +266,9 @@ class WindowTask(DenoiserTask):
         batch, latents = self._sampled(8)
         decode = self.setting.networks.decoder
         rows = [[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)]
-        masks = nn.functional.pixel_shuffle(batch["mask"], 2)
-        masks = nn.functional.interpolate(masks, scale_factor=LATENT_FACTOR // 2)[:, 0].cpu().numpy() >= 0.5
+        grids = nn.functional.pixel_shuffle(batch["mask"], 2)
+        grids = nn.functional.interpolate(grids, scale_factor=LATENT_FACTOR // 2, mode="bilinear")
+        masks = [grid[0].cpu().numpy() >= 0.5 for grid in grids]
         rows.append([sheets.outlined(p, m) for p, m in zip(rows[1], masks, strict=True)])
         return sheets.grid(rows)
 
@@ -312,7 +322,7 @@ def _mean(loss: Callable[[Generator], Tensor]) -> float:
     return float(torch.stack(values).mean())
 
 
-KINDS = {
+KINDS: dict[str, Callable[[TaskSpec, Setting, Any], Task]] = {
     "autoencoder": AutoencoderTask,
     "context": ContextTask,
     "window": WindowTask,

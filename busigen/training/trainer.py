@@ -22,7 +22,8 @@ from busigen.training.state import load_state, optimizer_tensors, restore_optimi
 
 log = logging.getLogger("busigen.training")
 
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = 20.0
+"""A kill loses at most this much training."""
 VALIDATIONS = 8
 """Validations (with a sample sheet each) per task, evenly spaced, the last one at its end."""
 

@@ -1,0 +1,111 @@
+"""What the denoisers are shown. Above all: nothing of the pixels that they are to paint."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from busigen.data.geometry import edit_region, patches_outside, signed_distance
+from busigen.data.prepared import Prepared
+from busigen.registry import PRESETS
+from busigen.training.examples import (
+    Frame,
+    Frames,
+    greyed,
+    load_examples,
+    save_examples,
+    select,
+    to_tensor,
+    window_examples,
+)
+from busigen.training.models import build
+from busigen.training.networks import Networks, distance_to_pixels, pixels_to_distance
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    torch.manual_seed(0)
+    channels = TINY.latent_channels
+    context = build("context", TINY).eval()
+    return Networks(TINY, build("autoencoder", TINY).eval(), torch.zeros(channels), torch.ones(channels), context)
+
+
+@pytest.fixture(scope="module")
+def frames(drawn_prepared: Prepared) -> Frames:
+    return Frames(drawn_prepared, select(drawn_prepared, "train"))
+
+
+def _lesion_frame(frames: Frames) -> Frame:
+    return next(frame for k in range(len(frames)) if (frame := frames[k]).label != "normal")
+
+
+def test_nothing_of_the_edit_region_reaches_the_condition(frames: Frames, networks: Networks) -> None:
+    """In training the image holds the lesion, in use it does not: what the stages see must be the same for both."""
+    frame = _lesion_frame(frames)
+    edit = edit_region(frame.lesions > 0, frame.valid)
+    without = np.where(edit, np.random.default_rng(0).integers(0, 256, edit.shape), frame.image).astype(np.uint8)
+    assert (without != frame.image)[edit].any()
+    assert (greyed(frame.image, edit) == greyed(without, edit)).all()
+
+    keep = torch.from_numpy(patches_outside(edit, TINY.patch)).float()[None]
+    tokens, tokens_without = (networks.tokens(to_tensor(image)[None], keep) for image in (frame.image, without))
+    seen = keep[0] > 0
+    assert seen.any() and not seen.all()
+    # Bit for bit: the dropped patches are multiplied by zero and masked out of every attention.
+    assert torch.equal(tokens[0, seen], tokens_without[0, seen])
+
+
+def test_a_flip_turns_image_mask_and_overlay_alike(frames: Frames) -> None:
+    frame = _lesion_frame(frames)
+    flipped = frame.flipped()
+    for name in ("image", "lesions", "overlay", "valid"):
+        assert (getattr(flipped, name) == getattr(frame, name)[:, ::-1]).all()
+    assert not (flipped.image == frame.image[::-1]).all()
+
+
+def test_filling_the_frame_leaves_no_letterbox_bar_and_moves_the_mask_with_the_image(frames: Frames) -> None:
+    frame = _lesion_frame(frames)
+    marked = np.where(frame.lesions > 0, 255, np.where(frame.valid, 60, 0)).astype(np.uint8)
+    filled = Frame(marked, frame.lesions, frame.overlay, frame.valid, frame.label).filling(np.random.default_rng(0))
+    assert filled.valid.all()
+    inside, outside = filled.image[filled.lesions > 0], filled.image[filled.lesions == 0]
+    # Half-grey pixels lie on the outline alone, which resampling blurs by a pixel or two.
+    assert inside.size == 0 or (inside > 128).mean() > 0.9
+    assert (outside < 128).mean() > 0.95
+
+
+def test_every_lesion_image_gives_its_windows_and_normal_ones(frames: Frames, networks: Networks, tmp_path) -> None:
+    options = {"variants": 1, "seed": 3, "device": torch.device("cpu"), "progress": lambda done, total: None}
+    buckets = window_examples(frames, networks, **options)
+    labels = torch.cat([part.tensors["label"] for part in buckets.values()])
+    rows = torch.cat([part.tensors["row"][part.tensors["label"] > 0] for part in buckets.values()])
+    lesion_rows = {int(row) for row, name in frames.table.select("row", "class").iter_rows() if name != "normal"}
+    assert set(rows.tolist()) == lesion_rows
+    assert (labels == 0).any()
+    for side, part in buckets.items():
+        assert part.tensors["clean"].shape[-1] == side // 8
+        inside = part.tensors["mask"].float().amax(dim=1, keepdim=True) > 0
+        assert not (inside & ~part.tensors["edit"]).any(), "a lesion reaches out of its edit region"
+        assert not (part.tensors["ring"] & ~part.tensors["edit"]).any()
+
+    save_examples(tmp_path / "examples.safetensors", buckets)
+    again = load_examples(tmp_path / "examples.safetensors")
+    repeated = window_examples(frames, networks, **options)
+    for side, part in buckets.items():
+        for name, tensor in part.tensors.items():
+            assert torch.equal(again[side].tensors[name], tensor)
+            assert torch.equal(repeated[side].tensors[name], tensor), "examples must be a function of the seed"
+    only = buckets[min(buckets)].only(torch.tensor(sorted(lesion_rows)[:2]), None)
+    assert set(only.tensors["row"].tolist()) <= set(sorted(lesion_rows)[:2])
+
+
+def test_a_mask_survives_the_way_through_stage_ones_grid(frames: Frames) -> None:
+    mask = _lesion_frame(frames).lesions == 1
+    sample = pixels_to_distance(torch.from_numpy(signed_distance(mask))[None, None])
+    back = distance_to_pixels(sample)[0, 0].numpy() > 0
+    # The grid's step is 4 pixels; a distance field keeps outlines to a fraction of it, so little more than a pixel in
+    # ten of a small lesion's area may change.
+    assert 2 * (back & mask).sum() / (back.sum() + mask.sum()) > 0.93
