@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from busigen import __version__
-from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, InputError, MissingDependencyError
+from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, InputError, MissingDependencyError, UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ def export(
     for label in LESION_CLASSES:
         figures = bundle.info["parity"][label]
         stdout.print(
-            f"  parity {label:10} {figures['compared']} of {figures['draws']} draws, Dice >= {figures['dice']:.4f}, "
-            f"PSNR >= {figures['psnr']:.1f} dB, grey difference <= {figures['max_grey_difference']}"
+            f"  parity {label:10} {figures['images_compared']} of {figures['draws']} draws, "
+            f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, grey difference <= {figures['max_grey_difference']}"
         )
 
 
@@ -258,19 +259,18 @@ def _quiet_libraries() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line; an error of the user's becomes one line and its exit code."""
+    # click's base class of usage errors: typer does not export it, and newer versions have a click of their own.
+    misuse: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        app(args=arguments, prog_name="busigen")
+        sys.exit(app(args=arguments or ["--help"], prog_name="busigen", standalone_mode=False))
     except BusigenError as error:
-        if debug:
-            traceback.print_exc()
-        stderr.print(escape(f"error: {error}"), style=None if debug else "red")
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # `busigen verify data | head`: the reader has seen enough.
-        sys.stderr.close()
-        sys.exit(0)
+        _fail(error, debug)
+    except misuse as error:
+        _fail(_usage_error(error, arguments), debug)
+    except typer.Abort:
+        _fail(Interrupted("Interrupted."), debug)
     except Exception as error:
         if debug:
             raise
@@ -278,6 +278,23 @@ def main() -> None:
             escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it.")
         )
         sys.exit(1)
+
+
+def _fail(error: BusigenError, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    stderr.print(escape(f"error: {error}"), style=None if debug else "red")
+    sys.exit(error.exit_code)
+
+
+def _usage_error(error: Any, arguments: list[str]) -> UsageError:
+    """Put what click would spread over a box of several lines into one, with the value, which click may leave out."""
+    problem = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    return UsageError(
+        f"{problem} (in: {shlex.join(['busigen', *arguments])}).",
+        fix=f"See: {context.command_path if context else 'busigen'} --help",
+    )
 
 
 if __name__ == "__main__":

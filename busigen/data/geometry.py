@@ -106,6 +106,8 @@ def _around(mask: Mask, pad: int) -> tuple[slice, slice]:
 
 def _depth(edit: Mask) -> NDArray[np.float64]:
     """Pixels from each pixel of the region to the nearest one outside it; the image's own border does not count."""
+    if edit.all():
+        return np.full(edit.shape, np.inf)
     depth = np.zeros(edit.shape)
     if edit.any():
         box = _around(edit, 1)
@@ -142,10 +144,11 @@ def signed_distance(mask: Mask) -> NDArray[np.float32]:
     """Stage 1's target: distance to the outline, positive inside, on the ``MASK_GRID`` grid.
 
     Returns:
-        ``(64, 64)`` float32 in [-1, 1]: pixels clipped at ``SDF_LIMIT`` and divided by it; an empty mask is all -1.
+        ``(64, 64)`` float32 in [-1, 1]: pixels clipped at ``SDF_LIMIT`` and divided by it; an empty mask is all -1, a
+        full one all 1.
     """
-    if not mask.any():
-        return np.full((MASK_GRID, MASK_GRID), -1.0, dtype=np.float32)
+    if mask.all() or not mask.any():
+        return np.full((MASK_GRID, MASK_GRID), 1.0 if mask.any() else -1.0, dtype=np.float32)
     distance = ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask)
     # Half a pixel, because both transforms count from pixel centres and the outline runs between them.
     distance = distance - 0.5 * np.sign(distance)

@@ -24,28 +24,23 @@ class WeightFile:
         self.name = name
         self._content = bytearray()
         self._places: dict[str, tuple[int, int]] = {}
-        self._digests: dict[str, str] = {}
 
     def place(self, name: str, value: np.ndarray) -> tuple[int, int]:
-        """Store a weight, once, and return its offset and length.
+        """Store a weight, once whatever its name, and return its offset and length.
 
         Raises:
-            ValueError: another weight of that name is stored, or the value does not fit fp16.
+            ValueError: the value does not fit fp16.
         """
         half = value.astype(np.float16)
         if not np.isfinite(half).all():
             raise ValueError(f"weight {name} does not fit fp16: its largest magnitude is {np.abs(value).max():.3g}")
         data = half.tobytes()
         digest = hashlib.sha256(data).hexdigest()
-        if name in self._places:
-            if self._digests[name] != digest:
-                raise ValueError(f"two different weights are called {name}")
-            return self._places[name]
-        self._content += b"\0" * (-len(self._content) % ALIGNMENT)
-        self._places[name] = (len(self._content), len(data))
-        self._digests[name] = digest
-        self._content += data
-        return self._places[name]
+        if digest not in self._places:
+            self._content += b"\0" * (-len(self._content) % ALIGNMENT)
+            self._places[digest] = (len(self._content), len(data))
+            self._content += data
+        return self._places[digest]
 
     def write(self, folder: Path) -> None:
         """Write the file."""

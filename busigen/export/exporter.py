@@ -194,9 +194,10 @@ def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
         else f"| {name} | | | {task['seconds']:.0f} |"
         for name, task in record["tasks"].items()
     )
+    rows = ((label, info["parity"][label]) for label in LESION_CLASSES)
     parity = "\n".join(
-        f"| {name} | {p['compared']} of {p['draws']} | {p['dice']:.4f} | {p['psnr']:.1f} | {p['max_grey_difference']} |"
-        for name, p in ((label, info["parity"][label]) for label in LESION_CLASSES)
+        f"| {name} | {p['images_compared']} | {p['dice']:.4f} | {p['psnr']:.1f} | {p['max_grey_difference']} |"
+        for name, p in rows
     )
     return f"""# Model card
 
@@ -209,7 +210,7 @@ Preset `{info["preset"]}`, trained on {record["data"]["images"]} prepared images
 
 PyTorch against ONNX Runtime over the whole trajectory, same draws:
 
-| class | accepted by both | smallest Dice | smallest PSNR (dB) | largest grey difference |
+| class | images compared | smallest Dice | smallest PSNR (dB) | largest grey difference |
 | --- | --- | --- | --- | --- |
 {parity}
 

@@ -10,6 +10,7 @@ import onnx.inliner
 import torch
 from diffusers import ModelMixin
 from onnx import ModelProto
+from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
 from busigen.registry import LATENT_FACTOR, RESOLUTION
@@ -114,7 +115,29 @@ def trace(
             verbose=False,
         )
     assert program is not None
-    return onnx.inliner.inline_local_functions(program.model_proto)
+    return simplified(onnx.inliner.inline_local_functions(program.model_proto))
+
+
+def simplified(model: ModelProto) -> ModelProto:
+    """Fold what is constant but for the weights, which keep their names, and drop the tracer's notes.
+
+    More than half of a traced UNet's nodes compute shapes, and every node carries the Python stack that made it; both
+    would be repeated in every solver step.
+    """
+    graph = ir.from_proto(model)
+    weights = set(graph.graph.initializers)
+
+    def leaves_weights_alone(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    optimizer.fold_constants(graph, onnx_shape_inference=True, should_fold=leaves_weights_alone)
+    optimizer.remove_unused_nodes(graph)
+    for node in graph.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    result = ir.to_proto(graph)
+    del result.graph.value_info[:]
+    return result
 
 
 def _positional(module: nn.Module) -> int:

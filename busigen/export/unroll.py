@@ -35,12 +35,13 @@ class Assembly:
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output))
         return output
 
-    def paste(self, model: ModelProto, prefix: str, wiring: Mapping[str, str]) -> list[str]:
+    def paste(self, model: ModelProto, prefix: str, wiring: Mapping[str, str], shared: str) -> list[str]:
         """Copy a model's nodes in.
 
         Args:
-            model: what to copy; its initialisers keep their names, so that further copies share them.
+            model: what to copy.
             prefix: put before every name that the copy computes.
+            shared: put before the names of its initialisers, so that further copies of the same model share them.
             wiring: the model's inputs by name, each with the value to read; inputs not named become inputs here.
 
         Returns:
@@ -49,23 +50,27 @@ class Assembly:
         graph = model.graph
         names = dict(wiring)
         for tensor in graph.initializer:
-            self.constants[tensor.name] = tensor
-            names[tensor.name] = tensor.name
+            names[tensor.name] = shared + tensor.name
+            if names[tensor.name] not in self.constants:
+                copy = TensorProto()
+                copy.CopyFrom(tensor)
+                copy.name = names[tensor.name]
+                self.constants[copy.name] = copy
         for value in graph.input:
             if value.name not in names:
                 self.inputs[value.name] = value
                 names[value.name] = value.name
         for node in graph.node:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            copy.name = prefix + node.name
+            twin = NodeProto()
+            twin.CopyFrom(node)
+            twin.name = prefix + node.name
             if any(attribute.HasField("g") for attribute in node.attribute):
                 raise ValueError(f"node {node.name} has a subgraph, which cannot be unrolled")
-            copy.input[:] = [names[name] if name else "" for name in node.input]
+            twin.input[:] = [names[name] if name else "" for name in node.input]
             for name in node.output:
                 names[name] = prefix + name
-            copy.output[:] = [names[name] if name else "" for name in node.output]
-            self.nodes.append(copy)
+            twin.output[:] = [names[name] if name else "" for name in node.output]
+            self.nodes.append(twin)
         return [names[value.name] for value in graph.output]
 
     def build(self, output: str, like: ValueInfoProto, final_name: str, name: str) -> ModelProto:
@@ -110,7 +115,7 @@ def unroll(
     assembly = Assembly(step.opset_import, step.ir_version)
     wiring = {"label": assembly.constant("class_label", np.array([label], dtype=np.int64))}
     if before is not None:
-        computed = assembly.paste(before, "before/", {})
+        computed = assembly.paste(before, "before/", {}, "before/")
         wiring |= {value.name: source for value, source in zip(before.graph.output, computed, strict=True)}
     x = "noise"
     noise = ValueInfoProto()
@@ -122,7 +127,7 @@ def unroll(
             raise ValueError("stochastic steps need a noise input per step, which no stage has")
         prefix = f"step{number}/"
         t = assembly.constant(f"{prefix}t", np.array([constants.t], dtype=np.float32))
-        (velocity,) = assembly.paste(step, prefix, {**wiring, "x": x, "t": t})
+        (velocity,) = assembly.paste(step, prefix, {**wiring, "x": x, "t": t}, "")
         scaled = assembly.add(
             "Mul", [velocity, assembly.constant(f"{prefix}b", np.array([constants.b], dtype=np.float32))], f"{prefix}bv"
         )
@@ -131,7 +136,7 @@ def unroll(
         )
         x = assembly.add("Add", [kept, scaled], f"{prefix}x")
     if after is not None:
-        (x,) = assembly.paste(after, "after/", {after.graph.input[0].name: x})
+        (x,) = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")
     return assembly.build(x, (after or step).graph.output[0], output, name)
 
 

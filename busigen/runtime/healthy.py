@@ -74,13 +74,14 @@ class HealthyFolder:
                 found.setdefault(read_image(path).sha256, path)
             except InputError as error:
                 problems.append(error)
-                log.warning("left out: %s", error)
         if not found:
             first = f" For example: {problems[0].problem}" if problems else ""
             raise InputError(
                 f"--healthy {folder} holds no readable image.{first}",
                 fix="Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'.",
             )
+        for error in problems:
+            log.warning("left out: %s", error)
         self.items = sorted(found.items())
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
 
@@ -109,7 +110,8 @@ class HealthyFolder:
         pixels, box = letterbox(image.pixels)
         row = {
             "background": "real",
-            "healthy_file": path.relative_to(self.folder).as_posix(),
+            # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.
+            "healthy_file": path.relative_to(self.folder).as_posix().encode("utf-8", "replace").decode(),
             "healthy_sha256": sha256,
             "letterbox_scale": box.scale,
             "letterbox_left": box.left,

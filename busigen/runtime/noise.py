@@ -28,6 +28,8 @@ def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> ND
     Raises:
         ValueError: the stream is unknown.
     """
+    if stream not in STREAMS:
+        raise ValueError(f"stream is {stream!r}, must be one of: {', '.join(STREAMS)}")
     philox = np.random.Philox(
         key=np.array([seed, index], dtype=np.uint64),
         counter=np.array([0, 0, attempt, STREAMS.index(stream)], dtype=np.uint64),

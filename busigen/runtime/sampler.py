@@ -40,6 +40,10 @@ MAX_ATTEMPTS = 64
 BATCHES_PER_ROUND = 8
 """Draws are collected for this many batches before they are grouped, so that most groups fill their batches."""
 
+MIN_BATCH = 2
+"""Rows that every engine call has at least: ONNX Runtime adds up a batch of one in another order than a larger one's
+rows, and the bytes of a sample must not depend on the batch size."""
+
 Floats = NDArray[np.float32]
 T = TypeVar("T")
 K = TypeVar("K")
@@ -66,7 +70,8 @@ class Sampler:
         backend: runs them.
         classes: class weights (:func:`busigen.runtime.classes.parse_classes`).
         healthy: a folder of healthy images, or ``None`` for synthetic backgrounds.
-        batch_size: images per engine call at the smallest window; larger windows use fewer.
+        batch_size: images per engine call at the smallest window; larger windows use fewer, none fewer than
+            ``MIN_BATCH``.
 
     Raises:
         UsageError: ``batch_size`` is not between 1 and 4096.
@@ -186,7 +191,7 @@ class Sampler:
         """Stage 1: where the lesion goes and what outline it has."""
         shape = (MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2)
         for label, group in _grouped(drafts, lambda draft: draft.label):
-            for batch in _batches(group, self.batch_size):
+            for batch in _batches(group, self._size(BUCKETS[0])):
                 noise = np.stack([normal(seed, d.index, d.attempt, "mask", shape) for d in batch])
                 keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
                 tokens = self._tokens(batch, keep)
@@ -232,7 +237,7 @@ class Sampler:
         return self._run("context", None, len(batch), image=image, keep=keep)
 
     def _size(self, side: int) -> int:
-        return max(1, self.batch_size * BUCKETS[0] ** 2 // side**2)
+        return max(MIN_BATCH, self.batch_size * BUCKETS[0] ** 2 // side**2)
 
     def _run(self, graph: str, side: int | None, count: int, **inputs: NDArray[Any]) -> Floats:
         """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""

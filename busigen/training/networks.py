@@ -20,35 +20,35 @@ from busigen.training.models import mask_condition, region_condition
 class Encoder(nn.Module):
     """Pixels to normalised latents: ``(B, 1, S, S)`` in [-1, 1] to ``(B, C, S/8, S/8)`` of zero mean, unit variance."""
 
-    mean: Tensor
-    std: Tensor
+    latents_mean: Tensor
+    latents_std: Tensor
 
     def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.network = autoencoder.encoder
-        self.register_buffer("mean", mean.view(1, -1, 1, 1))
-        self.register_buffer("std", std.view(1, -1, 1, 1))
+        self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("latents_std", std.view(1, -1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode."""
-        return (self.network(pixels) - self.mean) / self.std
+        return (self.network(pixels) - self.latents_mean) / self.latents_std
 
 
 class Decoder(nn.Module):
     """Normalised latents to pixels: the inverse of :class:`Encoder`, clipped to [-1, 1]."""
 
-    mean: Tensor
-    std: Tensor
+    latents_mean: Tensor
+    latents_std: Tensor
 
     def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.network = autoencoder.decoder
-        self.register_buffer("mean", mean.view(1, -1, 1, 1))
-        self.register_buffer("std", std.view(1, -1, 1, 1))
+        self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("latents_std", std.view(1, -1, 1, 1))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode."""
-        return self.network(latents * self.std + self.mean).clamp(-1.0, 1.0)
+        return self.network(latents * self.latents_std + self.latents_mean).clamp(-1.0, 1.0)
 
 
 class Velocity(nn.Module):
@@ -83,9 +83,16 @@ def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> T
 
 
 def distance_to_pixels(sample: Tensor) -> Tensor:
-    """A stage-1 sample ``(B, 4, 32, 32)`` as a signed distance per pixel, ``(B, 1, 256, 256)``, inside > 0."""
+    """A stage-1 sample ``(B, 4, 32, 32)`` as a signed distance per pixel, ``(B, 1, 256, 256)``, inside > 0.
+
+    Distances change by at most one pixel per pixel, so whatever changes faster than that between grid points is left
+    over noise, which would fray the outline; a binomial filter one grid step wide takes it out.
+    """
     grid = F.pixel_shuffle(sample, 2)
-    return F.interpolate(grid, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=grid.dtype, device=grid.device) / 16.0
+    padded = F.pad(grid, (2, 2, 2, 2), mode="replicate")
+    smooth = F.conv2d(F.conv2d(padded, taps.view(1, 1, 5, 1)), taps.view(1, 1, 1, 5))
+    return F.interpolate(smooth, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
 
 
 def pixels_to_distance(grid: Tensor) -> Tensor:

@@ -168,10 +168,12 @@ class Trainer:
                 buffer.copy_(tensors[f"buffer.{name}"])
         restore_optimizer(self.optimizer, list(self.parameters), tensors)
         self.ema.optimization_step = meta["ema_step"]
-        # LambdaLR's rate is a closed form of the step, so there is nothing to replay.
+        # The rate is a closed form of the step, so there is nothing to replay.
         self.schedule.last_epoch = self.step
-        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_lr(), strict=True):
-            group["lr"] = lr
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.step)
         log.info("%s resumes at step %d of %d", self.spec.name, self.step, self.spec.steps)
 
 

@@ -1,0 +1,214 @@
+"""A bundle that is not byte for byte the exported one is refused, and the refusal names the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.registry import BUCKETS, LESION_CLASSES
+from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.bundle import MAX_RECORD_BYTES, Bundle, default_bundle, graph_names
+
+Info = dict[str, Any]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(default_bundle(), tmp_path / "bundle"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def rewrite(folder: Path, change: Callable[[Info], object]) -> None:
+    info = json.loads((folder / "bundle.json").read_text())
+    change(info)
+    (folder / "bundle.json").write_text(json.dumps(info))
+
+
+def refusal(folder: Path) -> BusigenError:
+    with pytest.raises(BusigenError) as caught:
+        Bundle.open(folder)
+    assert "\n" not in str(caught.value)
+    assert "busigen export" in caught.value.fix
+    return caught.value
+
+
+def test_the_shipped_bundle_is_whole() -> None:
+    bundle = Bundle.open(default_bundle())
+    assert set(bundle.info["graphs"]) == set(graph_names())
+    for label in LESION_CLASSES:
+        assert all(bundle.graph(f"lesion-{label}@{side}").is_file() for side in BUCKETS)
+    assert bundle.sha256 == hashlib.sha256((default_bundle() / "bundle.json").read_bytes()).hexdigest()
+    # What a package may weigh (CONTRIBUTING.md).
+    assert sum(path.stat().st_size for path in default_bundle().rglob("*")) <= 64_000_000
+    assert (default_bundle() / "MODEL_CARD.md").is_file()
+
+
+def test_a_copy_is_the_same_bundle(bundle: Path) -> None:
+    assert Bundle.open(bundle).sha256 == Bundle.open(default_bundle()).sha256
+
+
+@pytest.mark.parametrize("name", ["context", "decoder@256", "blend-malignant@128"])
+def test_tampered_graphs_and_weights_are_refused(bundle: Path, name: str) -> None:
+    files = json.loads((bundle / "bundle.json").read_text())["graphs"][name]["files"]
+    assert len(files) == 2, "a graph and its weights"
+    for file in files:
+        whole = (bundle / file).read_bytes()
+        flip(bundle / file)
+        error = refusal(bundle)
+        assert isinstance(error, IntegrityError)
+        assert str(bundle / file) in error.problem
+        (bundle / file).write_bytes(whole[:-1])
+        assert str(bundle / file) in refusal(bundle).problem
+        (bundle / file).unlink()
+        error = refusal(bundle)
+        assert isinstance(error, IntegrityError)
+        assert str(bundle / file) in error.problem
+        assert "No such file" in error.problem
+        (bundle / file).write_bytes(whole)
+    Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "sub/evil", "..", ".", "", ".evil", "..\\evil", "/{absolute}", "a\0b", "\ud800"]
+)
+def test_recorded_names_stay_in_the_folder(bundle: Path, name: str) -> None:
+    evil = bundle.parent / "evil"
+    evil.write_bytes(b"x")
+    (bundle / "sub").mkdir()
+    shutil.copy(evil, bundle / "sub" / "evil")
+    shutil.copy(evil, bundle / ".evil")
+    name = name.replace("/{absolute}", str(evil))
+    # With the right hash, so that the name alone is what speaks against it.
+    rewrite(bundle, lambda info: info["graphs"]["context"]["files"].update({name: hashlib.sha256(b"x").hexdigest()}))
+    error = refusal(bundle)
+    assert isinstance(error, IntegrityError)
+    assert "plain name" in error.problem or "cannot be read" in error.problem or "regular file" in error.problem
+    if name.strip("."):
+        assert repr(name)[1:-1] in error.problem
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes as POSIX has them")
+@pytest.mark.parametrize("kind", ["symlink", "pipe", "folder"])
+def test_only_regular_files_are_read(bundle: Path, kind: str) -> None:
+    path = bundle / "context.weights"
+    path.rename(bundle.parent / "moved")
+    if kind == "symlink":
+        # The content is right today; what it points to may change after the check.
+        path.symlink_to(bundle.parent / "moved")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    error = refusal(bundle)
+    assert isinstance(error, IntegrityError)
+    assert str(path) in error.problem
+    assert "regular file" in error.problem
+
+
+def test_a_recorded_file_that_nobody_has_is_refused(bundle: Path) -> None:
+    rewrite(bundle, lambda info: info["graphs"]["prior"]["files"].update({"extra.weights": "0" * 64}))
+    error = refusal(bundle)
+    assert isinstance(error, IntegrityError)
+    assert "extra.weights" in error.problem
+
+
+def test_two_hashes_for_one_file_are_refused(bundle: Path) -> None:
+    # Window sizes share their weights, so the second record is the one that a careless reader would skip.
+    rewrite(bundle, lambda info: info["graphs"]["decoder@256"]["files"].update({"decoder.weights": "0" * 64}))
+    error = refusal(bundle)
+    assert isinstance(error, IntegrityError)
+    assert "decoder.weights" in error.problem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: info.update(schema=2),
+        lambda info: info.update(schema="1"),
+        lambda info: info.pop("schema"),
+    ],
+)
+def test_another_schema_is_refused(bundle: Path, change: Callable[[Info], object]) -> None:
+    rewrite(bundle, change)
+    error = refusal(bundle)
+    assert isinstance(error, InputError)
+    assert f"{bundle / 'bundle.json'} does not have schema 1" in error.problem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: info["graphs"].pop("prior"),
+        lambda info: info["graphs"].update(more=info["graphs"]["prior"]),
+        lambda info: info.update(graphs=[]),
+        lambda info: info["graphs"].update(prior=[]),
+        lambda info: info["graphs"]["prior"].pop("files"),
+        lambda info: info["graphs"]["prior"].update(files=["prior.onnx"]),
+        lambda info: info["graphs"]["prior"].update(files={}),
+        lambda info: info["graphs"]["prior"].update(file="context.onnx"),
+        lambda info: info["graphs"]["prior"].update(file=["prior.onnx"]),
+        lambda info: info["graphs"]["prior"].pop("file"),
+        lambda info: info.update(latent_channels="8"),
+        lambda info: info.update(latent_channels=10**9),
+        lambda info: info.update(patch=0),
+        lambda info: info.pop("patch"),
+    ],
+)
+def test_incomplete_records_are_refused(bundle: Path, change: Callable[[Info], object]) -> None:
+    rewrite(bundle, change)
+    error = refusal(bundle)
+    assert isinstance(error, IntegrityError)
+    assert str(bundle / "bundle.json") in error.problem
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"\xff\xfe{}", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"[]", "schema"),
+        (b'"bundle"', "schema"),
+        (b"{}" + b" " * MAX_RECORD_BYTES, f"larger than {MAX_RECORD_BYTES} bytes"),
+    ],
+    ids=["empty", "cut", "encoding", "nesting", "list", "string", "huge"],
+)
+def test_records_that_are_none_are_refused(bundle: Path, content: bytes, named: str) -> None:
+    (bundle / "bundle.json").write_bytes(content)
+    error = refusal(bundle)
+    assert isinstance(error, InputError)
+    assert str(bundle / "bundle.json") in error.problem
+    assert named in error.problem
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd" / "bundle.json").mkdir(parents=True)
+    for name in ("file", "empty", "missing", "odd"):
+        error = refusal(tmp_path / name)
+        assert isinstance(error, InputError)
+        assert str(tmp_path / name) in error.problem
+
+
+def test_a_graph_that_does_not_load_is_named(bundle: Path) -> None:
+    (bundle / "context.onnx").write_bytes(b"not a graph")
+    digest = hashlib.sha256(b"not a graph").hexdigest()
+    rewrite(bundle, lambda info: info["graphs"]["context"]["files"].update({"context.onnx": digest}))
+    with pytest.raises(IntegrityError, match=r"context\.onnx cannot be loaded") as caught:
+        OnnxBackend(Bundle.open(bundle))
+    assert "\n" not in str(caught.value)

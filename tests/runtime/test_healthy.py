@@ -1,0 +1,184 @@
+"""A user's folder of healthy images: what counts as one, what is left out, and that nothing changes behind a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from busigen.data.images import read_image
+from busigen.data.letterbox import letterbox
+from busigen.errors import InputError, IntegrityError
+from busigen.runtime.healthy import HealthyFolder, synthetic
+
+
+@pytest.fixture
+def normal(drawn_busi: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(drawn_busi / "normal", tmp_path / "normal"))
+
+
+def save(path: Path, width: int, height: int) -> None:
+    Image.new("L", (width, height), 90).save(path)
+
+
+def text(path: Path) -> None:
+    path.write_text("This is no image.")
+
+
+def cut_short(path: Path) -> None:
+    save(path, 300, 300)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tiny": (lambda path: save(path, 1, 1), "1x1"),
+    "wide": (lambda path: save(path, 40_000, 60), "40000x60"),
+    "text": (text, "not a PNG"),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "torn": (cut_short, "damaged"),
+}
+
+
+def test_a_busi_folder_gives_its_images_without_masks(normal: Path) -> None:
+    images = [path for path in normal.glob("*.png") if "_mask" not in path.name]
+    assert len(images) < len(list(normal.glob("*.png"))), "the drawn set has mask files"
+    folder = HealthyFolder(normal)
+    assert len(folder) == len(images)
+    assert {path for _, path in folder.items} == set(images)
+
+
+def test_the_real_folder_is_read_without_a_complaint(real_data: Path | None, caplog: pytest.LogCaptureFixture) -> None:
+    if real_data is None:
+        pytest.skip("the real sets are not here")
+    folder = HealthyFolder(real_data / "Dataset_BUSI_with_GT" / "normal")
+    assert len(folder) > 100
+    assert not any("_mask" in path.name for _, path in folder.items)
+    assert not caplog.records
+
+
+def test_every_image_can_be_picked_and_is_letterboxed(normal: Path) -> None:
+    folder = HealthyFolder(normal)
+    count = len(folder)
+    picked = [folder.pick((n + 0.5) / count) for n in range(count)]
+    assert len({healthy.row["healthy_sha256"] for healthy in picked}) == count
+    assert folder.pick(0.0).row == picked[0].row
+    assert folder.pick(np.nextafter(1.0, 0.0)).row == picked[-1].row
+    for healthy in picked:
+        image = read_image(normal / healthy.row["healthy_file"])
+        pixels, box = letterbox(image.pixels)
+        assert np.array_equal(healthy.pixels, pixels)
+        assert np.array_equal(healthy.valid, box.valid)
+        assert healthy.row["healthy_sha256"] == image.sha256
+        assert healthy.row["background"] == "real"
+        assert (healthy.row["letterbox_left"], healthy.row["letterbox_top"]) == (box.left, box.top)
+        assert healthy.row["letterbox_scale"] == box.scale
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_unreadable_file_is_left_out_by_name(normal: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    sound = HealthyFolder(normal)
+    make, reason = BAD[kind]
+    make(normal / f"{kind}.png")
+    with caplog.at_level(logging.WARNING, logger="busigen.runtime"):
+        folder = HealthyFolder(normal)
+    assert folder.fingerprint() == sound.fingerprint()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{kind}.png" in record.getMessage()
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_folder_without_a_readable_image_is_refused_with_the_reason(tmp_path: Path, kind: str) -> None:
+    make, reason = BAD[kind]
+    make(tmp_path / f"{kind}.png")
+    with pytest.raises(InputError, match="no readable image") as caught:
+        HealthyFolder(tmp_path)
+    assert str(tmp_path) in caught.value.problem
+    assert f"{kind}.png" in caught.value.problem
+    assert reason in caught.value.problem
+    assert "synthetic" in caught.value.fix
+
+
+def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(InputError, match="no readable image"):
+        HealthyFolder(tmp_path / "empty")
+    for name in ("missing", "notes.txt"):
+        with pytest.raises(InputError, match=f"{name} is no folder"):
+            HealthyFolder(tmp_path / name)
+
+
+def test_renaming_and_sorting_files_changes_nothing(normal: Path, tmp_path: Path) -> None:
+    before = HealthyFolder(normal)
+    other = tmp_path / "elsewhere"
+    images = sorted(path for path in normal.iterdir() if "_mask" not in path.name)
+    for number, path in enumerate(reversed(images)):
+        place = other / f"scanner {number % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / f"{number:03d}.png")
+    shutil.copy(images[0], other / "the same again.png")
+    after = HealthyFolder(other)
+    assert after.fingerprint() == before.fingerprint()
+    assert len(after) == len(before)
+    for position in np.linspace(0, 1, 23, endpoint=False):
+        assert np.array_equal(after.pick(position).pixels, before.pick(position).pixels)
+
+
+def test_a_changed_image_is_another_source(normal: Path) -> None:
+    before = HealthyFolder(normal)
+    _, path = before.items[0]
+    pixels = read_image(path).pixels.copy()
+    pixels[5, 5] ^= 1
+    Image.fromarray(pixels).save(path)
+    assert HealthyFolder(normal).fingerprint() != before.fingerprint()
+
+
+def test_a_file_that_changes_during_the_run_is_noticed(normal: Path) -> None:
+    folder = HealthyFolder(normal)
+    (_, used), (_, changed), (_, gone), *_ = folder.items
+    kept = folder.pick(0.0).pixels.copy()
+    for path in (used, changed):
+        save(path, 300, 300)
+    gone.unlink()
+    count = len(folder)
+    with pytest.raises(IntegrityError, match="has changed since the run began") as caught:
+        folder.pick(1.5 / count)
+    assert str(changed) in caught.value.problem
+    with pytest.raises(InputError) as missing:
+        folder.pick(2.5 / count)
+    assert gone.name in missing.value.problem
+    # What has been read before is what the run goes on with: half of the samples must not show another image.
+    assert np.array_equal(folder.pick(0.0).pixels, kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_names_that_are_no_text_do_not_spoil_the_rows(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", 64, 64)
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/scan \xff.png")
+    row = HealthyFolder(tmp_path).pick(0.0).row
+    assert row["healthy_file"].encode() == b"scan ?.png"
+
+
+def test_a_synthetic_background_fills_the_frame_and_names_no_file() -> None:
+    healthy = synthetic(np.full((256, 256), 90, np.uint8))
+    assert healthy.valid.all()
+    assert healthy.row["background"] == "synthetic"
+    assert healthy.row["healthy_file"] is healthy.row["healthy_sha256"] is None
+    # Rows of both kinds go into one table.
+    assert healthy.row.keys() == {
+        "background",
+        "healthy_file",
+        "healthy_sha256",
+        "letterbox_scale",
+        "letterbox_left",
+        "letterbox_top",
+    }

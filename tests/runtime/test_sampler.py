@@ -1,0 +1,222 @@
+"""The shipped bundle on ONNX Runtime: which samples exist does not depend on how they are asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from busigen.data.geometry import edit_region, window_for
+from busigen.data.images import read_image
+from busigen.data.letterbox import letterbox
+from busigen.errors import AcceptanceError, UsageError
+from busigen.registry import LESION_CLASSES
+from busigen.runtime import gates
+from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.bundle import Bundle, default_bundle
+from busigen.runtime.classes import class_at
+from busigen.runtime.healthy import HealthyFolder
+from busigen.runtime.sample import Drawn, Sample
+from busigen.runtime.sampler import MAX_ATTEMPTS, Sampler
+from tests.drawn import draw_frame
+
+ROOT = Path(__file__).parents[2]
+SEED = 11
+MIX = {"benign": 0.5, "malignant": 0.5}
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.open(default_bundle())
+
+
+@pytest.fixture(scope="module")
+def backend(bundle: Bundle) -> OnnxBackend:
+    return OnnxBackend(bundle)
+
+
+@pytest.fixture(scope="module")
+def healthy(drawn_busi: Path) -> HealthyFolder:
+    return HealthyFolder(drawn_busi / "normal")
+
+
+@pytest.fixture(scope="module")
+def whole(bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder) -> Drawn:
+    """Indices 0 to 5 in batches of four, painted into drawn healthy images."""
+    return draw(Sampler(bundle, backend, classes=MIX, healthy=healthy, batch_size=4), range(6))
+
+
+def draw(sampler: Sampler, indices: Sequence[int]) -> Drawn:
+    counted: list[int] = []
+    drawn = sampler.draw(SEED, indices, counted.append)
+    assert [sample.index for sample in drawn.samples] == list(indices)
+    assert sum(counted) == len(indices)
+    return drawn
+
+
+def assert_same(found: Sample, expected: Sample) -> None:
+    assert (found.index, found.attempt, found.label, found.row) == (
+        expected.index,
+        expected.attempt,
+        expected.label,
+        expected.row,
+    )
+    assert np.array_equal(found.mask, expected.mask)
+    assert np.array_equal(found.image, expected.image)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_batch_size_changes_no_byte(
+    bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder, whole: Drawn, batch_size: int
+) -> None:
+    drawn = draw(Sampler(bundle, backend, classes=MIX, healthy=healthy, batch_size=batch_size), range(4))
+    for found, expected in zip(drawn.samples, whole.samples, strict=False):
+        assert_same(found, expected)
+    assert drawn.rejections == [rejection for rejection in whole.rejections if rejection.index < 4]
+
+
+def test_order_and_company_change_no_byte(
+    bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder, whole: Drawn
+) -> None:
+    sampler = Sampler(bundle, backend, classes=MIX, healthy=healthy, batch_size=2)
+    for indices in ([5, 3], [3, 5], [3]):
+        for found in draw(sampler, indices).samples:
+            assert_same(found, whole.samples[found.index])
+
+
+def test_threads_change_no_byte(bundle: Bundle, healthy: HealthyFolder, whole: Drawn) -> None:
+    for threads in (1, 3):
+        sampler = Sampler(bundle, OnnxBackend(bundle, threads=threads), classes=MIX, healthy=healthy, batch_size=2)
+        for found in draw(sampler, [0, 1]).samples:
+            assert_same(found, whole.samples[found.index])
+
+
+def test_synthetic_backgrounds_follow_the_same_rules(bundle: Bundle, backend: OnnxBackend) -> None:
+    together = draw(Sampler(bundle, backend, classes=MIX, batch_size=8), range(3))
+    for found in draw(Sampler(bundle, backend, classes=MIX, batch_size=1), [2, 0]).samples:
+        assert_same(found, together.samples[found.index])
+    for sample in together.samples:
+        assert sample.row["background"] == "synthetic"
+        assert gates.image_reason(sample.image, sample.mask, np.ones((256, 256), dtype=bool)) is None
+    assert len({sample.image.tobytes() for sample in together.samples}) == 3
+
+
+def test_another_seed_gives_other_samples(
+    bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder, whole: Drawn
+) -> None:
+    (other,) = Sampler(bundle, backend, classes=MIX, healthy=healthy, batch_size=1).draw(SEED + 1, [0], print).samples
+    assert not np.array_equal(other.mask, whole.samples[0].mask)
+    assert not np.array_equal(other.image, whole.samples[0].image)
+
+
+def test_classes_are_dealt_in_proportion(
+    bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder, whole: Drawn
+) -> None:
+    assert [sample.label for sample in whole.samples] == [class_at(index, MIX) for index in range(6)]
+    assert [sample.label for sample in whole.samples].count("benign") == 3
+    sampler = Sampler(bundle, backend, classes={"malignant": 2.0}, healthy=healthy, batch_size=2)
+    assert {sample.label for sample in draw(sampler, [0, 1]).samples} == {"malignant"}
+    assert set(LESION_CLASSES) == set(MIX)
+
+
+def test_pixels_outside_the_edit_region_are_the_healthy_images_own(healthy: HealthyFolder, whole: Drawn) -> None:
+    paths = dict(healthy.items)
+    for sample in whole.samples:
+        pixels, box = letterbox(read_image(paths[sample.row["healthy_sha256"]]).pixels)
+        edit = edit_region(sample.mask, box.valid)
+        assert np.array_equal(sample.image[~edit], pixels[~edit])
+        # All of the lesion was painted, and the row says where.
+        assert not (sample.mask & ~edit).any()
+        assert (sample.image != pixels)[sample.mask].mean() > 0.5
+        window = window_for(edit)
+        assert (window.top, window.left, window.side) == tuple(
+            sample.row[f"window_{name}"] for name in ("top", "left", "side")
+        )
+        assert sample.row["edit_pixels"] == edit.sum()
+
+
+def test_rows_have_the_declared_fields_and_types(bundle: Bundle, backend: OnnxBackend, whole: Drawn) -> None:
+    types = Sampler(bundle, backend, classes=MIX).row_types()
+    for sample in whole.samples:
+        assert sample.row.keys() == types.keys()
+        assert all(value is None or type(value) is types[name] for name, value in sample.row.items())
+
+
+def strip(folder: Path, height: int) -> HealthyFolder:
+    """Very wide healthy images, whose letterbox bars leave outlines little room."""
+    folder.mkdir()
+    for number in range(3):
+        frame = draw_frame(np.random.default_rng(number), (1024, max(height, 33)))
+        Image.fromarray(frame.pixels[:height]).save(folder / f"{number}.png")
+    return HealthyFolder(folder)
+
+
+def test_a_refused_draw_is_replaced_by_the_next_one_of_its_index(
+    bundle: Bundle, backend: OnnxBackend, tmp_path: Path
+) -> None:
+    sampler = Sampler(bundle, backend, classes=MIX, healthy=strip(tmp_path / "strip", 400), batch_size=4)
+    drawn = draw(sampler, range(6))
+    assert drawn.rejections, "these images were chosen for the refusals that they provoke"
+    assert drawn.rejections == sorted(drawn.rejections, key=lambda r: (r.index, r.attempt))
+    for sample in drawn.samples:
+        refused = [rejection for rejection in drawn.rejections if rejection.index == sample.index]
+        assert [rejection.attempt for rejection in refused] == list(range(sample.attempt))
+        assert all(rejection.label == sample.label and rejection.reason for rejection in refused)
+    # Every one of them is a draw of its own that can be made again.
+    again = drawn.rejections[0]
+    assert sampler.attempt(SEED, [(again.index, again.attempt)]) == ([], [again])
+    replaced = drawn.samples[again.index]
+    (found,), _ = sampler.attempt(SEED, [(replaced.index, replaced.attempt)])
+    assert_same(found, replaced)
+    assert replaced.attempt > 0
+
+
+def test_a_hopeless_run_ends(bundle: Bundle, backend: OnnxBackend, tmp_path: Path) -> None:
+    # Eight rows of image: whatever is drawn is cut by them.
+    sampler = Sampler(bundle, backend, classes=MIX, healthy=strip(tmp_path / "strip", 33), batch_size=1)
+    with pytest.raises(AcceptanceError, match=f"sample 4 was refused {MAX_ATTEMPTS} times, last for: ") as caught:
+        draw(sampler, [4])
+    assert caught.value.exit_code == 8
+    assert "other healthy images" in caught.value.fix
+
+
+@pytest.mark.parametrize("size", [0, -1, 4097])
+def test_an_impossible_batch_size_is_refused(bundle: Bundle, backend: OnnxBackend, size: int) -> None:
+    with pytest.raises(UsageError, match=f"--batch-size is {size}"):
+        Sampler(bundle, backend, classes=MIX, batch_size=size)
+
+
+def test_an_unknown_provider_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="'abacus'") as caught:
+        OnnxBackend(bundle, provider="abacus")
+    assert "cpu" in caught.value.fix
+    with pytest.raises(UsageError, match="--threads is 0"):
+        OnnxBackend(bundle, threads=0)
+
+
+def test_the_fingerprint_says_what_decides_the_samples(
+    bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder
+) -> None:
+    def fingerprint(batch_size: int = 4, healthy: HealthyFolder | None = None, **classes: float) -> dict[str, object]:
+        return Sampler(bundle, backend, classes=classes or MIX, healthy=healthy, batch_size=batch_size).fingerprint()
+
+    assert fingerprint(batch_size=1) == fingerprint(batch_size=16)
+    assert fingerprint()["bundle"] == bundle.sha256
+    assert fingerprint() != fingerprint(benign=1.0)
+    assert fingerprint() != fingerprint(healthy=healthy)
+
+
+def test_sampling_needs_no_torch() -> None:
+    code = (
+        "import sys; from busigen.runtime.sampler import Sampler; from busigen.runtime.backend import OnnxBackend; "
+        "from busigen.runtime.bundle import Bundle, default_bundle; b = Bundle.open(default_bundle()); "
+        "Sampler(b, OnnxBackend(b), classes={'benign': 1.0}, batch_size=1).attempt(0, [(0, 0)]); "
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'onnx', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
