@@ -144,7 +144,8 @@ def export(
         figures = bundle.info["parity"][label]
         stdout.print(
             f"  parity {label:10} {figures['images_compared']} of {figures['draws']} draws, "
-            f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, grey difference <= {figures['max_grey_difference']}"
+            f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, "
+            f"grey difference <= {figures['max_grey_difference']}"
         )
 
 

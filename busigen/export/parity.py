@@ -26,13 +26,14 @@ DRAWS = 8
 PARITY_SEED = 20_240_02
 """Seed of the compared draws; fixed, so that two exports of one checkpoint report the same figures."""
 
-MIN_DICE = 0.99
-"""A mask of 2,000 pixels has an outline of about 160: this allows one pixel in eight of it to flip, which rounding of
-weights to fp16 (relative error 5e-4) stays well below."""
+MINIMUM = {"dice": 0.99, "psnr": 35.0, "psnr_end_to_end": 25.0}
+"""What every draw must reach.
 
-MIN_PSNR = 35.0
-"""Decibels over the edit region: errors of 4.5 grey levels, below the grain of speckle and not visible."""
-
+``dice`` of the outlines: a mask of 2,000 pixels has an outline of about 160, so this lets one pixel in eight of it flip,
+far more than rounding weights to fp16 (relative error 5e-4) does. ``psnr`` in decibels over the edit region, both
+painted with the same outline: errors of 4.5 grey levels, below the grain of speckle. ``psnr_end_to_end``, each with its
+own outline: the same lesion in the same place, whose texture may follow an outline that differs by a few pixels.
+"""
 
 MAX_PSNR = 99.0
 """Reported for images that are equal to the byte."""
@@ -81,22 +82,25 @@ def compare(networks: Networks, bundle: Bundle, *, draws: int = DRAWS) -> dict[s
     """Draw the same samples twice and measure how far they are apart, per class.
 
     Returns:
-        Per class: masks and images compared, smallest Dice, number of masks that are equal to the pixel, smallest PSNR
-        in dB over the edit region, largest difference in grey levels, and whether the gates decided alike every time.
-        A figure without anything to compare is 0 and fails.
+        Per class: masks and images compared, the figures of :data:`MINIMUM` (the worst draw's each), number of masks
+        that are equal to the pixel, largest difference in grey levels, draws that the gates accept, and whether they
+        decided alike every time. A figure without anything to compare is 0 and fails.
 
     Raises:
         ParityError: a figure misses its threshold.
     """
-    report: dict[str, Any] = {"seed": PARITY_SEED, "thresholds": {"dice": MIN_DICE, "psnr": MIN_PSNR}}
+    report: dict[str, Any] = {"seed": PARITY_SEED, "thresholds": dict(MINIMUM)}
     for label in LESION_CLASSES:
         reference = _witness(bundle, TorchBackend(networks), label, draws)
         exported = _witness(bundle, OnnxBackend(bundle), label, draws)
-        report[label] = _figures(reference, exported, draws)
+        # Again with the reference's outlines: a pixel more or less in an outline is another question to stage 2, whose
+        # answer may differ visibly although every graph is right.
+        same_outline = _witness(bundle, OnnxBackend(bundle), label, draws, forced=reference.painted)
+        report[label] = _figures(reference, exported, same_outline, draws)
     failures = [
         f"{label} {name} {report[label][name]:.4g} is below {limit}"
         for label in LESION_CLASSES
-        for name, limit in (("dice", MIN_DICE), ("psnr", MIN_PSNR))
+        for name, limit in MINIMUM.items()
         if report[label][name] < limit
     ]
     failures += [
@@ -114,10 +118,13 @@ class _Witness(Sampler):
     """The runtime's sampler, with every draw carried to its end and what it made on the way kept.
 
     A draw whose outline the gates refuse would leave stages 2 and 3 unproved, so it is painted with a fixed ellipse.
+    With ``forced`` outlines, all draws are painted with those instead of their own.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, label: str) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, label: str, forced: Mapping[int, Mask] | None = None) -> None:
         super().__init__(bundle, backend, classes={label: 1.0}, batch_size=4)
+        self.forced = forced or {}
+        self.painted: dict[int, Mask] = {}
         self.outlines: dict[int, Mask] = {}
         self.images: dict[int, NDArray[np.uint8]] = {}
         self.edits: dict[int, Mask] = {}
@@ -128,7 +135,9 @@ class _Witness(Sampler):
             valid = draft.healthy.valid
             self.outlines[draft.index] = raw
             self.refused[draft.index] = gates.mask_reason(raw, largest_component(raw & valid), valid)
-            yield draft, raw if self.refused[draft.index] is None else _ellipse(draft.index)
+            own = raw if self.refused[draft.index] is None else _ellipse(draft.index)
+            self.painted[draft.index] = self.forced.get(draft.index, own)
+            yield draft, self.painted[draft.index]
 
     def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, NDArray[np.uint8]]]:
         for draft, image in super()._paint(seed, drafts):
@@ -147,33 +156,41 @@ def _ellipse(index: int) -> Mask:
     return result
 
 
-def _witness(bundle: Bundle, backend: Backend, label: str, draws: int) -> _Witness:
-    sampler = _Witness(bundle, backend, label)
+def _witness(
+    bundle: Bundle, backend: Backend, label: str, draws: int, forced: Mapping[int, Mask] | None = None
+) -> _Witness:
+    sampler = _Witness(bundle, backend, label, forced)
     sampler.attempt(PARITY_SEED, [(index, 0) for index in range(draws)])
     return sampler
 
 
-def _figures(reference: _Witness, exported: _Witness, draws: int) -> dict[str, Any]:
-    dice, psnr, largest, equal = [], [], 0, 0
+def _figures(reference: _Witness, exported: _Witness, same_outline: _Witness, draws: int) -> dict[str, Any]:
+    dice, equal = [], 0
     for index in sorted(set(reference.outlines) & set(exported.outlines)):
         mask, other = reference.outlines[index], exported.outlines[index]
         total = int(mask.sum() + other.sum())
         dice.append(2.0 * float((mask & other).sum()) / total if total else 1.0)
         equal += int((mask == other).all())
-    for index in sorted(set(reference.images) & set(exported.images)):
-        difference = np.abs(reference.images[index].astype(int) - exported.images[index].astype(int))
-        # Over the edit region alone: the untouched pixels would flatter the figure.
-        error = float((difference[reference.edits[index]].astype(float) ** 2).mean())
-        psnr.append(10.0 * float(np.log10(255.0**2 / error)) if error else MAX_PSNR)
-        largest = max(largest, int(difference.max()))
+    compared = sorted(set(reference.images) & set(same_outline.images))
     return {
         "draws": draws,
         "masks_compared": len(dice),
-        "images_compared": len(psnr),
+        "images_compared": len(compared),
         "dice": min(dice, default=0.0),
         "equal_masks": equal,
-        "psnr": min([MAX_PSNR, *psnr]) if psnr else 0.0,
-        "max_grey_difference": largest,
+        "psnr": min((_psnr(reference, same_outline, index) for index in compared), default=0.0),
+        "psnr_end_to_end": min((_psnr(reference, exported, index) for index in exported.images), default=0.0),
+        "max_grey_difference": max((int(_difference(reference, same_outline, k).max()) for k in compared), default=0),
         "accepted": sum(reason is None for reason in reference.refused.values()),
         "same_gates": reference.refused == exported.refused,
     }
+
+
+def _difference(reference: _Witness, other: _Witness, index: int) -> NDArray[np.int64]:
+    return np.abs(reference.images[index].astype(np.int64) - other.images[index].astype(np.int64))
+
+
+def _psnr(reference: _Witness, other: _Witness, index: int) -> float:
+    """Over the edit region alone: the untouched pixels would flatter the figure."""
+    error = float((_difference(reference, other, index)[reference.edits[index]] ** 2).mean())
+    return min(MAX_PSNR, 10.0 * float(np.log10(255.0**2 / error))) if error else MAX_PSNR

@@ -80,8 +80,8 @@ class HealthyFolder:
                 f"--healthy {folder} holds no readable image.{first}",
                 fix="Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'.",
             )
-        for error in problems:
-            log.warning("left out: %s", error)
+        for problem in problems:
+            log.warning("left out: %s", problem)
         self.items = sorted(found.items())
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
 

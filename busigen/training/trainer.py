@@ -24,8 +24,9 @@ log = logging.getLogger("busigen.training")
 
 SAVE_SECONDS = 20.0
 """A kill loses at most this much training."""
-VALIDATIONS = 8
-"""Validations (with a sample sheet each) per task, evenly spaced, the last one at its end."""
+VALIDATIONS, VALIDATION_SPACING = 8, 20
+"""Validations (with a sample sheet each) per task, evenly spaced, the last one at its end; and the least number of steps
+between two of them, because on short tasks looking would cost more than training."""
 
 
 class Task(Protocol):
@@ -87,7 +88,7 @@ class Trainer:
         self._restore()
         writer = SummaryWriter(str(self.events), purge_step=self.step or None)
         started = saved = noted = time.monotonic()
-        interval = max(1, self.spec.steps // VALIDATIONS)
+        interval = max(VALIDATION_SPACING, self.spec.steps // VALIDATIONS)
         first = self.step
         running = 0.0
         with _progress(self.console) as progress:
