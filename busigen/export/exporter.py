@@ -1,4 +1,4 @@
-"""A finished checkpoint to a bundle: trace, unroll, write, prove; nothing is left behind where a proof fails."""
+"""A finished checkpoint to a bundle: trace, loop, write, prove; nothing is left behind where a proof fails."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from onnx import ModelProto
 from busigen import __version__
 from busigen.errors import OutputError, UsageError
 from busigen.export import trace
+from busigen.export.assembly import with_solver, with_weights
 from busigen.export.bundle_writer import write_graphs
 from busigen.export.parity import compare
-from busigen.export.unroll import unroll, with_weights
 from busigen.registry import (
     BUCKETS,
     CLASSES,
@@ -139,7 +139,7 @@ def _components(networks: Networks) -> Iterator[tuple[str, Graphs]]:
 
 def _prior(networks: Networks) -> ModelProto:
     cells = RESOLUTION // LATENT_FACTOR
-    return unroll(
+    return with_solver(
         trace.trace_step(networks.denoisers["prior"], cells, 1, ()),
         euler_steps(SOLVER_STEPS["prior"]),
         CLASSES.index("normal"),
@@ -168,7 +168,7 @@ def _staged(
         yield (
             component,
             {
-                name: unroll(
+                name: with_solver(
                     with_weights(step, weights),
                     euler_steps(SOLVER_STEPS[stage]),
                     CLASSES.index(label),

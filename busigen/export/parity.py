@@ -29,8 +29,8 @@ PARITY_SEED = 20_240_02
 MINIMUM = {"dice": 0.99, "psnr": 35.0, "psnr_end_to_end": 25.0}
 """What every draw must reach.
 
-``dice`` of the outlines: a mask of 2,000 pixels has an outline of about 160, so this lets one pixel in eight of it flip,
-far more than rounding weights to fp16 (relative error 5e-4) does. ``psnr`` in decibels over the edit region, both
+``dice`` of the outlines: a mask of 2,000 pixels has an outline of about 160, so this lets one pixel in eight of it
+flip, far more than rounding weights to fp16 (relative error 5e-4) does. ``psnr`` in decibels over the edit region, both
 painted with the same outline: errors of 4.5 grey levels, below the grain of speckle. ``psnr_end_to_end``, each with its
 own outline: the same lesion in the same place, whose texture may follow an outline that differs by a few pixels.
 """

@@ -23,7 +23,7 @@ EXAMPLE_BATCH = 2
 
 
 class Step(nn.Module):
-    """One evaluation with ``t`` and ``label`` of shape (1,), so that the unrolled loop can feed constants."""
+    """One evaluation with ``t`` and ``label`` of shape (1,), so that the loop can feed constants."""
 
     def __init__(self, velocity: Velocity) -> None:
         super().__init__()

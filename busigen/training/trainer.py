@@ -25,8 +25,8 @@ log = logging.getLogger("busigen.training")
 SAVE_SECONDS = 20.0
 """A kill loses at most this much training."""
 VALIDATIONS, VALIDATION_SPACING = 8, 20
-"""Validations (with a sample sheet each) per task, evenly spaced, the last one at its end; and the least number of steps
-between two of them, because on short tasks looking would cost more than training."""
+"""Validations (with a sample sheet each) per task, evenly spaced, the last one at its end; and the least number of
+steps between two of them, because on short tasks looking would cost more than training."""
 
 
 class Task(Protocol):

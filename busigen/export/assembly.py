@@ -1,8 +1,8 @@
-"""Putting graphs together: the few-step sampling loop unrolled around one traced network evaluation.
+"""Putting graphs together: the few-step sampling loop around one traced network evaluation.
 
-Tracing a UNet takes half a minute, copying its nodes takes none; so the network is traced once and its nodes are
-repeated per solver step, all of them reading the same initialisers. Everything that does not depend on the step (the
-projections of context tokens) is the same expression in every copy, and ONNX Runtime computes it once.
+Tracing a UNet takes half a minute, so it is traced once. The loop is ONNX's own ``Loop``: with the steps unrolled, ONNX
+Runtime 1.31 took 5 to 10 s of CPU time to open each graph of the shipped size (about 10,000 nodes), which nobody who
+wants sixteen pictures should wait for.
 """
 
 from __future__ import annotations
@@ -65,13 +65,51 @@ class Assembly:
             twin.CopyFrom(node)
             twin.name = prefix + node.name
             if any(attribute.HasField("g") for attribute in node.attribute):
-                raise ValueError(f"node {node.name} has a subgraph, which cannot be unrolled")
+                raise ValueError(f"node {node.name} has a subgraph, whose names would not be copied right")
             twin.input[:] = [names[name] if name else "" for name in node.input]
             for name in node.output:
                 names[name] = prefix + name
             twin.output[:] = [names[name] if name else "" for name in node.output]
             self.nodes.append(twin)
         return [names[value.name] for value in graph.output]
+
+    def loop(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], start: str) -> str:
+        """Add the solver's loop and return the name of its result.
+
+        The loop's body is one evaluation and ``a x + b net(x, t)``, with the constants of its turn taken from tables;
+        weights, tokens and condition are read from the graph around it.
+        """
+        tables = {
+            name: self.constant(f"solver/{name}", np.array([[getattr(s, name)] for s in steps], dtype=np.float32))
+            for name in ("t", "a", "b")
+        }
+        turns = self.constant("solver/turns", np.array(len(steps), dtype=np.int64))
+        outside, self.nodes = self.nodes, []
+        turn, go_on, x = "solver/turn", "solver/go_on", "solver/x"
+        now = {name: self.add("Gather", [table, turn], f"solver/{name}_now") for name, table in tables.items()}
+        (velocity,) = self.paste(step, "step/", {**wiring, "x": x, "t": now["t"]}, "")
+        moved = self.add("Mul", [velocity, now["b"]], "solver/moved")
+        kept = self.add("Mul", [x, now["a"]], "solver/kept")
+        following = self.add("Add", [kept, moved], "solver/following")
+        going = self.add("Identity", [go_on], "solver/going")
+        like = step.graph.input[0].type.tensor_type
+        shape = [d.dim_value or None for d in like.shape.dim]
+        body = helper.make_graph(
+            self.nodes,
+            "solver",
+            [
+                helper.make_tensor_value_info(turn, TensorProto.INT64, []),
+                helper.make_tensor_value_info(go_on, TensorProto.BOOL, []),
+                helper.make_tensor_value_info(x, TensorProto.FLOAT, shape),
+            ],
+            [
+                helper.make_tensor_value_info(going, TensorProto.BOOL, []),
+                helper.make_tensor_value_info(following, TensorProto.FLOAT, shape),
+            ],
+        )
+        self.nodes = outside
+        self.nodes.append(helper.make_node("Loop", [turns, "", start], ["solver/result"], name="solver", body=body))
+        return "solver/result"
 
     def build(self, output: str, like: ValueInfoProto, final_name: str, name: str) -> ModelProto:
         """Finish with one output, computed as ``output``, typed ``like`` and known outside as ``final_name``."""
@@ -91,7 +129,7 @@ class Assembly:
         return model
 
 
-def unroll(
+def with_solver(
     step: ModelProto,
     steps: Sequence[SolverStep],
     label: int,
@@ -112,29 +150,18 @@ def unroll(
         before: traced computation of some of ``step``'s inputs, whose names its outputs have.
         after: traced sample to output.
     """
+    if any(constants.c for constants in steps):
+        raise ValueError("stochastic steps need a noise input per step, which no stage has")
     assembly = Assembly(step.opset_import, step.ir_version)
     wiring = {"label": assembly.constant("class_label", np.array([label], dtype=np.int64))}
     if before is not None:
         computed = assembly.paste(before, "before/", {}, "before/")
         wiring |= {value.name: source for value, source in zip(before.graph.output, computed, strict=True)}
-    x = "noise"
     noise = ValueInfoProto()
     noise.CopyFrom(step.graph.input[0])
-    noise.name = x
-    assembly.inputs.setdefault(x, noise)
-    for number, constants in enumerate(steps):
-        if constants.c:
-            raise ValueError("stochastic steps need a noise input per step, which no stage has")
-        prefix = f"step{number}/"
-        t = assembly.constant(f"{prefix}t", np.array([constants.t], dtype=np.float32))
-        (velocity,) = assembly.paste(step, prefix, {**wiring, "x": x, "t": t}, "")
-        scaled = assembly.add(
-            "Mul", [velocity, assembly.constant(f"{prefix}b", np.array([constants.b], dtype=np.float32))], f"{prefix}bv"
-        )
-        kept = assembly.add(
-            "Mul", [x, assembly.constant(f"{prefix}a", np.array([constants.a], dtype=np.float32))], f"{prefix}ax"
-        )
-        x = assembly.add("Add", [kept, scaled], f"{prefix}x")
+    noise.name = "noise"
+    assembly.inputs.setdefault("noise", noise)
+    x = assembly.loop(step, steps, wiring, "noise")
     if after is not None:
         (x,) = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")
     return assembly.build(x, (after or step).graph.output[0], output, name)
