@@ -201,10 +201,12 @@ def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     )
     return f"""# Model card
 
-Preset `{info["preset"]}`, trained on {record["data"]["images"]} prepared images (split hash `{info["split_hash"]}`) on
-{record["device"]}. Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].items())}.
+Preset `{info["preset"]}`, trained on {record["device"]} on the training split of {record["data"]["images"]} images
+(split hash `{info["split_hash"]}`).
 
-| task | steps | held-out loss | seconds |
+Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].items())}.
+
+| task | steps | held-out loss | seconds (of the last sitting) |
 | --- | --- | --- | --- |
 {tasks}
 

@@ -154,7 +154,10 @@ class _Run:
         return {
             "preset": self.recipe.preset,
             "recipe": self.recipe.to_dict(),
-            "data": {key: self.prepared.info.get(key) for key in ("split_hash", "images", "seed", "counts")},
+            "data": {
+                key: self.prepared.info.get(key)
+                for key in ("split_hash", "images", "seed", "splits", "classes_and_splits")
+            },
             "latents": latents,
             "tasks": self.figures,
             "device": str(self.device),
