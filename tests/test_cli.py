@@ -317,7 +317,7 @@ def test_a_provider_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path) ->
 def test_generate_writes_a_dataset_and_says_so(generated: tuple[Path, Done]) -> None:
     out, done = generated
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("6 samples (benign 3, malignant 3) in 3 shard(s)")
+    assert done.stdout.startswith(f"6 samples (benign 3, malignant 3) in {out}: 3 shard(s)")
     assert str(out / "preview.png") in done.stdout
     assert f"busigen verify {out}" in done.stdout
     assert {path.name for path in out.iterdir()} == {*FINISHED_FILES, "shards"}
