@@ -1,0 +1,124 @@
+"""What every section of the audit is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from busigen.evaluation.results import section_folder
+from busigen.runtime.progress import Progress
+
+Item = TypeVar("Item")
+Effort = Literal["quick", "full"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled set in the working frame. Rows of the arrays and of the table correspond.
+
+    Attributes:
+        name: For people: the folder's name.
+        images: ``uint8 (N, 256, 256)``, grey, letterboxed.
+        masks: ``bool (N, 256, 256)``, True on lesions; empty for normals.
+        valid: ``bool (N, 256, 256)``, True on the image, False on letterbox bars.
+        table: One row per image: ``id`` str, ``class`` str (of ``registry.CLASSES``, or ``unknown``), ``group`` i64 (patient or
+            near-duplicate group), ``file`` str, ``sha256`` str (of the image file), ``width`` and ``height`` i64 (native
+            pixels), ``mode`` str (the file's pixel format, such as ``L``, ``RGB``, ``I;16``), ``colour`` bool,
+            ``lesions`` i64 (parts of the mask), ``text`` and ``calipers`` bool (overlays suspected),
+            ``background`` str or null (the healthy image a busigen sample was painted into).
+        overlays: ``bool (N, 256, 256)``, pixels suspected to be overlay.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    masks: NDArray[np.bool_]
+    valid: NDArray[np.bool_]
+    overlays: NDArray[np.bool_]
+    table: pl.DataFrame
+
+    def __len__(self) -> int:
+        return self.table.height
+
+    @property
+    def classes(self) -> NDArray[np.str_]:
+        """N class names."""
+        return self.table["class"].to_numpy().astype(np.str_)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """N group numbers."""
+        return self.table["group"].to_numpy()
+
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> ImageSet:
+        """The rows of these positions, or where a mask is True, in order."""
+        rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        return ImageSet(
+            name=self.name,
+            images=self.images[rows],
+            masks=self.masks[rows],
+            valid=self.valid[rows],
+            overlays=self.overlays[rows],
+            table=self.table[rows.tolist()],
+        )
+
+    def of_class(self, label: str) -> ImageSet:
+        """The images of one class."""
+        return self.take(self.classes == label)
+
+    def with_lesions(self) -> ImageSet:
+        """The images whose mask is not empty."""
+        return self.take(self.masks.reshape(len(self), -1).any(axis=1))
+
+
+@dataclass
+class AuditContext:
+    """What every section of the audit is given.
+
+    Attributes:
+        synthetic: The set under judgement.
+        real: Real images that did **not** train the generator, as far as is known: what it is judged against.
+        train: Real images that trained the generator; None where nobody said which those are.
+        out: The report's folder.
+        effort: ``quick`` (minutes on two cores) or ``full``.
+        seed: Seeds every draw that a section makes.
+        device: ``cpu`` or ``cuda``, resolved.
+        backgrounds: What the synthetic images were painted into: ``real``, ``synthetic`` or ``unknown``.
+        inception: Inception weights for FID, KID and IS; None to look in the library's own cache.
+        external: A further real set that utility tests on.
+        progress: Shows rate and ETA.
+    """
+
+    synthetic: ImageSet
+    real: ImageSet
+    train: ImageSet | None
+    out: Path
+    effort: Effort = "quick"
+    seed: int = 0
+    device: str = "cpu"
+    backgrounds: Literal["real", "synthetic", "unknown"] = "unknown"
+    inception: Path | None = None
+    external: ImageSet | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def folder(self, section: str) -> Path:
+        """The section's folder for pictures, made on demand."""
+        folder = section_folder(self.out, section)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def rng(self, *names: str) -> np.random.Generator:
+        """A generator of its own for every purpose: adding a draw in one section changes nothing in another."""
+        return np.random.default_rng([self.seed, *"\0".join(names).encode()])
+
+    def track(self, what: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+        """Iterate with a progress bar."""
+        self.progress.start(what, total)
+        for item in items:
+            yield item
+            self.progress.advance(1)

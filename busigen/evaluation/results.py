@@ -1,0 +1,140 @@
+"""What a section of the audit hands back: figures with interval and floor, findings, pictures and plots."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Better = Literal["lower", "higher", "near"]
+"""Where a figure should lie against its floor: below, above, or inside the floor's interval."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval. The bounds are None where no interval can be given."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    Attributes:
+        key: Dotted name, unique in the report: ``section.region.class.measure.statistic``.
+        label: The same for people, short enough for a table's row.
+        value: The synthetic set against the real one, with its bootstrap interval.
+        floor: The same measure between two group-disjoint halves of the real set; None where no floor exists, in which
+            case ``note`` says why.
+        synthetic: Number of synthetic images that went in.
+        real: Number of real images that went in.
+        better: Where the value should lie.
+        unit: ``px``, ``dB``, ``%``, ... or empty.
+        p: P-value of the test against "no difference", adjusted for the section's number of tests.
+        flagged: The section says that this is a defect.
+        headline: Shown in the report's summary.
+        note: What a reader must know to read the number.
+    """
+
+    key: str
+    label: str
+    value: Interval
+    floor: Interval | None
+    synthetic: int
+    real: int
+    better: Better = "lower"
+    unit: str = ""
+    p: float | None = None
+    flagged: bool = False
+    headline: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence about the set. ``flag`` is a defect, ``note`` is something to know; ``keys`` are figures it rests on."""
+
+    level: Literal["flag", "note"]
+    text: str
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture or plot of the report, in the section's folder: PNG for images, SVG for plots."""
+
+    file: str
+    caption: str
+
+
+@dataclass
+class SectionResult:
+    """Everything one section found. ``details`` is JSON-able and goes into ``report.json`` alone."""
+
+    section: str
+    figures: list[Figure] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def flagged(self) -> bool:
+        """The section found a defect."""
+        return any(finding.level == "flag" for finding in self.findings)
+
+    def flag(self, text: str, *keys: str) -> None:
+        """Add a defect."""
+        self.findings.append(Finding("flag", text, keys))
+
+    def note(self, text: str, *keys: str) -> None:
+        """Add something to know."""
+        self.findings.append(Finding("note", text, keys))
+
+    def figure(self, key: str) -> Figure:
+        """The figure of that key.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for figure in self.figures:
+            if figure.key == key:
+                return figure
+        raise KeyError(key)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> SectionResult:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            KeyError, TypeError: the content is no section's result.
+        """
+
+        def interval(part: dict[str, Any] | None) -> Interval | None:
+            return None if part is None else Interval(**part)
+
+        figures = []
+        for part in content["figures"]:
+            value = interval(part["value"])
+            assert value is not None
+            figures.append(Figure(**{**part, "value": value, "floor": interval(part["floor"])}))
+        return cls(
+            section=content["section"],
+            figures=figures,
+            findings=[Finding(p["level"], p["text"], tuple(p["keys"])) for p in content["findings"]],
+            pictures=[Picture(**part) for part in content["pictures"]],
+            details=dict(content["details"]),
+            seconds=float(content["seconds"]),
+        )
+
+
+def section_folder(out: Path, section: str) -> Path:
+    """Where a section keeps its pictures, and its result for a later run."""
+    return out / "sections" / section

@@ -1,0 +1,43 @@
+"""The audit's sections, in the order in which they run and are shown. Command line, report and cache read this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from busigen.evaluation.context import AuditContext
+from busigen.evaluation.results import SectionResult
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section. ``module`` is imported only when it runs, and holds ``run(context) -> SectionResult``.
+
+    ``version`` is part of the cache's key: raise it whenever the section's figures change meaning.
+    """
+
+    name: str
+    title: str
+    question: str
+    version: int = 1
+
+    def load(self) -> Callable[[AuditContext], SectionResult]:
+        """The section's ``run`` function."""
+        run: Callable[[AuditContext], SectionResult] = import_module(f"busigen.evaluation.{self.name}").run
+        return run
+
+
+SECTIONS = {
+    section.name: section
+    for section in (
+        Section("integrity", "Integrity and masks", "Are the files and masks what they should be?"),
+        Section("physics", "Ultrasound physics", "Do speckle, depth, shadows and outlines follow the real ones?"),
+        Section(
+            "fidelity", "Fidelity", "How far is the whole set from real images, and how much of them does it cover?"
+        ),
+        Section("realness", "Real or synthetic?", "Can a network tell the two apart?"),
+        Section("utility", "Utility", "Does it help a segmentation network that is tested on real images?"),
+        Section("privacy", "Privacy", "Does it show the images that it was trained on?"),
+    )
+}
