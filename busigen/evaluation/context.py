@@ -27,11 +27,11 @@ class ImageSet:
         images: ``uint8 (N, 256, 256)``, grey, letterboxed.
         masks: ``bool (N, 256, 256)``, True on lesions; empty for normals.
         valid: ``bool (N, 256, 256)``, True on the image, False on letterbox bars.
-        table: One row per image: ``id`` str, ``class`` str (of ``registry.CLASSES``, or ``unknown``), ``group`` i64 (patient or
-            near-duplicate group), ``file`` str, ``sha256`` str (of the image file), ``width`` and ``height`` i64 (native
-            pixels), ``mode`` str (the file's pixel format, such as ``L``, ``RGB``, ``I;16``), ``colour`` bool,
-            ``lesions`` i64 (parts of the mask), ``text`` and ``calipers`` bool (overlays suspected),
-            ``background`` str or null (the healthy image a busigen sample was painted into).
+        table: One row per image: ``id`` str, ``class`` str (of ``registry.CLASSES``, or ``unknown``), ``group`` i64
+            (patient or near-duplicate group), ``file`` str, ``sha256`` str (of the image file), ``width`` and
+            ``height`` i64 (native pixels), ``mode`` str (the file's pixel format, such as ``L`` or ``RGB``, null where
+            unknown), ``colour`` bool, ``lesions`` i64 (parts of the mask), ``text`` and ``calipers`` bool (overlays
+            suspected), ``background`` str or null (the healthy image a busigen sample was painted into).
         overlays: ``bool (N, 256, 256)``, pixels suspected to be overlay.
     """
 
@@ -57,7 +57,7 @@ class ImageSet:
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> ImageSet:
         """The rows of these positions, or where a mask is True, in order."""
-        rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else np.asarray(rows)
         return ImageSet(
             name=self.name,
             images=self.images[rows],
@@ -69,7 +69,7 @@ class ImageSet:
 
     def of_class(self, label: str) -> ImageSet:
         """The images of one class."""
-        return self.take(self.classes == label)
+        return self.take(np.asarray(self.classes == label))
 
     def with_lesions(self) -> ImageSet:
         """The images whose mask is not empty."""

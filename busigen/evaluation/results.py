@@ -55,7 +55,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence about the set. ``flag`` is a defect, ``note`` is something to know; ``keys`` are figures it rests on."""
+    """A sentence about the set: a ``flag`` is a defect, a ``note`` something to know. It rests on the figures ``keys``."""
 
     level: Literal["flag", "note"]
     text: str

@@ -1,4 +1,4 @@
-"""The audit's sections, in the order in which they run and are shown. Command line, report and cache read this table."""
+"""The audit's sections, in the order in which they run and are shown; command line, report and cache read this."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ SECTIONS = {
     for section in (
         Section("integrity", "Integrity and masks", "Are the files and masks what they should be?"),
         Section("physics", "Ultrasound physics", "Do speckle, depth, shadows and outlines follow the real ones?"),
-        Section(
-            "fidelity", "Fidelity", "How far is the whole set from real images, and how much of them does it cover?"
-        ),
+        Section("fidelity", "Fidelity", "How far is the set from real images, and how much of them does it cover?"),
         Section("realness", "Real or synthetic?", "Can a network tell the two apart?"),
         Section("utility", "Utility", "Does it help a segmentation network that is tested on real images?"),
         Section("privacy", "Privacy", "Does it show the images that it was trained on?"),
