@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import polars as pl
@@ -55,9 +55,9 @@ class ImageSet:
         """N group numbers."""
         return self.table["group"].to_numpy()
 
-    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> ImageSet:
+    def take(self, rows: NDArray[Any]) -> ImageSet:
         """The rows of these positions, or where a mask is True, in order."""
-        rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
         return ImageSet(
             name=self.name,
             images=self.images[rows],

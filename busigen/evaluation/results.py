@@ -55,7 +55,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence about the set: a ``flag`` is a defect, a ``note`` something to know. It rests on the figures ``keys``."""
+    """A sentence about the set: a ``flag`` is a defect, a ``note`` something to know. It rests on figures ``keys``."""
 
     level: Literal["flag", "note"]
     text: str
