@@ -69,7 +69,7 @@ class ImageSet:
 
     def of_class(self, label: str) -> ImageSet:
         """The images of one class."""
-        return self.take(np.flatnonzero(self.classes == label))
+        return self.take((self.table["class"] == label).to_numpy())
 
     def with_lesions(self) -> ImageSet:
         """The images whose mask is not empty."""
