@@ -1,0 +1,262 @@
+"""Speckle and resolution: envelope statistics, autocovariance widths, power spectrum, JPEG's grid."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+
+DYNAMIC_RANGE = 60.0
+"""dB that the grey levels 0 to 255 are taken to span. Scanners differ, and none of the public sets says: an
+approximation that is the same for both sides of a comparison."""
+
+BLOCK = 16
+"""Side in pixels of the blocks over which a region's speckle is measured: small enough to hold one tissue."""
+
+DETREND = 17
+"""Side in pixels of the moving average that is subtracted before a width is measured: what is wider is anatomy."""
+
+LAGS = 12
+"""Greatest lag of an autocovariance in pixels."""
+
+TILE = 64
+"""Side in pixels of the tiles of the power spectrum; they overlap by half (Welch 1967)."""
+
+SLOPE_BAND = (0.05, 0.40)
+"""Cycles per pixel between which the spectrum's slope is fitted: below lies anatomy, above the resampling filter."""
+
+HALF_NYQUIST = 0.25
+"""Cycles per pixel from which power counts as high-frequency."""
+
+JPEG_GRID = 8
+"""Side in pixels of JPEG's blocks."""
+
+FREQUENCIES = (np.arange(TILE // 2) + 0.5) / TILE
+"""Centres of the power spectrum's radial bins in cycles per pixel."""
+
+
+def envelope(grey: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Undo the log compression: ``10 ** (DYNAMIC_RANGE * grey / 255 / 20)``, 1 for black, 1000 for white at 60 dB.
+
+    Scanners also apply a grey map, spatial compounding and edge enhancement, which nothing undoes: distributions of
+    this approximation can be compared between sets, its values are not those of radio-frequency data.
+
+    Args:
+        grey: Grey levels 0 to 255, any shape.
+
+    Returns:
+        Relative amplitude, same shape.
+    """
+    return np.asarray(10.0 ** (np.asarray(grey, dtype=np.float64) * (DYNAMIC_RANGE / 255.0 / 20.0)))
+
+
+def moments(amplitude: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Contrast, kurtosis and Nakagami parameter of amplitudes along the last axis; NaN entries do not count.
+
+    Contrast is standard deviation over mean (0.52 for fully developed speckle). Kurtosis is the fourth standardised
+    moment (3.25 for Rayleigh). The Nakagami parameter comes from moments, ``m = E[A^2]^2 / Var[A^2]``: 1 for fully
+    developed speckle, below 1 for few or clustered scatterers (Shankar 2000, IEEE Trans. UFFC 47, eq. 6).
+
+    Args:
+        amplitude: ``(..., n)``.
+
+    Returns:
+        ``(..., 3)``; NaN where the amplitudes do not vary.
+    """
+    known = ~np.isnan(amplitude)
+    count = np.maximum(known.sum(axis=-1), 1)
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(np.where(known, values, 0.0).sum(axis=-1) / count)
+
+    centre = mean(amplitude)
+    square = (amplitude - centre[..., None]) ** 2
+    variance = mean(square)
+    power = amplitude**2
+    spread = mean(power**2) - mean(power) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = np.stack(
+            [np.sqrt(variance) / centre, mean(square**2) / variance**2, mean(power) ** 2 / spread], axis=-1
+        )
+    result[~(variance > 1e-9 * centre**2)] = np.nan
+    return result
+
+
+def local_moments(amplitude: NDArray[np.float64], region: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The medians of `moments` over a grid's blocks that lie at least half in a region.
+
+    Over a whole region, amplitudes vary mostly because tissues do; within a block they vary because of speckle. (Local
+    windows are how Nakagami images are made: Tsui and Chang 2007, Ultrasound Med. Biol. 33.)
+
+    Args:
+        amplitude: ``(H, W)``.
+        region: ``bool (H, W)``.
+
+    Returns:
+        ``(3,)``, contrast, kurtosis and Nakagami parameter. A region without such a block counts as one block.
+    """
+    inside = _blocks(region)
+    chosen = inside.mean(axis=-1) >= 0.5
+    found = moments(np.where(inside[chosen], _blocks(amplitude)[chosen], np.nan))
+    found = found[~np.isnan(found).any(axis=-1)]
+    return np.asarray(np.median(found, axis=0)) if len(found) else moments(amplitude[region])
+
+
+def detrended(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Grey minus its moving average over ``DETREND`` px, both of tissue only; 0 elsewhere. ``float32 (H, W)``."""
+    weight = tissue.astype(np.float32)
+    total = ndimage.uniform_filter(grey * weight, DETREND, mode="constant")
+    share = ndimage.uniform_filter(weight, DETREND, mode="constant")
+    return np.asarray((grey - total / np.maximum(share, 1e-3)) * weight, dtype=np.float32)
+
+
+def autocovariance_widths(residual: NDArray[np.float32], region: NDArray[np.bool_]) -> tuple[float, float]:
+    """Full widths at half maximum of the autocovariance inside a region: the speckle's size.
+
+    Pairs of pixels count where both lie in the region (Wagner et al. 1983, IEEE Trans. Sonics Ultrasonics 30, for the
+    meaning; widths of decompressed and compressed data differ by a near-constant factor, so grey levels are used).
+
+    Args:
+        residual: ``float32 (H, W)``, detrended.
+        region: ``bool (H, W)``.
+
+    Returns:
+        Axial (along columns) and lateral (along rows) width in pixels; NaN where the region is empty, does not vary or
+        is too narrow; ``2 * LAGS`` where the autocovariance never falls to a half.
+    """
+    weight = region.astype(np.float32)
+    values = residual * weight
+    total = float(weight.sum())
+    if total < 2 * LAGS:
+        return float("nan"), float("nan")
+    values = (values - values.sum() / total) * weight
+    power = float((values * values).sum()) / total
+    if power < 1e-6:
+        return float("nan"), float("nan")
+    axial, lateral = (_half_width(values, weight, power, axis) for axis in (0, 1))
+    return axial, lateral
+
+
+def fine_share(grey: NDArray[np.float32], residual: NDArray[np.float32], region: NDArray[np.bool_]) -> float:
+    """Share of a region's detrended variance that a 3 x 3 binomial filter removes; 0.86 for white noise.
+
+    It stands for the high-frequency share where a region is too small for a spectrum.
+
+    Args:
+        grey: ``float32 (H, W)``.
+        residual: ``float32 (H, W)``, detrended.
+        region: ``bool (H, W)``.
+
+    Returns:
+        0 to about 1; NaN where nothing varies.
+    """
+    smooth = grey
+    for axis in (0, 1):
+        smooth = ndimage.correlate1d(smooth, np.array([0.25, 0.5, 0.25]), axis=axis)
+    whole = float(residual[region].var()) if region.any() else 0.0
+    return float((grey - smooth)[region].var()) / whole if whole > 1e-6 else float("nan")
+
+
+def radial_spectrum(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mean power per frequency of half-overlapping Hann-windowed tiles that are wholly tissue (Welch 1967).
+
+    Where overlays leave no tile whole, tiles of at least 90 % tissue count, their gaps filled with the tile's mean.
+
+    Args:
+        grey: ``float32 (H, W)``.
+        tissue: ``bool (H, W)``.
+
+    Returns:
+        ``(TILE / 2,)`` power density in grey^2 at `FREQUENCIES`; NaN where there is no tile.
+    """
+    pixels, inside = _tiles(grey), _tiles(tissue)
+    share = inside.mean(axis=(1, 2))
+    chosen = share == 1.0
+    if not chosen.any():
+        chosen = share >= 0.9
+    if not chosen.any():
+        return np.full(TILE // 2, np.nan)
+    pixels, inside = pixels[chosen], inside[chosen]
+    means = (pixels * inside).sum(axis=(1, 2), keepdims=True) / inside.sum(axis=(1, 2), keepdims=True)
+    window, ring, count = _spectral_plan()
+    power = np.abs(fft.rfft2((pixels - means) * inside * window)) ** 2
+    radial = np.bincount(ring.ravel(), power.mean(axis=0).ravel().astype(np.float64), minlength=TILE // 2 + 1)
+    return np.asarray(radial[: TILE // 2] / count)
+
+
+def spectral_slope(spectrum: NDArray[np.float64]) -> float:
+    """Exponent of the power law through ``SLOPE_BAND``: 0 for white noise, -2 for power falling as 1/f^2."""
+    low, high = SLOPE_BAND
+    band = (low <= FREQUENCIES) & (high >= FREQUENCIES)
+    if not (spectrum[band] > 0).all():
+        return float("nan")
+    return float(np.polyfit(np.log(FREQUENCIES[band]), np.log(spectrum[band]), 1)[0])
+
+
+def high_frequency_share(spectrum: NDArray[np.float64]) -> float:
+    """Share of the power above half the Nyquist frequency, without the lowest two bins, which hold the window."""
+    power = spectrum * FREQUENCIES
+    total = float(power[2:].sum())
+    return float(power[FREQUENCIES >= HALF_NYQUIST].sum()) / total if total > 0 else float("nan")
+
+
+def blockiness(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> float:
+    """How much greater steps between pixels are on a grid of 8 px than off it: JPEG's blocks, at any phase.
+
+    Args:
+        grey: ``float32 (H, W)``.
+        tissue: ``bool (H, W)``.
+
+    Returns:
+        Mean absolute step on the strongest phase over the mean of the others, minus 1, averaged over both axes.
+    """
+    excess = []
+    for pixels, inside in ((grey, tissue), (grey.T, tissue.T)):
+        both = inside[:, 1:] & inside[:, :-1]
+        step = (np.abs(np.diff(pixels, axis=1)) * both).sum(axis=0)
+        phase = np.arange(step.size) % JPEG_GRID
+        mean = np.bincount(phase, step) / np.maximum(np.bincount(phase, both.sum(axis=0)), 1)
+        others = (mean.sum() - mean.max()) / (JPEG_GRID - 1)
+        excess.append(mean.max() / others - 1 if others > 0 else np.nan)
+    return float(np.mean(excess))
+
+
+def _blocks(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    height, width = (side - side % BLOCK for side in values.shape)
+    parts = values[:height, :width].reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK)
+    return np.asarray(parts.swapaxes(1, 2).reshape(-1, BLOCK * BLOCK))
+
+
+def _half_width(values: NDArray[np.float32], weight: NDArray[np.float32], power: float, axis: int) -> float:
+    values, weight = (values, weight) if axis == 0 else (values.T, weight.T)
+    before = 1.0
+    for lag in range(1, min(LAGS, len(values) - 1) + 1):
+        pairs = float((weight[lag:] * weight[:-lag]).sum())
+        if pairs < 2 * LAGS:
+            return float("nan")
+        now = float((values[lag:] * values[:-lag]).sum()) / pairs / power
+        if now <= 0.5:
+            return 2.0 * (lag - 1 + (before - 0.5) / (before - now))
+        before = now
+    return 2.0 * LAGS
+
+
+def _tiles(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    views = np.lib.stride_tricks.sliding_window_view(values, (TILE, TILE))[:: TILE // 2, :: TILE // 2]
+    return views.reshape(-1, TILE, TILE)
+
+
+@cache
+def _spectral_plan() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
+    hann = np.hanning(TILE + 1)[:-1]
+    window = np.outer(hann, hann)
+    window /= np.sqrt((window**2).sum())
+    radius = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None])
+    ring = np.minimum((radius * TILE).astype(np.int64), TILE // 2)
+    return (
+        window.astype(np.float32),
+        ring,
+        np.bincount(ring.ravel(), minlength=TILE // 2 + 1)[: TILE // 2].astype(float),
+    )
