@@ -66,6 +66,7 @@ class ImageFile:
         width: Pixels per row.
         height: Rows.
         coloured: ``bool (H, W)``, pixels whose channels differ by more than ``COLOUR_STEP``; None if there are none.
+        mode: Pillow's name of the file's pixel format, such as ``L``, ``RGB`` or ``I;16``.
     """
 
     path: Path
@@ -75,9 +76,10 @@ class ImageFile:
     width: int
     height: int
     coloured: NDArray[np.bool_] | None = None
+    mode: str = "L"
 
 
-def read_image(path: Path) -> ImageFile:
+def read_image(path: Path, data: bytes | None = None) -> ImageFile:
     """Read a PNG, JPEG, BMP or TIFF file as grey levels.
 
     Accepts 1-bit, grey, palette and colour files, with or without alpha (composited on black), and 16-bit grey, which
@@ -85,6 +87,7 @@ def read_image(path: Path) -> ImageFile:
 
     Args:
         path: The file to read.
+        data: Its content where that is at hand, as from an archive; ``path`` then only names it.
 
     Returns:
         The image; ``pixels`` is ``uint8 (H, W)``.
@@ -93,7 +96,7 @@ def read_image(path: Path) -> ImageFile:
         InputError: The file is missing, unreadable, damaged, not an image, or outside the size limits.
     """
     path = Path(path)
-    data = _read_bytes(path)
+    data = _read_bytes(path) if data is None else data
     decoded = _decode(path, data)
     coloured: NDArray[np.bool_] | None = None
     if decoded.mode in _DEEP_MODES:
@@ -114,10 +117,11 @@ def read_image(path: Path) -> ImageFile:
         width=pixels.shape[1],
         height=pixels.shape[0],
         coloured=coloured,
+        mode=decoded.mode,
     )
 
 
-def read_mask(path: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+def read_mask(path: Path, size: tuple[int, int] | None, data: bytes | None = None) -> NDArray[np.bool_]:
     """Read a lesion mask: bright is lesion, black is not.
 
     A pixel is lesion where its brightest channel is above half of the range. A mask of a few small label values (such
@@ -126,6 +130,7 @@ def read_mask(path: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
     Args:
         path: The file to read.
         size: ``(width, height)`` that the mask must have, or None to accept any.
+        data: The file's content where that is at hand; ``path`` then only names it.
 
     Returns:
         ``bool (H, W)``, True on the lesion.
@@ -134,7 +139,7 @@ def read_mask(path: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
         InputError: As for `read_image`, or the mask has another size.
     """
     path = Path(path)
-    decoded = _decode(path, _read_bytes(path))
+    decoded = _decode(path, _read_bytes(path) if data is None else data)
     if size is not None and decoded.size != tuple(size):
         raise InputError(
             f"{path.name}: the mask is {decoded.width}x{decoded.height} pixels, its image {size[0]}x{size[1]}.",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from busigen.data.csvfile import read_rows
 from busigen.data.images import SUFFIXES, find_images, natural_key
-from busigen.data.records import Layout, Listing, Record, printable
+from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, printable
 from busigen.registry import CLASSES
 
 _TABLE = "labels.csv"
@@ -20,7 +20,7 @@ def find(folder: Path) -> Path | None:
 
 
 def read(listing: Listing) -> None:
-    """List every image with the masks of the same name; those without a known class are refused."""
+    """List every image with the masks of the same name; those without a known class are refused, unless they may be."""
     images, masks = _child(listing.folder, "images"), _child(listing.folder, "masks")
     if images is None or masks is None:  # The folder changed since `find`.
         return
@@ -31,7 +31,9 @@ def read(listing: Listing) -> None:
         name = image.relative_to(images).with_suffix("").as_posix()
         row = labels.get(name) or labels.get(image.stem) or {}
         image_class = (row.get("class") or _class_from_folder(image.relative_to(images))).lower()
-        if image_class not in CLASSES:
+        if image_class not in CLASSES and listing.unlabelled:
+            image_class = UNKNOWN_CLASS
+        elif image_class not in CLASSES:
             listing.refuse(
                 image,
                 f"Its class is {image_class or 'unknown'!r}.",

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from busigen.errors import InputError
 
+UNKNOWN_CLASS = "unknown"
+"""The class of an image that nobody classified."""
+
 
 def printable(text: str) -> str:
     """Text that can be written as UTF-8: bytes of a file name that are none are spelled out."""
@@ -61,10 +64,14 @@ class Refusal:
 
 @dataclass
 class Listing:
-    """All that a source folder lists, and what it lists in vain."""
+    """All that a source folder lists, and what it lists in vain.
+
+    With ``unlabelled``, a layout that can do without classes lists images of none under class `UNKNOWN_CLASS`.
+    """
 
     layout: str
     folder: Path
+    unlabelled: bool = False
     records: list[Record] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
 

@@ -14,11 +14,12 @@ LAYOUTS: tuple[Layout, ...] = (busbra.LAYOUT, busi.LAYOUT, pairs.LAYOUT)
 """Every layout, the most particular first: BUS-BRA's ``Images`` and ``Masks`` are pairs too."""
 
 
-def read_source(folder: Path) -> Listing:
+def read_source(folder: Path, *, unlabelled: bool = False) -> Listing:
     """List a labelled folder in whichever layout it has.
 
     Args:
         folder: The folder, or for BUSI also its parent.
+        unlabelled: List images of ``images/`` and ``masks/`` that have no known class, too, as class ``unknown``.
 
     Returns:
         Its records in natural order, and the entries that are refused without opening an image.
@@ -35,7 +36,7 @@ def read_source(folder: Path) -> Listing:
             root = layout.find(folder)
             if root is not None:
                 # A root given as "." has no name, and names are what the table records.
-                listing = Listing(layout=layout.name, folder=root.resolve())
+                listing = Listing(layout=layout.name, folder=root.resolve(), unlabelled=unlabelled)
                 layout.read(listing)
                 _refuse_namesakes(listing)
                 return listing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,11 +11,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from busigen.data.records import Refusal
 from busigen.evaluation.results import section_folder
 from busigen.runtime.progress import Progress
 
 Item = TypeVar("Item")
 Effort = Literal["quick", "full"]
+Backgrounds = Literal["real", "synthetic", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ class ImageSet:
             (patient or near-duplicate group), ``file`` str, ``sha256`` str (of the image file), ``width`` and
             ``height`` i64 (native pixels), ``mode`` str (the file's pixel format, such as ``L`` or ``RGB``, null where
             unknown), ``colour`` bool, ``lesions`` i64 (parts of the mask), ``text`` and ``calipers`` bool (overlays
-            suspected), ``background`` str or null (the healthy image a busigen sample was painted into).
+            suspected in the native image), ``background`` str or null (what a busigen sample was painted into: the
+            sha256 of a healthy image's file, or ``synthetic``), ``mask_files`` i64 (0 where the image has none).
         overlays: ``bool (N, 256, 256)``, pixels suspected to be overlay.
+        layout: How the folder is laid out, for people: ``busigen dataset``, ``prepared``, ``BUSI``, ...
+        refused: Files that could not be read and are in no row.
     """
 
     name: str
@@ -41,6 +46,8 @@ class ImageSet:
     valid: NDArray[np.bool_]
     overlays: NDArray[np.bool_]
     table: pl.DataFrame
+    layout: str = "unknown"
+    refused: tuple[Refusal, ...] = ()
 
     def __len__(self) -> int:
         return self.table.height
@@ -58,8 +65,8 @@ class ImageSet:
     def take(self, rows: NDArray[Any]) -> ImageSet:
         """The rows of these positions, or where a mask is True, in order."""
         rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-        return ImageSet(
-            name=self.name,
+        return replace(
+            self,
             images=self.images[rows],
             masks=self.masks[rows],
             valid=self.valid[rows],
@@ -73,7 +80,7 @@ class ImageSet:
 
     def with_lesions(self) -> ImageSet:
         """The images whose mask is not empty."""
-        return self.take(self.masks.reshape(len(self), -1).any(axis=1))
+        return self.take(np.asarray(self.masks.any(axis=(1, 2))))
 
 
 @dataclass
@@ -91,6 +98,7 @@ class AuditContext:
         backgrounds: What the synthetic images were painted into: ``real``, ``synthetic`` or ``unknown``.
         inception: Inception weights for FID, KID and IS; None to look in the library's own cache.
         external: A further real set that utility tests on.
+        healthy: Folder of the healthy images that the synthetic set was painted into; None where nobody named it.
         progress: Shows rate and ETA.
     """
 
@@ -101,9 +109,10 @@ class AuditContext:
     effort: Effort = "quick"
     seed: int = 0
     device: str = "cpu"
-    backgrounds: Literal["real", "synthetic", "unknown"] = "unknown"
+    backgrounds: Backgrounds = "unknown"
     inception: Path | None = None
     external: ImageSet | None = None
+    healthy: Path | None = None
     progress: Progress = field(default_factory=Progress)
 
     def folder(self, section: str) -> Path:
