@@ -1,0 +1,35 @@
+"""What the report says in every run: what an audit cannot say, how its figures are made, what is private."""
+
+from __future__ import annotations
+
+SMALL = 100
+"""Images of a set below which the report warns that only large differences can show."""
+
+UNANSWERED = "{title} did not run, so this stays unanswered: “{question}”"
+
+SMALL_SET = "A headline figure rests on {fewest} images of one side: with so few, only large differences can show."
+
+NO_TRAIN = "No training images were named, so nothing here compares the set with what its generator was trained on."
+
+QUICK = "This was a quick run: smaller networks, fewer seeds. A full run can find what this one does not."
+
+CANNOT_SAY = (
+    "Silent means: no difference larger than that between two halves of the real set was found. It does not mean that "
+    "there is none.",
+    "Every figure is relative to this real set. Other scanners, hospitals and patients may differ from it by more than "
+    "the synthetic set does.",
+    "No reader looked at the images: whether a lesion is plausible to a radiologist is not measured.",
+)
+
+PRIVACY = {
+    "real": "The synthetic images were painted into real ones. Every pixel outside the painted region is still the "
+    "patient's own: such a set is not anonymous, whatever the privacy section finds, and may be passed on only as "
+    "those real images may.",
+    "synthetic": "The synthetic images have synthetic backgrounds, so no pixel was copied from a patient's image on "
+    "purpose. Whether the generator repeats images it was trained on is what the privacy section measures. It can "
+    "find copies; it cannot prove that there are none, and it is no guarantee in the sense of differential privacy.",
+    "unknown": "It is not known what the synthetic images were painted into. If it was real images, every pixel "
+    "outside the painted region is still the patient's own, and the set is not anonymous, whatever the privacy "
+    "section finds.",
+}
+"""Per ``AuditContext.backgrounds``."""

@@ -1,0 +1,128 @@
+"""Numbers and verdicts of the audit as a reader meets them in the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from busigen.evaluation.results import Figure, Interval
+
+NOTHING = "–"
+"""Stands where there is no number."""
+
+SHOULD_BE = {"lower": "at or below the floor", "higher": "at or above the floor", "near": "inside the floor"}
+"""Where a figure should lie, per ``Figure.better``."""
+
+WORTH = {"lower": "lower is better", "higher": "higher is better", "near": "near is better"}
+"""What a figure without a floor should do, per ``Figure.better``."""
+
+_SIGNIFICANT = 3
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def known(value: float | None) -> bool:
+    """The value is a number: not None, not NaN, not infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def decimals(values: Iterable[float | None]) -> int:
+    """Digits after the point that give the greatest of some values three significant ones."""
+    greatest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
+    if greatest == 0:
+        return 0
+    return max(0, _SIGNIFICANT - 1 - math.floor(math.log10(greatest)))
+
+
+def number(value: float | None, places: int | None = None) -> str:
+    """A number for people: three significant digits, or ``places`` after the point.
+
+    Whole numbers stay whole, thousands are set apart, and what is too small for decimals is written with a power of
+    ten. None, NaN and infinities give a dash.
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    if value == 0 and places is None:
+        return "0"
+    if places is None and float(value).is_integer():
+        return _signed(f"{value:,.0f}")
+    if 0 < abs(value) < 1e-3 and (places is None or places > 5):
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return _signed(f"{mantissa} × 10") + str(int(exponent)).translate(_SUPERSCRIPT)
+    return _signed(f"{value:,.{decimals([value]) if places is None else places}f}")
+
+
+def interval(part: Interval | None, unit: str = "") -> str:
+    """``0.620 [0.583, 0.661] px``: all three to the same digit, chosen for the greatest; a dash where there is none."""
+    if part is None or not known(part.value):
+        return NOTHING
+    numbers = [value for value in (part.value, part.low, part.high) if value is not None and math.isfinite(value)]
+    whole = all(float(value).is_integer() for value in numbers)
+    places = None if whole else max(decimals(numbers), min(decimals([part.value]), 4))
+    bounds = f" [{number(part.low, places)}, {number(part.high, places)}]"
+    text = number(part.value, places) + (bounds if known(part.low) and known(part.high) else "")
+    return f"{text} {unit}" if unit else text
+
+
+def counts(figure: Figure) -> str:
+    """``500 / 419``: synthetic and real images behind a figure."""
+    return f"{figure.synthetic:,} / {figure.real:,}"
+
+
+def sentence(figure: Figure) -> str:
+    """``0.620 [0.583, 0.661], floor 0.510 [0.450, 0.560], n = 500 / 419``."""
+    floor = f"floor {interval(figure.floor, figure.unit)}" if figure.floor is not None else "no floor"
+    return f"{interval(figure.value, figure.unit)}, {floor}, n = {counts(figure)}"
+
+
+def probability(p: float | None) -> str:
+    """A p-value: below 0.001 only that, otherwise two significant digits."""
+    if p is None or not math.isfinite(p):
+        return NOTHING
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    """``0.4 s``, ``37 s``, ``3 min 05 s`` or ``1 h 02 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def excess(figure: Figure) -> float:
+    """How far a value lies on the wrong side of its floor's interval, in widths of that interval; 0 within.
+
+    It ranks figures of different units for the report's summary; it decides no flag.
+    """
+    floor = figure.floor
+    if floor is None or not known(figure.value.value) or not known(floor.value):
+        return 0.0
+    low = floor.value if floor.low is None else floor.low
+    high = floor.value if floor.high is None else floor.high
+    value = figure.value.value
+    above, below = value - high, low - value
+    beyond = {"lower": above, "higher": below, "near": max(above, below)}[figure.better]
+    # A floor such as 0 [0, 0] has no width to measure in; a tenth of the greater number then stands in.
+    width = max(high - low, 0.1 * max(abs(value), abs(floor.value)))
+    return max(0.0, beyond) / width if width > 0 else 0.0
+
+
+def place(figure: Figure) -> str:
+    """Where the value lies, in words, for those who do not see the chart."""
+    floor = figure.floor
+    if floor is None or not known(figure.value.value) or not known(floor.value):
+        return "no floor to compare with"
+    low = floor.value if floor.low is None else floor.low
+    high = floor.value if floor.high is None else floor.high
+    value = figure.value.value
+    where = "above the floor" if value > high else "below the floor" if value < low else "inside the floor"
+    return f"{where}, flagged" if figure.flagged else where
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
