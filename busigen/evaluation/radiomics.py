@@ -96,8 +96,8 @@ def matrix(table: pl.DataFrame, reference: pl.DataFrame | None = None) -> NDArra
     Returns:
         ``float64 (N, D)``, columns in the order of `NAMES`, in their own units: standardise before mixing them.
     """
-    values = table.select(NAMES).to_numpy().astype(np.float64)
-    usual = values if reference is None else reference.select(NAMES).to_numpy().astype(np.float64)
+    values = table.select(list(NAMES)).to_numpy().astype(np.float64)
+    usual = values if reference is None else reference.select(list(NAMES)).to_numpy().astype(np.float64)
     known = [column[~np.isnan(column)] for column in usual.T]
     medians = np.array([np.median(column) if len(column) else 0.0 for column in known])
     return np.asarray(np.where(np.isnan(values), medians, values))
@@ -118,17 +118,17 @@ def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
     """
     digest = hashlib.sha256(repr((VERSION, list(NAMES), len(images))).encode())
     for array in (images.images, images.masks, images.valid, images.overlays):
-        digest.update(memoryview(np.ascontiguousarray(array)))
+        digest.update(np.ascontiguousarray(array).data)
     path = context.out / "cache" / f"radiomics-{digest.hexdigest()[:32]}.parquet"
     try:
-        return _table(images, pl.read_parquet(path).select(NAMES).to_numpy())
+        return _table(images, pl.read_parquet(path).select(list(NAMES)).to_numpy())
     except (OSError, pl.exceptions.PolarsError):
         # Absent, or damaged by someone else: either way it is measured again.
         table = features(images, context.track)
     with output_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            table.select(NAMES).write_parquet(temporary)
+            table.select(list(NAMES)).write_parquet(temporary)
     return table
 
 

@@ -72,7 +72,8 @@ def margin(grey: NDArray[np.float32], regions: Regions) -> dict[str, float]:
         ``contrast`` (ring over lesion, dB), ``sharpness`` (``MARGIN`` px outside over inside, dB), ``step`` (mean
         absolute difference of neighbours across the outline over that of neighbours within ``MARGIN`` px of it),
         ``offset`` (pixels by which the outline would have to move for the greatest change across it) and ``posterior``
-        (below over beside, dB: negative is shadow, positive enhancement). NaN where a region has fewer than ``MIN_PIXELS`` px.
+        (below over beside, dB: negative is shadow, positive enhancement). NaN where a region has fewer than
+        ``MIN_PIXELS`` px.
     """
     distance = regions.distance
     tissue = regions.lesion | regions.ring | (regions.distance <= 0) | (distance <= MARGIN)
