@@ -16,10 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from busigen import __version__
-from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, InputError, MissingDependencyError, UsageError
+from busigen.errors import (
+    INTERRUPTED_EXIT_CODE,
+    BusigenError,
+    FlaggedError,
+    InputError,
+    MissingDependencyError,
+    UsageError,
+)
 from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS
 
 if TYPE_CHECKING:
+    from busigen.evaluation.audit import Report
     from busigen.runtime.factory import GenerateReport
     from busigen.runtime.verify import VerifyReport
 
@@ -30,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit codes: 0 done, 2 usage, 3 input, 4 output, 5 integrity, 6 parity, 7 missing extra, 8 acceptance, "
-    "130 interrupted. See docs/exit-codes.md.",
+    "9 flagged, 130 interrupted. See docs/exit-codes.md.",
 )
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -235,6 +243,88 @@ def _print_verified(report: VerifyReport, *, proving: bool) -> None:
             f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
             f"{report.backgrounds_proven}; not proven: {report.backgrounds_unproven}"
         )
+
+
+@app.command(
+    epilog="Examples: `busigen audit data --real prepared --train-split prepared --out report` judges a dataset by the "
+    "images that its generator has not seen; `busigen audit others/ --real Dataset_BUSI_with_GT --out report --only "
+    "integrity,physics` looks at any folder of images and masks without a neural network."
+)
+def audit(
+    synthetic: Annotated[Path, typer.Argument(help="A dataset, WebDataset shards, or a folder of images and masks.")],
+    real: Annotated[Path, typer.Option(help="Real images to judge it by, in any of these layouts, or prepared.")],
+    out: Annotated[Path, typer.Option(help="The report's folder. A rerun continues in it.")],
+    train_split: Annotated[
+        Path | None, typer.Option(help="Prepared folder that trained the generator; its images judge nothing.")
+    ] = None,
+    healthy: Annotated[Path | None, typer.Option(help="The healthy images that the set was painted into.")] = None,
+    external: Annotated[Path | None, typer.Option(help="A further real set, to test the utility on.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="Everything, for hours, or at most 500 images, for minutes.")
+    ] = False,
+    only: Annotated[str | None, typer.Option(help="Sections to run, separated by commas. [default: all]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds every draw.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Images per set. [default: 500 for --quick, else all]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    inception: Annotated[Path | None, typer.Option(help="Inception weights for FID, KID and IS.")] = None,
+    fail_on_flag: Annotated[bool, typer.Option("--fail-on-flag", help="Exit with code 9 if anything is flagged.")] = (
+        False
+    ),
+) -> None:
+    """Judge any synthetic set against real images: integrity, physics, fidelity, realness, utility, privacy."""
+    from busigen.runtime.progress import console_progress
+
+    with _needs("eval"):
+        from busigen.evaluation.audit import audit as run
+        from busigen.evaluation.audit import check_libraries
+
+        check_libraries()
+    with _quiet_libraries(), console_progress() as progress:
+        try:
+            report = run(
+                synthetic,
+                real,
+                out,
+                train_split=train_split,
+                healthy=healthy,
+                external=external,
+                effort="full" if full else "quick",
+                only=None if only is None else only.split(","),
+                seed=seed,
+                device=device,
+                inception=inception,
+                limit=limit,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Interrupted; {out} keeps the sections that were finished.", fix="Run the same command to continue."
+            ) from None
+    _print_audited(report)
+    bad = (*report.flagged, *report.failed)
+    if fail_on_flag and bad:
+        raise FlaggedError(f"flagged or not run: {', '.join(bad)}.", fix=f"See {report.html}.")
+
+
+def _print_audited(report: Report) -> None:
+    from busigen.evaluation.report_words import sentence
+
+    for name, text in report.content["counts"].items():
+        stdout.print(escape(f"{name:10} {text}"))
+    for note in report.content["notes"]:
+        stdout.print(escape(f"  {note}"))
+    for name, outcome in report.outcomes.items():
+        result = outcome.result
+        verdict = "NOT RUN" if outcome.error else "FLAGGED" if result.flagged else "nothing flagged"
+        kept = " (kept from an earlier run)" if outcome.cached else ""
+        stdout.print(f"{name:10} {verdict}, {result.seconds:.0f} s{kept}")
+        for figure in result.figures:
+            if figure.headline:
+                stdout.print(escape(f"  {figure.label}: {sentence(figure)}{'  FLAGGED' if figure.flagged else ''}"))
+        for finding in result.findings:
+            if finding.level == "flag" or outcome.error:
+                stdout.print(escape(f"  ! {finding.text}"))
+    stdout.print(f"Report: {report.html}")
 
 
 @contextmanager

@@ -59,4 +59,10 @@ class AcceptanceError(BusigenError):
     exit_code = 8
 
 
+class FlaggedError(BusigenError):
+    """An audit that was told to fail on defects found some, or could not look for them."""
+
+    exit_code = 9
+
+
 INTERRUPTED_EXIT_CODE = 130

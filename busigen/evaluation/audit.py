@@ -1,0 +1,285 @@
+"""The whole audit: reads the sets, runs the sections, keeps their results for a later run, writes the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from busigen import __version__
+from busigen.errors import BusigenError, InputError, OutputError, UsageError
+from busigen.evaluation.cache import jsonable, key_of, load, store
+from busigen.evaluation.context import AuditContext, Effort
+from busigen.evaluation.inputs import read_inputs
+from busigen.evaluation.results import SectionResult, section_folder
+from busigen.evaluation.sections import SECTIONS, Section
+from busigen.evaluation.versions import library_versions
+from busigen.runtime.atomic import output_errors, write_json
+from busigen.runtime.progress import Progress
+
+log = logging.getLogger("busigen.evaluation")
+
+REPORT_SCHEMA = 1
+"""Version of ``report.json``; raised when a reader of the older one would misread it."""
+
+REPORT_FILE = "report.json"
+
+QUICK_LIMIT = 500
+"""Images per set that ``quick`` looks at."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one section: its result, whether an earlier run had it, and why it could not run."""
+
+    result: SectionResult
+    cached: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found.
+
+    Attributes:
+        out: The report's folder.
+        html: The page for people.
+        outcomes: Every section that was asked for, in order.
+        content: What ``report.json`` holds.
+    """
+
+    out: Path
+    html: Path
+    outcomes: dict[str, Outcome]
+    content: dict[str, Any]
+
+    @property
+    def flagged(self) -> tuple[str, ...]:
+        """Names of the sections that found a defect."""
+        return tuple(name for name, outcome in self.outcomes.items() if outcome.result.flagged)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the sections that could not run."""
+        return tuple(name for name, outcome in self.outcomes.items() if outcome.error)
+
+
+def audit(
+    synthetic: Path,
+    real: Path,
+    out: Path,
+    *,
+    train_split: Path | None = None,
+    healthy: Path | None = None,
+    external: Path | None = None,
+    effort: Effort = "quick",
+    only: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    inception: Path | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Judge a labelled set against real images and write ``report.json`` and ``report.html``.
+
+    A section's result is kept under ``out/sections/<name>/`` as soon as it is there, so that an interrupted audit
+    continues where it was, and an unchanged one only writes the report again. A section that cannot run says why in a
+    finding, and the others run all the same.
+
+    Args:
+        synthetic: The set under judgement, in any layout of ``sets.read_set``.
+        real: Real images, likewise.
+        out: The report's folder; created.
+        train_split: Prepared folder that trained the generator: its training images are kept out of ``real``.
+        healthy: Folder of the healthy images that the set was painted into.
+        external: A further real set for the utility section.
+        effort: ``quick`` or ``full``.
+        only: Names of sections to run; None runs all.
+        seed: Seeds every draw.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        inception: Inception weights for FID, KID and IS.
+        limit: Greatest number of images per set; None is ``QUICK_LIMIT`` for ``quick`` and all for ``full``.
+        progress: Shows rate and ETA.
+
+    Raises:
+        UsageError: an unknown section or device, or a limit below 2.
+        InputError: a set cannot be read, or no real image is left that did not train the generator.
+        OutputError: ``out`` cannot be written or holds something else.
+    """
+    from busigen.evaluation.contact_sheet import CONTACT_SHEET, contact_sheet
+    from busigen.evaluation.report import write_html
+
+    started = time.perf_counter()
+    sections = choose_sections(only)
+    if limit is not None and limit < 2:
+        raise UsageError(f"--limit is {limit}.", fix="Give a whole number from 2.")
+    device = resolve_device(device)
+    for option, path in (("--healthy", healthy), ("--external", external)):
+        if path is not None and not path.exists():
+            raise InputError(f"{option} {path} does not exist.", fix="Give a folder of images.")
+    if inception is not None and not inception.is_file():
+        raise InputError(f"--inception {inception} is no file.", fix="Give the file with the Inception weights.")
+    progress = progress or Progress()
+    with output_errors(out):
+        _claim(out)
+    if limit is None and effort == "quick":
+        limit = QUICK_LIMIT
+    context, sets = read_inputs(synthetic, real, train_split, external, limit, seed, progress)
+    context = replace(
+        context,
+        out=out,
+        effort=effort,
+        seed=seed,
+        device=device,
+        inception=inception,
+        healthy=healthy,
+        progress=progress,
+    )
+    paths = {"train": train_split, "healthy": healthy, "external": external, "inception": inception}
+    inputs = {
+        "synthetic": str(synthetic),
+        "real": str(real),
+        **{name: None if path is None else str(path) for name, path in paths.items()},
+        "backgrounds": context.backgrounds,
+        "effort": effort,
+        "limit": limit,
+        "seed": seed,
+        "device": device,
+    }
+    with output_errors(out):
+        prints = {name: part and part["fingerprint"] for name, part in sets["sets"].items()}
+        outcomes = _run_all(sections, context, prints)
+        contact_sheet(context.synthetic, context.real, out / CONTACT_SHEET)
+        seconds = {name: outcome.result.seconds for name, outcome in outcomes.items()}
+        content = {
+            "schema_version": REPORT_SCHEMA,
+            "busigen": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "inputs": inputs,
+            **sets,
+            "versions": library_versions(),
+            "sections": [_entry(name, outcome) for name, outcome in outcomes.items()],
+            "seconds": {**seconds, "this run": time.perf_counter() - started},
+        }
+        write_json(out / REPORT_FILE, content)
+        html = write_html(content, out)
+    return Report(out, html, outcomes, content)
+
+
+def check_libraries() -> None:
+    """Import what every report needs.
+
+    Raises:
+        ModuleNotFoundError: the extra ``eval`` is not installed.
+    """
+    from busigen.evaluation import contact_sheet, report  # noqa: F401
+
+
+def choose_sections(only: Sequence[str] | None) -> list[Section]:
+    """The sections of these names, in the order of ``SECTIONS``; all of them for None.
+
+    Raises:
+        UsageError: a name is unknown, or none is given.
+    """
+    if only is None:
+        return list(SECTIONS.values())
+    names = [name.strip() for name in only if name.strip()]
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        problem = f"--only names no section '{unknown[0]}'" if unknown else "--only names no section"
+        raise UsageError(f"{problem}.", fix=f"Give some of: {', '.join(SECTIONS)}, separated by commas.")
+    return [section for section in SECTIONS.values() if section.name in names]
+
+
+def resolve_device(device: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes CUDA where PyTorch finds it.
+
+    Raises:
+        UsageError: an unknown device, or CUDA where there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device is {device!r}.", fix="Give auto, cpu or cuda.")
+    if device == "cpu":
+        return "cpu"
+    available = False
+    if find_spec("torch") is not None:
+        import torch
+
+        available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("--device cuda: PyTorch finds no CUDA device here.", fix="Use --device cpu.")
+    return "cuda" if available else "cpu"
+
+
+def _run_all(sections: Sequence[Section], context: AuditContext, sets: dict[str, str | None]) -> dict[str, Outcome]:
+    outcomes = {}
+    for section in sections:
+        key = key_of(section, context, sets)
+        kept = load(context.out, section.name, key)
+        outcomes[section.name] = Outcome(kept, cached=True) if kept is not None else _run(section, context, key)
+    return outcomes
+
+
+def _run(section: Section, context: AuditContext, key: str) -> Outcome:
+    """Run one section and keep its result, unless it could not run."""
+    log.info("%s: %s", section.title, section.question)
+    started = time.perf_counter()
+    for old in section_folder(context.out, section.name).glob("*"):
+        if old.is_file():
+            old.unlink()
+    error = ""
+    result = SectionResult(section.name)
+    try:
+        result = section.load()(context)
+    except ModuleNotFoundError as missing:
+        error = f"It needs {missing.name}, which is not installed: pip install 'busigen[eval]'."
+    except BusigenError as problem:
+        error = str(problem)
+    except Exception as problem:
+        # One section must not cost the user the other five; the log has the rest.
+        log.exception("section %s failed", section.name)
+        error = f"{type(problem).__name__}: {problem}"
+    finally:
+        context.progress.stop()
+    result = replace(result, seconds=time.perf_counter() - started)
+    if error:
+        result.note(f"This section could not run. {error}")
+        return Outcome(result, error=error)
+    # From JSON in either case, so that a kept result and a fresh one read the same.
+    result = SectionResult.from_dict(jsonable(result.to_dict()))
+    store(context.out, key, result)
+    return Outcome(result)
+
+
+def _entry(name: str, outcome: Outcome) -> dict[str, Any]:
+    """A section as ``report.json`` holds it."""
+    return {
+        **jsonable(outcome.result.to_dict()),
+        "title": SECTIONS[name].title,
+        "question": SECTIONS[name].question,
+        "flagged": outcome.result.flagged,
+        "cached": outcome.cached,
+        "error": outcome.error,
+    }
+
+
+def _claim(out: Path) -> None:
+    """Refuse a folder that holds anything but an audit's report.
+
+    Raises:
+        OutputError: it does.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file.", fix="Name a folder for the report.")
+    out.mkdir(parents=True, exist_ok=True)
+    present = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    if present and not present & {REPORT_FILE, "sections"}:
+        raise OutputError(
+            f"{out} is not empty and holds no report: {sorted(present)[0]!r}.", fix="Name a new or empty folder."
+        )
+    (out / "sections").mkdir(exist_ok=True)
