@@ -51,7 +51,7 @@ _TEXTURE = (
         *("have more bright specks in the {} than real", "have fewer bright specks in the {} than real", _RAYLEIGH),
     ),
     (
-        *("nakagami", "Nakagami m", "", "E[A^2]^2 / Var[A^2] of the envelope A, median of 16 px blocks"),
+        *("nakagami", "Nakagami m", "log10", "E[A^2]^2 / Var[A^2] of the envelope A, median of 16 px blocks, log10"),
         *("have more uniform speckle in the {} than real", "have more clustered speckle in the {} than real"),
         _NAKAGAMI,
     ),
@@ -92,7 +92,13 @@ _WHOLE = (
         *("are noisier than real above half Nyquist", "are smoother than real above half Nyquist", _WELCH),
     ),
     (
-        *("image_blocks", "JPEG grid", "image", "", "excess of steps between pixels on a grid of 8 px"),
+        *(
+            "image_blocks",
+            "JPEG grid",
+            "image",
+            "",
+            "excess of steps between pixels on a grid of 8 px over the steps beside them",
+        ),
         *("show JPEG's 8 px blocks", "show fewer traces of JPEG's 8 px blocks than real", ""),
     ),
     (

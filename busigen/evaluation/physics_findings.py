@@ -52,12 +52,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A defect that shows in several features at once: ``needed`` of them, moved as said."""
+    """A defect that shows in several features at once: ``needed`` of them moved as said, and none of ``still`` at all."""
 
     text: str
     raised: tuple[str, ...]
     lowered: tuple[str, ...]
     needed: int
+    still: tuple[str, ...] = ()
 
 
 PATTERNS = (
@@ -78,6 +79,7 @@ PATTERNS = (
         raised=("lesion_axial", "ring_axial"),
         lowered=("lesion_fine", "ring_fine"),
         needed=3,
+        still=("background_fine", "background_axial"),
     ),
     Pattern(
         "Images carry noise that no beam has shaped: it is as fine across the beam as along it.",
@@ -155,7 +157,7 @@ def _describe_pattern(pattern: Pattern, flagged: dict[str, list[Evidence]], resu
         for name in names:
             moved = [item for item in flagged.get(name, []) if item.shift * sign > CLEAR_SHIFT]
             keys += [item.worst.key for item in moved[:1]]
-    if len(keys) >= pattern.needed:
+    if len(keys) >= pattern.needed and flagged.keys().isdisjoint(pattern.still):
         result.flag(pattern.text, *keys)
 
 

@@ -58,7 +58,8 @@ def plot(context: AuditContext, tables: dict[str, pl.DataFrame], evidence: list[
     worst: dict[str, Evidence] = {}
     for item in evidence:
         worst.setdefault(item.feature.name, item)
-    pictures += [_distribution(context, tables, item) for item in list(worst.values())[:DISTRIBUTIONS]]
+    for place, item in enumerate(list(worst.values())[:DISTRIBUTIONS], start=1):
+        pictures.append(_distribution(context, tables, item, f"distribution-{place}"))
     return [picture for picture in pictures if picture is not None]
 
 
@@ -136,7 +137,7 @@ def _curves(
     return Picture(f"{name}.svg", caption)
 
 
-def _distribution(context: AuditContext, tables: dict[str, pl.DataFrame], item: Evidence) -> Picture:
+def _distribution(context: AuditContext, tables: dict[str, pl.DataFrame], item: Evidence, name: str) -> Picture:
     feature = item.feature
     values = {}
     for side, table in tables.items():
@@ -144,7 +145,6 @@ def _distribution(context: AuditContext, tables: dict[str, pl.DataFrame], item: 
         values[side] = rows[feature.name].fill_nan(None).drop_nulls().to_numpy()
     low, high = np.percentile(np.concatenate(list(values.values())), [0.5, 99.5])
     bins = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
-    name = f"distribution-{feature.name.replace('_', '-')}-{item.scope}"
     unit = f" ({feature.unit})" if feature.unit else ""
     with _axes(context, name, f"{feature.label}{unit}, {item.scope}", "share of images (%)") as axes:
         for side, colour in (("real", _REAL), ("synthetic", _SYNTHETIC)):

@@ -17,7 +17,7 @@ from busigen.runtime.atomic import atomic_path, output_errors
 
 __all__ = ["DEPTH_BANDS", "NAMES", "Feature", "features", "for_set", "matrix", "measure"]
 
-VERSION = 1
+VERSION = 2
 """Part of the cache's key: raise it whenever a feature's meaning changes."""
 
 Track = Callable[[str, Iterable[int], int], Iterator[int]]
@@ -146,7 +146,7 @@ def _texture(grey: NDArray[np.float32], tissue: NDArray[np.bool_], regions: Regi
         values = {
             "contrast": float(contrast),
             "kurtosis": float(kurtosis),
-            "nakagami": float(nakagami),
+            "nakagami": float(np.log10(nakagami)),
             "axial": axial,
             "lateral": lateral,
             "anisotropy": lateral / axial,

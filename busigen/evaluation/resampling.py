@@ -72,6 +72,7 @@ class Scope:
             return np.asarray(sums / sums[-1])
 
     def distances(self, first: NDArray[np.generic], second: NDArray[np.generic]) -> tuple[Floats, Floats]:
+        """Kolmogorov-Smirnov and first Wasserstein distance of each feature, ``(D,)`` both, the latter in its unit."""
         apart = np.abs(self._steps(first) - self._steps(second))
         return (apart * self._last).max(axis=0), (apart[:-1] * self._gaps).sum(axis=0)
 

@@ -45,8 +45,8 @@ def outline(lesion: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, fl
     rows, columns = (np.flatnonzero(lesion.any(axis=axis)) for axis in (1, 0))
     window = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
     part = np.pad(lesion[window], 2)
-    properties = regionprops(part.astype(np.uint8))[0]  # type: ignore[no-untyped-call]
-    perimeter = perimeter_crofton(part, directions=4)  # type: ignore[no-untyped-call]
+    properties = regionprops(part.astype(np.uint8))[0]
+    perimeter = perimeter_crofton(part, directions=4)
     centre = [centroid + cut.start - 2 for centroid, cut in zip(properties.centroid, window, strict=True)]
     edges = [np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0)]
     place = [(at + 0.5 - line[0]) / len(line) for at, line in zip(centre, edges, strict=True)]
@@ -112,7 +112,7 @@ def depth_profile(grey: NDArray[np.float32], tissue: NDArray[np.bool_], bands: i
 
 
 def _roughness(part: NDArray[np.bool_]) -> float:
-    contour = max(find_contours(part.astype(np.float32), 0.5), key=len)  # type: ignore[no-untyped-call]
+    contour = max(find_contours(part.astype(np.float32), 0.5), key=len)
     length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(contour, axis=0).T))])
     at = np.linspace(0.0, length[-1], CONTOUR_POINTS, endpoint=False)
     points = np.interp(at, length, contour[:, 1]) + 1j * np.interp(at, length, contour[:, 0])
