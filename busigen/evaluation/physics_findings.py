@@ -52,7 +52,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A defect that shows in several features at once: ``needed`` of them moved as said, and none of ``still`` at all."""
+    """A defect that shows in several features at once: ``needed`` of them moved as said, and none of ``still``."""
 
     text: str
     raised: tuple[str, ...]

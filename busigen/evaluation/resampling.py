@@ -52,10 +52,12 @@ class Scope:
         self._shares = shares
 
     def scaled(self, values: Floats, real: NDArray[np.bool_]) -> Floats:
-        """Standard deviations of the scope's real images, ``(D,)``, classes weighted by their share."""
+        """Standard deviations of the scope's real images, ``(D,)``; NaN where there is none or it is 0."""
         inside = values[self.rows & real]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            spread = np.nanstd(inside, axis=0) if len(inside) else np.full(values.shape[1], np.nan)
+        known = ~np.isnan(inside)
+        count = np.maximum(known.sum(axis=0), 1)
+        centred = np.where(known, inside - np.where(known, inside, 0.0).sum(axis=0) / count, 0.0)
+        spread = np.sqrt((centred**2).sum(axis=0) / count)
         return np.where(spread > 0, spread, np.nan)
 
     def _weights(self, draw: NDArray[np.generic]) -> Floats:
@@ -119,7 +121,12 @@ class Plan:
         self._unit_sizes = np.bincount(self._unit)
         self._unit_code, self._unit_mine = (np.zeros(len(self._unit_sizes), np.int64) for _ in range(2))
         self._unit_code[self._unit], self._unit_mine[self._unit] = self._codes, self.mine
-        self._ranks = stats.rankdata(self.values, axis=0, nan_policy="omit") / max(len(self.values), 1)
+        ranks = stats.rankdata(self.values, axis=0, nan_policy="omit") / max(len(self.values), 1)
+        self._ranked = (~np.isnan(ranks)).astype(np.float64)
+        self._ranks = np.nan_to_num(ranks)
+        # Always that of the whole real set: where classes are exchanged, permuted sides have no axis of their own.
+        places = self._class_means(~self.mine)
+        self._axis = np.nan_to_num(places[1] - places[0])
 
     def statistics(self, first: NDArray[np.generic], second: NDArray[np.generic]) -> tuple[Floats, Floats, Floats]:
         """KS and scaled Wasserstein distances ``(S, D)`` and the swap ``(1, 1)`` of two weightings of the rows."""
@@ -165,19 +172,18 @@ class Plan:
     def swap(self, first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
         """How far the first side's classes lie on the way to each other's place, by mean ranks over all features.
 
-        0 where each class of the first side lies at its own place, 1 where each lies at the other's: the component
-        along the axis between both classes of the second side.
+        0 where each class of the first side lies where the second side's does, 1 where each has gone the whole way
+        from one real class to the other, below 0 where they lie further apart. Only the component along the axis
+        between the real classes counts.
         """
         if self._codes.max(initial=0) != 1:
             return float("nan")
-        known = ~np.isnan(self._ranks)
-        means = []
-        for draw in (first, second):
-            for code in (0, 1):
-                weight = draw * (self._codes == code)
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    means.append((weight @ np.where(known, self._ranks, 0.0)) / (weight @ known))
-        mine, theirs = np.stack(means[:2]), np.stack(means[2:])
-        axis = np.nan_to_num(theirs[1] - theirs[0])
-        ways = np.nan_to_num(mine - theirs) @ axis / max(float(axis @ axis), 1e-12)
+        mine, theirs = self._class_means(first), self._class_means(second)
+        ways = np.nan_to_num(mine - theirs) @ self._axis / max(float(self._axis @ self._axis), 1e-12)
         return float((ways[0] - ways[1]) / 2)
+
+    def _class_means(self, draw: NDArray[np.generic]) -> Floats:
+        """Mean ranks of the first two classes, ``(2, D)``."""
+        weights = np.stack([draw * (self._codes == code) for code in (0, 1)]).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray((weights @ self._ranks) / (weights @ self._ranked))
