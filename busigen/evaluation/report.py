@@ -24,7 +24,7 @@ from busigen.runtime.atomic import atomic_file, output_errors
 REPORT = "report.html"
 """The report's name in its folder."""
 
-_OPEN_TABLE = 10
+_OPEN_TABLE = 6
 """Figures that a table shows without being opened; a printed report shows all."""
 
 _WORST = 3
@@ -114,7 +114,8 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
 
     Args:
         report: What ``report.json`` holds: ``sections`` is a list of ``SectionResult.to_dict()`` with ``title`` and
-            ``question``; ``busigen``, ``created``, ``inputs``, ``counts``, ``versions`` and ``seconds`` may be absent.
+            ``question``, and ``error`` where it could not run. ``busigen``, ``created``, ``inputs``, ``counts``,
+            ``sets``, ``notes``, ``versions`` and ``seconds`` may be absent.
         out: The report's folder.
 
     Returns:
@@ -140,11 +141,12 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
         script=_SCRIPT,
         script_hash=f"sha256-{digest}",
         version=report.get("busigen", ""),
-        created=report.get("created", ""),
+        created=str(report.get("created") or "").replace("T", " "),
         names={side: _name(inputs.get(side)) for side in ("synthetic", "real")},
         sections=views,
         defects=_worst(views),
         nearest=_nearest(views),
+        notes=report.get("notes") or [],
         cannot_say=_cannot_say(views, inputs),
         sheet=_sheet(out),
         records={
@@ -152,6 +154,7 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
             for title, content in (
                 ("Inputs", inputs),
                 ("Counts", report.get("counts")),
+                ("Sets", report.get("sets")),
                 ("Versions", report.get("versions")),
                 ("Wall time", _durations(report.get("seconds"))),
             )
@@ -161,7 +164,8 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
     )
     path = out / REPORT
     with output_errors(out), atomic_file(path) as file:
-        file.write(page.encode("utf-8", "backslashreplace"))
+        # Neither may stand in a page: NUL, and halves of surrogate pairs, which file names can hold.
+        file.write(page.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "backslashreplace"))
     return path
 
 

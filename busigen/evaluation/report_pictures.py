@@ -52,9 +52,9 @@ def inline(folder: Path, file: str) -> Inlined:
         The picture, or why there is none.
     """
     path = folder / file
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return Inlined(problem=f"The picture {file} lies outside the section's folder and is not shown.")
     try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return Inlined(problem=f"The picture {file} lies outside the section's folder and is not shown.")
         content = path.read_bytes()
     except (OSError, ValueError):
         return Inlined(problem=f"The picture {file} is not there.")

@@ -17,6 +17,8 @@ WORTH = {"lower": "lower is better", "higher": "higher is better", "near": "near
 """What a figure without a floor should do, per ``Figure.better``."""
 
 _SIGNIFICANT = 3
+_TINY = 1e-3
+_TIED = "\N{NO-BREAK SPACE}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -45,33 +47,32 @@ def number(value: float | None, places: int | None = None) -> str:
         return "0"
     if places is None and float(value).is_integer():
         return _signed(f"{value:,.0f}")
-    if 0 < abs(value) < 1e-3 and (places is None or places > 5):
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return _signed(f"{mantissa} × 10") + str(int(exponent)).translate(_SUPERSCRIPT)
+    if 0 < abs(value) < _TINY and places is None:
+        return interval(Interval(value))
     return _signed(f"{value:,.{decimals([value]) if places is None else places}f}")
 
 
 def interval(part: Interval | None, unit: str = "") -> str:
-    """``0.620 [0.583, 0.661] px``: all three to the same digit, chosen for the greatest; a dash where there is none."""
+    """``5.20 % [4.16, 6.34]``: all three to the same digit, chosen for the greatest; a dash where there is none."""
     if part is None or not known(part.value):
         return NOTHING
     numbers = [value for value in (part.value, part.low, part.high) if value is not None and math.isfinite(value)]
+    if 0 < max(map(abs, numbers)) < _TINY:
+        return _powers(part, numbers, unit)
     whole = all(float(value).is_integer() for value in numbers)
     places = None if whole else max(decimals(numbers), min(decimals([part.value]), 4))
-    bounds = f" [{number(part.low, places)}, {number(part.high, places)}]"
-    text = number(part.value, places) + (bounds if known(part.low) and known(part.high) else "")
-    return f"{text} {unit}" if unit else text
+    return number(part.value, places) + (f"{_TIED}{unit}" if unit else "") + _bounds(part, places)
 
 
 def counts(figure: Figure) -> str:
     """``500 / 419``: synthetic and real images behind a figure."""
-    return f"{figure.synthetic:,} / {figure.real:,}"
+    return f"{figure.synthetic:,}{_TIED}/{_TIED}{figure.real:,}"
 
 
 def sentence(figure: Figure) -> str:
     """``0.620 [0.583, 0.661], floor 0.510 [0.450, 0.560], n = 500 / 419``."""
     floor = f"floor {interval(figure.floor, figure.unit)}" if figure.floor is not None else "no floor"
-    return f"{interval(figure.value, figure.unit)}, {floor}, n = {counts(figure)}"
+    return f"{interval(figure.value, figure.unit)}, {floor}, n{_TIED}={_TIED}{counts(figure)}"
 
 
 def probability(p: float | None) -> str:
@@ -122,6 +123,21 @@ def place(figure: Figure) -> str:
     value = figure.value.value
     where = "above the floor" if value > high else "below the floor" if value < low else "inside the floor"
     return f"{where}, flagged" if figure.flagged else where
+
+
+def _bounds(part: Interval, places: int | None, scale: float = 1.0) -> str:
+    if part.low is None or part.high is None or not (math.isfinite(part.low) and math.isfinite(part.high)):
+        return ""
+    return f" [{number(part.low * scale, places)},{_TIED}{number(part.high * scale, places)}]"
+
+
+def _powers(part: Interval, numbers: list[float], unit: str) -> str:
+    """``3.10 [2.10, 4.20] × 10⁻⁵``: one power of ten for all three."""
+    exponent = math.floor(math.log10(max(map(abs, numbers))))
+    scale = 10.0**-exponent
+    text = number(part.value * scale, 2) + _bounds(part, 2, scale)
+    power = f"{_TIED}×{_TIED}10{str(exponent).translate(_SUPERSCRIPT)}"
+    return text + power + (f"{_TIED}{unit}" if unit else "")
 
 
 def _signed(text: str) -> str:
