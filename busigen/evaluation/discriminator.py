@@ -73,7 +73,7 @@ def _trained(pixels: NDArray[np.uint8], task: Task, device: str, epochs: int) ->
             images = _augmented(_inputs(pixels[rows.numpy()], device))
             loss = F.binary_cross_entropy_with_logits(network(images).squeeze(1), side[rows], weight=weight[rows])
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
     return network

@@ -31,9 +31,9 @@ def scattering_features(
     """Logarithms of pooled wavelet moduli up to second order.
 
     As in Bruna and Mallat, "Invariant scattering convolution networks", TPAMI 2013, section 2, with an average-pooling
-    pyramid in place of low-pass filters. Added are mean and standard deviation of grey levels and the *largest* modulus per cell and first-order path:
-    averages alone do not see a few bright marks. Cells in mirrored columns are averaged, because left and right mean
-    nothing in ultrasound.
+    pyramid in place of low-pass filters. Added are mean and standard deviation of grey levels and the *largest* modulus
+    per cell and first-order path: averages alone do not see a few bright marks. Cells in mirrored columns are averaged,
+    because left and right mean nothing in ultrasound.
 
     Args:
         pixels: ``uint8 (N, H, W)``.

@@ -65,7 +65,7 @@ def ring(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     padded = np.pad(part, 1)
     distance = ndimage.distance_transform_edt(~padded) - ndimage.distance_transform_edt(padded)
     slope = np.stack(np.gradient(ndimage.gaussian_filter(distance, _SMOOTHING)))
-    contours = measure.find_contours(padded.astype(np.float32), 0.5)  # type: ignore[no-untyped-call]
+    contours = measure.find_contours(padded.astype(np.float32), 0.5)
     outline = max(contours, key=len)
     steps = np.hypot(*np.diff(outline, axis=0).T)
     along = np.concatenate([[0.0], np.cumsum(steps)])
