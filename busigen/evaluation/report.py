@@ -141,7 +141,7 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
         script=_SCRIPT,
         script_hash=f"sha256-{digest}",
         version=report.get("busigen", ""),
-        created=str(report.get("created") or "").replace("T", " "),
+        created=re.sub(r"(?<=\d)T(?=\d)", " ", str(report.get("created") or "")),
         names={side: _name(inputs.get(side)) for side in ("synthetic", "real")},
         sections=views,
         defects=_worst(views),

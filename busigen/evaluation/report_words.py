@@ -10,7 +10,7 @@ from busigen.evaluation.results import Figure, Interval
 NOTHING = "–"
 """Stands where there is no number."""
 
-SHOULD_BE = {"lower": "at or below the floor", "higher": "at or above the floor", "near": "inside the floor"}
+SHOULD_BE = {"lower": "not above floor", "higher": "not below floor", "near": "inside floor"}
 """Where a figure should lie, per ``Figure.better``."""
 
 WORTH = {"lower": "lower is better", "higher": "higher is better", "near": "near is better"}
@@ -79,7 +79,7 @@ def probability(p: float | None) -> str:
     """A p-value: below 0.001 only that, otherwise two significant digits."""
     if p is None or not math.isfinite(p):
         return NOTHING
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return f"<{_TIED}0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def duration(seconds: float | None) -> str:

@@ -153,7 +153,9 @@ def test_the_page_holds_every_finding_figure_and_picture(
     everything: tuple[dict[str, Any], list[SectionResult]], tmp_path: Path
 ) -> None:
     content, results = everything
+    content["created"] = "2026-03-04T05:06:07+00:00 by UTC"
     page = read(write_html(content, tmp_path))
+    assert "2026-03-04 05:06:07+00:00 by UTC" in page.text
     for result in results:
         assert SECTIONS[result.section].question in page.text
         for finding in result.findings:
