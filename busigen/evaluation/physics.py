@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from busigen.evaluation.physics_plots import plot
 from busigen.evaluation.results import Figure, Interval, SectionResult
 from busigen.evaluation.statistics import adjusted
 from busigen.evaluation.two_sample import Comparison, Distances
+from busigen.registry import LESION_CLASSES
 
 SECTION = "physics"
 
@@ -189,13 +192,17 @@ def _range(values: pl.Series) -> float:
 
 
 def _with_headlines(figures: dict[tuple[str, str, str], Figure], evidence: list[Evidence]) -> list[Figure]:
-    """All figures; the worst of each of the worst themes is a headline, so that one defect does not fill them all."""
+    """All figures; the worst of each of the worst themes is a headline, so that one defect does not fill them all.
+
+    Where fewer themes are flagged than there are headlines, figures over all classes fill the gap: they vary least.
+    """
+    widest = [item for item in evidence if item.flagged or item.scope not in LESION_CLASSES]
     chosen: dict[str, str] = {}
-    for item in evidence:
+    for item in widest or evidence:
         if len(chosen) < HEADLINES:
             chosen.setdefault(theme(item.feature), item.worst.key)
     shown = set(chosen.values())
-    return [Figure(**{**vars(figure), "headline": figure.key in shown}) for figure in figures.values()]
+    return [replace(figure, headline=figure.key in shown) for figure in figures.values()]
 
 
 def _notes(context: AuditContext, comparison: Comparison, result: SectionResult) -> None:

@@ -70,9 +70,9 @@ PATTERNS = (
     ),
     Pattern(
         "Images are smoother than real, as after an autoencoder or a blur.",
-        raised=("background_axial", "lesion_axial", "ring_axial"),
-        lowered=("image_high", "image_slope", "background_fine", "lesion_fine", "ring_fine"),
-        needed=5,
+        raised=("background_axial",),
+        lowered=("image_high", "image_slope", "background_fine"),
+        needed=3,
     ),
     Pattern(
         "Lesions are smoother than real, as after an autoencoder or a blur; the rest of the image is not.",
@@ -86,6 +86,13 @@ PATTERNS = (
         raised=("image_high", "image_slope", "background_fine", "lesion_fine"),
         lowered=("background_lateral", "background_axial", "background_anisotropy", "lesion_lateral"),
         needed=6,
+    ),
+    Pattern(
+        "Lesions carry noise that no beam has shaped; the rest of the image does not.",
+        raised=("lesion_fine", "ring_fine"),
+        lowered=("lesion_axial", "lesion_lateral", "lesion_anisotropy"),
+        needed=4,
+        still=("background_fine", "background_axial"),
     ),
     Pattern(
         "Images look squashed along the beam, or stretched across it.",
@@ -104,6 +111,8 @@ PATTERNS = (
         raised=("margin_offset",),
         lowered=("margin_sharpness", "margin_contrast", "margin_step"),
         needed=3,
+        # Noise hides margins as well.
+        still=("image_high",),
     ),
 )
 

@@ -1,0 +1,131 @@
+"""Defects planted into image sets, and drawn sets to plant them in."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from busigen.data.letterbox import letterbox, letterbox_mask
+from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.statistics import halves
+from tests.drawn import draw_frame
+
+Pixels = NDArray[np.float64]
+
+
+def draw_set(count: int, seed: int = 0) -> ImageSet:
+    """``count`` drawn lesion images, alternately benign and malignant, a group each."""
+    rng = np.random.default_rng(seed)
+    rows, parts = [], []
+    for number in range(count):
+        label = ("benign", "malignant")[number % 2]
+        frame = draw_frame(rng, (256, int(rng.integers(200, 240))), label)
+        image, box = letterbox(frame.pixels)
+        parts.append((image, letterbox_mask(frame.lesions[0], box), box.valid))
+        rows.append({"id": f"drawn-{seed}-{number}", "class": label, "group": number})
+    images, masks, valid = (np.stack(part) for part in zip(*parts, strict=True))
+    return ImageSet("drawn", images, masks, valid, np.zeros_like(masks), pl.DataFrame(rows))
+
+
+def halved(images: ImageSet, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Two group-disjoint halves of a set."""
+    first, second = halves(images.groups, np.random.default_rng(seed))
+    return images.take(first), images.take(second)
+
+
+def audit_of(synthetic: ImageSet, real: ImageSet, out: Path) -> AuditContext:
+    """The context in which one set is judged against the other."""
+    return AuditContext(synthetic=synthetic, real=real, train=None, out=out)
+
+
+def _redrawn(change: Callable[[Pixels, int], Pixels]) -> Callable[[ImageSet], ImageSet]:
+    def defect(images: ImageSet) -> ImageSet:
+        pixels = np.stack([change(image.astype(np.float64), k) for k, image in enumerate(images.images)])
+        return replace(images, images=np.where(images.valid, np.clip(np.rint(pixels), 0, 255), 0).astype(np.uint8))
+
+    return defect
+
+
+def _jpeg(pixels: Pixels, _: int) -> Pixels:
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "JPEG", quality=30)
+    return np.asarray(Image.open(stream), dtype=np.float64)
+
+
+def _white(pixels: Pixels, number: int) -> Pixels:
+    """Speckle replaced by white noise of the same local variance."""
+    smooth = ndimage.gaussian_filter(pixels, 3.0)
+    spread = np.sqrt(ndimage.gaussian_filter((pixels - smooth) ** 2, 3.0))
+    return smooth + spread * np.random.default_rng(number).normal(size=pixels.shape)
+
+
+def _upside_down(images: ImageSet) -> ImageSet:
+    arrays = {name: getattr(images, name)[:, ::-1] for name in ("images", "masks", "valid", "overlays")}
+    return replace(images, **arrays)
+
+
+def _squashed(images: ImageSet) -> ImageSet:
+    rows = 180
+    top = (256 - rows) // 2
+
+    def squash(values: NDArray[np.generic], order: int) -> NDArray[np.generic]:
+        small = ndimage.zoom(values.astype(np.float64), (rows / 256, 1), order=order, mode="nearest", grid_mode=True)
+        return np.pad(small > 0.5 if values.dtype == np.bool_ else np.rint(small), ((top, 256 - rows - top), (0, 0)))
+
+    arrays = {
+        name: np.stack([squash(part, order) for part in getattr(images, name)]).astype(getattr(images, name).dtype)
+        for name, order in (("images", 1), ("masks", 1), ("valid", 0), ("overlays", 0))
+    }
+    return replace(images, **arrays)
+
+
+def _moved_masks(images: ImageSet) -> ImageSet:
+    return replace(images, masks=np.roll(images.masks, 6, axis=2) & images.valid)
+
+
+def _flipped_masks(images: ImageSet) -> ImageSet:
+    return replace(images, masks=images.masks[:, ::-1] & images.valid)
+
+
+def _swapped(images: ImageSet) -> ImageSet:
+    other = {"benign": "malignant", "malignant": "benign"}
+    return replace(images, table=images.table.with_columns(pl.col("class").replace(other)))
+
+
+def _pasted(images: ImageSet) -> ImageSet:
+    """Every lesion is another image's, pasted at the old one's centre without blending."""
+    pixels, masks = images.images.copy(), images.masks.copy()
+    for k in range(len(images)):
+        other = (k + 2) % len(images)
+        here, there = (ndimage.center_of_mass(images.masks[row]) for row in (k, other))
+        step = tuple(round(a - b) for a, b in zip(here, there, strict=True))
+        masks[k] = np.roll(images.masks[other], step, (0, 1)) & images.valid[k]
+        pixels[k][masks[k]] = np.roll(images.images[other], step, (0, 1))[masks[k]]
+    return replace(images, images=pixels, masks=masks)
+
+
+def _round_masks(images: ImageSet) -> ImageSet:
+    smooth = [ndimage.gaussian_filter(mask.astype(np.float32), 4.0) > 0.5 for mask in images.masks]
+    return replace(images, masks=np.stack(smooth))
+
+
+DEFECTS: dict[str, Callable[[ImageSet], ImageSet]] = {
+    "blur": _redrawn(lambda pixels, _: ndimage.gaussian_filter(pixels, 1.0)),
+    "jpeg": _redrawn(_jpeg),
+    "white noise": _redrawn(_white),
+    "upside-down": _upside_down,
+    "squashed": _squashed,
+    "masks moved by 6 px": _moved_masks,
+    "masks flipped": _flipped_masks,
+    "classes swapped": _swapped,
+    "hard seam": _pasted,
+    "smooth outlines": _round_masks,
+}
