@@ -1,0 +1,97 @@
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from busigen.evaluation.context import AuditContext
+from busigen.evaluation.discriminator import resnet_scores
+from busigen.evaluation.realness import run
+from busigen.evaluation.separation import Task, auc, folds
+from tests.evaluation.drawn_sets import drawn_set
+
+COUNT = 32
+
+
+@pytest.fixture(scope="module")
+def real():
+    return drawn_set(COUNT, 1)
+
+
+@pytest.fixture(scope="module")
+def others():
+    return drawn_set(COUNT, 2)
+
+
+def _audit(synthetic, real, out, **others):
+    return run(AuditContext(synthetic=synthetic, real=real, train=None, out=out, **others))
+
+
+def _blurred(images):
+    return replace(images, images=np.stack([ndimage.gaussian_filter(image, 1.0) for image in images.images]))
+
+
+def test_two_draws_of_one_kind_are_not_told_apart(real, others, tmp_path):
+    result = _audit(others, real, tmp_path)
+    assert not result.flagged
+    for name in ("whole", "lesion", "ring"):
+        figure = result.figure(f"realness.{name}.auc")
+        assert (figure.synthetic, figure.real) == (COUNT, COUNT)
+        assert figure.floor is not None
+        # Chance that noise leaves it, with 16 groups a side, is about five percent per view; the seeds are fixed.
+        assert result.details[figure.key]["null_low"] < figure.value.value < result.details[figure.key]["null_high"]
+
+
+def test_blur_is_told_in_every_view_and_shown(real, others, tmp_path):
+    result = _audit(_blurred(others), real, tmp_path)
+    assert [figure.flagged for figure in result.figures] == [True] * 3
+    folder = tmp_path / "sections" / "realness"
+    assert {"auc.svg", "obvious.png", "convincing.png"} == {picture.file for picture in result.pictures}
+    assert Image.open(folder / "obvious.png").size == (5 * 128, 3 * 128)
+
+
+def test_a_seam_is_told_by_the_ring(real, others, tmp_path):
+    seam = others.masks & ~ndimage.binary_erosion(others.masks, np.ones((1, 3, 3)), iterations=2)
+    lined = replace(others, images=np.where(seam, 128, others.images).astype(np.uint8))
+    assert _audit(lined, real, tmp_path).figure("realness.ring.auc").flagged
+
+
+def test_the_same_seed_gives_the_same_figures(real, others, tmp_path):
+    small, few = real.take(np.arange(16)), others.take(np.arange(16))
+    first, second = (_audit(few, small, tmp_path / name, seed=4) for name in "ab")
+    assert first.figures == second.figures
+    assert all("never flagged" in figure.note for figure in first.figures)
+
+
+def test_crop_and_ring_are_the_headline_where_backgrounds_are_real(real, others, tmp_path):
+    small, few = real.take(np.arange(12)), others.take(np.arange(12))
+    result = _audit(few, small, tmp_path, backgrounds="real")
+    assert {figure.key for figure in result.figures if figure.headline} == {"realness.lesion.auc", "realness.ring.auc"}
+    assert any("painted into real images" in finding.text for finding in result.findings)
+
+
+def test_a_class_on_one_side_is_left_out_and_said(real, others, tmp_path):
+    benign = others.of_class("benign")
+    result = _audit(benign, real.take(np.arange(24)), tmp_path)
+    assert result.figure("realness.lesion.auc").real == 12
+    assert any("malignant" in finding.text for finding in result.findings)
+
+
+def test_images_of_one_background_are_one_group_and_too_few_groups_are_said(real, others, tmp_path):
+    table = others.table.with_columns(pl.lit("healthy").alias("background"))
+    result = _audit(replace(others, table=table), real, tmp_path)
+    assert not result.figures
+    assert any("1 groups" in finding.text for finding in result.findings)
+
+
+@pytest.mark.slow
+def test_the_resnet_learns_what_is_plain(others):
+    rng = np.random.default_rng(0)
+    task = Task(np.repeat([0, 1], 48), np.arange(96) % 2, np.arange(96))
+    fine = rng.integers(0, 255, (96, 64, 64)).astype(np.uint8)
+    fine[48:] = ndimage.gaussian_filter(fine[48:], (0, 2, 2))
+    fold = folds(task, 2, 0)
+    scores = resnet_scores(fine, task, fold, seed=0, epochs=12)
+    assert auc(scores, task, fold) > 0.9  # noise against blurred noise: any working network is near 1
