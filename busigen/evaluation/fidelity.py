@@ -249,7 +249,7 @@ def _explain_bias(
         "sets of different sizes cannot be compared, so value and floor are taken at one size here. FID is worse "
         f"off: with {_PAPER_SIZE} images its 2,048 x 2,048 covariances have rank {_PAPER_SIZE - 1}, and two samples of "
         f"one distribution lie {shares[1]:.0%} (variances falling as 1/j) to {shares[0]:.0%} (equal variances) of the "
-        "features' total variance apart (simulated). MMD (KID) is unbiased and has no such term (Binkowski et al. 2018; "
+        "features' total variance apart, by simulation. MMD (KID) is unbiased and has no such term (Binkowski et al. 2018, "
         "Chong and Forsyth 2020).",
         *keys,
     )

@@ -1,9 +1,9 @@
 """Draws of rows by group, for measures whose value depends on the number of rows.
 
 Frechet distance, recall and the like change with the sample's size, and a bootstrap that repeats rows breaks them: a
-repeated image is its own nearest neighbour, and a covariance of repeats has too low a rank. So value and floor are both
-taken between samples of one size, drawn by whole groups without replacement (subsampling: Politis and Romano 1994). With
-halves the spread of the draws is that of the figure for the full sets (delete-half jackknife: Shao and Wu 1989).
+repeated image is its own nearest neighbour, and a covariance of repeats has too low a rank. So value and floor are
+both taken between samples of one size, drawn by whole groups without replacement (subsampling: Politis and Romano
+1994). With halves the draws spread as the figure of the full sets does (delete-half jackknife: Shao and Wu 1989).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def draws(
 
 
 def disjoint_draws(groups: Groups, size: int, rng: np.random.Generator, count: int) -> Iterator[tuple[Rows, Rows]]:
-    """``count`` times two group-disjoint samples of one set, of ``size`` rows or, where groups forbid it, a few less."""
+    """``count`` times two group-disjoint samples of ``size`` rows, or a few less where groups forbid it."""
     parts = rows_by_group(groups)
     for _ in range(count):
         order = [parts[k] for k in rng.permutation(len(parts))]
@@ -45,12 +45,13 @@ def disjoint_draws(groups: Groups, size: int, rng: np.random.Generator, count: i
 def permutations(first: Groups, second: Groups, rng: np.random.Generator, count: int) -> Iterator[tuple[Rows, Rows]]:
     """Rows of the *concatenated* sets, dealt anew by whole groups to two sides of about the same sizes as before."""
     joint = np.concatenate([first, second + (int(first.max()) + 1 - int(second.min()))])
-    parts = rows_by_group(joint)
-    sizes = np.array([len(part) for part in parts])
+    _, index, sizes = np.unique(joint, return_inverse=True, return_counts=True)
     for _ in range(count):
-        order = rng.permutation(len(parts))
-        cut = min(int(np.searchsorted(np.cumsum(sizes[order]), len(first))) + 1, len(parts) - 1)
-        yield np.concatenate([parts[k] for k in order[:cut]]), np.concatenate([parts[k] for k in order[cut:]])
+        order = rng.permutation(len(sizes))
+        cut = min(int(np.searchsorted(np.cumsum(sizes[order]), len(first))) + 1, len(sizes) - 1)
+        chosen = np.zeros(len(sizes), dtype=np.bool_)
+        chosen[order[:cut]] = True
+        yield np.flatnonzero(chosen[index]), np.flatnonzero(~chosen[index])
 
 
 def _take(parts: list[Rows], size: int, rng: np.random.Generator) -> Rows:
