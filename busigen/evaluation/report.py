@@ -206,7 +206,8 @@ def _nearest(views: list[SectionView]) -> tuple[SectionView, Figure] | None:
 
 def _cannot_say(views: list[SectionView], inputs: Mapping[str, Any]) -> list[str]:
     ran = {view.result.section for view in views if not view.error}
-    said = [UNANSWERED.format(title=s.title, question=s.question) for s in SECTIONS.values() if s.name not in ran]
+    missing = [f"{section.question} ({section.title})" for section in SECTIONS.values() if section.name not in ran]
+    said = [UNANSWERED.format(sections=" · ".join(missing))] if missing else []
     figures = [figure for view in views for figure in view.headlines]
     fewest = min((min(figure.synthetic, figure.real) for figure in figures), default=SMALL)
     if fewest < SMALL:

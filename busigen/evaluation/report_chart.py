@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from busigen.evaluation.report_words import known, number
+from busigen.evaluation.report_words import excess, known, number
 from busigen.evaluation.results import Figure, Interval
 
 ROWS = 14
@@ -63,9 +63,12 @@ class Panel:
 
 
 def chosen(figures: Sequence[Figure], rows: int = ROWS) -> list[Figure]:
-    """The figures a chart shows, in their own order: headlines before flagged ones, those before the rest."""
+    """The figures a chart shows, in their own order.
+
+    Headlines are taken before flagged ones, those before the rest, and of equals those furthest beyond their floors.
+    """
     drawable = [figure for figure in figures if known(figure.value.value)]
-    ranked = sorted(drawable, key=lambda figure: (not figure.headline, not figure.flagged))
+    ranked = sorted(drawable, key=lambda figure: (not figure.headline, not figure.flagged, -excess(figure)))
     kept = {figure.key for figure in ranked[:rows]}
     return [figure for figure in drawable if figure.key in kept]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 SMALL = 100
 """Images of a set below which the report warns that only large differences can show."""
 
-UNANSWERED = "{title} did not run, so this stays unanswered: “{question}”"
+UNANSWERED = "Not every section ran. Unanswered: {sections}"
 
 SMALL_SET = "A headline figure rests on {fewest} images of one side: with so few, only large differences can show."
 

@@ -113,6 +113,11 @@ def excess(figure: Figure) -> float:
     return max(0.0, beyond) / width if width > 0 else 0.0
 
 
+def capital(text: str) -> str:
+    """The text with its first letter as at the start of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
 def place(figure: Figure) -> str:
     """Where the value lies, in words, for those who do not see the chart."""
     floor = figure.floor
