@@ -94,12 +94,12 @@ _WHOLE = (
     (
         *(
             "image_blocks",
-            "JPEG grid",
+            "8 px grid",
             "image",
             "",
             "excess of steps between pixels on a grid of 8 px over the steps beside them",
         ),
-        *("show JPEG's 8 px blocks", "show fewer traces of JPEG's 8 px blocks than real", ""),
+        *("show a grid of 8 px: JPEG's blocks or an autoencoder's cells", "show less of a grid of 8 px than real", ""),
     ),
     (
         *("image_mean", "mean grey", "image", "grey", "mean grey level outside lesion and ring"),
@@ -109,6 +109,12 @@ _WHOLE = (
         *("image_spread", "grey spread", "image", "grey", "standard deviation of grey outside lesion and ring"),
         *("have stronger contrast between tissues than real", "have weaker contrast between tissues than real", ""),
     ),
+)
+
+_TILT = (
+    *("depth_tilt", "brightness, deep minus shallow", "image", ""),
+    "mean grey of the lower half over the image's mean, minus the same of the upper half",
+    *("lose too little brightness with depth", "lose too much brightness with depth", ""),
 )
 
 _LESION = (
@@ -159,6 +165,14 @@ _LESION = (
         *("have outlines rougher than real", "have outlines smoother than real", _FOURIER),
     ),
     (
+        *("shape_ripple", "boundary ripple", "outline", "", "Fourier descriptors 15 to 50 over the first"),
+        *(
+            "have outlines more jagged than annotators draw them",
+            "have outlines drawn more evenly than by hand",
+            _FOURIER,
+        ),
+    ),
+    (
         *("shape_depth", "depth of centroid", "outline", "", "0 at the upper edge of the image, 1 at the lower"),
         *("have lesions too deep", "have lesions too shallow", ""),
     ),
@@ -186,6 +200,7 @@ def _table() -> Iterator[Feature]:
             more=f"are too bright at depth {band}/{DEPTH_BANDS}",
             less=f"are too dark at depth {band}/{DEPTH_BANDS}",
         )
+    yield Feature(*_TILT)
     for row in _LESION:
         yield Feature(*row)
 

@@ -52,13 +52,17 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A defect that shows in several features at once: ``needed`` of them moved as said, and none of ``still``."""
+    """A defect that shows in several features at once: ``needed`` of them moved as said, and none of ``still``.
+
+    Where ``mirrored`` names a feature, its median must also have changed sign, by at least half of its size.
+    """
 
     text: str
     raised: tuple[str, ...]
     lowered: tuple[str, ...]
     needed: int
     still: tuple[str, ...] = ()
+    mirrored: str = ""
 
 
 PATTERNS = (
@@ -67,6 +71,7 @@ PATTERNS = (
         raised=("depth_5", "depth_6", "shape_depth"),
         lowered=("depth_1", "depth_2"),
         needed=4,
+        mirrored="depth_tilt",
     ),
     Pattern(
         "Images are smoother than real, as after an autoencoder or a blur.",
@@ -166,8 +171,16 @@ def _describe_pattern(pattern: Pattern, flagged: dict[str, list[Evidence]], resu
         for name in names:
             moved = [item for item in flagged.get(name, []) if item.shift * sign > CLEAR_SHIFT]
             keys += [item.worst.key for item in moved[:1]]
-    if len(keys) >= pattern.needed and flagged.keys().isdisjoint(pattern.still):
-        result.flag(pattern.text, *keys)
+    if len(keys) < pattern.needed or not flagged.keys().isdisjoint(pattern.still):
+        return
+    if pattern.mirrored and not any(_is_mirrored(item) for item in flagged.get(pattern.mirrored, [])):
+        return
+    result.flag(pattern.text, *keys)
+
+
+def _is_mirrored(item: Evidence) -> bool:
+    synthetic, real = item.medians
+    return synthetic * real < -(real**2) / 2
 
 
 def _sentence(same: list[Evidence]) -> str:

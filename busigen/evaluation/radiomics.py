@@ -17,7 +17,7 @@ from busigen.runtime.atomic import atomic_path, output_errors
 
 __all__ = ["DEPTH_BANDS", "NAMES", "Feature", "features", "for_set", "matrix", "measure"]
 
-VERSION = 2
+VERSION = 4
 """Part of the cache's key: raise it whenever a feature's meaning changes."""
 
 Track = Callable[[str, Iterable[int], int], Iterator[int]]
@@ -52,6 +52,8 @@ def measure(
         found["image_mean"], found["image_spread"] = float(outside.mean()), float(outside.std())
     profile = shape.depth_profile(grey, tissue & ~mask, DEPTH_BANDS)
     found.update({f"depth_{band}": float(value) for band, value in enumerate(profile, start=1)})
+    shallow, deep = shape.depth_profile(grey, tissue & ~mask, 2)
+    found["depth_tilt"] = float(deep - shallow)
     if regions.box is not None:
         across = shape.margin(grey, regions)
         found["posterior_index"] = across.pop("posterior")

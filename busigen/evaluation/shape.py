@@ -14,7 +14,10 @@ CONTOUR_POINTS = 128
 """Points at equal distances to which an outline is resampled."""
 
 ROUGH_HARMONICS = (5, 24)
-"""Fourier harmonics of an outline that count as roughness: below lie position, ellipse and lobes, above the pixels."""
+"""Fourier harmonics of an outline that count as roughness: below lie position, ellipse and broad lobes."""
+
+RIPPLE_HARMONICS = (15, 50)
+"""Those that count as ripple: how a hand, or a network's grid, draws a line."""
 
 MARGIN = 3.0
 """Pixels on both sides of the outline that a margin's sharpness is measured over."""
@@ -31,21 +34,22 @@ def outline(lesion: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, fl
     """Size, place and form of one lesion.
 
     Circularity is ``4 pi A / P^2`` with Crofton's perimeter, which does not grow with the staircase of pixels.
-    Roughness is the root of the outline's power in the ``ROUGH_HARMONICS`` over that of its first harmonic (Fourier
-    descriptors: Zahn and Roskies 1972).
+    Roughness and ripple are the root of the outline's power in the ``ROUGH_HARMONICS`` and ``RIPPLE_HARMONICS`` over
+    that of its first harmonic (Fourier descriptors: Zahn and Roskies 1972).
 
     Args:
         lesion: ``bool (H, W)``, one connected lesion.
         valid: ``bool (H, W)``, True on the image.
 
     Returns:
-        ``area_fraction``, ``height_width``, ``circularity``, ``solidity``, ``roughness``, ``depth`` and ``lateral``
-        (both of the centroid, 0 at the upper and left edge of the image, 1 at the other).
+        ``area_fraction``, ``height_width``, ``circularity``, ``solidity``, ``roughness``, ``ripple``, ``depth`` and
+        ``lateral`` (both of the centroid, 0 at the upper and left edge of the image, 1 at the other).
     """
     rows, columns = (np.flatnonzero(lesion.any(axis=axis)) for axis in (1, 0))
     window = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
     part = np.pad(lesion[window], 2)
     properties = regionprops(part.astype(np.uint8))[0]
+    rough, ripple = _roughness(part)
     perimeter = perimeter_crofton(part, directions=4)
     centre = [centroid + cut.start - 2 for centroid, cut in zip(properties.centroid, window, strict=True)]
     edges = [np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0)]
@@ -55,7 +59,8 @@ def outline(lesion: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, fl
         "height_width": len(rows) / len(columns),
         "circularity": float(4 * np.pi * properties.area / perimeter**2),
         "solidity": float(properties.solidity),
-        "roughness": _roughness(part),
+        "roughness": rough,
+        "ripple": ripple,
         "depth": float(place[0]),
         "lateral": float(place[1]),
     }
@@ -111,15 +116,17 @@ def depth_profile(grey: NDArray[np.float32], tissue: NDArray[np.bool_], bands: i
         return np.asarray(sums / counts / (total.sum() / count.sum()))
 
 
-def _roughness(part: NDArray[np.bool_]) -> float:
+def _roughness(part: NDArray[np.bool_]) -> list[float]:
     contour = max(find_contours(part.astype(np.float32), 0.5), key=len)
     length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(contour, axis=0).T))])
     at = np.linspace(0.0, length[-1], CONTOUR_POINTS, endpoint=False)
     points = np.interp(at, length, contour[:, 1]) + 1j * np.interp(at, length, contour[:, 0])
     power = np.abs(np.fft.fft(points)) ** 2
-    low, high = ROUGH_HARMONICS
-    rough = power[low : high + 1].sum() + power[-high : -low + 1].sum()
-    return float(np.sqrt(rough / max(power[1], power[-1])))
+    bands = [
+        power[low : high + 1].sum() + power[-high : -low + 1].sum() for low, high in (ROUGH_HARMONICS, RIPPLE_HARMONICS)
+    ]
+    # Which way round the outline was followed decides which of the two holds the first harmonic.
+    return [float(np.sqrt(band / max(power[1], power[-1]))) for band in bands]
 
 
 def _difference(grey: NDArray[np.float32], first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

@@ -59,6 +59,15 @@ def test_roughness_is_the_wave_on_a_circle(wave):
     assert form["roughness"] == pytest.approx(wave / np.sqrt(2), rel=0.2)
 
 
+def test_ripple_is_finer_than_roughness():
+    angle = np.arctan2(Y - 110, X - 120)
+    lobed, rippled = (
+        shape.outline(np.hypot(Y - 110, X - 120) <= 60 * (1 + 0.04 * np.cos(waves * angle)), VALID) for waves in (7, 22)
+    )
+    assert lobed["roughness"] > 2 * lobed["ripple"]
+    assert rippled["ripple"] > 2 * lobed["ripple"]
+
+
 def test_notches_lower_solidity():
     notched = _ellipse(40, 40) & ~_ellipse(20, 20, (100, 160))
     assert shape.outline(notched, VALID)["solidity"] < 0.93
