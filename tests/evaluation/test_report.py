@@ -5,27 +5,20 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 from PIL import Image
 
-from busigen.errors import InputError
-from busigen.evaluation import report_words as words
-from busigen.evaluation.contact_sheet import CONTACT_SHEET, contact_sheet
-from busigen.evaluation.context import ImageSet
+from busigen.evaluation.contact_sheet import CONTACT_SHEET
 from busigen.evaluation.report import write_html
-from busigen.evaluation.report_chart import chosen, panels
 from busigen.evaluation.report_pictures import LARGEST, inline
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
-from tests.drawn import Frame, draw_frame
 
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 ATTACK = "<img src=x onerror=alert(1)>\"'.png"
@@ -99,29 +92,6 @@ def report_of(*entries: dict[str, Any], **others: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(content)))
 
 
-@cache
-def frames_of(image_class: str) -> list[Frame]:
-    rng = np.random.default_rng([7, *image_class.encode()])
-    return [draw_frame(rng, (256, 256), image_class) for _ in range(6)]
-
-
-def a_set(count: int = 40, classes: tuple[str, ...] = ("benign", "malignant")) -> ImageSet:
-    labels = [classes[k % len(classes)] for k in range(count)]
-    frames = [frames_of(label)[k % 6] for k, label in enumerate(labels)]
-    nothing = np.zeros((count, 256, 256), np.bool_)
-    masks = nothing.copy()
-    for k, frame in enumerate(frames):
-        masks[k] = frame.lesions[0] if frame.lesions else False
-    return ImageSet(
-        name="drawn",
-        images=np.array([frame.pixels for frame in frames], np.uint8).reshape(count, 256, 256),
-        masks=masks,
-        valid=~nothing,
-        overlays=nothing,
-        table=pl.DataFrame({"class": labels}, schema={"class": pl.String}),
-    )
-
-
 @pytest.fixture
 def everything(tmp_path: Path) -> tuple[dict[str, Any], list[SectionResult]]:
     """All six sections with flags, notes, pictures, plots and a long table, and texts that try to become markup."""
@@ -141,7 +111,7 @@ def everything(tmp_path: Path) -> tuple[dict[str, Any], list[SectionResult]]:
         results.append(result)
     Image.fromarray(rng.integers(0, 256, (9, 9), dtype=np.uint8)).save(section_folder(tmp_path, "privacy") / ATTACK)
     results[-1].pictures.append(Picture(ATTACK, ATTACK))
-    contact_sheet(a_set(), a_set(), tmp_path / CONTACT_SHEET)
+    Image.fromarray(rng.integers(0, 256, (90, 180), dtype=np.uint8)).save(tmp_path / CONTACT_SHEET)
     return report_of(*map(entry, results)), results
 
 
@@ -334,84 +304,3 @@ def test_flagged_marks_differ_in_shape_and_in_words(tmp_path: Path) -> None:
     assert {"path", "circle"} <= shapes
     plots = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
     assert [label.partition(": ")[2] for label in plots] == ["above the floor, flagged", "inside the floor"]
-
-
-def test_a_chart_shows_flagged_figures_before_others_and_the_worst_of_those() -> None:
-    figures = [figure(f"physics.{k}", 0.6 + k / 100, flagged=k < 5) for k in range(40)]
-    figures[20] = figure("physics.20", 0.5, headline=True)
-    assert [part.key for part in chosen(figures, 4)] == ["physics.2", "physics.3", "physics.4", "physics.20"]
-    assert [part.key for part in chosen(figures, 7)][-2:] == ["physics.20", "physics.39"]
-
-
-def test_marks_lie_where_the_axis_says() -> None:
-    (panel,) = panels([figure("a", 0.9), figure("b", 0.5)])
-    ticks = {float(tick.label): tick.at for tick in panel.ticks}
-    (first, low), (last, high) = min(ticks.items()), max(ticks.items())
-    for row in panel.rows:
-        assert row.value is not None and row.low is not None and row.high is not None
-        expected = low + (row.figure.value.value - first) / (last - first) * (high - low)
-        # Places are rounded to a hundredth of a percent.
-        assert row.value == pytest.approx(expected, abs=0.02)
-        assert 0 <= row.low < row.value < row.high <= 100
-
-
-def test_figures_of_other_units_and_sizes_get_axes_of_their_own() -> None:
-    figures = [figure("a"), figure("b", unit="px"), figure("c", 0.7), figure("d", 900.0)]
-    assert [[row.figure.key for row in panel.rows] for panel in panels(figures)] == [["a", "c"], ["b"], ["d"]]
-
-
-@pytest.mark.parametrize(
-    ("interval", "unit", "text"),
-    [
-        (Interval(0.62, 0.58, 0.66), "", "0.620 [0.580, 0.660]"),
-        (Interval(12.345, 11.0, 14.2), "%", "12.3 % [11.0, 14.2]"),
-        (Interval(3.0), "", "3"),
-        (Interval(0.0, 0.0, 0.0), "%", "0 % [0, 0]"),
-        (Interval(-1.234, -2.0, -0.5), "dB", "−1.23 dB [−2.00, −0.50]"),
-        (Interval(1234.5, 1100.2, 1300.9), "", "1,234 [1,100, 1,301]"),
-        (Interval(3.1e-5, 2.1e-5, 4.2e-5), "", "3.10 [2.10, 4.20] × 10⁻⁵"),
-        (Interval(0.5, None, 0.6), "", "0.500"),
-        (Interval(float("nan"), 0.1, 0.2), "px", "–"),
-        (None, "px", "–"),
-    ],
-)
-def test_numbers_are_written_for_people(interval: Interval | None, unit: str, text: str) -> None:
-    assert words.interval(interval, unit).replace("\N{NO-BREAK SPACE}", " ") == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.42, "0.4 s"), (59.7, "1 min 00 s"), (3725, "1 h 02 min"), (None, "–")]
-)
-def test_durations(seconds: float | None, text: str) -> None:
-    assert words.duration(seconds) == text
-
-
-def test_the_contact_sheet_shows_both_sets_and_stays_small(tmp_path: Path) -> None:
-    dark = a_set()
-    path = contact_sheet(dark, a_set(24), tmp_path / "sheet.jpg")
-    assert path.stat().st_size < 700_000
-    with Image.open(path) as sheet:
-        pixels = np.asarray(sheet.convert("RGB")).astype(int)
-    half = pixels.shape[1] // 2
-    for side in (pixels[:, :half], pixels[:, half:]):
-        saturation = side.max(axis=-1) - side.min(axis=-1)
-        # Contours and class names are the only colours; 16 outlines of drawn lesions make thousands of pixels.
-        assert (saturation > 60).sum() > 1500
-    again = contact_sheet(dark, a_set(24), tmp_path / "again.jpg")
-    assert again.read_bytes() == path.read_bytes()
-
-
-@pytest.mark.parametrize("classes", [("benign",), ("normal",), ("unknown", "malignant")])
-def test_a_contact_sheet_of_whatever_classes_there_are(tmp_path: Path, classes: tuple[str, ...]) -> None:
-    few = contact_sheet(a_set(3, classes), a_set(20), tmp_path / "few.jpg")
-    many = contact_sheet(a_set(20, classes), a_set(20), tmp_path / "many.jpg")
-    with Image.open(few) as small, Image.open(many) as large:
-        assert small.size == large.size
-        # One row of images on the left of the first, four on the left of the second.
-        below = (slice(300, None), slice(0, 600))
-        assert np.asarray(small)[below].std() < 5 < np.asarray(large)[below].std()
-
-
-def test_an_empty_set_has_no_contact_sheet(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no image"):
-        contact_sheet(a_set(0), a_set(4), tmp_path / "sheet.jpg")
