@@ -1,8 +1,8 @@
 """Integrity and masks: whether files, grey levels, masks, overlays and repeats are like those of real images.
 
 A share of images counts against the share among real images, and is never a defect by itself: real images, too, have
-calipers, masks that touch the border, and near-duplicates. Only files that cannot be read, lesion images without a lesion in
-their mask, and normal images with one need no comparison.
+calipers, masks that touch the border, and near-duplicates. No comparison is needed for files that cannot be read,
+lesion images without a lesion in their mask, and normal images with one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,254 @@
+"""Defects planted into drawn and, where present, real images, and what the integrity section says of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from busigen.data.geometry import edit_region
+from busigen.data.images import read_image
+from busigen.data.letterbox import letterbox
+from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.inputs import draw
+from busigen.evaluation.integrity import run
+from busigen.evaluation.mask_edges import edge_fit
+from busigen.evaluation.results import SectionResult
+from busigen.evaluation.sets import from_prepared, read_set
+from busigen.evaluation.statistics import halves
+from tests.conftest import Sources
+from tests.drawn import draw_frame, draw_pairs
+
+
+@pytest.fixture(scope="module")
+def lesions(any_sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """Lesion images: 160 held-out real ones, or 100 drawn ones where the sources are drawn and hold too few."""
+    found = from_prepared(any_sources.prepared, ("val", "test"), lesions_only=True)
+    if len(found) >= 100:
+        return draw(found, 160, seed=0)
+    return read_set(draw_pairs(tmp_path_factory.mktemp("pairs") / "set", count=150)).with_lesions()
+
+
+def halved(images: ImageSet, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    first, second = halves(images.groups, np.random.default_rng(seed))
+    return images.take(first), images.take(second)
+
+
+def judge(synthetic: ImageSet, real: ImageSet, out: Path, **options: object) -> SectionResult:
+    return run(AuditContext(synthetic, real, None, out, **options))
+
+
+def flagged(result: SectionResult) -> set[str]:
+    return {figure.key.removeprefix("integrity.") for figure in result.figures if figure.flagged}
+
+
+def shifted(images: ImageSet) -> ImageSet:
+    return replace(images, masks=np.roll(images.masks, 6, axis=2) & images.valid)
+
+
+def flipped(images: ImageSet) -> ImageSet:
+    return replace(images, masks=images.masks[:, :, ::-1] & images.valid)
+
+
+def partly_flipped(images: ImageSet) -> ImageSet:
+    rows = np.arange(len(images)) % 5 < 2
+    return replace(images, masks=np.where(rows[:, None, None], flipped(images).masks, images.masks))
+
+
+def squashed(images: ImageSet) -> ImageSet:
+    arrays = []
+    for image, mask, valid in zip(images.images, images.masks, images.valid, strict=True):
+        inside = np.ix_(valid.any(axis=1), valid.any(axis=0))
+        arrays.append([np.asarray(Image.fromarray(part[inside]).resize((256, 256))) for part in (image, mask)])
+    pixels, masks = zip(*arrays, strict=True)
+    return replace(images, images=np.stack(pixels), masks=np.stack(masks), valid=np.ones_like(images.valid))
+
+
+def with_calipers(images: ImageSet) -> ImageSet:
+    pixels = images.images.copy()
+    for image, mask in zip(pixels, images.masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        for row, column in ((rows[0], columns[0]), (rows[-1], columns[-1])):
+            row, column = int(np.clip(row, 6, 249)), int(np.clip(column, 6, 249))
+            image[row - 6 : row + 7, column - 6 : column + 7] //= 2
+            image[row - 5 : row + 6, column] = 250
+            image[row, column - 5 : column + 6] = 250
+    return replace(images, images=pixels)
+
+
+def repeated(images: ImageSet) -> ImageSet:
+    rows = np.arange(len(images))
+    rows[::3] = 0
+    return images.take(rows)
+
+
+def posterised(images: ImageSet) -> ImageSet:
+    return replace(images, images=images.images // 32 * 32)
+
+
+def specked(images: ImageSet) -> ImageSet:
+    masks = images.masks.copy()
+    masks[:, 60:64, 40:44] = True
+    masks[:, 200:204, 210:214] = True
+    return replace(images, masks=masks)
+
+
+def coloured(images: ImageSet) -> ImageSet:
+    return replace(images, table=images.table.with_columns(colour=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_silent_on_half_of_the_set_against_the_other(lesions: ImageSet, seed: int, tmp_path: Path) -> None:
+    """Real images have calipers, text, near-duplicates and clumsy masks: none of it is a defect among their like."""
+    result = judge(*halved(lesions, seed), tmp_path)
+    assert not result.flagged, result.findings
+
+
+@pytest.mark.parametrize(
+    ("defect", "keys"),
+    [
+        (shifted, {"mask.displacement", "mask.contrast"}),
+        (flipped, {"mask.displacement", "mask.contrast"}),
+        (partly_flipped, {"mask.displacement"}),
+        (squashed, {"file.aspect"}),
+        (with_calipers, {"overlay.calipers"}),
+        (repeated, {"duplicate.exact", "duplicate.near", "duplicate.mask"}),
+        (posterised, {"grey.levels"}),
+        (specked, {"mask.parts"}),
+        (coloured, {"file.colour"}),
+    ],
+)
+def test_a_planted_defect_is_found(
+    lesions: ImageSet, defect: Callable[[ImageSet], ImageSet], keys: set[str], tmp_path: Path
+) -> None:
+    first, second = halved(lesions)
+    result = judge(defect(first), second, tmp_path)
+    assert keys <= flagged(result)
+    named = {key.removeprefix("integrity.") for finding in result.findings for key in finding.keys}
+    assert keys <= named
+
+
+def test_a_shift_is_measured_in_pixels(lesions: ImageSet, tmp_path: Path) -> None:
+    first, second = halved(lesions)
+    figure = judge(shifted(first), second, tmp_path).figure("integrity.mask.displacement")
+    # By at least the shift less how far annotators' own outlines lie off, and not by much more than both together.
+    assert 6 - figure.floor.value < figure.value.value < 6 + figure.floor.value + 1
+    assert figure.value.low < figure.value.value < figure.value.high
+    assert (figure.synthetic, figure.real) == (len(first), len(second))
+
+
+def test_two_empty_masks_are_enough(lesions: ImageSet, tmp_path: Path) -> None:
+    first, second = halved(lesions)
+    masks = first.masks.copy()
+    masks[:2] = False
+    result = judge(replace(first, masks=masks), second, tmp_path)
+    assert flagged(result) == {"mask.empty"}
+    assert result.details["empty_masks"] == first.table["id"][:2].to_list()
+
+
+def test_a_lesion_in_a_normal_image_is_a_contradiction(lesions: ImageSet, tmp_path: Path) -> None:
+    first, second = halved(lesions)
+    classes = pl.Series("class", ["normal", *first.table["class"][1:]])
+    result = judge(replace(first, table=first.table.with_columns(classes)), second, tmp_path)
+    assert "mask.contradiction" in flagged(result)
+
+
+def test_the_worst_masks_and_the_repeats_are_shown(lesions: ImageSet, tmp_path: Path) -> None:
+    first, second = halved(lesions)
+    result = judge(repeated(flipped(first)), second, tmp_path)
+    assert {picture.file for picture in result.pictures} == {"masks-worst.png", "near-duplicates.png"}
+    for picture in result.pictures:
+        assert Image.open(tmp_path / "sections" / "integrity" / picture.file).size[0] > 256
+
+
+def test_a_few_images_are_judged_without_flags(lesions: ImageSet, tmp_path: Path) -> None:
+    first, second = halved(lesions)
+    result = judge(flipped(first.take(np.arange(8))), second, tmp_path)
+    assert flagged(result) == set()
+    assert any("fewer than 20" in finding.text for finding in result.findings)
+    assert result.figure("integrity.mask.displacement").synthetic == 8
+
+
+def test_files_that_could_not_be_read_are_flagged(lesions: ImageSet, tmp_path: Path) -> None:
+    folder = draw_pairs(tmp_path / "set", count=6)
+    (folder / "images" / "benign" / "scan0.png").write_bytes(b"no image")
+    result = judge(read_set(folder), lesions, tmp_path / "out")
+    flags = [finding.text for finding in result.findings if finding.level == "flag"]
+    assert any("set/images/benign/scan0.png" in text and "not a PNG" in text for text in flags)
+
+
+def test_an_outline_fits_where_it_was_drawn() -> None:
+    frame = draw_frame(np.random.default_rng(5), (256, 256), "benign")
+    everywhere = np.ones((256, 256), bool)
+    here = edge_fit(frame.pixels, frame.lesions[0], everywhere)
+    away = edge_fit(frame.pixels, np.roll(frame.lesions[0], (6, -8), (0, 1)), everywhere)
+    assert here.displacement <= 2
+    # The step of the search is 2 px: 10 px away is found to within one step in each direction.
+    assert abs(away.displacement - 10) <= np.hypot(2, 2)
+    assert away.contrast < here.contrast
+    assert edge_fit(frame.pixels, np.zeros((256, 256), bool), everywhere) is None
+
+
+# Sets painted into real images
+
+
+def painted(tmp_path: Path, spoil: int | None = None) -> tuple[ImageSet, Path]:
+    """A shard of four lesions in four healthy images, and the folder of these; ``spoil`` alters one background."""
+    rng = np.random.default_rng(1)
+    healthy = tmp_path / "healthy"
+    healthy.mkdir()
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number in range(4):
+            Image.fromarray(draw_frame(rng, (320, 260)).pixels).save(healthy / f"{number}.png")
+            source = read_image(healthy / f"{number}.png")
+            image, box = letterbox(source.pixels)
+            mask = np.zeros((256, 256), bool)
+            mask[100:140, 90:150] = True
+            edit = edit_region(mask, box.valid)
+            image[edit] //= 2
+            if number == spoil:
+                image[tuple(np.argwhere(~edit & box.valid)[0])] ^= 1
+            row = {"class": "benign", "background": "real", "healthy_sha256": source.sha256}
+            for name, content in (
+                ("image.png", png(image)),
+                ("mask.png", png(mask)),
+                ("json", json.dumps(row).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number:09d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return read_set(tmp_path / "shard.tar"), healthy
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_backgrounds_are_proven_bit_for_bit(lesions: ImageSet, tmp_path: Path) -> None:
+    images, healthy = painted(tmp_path)
+    result = judge(images, lesions, tmp_path / "out", healthy=healthy)
+    assert any("All 4 backgrounds equal" in finding.text for finding in result.findings)
+    assert not result.figure("integrity.background.unproven").flagged
+
+
+def test_one_changed_pixel_outside_the_edit_region_is_flagged(lesions: ImageSet, tmp_path: Path) -> None:
+    images, healthy = painted(tmp_path, spoil=2)
+    result = judge(images, lesions, tmp_path / "out", healthy=healthy)
+    assert result.figure("integrity.background.unproven").value.value == 25
+    assert any("000000002: 1 pixels outside its edit region" in finding.text for finding in result.findings)
+
+
+def test_without_the_healthy_folder_the_report_says_what_would_prove_them(lesions: ImageSet, tmp_path: Path) -> None:
+    images, _ = painted(tmp_path)
+    result = judge(images, lesions, tmp_path / "out")
+    assert any("--healthy DIR" in finding.text for finding in result.findings)

@@ -1,0 +1,337 @@
+"""Reading sets of every layout for an audit, and refusing what an archive from anywhere may hold."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from busigen.data.prepared import Prepared
+from busigen.errors import InputError
+from busigen.evaluation import archives
+from busigen.evaluation.sets import background_mode, read_set
+from busigen.runtime.factory import generate
+from busigen.runtime.layout import DATASET_FILE
+from tests.drawn import draw_frame, draw_pairs
+from tests.runtime.noise_source import NoiseSource, noise_sample
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def pair(seed: int = 0, size: tuple[int, int] = (300, 240)) -> tuple[bytes, bytes]:
+    frame = draw_frame(np.random.default_rng(seed), size, "benign")
+    return png(frame.pixels), png(frame.lesions[0])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished busigen dataset of seven samples in three shards; treat it as read-only."""
+    out = tmp_path_factory.mktemp("dataset") / "set"
+    generate(NoiseSource(), out, count=7, seed=7, shard_size=3)
+    return out
+
+
+def test_busi_with_all_its_quirks(drawn_busi: Path) -> None:
+    found = read_set(drawn_busi)
+    rows = {row["id"]: row for row in found.table.iter_rows(named=True)}
+    assert found.layout == "BUSI"
+    assert len(found) == 32
+    assert found.table["class"].value_counts().sort("class").rows() == [("benign", 16), ("malignant", 8), ("normal", 8)]
+    assert rows["busi/benign (1)"]["lesions"] == 2
+    assert rows["busi/benign (7)"]["group"] == rows["busi/benign (2)"]["group"]
+    assert rows["busi/benign (7)"]["calipers"]
+    assert rows["busi/malignant (5)"]["text"]
+    assert [name for name, row in rows.items() if row["colour"]] == ["busi/benign (6)", "busi/malignant (4)"]
+    assert rows["busi/malignant (3)"]["mode"] == "RGBA"
+    assert rows["busi/normal (2)"]["mask_files"] == 0
+    assert background_mode(found) == "unknown"
+
+
+def test_the_working_frame_is_that_of_prepare(drawn_busi: Path, drawn_busbra: Path, drawn_prepared: Prepared) -> None:
+    prepared = read_set(drawn_prepared.folder)
+    by_id = {name: row for row, name in enumerate(prepared.table["id"])}
+    for folder in (drawn_busi, drawn_busbra):
+        found = read_set(folder)
+        for row, name in enumerate(found.table["id"]):
+            if name not in by_id:  # Left out of every split.
+                continue
+            other = by_id[name]
+            assert np.array_equal(found.images[row], prepared.images[other])
+            assert np.array_equal(found.masks[row], prepared.masks[other])
+            assert np.array_equal(found.valid[row], prepared.valid[other])
+            assert np.array_equal(found.overlays[row], prepared.overlays[other])
+            assert found.table["sha256"][row] == prepared.table["sha256"][other]
+
+
+def test_bus_bra_groups_are_patients(drawn_busbra: Path) -> None:
+    found = read_set(drawn_busbra)
+    patients = [name.split("_")[1].split("-")[0] for name in found.table["id"]]
+    assert found.layout == "BUS-BRA"
+    assert len(set(zip(patients, found.groups.tolist(), strict=True))) == len(set(patients)) == 8
+
+
+def test_pairs_without_classes_are_read_as_unknown(tmp_path: Path) -> None:
+    folder = draw_pairs(tmp_path / "set", count=3, labels=True)
+    (folder / "labels.csv").unlink()
+    found = read_set(folder)
+    assert found.classes.tolist() == ["unknown"] * 3
+    assert found.masks.any(axis=(1, 2)).tolist() == [True, True, False]
+
+
+def test_masks_that_prepare_refuses_are_there_to_be_judged(tmp_path: Path) -> None:
+    folder = draw_pairs(tmp_path / "set", count=3)
+    for name, value in (("scan0", 0), ("scan1", 255)):
+        Image.fromarray(np.full((280, 320), value, np.uint8)).save(folder / "masks" / f"{name}.png")
+    found = read_set(folder)
+    share = dict(zip(found.table["id"], found.masks.sum(axis=(1, 2)) / found.valid.sum(axis=(1, 2)), strict=True))
+    assert share == {"set/benign/scan0": 0, "set/malignant/scan1": 1, "set/normal/scan2": 0}
+    assert found.refused == ()
+
+
+def test_damaged_files_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    folder = draw_pairs(tmp_path / "set", count=6)
+    (folder / "images" / "benign" / "scan0.png").write_bytes(b"no image")
+    Image.new("L", (50, 50)).save(folder / "masks" / "scan1.png")
+    found = read_set(folder)
+    assert len(found) == 4
+    assert [refusal.file for refusal in found.refused] == [
+        "set/images/benign/scan0.png",
+        "set/images/malignant/scan1.png",
+    ]
+    assert "not a PNG" in found.refused[0].problem
+    assert "50x50" in found.refused[1].problem
+
+
+def test_a_busigen_dataset(dataset: Path) -> None:
+    found = read_set(dataset)
+    assert found.layout == "busigen dataset"
+    assert found.table["id"].to_list() == [f"{index:09d}" for index in range(7)]
+    for index in range(7):
+        sample = noise_sample(7, index, attempt=int(index == 3))
+        assert np.array_equal(found.images[index], sample.image)
+        assert np.array_equal(found.masks[index], sample.mask)
+        assert found.classes[index] == sample.label
+    manifest = pl.read_parquet(dataset / "manifest.parquet")
+    assert found.table["sha256"].to_list() == manifest["image_sha256"].to_list()
+    assert found.refused == ()
+
+
+def test_a_dataset_with_a_lost_shard_and_a_changed_image(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "set"))
+    (copy / "shards" / "000000.tar").unlink()
+    row = json.dumps({"key": "000000006", "class": "benign", "image_sha256": "0" * 64}).encode()
+    image, mask = pair()
+    members = {"000000006.image.png": image, "000000006.mask.png": mask, "000000006.json": row}
+    write_tar(copy / "shards" / "000002.tar", members)
+    found = read_set(copy)
+    assert found.table["id"].to_list() == ["000000003", "000000004", "000000005"]
+    problems = [refusal.problem for refusal in found.refused]
+    assert problems == ["Its shards hold 4 of 7 samples.", "000000006: its image is not the one that its row names."]
+
+
+def test_an_unfinished_dataset_is_read_and_said_to_be(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "set"))
+    (copy / DATASET_FILE).unlink()
+    found = read_set(copy)
+    assert len(found) == 7
+    assert "is not finished" in found.refused[0].problem
+
+
+@pytest.mark.parametrize(
+    ("rows", "mode"),
+    [
+        ([{"background": "synthetic", "healthy_sha256": None}] * 2, "synthetic"),
+        ([{"background": "real", "healthy_sha256": "ab"}] * 2, "real"),
+        ([{"background": "real", "healthy_sha256": "ab"}, {"background": "synthetic"}], "real"),
+        ([{}, {}], "unknown"),
+    ],
+)
+def test_shards_tell_their_backgrounds(tmp_path: Path, rows: list[dict], mode: str) -> None:
+    members: dict[str, bytes] = {}
+    for number, row in enumerate(rows):
+        members[f"{number}.image.png"], members[f"{number}.mask.png"] = pair(number)
+        members[f"{number}.json"] = json.dumps({"class": "malignant", **row}).encode()
+    write_tar(tmp_path / "shard.tar", members)
+    found = read_set(tmp_path)
+    assert background_mode(found) == mode
+    assert found.classes.tolist() == ["malignant"] * 2
+    # Two images of one healthy breast are not independent of each other.
+    assert (found.groups[0] == found.groups[1]) == (rows == [{"background": "real", "healthy_sha256": "ab"}] * 2)
+
+
+def test_plain_shards(tmp_path: Path) -> None:
+    image, mask = pair()
+    other, other_mask = pair(1)
+    alone, _ = pair(2)
+    members = {
+        "benign/a.png": image,
+        "benign/a.mask.png": mask,
+        "b.jpg": other,
+        "b.seg.png": other_mask,
+        "c.png": alone,
+        "readme.txt": b"hello",
+    }
+    found = read_set(write_tar(tmp_path / "any.tar", members))
+    assert found.layout == "WebDataset shards"
+    assert found.table.select("id", "class", "mask_files").rows() == [
+        ("benign/a", "benign", 1),
+        ("b", "unknown", 1),
+        ("c", "unknown", 0),
+    ]
+    assert found.refused == ()
+    # 300 x 240 in a square of 256: bars of 26 pixels above, of 25 below.
+    assert found.valid[0].sum() == 256 * 205
+
+
+def test_hostile_members_are_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, mask = pair()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "a.tar", "w") as tar:
+
+        def add(name: str, content: bytes = b"", **fields: object) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for key, value in fields.items():
+                setattr(member, key, value)
+            tar.addfile(member, io.BytesIO(content))
+
+        add("good.image.png", image)
+        add("good.mask.png", mask)
+        add("good.image.png", image)
+        add("../../escape.image.png", image)
+        add("link.image.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add("hard.image.png", type=tarfile.LNKTYPE, linkname="good.image.png")
+        add("device.image.png", type=tarfile.CHRTYPE)
+        add(f"{'x' * 600}.image.png", image)
+        add("large.image.png", b"\0" * 40_000)
+        add("row.json", b"[" * 2000)
+        add("row.image.png", b"no image")
+    monkeypatch.setitem(archives._LIMITS, "image", 39_999 if len(image) < 39_999 else len(image))
+    before = {path for path in tmp_path.rglob("*")}
+    found = read_set(shards)
+    # A name that points outside is a name and nothing else.
+    assert found.table["id"].to_list() == ["good", "../../escape"]
+    refused = {refusal.file.removeprefix("a.tar/")[:20]: refusal.problem for refusal in found.refused}
+    assert {name for name, problem in refused.items() if problem == "It is no plain file."} == {
+        "link.image.png",
+        "hard.image.png",
+        "device.image.png",
+    }
+    assert "600" not in refused["x" * 20] and "characters" in refused["x" * 20]
+    assert "second one" in refused["good.image.png"]
+    assert "bytes; 1 to" in refused["large.image.png"]
+    assert "no JSON object" in refused["row.json"]
+    assert "not a PNG" in refused["row.image.png"]
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_an_oversized_member_costs_no_memory(tmp_path: Path) -> None:
+    """Four sparse gigabytes that claim to be an image are refused by their header."""
+    image, mask = pair()
+    path = write_tar(tmp_path / "bomb.tar", {"a.image.png": image, "a.mask.png": mask})
+    with path.open("r+b") as file:
+        member = tarfile.TarInfo("b.image.png")
+        member.size = 4 << 30
+        file.seek(0, io.SEEK_SET)
+        with tarfile.open(path) as tar:
+            end = tar.getmembers()[-1]
+            file.seek(end.offset_data + -(-end.size // 512) * 512)
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(file.tell() + member.size + 1024)
+    tracemalloc.start()
+    try:
+        found = read_set(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 1
+    assert [str(member.size) in refusal.problem for refusal in found.refused] == [True]
+    assert peak < 200 << 20  # One image's frames and its decoding take some megabytes; the member claims 4096.
+
+
+def test_an_image_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    image, mask = pair()
+    buffer = io.BytesIO()
+    Image.new("1", (19_000, 19_000)).save(buffer, "PNG")
+    members = {"a.png": image, "a.mask.png": mask, "bomb.png": buffer.getvalue()}
+    found = read_set(write_tar(tmp_path / "set.tar", members))
+    assert len(found) == 1
+    assert found.refused[0].problem == "bomb.png unpacks to more than 64,000,000 pixels."
+
+
+def test_compressed_archives_are_not_unpacked(tmp_path: Path) -> None:
+    image, mask = pair()
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        for name, content in (("a.png", image), ("a.mask.png", mask)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(InputError, match=r"holds no image that can be read.*cannot be read as a tar file"):
+        read_set(tmp_path)
+
+
+def test_a_shard_that_is_cut_short(tmp_path: Path) -> None:
+    members = {}
+    for number in range(4):
+        members[f"{number}.image.png"], members[f"{number}.mask.png"] = pair(number)
+    path = write_tar(tmp_path / "a.tar", members)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = read_set(path)
+    assert 1 <= len(found) < 4
+    assert found.refused
+
+
+def test_bars_that_a_square_file_brought_along_are_no_image(tmp_path: Path) -> None:
+    frame = draw_frame(np.random.default_rng(3), (256, 200), "benign")
+    boxed, mask = np.zeros((256, 256), np.uint8), np.zeros((256, 256), bool)
+    boxed[28:228] = frame.pixels.clip(20)
+    mask[28:228] = frame.lesions[0]
+    found = read_set(write_tar(tmp_path / "a.tar", {"a.png": png(boxed), "a.mask.png": png(mask)}))
+    assert np.flatnonzero(found.valid[0].all(axis=1)).tolist() == list(range(28, 228))
+    assert np.array_equal(found.images[0], boxed)
+
+
+def test_a_limit_draws_the_same_images_again(drawn_busi: Path) -> None:
+    first, second, other = (read_set(drawn_busi, limit=10, seed=seed).table["id"].to_list() for seed in (1, 1, 2))
+    assert first == second
+    assert len(first) == len(set(first)) == 10
+    assert first != other
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "other"])
+def test_what_is_no_set_is_refused_with_the_layouts_that_are(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "set"
+    if kind == "file":
+        path.write_text("x")
+    elif kind != "missing":
+        path.mkdir()
+        if kind == "other":
+            (path / "thesis.docx").write_text("x")
+    with pytest.raises(InputError) as caught:
+        read_set(path)
+    assert str(path) in caught.value.problem
+    if kind in ("empty", "other"):
+        assert "images/ and masks/" in caught.value.fix
+        assert ".tar" in caught.value.fix
