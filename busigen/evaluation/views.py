@@ -40,8 +40,8 @@ def whole(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """The largest centred square inside the letterbox bars, as 192 by 192 pixels."""
     top, bottom, left, right = _box(valid)
     side = min(bottom - top, right - left)
-    y, x = top + (bottom - top - side) / 2, left + (right - left - side) / 2
-    return _resized(image, (x, y, x + side, y + side), 192)
+    y, x = (bottom - top - side) / 2, (right - left - side) / 2
+    return _resized(image[top:bottom, left:right], y, x, side, 192)
 
 
 def lesion(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
@@ -51,7 +51,8 @@ def lesion(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     side = min(max(MARGIN * max(y1 - y0, x1 - x0), SMALLEST), bottom - top, right - left)
     y = np.clip((y0 + y1 - side) / 2, top, bottom - side)
     x = np.clip((x0 + x1 - side) / 2, left, right - side)
-    return _resized(image, (x, y, x + side, y + side), 128)
+    # Cut to the image first: resampling reaches a pixel beyond its box, which must not be a bar's.
+    return _resized(image[top:bottom, left:right], y - top, x - left, side, 128)
 
 
 def ring(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
@@ -125,5 +126,6 @@ def _largest(mask: Mask) -> Mask:
     return np.asarray(labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]))
 
 
-def _resized(image: Pixels, box: tuple[float, float, float, float], side: int) -> Pixels:
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box=box))
+def _resized(image: Pixels, y: float, x: float, side: float, to: int) -> Pixels:
+    box = (x, y, x + side, y + side)
+    return np.asarray(Image.fromarray(image).resize((to, to), Image.Resampling.BILINEAR, box=box))
