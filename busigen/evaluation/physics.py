@@ -29,9 +29,6 @@ MIN_VALUES = 5
 ALPHA = 0.01
 """Greatest adjusted p-value of a flagged figure."""
 
-SWAPPED = 0.5
-"""Classes that lie beyond the middle between their own place and the other's are taken as exchanged."""
-
 HEADLINES = 4
 
 _STATISTICS = {"ks": ("Kolmogorov-Smirnov", ""), "wasserstein": ("Wasserstein", "SD")}
@@ -119,7 +116,6 @@ def _figure(
     p: float,
     unit: str,
     note: str,
-    least: float = 0.0,
 ) -> Figure:
     distances, row, column = place
 
@@ -132,7 +128,7 @@ def _figure(
     else:
         floor = Interval(number("floor"), number("floor_low"), number("floor_high"))
     value = number("value")
-    beyond = floor is not None and floor.high is not None and value > max(floor.high, least)
+    beyond = floor is not None and floor.high is not None and value > floor.high
     return Figure(
         key=key,
         label=label,
@@ -151,11 +147,9 @@ def _swap_figure(comparison: Comparison, p: dict[str, NDArray[np.float64]]) -> F
     if np.isnan(comparison.swap.value[0, 0]):
         return None
     counts = int(comparison.synthetic[-1].max()), int(comparison.real[-1].max())
-    note = "0: each class lies where the real one does; 1: each lies where the other real one does (mean ranks)"
-    place = comparison.swap, 0, 0
-    return _figure(
-        f"{SECTION}.classes.swap", "classes exchanged", place, counts, float(p["swap"][0, 0]), "", note, SWAPPED
-    )
+    note = "0: classes differ as real ones do; 0.5: not at all; 1: each lies where the other real one does (mean ranks)"
+    place, adjusted_p = (comparison.swap, 0, 0), float(p["swap"][0, 0])
+    return _figure(f"{SECTION}.classes.swap", "classes confused", place, counts, adjusted_p, "", note)
 
 
 def _evidence(

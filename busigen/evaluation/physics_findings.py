@@ -10,6 +10,9 @@ from busigen.evaluation.results import Figure, SectionResult
 CLEAR_SHIFT = 0.1
 """Distance of Mann-Whitney's probability from a half beyond which one set's values are called greater."""
 
+SWAPPED = 0.5
+"""Classes beyond the middle between their own place and the other's are called exchanged."""
+
 MOST_SENTENCES = 12
 """Features that get a sentence of their own; the rest are counted."""
 
@@ -147,10 +150,7 @@ def describe(evidence: list[Evidence], result: SectionResult) -> None:
     """
     for figure in result.figures:
         if figure.flagged and figure.key.endswith("classes.swap"):
-            result.flag(
-                "Classes look exchanged: benign images resemble real malignant ones, and the other way round.",
-                figure.key,
-            )
+            result.flag(_confusion(figure.value.value), figure.key)
     flagged: dict[str, list[Evidence]] = {}
     for item in evidence:
         if item.flagged:
@@ -163,6 +163,12 @@ def describe(evidence: list[Evidence], result: SectionResult) -> None:
     if rest := items[MOST_SENTENCES:]:
         labels = ", ".join(same[0].feature.label for same in rest)
         result.flag(f"{len(rest)} more features differ: {labels}.", *(same[0].worst.key for same in rest))
+
+
+def _confusion(swap: float) -> str:
+    if swap >= SWAPPED:
+        return "Classes look exchanged: benign images resemble real malignant ones, and the other way round."
+    return f"Benign and malignant images differ only {100 * (1 - 2 * swap):.0f} % as far as real ones do."
 
 
 def _describe_pattern(pattern: Pattern, flagged: dict[str, list[Evidence]], result: SectionResult) -> None:

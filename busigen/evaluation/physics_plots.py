@@ -130,9 +130,17 @@ def _curves(
                 low, high = np.percentile(means, [2.5, 97.5], axis=0)
                 axes.fill_between(axis, low, high, color=_BAND, linewidth=0, label="halves of real")
         axes.plot(axis, np.nanmean(curves["real"], axis=0), color=_REAL, linewidth=1.6, label="real")
-        axes.plot(axis, np.nanmean(curves["synthetic"], axis=0), color=_SYNTHETIC, linewidth=1.6, label="synthetic")
+        axes.plot(
+            axis,
+            np.nanmean(curves["synthetic"], axis=0),
+            color=_SYNTHETIC,
+            linewidth=1.6,
+            linestyle="--",
+            label="synthetic",
+        )
         if logarithmic:
             axes.set_xscale("log")
+            axes.set_xticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
         axes.legend()
     return Picture(f"{name}.svg", caption)
 
@@ -147,11 +155,16 @@ def _distribution(context: AuditContext, tables: dict[str, pl.DataFrame], item: 
     bins = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
     unit = f" ({feature.unit})" if feature.unit else ""
     with _axes(context, name, f"{feature.label}{unit}, {item.scope}", "share of images (%)") as axes:
-        for side, colour in (("real", _REAL), ("synthetic", _SYNTHETIC)):
+        # One side filled: they stay apart where a printer has no colours.
+        styles: dict[str, Any] = {
+            "real": {"histtype": "stepfilled", "facecolor": _BAND, "edgecolor": _REAL, "linewidth": 0.8},
+            "synthetic": {"histtype": "step", "color": _SYNTHETIC, "linewidth": 1.8},
+        }
+        for side, style in styles.items():
             part = values[side]
-            weights = np.full(len(part), 100.0 / len(part))
-            label = f"{side} (n = {len(part)})"
-            axes.hist(part, bins, weights=weights, histtype="step", color=colour, linewidth=1.6, label=label)
+            axes.hist(
+                part, bins, weights=np.full(len(part), 100.0 / len(part)), label=f"{side} (n = {len(part)})", **style
+            )
         axes.legend()
     figure = item.figures[0]
     floor = "" if figure.floor is None else f" (floor up to {figure.floor.high:.2f})"

@@ -54,7 +54,7 @@ class Comparison:
         scopes: Names of the S scopes: each class that both sets have, and `ALL`.
         ks: Kolmogorov-Smirnov distance, 0 to 1.
         wasserstein: First Wasserstein distance in units of the real scope's standard deviation.
-        swap: ``(1, 1)``: 0 where classes are told apart as in real images, 1 where they are exchanged (see
+        swap: ``(1, 1)``: 0 where classes differ as real ones do, 0.5 where not at all, 1 where exchanged (see
             `resampling.Plan.swap`); NaN unless there are two classes.
         shift: ``(S, D)``, probability that a synthetic value exceeds a real one, minus 0.5 (Mann-Whitney).
         synthetic: ``int (S, D)``, synthetic images with a value.

@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import numpy as np
+import polars as pl
 import pytest
 
 from busigen.evaluation import physics
@@ -66,6 +69,16 @@ def test_figures_say_how_they_came_about(pair, out):
     for picture in result.pictures:
         assert (out / "sections" / "physics" / picture.file).read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert physics.SectionResult.from_dict(result.to_dict()) == result
+
+
+def test_classes_given_at_random_differ_less_than_real_ones(pair, out):
+    synthetic, real = pair
+    labels = np.random.default_rng(0).permutation(synthetic.classes)
+    mixed = replace(synthetic, table=synthetic.table.with_columns(pl.Series("class", labels)))
+    swap = physics.run(audit_of(mixed, real, out)).figure("physics.classes.swap")
+    assert swap.flagged
+    # Labels that say nothing lie half-way; 35 images a class leave them 0.15 to either side.
+    assert swap.value.value == pytest.approx(0.5, abs=0.25)
 
 
 def test_few_images_are_shown_but_not_flagged(pair, tmp_path):
