@@ -28,8 +28,8 @@ class Recipe:
 
     Attributes:
         side: Pixels of the square input; divides 256.
-        channels: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions).
-        residual: Residual units per level.
+        channels: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
+            work at half resolution from the first layer on).
         steps: Optimiser steps.
         batch: Images per step.
         rate: Largest learning rate of AdamW's one-cycle schedule.
@@ -37,15 +37,14 @@ class Recipe:
 
     side: int
     channels: tuple[int, ...]
-    residual: int
     steps: int
     batch: int
     rate: float
 
 
 RECIPES: dict[Effort, Recipe] = {
-    "quick": Recipe(side=128, channels=(16, 32, 64, 128, 128), residual=1, steps=320, batch=16, rate=4e-3),
-    "full": Recipe(side=256, channels=(32, 64, 128, 256, 256), residual=2, steps=4000, batch=16, rate=2e-3),
+    "quick": Recipe(side=128, channels=(16, 32, 64, 128, 128), steps=500, batch=16, rate=4e-3),
+    "full": Recipe(side=256, channels=(32, 64, 128, 256, 256), steps=4000, batch=16, rate=2e-3),
 }
 
 
@@ -90,7 +89,10 @@ def train(data: Examples, recipe: Recipe, *, seed: int, device: str, classic: bo
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = UNet(2, 1, 1, recipe.channels, (2,) * (len(recipe.channels) - 1), num_res_units=recipe.residual)
+        # With residual units MONAI's network normalises its one output channel per image, so every image comes out with
+        # the same share of lesion: such networks stayed at a Dice of 0.04 to 0.27 where this one reached 0.58.
+        norm = ("instance", {"affine": True})
+        network = UNet(2, 1, 1, recipe.channels, (2,) * (len(recipe.channels) - 1), num_res_units=0, norm=norm)
         network.to(device).train()
         loss_of = DiceCELoss(sigmoid=True, batch=True)
         optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=1e-4)
@@ -108,6 +110,7 @@ def train(data: Examples, recipe: Recipe, *, seed: int, device: str, classic: bo
             loss = loss_of(network(_standardised(images)), masks)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
     return network.eval()

@@ -7,7 +7,7 @@ import time
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.results import SectionResult
 from busigen.evaluation.utility_arms import EXTENTS, arms_for, outcomes, splits
-from busigen.evaluation.utility_figures import SECTION, arm_figures, flagged
+from busigen.evaluation.utility_figures import LEARNT, SECTION, arm_figures, flagged, untaught
 from busigen.evaluation.utility_probe import probe_figures
 
 
@@ -36,7 +36,13 @@ def run(context: AuditContext) -> SectionResult:
     arms, left_out = arms_for(context, smallest, synthetic)
     found = outcomes(context, parts, arms)
     figures = arm_figures(context, found, parts, smallest) + probe_figures(context, found, parts)
-    flagged(figures, result)
+    weak = untaught(context, found, parts)
+    flagged(figures, result, trusted=not weak)
+    if weak:
+        result.note(
+            f"{weak} of the trainings on real images did not learn to find lesions (Dice below {LEARNT}): there were too "
+            "few images or steps, so nothing is flagged."
+        )
     for text in (*notes, *left_out):
         result.note(text)
     extent = EXTENTS[context.effort]

@@ -29,6 +29,9 @@ FAILURE = 0.10
 """Loss of Dice with synthetic *instead of* real images that counts as a defect: about what two readers of breast
 ultrasound disagree by, so a network that loses more has learnt other outlines."""
 
+LEARNT = 0.3
+"""Least mean Dice of a network that has learnt what a lesion is; marking a quarter of every image gives about 0.3."""
+
 FALSE_POSITIVE_AREA = 0.003
 """Share of a normal image that a prediction must cover to count: that of BUSI's smallest lesion."""
 
@@ -72,13 +75,27 @@ def arm_figures(context: AuditContext, found: list[Outcome], parts: list[Split],
     return figures
 
 
-def flagged(figures: list[Figure], result: SectionResult) -> None:
-    """Adjust p-values, apply each figure's rule, and add figures and findings to the result."""
+def untaught(context: AuditContext, found: list[Outcome], parts: list[Split]) -> int:
+    """How many trainings of the arm ``real`` did not learn: a yardstick that measures nothing must accuse nobody."""
+    lesion = context.real.masks.any(axis=(1, 2))
+    tests = {part.name: lesion[part.test] for part in parts}
+    scores = [dice(one.test[tests[one.split]]) for one in found if one.arm == REAL]
+    return sum(len(part) > 0 and float(part.mean()) < LEARNT for part in scores)
+
+
+def flagged(figures: list[Figure], result: SectionResult, *, trusted: bool = True) -> None:
+    """Adjust p-values, apply each figure's rule, and add figures and findings to the result.
+
+    Args:
+        figures: Those of the arms and of the probe.
+        result: Where they go.
+        trusted: False where the networks did not learn: then nothing is flagged.
+    """
     p_values = adjusted(np.array([np.nan if figure.p is None else figure.p for figure in figures]))
     for figure, p in zip(figures, p_values, strict=True):
         rule = next((rule for ending, rule in _RULES.items() if figure.key.endswith(ending)), None)
         enough = min(figure.synthetic, figure.real) >= ENOUGH
-        text = rule(figure) if rule is not None and enough and p < SIGNIFICANT else None
+        text = rule(figure) if trusted and rule is not None and enough and p < SIGNIFICANT else None
         result.figures.append(replace(figure, p=None if np.isnan(p) else float(p), flagged=text is not None))
         if text is not None:
             result.flag(text, figure.key)
