@@ -89,8 +89,8 @@ def train(data: Examples, recipe: Recipe, *, seed: int, device: str, classic: bo
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # With residual units MONAI's network normalises its one output channel per image, so every image comes out with
-        # the same share of lesion: such networks stayed at a Dice of 0.04 to 0.27 where this one reached 0.58.
+        # No residual units: with them MONAI's network normalises its one output channel per image, and trainings stuck
+        # at a Dice of 0.04 to 0.27 with seeds and rates with which this one reaches 0.58 (64 pixels, 150 steps).
         norm = ("instance", {"affine": True})
         network = UNet(2, 1, 1, recipe.channels, (2,) * (len(recipe.channels) - 1), num_res_units=0, norm=norm)
         network.to(device).train()

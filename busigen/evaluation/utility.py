@@ -40,8 +40,8 @@ def run(context: AuditContext) -> SectionResult:
     flagged(figures, result, trusted=not weak)
     if weak:
         result.note(
-            f"{weak} of the trainings on real images did not learn to find lesions (Dice below {LEARNT}): there were too "
-            "few images or steps, so nothing is flagged."
+            f"{weak} of the trainings on real images did not learn to find lesions (Dice below {LEARNT}), for want of "
+            "images or steps, so nothing is flagged."
         )
     for text in (*notes, *left_out):
         result.note(text)
