@@ -1,0 +1,256 @@
+"""The audit as a user meets it: real processes, a report in JSON and HTML, and reruns that continue."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from busigen.data.prepared import Prepared
+from busigen.errors import InputError, OutputError, UsageError
+from busigen.evaluation.audit import Report, audit
+from busigen.evaluation.sections import SECTIONS
+from tests.drawn import draw_busi, draw_pairs
+
+ROOT = Path(__file__).parents[2]
+CLI = [sys.executable, "-m", "busigen.cli", "audit"]
+QUICKEST = ["--only", "integrity", "--device", "cpu"]
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run(*arguments: object) -> Done:
+    command = [*CLI, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def error_line(done: Done, code: int) -> str:
+    """The error that a refused command ends with."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "This is a bug" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain folder of 24 images, read-only."""
+    return draw_pairs(tmp_path_factory.mktemp("pairs") / "made", count=24)
+
+
+@pytest.fixture(scope="module")
+def busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another draw of BUSI than the one that is prepared, read-only."""
+    return draw_busi(tmp_path_factory.mktemp("other") / "Dataset_BUSI_with_GT", seed=9)
+
+
+def audited(synthetic: Path, real: Path, out: Path, **options: object) -> Report:
+    return audit(synthetic, real, out, **{"only": ["integrity"], "device": "cpu", **options})
+
+
+def test_the_command_writes_both_reports_and_says_what_it_found(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    done = run(pairs, "--real", busi, "--out", out, *QUICKEST)
+    assert done.returncode == 0, done.stderr
+    assert "synthetic  24 images with 16 lesions" in done.stdout
+    assert "real       32 images with 24 lesions" in done.stdout
+    assert "Nobody said which real images trained the generator" in done.stdout
+    assert "  Images with calipers: " in done.stdout
+    assert f"Report: {out / 'report.html'}" in done.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert report["sets"]["synthetic"]["classes"] == {"benign": 8, "malignant": 8, "normal": 8}
+    assert report["sets"]["real"]["layout"] == "BUSI"
+    assert report["inputs"]["synthetic"] == str(pairs)
+    assert {"python", "numpy", "scipy"} <= set(report["versions"])
+    assert [section["section"] for section in report["sections"]] == ["integrity"]
+    assert report["seconds"]["integrity"] > 0
+    figures = {figure["key"]: figure for figure in report["sections"][0]["figures"]}
+    figure = figures["integrity.mask.displacement"]
+    assert figure["value"]["low"] <= figure["value"]["value"] <= figure["value"]["high"]
+    assert figure["floor"]["low"] <= figure["floor"]["value"] <= figure["floor"]["high"]
+    assert (figure["synthetic"], figure["real"]) == (16, 24)
+    page = html.unescape((out / "report.html").read_text())
+    assert figure["label"] in page
+    assert SECTIONS["physics"].title in page, "the page names what was not asked"
+
+
+def test_a_rerun_keeps_what_is_there_and_a_change_does_not(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(pairs, tmp_path / "made"))
+    out = tmp_path / "report"
+    first = audited(made, busi, out)
+    assert not first.outcomes["integrity"].cached
+    again = audited(made, busi, out)
+    assert again.outcomes["integrity"].cached
+    assert again.outcomes["integrity"].result == first.outcomes["integrity"].result
+    assert not audited(made, busi, out, seed=1).outcomes["integrity"].cached
+    # The same images in another place are the same set; one mask less is another.
+    moved = made.rename(tmp_path / "elsewhere").rename(tmp_path / "made")
+    assert audited(moved, busi, out, seed=1).outcomes["integrity"].cached
+    next((made / "masks").iterdir()).unlink()
+    assert not audited(made, busi, out, seed=1).outcomes["integrity"].cached
+
+
+@pytest.mark.parametrize("damage", ["picture", "truncated", "foreign"])
+def test_a_kept_result_that_is_not_whole_is_made_anew(pairs: Path, busi: Path, tmp_path: Path, damage: str) -> None:
+    made, out = Path(shutil.copytree(pairs, tmp_path / "made")), tmp_path / "report"
+    for folder in (made / "images" / "benign", made / "masks"):
+        shutil.copy(folder / "scan0.png", folder / "again.png")  # A repeat, of which the report shows a picture.
+    first = audited(made, busi, out)
+    folder = out / "sections" / "integrity"
+    if damage == "picture":
+        (folder / first.outcomes["integrity"].result.pictures[0].file).unlink()
+    elif damage == "truncated":
+        (folder / "result.json").write_bytes((folder / "result.json").read_bytes()[:100])
+    else:
+        (folder / "result.json").write_text('{"key": "", "result": []}')
+    again = audited(made, busi, out)
+    assert not again.outcomes["integrity"].cached
+    assert again.outcomes["integrity"].result.pictures
+    assert all((folder / picture.file).is_file() for picture in again.outcomes["integrity"].result.pictures)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_it_keeps_the_finished_sections(
+    pairs: Path, busi: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    out = tmp_path / "report"
+    arguments = [str(pairs), "--real", str(busi), "--out", str(out), "--only", "integrity,physics", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*CLI, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in a shell's background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while process.poll() is None and not (out / "sections" / "integrity" / "result.json").exists():
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert not (out / "report.json").exists(), "it was killed before the end"
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"{out} keeps the sections that were finished" in errors.splitlines()[-1]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("integrity") and "kept from an earlier run" in line for line in lines)
+    assert any(line.startswith("physics") and "kept" not in line for line in lines)
+
+
+def test_training_images_judge_nothing(pairs: Path, drawn_prepared: Prepared, tmp_path: Path) -> None:
+    folder = drawn_prepared.folder
+    report = audited(pairs, folder, tmp_path / "report", train_split=folder)
+    by_split = drawn_prepared.table["split"].value_counts()
+    counts = dict(by_split.iter_rows())
+    assert report.content["sets"]["real"]["images"] == counts["val"] + counts["test"]
+    assert report.content["sets"]["train"]["images"] == counts["train"]
+    assert f"{counts['train']} trained the generator" in report.content["notes"][0]
+
+
+def test_a_real_set_of_training_images_alone_is_refused(
+    pairs: Path, drawn_busi: Path, drawn_prepared: Prepared, tmp_path: Path
+) -> None:
+    table = drawn_prepared.table
+    folder = Path(shutil.copytree(drawn_busi, tmp_path / "real"))
+    for row in table.iter_rows(named=True):
+        if row["split"] != "train" and row["source"] == "busi":
+            (tmp_path / "real" / Path(row["image_file"]).relative_to(drawn_busi.name)).unlink()
+    with pytest.raises(InputError, match=r"every image of .* trained the generator"):
+        audited(pairs, folder, tmp_path / "report", train_split=drawn_prepared.folder)
+
+
+def test_a_limit_draws_and_says_so(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    report = audited(pairs, busi, tmp_path / "report", limit=10)
+    assert [report.content["sets"][name]["images"] for name in ("synthetic", "real")] == [10, 10]
+    assert sum("drawn at random in whole groups" in note for note in report.content["notes"]) == 2
+
+
+def test_a_section_that_lacks_a_library_says_so_and_the_others_run(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    code = (
+        "import sys\nsys.modules['skimage'] = None\nfrom busigen.cli import main\n"
+        f"sys.argv = ['busigen', 'audit', {str(pairs)!r}, '--real', {str(busi)!r}, '--out', {str(out)!r}, "
+        "'--only', 'integrity,physics', '--device', 'cpu', *sys.argv[1:]]\nmain()\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "physics    NOT RUN" in done.stdout
+    assert "pip install 'busigen[eval]'" in done.stdout
+    assert json.loads((out / "report.json").read_text())["sections"][0]["figures"]
+    # A gate must not open because nobody looked, and a later run with the library looks.
+    done = subprocess.run([*command, "--fail-on-flag"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "physics" in error_line(done, 9)
+
+
+def test_a_missing_extra_is_named(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.modules['jinja2'] = None\nfrom busigen.cli import main\n"
+        f"sys.argv = ['busigen', 'audit', {str(pairs)!r}, '--real', {str(busi)!r}, '--out', {str(tmp_path / 'r')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "pip install 'busigen[eval]'" in error_line(done, 7)
+    assert not (tmp_path / "r").exists()
+
+
+def test_fail_on_flag(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(pairs, tmp_path / "made"))
+    (made / "images" / "benign" / "scan0.png").write_bytes(b"no image")
+    out = tmp_path / "report"
+    done = run(made, "--real", busi, "--out", out, *QUICKEST)
+    assert done.returncode == 0
+    assert "integrity  FLAGGED" in done.stdout
+    assert "! 1 files or entries could not be used" in done.stdout
+    line = error_line(run(made, "--real", busi, "--out", out, *QUICKEST, "--fail-on-flag"), 9)
+    assert "integrity" in line
+    assert str(out / "report.html") in line
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "texts"),
+    [
+        (["--only", "integrity,beauty"], 2, ["'beauty'", "integrity, physics, fidelity, realness, utility, privacy"]),
+        (["--only", ","], 2, ["--only names no section", "integrity"]),
+        (["--device", "tpu"], 2, ["'tpu'", "auto, cpu or cuda"]),
+        (["--limit", "1"], 2, ["--limit is 1"]),
+        (["--train-split", "{pairs}"], 3, ["no prepared folder"]),
+        (["--healthy", "nowhere"], 3, ["--healthy nowhere"]),
+        (["--inception", "nowhere.pt"], 3, ["--inception nowhere.pt"]),
+        (["--real", "nowhere"], 3, ["nowhere does not exist"]),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    pairs: Path, busi: Path, tmp_path: Path, options: list[str], code: int, texts: list[str]
+) -> None:
+    options = [option.format(pairs=pairs) for option in options]
+    line = error_line(run(pairs, "--real", busi, "--out", tmp_path / "r", *options), code)
+    assert all(text in line for text in texts)
+
+
+def test_a_folder_with_other_content_is_left_alone(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.docx").write_text("mine")
+    with pytest.raises(OutputError, match=r"thesis\.docx"):
+        audited(pairs, busi, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_cuda_is_refused_where_there_is_none(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        assert audited(pairs, busi, tmp_path / "report", device="cuda").content["inputs"]["device"] == "cuda"
+    else:
+        with pytest.raises(UsageError, match="--device cpu"):
+            audited(pairs, busi, tmp_path / "report", device="cuda")
