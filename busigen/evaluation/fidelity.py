@@ -160,22 +160,19 @@ def _compare(context: AuditContext, space: _Space, scopes: list[_Scope], result:
         figures += _figures(context, space, scope)
     known = adjusted(np.array([np.nan if figure.p is None else figure.p for _, figure in figures]))
     for (measure, figure), p in zip(figures, known, strict=True):
-        assert figure.floor is not None and figure.floor.low is not None and figure.floor.high is not None
-        beyond = (
-            figure.value.value < figure.floor.low
-            if measure.better == "higher"
-            else figure.value.value > figure.floor.high
-        )
+        floor = figure.floor
+        assert floor is not None and floor.low is not None and floor.high is not None
+        value = figure.value.value
+        beyond = value < floor.low if measure.better == "higher" else value > floor.high
         enough = min(figure.synthetic, figure.real) >= FEWEST_TO_FLAG
         flagged = bool(beyond and enough and p < SIGNIFICANT)
         note = figure.note if enough else f"{figure.note}; fewer than {FEWEST_TO_FLAG} images: never flagged"
         figure = replace(figure, p=float(p), flagged=flagged, note=note)
         result.figures.append(figure)
         if flagged:
-            low, high = figure.floor.low, figure.floor.high
             result.flag(
-                f"{figure.label}: {figure.value.value:.3g}, where halves of the real set give {low:.3g} to {high:.3g} "
-                f"(p = {figure.p:.2g}).",
+                f"{figure.label}: {value:.3g}, where halves of the real set give {floor.low:.3g} to {floor.high:.3g} "
+                f"(p = {p:.2g}).",
                 figure.key,
             )
 
@@ -249,7 +246,7 @@ def _explain_bias(
         "sets of different sizes cannot be compared, so value and floor are taken at one size here. FID is worse "
         f"off: with {_PAPER_SIZE} images its 2,048 x 2,048 covariances have rank {_PAPER_SIZE - 1}, and two samples of "
         f"one distribution lie {shares[1]:.0%} (variances falling as 1/j) to {shares[0]:.0%} (equal variances) of the "
-        "features' total variance apart, by simulation. MMD (KID) is unbiased and has no such term (Binkowski et al. 2018, "
-        "Chong and Forsyth 2020).",
+        "features' total variance apart, by simulation. MMD (KID) is unbiased and has no such term (Binkowski et al. "
+        "2018, Chong and Forsyth 2020).",
         *keys,
     )

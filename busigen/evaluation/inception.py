@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.errors import InputError
+from busigen.errors import InputError, MissingDependencyError
 from busigen.evaluation import matched
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval
@@ -27,7 +28,7 @@ CACHED_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _ABSENT = (
     "FID, KID and the Inception score were not computed, because Inception's weights are not at hand and the audit "
     "downloads nothing. Two ways to provide them: --inception PATH with a TorchScript Inception (such as "
-    f"inception-2015-12-05.pt); or torch-fidelity installed and {CACHED_WEIGHTS} in torch hub's folder of checkpoints."
+    f"inception-2015-12-05.pt); or busigen[fid] installed and {CACHED_WEIGHTS} in torch hub's folder of checkpoints."
 )
 
 _Extract = Callable[[Any], tuple[Any, Any]]
@@ -87,12 +88,11 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
         context: The audit.
     """
     import torch
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
     assert network.synthetic is not None and network.real is not None
     identity = torch.nn.Identity()
-    identity.num_features = network.real.shape[1]  # type: ignore[assignment]
-    fid = FrechetInceptionDistance(feature=identity)
+    identity.num_features = network.real.shape[1]
+    fid = _torchmetrics("fid").FrechetInceptionDistance(feature=identity)
     fid.set_dtype(torch.float64)
     fid.update(torch.from_numpy(network.real[real]), real=True)
     fid.update(torch.from_numpy(network.synthetic[synthetic]), real=False)
@@ -132,11 +132,20 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
     return figures
 
 
+def _torchmetrics(name: str) -> Any:
+    try:
+        return import_module(f"torchmetrics.image.{name}")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"FID and the Inception score need torchmetrics, which cannot be imported ({error})",
+            fix='Run pip install "busigen[eval]", or "busigen[fid]" where torch-fidelity is installed without torchvision.',
+        ) from error
+
+
 def _score(logits: NDArray[np.float64]) -> float:
     import torch
-    from torchmetrics.image.inception import InceptionScore
 
-    score = InceptionScore(feature=torch.nn.Identity(), splits=min(SPLITS, len(logits)))
+    score = _torchmetrics("inception").InceptionScore(feature=torch.nn.Identity(), splits=min(SPLITS, len(logits)))
     score.update(torch.from_numpy(logits))
     return float(score.compute()[0])
 
@@ -179,11 +188,13 @@ def _cached(device: str) -> _Extract | None:
     path = Path(torch.hub.get_dir()) / "checkpoints" / CACHED_WEIGHTS
     if not path.is_file():
         return None
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
     # torch-fidelity unpickles its weights: refuse first whatever is more than tensors.
     torch.load(path, map_location="cpu", weights_only=True)
-    network = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).to(device)
+    network = (
+        _torchmetrics("fid")
+        .NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+        .to(device)
+    )
 
     def extract(batch: Any) -> tuple[Any, Any]:
         features, logits = network._torch_fidelity_forward(batch)

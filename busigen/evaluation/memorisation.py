@@ -1,6 +1,6 @@
 """Statistics on nearest neighbours that tell memory from likeness; every test exchanges whole groups.
 
-All of them take similarities: greater is nearer. ``train`` trained the generator, ``held`` are real images that did not.
+All take similarities: greater is nearer. ``train`` trained the generator, ``held`` are real images that did not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from busigen.evaluation.matched import Groups, permutations
-from busigen.evaluation.statistics import resample, rows_by_group
+from busigen.evaluation.statistics import Rows, rows_by_group
 
 Values = NDArray[np.float64]
 
@@ -77,7 +77,8 @@ def interval(
     rng: np.random.Generator, count: int,
 ) -> tuple[float, float]:  # fmt: skip
     """95 % bootstrap interval by group. Neighbours are found before any image is repeated, so repeats do no harm."""
-    drawn = [measure(first[resample(first_groups, rng)], second[resample(second_groups, rng)]) for _ in range(count)]
+    sides = [(values, rows_by_group(groups)) for values, groups in ((first, first_groups), (second, second_groups))]
+    drawn = [measure(*(values[_resample(parts, rng)] for values, parts in sides)) for _ in range(count)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
 
@@ -146,3 +147,8 @@ def joined(groups: Groups, alike: NDArray[np.bool_]) -> Groups:
         coo_array((np.ones(len(rows)), (rows, columns)), shape=alike.shape), directed=False
     )
     return np.asarray(merged, dtype=np.int64)
+
+
+def _resample(parts: list[Rows], rng: np.random.Generator) -> Rows:
+    """Whole groups, with replacement."""
+    return np.concatenate([parts[k] for k in rng.integers(0, len(parts), len(parts))])

@@ -31,14 +31,14 @@ LISTED = 20
 """Nearest pairs listed in ``details``."""
 
 SENTENCES = {
-    "real": "These images were painted into real healthy images: outside the painted region every pixel is a patient's, "
-    "by construction, whatever the figures say. The set is not private towards the patients who gave the backgrounds. "
-    "The figures on lesion crops say whether it also shows lesions of the training set.",
+    "real": "These images were painted into real healthy images: outside the painted region every pixel is a "
+    "patient's, by construction, whatever the figures say. The set is not private towards the patients who gave the "
+    "backgrounds. The figures on lesion crops say whether it also shows lesions of the training set.",
     "synthetic": "The backgrounds are synthetic too, so no pixel was taken from a patient's image. What a network "
     "remembers of its training images may still show; these figures look for that. Finding nothing is no proof of "
     "privacy, and no differential privacy.",
-    "unknown": "It is not known what these images were painted into. If into real healthy images, then every image holds "
-    "a patient's pixels and is not private, whatever the figures say.",
+    "unknown": "It is not known what these images were painted into. If into real healthy images, then every image "
+    "holds a patient's pixels and is not private, whatever the figures say.",
 }
 """What is and what is not private, by ``AuditContext.backgrounds``."""
 
@@ -85,7 +85,12 @@ def run(context: AuditContext) -> SectionResult:
 
 def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: SectionResult) -> None:
     """Adjust the p-values for their number, flag, and say so in words."""
-    known = adjusted(np.array([figure.p for _, figure in found], dtype=np.float64))
+    p_values = np.array([figure.p for _, figure in found], dtype=np.float64)
+    # Copies are what the section exists for: a family of their own, so that the indirect tests do not dilute them.
+    copies = np.array([figure.key.endswith(".copies.value") for _, figure in found], dtype=np.bool_)
+    known = np.empty_like(p_values)
+    for family in (copies, ~copies):
+        known[family] = adjusted(p_values[family])
     preferring = {
         space.name
         for (space, figure), p in zip(found, known, strict=True)
@@ -161,5 +166,5 @@ def _show(context: AuditContext, space: Space, result: SectionResult) -> None:
 def _picture(space: Space, images: ImageSet, row: int) -> NDArray[np.uint8]:
     if space.name == "whole":
         return images.images[row]
-    left, top, right, bottom = (round(edge) for edge in crop_box(images.masks[row]))
+    left, top, right, bottom = (round(edge) for edge in crop_box(images.masks[row], images.valid[row]))
     return images.images[row][top:bottom, left:right]

@@ -36,7 +36,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Test:
-    """A two-sample measure. Its floor is the same measure between halves of ``floor``, by default of the second side."""
+    """A two-sample measure. Its floor is the same between halves of ``floor``, by default of the second side."""
 
     name: str
     label: str
@@ -128,13 +128,13 @@ def _with_train(space: Space) -> list[_Test]:
         ),
     ]
     if space.within is not None:
-        authentic = [
+        mine, others_own = (
             _Sample(memory.authentic(to, space.within, space.train.groups).astype(np.float64), groups)
             for to, groups in ((space.to_train, space.groups), (space.held_to_train, space.held.groups))
-        ]
+        )
         note = "share not nearer to a training image than that is to other patients' (Alaa et al. 2022)"
         # Held-out images are authentic by definition, so their own figure is what is usual.
-        tests.append(_Test("authenticity", "authenticity", _mean, *authentic, note, authentic[1], better="higher"))
+        tests.append(_Test("authenticity", "authenticity", _mean, mine, others_own, note, others_own, better="higher"))
     else:
         note = "reference: held-out images against the training images"
         tests.append(_copies(space, nearest, usual, note))

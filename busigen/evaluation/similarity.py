@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.metrics import pairwise
 
 from busigen.evaluation import radiomics
@@ -34,7 +35,7 @@ class Space:
         to_held: ``(S, H)``.
         to_train: ``(S, T)``, or None.
         held_to_train: ``(H, T)``, or None.
-        within: ``(T, T)`` of the training set in the radiomic space, ``(H, H)`` where there is no training set, or None.
+        within: ``(T, T)`` in the radiomic space; ``(H, H)`` where there is no training set; else None.
         views: Synthetic, training (or held-out) views, where the space has them.
     """
 
@@ -117,6 +118,12 @@ def _sets(context: AuditContext, *, lesions_only: bool) -> tuple[ImageSet, Image
     if train is not None and len(train):
         # A class that one side lacks would tell members from others without any memory.
         common = np.intersect1d(train.classes, held.classes)
-        train, held = (part.take(np.isin(part.classes, common)) for part in (train, held))
+        train, held = (_only(part, common) for part in (train, held))
     sides = [len(synthetic), len(held)] + ([] if train is None else [len(train)])
     return (synthetic, train, held) if min(sides) else None
+
+
+def _only(images: ImageSet, classes: NDArray[np.str_]) -> ImageSet:
+    rows = np.isin(images.classes, classes)
+    # Taking rows copies gigabytes of large sets.
+    return images if rows.all() else images.take(rows)
