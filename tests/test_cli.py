@@ -33,7 +33,7 @@ from busigen.runtime.sample import Drawn
 from busigen.runtime.shards import write_shard
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("prepare", "train", "export", "generate", "verify")
+COMMANDS = ("prepare", "train", "export", "generate", "verify", "audit")
 CLI = [sys.executable, "-m", "busigen.cli"]
 SMALL = ("--count", 6, "--shard-size", 2, "--batch-size", 2, "--seed", 3)
 """Three shards: enough to be killed between any two of them."""
