@@ -89,10 +89,15 @@ def test_sets_without_lesions_are_said(tmp_path):
     assert "Not run" in result.findings[0].text
 
 
-def _probed(real_dice, synthetic_dice, offset=(0.0, 0.0), seed=0):
+@pytest.fixture(scope="module")
+def pair():
+    return drawn_set(60, 1), drawn_set(60, 2)
+
+
+def _probed(pair, real_dice, synthetic_dice, offset=(0.0, 0.0), seed=0):
     """The probe's figures where a network has these mean Dices, and this offset from synthetic masks."""
     rng = np.random.default_rng(seed)
-    real, synthetic = drawn_set(60, 1), drawn_set(60, 2)
+    real, synthetic = pair
 
     def counts(mean):
         true = rng.normal(mean, 0.05, 60).clip(0, 1)
@@ -110,22 +115,22 @@ def _probed(real_dice, synthetic_dice, offset=(0.0, 0.0), seed=0):
     return {figure.key.removeprefix("utility.masks."): figure for figure in result.figures}
 
 
-def test_masks_that_do_not_fit_are_flagged():
-    figures = _probed(0.8, 0.6)
+def test_masks_that_do_not_fit_are_flagged(pair):
+    figures = _probed(pair, 0.8, 0.6)
     assert figures["dice"].flagged
     assert figures["dice"].value.value == pytest.approx(0.6, abs=0.03)  # 60 draws of sigma 0.05
     assert not figures["offset_x"].flagged
 
 
-def test_displaced_masks_are_flagged_in_their_direction():
-    figures = _probed(0.8, 0.8, offset=(0.0, -6.0))
+def test_displaced_masks_are_flagged_in_their_direction(pair):
+    figures = _probed(pair, 0.8, 0.8, offset=(0.0, -6.0))
     assert [figures[name].flagged for name in ("dice", "offset_y", "offset_x")] == [False, False, True]
     assert figures["offset_x"].value.value == pytest.approx(-6, abs=1)  # median of 60 draws of sigma 2
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_masks_as_good_as_real_ones_are_not(seed):
-    assert not any(figure.flagged for figure in _probed(0.8, 0.8, seed=seed).values())
+def test_masks_as_good_as_real_ones_are_not(pair, seed):
+    assert not any(figure.flagged for figure in _probed(pair, 0.8, 0.8, seed=seed).values())
 
 
 def test_patients_and_not_images_count_for_wilcoxon():
