@@ -16,7 +16,6 @@ LIBRARIES = (
     "torchmetrics",
     "torch-fidelity",
     "monai",
-    "prdc",
     "matplotlib",
 )
 """Distributions whose version a report names, where they are installed."""
