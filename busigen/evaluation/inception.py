@@ -138,7 +138,7 @@ def _torchmetrics(name: str) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"FID and the Inception score need torchmetrics, which cannot be imported ({error})",
-            fix='Run pip install "busigen[eval]", or "busigen[fid]" where torch-fidelity is installed without torchvision.',
+            fix='Run pip install "busigen[eval]", or "busigen[fid]" where torch-fidelity lacks torchvision.',
         ) from error
 
 
