@@ -117,6 +117,37 @@ def _round_masks(images: ImageSet) -> ImageSet:
     return replace(images, masks=np.stack(smooth))
 
 
+def with_calipers(images: ImageSet) -> ImageSet:
+    pixels = images.images.copy()
+    for image, mask in zip(pixels, images.masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        for row, column in ((rows[0], columns[0]), (rows[-1], columns[-1])):
+            row, column = int(np.clip(row, 6, 249)), int(np.clip(column, 6, 249))
+            image[row - 6 : row + 7, column - 6 : column + 7] //= 2
+            image[row - 5 : row + 6, column] = 250
+            image[row, column - 5 : column + 6] = 250
+    return replace(images, images=pixels)
+
+
+def repeated(images: ImageSet) -> ImageSet:
+    rows = np.arange(len(images))
+    rows[::3] = 0
+    return images.take(rows)
+
+
+def with_copies(images: ImageSet, source: ImageSet, share: float, seed: int) -> ImageSet:
+    """A share of the images replaced by mirrored copies from ``source``, shifted by up to 12 pixels."""
+    rng = np.random.default_rng(seed)
+    pixels, masks, valid = images.images.copy(), images.masks.copy(), images.valid.copy()
+    rows = rng.permutation(len(images))[: round(share * len(images))]
+    for row, origin in zip(rows, rng.permutation(len(source)), strict=False):
+        move = tuple(rng.integers(-12, 13, 2).tolist())
+        pixels[row] = np.roll(source.images[origin][:, ::-1], move, (0, 1))
+        masks[row] = np.roll(source.masks[origin][:, ::-1], move, (0, 1))
+        valid[row] = source.valid[origin][:, ::-1]
+    return replace(images, images=pixels, masks=masks, valid=valid).with_lesions()
+
+
 DEFECTS: dict[str, Callable[[ImageSet], ImageSet]] = {
     "blur": _redrawn(lambda pixels, _: ndimage.gaussian_filter(pixels, 1.0)),
     "jpeg": _redrawn(_jpeg),
@@ -128,4 +159,6 @@ DEFECTS: dict[str, Callable[[ImageSet], ImageSet]] = {
     "classes swapped": _swapped,
     "hard seam": _pasted,
     "smooth outlines": _round_masks,
+    "calipers added": with_calipers,
+    "one image a third of the time": repeated,
 }

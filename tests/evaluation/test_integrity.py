@@ -23,9 +23,9 @@ from busigen.evaluation.integrity import run
 from busigen.evaluation.mask_edges import edge_fit
 from busigen.evaluation.results import SectionResult
 from busigen.evaluation.sets import from_prepared, read_set
-from busigen.evaluation.statistics import halves
 from tests.conftest import Sources
 from tests.drawn import draw_frame, draw_pairs
+from tests.evaluation.planted import halved, repeated, with_calipers
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,6 @@ def lesions(any_sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> I
     if len(found) >= 100:
         return draw(found, 160, seed=0)
     return read_set(draw_pairs(tmp_path_factory.mktemp("pairs") / "set", count=150)).with_lesions()
-
-
-def halved(images: ImageSet, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    first, second = halves(images.groups, np.random.default_rng(seed))
-    return images.take(first), images.take(second)
 
 
 def judge(synthetic: ImageSet, real: ImageSet, out: Path, **options: object) -> SectionResult:
@@ -70,24 +65,6 @@ def squashed(images: ImageSet) -> ImageSet:
         arrays.append([np.asarray(Image.fromarray(part[inside]).resize((256, 256))) for part in (image, mask)])
     pixels, masks = zip(*arrays, strict=True)
     return replace(images, images=np.stack(pixels), masks=np.stack(masks), valid=np.ones_like(images.valid))
-
-
-def with_calipers(images: ImageSet) -> ImageSet:
-    pixels = images.images.copy()
-    for image, mask in zip(pixels, images.masks, strict=True):
-        rows, columns = np.nonzero(mask)
-        for row, column in ((rows[0], columns[0]), (rows[-1], columns[-1])):
-            row, column = int(np.clip(row, 6, 249)), int(np.clip(column, 6, 249))
-            image[row - 6 : row + 7, column - 6 : column + 7] //= 2
-            image[row - 5 : row + 6, column] = 250
-            image[row, column - 5 : column + 6] = 250
-    return replace(images, images=pixels)
-
-
-def repeated(images: ImageSet) -> ImageSet:
-    rows = np.arange(len(images))
-    rows[::3] = 0
-    return images.take(rows)
 
 
 def posterised(images: ImageSet) -> ImageSet:

@@ -49,5 +49,6 @@ def test_a_planted_defect_is_named(lesions, out, defect):
     assert any(NAMED[defect] in finding.text for finding in result.findings if finding.level == "flag")
 
 
-def test_every_planted_defect_has_its_sentence():
-    assert NAMED.keys() == DEFECTS.keys()
+def test_every_planted_defect_that_changes_ultrasound_has_its_sentence():
+    others_find = {"calipers added", "one image a third of the time"}
+    assert NAMED.keys() == DEFECTS.keys() - others_find
