@@ -144,7 +144,7 @@ def with_copies(images: ImageSet, source: ImageSet, share: float, seed: int) -> 
         move = tuple(rng.integers(-12, 13, 2).tolist())
         pixels[row] = np.roll(source.images[origin][:, ::-1], move, (0, 1))
         masks[row] = np.roll(source.masks[origin][:, ::-1], move, (0, 1))
-        valid[row] = source.valid[origin][:, ::-1]
+        valid[row] = np.roll(source.valid[origin][:, ::-1], move, (0, 1))
     return replace(images, images=pixels, masks=masks, valid=valid).with_lesions()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,7 @@ from busigen.evaluation.results import SectionResult
 from busigen.evaluation.sets import from_prepared
 from busigen.evaluation.statistics import halves
 from tests.evaluation.drawn_sets import drawn_set
-
-
-def _with_copies(images: ImageSet, source: ImageSet, share: float, seed: int) -> ImageSet:
-    """A share of the images replaced by mirrored copies from ``source``, shifted by up to 12 pixels."""
-    rng = np.random.default_rng(seed)
-    pixels, masks, valid = images.images.copy(), images.masks.copy(), images.valid.copy()
-    rows = rng.permutation(len(images))[: round(share * len(images))]
-    for row, origin in zip(rows, rng.permutation(len(source)), strict=False):
-        move = tuple(rng.integers(-12, 13, 2).tolist())
-        pixels[row] = np.roll(source.images[origin][:, ::-1], move, (0, 1))
-        masks[row] = np.roll(source.masks[origin][:, ::-1], move, (0, 1))
-        valid[row] = source.valid[origin][:, ::-1]
-    return replace(images, images=pixels, masks=masks, valid=valid).with_lesions()
+from tests.evaluation.planted import with_copies
 
 
 def _audit(
@@ -56,7 +43,7 @@ def fresh() -> ImageSet:
 
 @pytest.fixture(scope="module")
 def copied(train: ImageSet, held: ImageSet, fresh: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> SectionResult:
-    return _audit(_with_copies(fresh, train, 0.3, 0), held, train, tmp_path_factory.mktemp("copied"))
+    return _audit(with_copies(fresh, train, 0.3, 0), held, train, tmp_path_factory.mktemp("copied"))
 
 
 def test_copies_of_training_images_are_found_and_counted(copied: SectionResult) -> None:
@@ -108,7 +95,7 @@ def test_without_training_images_copies_of_real_ones_are_found_and_the_rest_left
     assert not clean.flagged
     assert any("none of that can be concluded" in finding.text for finding in clean.findings)
     assert [figure.key.split(".")[3] for figure in clean.figures] == ["copies", "copies"]
-    copies = _audit(_with_copies(fresh, held, 0.3, 0), held, None, tmp_path)
+    copies = _audit(with_copies(fresh, held, 0.3, 0), held, None, tmp_path)
     assert copies.figure("privacy.crop.all.copies.value").flagged
     assert copies.figure("privacy.whole.all.copies.value").flagged
 
@@ -116,7 +103,7 @@ def test_without_training_images_copies_of_real_ones_are_found_and_the_rest_left
 def test_whole_images_painted_into_real_ones_are_not_blamed_but_lesions_are(
     train: ImageSet, held: ImageSet, fresh: ImageSet, tmp_path: Path
 ) -> None:
-    result = _audit(_with_copies(fresh, train, 0.3, 0), held, train, tmp_path, "real")
+    result = _audit(with_copies(fresh, train, 0.3, 0), held, train, tmp_path, "real")
     assert "not private" in result.findings[0].text
     assert not result.figure("privacy.whole.all.copies.value").flagged
     assert result.figure("privacy.crop.all.copies.value").flagged
@@ -183,7 +170,7 @@ def test_real_images(real_data: Path | None, seed: int, tmp_path: Path) -> None:
     first, second = halves(real.groups, np.random.default_rng(seed))
     clean = _audit(real.take(first), real.take(second), train, tmp_path)
     assert not clean.flagged, clean.findings
-    copied = _audit(_with_copies(real.take(first), train, 0.3, seed), real.take(second), train, tmp_path)
+    copied = _audit(with_copies(real.take(first), train, 0.3, seed), real.take(second), train, tmp_path)
     for region in ("crop", "whole"):
         figure = copied.figure(f"privacy.{region}.all.copies.value")
         assert figure.flagged
