@@ -136,15 +136,19 @@ def repeated(images: ImageSet) -> ImageSet:
 
 
 def with_copies(images: ImageSet, source: ImageSet, share: float, seed: int) -> ImageSet:
-    """A share of the images replaced by mirrored copies from ``source``, shifted by up to 12 pixels."""
+    """A share of the images replaced by mirrored copies from ``source``, shifted by up to 12 pixels.
+
+    What a shift would bring in from the other side is cut off: a seam across the image is another defect.
+    """
     rng = np.random.default_rng(seed)
     pixels, masks, valid = images.images.copy(), images.masks.copy(), images.valid.copy()
     rows = rng.permutation(len(images))[: round(share * len(images))]
     for row, origin in zip(rows, rng.permutation(len(source)), strict=False):
         move = tuple(rng.integers(-12, 13, 2).tolist())
-        pixels[row] = np.roll(source.images[origin][:, ::-1], move, (0, 1))
-        masks[row] = np.roll(source.masks[origin][:, ::-1], move, (0, 1))
-        valid[row] = np.roll(source.valid[origin][:, ::-1], move, (0, 1))
+        moved = [np.roll(part[origin][:, ::-1], move, (0, 1)) for part in (source.images, source.masks, source.valid)]
+        stayed = ndimage.shift(np.ones((256, 256)), move, order=0) > 0
+        valid[row] = moved[2] & stayed
+        pixels[row], masks[row] = np.where(valid[row], moved[0], 0), moved[1] & valid[row]
     return replace(images, images=pixels, masks=masks, valid=valid).with_lesions()
 
 
