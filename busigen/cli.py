@@ -180,9 +180,9 @@ def generate(
     weights = parse_classes(classes)
     opened = Bundle.open(bundle or default_bundle())
     engine = OnnxBackend(opened, provider=provider, threads=threads)
-    source = None if healthy == SYNTHETIC else HealthyFolder(Path(healthy))
-    sampler = Sampler(opened, engine, classes=weights, healthy=source, batch_size=batch_size)
     with console_progress() as progress:
+        source = None if healthy == SYNTHETIC else HealthyFolder(Path(healthy), progress)
+        sampler = Sampler(opened, engine, classes=weights, healthy=source, batch_size=batch_size)
         report = run(sampler, out, count=count, seed=seed, shard_size=shard_size, progress=progress)
     _print_generated(report)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -31,6 +30,7 @@ from busigen.runtime.dataset import Dataset
 from busigen.runtime.layout import FINISHED_FILES
 from busigen.runtime.sample import Drawn
 from busigen.runtime.shards import write_shard
+from tests.hashing import hash_of, hashes
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("prepare", "train", "export", "generate", "verify")
@@ -57,14 +57,6 @@ def error_line(done: Done, code: int) -> str:
     assert lines[0].startswith("error: ")
     assert "This is a bug" not in lines[0]
     return lines[0]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -438,7 +430,7 @@ def test_the_shipped_bundle_generates_without_data_and_without_torch(tmp_path: P
     assert done.stdout.splitlines()[-1] == "heavy: []"
     fingerprint = json.loads((out / "dataset.json").read_text())["fingerprint"]
     assert fingerprint["healthy"] == "synthetic"
-    assert fingerprint["bundle"] == hashlib.sha256((default_bundle() / "bundle.json").read_bytes()).hexdigest()
+    assert fingerprint["bundle"] == hash_of(default_bundle() / "bundle.json")
     checked = run("verify", out)
     assert checked.returncode == 0, checked.stdout
     assert "2 samples in 1 shard(s) read" in checked.stdout

@@ -17,6 +17,7 @@ from busigen.data.images import find_images, read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import RESOLUTION
+from busigen.runtime.progress import Progress
 
 log = logging.getLogger("busigen.runtime")
 
@@ -63,13 +64,17 @@ class HealthyFolder:
         InputError: the folder is missing, or holds no readable image.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
         if not folder.is_dir():
             raise InputError(f"--healthy {folder} is no folder.", fix="Give a folder of images, or 'synthetic'.")
         self.folder = folder
         found: dict[str, Path] = {}
         problems = []
-        for path in find_images(folder):
+        paths = list(find_images(folder))
+        progress = progress or Progress()
+        progress.start("reading healthy images", len(paths))
+        for path in paths:
+            progress.advance(1)
             try:
                 found.setdefault(read_image(path).sha256, path)
             except InputError as error:

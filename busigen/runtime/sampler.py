@@ -6,7 +6,7 @@ without changing what any of them is. Batches are padded to a fixed size, so tha
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -133,22 +133,23 @@ class Sampler:
         while pending:
             size = min(len(pending), self.batch_size * BATCHES_PER_ROUND)
             jobs = [pending.popleft() for _ in range(size)]
-            accepted, refused = self.attempt(seed, jobs)
+            accepted, refused = self.attempt(seed, jobs, done)
             samples.update((sample.index, sample) for sample in accepted)
             rejections += refused
             for rejection in refused:
                 if rejection.attempt + 1 >= MAX_ATTEMPTS:
                     raise AcceptanceError(
                         f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
-                        fix="Use another bundle or other healthy images; 'dataset.json' counts refusals by reason.",
+                        fix=f"Use another bundle or other healthy images. Refused so far: {_by_reason(rejections)}.",
                     )
                 pending.append((rejection.index, rejection.attempt + 1))
-            done(len(accepted))
         rejections.sort(key=lambda rejection: (rejection.index, rejection.attempt))
         return Drawn([samples[index] for index in indices], rejections)
 
-    def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
-        """Make one draw per (index, attempt) and judge each by the gates."""
+    def attempt(
+        self, seed: int, jobs: Sequence[tuple[int, int]], done: Callable[[int], None] = lambda accepted: None
+    ) -> tuple[list[Sample], list[Rejection]]:
+        """Make one draw per (index, attempt) and judge each by the gates; call ``done(1)`` per accepted sample."""
         samples: list[Sample] = []
         rejections: list[Rejection] = []
 
@@ -168,6 +169,7 @@ class Sampler:
             assert draft.mask is not None
             if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
                 samples.append(_sample(draft, image))
+                done(1)
         return samples, rejections
 
     def _backgrounds(self, seed: int, jobs: Sequence[tuple[int, int]]) -> list[Draft]:
@@ -266,6 +268,11 @@ def _sample(draft: Draft, image: NDArray[np.uint8]) -> Sample:
         "edit_pixels": int(draft.edit.sum()),
     }
     return Sample(draft.index, draft.attempt, draft.label, image, draft.mask, row)
+
+
+def _by_reason(rejections: Sequence[Rejection]) -> str:
+    counts = Counter(rejection.reason for rejection in rejections)
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
 
 
 def _to_unit(pixels: NDArray[np.uint8]) -> Floats:

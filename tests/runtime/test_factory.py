@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from busigen.runtime.factory import GenerationInterrupted, generate
 from busigen.runtime.layout import FINISHED_FILES
 from busigen.runtime.lock import exclusive
 from busigen.runtime.verify import verify
+from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource
 
 ROOT = Path(__file__).parents[2]
@@ -28,14 +28,6 @@ ROOT = Path(__file__).parents[2]
 
 def command(out: Path, count: int, shard_size: int, *more: object) -> list[str]:
     return [sys.executable, "-m", "tests.runtime.noise_source", *map(str, (out, count, shard_size, *more))]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
