@@ -18,6 +18,8 @@ from rich.markup import escape
 from busigen import __version__
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, InputError, MissingDependencyError, UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS
+from busigen.runtime.layout import DEFAULT_SHARD_SIZE
+from busigen.runtime.wording import counted
 
 if TYPE_CHECKING:
     from busigen.runtime.factory import GenerateReport
@@ -161,7 +163,9 @@ def generate(
     classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
-    shard_size: Annotated[int, typer.Option(help="Samples per shard.")] = 500,
+    shard_size: Annotated[
+        int, typer.Option(help="Samples per shard; an interruption loses up to two shards.")
+    ] = DEFAULT_SHARD_SIZE,
     provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
 ) -> None:
@@ -190,11 +194,11 @@ def generate(
 def _print_generated(report: GenerateReport) -> None:
     classes = ", ".join(f"{name} {count}" for name, count in report.classes.items())
     if report.already_complete:
-        stdout.print(f"{report.folder} is complete already: {report.samples} samples ({classes}).")
+        stdout.print(f"{report.folder} is complete already: {counted(report.samples, 'sample')} ({classes}).")
         return
     stdout.print(
-        f"{report.samples} samples ({classes}) in {report.folder}: {report.shards} shard(s), "
-        f"{report.size / 1e6:.1f} MB; {report.written} shard(s) written in {report.seconds:.1f} s"
+        f"{counted(report.samples, 'sample')} ({classes}) in {report.folder}: {counted(report.shards, 'shard')}, "
+        f"{report.size / 1e6:.1f} MB; {counted(report.written, 'shard')} written in {report.seconds:.1f} s"
     )
     if report.rejected:
         refused = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
@@ -227,10 +231,16 @@ def _print_verified(report: VerifyReport, *, proving: bool) -> None:
     for problem in report.problems[:SHOWN_PROBLEMS]:
         stdout.print(escape(f"{problem.file}: {problem.problem} {problem.fix}"))
     if len(report.problems) > SHOWN_PROBLEMS:
-        stdout.print(f"and {len(report.problems) - SHOWN_PROBLEMS} more problems")
-    state = "is sound" if report.ok else f"has {len(report.problems)} problem(s)"
-    stdout.print(f"{report.folder} {state}: {report.samples} samples in {report.shards} shard(s) read")
-    if proving:
+        stdout.print(f"and {counted(len(report.problems) - SHOWN_PROBLEMS, 'more problem')}")
+    state = "is sound" if report.ok else f"has {counted(len(report.problems), 'problem')}"
+    read = f"{counted(report.samples, 'sample')} in {counted(report.shards, 'shard')} read"
+    stdout.print(f"{report.folder} {state}: {read}")
+    if not proving:
+        return
+    if report.backgrounds_synthetic:
+        synthetic = counted(report.backgrounds_synthetic, "synthetic background")
+        stdout.print(f"  {synthetic}: made from no healthy image, so there is nothing to prove")
+    if report.backgrounds_synthetic < report.samples:
         stdout.print(
             f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
             f"{report.backgrounds_proven}; not proven: {report.backgrounds_unproven}"

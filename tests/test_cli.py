@@ -309,7 +309,7 @@ def test_a_provider_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path) ->
 def test_generate_writes_a_dataset_and_says_so(generated: tuple[Path, Done]) -> None:
     out, done = generated
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"6 samples (benign 3, malignant 3) in {out}: 3 shard(s)")
+    assert done.stdout.startswith(f"6 samples (benign 3, malignant 3) in {out}: 3 shards")
     assert str(out / "preview.png") in done.stdout
     assert f"busigen verify {out}" in done.stdout
     assert {path.name for path in out.iterdir()} == {*FINISHED_FILES, "shards"}
@@ -330,7 +330,7 @@ def test_a_rerun_does_nothing(dataset: Path, healthy: Path) -> None:
 def test_verify_proves_every_background(dataset: Path, healthy: Path) -> None:
     done = run("verify", dataset, "--healthy", healthy)
     assert done.returncode == 0, done.stdout
-    assert f"{dataset} is sound: 6 samples in 3 shard(s) read" in done.stdout
+    assert f"{dataset} is sound: 6 samples in 3 shards read" in done.stdout
     assert "bit for bit: 6; not proven: 0" in done.stdout
 
 
@@ -369,7 +369,12 @@ def test_verify_misses_a_healthy_image_that_was_changed(dataset: Path, healthy: 
     Image.fromarray(pixels).save(other / name)
     done = run("verify", dataset, "--healthy", other)
     assert done.returncode == 5
-    assert "sample 000000000: no image below" in done.stdout
+    needed = pl.read_parquet(dataset / "manifest.parquet")["healthy_sha256"].n_unique()
+    assert (
+        f"1 of {needed} healthy images are not below {other}; for example sample 000000000 needs {name} ("
+        in done.stdout
+    )
+    assert f"{dataset} has 1 problem: " in done.stdout
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
@@ -413,7 +418,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     line = error_line(subprocess.CompletedProcess(command, process.returncode, output, errors), 130)
-    assert f"Interrupted with 0 of 1 shards complete in {out}" in line
+    assert f"Interrupted with 0 of 1 shard complete in {out}" in line
     assert "same command" in line
 
 
@@ -433,4 +438,9 @@ def test_the_shipped_bundle_generates_without_data_and_without_torch(tmp_path: P
     assert fingerprint["bundle"] == hash_of(default_bundle() / "bundle.json")
     checked = run("verify", out)
     assert checked.returncode == 0, checked.stdout
-    assert "2 samples in 1 shard(s) read" in checked.stdout
+    assert "2 samples in 1 shard read" in checked.stdout
+    (tmp_path / "healthy").mkdir()
+    proving = run("verify", out, "--healthy", tmp_path / "healthy")
+    assert proving.returncode == 0, proving.stdout
+    assert "2 synthetic backgrounds: made from no healthy image, so there is nothing to prove" in proving.stdout
+    assert "bit for bit" not in proving.stdout

@@ -140,7 +140,9 @@ class HealthyFolder:
         else:
             fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
         first = f" For example: {problems[0]}" if problems else ""
-        return InputError(f"--healthy {self.folder} holds no healthy image that can be used{self._told()}.{first}", fix=fix)
+        return InputError(
+            f"--healthy {self.folder} holds no healthy image that can be used{self._told()}.{first}", fix=fix
+        )
 
     def __len__(self) -> int:
         return len(self.items)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from busigen.errors import AcceptanceError, UsageError
 from busigen.registry import BUCKETS, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION
 from busigen.runtime import gates
 from busigen.runtime.backend import Backend
+from busigen.runtime.batching import batches, grouped
 from busigen.runtime.bundle import Bundle, graph_names
 from busigen.runtime.classes import class_at
 from busigen.runtime.healthy import SYNTHETIC, Healthy, HealthyFolder, synthetic
@@ -45,8 +46,6 @@ MIN_BATCH = 2
 rows, and the bytes of a sample must not depend on the batch size."""
 
 Floats = NDArray[np.float32]
-T = TypeVar("T")
-K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ class Sampler:
     def attempt(
         self, seed: int, jobs: Sequence[tuple[int, int]], done: Callable[[int], None] = lambda accepted: None
     ) -> tuple[list[Sample], list[Rejection]]:
-        """Make one draw per (index, attempt) and judge each by the gates; call ``done(1)`` per accepted sample."""
+        """Make one draw per (index, attempt) and judge each by the gates; ``done`` hears of the accepted per batch."""
         samples: list[Sample] = []
         rejections: list[Rejection] = []
 
@@ -165,11 +164,13 @@ class Sampler:
             if passed(draft, gates.mask_reason(raw, mask, draft.healthy.valid)):
                 edit = edit_region(mask, draft.healthy.valid)
                 outlined.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
-        for draft, image in self._paint(seed, outlined):
-            assert draft.mask is not None
-            if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
-                samples.append(_sample(draft, image))
-                done(1)
+        for batch in self._paint(seed, outlined):
+            before = len(samples)
+            for draft, image in batch:
+                assert draft.mask is not None
+                if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
+                    samples.append(_sample(draft, image))
+            done(len(samples) - before)
         return samples, rejections
 
     def _backgrounds(self, seed: int, jobs: Sequence[tuple[int, int]]) -> list[Draft]:
@@ -178,7 +179,7 @@ class Sampler:
             pictures = [self.healthy.pick(uniform(seed, i, a, "healthy")) for i, a in jobs]
         else:
             pictures = []
-            for batch in _batches(jobs, self._size(BUCKETS[-1])):
+            for batch in batches(jobs, self._size(BUCKETS[-1])):
                 # Whole images, so the prior's batch is that of the large windows.
                 noise = np.stack([normal(seed, i, a, "prior", self.bundle.latent_shape) for i, a in batch])
                 latents = self._run("prior", BUCKETS[-1], len(batch), noise=noise)
@@ -192,19 +193,19 @@ class Sampler:
     def _outlines(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, Mask]]:
         """Stage 1: where the lesion goes and what outline it has."""
         shape = (MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2)
-        for label, group in _grouped(drafts, lambda draft: draft.label):
-            for batch in _batches(group, self._size(BUCKETS[0])):
+        for label, group in grouped(drafts, lambda draft: draft.label):
+            for batch in batches(group, self._size(BUCKETS[0])):
                 noise = np.stack([normal(seed, d.index, d.attempt, "mask", shape) for d in batch])
                 keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
                 tokens = self._tokens(batch, keep)
                 distance = self._run(f"mask-{label}", None, len(batch), noise=noise, tokens=tokens, keep=keep)
                 yield from ((draft, field[0] > 0) for draft, field in zip(batch, distance, strict=True))
 
-    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, NDArray[np.uint8]]]:
-        """Stages 2 and 3, and the paste into the healthy image."""
-        for (label, side), group in _grouped(drafts, lambda d: (d.label, d.window.side if d.window else 0)):
-            for batch in _batches(group, self._size(side)):
-                yield from zip(batch, self._paint_batch(seed, label, side, batch), strict=True)
+    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
+        """Stages 2 and 3, and the paste into the healthy image, batch by batch."""
+        for (label, side), group in grouped(drafts, lambda d: (d.label, d.window.side if d.window else 0)):
+            for batch in batches(group, self._size(side)):
+                yield list(zip(batch, self._paint_batch(seed, label, side, batch), strict=True))
 
     def _paint_batch(self, seed: int, label: str, side: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
         count = len(batch)
@@ -288,14 +289,3 @@ def _cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
     """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
     cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
     return np.stack(cuts)[:, None].astype(np.float32)
-
-
-def _batches(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _grouped(items: Sequence[T], key: Callable[[T], K]) -> list[tuple[K, list[T]]]:
-    groups: dict[K, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.items())

@@ -100,8 +100,25 @@ def test_leftovers_and_half_shards_are_made_anew(tmp_path: Path, uninterrupted: 
     (out / "shards" / "000002.tar").write_bytes(b"torn")
     (out / "shards" / "000003.json").write_text("{")
     (out / "shards" / "000004.parquet").unlink()
-    assert generate(NoiseSource(), out, count=75, seed=7, shard_size=10).written == 4
+    # The size stays what it was: only the hash tells.
+    for name in ("000005.tar", "000006.parquet"):
+        data = bytearray((out / "shards" / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (out / "shards" / name).write_bytes(data)
+    assert generate(NoiseSource(), out, count=75, seed=7, shard_size=10).written == 6
     assert hashes(out) == uninterrupted
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "dataset.json"])
+def test_a_changed_summary_is_written_anew(tmp_path: Path, name: str) -> None:
+    generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
+    before = hashes(tmp_path)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data.replace(b'"samples": 4', b'"samples": 5') if b"{" in data[:1] else data[::-1])
+    assert hashes(tmp_path) != before
+    report = generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
+    assert (report.written, report.already_complete) == (0, False)
+    assert hashes(tmp_path) == before
 
 
 def test_finished_folder_is_left_alone(tmp_path: Path) -> None:
@@ -202,10 +219,12 @@ def test_ctrl_c_keeps_what_was_drawn(tmp_path: Path) -> None:
     class Interrupted(NoiseSource):
         def draw(self, seed, indices, done):
             if indices[0] == 6:
+                done(2)
                 raise KeyboardInterrupt
             return super().draw(seed, indices, done)
 
-    with pytest.raises(GenerationInterrupted, match="2 of 4 shards complete") as caught:
+    lost = "lost with the unfinished shard: 2 finished samples"
+    with pytest.raises(GenerationInterrupted, match=rf"2 of 4 shards complete in .*; {lost}") as caught:
         generate(Interrupted(), tmp_path, count=12, seed=7, shard_size=3)
     assert caught.value.exit_code == 130
     assert generate(NoiseSource(), tmp_path, count=12, seed=7, shard_size=3).written == 2
