@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from busigen import __version__
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, InputError, MissingDependencyError, UsageError
-from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS
+from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
 from busigen.runtime.wording import counted
 
@@ -159,7 +159,7 @@ def generate(
     count: Annotated[int, typer.Option(help="Accepted samples to write.")],
     out: Annotated[Path, typer.Option(help="The dataset's folder. A rerun of the same command continues in it.")],
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
-    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = "synthetic",
+    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
     classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
@@ -170,24 +170,23 @@ def generate(
     threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
 ) -> None:
     """Write a dataset of images with lesions and their exact masks, in shards."""
-    from busigen.runtime.backend import OnnxBackend
-    from busigen.runtime.bundle import Bundle, default_bundle
-    from busigen.runtime.classes import parse_classes
-    from busigen.runtime.factory import generate as run
-    from busigen.runtime.healthy import SYNTHETIC, HealthyFolder
-    from busigen.runtime.layout import Plan
+    from busigen.runtime.job import Job
     from busigen.runtime.progress import console_progress
-    from busigen.runtime.sampler import Sampler
 
-    # Cheap checks first: a wrong number should not have to wait for a folder to be read.
-    Plan(count=count, seed=seed, shard_size=shard_size)
-    weights = parse_classes(classes)
-    opened = Bundle.open(bundle or default_bundle())
-    engine = OnnxBackend(opened, provider=provider, threads=threads)
+    job = Job(
+        count=count,
+        out=out,
+        bundle=bundle,
+        healthy=healthy,
+        classes=classes,
+        seed=seed,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        provider=provider,
+        threads=threads,
+    )
     with console_progress() as progress:
-        source = None if healthy == SYNTHETIC else HealthyFolder(Path(healthy), progress)
-        sampler = Sampler(opened, engine, classes=weights, healthy=source, batch_size=batch_size)
-        report = run(sampler, out, count=count, seed=seed, shard_size=shard_size, progress=progress)
+        report = job.run(progress)
     _print_generated(report)
 
 
@@ -253,8 +252,10 @@ def _needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        from busigen.runtime.install import install_command
+
         raise MissingDependencyError(
-            f"this command needs {error.name}, which is not installed.", fix=f"pip install 'busigen[{extra}]'"
+            f"this command needs {error.name}, which is not installed.", fix=f"Run {install_command(extra)}."
         ) from error
 
 

@@ -213,6 +213,22 @@ def test_a_tampered_bundle_is_refused_by_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Path, installed: bool) -> None:
+    home = ROOT
+    if installed:  # No pyproject.toml lies beside the package then.
+        home = tmp_path
+        shutil.copytree(ROOT / "busigen", home / "busigen", ignore=shutil.ignore_patterns("bundles", "__pycache__"))
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom busigen.cli import main\n"
+        "sys.argv = ['busigen', 'train', '--data', 'a', '--out', 'b']\nmain()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(home)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True)
+    line = error_line(done, 7)
+    assert ("`pip install 'busigen[train]'`" if installed else f"`pip install -e '.[train]'` in {ROOT}") in line
+
+
 # Output
 
 
@@ -283,13 +299,19 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
 
 
-def test_the_folder_of_another_run_is_refused_with_the_difference(dataset: Path, healthy: Path) -> None:
+def test_the_folder_of_another_run_is_refused_with_the_difference(dataset: Path, healthy: Path, tmp_path: Path) -> None:
     before = hashes(dataset)
-    line = error_line(run("generate", *SMALL, "--seed", 4, "--out", dataset, "--healthy", healthy), 4)
-    assert "config.seed: 3 -> 4" in line
-    line = error_line(run("generate", *SMALL, "--out", dataset), 4)
-    assert "fingerprint.healthy" in line
-    assert '"synthetic"' in line
+    command = ("generate", *SMALL, "--out", dataset)
+    done = run(*command, "--seed", 4, "--classes", "Malignant", "--healthy", healthy)
+    line = error_line(done, 4)
+    assert "(--classes: benign=0.5,malignant=0.5 -> malignant=1; --seed: 3 -> 4)" in line
+    assert "healthy" not in done.stderr.replace(line, ""), (
+        "what is known without the images is said before reading them"
+    )
+    assert "(--healthy: normal -> synthetic)" in error_line(run(*command), 4)
+    other = Path(shutil.copytree(healthy, tmp_path / "other"))
+    next(other.glob("*3).png")).unlink()
+    assert "(--healthy: normal -> other)" in error_line(run(*command, "--healthy", other), 4)
     assert hashes(dataset) == before
 
 
@@ -297,9 +319,10 @@ def test_a_provider_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path) ->
     done = run("generate", "--count", 1, "--out", tmp_path / "set", "--provider", "cuda")
     if done.returncode == 0:
         pytest.skip("this machine has a CUDA device")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --provider cuda: ")
-    assert "--provider cpu" in done.stderr
+    line = error_line(done, 2)
+    assert line.startswith("error: --provider cuda: ")
+    assert f"`pip install -e '.[cuda]'` in {ROOT}" in line
+    assert "--provider cpu" in line
     assert not (tmp_path / "set").exists(), "or the same command with --provider cpu would be refused"
 
 

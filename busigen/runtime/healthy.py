@@ -17,14 +17,11 @@ from busigen.data.geometry import Mask
 from busigen.data.images import find_images, masks_by_stem, read_image, read_mask
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
-from busigen.registry import LESION_CLASSES, RESOLUTION
+from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.progress import Progress
 
 log = logging.getLogger("busigen.runtime")
-
-SYNTHETIC = "synthetic"
-"""The value of ``--healthy`` that asks for synthetic backgrounds."""
 
 CACHED_IMAGES = 512
 

@@ -25,13 +25,13 @@ from busigen.data.geometry import (
     window_for,
 )
 from busigen.errors import AcceptanceError, UsageError
-from busigen.registry import BUCKETS, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION
+from busigen.registry import BUCKETS, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.backend import Backend
 from busigen.runtime.batching import batches, grouped
-from busigen.runtime.bundle import Bundle, graph_names
+from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.classes import class_at
-from busigen.runtime.healthy import SYNTHETIC, Healthy, HealthyFolder, synthetic
+from busigen.runtime.healthy import Healthy, HealthyFolder, synthetic
 from busigen.runtime.noise import normal, uniform
 from busigen.runtime.sample import Drawn, Rejection, Sample
 
@@ -103,6 +103,13 @@ class Sampler:
             "classes": self.classes,
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
             "gates": {name: getattr(gates, name) for name in sorted(vars(gates)) if name.isupper()},
+        }
+
+    def options(self) -> Mapping[str, str | None]:
+        """See :class:`busigen.runtime.sample.Source`."""
+        return {
+            "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
+            "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
         }
 
     def row_types(self) -> Mapping[str, type]:

@@ -133,11 +133,16 @@ def test_finished_folder_is_left_alone(tmp_path: Path) -> None:
 def test_other_config_is_refused_with_the_difference(tmp_path: Path) -> None:
     generate(NoiseSource(bundle="aa"), tmp_path, count=4, seed=7, shard_size=3)
     before = hashes(tmp_path)
-    with pytest.raises(OutputError, match=r'config.seed: 7 -> 8; fingerprint.bundle: "aa" -> "bb"') as caught:
+    with pytest.raises(OutputError, match=r"\(--bundle: aa -> bb; --seed: 7 -> 8\)") as caught:
         generate(NoiseSource(bundle="bb"), tmp_path, count=4, seed=8, shard_size=3)
     assert "--out" in caught.value.fix
-    with pytest.raises(OutputError, match=r"config.count: 4 -> 9.*another --seed"):
+    with pytest.raises(OutputError, match=r"--count: 4 -> 9.*another --seed"):
         generate(NoiseSource(bundle="aa"), tmp_path, count=9, seed=7, shard_size=3)
+    # What follows from an option is counted, and shown only where nothing else says what changed.
+    with pytest.raises(OutputError, match=r"\(--seed: 7 -> 8; and 2 more fields of run.json\)"):
+        generate(NoiseSource(bundle="aa", preset="tiny", gates=[1]), tmp_path, count=4, seed=8, shard_size=3)
+    with pytest.raises(OutputError, match=r'\(fingerprint.preset: null -> "tiny"\)'):
+        generate(NoiseSource(bundle="aa", preset="tiny"), tmp_path, count=4, seed=7, shard_size=3)
     assert hashes(tmp_path) == before
 
 

@@ -271,15 +271,3 @@ def test_contact_sheet_shows_lesion_and_contour(pristine: Path) -> None:
     assert {samples[index].label for index in picked} == {"benign", "malignant"}
     with pytest.raises(ValueError, match="even number"):
         contact_sheet(samples, columns=3)
-
-
-def test_card_and_croissant_describe_the_dataset(pristine: Path) -> None:
-    card = (pristine / "README.md").read_text()
-    assert "{000000..000002}.tar" in card
-    assert "not anonymous" in card
-    croissant = json.loads((pristine / "croissant.json").read_text())
-    assert croissant["conformsTo"] == "http://mlcommons.org/croissant/1.0"
-    ids = [node["@id"] for node in croissant["distribution"] + croissant["recordSet"]]
-    assert len(ids) == len(set(ids))
-    fields = {field["name"] for field in croissant["recordSet"][0]["field"]}
-    assert fields == set(Dataset.open(pristine).manifest().columns)
