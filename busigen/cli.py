@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,12 +18,9 @@ from rich.markup import escape
 from busigen import __version__
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, InputError, MissingDependencyError, UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC
+from busigen.runtime.install import install_command
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
-from busigen.runtime.wording import counted
-
-if TYPE_CHECKING:
-    from busigen.runtime.factory import GenerateReport
-    from busigen.runtime.verify import VerifyReport
+from busigen.runtime.summary import SHOWN_PROBLEMS, generated, verified
 
 app = typer.Typer(
     name="busigen",
@@ -37,7 +34,6 @@ app = typer.Typer(
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 DEBUG = "--debug"
-SHOWN_PROBLEMS = 20
 
 
 class Interrupted(BusigenError):
@@ -94,7 +90,11 @@ def prepare(
         counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))
         stdout.print(f"  {name:10} {sum(parts.values()):6}   {counts}")
     stdout.print(f"  sources: {', '.join(f'{name} {count}' for name, count in result.by_source.items())}")
-    stdout.print(f"  groups (patients, near-duplicates): {result.groups}; images under two classes: {result.conflicts}")
+    stdout.print(f"  groups (patients, near-duplicates): {result.groups}")
+    stdout.print(
+        f"  images under two classes: {result.conflicts} (the same frame stands under another class as well; they are "
+        "kept, but no class is fine-tuned on them)"
+    )
     stdout.print(f"  overlays suspected: {', '.join(f'{name} {count}' for name, count in result.overlays.items())}")
     stdout.print(f"  split hash: {result.split_hash}")
     stdout.print(f"  refused: {len(result.refused)}")
@@ -187,23 +187,8 @@ def generate(
     )
     with console_progress() as progress:
         report = job.run(progress)
-    _print_generated(report)
-
-
-def _print_generated(report: GenerateReport) -> None:
-    classes = ", ".join(f"{name} {count}" for name, count in report.classes.items())
-    if report.already_complete:
-        stdout.print(f"{report.folder} is complete already: {counted(report.samples, 'sample')} ({classes}).")
-        return
-    stdout.print(
-        f"{counted(report.samples, 'sample')} ({classes}) in {report.folder}: {counted(report.shards, 'shard')}, "
-        f"{report.size / 1e6:.1f} MB; {counted(report.written, 'shard')} written in {report.seconds:.1f} s"
-    )
-    if report.rejected:
-        refused = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
-        share = sum(report.rejected.values()) / (sum(report.rejected.values()) + report.samples)
-        stdout.print(f"  draws refused by the gates: {share:.1%} ({refused})")
-    stdout.print(f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}")
+    for line in generated(report):
+        stdout.print(escape(line))
 
 
 @app.command(epilog="Example: `busigen verify data --healthy normal/`")
@@ -221,29 +206,10 @@ def verify(
         )
     with console_progress() as progress:
         report = run(dataset, healthy=healthy, progress=progress)
-    _print_verified(report, proving=healthy is not None)
+    for line in verified(report, proving=healthy is not None):
+        stdout.print(escape(line))
     if not report.ok:
         raise typer.Exit(5)
-
-
-def _print_verified(report: VerifyReport, *, proving: bool) -> None:
-    for problem in report.problems[:SHOWN_PROBLEMS]:
-        stdout.print(escape(f"{problem.file}: {problem.problem} {problem.fix}"))
-    if len(report.problems) > SHOWN_PROBLEMS:
-        stdout.print(f"and {counted(len(report.problems) - SHOWN_PROBLEMS, 'more problem')}")
-    state = "is sound" if report.ok else f"has {counted(len(report.problems), 'problem')}"
-    read = f"{counted(report.samples, 'sample')} in {counted(report.shards, 'shard')} read"
-    stdout.print(f"{report.folder} {state}: {read}")
-    if not proving:
-        return
-    if report.backgrounds_synthetic:
-        synthetic = counted(report.backgrounds_synthetic, "synthetic background")
-        stdout.print(f"  {synthetic}: made from no healthy image, so there is nothing to prove")
-    if report.backgrounds_synthetic < report.samples:
-        stdout.print(
-            f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
-            f"{report.backgrounds_proven}; not proven: {report.backgrounds_unproven}"
-        )
 
 
 @contextmanager
@@ -252,8 +218,6 @@ def _needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        from busigen.runtime.install import install_command
-
         raise MissingDependencyError(
             f"this command needs {error.name}, which is not installed.", fix=f"Run {install_command(extra)}."
         ) from error
