@@ -13,7 +13,7 @@ from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, 
 from busigen.runtime.atomic import output_errors, sha256_of
 from busigen.runtime.claim import claimed, run_record
 from busigen.runtime.finish import dataset_info, finish, is_finished, unfinish
-from busigen.runtime.layout import DEFAULT_SHARD_SIZE, Plan
+from busigen.runtime.layout import DEFAULT_SHARD_SIZE, SHARD_FOLDER, Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sample import Drawn, Source
 from busigen.runtime.shards import ShardRecord, schema_of, write_shard
@@ -140,14 +140,21 @@ def _sound_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
         whole = record and all(sha256_of(folder / file.file) == file.sha256 for file in (record.tar, record.parquet))
         return record if whole else None
 
+    numbers = _recorded(folder, plan)
     with ThreadPoolExecutor(_HASHERS) as pool:
-        return {number: record for number, record in enumerate(pool.map(sound, range(plan.shards))) if record}
+        return {number: record for number, record in zip(numbers, pool.map(sound, numbers), strict=True) if record}
+
+
+def _recorded(folder: Path, plan: Plan) -> list[int]:
+    """Numbers of the shards that have a record. Looking is cheaper than asking for each of ten million in turn."""
+    numbers = (int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if path.stem.isdecimal())
+    return sorted(number for number in numbers if number < plan.shards)
 
 
 def _draw_missing(source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress) -> None:
     """Draw and write the shards that ``records`` lacks, and add them to it."""
     types = source.row_types()
-    missing = [number for number in range(plan.shards) if number not in records]
+    missing = (number for number in range(plan.shards) if number not in records)
     progress.start("generating", plan.count, sum(record.count for record in records.values()))
     _check_space(out, plan, records)
     pending: Future[ShardRecord] | None = None
@@ -182,7 +189,7 @@ def _draw(source: Source, plan: Plan, number: int, progress: Progress) -> Drawn:
 
 
 def _interrupted(out: Path, plan: Plan, progress: Progress) -> GenerationInterrupted:
-    records = [complete_shard(out, plan, number) for number in range(plan.shards)]
+    records = [complete_shard(out, plan, number) for number in _recorded(out, plan)]
     kept = [record.count for record in records if record]
     lost = max(0, progress.done - sum(kept))
     loss = f"; lost with the unfinished shard: {counted(lost, 'finished sample')}" if lost else ""

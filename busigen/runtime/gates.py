@@ -22,7 +22,7 @@ MIN_CONTRAST = 4.0
 
 BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
 """Mean grey levels a background may have, and the least deviation. They hold for what the prior draws and for a user's
-healthy images; all 133 normal images of BUSI are within them."""
+healthy images; the 106 normal images of BUSI that they were tried on are all within them."""
 
 
 def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
