@@ -220,7 +220,9 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Pa
         home = tmp_path
         shutil.copytree(ROOT / "busigen", home / "busigen", ignore=shutil.ignore_patterns("bundles", "__pycache__"))
     code = (
-        "import sys\nsys.modules['torch'] = None\nfrom busigen.cli import main\n"
+        "import sys\nfor name in ('diffusers', 'peft', 'safetensors', 'torch', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "from busigen.cli import main\n"
         "sys.argv = ['busigen', 'train', '--data', 'a', '--out', 'b']\nmain()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(home)}
