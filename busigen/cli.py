@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,12 +24,10 @@ from busigen.errors import (
     MissingDependencyError,
     UsageError,
 )
-from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS
-
-if TYPE_CHECKING:
-    from busigen.evaluation.audit import Report
-    from busigen.runtime.factory import GenerateReport
-    from busigen.runtime.verify import VerifyReport
+from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC
+from busigen.runtime.install import install_command
+from busigen.runtime.layout import DEFAULT_SHARD_SIZE
+from busigen.runtime.summary import SHOWN_PROBLEMS, generated, verified
 
 app = typer.Typer(
     name="busigen",
@@ -43,7 +41,6 @@ app = typer.Typer(
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 DEBUG = "--debug"
-SHOWN_PROBLEMS = 20
 
 
 class Interrupted(BusigenError):
@@ -89,7 +86,7 @@ def prepare(
 
         def report(done: int, total: int) -> None:
             if not started:
-                progress.start("preparing", total)
+                progress.start("preparing", total, unit="image")
                 started.append(0)
             progress.advance(done - started[0])
             started[0] = done
@@ -100,7 +97,11 @@ def prepare(
         counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))
         stdout.print(f"  {name:10} {sum(parts.values()):6}   {counts}")
     stdout.print(f"  sources: {', '.join(f'{name} {count}' for name, count in result.by_source.items())}")
-    stdout.print(f"  groups (patients, near-duplicates): {result.groups}; images under two classes: {result.conflicts}")
+    stdout.print(f"  groups (patients, near-duplicates): {result.groups}")
+    stdout.print(
+        f"  images under two classes: {result.conflicts} (the same frame stands under another class as well; they are "
+        "kept, but no class is fine-tuned on them)"
+    )
     stdout.print(f"  overlays suspected: {', '.join(f'{name} {count}' for name, count in result.overlays.items())}")
     stdout.print(f"  split hash: {result.split_hash}")
     stdout.print(f"  refused: {len(result.refused)}")
@@ -165,50 +166,36 @@ def generate(
     count: Annotated[int, typer.Option(help="Accepted samples to write.")],
     out: Annotated[Path, typer.Option(help="The dataset's folder. A rerun of the same command continues in it.")],
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
-    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = "synthetic",
+    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
     classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
-    shard_size: Annotated[int, typer.Option(help="Samples per shard.")] = 500,
+    shard_size: Annotated[
+        int, typer.Option(help="Samples per shard; an interruption loses up to two shards.")
+    ] = DEFAULT_SHARD_SIZE,
     provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
 ) -> None:
     """Write a dataset of images with lesions and their exact masks, in shards."""
-    from busigen.runtime.backend import OnnxBackend
-    from busigen.runtime.bundle import Bundle, default_bundle
-    from busigen.runtime.classes import parse_classes
-    from busigen.runtime.factory import generate as run
-    from busigen.runtime.healthy import SYNTHETIC, HealthyFolder
-    from busigen.runtime.layout import Plan
+    from busigen.runtime.job import Job
     from busigen.runtime.progress import console_progress
-    from busigen.runtime.sampler import Sampler
 
-    # Cheap checks first: a wrong number should not have to wait for a folder to be read.
-    Plan(count=count, seed=seed, shard_size=shard_size)
-    weights = parse_classes(classes)
-    opened = Bundle.open(bundle or default_bundle())
-    engine = OnnxBackend(opened, provider=provider, threads=threads)
-    source = None if healthy == SYNTHETIC else HealthyFolder(Path(healthy))
-    sampler = Sampler(opened, engine, classes=weights, healthy=source, batch_size=batch_size)
-    with console_progress() as progress:
-        report = run(sampler, out, count=count, seed=seed, shard_size=shard_size, progress=progress)
-    _print_generated(report)
-
-
-def _print_generated(report: GenerateReport) -> None:
-    classes = ", ".join(f"{name} {count}" for name, count in report.classes.items())
-    if report.already_complete:
-        stdout.print(f"{report.folder} is complete already: {report.samples} samples ({classes}).")
-        return
-    stdout.print(
-        f"{report.samples} samples ({classes}) in {report.folder}: {report.shards} shard(s), "
-        f"{report.size / 1e6:.1f} MB; {report.written} shard(s) written in {report.seconds:.1f} s"
+    job = Job(
+        count=count,
+        out=out,
+        bundle=bundle,
+        healthy=healthy,
+        classes=classes,
+        seed=seed,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        provider=provider,
+        threads=threads,
     )
-    if report.rejected:
-        refused = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
-        share = sum(report.rejected.values()) / (sum(report.rejected.values()) + report.samples)
-        stdout.print(f"  draws refused by the gates: {share:.1%} ({refused})")
-    stdout.print(f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}")
+    with console_progress() as progress:
+        report = job.run(progress)
+    for line in generated(report):
+        stdout.print(escape(line))
 
 
 @app.command(epilog="Example: `busigen verify data --healthy normal/`")
@@ -226,23 +213,10 @@ def verify(
         )
     with console_progress() as progress:
         report = run(dataset, healthy=healthy, progress=progress)
-    _print_verified(report, proving=healthy is not None)
+    for line in verified(report, proving=healthy is not None):
+        stdout.print(escape(line))
     if not report.ok:
         raise typer.Exit(5)
-
-
-def _print_verified(report: VerifyReport, *, proving: bool) -> None:
-    for problem in report.problems[:SHOWN_PROBLEMS]:
-        stdout.print(escape(f"{problem.file}: {problem.problem} {problem.fix}"))
-    if len(report.problems) > SHOWN_PROBLEMS:
-        stdout.print(f"and {len(report.problems) - SHOWN_PROBLEMS} more problems")
-    state = "is sound" if report.ok else f"has {len(report.problems)} problem(s)"
-    stdout.print(f"{report.folder} {state}: {report.samples} samples in {report.shards} shard(s) read")
-    if proving:
-        stdout.print(
-            f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
-            f"{report.backgrounds_proven}; not proven: {report.backgrounds_unproven}"
-        )
 
 
 @app.command(
@@ -277,6 +251,7 @@ def audit(
     with _needs("eval"):
         from busigen.evaluation.audit import audit as run
         from busigen.evaluation.audit import check_libraries
+        from busigen.evaluation.summary import audited
 
         check_libraries()
     with _quiet_libraries(), console_progress() as progress:
@@ -300,31 +275,11 @@ def audit(
             raise Interrupted(
                 f"Interrupted; {out} keeps the sections that were finished.", fix="Run the same command to continue."
             ) from None
-    _print_audited(report)
+    for line in audited(report):
+        stdout.print(escape(line))
     bad = (*report.flagged, *report.failed)
     if fail_on_flag and bad:
         raise FlaggedError(f"flagged or not run: {', '.join(bad)}.", fix=f"See {report.html}.")
-
-
-def _print_audited(report: Report) -> None:
-    from busigen.evaluation.report_words import sentence
-
-    for name, text in report.content["counts"].items():
-        stdout.print(escape(f"{name:10} {text}"))
-    for note in report.content["notes"]:
-        stdout.print(escape(f"  {note}"))
-    for name, outcome in report.outcomes.items():
-        result = outcome.result
-        verdict = "NOT RUN" if outcome.error else "FLAGGED" if result.flagged else "nothing flagged"
-        kept = " (kept from an earlier run)" if outcome.cached else ""
-        stdout.print(f"{name:10} {verdict}, {result.seconds:.0f} s{kept}")
-        for figure in result.figures:
-            if figure.headline:
-                stdout.print(escape(f"  {figure.label}: {sentence(figure)}{'  FLAGGED' if figure.flagged else ''}"))
-        for finding in result.findings:
-            if finding.level == "flag" or outcome.error:
-                stdout.print(escape(f"  ! {finding.text}"))
-    stdout.print(f"Report: {report.html}")
 
 
 @contextmanager
@@ -334,7 +289,7 @@ def _needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"this command needs {error.name}, which is not installed.", fix=f"pip install 'busigen[{extra}]'"
+            f"this command needs {error.name}, which is not installed.", fix=f"Run {install_command(extra)}."
         ) from error
 
 

@@ -16,6 +16,9 @@ CLASSES = ("normal", "benign", "malignant")
 LESION_CLASSES = ("benign", "malignant")
 """The classes that get a LoRA adapter and that ``generate --classes`` accepts."""
 
+SYNTHETIC = "synthetic"
+"""The value of ``generate --healthy`` that asks for synthetic backgrounds."""
+
 STAGES = ("mask", "lesion", "blend")
 """The three denoising stages, in sampling order."""
 

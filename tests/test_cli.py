@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -31,6 +30,7 @@ from busigen.runtime.dataset import Dataset
 from busigen.runtime.layout import FINISHED_FILES
 from busigen.runtime.sample import Drawn
 from busigen.runtime.shards import write_shard
+from tests.hashing import hash_of, hashes
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("prepare", "train", "export", "generate", "verify", "audit")
@@ -52,19 +52,12 @@ def error_line(done: Done, code: int) -> str:
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if not re.match(r"generating: |\d\d:\d\d:\d\d left out: ", line)]
+    said = r"generating: |reading healthy images: |\d\d:\d\d:\d\d (left out|healthy images): "
+    lines = [line for line in done.stderr.splitlines() if not re.match(said, line)]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert "This is a bug" not in lines[0]
     return lines[0]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +186,7 @@ def test_a_healthy_folder_of_unusable_files(tmp_path: Path, name: str) -> None:
     make(tmp_path / "healthy" / name)
     done = run("generate", "--count", 1, "--out", tmp_path / "out", "--healthy", tmp_path / "healthy")
     line = error_line(done, 3)
-    assert len(done.stderr.splitlines()) == 1
-    assert all(text in line for text in (str(tmp_path / "healthy"), "no readable image", name, reason, "'synthetic'"))
+    assert all(text in line for text in (str(tmp_path / "healthy"), "no healthy image", name, reason, "'synthetic'"))
     assert not (tmp_path / "out").exists()
 
 
@@ -219,6 +211,24 @@ def test_a_tampered_bundle_is_refused_by_file(tmp_path: Path) -> None:
     path.unlink()
     assert str(path) in error_line(run("generate", "--count", 1, "--out", tmp_path / "out", "--bundle", bundle), 5)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Path, installed: bool) -> None:
+    home = ROOT
+    if installed:  # No pyproject.toml lies beside the package then.
+        home = tmp_path
+        shutil.copytree(ROOT / "busigen", home / "busigen", ignore=shutil.ignore_patterns("bundles", "__pycache__"))
+    code = (
+        "import sys\nfor name in ('diffusers', 'peft', 'safetensors', 'torch', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "from busigen.cli import main\n"
+        "sys.argv = ['busigen', 'train', '--data', 'a', '--out', 'b']\nmain()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(home)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True)
+    line = error_line(done, 7)
+    assert ("`pip install 'busigen[train]'`" if installed else f"`pip install -e '.[train]'` in {ROOT}") in line
 
 
 # Output
@@ -291,13 +301,19 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
 
 
-def test_the_folder_of_another_run_is_refused_with_the_difference(dataset: Path, healthy: Path) -> None:
+def test_the_folder_of_another_run_is_refused_with_the_difference(dataset: Path, healthy: Path, tmp_path: Path) -> None:
     before = hashes(dataset)
-    line = error_line(run("generate", *SMALL, "--seed", 4, "--out", dataset, "--healthy", healthy), 4)
-    assert "config.seed: 3 -> 4" in line
-    line = error_line(run("generate", *SMALL, "--out", dataset), 4)
-    assert "fingerprint.healthy" in line
-    assert '"synthetic"' in line
+    command = ("generate", *SMALL, "--out", dataset)
+    done = run(*command, "--seed", 4, "--classes", "Malignant", "--healthy", healthy)
+    line = error_line(done, 4)
+    assert "(--classes: benign=0.5,malignant=0.5 -> malignant=1; --seed: 3 -> 4)" in line
+    assert "healthy" not in done.stderr.replace(line, ""), (
+        "what is known without the images is said before reading them"
+    )
+    assert "(--healthy: normal -> synthetic)" in error_line(run(*command), 4)
+    other = Path(shutil.copytree(healthy, tmp_path / "other"))
+    next(other.glob("*3).png")).unlink()
+    assert "(--healthy: normal -> other)" in error_line(run(*command, "--healthy", other), 4)
     assert hashes(dataset) == before
 
 
@@ -305,9 +321,10 @@ def test_a_provider_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path) ->
     done = run("generate", "--count", 1, "--out", tmp_path / "set", "--provider", "cuda")
     if done.returncode == 0:
         pytest.skip("this machine has a CUDA device")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --provider cuda: ")
-    assert "--provider cpu" in done.stderr
+    line = error_line(done, 2)
+    assert line.startswith("error: --provider cuda: ")
+    assert f"`pip install -e '.[cuda]'` in {ROOT}" in line
+    assert "--provider cpu" in line
     assert not (tmp_path / "set").exists(), "or the same command with --provider cpu would be refused"
 
 
@@ -317,7 +334,7 @@ def test_a_provider_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path) ->
 def test_generate_writes_a_dataset_and_says_so(generated: tuple[Path, Done]) -> None:
     out, done = generated
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"6 samples (benign 3, malignant 3) in {out}: 3 shard(s)")
+    assert done.stdout.startswith(f"6 samples (benign 3, malignant 3) in {out}: 3 shards")
     assert str(out / "preview.png") in done.stdout
     assert f"busigen verify {out}" in done.stdout
     assert {path.name for path in out.iterdir()} == {*FINISHED_FILES, "shards"}
@@ -338,7 +355,7 @@ def test_a_rerun_does_nothing(dataset: Path, healthy: Path) -> None:
 def test_verify_proves_every_background(dataset: Path, healthy: Path) -> None:
     done = run("verify", dataset, "--healthy", healthy)
     assert done.returncode == 0, done.stdout
-    assert f"{dataset} is sound: 6 samples in 3 shard(s) read" in done.stdout
+    assert f"{dataset} is sound: 6 samples in 3 shards read" in done.stdout
     assert "bit for bit: 6; not proven: 0" in done.stdout
 
 
@@ -377,7 +394,12 @@ def test_verify_misses_a_healthy_image_that_was_changed(dataset: Path, healthy: 
     Image.fromarray(pixels).save(other / name)
     done = run("verify", dataset, "--healthy", other)
     assert done.returncode == 5
-    assert "sample 000000000: no image below" in done.stdout
+    needed = pl.read_parquet(dataset / "manifest.parquet")["healthy_sha256"].n_unique()
+    assert (
+        f"1 of {needed} healthy images are not below {other}; for example sample 000000000 needs {name} ("
+        in done.stdout
+    )
+    assert f"{dataset} has 1 problem: " in done.stdout
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
@@ -421,7 +443,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     line = error_line(subprocess.CompletedProcess(command, process.returncode, output, errors), 130)
-    assert f"Interrupted with 0 of 1 shards complete in {out}" in line
+    assert f"Interrupted with 0 of 1 shard complete in {out}" in line
     assert "same command" in line
 
 
@@ -438,7 +460,12 @@ def test_the_shipped_bundle_generates_without_data_and_without_torch(tmp_path: P
     assert done.stdout.splitlines()[-1] == "heavy: []"
     fingerprint = json.loads((out / "dataset.json").read_text())["fingerprint"]
     assert fingerprint["healthy"] == "synthetic"
-    assert fingerprint["bundle"] == hashlib.sha256((default_bundle() / "bundle.json").read_bytes()).hexdigest()
+    assert fingerprint["bundle"] == hash_of(default_bundle() / "bundle.json")
     checked = run("verify", out)
     assert checked.returncode == 0, checked.stdout
-    assert "2 samples in 1 shard(s) read" in checked.stdout
+    assert "2 samples in 1 shard read" in checked.stdout
+    (tmp_path / "healthy").mkdir()
+    proving = run("verify", out, "--healthy", tmp_path / "healthy")
+    assert proving.returncode == 0, proving.stdout
+    assert "2 synthetic backgrounds: made from no healthy image, so there is nothing to prove" in proving.stdout
+    assert "bit for bit" not in proving.stdout

@@ -118,7 +118,7 @@ def test_a_changed_weight_file_is_refused_by_export(checkpoint: Path, tmp_path: 
 def test_a_run_with_other_options_is_refused_with_the_difference(checkpoint: Path, drawn_prepared: Prepared) -> None:
     result = busigen("train", "--data", drawn_prepared.folder, "--out", checkpoint, "--preset", "tiny", "--seed", 7)
     assert result.returncode == 4
-    assert "recipe.seed: 0 there, 7 now" in result.stderr
+    assert "--seed: 0 there, 7 now" in result.stderr
 
 
 def test_an_unfinished_checkpoint_cannot_be_exported(tmp_path: Path) -> None:

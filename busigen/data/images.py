@@ -172,6 +172,16 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
 
 
+def masks_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The mask files that lie directly in a folder, by their image's stem, lower case: ``X_mask_1.png`` is ``x``'s."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        name = _MASK_NAME.search(path.stem)
+        if name and path.suffix.lower() in SUFFIXES and not _hidden(path.name):
+            found.setdefault(path.stem[: name.start()].lower(), []).append(path)
+    return found
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file name is that of an image rather than a mask, a hidden file or anything else."""
     path = Path(name)

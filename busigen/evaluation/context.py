@@ -127,7 +127,7 @@ class AuditContext:
 
     def track(self, what: str, items: Iterable[Item], total: int) -> Iterator[Item]:
         """Iterate with a progress bar."""
-        self.progress.start(what, total)
+        self.progress.start(what, total, unit="step")
         for item in items:
             yield item
             self.progress.advance(1)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from busigen.data.groups import NEAR_DUPLICATE
 from busigen.evaluation.context import ImageSet
 from busigen.evaluation.held_out import correlations, thumbnails
-from busigen.runtime.healthy import SYNTHETIC
+from busigen.registry import SYNTHETIC
 
 _BLOCK = 512
 

@@ -38,7 +38,7 @@ def run(context: AuditContext) -> SectionResult:
     """Look at files, grey levels, masks, overlays and repeats."""
     result = SectionResult("integrity")
     synthetic, real = context.synthetic, _comparable(context)
-    context.progress.start("integrity", len(synthetic) + len(real))
+    context.progress.start("integrity", len(synthetic) + len(real), unit="image")
     repeats = find_duplicates(synthetic), find_duplicates(real)
     facts = tuple(
         {**image_facts(part, lambda: context.progress.advance(1)), **_as_facts(found)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.results import Figure, Interval, SectionResult
+from busigen.registry import SYNTHETIC
 from busigen.runtime.backgrounds import Backgrounds
-from busigen.runtime.healthy import SYNTHETIC
 
 KEY = "integrity.background.unproven"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,16 @@ def examples(images: ImageSet, side: int) -> Examples:
     return Examples(np.rint(grey).astype(np.uint8), images.masks.reshape(shape).mean(axis=(2, 4)) >= 0.5)
 
 
-def train(data: Examples, recipe: Recipe, *, seed: int, device: str, classic: bool, paste: bool) -> nn.Module:
+def train(
+    data: Examples,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str,
+    classic: bool,
+    paste: bool,
+    done: Callable[[int], None] = lambda steps: None,
+) -> nn.Module:
     """Train a U-Net on Dice and cross-entropy for a fixed number of steps.
 
     Args:
@@ -86,6 +96,7 @@ def train(data: Examples, recipe: Recipe, *, seed: int, device: str, classic: bo
         classic: Mirror, rotate, scale and shift images, and change their gain and gamma.
         paste: Paste the lesion of another image into every second one (Ghiasi et al., "Simple copy-paste is a strong
             data augmentation method", CVPR 2021), edges blurred.
+        done: Called with 1 after every step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -113,6 +124,7 @@ def train(data: Examples, recipe: Recipe, *, seed: int, device: str, classic: bo
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
+            done(1)
     return network.eval()
 
 

@@ -22,9 +22,8 @@ from busigen.errors import BusigenError, InputError
 from busigen.evaluation.archives import list_archives
 from busigen.evaluation.context import Backgrounds, ImageSet
 from busigen.evaluation.items import Frame, Item, frame
-from busigen.registry import RESOLUTION, SPLITS
+from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
 from busigen.runtime.dataset import Dataset
-from busigen.runtime.healthy import SYNTHETIC
 from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER
 from busigen.runtime.progress import Progress
 
@@ -83,7 +82,7 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
     drawn = [items[k] for k in _draw(len(items), limit, seed)]
     frames = _Stack(len(drawn))
     progress = progress or Progress()
-    progress.start(f"reading {path.name}", len(drawn))
+    progress.start(f"reading {path.name}", len(drawn), unit="image")
     with ThreadPoolExecutor(_WORKERS) as pool:
         for start in range(0, len(drawn), _BLOCK):
             for item, result in zip(drawn[start:], pool.map(_try, drawn[start : start + _BLOCK]), strict=False):

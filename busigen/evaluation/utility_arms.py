@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,15 +182,20 @@ def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list
     folder = context.folder("utility") / "trainings"
     folder.mkdir(exist_ok=True)
     result = []
-    for part, arm, seed in context.track("Utility: trainings", jobs, len(jobs)):
+    context.progress.start(f"{len(jobs)} trainings", len(jobs) * recipe.steps, unit="step")
+    for part, arm, seed in jobs:
         sources = _sources(examples(part.train, recipe.side), synthetic, order, arm)
         test = examples(context.real.take(part.test), recipe.side)
         key = _key(recipe, arm, seed, context, (*sources, test, *([external] if external else []), synthetic))
         path = folder / f"{arm.name}-{part.name}-{seed}-{key[:12]}.json"
         kept = _kept(path, key)
         if kept is None:
-            kept = _trained(sources, recipe, arm, 1000 * context.seed + seed, context.device, test, synthetic, external)
+            run_seed = 1000 * context.seed + seed
+            advance = context.progress.advance
+            kept = _trained(sources, recipe, arm, run_seed, context.device, test, synthetic, external, advance)
             write_json(path, {"key": key, **kept})
+        else:
+            context.progress.advance(recipe.steps)
         result.append(_outcome(arm.name, seed, part.name, kept))
     return result
 
@@ -209,9 +215,10 @@ def _trained(
     test: Examples,
     synthetic: Examples,
     external: Examples | None,
+    done: Callable[[int], None],
 ) -> dict[str, Any]:
     data = sources[0] if len(sources) == 1 else sources[0].plus(sources[1])
-    network = train(data, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste)
+    network = train(data, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
     content: dict[str, Any] = {}
     for name, part in (("test", test), ("synthetic", synthetic if arm.name == REAL else None), ("external", external)):
         if part is None:

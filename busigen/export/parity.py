@@ -139,13 +139,14 @@ class _Witness(Sampler):
             self.painted[draft.index] = self.forced.get(draft.index, own)
             yield draft, self.painted[draft.index]
 
-    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, NDArray[np.uint8]]]:
-        for draft, image in super()._paint(seed, drafts):
-            assert draft.mask is not None and draft.edit is not None
-            self.images[draft.index], self.edits[draft.index] = image, draft.edit
-            reason = gates.image_reason(image, draft.mask, draft.healthy.valid)
-            self.refused[draft.index] = self.refused[draft.index] or reason
-            yield draft, image
+    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
+        for batch in super()._paint(seed, drafts):
+            for draft, image in batch:
+                assert draft.mask is not None and draft.edit is not None
+                self.images[draft.index], self.edits[draft.index] = image, draft.edit
+                reason = gates.image_reason(image, draft.mask, draft.healthy.valid)
+                self.refused[draft.index] = self.refused[draft.index] or reason
+            yield batch
 
 
 def _ellipse(index: int) -> Mask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,10 @@ from numpy.typing import NDArray
 from busigen.errors import IntegrityError, UsageError
 from busigen.registry import PROVIDERS
 from busigen.runtime.bundle import Bundle
+from busigen.runtime.install import install_command
+
+_SHOWN = 200
+"""Characters of ONNX Runtime's own message that an error quotes."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -65,19 +70,27 @@ class OnnxBackend:
     def _open(self, graph: str) -> ort.InferenceSession:
         path = self._bundle.graph(graph)
         try:
-            session = ort.InferenceSession(str(path), self._options, providers=[self._provider])
+            # With fallback, ONNX Runtime prints a banner of its own and goes on with the CPU.
+            session = ort.InferenceSession(str(path), self._options, providers=[self._provider], enable_fallback=False)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            reason = str(error).splitlines()[0][:_SHOWN]
+            if self.name != "cpu":
+                raise self._unusable(f": {reason}") from error
             raise IntegrityError(
-                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {str(error).splitlines()[0]}.",
+                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {reason}.",
                 fix="Export the bundle again with 'busigen export'.",
             ) from error
-        # ONNX Runtime falls back to the CPU without an error; a slow night is worse than a clear refusal.
+        # A provider whose libraries are missing is replaced by the CPU's without an error; a slow night is worse than
+        # a clear refusal.
         if self._provider not in session.get_providers():
-            raise UsageError(
-                f"--provider {self.name}: ONNX Runtime cannot use {self._provider} here.",
-                fix="Install the extra 'cuda' on a machine with an NVIDIA GPU, or use --provider cpu.",
-            )
+            raise self._unusable()
         return session
+
+    def _unusable(self, reason: str = "") -> UsageError:
+        return UsageError(
+            f"--provider {self.name}: ONNX Runtime cannot use {self._provider} here{reason}.",
+            fix=f"On a machine with an NVIDIA GPU run {install_command(self.name)}, or use --provider cpu.",
+        )
 
 
 def _usable_cores() -> int:
@@ -85,8 +98,23 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@cache
+def _prepare_runtime() -> None:
+    """Give all sessions of the process one memory arena, and keep ONNX Runtime's log off the terminal.
+
+    Graphs run one after the other, but an arena keeps the most its session ever used: sixteen of them hold several
+    times what the largest graph needs.
+    """
+    # What goes wrong is raised and told in one line; ONNX Runtime would dump its own account of it beside that.
+    ort.set_default_logger_severity(4)
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, None)
+
+
 def _session_options(threads: int) -> ort.SessionOptions:
+    _prepare_runtime()
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Spinning threads would take the cores from the thread that compresses the previous shard's PNGs.

@@ -47,19 +47,14 @@ class Backgrounds:
         """Compare a sample with its healthy image outside the edit region, which follows from the mask alone.
 
         Args:
-            sha256: of the healthy image's file.
+            sha256: of the healthy image's file, which must be among ``paths``.
             image: (256, 256) uint8.
             mask: (256, 256) bool.
 
         Returns:
             None where every such pixel is equal, else what is wrong.
         """
-        path = self.paths.get(sha256)
-        if path is None:
-            return InputError(
-                f"no image below {self.folder} has the sha256 {sha256} of its healthy image.",
-                fix="Give the folder that `busigen generate --healthy` was given.",
-            )
+        path = self.paths[sha256]
         try:
             healthy, valid = _frame(path)
         except BusigenError as error:

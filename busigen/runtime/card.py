@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from busigen.registry import RESOLUTION
+from busigen.registry import RESOLUTION, SYNTHETIC
 from busigen.runtime.layout import MANIFEST_FILE
+from busigen.runtime.options import command_line, decided
 from busigen.runtime.shards import FIXED_COLUMNS
+from busigen.runtime.wording import counted
 
-PRIVACY = (
+_PRIVACY_REAL = (
     "Lesions were painted into the healthy images given to the run. Where these show real patients, every pixel "
     "outside the painted region is still those patients' own: such a dataset is not anonymous, and may be passed on "
-    "only as the healthy images themselves may. Only samples with synthetic backgrounds (no `healthy_sha256`) hold no "
-    "patient's pixels."
+    "only as the healthy images themselves may."
 )
+
+_PRIVACY_SYNTHETIC = (
+    "The backgrounds are synthetic like the lesions: the run was given no patient's image, and no sample holds a "
+    "patient's pixels. How much of its training images the model itself reproduces has not been measured."
+)
+
+_LETTERBOX = f"""
+Images are letterboxed to {RESOLUTION} x {RESOLUTION}. Outside the edit region, a sample's pixels equal those of its
+healthy image, resized in the same way, bit for bit. A pixel (X, Y) of a sample lies in the healthy image's own file at
+x = (X - letterbox_left) / letterbox_scale, y = (Y - letterbox_top) / letterbox_scale.
+"""
 
 LICENCE = (
     "The samples inherit the terms of what they were made from: the bundle's training data and the healthy images. "
@@ -69,7 +81,6 @@ def readme(info: Mapping[str, Any]) -> str:
     Args:
         info: content of ``dataset.json``.
     """
-    config = info["config"]
     refused = sum(info["rejected"].values())
     return f"""---
 license: other
@@ -83,11 +94,16 @@ tags:
 - webdataset
 ---
 
-# Synthetic breast ultrasound, {info["samples"]} samples
+# Synthetic breast ultrasound, {counted(info["samples"], "sample")}
 
-Images with a synthetic benign or malignant lesion and that lesion's exact mask, made by busigen
-{info["busigen"]} with `--count {config["count"]} --seed {config["seed"]} --shard-size {config["shard_size"]}`.
-For research; not for diagnosis.
+Images with a synthetic {" or ".join(info["classes"])} lesion and that lesion's exact mask, made by busigen
+{info["busigen"]} with
+
+```sh
+{command_line(info)}
+```
+
+where folders stand by their names alone. For research; not for diagnosis.
 
 ![samples](preview.png)
 
@@ -106,15 +122,15 @@ For research; not for diagnosis.
   Boxes are in pixels, right and bottom exclusive. `shards/*.parquet` hold the same rows per shard.
 - `dataset.json`: options, fingerprints, counts, and the sha256 of every shard. `run.json`: the same before the run.
 - `croissant.json`: [Croissant](https://mlcommons.org/croissant) metadata.
-
+{"" if _is_synthetic(info) or "letterbox_scale" not in info["columns"] else _LETTERBOX}
 ## Reading it
 
 ```python
-import webdataset as wds
+import webdataset as wds  # pip install webdataset
 
-dataset = wds.WebDataset("shards/{{000000..{len(info["shards"]) - 1:06d}}}.tar", shardshuffle=False).decode("pil")
+dataset = wds.WebDataset("shards/{{000000..{len(info["shards"]) - 1:06d}}}.tar", shardshuffle=False).decode("l8")
 for image, mask, row in dataset.to_tuple("image.png", "mask.png", "json"):
-    ...
+    mask = mask > 0  # ({RESOLUTION}, {RESOLUTION}) bool; image is ({RESOLUTION}, {RESOLUTION}) uint8, row a dict
 ```
 
 or with the standard library alone:
@@ -134,8 +150,13 @@ with tarfile.open("shards/000000.tar") as shard:
 
 ## Privacy
 
-{PRIVACY}
+{privacy(info)}
 """
+
+
+def privacy(info: Mapping[str, Any]) -> str:
+    """What the run's backgrounds mean for patients; a source that does not say is taken to have used real images."""
+    return _PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL
 
 
 def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +176,7 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": "busigen-dataset",
-        "description": f"{info['samples']} synthetic breast ultrasound images with lesion masks. {PRIVACY}",
+        "description": f"{info['samples']} synthetic breast ultrasound images with lesion masks. {privacy(info)}",
         "version": f"{info['schema_version']}.0.0",
         "keywords": ["breast", "ultrasound", "synthetic", "segmentation"],
         "usageInfo": LICENCE,
@@ -180,6 +201,10 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_synthetic(info: Mapping[str, Any]) -> bool:
+    return bool(decided(info, "--healthy") == SYNTHETIC)
+
+
 def _table(classes: Mapping[str, int]) -> str:
     return "\n".join(f"| {name} | {count} |" for name, count in classes.items())
 
@@ -188,7 +213,7 @@ def _refusals(refused: int, reasons: Mapping[str, int]) -> str:
     if not refused:
         return "The quality gates refused no draw."
     listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    return f"The quality gates refused {refused} draws, which were drawn again ({listed})."
+    return f"The quality gates refused {counted(refused, 'draw')}, drawn again since ({listed})."
 
 
 def _file_object(name: str, about: str, record: Mapping[str, Any], encoding: str) -> dict[str, Any]:

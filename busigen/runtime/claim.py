@@ -18,9 +18,12 @@ from busigen.errors import OutputError
 from busigen.runtime.atomic import leftovers, output_errors, write_json
 from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SCHEMA_VERSION, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
 from busigen.runtime.lock import exclusive
+from busigen.runtime.options import FIELDS, changed_options, decided
 from busigen.runtime.sample import Source
+from busigen.runtime.wording import counted
 
-_SHOWN = 8
+_SHOWN = 3
+_TOLD = {"options": None, "versions": None}
 
 
 def run_record(source: Source, plan: Plan) -> dict[str, Any]:
@@ -31,7 +34,9 @@ def run_record(source: Source, plan: Plan) -> dict[str, Any]:
         "config": plan.config(),
         "columns": {name: kind.__name__ for name, kind in source.row_types().items()},
         "fingerprint": source.fingerprint(),
-        # Told, not compared: another Pillow may pack the same pixels into other bytes, but they stay the same samples.
+        # Told, not compared: a folder may be renamed, and another Pillow may pack the same pixels into other bytes, but
+        # they stay the same samples.
+        "options": source.options(),
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,
@@ -71,6 +76,30 @@ def claimed(out: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield standing
     finally:
         lock.__exit__(None, None, None)
+
+
+def refuse_other_run(out: Path, source: Source, plan: Plan, healthy: Path) -> None:
+    """Refuse early what ``claimed`` would refuse once the healthy images are read; without them, nothing is certain.
+
+    Args:
+        out: the dataset's folder.
+        source: the source without its healthy images.
+        plan: of the run.
+        healthy: the folder that the healthy images will come from.
+
+    Raises:
+        OutputError: the folder holds something else, or a run that differs in more than its healthy images can tell.
+    """
+    with output_errors(out):
+        _refuse_foreign(out)
+        standing = _read_run(out)
+    if standing is None:
+        return
+    run = run_record(source, plan)
+    run["options"]["--healthy"] = healthy.resolve().name
+    before = decided(standing, "--healthy")
+    run["fingerprint"]["healthy"] = before if before != run["fingerprint"]["healthy"] else None
+    _refuse_other(out, standing, run)
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
@@ -116,15 +145,23 @@ def _read_run(out: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other(out: Path, standing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    changed = differences({**standing, "versions": None}, {**run, "versions": None})
+    changed = differences({**standing, **_TOLD}, {**run, **_TOLD})
     if not changed:
         return
-    shown = "; ".join(f"{name}: {_short(old)} -> {_short(new)}" for name, old, new in changed[:_SHOWN])
-    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    options = changed_options(standing, run)
+    known = tuple(".".join(FIELDS[option]) for option in options)
+    rest = [(name, old, new) for name, old, new in changed if not name.startswith(known)]
+    shown = [f"{option}: {change}" for option, change in options.items()]
+    # What follows from a changed option, such as another bundle's preset, is counted; alone it has to be shown.
+    if not options:
+        shown += [f"{name}: {_short(old)} -> {_short(new)}" for name, old, new in rest[:_SHOWN]]
+        rest = rest[_SHOWN:]
+    if rest:
+        shown.append(f"and {counted(len(rest), 'more field')} of {RUN_FILE}")
     fix = "Choose another --out, or repeat the options that the folder was started with."
-    if [name for name, _, _ in changed] == ["config.count"]:
+    if list(options) == ["--count"]:
         fix += " For more samples, generate them with another --seed into another --out and use both folders."
-    raise OutputError(f"{out} belongs to another run ({shown}{more}).", fix=fix)
+    raise OutputError(f"{out} belongs to another run ({'; '.join(shown)}).", fix=fix)
 
 
 def _short(value: Any) -> str:

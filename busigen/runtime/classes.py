@@ -12,16 +12,17 @@ _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=
 
 
 def parse_classes(text: str) -> dict[str, float]:
-    """Read weights; they need not sum to one, and a name alone weighs 1.
+    """Read weights; they need not sum to one, a name alone weighs 1, and case is ignored.
 
     Raises:
         UsageError: unknown or repeated class, or a weight that is not a positive finite number.
     """
     weights: dict[str, float] = {}
     for part in (piece.strip() for piece in text.split(",")):
-        name, _, value = part.partition("=")
+        given, _, value = part.partition("=")
+        name = given.strip().lower()
         if name not in LESION_CLASSES:
-            raise UsageError(f"--classes names {name!r}, which is no lesion class.", fix=_EXAMPLE)
+            raise UsageError(f"--classes names {given!r}, which is no lesion class.", fix=_EXAMPLE)
         if name in weights:
             raise UsageError(f"--classes names {name!r} twice.", fix=_EXAMPLE)
         try:

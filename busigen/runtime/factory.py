@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
-from busigen.runtime.atomic import output_errors
+from busigen.runtime.atomic import output_errors, sha256_of
 from busigen.runtime.claim import claimed, run_record
 from busigen.runtime.finish import dataset_info, finish, is_finished, unfinish
-from busigen.runtime.layout import Plan
+from busigen.runtime.layout import DEFAULT_SHARD_SIZE, SHARD_FOLDER, Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sample import Drawn, Source
 from busigen.runtime.shards import ShardRecord, schema_of, write_shard
+from busigen.runtime.wording import counted
 
 BYTES_PER_SAMPLE = 60_000
 """Disk space per sample until the first shard has been measured: two PNGs, a row, tar padding."""
+
+_HASHERS = min(8, os.cpu_count() or 1)
 
 
 class GenerationInterrupted(BusigenError):
@@ -60,7 +64,7 @@ def generate(
     *,
     count: int,
     seed: int,
-    shard_size: int = 500,
+    shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> GenerateReport:
     """Make the dataset of ``count`` accepted samples in ``out``, or finish one that the same call began earlier.
@@ -85,22 +89,23 @@ def generate(
         BusigenError: whatever the source raises; complete shards are kept.
     """
     started = time.monotonic()
+    progress = progress or Progress()
     plan = Plan(count=count, seed=seed, shard_size=shard_size)
     schema_of(source.row_types())
     with claimed(out, run_record(source, plan)) as run:
         with output_errors(out):
-            kept = {n: record for n in range(plan.shards) if (record := complete_shard(out, plan, n))}
-            finished = len(kept) == plan.shards and is_finished(out, run)
+            kept = _sound_shards(out, plan)
+            finished = len(kept) == plan.shards and is_finished(out, run, [kept[n] for n in range(plan.shards)])
         records = dict(kept)
         if not finished:
             with output_errors(out):
                 unfinish(out)
             try:
-                _draw_missing(source, out, plan, records, progress or Progress())
+                _draw_missing(source, out, plan, records, progress)
                 with output_errors(out):
                     finish(out, run, [records[number] for number in range(plan.shards)])
             except KeyboardInterrupt:
-                raise _interrupted(out, plan) from None
+                raise _interrupted(out, plan, progress) from None
         info = dataset_info(run, [records[number] for number in range(plan.shards)], {})
     return GenerateReport(
         folder=out,
@@ -116,10 +121,7 @@ def generate(
 
 
 def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
-    """A shard's record if its three files are there with their recorded sizes, else None: it must be made (again).
-
-    Contents are not hashed here, so that continuing a large dataset is instant; ``busigen verify`` does that.
-    """
+    """A shard's record if its three files are there with their recorded sizes, else None: it must be made (again)."""
     try:
         record = ShardRecord.read(folder, number)
         indices = plan.indices(number)
@@ -130,10 +132,29 @@ def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
     return record if fits and sizes else None
 
 
+def _sound_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
+    """The records of all shards whose files have their recorded content; a damaged one is made again."""
+
+    def sound(number: int) -> ShardRecord | None:
+        record = complete_shard(folder, plan, number)
+        whole = record and all(sha256_of(folder / file.file) == file.sha256 for file in (record.tar, record.parquet))
+        return record if whole else None
+
+    numbers = _recorded(folder, plan)
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        return {number: record for number, record in zip(numbers, pool.map(sound, numbers), strict=True) if record}
+
+
+def _recorded(folder: Path, plan: Plan) -> list[int]:
+    """Numbers of the shards that have a record. Looking is cheaper than asking for each of ten million in turn."""
+    numbers = (int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if path.stem.isdecimal())
+    return sorted(number for number in numbers if number < plan.shards)
+
+
 def _draw_missing(source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress) -> None:
     """Draw and write the shards that ``records`` lacks, and add them to it."""
     types = source.row_types()
-    missing = [number for number in range(plan.shards) if number not in records]
+    missing = (number for number in range(plan.shards) if number not in records)
     progress.start("generating", plan.count, sum(record.count for record in records.values()))
     _check_space(out, plan, records)
     pending: Future[ShardRecord] | None = None
@@ -167,10 +188,13 @@ def _draw(source: Source, plan: Plan, number: int, progress: Progress) -> Drawn:
     return drawn
 
 
-def _interrupted(out: Path, plan: Plan) -> GenerationInterrupted:
-    complete = sum(complete_shard(out, plan, number) is not None for number in range(plan.shards))
+def _interrupted(out: Path, plan: Plan, progress: Progress) -> GenerationInterrupted:
+    records = [complete_shard(out, plan, number) for number in _recorded(out, plan)]
+    kept = [record.count for record in records if record]
+    lost = max(0, progress.done - sum(kept))
+    loss = f"; lost with the unfinished shard: {counted(lost, 'finished sample')}" if lost else ""
     return GenerationInterrupted(
-        f"Interrupted with {complete} of {plan.shards} shards complete in {out}.",
+        f"Interrupted with {len(kept)} of {counted(plan.shards, 'shard')} complete in {out}{loss}.",
         fix="Run the same command again to continue.",
     )
 
@@ -191,7 +215,7 @@ def _check_space(out: Path, plan: Plan, records: dict[int, ShardRecord]) -> None
         free = shutil.disk_usage(out).free
     if free < needed:
         raise OutputError(
-            f"{out} has {_gigabytes(free)} free, but the remaining {plan.count - done} samples need about "
+            f"{out} has {_gigabytes(free)} free, but the remaining {counted(plan.count - done, 'sample')} need about "
             f"{_gigabytes(needed)}.",
             fix="Free some space, then run the same command again: complete shards are kept. "
             "Or choose another --out or a smaller --count.",

@@ -56,15 +56,14 @@ def unfinish(folder: Path) -> None:
     (folder / DATASET_FILE).unlink(missing_ok=True)
 
 
-def is_finished(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Whether every top-level file is there and ``dataset.json`` closes this very run."""
+def is_finished(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
+    """Whether every top-level file is there, and ``dataset.json`` is what closes this very run and its manifest."""
     try:
         info = json.loads((folder / DATASET_FILE).read_bytes())
-        closes = all(info[name] == value for name, value in run.items())
-        manifest = info["files"][MANIFEST_FILE]["size"] == (folder / MANIFEST_FILE).stat().st_size
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        wanted = dataset_info(run, records, {MANIFEST_FILE: FileRecord.of(folder, MANIFEST_FILE)})
+    except (FileNotFoundError, ValueError):
         return False
-    return closes and manifest and all((folder / name).is_file() for name in FINISHED_FILES)
+    return bool(info == wanted) and all((folder / name).is_file() for name in FINISHED_FILES)
 
 
 def write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,17 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
-from busigen.data.images import find_images, read_image
+from busigen.data.images import find_images, masks_by_stem, read_image, read_mask
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
-from busigen.registry import RESOLUTION
+from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
+from busigen.runtime import gates
+from busigen.runtime.progress import Progress
 
 log = logging.getLogger("busigen.runtime")
 
-SYNTHETIC = "synthetic"
-"""The value of ``--healthy`` that asks for synthetic backgrounds."""
-
 CACHED_IMAGES = 512
+
+_LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
+_LESION_MASK = "with a lesion in the mask file beside it"
+_UNREADABLE = "unreadable"
+_REPEATED = "the same file again"
+_WITH_LESION = (_LESION_FOLDER, _LESION_MASK)
 
 
 @dataclass(frozen=True)
@@ -57,33 +63,83 @@ def synthetic(pixels: NDArray[np.uint8]) -> Healthy:
 class HealthyFolder:
     """A folder of healthy images, in the order of their content's hash, so that renaming them changes nothing.
 
-    Files that cannot be read are named in a warning and left out; ``BUSI``'s mask files are not images.
+    Left out, and counted in one log line: images below a folder that is named like a lesion class, images with a lesion
+    in the ``_mask`` file beside them, and repetitions. Files that cannot be read, and black, white or flat images
+    (:func:`busigen.runtime.gates.background_reason`, on the image without its letterbox bars), are also named one by
+    one.
+
+    Attributes:
+        left_out: number of files left out, by reason.
 
     Raises:
-        InputError: the folder is missing, or holds no readable image.
+        InputError: the folder is missing, or holds no healthy image.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
         if not folder.is_dir():
             raise InputError(f"--healthy {folder} is no folder.", fix="Give a folder of images, or 'synthetic'.")
         self.folder = folder
-        found: dict[str, Path] = {}
-        problems = []
-        for path in find_images(folder):
-            try:
-                found.setdefault(read_image(path).sha256, path)
-            except InputError as error:
-                problems.append(error)
+        self.left_out: Counter[str] = Counter()
+        self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
+        found, problems = self._find(progress or Progress())
         if not found:
-            first = f" For example: {problems[0].problem}" if problems else ""
-            raise InputError(
-                f"--healthy {folder} holds no readable image.{first}",
-                fix="Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'.",
-            )
+            raise self._nothing_left(problems)
         for problem in problems:
             log.warning("left out: %s", problem)
+        lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
+        log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._told())
         self.items = sorted(found.items())
-        self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
+
+    def _find(self, progress: Progress) -> tuple[dict[str, Path], list[str]]:
+        """The images that count as healthy by their hash, and what is wrong with those that are named one by one."""
+        found: dict[str, Path] = {}
+        problems: list[str] = []
+        paths = find_images(self.folder)
+        masks = lru_cache(maxsize=None)(masks_by_stem)
+        progress.start("reading healthy images", len(paths), unit="image")
+        try:
+            for path in paths:
+                try:
+                    reason = self._lesion_reason(path, masks(path.parent).get(path.stem.lower(), []))
+                    if reason is None:
+                        image = read_image(path)
+                        pixels, box = letterbox(image.pixels)
+                        reason = gates.background_reason(pixels, box.valid)
+                        if reason is not None:
+                            problems.append(f"{path.name}: {reason}.")
+                        elif found.setdefault(image.sha256, path) != path:
+                            reason = _REPEATED
+                except InputError as error:
+                    reason = _UNREADABLE
+                    problems.append(str(error))
+                if reason is not None:
+                    self.left_out[reason] += 1
+                progress.advance(1)
+        finally:
+            progress.stop()
+        return found, problems
+
+    def _lesion_reason(self, path: Path, masks: list[Path]) -> str | None:
+        if any(part.lower() in LESION_CLASSES for part in path.relative_to(self.folder).parts[:-1]):
+            return _LESION_FOLDER
+        return _LESION_MASK if any(read_mask(mask, None).any() for mask in masks) else None
+
+    def _told(self) -> str:
+        if not self.left_out:
+            return ""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+        return f", {self.left_out.total()} left out ({reasons})"
+
+    def _nothing_left(self, problems: list[str]) -> InputError:
+        normal = next((place / "normal" for place in (self.folder, self.folder.parent) if _is_normal(place)), None)
+        if normal is not None and normal != self.folder:
+            fix = f"Did you mean {normal}?"
+        else:
+            fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
+        first = f" For example: {problems[0]}" if problems else ""
+        return InputError(
+            f"--healthy {self.folder} holds no healthy image that can be used{self._told()}.{first}", fix=fix
+        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -118,3 +174,7 @@ class HealthyFolder:
             "letterbox_top": box.top,
         }
         return Healthy(pixels, box.valid, row)
+
+
+def _is_normal(place: Path) -> bool:
+    return (place / "normal").is_dir()

@@ -34,6 +34,9 @@ MEMBER_LIMIT = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the names of files that are still being written. No finished dataset holds one."""
 
+DEFAULT_SHARD_SIZE = 100
+"""Samples per shard. A shard is what an interruption loses, so on a CPU it has to be minutes of work and not hours."""
+
 MAX_COUNT = 10**9
 """Keys have nine digits; beyond them their order as text would no longer be the order of the indices."""
 

@@ -56,6 +56,13 @@ class Source(Protocol):
         """Everything that decides which samples exist, nested and JSON-able (bundle, healthy images, classes)."""
         ...
 
+    def options(self) -> Mapping[str, str | None]:
+        """Names, never paths, of the folders that options gave, by option; None where the default was taken.
+
+        Recorded for people to read. They decide nothing: the fingerprint holds what is in the folders.
+        """
+        ...
+
     def row_types(self) -> Mapping[str, type]:
         """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None.
 

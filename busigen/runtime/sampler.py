@@ -6,10 +6,10 @@ without changing what any of them is. Batches are padded to a fixed size, so tha
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,13 @@ from busigen.data.geometry import (
     window_for,
 )
 from busigen.errors import AcceptanceError, UsageError
-from busigen.registry import BUCKETS, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION
+from busigen.registry import BUCKETS, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.backend import Backend
-from busigen.runtime.bundle import Bundle, graph_names
+from busigen.runtime.batching import batches, grouped
+from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.classes import class_at
-from busigen.runtime.healthy import SYNTHETIC, Healthy, HealthyFolder, synthetic
+from busigen.runtime.healthy import Healthy, HealthyFolder, synthetic
 from busigen.runtime.noise import normal, uniform
 from busigen.runtime.sample import Drawn, Rejection, Sample
 
@@ -45,8 +46,6 @@ MIN_BATCH = 2
 rows, and the bytes of a sample must not depend on the batch size."""
 
 Floats = NDArray[np.float32]
-T = TypeVar("T")
-K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,13 @@ class Sampler:
             "gates": {name: getattr(gates, name) for name in sorted(vars(gates)) if name.isupper()},
         }
 
+    def options(self) -> Mapping[str, str | None]:
+        """See :class:`busigen.runtime.sample.Source`."""
+        return {
+            "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
+            "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
+        }
+
     def row_types(self) -> Mapping[str, type]:
         """See :class:`busigen.runtime.sample.Source`."""
         return {
@@ -133,22 +139,23 @@ class Sampler:
         while pending:
             size = min(len(pending), self.batch_size * BATCHES_PER_ROUND)
             jobs = [pending.popleft() for _ in range(size)]
-            accepted, refused = self.attempt(seed, jobs)
+            accepted, refused = self.attempt(seed, jobs, done)
             samples.update((sample.index, sample) for sample in accepted)
             rejections += refused
             for rejection in refused:
                 if rejection.attempt + 1 >= MAX_ATTEMPTS:
                     raise AcceptanceError(
                         f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
-                        fix="Use another bundle or other healthy images; 'dataset.json' counts refusals by reason.",
+                        fix=f"Use another bundle or other healthy images. Refused so far: {_by_reason(rejections)}.",
                     )
                 pending.append((rejection.index, rejection.attempt + 1))
-            done(len(accepted))
         rejections.sort(key=lambda rejection: (rejection.index, rejection.attempt))
         return Drawn([samples[index] for index in indices], rejections)
 
-    def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
-        """Make one draw per (index, attempt) and judge each by the gates."""
+    def attempt(
+        self, seed: int, jobs: Sequence[tuple[int, int]], done: Callable[[int], None] = lambda accepted: None
+    ) -> tuple[list[Sample], list[Rejection]]:
+        """Make one draw per (index, attempt) and judge each by the gates; ``done`` hears of the accepted per batch."""
         samples: list[Sample] = []
         rejections: list[Rejection] = []
 
@@ -164,10 +171,13 @@ class Sampler:
             if passed(draft, gates.mask_reason(raw, mask, draft.healthy.valid)):
                 edit = edit_region(mask, draft.healthy.valid)
                 outlined.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
-        for draft, image in self._paint(seed, outlined):
-            assert draft.mask is not None
-            if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
-                samples.append(_sample(draft, image))
+        for batch in self._paint(seed, outlined):
+            before = len(samples)
+            for draft, image in batch:
+                assert draft.mask is not None
+                if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
+                    samples.append(_sample(draft, image))
+            done(len(samples) - before)
         return samples, rejections
 
     def _backgrounds(self, seed: int, jobs: Sequence[tuple[int, int]]) -> list[Draft]:
@@ -176,7 +186,7 @@ class Sampler:
             pictures = [self.healthy.pick(uniform(seed, i, a, "healthy")) for i, a in jobs]
         else:
             pictures = []
-            for batch in _batches(jobs, self._size(BUCKETS[-1])):
+            for batch in batches(jobs, self._size(BUCKETS[-1])):
                 # Whole images, so the prior's batch is that of the large windows.
                 noise = np.stack([normal(seed, i, a, "prior", self.bundle.latent_shape) for i, a in batch])
                 latents = self._run("prior", BUCKETS[-1], len(batch), noise=noise)
@@ -190,19 +200,19 @@ class Sampler:
     def _outlines(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, Mask]]:
         """Stage 1: where the lesion goes and what outline it has."""
         shape = (MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2)
-        for label, group in _grouped(drafts, lambda draft: draft.label):
-            for batch in _batches(group, self._size(BUCKETS[0])):
+        for label, group in grouped(drafts, lambda draft: draft.label):
+            for batch in batches(group, self._size(BUCKETS[0])):
                 noise = np.stack([normal(seed, d.index, d.attempt, "mask", shape) for d in batch])
                 keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
                 tokens = self._tokens(batch, keep)
                 distance = self._run(f"mask-{label}", None, len(batch), noise=noise, tokens=tokens, keep=keep)
                 yield from ((draft, field[0] > 0) for draft, field in zip(batch, distance, strict=True))
 
-    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, NDArray[np.uint8]]]:
-        """Stages 2 and 3, and the paste into the healthy image."""
-        for (label, side), group in _grouped(drafts, lambda d: (d.label, d.window.side if d.window else 0)):
-            for batch in _batches(group, self._size(side)):
-                yield from zip(batch, self._paint_batch(seed, label, side, batch), strict=True)
+    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
+        """Stages 2 and 3, and the paste into the healthy image, batch by batch."""
+        for (label, side), group in grouped(drafts, lambda d: (d.label, d.window.side if d.window else 0)):
+            for batch in batches(group, self._size(side)):
+                yield list(zip(batch, self._paint_batch(seed, label, side, batch), strict=True))
 
     def _paint_batch(self, seed: int, label: str, side: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
         count = len(batch)
@@ -268,6 +278,11 @@ def _sample(draft: Draft, image: NDArray[np.uint8]) -> Sample:
     return Sample(draft.index, draft.attempt, draft.label, image, draft.mask, row)
 
 
+def _by_reason(rejections: Sequence[Rejection]) -> str:
+    counts = Counter(rejection.reason for rejection in rejections)
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+
+
 def _to_unit(pixels: NDArray[np.uint8]) -> Floats:
     return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)).astype(np.float32)
 
@@ -281,14 +296,3 @@ def _cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
     """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
     cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
     return np.stack(cuts)[:, None].astype(np.float32)
-
-
-def _batches(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _grouped(items: Sequence[T], key: Callable[[T], K]) -> list[tuple[K, list[T]]]:
-    groups: dict[K, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.items())

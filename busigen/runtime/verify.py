@@ -29,7 +29,8 @@ from busigen.runtime.layout import (
 )
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import COLUMN_TYPES, FileRecord, schema_of
-from busigen.runtime.verify_shard import FINISH, Problem, ShardFindings, check_shard
+from busigen.runtime.verify_shard import FINISH, MEND, Problem, ShardFindings, check_shard
+from busigen.runtime.wording import counted
 
 _DELETE = "Delete it, or move it out of the dataset."
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -47,6 +48,7 @@ class VerifyReport:
         duplicates: samples whose image equals an earlier one's.
         backgrounds_proven: samples whose pixels outside the edit region equal their healthy image, bit for bit.
         backgrounds_unproven: samples with a real healthy image for which that was not shown.
+        backgrounds_synthetic: samples with a synthetic background, for which there is nothing to show.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class VerifyReport:
     duplicates: int
     backgrounds_proven: int
     backgrounds_unproven: int
+    backgrounds_synthetic: int
 
     @property
     def ok(self) -> bool:
@@ -90,10 +93,14 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
         progress.stop()
     for shard in shards:
         problems += shard.problems
-    problems += _check_dataset(folder, run, shards)
+    if healthy:
+        problems += _absent(healthy, shards)
+    # Without it the run has not been finished, and what it would have written last is not missing but still to come.
+    finished = (folder / DATASET_FILE).exists()
+    problems += _check_dataset(folder, run, shards) if finished else [_unfinished(shards)]
     duplicates = list(_duplicates(shards))
     problems += duplicates
-    problems += _strangers(folder, plan)
+    problems += _strangers(folder, plan, finished)
     return VerifyReport(
         folder=folder,
         samples=sum(shard.samples for shard in shards),
@@ -102,6 +109,7 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
         duplicates=len(duplicates),
         backgrounds_proven=sum(shard.proven for shard in shards),
         backgrounds_unproven=sum(shard.unproven for shard in shards),
+        backgrounds_synthetic=sum(shard.synthetic for shard in shards),
     )
 
 
@@ -130,12 +138,13 @@ def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings
     """dataset.json and the manifest must follow from run.json and the shards."""
     missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
     yield from (Problem(name, "is missing.", FINISH) for name in missing)
-    if DATASET_FILE in missing:
-        return
+    for number, shard in enumerate(shards):
+        if not shard.started:
+            yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
     try:
         info = json.loads((folder / DATASET_FILE).read_bytes())
     except (OSError, ValueError):
-        yield Problem(DATASET_FILE, "cannot be read as JSON.", f"Delete it. {FINISH}")
+        yield Problem(DATASET_FILE, "cannot be read as JSON.", MEND)
         return
     records = [shard.record for shard in shards if shard.record is not None]
     files = {name: FileRecord.of(folder, name) for name in (MANIFEST_FILE,) if name not in missing}
@@ -144,7 +153,7 @@ def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings
     blamed = [name for name, file in files.items() if isinstance(recorded, dict) and recorded.get(name) != asdict(file)]
     for name in blamed:
         problem = f"has another sha256 or size than {DATASET_FILE} records: its content was changed or damaged."
-        yield Problem(name, problem, f"Delete it. {FINISH}")
+        yield Problem(name, problem, MEND)
     if len(records) == len(shards):
         wanted = dataset_info(run, records, files)
         if isinstance(info, dict) and (blamed or missing):
@@ -153,17 +162,40 @@ def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings
         if changed:
             named = ", ".join(name for name, _, _ in changed if name) or "everything"
             problem = f"differs from {RUN_FILE}, the shards' records or the manifest in: {named}."
-            yield Problem(DATASET_FILE, problem, f"Delete it. {FINISH}")
+            yield Problem(DATASET_FILE, problem, MEND)
     if files:
         yield from _check_manifest(folder, shards)
 
 
+def _unfinished(shards: list[ShardFindings]) -> Problem:
+    complete = sum(shard.started for shard in shards)
+    return Problem(
+        DATASET_FILE,
+        f"is missing, the run is unfinished: {complete} of {counted(len(shards), 'shard')}.",
+        "The same `busigen generate` command continues it.",
+    )
+
+
+def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
+    """One problem for all healthy images that are not where they were looked for: the folder is wrong, not each one."""
+    needed = set().union(*(shard.needed for shard in shards))
+    absent = {sha256: row for shard in reversed(shards) for sha256, row in shard.absent.items()}
+    if not absent:
+        return
+    row = min(absent.values(), key=lambda row: row["index"])
+    yield Problem(
+        row["shard"],
+        f"{len(absent)} of {len(needed)} healthy images are not below {healthy}; for example sample "
+        f"{row['key']} needs {row.get('healthy_file') or 'the image'} (sha256 {row['healthy_sha256'][:12]}...).",
+        "Give the folder that `busigen generate --healthy` was given.",
+    )
+
+
 def _check_manifest(folder: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
-    fix = f"Delete it. {FINISH}"
     try:
         manifest = pl.read_parquet(folder / MANIFEST_FILE)
     except (OSError, pl.exceptions.PolarsError) as error:
-        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", fix)
+        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", MEND)
         return
     tables = [shard.rows for shard in shards if shard.rows is not None]
     if len(tables) != len(shards):
@@ -173,7 +205,7 @@ def _check_manifest(folder: Path, shards: list[ShardFindings]) -> Iterator[Probl
     except pl.exceptions.PolarsError:
         equal = False
     if not equal:
-        yield Problem(MANIFEST_FILE, "does not equal the shards' rows.", fix)
+        yield Problem(MANIFEST_FILE, "does not equal the shards' rows.", f"Delete it. {FINISH}")
 
 
 def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
@@ -186,12 +218,14 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
             first.setdefault(digest, key)
 
 
-def _strangers(folder: Path, plan: Plan) -> Iterator[Problem]:
+def _strangers(folder: Path, plan: Plan, finished: bool) -> Iterator[Problem]:
     expected = set(FINISHED_FILES) | {LOCK_FILE}
     expected |= {shard_path(number, suffix) for number in range(plan.shards) for suffix in ("tar", "parquet", "json")}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.name.startswith(TEMPORARY_PREFIX):
+            if not finished:  # It goes when the same command continues.
+                continue
             yield Problem(name, "is a temporary file of a killed run.", FINISH)
         elif name not in expected and not path.is_dir():
             yield Problem(name, "is no part of the dataset.", _DELETE)

@@ -23,7 +23,11 @@ from busigen.runtime.shards import FileRecord, ShardRecord, lesion_box
 FINISH = "Run `busigen generate` with the same options again to finish the dataset."
 """What helps wherever a file is missing."""
 
+MEND = "Run `busigen generate` with the same options again: it makes anew what differs from its record, and no more."
+"""What helps wherever a hash gives the damage away, because ``generate`` checks them as well."""
+
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
+"""What helps against content that is wrong behind hashes that fit."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,37 @@ class Problem:
 
 @dataclass
 class ShardFindings:
-    """What the check of one shard found; ``hashes`` pairs each image's sha256 with its sample's key."""
+    """What the check of one shard found.
+
+    Attributes:
+        record: the shard's record; None if it is missing or damaged.
+        rows: the shard's table; None if it is missing or damaged.
+        samples: samples read.
+        synthetic: of these, samples with a synthetic background.
+        proven: samples that equal their healthy image outside the edit region.
+        unproven: samples with a healthy image for which that was not shown.
+        started: whether the shard is there at all: a run that was interrupted lacks whole shards.
+        needed: sha256 of every healthy image that a sample was painted into.
+        absent: of these, the ones that are not among the healthy images given, with the first sample of each.
+        hashes: each image's sha256 with its sample's key.
+        problems: everything else found wrong.
+    """
 
     record: ShardRecord | None = None
     rows: pl.DataFrame | None = None
     samples: int = 0
+    synthetic: int = 0
     proven: int = 0
     unproven: int = 0
+    started: bool = True
+    needed: set[str] = field(default_factory=set)
+    absent: dict[str, dict[str, Any]] = field(default_factory=dict)
     hashes: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def report(self, file: str, problem: str, remake: str) -> None:
-        """Add a problem that making the shard of the record ``remake`` anew solves."""
-        self.problems.append(Problem(file, problem, _REMAKE.format(file=remake)))
+    def report(self, file: str, problem: str, remake: str | None = None) -> None:
+        """Add a problem that a rerun solves, after deleting the record ``remake`` where one is named."""
+        self.problems.append(Problem(file, problem, _REMAKE.format(file=remake) if remake else MEND))
 
 
 def check_shard(
@@ -74,23 +96,25 @@ def check_shard(
     try:
         record = found.record = ShardRecord.read(folder, number)
     except FileNotFoundError:
-        found.problems.append(Problem(names["json"], "is missing: the shard is not complete.", FINISH))
+        found.started = False
         return found
     except (OSError, IntegrityError):
-        found.report(names["json"], "is not the record of its shard.", names["json"])
+        found.report(names["json"], "is not the record of its shard.")
         return found
     if (record.first, record.count) != (indices.start, len(indices)):
         held = f"{record.first} to {record.first + record.count - 1}"
-        found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.", names["json"])
+        found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.")
     if Counter(rejection.get("reason") for rejection in record.rejections) != Counter(record.rejected):
         found.report(names["json"], "lists other rejections than it counts.", names["json"])
-    if _check_file(folder, record.parquet, names["json"], found):
+    if _check_file(folder, record.parquet, found):
         found.rows = _read_rows(folder, names["parquet"], indices, schema, found)
-    tar_is_whole = _check_file(folder, record.tar, names["json"], found)
+    tar_is_whole = _check_file(folder, record.tar, found)
     if found.rows is None or not (folder / names["tar"]).is_file():
         return found
     try:
-        _check_members(folder / names["tar"], indices, found.rows, found, backgrounds, progress)
+        # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
+        remake = names["json"] if tar_is_whole else None
+        _check_members(folder / names["tar"], indices, found.rows, found, backgrounds, progress, remake)
     except IntegrityError as error:
         # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
         if tar_is_whole:
@@ -100,19 +124,19 @@ def check_shard(
     return found
 
 
-def _check_file(folder: Path, record: FileRecord, remake: str, found: ShardFindings) -> bool:
+def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
     try:
         size = (folder / record.file).stat().st_size
         if size != record.size:
-            found.report(record.file, f"has {size} bytes instead of {record.size}.", remake)
+            found.report(record.file, f"has {size} bytes instead of {record.size}.")
         elif sha256_of(folder / record.file) != record.sha256:
-            found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.", remake)
+            found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.")
         else:
             return True
     except FileNotFoundError:
-        found.report(record.file, "is missing.", remake)
+        found.report(record.file, "is missing.")
     except OSError as error:
-        found.report(record.file, f"cannot be read: {error.strerror}.", remake)
+        found.report(record.file, f"cannot be read: {error.strerror}.")
     return False
 
 
@@ -141,9 +165,9 @@ def _check_members(
     found: ShardFindings,
     backgrounds: Backgrounds | None,
     progress: Progress,
+    remake: str | None,
 ) -> None:
     name = f"{SHARD_FOLDER}/{tar.name}"
-    remake = name.replace(".tar", ".json")
     for member, row in zip(read_members(tar, indices), rows.iter_rows(named=True), strict=True):
         found.samples += 1
         progress.advance(1)
@@ -151,12 +175,19 @@ def _check_members(
         wrong = list(_member_problems(member, row))
         for problem in wrong:
             found.report(name, f"sample {member.key}: {problem}", remake)
-        if row.get("healthy_sha256") is None:
+        healthy = row.get("healthy_sha256")
+        if healthy is None:
+            found.synthetic += 1
+            continue
+        found.needed.add(healthy)
+        if backgrounds is not None and healthy not in backgrounds.paths:
+            found.absent.setdefault(healthy, row)
+            found.unproven += 1
             continue
         if backgrounds is None or wrong:
             found.unproven += 1
             continue
-        reason = backgrounds.difference(row["healthy_sha256"], decode_image(member.image), decode_mask(member.mask))
+        reason = backgrounds.difference(healthy, decode_image(member.image), decode_mask(member.mask))
         if reason is None:
             found.proven += 1
         else:

@@ -20,9 +20,10 @@ from rich.console import Console
 
 from busigen import __version__
 from busigen.data.prepared import Prepared
-from busigen.errors import InputError, OutputError, UsageError
-from busigen.registry import LESION_CLASSES
+from busigen.errors import InputError, UsageError
+from busigen.registry import LESION_CLASSES, SPLITS
 from busigen.training import adapters, checkpoint
+from busigen.training.claim import claim
 from busigen.training.examples import Frames, Progress, select, to_tensor
 from busigen.training.heal import heal, healed_reader, save_healed
 from busigen.training.models import build
@@ -34,7 +35,6 @@ from busigen.training.trainer import Trainer
 
 log = logging.getLogger("busigen.training")
 
-RUN = "run.json"
 HEALED = "healed.npz"
 CACHE = "cache"
 
@@ -82,45 +82,21 @@ def train(
             raise InputError(
                 f"{data} has no {label} image in its training split.", fix="Prepare more images of that class."
             )
-    _claim(out, recipe, prepared)
-    run = _Run(prepared, out, recipe, pick_device(device), console or Console(stderr=True))
-    return run.execute()
+    picked = pick_device(device)
+    claim(out, recipe, prepared)
+    log.info("%s", _summary(out, recipe, prepared, picked))
+    return _Run(prepared, out, recipe, picked, console or Console(stderr=True)).execute()
 
 
-def _claim(out: Path, recipe: Recipe, prepared: Prepared) -> None:
-    config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
-    path = out / RUN
-    try:
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if before != config:
-                changed = _differences(before, config)
-                raise OutputError(
-                    f"{out} belongs to another run ({changed}).", fix="Use another --out, or the same options."
-                )
-            return
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, config)
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
-        ) from error
-
-
-def _differences(before: Any, now: Any, at: str = "") -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        parts = [
-            _differences(before.get(k), now.get(k), f"{at}.{k}".strip("."))
-            for k in sorted({*before, *now})
-            if before.get(k) != now.get(k)
-        ]
-        return "; ".join(parts)
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        parts = [_differences(a, b, f"{at}[{k}]") for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b]
-        return "; ".join(parts[:4]) + ("; ..." if len(parts) > 4 else "")
-    return f"{at}: {before!r} there, {now!r} now"
+def _summary(out: Path, recipe: Recipe, prepared: Prepared, device: torch.device) -> str:
+    """What is about to happen, in one line."""
+    splits = {name: select(prepared, name).height for name in SPLITS}
+    used = "" if recipe.max_images is None else f" (at most {recipe.max_images} of a split are used)"
+    steps = sum(task.steps for task in recipe.tasks)
+    return (
+        f"training {recipe.preset} on {device}: images {', '.join(f'{name} {n}' for name, n in splits.items())}{used}; "
+        f"{len(recipe.tasks)} tasks, {steps} steps; pictures in {out / 'samples'}, curves in {out / 'tensorboard'}"
+    )
 
 
 class _Run:

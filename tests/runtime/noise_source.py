@@ -30,6 +30,9 @@ class NoiseSource:
     def fingerprint(self) -> dict[str, Any]:
         return {"source": {"name": "noise", "sizes": (12, 60)}, **self.extra}
 
+    def options(self) -> Mapping[str, str | None]:
+        return {}
+
     def row_types(self) -> Mapping[str, type]:
         return {"healthy_sha256": str, "score": float, "whole": float, "rarely": int, "never": float, "flipped": bool}
 

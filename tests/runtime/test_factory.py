@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from busigen.runtime.factory import GenerationInterrupted, generate
 from busigen.runtime.layout import FINISHED_FILES
 from busigen.runtime.lock import exclusive
 from busigen.runtime.verify import verify
+from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource
 
 ROOT = Path(__file__).parents[2]
@@ -28,14 +28,6 @@ ROOT = Path(__file__).parents[2]
 
 def command(out: Path, count: int, shard_size: int, *more: object) -> list[str]:
     return [sys.executable, "-m", "tests.runtime.noise_source", *map(str, (out, count, shard_size, *more))]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +100,25 @@ def test_leftovers_and_half_shards_are_made_anew(tmp_path: Path, uninterrupted: 
     (out / "shards" / "000002.tar").write_bytes(b"torn")
     (out / "shards" / "000003.json").write_text("{")
     (out / "shards" / "000004.parquet").unlink()
-    assert generate(NoiseSource(), out, count=75, seed=7, shard_size=10).written == 4
+    # The size stays what it was: only the hash tells.
+    for name in ("000005.tar", "000006.parquet"):
+        data = bytearray((out / "shards" / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (out / "shards" / name).write_bytes(data)
+    assert generate(NoiseSource(), out, count=75, seed=7, shard_size=10).written == 6
     assert hashes(out) == uninterrupted
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "dataset.json"])
+def test_a_changed_summary_is_written_anew(tmp_path: Path, name: str) -> None:
+    generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
+    before = hashes(tmp_path)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data.replace(b'"samples": 4', b'"samples": 5') if b"{" in data[:1] else data[::-1])
+    assert hashes(tmp_path) != before
+    report = generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
+    assert (report.written, report.already_complete) == (0, False)
+    assert hashes(tmp_path) == before
 
 
 def test_finished_folder_is_left_alone(tmp_path: Path) -> None:
@@ -124,11 +133,16 @@ def test_finished_folder_is_left_alone(tmp_path: Path) -> None:
 def test_other_config_is_refused_with_the_difference(tmp_path: Path) -> None:
     generate(NoiseSource(bundle="aa"), tmp_path, count=4, seed=7, shard_size=3)
     before = hashes(tmp_path)
-    with pytest.raises(OutputError, match=r'config.seed: 7 -> 8; fingerprint.bundle: "aa" -> "bb"') as caught:
+    with pytest.raises(OutputError, match=r"\(--bundle: aa -> bb; --seed: 7 -> 8\)") as caught:
         generate(NoiseSource(bundle="bb"), tmp_path, count=4, seed=8, shard_size=3)
     assert "--out" in caught.value.fix
-    with pytest.raises(OutputError, match=r"config.count: 4 -> 9.*another --seed"):
+    with pytest.raises(OutputError, match=r"--count: 4 -> 9.*another --seed"):
         generate(NoiseSource(bundle="aa"), tmp_path, count=9, seed=7, shard_size=3)
+    # What follows from an option is counted, and shown only where nothing else says what changed.
+    with pytest.raises(OutputError, match=r"\(--seed: 7 -> 8; and 2 more fields of run.json\)"):
+        generate(NoiseSource(bundle="aa", preset="tiny", gates=[1]), tmp_path, count=4, seed=8, shard_size=3)
+    with pytest.raises(OutputError, match=r'\(fingerprint.preset: null -> "tiny"\)'):
+        generate(NoiseSource(bundle="aa", preset="tiny"), tmp_path, count=4, seed=7, shard_size=3)
     assert hashes(tmp_path) == before
 
 
@@ -210,10 +224,12 @@ def test_ctrl_c_keeps_what_was_drawn(tmp_path: Path) -> None:
     class Interrupted(NoiseSource):
         def draw(self, seed, indices, done):
             if indices[0] == 6:
+                done(2)
                 raise KeyboardInterrupt
             return super().draw(seed, indices, done)
 
-    with pytest.raises(GenerationInterrupted, match="2 of 4 shards complete") as caught:
+    lost = "lost with the unfinished shard: 2 finished samples"
+    with pytest.raises(GenerationInterrupted, match=rf"2 of 4 shards complete in .*; {lost}") as caught:
         generate(Interrupted(), tmp_path, count=12, seed=7, shard_size=3)
     assert caught.value.exit_code == 130
     assert generate(NoiseSource(), tmp_path, count=12, seed=7, shard_size=3).written == 2

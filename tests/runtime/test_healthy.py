@@ -17,6 +17,7 @@ from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.runtime.healthy import HealthyFolder, synthetic
+from tests.hashing import hash_of
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def normal(drawn_busi: Path, tmp_path: Path) -> Path:
 
 
 def save(path: Path, width: int, height: int) -> None:
-    Image.new("L", (width, height), 90).save(path)
+    pixels = np.random.default_rng(0).integers(40, 140, (height, width), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
 def text(path: Path) -> None:
@@ -54,11 +56,11 @@ def test_a_busi_folder_gives_its_images_without_masks(normal: Path) -> None:
     assert {path for _, path in folder.items} == set(images)
 
 
-def test_the_real_folder_is_read_without_a_complaint(real_data: Path | None, caplog: pytest.LogCaptureFixture) -> None:
-    if real_data is None:
-        pytest.skip("the real sets are not here")
-    folder = HealthyFolder(real_data / "Dataset_BUSI_with_GT" / "normal")
-    assert len(folder) > 100
+def test_a_whole_folder_of_normals_is_read_without_a_complaint(
+    any_busi: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = HealthyFolder(any_busi / "normal")
+    assert len(folder) == len({hash_of(path) for path in (any_busi / "normal").glob("*).png")})
     assert not any("_mask" in path.name for _, path in folder.items)
     assert not caplog.records
 
@@ -81,6 +83,58 @@ def test_every_image_can_be_picked_and_is_letterboxed(normal: Path) -> None:
         assert healthy.row["letterbox_scale"] == box.scale
 
 
+def test_images_with_a_lesion_are_left_out_of_a_whole_set(
+    drawn_busi: Path, normal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="busigen.runtime"):
+        folder = HealthyFolder(drawn_busi)
+    sound = HealthyFolder(normal)
+    assert folder.fingerprint() == sound.fingerprint()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    count = len(list(drawn_busi.glob("*/*).png"))) - len(sound)
+    assert record.getMessage() == (
+        f"healthy images: {len(sound)} used, {count} left out ({count} in a folder named benign or malignant)"
+    )
+
+
+def test_what_counts_is_the_mask_and_not_only_the_name_of_the_folder(drawn_busi: Path, normal: Path) -> None:
+    (normal / "more").mkdir()
+    for number in (1, 2):
+        for path in (drawn_busi / "malignant").glob(f"malignant ({number})*.png"):
+            shutil.copy(path, normal / "more")
+    shutil.copytree(drawn_busi / "benign", normal / "Benign")
+    folder = HealthyFolder(normal)
+    assert folder.left_out["with a lesion in the mask file beside it"] == 2
+    assert folder.left_out["in a folder named benign or malignant"] == len(list(normal.glob("Benign/*).png")))
+    assert {path.parent for _, path in folder.items} == {normal}
+
+
+def test_a_folder_of_lesions_is_refused_and_its_neighbour_proposed(drawn_busi: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="with a lesion in the mask file beside it") as caught:
+        HealthyFolder(drawn_busi / "benign")
+    assert caught.value.fix == f"Did you mean {drawn_busi / 'normal'}?"
+    alone = shutil.copytree(drawn_busi / "benign", tmp_path / "scans")
+    with pytest.raises(InputError) as caught:
+        HealthyFolder(alone)
+    assert "healthy breasts" in caught.value.fix
+
+
+@pytest.mark.parametrize(("grey", "reason"), [(0, "too dark"), (255, "too bright"), (90, "flat background")])
+def test_black_white_and_flat_images_are_left_out_by_name(
+    normal: Path, caplog: pytest.LogCaptureFixture, grey: int, reason: str
+) -> None:
+    sound = HealthyFolder(normal)
+    # Wide, so that letterbox bars would give it a deviation of their own.
+    Image.new("L", (400, 200), grey).save(normal / "blank.png")
+    with caplog.at_level(logging.INFO, logger="busigen.runtime"):
+        folder = HealthyFolder(normal)
+    assert folder.fingerprint() == sound.fingerprint()
+    named, counted = (record.getMessage() for record in caplog.records)
+    assert "blank.png" in named and reason in named
+    assert "1 left out" in counted
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_an_unreadable_file_is_left_out_by_name(normal: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     sound = HealthyFolder(normal)
@@ -99,7 +153,7 @@ def test_an_unreadable_file_is_left_out_by_name(normal: Path, caplog: pytest.Log
 def test_a_folder_without_a_readable_image_is_refused_with_the_reason(tmp_path: Path, kind: str) -> None:
     make, reason = BAD[kind]
     make(tmp_path / f"{kind}.png")
-    with pytest.raises(InputError, match="no readable image") as caught:
+    with pytest.raises(InputError, match="no healthy image that can be used") as caught:
         HealthyFolder(tmp_path)
     assert str(tmp_path) in caught.value.problem
     assert f"{kind}.png" in caught.value.problem
@@ -110,7 +164,7 @@ def test_a_folder_without_a_readable_image_is_refused_with_the_reason(tmp_path: 
 def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(InputError, match="no readable image"):
+    with pytest.raises(InputError, match="no healthy image that can be used"):
         HealthyFolder(tmp_path / "empty")
     for name in ("missing", "notes.txt"):
         with pytest.raises(InputError, match=f"{name} is no folder"):

@@ -20,9 +20,8 @@ from busigen.data.geometry import edit_region
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.runtime.dataset import Dataset, read_members
-from busigen.runtime.factory import generate
+from busigen.runtime.factory import GenerationInterrupted, generate
 from busigen.runtime.preview import contact_sheet, outline, pick_evenly
-from busigen.runtime.progress import LineProgress, console_progress
 from busigen.runtime.sample import Drawn
 from busigen.runtime.verify import verify
 from tests.runtime.noise_source import NoiseSource, noise_sample
@@ -107,13 +106,44 @@ def test_a_foreign_table_is_found_behind_fitting_hashes(dataset: Path) -> None:
 
 
 def test_what_verify_names_generate_mends(dataset: Path) -> None:
-    flip(dataset / "shards/000001.tar")
+    for name in ("shards/000001.tar", "manifest.parquet"):
+        flip(dataset / name)
+    (dataset / "shards/000002.json").write_text("{")
     problems = verify(dataset).problems
-    assert problems
-    assert all("Delete shards/000001.json" in problem.fix for problem in problems)
+    assert {problem.file for problem in problems} == {"shards/000001.tar", "shards/000002.json", "manifest.parquet"}
+    assert all("same options again" in problem.fix and "Delete" not in problem.fix for problem in problems)
+    generate(NoiseSource(), dataset, count=8, seed=7, shard_size=3)
+    assert verify(dataset).ok
+
+
+def test_wrong_content_behind_fitting_hashes_has_to_be_deleted(dataset: Path) -> None:
+    path = dataset / "shards/000001.parquet"
+    pl.read_parquet(path).reverse().write_parquet(path)
+    reseal(dataset, 1)
+    problem = next(found for found in verify(dataset).problems if found.file == "shards/000001.parquet")
+    assert "Delete shards/000001.json" in problem.fix
     (dataset / "shards/000001.json").unlink()
     generate(NoiseSource(), dataset, count=8, seed=7, shard_size=3)
     assert verify(dataset).ok
+
+
+def test_an_unfinished_run_is_one_problem(tmp_path: Path) -> None:
+    class Interrupted(NoiseSource):
+        def draw(self, seed, indices, done):
+            if indices[0] == 3:
+                raise KeyboardInterrupt
+            return super().draw(seed, indices, done)
+
+    with pytest.raises(GenerationInterrupted):
+        generate(Interrupted(), tmp_path, count=8, seed=7, shard_size=3)
+    (tmp_path / "shards/.tmp-1-000001.tar").write_bytes(b"torn")
+    (problem,) = verify(tmp_path).problems
+    assert str(problem) == (
+        "dataset.json: is missing, the run is unfinished: 1 of 3 shards. "
+        "The same `busigen generate` command continues it."
+    )
+    flip(tmp_path / "shards/000000.tar")
+    assert {found.file for found in verify(tmp_path).problems} == {"shards/000000.tar", "dataset.json"}
 
 
 def test_duplicates_are_reported(tmp_path: Path) -> None:
@@ -222,8 +252,10 @@ def test_backgrounds_are_proven_bit_for_bit(tmp_path: Path) -> None:
     assert (leaky.backgrounds_proven, leaky.backgrounds_unproven) == (2, 1)
     assert "sample 000000001: 1 pixels outside" in leaky.problems[0].problem
     assert verify(tmp_path / "honest").backgrounds_unproven == 3
+    assert honest.backgrounds_synthetic == 1
     (healthy / "a.png").rename(tmp_path / "a.png")
-    assert not verify(tmp_path / "honest", healthy=healthy).ok
+    (problem,) = verify(tmp_path / "honest", healthy=healthy).problems
+    assert problem.problem.startswith(f"1 of 1 healthy images are not below {healthy}; for example sample 000000001 ")
 
 
 def test_contact_sheet_shows_lesion_and_contour(pristine: Path) -> None:
@@ -239,25 +271,3 @@ def test_contact_sheet_shows_lesion_and_contour(pristine: Path) -> None:
     assert {samples[index].label for index in picked} == {"benign", "malignant"}
     with pytest.raises(ValueError, match="even number"):
         contact_sheet(samples, columns=3)
-
-
-def test_card_and_croissant_describe_the_dataset(pristine: Path) -> None:
-    card = (pristine / "README.md").read_text()
-    assert "{000000..000002}.tar" in card
-    assert "not anonymous" in card
-    croissant = json.loads((pristine / "croissant.json").read_text())
-    assert croissant["conformsTo"] == "http://mlcommons.org/croissant/1.0"
-    ids = [node["@id"] for node in croissant["distribution"] + croissant["recordSet"]]
-    assert len(ids) == len(set(ids))
-    fields = {field["name"] for field in croissant["recordSet"][0]["field"]}
-    assert fields == set(Dataset.open(pristine).manifest().columns)
-
-
-def test_progress_prints_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = console_progress()
-    assert isinstance(progress, LineProgress)
-    generate(NoiseSource(), tmp_path, count=8, seed=7, shard_size=4, progress=progress)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "generating: 0/8"
-    assert lines[-1].startswith("generating: 8/8")
-    assert "samples/s, 88.9% accepted" in lines[-1]

@@ -1,0 +1,65 @@
+"""``busigen generate`` from options to report: cheap checks first, so that nobody waits for a folder to be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from busigen.registry import SYNTHETIC
+from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.bundle import Bundle, default_bundle
+from busigen.runtime.claim import refuse_other_run
+from busigen.runtime.classes import parse_classes
+from busigen.runtime.factory import GenerateReport, generate
+from busigen.runtime.healthy import HealthyFolder
+from busigen.runtime.layout import Plan
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of ``busigen generate``, unchecked and as they were typed.
+
+    Attributes:
+        count: accepted samples to write.
+        out: the dataset's folder.
+        bundle: a bundle's folder; ``None`` for the shipped one.
+        healthy: a folder of healthy images, or ``synthetic``.
+        classes: class weights.
+        seed: of the noise.
+        batch_size: images per engine call.
+        shard_size: samples per shard.
+        provider: a name in ``registry.PROVIDERS``.
+        threads: compute threads; ``None`` for one per core.
+    """
+
+    count: int
+    out: Path
+    bundle: Path | None
+    healthy: str
+    classes: str
+    seed: int
+    batch_size: int
+    shard_size: int
+    provider: str
+    threads: int | None
+
+    def run(self, progress: Progress) -> GenerateReport:
+        """Generate the dataset, or finish one that the same options began.
+
+        Raises:
+            BusigenError: as for what it calls: an option, an input or the output is not usable.
+        """
+        plan = Plan(count=self.count, seed=self.seed, shard_size=self.shard_size)
+        classes = parse_classes(self.classes)
+        bundle = Bundle.open(self.bundle or default_bundle())
+        backend = OnnxBackend(bundle, provider=self.provider, threads=self.threads)
+        sampler = Sampler(bundle, backend, classes=classes, batch_size=self.batch_size)
+        if self.healthy != SYNTHETIC:
+            # All but the healthy images is known already, and reading those may take minutes.
+            refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))
+            sampler.healthy = HealthyFolder(Path(self.healthy), progress)
+        return generate(
+            sampler, self.out, count=self.count, seed=self.seed, shard_size=self.shard_size, progress=progress
+        )

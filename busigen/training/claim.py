@@ -1,0 +1,82 @@
+"""Making a folder a training run's own, or saying by which options it differs from the run that it belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from busigen.data.prepared import Prepared
+from busigen.errors import OutputError
+from busigen.training.recipe import Recipe
+from busigen.training.state import write_json
+
+RUN = "run.json"
+
+_SHOWN = 3
+
+
+def claim(out: Path, recipe: Recipe, prepared: Prepared) -> None:
+    """Record recipe and data in a new folder, or check that they are those of the run in it.
+
+    Raises:
+        OutputError: ``out`` belongs to a run with another recipe or other data, or cannot be written.
+    """
+    config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
+    path = out / RUN
+    try:
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before != config:
+                raise OutputError(
+                    f"{out} belongs to another run ({_difference(before, config)}).",
+                    fix="Use another --out, or the same options.",
+                )
+            return
+        if out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
+        ) from error
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a person changed, in terms of options; fields of the recipe only where no option explains them."""
+    old, new = before.get("recipe", {}), now["recipe"]
+    shown = [
+        f"--{name}: {old.get(name)!r} there, {new[name]!r} now"
+        for name in ("preset", "seed")
+        if old.get(name) != new[name]
+    ]
+    if before.get("split_hash") != now["split_hash"]:
+        shown.append("--data: other images or splits")
+    if old.get("preset") == new["preset"]:
+        fields = _fields(old, new)
+        # Steps and the warm-ups that follow from them are all that --scale changes.
+        scaled = [field for field in fields if field[0].endswith((".steps", ".warmup"))]
+        if scaled:
+            name, there, here = scaled[0]
+            shown.append(f"--scale: {name} {there} there, {here} now")
+        rest = [field for field in fields if field not in scaled and field[0] != "seed"]
+        shown += [f"recipe.{name}: {there!r} there, {here!r} now" for name, there, here in rest[:_SHOWN]]
+        shown += [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
+    return "; ".join(shown)
+
+
+def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two recipes differ, as (dotted name, old, new); a list's items go by their own name or place."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(_name(b, number)), a, b) for number, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [(at, old, new)]
+    return [field for key, a, b in pairs for field in _fields(a, b, f"{at}.{key}".strip("."))]
+
+
+def _name(item: Any, number: int) -> Any:
+    return item.get("name", number) if isinstance(item, dict) else number

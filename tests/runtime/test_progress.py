@@ -1,0 +1,83 @@
+"""What a waiting person reads: counts, rates and times that are neither early, nor too hopeful, nor missing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from busigen.errors import InputError
+from busigen.runtime.factory import generate
+from busigen.runtime.healthy import HealthyFolder
+from busigen.runtime.progress import LineProgress, Progress, console_progress
+from busigen.runtime.wording import counted, duration
+from tests.runtime.noise_source import NoiseSource
+
+
+def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = console_progress()
+    assert isinstance(progress, LineProgress)
+    generate(NoiseSource(), tmp_path, count=8, seed=7, shard_size=4, progress=progress)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "generating: 0/8"
+    assert lines[-1].startswith("generating: 8/8")
+    assert "samples/s, 88.9% accepted" in lines[-1]
+    assert "left" not in lines[-1]
+
+
+def test_every_phase_ends_with_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with console_progress() as progress:
+        for what in ("reading", "generating"):
+            progress.start(what, 3)
+            progress.advance(1)
+            progress.advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "reading: 0/3",
+        "reading: 3/3",
+        "generating: 0/3",
+        "generating: 3/3",
+    ]
+
+
+def test_an_empty_folder_has_no_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError), console_progress() as progress:
+        HealthyFolder(tmp_path, progress)
+    assert capsys.readouterr().err == ""
+
+
+def test_remaining_time_is_told_once_there_is_something_to_judge_by() -> None:
+    progress = Progress()
+    progress.start("generating", 100, 40)
+    assert progress.left is None
+    time.sleep(0.1)
+    progress.advance(20)
+    # Twenty took 0.1 s and forty remain; the upper bound leaves a busy machine room.
+    assert 0.2 <= progress.left < 2
+    progress.advance(39)
+    # One is left, but it takes a batch of its own.
+    assert progress.left >= 0.1
+    progress.advance(1)
+    assert progress.left is None
+
+
+def test_slow_runs_count_seconds_per_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    with console_progress() as progress:
+        progress.start("generating", 2)
+        time.sleep(1.2)
+        progress.advance(1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert " s per sample, " in last and " s left" in last
+    assert "samples/s" not in last
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min"), (12_345, "3 h 26 min")]
+)
+def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_plurals() -> None:
+    assert [counted(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
