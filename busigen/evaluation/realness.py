@@ -16,6 +16,7 @@ from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
 from busigen.evaluation.separation import Ints, Ridge, Task, auc, bootstrap_auc, folds, shuffled_sides
 from busigen.evaluation.statistics import HALVINGS, RESAMPLES, adjusted, halves
 from busigen.evaluation.views import BAND, MARGIN, VIEWS, View
+from busigen.registry import SYNTHETIC
 
 SECTION = "realness"
 
@@ -95,8 +96,9 @@ def _sides(context: AuditContext, view: View, result: SectionResult) -> tuple[Im
 
 
 def _synthetic_groups(images: ImageSet) -> Ints:
-    """Images that share a near-duplicate group or a background belong together."""
-    backgrounds = images.table["background"].to_list()
+    """Images that share a near-duplicate group or a real background belong together."""
+    # A synthetic background is drawn anew for every image: the word that stands there instead of a hash links none.
+    backgrounds = [None if name == SYNTHETIC else name for name in images.table["background"]]
     _, group = np.unique(images.groups, return_inverse=True)
     names = {name: k for k, name in enumerate(sorted({b for b in backgrounds if b is not None}))}
     rows = [k for k, name in enumerate(backgrounds) if name is not None]

@@ -257,7 +257,8 @@ def _displaced(figure: Figure) -> str | None:
     if figure.floor is None or abs(figure.value.value - figure.floor.value) < OFFSET:
         return None
     return (
-        f"{figure.label}: {figure.value.value:+.1f} px, {figure.floor.value:+.1f} px in real images. Masks are shifted."
+        f"{figure.label}: {figure.value.value:+.1f} px, {figure.floor.value:+.1f} px in real images. "
+        "Masks are shifted, or the lesions lie elsewhere than their masks say: faint, or lost in their own shadow."
     )
 
 

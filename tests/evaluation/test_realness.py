@@ -44,6 +44,12 @@ def test_two_draws_of_one_kind_are_not_told_apart(real, others, tmp_path):
         assert result.details[figure.key]["null_low"] < figure.value.value < result.details[figure.key]["null_high"]
 
 
+def test_synthetic_backgrounds_do_not_make_one_group_of_all_images(real, others, tmp_path):
+    told = replace(others, table=others.table.with_columns(background=pl.lit("synthetic")))
+    result = _audit(told, real, tmp_path)
+    assert [figure.synthetic for figure in result.figures] == [COUNT] * 3
+
+
 def test_blur_is_told_in_every_view_and_shown(real, others, tmp_path):
     result = _audit(_blurred(others), real, tmp_path)
     assert [figure.flagged for figure in result.figures] == [True] * 3
