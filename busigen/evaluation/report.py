@@ -78,8 +78,10 @@ class SectionView:
 
     @property
     def verdict(self) -> str:
-        """``flagged``, ``silent``, or ``failed`` where the section did not come to an end."""
-        return "failed" if self.error else "flagged" if self.result.flagged else "silent"
+        """``flagged``, ``silent``, or ``unmeasured`` where the section has no figure to be silent about."""
+        if self.error:
+            return "unmeasured"
+        return "flagged" if self.result.flagged else "silent" if self.result.figures else "unmeasured"
 
     @property
     def open_table(self) -> bool:

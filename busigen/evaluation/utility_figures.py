@@ -236,7 +236,8 @@ def _failing(figure: Figure) -> str | None:
     limit = -FAILURE if figure.floor is None or figure.floor.low is None else min(-FAILURE, figure.floor.low)
     if figure.value.high is None or figure.value.high >= limit:
         return None
-    return f"A network trained on the set alone fails on real images: Dice {figure.value.value:+.3f} against real ones."
+    lower = -figure.value.value
+    return f"A network trained on the set alone fails on real images: its Dice is {lower:.3f} lower."
 
 
 def _below_floor(figure: Figure) -> str | None:
