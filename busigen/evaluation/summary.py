@@ -23,14 +23,6 @@ def _section(name: str, outcome: Outcome) -> Iterator[str]:
     result = outcome.result
     silent = "nothing flagged" if result.figures else "nothing measured"
     verdict = "NOT RUN" if outcome.error else "FLAGGED" if result.flagged else silent
-        "NOT RUN"
-        if outcome.error
-        else "FLAGGED"
-        if result.flagged
-        else "nothing flagged"
-        if result.figures
-        else "nothing measured"
-    )
     kept = " (kept from an earlier run)" if outcome.cached else ""
     yield f"{name:10} {verdict}, {result.seconds:.0f} s{kept}"
     for figure in result.figures:
