@@ -25,9 +25,9 @@ from typing import Any
 from busigen.data.prepared import Prepared
 from busigen.evaluation.cache import jsonable
 from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.results import Figure, SectionResult
 from busigen.evaluation.sections import SECTIONS
-from busigen.evaluation.sets import from_prepared
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -15,7 +15,7 @@ from busigen import __version__
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
 from busigen.evaluation.cache import jsonable, key_of, load, store
 from busigen.evaluation.context import AuditContext, Effort
-from busigen.evaluation.inputs import read_inputs
+from busigen.evaluation.reading.inputs import read_inputs
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS, Section
 from busigen.evaluation.versions import library_versions
@@ -111,8 +111,8 @@ def audit(
         InputError: a set cannot be read, or no real image is left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
-    from busigen.evaluation.contact_sheet import CONTACT_SHEET, contact_sheet
-    from busigen.evaluation.report import write_html
+    from busigen.evaluation.report.contact_sheet import CONTACT_SHEET, contact_sheet
+    from busigen.evaluation.report.page import write_html
 
     started = time.perf_counter()
     sections = choose_sections(only)
@@ -177,7 +177,8 @@ def check_libraries() -> None:
     Raises:
         ModuleNotFoundError: the extra ``eval`` is not installed.
     """
-    from busigen.evaluation import contact_sheet, report  # noqa: F401
+    from busigen.evaluation.report import contact_sheet  # noqa: F401
+    from busigen.evaluation.report import page as report  # noqa: F401
 
 
 def choose_sections(only: Sequence[str] | None) -> list[Section]:

@@ -12,7 +12,7 @@ from busigen.evaluation.results import SectionResult
 
 @dataclass(frozen=True)
 class Section:
-    """One section. ``module`` is imported only when it runs, and holds ``run(context) -> SectionResult``.
+    """One section. Its package's module ``section`` is imported only when it runs, and holds ``run(context)``.
 
     ``version`` is part of the cache's key: raise it whenever the section's figures change meaning.
     """
@@ -24,7 +24,7 @@ class Section:
 
     def load(self) -> Callable[[AuditContext], SectionResult]:
         """The section's ``run`` function."""
-        run: Callable[[AuditContext], SectionResult] = import_module(f"busigen.evaluation.{self.name}").run
+        run: Callable[[AuditContext], SectionResult] = import_module(f"busigen.evaluation.{self.name}.section").run
         return run
 
 

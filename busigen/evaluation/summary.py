@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from busigen.evaluation.audit import Outcome, Report
-from busigen.evaluation.report_words import sentence
+from busigen.evaluation.report.words import sentence
 
 
 def audited(report: Report) -> Iterator[str]:

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy import ndimage
 
 from busigen.data.letterbox import letterbox, letterbox_mask
+from busigen.evaluation.comparing.statistics import halves
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.statistics import halves
 from tests.drawn import draw_frame
 
 Pixels = NDArray[np.float64]

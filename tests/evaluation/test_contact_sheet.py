@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from busigen.errors import InputError
-from busigen.evaluation.contact_sheet import contact_sheet
 from busigen.evaluation.context import ImageSet
+from busigen.evaluation.report.contact_sheet import contact_sheet
 from tests.drawn import Frame, draw_frame
 
 

@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 from scipy import ndimage
 
-from busigen.evaluation import fidelity
+from busigen.evaluation.comparing.statistics import halves
 from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.fidelity import section as fidelity
 from busigen.evaluation.results import SectionResult
-from busigen.evaluation.statistics import halves
 from tests.evaluation.drawn_sets import drawn_set
 
 KEYS = ("frechet", "mmd", "precision", "recall", "density", "coverage")

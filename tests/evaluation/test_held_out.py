@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.held_out import split_by_training
-from busigen.evaluation.sets import read_set
+from busigen.evaluation.reading.held_out import split_by_training
+from busigen.evaluation.reading.sets import read_set
 from tests.drawn import draw_pairs
 
 

@@ -11,9 +11,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from busigen.errors import InputError
-from busigen.evaluation import inception
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.metrics import frechet_distance, mmd2, polynomial_kernel
+from busigen.evaluation.fidelity import inception
+from busigen.evaluation.fidelity.metrics import frechet_distance, mmd2, polynomial_kernel
 from tests.evaluation.drawn_sets import drawn_set
 
 

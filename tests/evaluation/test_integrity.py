@@ -18,11 +18,11 @@ from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.inputs import draw
-from busigen.evaluation.integrity import run
-from busigen.evaluation.mask_edges import edge_fit
+from busigen.evaluation.integrity.mask_edges import edge_fit
+from busigen.evaluation.integrity.section import run
+from busigen.evaluation.reading.inputs import draw
+from busigen.evaluation.reading.sets import from_prepared, read_set
 from busigen.evaluation.results import SectionResult
-from busigen.evaluation.sets import from_prepared, read_set
 from tests.conftest import Sources
 from tests.drawn import draw_frame, draw_pairs
 from tests.evaluation.planted import halved, repeated, with_calipers

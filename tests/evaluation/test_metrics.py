@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from prdc import compute_prdc
 
-from busigen.evaluation.matched import disjoint_draws, draws, matched_size, permutations
-from busigen.evaluation.metrics import (
+from busigen.evaluation.comparing.matched import disjoint_draws, draws, matched_size, permutations
+from busigen.evaluation.fidelity.metrics import (
     CLIP,
     MEASURES,
     NEAREST_DENSITY,

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from busigen.evaluation.context import ImageSet
-from busigen.evaluation.nearest import SHIFT, SIDE, align, correlations, crop_box, lesion_views, whole_views
+from busigen.evaluation.privacy.nearest import SHIFT, SIDE, align, correlations, crop_box, lesion_views, whole_views
 from tests.evaluation.drawn_sets import drawn_set
 
 

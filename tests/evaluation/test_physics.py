@@ -4,8 +4,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from busigen.evaluation import physics
-from busigen.evaluation.radiomics import NAMES, features, for_set, matrix
+from busigen.evaluation.physics import section as physics
+from busigen.evaluation.physics.radiomics import NAMES, features, for_set, matrix
 from tests.evaluation.planted import DEFECTS, audit_of, draw_set
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from busigen.evaluation import physics
-from busigen.evaluation.sets import from_prepared
+from busigen.evaluation.physics import section as physics
+from busigen.evaluation.reading.sets import from_prepared
 from tests.conftest import Sources
 from tests.evaluation.planted import DEFECTS, audit_of, draw_set, halved
 

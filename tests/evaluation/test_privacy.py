@@ -10,12 +10,12 @@ from PIL import Image
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
-from busigen.evaluation import memorisation as memory
-from busigen.evaluation import privacy
+from busigen.evaluation.comparing.statistics import halves
 from busigen.evaluation.context import AuditContext, Backgrounds, ImageSet
+from busigen.evaluation.privacy import memorisation as memory
+from busigen.evaluation.privacy import section as privacy
+from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.results import SectionResult
-from busigen.evaluation.sets import from_prepared
-from busigen.evaluation.statistics import halves
 from tests.evaluation.drawn_sets import drawn_set
 from tests.evaluation.planted import with_copies
 

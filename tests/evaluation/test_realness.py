@@ -7,9 +7,9 @@ from PIL import Image
 from scipy import ndimage
 
 from busigen.evaluation.context import AuditContext
-from busigen.evaluation.discriminator import resnet_scores
-from busigen.evaluation.realness import run
-from busigen.evaluation.separation import Task, auc, folds
+from busigen.evaluation.realness.discriminator import resnet_scores
+from busigen.evaluation.realness.section import run
+from busigen.evaluation.realness.separation import Task, auc, folds
 from tests.evaluation.drawn_sets import drawn_set
 
 COUNT = 32

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from busigen.evaluation import report_words as words
-from busigen.evaluation.report_chart import chosen, panels
+from busigen.evaluation.report import words
+from busigen.evaluation.report.chart import chosen, panels
 from busigen.evaluation.results import Figure, Interval
 
 

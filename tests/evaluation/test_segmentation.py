@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from busigen.evaluation.segmentation import (
+from busigen.evaluation.utility.segmentation import (
     RECIPES,
     Examples,
     centroid_offsets,

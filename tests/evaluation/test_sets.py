@@ -16,8 +16,8 @@ from PIL import Image
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
-from busigen.evaluation import archives
-from busigen.evaluation.sets import background_mode, read_set
+from busigen.evaluation.reading import archives
+from busigen.evaluation.reading.sets import background_mode, read_set
 from busigen.runtime.factory import generate
 from busigen.runtime.layout import DATASET_FILE
 from tests.drawn import draw_frame, draw_pairs

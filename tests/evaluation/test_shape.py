@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from busigen.evaluation import shape
-from busigen.evaluation.regions import RING, find_regions
-from busigen.evaluation.speckle import DYNAMIC_RANGE
+from busigen.evaluation.physics import shape
+from busigen.evaluation.physics.regions import RING, find_regions
+from busigen.evaluation.physics.speckle import DYNAMIC_RANGE
 
 VALID = np.zeros((256, 256), dtype=np.bool_)
 VALID[28:228] = True

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from busigen.evaluation import speckle
+from busigen.evaluation.physics import speckle
 
 EVERYWHERE = np.ones((256, 256), dtype=np.bool_)
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from busigen.evaluation.statistics import adjusted
-from busigen.evaluation.two_sample import Sample, compare, tail_p
+from busigen.evaluation.comparing.statistics import adjusted
+from busigen.evaluation.comparing.two_sample import Sample, compare, tail_p
 
 
 def _sample(values, classes=None, groups=None):

@@ -3,14 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from busigen.evaluation import segmentation, utility_arms
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.results import SectionResult
-from busigen.evaluation.segmentation import RECIPES
-from busigen.evaluation.utility import run
-from busigen.evaluation.utility_arms import Outcome, Split
-from busigen.evaluation.utility_figures import flagged, grouped_wilcoxon
-from busigen.evaluation.utility_probe import probe_figures
+from busigen.evaluation.utility import arms as utility_arms
+from busigen.evaluation.utility import segmentation
+from busigen.evaluation.utility.arms import Outcome, Split
+from busigen.evaluation.utility.figures import flagged, grouped_wilcoxon
+from busigen.evaluation.utility.probe import probe_figures
+from busigen.evaluation.utility.section import run
+from busigen.evaluation.utility.segmentation import RECIPES
 from tests.evaluation.drawn_sets import drawn_set
 
 TINY = replace(RECIPES["quick"], side=32, channels=(4, 8, 8), steps=4, batch=4)

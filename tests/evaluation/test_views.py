@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from busigen.evaluation.views import BAND, VIEWS, lesion, ring, whole
+from busigen.evaluation.realness.views import BAND, VIEWS, lesion, ring, whole
 from tests.evaluation.drawn_sets import BAR, drawn_set
 
 Y, X = np.mgrid[:256, :256]

@@ -1,0 +1,1 @@
+"""Intervals, floors and tests between two sets of images that come in groups."""

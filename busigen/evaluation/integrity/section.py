@@ -1,0 +1,185 @@
+"""Integrity and masks: whether files, grey levels, masks, overlays and repeats are like those of real images.
+
+A share of images counts against the share among real images, and is never a defect by itself: real images, too, have
+calipers, masks that touch the border, and near-duplicates. No comparison is needed for files that cannot be read,
+lesion images without a lesion in their mask, and normal images with one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from busigen.evaluation.comparing.grouped import Comparison, Groups, compare_distributions, compare_means
+from busigen.evaluation.comparing.statistics import adjusted
+from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.integrity.duplicates import Duplicates, find_duplicates
+from busigen.evaluation.integrity.image_facts import image_facts
+from busigen.evaluation.integrity.measures import MEASURES, Measure
+from busigen.evaluation.integrity.proof import prove_backgrounds
+from busigen.evaluation.integrity.tiles import Tile, write_tiles
+from busigen.evaluation.results import Better, Figure, Interval, Picture, SectionResult
+
+ALPHA = 0.01
+"""Adjusted p-value below which a difference is flagged, if it also lies beyond the floor."""
+
+FEWEST = 20
+"""Images on either side below which nothing is flagged by comparison."""
+
+SHOWN = 12
+_NAMED = 50
+Facts = dict[str, NDArray[np.float64]]
+
+
+def run(context: AuditContext) -> SectionResult:
+    """Look at files, grey levels, masks, overlays and repeats."""
+    result = SectionResult("integrity")
+    synthetic, real = context.synthetic, _comparable(context)
+    context.progress.start("integrity", len(synthetic) + len(real), unit="image")
+    repeats = find_duplicates(synthetic), find_duplicates(real)
+    facts = tuple(
+        {**image_facts(part, lambda: context.progress.advance(1)), **_as_facts(found)}
+        for part, found in zip((synthetic, real), repeats, strict=True)
+    )
+    groups = Groups.of(synthetic.groups, real.groups, context.rng("integrity"))
+    compared = [_compare(measure, facts[0], facts[1], groups) for measure in MEASURES]
+    p_values = adjusted(
+        np.array([np.nan if one is None or m.absolute else one.p for m, one in zip(MEASURES, compared, strict=True)])
+    )
+    for measure, comparison, p in zip(MEASURES, compared, p_values, strict=True):
+        if comparison is not None:
+            _report(result, measure, comparison, float(p), facts[0], facts[1])
+    _report_files(result, synthetic)
+    _report_depth(result, facts[0]["depth"])
+    prove_backgrounds(context, result)
+    if min(len(synthetic), len(real)) < FEWEST:
+        result.note(f"With fewer than {FEWEST} images on a side, nothing is flagged by comparison.")
+    _pictures(context, result, facts[0], repeats[0])
+    result.details |= {
+        "modes": dict(Counter(str(mode) for mode in synthetic.table["mode"])),
+        "sizes": dict(
+            Counter(f"{w}x{h}" for w, h in synthetic.table.select("width", "height").iter_rows()).most_common(10)
+        ),
+        "empty_masks": _names(synthetic, facts[0]["empty"] == 1),
+        "repeated_images": _names(synthetic, repeats[0].exact),
+        "refused": [refusal.to_dict() for refusal in synthetic.refused],
+    }
+    return result
+
+
+def _comparable(context: AuditContext) -> ImageSet:
+    """The real set, without its normals where the synthetic set has none: lesions change what an image looks like."""
+    if (context.synthetic.classes == "normal").any():
+        return context.real
+    lesions = context.real.take(context.real.classes != "normal")
+    return lesions if len(lesions) else context.real
+
+
+def _as_facts(found: Duplicates) -> Facts:
+    return {name: getattr(found, name).astype(np.float64) for name in ("exact", "near", "mask")}
+
+
+def _compare(measure: Measure, synthetic: Facts, real: Facts, groups: Groups) -> Comparison | None:
+    """The measure's comparison; None where one of the sets has no image it applies to."""
+    scale = 100.0 if measure.unit == "%" else 1.0
+    first, second = scale * synthetic[measure.fact], scale * real[measure.fact]
+    counts = [int((~np.isnan(values)).sum()) for values in (first, second)]
+    if counts[0] == 0 or (counts[1] == 0 and not measure.absolute):
+        return None
+    if measure.side is None:
+        return compare_distributions(first, second, groups)
+    comparison = compare_means(first, second, groups, measure.side)
+    if not measure.repeats:
+        return comparison
+    found = [int(np.nansum(values) / scale) for values in (first, second)]
+    table = [[hits, count - hits] for hits, count in zip(found, counts, strict=True)]
+    return Comparison(
+        comparison.value, comparison.floor, float(stats.fisher_exact(table, alternative="greater").pvalue)
+    )
+
+
+def _report(
+    result: SectionResult, measure: Measure, comparison: Comparison, p: float, synthetic: Facts, real: Facts
+) -> None:
+    value, floor = comparison.value, comparison.floor
+    known = not np.isnan(floor.value)
+    counts = [int((~np.isnan(facts[measure.fact])).sum()) for facts in (synthetic, real)]
+    less = measure.side == "less"
+    low, high = (floor.low, floor.high) if known else (None, None)
+    beyond = (low is not None and value.value < low) if less else value.value > (0.0 if high is None else high)
+    tested = min(counts) >= FEWEST and p < ALPHA
+    flagged = bool(beyond and (measure.absolute or tested))
+    better: Better = "higher" if less else "lower"
+    figure = Figure(
+        key=f"integrity.{measure.key}",
+        label=measure.label,
+        value=value,
+        floor=floor if known else None,
+        synthetic=counts[0],
+        real=counts[1],
+        better=better,
+        unit=measure.unit,
+        p=None if measure.absolute or np.isnan(p) else p,
+        flagged=flagged,
+        headline=measure.headline,
+        note="" if measure.side is None else "The floor is the same in random halves of the real set.",
+    )
+    result.figures.append(figure)
+    if flagged:
+        result.flag(
+            measure.defect.format(value=_text(value, measure.unit), floor=_text(floor, measure.unit)), figure.key
+        )
+
+
+def _text(interval: Interval, unit: str) -> str:
+    return f"{interval.value:.3g} {unit}".strip().replace(" %", "%") if not np.isnan(interval.value) else "none"
+
+
+def _report_files(result: SectionResult, synthetic: ImageSet) -> None:
+    refused = synthetic.refused
+    if refused:
+        first = "; ".join(f"{refusal.file}: {refusal.problem}" for refusal in refused[:3])
+        result.flag(f"{len(refused)} files or entries could not be used, for example: {first}")
+    missing = int((synthetic.table["mask_files"] == 0).sum())
+    if missing:
+        result.note(f"{missing} images have no mask file; their masks count as empty.")
+    unlabelled = int((synthetic.classes == "unknown").sum())
+    if unlabelled:
+        result.note(f"{unlabelled} images have no known class: figures per class leave them out.")
+
+
+def _report_depth(result: SectionResult, depth: NDArray[np.float64]) -> None:
+    deep = int(np.nansum(depth))
+    if deep:
+        result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
+
+
+def _pictures(context: AuditContext, result: SectionResult, facts: Facts, found: Duplicates) -> None:
+    images = context.synthetic
+    folder = context.folder("integrity")
+    off = np.nan_to_num(facts["displacement"], nan=-1.0)
+    worst = np.lexsort((facts["contrast"], -off))[:SHOWN]
+    worst = worst[off[worst] > 0]
+    if len(worst):
+        tiles = [
+            Tile(images.images[k], images.masks[k], f"{images.table['id'][int(k)]}: {off[k]:.0f} px") for k in worst
+        ]
+        write_tiles(tiles, folder / "masks-worst.png")
+        result.pictures.append(
+            Picture("masks-worst.png", "Synthetic masks that lie farthest from an edge of their image.")
+        )
+    pairs = np.flatnonzero(found.near)[: SHOWN // 2]
+    if len(pairs):
+        rows = [int(k) for pair in pairs for k in (pair, found.twin[pair])]
+        tiles = [Tile(images.images[k], images.masks[k], str(images.table["id"][k])) for k in rows]
+        write_tiles(tiles, folder / "near-duplicates.png")
+        result.pictures.append(
+            Picture("near-duplicates.png", "Synthetic images that nearly equal another: pairs, side by side.")
+        )
+
+
+def _names(images: ImageSet, rows: NDArray[np.bool_]) -> list[str]:
+    return [str(images.table["id"][int(row)]) for row in np.flatnonzero(rows)[:_NAMED]]

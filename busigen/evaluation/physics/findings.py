@@ -1,0 +1,212 @@
+"""From figures to sentences: what a set of differing features says about the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from busigen.evaluation.physics.feature_table import Feature
+from busigen.evaluation.results import Figure, SectionResult
+
+CLEAR_SHIFT = 0.1
+"""Distance of Mann-Whitney's probability from a half beyond which one set's values are called greater."""
+
+SWAPPED = 0.5
+"""Classes beyond the middle between their own place and the other's are called exchanged."""
+
+MOST_SENTENCES = 12
+"""Features that get a sentence of their own; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one feature shows in one scope.
+
+    Attributes:
+        feature: The feature.
+        scope: A class, or ``all``.
+        figures: Its figures: Kolmogorov-Smirnov first.
+        shift: Probability that a synthetic value exceeds a real one, minus 0.5.
+        medians: Of the synthetic and of the real values.
+        ranges: Interquartile ranges of the same.
+    """
+
+    feature: Feature
+    scope: str
+    figures: tuple[Figure, ...]
+    shift: float
+    medians: tuple[float, float]
+    ranges: tuple[float, float]
+
+    @property
+    def flagged(self) -> bool:
+        """One of its figures is."""
+        return any(figure.flagged for figure in self.figures)
+
+    @property
+    def excess(self) -> float:
+        """The greatest ratio of a value to its floor's upper end; 0 without floors."""
+        return max((_excess(figure) for figure in self.figures), default=0.0)
+
+    @property
+    def worst(self) -> Figure:
+        """The figure with that ratio; flagged ones come first."""
+        return max(self.figures, key=lambda figure: (figure.flagged, _excess(figure)))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A defect that shows in several features at once: ``needed`` of them moved as said, and none of ``still``.
+
+    Where ``mirrored`` names a feature, its median must also have changed sign, by at least half of its size.
+    """
+
+    text: str
+    raised: tuple[str, ...]
+    lowered: tuple[str, ...]
+    needed: int
+    still: tuple[str, ...] = ()
+    mirrored: str = ""
+
+
+PATTERNS = (
+    Pattern(
+        "Images look upside-down: the brightness profile over depth is reversed.",
+        raised=("depth_5", "depth_6", "shape_depth"),
+        lowered=("depth_1", "depth_2"),
+        needed=4,
+        mirrored="depth_tilt",
+    ),
+    Pattern(
+        "Images are smoother than real, as after an autoencoder or a blur.",
+        raised=("background_axial",),
+        lowered=("image_high", "image_slope", "background_fine"),
+        needed=3,
+    ),
+    Pattern(
+        "Lesions are smoother than real, as after an autoencoder or a blur; the rest of the image is not.",
+        raised=("lesion_axial", "ring_axial"),
+        lowered=("lesion_fine", "ring_fine"),
+        needed=3,
+        still=("background_fine", "background_axial"),
+    ),
+    Pattern(
+        "Images carry noise that no beam has shaped: it is as fine across the beam as along it.",
+        raised=("image_high", "image_slope", "background_fine", "lesion_fine"),
+        lowered=("background_lateral", "background_axial", "background_anisotropy", "lesion_lateral"),
+        needed=6,
+    ),
+    Pattern(
+        "Lesions carry noise that no beam has shaped; the rest of the image does not.",
+        raised=("lesion_fine", "ring_fine"),
+        lowered=("lesion_axial", "lesion_lateral", "lesion_anisotropy"),
+        needed=4,
+        still=("background_fine", "background_axial"),
+    ),
+    Pattern(
+        "Images look squashed along the beam, or stretched across it.",
+        raised=("background_anisotropy", "lesion_anisotropy", "ring_anisotropy"),
+        lowered=("shape_taller", "background_axial", "lesion_axial"),
+        needed=4,
+    ),
+    Pattern(
+        "Images look stretched along the beam, or squashed across it.",
+        raised=("shape_taller", "background_axial", "lesion_axial"),
+        lowered=("background_anisotropy", "lesion_anisotropy", "ring_anisotropy"),
+        needed=4,
+    ),
+    Pattern(
+        "Masks do not lie on the lesions.",
+        raised=("margin_offset",),
+        lowered=("margin_sharpness", "margin_contrast", "margin_step"),
+        needed=3,
+        # Noise hides margins as well.
+        still=("image_high",),
+    ),
+)
+
+_THEMES = {
+    "depth": "depth",
+    "shape": "outline",
+    "margin": "margin",
+    "posterior": "posterior",
+    "image": "texture",
+    "background": "texture",
+    "ring": "texture around lesions",
+    "lesion": "texture of lesions",
+}
+
+
+def theme(feature: Feature) -> str:
+    """What a feature is about, in broad terms: features of one theme tend to differ together."""
+    return _THEMES[feature.name.partition("_")[0]]
+
+
+def describe(evidence: list[Evidence], result: SectionResult) -> None:
+    """Add the flags: first what the features say together, then one by one.
+
+    Args:
+        evidence: The worst first.
+        result: Holds the section's figures; the findings are added.
+    """
+    for figure in result.figures:
+        if figure.flagged and figure.key.endswith("classes.swap"):
+            result.flag(_confusion(figure.value.value), figure.key)
+    flagged: dict[str, list[Evidence]] = {}
+    for item in evidence:
+        if item.flagged:
+            flagged.setdefault(item.feature.name, []).append(item)
+    for pattern in PATTERNS:
+        _describe_pattern(pattern, flagged, result)
+    items = list(flagged.values())
+    for same in items[:MOST_SENTENCES]:
+        result.flag(_sentence(same), *(item.worst.key for item in same))
+    if rest := items[MOST_SENTENCES:]:
+        labels = ", ".join(same[0].feature.label for same in rest)
+        result.flag(f"{len(rest)} more features differ: {labels}.", *(same[0].worst.key for same in rest))
+
+
+def _confusion(swap: float) -> str:
+    if swap >= SWAPPED:
+        return "Classes look exchanged: benign images resemble real malignant ones, and the other way round."
+    return f"Benign and malignant images differ only {100 * (1 - 2 * swap):.0f} % as far as real ones do."
+
+
+def _describe_pattern(pattern: Pattern, flagged: dict[str, list[Evidence]], result: SectionResult) -> None:
+    keys = []
+    for names, sign in ((pattern.raised, 1.0), (pattern.lowered, -1.0)):
+        for name in names:
+            moved = [item for item in flagged.get(name, []) if item.shift * sign > CLEAR_SHIFT]
+            keys += [item.worst.key for item in moved[:1]]
+    if len(keys) < pattern.needed or not flagged.keys().isdisjoint(pattern.still):
+        return
+    if pattern.mirrored and not any(_is_mirrored(item) for item in flagged.get(pattern.mirrored, [])):
+        return
+    result.flag(pattern.text, *keys)
+
+
+def _is_mirrored(item: Evidence) -> bool:
+    synthetic, real = item.medians
+    return synthetic * real < -(real**2) / 2
+
+
+def _sentence(same: list[Evidence]) -> str:
+    worst = same[0]
+    feature = worst.feature
+    scopes = ", ".join(item.scope for item in same)
+    if abs(worst.shift) > CLEAR_SHIFT:
+        claim = f"The images {feature.more if worst.shift > 0 else feature.less}"
+    else:
+        narrower = worst.ranges[0] < worst.ranges[1]
+        claim = f"The images' {feature.label} varies {'less' if narrower else 'otherwise'} than real"
+    unit = f" {feature.unit}" if feature.unit else ""
+    figure = worst.worst
+    floor = "" if figure.floor is None else f", floor up to {figure.floor.high:.2f}"
+    mine, theirs = (f"{median:.3g}{unit}" for median in worst.medians)
+    measured = f"{feature.label[0].upper()}{feature.label[1:]}: median {mine} against {theirs}"
+    return f"{claim} ({scopes}). {measured} ({worst.scope}; distance {figure.value.value:.2f}{floor})."
+
+
+def _excess(figure: Figure) -> float:
+    if figure.floor is None or not figure.floor.high:
+        return 0.0
+    return figure.value.value / figure.floor.high

@@ -1,0 +1,167 @@
+"""Outlines, and how the image behaves across and below them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+from skimage.measure import find_contours, perimeter_crofton, regionprops
+
+from busigen.evaluation.physics.regions import MIN_PIXELS, Regions
+from busigen.evaluation.physics.speckle import DYNAMIC_RANGE
+
+CONTOUR_POINTS = 128
+"""Points at equal distances to which an outline is resampled."""
+
+ROUGH_HARMONICS = (5, 24)
+"""Fourier harmonics of an outline that count as roughness: below lie position, ellipse and broad lobes."""
+
+RIPPLE_HARMONICS = (15, 50)
+"""Those that count as ripple: how a hand, or a network's grid, draws a line."""
+
+MARGIN = 3.0
+"""Pixels on both sides of the outline that a margin's sharpness is measured over."""
+
+SEARCH = 10
+"""Pixels by which an outline is moved at most to find where it fits the image best."""
+
+DB_PER_GREY = DYNAMIC_RANGE / 255.0
+
+_NAN = float("nan")
+
+
+def outline(lesion: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, float]:
+    """Size, place and form of one lesion.
+
+    Circularity is ``4 pi A / P^2`` with Crofton's perimeter, which does not grow with the staircase of pixels.
+    Roughness and ripple are the root of the outline's power in the ``ROUGH_HARMONICS`` and ``RIPPLE_HARMONICS`` over
+    that of its first harmonic (Fourier descriptors: Zahn and Roskies 1972).
+
+    Args:
+        lesion: ``bool (H, W)``, one connected lesion.
+        valid: ``bool (H, W)``, True on the image.
+
+    Returns:
+        ``area_fraction``, ``height_width``, ``circularity``, ``solidity``, ``roughness``, ``ripple``, ``depth`` and
+        ``lateral`` (both of the centroid, 0 at the upper and left edge of the image, 1 at the other).
+    """
+    rows, columns = (np.flatnonzero(lesion.any(axis=axis)) for axis in (1, 0))
+    window = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+    part = np.pad(lesion[window], 2)
+    properties = regionprops(part.astype(np.uint8))[0]
+    rough, ripple = _roughness(part)
+    perimeter = perimeter_crofton(part, directions=4)
+    centre = [centroid + cut.start - 2 for centroid, cut in zip(properties.centroid, window, strict=True)]
+    edges = [np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0)]
+    place = [(at + 0.5 - line[0]) / len(line) for at, line in zip(centre, edges, strict=True)]
+    return {
+        "area_fraction": float(properties.area) / float(valid.sum()),
+        "height_width": len(rows) / len(columns),
+        "circularity": float(4 * np.pi * properties.area / perimeter**2),
+        "solidity": float(properties.solidity),
+        "roughness": rough,
+        "ripple": ripple,
+        "depth": float(place[0]),
+        "lateral": float(place[1]),
+    }
+
+
+def margin(grey: NDArray[np.float32], regions: Regions) -> dict[str, float]:
+    """How grey levels change across the outline and below the lesion.
+
+    Args:
+        grey: ``float32 (H, W)``, 0 to 255.
+        regions: The image's regions.
+
+    Returns:
+        ``contrast`` (ring over lesion, dB), ``sharpness`` (``MARGIN`` px outside over inside, dB), ``step`` (mean
+        absolute difference of neighbours across the outline over that of neighbours within ``MARGIN`` px of it),
+        ``offset`` (pixels by which the outline would have to move for the greatest change across it) and ``posterior``
+        (below over beside, dB: negative is shadow, positive enhancement). NaN where a region has fewer than
+        ``MIN_PIXELS`` px.
+    """
+    distance = regions.distance
+    tissue = regions.lesion | regions.ring | (regions.distance <= 0) | (distance <= MARGIN)
+    outer, inner = (distance > 0) & (distance <= MARGIN) & tissue, (distance < 0) & (distance >= -MARGIN) & tissue
+    return {
+        "contrast": _difference(grey, regions.ring, regions.lesion),
+        "sharpness": _difference(grey, outer, inner),
+        "step": _step(grey, regions),
+        "offset": _offset(grey, outer, inner, regions),
+        "posterior": _difference(grey, regions.posterior, regions.lateral),
+    }
+
+
+def depth_profile(grey: NDArray[np.float32], tissue: NDArray[np.bool_], bands: int) -> NDArray[np.float64]:
+    """Mean grey of equal bands of depth over that of the image, ``(bands,)``, the shallowest first.
+
+    Args:
+        grey: ``float32 (H, W)``.
+        tissue: ``bool (H, W)``: pixels that count.
+        bands: How many.
+
+    Returns:
+        1 where a band is as bright as the image; NaN where it holds no pixel that counts.
+    """
+    count = tissue.sum(axis=1)
+    rows = np.flatnonzero(count)
+    if not len(rows):
+        return np.full(bands, np.nan)
+    total = np.where(tissue, grey, 0.0).sum(axis=1, dtype=np.float64)
+    band = (np.arange(rows[-1] + 1 - rows[0]) * bands) // (rows[-1] + 1 - rows[0])
+    inside = slice(rows[0], rows[-1] + 1)
+    counts = np.bincount(band, count[inside], minlength=bands)
+    sums = np.bincount(band, total[inside], minlength=bands)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(sums / counts / (total.sum() / count.sum()))
+
+
+def _roughness(part: NDArray[np.bool_]) -> list[float]:
+    contour = max(find_contours(part.astype(np.float32), 0.5), key=len)
+    length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(contour, axis=0).T))])
+    at = np.linspace(0.0, length[-1], CONTOUR_POINTS, endpoint=False)
+    points = np.interp(at, length, contour[:, 1]) + 1j * np.interp(at, length, contour[:, 0])
+    power = np.abs(np.fft.fft(points)) ** 2
+    bands = [
+        power[low : high + 1].sum() + power[-high : -low + 1].sum() for low, high in (ROUGH_HARMONICS, RIPPLE_HARMONICS)
+    ]
+    # Which way round the outline was followed decides which of the two holds the first harmonic.
+    return [float(np.sqrt(band / max(power[1], power[-1]))) for band in bands]
+
+
+def _difference(grey: NDArray[np.float32], first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    if min(int(first.sum()), int(second.sum())) < MIN_PIXELS:
+        return _NAN
+    return float(grey[first].mean() - grey[second].mean()) * DB_PER_GREY
+
+
+def _step(grey: NDArray[np.float32], regions: Regions) -> float:
+    if regions.box is None:
+        return _NAN
+    pixels, distance = grey[regions.box], regions.distance[regions.box]
+    across, around = [], []
+    for axis in (0, 1):
+        step = np.abs(np.diff(pixels, axis=axis))
+        ahead, behind = (np.take(distance, range(k, distance.shape[axis] - 1 + k), axis=axis) for k in (1, 0))
+        crosses = (ahead < 0) != (behind < 0)
+        close = (np.abs(ahead) <= MARGIN + 1) & (np.abs(behind) <= MARGIN + 1) & ~crosses
+        across.append(step[crosses])
+        around.append(step[close])
+    here, there = np.concatenate(across), np.concatenate(around)
+    if not len(here) or not len(there) or there.mean() < 1e-6:
+        return _NAN
+    return float(here.mean() / there.mean())
+
+
+def _offset(grey: NDArray[np.float32], outer: NDArray[np.bool_], inner: NDArray[np.bool_], regions: Regions) -> float:
+    if regions.box is None or min(int(outer.sum()), int(inner.sum())) < MIN_PIXELS:
+        return _NAN
+    box = tuple(slice(max(cut.start - SEARCH, 0), cut.stop + SEARCH) for cut in regions.box)
+    pixels = ndimage.gaussian_filter(grey[box], 1.0, truncate=3.0)
+    template = outer[box] / np.float32(outer.sum()) - inner[box] / np.float32(inner.sum())
+    shape = [fft.next_fast_len(side + SEARCH, real=True) for side in pixels.shape]
+    product = fft.irfft2(fft.rfft2(pixels - pixels.mean(), shape) * np.conj(fft.rfft2(template, shape)), shape)
+    shifts = np.arange(-SEARCH, SEARCH + 1)
+    near = product[np.ix_(shifts, shifts)]
+    down, across = np.unravel_index(int(near.argmax()), near.shape)
+    return float(np.hypot(shifts[down], shifts[across]))

@@ -1,0 +1,1 @@
+"""Section: real or synthetic?"""
