@@ -20,6 +20,7 @@ from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS, Section
 from busigen.evaluation.versions import library_versions
 from busigen.runtime.atomic import output_errors, write_json
+from busigen.runtime.install import install_command
 from busigen.runtime.progress import Progress
 
 log = logging.getLogger("busigen.evaluation")
@@ -238,7 +239,7 @@ def _run(section: Section, context: AuditContext, key: str) -> Outcome:
     try:
         result = section.load()(context)
     except ModuleNotFoundError as missing:
-        error = f"It needs {missing.name}, which is not installed: pip install 'busigen[eval]'."
+        error = f"It needs {missing.name}, which is not installed. Run {install_command('eval')}."
     except BusigenError as problem:
         error = str(problem)
     except Exception as problem:

@@ -17,6 +17,7 @@ from busigen.data.prepared import Prepared
 from busigen.errors import InputError, OutputError, UsageError
 from busigen.evaluation.audit import Report, audit
 from busigen.evaluation.sections import SECTIONS
+from busigen.runtime.install import install_command
 from tests.drawn import draw_busi, draw_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +202,7 @@ def test_a_missing_extra_is_named(pairs: Path, busi: Path, tmp_path: Path) -> No
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "pip install 'busigen[eval]'" in error_line(done, 7)
+    assert install_command("eval") in error_line(done, 7)
     assert not (tmp_path / "r").exists()
 
 

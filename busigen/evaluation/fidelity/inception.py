@@ -17,6 +17,7 @@ from busigen.evaluation.comparing import matched
 from busigen.evaluation.comparing.statistics import Rows
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval
+from busigen.runtime.install import install_command
 
 BATCH = 32
 SPLITS = 10
@@ -138,7 +139,7 @@ def _torchmetrics(name: str) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"FID and the Inception score need torchmetrics, which cannot be imported ({error})",
-            fix='Run pip install "busigen[eval]", or "busigen[fid]" where torch-fidelity lacks torchvision.',
+            fix=f"Run {install_command('eval')}; where torch-fidelity lacks torchvision, {install_command('fid')}.",
         ) from error
 
 

@@ -211,7 +211,9 @@ def _cannot_say(views: list[SectionView], inputs: Mapping[str, Any]) -> list[str
     missing = [f"{section.question} ({section.title})" for section in SECTIONS.values() if section.name not in ran]
     said = [UNANSWERED.format(sections=" · ".join(missing))] if missing else []
     figures = [figure for view in views for figure in view.headlines]
-    fewest = min((min(figure.synthetic, figure.real) for figure in figures), default=SMALL)
+    # A side of 0 took no part: an arm without synthetic images rests on none of them.
+    sides = [count for figure in figures for count in (figure.synthetic, figure.real) if count]
+    fewest = min(sides, default=SMALL)
     if fewest < SMALL:
         said.append(SMALL_SET.format(fewest=fewest))
     if not inputs.get("train"):
