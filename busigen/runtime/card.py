@@ -19,7 +19,7 @@ _PRIVACY_REAL = (
 
 _PRIVACY_SYNTHETIC = (
     "The backgrounds are synthetic like the lesions: the run was given no patient's image, and no sample holds a "
-    "patient's pixels. How much of its training images the model itself reproduces has not been measured."
+    "patient's pixels. How much of its training images the model reproduces is what `busigen audit` measures."
 )
 
 _LETTERBOX = f"""
