@@ -1,7 +1,7 @@
 """The three-stage sampler: (seed, index) in, accepted pair of image and mask out.
 
 Everything a sample depends on is keyed by its index, so draws can be grouped by class and window size to fill batches
-without changing what any of them is. Batches are padded to a fixed size, so that the engines see one shape per graph.
+without changing what any of them is. Batches are padded to powers of two, so that the engines see few shapes.
 """
 
 from __future__ import annotations
@@ -250,8 +250,12 @@ class Sampler:
         return max(MIN_BATCH, self.batch_size * BUCKETS[0] ** 2 // side**2)
 
     def _run(self, graph: str, side: int | None, count: int, **inputs: NDArray[Any]) -> Floats:
-        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
-        size = max(count, self._size(side or BUCKETS[0]))
+        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away.
+
+        Padded to a power of two: few shapes for the engine to plan, and a tail of three rows does not pay for sixteen.
+        """
+        full = max(count, self._size(side or BUCKETS[0]))
+        size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
         padded = {
             name: np.concatenate((array, np.repeat(array[-1:], size - count, axis=0))).astype(np.float32, copy=False)
             for name, array in inputs.items()
