@@ -156,8 +156,8 @@ PREAMBLE = """# What the audit catches
 Defects planted in one half of the held-out real images (BUSI and BUS-BRA), judged against the other half, which shares
 no patient and no near-duplicate with it. A cell shows the figure that lies farthest beyond its floor, and the floor's
 interval in brackets; a dash means that the section stayed silent, an empty cell that it was not run. All sections at
-`--quick`. Written by `benchmarks/audit_proof.py`, which also keeps every headline figure in
-`benchmarks/results/audit_proof.json`.
+`--quick`; the utility section, which trains networks for every cell, was not run. Written by
+`benchmarks/audit_proof.py`, which also keeps every headline figure in `benchmarks/results/audit_proof.json`.
 
 The sections' measures and thresholds were chosen while looking at some of these defects in these images, so the table
 shows what they catch; it is no independent estimate of how often they would.

@@ -277,9 +277,10 @@ def audit(
             ) from None
     for line in audited(report):
         stdout.print(escape(line))
-    bad = (*report.flagged, *report.failed)
-    if fail_on_flag and bad:
-        raise FlaggedError(f"flagged or not run: {', '.join(bad)}.", fix=f"See {report.html}.")
+    if report.failed:
+        raise BusigenError(f"sections that could not run: {', '.join(report.failed)}.", fix=f"See {report.html}.")
+    if fail_on_flag and report.flagged:
+        raise FlaggedError(f"flagged: {', '.join(report.flagged)}.", fix=f"See {report.html}.")
 
 
 @contextmanager

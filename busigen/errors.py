@@ -60,7 +60,7 @@ class AcceptanceError(BusigenError):
 
 
 class FlaggedError(BusigenError):
-    """An audit that was told to fail on defects found some, or could not look for them."""
+    """An audit that was told to fail on defects found some."""
 
     exit_code = 9
 

@@ -231,9 +231,7 @@ def _run(section: Section, context: AuditContext, key: str) -> Outcome:
     """Run one section and keep its result, unless it could not run."""
     log.info("%s: %s", section.title, section.question)
     started = time.perf_counter()
-    for old in section_folder(context.out, section.name).glob("*"):
-        if old.is_file():
-            old.unlink()
+    before = {path: path.stat().st_mtime_ns for path in section_folder(context.out, section.name).glob("*.*")}
     error = ""
     result = SectionResult(section.name)
     try:
@@ -254,6 +252,10 @@ def _run(section: Section, context: AuditContext, key: str) -> Outcome:
         return Outcome(result, error=error)
     # From JSON in either case, so that a kept result and a fresh one read the same.
     result = SectionResult.from_dict(jsonable(result.to_dict()))
+    # Only now: a run that fails leaves the files of the one before it as they were.
+    for path, changed in before.items():
+        if path.is_file() and path.stat().st_mtime_ns == changed:
+            path.unlink()
     store(context.out, key, result)
     return Outcome(result)
 

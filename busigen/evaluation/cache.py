@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from busigen import __version__
+from busigen.data.images import find_images
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import Section
 from busigen.runtime.atomic import sha256_of, write_json
 
 RESULT_FILE = "result.json"
+
+Sets = dict[str, str | None]
+"""Fingerprint per set, None for one that is not there."""
 
 
 def fingerprint(images: ImageSet) -> str:
@@ -29,25 +35,45 @@ def fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def key_of(section: Section, context: AuditContext, sets: dict[str, str | None]) -> str:
+def _inception(context: AuditContext, sets: Sets) -> Any:
+    if context.inception is not None:
+        return sha256_of(context.inception)
+    # Where the user brings no weights, the library's own are used as soon as it is there.
+    return find_spec("torch_fidelity") is not None
+
+
+def _healthy(context: AuditContext, sets: Sets) -> Any:
+    return None if context.healthy is None else sorted(sha256_of(path) for path in find_images(context.healthy))
+
+
+INPUTS: dict[str, Callable[[AuditContext, Sets], Any]] = {
+    "train": lambda context, sets: sets.get("train"),
+    "external": lambda context, sets: sets.get("external"),
+    "healthy": _healthy,
+    "inception": _inception,
+    # The full real-or-synthetic test trains a smaller network where there is no GPU.
+    "device": lambda context, sets: context.device if context.effort == "full" else None,
+}
+"""What a section can read besides the synthetic and the real set, as something that changes when the content does."""
+
+
+def key_of(section: Section, context: AuditContext, sets: Sets) -> str:
     """Hex sha256 over what decides a section's result.
 
     Args:
-        section: Its name and version count.
-        context: Its options count; device and folder do not.
+        section: Its name, its version and what it reads count.
+        context: Its options count; its folder does not.
         sets: Fingerprint per set.
     """
-    healthy = context.healthy
     content = {
         "section": section.name,
         "version": section.version,
         "busigen": __version__,
-        "sets": sets,
+        "sets": {name: sets[name] for name in ("synthetic", "real")},
         "effort": context.effort,
         "seed": context.seed,
         "backgrounds": context.backgrounds,
-        "inception": None if context.inception is None else sha256_of(context.inception),
-        "healthy": None if healthy is None else sorted(path.name for path in healthy.rglob("*") if path.is_file()),
+        **{name: INPUTS[name](context, sets) for name in section.reads},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -147,7 +147,7 @@ def compare_distributions(first: Array, second: Array, groups: Groups) -> Compar
     value = float(distance(own, 1 - own)[0])
     rest = (1 - own) - groups.halves
     return Comparison(
-        value=Interval(value, *_ends(distance(*groups.draws))),
+        value=_unbiased(value, distance(*groups.draws)),
         floor=_middle(distance(groups.halves, rest)),
         p=_p(distance(groups.sides, 1 - groups.sides), value),
     )
@@ -184,6 +184,15 @@ def _ends(values: Array) -> tuple[float | None, float | None]:
         return None, None
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _unbiased(value: float, draws: Array) -> Interval:
+    """A distance with its bootstrap interval, moved by as much as resampling makes distances larger."""
+    low, high = _ends(draws)
+    if low is None or high is None:
+        return Interval(value)
+    bias = float(np.nanmedian(draws)) - value
+    return Interval(value, min(max(low - bias, 0.0), value), max(high - bias, value))
 
 
 def _middle(values: Array) -> Interval:

@@ -52,40 +52,6 @@ def halves(groups: NDArray[np.int64], rng: np.random.Generator) -> tuple[Rows, R
     return first, second
 
 
-def bootstrap(
-    statistic: Statistic,
-    first: NDArray[np.int64],
-    second: NDArray[np.int64],
-    rng: np.random.Generator,
-    resamples: int = RESAMPLES,
-) -> tuple[float, float]:
-    """95 % percentile interval of a two-sample statistic, both samples drawn by group.
-
-    Args:
-        statistic: Takes row numbers into both sets.
-        first: Groups of the first set, one per row.
-        second: Groups of the second set.
-        rng: Source of the draws.
-        resamples: Number of draws.
-    """
-    values = [statistic(resample(first, rng), resample(second, rng)) for _ in range(resamples)]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def floor(
-    statistic: Statistic, groups: NDArray[np.int64], rng: np.random.Generator, halvings: int = HALVINGS
-) -> tuple[float, float, float]:
-    """A statistic between random group-disjoint halves of one set: its median, and the 2.5 and 97.5 % points.
-
-    Halves are smaller than the sets that are compared, so distances between them come out a little larger: a floor is
-    never too strict.
-    """
-    values = [statistic(*halves(groups, rng)) for _ in range(halvings)]
-    low, middle, high = np.nanpercentile(values, [2.5, 50.0, 97.5])
-    return float(middle), float(low), float(high)
-
-
 def permutation_p(
     statistic: Statistic,
     first: NDArray[np.int64],
@@ -101,7 +67,7 @@ def permutation_p(
     joint = np.concatenate([first, second + (int(first.max()) + 1 - int(second.min()))])
     observed = statistic(np.arange(total), np.arange(total, len(joint)))
     parts = rows_by_group(joint)
-    beyond = 0
+    beyond = counted = 0
     for _ in range(permutations):
         order = [parts[k] for k in rng.permutation(len(parts))]
         rows = np.concatenate(order)
@@ -110,7 +76,8 @@ def permutation_p(
         size = sum(len(part) for part in order[:cut])
         if size < len(rows):
             beyond += statistic(rows[:size], rows[size:]) >= observed
-    return (beyond + 1) / (permutations + 1)
+            counted += 1
+    return (beyond + 1) / (counted + 1)
 
 
 def adjusted(p_values: NDArray[np.float64]) -> NDArray[np.float64]:

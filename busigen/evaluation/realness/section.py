@@ -234,7 +234,7 @@ def _report(context: AuditContext, found: list[_Separation], result: SectionResu
     p_values = adjusted(np.array([one.p for one in found]))
     for one, p in zip(found, p_values, strict=True):
         low = one.value.low if one.value.low is not None else 0.0
-        limit = one.floor.high if one.floor is not None and one.floor.high is not None else 1.0
+        limit = one.floor.high if one.floor is not None and one.floor.high is not None else one.null[1]
         few = min(one.sizes) < ENOUGH
         flagged = bool(not few and p < SIGNIFICANT and low > one.null[1] and one.value.value > limit)
         whole = ".whole." in one.key

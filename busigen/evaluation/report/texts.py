@@ -14,8 +14,10 @@ NO_TRAIN = "No training images were named, so nothing here compares the set with
 QUICK = "This was a quick run: smaller networks, fewer seeds. A full run can find what this one does not."
 
 CANNOT_SAY = (
-    "Silent means: no difference larger than that between two halves of the real set was found. It does not mean that "
-    "there is none.",
+    "Silent means: no difference passed both the test and the floor, or there were too few images to judge one. It "
+    "does not mean that there is none.",
+    "Floors come from halves of the real set. Where the synthetic set is smaller than such a half, chance alone lifts "
+    "its distances above the floor; the p-value knows the sizes, the floor does not.",
     "Every figure is relative to this real set. Other scanners, hospitals and patients may differ from it by more than "
     "the synthetic set does.",
     "No reader looked at the images: whether a lesion is plausible to a radiologist is not measured.",

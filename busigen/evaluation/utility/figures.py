@@ -144,16 +144,18 @@ def _on(
         return []
     floor = _seed_floor(scores[REAL], rows, real.groups[rows], context.rng(SECTION, prefix, "floor"))
     figures = []
+    lesions = len(context.synthetic.with_lesions())
     for name, mine in scores.items():
         rng, label = context.rng(SECTION, prefix, name), ARMS[name].label
-        used = min(round(ARMS[name].synthetic * train), len(context.synthetic))
+        used = min(round(ARMS[name].synthetic * train), lesions)
         note = "To be compared with the arm 'real': between halves of a set there is no such figure."
         plain = Figure("", "", Interval(0.0), None, used, len(rows), better="higher", note=note)
         whole = plain if prefix != f"{SECTION}." else replace(plain, headline=name == REAL)
         value = interval(lambda k, d=mine.dice[rows]: float(d[k].mean()), real.groups[rows], rng)  # type: ignore[misc]
         figures.append(replace(whole, key=f"{prefix}{name}.dice", label=f"Dice, {words}{label}", value=value))
         value = interval(lambda k, m=mine: m.f1(rows[k]), real.groups[rows], rng)  # type: ignore[misc]
-        figures.append(replace(plain, key=f"{prefix}{name}.f1", label=f"Pooled F1, {words}{label}", value=value))
+        pooled = f"Pooled F1 of lesion images, {words}{label}"
+        figures.append(replace(plain, key=f"{prefix}{name}.f1", label=pooled, value=value))
         for stratum, members in _strata(real, rows).items():
             value = interval(
                 lambda k, d=mine.dice[members]: float(d[k].mean()),  # type: ignore[misc]
