@@ -240,7 +240,13 @@ def audit(
     seed: Annotated[int, typer.Option(min=0, help="Seeds every draw.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Images per set. [default: 500 for --quick, else all]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    inception: Annotated[Path | None, typer.Option(help="Inception weights for FID, KID and IS.")] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="TorchScript file with Inception, for FID, KID and IS: a program that will be run, so only take it "
+            "from a source you trust."
+        ),
+    ] = None,
     fail_on_flag: Annotated[bool, typer.Option("--fail-on-flag", help="Exit with code 9 if anything is flagged.")] = (
         False
     ),

@@ -121,3 +121,37 @@ def test_without_inception_the_section_says_how_to_bring_it(
     monkeypatch.setenv("TORCH_HOME", str(out))
     result = _audit(real.take(np.arange(20)), drawn_set(20, seed=3), out)
     assert any("--inception PATH" in finding.text for finding in result.findings)
+
+
+def _grouped(images: ImageSet, sizes: list[int]) -> ImageSet:
+    groups = np.arange(len(sizes)).repeat(sizes)
+    return replace(images, table=images.table.with_columns(pl.Series("group", groups)))
+
+
+@pytest.mark.parametrize("sizes", [[20], [17, 1, 1, 1]])
+def test_too_few_groups_are_said_and_not_compared(sizes: list[int], out: Path) -> None:
+    images = drawn_set(20, seed=6, classes=("benign",))
+    result = _audit(drawn_set(20, seed=7, classes=("benign",)), _grouped(images, sizes), out)
+    assert not result.figures
+    assert any("Too few independent images to compare (all: 20" in finding.text for finding in result.findings)
+
+
+def test_one_large_group_among_many_is_dealt_around(out: Path) -> None:
+    images = drawn_set(24, seed=6, classes=("benign",))
+    result = _audit(drawn_set(24, seed=7, classes=("benign",)), _grouped(images, [10, *[1] * 14]), out)
+    assert len(result.figures) == 6
+
+
+def _classes(images: ImageSet, names: list[str]) -> ImageSet:
+    return replace(images, table=images.table.with_columns(pl.Series("class", names)))
+
+
+def test_a_rare_class_does_not_thin_the_others(out: Path) -> None:
+    real = _classes(drawn_set(60, seed=1), ["benign"] * 24 + ["malignant"] * 20 + ["normal"] * 16)
+    images = _classes(drawn_set(60, seed=3), ["benign"] * 30 + ["malignant"] * 28 + ["normal"] * 2)
+    result = _audit(images, real, out)
+    figure = result.figure("fidelity.radiomic.all.frechet.value")
+    assert (figure.synthetic, figure.real) == (55, 44)
+    texts = [finding.text for finding in result.findings]
+    assert any("normal, of which there are only 2" in text for text in texts)
+    assert any("55 of 60 synthetic and 44 of 60 real images" in text for text in texts)

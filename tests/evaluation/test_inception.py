@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from torchmetrics.image.kid import poly_mmd
 from busigen.errors import InputError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity import inception
+from busigen.evaluation.fidelity import section as fidelity
 from busigen.evaluation.fidelity.metrics import frechet_distance, mmd2, polynomial_kernel
 from tests.evaluation.drawn_sets import drawn_set
 
@@ -45,6 +48,10 @@ def _context(synthetic: ImageSet, real: ImageSet, out: Path, path: Path | None) 
     return AuditContext(synthetic, real, None, out, inception=path)
 
 
+def _features(context: AuditContext) -> inception.Inception:
+    return inception.features_of(context, inception.load(context))
+
+
 @pytest.mark.parametrize("count", [12, 200])
 def test_frechet_distance_is_torchmetrics_with_fewer_and_with_more_rows_than_features(count: int) -> None:
     rng = np.random.default_rng(1)
@@ -69,7 +76,7 @@ def test_mmd_is_kid_of_torchmetrics() -> None:
 def test_a_torchscript_network_gives_fid_and_inception_score(network: Path, tmp_path: Path) -> None:
     synthetic, real = drawn_set(30, seed=1), drawn_set(40, seed=2)
     context = _context(synthetic, real, tmp_path, network)
-    found = inception.features_of(context)
+    found = _features(context)
     assert found.source == "small.pt"
     assert found.synthetic is not None and found.real is not None
     assert (found.synthetic.shape, found.real.shape) == ((30, 24), (40, 24))
@@ -83,7 +90,7 @@ def test_a_torchscript_network_gives_fid_and_inception_score(network: Path, tmp_
 
 def test_one_image_has_the_same_features_in_any_batch(network: Path, tmp_path: Path) -> None:
     images = drawn_set(inception.BATCH + 3, seed=3)
-    whole = inception.features_of(_context(images, images.take(np.arange(5)), tmp_path, network))
+    whole = _features(_context(images, images.take(np.arange(5)), tmp_path, network))
     assert whole.synthetic is not None and whole.real is not None
     # Single precision; batches of other sizes may sum in another order.
     np.testing.assert_allclose(whole.synthetic[:5], whole.real, rtol=1e-4, atol=1e-6)
@@ -95,7 +102,7 @@ def test_a_network_that_only_gives_features_has_no_inception_score(tmp_path: Pat
         str(path)
     )
     context = _context(drawn_set(12, seed=4), drawn_set(12, seed=5), tmp_path, path)
-    found = inception.features_of(context)
+    found = _features(context)
     figures = inception.library_figures(found, np.arange(12), np.arange(12), context)
     assert [figure.label for figure in figures] == ["FID over all images"]
 
@@ -104,7 +111,7 @@ def test_without_weights_the_report_names_both_ways_to_provide_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    found = inception.features_of(_context(drawn_set(4, seed=6), drawn_set(4, seed=7), tmp_path, None))
+    found = _features(_context(drawn_set(4, seed=6), drawn_set(4, seed=7), tmp_path, None))
     assert found.synthetic is None
     assert "--inception PATH" in found.text
     assert inception.CACHED_WEIGHTS in found.text
@@ -118,5 +125,94 @@ def test_what_is_no_inception_is_refused_with_a_fix(tmp_path: Path, network: Pat
     torch.jit.trace(lambda x: x.float() / 255, torch.zeros((2, 3, 299, 299), dtype=torch.uint8)).save(str(maps))
     for path in (tmp_path / "absent.pt", text, maps):
         with pytest.raises(InputError, match=path.name) as error:
-            inception.features_of(_context(*sets, tmp_path, path))
+            _features(_context(*sets, tmp_path, path))
         assert "TorchScript" in error.value.fix
+
+
+@torch.jit.script
+def _leak(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.from_file("secret", False, 1).sum()
+
+
+class _Reading(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool(x.sum() > 1):
+            x = _leak(x)
+        return x.float().mean(dim=(2, 3))
+
+
+class _Outer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Reading()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+class _Plain(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = x.float().mean(dim=(2, 3))
+        return features
+
+
+def test_a_network_that_reads_files_is_refused_before_it_runs(tmp_path: Path) -> None:
+    path = tmp_path / "reading.pt"
+    torch.jit.script(_Outer()).save(str(path))
+    context = _context(drawn_set(2, seed=1), drawn_set(2, seed=2), tmp_path, path)
+    with pytest.raises(InputError, match=r"reading\.pt is refused.*from_file"):
+        inception.load(context)
+
+
+@pytest.mark.parametrize("call", ['torch.save(x, "T")', 'x.save("T")', 'ops.aten.save(x, "T")'])
+def test_a_network_that_writes_files_is_refused_before_it_runs(call: str, tmp_path: Path) -> None:
+    """Python's compiler knows no ``aten::save``; the archive's code does."""
+    plain, path, written = tmp_path / "plain.pt", tmp_path / "writing.pt", tmp_path / "written"
+    torch.jit.script(_Plain()).save(str(plain))
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith(".py"):
+                line = f"    {call.replace('T', os.fspath(written))}\n    return "
+                assert b"    return " in data
+                data = data.replace(b"    return ", line.encode())
+            if not item.filename.endswith(".debug_pkl"):
+                new.writestr(item.filename, data)
+    with pytest.raises(InputError, match=r"writing\.pt is refused.*save"):
+        inception.load(_context(drawn_set(2, seed=1), drawn_set(2, seed=2), tmp_path, path))
+    assert not written.exists()
+
+
+def test_the_inception_score_does_not_depend_on_the_processs_generator(network: Path, tmp_path: Path) -> None:
+    context = _context(drawn_set(30, seed=1), drawn_set(40, seed=2), tmp_path, network)
+    found = _features(context)
+    scores = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        scores.append(inception.library_figures(found, np.arange(30), np.arange(40), context)[1])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert scores[0] == scores[1]
+
+
+def test_bad_weights_are_said_early_and_cost_no_other_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_text("no network")
+    monkeypatch.setattr(fidelity, "PERMUTATIONS", {"quick": 19})
+    result = fidelity.run(_context(drawn_set(16, seed=1), drawn_set(16, seed=2), tmp_path, path))
+    assert result.figure("fidelity.radiomic.all.frechet.value")
+    assert result.details["inception"] is None
+    assert any("not computed" in finding.text and "weights.pt" in finding.text for finding in result.findings)
+    assert "weights.pt" in caplog.text
+
+
+def test_damaged_weights_in_the_librarys_cache_are_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(inception, "find_spec", lambda name: name)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints" / inception.CACHED_WEIGHTS).write_bytes(b"damaged")
+    network = inception.try_load(_context(drawn_set(2, seed=1), drawn_set(2, seed=2), tmp_path, None))
+    assert network.extract is None
+    assert "not computed" in network.text

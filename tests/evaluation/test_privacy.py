@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
@@ -115,8 +117,28 @@ def test_few_images_give_notes_but_no_flags(train: ImageSet, held: ImageSet, cou
     assert not result.flagged
     assert bool(result.figures) == (count >= 8)
     assert result.figures or any("Too few independent images" in finding.text for finding in result.findings)
-    # Every one of them is a copy, which the pictures show and a note says.
-    assert any(f"{count} of {count} whole images correlate" in finding.text for finding in result.findings)
+    # Every one of them is a copy, which the pictures show; a note says so only where there are enough to judge.
+    assert len(result.pictures) == 2
+    noted = any(f"{count} of {count} whole images correlate" in finding.text for finding in result.findings)
+    assert noted == ("threshold" in result.details["whole"]) == bool(result.figures)
+
+
+def test_without_figures_no_threshold_is_drawn(train: ImageSet, held: ImageSet, tmp_path: Path) -> None:
+    result = _audit(train.take(np.arange(16)), held.take(np.arange(2)), None, tmp_path)
+    assert not result.figures
+    assert set(result.details["crop"]) == {"nearest"}
+    assert not any("correlate above" in finding.text for finding in result.findings)
+
+
+def test_training_images_of_unknown_class_are_compared(
+    train: ImageSet, held: ImageSet, fresh: ImageSet, tmp_path: Path
+) -> None:
+    unknown = replace(train, table=train.table.with_columns(pl.lit("unknown").alias("class")))
+    result = _audit(with_copies(fresh, train, 0.3, 0), held, unknown, tmp_path)
+    assert result.figure("privacy.crop.all.copies.value").flagged
+    texts = [finding.text for finding in result.findings]
+    assert any("share no class" in text for text in texts)
+    assert not any("no lesions to compare" in text for text in texts)
 
 
 def test_normals_without_lesions_are_compared_as_whole_images_only(tmp_path: Path) -> None:

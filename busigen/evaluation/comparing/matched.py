@@ -8,7 +8,7 @@ both taken between samples of one size, drawn by whole groups without replacemen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 from busigen.evaluation.comparing.statistics import Rows, rows_by_group
 
 Groups = NDArray[np.int64]
+
+_TRIALS = 100
+_DEALS = 1000
+"""Deals after which none is looked for any more. Where `divisible`, that many fail with a chance of 2^-1000."""
 
 
 def matched_size(first: Groups, second: Groups) -> int:
@@ -32,26 +36,76 @@ def draws(
         yield _take(parts[0], size, rng), _take(parts[1], size, rng)
 
 
-def disjoint_draws(groups: Groups, size: int, rng: np.random.Generator, count: int) -> Iterator[tuple[Rows, Rows]]:
-    """``count`` times two group-disjoint samples of ``size`` rows, or a few less where groups forbid it."""
+def divisible(first: Groups, second: Groups, least: int, rng: np.random.Generator) -> bool:
+    """Whether whole groups can be dealt to two sides of ``least`` rows: the second set's own, and both sets'.
+
+    Tried out, because few large groups allow some deals and forbid others: at least half must do. Then the draws below
+    deal again where one does not.
+    """
+    size = matched_size(first, second)
+    _, own = np.unique(second, return_counts=True)
+    joint = np.concatenate([np.unique(first, return_counts=True)[1], own])
+    for sizes, wanted in ((own, size), (joint, len(first))):
+        if len(sizes) < 2:
+            return False
+        sides = [_sides(sizes, wanted, rng) for _ in range(_TRIALS)]
+        if 2 * sum(min(int(sizes[a].sum()), int(sizes[b].sum())) >= least for a, b in sides) < _TRIALS:
+            return False
+    return True
+
+
+def disjoint_draws(
+    groups: Groups, size: int, rng: np.random.Generator, count: int, least: int = 1
+) -> Iterator[tuple[Rows, Rows]]:
+    """``count`` times two group-disjoint samples of ``size`` rows, or less where groups forbid it.
+
+    Deals again where a sample has fewer than ``least`` rows; see `divisible`.
+    """
     parts = rows_by_group(groups)
+    sizes = np.array([len(part) for part in parts])
+
+    def deal() -> tuple[Rows, Rows]:
+        first, second = (np.concatenate([parts[k] for k in side])[:size] for side in _sides(sizes, size, rng))
+        return first, second
+
     for _ in range(count):
-        order = [parts[k] for k in rng.permutation(len(parts))]
-        ends = np.cumsum([len(part) for part in order])
-        cut = min(int(np.searchsorted(ends, size)) + 1, len(order) - 1)
-        yield np.concatenate(order[:cut])[:size], np.concatenate(order[cut:])[:size]
+        yield _until(deal, least)
 
 
-def permutations(first: Groups, second: Groups, rng: np.random.Generator, count: int) -> Iterator[tuple[Rows, Rows]]:
-    """Rows of the *concatenated* sets, dealt anew by whole groups to two sides of about the same sizes as before."""
+def permutations(
+    first: Groups, second: Groups, rng: np.random.Generator, count: int, least: int = 1
+) -> Iterator[tuple[Rows, Rows]]:
+    """Rows of the *concatenated* sets, dealt anew by whole groups to two sides of about the same sizes as before.
+
+    Deals again where a side has fewer than ``least`` rows; see `divisible`.
+    """
     joint = np.concatenate([first, second + (int(first.max()) + 1 - int(second.min()))])
     _, index, sizes = np.unique(joint, return_inverse=True, return_counts=True)
-    for _ in range(count):
-        order = rng.permutation(len(sizes))
-        cut = min(int(np.searchsorted(np.cumsum(sizes[order]), len(first))) + 1, len(sizes) - 1)
+
+    def deal() -> tuple[Rows, Rows]:
         chosen = np.zeros(len(sizes), dtype=np.bool_)
-        chosen[order[:cut]] = True
-        yield np.flatnonzero(chosen[index]), np.flatnonzero(~chosen[index])
+        chosen[_sides(sizes, len(first), rng)[0]] = True
+        return np.flatnonzero(chosen[index]), np.flatnonzero(~chosen[index])
+
+    for _ in range(count):
+        yield _until(deal, least)
+
+
+def _sides(sizes: NDArray[np.int64], wanted: int, rng: np.random.Generator) -> tuple[Rows, Rows]:
+    """Group numbers of two sides, the first ending where it reaches ``wanted`` rows; neither is empty."""
+    if len(sizes) < 2:
+        raise ValueError(f"two sides need at least two groups, not {len(sizes)}")
+    order = rng.permutation(len(sizes))
+    cut = min(int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1, len(sizes) - 1)
+    return order[:cut], order[cut:]
+
+
+def _until(deal: Callable[[], tuple[Rows, Rows]], least: int) -> tuple[Rows, Rows]:
+    for _ in range(_DEALS):
+        first, second = deal()
+        if min(len(first), len(second)) >= least:
+            return first, second
+    raise ValueError(f"groups cannot be dealt to two sides of {least} rows")
 
 
 def _take(parts: list[Rows], size: int, rng: np.random.Generator) -> Rows:

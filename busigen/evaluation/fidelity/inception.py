@@ -1,23 +1,34 @@
-"""Inception's features of both sets, where somebody brought its weights. Nothing is ever downloaded."""
+"""Inception's features of both sets, where somebody brought its weights. Nothing is ever downloaded.
+
+A TorchScript file is a program, and this module runs it. Its code is read first, and refused where it names an
+operation on files or on other machines; that narrows what a hostile file can do and does not make one safe. So only
+take such a file from a source you trust.
+"""
 
 from __future__ import annotations
 
+import ast
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.errors import InputError, MissingDependencyError
+from busigen.errors import BusigenError, InputError, MissingDependencyError
 from busigen.evaluation.comparing import matched
 from busigen.evaluation.comparing.statistics import Rows
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval
 from busigen.runtime.install import install_command
+
+log = logging.getLogger("busigen.evaluation")
 
 BATCH = 32
 SPLITS = 10
@@ -32,8 +43,32 @@ _ABSENT = (
     f"inception-2015-12-05.pt); or busigen[fid] installed and {CACHED_WEIGHTS} in torch hub's folder of checkpoints."
 )
 
+_FORBIDDEN = re.compile(r"\b(save|from_file|rpc_sync|rpc_async|rpc_remote|c10d|_c10d_functional|torch\.classes)\b")
+"""What TorchScript can write and read files with, reach other machines with, and bind foreign classes with."""
+
+LOADING_ERRORS = (
+    BusigenError, RuntimeError, OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+    UnpicklingError,
+)  # fmt: skip
+"""What weights that are damaged, or of another version, fail with. Not worth a whole section."""
+
 _Extract = Callable[[Any], tuple[Any, Any]]
 """Maps ``uint8 (N, 3, H, W)`` to features and to the logarithm of class probabilities (or None)."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that is ready to run, or the reason why there is none.
+
+    Attributes:
+        extract: The network, or None.
+        source: File name of the weights, or None.
+        text: A sentence for the report where there is no network.
+    """
+
+    extract: _Extract | None
+    source: str | None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,20 +90,53 @@ class Inception:
     logits: list[NDArray[np.float64]] = field(default_factory=list)
 
 
-def features_of(context: AuditContext) -> Inception:
-    """Features of both sets by the network at ``context.inception``, or else by the one in the library's own cache.
+def load(context: AuditContext) -> Network:
+    """The network at ``context.inception``, or else the one in the library's own cache.
+
+    ``context.inception`` is a TorchScript file: a program, which is run. Only take it from a source you trust.
 
     Raises:
         InputError: ``context.inception`` cannot be used.
+        MissingDependencyError: torchmetrics cannot be imported.
     """
     if context.inception is not None:
-        extract, source = _torchscript(context.inception, context.device), context.inception.name
-    else:
-        found = _cached(context.device)
-        if found is None:
-            return Inception(None, _ABSENT)
-        extract, source = found, CACHED_WEIGHTS
-    parts = [_extract(extract, images, context) for images in (context.synthetic, context.real)]
+        return Network(_torchscript(context.inception, context.device), context.inception.name)
+    found = _cached(context.device)
+    return Network(None, None, _ABSENT) if found is None else Network(found, CACHED_WEIGHTS)
+
+
+def try_load(context: AuditContext) -> Network:
+    """The same; weights that cannot be used are logged at once, and become the report's sentence."""
+    try:
+        return load(context)
+    except LOADING_ERRORS as error:
+        text = not_computed(error)
+        log.warning("%s", text)
+        return Network(None, None, text)
+
+
+def not_computed(error: Exception) -> str:
+    """The report's sentence for weights that failed."""
+    return f"FID, KID and the Inception score were not computed: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    # PyTorch's messages go on for pages of C++.
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def features_of(context: AuditContext, network: Network) -> Inception:
+    """Features of both sets; none where there is no network.
+
+    Raises:
+        InputError: The network gives features that are not finite.
+    """
+    if network.extract is None:
+        return Inception(None, network.text)
+    source = network.source
+    parts = [_extract(network.extract, images, context) for images in (context.synthetic, context.real)]
+    if not all(np.isfinite(features).all() for features, _ in parts):
+        raise InputError(f"{source} gives features that are not finite.", fix="Use other weights.")
     logits = [logit for _, logit in parts if logit is not None]
     text = (
         f"FID, KID and their companions rest on {source}. Inception was trained on photographs, so small differences "
@@ -114,7 +182,8 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
         rng = context.rng("fidelity", "inception score")
         logits = network.logits[0][synthetic], network.logits[1][real]
         pairs = list(matched.draws(*groups, size, rng, 20))
-        scores = [[_score(part[rows]) for part, rows in zip(logits, pair, strict=True)] for pair in pairs]
+        splits = context.rng("fidelity", "inception splits")
+        scores = [[_score(part[rows], splits) for part, rows in zip(logits, pair, strict=True)] for pair in pairs]
         value, floor = (
             Interval(*np.percentile(column, [50.0, 2.5, 97.5]).tolist()) for column in zip(*scores, strict=True)
         )
@@ -143,12 +212,49 @@ def _torchmetrics(name: str) -> Any:
         ) from error
 
 
-def _score(logits: NDArray[np.float64]) -> float:
+def _score(logits: NDArray[np.float64], rng: np.random.Generator) -> float:
     import torch
 
     score = _torchmetrics("inception").InceptionScore(feature=torch.nn.Identity(), splits=min(SPLITS, len(logits)))
     score.update(torch.from_numpy(logits))
-    return float(score.compute()[0])
+    # torchmetrics deals the images to the splits by the process's own generator, and has no option for another.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        return float(score.compute()[0])
+
+
+def _refuse_file_operations(path: Path, fix: str) -> None:
+    """Read the program before anything of it runs: loading alone may run its ``__setstate__``.
+
+    Raises:
+        InputError: It is no TorchScript file, or its code names a forbidden operation.
+    """
+    import torch
+
+    try:
+        # PyTorch's own reader, so that what is read here is what is run later, whatever the archive's quirks.
+        reader = torch._C.PyTorchFileReader(str(path))
+        records = reader.get_all_records()
+        # Lookups ignore case, so listing must too.
+        code = [reader.get_record(name).decode() for name in records if name.lower().endswith(".py")]
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a TorchScript file ({_reason(error)}).", fix=fix) from error
+    if not code or any(name.lower() == "model.json" for name in records):
+        raise InputError(f"{path} is not a TorchScript file of this age: it holds no code where that belongs.", fix=fix)
+    for text in code:
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f"{path} holds code that cannot be read.", fix=fix) from error
+        # getattr takes a name as a string, which escapes can hide from a search in the text.
+        strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        for part in (text, *strings):
+            if found := _FORBIDDEN.search(part):
+                raise InputError(
+                    f"{path} is refused: the program in it names {found[0]}, which reads or writes files or reaches "
+                    "beyond this process.",
+                    fix=f"Do not use this file. {fix}",
+                )
 
 
 def _torchscript(path: Path, device: str) -> _Extract:
@@ -156,11 +262,12 @@ def _torchscript(path: Path, device: str) -> _Extract:
 
     fix = "Give a TorchScript Inception, such as inception-2015-12-05.pt."
     if not path.is_file():
-        raise InputError(f"there is no file {path}", fix=fix)
+        raise InputError(f"There is no file {path}.", fix=fix)
+    _refuse_file_operations(path, fix)
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
-        raise InputError(f"{path} is not a TorchScript file ({str(error).splitlines()[0]})", fix=fix) from error
+        raise InputError(f"{path} is not a TorchScript file ({_reason(error)}).", fix=fix) from error
     options = {argument.name for argument in network.forward.schema.arguments}
 
     def extract(batch: Any) -> tuple[Any, Any]:
@@ -175,9 +282,9 @@ def _torchscript(path: Path, device: str) -> _Extract:
         with torch.inference_mode():
             trial = extract(torch.zeros((2, 3, 299, 299), dtype=torch.uint8, device=device))[0]
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{path} does not take uint8 images of shape (N, 3, 299, 299)", fix=fix) from error
+        raise InputError(f"{path} does not take uint8 images of shape (N, 3, 299, 299).", fix=fix) from error
     if not isinstance(trial, torch.Tensor) or trial.ndim != 2 or len(trial) != 2:
-        raise InputError(f"{path} does not give one feature vector per image", fix=fix)
+        raise InputError(f"{path} does not give one feature vector per image.", fix=fix)
     return extract
 
 

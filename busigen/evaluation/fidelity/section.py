@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from busigen.errors import BusigenError
 from busigen.evaluation.comparing import matched
 from busigen.evaluation.comparing.statistics import Rows, adjusted
 from busigen.evaluation.context import AuditContext
@@ -88,26 +89,39 @@ def run(context: AuditContext) -> SectionResult:
         Figures ``fidelity.<radiomic|inception>.<all|class>.<measure>.value``.
 
     Raises:
-        InputError: ``context.inception`` is not a TorchScript Inception.
         OutputError: The report's folder cannot be written.
     """
     start = time.monotonic()
     result = SectionResult("fidelity")
     scopes = _scopes(context, result)
     if scopes:
+        # Before the long part: whoever brought weights that cannot be used hears of it now.
+        weights = inception.try_load(context)
         radiomic = _radiomic(context)
         _compare(context, radiomic, scopes, result)
         _explain_bias(radiomic.real[scopes[0].real], len(scopes[0].synthetic), len(scopes[0].real), context, result)
-        network = inception.features_of(context)
-        result.details["inception"] = network.source
-        result.note(network.text)
-        if network.synthetic is not None and network.real is not None:
-            count = INCEPTION_PERMUTATIONS[context.effort]
-            space = _Space("inception", "Inception", network.synthetic, network.real, count, polynomial_kernel, "KID")
-            _compare(context, space, scopes[:1], result)
-            result.figures += inception.library_figures(network, scopes[0].synthetic, scopes[0].real, context)
+        _inception(context, weights, scopes[0], result)
     result.seconds = time.monotonic() - start
     return result
+
+
+def _inception(context: AuditContext, weights: inception.Network, scope: _Scope, result: SectionResult) -> None:
+    """Inception's figures; weights that fail cost these figures and no others."""
+    try:
+        network = inception.features_of(context, weights)
+    except inception.LOADING_ERRORS as error:
+        network = inception.Inception(None, inception.not_computed(error))
+    result.details["inception"] = network.source
+    result.note(network.text)
+    if network.synthetic is None or network.real is None:
+        return
+    count = INCEPTION_PERMUTATIONS[context.effort]
+    space = _Space("inception", "Inception", network.synthetic, network.real, count, polynomial_kernel, "KID")
+    _compare(context, space, [scope], result)
+    try:
+        result.figures += inception.library_figures(network, scope.synthetic, scope.real, context)
+    except BusigenError as error:
+        result.note(f"FID over all images and the Inception score were not computed: {error}")
 
 
 def _scopes(context: AuditContext, result: SectionResult) -> list[_Scope]:
@@ -117,9 +131,12 @@ def _scopes(context: AuditContext, result: SectionResult) -> list[_Scope]:
         # Without classes in common, such as in a folder that names none, lesions are compared with lesions.
         rows = [np.flatnonzero(s.masks.reshape(len(s), -1).any(axis=1)) for s in (context.synthetic, context.real)]
         scopes = [_Scope("all", rows[0], rows[1])]
-        result.note("The two sets have no class in common: all lesion images are compared together.")
+        result.note(
+            "The two sets have no class in common: all lesion images are compared together, "
+            f"{len(rows[0])} of {len(synthetic)} synthetic and {len(rows[1])} of {len(real)} real images."
+        )
     else:
-        scopes = [_Scope("all", _same_mix(context, common), np.flatnonzero(np.isin(real, common)))]
+        scopes = [_same_mix(context, common, result)]
         scopes += [
             _Scope(name, np.flatnonzero(synthetic == name), np.flatnonzero(real == name))
             for name in LESION_CLASSES
@@ -128,23 +145,55 @@ def _scopes(context: AuditContext, result: SectionResult) -> list[_Scope]:
     missing = sorted(set(real.tolist()) - set(common))
     if common and missing:
         result.note(f"Not compared, because the synthetic set holds none: {', '.join(missing)}.")
-    kept = [scope for scope in scopes if min(len(scope.synthetic), len(scope.real)) >= SMALLEST]
+    kept = []
     for scope in scopes:
-        if scope not in kept:
-            sizes = f"{len(scope.synthetic)} synthetic and {len(scope.real)} real"
+        groups = context.synthetic.groups[scope.synthetic], context.real.groups[scope.real]
+        sizes = f"{len(scope.synthetic)} synthetic and {len(scope.real)} real"
+        if min(len(scope.synthetic), len(scope.real)) < SMALLEST:
             result.note(f"Too few images to compare ({scope.name}: {sizes}; at least {SMALLEST} a side are needed).")
+        elif not matched.divisible(*groups, NEAREST_DENSITY + 1, context.rng("fidelity", "divisible", scope.name)):
+            counts = f"{len(np.unique(groups[0]))} synthetic and {len(np.unique(groups[1]))} real groups"
+            result.note(
+                f"Too few independent images to compare ({scope.name}: {sizes} images are of {counts}): a group, such "
+                "as a patient, is never divided, and whole groups do not make two samples that can be compared."
+            )
+        else:
+            kept.append(scope)
     return kept
 
 
-def _same_mix(context: AuditContext, common: list[str]) -> Rows:
-    """Synthetic rows with the real set's shares of classes, as many as there can be."""
+def _same_mix(context: AuditContext, common: list[str], result: SectionResult) -> _Scope:
+    """Synthetic rows with the real set's shares of classes, as many as there can be, and the real rows."""
     synthetic, real = context.synthetic.classes, context.real.classes
     have = {name: np.flatnonzero(synthetic == name) for name in common}
     want = {name: int((real == name).sum()) for name in common}
-    scale = min(len(have[name]) / want[name] for name in common)
+    mixed = common
+
+    def sizes(names: list[str]) -> dict[str, int]:
+        scale = min(len(have[name]) / want[name] for name in names)
+        return {name: max(round(scale * want[name]), 1) for name in names}
+
+    while len(mixed) > 1:
+        rarest = min(mixed, key=lambda name: len(have[name]) / want[name])
+        others = [name for name in mixed if name != rarest]
+        # A handful of one class would thin all the others to its share.
+        if len(have[rarest]) >= SMALLEST or sum(sizes(others).values()) <= sum(sizes(mixed).values()):
+            break
+        mixed = others
+        result.note(
+            f"Left out where all classes are taken together: {rarest}, of which there are only {len(have[rarest])} "
+            f"synthetic images ({want[rarest]} real). Keeping the real shares would have thinned the other classes to "
+            "as few."
+        )
     rng = context.rng("fidelity", "mix")
-    rows = [rng.permutation(have[name])[: max(round(scale * want[name]), 1)] for name in common]
-    return np.sort(np.concatenate(rows)).astype(np.int64)
+    rows = np.sort(np.concatenate([rng.permutation(have[name])[:size] for name, size in sizes(mixed).items()]))
+    scope = _Scope("all", rows.astype(np.int64), np.flatnonzero(np.isin(real, mixed)))
+    result.note(
+        f"All classes together: {len(scope.synthetic)} of {len(synthetic)} synthetic and {len(scope.real)} of "
+        f"{len(real)} real images were used, the synthetic ones drawn with the real set's shares of "
+        f"{', '.join(mixed)}."
+    )
+    return scope
 
 
 def _radiomic(context: AuditContext) -> _Space:
@@ -187,11 +236,14 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[tuple[
     size = matched.matched_size(*groups)
     rng = context.rng("fidelity", space.name, scope.name)
     drawn = [comparison(a, b + count) for a, b in matched.draws(*groups, size, rng, DRAWS)]
-    floors = [comparison(a + count, b + count) for a, b in matched.disjoint_draws(groups[1], size, rng, DRAWS)]
+    # Smaller samples hold no neighbourhood.
+    least = NEAREST_DENSITY + 1
+    halves = matched.disjoint_draws(groups[1], size, rng, DRAWS, least)
+    floors = [comparison(a + count, b + count) for a, b in halves]
     observed = comparison(np.arange(count), np.arange(count, count + len(scope.real)))
     beyond = np.zeros(len(MEASURES))
     signs = np.array([measure.sign for measure in MEASURES])
-    rounds = matched.permutations(*groups, rng, space.permutations)
+    rounds = matched.permutations(*groups, rng, space.permutations, least)
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
         beyond += signs * comparison(a, b) >= signs * observed
     p_values = (beyond + 1) / (space.permutations + 1)

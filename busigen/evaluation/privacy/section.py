@@ -17,6 +17,7 @@ from busigen.evaluation.comparing.statistics import adjusted
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.privacy import memorisation as memory
 from busigen.evaluation.privacy.figures import figures_of, reference
+from busigen.evaluation.privacy.memorisation import Values
 from busigen.evaluation.privacy.nearest import align, crop_box
 from busigen.evaluation.privacy.pair_sheet import COLUMNS, write_pairs
 from busigen.evaluation.privacy.similarity import Space, image_space, radiomic_space
@@ -72,6 +73,11 @@ def run(context: AuditContext) -> SectionResult:
         spaces += [radiomic] if radiomic is not None else []
     else:
         result.note("There are no lesions to compare: the synthetic, the training or the real set has none.")
+    if unshared := [space.label for space in spaces if not space.shared]:
+        result.note(
+            f"Training and held-out images share no class ({', '.join(unshared)}), so all of them were compared. Where "
+            "their classes really differ, and not just their names, that difference can pass for memory."
+        )
     found: list[tuple[Space, Figure]] = []
     for space in spaces:
         found += [(space, figure) for figure in figures_of(context, space, result)]
@@ -120,7 +126,7 @@ def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: Sec
 
 
 def _show(context: AuditContext, space: Space, result: SectionResult) -> None:
-    """Nearest pairs as a picture and by name, and copies by number."""
+    """Nearest pairs as a picture and by name and, where there are enough images to judge, copies by number."""
     assert space.views is not None
     similarity = space.to_held if space.to_train is None else space.to_train
     others = space.held if space.train is None else space.train
@@ -141,11 +147,21 @@ def _show(context: AuditContext, space: Space, result: SectionResult) -> None:
         text = f"{at.correlation:.3f}{', mirrored' if at.mirrored else ''}"
         pairs.append((_picture(space, space.synthetic, row), _picture(space, others, column), text))
     details: dict[str, Any] = {"nearest": listed}
+    result.details[space.name] = details
+    write_pairs(context.folder("privacy") / f"nearest-{space.name}.png", pairs[:COLUMNS])
+    caption = f"Nearest {side} neighbours of {space.label}: synthetic above, {side} image below, correlation beneath."
+    result.pictures.append(Picture(f"nearest-{space.name}.png", caption))
+    # Too few images for a figure are too few for a threshold.
+    if any(figure.key.startswith(f"privacy.{space.name}.") for figure in result.figures):
+        _count(space, best, side, details, result)
+
+
+def _count(space: Space, best: Values, side: str, details: dict[str, Any], result: SectionResult) -> None:
+    """Copies by number, with notes on those that no test can judge."""
     usual = reference(space)
     threshold = memory.copy_threshold(usual)
     copies = int((best > threshold).sum())
     details |= {"threshold": threshold, "copies": copies, "reference_copies": int((usual > threshold).sum())}
-    result.details[space.name] = details
     key = f"privacy.{space.name}.all.copies.value"
     if copies and not any(figure.key == key and figure.flagged for figure in result.figures):
         result.note(
@@ -158,9 +174,6 @@ def _show(context: AuditContext, space: Space, result: SectionResult) -> None:
             f"{leaked} {space.label} correlate above {threshold:.2f} with a real image that is said to be held out. "
             "Either the generator saw it after all, or it resembles a training image."
         )
-    write_pairs(context.folder("privacy") / f"nearest-{space.name}.png", pairs[:COLUMNS])
-    caption = f"Nearest {side} neighbours of {space.label}: synthetic above, {side} image below, correlation beneath."
-    result.pictures.append(Picture(f"nearest-{space.name}.png", caption))
 
 
 def _picture(space: Space, images: ImageSet, row: int) -> NDArray[np.uint8]:

@@ -37,6 +37,7 @@ class Space:
         held_to_train: ``(H, T)``, or None.
         within: ``(T, T)`` in the radiomic space; ``(H, H)`` where there is no training set; else None.
         views: Synthetic, training (or held-out) views, where the space has them.
+        shared: Whether training and held-out images have a class in common, to which they were then restricted.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Space:
     held_to_train: Values | None = None
     within: Values | None = None
     views: tuple[Views, Views] | None = None
+    shared: bool = True
 
 
 def image_space(context: AuditContext, name: str) -> Space | None:
@@ -62,6 +64,7 @@ def image_space(context: AuditContext, name: str) -> Space | None:
     if sets is None:
         return None
     synthetic, train, held = sets
+    shared = train is None or bool(np.isin(train.classes, held.classes).any())
     mine, held_views = make(synthetic), make(held)
 
     def compare(first: Views, second: Views) -> Values:
@@ -85,6 +88,7 @@ def image_space(context: AuditContext, name: str) -> Space | None:
         to_train=compare(mine, train_views),
         held_to_train=compare(held_views, train_views),
         views=(mine, train_views),
+        shared=shared,
     )
 
 
@@ -107,6 +111,7 @@ def radiomic_space(context: AuditContext, crop: Space) -> Space | None:
         to_train=-pairwise.euclidean_distances(mine, trained),
         held_to_train=-pairwise.euclidean_distances(others, trained),
         within=-pairwise.euclidean_distances(trained),
+        shared=crop.shared,
     )
 
 
@@ -118,7 +123,9 @@ def _sets(context: AuditContext, *, lesions_only: bool) -> tuple[ImageSet, Image
     if train is not None and len(train):
         # A class that one side lacks would tell members from others without any memory.
         common = np.intersect1d(train.classes, held.classes)
-        train, held = (_only(part, common) for part in (train, held))
+        # None in common mostly means that one side names no classes, which is no reason to compare nothing.
+        if len(common):
+            train, held = (_only(part, common) for part in (train, held))
     sides = [len(synthetic), len(held)] + ([] if train is None else [len(train)])
     return (synthetic, train, held) if min(sides) else None
 
