@@ -229,3 +229,14 @@ def test_without_the_healthy_folder_the_report_says_what_would_prove_them(lesion
     images, _ = painted(tmp_path)
     result = judge(images, lesions, tmp_path / "out")
     assert any("--healthy DIR" in finding.text for finding in result.findings)
+
+
+def test_a_healthy_image_that_is_not_there_is_unproven(lesions: ImageSet, tmp_path: Path) -> None:
+    images, healthy = painted(tmp_path)
+    (healthy / "2.png").unlink()
+    result = judge(images, lesions, tmp_path / "out", healthy=healthy)
+    figure = result.figure("integrity.background.unproven")
+    assert figure.value.value == 25
+    assert figure.flagged
+    said = "000000002 names a healthy image that is not below --healthy"
+    assert any(said in finding.text for finding in result.findings)

@@ -144,3 +144,12 @@ def test_damaged_measurements_are_made_again(pair, tmp_path):
     first = for_set(context, part)
     next((tmp_path / "cache").iterdir()).write_bytes(b"damaged")
     assert for_set(context, part).equals(first)
+
+
+def test_notes_say_why_there_is_no_floor_and_no_interval():
+    blank = np.full((1, 1), np.nan)
+    distances = physics.Distances(np.ones((1, 1)), *[blank] * 6)
+    figure = physics._figure("a.b", "b", (distances, 0, 0), (9, 9), float("nan"), "", "meaning")
+    assert figure.floor is None and figure.value.low is None
+    assert "too few groups of real images have a value" in figure.note
+    assert "no interval: most resamples hold no value" in figure.note

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from busigen.data.prepared import Prepared
+from busigen.data.records import Refusal
 from busigen.errors import InputError
 from busigen.evaluation.reading import archives
 from busigen.evaluation.reading.sets import background_mode, read_set
@@ -335,3 +336,89 @@ def test_what_is_no_set_is_refused_with_the_layouts_that_are(tmp_path: Path, kin
     if kind in ("empty", "other"):
         assert "images/ and masks/" in caught.value.fix
         assert ".tar" in caught.value.fix
+
+
+@pytest.mark.parametrize("size", [-512, -1, -(1 << 40)])
+def test_a_member_of_negative_size_ends_its_archive(tmp_path: Path, size: int) -> None:
+    """One of -512 bytes leads back to its own header, over and over."""
+    image, mask = pair()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    path = write_tar(shards / "a.tar", {"a.png": image, "a.mask.png": mask})
+    write_tar(shards / "b.tar", {"b.png": image, "b.mask.png": mask})
+    member = tarfile.TarInfo("evil.png")
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size + (1 << 96)).to_bytes(12, "big")  # Base 256, as GNU tar writes what octal cannot hold.
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+        end = tar.offset
+    path.write_bytes(path.read_bytes()[:end] + bytes(header) + bytes(1024))
+    found = read_set(shards)
+    assert found.table["id"].to_list() == ["a", "b"]
+    assert len(found.refused) == 1
+    assert "nothing behind it is read" in found.refused[0].problem
+
+
+def extended(records: bytes) -> bytes:
+    """A PAX header and its records."""
+    member = tarfile.TarInfo("pax")
+    member.type, member.size = tarfile.XHDTYPE, len(records)
+    return member.tobuf(tarfile.USTAR_FORMAT) + records.ljust(-(-len(records) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        extended(b"10 path=a\n") * 3000,
+        extended(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+        extended(b"23 GNU.sparse.map=0,x\n\n"),
+        extended(b"22 GNU.sparse.size=10\n28 GNU.sparse.numblocks=two\n"),
+    ],
+    ids=["chained", "no sparse map", "sparse map of words", "blocks in words"],
+)
+def test_malformed_records_cost_one_archive_and_no_more(tmp_path: Path, headers: bytes) -> None:
+    image, mask = pair()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "a.tar").write_bytes(headers + tarfile.TarInfo("x.png").tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    write_tar(shards / "b.tar", {"b.png": image, "b.mask.png": mask})
+    found = read_set(shards)
+    assert found.table["id"].to_list() == ["b"]
+    assert [refusal.file.partition("/")[0] for refusal in found.refused] == ["a.tar"]
+
+
+@pytest.mark.parametrize("error", [KeyError("GNU.sparse.map"), IndexError("list index out of range"), RecursionError()])
+def test_what_tarfile_lets_out_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    path = write_tar(tmp_path / "a.tar", {"a.png": b"x"})
+
+    def fail(_: tarfile.TarFile) -> None:
+        raise error
+
+    monkeypatch.setattr(tarfile.TarFile, "next", fail)
+    refused: list[Refusal] = []
+    assert archives.list_archives([path], refused) == []
+    assert [refusal.file for refusal in refused] == ["a.tar"]
+
+
+def test_a_damaged_header_is_no_end(tmp_path: Path) -> None:
+    image, mask = pair()
+    path = write_tar(tmp_path / "a.tar", {"a.png": image, "a.mask.png": mask, "b.png": image})
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[-1].offset
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    found = read_set(path)
+    assert len(found) == 1
+    assert f"header at byte {at}" in found.refused[0].problem
+
+
+def test_names_send_a_terminal_nothing(tmp_path: Path) -> None:
+    image, mask = pair()
+    members = {"\x1b[2Ja.png": image, "\x1b[2Ja.mask.png": mask, "\x1b]0;owned\x07\x9b.png": b"no image"}
+    found = read_set(write_tar(tmp_path / "a.tar", members))
+    assert found.table["id"].to_list() == ["\\x1b[2Ja"]
+    said = [text for refusal in found.refused for text in refusal.to_dict().values()]
+    assert len(found.refused) == 1
+    assert all(text.isprintable() for text in said)

@@ -139,3 +139,28 @@ def test_a_lesion_that_fills_the_image_is_measured_without_surroundings():
     found = shape.margin(np.full((256, 256), 90, np.float32), regions)
     assert np.isnan(found["contrast"])
     assert np.isnan(found["posterior"])
+
+
+@pytest.mark.parametrize("grey", [0.0, 255.0])
+def test_bars_and_overlays_are_no_margin(grey):
+    """Whatever bars and overlays show, the margin is that of the tissue between them."""
+    mask = _ellipse(25, 35, (50, 120)) & VALID  # Cut off by the upper bar.
+    overlays = NOTHING.copy()
+    overlays[70:80, 100:140] = True  # Across the lower outline.
+    regions = find_regions(mask, VALID, overlays)
+    image = _scene(mask)
+    drawn = np.where(overlays | ~VALID, grey, image).astype(np.float32)
+    plain = np.where(VALID, image, 95.0).astype(np.float32)
+    found, expected = shape.margin(drawn, regions), shape.margin(plain, regions)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found["offset"] == 0.0
+    # The lesion's inner band runs along the bar, too, at the lesion's own grey.
+    assert found["sharpness"] == pytest.approx(70 * DYNAMIC_RANGE / 255, abs=0.5)
+
+
+def test_a_lesion_that_fills_the_frame_is_no_background():
+    everywhere = np.ones((256, 256), dtype=np.bool_)
+    regions = find_regions(everywhere, everywhere, NOTHING)
+    assert regions.lesion.all()
+    assert not regions.background.any()
+    assert not regions.ring.any()

@@ -105,3 +105,40 @@ def test_a_feature_that_nobody_has_stays_undefined():
     found = compare(_sample(empty), _sample(empty), rng)
     assert np.isnan(found.ks.value[0, 1]) and np.isnan(found.ks.p[0, 1])
     assert found.ks.value[0, 0] == 0.0
+
+
+def test_a_few_undefined_draws_leave_interval_and_floor():
+    """Of a feature that six of 60 images have, some draws hold none."""
+    rng = np.random.default_rng(8)
+    sides = []
+    for _ in range(2):
+        values = np.full(60, np.nan)
+        values[:6] = rng.normal(size=6)
+        sides.append(_sample(values))
+    found = compare(*sides, rng)
+    for part in (found.ks, found.wasserstein):
+        assert part.low[0, 0] <= part.value[0, 0]
+        assert np.isfinite(part.high[0, 0])
+        assert part.floor_low[0, 0] <= part.floor[0, 0] <= part.floor_high[0, 0]
+        assert 0 < part.p[0, 0] <= 1
+
+
+def test_undefined_permutations_do_not_count():
+    null = np.random.default_rng(9).gamma(3.0, 1.0, (400, 1))
+    holed = np.concatenate([null, np.full((100, 1), np.nan)])
+    for observed in (3.0, 12.0):
+        assert tail_p(np.array([observed]), holed) == pytest.approx(tail_p(np.array([observed]), null))
+    assert np.isnan(tail_p(np.array([3.0]), np.concatenate([null, np.full((401, 1), np.nan)])))[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_only_one_group_has_gets_no_floor_and_no_interval():
+    rng = np.random.default_rng(10)
+    values = np.full(40, np.nan)
+    values[:6] = rng.normal(size=6)
+    groups = np.maximum(np.arange(40), 5)
+    found = compare(_sample(values, groups=groups), _sample(values, groups=groups), rng)
+    assert np.isnan(found.ks.floor[0, 0])
+    # Each side draws the group with probability 1 - 1/e: three draws of five hold no distance.
+    assert np.isnan(found.ks.low[0, 0])
+    assert found.ks.value[0, 0] == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,9 @@ SMALLEST_P = 1e-6
 @dataclass(frozen=True)
 class Distances:
     """A distance for every scope and feature; arrays are ``float64 (S, D)``, NaN where undefined.
+
+    Of a feature that few images have, a draw may hold none. Such draws are left out; where they are more than half of
+    them, what is taken from the draws is NaN.
 
     Attributes:
         value: Between the two sets.
@@ -88,7 +92,7 @@ def compare(real: Sample, synthetic: Sample, rng: np.random.Generator) -> Compar
         rng: Source of all draws.
 
     Returns:
-        The comparison. Floors and p-values are NaN where a class has fewer than two groups.
+        The comparison. Floors and p-values are NaN where too few groups have a value to divide them.
     """
     plan = Plan(real, synthetic)
     whole = plan.statistics(plan.mine, ~plan.mine)
@@ -126,29 +130,46 @@ def tail_p(observed: Floats, null: Floats) -> Floats:
 
     Args:
         observed: ``(...)``, greater speaks against the null hypothesis.
-        null: ``(P, ...)``, from the permutations.
+        null: ``(P, ...)``, from the permutations; NaN where one is undefined, which leaves it out.
 
     Returns:
-        ``(...)``, at least ``SMALLEST_P``; NaN where the null is undefined.
+        ``(...)``, at least ``SMALLEST_P``; NaN where most of the null is undefined.
     """
+    null = _mostly_known(null)
+    draws = (~np.isnan(null)).sum(axis=0)
     beyond = (null >= observed).sum(axis=0)
-    counted = (beyond + 1.0) / (len(null) + 1.0)
-    spread = null.std(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        skew = np.maximum(((null - null.mean(axis=0)) ** 3).mean(axis=0) / spread**3, 0.05)
-        fitted = stats.pearson3.sf((observed - null.mean(axis=0)) / spread, skew)
-    p = np.where(beyond >= 10, counted, np.minimum(fitted, 11.0 / (len(null) + 1.0)))
+    counted = (beyond + 1.0) / (draws + 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        # What has no draw at all is NaN, as it should be, but numpy warns of it.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        centre, spread = np.nanmean(null, axis=0), np.nanstd(null, axis=0)
+        skew = np.maximum(np.nanmean((null - centre) ** 3, axis=0) / spread**3, 0.05)
+        fitted = stats.pearson3.sf((observed - centre) / spread, skew)
+    p = np.where(beyond >= 10, counted, np.minimum(fitted, 11.0 / (draws + 1.0)))
     return np.where(np.isnan(observed) | ~(spread > 0), np.nan, np.maximum(p, SMALLEST_P))
 
 
+def _mostly_known(draws: Floats) -> Floats:
+    """The draws, all NaN where more than half of them are: the rest would be a chosen few."""
+    return np.where(np.isnan(draws).mean(axis=0) > 0.5, np.nan, draws)
+
+
+def _percentiles(draws: Floats) -> Floats:
+    """2.5, 50 and 97.5 % points of the draws that are defined, ``(3, S, D)``."""
+    with warnings.catch_warnings():
+        # What has no draw at all is NaN, as it should be, but numpy warns of it.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanpercentile(_mostly_known(draws), [2.5, 50.0, 97.5], axis=0))
+
+
 def _summary(value: Floats, boots: Floats, nulls: Floats, floors: Floats) -> Distances:
-    low, middle, high = np.percentile(boots, [2.5, 50.0, 97.5], axis=0)
-    floor_low, floor, floor_high = np.percentile(floors, [2.5, 50.0, 97.5], axis=0)
+    low, middle, high = _percentiles(boots)
+    floor_low, floor, floor_high = _percentiles(floors)
     bias = middle - value
     return Distances(
         value=value,
         # A distance is not negative, whatever the correction says; the swap may be.
-        low=np.minimum(np.maximum(low - bias, np.where(floors.min(axis=0) < 0, -np.inf, 0.0)), value),
+        low=np.minimum(np.maximum(low - bias, np.where((floors < 0).any(axis=0), -np.inf, 0.0)), value),
         high=high - bias,
         floor=floor,
         floor_low=floor_low,

@@ -31,17 +31,20 @@ class Regions:
     """Where an image is measured. All masks are ``bool (H, W)`` and hold no overlays and no letterbox bars.
 
     Attributes:
+        tissue: All that may be measured: the image without its overlays.
         lesion: The lesions.
         ring: The band around them, ``RING`` px outside the outline.
         background: The rest of the image.
         posterior: Below the largest lesion, as wide as it, ``POSTERIOR_GAP`` rows under its lowest pixel and as deep as
             it is high (within ``POSTERIOR_DEPTH``; less where the image ends).
         lateral: The same rows on both sides, each half as wide as the lesion.
-        distance: ``float32 (H, W)``, distance in pixels to the outline, negative inside, ``inf`` beyond the ring.
+        distance: ``float32 (H, W)``, distance in pixels to the outline, negative inside, ``inf`` beyond the ring,
+            ``-inf`` where the lesion fills the frame and has no outline.
         largest: ``bool (H, W)``, the largest connected lesion, overlays and all: what shape is measured on.
         box: Rows and columns that hold lesions and ring; None without a lesion.
     """
 
+    tissue: NDArray[np.bool_]
     lesion: NDArray[np.bool_]
     ring: NDArray[np.bool_]
     background: NDArray[np.bool_]
@@ -66,14 +69,14 @@ def find_regions(mask: NDArray[np.bool_], valid: NDArray[np.bool_], overlays: ND
         overlays: ``bool (H, W)``, True on suspected calipers and text.
 
     Returns:
-        The regions; all but ``background`` are empty where there is no lesion.
+        The regions; all but ``tissue`` and ``background`` are empty where there is no lesion.
     """
     tissue = valid & ~overlays
     mask = mask & valid
     distance = np.full(mask.shape, np.inf, dtype=np.float32)
     empty = np.zeros(mask.shape, dtype=np.bool_)
     if not mask.any():
-        return Regions(empty, empty, tissue, empty, empty, distance, empty, None)
+        return Regions(tissue, empty, empty, tissue, empty, empty, distance, empty, None)
     box = _window(mask, int(RING[1]) + 1)
     inside = mask[box]
     away = ndimage.distance_transform_edt(~inside)
@@ -82,10 +85,13 @@ def find_regions(mask: NDArray[np.bool_], valid: NDArray[np.bool_], overlays: ND
     distance[box] = np.where(near <= RING[1], near, np.inf)
     largest = _largest(mask, box)
     posterior, lateral = _below(largest, mask, tissue)
+    # Not isinf: a lesion that fills the frame lies at minus infinity.
+    beyond = np.isposinf(distance)
     return Regions(
+        tissue=tissue,
         lesion=mask & tissue,
-        ring=(distance > RING[0]) & np.isfinite(distance) & tissue,
-        background=np.isinf(distance) & tissue,
+        ring=(distance > RING[0]) & ~beyond & tissue,
+        background=beyond & tissue,
         posterior=posterior,
         lateral=lateral,
         distance=distance,

@@ -125,9 +125,11 @@ def _figure(
 
     floor = None
     if np.isnan(number("floor")):
-        note = f"{note}; no floor: fewer than two groups of a class"
+        note = f"{note}; no floor: too few groups of real images have a value to be halved"
     else:
         floor = Interval(number("floor"), number("floor_low"), number("floor_high"))
+    if np.isnan(number("low")):
+        note = f"{note}; no interval: most resamples hold no value"
     value = number("value")
     beyond = floor is not None and floor.high is not None and value > floor.high
     return Figure(

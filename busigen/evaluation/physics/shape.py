@@ -77,15 +77,14 @@ def margin(grey: NDArray[np.float32], regions: Regions) -> dict[str, float]:
         ``contrast`` (ring over lesion, dB), ``sharpness`` (``MARGIN`` px outside over inside, dB), ``step`` (mean
         absolute difference of neighbours across the outline over that of neighbours within ``MARGIN`` px of it),
         ``offset`` (pixels by which the outline would have to move for the greatest change across it) and ``posterior``
-        (below over beside, dB: negative is shadow, positive enhancement). NaN where a region has fewer than
-        ``MIN_PIXELS`` px.
+        (below over beside, dB: negative is shadow, positive enhancement). Letterbox bars and overlays count nowhere.
+        NaN where a region has fewer than ``MIN_PIXELS`` px.
     """
     distance = regions.distance
-    tissue = regions.lesion | regions.ring | (regions.distance <= 0) | (distance <= MARGIN)
-    outer, inner = (distance > 0) & (distance <= MARGIN) & tissue, (distance < 0) & (distance >= -MARGIN) & tissue
+    outer, inner = (distance > 0) & (distance <= MARGIN), (distance < 0) & (distance >= -MARGIN)
     return {
         "contrast": _difference(grey, regions.ring, regions.lesion),
-        "sharpness": _difference(grey, outer, inner),
+        "sharpness": _difference(grey, outer & regions.tissue, inner & regions.tissue),
         "step": _step(grey, regions),
         "offset": _offset(grey, outer, inner, regions),
         "posterior": _difference(grey, regions.posterior, regions.lateral),
@@ -139,12 +138,15 @@ def _step(grey: NDArray[np.float32], regions: Regions) -> float:
     if regions.box is None:
         return _NAN
     pixels, distance = grey[regions.box], regions.distance[regions.box]
+    tissue = regions.tissue[regions.box]
     across, around = [], []
     for axis in (0, 1):
         step = np.abs(np.diff(pixels, axis=axis))
-        ahead, behind = (np.take(distance, range(k, distance.shape[axis] - 1 + k), axis=axis) for k in (1, 0))
-        crosses = (ahead < 0) != (behind < 0)
-        close = (np.abs(ahead) <= MARGIN + 1) & (np.abs(behind) <= MARGIN + 1) & ~crosses
+        first, second = (range(k, distance.shape[axis] - 1 + k) for k in (1, 0))
+        ahead, behind = (np.take(distance, at, axis=axis) for at in (first, second))
+        both = np.take(tissue, first, axis=axis) & np.take(tissue, second, axis=axis)
+        crosses = ((ahead < 0) != (behind < 0)) & both
+        close = (np.abs(ahead) <= MARGIN + 1) & (np.abs(behind) <= MARGIN + 1) & ~crosses & both
         across.append(step[crosses])
         around.append(step[close])
     here, there = np.concatenate(across), np.concatenate(around)
@@ -154,14 +156,26 @@ def _step(grey: NDArray[np.float32], regions: Regions) -> float:
 
 
 def _offset(grey: NDArray[np.float32], outer: NDArray[np.bool_], inner: NDArray[np.bool_], regions: Regions) -> float:
-    if regions.box is None or min(int(outer.sum()), int(inner.sum())) < MIN_PIXELS:
+    tissue = regions.tissue
+    if regions.box is None or min(int((outer & tissue).sum()), int((inner & tissue).sum())) < MIN_PIXELS:
         return _NAN
     box = tuple(slice(max(cut.start - SEARCH, 0), cut.stop + SEARCH) for cut in regions.box)
-    pixels = ndimage.gaussian_filter(grey[box], 1.0, truncate=3.0)
-    template = outer[box] / np.float32(outer.sum()) - inner[box] / np.float32(inner.sum())
+    counted = tissue[box].astype(np.float32)
+    # Both the blur and the means are over tissue alone: the edge of a bar or an overlay outshines any lesion's.
+    share = ndimage.gaussian_filter(counted, 1.0, truncate=3.0)
+    level = grey[tissue].mean()
+    pixels = ndimage.gaussian_filter((grey[box] - level) * counted, 1.0, truncate=3.0)
+    pixels = np.where(counted > 0, pixels / np.maximum(share, 1e-6), 0.0)
     shape = [fft.next_fast_len(side + SEARCH, real=True) for side in pixels.shape]
-    product = fft.irfft2(fft.rfft2(pixels - pixels.mean(), shape) * np.conj(fft.rfft2(template, shape)), shape)
     shifts = np.arange(-SEARCH, SEARCH + 1)
-    near = product[np.ix_(shifts, shifts)]
-    down, across = np.unravel_index(int(near.argmax()), near.shape)
+    images = [fft.rfft2(part, shape) for part in (pixels, counted)]
+    means, known = [], np.ones((len(shifts), len(shifts)), dtype=np.bool_)
+    for band in (outer[box], inner[box]):
+        template = np.conj(fft.rfft2(band.astype(np.float32), shape))
+        total, count = (fft.irfft2(image * template, shape)[np.ix_(shifts, shifts)] for image in images)
+        # Of a band that mostly lies outside the tissue, what is left says little of the outline.
+        known &= 2 * count > count[SEARCH, SEARCH]
+        means.append(total / np.maximum(count, 1.0))
+    change = np.where(known, means[0] - means[1], -np.inf)
+    down, across = np.unravel_index(int(change.argmax()), change.shape)
     return float(np.hypot(shifts[down], shifts[across]))

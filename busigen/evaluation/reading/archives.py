@@ -108,6 +108,11 @@ def _members(archive: Path, refused: list[Refusal]) -> Iterator[tuple[Part, str,
             while (member := tar.next()) is not None:
                 # A tarfile collects all headers it has seen; a large archive has a great many.
                 vars(tar)["members"] = []
+                # A negative size leads back to where the header lies: without this it would be read for ever.
+                if member.size < 0 or tar.offset <= member.offset:
+                    problem = f"It claims {member.size} bytes; nothing behind it is read."
+                    refused.append(_refusal(archive, member.name, problem))
+                    return
                 if member.isdir():
                     continue
                 folder, _, name = member.name.rpartition("/")
@@ -119,6 +124,18 @@ def _members(archive: Path, refused: list[Refusal]) -> Iterator[tuple[Part, str,
                 elif role is not None and stem:
                     key = f"{folder}/{stem}" if folder else stem
                     yield Part(archive, member.name, member.offset_data, member.size), role, key
+            # A tarfile takes a damaged header behind the first for the end, which is a block of zeros or nothing.
+            with archive.open("rb") as file:
+                file.seek(tar.offset)
+                if any(file.read(tarfile.BLOCKSIZE)):
+                    problem = f"Its header at byte {tar.offset} is damaged; nothing behind it is read."
+                    refused.append(_refusal(archive, "", problem))
+    except RecursionError:
+        refused.append(_refusal(archive, "", "It cannot be read as a tar file: its headers are chained too deep."))
+    except (KeyError, IndexError) as error:
+        # What tarfile lets out on malformed records; the error's text is a bare key, or says nothing of the file.
+        problem = f"It cannot be read as a tar file: one of its headers is malformed ({type(error).__name__})."
+        refused.append(_refusal(archive, "", problem))
     except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
         refused.append(_refusal(archive, "", f"It cannot be read as a tar file: {error}."))
 
@@ -156,8 +173,8 @@ def _item(sample: _Sample, refused: list[Refusal]) -> Item:
         file=printable(f"{sample.archive.name}/{sample.parts['image'].name}"),
         image_class=label if label in CLASSES else UNKNOWN_CLASS,
         read=read,
-        patient=None if patient is None else str(patient)[:NAME_LIMIT],
-        background=None if background is None else str(background)[:NAME_LIMIT],
+        patient=None if patient is None else printable(str(patient)[:NAME_LIMIT]),
+        background=None if background is None else printable(str(background)[:NAME_LIMIT]),
     )
 
 
