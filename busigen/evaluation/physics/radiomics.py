@@ -17,7 +17,7 @@ from busigen.runtime.atomic import atomic_path, output_errors
 
 __all__ = ["DEPTH_BANDS", "NAMES", "Feature", "features", "for_set", "matrix", "measure"]
 
-VERSION = 4
+VERSION = 5
 """Part of the cache's key: raise it whenever a feature's meaning changes."""
 
 Track = Callable[[str, Iterable[int], int], Iterator[int]]
