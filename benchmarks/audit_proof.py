@@ -159,6 +159,9 @@ interval in brackets; a dash means that the section stayed silent, an empty cell
 `--quick`; the utility section, which trains networks for every cell, was not run. Written by
 `benchmarks/audit_proof.py`, which also keeps every headline figure in `benchmarks/results/audit_proof.json`.
 
+The columns fidelity, realness and privacy were measured before the last corrections to the measures of outlines and
+to some intervals, integrity and physics after them.
+
 The sections' measures and thresholds were chosen while looking at some of these defects in these images, so the table
 shows what they catch; it is no independent estimate of how often they would.
 
