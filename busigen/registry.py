@@ -65,8 +65,10 @@ class Preset:
     name: str
     about: str
     latent_channels: int
-    autoencoder_channels: tuple[int, ...]
-    autoencoder_layers: tuple[int, ...]
+    encoder_channels: tuple[int, ...]
+    encoder_layers: tuple[int, ...]
+    decoder_channels: tuple[int, ...]
+    decoder_layers: tuple[int, ...]
     patch: int
     context_dim: int
     context_layers: int
@@ -84,8 +86,10 @@ PRESETS = {
         name="compact",
         about="trained from scratch; the shipped default",
         latent_channels=8,
-        autoencoder_channels=(32, 32, 64, 128),
-        autoencoder_layers=(0, 2, 2, 2),
+        encoder_channels=(32, 32, 64, 128),
+        encoder_layers=(0, 2, 2, 2),
+        decoder_channels=(16, 32, 64, 128),
+        decoder_layers=(1, 2, 2, 2),
         patch=16,
         context_dim=128,
         context_layers=4,
@@ -102,8 +106,10 @@ PRESETS = {
         name="tiny",
         about="compact shrunk until a whole run takes minutes on two cores; for tests and trials, not for use",
         latent_channels=4,
-        autoencoder_channels=(8, 8, 16, 16),
-        autoencoder_layers=(0, 1, 1, 1),
+        encoder_channels=(8, 8, 16, 16),
+        encoder_layers=(0, 1, 1, 1),
+        decoder_channels=(8, 8, 16, 16),
+        decoder_layers=(0, 1, 1, 1),
         patch=32,
         context_dim=32,
         context_layers=1,

@@ -26,7 +26,14 @@ RING_WIDTH = 2 * LATENT_FACTOR
 """Width in pixels of the band inside the edit region's rim that stage 3 repaints: two latent cells."""
 
 FEATHER_WIDTH = 6.0
-"""Pixels over which the paste fades in, counted inwards from the edit region's rim."""
+"""Pixels over which the paste's brightness fades in, counted inwards from the edit region's rim."""
+
+GRAIN_WIDTH = 1.5
+"""Pixels over which the paste's speckle fades in, in the middle of the feather. Two speckle patterns that lie over one
+another half and half have half the variance of either: a wide fade would leave a smooth line around the lesion."""
+
+GRAIN_SCALE = 3.0
+"""Deviation in pixels of the Gaussian that parts brightness from speckle."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,15 @@ def ring_region(edit: Mask) -> Mask:
     return edit & (_depth(edit) <= RING_WIDTH)
 
 
-def feather(edit: Mask) -> NDArray[np.float32]:
-    """Opacity of the paste, ``(256, 256)`` float32: exactly 0 outside the edit region, rising to 1 inside it."""
-    return np.clip(_depth(edit) / FEATHER_WIDTH, 0.0, 1.0).astype(np.float32)
+def feather(edit: Mask) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Opacity of the pasted brightness and of the pasted speckle, ``(256, 256)`` float32 each.
+
+    Exactly 0 outside the edit region, rising to 1 inside it.
+    """
+    depth = _depth(edit)
+    middle = (FEATHER_WIDTH - GRAIN_WIDTH) / 2.0
+    brightness, grains = depth / FEATHER_WIDTH, (depth - middle) / GRAIN_WIDTH
+    return np.clip(brightness, 0.0, 1.0).astype(np.float32), np.clip(grains, 0.0, 1.0).astype(np.float32)
 
 
 def _around(mask: Mask, pad: int) -> tuple[slice, slice]:
@@ -161,6 +174,9 @@ def signed_distance(mask: Mask) -> NDArray[np.float32]:
 def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:
     """Put a painted window into the image; pixels outside the edit region keep their bytes.
 
+    Brightness fades in over the whole feather and speckle within a grain of it (two bands of Burt and Adelson 1983, A
+    multiresolution spline with application to image mosaics).
+
     Args:
         image: ``(256, 256)`` uint8.
         painted: the window's new pixels, ``(side, side)`` float32 in [-1, 1].
@@ -170,6 +186,10 @@ def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, wi
     result = image.copy()
     old = image[window.slices].astype(np.float32)
     new = np.clip((painted + 1.0) * 127.5, 0.0, 255.0)
-    opacity = feather(edit)[window.slices]
-    result[window.slices] = np.where(opacity > 0, np.rint(old + opacity * (new - old)), old).astype(np.uint8)
+    change = new - old
+    brightness = ndimage.gaussian_filter(change, GRAIN_SCALE, mode="nearest")
+    opacity, opacity_of_grains = (part[window.slices] for part in feather(edit))
+    mixed = old + opacity * brightness + opacity_of_grains * (change - brightness)
+    mixed = np.clip(np.rint(mixed), 0.0, 255.0)
+    result[window.slices] = np.where(opacity > 0, mixed, old).astype(np.uint8)
     return result

@@ -63,7 +63,7 @@ class TorchBackend:
         if component == "encoder":
             return networks.encoder(v["pixels"])
         if component == "decoder":
-            return networks.decoder(v["latents"])
+            return networks.decoder(v["latents"], v["noise"])
         if component == "prior":
             return networks.sample("prior", v["noise"], "normal", *networks.no_context(len(v["noise"])))
         stage, _, label = component.partition("-")

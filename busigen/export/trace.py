@@ -160,10 +160,11 @@ def trace_encoder(networks: Networks, side: int) -> ModelProto:
 
 
 def trace_decoder(networks: Networks, side: int) -> ModelProto:
-    """``latents`` to ``pixels`` for one window size."""
+    """``(latents, noise)`` to ``pixels`` for one window size."""
     cells = side // LATENT_FACTOR
-    example = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-    return trace(networks.decoder, [example], ["latents"], ["pixels"])
+    latents = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
+    noise = torch.randn(EXAMPLE_BATCH, 1, side, side)
+    return trace(networks.decoder, [latents, noise], ["latents", "noise"], ["pixels"])
 
 
 def trace_step(unet: ModelMixin, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:

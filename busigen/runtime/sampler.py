@@ -190,7 +190,8 @@ class Sampler:
                 # Whole images, so the prior's batch is that of the large windows.
                 noise = np.stack([normal(seed, i, a, "prior", self.bundle.latent_shape) for i, a in batch])
                 latents = self._run("prior", BUCKETS[-1], len(batch), noise=noise)
-                pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents)
+                speckle = np.stack([normal(seed, i, a, "prior speckle", (1, RESOLUTION, RESOLUTION)) for i, a in batch])
+                pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
                 pictures += [synthetic(_to_grey(image[0])) for image in pixels]
         return [
             Draft(index, attempt, class_at(index, self.classes), picture)
@@ -230,13 +231,14 @@ class Sampler:
             "edit": _cut(edits, windows),
         }
 
-        def noise(stage: str) -> Floats:
-            return np.stack([normal(seed, d.index, d.attempt, stage, shape) for d in batch])
+        def noise(stream: str, shape: Sequence[int]) -> Floats:
+            return np.stack([normal(seed, d.index, d.attempt, stream, shape) for d in batch])
 
-        painted = self._run(f"lesion-{label}", side, count, noise=noise("lesion"), **common)
+        painted = self._run(f"lesion-{label}", side, count, noise=noise("lesion", shape), **common)
         ring = _cut([ring_region(edit) for edit in edits], windows)
-        blended = self._run(f"blend-{label}", side, count, noise=noise("blend"), painted=painted, ring=ring, **common)
-        pixels = self._run("decoder", side, count, latents=blended)
+        blended = self._run(f"blend-{label}", side, count, noise=noise("blend", shape), painted=painted, ring=ring, **common)
+        speckle = noise("speckle", (1, side, side))
+        pixels = self._run("decoder", side, count, latents=blended, noise=speckle)
         return [
             paste(draft.healthy.pixels, new[0], edit, window)
             for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)

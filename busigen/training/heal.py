@@ -76,7 +76,8 @@ def _normal_tissue(
     noise = torch.randn(known.shape, generator=generator).to(device)
     condition = window_condition(known, torch.zeros_like(region), region)
     latents = networks.sample("lesion", noise, "normal", tokens, keep, *condition, steps=HEAL_STEPS)
-    painted: NDArray[np.float32] = networks.decoder(latents).float().cpu().numpy()[:, 0]
+    speckle = torch.randn(region.shape, generator=generator).to(device)
+    painted: NDArray[np.float32] = networks.decoder(latents, speckle).float().cpu().numpy()[:, 0]
     return painted
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderDC, ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION, Preset
+from busigen.training.autoencoder import Autoencoder
 
 MASKED = -1e4
 """Attention bias of a dropped token: far below any logit, yet finite in fp16."""
@@ -75,24 +76,13 @@ def _transformer(dim: int, layers: int, heads: int) -> nn.ModuleList:
     )
 
 
-def _autoencoder(preset: Preset) -> AutoencoderDC:
-    levels = len(preset.autoencoder_channels)
-    return AutoencoderDC(
-        in_channels=1,
+def _autoencoder(preset: Preset) -> Autoencoder:
+    return Autoencoder(
         latent_channels=preset.latent_channels,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=preset.autoencoder_channels,
-        decoder_block_out_channels=preset.autoencoder_channels,
-        encoder_layers_per_block=preset.autoencoder_layers,
-        decoder_layers_per_block=preset.autoencoder_layers,
-        encoder_qkv_multiscales=((),) * levels,
-        decoder_qkv_multiscales=((),) * levels,
-        downsample_block_type="Conv",
-        # Interpolation, because a bare pixel-shuffle head leaves a 2 x 2 block pattern in the speckle.
-        upsample_block_type="interpolate",
-        decoder_act_fns="silu",
-        scaling_factor=1.0,
+        encoder_channels=preset.encoder_channels,
+        encoder_layers=preset.encoder_layers,
+        decoder_channels=preset.decoder_channels,
+        decoder_layers=preset.decoder_layers,
     )
 
 
@@ -152,7 +142,7 @@ def build(component: str, preset: Preset) -> ModelMixin:
 
 def model_class(component: str) -> type[ModelMixin]:
     """The class to load a saved component with."""
-    return {"autoencoder": AutoencoderDC, "context": ContextEncoder}.get(component, UNet2DConditionModel)
+    return {"autoencoder": Autoencoder, "context": ContextEncoder}.get(component, UNet2DConditionModel)
 
 
 def mask_condition(mask: Tensor) -> Tensor:

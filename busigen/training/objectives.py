@@ -2,42 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-SPECTRAL_PATCH = 16
-"""Side in pixels of the patches whose spectra are compared: a few speckle grains wide."""
+GRAIN_PATCH, COARSE_FACTOR = 8, 4
+"""Side in pixels of the patches that are compared grain by grain, and how much coarser the second comparison is."""
+
+SPECTRAL_PATCHES = (8, 16, 32)
+"""Sides in pixels of the patches whose spectra are compared: from one speckle grain to several."""
+
+SPECTRAL_WEIGHT = 0.1
+"""Weight of each spectral term: log-magnitudes differ by about ten times what pixels in [-1, 1] do."""
 
 
-def spectral(output: Tensor, target: Tensor, generator: Generator | None = None) -> Tensor:
-    """L1 distance of log-magnitude spectra of small windowed patches.
+def _patches(image: Tensor, side: int, stride: int) -> Tensor:
+    """Patches of ``(B, 1, H, W)`` as ``(B, P, side, side)``."""
+    return image.unfold(2, side, stride).unfold(3, side, stride).flatten(1, 3)
 
-    Speckle's phase cannot be carried by f8 latents, but its power can: this term asks for the right energy at every
-    frequency without asking for the same grains (in the spirit of focal frequency loss, Jiang et al. 2021).
+
+def _views(image: Tensor, offsets: list[int]) -> Iterator[tuple[float, Tensor]]:
+    """Yield what two images are compared by: a weight and one vector per patch, ``(B, P, n)``.
+
+    Grey levels fine and coarse, and log-magnitudes of windowed spectra, which know speckle's texture but not the
+    places of its grains. ``offsets`` shift the tiling, so that no pixel always lies at a patch's rim.
     """
-    offset = int(torch.randint(SPECTRAL_PATCH, (1,), generator=generator))
-    window = torch.hann_window(SPECTRAL_PATCH, periodic=False, device=output.device)
-    taper = window[:, None] * window[None, :]
+    yield 1.0, _patches(image[..., offsets[0] :, offsets[0] :], GRAIN_PATCH, GRAIN_PATCH).flatten(2)
+    yield 1.0, _patches(F.avg_pool2d(image, COARSE_FACTOR), 4, 4).flatten(2)
+    for side, offset in zip(SPECTRAL_PATCHES, offsets[1:], strict=True):
+        window = torch.hann_window(side, periodic=False, device=image.device)
+        taper = window[:, None] * window[None, :]
+        patches = _patches(image[..., offset:, offset:], side, side // 2 if side > GRAIN_PATCH else side)
+        patches = (patches - patches.mean(dim=(-2, -1), keepdim=True)) * taper
+        # The floor is a few times what rounding to grey levels leaves in a frequency: below it there is nothing to see.
+        magnitude = torch.log(torch.fft.rfft2(patches).abs() / side + 0.004)
+        yield SPECTRAL_WEIGHT, magnitude.flatten(2)
 
-    def spectrum(image: Tensor) -> Tensor:
-        image = image[..., offset:, offset:].float()
-        patches = image.unfold(2, SPECTRAL_PATCH, SPECTRAL_PATCH).unfold(3, SPECTRAL_PATCH, SPECTRAL_PATCH)
-        patches = patches - patches.mean(dim=(-2, -1), keepdim=True)
-        return torch.log(torch.fft.rfft2(patches * taper).abs() + 0.05)
 
-    return F.l1_loss(spectrum(output), spectrum(target))
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    """Root mean square difference per patch, averaged; the square root makes the energy distance a proper score."""
+    return ((first - second).pow(2).mean(dim=-1) + 1e-6).sqrt().mean()
 
 
-def reconstruction(output: Tensor, target: Tensor, weight: Tensor, latents: Tensor, generator: Generator) -> Tensor:
-    """Autoencoder loss: L1 on pixels and on a coarser scale, speckle spectra, and a light pull of latents to zero.
+def energy(first: Tensor, second: Tensor, target: Tensor, generator: Generator) -> Tensor:
+    """Generalised energy distance between what a decoder may draw and the image, ``(B, 1, H, W)`` each.
+
+    ``first`` and ``second`` are two draws from the same latents: both are pulled to the image, and pushed from each
+    other, so that the least is reached where draws differ from the image just as they differ from one another. Without
+    the push, the least is a blur (Gritsenko et al. 2020, A spectral energy distance for parallel speech synthesis).
+    """
+    offsets = [int(torch.randint(side, (1,), generator=generator)) for side in (GRAIN_PATCH, *SPECTRAL_PATCHES)]
+    total = first.new_zeros(())
+    views = (_views(image, offsets) for image in (first, second, target))
+    for (weight, one), (_, two), (_, real) in zip(*views, strict=True):
+        total = total + weight * (_distance(one, real) + _distance(two, real) - _distance(one, two))
+    return total
+
+
+def reconstruction(
+    first: Tensor, second: Tensor, target: Tensor, weight: Tensor, latents: Tensor, generator: Generator
+) -> Tensor:
+    """Autoencoder loss: the energy distance of two decodings to the image, and a light pull of latents to zero.
 
     ``weight`` is 0 on overlays (calipers, text), which the decoder must not learn to paint.
     """
-    output, target = output * weight, target * weight
-    coarse = F.l1_loss(F.avg_pool2d(output, 4), F.avg_pool2d(target, 4))
-    pixels = F.l1_loss(output, target)
-    return pixels + coarse + 0.06 * spectral(output, target, generator) + 1e-3 * latents.pow(2).mean()
+    score = energy(first * weight, second * weight, target * weight, generator)
+    return score + 1e-3 * latents.pow(2).mean()
 
 
 def masked_patches(output: Tensor, image: Tensor, keep: Tensor, patch: int) -> Tensor:

@@ -227,7 +227,7 @@ class _Run:
         cells = []
         for position in chosen:
             frame = frames[int(position)]
-            latents = autoencoder.encode(to_tensor(frame.image)[None].to(self.device)).latent[0]
+            latents = autoencoder.encoder(to_tensor(frame.image)[None].to(self.device))[0]
             inside = torch.from_numpy(frame.valid[4::8, 4::8]).to(self.device)
             cells.append(latents[:, inside])
         joined = torch.cat(cells, dim=1)

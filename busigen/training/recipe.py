@@ -90,14 +90,14 @@ def _adapters(steps: int, batch: int, lr: float, variants: int) -> Iterator[Task
 def _compact() -> tuple[TaskSpec, ...]:
     """Sized for minutes of a large GPU; a CPU run scales the steps down (``--scale``)."""
     return (
-        TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=20_000, batch=16, lr=1.5e-3, ema=0.995),
-        TaskSpec("context", "context", "context", steps=8_000, batch=32, lr=1e-3, ema=0.995),
-        TaskSpec("lesion", "window", "lesion", steps=20_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=40_000, batch=8, lr=1.5e-3, ema=0.995),
+        TaskSpec("context", "context", "context", steps=6_000, batch=32, lr=1e-3, ema=0.995),
+        TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
-        TaskSpec("mask", "mask", "mask", steps=16_000, batch=32, lr=1e-3, variants=4),
-        TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4),
-        TaskSpec("prior", "background", "prior", steps=40_000, batch=24, lr=1e-3, variants=4),
-        *_adapters(steps=1_500, batch=32, lr=1e-3, variants=4),
+        TaskSpec("mask", "mask", "mask", steps=60_000, batch=128, lr=1e-3, variants=4),
+        TaskSpec("blend", "window", "blend", steps=9_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("prior", "background", "prior", steps=36_000, batch=24, lr=1e-3, variants=4),
+        *_adapters(steps=1_200, batch=32, lr=1e-3, variants=4),
     )
 
 

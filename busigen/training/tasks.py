@@ -36,6 +36,10 @@ from busigen.training.recipe import TaskSpec
 from busigen.training.trainer import Task
 
 VALIDATION_BATCHES = 6
+HOLE_SHARE = 0.3
+"""Share of the autoencoder's crops with a grey hole, as the windows of stage 2 have."""
+LATENT_NOISE = 0.15
+"""Noise on the latents in the autoencoder's training, as a share of each channel's deviation."""
 PAINTED_NOISE = 0.15
 """Noise put on the painted latents that stage 3 sees in training, where they are real, because in use they are not
 (conditioning augmentation, Ho et al. 2022)."""
@@ -92,20 +96,28 @@ class AutoencoderTask:
             top, left = rng.integers(0, frame.image.shape[0] - self.crop + 1, 2)
             cut = (slice(top, top + self.crop), slice(left, left + self.crop))
             window = to_tensor(frame.image[cut])
-            if rng.random() < 0.3:
+            weight = torch.from_numpy((~frame.overlay[cut]).astype(np.float32))[None]
+            if rng.random() < HOLE_SHARE:
                 y, x = rng.integers(0, 96, 2)
-                window[:, y : y + rng.integers(16, 80), x : x + rng.integers(16, 80)] = 0.0
+                hole = (..., slice(y, y + rng.integers(16, 80)), slice(x, x + rng.integers(16, 80)))
+                # The encoder must cope with holes; nobody will ever ask the decoder for one.
+                window[hole], weight[hole] = 0.0, 0.0
             pixels.append(window)
-            weights.append(torch.from_numpy((~frame.overlay[cut]).astype(np.float32))[None])
+            weights.append(weight)
         return torch.stack(pixels).to(self.device), torch.stack(weights).to(self.device)
+
+    def _noise(self, pixels: Tensor, generator: Generator) -> Tensor:
+        return torch.randn(pixels.shape, generator=generator).to(pixels)
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
         pixels, weight = self._batch(frames, self.spec.batch, generator)
-        latents = self.module.encode(pixels).latent
-        # A little noise makes the decoder forgive what the denoisers get slightly wrong.
-        latents = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(latents)
-        output = self.module.decode(latents).sample
-        return objectives.reconstruction(output.float(), pixels, weight, latents.float(), generator)
+        latents = self.module.encoder(pixels)
+        spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
+        # Noise makes the decoder forgive what the denoisers get slightly wrong, and keeps grains out of the latents.
+        noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=generator).to(latents)
+        noise = torch.cat([self._noise(pixels, generator) for _ in range(2)])
+        first, second = self.module.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
+        return objectives.reconstruction(first, second, pixels, weight, latents.float(), generator)
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`."""
@@ -117,8 +129,9 @@ class AutoencoderTask:
 
     def sheet(self) -> Image.Image:
         """Held-out crops above their reconstructions."""
-        pixels, _ = self._batch(self.held_out, 8, Generator().manual_seed(1))
-        output = self.module(pixels).sample
+        generator = Generator().manual_seed(1)
+        pixels, _ = self._batch(self.held_out, 8, generator)
+        output = self.module(pixels, self._noise(pixels, generator))
         return sheets.grid([[sheets.to_picture(p) for p in pixels], [sheets.to_picture(p) for p in output]])
 
 
@@ -244,6 +257,17 @@ class DenoiserTask:
         return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], 8, *condition)
 
 
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        """Decode with fixed noise, so that sheets of different steps can be compared."""
+
+        def decode(latents: Tensor) -> Tensor:
+            side = latents.shape[-1] * LATENT_FACTOR
+            noise = torch.randn(latents.shape[0], 1, side, side, generator=Generator().manual_seed(2))
+            return self.setting.networks.decoder(latents, noise.to(latents))
+
+        return decode
+
+
 class WindowTask(DenoiserTask):
     """Stages 2 and 3: paint the edit region, or the ring inside its rim, of a window."""
 
@@ -264,7 +288,7 @@ class WindowTask(DenoiserTask):
     def sheet(self) -> Image.Image:
         """Real windows, the same with the model's latents, outlines of masks drawn in."""
         batch, latents = self._sampled(8)
-        decode = self.setting.networks.decoder
+        decode = self._decoder()
         rows = [[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)]
         grids = nn.functional.pixel_shuffle(batch["mask"], 2)
         grids = nn.functional.interpolate(grids, scale_factor=LATENT_FACTOR // 2, mode="bilinear")
@@ -312,7 +336,7 @@ class BackgroundTask(DenoiserTask):
     def sheet(self) -> Image.Image:
         """Held-out backgrounds (through the autoencoder) above sampled ones."""
         batch, latents = self._sampled(6)
-        decode = self.setting.networks.decoder
+        decode = self._decoder()
         return sheets.grid([[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)])
 
 

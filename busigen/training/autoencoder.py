@@ -1,0 +1,103 @@
+"""The autoencoder: latents carry the anatomy, the decoder draws the speckle from noise of its own.
+
+Speckle is random: which grains lie where says nothing about the tissue, and f8 latents could not carry it. An
+autoencoder that is asked for the very grains it was shown averages over all that are possible, and paints smooth grey.
+This one is given white noise at every scale (as StyleGAN is, Karras et al. 2019, 3.2) and is only asked that what it
+draws be *distributed* like the image (:func:`busigen.training.objectives.reconstruction`). The denoisers are spared
+the grains as well, which is what lets them do with few steps.
+"""
+
+from __future__ import annotations
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, Encoder, ResBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+INITIAL_SPECKLE = 0.1
+"""Noise amplitude that every channel starts with: at 0 the repulsion between two decodings would have no gradient."""
+
+
+class Speckle(nn.Module):
+    """Noise, added with an amplitude that each position's features decide: speckle's depends on what scatters."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.amplitude = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.amplitude.weight)
+        nn.init.constant_(self.amplitude.bias, INITIAL_SPECKLE)
+
+    def forward(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Add noise ``(B, 1, h, w)`` of unit variance to features ``(B, C, h, w)``."""
+        return features + self.amplitude(features) * noise
+
+
+class SpeckleDecoder(nn.Module):
+    """Latents and white noise to pixels, from the coarsest level to the finest."""
+
+    def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent_channels, channels[-1], 3, padding=1)
+        order = range(len(channels) - 1, -1, -1)
+        # Interpolation, because a bare pixel-shuffle leaves a block pattern in the speckle.
+        self.ups = nn.ModuleList(DCUpBlock2d(channels[k + 1], channels[k], interpolate=True) for k in order[1:])
+        self.speckles = nn.ModuleList(Speckle(channels[k]) for k in order)
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                *(ResBlock(channels[k], channels[k], norm_type="rms_norm", act_fn="silu") for _ in range(layers[k]))
+            )
+            for k in order
+        )
+        self.conv_out = nn.Conv2d(channels[0], 1, 3, padding=1)
+
+    def forward(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Decode ``(B, C, s, s)`` latents with ``(B, 1, S, S)`` noise into ``(B, 1, S, S)`` pixels."""
+        features = self.conv_in(latents)
+        factor = 2 ** (len(self.levels) - 1)
+        for number, (speckle, level) in enumerate(zip(self.speckles, self.levels, strict=True)):
+            if number:
+                features = self.ups[number - 1](features)
+            # One field for all levels: its means over factor x factor pixels, scaled back to unit variance.
+            coarse = F.avg_pool2d(noise, factor) * float(factor) if factor > 1 else noise
+            features = level(speckle(features, coarse))
+            factor //= 2
+        return self.conv_out(F.silu(features))
+
+
+class Autoencoder(ModelMixin, ConfigMixin):
+    """Encoder (diffusers' DC-AE blocks, Chen et al. 2024) and noise-driven decoder, eight pixels per latent cell.
+
+    Args:
+        latent_channels: channels of the latents.
+        encoder_channels: channels of the encoder's levels, finest (half resolution) first.
+        encoder_layers: residual blocks per level; 0 for the first makes it a single strided convolution.
+        decoder_channels: channels of the decoder's levels, finest (full resolution) first.
+        decoder_layers: residual blocks per level.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int,
+        encoder_channels: tuple[int, ...],
+        encoder_layers: tuple[int, ...],
+        decoder_channels: tuple[int, ...],
+        decoder_layers: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(
+            in_channels=1,
+            latent_channels=latent_channels,
+            block_type="ResBlock",
+            block_out_channels=tuple(encoder_channels),
+            layers_per_block=tuple(encoder_layers),
+            qkv_multiscales=((),) * len(encoder_channels),
+            downsample_block_type="Conv",
+        )
+        self.decoder = SpeckleDecoder(latent_channels, tuple(decoder_channels), tuple(decoder_layers))
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Encode and decode ``(B, 1, S, S)`` pixels in [-1, 1]; ``noise`` is standard normal, of the same shape."""
+        decoded: Tensor = self.decoder(self.encoder(pixels), noise)
+        return decoded
