@@ -81,7 +81,7 @@ class Setting:
 class AutoencoderTask:
     """Random crops through encoder and decoder; some crops carry a grey hole, as the windows of stage 2 do."""
 
-    crop = 128
+    crop = 96
 
     def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
         self.spec, self.module, self.device = spec, module, setting.device
@@ -98,8 +98,8 @@ class AutoencoderTask:
             window = to_tensor(frame.image[cut])
             weight = torch.from_numpy((~frame.overlay[cut]).astype(np.float32))[None]
             if rng.random() < HOLE_SHARE:
-                y, x = rng.integers(0, 96, 2)
-                hole = (..., slice(y, y + rng.integers(16, 80)), slice(x, x + rng.integers(16, 80)))
+                y, x = rng.integers(0, 64, 2)
+                hole = (..., slice(y, y + rng.integers(16, 64)), slice(x, x + rng.integers(16, 64)))
                 # The encoder must cope with holes; nobody will ever ask the decoder for one.
                 window[hole], weight[hole] = 0.0, 0.0
             pixels.append(window)
