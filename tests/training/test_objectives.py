@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from busigen.registry import PRESETS
+from busigen.training.models import build
+from busigen.training.objectives import energy
+
+
+def texture(seed: int, deviation: float = 0.2) -> Tensor:
+    return torch.randn(4, 1, 96, 96, generator=Generator().manual_seed(seed)) * deviation
+
+
+def score(first: Tensor, second: Tensor) -> float:
+    return float(energy(first, second, texture(0), Generator().manual_seed(9)))
+
+
+def test_other_grains_of_the_same_texture_score_better_than_a_blur() -> None:
+    # A pixel-wise loss prefers the blur: its error is the texture's deviation, another draw's 1.4 times that.
+    blur = torch.zeros_like(texture(0))
+    assert score(texture(1), texture(2)) < score(blur, blur)
+
+
+def test_too_little_and_too_much_speckle_both_score_worse() -> None:
+    right = score(texture(1), texture(2))
+    assert right < score(texture(1, 0.1), texture(2, 0.1))
+    assert right < score(texture(1, 0.4), texture(2, 0.4))
+
+
+def test_the_same_grains_twice_score_worse_than_two_draws() -> None:
+    assert score(texture(1), texture(2)) < score(texture(1), texture(1))
+
+
+def test_noise_decides_the_grains_and_latents_the_rest() -> None:
+    torch.manual_seed(0)
+    autoencoder = build("autoencoder", PRESETS["tiny"]).eval()
+    pixels = texture(3)
+    noise = [torch.randn(pixels.shape, generator=Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    with torch.no_grad():
+        first, again, other = (autoencoder(pixels, each) for each in noise)
+    assert first.shape == pixels.shape
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
