@@ -236,7 +236,9 @@ class Sampler:
 
         painted = self._run(f"lesion-{label}", side, count, noise=noise("lesion", shape), **common)
         ring = _cut([ring_region(edit) for edit in edits], windows)
-        blended = self._run(f"blend-{label}", side, count, noise=noise("blend", shape), painted=painted, ring=ring, **common)
+        blended = self._run(
+            f"blend-{label}", side, count, noise=noise("blend", shape), painted=painted, ring=ring, **common
+        )
         speckle = noise("speckle", (1, side, side))
         pixels = self._run("decoder", side, count, latents=blended, noise=speckle)
         return [

@@ -232,8 +232,13 @@ class DenoiserTask:
         size = bucket_sizes(examples, self.spec.batch)[side]
         return examples[side].batch(torch.randint(len(examples[side]), (size,), generator=generator), self.device)
 
-    def _loss(self, examples: dict[int, WindowExamples], generator: Generator) -> Tensor:
-        batch = self._draw(examples, generator)
+    def _loss(
+        self,
+        examples: dict[int, WindowExamples],
+        generator: Generator,
+        change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch,
+    ) -> Tensor:
+        batch = change(self._draw(examples, generator))
         condition = self._condition(batch, generator)
         x, t, target = objectives.noisy(batch["clean"], generator)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
@@ -242,6 +247,10 @@ class DenoiserTask:
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`."""
         return self._loss(self.train, generator)
+
+    def error(self, generator: Generator, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Tensor:
+        """Velocity error of a held-out batch after a change to it, for ablations."""
+        return self._loss(self.held_out, generator, change)
 
     def validate(self) -> float:
         """Mean velocity error on held-out groups."""
@@ -255,7 +264,6 @@ class DenoiserTask:
         condition = self._condition(batch, generator)
         noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
         return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], 8, *condition)
-
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         """Decode with fixed noise, so that sheets of different steps can be compared."""
