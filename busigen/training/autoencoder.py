@@ -9,6 +9,7 @@ the grains as well, which is what lets them do with few steps.
 
 from __future__ import annotations
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_dc import Encoder, ResBlock
@@ -26,7 +27,7 @@ class Speckle(nn.Module):
         super().__init__()
         self.amplitude = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.amplitude.weight)
-        nn.init.constant_(self.amplitude.bias, INITIAL_SPECKLE)
+        self.amplitude.bias = nn.Parameter(torch.full((channels,), INITIAL_SPECKLE))
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
         """Add noise ``(B, 1, h, w)`` of unit variance to features ``(B, C, h, w)``."""

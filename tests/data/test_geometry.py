@@ -274,8 +274,8 @@ def test_paste_leaves_no_smooth_line_where_two_speckle_patterns_meet() -> None:
     result = paste(image, painted, edit, window).astype(float)
     depth = distance_to(~edit)
     spread = [result[edit & (depth > k) & (depth <= k + 1)].std() for k in range(8)]
-    # Half and half, two patterns have 0.71 of either's deviation, as all six lines of a plain fade nearly would. Some 250
-    # pixels per line know theirs to 5 %.
+    # Half and half, two patterns have 0.71 of either's deviation, as most of a plain fade's six lines nearly would.
+    # Some 250 pixels per line know theirs to 5 %.
     assert min(spread) > 0.75 * 20
     assert sorted(spread)[1] > 0.9 * 20, "one line at most lies within the fade of the speckle"
 
