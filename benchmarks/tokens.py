@@ -3,8 +3,8 @@
 python benchmarks/tokens.py runs/mine --data prepared/
 
 Reads a finished run of ``busigen train`` with its cache. *Off* puts zeros in place of the tokens; *shuffled* gives each
-sample the tokens of another image. A stage that ignores its context has the same error in all three. Errors are paired by batch (same images, times and noise), so the interval is that of the mean
-difference to *on* over batches.
+sample the tokens of another image. A stage that ignores its context has the same error in all three. Errors are paired
+by batch (same images, times and noise), so the interval is that of the mean difference to *on* over batches.
 """
 
 from __future__ import annotations
