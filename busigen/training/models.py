@@ -121,7 +121,8 @@ def _denoiser(name: str, preset: Preset) -> UNet2DConditionModel:
         down_block_types=tuple("CrossAttnDownBlock2D" if used else "DownBlock2D" for used in shape.attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if used else "UpBlock2D" for used in reversed(shape.attention)),
         cross_attention_dim=preset.context_dim,
-        attention_head_dim=shape.head_dim,
+        # Diffusers takes the number of heads under this name (huggingface/diffusers issue 2011).
+        attention_head_dim=tuple(max(1, channels // shape.head_dim) for channels in shape.channels),
         norm_num_groups=shape.groups,
         num_class_embeds=len(CLASSES),
     )
