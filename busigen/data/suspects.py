@@ -89,6 +89,10 @@ def suspect_mask(
     Much more generous than `overlays.find_overlays`, whose marks it includes: a wrong mark costs a small patch of
     texture (`cleaning.without_overlays`), a missed one is learnt.
 
+    By eye, on 40 random images of BUSI and BUS-BRA: 33 had overlays (5 of them only the maker's badge), and 27 had none
+    left after painting over. In 6 something remained: part of a large letter, the dark end of a scale of grey levels,
+    dark symbols beside a lesion (in 2), a few dots (in 2).
+
     Args:
         pixels: Native grey levels, ``uint8 (H, W)``.
         coloured: Pixels that are not grey in the file, ``bool (H, W)``, if any.
@@ -325,7 +329,7 @@ def _bars(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
         runs = 1 + np.count_nonzero(np.diff(columns_hit) > 1)
         if runs >= 2:
             # Where the scale has its surroundings' grey, it has no edge.
-            more = max(BAR_ROWS, (rows.stop - rows.start) // 2)
+            more = max(3 * BAR_ROWS, (rows.stop - rows.start) // 2)
             marked[max(0, rows.start - more) : rows.stop + more, columns] = True
     return marked
 
