@@ -65,7 +65,8 @@ def test_training_sees_no_overlay_and_counts_what_replaced_a_small_one(drawn_pre
     row = rows["row"][1]
     assert drawn_prepared.suspects[row].any() and not calipers.overlay.any()
     assert (calipers.image == drawn_prepared.clean[row]).all()
-    assert calipers.image.max() < drawn_prepared.images[row].max(), "the calipers were the brightest spots"
+    # Two white crosses with arms of 4 pixels, half a pixel thin in this frame, on tissue of a third of their level.
+    assert (drawn_prepared.images[row].astype(int) - calipers.image > 30).sum() >= 8
 
 
 def test_a_flip_turns_image_mask_and_overlay_alike(frames: Frames) -> None:
