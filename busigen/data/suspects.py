@@ -89,9 +89,9 @@ def suspect_mask(
     Much more generous than `overlays.find_overlays`, whose marks it includes: a wrong mark costs a small patch of
     texture (`cleaning.without_overlays`), a missed one is learnt.
 
-    By eye, on 40 random images of BUSI and BUS-BRA: 33 had overlays (5 of them only the maker's badge), and 27 had none
-    left after painting over. In 6 something remained: part of a large letter, the dark end of a scale of grey levels,
-    dark symbols beside a lesion (in 2), a few dots (in 2).
+    By eye, on 40 random images of BUSI and BUS-BRA: 33 had overlays (5 of them only the maker's badge), and 28 had none
+    left after painting over. In 5 something remained: part of a large letter, dark symbols beside a lesion (in 2), a
+    few dots (in 2).
 
     Args:
         pixels: Native grey levels, ``uint8 (H, W)``.
