@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+
+from busigen.data.neighbours import grow, highest, lowest
 
 STROKE_WIDTH = 7
 """Pixels: a bright run along a row that is shorter than this can be a pen stroke."""
@@ -82,10 +83,10 @@ def find_overlays(pixels: NDArray[np.uint8]) -> Overlays:
     lines, words = _text(strokes)
     crosses = _crosses(pixels, max(CROSS_CONTRAST, noise)) & ~words
     crosses[:BADGE_SIDE, :BADGE_SIDE] = False
-    spots = _grow(crosses, _ARM)
+    spots = grow(crosses, _ARM)
     calipers = bool(crosses.any()) and ndimage.label(spots)[1] >= 2
     marked = strokes | lines | (spots if calipers else False)
-    return Overlays(text=bool(lines.any()), calipers=calipers, mask=_grow(marked, _GROW))
+    return Overlays(text=bool(lines.any()), calipers=calipers, mask=grow(marked, _GROW))
 
 
 def overlay_mask(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -103,7 +104,7 @@ def overlay_mask(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 def _stroke_contrast(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """How much brighter a pixel is than both sides of the narrow run it lies in, along its row."""
     side = STROKE_WIDTH // 2
-    background = _highest(_lowest(pixels, side, side, axis=1), side, side, axis=1)
+    background = highest(lowest(pixels, side, side, axis=1), side, side, axis=1)
     contrast: NDArray[np.uint8] = pixels - np.minimum(background, pixels)
     return contrast
 
@@ -112,8 +113,8 @@ def _strokes(contrast: NDArray[np.uint8], floor: float) -> NDArray[np.bool_]:
     """The upright runs of high contrast, ``bool (H, W)``."""
     crisp = (contrast >= floor).view(np.uint8)
     # The second window looks the other way, or an even height would shift the strokes by a pixel.
-    runs = _lowest(crisp, 0, STROKE_HEIGHT - 1, axis=0)
-    return _highest(runs, STROKE_HEIGHT - 1, 0, axis=0).view(np.bool_)
+    runs = lowest(crisp, 0, STROKE_HEIGHT - 1, axis=0)
+    return highest(runs, STROKE_HEIGHT - 1, 0, axis=0).view(np.bool_)
 
 
 def _text(strokes: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -122,7 +123,7 @@ def _text(strokes: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.boo
     numbers, count = ndimage.label(strokes, structure=_EIGHT_NEIGHBOURS)
     if count < WORD_STROKES:
         return lines, words
-    clusters, _ = ndimage.label(_highest(strokes.view(np.uint8), _LINE_GAP // 2, _LINE_GAP // 2, axis=1))
+    clusters, _ = ndimage.label(highest(strokes.view(np.uint8), _LINE_GAP // 2, _LINE_GAP // 2, axis=1))
     for box in ndimage.find_objects(clusters):
         members = np.count_nonzero(np.unique(numbers[box]))
         height, width = (side.stop - side.start for side in box)
@@ -137,7 +138,7 @@ def _text(strokes: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.boo
 def _crosses(pixels: NDArray[np.uint8], floor: float) -> NDArray[np.bool_]:
     """Centres of upright and oblique crosses, ``bool (H, W)``."""
     # Lines two pixels wide have their middle between pixels; the maximum of 2 x 2 makes both kinds alike.
-    bright = np.pad(_highest(_highest(pixels, 1, 0, axis=0), 1, 0, axis=1), _ARM, mode="edge")
+    bright = np.pad(highest(highest(pixels, 1, 0, axis=0), 1, 0, axis=1), _ARM, mode="edge")
     dark = np.pad(pixels, _ARM, mode="edge")
     shape = pixels.shape
     upright = _excess(bright, dark, _STRAIGHT, _OBLIQUE, shape)
@@ -166,28 +167,3 @@ def _excess(
     for down, right in quadrants:
         highest = np.maximum(highest, shifted(dark, down * reach, right * reach))
     return lowest.astype(np.int16) - highest.astype(np.int16)
-
-
-def _grow(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Grow a mask by a square of ``2 * by + 1`` pixels."""
-    return _highest(_highest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
-
-
-def _lowest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
-    return reduce(np.minimum, _neighbours(values, before, after, axis))
-
-
-def _highest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
-    return reduce(np.maximum, _neighbours(values, before, after, axis))
-
-
-def _neighbours(values: NDArray[np.uint8], before: int, after: int, axis: int) -> list[NDArray[np.uint8]]:
-    """Views on the array shifted by ``-before`` to ``after`` along an axis, edges repeated.
-
-    Reducing these is many times faster for windows this small than scipy.ndimage's filters, which work in doubles.
-    """
-    margins = [(0, 0), (0, 0)]
-    margins[axis] = (before, after)
-    padded = np.moveaxis(np.pad(values, margins, mode="edge"), axis, 0)
-    length = values.shape[axis]
-    return [np.moveaxis(padded[start : start + length], 0, axis) for start in range(before + after + 1)]

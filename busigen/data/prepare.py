@@ -144,14 +144,22 @@ def _write_arrays(
     thumbnails: list[NDArray[np.float32]] = []
     frame = (RESOLUTION, RESOLUTION)
     with ExitStack() as stack:
-        images, masks, overlays = (
+        images, masks, overlays, clean, suspects = (
             stack.enter_context(RowFile(_partial(out, schema.ARRAYS[name]), frame, dtype))
-            for name, dtype in (("images", np.uint8), ("masks", np.uint8), ("overlays", np.bool_))
+            for name, dtype in (
+                ("images", np.uint8),
+                ("masks", np.uint8),
+                ("overlays", np.bool_),
+                ("clean", np.uint8),
+                ("suspects", np.bool_),
+            )
         )
         for listing, record, sample in _samples(listings, refused, strict=strict, progress=progress):
             images.append(sample.image)
             masks.append(sample.labels)
             overlays.append(sample.overlay)
+            clean.append(sample.clean)
+            suspects.append(sample.suspects)
             thumbnails.append(sample.thumbnail)
             files = {
                 "image_file": listing.relative(record.image),

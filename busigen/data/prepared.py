@@ -16,7 +16,13 @@ from busigen.errors import InputError, IntegrityError
 from busigen.registry import RESOLUTION
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
-_DTYPES = {"images": np.dtype(np.uint8), "masks": np.dtype(np.uint8), "overlays": np.dtype(np.bool_)}
+_DTYPES = {
+    "images": np.dtype(np.uint8),
+    "masks": np.dtype(np.uint8),
+    "overlays": np.dtype(np.bool_),
+    "clean": np.dtype(np.uint8),
+    "suspects": np.dtype(np.bool_),
+}
 
 
 class Prepared:
@@ -75,6 +81,16 @@ class Prepared:
     def overlays(self) -> NDArray[np.bool_]:
         """``bool (N, 256, 256)``, True where the scanner probably painted, memory-mapped read-only."""
         return self._load("overlays")
+
+    @cached_property
+    def clean(self) -> NDArray[np.uint8]:
+        """``uint8 (N, 256, 256)``, `images` with all `suspects` painted over, memory-mapped read-only."""
+        return self._load("clean")
+
+    @cached_property
+    def suspects(self) -> NDArray[np.bool_]:
+        """``bool (N, 256, 256)``, True where `clean` was painted over; includes `overlays`, memory-mapped read-only."""
+        return self._load("suspects")
 
     @property
     def split_hash(self) -> str:

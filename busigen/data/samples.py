@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from busigen.data.cleaning import without_overlays
 from busigen.data.groups import thumbnail
 from busigen.data.images import MARK_SHARE, ImageFile, read_image, read_mask
 from busigen.data.letterbox import HALF, Letterbox, letterbox, letterbox_coverage
 from busigen.data.overlays import find_overlays
 from busigen.data.records import Record
+from busigen.data.suspects import suspect_mask
 from busigen.errors import InputError
 from busigen.registry import LESION_CLASSES
 
@@ -39,7 +41,9 @@ class Sample:
     Attributes:
         image: ``uint8 (256, 256)``, letterboxed.
         labels: ``uint8 (256, 256)``, 0 outside lesions, k on the k-th.
-        overlay: ``bool (256, 256)``, pixels suspected to be painted over by the scanner.
+        overlay: ``bool (256, 256)``, pixels suspected to be painted over by the scanner: few wrong, some missed.
+        clean: ``uint8 (256, 256)``, the image with all suspects painted over before letterboxing.
+        suspects: ``bool (256, 256)``, pixels with any such paint: few missed, some wrong.
         thumbnail: ``float32 (64, 64)``, for near-duplicates.
         row: The table's columns that need no other image.
     """
@@ -47,6 +51,8 @@ class Sample:
     image: NDArray[np.uint8]
     labels: NDArray[np.uint8]
     overlay: NDArray[np.bool_]
+    clean: NDArray[np.uint8]
+    suspects: NDArray[np.bool_]
     thumbnail: NDArray[np.float32]
     row: dict[str, object]
 
@@ -96,7 +102,17 @@ def read_sample(record: Record) -> Sample:
         "birads": record.birads,
     }
     overlay = letterbox_coverage(painted, box) > 0
-    return Sample(image=image, labels=labels, overlay=overlay, thumbnail=thumbnail(file.pixels), row=row)
+    suspects = suspect_mask(file.pixels, file.coloured, overlays.mask)
+    clean, _ = letterbox(without_overlays(file.pixels, suspects))
+    return Sample(
+        image=image,
+        labels=labels,
+        overlay=overlay,
+        clean=clean,
+        suspects=letterbox_coverage(suspects, box) > 0,
+        thumbnail=thumbnail(file.pixels),
+        row=row,
+    )
 
 
 def _read_lesions(record: Record, file: ImageFile) -> list[NDArray[np.bool_]]:

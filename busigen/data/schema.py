@@ -8,13 +8,19 @@ from pathlib import Path
 
 import polars as pl
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a column or an array changes meaning."""
 
 INFO = "prepared.json"
 TABLE = "table.parquet"
-ARRAYS = {"images": "images.npy", "masks": "masks.npy", "overlays": "overlays.npy"}
-"""Array names and their files."""
+ARRAYS = {
+    "images": "images.npy",
+    "masks": "masks.npy",
+    "overlays": "overlays.npy",
+    "clean": "clean.npy",
+    "suspects": "suspects.npy",
+}
+"""Array names and their files. The first three are what the audit measures on, the last two what training reads."""
 
 PARTIAL = ".partial"
 """Ending of a file that is still being written."""

@@ -63,7 +63,15 @@ def test_lesions_are_darker_than_what_surrounds_them(any_sources: Sources) -> No
 def test_the_same_input_gives_the_same_bytes(drawn_busi: Path, tmp_path: Path) -> None:
     reports = [prepare([drawn_busi], tmp_path / name) for name in "ab"]
     assert reports[0].split_hash == reports[1].split_hash
-    for file in ("table.parquet", "images.npy", "masks.npy", "overlays.npy", "prepared.json"):
+    for file in (
+        "table.parquet",
+        "images.npy",
+        "masks.npy",
+        "overlays.npy",
+        "clean.npy",
+        "suspects.npy",
+        "prepared.json",
+    ):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     assert str(tmp_path) not in (tmp_path / "a" / "prepared.json").read_text()
     assert prepare([drawn_busi], tmp_path / "c", seed=1).split_hash != reports[0].split_hash

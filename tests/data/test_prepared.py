@@ -23,8 +23,9 @@ def folder(drawn_prepared: Prepared, tmp_path: Path) -> Path:
 def test_arrays_are_read_only_and_match_the_table(drawn_prepared: Prepared) -> None:
     shape = (drawn_prepared.table.height, 256, 256)
     assert drawn_prepared.images.shape == drawn_prepared.masks.shape == drawn_prepared.overlays.shape == shape
-    assert drawn_prepared.images.dtype == drawn_prepared.masks.dtype == np.uint8
-    assert drawn_prepared.overlays.dtype == np.bool_
+    assert drawn_prepared.clean.shape == drawn_prepared.suspects.shape == shape
+    assert drawn_prepared.images.dtype == drawn_prepared.masks.dtype == drawn_prepared.clean.dtype == np.uint8
+    assert drawn_prepared.overlays.dtype == drawn_prepared.suspects.dtype == np.bool_
     with pytest.raises(ValueError, match="read-only"):
         drawn_prepared.images[0, 0, 0] = 1
     assert drawn_prepared.split_hash == drawn_prepared.info["split_hash"]
@@ -39,6 +40,17 @@ def test_other_folders_are_not_prepared_folders(tmp_path: Path) -> None:
         (tmp_path / "prepared.json").write_text(content)
         with pytest.raises(BusigenError):
             Prepared.open(tmp_path)
+
+
+def test_a_folder_of_the_old_schema_is_refused_with_what_to_do(folder: Path) -> None:
+    info = json.loads((folder / "prepared.json").read_text())
+    info["schema"] = 1
+    (folder / "prepared.json").write_text(json.dumps(info))
+    for name in ("clean.npy", "suspects.npy"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="schema 1; this busigen reads 2") as refusal:
+        Prepared.open(folder)
+    assert "busigen prepare" in refusal.value.fix
 
 
 def _flip(path: Path, place: int) -> None:

@@ -58,6 +58,17 @@ def test_nothing_of_the_edit_region_reaches_the_condition(frames: Frames, networ
     assert torch.equal(tokens[0, seen], tokens_without[0, seen])
 
 
+def test_training_sees_no_overlay_and_counts_what_replaced_a_small_one(drawn_prepared: Prepared) -> None:
+    rows = drawn_prepared.table.filter(drawn_prepared.table["id"].is_in(["busi/benign (6)", "busi/benign (7)"]))
+    doppler, calipers = (Frames(drawn_prepared, rows)[k] for k in range(2))
+    assert doppler.overlay.any(), "what lies under a Doppler box is guesswork"
+    row = rows["row"][1]
+    assert drawn_prepared.suspects[row].any() and not calipers.overlay.any()
+    assert (calipers.image == drawn_prepared.clean[row]).all()
+    # Two white crosses with arms of 4 pixels, half a pixel thin in this frame, on tissue of a third of their level.
+    assert (drawn_prepared.images[row].astype(int) - calipers.image > 30).sum() >= 8
+
+
 def test_a_flip_turns_image_mask_and_overlay_alike(frames: Frames) -> None:
     frame = _lesion_frame(frames)
     flipped = frame.flipped()
