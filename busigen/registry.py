@@ -37,6 +37,9 @@ MASK_CHANNELS = 4
 ATTRIBUTES = ("across", "depth", "size", "height_width")
 """What a user can ask of an outline, in the order in which its code begins with them (busigen.data.outline)."""
 
+TALLER_THAN_WIDE = "1.05:1.6"
+"""The ``generate --height-width`` that ``--taller-than-wide`` stands for."""
+
 BIRADS = ("2", "3", "4", "5")
 """BI-RADS categories that can be asked for, in the order of stage 1's condition."""
 
