@@ -67,8 +67,9 @@ class OutlineSpace(nn.Module):
         order = np.argsort(power)[::-1]
         basis = vectors[:, order].T
         basis *= np.sign((basis**3).sum(axis=1, keepdims=True) + 1e-30)
-        # A handful of lesions spans fewer components than asked for; the rest stay at next to nothing.
-        deviation = np.sqrt(np.maximum(power[order], 1e-8 * power.max() + 1e-12))
+        # A handful of lesions spans fewer components than asked for; the rest stay at next to nothing, but not so near
+        # it that another lesion's code would be astronomical.
+        deviation = np.sqrt(np.maximum(power[order], 1e-5 * power.max() + 1e-12))
         for name, value in (
             ("attribute_mean", values.mean(axis=0)),
             ("attribute_std", np.maximum(values.std(axis=0), 1e-3)),

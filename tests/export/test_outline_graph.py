@@ -31,6 +31,8 @@ def networks() -> Networks:
     for label in LESION_CLASSES:
         model = build("mask", TINY).eval()
         model.space.fit(masks)
+        for write in model.write:
+            torch.nn.init.normal_(write.weight, std=0.02)
         made.denoisers[f"mask-{label}"] = model
     return made
 

@@ -133,6 +133,9 @@ def test_fitting_is_a_function_of_the_lesions(space: OutlineSpace) -> None:
 def test_the_transformer_reads_time_class_context_and_what_is_asked() -> None:
     torch.manual_seed(0)
     model = build("mask", TINY).eval()
+    # Fresh, it answers with the velocity of normal codes whatever it is told.
+    for write in model.write:
+        torch.nn.init.normal_(write.weight)
     velocity = Velocity(model)
     x, t, label = torch.randn(2, model.length), torch.tensor([0.5, 0.5]), torch.tensor([1, 1])
     tokens, keep = torch.randn(2, TINY.tokens, TINY.context_dim), torch.ones(2, TINY.tokens)
