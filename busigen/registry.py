@@ -118,7 +118,7 @@ PRESETS = {
         context_dim=128,
         context_layers=4,
         context_heads=4,
-        outline=OutlineShape(coefficients=64, grid=48, group=8, dim=128, layers=4, heads=4),
+        outline=OutlineShape(coefficients=128, grid=48, group=16, dim=128, layers=4, heads=4),
         denoisers={
             "lesion": UNetShape(channels=(48, 80, 128), attention=(False, True, True)),
             "blend": UNetShape(channels=(32, 64, 96), attention=(False, True, True)),

@@ -33,7 +33,7 @@ from busigen.registry import (
     SOLVER_STEPS,
 )
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle, graphs_of
-from busigen.solver import euler_steps
+from busigen.solver import solver_steps
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.checkpoint import load_networks
 from busigen.training.networks import Networks
@@ -141,7 +141,7 @@ def _prior(networks: Networks) -> ModelProto:
     cells = RESOLUTION // LATENT_FACTOR
     return with_solver(
         trace.trace_step(networks.denoisers["prior"], cells, 1, ()),
-        euler_steps(SOLVER_STEPS["prior"]),
+        solver_steps("prior", SOLVER_STEPS["prior"]),
         CLASSES.index("normal"),
         name="prior",
         output="latents",
@@ -158,7 +158,7 @@ def _outlines(networks: Networks) -> Iterator[tuple[str, Graphs]]:
         component = f"mask-{label}"
         graph = with_solver(
             with_weights(step, _weights(networks.denoisers[component])),
-            euler_steps(SOLVER_STEPS["mask"]),
+            solver_steps("mask", SOLVER_STEPS["mask"]),
             CLASSES.index(label),
             name=component,
             output="distance",
@@ -184,7 +184,7 @@ def _staged(
             {
                 name: with_solver(
                     with_weights(step, weights),
-                    euler_steps(SOLVER_STEPS[stage]),
+                    solver_steps(stage, SOLVER_STEPS[stage]),
                     CLASSES.index(label),
                     name=component,
                     output="latents",

@@ -5,6 +5,7 @@ This is the reference that the exported graphs must reproduce (:mod:`busigen.exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from busigen.registry import CLASSES, SOLVER_STEPS, Preset
-from busigen.solver import TIME_SCALE, euler_steps
+from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.models import mask_condition, region_condition
 
 
@@ -83,11 +84,17 @@ def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> T
 
 @torch.no_grad()
 def integrate(
-    velocity: Velocity, noise: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, steps: int, *condition: Tensor
+    velocity: Velocity,
+    noise: Tensor,
+    label: Tensor,
+    tokens: Tensor,
+    keep: Tensor,
+    steps: Sequence[SolverStep],
+    *condition: Tensor,
 ) -> Tensor:
     """Run the few-step solver from ``noise``; the exported graphs hold exactly this loop."""
     x = noise
-    for step in euler_steps(steps):
+    for step in steps:
         t = torch.full((x.shape[0],), step.t, dtype=x.dtype, device=x.device)
         x = step.a * x + step.b * velocity(x, t, label, tokens, keep, *condition)
     return x
@@ -135,7 +142,8 @@ class Networks:
         """
         labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
         velocity = Velocity(self.denoiser(name, label)).eval()
-        return integrate(velocity, noise, labels, tokens, keep, steps or SOLVER_STEPS[name], *condition)
+        table = solver_steps(name, steps or SOLVER_STEPS[name])
+        return integrate(velocity, noise, labels, tokens, keep, table, *condition)
 
     def denoiser(self, name: str, label: str) -> ModelMixin:
         """The denoiser of a stage: the class's own where there is one, else the base.

@@ -45,7 +45,7 @@ class OutlineTransformer(ModelMixin, ConfigMixin):
         self.space = OutlineSpace(coefficients, grid)
         self.sizes = [COUNT, *(min(group, coefficients - k) for k in range(0, coefficients, group))]
         self.read = nn.ModuleList(nn.Linear(size, dim) for size in self.sizes)
-        self.write = nn.ModuleList(nn.Linear(dim, size) for size in self.sizes)
+        self.write = nn.ModuleList(_silent(nn.Linear(dim, size)) for size in self.sizes)
         self.position = nn.Parameter(torch.randn(1, len(self.sizes), dim) * 0.02)
         self.context_position = nn.Parameter(torch.randn(1, CONTEXT_SIDE**2, cross_attention_dim) * 0.02)
         self.time = Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -65,9 +65,6 @@ class OutlineTransformer(ModelMixin, ConfigMixin):
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim)
-        for write in self.write:
-            nn.init.zeros_(write.weight)
-            nn.init.zeros_(write.bias)
 
     @property
     def length(self) -> int:
@@ -109,6 +106,13 @@ class OutlineTransformer(ModelMixin, ConfigMixin):
         t = timestep[:, None].to(code.dtype) / TIME_SCALE
         normal = (2.0 * t - 1.0) / ((1.0 - t) ** 2 + t**2)
         return Transformer2DModelOutput(sample=normal * code + torch.cat(output, dim=1))
+
+
+def _silent(layer: nn.Linear) -> nn.Linear:
+    """A layer that says nothing until it is trained."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _pooled(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
 from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR
+from busigen.solver import solver_steps
 from busigen.training import objectives, sheets
 from busigen.training.examples import (
     Frames,
@@ -241,7 +242,8 @@ class DenoiserTask:
         batch = examples.batch(index, self.device)
         condition = self._condition(batch, generator)
         noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
-        return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], 8, *condition)
+        steps = solver_steps(self.spec.component, 8)
+        return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], steps, *condition)
 
 
 class WindowTask(DenoiserTask):
