@@ -24,7 +24,7 @@ from busigen.errors import (
     MissingDependencyError,
     UsageError,
 )
-from busigen.registry import LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC
+from busigen.registry import BIRADS, LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.install import install_command
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
 from busigen.runtime.summary import SHOWN_PROBLEMS, generated, verified
@@ -168,6 +168,20 @@ def generate(
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
     classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
+    size: Annotated[
+        str | None, typer.Option(help="Lesion's area as a share of the image's: 0.03, or a range 0.02:0.06.")
+    ] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Share of the image's height above the lesion's centre; number or range.")
+    ] = None,
+    across: Annotated[
+        str | None, typer.Option(help="Share of the image's width left of the lesion's centre; number or range.")
+    ] = None,
+    height_width: Annotated[str | None, typer.Option(help="Lesion's height over its width; number or range.")] = None,
+    taller_than_wide: Annotated[
+        bool, typer.Option("--taller-than-wide", help=f"Short for --height-width {TALLER_THAN_WIDE}.")
+    ] = False,
+    birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
     shard_size: Annotated[
@@ -191,6 +205,12 @@ def generate(
         shard_size=shard_size,
         provider=provider,
         threads=threads,
+        size=size,
+        depth=depth,
+        across=across,
+        height_width=height_width,
+        taller_than_wide=taller_than_wide,
+        birads=birads,
     )
     with console_progress() as progress:
         report = job.run(progress)

@@ -31,14 +31,26 @@ BUCKET_CONTEXT = 8
 LATENT_FACTOR = 8
 """Pixels per latent cell and axis."""
 
-MASK_GRID = 64
-"""Side of the grid on which stage 1 predicts the signed distance to the lesion's outline."""
-
 MASK_CHANNELS = 4
-"""Channels of a stage-1 sample and of a pixel-unshuffled mask condition: 2 x 2 grid points per cell."""
+"""Channels of a pixel-unshuffled mask condition: 2 x 2 grid points per cell."""
 
-SDF_LIMIT = 24.0
-"""The signed distance in pixels at which stage 1's target saturates; it is stored divided by this."""
+ATTRIBUTES = ("across", "depth", "size", "height_width")
+"""What a user can ask of an outline, in the order in which its code begins with them (busigen.data.outline)."""
+
+TALLER_THAN_WIDE = "1.05:1.6"
+"""The ``generate --height-width`` that ``--taller-than-wide`` stands for."""
+
+BIRADS = ("2", "3", "4", "5")
+"""BI-RADS categories that can be asked for, in the order of stage 1's condition."""
+
+ASKED_LENGTH = 2 * len(ATTRIBUTES) + len(BIRADS)
+"""Numbers that stage 1 is asked with: each attribute's value, whether it is asked for, the category as one-hot."""
+
+FIELD_EDGE = 1.0
+"""Half the side of an outline's canonical frame, in units of the root of the lesion's area; an ellipse ends at 0.56."""
+
+FIELD_LIMIT = 0.35
+"""The signed distance, in the same units, at which an outline's field saturates: what is far from it says nothing."""
 
 SPLITS = {"train": 0.75, "val": 0.10, "test": 0.15}
 """Split names and the share of groups that each one gets."""
@@ -53,6 +65,21 @@ class UNetShape:
     layers: int = 1
     head_dim: int = 32
     groups: int = 16
+
+
+@dataclass(frozen=True)
+class OutlineShape:
+    """Size of stage 1 (:class:`busigen.training.outline.OutlineTransformer`).
+
+    ``coefficients`` of an outline's form are read in tokens of ``group``; its field has ``grid`` samples a side.
+    """
+
+    coefficients: int
+    grid: int
+    group: int
+    dim: int
+    layers: int
+    heads: int
 
 
 _TINY = UNetShape(channels=(16, 32), attention=(False, True), head_dim=16, groups=8)
@@ -73,6 +100,7 @@ class Preset:
     context_dim: int
     context_layers: int
     context_heads: int
+    outline: OutlineShape
     denoisers: dict[str, UNetShape] = field(default_factory=dict)
 
     @property
@@ -94,8 +122,8 @@ PRESETS = {
         context_dim=128,
         context_layers=4,
         context_heads=4,
+        outline=OutlineShape(coefficients=128, grid=48, group=16, dim=128, layers=4, heads=4),
         denoisers={
-            "mask": UNetShape(channels=(32, 64, 96), attention=(False, True, True)),
             "lesion": UNetShape(channels=(48, 80, 128), attention=(False, True, True)),
             "blend": UNetShape(channels=(32, 64, 96), attention=(False, True, True)),
             # No cross-attention above the middle: the prior has no context to look at, and 32 x 32 cells are dear.
@@ -114,7 +142,8 @@ PRESETS = {
         context_dim=32,
         context_layers=1,
         context_heads=2,
-        denoisers={name: _TINY for name in ("mask", "lesion", "blend", "prior")},
+        outline=OutlineShape(coefficients=16, grid=32, group=8, dim=32, layers=2, heads=2),
+        denoisers={name: _TINY for name in ("lesion", "blend", "prior")},
     ),
 }
 

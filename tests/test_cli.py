@@ -118,9 +118,11 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 def test_the_folder_of_another_run_is_refused_with_the_difference(dataset: Path, healthy: Path, tmp_path: Path) -> None:
     before = hashes(dataset)
     command = ("generate", *SMALL, "--out", dataset)
-    done = run(*command, "--seed", 4, "--classes", "Malignant", "--healthy", healthy)
+    done = run(*command, "--seed", 4, "--classes", "Malignant", "--healthy", healthy, "--size", "0.02:0.1")
     line = error_line(done, 4)
-    assert "(--classes: benign=0.5,malignant=0.5 -> malignant=1; --seed: 3 -> 4)" in line
+    assert (
+        "(--classes: benign=0.5,malignant=0.5 -> malignant=1; --seed: 3 -> 4; --size: the default -> 0.02:0.1)" in line
+    )
     assert "healthy" not in done.stderr.replace(line, ""), (
         "what is known without the images is said before reading them"
     )

@@ -95,7 +95,7 @@ def test_export_refuses_graphs_that_do_not_reproduce_the_checkpoint(checkpoint: 
     networks, _ = load_networks(checkpoint)
     with torch.no_grad():
         for label in LESION_CLASSES:
-            networks.denoisers[f"mask-{label}"].conv_out.bias += 0.2
+            networks.denoisers[f"mask-{label}"].space.field += 0.1
     with pytest.raises(ParityError, match=r"dice|gates"):
         compare(networks, Bundle.open(bundle), draws=4)
 

@@ -1,4 +1,4 @@
-"""From a lesion mask to what may be repainted: edit region, ring, window, feather, signed distance.
+"""From a lesion mask to what may be repainted: edit region, ring, window, feather.
 
 Training, runtime and ``verify`` all call these, so that an edit region means the same everywhere. All of them are pure
 functions of their arguments; masks are ``(256, 256)`` bool arrays on the letterboxed grid, distances are pixels.
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.registry import BUCKET_CONTEXT, BUCKETS, LATENT_FACTOR, MASK_GRID, RESOLUTION, SDF_LIMIT
+from busigen.registry import BUCKET_CONTEXT, BUCKETS, LATENT_FACTOR, RESOLUTION
 
 Mask = NDArray[np.bool_]
 
@@ -151,24 +151,6 @@ def patches_outside(edit: Mask, patch: int) -> Mask:
     tiles = edit.reshape(edit.shape[0] // patch, patch, edit.shape[1] // patch, patch)
     result: Mask = ~tiles.any(axis=(1, 3)).ravel()
     return result
-
-
-def signed_distance(mask: Mask) -> NDArray[np.float32]:
-    """Stage 1's target: distance to the outline, positive inside, on the ``MASK_GRID`` grid.
-
-    Returns:
-        ``(64, 64)`` float32 in [-1, 1]: pixels clipped at ``SDF_LIMIT`` and divided by it; an empty mask is all -1, a
-        full one all 1.
-    """
-    if mask.all() or not mask.any():
-        return np.full((MASK_GRID, MASK_GRID), 1.0 if mask.any() else -1.0, dtype=np.float32)
-    distance = ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask)
-    # Half a pixel, because both transforms count from pixel centres and the outline runs between them.
-    distance = distance - 0.5 * np.sign(distance)
-    step = RESOLUTION // MASK_GRID
-    cells = distance.reshape(MASK_GRID, step, MASK_GRID, step).mean(axis=(1, 3))
-    share: NDArray[np.float32] = (np.clip(cells, -SDF_LIMIT, SDF_LIMIT) / SDF_LIMIT).astype(np.float32)
-    return share
 
 
 def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:

@@ -29,12 +29,11 @@ from busigen.registry import (
     LATENT_FACTOR,
     LESION_CLASSES,
     MASK_CHANNELS,
-    MASK_GRID,
     RESOLUTION,
     SOLVER_STEPS,
 )
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle, graphs_of
-from busigen.solver import euler_steps
+from busigen.solver import solver_steps
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.checkpoint import load_networks
 from busigen.training.networks import Networks
@@ -100,6 +99,7 @@ def _fill(folder: Path, networks: Networks, record: Mapping[str, Any], checkpoin
         "preset": record["preset"],
         "classes": list(LESION_CLASSES),
         "latent_channels": networks.preset.latent_channels,
+        "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
         "solver_steps": SOLVER_STEPS,
         "split_hash": record["data"]["split_hash"],
@@ -129,7 +129,7 @@ def _components(networks: Networks) -> Iterator[tuple[str, Graphs]]:
     yield "encoder", {f"encoder@{side}": trace.trace_encoder(networks, side) for side in BUCKETS}
     yield "decoder", {f"decoder@{side}": trace.trace_decoder(networks, side) for side in BUCKETS}
     yield "prior", {"prior": _prior(networks)}
-    yield from _staged(networks, "mask", [MASK_GRID // 2], None)
+    yield from _outlines(networks)
     window_cells = [side // LATENT_FACTOR for side in BUCKETS]
     yield from _staged(networks, "lesion", window_cells, (trace.LesionCondition(), ["known", "mask", "edit"]))
     yield from _staged(
@@ -141,7 +141,7 @@ def _prior(networks: Networks) -> ModelProto:
     cells = RESOLUTION // LATENT_FACTOR
     return with_solver(
         trace.trace_step(networks.denoisers["prior"], cells, 1, ()),
-        euler_steps(SOLVER_STEPS["prior"]),
+        solver_steps("prior", SOLVER_STEPS["prior"]),
         CLASSES.index("normal"),
         name="prior",
         output="latents",
@@ -149,19 +149,33 @@ def _prior(networks: Networks) -> ModelProto:
     )
 
 
+def _outlines(networks: Networks) -> Iterator[tuple[str, Graphs]]:
+    """Stage 1 of each class; the classes' adapters share the base's outline space."""
+    first = networks.denoiser("mask", LESION_CLASSES[0])
+    step = trace.trace_outline_step(first, networks.preset.tokens)
+    before, after = trace.trace_asked(first.space), trace.trace_distance(first.space, first.length)
+    for label in LESION_CLASSES:
+        component = f"mask-{label}"
+        graph = with_solver(
+            with_weights(step, _weights(networks.denoisers[component])),
+            solver_steps("mask", SOLVER_STEPS["mask"]),
+            CLASSES.index(label),
+            name=component,
+            output="distance",
+            before=before,
+            after=after,
+        )
+        yield component, {component: graph}
+
+
 def _staged(
-    networks: Networks, stage: str, cells: list[int], condition: tuple[torch.nn.Module, list[str]] | None
+    networks: Networks, stage: str, cells: list[int], condition: tuple[torch.nn.Module, list[str]]
 ) -> Iterator[tuple[str, Graphs]]:
     channels = networks.preset.latent_channels
     first = networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
-    steps, before, after = [], [], None
-    for size in cells:
-        steps.append(
-            trace.trace_step(first, size, networks.preset.tokens, (channels, MASK_CHANNELS, 1) if condition else ())
-        )
-        before.append(trace.trace_condition(*condition, channels, size * LATENT_FACTOR) if condition else None)
-    if condition is None:
-        after = trace.trace_distance((MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2))
+    conditions = (channels, MASK_CHANNELS, 1)
+    steps = [trace.trace_step(first, size, networks.preset.tokens, conditions) for size in cells]
+    before = [trace.trace_condition(*condition, channels, size * LATENT_FACTOR) for size in cells]
     for label in LESION_CLASSES:
         component = f"{stage}-{label}"
         weights = _weights(networks.denoisers[component])
@@ -170,12 +184,11 @@ def _staged(
             {
                 name: with_solver(
                     with_weights(step, weights),
-                    euler_steps(SOLVER_STEPS[stage]),
+                    solver_steps(stage, SOLVER_STEPS[stage]),
                     CLASSES.index(label),
                     name=component,
-                    output="distance" if after is not None else "latents",
+                    output="latents",
                     before=known,
-                    after=after,
                 )
                 for name, step, known in zip(graphs_of(component), steps, before, strict=True)
             },
@@ -183,7 +196,8 @@ def _staged(
 
 
 def _weights(unet: ModelMixin) -> dict[str, Any]:
-    return {f"velocity.unet.{name}": value.detach().cpu().numpy() for name, value in unet.state_dict().items()}
+    """What training changes; buffers (stage 1's outline space) are no part of a traced evaluation."""
+    return {f"velocity.unet.{name}": value.detach().cpu().numpy() for name, value in unet.named_parameters()}
 
 
 def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from busigen.runtime.backend import Backend, OnnxBackend
 from busigen.runtime.bundle import Bundle
 from busigen.runtime.sampler import Draft, Sampler
 from busigen.training.models import region_condition
-from busigen.training.networks import Networks, blend_input, distance_to_pixels, window_condition
+from busigen.training.networks import Networks, blend_input, window_condition
 
 DRAWS = 8
 """Draws compared per class."""
@@ -69,7 +69,7 @@ class TorchBackend:
         stage, _, label = component.partition("-")
         context = (v["tokens"], v["keep"])
         if stage == "mask":
-            return distance_to_pixels(networks.sample(stage, v["noise"], label, *context))
+            return networks.outline(v["noise"], label, *context, v["asked"])
         if stage == "lesion":
             condition = window_condition(v["known"], v["mask"], v["edit"])
         else:

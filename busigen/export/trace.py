@@ -13,9 +13,11 @@ from onnx import ModelProto
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
-from busigen.registry import LATENT_FACTOR, RESOLUTION
+from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
 from busigen.training.models import region_condition
-from busigen.training.networks import Networks, Velocity, blend_input, distance_to_pixels, window_condition
+from busigen.training.networks import Networks, Velocity, blend_input, window_condition
+from busigen.training.outline import OutlineTransformer
+from busigen.training.outline_space import OutlineSpace
 
 OPSET = 20
 EXAMPLE_BATCH = 2
@@ -71,12 +73,29 @@ class NoContext(nn.Module):
         return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0
 
 
-class DistanceOutput(nn.Module):
-    """A stage-1 sample on the pixels' grid."""
+class AskedCondition(nn.Module):
+    """What a user asks of an outline, as stage 1's condition."""
 
-    def forward(self, sample: Tensor) -> Tensor:
-        """See :func:`distance_to_pixels`."""
-        return distance_to_pixels(sample)
+    def __init__(self, space: OutlineSpace) -> None:
+        super().__init__()
+        self.space = space
+
+    def forward(self, asked: Tensor) -> Tensor:
+        """See :meth:`OutlineSpace.condition`."""
+        return self.space.condition(asked)
+
+
+class DistanceOutput(nn.Module):
+    """An outline's code on the pixels' grid."""
+
+    def __init__(self, space: OutlineSpace) -> None:
+        super().__init__()
+        self.space = space
+
+    def forward(self, sample: Tensor, asked: Tensor) -> Tensor:
+        """See :meth:`OutlineSpace.distance`."""
+        torch._check(asked.shape[0] == sample.shape[0])
+        return self.space.distance(sample, asked)
 
 
 def trace(
@@ -201,6 +220,26 @@ def trace_no_context(networks: Networks, cells: int) -> ModelProto:
     return trace(NoContext(networks), [noise], ["noise"], ["tokens", "keep"])
 
 
-def trace_distance(sample_shape: Sequence[int]) -> ModelProto:
-    """A stage-1 sample to a signed distance per pixel."""
-    return trace(DistanceOutput(), [torch.randn(EXAMPLE_BATCH, *sample_shape)], ["sample"], ["distance"])
+def trace_outline_step(model: OutlineTransformer, tokens: int) -> ModelProto:
+    """One evaluation of stage 1."""
+    arguments = [
+        torch.randn(EXAMPLE_BATCH, model.length),
+        torch.full((1,), 0.5),
+        torch.ones(1, dtype=torch.long),
+        torch.randn(EXAMPLE_BATCH, tokens, model.config.cross_attention_dim),
+        torch.ones(EXAMPLE_BATCH, tokens),
+        torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH),
+    ]
+    names = ["x", "t", "label", "tokens", "keep", "condition0"]
+    return trace(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
+
+
+def trace_asked(space: OutlineSpace) -> ModelProto:
+    """``asked`` to stage 1's condition."""
+    return trace(AskedCondition(space), [torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)], ["asked"], ["condition0"])
+
+
+def trace_distance(space: OutlineSpace, length: int) -> ModelProto:
+    """A code and what was asked for to a signed distance per pixel."""
+    arguments = [torch.randn(EXAMPLE_BATCH, length), torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)]
+    return trace(DistanceOutput(space), arguments, ["sample", "asked"], ["distance"])

@@ -14,7 +14,7 @@ from busigen.errors import InputError, IntegrityError
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 
 RECORD = "bundle.json"
-SCHEMA = 1
+SCHEMA = 2
 MAX_RECORD_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 4 << 30
 
@@ -88,6 +88,11 @@ class Bundle:
         return int(self.info["latent_channels"]), cells, cells
 
     @property
+    def code_length(self) -> int:
+        """Numbers in the outline code that stage 1 starts from."""
+        return int(self.info["code_length"])
+
+    @property
     def patch(self) -> int:
         """Side of a context patch in pixels."""
         return int(self.info["patch"])
@@ -96,7 +101,7 @@ class Bundle:
         graphs = self.info.get("graphs")
         if not isinstance(graphs, dict) or set(graphs) != set(graph_names()):
             raise IntegrityError(f"{self.folder / RECORD} does not name the graphs of a bundle.", fix=_EXPORT)
-        for key in ("latent_channels", "patch"):
+        for key in ("latent_channels", "code_length", "patch"):
             if not isinstance(self.info.get(key), int) or not 1 <= self.info[key] <= RESOLUTION:
                 raise IntegrityError(
                     f"{self.folder / RECORD} has no valid {key!r}: {self.info.get(key)!r}.", fix=_EXPORT

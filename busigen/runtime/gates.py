@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -23,6 +25,19 @@ MIN_CONTRAST = 4.0
 BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
 """Mean grey levels a background may have, and the least deviation. They hold for what the prior draws and for a user's
 healthy images; the 106 normal images of BUSI that they were tried on are all within them."""
+
+ASKED_TOLERANCE = {"across": 0.02, "depth": 0.02, "size": 0.1, "height_width": 0.12}
+"""How far a mask may be from what was asked for: places as a share of the image's side, the rest relative to what was
+asked. A lesion of the least size is 14 pixels wide: a pixel more or less of its height and width makes a tenth."""
+
+
+def asked_reason(found: Mapping[str, float], wanted: Mapping[str, float]) -> str | None:
+    """Judge a mask by what was asked for: attributes found and wanted, by name, in the user's units."""
+    for name, value in wanted.items():
+        scale = 1.0 if name in ("across", "depth") else value
+        if abs(found[name] - value) > ASKED_TOLERANCE[name] * scale:
+            return "not as asked"
+    return None
 
 
 def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:

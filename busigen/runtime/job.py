@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from busigen.registry import SYNTHETIC
+from busigen.runtime.asking import parse_asked
 from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.claim import refuse_other_run
@@ -32,6 +33,9 @@ class Job:
         shard_size: samples per shard.
         provider: a name in ``registry.PROVIDERS``.
         threads: compute threads; ``None`` for one per core.
+        size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
+        taller_than_wide: short for a ``height_width`` above 1.
+        birads: BI-RADS category.
     """
 
     count: int
@@ -44,6 +48,12 @@ class Job:
     shard_size: int
     provider: str
     threads: int | None
+    size: str | None = None
+    depth: str | None = None
+    across: str | None = None
+    height_width: str | None = None
+    taller_than_wide: bool = False
+    birads: str | None = None
 
     def run(self, progress: Progress) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began.
@@ -53,9 +63,17 @@ class Job:
         """
         plan = Plan(count=self.count, seed=self.seed, shard_size=self.shard_size)
         classes = parse_classes(self.classes)
+        asked = parse_asked(
+            size=self.size,
+            depth=self.depth,
+            across=self.across,
+            height_width=self.height_width,
+            taller_than_wide=self.taller_than_wide,
+            birads=self.birads,
+        )
         bundle = Bundle.open(self.bundle or default_bundle())
         backend = OnnxBackend(bundle, provider=self.provider, threads=self.threads)
-        sampler = Sampler(bundle, backend, classes=classes, batch_size=self.batch_size)
+        sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
             refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-STREAMS = ("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle")
+STREAMS = ("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked")
 """Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
 
@@ -40,7 +40,12 @@ def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> ND
 
 def uniform(seed: int, index: int, attempt: int, stream: str) -> float:
     """One number in [0, 1)."""
-    return float(raw_bits(seed, index, attempt, stream, 1)[0] >> np.uint64(11)) * 2.0**-53
+    return uniforms(seed, index, attempt, stream, 1)[0]
+
+
+def uniforms(seed: int, index: int, attempt: int, stream: str, count: int) -> list[float]:
+    """``count`` numbers in [0, 1); the first is that of :func:`uniform`."""
+    return [float(word) * 2.0**-53 for word in raw_bits(seed, index, attempt, stream, count) >> np.uint64(11)]
 
 
 def normal(seed: int, index: int, attempt: int, stream: str, shape: Sequence[int]) -> NDArray[np.float32]:

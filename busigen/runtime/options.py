@@ -13,6 +13,11 @@ FIELDS = {
     "--classes": ("fingerprint", "classes"),
     "--seed": ("config", "seed"),
     "--shard-size": ("config", "shard_size"),
+    "--size": ("fingerprint", "size"),
+    "--depth": ("fingerprint", "depth"),
+    "--across": ("fingerprint", "across"),
+    "--height-width": ("fingerprint", "height_width"),
+    "--birads": ("fingerprint", "birads"),
     "--provider": ("fingerprint", "provider"),
 }
 """Where a run record keeps what each option decides. For a folder that is a hash; ``options`` holds its name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,9 @@ from busigen.data.geometry import (
     window_for,
 )
 from busigen.errors import AcceptanceError, UsageError
-from busigen.registry import BUCKETS, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION, SYNTHETIC
+from busigen.registry import ATTRIBUTES, BUCKETS, LATENT_FACTOR, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
+from busigen.runtime.asking import Asked, measured
 from busigen.runtime.backend import Backend
 from busigen.runtime.batching import batches, grouped
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
@@ -56,6 +57,7 @@ class Draft:
     attempt: int
     label: str
     healthy: Healthy
+    wanted: Mapping[str, float] = field(default_factory=dict)
     mask: Mask | None = None
     edit: Mask | None = None
     window: Window | None = None
@@ -69,6 +71,7 @@ class Sampler:
         backend: runs them.
         classes: class weights (:func:`busigen.runtime.classes.parse_classes`).
         healthy: a folder of healthy images, or ``None`` for synthetic backgrounds.
+        asked: what the outlines are asked to be.
         batch_size: images per engine call at the smallest window; larger windows use fewer, none fewer than
             ``MIN_BATCH``.
 
@@ -83,11 +86,13 @@ class Sampler:
         *,
         classes: Mapping[str, float],
         healthy: HealthyFolder | None = None,
+        asked: Asked | None = None,
         batch_size: int = 16,
     ) -> None:
         if not 1 <= batch_size <= 4096:
             raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
+        self.asked = asked or Asked()
         self.batch_size = batch_size
         self._graphs = frozenset(graph_names())
 
@@ -102,6 +107,7 @@ class Sampler:
             "engine_version": self.backend.version,
             "classes": self.classes,
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
+            **self.asked.typed(),
             "gates": {name: getattr(gates, name) for name in sorted(vars(gates)) if name.isupper()},
         }
 
@@ -125,6 +131,10 @@ class Sampler:
             "window_left": int,
             "window_side": int,
             "edit_pixels": int,
+            "area_share": float,
+            **{name: float for name in ATTRIBUTES if name != "size"},
+            **{f"asked_{name}": float for name in ATTRIBUTES},
+            "asked_birads": str,
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> Drawn:
@@ -146,7 +156,8 @@ class Sampler:
                 if rejection.attempt + 1 >= MAX_ATTEMPTS:
                     raise AcceptanceError(
                         f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
-                        fix=f"Use another bundle or other healthy images. Refused so far: {_by_reason(rejections)}.",
+                        fix=f"Use another bundle or other healthy images{', or ask for less' if self.asked else ''}. "
+                        f"Refused so far: {_by_reason(rejections)}.",
                     )
                 pending.append((rejection.index, rejection.attempt + 1))
         rejections.sort(key=lambda rejection: (rejection.index, rejection.attempt))
@@ -168,7 +179,7 @@ class Sampler:
         outlined = []
         for draft, raw in self._outlines(seed, drafts):
             mask = largest_component(raw & draft.healthy.valid)
-            if passed(draft, gates.mask_reason(raw, mask, draft.healthy.valid)):
+            if passed(draft, _mask_reason(draft, raw, mask)):
                 edit = edit_region(mask, draft.healthy.valid)
                 outlined.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
         for batch in self._paint(seed, outlined):
@@ -176,7 +187,7 @@ class Sampler:
             for draft, image in batch:
                 assert draft.mask is not None
                 if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
-                    samples.append(_sample(draft, image))
+                    samples.append(_sample(draft, image, self.asked.birads))
             done(len(samples) - before)
         return samples, rejections
 
@@ -194,19 +205,24 @@ class Sampler:
                 pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
                 pictures += [synthetic(_to_grey(image[0])) for image in pixels]
         return [
-            Draft(index, attempt, class_at(index, self.classes), picture)
+            Draft(index, attempt, class_at(index, self.classes), picture, self.asked.values(seed, index))
             for (index, attempt), picture in zip(jobs, pictures, strict=True)
         ]
 
     def _outlines(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, Mask]]:
         """Stage 1: where the lesion goes and what outline it has."""
-        shape = (MASK_CHANNELS, MASK_GRID // 2, MASK_GRID // 2)
+        shape = (self.bundle.code_length,)
         for label, group in grouped(drafts, lambda draft: draft.label):
             for batch in batches(group, self._size(BUCKETS[0])):
                 noise = np.stack([normal(seed, d.index, d.attempt, "mask", shape) for d in batch])
                 keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
-                tokens = self._tokens(batch, keep)
-                distance = self._run(f"mask-{label}", None, len(batch), noise=noise, tokens=tokens, keep=keep)
+                inputs = {
+                    "noise": noise,
+                    "tokens": self._tokens(batch, keep),
+                    "keep": keep,
+                    "asked": np.stack([self.asked.vector(d.wanted, d.healthy.valid) for d in batch]),
+                }
+                distance = self._run(f"mask-{label}", None, len(batch), **inputs)
                 yield from ((draft, field[0] > 0) for draft, field in zip(batch, distance, strict=True))
 
     def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
@@ -274,14 +290,24 @@ def _background_reason(draft: Draft) -> str | None:
     return gates.background_reason(draft.healthy.pixels)
 
 
-def _sample(draft: Draft, image: NDArray[np.uint8]) -> Sample:
+def _mask_reason(draft: Draft, raw: Mask, mask: Mask) -> str | None:
+    valid = draft.healthy.valid
+    return gates.mask_reason(raw, mask, valid) or gates.asked_reason(measured(mask, valid), draft.wanted)
+
+
+def _sample(draft: Draft, image: NDArray[np.uint8], birads: str | None) -> Sample:
     assert draft.mask is not None and draft.edit is not None and draft.window is not None
+    found = measured(draft.mask, draft.healthy.valid)
     row = {
         **draft.healthy.row,
         "window_top": draft.window.top,
         "window_left": draft.window.left,
         "window_side": draft.window.side,
         "edit_pixels": int(draft.edit.sum()),
+        "area_share": found.pop("size"),
+        **found,
+        **{f"asked_{name}": draft.wanted.get(name) for name in ATTRIBUTES},
+        "asked_birads": birads,
     }
     return Sample(draft.index, draft.attempt, draft.label, image, draft.mask, row)
 

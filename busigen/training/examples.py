@@ -24,14 +24,13 @@ from busigen.data.geometry import (
     edit_region,
     patches_outside,
     ring_region,
-    signed_distance,
     window_for,
 )
 from busigen.data.neighbours import grow, shrink
 from busigen.data.prepared import Prepared
 from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.training.models import mask_condition, region_condition
-from busigen.training.networks import Networks, pixels_to_distance
+from busigen.training.networks import Networks
 from busigen.training.state import load_state, save_state
 
 Progress = Callable[[int, int], None]
@@ -260,7 +259,7 @@ def window_examples(
         if rest:
             done[side].append(_encode_windows(rest, networks, device))
     progress(len(jobs), len(jobs))
-    buckets = {side: WindowExamples(_joined(parts)) for side, parts in done.items() if parts}
+    buckets = {side: WindowExamples(joined(parts)) for side, parts in done.items() if parts}
     if not buckets:
         raise ValueError("no prepared row gives a window to train on")
     return buckets
@@ -333,69 +332,9 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: 
     return {name: tensor.cpu() for name, tensor in encoded.items()}
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Parts of a table of tensors put end to end."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-@torch.no_grad()
-def mask_examples(
-    frames: Frames,
-    healed: Callable[[int, int], NDArray[np.uint8]],
-    networks: Networks,
-    *,
-    variants: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """Stage 1's examples: tokens of the *healed* image and the lesion's signed distance.
-
-    ``healed(row, variant)`` returns the image without its lesion and with decoy edits (:mod:`busigen.training.heal`).
-    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
-    """
-    parts: list[dict[str, Tensor]] = []
-    batch: list[dict[str, Tensor]] = []
-    rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
-    total = len(rows) * variants
-    for count, (position, variant) in enumerate(((p, v) for p in rows for v in range(variants)), start=1):
-        row = int(frames.table["row"][position])
-        rng = np.random.default_rng((seed, row, variant, 1))
-        frame = frames[position]
-        # One lesion is drawn before the geometry changes, so that the others do not become targets half way.
-        lesion = random_lesion(frame, rng).astype(np.uint8)
-        frame = Frame(healed(row, variant), lesion, frame.overlay, frame.valid, frame.label).with_gain(rng)
-        frame = frame.flipped() if rng.random() < 0.5 else frame
-        if rng.random() < 0.5:
-            filled = frame.filling(rng)
-            # A lesion that the cut truncates would teach straight edges at the border.
-            frame = filled if _whole(filled.lesions > 0) else frame
-        batch.append(
-            {
-                "image": to_tensor(frame.image),
-                "distance": torch.from_numpy(signed_distance(frame.lesions > 0))[None],
-                "label": torch.tensor(CLASSES.index(frame.label)),
-                "row": torch.tensor(row),
-            }
-        )
-        if len(batch) == ENCODE_BATCH or count == total:
-            stacked = {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
-            keep = torch.ones(len(batch), networks.preset.tokens, device=device)
-            parts.append(
-                {
-                    "clean": pixels_to_distance(stacked["distance"]).half(),
-                    "tokens": networks.tokens(stacked["image"].to(device), keep).half().cpu(),
-                    "label": stacked["label"],
-                    "row": stacked["row"],
-                }
-            )
-            batch = []
-            progress(count, total)
-    return _joined(parts)
-
-
-def _whole(mask: Mask) -> bool:
-    border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-    return bool(mask.any() and not border.any())
 
 
 @torch.no_grad()
@@ -432,7 +371,7 @@ def background_examples(
             }
         )
         progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
-    return _joined(parts)
+    return joined(parts)
 
 
 def bucket_sizes(buckets: dict[int, WindowExamples], batch: int) -> dict[int, int]:

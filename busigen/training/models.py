@@ -9,11 +9,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, MASK_GRID, RESOLUTION, Preset
+from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, Preset
+from busigen.training.attention import keep_bias
 from busigen.training.autoencoder import Autoencoder
-
-MASKED = -1e4
-"""Attention bias of a dropped token: far below any logit, yet finite in fp16."""
+from busigen.training.outline import OutlineTransformer, outline_transformer
 
 
 class ContextEncoder(ModelMixin, ConfigMixin):
@@ -41,7 +40,7 @@ class ContextEncoder(ModelMixin, ConfigMixin):
             ``(B, N, D)`` tokens; those of dropped patches hold nothing of their pixels; readers mask them.
         """
         tokens = self.embed(image).flatten(2).transpose(1, 2) * keep[..., None] + self.position
-        bias = ((1.0 - keep) * MASKED)[:, None, :]
+        bias = keep_bias(keep)
         for block in self.blocks:
             tokens = block(tokens, attention_mask=bias)
         return self.norm(tokens)
@@ -100,10 +99,8 @@ def denoiser_channels(name: str, latent_channels: int) -> tuple[int, int]:
     """Input and output channels of a denoiser.
 
     Stages 2 and 3 read the noisy latents, the known latents, the lesion mask (2 x 2 grid points per cell) and the
-    region to paint; stage 1 and the prior read their noisy sample alone.
+    region to paint; the prior reads its noisy sample alone.
     """
-    if name == "mask":
-        return MASK_CHANNELS, MASK_CHANNELS
     if name == "prior":
         return latent_channels, latent_channels
     return 2 * latent_channels + MASK_CHANNELS + 1, latent_channels
@@ -113,7 +110,7 @@ def _denoiser(name: str, preset: Preset) -> UNet2DConditionModel:
     shape = preset.denoisers[name]
     channels_in, channels_out = denoiser_channels(name, preset.latent_channels)
     return UNet2DConditionModel(
-        sample_size=MASK_GRID // 2 if name == "mask" else RESOLUTION // LATENT_FACTOR,
+        sample_size=RESOLUTION // LATENT_FACTOR,
         in_channels=channels_in,
         out_channels=channels_out,
         block_out_channels=shape.channels,
@@ -134,16 +131,14 @@ def build(component: str, preset: Preset) -> ModelMixin:
     Raises:
         KeyError: the preset has no such component.
     """
-    if component == "autoencoder":
-        return _autoencoder(preset)
-    if component == "context":
-        return _context(preset)
-    return _denoiser(component, preset)
+    special = {"autoencoder": _autoencoder, "context": _context, "mask": outline_transformer}
+    return special[component](preset) if component in special else _denoiser(component, preset)
 
 
 def model_class(component: str) -> type[ModelMixin]:
     """The class to load a saved component with."""
-    return {"autoencoder": Autoencoder, "context": ContextEncoder}.get(component, UNet2DConditionModel)
+    special = {"autoencoder": Autoencoder, "context": ContextEncoder, "mask": OutlineTransformer}
+    return special.get(component, UNet2DConditionModel)
 
 
 def mask_condition(mask: Tensor) -> Tensor:

@@ -5,15 +5,15 @@ This is the reference that the exported graphs must reproduce (:mod:`busigen.exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from busigen.registry import CLASSES, MASK_GRID, RESOLUTION, SOLVER_STEPS, Preset
-from busigen.solver import TIME_SCALE, euler_steps
+from busigen.registry import CLASSES, SOLVER_STEPS, Preset
+from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.models import mask_condition, region_condition
 
 
@@ -82,32 +82,19 @@ def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> T
     return (known * (1.0 - edit) + painted * edit) * (1.0 - ring)
 
 
-def distance_to_pixels(sample: Tensor) -> Tensor:
-    """A stage-1 sample ``(B, 4, 32, 32)`` as a signed distance per pixel, ``(B, 1, 256, 256)``, inside > 0.
-
-    Distances change by at most one pixel per pixel, so whatever changes faster than that between grid points is left
-    over noise, which would fray the outline; a binomial filter one grid step wide takes it out.
-    """
-    grid = F.pixel_shuffle(sample, 2)
-    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=grid.dtype, device=grid.device) / 16.0
-    padded = F.pad(grid, (2, 2, 2, 2), mode="replicate")
-    smooth = F.conv2d(F.conv2d(padded, taps.view(1, 1, 5, 1)), taps.view(1, 1, 1, 5))
-    return F.interpolate(smooth, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
-
-
-def pixels_to_distance(grid: Tensor) -> Tensor:
-    """A signed distance ``(B, 1, 64, 64)`` as a stage-1 sample; the inverse of the first half of the above."""
-    assert grid.shape[-1] == MASK_GRID
-    return F.pixel_unshuffle(grid, 2)
-
-
 @torch.no_grad()
 def integrate(
-    velocity: Velocity, noise: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, steps: int, *condition: Tensor
+    velocity: Velocity,
+    noise: Tensor,
+    label: Tensor,
+    tokens: Tensor,
+    keep: Tensor,
+    steps: Sequence[SolverStep],
+    *condition: Tensor,
 ) -> Tensor:
     """Run the few-step solver from ``noise``; the exported graphs hold exactly this loop."""
     x = noise
-    for step in euler_steps(steps):
+    for step in steps:
         t = torch.full((x.shape[0],), step.t, dtype=x.dtype, device=x.device)
         x = step.a * x + step.b * velocity(x, t, label, tokens, keep, *condition)
     return x
@@ -153,12 +140,31 @@ class Networks:
         Raises:
             KeyError: there is no such denoiser.
         """
+        labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
+        velocity = Velocity(self.denoiser(name, label)).eval()
+        table = solver_steps(name, steps or SOLVER_STEPS[name])
+        return integrate(velocity, noise, labels, tokens, keep, table, *condition)
+
+    def denoiser(self, name: str, label: str) -> ModelMixin:
+        """The denoiser of a stage: the class's own where there is one, else the base.
+
+        Raises:
+            KeyError: there is neither.
+        """
         unet = self.denoisers.get(f"{name}-{label}", self.denoisers.get(name))
         if unet is None:
             raise KeyError(f"no denoiser {name!r} for class {label!r}")
-        labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
-        velocity = Velocity(unet).eval()
-        return integrate(velocity, noise, labels, tokens, keep, steps or SOLVER_STEPS[name], *condition)
+        return unet
+
+    @torch.no_grad()
+    def outline(self, noise: Tensor, label: str, tokens: Tensor, keep: Tensor, asked: Tensor) -> Tensor:
+        """Sample stage 1: ``noise`` ``(B, D)`` and what is asked for to ``(B, 1, 256, 256)`` signed distances.
+
+        See :meth:`busigen.training.outline_space.OutlineSpace.distance`.
+        """
+        space = self.denoiser("mask", label).space
+        code = self.sample("mask", noise, label, tokens, keep, space.condition(asked))
+        return space.distance(code, asked)
 
     def no_context(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The single empty token that the prior, which has no image to look at, attends to."""

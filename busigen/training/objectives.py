@@ -83,7 +83,7 @@ def noisy(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Draw the flow-matching pair: ``x_t``, ``t`` (logit-normal, Esser et al. 2024, 3.1) and the target velocity."""
     t = torch.sigmoid(torch.randn(clean.shape[0], generator=generator) * 1.1 + 0.2).to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    wide = t.view(-1, 1, 1, 1)
+    wide = t.view(-1, *[1] * (clean.ndim - 1))
     return (1.0 - wide) * clean + wide * noise, t, noise - clean
 
 

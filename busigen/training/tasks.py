@@ -15,7 +15,8 @@ from torch import Generator, Tensor, nn
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
-from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR
+from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR
+from busigen.solver import solver_steps
 from busigen.training import objectives, sheets
 from busigen.training.examples import (
     Frames,
@@ -24,14 +25,14 @@ from busigen.training.examples import (
     background_examples,
     bucket_sizes,
     load_examples,
-    mask_examples,
     save_examples,
     select,
     to_tensor,
     window_examples,
 )
 from busigen.training.models import MaskedAutoencoder
-from busigen.training.networks import Networks, Velocity, blend_input, distance_to_pixels, integrate
+from busigen.training.networks import Networks, Velocity, blend_input, integrate
+from busigen.training.outline_examples import lesions, outline_examples, random_asking
 from busigen.training.recipe import TaskSpec
 from busigen.training.trainer import Task
 
@@ -263,7 +264,8 @@ class DenoiserTask:
         batch = examples.batch(index, self.device)
         condition = self._condition(batch, generator)
         noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
-        return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], 8, *condition)
+        steps = solver_steps(self.spec.component, 8)
+        return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], steps, *condition)
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         """Decode with fixed noise, so that sheets of different steps can be compared."""
@@ -306,23 +308,31 @@ class WindowTask(DenoiserTask):
 
 
 class MaskTask(DenoiserTask):
-    """Stage 1: the lesion's signed distance from the healed image's tokens."""
+    """Stage 1: the outline's code from the healed image's tokens and, now and then, a part of the answer."""
 
     examples = "outlines"
 
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
+        # Adapters keep the base's basis, or their codes would mean something else to the frozen weights.
+        if spec.label is None:
+            module.space.fit(lesions(setting.frames("train", spec), setting.seed))
+        self.space = module.space
+        super().__init__(spec, setting, module)
+
     def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
         assert self.setting.healed is not None
-        tensors = mask_examples(frames, self.setting.healed, **options)
-        tensors["keep"] = torch.ones(tensors["tokens"].shape[:2], dtype=torch.bool)
-        tensors["weight"] = torch.ones(tensors["clean"].shape[0], 1, 1, 1)
-        return {BUCKETS[0]: WindowExamples(tensors)}
+        return {BUCKETS[0]: WindowExamples(outline_examples(frames, self.setting.healed, self.space, **options))}
+
+    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
+        return (random_asking(batch["clean"], batch["birads"], generator),)
 
     def sheet(self) -> Image.Image:
-        """Real and sampled signed distances with their zero line."""
+        """Real and sampled outlines on their signed distances."""
         batch, samples = self._sampled(10)
+        nothing = torch.zeros(len(samples), ASKED_LENGTH, device=self.device)
         rows = []
-        for distance in (batch["clean"], samples):
-            pictures = distance_to_pixels(distance)
+        for code in (batch["clean"], samples):
+            pictures = self.space.distance(code, nothing) / 32.0
             rows.append([sheets.outlined(sheets.to_picture(p), p[0].cpu().numpy() > 0) for p in pictures])
         return sheets.grid(rows)
 

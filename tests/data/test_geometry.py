@@ -23,11 +23,10 @@ from busigen.data.geometry import (
     paste,
     patches_outside,
     ring_region,
-    signed_distance,
     window_for,
 )
 from busigen.data.letterbox import fit
-from busigen.registry import BUCKET_CONTEXT, BUCKETS, MASK_GRID, RESOLUTION, SDF_LIMIT
+from busigen.registry import BUCKET_CONTEXT, BUCKETS, RESOLUTION
 
 ROWS, COLUMNS = np.mgrid[0:RESOLUTION, 0:RESOLUTION]
 EVERYWHERE = np.ones((RESOLUTION, RESOLUTION), dtype=bool)
@@ -183,38 +182,6 @@ def test_window_is_the_smallest_bucket_that_holds_the_edit_region(mask: Mask, va
         # The promised surroundings, unless the image ends there.
         assert before >= BUCKET_CONTEXT or start == 0
         assert after >= BUCKET_CONTEXT or start + window.side == RESOLUTION
-
-
-def test_signed_distance_of_a_disc_is_the_distance_to_its_circle() -> None:
-    radius, centre = 40.0, 127.5
-    field = signed_distance(ellipse(centre, centre, radius, radius))
-    assert field.shape == (MASK_GRID, MASK_GRID)
-    step = RESOLUTION // MASK_GRID
-    middle = np.arange(MASK_GRID) * step + (step - 1) / 2
-    wanted = np.clip(radius - np.hypot(middle[:, None] - centre, middle[None] - centre), -SDF_LIMIT, SDF_LIMIT)
-    # A drawn circle deviates from the ideal one by up to about a pixel; a wrong scale or a shifted zero line by more.
-    np.testing.assert_allclose(field * SDF_LIMIT, wanted, atol=1.0)
-
-
-@settings(max_examples=30, deadline=None)
-@given(row=st.integers(40, 215), column=st.integers(40, 215), height=st.floats(8, 38), width=st.floats(8, 38))
-def test_the_zero_line_gives_the_mask_back(row: int, column: int, height: float, width: float) -> None:
-    mask = ellipse(row, column, height, width)
-    field = signed_distance(mask)
-    step = RESOLUTION // MASK_GRID
-    covered = mask.reshape(MASK_GRID, step, MASK_GRID, step).mean(axis=(1, 3))
-    assert (field[covered == 1] > 0).all()
-    assert (field[covered == 0] < 0).all()
-    # Interpolated to the pixels' grid, as the exported graph does it, the line lies within a pixel, a quarter of a
-    # grid step, of the outline on average.
-    whole = ndimage.zoom(field, step, order=1, mode="nearest", grid_mode=True) > 0
-    outline = (mask & ~ndimage.binary_erosion(mask)).sum()
-    assert (whole != mask).sum() <= step / 4 * outline
-
-
-def test_signed_distance_without_an_outline() -> None:
-    assert (signed_distance(NOWHERE) == -1).all()
-    assert (signed_distance(EVERYWHERE) == 1).all()
 
 
 def test_largest_component_keeps_one_part_and_fills_it() -> None:

@@ -136,7 +136,7 @@ def test_two_hashes_for_one_file_are_refused(bundle: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda info: info.update(schema=2),
+        lambda info: info.update(schema=1),
         lambda info: info.update(schema="1"),
         lambda info: info.pop("schema"),
     ],
@@ -145,7 +145,7 @@ def test_another_schema_is_refused(bundle: Path, change: Callable[[Info], object
     rewrite(bundle, change)
     error = refusal(bundle)
     assert isinstance(error, InputError)
-    assert f"{bundle / 'bundle.json'} does not have schema 1" in error.problem
+    assert f"{bundle / 'bundle.json'} does not have schema 2" in error.problem
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ def test_neighbouring_keys_share_nothing() -> None:
     size = 4096
     keys = [(s, i, a, stream) for s in (7, 8) for i in (0, 1) for a in (0, 1) for stream in STREAMS]
     drawn = {key: normal(*key, (size,)).astype(np.float64) for key in keys}
-    # Correlations of independent noise deviate by 1/sqrt(4096) = 0.0156; six deviations leave 780 pairs one false
-    # alarm in a million.
+    # Correlations of independent noise deviate by 1/sqrt(4096) = 0.0156; six deviations leave 1,128 pairs one
+    # false alarm in 400,000.
     worst = max(abs(np.corrcoef(drawn[a], drawn[b])[0, 1]) for a, b in combinations(keys, 2))
     assert worst < 6 / np.sqrt(size)
 

@@ -17,6 +17,7 @@ from busigen.data.letterbox import letterbox
 from busigen.errors import AcceptanceError, UsageError
 from busigen.registry import LESION_CLASSES
 from busigen.runtime import gates
+from busigen.runtime.asking import parse_asked
 from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.classes import class_at
@@ -147,6 +148,44 @@ def test_rows_have_the_declared_fields_and_types(bundle: Bundle, backend: OnnxBa
         assert all(value is None or type(value) is types[name] for name, value in sample.row.items())
 
 
+ASKED = {"size": "0.03:0.08", "depth": "0.3:0.45", "across": "0.5", "height_width": "0.6:0.9", "birads": "4"}
+
+
+def test_what_is_asked_for_is_what_comes_out(bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder) -> None:
+    asked = parse_asked(**ASKED)
+    sampler = Sampler(bundle, backend, classes=MIX, healthy=healthy, asked=asked, batch_size=4)
+    samples = draw(sampler, range(4)).samples
+    for sample in samples:
+        wanted = asked.values(SEED, sample.index)
+        for name, value in wanted.items():
+            assert sample.row[f"asked_{name}"] == value
+            found = sample.row["area_share" if name == "size" else name]
+            scale = 1.0 if name in ("across", "depth") else value
+            assert abs(found - value) <= gates.ASKED_TOLERANCE[name] * scale
+        assert sample.row["asked_birads"] == "4"
+        paths = dict(healthy.items)
+        valid = letterbox(read_image(paths[sample.row["healthy_sha256"]]).pixels)[1].valid
+        assert sample.row["area_share"] == sample.mask.sum() / valid.sum()
+    # Ranges are drawn from, each sample its own value, and a later draw of an index asks for the same again.
+    assert len({sample.row["asked_size"] for sample in samples}) == 4
+    assert {sample.row["asked_across"] for sample in samples} == {0.5}
+
+
+def test_what_cannot_be_is_refused_as_not_as_asked(bundle: Bundle, backend: OnnxBackend, tmp_path: Path) -> None:
+    # So large a lesion so near the lower border of a strip must be cut by its bars.
+    sampler = Sampler(
+        bundle,
+        backend,
+        classes=MIX,
+        healthy=strip(tmp_path / "strip", 400),
+        asked=parse_asked(size="0.2", depth="0.75", height_width="1.7"),
+        batch_size=4,
+    )
+    accepted, refused = sampler.attempt(SEED, [(index, 0) for index in range(4)])
+    assert not accepted
+    assert {rejection.reason for rejection in refused} <= {"not as asked", "mask cut by the border"}
+
+
 def strip(folder: Path, height: int) -> HealthyFolder:
     """Very wide healthy images, whose letterbox bars leave outlines little room."""
     folder.mkdir()
@@ -209,6 +248,8 @@ def test_the_fingerprint_says_what_decides_the_samples(
     assert fingerprint()["bundle"] == bundle.sha256
     assert fingerprint() != fingerprint(benign=1.0)
     assert fingerprint() != fingerprint(healthy=healthy)
+    asking = Sampler(bundle, backend, classes=MIX, asked=parse_asked(depth="0.3"), batch_size=4).fingerprint()
+    assert {key for key, value in asking.items() if value != fingerprint()[key]} == {"depth"}
 
 
 def test_sampling_needs_no_torch() -> None:

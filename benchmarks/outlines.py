@@ -1,0 +1,142 @@
+"""Are stage 1's outlines distributed as the real ones, and is what is asked for what comes out?
+
+python benchmarks/outlines.py --data prepared/ --bundle bundle/
+python benchmarks/outlines.py --data prepared/ --healthy path/to/normal --count 200
+
+Draws outlines (stage 1 and its gates, no painting) per class and compares them with all real lesions of that class by
+the two-sample Kolmogorov-Smirnov test; then asks for ranges of every attribute and measures what is missed. The table
+is printed and everything goes to ``results/outlines.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from busigen.data.geometry import largest_component
+from busigen.data.prepared import Prepared
+from busigen.evaluation.physics.shape import outline
+from busigen.registry import LESION_CLASSES
+from busigen.runtime.asking import Asked, measured, parse_asked
+from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.bundle import Bundle, default_bundle
+from busigen.runtime.healthy import HealthyFolder
+from busigen.runtime.sampler import Draft, Sampler
+
+RESULTS = Path(__file__).parent / "results" / "outlines.json"
+FEATURES = ("area_fraction", "height_width", "circularity", "solidity", "roughness", "ripple", "depth", "lateral")
+ASKED = {"size": "0.01:0.1", "depth": "0.2:0.5", "across": "0.35:0.65", "height_width": "0.4:1.2"}
+
+
+class Outliner(Sampler):
+    """The runtime's sampler, stopped before it paints."""
+
+    outlined: list[Draft]
+
+    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
+        self.outlined += drafts
+        return ()
+
+
+def draw(sampler: Outliner, seed: int, count: int) -> tuple[list[Draft], Counter[str]]:
+    """``count`` accepted outlines of consecutive indices, and what the gates refused on the way."""
+    sampler.outlined, refused, index = [], Counter(), 0
+    while len(sampler.outlined) < count and index < 20 * count:
+        size = 64
+        _, rejections = sampler.attempt(seed, [(index + k, 0) for k in range(size)])
+        refused.update(rejection.reason for rejection in rejections)
+        index += size
+    return sampler.outlined[:count], refused
+
+
+def real_outlines(prepared: Prepared, label: str) -> list[dict[str, float]]:
+    """Shape features of every prepared image's first lesion."""
+    found = []
+    for row in prepared.table.filter(prepared.table["class"] == label).iter_rows(named=True):
+        valid = np.zeros(prepared.masks.shape[1:], dtype=bool)
+        valid[row["top"] : row["top"] + row["inner_height"], row["left"] : row["left"] + row["inner_width"]] = True
+        found.append(outline(largest_component(prepared.masks[row["row"]] == 1), valid))
+    return found
+
+
+def compared(real: list[dict[str, float]], drawn: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Medians, and the test's statistic and p value, per feature."""
+    table = {}
+    for name in FEATURES:
+        one, other = (np.array([features[name] for features in part]) for part in (real, drawn))
+        test = stats.ks_2samp(one, other)
+        table[name] = {
+            "real": float(np.median(one)),
+            "drawn": float(np.median(other)),
+            "ks": float(test.statistic),
+            "p": float(test.pvalue),
+        }
+    return table
+
+
+def missed(drafts: list[Draft]) -> dict[str, dict[str, float]]:
+    """How far accepted outlines are from what was asked: places in shares of the side, the rest relative."""
+    table = {}
+    for name in ASKED:
+        pairs = [(measured(d.mask, d.healthy.valid)[name], d.wanted[name]) for d in drafts if d.mask is not None]
+        found, wanted = np.array(pairs).T
+        error = np.abs(found - wanted) / (1.0 if name in ("depth", "across") else wanted)
+        table[name] = {"median": float(np.median(error)), "p95": float(np.quantile(error, 0.95))}
+    return table
+
+
+def main() -> None:
+    """Draw, compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="what `busigen prepare` wrote")
+    parser.add_argument("--bundle", type=Path, default=None, help="a bundle's folder; the shipped one by default")
+    parser.add_argument("--healthy", type=Path, default=None, help="healthy images; synthetic ones by default")
+    parser.add_argument("--count", type=int, default=200, help="accepted outlines per class")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+
+    prepared = Prepared.open(options.data)
+    bundle = Bundle.open(options.bundle or default_bundle())
+    backend = OnnxBackend(bundle, threads=options.threads)
+    healthy = HealthyFolder(options.healthy) if options.healthy else None
+    report: dict[str, Any] = {"bundle": bundle.sha256, "split_hash": prepared.split_hash, "seed": options.seed}
+    for label in LESION_CLASSES:
+
+        def sampler(asked: Asked, label: str = label) -> Outliner:
+            return Outliner(bundle, backend, classes={label: 1.0}, healthy=healthy, asked=asked)
+
+        free, refused = draw(sampler(Asked()), options.seed, options.count)
+        drawn = [outline(draft.mask, draft.healthy.valid) for draft in free if draft.mask is not None]
+        table = compared(real_outlines(prepared, label), drawn)
+        asked, refused_asked = draw(sampler(parse_asked(**ASKED)), options.seed, options.count)
+        report[label] = {
+            "drawn": len(drawn),
+            "refused": dict(refused),
+            "compared": table,
+            "asked": len(asked),
+            "refused_asked": dict(refused_asked),
+            "missed": missed(asked),
+        }
+        print(f"\n{label}: {len(drawn)} outlines, refused {dict(refused) or 'none'}")
+        print(f"{'':16}{'real':>9}{'drawn':>9}{'KS':>9}{'p':>9}")
+        for name, row in table.items():
+            print(f"{name:16}{row['real']:9.3f}{row['drawn']:9.3f}{row['ks']:9.3f}{row['p']:9.3f}")
+        print(f"asked for {ASKED}: {len(asked)} outlines, refused {dict(refused_asked) or 'none'}")
+        for name, row in report[label]["missed"].items():
+            print(f"{name:16} missed by {row['median']:.4f} (median), {row['p95']:.4f} (95 %)")
+    options.results.parent.mkdir(exist_ok=True)
+    options.results.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Between a lesion's mask and its code: attributes, and principal components of its form.
+
+A code is the lesion's four attributes (place, size, slenderness) and its form's principal components in the canonical
+frame (:mod:`busigen.data.outline`), all standardised. Every way back from a code is in torch, so that it is exported
+with the network, and puts in place exactly what a user asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import eigsh
+from torch import Tensor, nn
+
+from busigen.data.geometry import Mask
+from busigen.data.outline import attributes, canonical_field, grid_positions
+from busigen.registry import ATTRIBUTES, BIRADS, FIELD_EDGE, RESOLUTION
+
+COUNT = len(ATTRIBUTES)
+
+CODE_LIMIT = 8.0
+"""Deviations at which a sampled code is clipped, because areas grow as an attribute's exponential. One in a hundred
+held-out lesions has a single component beyond 6, and next to none one beyond this."""
+
+
+class OutlineSpace(nn.Module):
+    """Between masks and standardised codes. The basis is fitted once, on the base's training lesions.
+
+    Args:
+        coefficients: principal components of the form.
+        grid: samples a side of the canonical field.
+    """
+
+    attribute_mean: Tensor
+    attribute_std: Tensor
+    field: Tensor
+    basis: Tensor
+
+    def __init__(self, coefficients: int, grid: int) -> None:
+        super().__init__()
+        self.grid, self.coefficients = grid, coefficients
+        self.register_buffer("attribute_mean", torch.zeros(COUNT))
+        self.register_buffer("attribute_std", torch.ones(COUNT))
+        self.register_buffer("field", torch.zeros(grid * grid))
+        # Each row is one component times its deviation over the training lesions.
+        self.register_buffer("basis", torch.zeros(coefficients, grid * grid))
+
+    def fit(self, masks: Iterable[Mask]) -> None:
+        """Fit mean, deviations and principal components on lesions and their mirror images.
+
+        Args:
+            masks: ``(256, 256)`` bool each, one lesion, not empty.
+        """
+        described = [(attributes(mask), canonical_field(mask, self.grid)) for mask in masks]
+        values = np.stack([found for found, _ in described])
+        values = np.concatenate((values, values * [-1.0, 1.0, 1.0, 1.0] + [1.0, 0.0, 0.0, 0.0]))
+        fields = np.stack([field for _, field in described]).astype(np.float64)
+        fields = np.concatenate((fields, fields[:, :, ::-1])).reshape(len(values), -1)
+        mean = fields.mean(axis=0)
+        covariance = (fields - mean).T @ (fields - mean) / len(fields)
+        # A fixed start, and the larger half positive: the same lesions give the same basis every time.
+        start = np.random.default_rng(0).standard_normal(len(mean))
+        power, vectors = eigsh(covariance, k=self.coefficients, v0=start)
+        order = np.argsort(power)[::-1]
+        basis = vectors[:, order].T
+        basis *= np.sign((basis**3).sum(axis=1, keepdims=True) + 1e-30)
+        # A handful of lesions spans fewer components than asked for; the rest stay at next to nothing, but not so near
+        # it that another lesion's code would be astronomical.
+        deviation = np.sqrt(np.maximum(power[order], 1e-5 * power.max() + 1e-12))
+        for name, value in (
+            ("attribute_mean", values.mean(axis=0)),
+            ("attribute_std", np.maximum(values.std(axis=0), 1e-3)),
+            ("field", mean),
+            ("basis", basis * deviation[:, None]),
+        ):
+            getattr(self, name).copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+    def encode(self, masks: Sequence[Mask]) -> Tensor:
+        """Codes of lesions, ``(B, 4 + coefficients)`` float32, standardised; masks as for :meth:`fit`."""
+        device = self.field.device
+        found = torch.from_numpy(np.stack([attributes(mask) for mask in masks])).float().to(device)
+        fields = torch.from_numpy(np.stack([canonical_field(mask, self.grid) for mask in masks])).to(device)
+        power = self.basis.pow(2).sum(dim=1)
+        forms = (fields.flatten(1) - self.field) @ self.basis.T / power
+        return torch.cat(((found - self.attribute_mean) / self.attribute_std, forms), dim=1)
+
+    def asked_attributes(self, values: Tensor) -> Tensor:
+        """Standardised attributes ``(B, 4)`` in the units of :func:`busigen.data.outline.attributes`."""
+        return values * self.attribute_std + self.attribute_mean
+
+    def condition(self, asked: Tensor) -> Tensor:
+        """What was asked for, as the network sees it.
+
+        Args:
+            asked: ``(B, ASKED_LENGTH)``: attributes in their own units, their flags (1 asked, 0 not), BI-RADS one-hot.
+
+        Returns:
+            ``(B, ASKED_LENGTH)``: the attributes standardised, and 0 where they are not asked for.
+        """
+        values, flags, birads = asked.split([COUNT, COUNT, len(BIRADS)], dim=1)
+        return torch.cat(((values - self.attribute_mean) / self.attribute_std * flags, flags, birads), dim=1)
+
+    def distance(self, sample: Tensor, asked: Tensor) -> Tensor:
+        """A code as a signed distance per pixel, with the asked-for attributes put in place of the sampled ones.
+
+        Args:
+            sample: ``(B, 4 + coefficients)``.
+            asked: as for :meth:`condition`.
+
+        Returns:
+            ``(B, 1, 256, 256)``, about pixels near the outline, inside > 0, negative far outside.
+        """
+        code = sample.clamp(-CODE_LIMIT, CODE_LIMIT)
+        values, flags = asked[:, :COUNT], asked[:, COUNT : 2 * COUNT]
+        found = self.asked_attributes(code[:, :COUNT]) * (1.0 - flags) + values * flags
+        across, down, size, ratio = (part[:, 0] for part in found.split(1, dim=1))
+        at = torch.from_numpy(grid_positions(self.grid)).to(code)
+        step = 2.0 * FIELD_EDGE / self.grid
+        far = torch.maximum(at.abs()[:, None], at.abs()[None, :])
+        field = (self.field + code[:, COUNT:] @ self.basis).view(-1, self.grid, self.grid)
+        # Nothing reaches the frame's edge, whatever the components add up to.
+        field = torch.minimum(field, FIELD_EDGE - step - far)
+
+        # A sampled form has only about the area, centre and proportions that the frame promises; what it lacks is made
+        # up for here, so that the attributes come out as they are.
+        cover = (field / step + 0.5).clamp(0.0, 1.0)
+        total = cover.sum(dim=(1, 2)).clamp(min=1.0)
+        centre_x = (cover.sum(dim=1) * at).sum(dim=1) / total
+        centre_y = (cover.sum(dim=2) * at).sum(dim=1) / total
+        height = cover.amax(dim=2).sum(dim=1).clamp(min=1.0)
+        width = cover.amax(dim=1).sum(dim=1).clamp(min=1.0)
+        slender = torch.exp(ratio) * width / height
+        scale = torch.exp(size) / (total.sqrt() * step)
+        scale_x, scale_y = scale / slender.sqrt(), scale * slender.sqrt()
+
+        columns = self._weights(across, scale_x, centre_x, step)
+        rows = self._weights(down, scale_y, centre_y, step)
+        pixels = rows @ field @ columns.transpose(1, 2)
+        return (pixels * scale[:, None, None]).unsqueeze(1)
+
+    def _weights(self, place: Tensor, scale: Tensor, centre: Tensor, step: float) -> Tensor:
+        """Cubic interpolation (Keys 1981) along one axis as matrices ``(B, 256, grid)``; beyond the edge, the edge."""
+        pixels = torch.arange(RESOLUTION, device=place.device, dtype=place.dtype) + 0.5
+        canonical = (pixels[None] - RESOLUTION * place[:, None]) / scale[:, None] + centre[:, None]
+        index = ((canonical + FIELD_EDGE) / step - 0.5).clamp(0.0, self.grid - 1.0)
+        cells = torch.arange(self.grid, device=place.device, dtype=place.dtype)
+        d = (index[:, :, None] - cells).abs()
+        near = (1.5 * d - 2.5) * d * d + 1.0
+        beyond = ((2.5 - 0.5 * d) * d - 4.0) * d + 2.0
+        weights = torch.where(d < 1.0, near, torch.where(d < 2.0, beyond, torch.zeros_like(d)))
+        return weights / weights.sum(dim=2, keepdim=True)
+
+
+def birads_flags(categories: Sequence[str | None]) -> NDArray[np.bool_]:
+    """BI-RADS categories one-hot, ``(N, 4)`` bool; all false where none is known."""
+    return np.array([[category == known for known in BIRADS] for category in categories]).reshape(-1, len(BIRADS))

@@ -1,0 +1,71 @@
+"""Stage 1's graph against the network it came from, asked and not asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from busigen.data.geometry import largest_component
+from busigen.data.outline import attributes
+from busigen.export import exporter
+from busigen.export.bundle_writer import write_graphs
+from busigen.registry import ASKED_LENGTH, LESION_CLASSES, PRESETS
+from busigen.training.models import build
+from busigen.training.networks import Networks
+from tests.training.test_outline import blob
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    masks = [blob(rng) for _ in range(30)]
+    channels = TINY.latent_channels
+    made = Networks(TINY, build("autoencoder", TINY), torch.zeros(channels), torch.ones(channels))
+    for label in LESION_CLASSES:
+        model = build("mask", TINY).eval()
+        model.space.fit(masks)
+        for write in model.write:
+            torch.nn.init.normal_(write.weight, std=0.02)
+        made.denoisers[f"mask-{label}"] = model
+    return made
+
+
+def test_the_graph_draws_what_the_network_draws_and_what_is_asked_for(networks: Networks, tmp_path: Path) -> None:
+    parts = dict(exporter._outlines(networks))
+    assert set(parts) == {f"mask-{label}" for label in LESION_CLASSES}
+    generator = torch.Generator().manual_seed(1)
+    wanted = np.array([0.4, 0.6, np.log(50.0), np.log(0.8)])
+    for label in LESION_CLASSES:
+        name = f"mask-{label}"
+        records = write_graphs(tmp_path, name, parts[name])
+        assert set(records[name]["inputs"]) == {"noise", "tokens", "keep", "asked"}
+        assert records[name]["output"] == "distance"
+        session = onnxruntime.InferenceSession(tmp_path / str(records[name]["file"]))
+        for batch in (2, 3):
+            asked = torch.zeros(batch, ASKED_LENGTH)
+            asked[1, :4], asked[1, 4:8] = torch.from_numpy(wanted), 1.0
+            inputs = {
+                "noise": torch.randn(batch, networks.denoisers[name].length, generator=generator),
+                "tokens": torch.randn(batch, TINY.tokens, TINY.context_dim, generator=generator),
+                "keep": torch.ones(batch, TINY.tokens),
+                "asked": asked,
+            }
+            expected = networks.outline(inputs["noise"], label, inputs["tokens"], inputs["keep"], asked).numpy()
+            (found,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+            assert found.shape == (batch, 1, 256, 256)
+            # Weights in fp16 move an outline by a fraction of a pixel.
+            assert np.abs(found - expected)[np.abs(expected) < 5].max() < 0.5
+            mask = largest_component(found[1, 0] > 0)
+            assert (np.abs(attributes(mask) - wanted) < [0.002, 0.002, 0.02, 0.07]).all()
+    # Each class has weights of its own.
+    assert (tmp_path / "mask-benign.weights").read_bytes() != (tmp_path / "mask-malignant.weights").read_bytes()
+    size = (tmp_path / "mask-benign.weights").stat().st_size
+    parameters = sum(value.numel() for value in networks.denoisers["mask-benign"].state_dict().values())
+    assert size < 2.2 * parameters, "something is stored twice"
