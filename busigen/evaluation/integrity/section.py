@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from busigen.evaluation.comparing.grouped import Comparison, Groups, compare_distributions, compare_means
-from busigen.evaluation.comparing.statistics import adjusted
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, adjusted
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.integrity.duplicates import Duplicates, find_duplicates
 from busigen.evaluation.integrity.image_facts import image_facts
@@ -22,12 +22,6 @@ from busigen.evaluation.integrity.measures import MEASURES, Measure
 from busigen.evaluation.integrity.proof import prove_backgrounds
 from busigen.evaluation.integrity.tiles import Tile, write_tiles
 from busigen.evaluation.results import Better, Figure, Interval, Picture, SectionResult
-
-ALPHA = 0.01
-"""Adjusted p-value below which a difference is flagged, if it also lies beyond the floor."""
-
-FEWEST = 20
-"""Images on either side below which nothing is flagged by comparison."""
 
 SHOWN = 12
 _NAMED = 50
@@ -55,8 +49,8 @@ def run(context: AuditContext) -> SectionResult:
     _report_files(result, synthetic)
     _report_depth(result, facts[0]["depth"])
     prove_backgrounds(context, result)
-    if min(len(synthetic), len(real)) < FEWEST:
-        result.note(f"With fewer than {FEWEST} images on a side, nothing is flagged by comparison.")
+    if min(len(synthetic), len(real)) < FEWEST_TO_FLAG:
+        result.note(f"With fewer than {FEWEST_TO_FLAG} images on a side, nothing is flagged by comparison.")
     _pictures(context, result, facts[0], repeats[0])
     result.details |= {
         "modes": dict(Counter(str(mode) for mode in synthetic.table["mode"])),
@@ -110,7 +104,7 @@ def _report(
     less = measure.side == "less"
     low, high = (floor.low, floor.high) if known else (None, None)
     beyond = (low is not None and value.value < low) if less else value.value > (0.0 if high is None else high)
-    tested = min(counts) >= FEWEST and p < ALPHA
+    tested = min(counts) >= FEWEST_TO_FLAG and p < ALPHA
     flagged = bool(beyond and (measure.absolute or tested))
     better: Better = "higher" if less else "lower"
     figure = Figure(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.evaluation.comparing.statistics import adjusted
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, adjusted
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.privacy import memorisation as memory
 from busigen.evaluation.privacy.figures import figures_of, reference
@@ -22,11 +22,6 @@ from busigen.evaluation.privacy.nearest import align, crop_box
 from busigen.evaluation.privacy.pair_sheet import COLUMNS, write_pairs
 from busigen.evaluation.privacy.similarity import Space, image_space, radiomic_space
 from busigen.evaluation.results import Figure, Picture, SectionResult
-
-FEWEST_TO_FLAG = 20
-"""Images a side below which a figure is shown but never flagged."""
-
-SIGNIFICANT = 0.01
 
 LISTED = 20
 """Nearest pairs listed in ``details``."""
@@ -100,7 +95,7 @@ def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: Sec
     preferring = {
         space.name
         for (space, figure), p in zip(found, known, strict=True)
-        if figure.key.endswith(".preference.value") and p < SIGNIFICANT
+        if figure.key.endswith(".preference.value") and p < ALPHA
     }
     for (space, figure), p in zip(found, known, strict=True):
         assert figure.floor is not None and figure.floor.low is not None and figure.floor.high is not None
@@ -109,9 +104,7 @@ def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: Sec
         by_construction = space.name == "whole" and context.backgrounds == "real"
         sides = [len(part) for part in (space.synthetic, space.train, space.held) if part is not None]
         alone = figure.key.endswith(".nearer.value") and space.name not in preferring
-        flagged = bool(
-            beyond and p < SIGNIFICANT and min(sides) >= FEWEST_TO_FLAG and not by_construction and not alone
-        )
+        flagged = bool(beyond and p < ALPHA and min(sides) >= FEWEST_TO_FLAG and not by_construction and not alone)
         note = figure.note
         if by_construction:
             note += "; never flagged: whole images painted into real ones copy those by construction"

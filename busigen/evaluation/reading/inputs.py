@@ -10,6 +10,7 @@ import numpy as np
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
 from busigen.evaluation.cache import fingerprint
+from busigen.evaluation.comparing.matched import take
 from busigen.evaluation.comparing.statistics import rows_by_group
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.held_out import split_by_training
@@ -24,9 +25,8 @@ def draw(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
     """At most ``limit`` images: whole groups in random order, the last of them cut to fit."""
     if limit is None or len(images) <= limit:
         return images
-    parts = rows_by_group(images.groups)
-    order = np.random.default_rng([seed, len(images)]).permutation(len(parts))
-    return images.take(np.sort(np.concatenate([parts[k] for k in order])[:limit]))
+    rows = take(rows_by_group(images.groups), limit, np.random.default_rng([seed, len(images)]))
+    return images.take(np.sort(rows))
 
 
 def read_inputs(
