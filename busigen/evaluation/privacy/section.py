@@ -21,22 +21,11 @@ from busigen.evaluation.privacy.memorisation import Values
 from busigen.evaluation.privacy.nearest import align, crop_box
 from busigen.evaluation.privacy.pair_sheet import COLUMNS, write_pairs
 from busigen.evaluation.privacy.similarity import Space, image_space, radiomic_space
+from busigen.evaluation.report.texts import PRIVACY
 from busigen.evaluation.results import Figure, Picture, SectionResult
 
 LISTED = 20
 """Nearest pairs listed in ``details``."""
-
-SENTENCES = {
-    "real": "These images were painted into real healthy images: outside the painted region every pixel is a "
-    "patient's, by construction, whatever the figures say. The set is not private towards the patients who gave the "
-    "backgrounds. The figures on lesion crops say whether it also shows lesions of the training set.",
-    "synthetic": "The backgrounds are synthetic too, so no pixel was taken from a patient's image. What a network "
-    "remembers of its training images may still show; these figures look for that. Finding nothing is no proof of "
-    "privacy, and no differential privacy.",
-    "unknown": "It is not known what these images were painted into. If into real healthy images, then every image "
-    "holds a patient's pixels and is not private, whatever the figures say.",
-}
-"""What is and what is not private, by ``AuditContext.backgrounds``."""
 
 
 def run(context: AuditContext) -> SectionResult:
@@ -54,7 +43,7 @@ def run(context: AuditContext) -> SectionResult:
     """
     start = time.monotonic()
     result = SectionResult("privacy")
-    result.note(SENTENCES[context.backgrounds])
+    result.note(PRIVACY[context.backgrounds])
     if context.train is None:
         result.note(
             "Nobody said which images trained the generator, so the set was compared with the real images alone. A "
