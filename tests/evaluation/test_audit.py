@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 from PIL import Image
 
@@ -194,6 +195,32 @@ def test_a_real_set_of_training_images_alone_is_refused(
             (tmp_path / "real" / Path(row["image_file"]).relative_to(drawn_busi.name)).unlink()
     with pytest.raises(InputError, match=r"every image of .* trained the generator"):
         audited(pairs, folder, tmp_path / "report", train_split=drawn_prepared.folder)
+
+
+def test_training_images_test_no_utility(
+    pairs: Path, drawn_busi: Path, drawn_busbra: Path, drawn_prepared: Prepared, tmp_path: Path
+) -> None:
+    """An external folder with images of the training set, as they are and saved again under another name."""
+    table = drawn_prepared.table.filter(pl.col("split") == "train")
+    ours = draw_pairs(tmp_path / "elsewhere", count=6)
+    for number, (source, root) in enumerate((("busi", drawn_busi), ("busbra", drawn_busbra), ("busbra", drawn_busbra))):
+        file = root.parent / table.filter(pl.col("source") == source)["image_file"][number]
+        if number == 0:
+            shutil.copy(file, ours / "images" / "benign" / "copied.png")
+        else:
+            Image.open(file).convert("L").save(ours / "images" / "benign" / f"again{number}.png", optimize=True)
+    report = audited(pairs, drawn_busi, tmp_path / "r", train_split=drawn_prepared.folder, external=ours)
+    assert report.content["sets"]["external"]["images"] == 6
+    assert any(
+        "3 were left out (1 trained the generator, 2 resemble a training image or share its patient); 6 are tested on."
+        in note
+        for note in report.content["notes"]
+    )
+    for folder in (ours / "images", ours / "masks"):
+        for file in folder.rglob("scan*.png"):
+            file.unlink()
+    with pytest.raises(InputError, match=r"--external .*elsewhere: every image trained the generator"):
+        audited(pairs, drawn_busi, tmp_path / "r", train_split=drawn_prepared.folder, external=ours)
 
 
 def test_a_limit_draws_and_says_so(pairs: Path, busi: Path, tmp_path: Path) -> None:

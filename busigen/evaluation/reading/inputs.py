@@ -44,7 +44,7 @@ def read_inputs(
         synthetic: The set under judgement.
         real: Real images.
         train_split: Prepared folder that trained the generator.
-        external: A further real set.
+        external: A further real set; its training images are left out as well.
         limit: Greatest number of images per set but the training one; None for all.
         seed: Seeds the draws.
         progress: Told of every image.
@@ -53,9 +53,9 @@ def read_inputs(
         A context with the sets and nothing else, and what the report says about them.
 
     Raises:
-        InputError: a set cannot be read, or no real image is left that did not train the generator.
+        InputError: a set cannot be read, or no real or no external image is left that did not train the generator.
     """
-    notes = []
+    notes: list[str] = []
     read_limit = None if limit is None else READ_FACTOR * limit
     prepared = None if train_split is None else Prepared.open(train_split)
     try:
@@ -76,6 +76,8 @@ def read_inputs(
             f"Of the real images read, {parted.same} trained the generator and {parted.near} more resemble a training "
             f"image or share its patient; {len(judge)} are held out, and only these are compared with."
         )
+        if other is not None:
+            other = _external(other, external, prepared, notes)
     else:
         notes.append(
             "Nobody said which real images trained the generator: if the real set holds some, the figures flatter it. "
@@ -105,6 +107,30 @@ def read_inputs(
         if part is not None
     }
     return context, {"sets": sets, "counts": counts, "notes": notes}
+
+
+def _external(images: ImageSet, path: Path | None, prepared: Prepared, notes: list[str]) -> ImageSet:
+    """The external images that trained nothing: every network of the utility section learns from the training images.
+
+    Raises:
+        InputError: none is left.
+    """
+    parted = split_by_training(images, prepared)
+    kept = len(parted.held_out)
+    if not kept:
+        raise InputError(
+            f"--external {path}: every image trained the generator, or is a near-duplicate of one that did.",
+            fix="Give real images that it has not seen, or leave --external out.",
+        )
+    if gone := len(images) - kept:
+        reasons = {
+            "trained the generator": parted.same,
+            "resemble a training image or share its patient": parted.near,
+            "are in no split of the prepared folder": gone - parted.same - parted.near,
+        }
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        notes.append(f"Of the external images read, {gone} were left out ({counted}); {kept} are tested on.")
+    return parted.held_out
 
 
 def describe(images: ImageSet) -> dict[str, Any]:
