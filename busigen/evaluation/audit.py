@@ -110,7 +110,8 @@ def audit(
 
     Raises:
         UsageError: an unknown section or device, or a limit below 2.
-        InputError: a set cannot be read, or no real or no external image is left that did not train the generator.
+        InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
+            left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
     from busigen.evaluation.report.contact_sheet import CONTACT_SHEET, contact_sheet
@@ -121,7 +122,8 @@ def audit(
     if limit is not None and limit < 2:
         raise UsageError(f"--limit is {limit}.", fix="Give a whole number from 2.")
     device = resolve_device(device)
-    for option, path in (("--healthy", healthy), ("--external", external)):
+    # Before anything is read: who misspells one of several folders should not wait for the others.
+    for option, path in (("--real", real), ("--healthy", healthy), ("--external", external)):
         if path is not None and not path.exists():
             raise InputError(f"{option} {path} does not exist.", fix="Give a folder of images.")
     if inception is not None and not inception.is_file():

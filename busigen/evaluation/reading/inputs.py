@@ -53,7 +53,8 @@ def read_inputs(
         A context with the sets and nothing else, and what the report says about them.
 
     Raises:
-        InputError: a set cannot be read, or no real or no external image is left that did not train the generator.
+        InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
+            left that did not train the generator.
     """
     notes: list[str] = []
     read_limit = None if limit is None else READ_FACTOR * limit
@@ -63,6 +64,8 @@ def read_inputs(
         other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
     finally:
         progress.stop()
+    if shared := _shared(made, judge, synthetic, real):
+        notes.append(f"{shared} of the synthetic images are also files of the real set: the figures flatter them.")
     train = None
     if prepared is not None:
         parted = split_by_training(judge, prepared)
@@ -107,6 +110,22 @@ def read_inputs(
         if part is not None
     }
     return context, {"sets": sets, "counts": counts, "notes": notes}
+
+
+def _shared(made: ImageSet, judge: ImageSet, synthetic: Path, real: Path) -> int:
+    """How many synthetic images are files of the real set, byte by byte.
+
+    Raises:
+        InputError: all are.
+    """
+    files = set(judge.table["sha256"])
+    shared = sum(sha256 in files for sha256 in made.table["sha256"])
+    if shared == len(made):
+        raise InputError(
+            f"every image of {synthetic} is one of {real} as well: a set cannot be judged by itself.",
+            fix="Give the synthetic set first and real images with --real.",
+        )
+    return shared
 
 
 def _external(images: ImageSet, path: Path | None, prepared: Prepared, notes: list[str]) -> ImageSet:
