@@ -256,7 +256,9 @@ def audit(
     full: Annotated[
         bool, typer.Option("--full/--quick", help="Everything, for hours, or at most 500 images, for minutes.")
     ] = False,
-    only: Annotated[str | None, typer.Option(help="Sections to run, separated by commas. [default: all]")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Sections to run, such as integrity,physics. [default: all six]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seeds every draw.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Images per set. [default: 500 for --quick, else all]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

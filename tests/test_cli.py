@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up_keeps_what_was_written(dataset: Path, healthy: Pat
     command = ("generate", *SMALL, "--out", dataset, "--healthy", healthy)
     line = error_line(run(*command, preexec_fn=limit), 4)
     assert f"Cannot write to {dataset}: File too large." in line
-    assert "run the same command again: complete shards are kept" in line
+    assert "run the same command again: what is complete is kept" in line
     assert {name: digest for name, digest in hashes(dataset).items() if name.startswith("shards/")} == kept
     assert run(*command).returncode == 0
     assert hashes(dataset) == whole

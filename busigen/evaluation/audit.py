@@ -96,7 +96,8 @@ def audit(
         synthetic: The set under judgement, in any layout of ``sets.read_set``.
         real: Real images, likewise.
         out: The report's folder; created.
-        train_split: Prepared folder that trained the generator: its training images are kept out of ``real``.
+        train_split: Prepared folder that trained the generator: its training images are kept out of ``real`` and
+            ``external``.
         healthy: Folder of the healthy images that the set was painted into.
         external: A further real set for the utility section.
         effort: ``quick`` or ``full``.
@@ -109,7 +110,8 @@ def audit(
 
     Raises:
         UsageError: an unknown section or device, or a limit below 2.
-        InputError: a set cannot be read, or no real image is left that did not train the generator.
+        InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
+            left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
     from busigen.evaluation.report.contact_sheet import CONTACT_SHEET, contact_sheet
@@ -120,7 +122,8 @@ def audit(
     if limit is not None and limit < 2:
         raise UsageError(f"--limit is {limit}.", fix="Give a whole number from 2.")
     device = resolve_device(device)
-    for option, path in (("--healthy", healthy), ("--external", external)):
+    # Before anything is read: who misspells one of several folders should not wait for the others.
+    for option, path in (("--real", real), ("--healthy", healthy), ("--external", external)):
         if path is not None and not path.exists():
             raise InputError(f"{option} {path} does not exist.", fix="Give a folder of images.")
     if inception is not None and not inception.is_file():

@@ -17,7 +17,7 @@ import polars as pl
 from busigen.errors import OutputError
 from busigen.runtime.layout import TEMPORARY_PREFIX
 
-_AGAIN = "then run the same command again: complete shards are kept."
+_AGAIN = "then run the same command again: what is complete is kept."
 _FULL = f"Free some space there or raise the quota, {_AGAIN}"
 _DENIED = f"Give yourself write access to it, {_AGAIN} Or choose another --out."
 _FIXES = {

@@ -31,6 +31,7 @@ from busigen.runtime.layout import (
 )
 from busigen.runtime.sample import Sample
 from busigen.runtime.shards import FIXED_COLUMNS, ShardRecord
+from busigen.runtime.tar_headers import TarHeaders, open_headers
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
 
@@ -162,7 +163,7 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
     """
     wanted = None if only is None else set(only)
     try:
-        with tarfile.open(path, mode="r:") as tar:
+        with open_headers(path) as tar:
             for index in indices:
                 key = key_of(index)
                 members = [_next_member(path, tar, f"{key}.{suffix}") for suffix in MEMBER_SUFFIXES]
@@ -214,14 +215,13 @@ def to_sample(member: Member) -> Sample:
         raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
 
 
-def _next_member(path: Path, tar: tarfile.TarFile, expected: str) -> tarfile.TarInfo:
+def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
     member = tar.next()
     if member is None:
         raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
-    # Drop tarfile's own list of members: a reader that streams a large shard should not collect its headers.
-    vars(tar)["members"] = []
     # Names are compared, never used: an absolute path, a "..", a link or a device can only fail here.
-    if member.name != expected or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if member.name != expected or not plain:
         raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
     if not 0 < member.size <= MEMBER_LIMIT:
         raise IntegrityError(
@@ -230,9 +230,8 @@ def _next_member(path: Path, tar: tarfile.TarFile, expected: str) -> tarfile.Tar
     return member
 
 
-def _content(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    data = file.read() if file else b""
+def _content(path: Path, tar: TarHeaders, member: tarfile.TarInfo) -> bytes:
+    data = tar.read(member)
     if len(data) != member.size:
         raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
     return data

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 from PIL import Image
 
@@ -196,6 +197,42 @@ def test_a_real_set_of_training_images_alone_is_refused(
         audited(pairs, folder, tmp_path / "report", train_split=drawn_prepared.folder)
 
 
+def test_training_images_test_no_utility(
+    pairs: Path, drawn_busi: Path, drawn_busbra: Path, drawn_prepared: Prepared, tmp_path: Path
+) -> None:
+    """An external folder with images of the training set, as they are and saved again under another name."""
+    table = drawn_prepared.table.filter(pl.col("split") == "train")
+    ours = draw_pairs(tmp_path / "elsewhere", count=6)
+    for number, (source, root) in enumerate((("busi", drawn_busi), ("busbra", drawn_busbra), ("busbra", drawn_busbra))):
+        file = root.parent / table.filter(pl.col("source") == source)["image_file"][number]
+        if number == 0:
+            shutil.copy(file, ours / "images" / "benign" / "copied.png")
+        else:
+            Image.open(file).convert("L").save(ours / "images" / "benign" / f"again{number}.png", optimize=True)
+    report = audited(pairs, drawn_busi, tmp_path / "r", train_split=drawn_prepared.folder, external=ours)
+    assert report.content["sets"]["external"]["images"] == 6
+    assert any(
+        "3 were left out (1 trained the generator, 2 resemble a training image or share its patient); 6 are tested on."
+        in note
+        for note in report.content["notes"]
+    )
+    for folder in (ours / "images", ours / "masks"):
+        for file in folder.rglob("scan*.png"):
+            file.unlink()
+    with pytest.raises(InputError, match=r"--external .*elsewhere: every image trained the generator"):
+        audited(pairs, drawn_busi, tmp_path / "r", train_split=drawn_prepared.folder, external=ours)
+
+
+def test_a_set_is_not_judged_by_itself(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"every image of .*made is one of .*made as well"):
+        audited(pairs, pairs, tmp_path / "report")
+    real = Path(shutil.copytree(busi, tmp_path / "real"))
+    shutil.copy(pairs / "images" / "benign" / "scan0.png", real / "benign" / "benign (99).png")
+    shutil.copy(pairs / "masks" / "scan0.png", real / "benign" / "benign (99)_mask.png")
+    notes = audited(pairs, real, tmp_path / "report").content["notes"]
+    assert any(note.startswith("1 of the synthetic images are also files of the real set") for note in notes)
+
+
 def test_a_limit_draws_and_says_so(pairs: Path, busi: Path, tmp_path: Path) -> None:
     report = audited(pairs, busi, tmp_path / "report", limit=10)
     assert [report.content["sets"][name]["images"] for name in ("synthetic", "real")] == [10, 10]
@@ -255,15 +292,18 @@ def test_fail_on_flag(pairs: Path, busi: Path, tmp_path: Path) -> None:
         (["--train-split", "{pairs}"], 3, ["no prepared folder"]),
         (["--healthy", "nowhere"], 3, ["--healthy nowhere"]),
         (["--inception", "nowhere.pt"], 3, ["--inception nowhere.pt"]),
-        (["--real", "nowhere"], 3, ["nowhere does not exist"]),
+        (["--real", "nowhere"], 3, ["--real nowhere does not exist"]),
     ],
 )
 def test_a_wrong_option_is_one_line(
     pairs: Path, busi: Path, tmp_path: Path, options: list[str], code: int, texts: list[str]
 ) -> None:
     options = [option.format(pairs=pairs) for option in options]
-    line = error_line(run(pairs, "--real", busi, "--out", tmp_path / "r", *options), code)
+    done = run(pairs, "--real", busi, "--out", tmp_path / "r", *options)
+    line = error_line(done, code)
     assert all(text in line for text in texts)
+    # Told at once, and not after minutes of reading.
+    assert "reading" not in done.stderr
 
 
 def test_a_folder_with_other_content_is_left_alone(pairs: Path, busi: Path, tmp_path: Path) -> None:

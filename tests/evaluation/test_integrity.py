@@ -17,6 +17,7 @@ from PIL import Image
 from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
+from busigen.evaluation.comparing.statistics import ALPHA
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.integrity.mask_edges import edge_fit
 from busigen.evaluation.integrity.section import run
@@ -144,6 +145,34 @@ def test_the_worst_masks_and_the_repeats_are_shown(lesions: ImageSet, tmp_path: 
     assert {picture.file for picture in result.pictures} == {"masks-worst.png", "near-duplicates.png"}
     for picture in result.pictures:
         assert Image.open(tmp_path / "sections" / "integrity" / picture.file).size[0] > 256
+
+
+def turned(images: ImageSet, axes: tuple[int, ...]) -> ImageSet:
+    arrays = {name: np.flip(getattr(images, name), axes) for name in ("images", "masks", "valid", "overlays")}
+    return replace(images, **arrays)
+
+
+def joined(parts: list[ImageSet]) -> ImageSet:
+    arrays = {
+        name: np.concatenate([getattr(p, name) for p in parts]) for name in ("images", "masks", "valid", "overlays")
+    }
+    return replace(parts[0], table=pl.concat([part.table for part in parts]), **arrays)
+
+
+@pytest.mark.parametrize(("copies", "defect"), [(np.arange(50), False), (np.zeros(100, np.int64), True)])
+def test_repeats_count_at_the_real_sets_size(
+    lesions: ImageSet, copies: np.ndarray, defect: bool, tmp_path: Path
+) -> None:
+    """Fifty images in two copies each among 210: of 30 images one repeats another. One image in a hundred copies."""
+    first, second = halved(lesions)
+    distinct = joined([turned(first.take(np.arange(40)), axes) for axes in ((), (1,), (2,), (1, 2))])
+    many = joined([distinct, distinct.take(copies)])
+    figure = judge(many, second.take(np.arange(30)), tmp_path).figure("integrity.duplicate.exact")
+    assert figure.value.value == pytest.approx(100 * len(copies) / len(many))
+    assert figure.p is not None and figure.p < ALPHA
+    assert figure.flagged == defect
+    assert f"here {len(many)} images stand against 30. Of 30 drawn at random, " in figure.note
+    assert ("not flagged" in figure.note) != defect
 
 
 def test_a_few_images_are_judged_without_flags(lesions: ImageSet, tmp_path: Path) -> None:

@@ -338,6 +338,14 @@ def test_what_is_no_set_is_refused_with_the_layouts_that_are(tmp_path: Path, kin
         assert ".tar" in caught.value.fix
 
 
+@pytest.mark.parametrize(("there", "lacking"), [("images", "masks"), ("masks", "images")])
+def test_half_of_a_folder_of_pairs_is_told_what_it_lacks(tmp_path: Path, there: str, lacking: str) -> None:
+    folder = draw_pairs(tmp_path / "set", count=3)
+    shutil.rmtree(folder / lacking)
+    with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/\."):
+        read_set(folder)
+
+
 @pytest.mark.parametrize("size", [-512, -1, -(1 << 40)])
 def test_a_member_of_negative_size_ends_its_archive(tmp_path: Path, size: int) -> None:
     """One of -512 bytes leads back to its own header, over and over."""

@@ -196,7 +196,7 @@ def test_failed_write_keeps_complete_shards_and_says_so(tmp_path: Path) -> None:
     done = subprocess.run(command(out, 4, 2), cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert done.returncode == OutputError.exit_code
     assert f"Cannot write to {out}: File too large." in done.stderr
-    assert "complete shards are kept" in done.stderr
+    assert "what is complete is kept" in done.stderr
     assert not list(out.rglob(".tmp-*"))
     assert not (out / "dataset.json").exists()
     assert generate(NoiseSource(), out, count=4, seed=7, shard_size=2).written == 0

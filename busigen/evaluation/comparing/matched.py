@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.evaluation.comparing.statistics import Rows, rows_by_group
+from busigen.evaluation.comparing.statistics import Rows, deal, joint_groups, rows_by_group, sizes_of
 
 Groups = NDArray[np.int64]
 
@@ -33,7 +33,7 @@ def draws(
     """``count`` times ``size`` rows of the first and of the second set, whole groups but for the last."""
     parts = rows_by_group(first), rows_by_group(second)
     for _ in range(count):
-        yield _take(parts[0], size, rng), _take(parts[1], size, rng)
+        yield take(parts[0], size, rng), take(parts[1], size, rng)
 
 
 def divisible(first: Groups, second: Groups, least: int, rng: np.random.Generator) -> bool:
@@ -62,14 +62,14 @@ def disjoint_draws(
     Deals again where a sample has fewer than ``least`` rows; see `divisible`.
     """
     parts = rows_by_group(groups)
-    sizes = np.array([len(part) for part in parts])
+    sizes = sizes_of(parts)
 
-    def deal() -> tuple[Rows, Rows]:
+    def dealt() -> tuple[Rows, Rows]:
         first, second = (np.concatenate([parts[k] for k in side])[:size] for side in _sides(sizes, size, rng))
         return first, second
 
     for _ in range(count):
-        yield _until(deal, least)
+        yield _until(dealt, least)
 
 
 def permutations(
@@ -79,41 +79,35 @@ def permutations(
 
     Deals again where a side has fewer than ``least`` rows; see `divisible`.
     """
-    joint = np.concatenate([first, second + (int(first.max()) + 1 - int(second.min()))])
-    _, index, sizes = np.unique(joint, return_inverse=True, return_counts=True)
+    _, index, sizes = np.unique(joint_groups(first, second), return_inverse=True, return_counts=True)
 
-    def deal() -> tuple[Rows, Rows]:
+    def dealt() -> tuple[Rows, Rows]:
         chosen = np.zeros(len(sizes), dtype=np.bool_)
         chosen[_sides(sizes, len(first), rng)[0]] = True
         return np.flatnonzero(chosen[index]), np.flatnonzero(~chosen[index])
 
     for _ in range(count):
-        yield _until(deal, least)
+        yield _until(dealt, least)
+
+
+def take(parts: list[Rows], size: int, rng: np.random.Generator) -> Rows:
+    """``size`` rows, or all: whole groups of ``rows_by_group`` in random order, the last of them cut to fit."""
+    order, cut = deal(sizes_of(parts), size, rng)
+    return np.concatenate([parts[k] for k in order[:cut]])[:size]
 
 
 def _sides(sizes: NDArray[np.int64], wanted: int, rng: np.random.Generator) -> tuple[Rows, Rows]:
     """Group numbers of two sides, the first ending where it reaches ``wanted`` rows; neither is empty."""
     if len(sizes) < 2:
         raise ValueError(f"two sides need at least two groups, not {len(sizes)}")
-    order = rng.permutation(len(sizes))
-    cut = min(int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1, len(sizes) - 1)
+    order, cut = deal(sizes, wanted, rng)
+    cut = min(cut, len(sizes) - 1)
     return order[:cut], order[cut:]
 
 
-def _until(deal: Callable[[], tuple[Rows, Rows]], least: int) -> tuple[Rows, Rows]:
+def _until(dealt: Callable[[], tuple[Rows, Rows]], least: int) -> tuple[Rows, Rows]:
     for _ in range(_DEALS):
-        first, second = deal()
+        first, second = dealt()
         if min(len(first), len(second)) >= least:
             return first, second
     raise ValueError(f"groups cannot be dealt to two sides of {least} rows")
-
-
-def _take(parts: list[Rows], size: int, rng: np.random.Generator) -> Rows:
-    order = rng.permutation(len(parts))
-    rows, taken = [], 0
-    for k in order:
-        rows.append(parts[k])
-        taken += len(parts[k])
-        if taken >= size:
-            break
-    return np.concatenate(rows)[:size]

@@ -12,6 +12,12 @@ Rows = NDArray[np.int64]
 Statistic = Callable[[Rows, Rows], float]
 """Maps rows of the first and of the second set to a number."""
 
+ALPHA = 0.01
+"""Adjusted p-value below which a difference counts as a defect, in every section, if it also lies beyond the floor."""
+
+FEWEST_TO_FLAG = 20
+"""Images (or lesions) on either side below which a section shows a figure but never flags it."""
+
 RESAMPLES = 200
 """Bootstrap draws. Enough for a 95 % interval whose ends move by a few percent of its width."""
 
@@ -26,9 +32,32 @@ def rows_by_group(groups: NDArray[np.int64]) -> list[Rows]:
     return [part.astype(np.int64) for part in np.split(order, cuts)] if len(groups) else []
 
 
-def resample(groups: NDArray[np.int64], rng: np.random.Generator) -> Rows:
-    """Row numbers of one cluster-bootstrap draw: whole groups, with replacement."""
-    parts = rows_by_group(groups)
+def joint_groups(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Groups of the concatenation of two sets, which share none: those of the second are numbered on."""
+    return np.concatenate([first, second + (int(first.max()) + 1 - int(second.min()))])
+
+
+def deal(sizes: NDArray[np.int64], wanted: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], int]:
+    """All group numbers in random order, and how many of them from the start it takes to hold ``wanted`` rows.
+
+    The number is one more than there are groups where all of them hold fewer rows.
+
+    Args:
+        sizes: Rows of each group.
+        wanted: Rows to hold.
+        rng: Source of the order.
+    """
+    order = rng.permutation(len(sizes))
+    return order, int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
+
+
+def sizes_of(parts: list[Rows]) -> NDArray[np.int64]:
+    """Rows of each group of ``rows_by_group``."""
+    return np.array([len(part) for part in parts], dtype=np.int64)
+
+
+def resample(parts: list[Rows], rng: np.random.Generator) -> Rows:
+    """Row numbers of one cluster-bootstrap draw from the groups of ``rows_by_group``: whole ones, with replacement."""
     chosen = rng.integers(0, len(parts), len(parts))
     return np.concatenate([parts[k] for k in chosen])
 
@@ -64,18 +93,17 @@ def permutation_p(
     ``statistic`` takes row numbers into the *concatenation* of both sets.
     """
     total = len(first)
-    joint = np.concatenate([first, second + (int(first.max()) + 1 - int(second.min()))])
+    joint = joint_groups(first, second)
     observed = statistic(np.arange(total), np.arange(total, len(joint)))
     parts = rows_by_group(joint)
+    sizes = sizes_of(parts)
     beyond = counted = 0
     for _ in range(permutations):
-        order = [parts[k] for k in rng.permutation(len(parts))]
-        rows = np.concatenate(order)
         # Cut between groups, where the first side first reaches its size.
-        cut = int(np.searchsorted(np.cumsum([len(part) for part in order]), total)) + 1
-        size = sum(len(part) for part in order[:cut])
-        if size < len(rows):
-            beyond += statistic(rows[:size], rows[size:]) >= observed
+        order, cut = deal(sizes, total, rng)
+        if cut < len(order):
+            sides = (np.concatenate([parts[k] for k in side]) for side in (order[:cut], order[cut:]))
+            beyond += statistic(*sides) >= observed
             counted += 1
     return (beyond + 1) / (counted + 1)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from busigen.errors import BusigenError
 from busigen.evaluation.comparing import matched
-from busigen.evaluation.comparing.statistics import Rows, adjusted
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, Rows, adjusted
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.fidelity import inception
 from busigen.evaluation.fidelity.metrics import (
@@ -39,18 +39,13 @@ DRAWS = 100
 """Draws behind an interval and behind a floor."""
 
 PERMUTATIONS = {"quick": 1999, "full": 9999}
-"""Group permutations per test. With 18 tests, fewer could not get one adjusted p-value below 0.01."""
+"""Group permutations per test. With 18 tests, fewer could not get one adjusted p-value below ``ALPHA``."""
 
 INCEPTION_PERMUTATIONS = {"quick": 199, "full": 1999}
 """The same for Inception's 2,048 features: six tests, and a permutation takes thirty times as long."""
 
 SMALLEST = 2 * (NEAREST_DENSITY + 2)
 """Images a side below which there are no figures: half of them must hold a neighbourhood."""
-
-FEWEST_TO_FLAG = 20
-"""Images a side below which a figure is shown but never flagged."""
-
-SIGNIFICANT = 0.01
 
 _INCEPTION_FEATURES = 2048
 _PAPER_SIZE = 600
@@ -216,7 +211,7 @@ def _compare(context: AuditContext, space: _Space, scopes: list[_Scope], result:
         value = figure.value.value
         beyond = value < floor.low if measure.better == "higher" else value > floor.high
         enough = min(figure.synthetic, figure.real) >= FEWEST_TO_FLAG
-        flagged = bool(beyond and enough and p < SIGNIFICANT)
+        flagged = bool(beyond and enough and p < ALPHA)
         note = figure.note if enough else f"{figure.note}; fewer than {FEWEST_TO_FLAG} images: never flagged"
         figure = replace(figure, p=float(p), flagged=flagged, note=note)
         result.figures.append(figure)

@@ -92,7 +92,9 @@ MEASURES = (
         "parts", "mask.parts", "Masks of several parts", "{value} of the masks have several parts (real: {floor})."
     ),
     Measure("holes", "mask.holes", "Masks with holes", "{value} of the masks have holes (real: {floor})."),
-    Measure("border", "mask.border", "Masks that touch the border", "{value} of the masks touch the border ({floor})."),
+    Measure(
+        "border", "mask.border", "Masks that touch the border", "{value} of the masks touch the border (real: {floor})."
+    ),
     Measure(
         "displacement",
         "mask.displacement",

@@ -8,13 +8,15 @@ lesion images without a lesion in their mask, and normal images with one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from busigen.evaluation.comparing.grouped import Comparison, Groups, compare_distributions, compare_means
-from busigen.evaluation.comparing.statistics import adjusted
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, adjusted
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.integrity.duplicates import Duplicates, find_duplicates
 from busigen.evaluation.integrity.image_facts import image_facts
@@ -22,12 +24,6 @@ from busigen.evaluation.integrity.measures import MEASURES, Measure
 from busigen.evaluation.integrity.proof import prove_backgrounds
 from busigen.evaluation.integrity.tiles import Tile, write_tiles
 from busigen.evaluation.results import Better, Figure, Interval, Picture, SectionResult
-
-ALPHA = 0.01
-"""Adjusted p-value below which a difference is flagged, if it also lies beyond the floor."""
-
-FEWEST = 20
-"""Images on either side below which nothing is flagged by comparison."""
 
 SHOWN = 12
 _NAMED = 50
@@ -49,14 +45,15 @@ def run(context: AuditContext) -> SectionResult:
     p_values = adjusted(
         np.array([np.nan if one is None or m.absolute else one.p for m, one in zip(MEASURES, compared, strict=True)])
     )
+    thinned = _thinned(context, real)
     for measure, comparison, p in zip(MEASURES, compared, p_values, strict=True):
         if comparison is not None:
-            _report(result, measure, comparison, float(p), facts[0], facts[1])
+            _report(result, measure, comparison, float(p), facts[0], facts[1], thinned)
     _report_files(result, synthetic)
     _report_depth(result, facts[0]["depth"])
     prove_backgrounds(context, result)
-    if min(len(synthetic), len(real)) < FEWEST:
-        result.note(f"With fewer than {FEWEST} images on a side, nothing is flagged by comparison.")
+    if min(len(synthetic), len(real)) < FEWEST_TO_FLAG:
+        result.note(f"With fewer than {FEWEST_TO_FLAG} images on a side, nothing is flagged by comparison.")
     _pictures(context, result, facts[0], repeats[0])
     result.details |= {
         "modes": dict(Counter(str(mode) for mode in synthetic.table["mode"])),
@@ -94,15 +91,34 @@ def _compare(measure: Measure, synthetic: Facts, real: Facts, groups: Groups) ->
     comparison = compare_means(first, second, groups, measure.side)
     if not measure.repeats:
         return comparison
-    found = [int(np.nansum(values) / scale) for values in (first, second)]
-    table = [[hits, count - hits] for hits, count in zip(found, counts, strict=True)]
-    return Comparison(
-        comparison.value, comparison.floor, float(stats.fisher_exact(table, alternative="greater").pvalue)
-    )
+    return Comparison(comparison.value, comparison.floor, _repeats_p(first > 0, second > 0))
+
+
+def _repeats_p(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """P-value of "the first set repeats itself no more often than the second" (Fisher's exact test, by image)."""
+    table = [[int(rows.sum()), int((~rows).sum())] for rows in (first, second)]
+    return float(stats.fisher_exact(table, alternative="greater").pvalue)
+
+
+def _thinned(context: AuditContext, real: ImageSet) -> Callable[[], Facts]:
+    """Repeats in as many synthetic images as there are real ones, drawn at random; looked for once, when asked."""
+
+    @cache
+    def facts() -> Facts:
+        rows = context.rng("integrity", "repeats").permutation(len(context.synthetic))[: len(real)]
+        return _as_facts(find_duplicates(context.synthetic.take(np.sort(rows))))
+
+    return facts
 
 
 def _report(
-    result: SectionResult, measure: Measure, comparison: Comparison, p: float, synthetic: Facts, real: Facts
+    result: SectionResult,
+    measure: Measure,
+    comparison: Comparison,
+    p: float,
+    synthetic: Facts,
+    real: Facts,
+    thinned: Callable[[], Facts],
 ) -> None:
     value, floor = comparison.value, comparison.floor
     known = not np.isnan(floor.value)
@@ -110,8 +126,17 @@ def _report(
     less = measure.side == "less"
     low, high = (floor.low, floor.high) if known else (None, None)
     beyond = (low is not None and value.value < low) if less else value.value > (0.0 if high is None else high)
-    tested = min(counts) >= FEWEST and p < ALPHA
+    tested = min(counts) >= FEWEST_TO_FLAG and p < ALPHA
     flagged = bool(beyond and (measure.absolute or tested))
+    note = "" if measure.side is None else "The floor is the same in random halves of the real set."
+    if measure.repeats and counts[0] != counts[1]:
+        note += f" Repeats grow with a set's size, and here {counts[0]} images stand against {counts[1]}."
+        if flagged and counts[0] > counts[1]:
+            # The more images, the more pairs that can be alike: what is no more frequent at one size is no defect.
+            alike = thinned()[measure.fact] > 0
+            flagged = _repeats_p(alike, real[measure.fact] > 0) < ALPHA
+            note += f" Of {counts[1]} drawn at random, {100 * alike.mean():.3g}% repeat another"
+            note += "." if flagged else ", no more than can be chance: not flagged."
     better: Better = "higher" if less else "lower"
     figure = Figure(
         key=f"integrity.{measure.key}",
@@ -125,7 +150,7 @@ def _report(
         p=None if measure.absolute or np.isnan(p) else p,
         flagged=flagged,
         headline=measure.headline,
-        note="" if measure.side is None else "The floor is the same in random halves of the real set.",
+        note=note,
     )
     result.figures.append(figure)
     if flagged:

@@ -9,7 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from busigen.evaluation.comparing import two_sample
-from busigen.evaluation.comparing.statistics import adjusted
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, adjusted
 from busigen.evaluation.comparing.two_sample import Comparison, Distances
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.physics import radiomics
@@ -21,14 +21,8 @@ from busigen.registry import LESION_CLASSES
 
 SECTION = "physics"
 
-MIN_IMAGES = 20
-"""With fewer images on either side a figure is shown, but never flagged."""
-
 MIN_VALUES = 5
 """With fewer values on either side there is no figure at all."""
-
-ALPHA = 0.01
-"""Greatest adjusted p-value of a flagged figure."""
 
 HEADLINES = 4
 
@@ -78,7 +72,7 @@ def _sample(table: pl.DataFrame) -> two_sample.Sample:
 
 def _adjusted(comparison: Comparison) -> dict[str, NDArray[np.float64]]:
     """All of the section's p-values, adjusted together, by name of the statistic."""
-    enough = np.minimum(comparison.synthetic, comparison.real) >= MIN_IMAGES
+    enough = np.minimum(comparison.synthetic, comparison.real) >= FEWEST_TO_FLAG
     parts = {name: np.where(enough, getattr(comparison, name).p, np.nan) for name in _STATISTICS}
     parts["swap"] = comparison.swap.p if enough.any(axis=1).all() else np.full((1, 1), np.nan)
     joint = adjusted(np.concatenate([part.ravel() for part in parts.values()]))
@@ -204,9 +198,9 @@ def _with_headlines(figures: dict[tuple[str, str, str], Figure], evidence: list[
 
 def _notes(context: AuditContext, comparison: Comparison, result: SectionResult) -> None:
     counts = np.minimum(comparison.synthetic, comparison.real).max(axis=1)
-    few = [scope for scope, count in zip(comparison.scopes, counts, strict=True) if count < MIN_IMAGES]
+    few = [scope for scope, count in zip(comparison.scopes, counts, strict=True) if count < FEWEST_TO_FLAG]
     if few:
-        result.note(f"Fewer than {MIN_IMAGES} images on one side in {', '.join(few)}: shown, but never flagged.")
+        result.note(f"Fewer than {FEWEST_TO_FLAG} images on one side in {', '.join(few)}: shown, but never flagged.")
     mine, theirs = (set(side.table["class"].to_list()) for side in (context.synthetic, context.real))
     for label in sorted(mine ^ theirs):
         owner = "synthetic" if label in mine else "real"

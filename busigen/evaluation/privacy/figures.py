@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from busigen.evaluation.comparing.matched import Groups, disjoint_draws
-from busigen.evaluation.comparing.statistics import RESAMPLES, resample
+from busigen.evaluation.comparing.statistics import RESAMPLES, resample, rows_by_group
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.privacy import memorisation as memory
 from busigen.evaluation.privacy.memorisation import Measure, Values
@@ -15,7 +15,7 @@ from busigen.evaluation.privacy.similarity import Space
 from busigen.evaluation.results import Better, Figure, Interval, SectionResult
 
 PERMUTATIONS = {"quick": 1999, "full": 9999}
-"""Group permutations per test. With 15 tests, fewer could not get one adjusted p-value below 0.01."""
+"""Group permutations per test. With 15 tests, fewer could not get one adjusted p-value below ``ALPHA``."""
 
 FLOOR_DRAWS = 100
 
@@ -193,7 +193,8 @@ def _preference(context: AuditContext, space: Space) -> Figure:
     value, exchanged = memory.training_preference(space.to_train, space.to_held, *groups, rng, count)
     nearer = (space.to_train.max(axis=1) >= space.to_held.max(axis=1)).astype(np.float64)
     chance = float(nearer.mean()) - value
-    drawn = [float(nearer[resample(space.groups, rng)].mean()) - chance for _ in range(RESAMPLES)]
+    parts = rows_by_group(space.groups)
+    drawn = [float(nearer[resample(parts, rng)].mean()) - chance for _ in range(RESAMPLES)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     lowest, middle, highest = np.percentile(exchanged, [2.5, 50.0, 97.5])
     return Figure(

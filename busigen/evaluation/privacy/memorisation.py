@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from busigen.evaluation.comparing.matched import Groups, permutations
-from busigen.evaluation.comparing.statistics import Rows, rows_by_group
+from busigen.evaluation.comparing.statistics import deal, joint_groups, resample, rows_by_group, sizes_of
 
 Values = NDArray[np.float64]
 
@@ -78,7 +78,7 @@ def interval(
 ) -> tuple[float, float]:  # fmt: skip
     """95 % bootstrap interval by group. Neighbours are found before any image is repeated, so repeats do no harm."""
     sides = [(values, rows_by_group(groups)) for values, groups in ((first, first_groups), (second, second_groups))]
-    drawn = [measure(*(values[_resample(parts, rng)] for values, parts in sides)) for _ in range(count)]
+    drawn = [measure(*(values[resample(parts, rng)] for values, parts in sides)) for _ in range(count)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
 
@@ -104,17 +104,16 @@ def training_preference(
         The share of synthetic images whose neighbour is a training image, less that share of all real images; and
         ``count`` values of the same under exchange.
     """
-    joint = np.concatenate([train_groups, held_groups + (int(train_groups.max()) + 1 - int(held_groups.min()))])
+    joint = joint_groups(train_groups, held_groups)
     total = len(train_groups)
     neighbour = np.concatenate([to_train, to_held], axis=1).argmax(axis=1)
     hits = np.bincount(neighbour, minlength=len(joint))
     parts = rows_by_group(joint)
-    sizes = np.array([len(part) for part in parts])
+    sizes = sizes_of(parts)
     votes = np.array([hits[part].sum() for part in parts])
     exchanged = np.empty(count)
     for k in range(count):
-        order = rng.permutation(len(parts))
-        cut = int(np.searchsorted(np.cumsum(sizes[order]), total)) + 1
+        order, cut = deal(sizes, total, rng)
         exchanged[k] = votes[order[:cut]].sum() / len(neighbour) - sizes[order[:cut]].sum() / len(joint)
     return float(hits[:total].sum() / len(neighbour) - total / len(joint)), exchanged
 
@@ -147,8 +146,3 @@ def joined(groups: Groups, alike: NDArray[np.bool_]) -> Groups:
         coo_array((np.ones(len(rows)), (rows, columns)), shape=alike.shape), directed=False
     )
     return np.asarray(merged, dtype=np.int64)
-
-
-def _resample(parts: list[Rows], rng: np.random.Generator) -> Rows:
-    """Whole groups, with replacement."""
-    return np.concatenate([parts[k] for k in rng.integers(0, len(parts), len(parts))])

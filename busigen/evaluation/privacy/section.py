@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.evaluation.comparing.statistics import adjusted
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, adjusted
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.privacy import memorisation as memory
 from busigen.evaluation.privacy.figures import figures_of, reference
@@ -21,27 +21,11 @@ from busigen.evaluation.privacy.memorisation import Values
 from busigen.evaluation.privacy.nearest import align, crop_box
 from busigen.evaluation.privacy.pair_sheet import COLUMNS, write_pairs
 from busigen.evaluation.privacy.similarity import Space, image_space, radiomic_space
+from busigen.evaluation.report.texts import PRIVACY
 from busigen.evaluation.results import Figure, Picture, SectionResult
-
-FEWEST_TO_FLAG = 20
-"""Images a side below which a figure is shown but never flagged."""
-
-SIGNIFICANT = 0.01
 
 LISTED = 20
 """Nearest pairs listed in ``details``."""
-
-SENTENCES = {
-    "real": "These images were painted into real healthy images: outside the painted region every pixel is a "
-    "patient's, by construction, whatever the figures say. The set is not private towards the patients who gave the "
-    "backgrounds. The figures on lesion crops say whether it also shows lesions of the training set.",
-    "synthetic": "The backgrounds are synthetic too, so no pixel was taken from a patient's image. What a network "
-    "remembers of its training images may still show; these figures look for that. Finding nothing is no proof of "
-    "privacy, and no differential privacy.",
-    "unknown": "It is not known what these images were painted into. If into real healthy images, then every image "
-    "holds a patient's pixels and is not private, whatever the figures say.",
-}
-"""What is and what is not private, by ``AuditContext.backgrounds``."""
 
 
 def run(context: AuditContext) -> SectionResult:
@@ -59,7 +43,7 @@ def run(context: AuditContext) -> SectionResult:
     """
     start = time.monotonic()
     result = SectionResult("privacy")
-    result.note(SENTENCES[context.backgrounds])
+    result.note(PRIVACY[context.backgrounds])
     if context.train is None:
         result.note(
             "Nobody said which images trained the generator, so the set was compared with the real images alone. A "
@@ -100,7 +84,7 @@ def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: Sec
     preferring = {
         space.name
         for (space, figure), p in zip(found, known, strict=True)
-        if figure.key.endswith(".preference.value") and p < SIGNIFICANT
+        if figure.key.endswith(".preference.value") and p < ALPHA
     }
     for (space, figure), p in zip(found, known, strict=True):
         assert figure.floor is not None and figure.floor.low is not None and figure.floor.high is not None
@@ -109,9 +93,7 @@ def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: Sec
         by_construction = space.name == "whole" and context.backgrounds == "real"
         sides = [len(part) for part in (space.synthetic, space.train, space.held) if part is not None]
         alone = figure.key.endswith(".nearer.value") and space.name not in preferring
-        flagged = bool(
-            beyond and p < SIGNIFICANT and min(sides) >= FEWEST_TO_FLAG and not by_construction and not alone
-        )
+        flagged = bool(beyond and p < ALPHA and min(sides) >= FEWEST_TO_FLAG and not by_construction and not alone)
         note = figure.note
         if by_construction:
             note += "; never flagged: whole images painted into real ones copy those by construction"

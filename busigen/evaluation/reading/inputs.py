@@ -10,6 +10,7 @@ import numpy as np
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
 from busigen.evaluation.cache import fingerprint
+from busigen.evaluation.comparing.matched import take
 from busigen.evaluation.comparing.statistics import rows_by_group
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.held_out import split_by_training
@@ -24,9 +25,8 @@ def draw(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
     """At most ``limit`` images: whole groups in random order, the last of them cut to fit."""
     if limit is None or len(images) <= limit:
         return images
-    parts = rows_by_group(images.groups)
-    order = np.random.default_rng([seed, len(images)]).permutation(len(parts))
-    return images.take(np.sort(np.concatenate([parts[k] for k in order])[:limit]))
+    rows = take(rows_by_group(images.groups), limit, np.random.default_rng([seed, len(images)]))
+    return images.take(np.sort(rows))
 
 
 def read_inputs(
@@ -44,7 +44,7 @@ def read_inputs(
         synthetic: The set under judgement.
         real: Real images.
         train_split: Prepared folder that trained the generator.
-        external: A further real set.
+        external: A further real set; its training images are left out as well.
         limit: Greatest number of images per set but the training one; None for all.
         seed: Seeds the draws.
         progress: Told of every image.
@@ -53,9 +53,10 @@ def read_inputs(
         A context with the sets and nothing else, and what the report says about them.
 
     Raises:
-        InputError: a set cannot be read, or no real image is left that did not train the generator.
+        InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
+            left that did not train the generator.
     """
-    notes = []
+    notes: list[str] = []
     read_limit = None if limit is None else READ_FACTOR * limit
     prepared = None if train_split is None else Prepared.open(train_split)
     try:
@@ -63,6 +64,8 @@ def read_inputs(
         other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
     finally:
         progress.stop()
+    if shared := _shared(made, judge, synthetic, real):
+        notes.append(f"{shared} of the synthetic images are also files of the real set: the figures flatter them.")
     train = None
     if prepared is not None:
         parted = split_by_training(judge, prepared)
@@ -76,6 +79,8 @@ def read_inputs(
             f"Of the real images read, {parted.same} trained the generator and {parted.near} more resemble a training "
             f"image or share its patient; {len(judge)} are held out, and only these are compared with."
         )
+        if other is not None:
+            other = _external(other, external, prepared, notes)
     else:
         notes.append(
             "Nobody said which real images trained the generator: if the real set holds some, the figures flatter it. "
@@ -105,6 +110,46 @@ def read_inputs(
         if part is not None
     }
     return context, {"sets": sets, "counts": counts, "notes": notes}
+
+
+def _shared(made: ImageSet, judge: ImageSet, synthetic: Path, real: Path) -> int:
+    """How many synthetic images are files of the real set, byte by byte.
+
+    Raises:
+        InputError: all are.
+    """
+    files = set(judge.table["sha256"])
+    shared = sum(sha256 in files for sha256 in made.table["sha256"])
+    if shared == len(made):
+        raise InputError(
+            f"every image of {synthetic} is one of {real} as well: a set cannot be judged by itself.",
+            fix="Give the synthetic set first and real images with --real.",
+        )
+    return shared
+
+
+def _external(images: ImageSet, path: Path | None, prepared: Prepared, notes: list[str]) -> ImageSet:
+    """The external images that trained nothing: every network of the utility section learns from the training images.
+
+    Raises:
+        InputError: none is left.
+    """
+    parted = split_by_training(images, prepared)
+    kept = len(parted.held_out)
+    if not kept:
+        raise InputError(
+            f"--external {path}: every image trained the generator, or is a near-duplicate of one that did.",
+            fix="Give real images that it has not seen, or leave --external out.",
+        )
+    if gone := len(images) - kept:
+        reasons = {
+            "trained the generator": parted.same,
+            "resemble a training image or share its patient": parted.near,
+            "are in no split of the prepared folder": gone - parted.same - parted.near,
+        }
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        notes.append(f"Of the external images read, {gone} were left out ({counted}); {kept} are tested on.")
+    return parted.held_out
 
 
 def describe(images: ImageSet) -> dict[str, Any]:

@@ -171,8 +171,10 @@ def _list(path: Path, refused: list[Refusal]) -> tuple[str, list[Item]]:
     except InputError as error:
         layouts = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
         if not any(layout.find(path) for layout in LAYOUTS):
+            halves = {"images": "masks", "masks": "images"}
+            lacks = [lack for have, lack in halves.items() if (path / have).is_dir() and not (path / lack).is_dir()]
             raise InputError(
-                f"{path} has none of the layouts that are read.",
+                f"{path} has none of the layouts that are read{''.join(f': it lacks {lack}/' for lack in lacks)}.",
                 fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or one of these. {layouts}.",
             ) from error
         raise

@@ -11,7 +11,15 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from busigen.evaluation.comparing.statistics import HALVINGS, RESAMPLES, adjusted, halves
+from busigen.evaluation.comparing.statistics import (
+    ALPHA,
+    FEWEST_TO_FLAG,
+    HALVINGS,
+    RESAMPLES,
+    adjusted,
+    halves,
+    joint_groups,
+)
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.realness.separation import Ints, Ridge, Task, auc, bootstrap_auc, folds, shuffled_sides
 from busigen.evaluation.realness.views import BAND, MARGIN, VIEWS, View
@@ -22,9 +30,6 @@ SECTION = "realness"
 
 FOLDS = 5
 PERMUTATIONS = 999
-SIGNIFICANT = 0.01
-ENOUGH = 20
-"""Lesions on each side below which nothing is flagged."""
 
 _SHOWN = 15
 _REAL_BACKGROUNDS = (
@@ -52,8 +57,8 @@ def run(context: AuditContext) -> SectionResult:
     """Train classifiers to tell the synthetic from the real set, by group-aware cross-validation.
 
     Flagged is a view on which the AUC's interval lies above what shuffled labels give, above what two halves of the
-    real set give, and with an adjusted permutation p below 0.01. Wen et al. (J. Med. Imaging 13(2) 024002, 2026) report
-    an AUC of 0.563 for a ResNet101 on whole images.
+    real set give, and with an adjusted permutation p below ``ALPHA``. Wen et al. (J. Med. Imaging 13(2) 024002, 2026)
+    report an AUC of 0.563 for a ResNet101 on whole images.
 
     Args:
         context: The audit. ``quick`` trains a ridge classifier on a fixed scattering network; ``full`` trains a ResNet
@@ -114,11 +119,10 @@ def _task(first: ImageSet, second: ImageSet, groups: tuple[Ints, Ints]) -> Task:
     names = np.concatenate([first.classes, second.classes])
     if not set(first.classes) & set(second.classes):
         names[:] = ""
-    offset = int(groups[0].max()) + 1 - int(groups[1].min())
     return Task(
         side=np.repeat([0, 1], [len(first), len(second)]),
         label=np.unique(names, return_inverse=True)[1].astype(np.int64),
-        group=np.concatenate([groups[0], groups[1] + offset]),
+        group=joint_groups(*groups),
     )
 
 
@@ -235,8 +239,8 @@ def _report(context: AuditContext, found: list[_Separation], result: SectionResu
     for one, p in zip(found, p_values, strict=True):
         low = one.value.low if one.value.low is not None else 0.0
         limit = one.floor.high if one.floor is not None and one.floor.high is not None else one.null[1]
-        few = min(one.sizes) < ENOUGH
-        flagged = bool(not few and p < SIGNIFICANT and low > one.null[1] and one.value.value > limit)
+        few = min(one.sizes) < FEWEST_TO_FLAG
+        flagged = bool(not few and p < ALPHA and low > one.null[1] and one.value.value > limit)
         whole = ".whole." in one.key
         result.figures.append(
             Figure(
@@ -249,7 +253,7 @@ def _report(context: AuditContext, found: list[_Separation], result: SectionResu
                 p=float(p),
                 flagged=flagged,
                 headline=not whole or context.backgrounds != "real",
-                note=one.note + (f" Fewer than {ENOUGH} images on a side: never flagged." if few else ""),
+                note=one.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else ""),
             )
         )
         result.details[one.key] = {"null_low": one.null[0], "null_high": one.null[1], "p": one.p}

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from busigen.evaluation.comparing.statistics import ALPHA
 from busigen.evaluation.report import words
 from busigen.evaluation.report.chart import Panel, chosen, panels
 from busigen.evaluation.report.contact_sheet import CONTACT_SHEET
@@ -140,6 +141,7 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode("ascii")
     inputs = dict(report.get("inputs") or {})
     page = environment.get_template("report.html.j2").render(
+        alpha=ALPHA,
         script=_SCRIPT,
         script_hash=f"sha256-{digest}",
         version=report.get("busigen", ""),

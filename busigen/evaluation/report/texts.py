@@ -25,13 +25,15 @@ CANNOT_SAY = (
 
 PRIVACY = {
     "real": "The synthetic images were painted into real ones. Every pixel outside the painted region is still the "
-    "patient's own: such a set is not anonymous, whatever the privacy section finds, and may be passed on only as "
-    "those real images may.",
+    "patient's own, by construction: such a set is not private towards these patients, and not anonymous, whatever the "
+    "privacy section's figures say, and may be passed on only as those real images may. The figures on lesion crops "
+    "say whether it also shows lesions of the training set.",
     "synthetic": "The synthetic images have synthetic backgrounds, so no pixel was copied from a patient's image on "
-    "purpose. Whether the generator repeats images it was trained on is what the privacy section measures. It can "
-    "find copies; it cannot prove that there are none, and it is no guarantee in the sense of differential privacy.",
+    "purpose. What a network remembers of its training images may still show, and the privacy section's figures look "
+    "for that. They can find copies; they cannot prove that there are none, and are no guarantee in the sense of "
+    "differential privacy.",
     "unknown": "It is not known what the synthetic images were painted into. If it was real images, every pixel "
-    "outside the painted region is still the patient's own, and the set is not anonymous, whatever the privacy "
-    "section finds.",
+    "outside the painted region is still the patient's own, and the set is neither private nor anonymous, whatever the "
+    "privacy section's figures say.",
 }
-"""Per ``AuditContext.backgrounds``."""
+"""What is private and what is not, per ``AuditContext.backgrounds``: for the privacy section and for every report."""

@@ -10,17 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from busigen.evaluation.comparing.statistics import RESAMPLES, adjusted, resample
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, RESAMPLES, adjusted, resample, rows_by_group
 from busigen.evaluation.context import AuditContext, Effort, ImageSet
 from busigen.evaluation.results import Figure, Interval, SectionResult
 from busigen.evaluation.utility.arms import ADDED, ALONE, ARMS, CLASSIC, REAL, Outcome, Split
 from busigen.evaluation.utility.segmentation import RECIPES, Counts, dice, pooled_f1
 
 SECTION = "utility"
-
-SIGNIFICANT = 0.01
-ENOUGH = 20
-"""Lesions on a side below which nothing is flagged."""
 
 HARM = 0.05
 """Loss of Dice through *added* synthetic images that counts as a defect; smaller ones come and go with the seed."""
@@ -97,8 +93,8 @@ def flagged(figures: list[Figure], result: SectionResult, *, trusted: bool = Tru
     p_values = adjusted(np.array([np.nan if figure.p is None else figure.p for figure in figures]))
     for figure, p in zip(figures, p_values, strict=True):
         rule = next((rule for ending, rule in _RULES.items() if figure.key.endswith(ending)), None)
-        enough = min(figure.synthetic, figure.real) >= ENOUGH
-        text = rule(figure) if trusted and rule is not None and enough and p < SIGNIFICANT else None
+        enough = min(figure.synthetic, figure.real) >= FEWEST_TO_FLAG
+        text = rule(figure) if trusted and rule is not None and enough and p < ALPHA else None
         result.figures.append(replace(figure, p=None if np.isnan(p) else float(p), flagged=text is not None))
         if text is not None:
             result.flag(text, figure.key)
@@ -106,7 +102,8 @@ def flagged(figures: list[Figure], result: SectionResult, *, trusted: bool = Tru
 
 def interval(statistic: Callable[[Rows], float], groups: Rows, rng: np.random.Generator) -> Interval:
     """A statistic of row numbers with its 95 % cluster-bootstrap interval."""
-    draws = [statistic(resample(groups, rng)) for _ in range(RESAMPLES)]
+    parts = rows_by_group(groups)
+    draws = [statistic(resample(parts, rng)) for _ in range(RESAMPLES)]
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return Interval(statistic(np.arange(len(groups))), float(low), float(high))
 
