@@ -104,7 +104,8 @@ def integrate(
 class Networks:
     """The networks of one checkpoint, in evaluation mode, with the samplers of each stage.
 
-    ``denoisers`` is keyed by stage or by ``<stage>-<class>`` where adapters are merged.
+    ``denoisers`` is keyed by stage or by ``<stage>-<class>`` where adapters are merged; ``steps`` are the network
+    evaluations per stage, those of ``registry.SOLVER_STEPS`` unless an experiment sets others.
     """
 
     preset: Preset
@@ -113,6 +114,7 @@ class Networks:
     latents_std: Tensor
     context: ModelMixin | None = None
     denoisers: dict[str, ModelMixin] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=lambda: dict(SOLVER_STEPS))
 
     def __post_init__(self) -> None:
         """Wrap the halves of the autoencoder once."""
@@ -135,14 +137,14 @@ class Networks:
         *condition: Tensor,
         steps: int | None = None,
     ) -> Tensor:
-        """Sample one denoiser for one class, in ``registry.SOLVER_STEPS`` steps unless told otherwise.
+        """Sample one denoiser for one class, in ``self.steps`` steps unless told otherwise.
 
         Raises:
             KeyError: there is no such denoiser.
         """
         labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
         velocity = Velocity(self.denoiser(name, label)).eval()
-        table = solver_steps(name, steps or SOLVER_STEPS[name])
+        table = solver_steps(name, steps or self.steps[name])
         return integrate(velocity, noise, labels, tokens, keep, table, *condition)
 
     def denoiser(self, name: str, label: str) -> ModelMixin:
