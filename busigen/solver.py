@@ -1,7 +1,7 @@
 """The few-step solver as a table of constants: training's reference sampler and the exported graphs read the same one.
 
 Flow matching on the straight path ``x_t = (1 - t) x_0 + t noise`` (Lipman et al. 2023, Liu et al. 2023): the network
-predicts the velocity ``noise - x_0`` and an Euler step from ``t`` to ``s`` is ``x - (t - s) net(x, t)``.
+predicts the velocity ``noise - x_0``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+
+from busigen.registry import SOLVER_SPREAD
 
 TIME_SCALE = 1000.0
 """The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for."""
@@ -27,41 +29,39 @@ class SolverStep:
     c: float
 
 
-def euler_steps(count: int) -> list[SolverStep]:
-    """The Euler table with ``count`` network evaluations, from noise (t = 1) to data (t = 0).
+def gaussian_steps(count: int, spread: float) -> list[SolverStep]:
+    """A table that is exact where the data are normal about any mean with deviation ``spread``, in any number of steps.
+
+    A network predicts the mean of all data that may have led to ``x_t``. Euler steps go there in a straight line and
+    lose the spread about it: eight of them leave standard normal data with a deviation of 0.84, and images smooth.
+    For normal data the path is known, ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``. A step
+    finds ``mean`` and ``z`` from ``x`` and the velocity, and goes along it (an exponential integrator, as DPM-Solver is
+    for point masses, Lu et al. 2022). Without spread it is Euler's step.
+
+    Args:
+        count: network evaluations.
+        spread: deviation of the data that one context allows, in units of the network's sample; 0 or more.
 
     Raises:
-        ValueError: ``count`` is below one.
+        ValueError: ``count`` is below one, or ``spread`` negative.
     """
-    return [SolverStep(t=t, a=1.0, b=s - t, c=0.0) for t, s in pairwise(_times(count))]
-
-
-def normal_steps(count: int) -> list[SolverStep]:
-    """A table that is exact where the data are standard normal, whatever the number of steps.
-
-    Such data have ``x_t`` of deviation ``d(t) = sqrt((1 - t)^2 + t^2)`` and the velocity ``x d'(t) / d(t)``. That part
-    of the velocity is integrated in closed form, and only the rest is taken as constant over a step (an exponential
-    integrator, as in Lu et al. 2022, DPM-Solver). Eight Euler steps would leave standard normal data with a deviation
-    of 0.84.
-
-    Raises:
-        ValueError: ``count`` is below one.
-    """
+    if spread < 0:
+        raise ValueError(f"a spread cannot be negative, not {spread}")
 
     def deviation(t: float) -> float:
-        return math.hypot(1.0 - t, t)
+        return math.hypot((1.0 - t) * spread, t)
 
     steps = []
     for t, s in pairwise(_times(count)):
-        b = deviation(s) * (math.asinh(2.0 * s - 1.0) - math.asinh(2.0 * t - 1.0)) / math.sqrt(2.0)
-        a = deviation(s) / deviation(t) - b * (2.0 * t - 1.0) / deviation(t) ** 2
-        steps.append(SolverStep(t=t, a=a, b=b, c=0.0))
+        slope = (t - (1.0 - t) * spread**2) / deviation(t)
+        a = ((1.0 - s) * slope + deviation(s)) * deviation(t) / t
+        steps.append(SolverStep(t=t, a=a, b=a * (1.0 - t) - (1.0 - s), c=0.0))
     return steps
 
 
 def solver_steps(name: str, count: int) -> list[SolverStep]:
-    """The table of a denoiser: stage 1's codes are standardised and nearly normal, latents are not."""
-    return (normal_steps if name == "mask" else euler_steps)(count)
+    """The table of a denoiser, with the spread of its data (``registry.SOLVER_SPREAD``)."""
+    return gaussian_steps(count, SOLVER_SPREAD[name])
 
 
 def _times(count: int) -> list[float]:
