@@ -34,9 +34,9 @@ def gaussian_steps(count: int, spread: float) -> list[SolverStep]:
 
     A network predicts the mean of all data that may have led to ``x_t``. Euler steps go there in a straight line and
     lose the spread about it: eight of them leave standard normal data with a deviation of 0.84, and images smooth.
-    For normal data the path is known, ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``. A step
-    finds ``mean`` and ``z`` from ``x`` and the velocity, and goes along it (an exponential integrator, as DPM-Solver is
-    for point masses, Lu et al. 2022). Without spread it is Euler's step.
+    For normal data the path is known, ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``. A
+    step finds ``mean`` and ``z`` from ``x`` and the velocity, and goes along it (an exponential integrator, as
+    DPM-Solver is for point masses, Lu et al. 2022). Without spread it is Euler's step.
 
     Args:
         count: network evaluations.
