@@ -40,7 +40,7 @@ class LoraSpec:
 
     rank: int = 8
     alpha: int = 16
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _compact() -> tuple[TaskSpec, ...]:
         TaskSpec("context", "context", "context", steps=6_000, batch=32, lr=1e-3, ema=0.995),
         TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
-        TaskSpec("mask", "mask", "mask", steps=60_000, batch=128, lr=1e-3, variants=4),
+        TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=4),
         TaskSpec("blend", "window", "blend", steps=9_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("prior", "background", "prior", steps=36_000, batch=24, lr=1e-3, variants=4),
         *_adapters(steps=1_200, batch=32, lr=1e-3, variants=4),
