@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -68,7 +68,8 @@ class Recipe:
         return asdict(self)
 
 
-def _adapters(steps: int, batch: int, lr: float, variants: int) -> Iterator[TaskSpec]:
+def _adapters(steps: int, batch: int, lr: float, variants: Mapping[str, int]) -> Iterator[TaskSpec]:
+    """Every stage's adapters; with as many ``variants`` as its base, they draw from the same encoded examples."""
     for stage in STAGES:
         for label in LESION_CLASSES:
             yield TaskSpec(
@@ -79,7 +80,7 @@ def _adapters(steps: int, batch: int, lr: float, variants: int) -> Iterator[Task
                 steps=steps,
                 batch=batch,
                 lr=lr,
-                variants=variants,
+                variants=variants[stage],
                 schedule="constant_with_warmup",
                 warmup=10,
                 ema=0.99,
@@ -92,12 +93,12 @@ def _compact() -> tuple[TaskSpec, ...]:
     return (
         TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=40_000, batch=8, lr=1.5e-3, ema=0.995),
         TaskSpec("context", "context", "context", steps=6_000, batch=32, lr=1e-3, ema=0.995),
-        TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("lesion", "window", "lesion", steps=24_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
-        TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=4),
-        TaskSpec("blend", "window", "blend", steps=9_000, batch=32, lr=1e-3, variants=4),
-        TaskSpec("prior", "background", "prior", steps=36_000, batch=24, lr=1e-3, variants=4),
-        *_adapters(steps=1_200, batch=32, lr=1e-3, variants=4),
+        TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=2),
+        TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("prior", "background", "prior", steps=30_000, batch=24, lr=1e-3, variants=2),
+        *_adapters(steps=800, batch=32, lr=1e-3, variants={"mask": 2, "lesion": 4, "blend": 4}),
     )
 
 
@@ -110,7 +111,7 @@ def _tiny() -> tuple[TaskSpec, ...]:
         TaskSpec("mask", "mask", "mask", steps=200, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("blend", "window", "blend", steps=80, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("prior", "background", "prior", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
-        *_adapters(steps=20, batch=16, lr=1e-3, variants=1),
+        *_adapters(steps=20, batch=16, lr=1e-3, variants=dict.fromkeys(STAGES, 1)),
     )
 
 
