@@ -6,7 +6,7 @@ python benchmarks/audit_proof.py --data prepared/ --only integrity,physics --see
 ``--data`` is what ``busigen prepare`` wrote. Its held-out images (val and test) are cut into two halves that share no
 patient and no near-duplicate; the training images play the generator's training set. Every section looks at the half
 without a defect first, once per seed, and should say nothing. The sections that train networks look at all defects as
-well, which takes hours rather than minutes: ``--only`` leaves them out.
+well, which takes hours rather than minutes: ``--only`` and ``--defects`` leave some out.
 
 Results are kept as they come, so that an interrupted run goes on; the table goes to ``docs/audit-proof.md``.
 """
@@ -156,11 +156,8 @@ PREAMBLE = """# What the audit catches
 Defects planted in one half of the held-out real images (BUSI and BUS-BRA), judged against the other half, which shares
 no patient and no near-duplicate with it. A cell shows the figure that lies farthest beyond its floor, and the floor's
 interval in brackets; a dash means that the section stayed silent, an empty cell that it was not run. All sections at
-`--quick`; the utility section, which trains networks for every cell, was not run. Written by
-`benchmarks/audit_proof.py`, which also keeps every headline figure in `benchmarks/results/audit_proof.json`.
-
-The columns fidelity, realness and privacy were measured before the last corrections to the measures of outlines and
-to some intervals, integrity and physics after them.
+`--quick`; the utility section, which trains five networks for every cell, was run for the defects that are its own.
+Written by `benchmarks/audit_proof.py`, which also keeps every headline figure in `benchmarks/results/audit_proof.json`.
 
 The sections' measures and thresholds were chosen while looking at some of these defects in these images, so the table
 shows what they catch; it is no independent estimate of how often they would.

@@ -93,7 +93,7 @@ def _compact() -> tuple[TaskSpec, ...]:
     return (
         TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=40_000, batch=8, lr=1.5e-3, ema=0.995),
         TaskSpec("context", "context", "context", steps=6_000, batch=32, lr=1e-3, ema=0.995),
-        TaskSpec("lesion", "window", "lesion", steps=24_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=2),
         TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4),
