@@ -150,7 +150,7 @@ PRESETS = {
 SOLVER_STEPS = {"mask": 8, "lesion": 6, "blend": 3, "prior": 10}
 """Network evaluations per denoiser. Fixed at export."""
 
-SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.7, "blend": 0.7, "prior": 1.0}
+SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.85, "prior": 1.0}
 """Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
 standardised, and neither stage 1 nor the prior is told much; stages 2 and 3 see the surroundings and the outline."""
 
