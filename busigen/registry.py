@@ -124,8 +124,9 @@ PRESETS = {
         context_heads=4,
         outline=OutlineShape(coefficients=128, grid=48, group=16, dim=128, layers=4, heads=4),
         denoisers={
+            # The two have one shape, because the blend's training starts from the lesion's weights.
             "lesion": UNetShape(channels=(48, 80, 128), attention=(False, True, True)),
-            "blend": UNetShape(channels=(32, 64, 96), attention=(False, True, True)),
+            "blend": UNetShape(channels=(48, 80, 128), attention=(False, True, True)),
             # No cross-attention above the middle: the prior has no context to look at, and 32 x 32 cells are dear.
             "prior": UNetShape(channels=(32, 64, 128, 160), attention=(False, False, False, False)),
         },
@@ -150,7 +151,7 @@ PRESETS = {
 SOLVER_STEPS = {"mask": 8, "lesion": 6, "blend": 3, "prior": 10}
 """Network evaluations per denoiser. Fixed at export."""
 
-SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.85, "prior": 1.0}
+SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
 """Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
 standardised, and neither stage 1 nor the prior is told much; stages 2 and 3 see the surroundings and the outline."""
 

@@ -255,6 +255,9 @@ class Sampler:
         blended = self._run(
             f"blend-{label}", side, count, noise=noise("blend", shape), painted=painted, ring=ring, **common
         )
+        # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
+        inside = _cells(common["edit"]) & ~_cells(ring)
+        blended = np.where(inside, painted, blended)
         speckle = noise("speckle", (1, side, side))
         pixels = self._run("decoder", side, count, latents=blended, noise=speckle)
         return [
@@ -324,6 +327,14 @@ def _to_unit(pixels: NDArray[np.uint8]) -> Floats:
 def _to_grey(pixels: Floats) -> NDArray[np.uint8]:
     grey: NDArray[np.uint8] = np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
     return grey
+
+
+def _cells(region: Floats) -> NDArray[np.bool_]:
+    """Latent cells that a region of windows ``(B, 1, S, S)`` touches, ``(B, 1, S/8, S/8)``."""
+    batch, _, side, _ = region.shape
+    cells = side // LATENT_FACTOR
+    tiles = region.reshape(batch, 1, cells, LATENT_FACTOR, cells, LATENT_FACTOR)
+    return np.asarray((tiles > 0).any(axis=(3, 5)))
 
 
 def _cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:

@@ -153,6 +153,8 @@ class _Run:
             return self._adapt(spec)
         torch.manual_seed(self.recipe.seed)
         module = build(spec.component, self.recipe.sizes).to(self.device)
+        if spec.start is not None:
+            module.load_state_dict(checkpoint.load_component(spec.start, self.base / spec.start).state_dict())
         figures = self._train(spec, module, spec.kind)
         checkpoint.save_component(module, self.base / spec.component)
         if spec.component == "autoencoder":

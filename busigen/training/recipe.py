@@ -14,8 +14,9 @@ from busigen.registry import LESION_CLASSES, PRESETS, STAGES, Preset
 class TaskSpec:
     """One step of a recipe.
 
-    ``kind`` names the task class (:data:`busigen.training.tasks.KINDS`); ``component`` the network it trains; ``label``
-    an adapter's class. ``variants`` counts encodings per image, ``batch`` 128-pixel windows (or images).
+    ``kind`` names the task class (:data:`busigen.training.tasks.KINDS`); ``component`` the network it trains; ``start``
+    the component of the same shape whose weights it begins with; ``label`` an adapter's class. ``variants`` counts
+    encodings per image, ``batch`` 128-pixel windows (or images).
     """
 
     name: str
@@ -24,6 +25,7 @@ class TaskSpec:
     steps: int
     batch: int
     lr: float
+    start: str | None = None
     label: str | None = None
     variants: int = 1
     schedule: str = "cosine"
@@ -96,7 +98,7 @@ def _compact() -> tuple[TaskSpec, ...]:
         TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=2),
-        TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4, start="lesion"),
         TaskSpec("prior", "background", "prior", steps=48_000, batch=24, lr=1e-3, variants=2),
         *_adapters(steps=800, batch=32, lr=1e-3, variants={"mask": 2, "lesion": 4, "blend": 4}),
     )
@@ -109,7 +111,7 @@ def _tiny() -> tuple[TaskSpec, ...]:
         TaskSpec("lesion", "window", "lesion", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=200, batch=16, lr=2e-3, warmup=20, ema=0.98),
-        TaskSpec("blend", "window", "blend", steps=80, batch=16, lr=2e-3, warmup=20, ema=0.98),
+        TaskSpec("blend", "window", "blend", steps=80, batch=16, lr=2e-3, warmup=20, ema=0.98, start="lesion"),
         TaskSpec("prior", "background", "prior", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
         *_adapters(steps=20, batch=16, lr=1e-3, variants=dict.fromkeys(STAGES, 1)),
     )
