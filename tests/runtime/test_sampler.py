@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from busigen.data.geometry import edit_region, window_for
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import AcceptanceError, UsageError
-from busigen.registry import LESION_CLASSES
+from busigen.registry import LATENT_FACTOR, LESION_CLASSES
 from busigen.runtime import gates
 from busigen.runtime.asking import parse_asked
 from busigen.runtime.backend import OnnxBackend
@@ -139,6 +139,34 @@ def test_pixels_outside_the_edit_region_are_the_healthy_images_own(healthy: Heal
             sample.row[f"window_{name}"] for name in ("top", "left", "side")
         )
         assert sample.row["edit_pixels"] == edit.sum()
+
+
+class Watched(OnnxBackend):
+    """An engine that remembers what each graph was last fed and gave."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.seen: dict[str, dict[str, np.ndarray]] = {}
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        output = super().run(graph, inputs)
+        self.seen[graph.partition("@")[0]] = {**inputs, "output": output}
+        return output
+
+
+def test_the_blend_changes_the_ring_and_leaves_the_lesions_inside_alone(bundle: Bundle, healthy: HealthyFolder) -> None:
+    backend = Watched(bundle)
+    asked = parse_asked(size="0.08")
+    Sampler(bundle, backend, classes={"benign": 1.0}, healthy=healthy, asked=asked).attempt(0, [(0, 0), (1, 0)])
+    painted, decoded = backend.seen["lesion-benign"]["output"], backend.seen["decoder"]["latents"]
+    changed = (painted != decoded).any(axis=1)
+    ring = backend.seen["blend-benign"]["ring"][:, 0]
+    cells = ring.reshape(len(ring), changed.shape[1], LATENT_FACTOR, changed.shape[2], LATENT_FACTOR).any(axis=(2, 4))
+    mask = backend.seen["lesion-benign"]["mask"][:, 0]
+    lesion = mask.reshape(len(ring), changed.shape[1], LATENT_FACTOR, changed.shape[2], LATENT_FACTOR).all(axis=(2, 4))
+    assert changed[cells].all()
+    assert (lesion & ~cells).any()
+    assert not changed[lesion & ~cells].any()
 
 
 def test_rows_have_the_declared_fields_and_types(bundle: Bundle, backend: OnnxBackend, whole: Drawn) -> None:

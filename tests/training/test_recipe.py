@@ -4,6 +4,7 @@ import pytest
 
 from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
+from busigen.training.models import build
 from busigen.training.recipe import recipe_for
 from busigen.training.tasks import KINDS
 
@@ -44,3 +45,15 @@ def test_a_scale_that_is_not_positive_is_refused(scale: float) -> None:
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'huge'.*compact, tiny"):
         recipe_for("huge")
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_task_that_starts_from_another_component_comes_after_it_and_fits_its_weights(preset: str) -> None:
+    recipe = recipe_for(preset)
+    starting = [task for task in recipe.tasks if task.start is not None]
+    assert starting
+    for task in starting:
+        names = [earlier.name for earlier in recipe.tasks]
+        assert names.index(task.start) < names.index(task.name)
+        own, first = (build(name, recipe.sizes).state_dict() for name in (task.component, task.start))
+        assert {name: value.shape for name, value in own.items()} == {k: v.shape for k, v in first.items()}
