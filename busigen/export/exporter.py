@@ -124,7 +124,11 @@ def _fill(folder: Path, networks: Networks, record: Mapping[str, Any], checkpoin
 
 
 def _components(networks: Networks) -> Iterator[tuple[str, Graphs]]:
-    """Yield each component's graphs; a network is traced once per window size and gets each class's weights."""
+    """Yield the graphs that share a file of weights.
+
+    A network is traced once per window size and gets each class's weights; what adapters leave alone is the same in
+    both classes and stored once.
+    """
     yield "context", {"context": trace.trace_context(networks)}
     yield "encoder", {f"encoder@{side}": trace.trace_encoder(networks, side) for side in BUCKETS}
     yield "decoder", {f"decoder@{side}": trace.trace_decoder(networks, side) for side in BUCKETS}
@@ -154,9 +158,10 @@ def _outlines(networks: Networks) -> Iterator[tuple[str, Graphs]]:
     first = networks.denoiser("mask", LESION_CLASSES[0])
     step = trace.trace_outline_step(first, networks.preset.tokens)
     before, after = trace.trace_asked(first.space), trace.trace_distance(first.space, first.length)
+    graphs = {}
     for label in LESION_CLASSES:
         component = f"mask-{label}"
-        graph = with_solver(
+        graphs[component] = with_solver(
             with_weights(step, _weights(networks.denoisers[component])),
             solver_steps("mask", SOLVER_STEPS["mask"]),
             CLASSES.index(label),
@@ -165,7 +170,7 @@ def _outlines(networks: Networks) -> Iterator[tuple[str, Graphs]]:
             before=before,
             after=after,
         )
-        yield component, {component: graph}
+    yield "mask", graphs
 
 
 def _staged(
@@ -176,23 +181,20 @@ def _staged(
     conditions = (channels, MASK_CHANNELS, 1)
     steps = [trace.trace_step(first, size, networks.preset.tokens, conditions) for size in cells]
     before = [trace.trace_condition(*condition, channels, size * LATENT_FACTOR) for size in cells]
+    graphs = {}
     for label in LESION_CLASSES:
         component = f"{stage}-{label}"
         weights = _weights(networks.denoisers[component])
-        yield (
-            component,
-            {
-                name: with_solver(
-                    with_weights(step, weights),
-                    solver_steps(stage, SOLVER_STEPS[stage]),
-                    CLASSES.index(label),
-                    name=component,
-                    output="latents",
-                    before=known,
-                )
-                for name, step, known in zip(graphs_of(component), steps, before, strict=True)
-            },
-        )
+        for name, step, known in zip(graphs_of(component), steps, before, strict=True):
+            graphs[name] = with_solver(
+                with_weights(step, weights),
+                solver_steps(stage, SOLVER_STEPS[stage]),
+                CLASSES.index(label),
+                name=component,
+                output="latents",
+                before=known,
+            )
+    yield stage, graphs
 
 
 def _weights(unet: ModelMixin) -> dict[str, Any]:
