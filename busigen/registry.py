@@ -34,6 +34,9 @@ LATENT_FACTOR = 8
 MASK_CHANNELS = 4
 """Channels of a pixel-unshuffled mask condition: 2 x 2 grid points per cell."""
 
+PLACE_CHANNELS = 2
+"""Channels that tell the healthy prior where each cell lies: its row and its column."""
+
 ATTRIBUTES = ("across", "depth", "size", "height_width")
 """What a user can ask of an outline, in the order in which its code begins with them (busigen.data.outline)."""
 
@@ -127,8 +130,8 @@ PRESETS = {
             # The two have one shape, because the blend's training starts from the lesion's weights.
             "lesion": UNetShape(channels=(48, 80, 128), attention=(False, True, True)),
             "blend": UNetShape(channels=(48, 80, 128), attention=(False, True, True)),
-            # No cross-attention above the middle: the prior has no context to look at, and 32 x 32 cells are dear.
-            "prior": UNetShape(channels=(32, 64, 128, 160), attention=(False, False, False, False)),
+            # Attention among 8 x 8 cells and fewer, for the layout; among 32 x 32 it is dear.
+            "prior": UNetShape(channels=(32, 64, 128, 160), attention=(False, False, True, True)),
         },
     ),
     "tiny": Preset(

@@ -29,6 +29,7 @@ from busigen.registry import (
     LATENT_FACTOR,
     LESION_CLASSES,
     MASK_CHANNELS,
+    PLACE_CHANNELS,
     RESOLUTION,
     SOLVER_STEPS,
 )
@@ -144,12 +145,12 @@ def _components(networks: Networks) -> Iterator[tuple[str, Graphs]]:
 def _prior(networks: Networks) -> ModelProto:
     cells = RESOLUTION // LATENT_FACTOR
     return with_solver(
-        trace.trace_step(networks.denoisers["prior"], cells, 1, ()),
+        trace.trace_step(networks.denoisers["prior"], cells, 1, (PLACE_CHANNELS,)),
         solver_steps("prior", SOLVER_STEPS["prior"]),
         CLASSES.index("normal"),
         name="prior",
         output="latents",
-        before=trace.trace_no_context(networks, cells),
+        before=trace.trace_prior_condition(networks, cells),
     )
 
 

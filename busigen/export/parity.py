@@ -65,7 +65,7 @@ class TorchBackend:
         if component == "decoder":
             return networks.decoder(v["latents"], v["noise"])
         if component == "prior":
-            return networks.sample("prior", v["noise"], "normal", *networks.no_context(len(v["noise"])))
+            return networks.background(v["noise"])
         stage, _, label = component.partition("-")
         context = (v["tokens"], v["keep"])
         if stage == "mask":

@@ -14,7 +14,7 @@ from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
-from busigen.training.models import region_condition
+from busigen.training.models import place_condition, region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
 from busigen.training.outline import OutlineTransformer
 from busigen.training.outline_space import OutlineSpace
@@ -60,17 +60,17 @@ class BlendCondition(nn.Module):
         return window_condition(seen, mask, ring)
 
 
-class NoContext(nn.Module):
-    """The prior's empty context, sized after its noise."""
+class PriorCondition(nn.Module):
+    """The prior's empty context and its cells' places, sized after its noise."""
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
         self.dim = networks.preset.context_dim
 
-    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Networks.no_context`; built from the input, because a constant would have a fixed batch."""
+    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Networks.background`; built from the input, because a constant would have a fixed batch."""
         zero = (noise[:, :1, 0, 0] * 0.0)[:, :, None]
-        return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0
+        return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0, place_condition(noise)
 
 
 class AskedCondition(nn.Module):
@@ -214,10 +214,10 @@ def trace_condition(module: nn.Module, inputs: Sequence[str], channels: int, sid
     return trace(module, arguments, list(inputs), ["condition0", "condition1", "condition2"])
 
 
-def trace_no_context(networks: Networks, cells: int) -> ModelProto:
-    """``noise`` to the prior's ``tokens`` and ``keep``."""
+def trace_prior_condition(networks: Networks, cells: int) -> ModelProto:
+    """``noise`` to the prior's ``tokens``, ``keep`` and places."""
     noise = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-    return trace(NoContext(networks), [noise], ["noise"], ["tokens", "keep"])
+    return trace(PriorCondition(networks), [noise], ["noise"], ["tokens", "keep", "condition0"])
 
 
 def trace_outline_step(model: OutlineTransformer, tokens: int) -> ModelProto:

@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, Preset
+from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, PLACE_CHANNELS, RESOLUTION, Preset
 from busigen.training.attention import keep_bias
 from busigen.training.autoencoder import Autoencoder
 from busigen.training.outline import OutlineTransformer, outline_transformer
@@ -99,10 +99,10 @@ def denoiser_channels(name: str, latent_channels: int) -> tuple[int, int]:
     """Input and output channels of a denoiser.
 
     Stages 2 and 3 read the noisy latents, the known latents, the lesion mask (2 x 2 grid points per cell) and the
-    region to paint; the prior reads its noisy sample alone.
+    region to paint; the prior reads its noisy sample and where each cell lies.
     """
     if name == "prior":
-        return latent_channels, latent_channels
+        return latent_channels + PLACE_CHANNELS, latent_channels
     return 2 * latent_channels + MASK_CHANNELS + 1, latent_channels
 
 
@@ -144,6 +144,18 @@ def model_class(component: str) -> type[ModelMixin]:
 def mask_condition(mask: Tensor) -> Tensor:
     """Window masks ``(B, 1, S, S)`` in [0, 1] as ``(B, 4, S/8, S/8)``: area shares, 2 x 2 grid points a cell."""
     return F.pixel_unshuffle(F.avg_pool2d(mask, LATENT_FACTOR // 2), 2)
+
+
+def place_condition(latents: Tensor) -> Tensor:
+    """Row and column of each cell, ``(B, 2, s, s)`` in [-1, 1], for latents ``(B, C, s, s)`` of whole images.
+
+    Skin lies on top and sound fades with depth, which convolutions alone would have to count cells to know
+    (CoordConv, Liu et al. 2018).
+    """
+    rows, columns = (torch.linspace(-1.0, 1.0, side, device=latents.device) for side in latents.shape[-2:])
+    # Built on the input, because a constant would have a fixed batch in the exported graph.
+    zero = latents[:, :1] * 0.0
+    return torch.cat((zero + rows[:, None], zero + columns[None, :]), dim=1)
 
 
 def region_condition(region: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from busigen.registry import CLASSES, SOLVER_STEPS, Preset
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
-from busigen.training.models import mask_condition, region_condition
+from busigen.training.models import mask_condition, place_condition, region_condition
 
 
 class Encoder(nn.Module):
@@ -167,6 +167,11 @@ class Networks:
         space = self.denoiser("mask", label).space
         code = self.sample("mask", noise, label, tokens, keep, space.condition(asked))
         return space.distance(code, asked)
+
+    def background(self, noise: Tensor) -> Tensor:
+        """Sample the healthy prior: ``noise`` ``(B, C, s, s)`` to a whole image's latents."""
+        context = self.no_context(noise.shape[0], noise.device)
+        return self.sample("prior", noise, "normal", *context, place_condition(noise))
 
     def no_context(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The single empty token that the prior, which has no image to look at, attends to."""

@@ -30,7 +30,7 @@ from busigen.training.examples import (
     to_tensor,
     window_examples,
 )
-from busigen.training.models import MaskedAutoencoder
+from busigen.training.models import MaskedAutoencoder, place_condition
 from busigen.training.networks import Networks, Velocity, blend_input, integrate
 from busigen.training.outline_examples import lesions, outline_examples, random_asking
 from busigen.training.recipe import TaskSpec
@@ -350,6 +350,9 @@ class BackgroundTask(DenoiserTask):
         tensors["tokens"], tensors["keep"] = tokens.repeat(count, 1, 1), keep.repeat(count, 1)
         tensors["label"] = torch.full((count,), CLASSES.index("normal"))
         return {BUCKETS[0]: WindowExamples(tensors)}
+
+    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
+        return (place_condition(batch["clean"]),)
 
     def sheet(self) -> Image.Image:
         """Held-out backgrounds (through the autoencoder) above sampled ones."""

@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 
 from busigen.registry import PRESETS
 from busigen.training.models import build
-from busigen.training.objectives import energy
+from busigen.training.objectives import energy, lattice
 
 
 def texture(seed: int, deviation: float = 0.2) -> Tensor:
@@ -42,3 +42,13 @@ def test_noise_decides_the_grains_and_latents_the_rest() -> None:
     assert first.shape == pixels.shape
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_seams_between_cells_are_seen_and_seams_anywhere_else_are_not() -> None:
+    plain = texture(3)
+    seams = torch.zeros(96)
+    seams[8::8] = 0.1
+    anywhere = seams[torch.randperm(96, generator=Generator().manual_seed(0))]
+    clean, cells, scattered = (float(lattice(plain + offset.cumsum(0))) for offset in (0 * seams, seams, anywhere))
+    assert cells > 5 * clean
+    assert scattered < 2 * clean
