@@ -16,15 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from finished_run import FinishedRun
 from torch import Generator, Tensor
 
-from busigen.data.prepared import Prepared
 from busigen.registry import STAGES
-from busigen.training.checkpoint import BASE, load_component, load_networks
-from busigen.training.heal import healed_reader
-from busigen.training.pipeline import CACHE, HEALED
-from busigen.training.recipe import recipe_for
-from busigen.training.tasks import KINDS, DenoiserTask, Setting
+from busigen.training.tasks import DenoiserTask
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 Batch = dict[str, Tensor]
@@ -57,24 +53,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
-    networks, record = load_networks(options.run)
-    setting = Setting(
-        prepared=Prepared.open(options.data),
-        networks=networks,
-        device=torch.device("cpu"),
-        seed=record["recipe"]["seed"],
-        report=lambda what: lambda done, total: None,
-        cache=options.run / CACHE,
-        max_images=record["recipe"]["max_images"],
-        healed=healed_reader(options.run / HEALED),
-    )
-    specs = {task.name: task for task in recipe_for(record["preset"]).tasks}
+    run = FinishedRun(options.run, options.data)
     report: dict[str, Any] = {}
     for stage in STAGES:
-        module = load_component(stage, options.run / BASE / stage)
-        task = KINDS[specs[stage].kind](specs[stage], setting, module)
-        assert isinstance(task, DenoiserTask)
-        report[stage] = compare(task, options.batches)
+        report[stage] = compare(run.task(run.specs[stage], run.base(stage)), options.batches)
         for way, row in report[stage].items():
             print(f"{stage:8} {way:9} error {row['error']:.4f}   to on {row['difference']:+.4f} {row['interval']}")
     options.results.parent.mkdir(exist_ok=True)

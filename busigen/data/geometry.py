@@ -6,6 +6,7 @@ functions of their arguments; masks are ``(256, 256)`` bool arrays on the letter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,8 +129,12 @@ def _depth(edit: Mask) -> NDArray[np.float64]:
     return depth
 
 
-def window_for(edit: Mask) -> Window:
+def window_for(edit: Mask, buckets: Sequence[int] = BUCKETS) -> Window:
     """The smallest bucket around the edit region, centred on it as far as the image's edges allow.
+
+    Args:
+        edit: ``(256, 256)`` bool.
+        buckets: window sides in pixels to choose from, smallest first; experiments give others than the registry's.
 
     Raises:
         ValueError: the region is empty.
@@ -138,7 +143,7 @@ def window_for(edit: Mask) -> Window:
     if rows.size == 0:
         raise ValueError("an empty edit region has no window")
     extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1 + 2 * BUCKET_CONTEXT
-    side = next((bucket for bucket in BUCKETS if extent <= bucket), BUCKETS[-1])
+    side = next((bucket for bucket in buckets if extent <= bucket), buckets[-1])
     corners = []
     for line in (rows, columns):
         middle = (int(line[0]) + int(line[-1]) + 1) // 2

@@ -6,7 +6,7 @@ offset and edit region each) and a step only draws from these. All randomness is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,17 +238,18 @@ def window_examples(
     seed: int,
     device: torch.device,
     progress: Progress,
+    buckets: Sequence[int] = BUCKETS,
 ) -> dict[int, WindowExamples]:
     """Encode windows for stages 2 and 3, by bucket.
 
     A lesion image gives ``variants`` windows around its lesion and half as many of class ``normal`` elsewhere; the
     latter teach the model to heal. Raises ``ValueError`` if no row gives a window.
     """
-    pending: dict[int, list[dict[str, Tensor]]] = {side: [] for side in BUCKETS}
-    done: dict[int, list[dict[str, Tensor]]] = {side: [] for side in BUCKETS}
+    pending: dict[int, list[dict[str, Tensor]]] = {side: [] for side in buckets}
+    done: dict[int, list[dict[str, Tensor]]] = {side: [] for side in buckets}
     jobs = list(_window_jobs(frames, variants, seed))
     for count, (row, frame, mask, edit, label, rng) in enumerate(jobs, start=1):
-        window = _jittered(window_for(edit), rng)
+        window = _jittered(window_for(edit, buckets), rng)
         arrays = _window_arrays(frame, mask, edit, label, window, networks.preset.patch)
         pending[window.side].append({**arrays, "row": torch.tensor(row)})
         if len(pending[window.side]) == ENCODE_BATCH:
@@ -259,10 +260,10 @@ def window_examples(
         if rest:
             done[side].append(_encode_windows(rest, networks, device))
     progress(len(jobs), len(jobs))
-    buckets = {side: WindowExamples(joined(parts)) for side, parts in done.items() if parts}
-    if not buckets:
+    examples = {side: WindowExamples(joined(parts)) for side, parts in done.items() if parts}
+    if not examples:
         raise ValueError("no prepared row gives a window to train on")
-    return buckets
+    return examples
 
 
 def _window_jobs(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,33 +38,53 @@ def lesion_edit(frame: Frame) -> Mask:
     return edit
 
 
+@dataclass(frozen=True)
+class Repaint:
+    """What stage 2 shall paint: normal tissue, or a lesion of one class and of each image's ``masks``."""
+
+    label: str = "normal"
+    masks: list[Mask] | None = None
+    steps: int = HEAL_STEPS
+    buckets: tuple[int, ...] = BUCKETS
+
+
+NORMAL_TISSUE = Repaint()
+
+
 def repaint(
-    images: list[Pixels], edits: list[Mask], networks: Networks, seed: int, device: torch.device
+    images: list[Pixels],
+    edits: list[Mask],
+    networks: Networks,
+    seed: int,
+    device: torch.device,
+    what: Repaint = NORMAL_TISSUE,
 ) -> list[Pixels]:
-    """Replace each edit region by normal tissue, in batches of one window size. Images with an empty region stay."""
+    """Repaint each edit region by stage 2 alone, in batches of one window size. Images with an empty region stay."""
     results = list(images)
-    jobs = [(k, edit, window_for(edit)) for k, edit in enumerate(edits) if edit.any()]
-    for side in BUCKETS:
+    jobs = [(k, edit, window_for(edit, what.buckets)) for k, edit in enumerate(edits) if edit.any()]
+    for side in what.buckets:
         members = [job for job in jobs if job[2].side == side]
         for start in range(0, len(members), REPAINT_BATCH):
             chosen = members[start : start + REPAINT_BATCH]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + chosen[0][0])
-            painted = _normal_tissue([images[k] for k, _, _ in chosen], chosen, networks, generator, device)
+            painted = _painted([images[k] for k, _, _ in chosen], chosen, networks, generator, device, what)
             for (k, edit, window), pixels in zip(chosen, painted, strict=True):
                 results[k] = paste(images[k], pixels, edit, window)
     return results
 
 
 @torch.no_grad()
-def _normal_tissue(
+def _painted(
     images: list[Pixels],
     jobs: list[tuple[int, Mask, Window]],
     networks: Networks,
     generator: torch.Generator,
     device: torch.device,
+    what: Repaint,
 ) -> NDArray[np.float32]:
-    """Windows of one size repainted with class ``normal``, ``(B, S, S)`` in [-1, 1]."""
+    """Repainted windows of one size, ``(B, S, S)`` in [-1, 1]."""
     edits, cuts = [edit for _, edit, _ in jobs], [window.slices for _, _, window in jobs]
+    masks = [np.zeros_like(edit) if what.masks is None else what.masks[k] for k, edit, _ in jobs]
 
     def stacked(arrays: list[NDArray]) -> torch.Tensor:
         return torch.from_numpy(np.stack([a[c] for a, c in zip(arrays, cuts, strict=True)])[:, None]).float().to(device)
@@ -74,8 +95,8 @@ def _normal_tissue(
     keep = keep.float().to(device)
     tokens = networks.tokens(torch.stack([to_tensor(image) for image in images]).to(device), keep)
     noise = torch.randn(known.shape, generator=generator).to(device)
-    condition = window_condition(known, torch.zeros_like(region), region)
-    latents = networks.sample("lesion", noise, "normal", tokens, keep, *condition, steps=HEAL_STEPS)
+    condition = window_condition(known, stacked(list(masks)), region)
+    latents = networks.sample("lesion", noise, what.label, tokens, keep, *condition, steps=what.steps)
     speckle = torch.randn(region.shape, generator=generator).to(device)
     painted: NDArray[np.float32] = networks.decoder(latents, speckle).float().cpu().numpy()[:, 0]
     return painted
