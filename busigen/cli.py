@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -24,7 +25,7 @@ from busigen.errors import (
     MissingDependencyError,
     UsageError,
 )
-from busigen.registry import BIRADS, LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
+from busigen.registry import BIRADS, DEFAULT_PRESET, LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.install import install_command
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
 from busigen.runtime.summary import SHOWN_PROBLEMS, generated, verified
@@ -111,22 +112,39 @@ def prepare(
         stdout.print(f"    and {len(result.refused) - SHOWN_PROBLEMS} more, all of them in {out / 'prepared.json'}")
 
 
-@app.command(epilog="Example: `busigen train --data prepared --out runs/first --preset tiny`")
+@app.command(
+    epilog="Examples: `busigen train --data prepared --out runs/first --preset tiny`; "
+    "`busigen train --base runs/first --data prepared_hospital --out runs/hospital` adapts a finished checkpoint to "
+    "other images."
+)
 def train(
     data: Annotated[Path, typer.Option(help="What `busigen prepare` wrote.")],
     out: Annotated[Path, typer.Option(help="The run's folder, which becomes the checkpoint. A rerun continues in it.")],
-    preset: Annotated[str, typer.Option(help=f"Sizes and recipe: {', '.join(PRESETS)}.")] = "compact",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Finished checkpoint whose base is kept as it is: only the adapters are trained, on --data."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"Sizes and recipe: {', '.join(PRESETS)}. [default: {DEFAULT_PRESET}, or the base's]"),
+    ] = None,
     scale: Annotated[float, typer.Option(help="Factor on every task's steps; 1 is sized for a GPU.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds weights, order, augmentation and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Train autoencoder, context encoder, three stages, healthy prior and one LoRA per class, and merge them."""
+    """Train autoencoder, context encoder, three stages, healthy prior and one LoRA per class, and merge them.
+
+    With --base, only the LoRAs: for a new hospital's images.
+    """
     with _needs("train"):
+        from busigen.training.base import Base
         from busigen.training.pipeline import train as run
         from busigen.training.recipe import recipe_for
     with _quiet_libraries():
+        start = None if base is None else Base.open(base)
+        prescribe = partial(recipe_for, preset or DEFAULT_PRESET) if start is None else partial(start.recipe, preset)
         try:
-            record = run(data, out, recipe_for(preset, seed=seed, scale=scale), device=device, console=stderr)
+            record = run(data, out, prescribe(seed=seed, scale=scale), base=start, device=device, console=stderr)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"Interrupted; {out} keeps what was trained.", fix="Run the same command to continue."

@@ -151,6 +151,9 @@ PRESETS = {
     ),
 }
 
+DEFAULT_PRESET = "compact"
+"""The preset that ``train`` takes where neither a preset nor a base is named."""
+
 SOLVER_STEPS = {"mask": 8, "lesion": 6, "blend": 3, "prior": 10}
 """Network evaluations per denoiser. Fixed at export."""
 

@@ -220,7 +220,7 @@ def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
 
 Preset `{info["preset"]}`, trained on {record["device"]} on the training split of {record["data"]["images"]} images
 (split hash `{info["split_hash"]}`).
-
+{_origin(record.get("base"))}
 Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].items())}.
 
 | task | steps | held-out loss | seconds (of the last sitting) |
@@ -234,4 +234,14 @@ PyTorch against ONNX Runtime over the whole trajectory, same draws:
 {parity}
 
 Not for diagnosis. Lesions painted into a patient's image still hold that patient's pixels.
+"""
+
+
+def _origin(base: Mapping[str, str] | None) -> str:
+    """Where the base comes from, if not from the same run: what its images taught it is in the bundle, too."""
+    if base is None:
+        return ""
+    return f"""
+These images trained the adapters alone. All else is the base's, unchanged: it was trained on the training split with
+hash `{base["split_hash"]}`, and its weights have the digest `{base["weights"]}`.
 """

@@ -5,7 +5,8 @@
     base/<component>/            diffusers layout: config.json + safetensors
     adapters/<stage>-<class>/    peft layout, beside the merged weights
     merged/<stage>-<class>/      what is exported
-    busigen.json                 recipe, split hash, latent statistics, figures, sha256 of every weight file
+    busigen.json                 recipe, split hash, latent statistics, figures, sha256 of every weight file;
+                                 ``base`` where the base comes from another checkpoint (busigen.training.base)
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def load_component(component: str, folder: Path) -> ModelMixin:
     return model.eval()
 
 
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every safetensors file of a checkpoint, by relative path."""
-    files = sorted(path for top in (BASE, ADAPTERS, MERGED) for path in (folder / top).rglob("*.safetensors"))
+def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED)) -> dict[str, str]:
+    """The sha256 of every safetensors file in some folders of a checkpoint, by path relative to the checkpoint."""
+    files = sorted(path for place in below for path in (folder / place).rglob("*.safetensors"))
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

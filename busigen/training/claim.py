@@ -9,6 +9,7 @@ from typing import Any
 
 from busigen.data.prepared import Prepared
 from busigen.errors import OutputError
+from busigen.training.base import Base
 from busigen.training.recipe import Recipe
 from busigen.training.state import write_json
 
@@ -17,13 +18,15 @@ RUN = "run.json"
 _SHOWN = 3
 
 
-def claim(out: Path, recipe: Recipe, prepared: Prepared) -> None:
-    """Record recipe and data in a new folder, or check that they are those of the run in it.
+def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None) -> None:
+    """Record recipe, data and base in a new folder, or check that they are those of the run in it.
 
     Raises:
-        OutputError: ``out`` belongs to a run with another recipe or other data, or cannot be written.
+        OutputError: ``out`` belongs to a run with another recipe, other data or another base, or cannot be written.
     """
     config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
+    if base is not None:
+        config["base"] = base.identity
     path = out / RUN
     try:
         if path.exists():
@@ -54,7 +57,11 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     ]
     if before.get("split_hash") != now["split_hash"]:
         shown.append("--data: other images or splits")
-    if old.get("preset") == new["preset"]:
+    there, here = _base(before), _base(now)
+    if there != here:
+        shown.append(f"--base: {there} there, {here} now")
+    # A run with a base has fewer tasks than one without: that says nothing of what a person changed.
+    if old.get("preset") == new["preset"] and ("base" in before) == ("base" in now):
         fields = _fields(old, new)
         # Steps and the warm-ups that follow from them are all that --scale changes.
         scaled = [field for field in fields if field[0].endswith((".steps", ".warmup"))]
@@ -65,6 +72,10 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         shown += [f"recipe.{name}: {there!r} there, {here!r} now" for name, there, here in rest[:_SHOWN]]
         shown += [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
     return "; ".join(shown)
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    return f"one with weights {config['base']['weights'][:12]}..." if "base" in config else "none"
 
 
 def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:

@@ -46,7 +46,7 @@ def outline_examples(
 
     Returns:
         ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
-        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``.
+        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; nothing at all where no row has a lesion.
     """
     parts: list[dict[str, Tensor]] = []
     rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
@@ -68,7 +68,7 @@ def outline_examples(
             }
         )
         progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
-    return joined(parts)
+    return joined(parts) if parts else {}
 
 
 def _varied(

@@ -23,6 +23,7 @@ from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
 from busigen.registry import LESION_CLASSES, SPLITS
 from busigen.training import adapters, checkpoint
+from busigen.training.base import Base
 from busigen.training.claim import claim
 from busigen.training.examples import Frames, Progress, select, to_tensor
 from busigen.training.heal import heal, healed_reader, save_healed
@@ -57,14 +58,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def train(
-    data: Path, out: Path, recipe: Recipe, *, device: str = "auto", console: Console | None = None
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    base: Base | None = None,
+    device: str = "auto",
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Run a recipe on a prepared folder; a rerun continues where the last one stopped.
 
     Args:
         data: what ``busigen prepare`` wrote.
         out: the run's folder, which becomes the checkpoint.
-        recipe: what to train.
+        recipe: what to train; with a base, what :meth:`Base.recipe` gives.
+        base: the checkpoint whose components the adapters are trained on; ``None`` to train all of them.
         device: ``auto``, ``cpu`` or ``cuda``.
         console: where progress goes; stderr by default.
 
@@ -73,7 +81,8 @@ def train(
 
     Raises:
         InputError: the prepared folder lacks a lesion class in its training split.
-        OutputError: ``out`` belongs to a run with another recipe or other data.
+        OutputError: ``out`` belongs to a run with another recipe, other data or another base, or cannot be written.
+        IntegrityError: the base's components cannot be copied as they are.
     """
     prepared = Prepared.open(data)
     present = set(select(prepared, "train")["class"])
@@ -83,18 +92,19 @@ def train(
                 f"{data} has no {label} image in its training split.", fix="Prepare more images of that class."
             )
     picked = pick_device(device)
-    claim(out, recipe, prepared)
-    log.info("%s", _summary(out, recipe, prepared, picked))
-    return _Run(prepared, out, recipe, picked, console or Console(stderr=True)).execute()
+    claim(out, recipe, prepared, base)
+    log.info("%s", _summary(out, recipe, prepared, base, picked))
+    return _Run(prepared, out, recipe, base, picked, console or Console(stderr=True)).execute()
 
 
-def _summary(out: Path, recipe: Recipe, prepared: Prepared, device: torch.device) -> str:
+def _summary(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None, device: torch.device) -> str:
     """What is about to happen, in one line."""
     splits = {name: select(prepared, name).height for name in SPLITS}
     used = "" if recipe.max_images is None else f" (at most {recipe.max_images} of a split are used)"
     steps = sum(task.steps for task in recipe.tasks)
+    what = recipe.preset if base is None else f"{recipe.preset} adapters for the base of {base.folder}"
     return (
-        f"training {recipe.preset} on {device}: images {', '.join(f'{name} {n}' for name, n in splits.items())}{used}; "
+        f"training {what} on {device}: images {', '.join(f'{name} {n}' for name, n in splits.items())}{used}; "
         f"{len(recipe.tasks)} tasks, {steps} steps; pictures in {out / 'samples'}, curves in {out / 'tensorboard'}"
     )
 
@@ -102,9 +112,17 @@ def _summary(out: Path, recipe: Recipe, prepared: Prepared, device: torch.device
 class _Run:
     """The state that tasks share while a recipe runs."""
 
-    def __init__(self, prepared: Prepared, out: Path, recipe: Recipe, device: torch.device, console: Console) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        out: Path,
+        recipe: Recipe,
+        start: Base | None,
+        device: torch.device,
+        console: Console,
+    ) -> None:
         self.prepared, self.out, self.recipe, self.device, self.console = prepared, out, recipe, device, console
-        self.base = out / checkpoint.BASE
+        self.start, self.base = start, out / checkpoint.BASE
         self.figures: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -112,6 +130,8 @@ class _Run:
         if (self.out / checkpoint.RECORD).exists():
             log.info("%s is a finished checkpoint already", self.out)
             return checkpoint.read_record(self.out)
+        if self.start is not None:
+            self.start.copy(self.out)
         for number, spec in enumerate(self.recipe.tasks, start=1):
             marker = self.out / "done" / f"{spec.name}.json"
             marker.parent.mkdir(exist_ok=True)
@@ -125,16 +145,21 @@ class _Run:
         checkpoint.write_record(self.out, record)
         return checkpoint.read_record(self.out)
 
+    @property
+    def latents(self) -> dict[str, list[float]]:
+        """Mean and deviation of each latent channel: the base's, or those of the autoencoder that this run trained."""
+        return self.figures["autoencoder"]["latents"] if self.start is None else self.start.record["latents"]
+
     def _record(self) -> dict[str, Any]:
-        latents = self.figures["autoencoder"]["latents"]
         return {
+            **({} if self.start is None else {"base": self.start.identity}),
             "preset": self.recipe.preset,
             "recipe": self.recipe.to_dict(),
             "data": {
                 key: self.prepared.info.get(key)
                 for key in ("split_hash", "images", "seed", "splits", "classes_and_splits")
             },
-            "latents": latents,
+            "latents": self.latents,
             "tasks": self.figures,
             "device": str(self.device),
             "versions": {
@@ -169,7 +194,7 @@ class _Run:
         return figures
 
     def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
-        kind = next(task.kind for task in self.recipe.tasks if task.name == spec.component)
+        kind = self.recipe.kind_of(spec.component)
         base = checkpoint.load_component(spec.component, self.base / spec.component).to(self.device)
         model = adapters.with_adapter(base, self.recipe.lora, self.recipe.seed)
         figures = self._train(spec, model, kind)
@@ -194,20 +219,19 @@ class _Run:
         return {"images": len(frames), "variants": self.recipe.heal_variants}
 
     def _networks(self, *denoisers: str) -> Networks:
-        latents = self.figures["autoencoder"]["latents"]
         names = ("autoencoder", "context", *denoisers)
         loaded = {name: checkpoint.load_component(name, self.base / name).to(self.device) for name in names}
         return Networks(
             preset=self.recipe.sizes,
             autoencoder=loaded["autoencoder"],
-            latents_mean=torch.tensor(latents["mean"], device=self.device),
-            latents_std=torch.tensor(latents["std"], device=self.device),
+            latents_mean=torch.tensor(self.latents["mean"], device=self.device),
+            latents_std=torch.tensor(self.latents["std"], device=self.device),
             context=loaded["context"],
             denoisers={name: loaded[name] for name in denoisers},
         )
 
     def _setting(self, spec: TaskSpec) -> Setting:
-        ready = "autoencoder" in self.figures and "context" in self.figures
+        ready = self.start is not None or ("autoencoder" in self.figures and "context" in self.figures)
         healed = self.out / HEALED
         return Setting(
             prepared=self.prepared,

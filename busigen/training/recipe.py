@@ -65,6 +65,10 @@ class Recipe:
         """The preset's network sizes."""
         return PRESETS[self.preset]
 
+    def kind_of(self, component: str) -> str:
+        """The kind of task that trains a component's base; it is the preset's even where the recipe has none left."""
+        return next(task.kind for task in _RECIPES[self.preset](self.seed).tasks if task.name == component)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy, kept in every checkpoint."""
         return asdict(self)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -62,21 +63,22 @@ class Setting:
     def frames(self, split: str, spec: TaskSpec) -> Frames:
         """The task's rows of a split.
 
-        For small sets: a split without any falls back to the training rows, and a class that the wanted sources lack
-        to all sources.
+        For small sets: a class of which the wanted sources have no training image falls back to all sources, and a
+        split without any of the rows to the training ones.
+
+        Raises:
+            InputError: there is no row to train on.
         """
-        attempts: tuple[tuple[str, tuple[str, ...]], ...] = (
-            (split, spec.sources),
-            ("train", spec.sources),
-            ("train", ()),
-        )
-        for name, sources in attempts:
-            rows = select(self.prepared, name, limit=self.max_images, sources=sources, label=spec.label)
-            if rows.height:
-                return Frames(self.prepared, rows)
-        raise InputError(
-            f"task {spec.name} finds no {spec.label or ''} image to train on.", fix="Prepare more images of that class."
-        )
+
+        def rows(name: str, sources: tuple[str, ...]) -> pl.DataFrame:
+            return select(self.prepared, name, limit=self.max_images, sources=sources, label=spec.label)
+
+        sources = spec.sources if rows("train", spec.sources).height else ()
+        for name in (split, "train"):
+            found = rows(name, sources)
+            if found.height:
+                return Frames(self.prepared, found)
+        raise _nothing_to_train_on(spec)
 
 
 class AutoencoderTask:
@@ -219,6 +221,8 @@ class DenoiserTask:
         label = None if self.spec.label is None else CLASSES.index(self.spec.label)
         chosen = {side: part.only(wanted, label) for side, part in load_examples(path).items()}
         chosen = {side: part for side, part in chosen.items() if len(part)}
+        if not chosen and split == "train":
+            raise _nothing_to_train_on(self.spec)
         # A class without a held-out image is validated on training ones: a poor figure, but no crash on small sets.
         return chosen or self._examples("train")
 
@@ -321,7 +325,8 @@ class MaskTask(DenoiserTask):
 
     def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
         assert self.setting.healed is not None
-        return {BUCKETS[0]: WindowExamples(outline_examples(frames, self.setting.healed, self.space, **options))}
+        tensors = outline_examples(frames, self.setting.healed, self.space, **options)
+        return {BUCKETS[0]: WindowExamples(tensors)} if tensors else {}
 
     def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
         return (random_asking(batch["clean"], batch["birads"], generator),)
@@ -359,6 +364,11 @@ class BackgroundTask(DenoiserTask):
         batch, latents = self._sampled(6)
         decode = self._decoder()
         return sheets.grid([[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)])
+
+
+def _nothing_to_train_on(spec: TaskSpec) -> InputError:
+    what = f"{spec.label} image" if spec.label else "image"
+    return InputError(f"task {spec.name} finds no {what} to train on.", fix="Prepare more images of that class.")
 
 
 @torch.no_grad()

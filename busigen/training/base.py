@@ -1,0 +1,111 @@
+"""Building on a finished checkpoint: its base components are taken as they are, and only adapters are trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from busigen.errors import IntegrityError, OutputError, UsageError
+from busigen.training import checkpoint
+from busigen.training.recipe import LoraSpec, Recipe, recipe_for
+from busigen.training.state import fresh_folder
+
+ADAPTER_KINDS = ("heal", "adapter")
+"""What is left to do of a recipe where the base is there: heal the new images, then train the adapters on them."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A finished checkpoint whose components another run builds on. ``record`` is its ``busigen.json``."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Base:
+        """Read and check a checkpoint.
+
+        Raises:
+            InputError: ``folder`` is no finished checkpoint.
+            IntegrityError: a weight file is missing, extra or not the one that was recorded.
+        """
+        return cls(folder, checkpoint.read_record(folder))
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The sha256 of the base components' weight files, by relative path; its merged adapters play no part."""
+        return {name: digest for name, digest in self.record["weights"].items() if _component(name)}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells bases apart: ``split_hash`` of the images that they were trained on, and ``weights``.
+
+        ``weights`` is the sha256 of :attr:`weights` as sorted JSON, so that it can be computed again from any
+        checkpoint that holds these components. A checkpoint that was itself trained on a base names that one.
+        """
+        digest = hashlib.sha256(json.dumps(self.weights, sort_keys=True).encode()).hexdigest()
+        origin = self.record.get("base", self.record["data"])
+        return {"split_hash": str(origin["split_hash"]), "weights": digest}
+
+    def recipe(self, preset: str | None = None, *, seed: int = 0, scale: float = 1.0) -> Recipe:
+        """The part of the preset's recipe that is left to do, with the base's LoRA.
+
+        The adapters learn from all sources of the data: whoever names a base has said what to adapt to.
+
+        Args:
+            preset: ``None`` or the base's.
+            seed: as for :func:`busigen.training.recipe.recipe_for`.
+            scale: as for :func:`busigen.training.recipe.recipe_for`.
+
+        Raises:
+            UsageError: another preset than the base's, or a scale that is not positive.
+        """
+        own = self.record["preset"]
+        if preset not in (None, own):
+            raise UsageError(
+                f"--preset {preset} does not fit --base {self.folder}, which has preset {own}.",
+                fix="Leave --preset out, or name a base of that preset.",
+            )
+        recipe = recipe_for(own, seed=seed, scale=scale)
+        lora = self.record["recipe"]["lora"]
+        return replace(
+            recipe,
+            tasks=tuple(replace(task, sources=()) for task in recipe.tasks if task.kind in ADAPTER_KINDS),
+            lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}),
+        )
+
+    def copy(self, out: Path) -> None:
+        """Copy the components to ``out``, so that it needs this checkpoint no more; what is there already stays.
+
+        Raises:
+            OutputError: ``out`` cannot be written.
+            IntegrityError: a copy is not what was recorded.
+        """
+        for name in sorted({_component(path) for path in self.weights}):
+            wanted = {path: digest for path, digest in self.weights.items() if _component(path) == name}
+            place = f"{checkpoint.BASE}/{name}"
+            if checkpoint.weight_hashes(out, (place,)) == wanted:
+                continue
+            try:
+                with fresh_folder(out / place) as folder:
+                    shutil.copytree(self.folder / place, folder, dirs_exist_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"{out / place} cannot be written: {error}.", fix="Use a folder that you may write to."
+                ) from error
+            if checkpoint.weight_hashes(out, (place,)) != wanted:
+                raise IntegrityError(
+                    f"{out / place} is not what {self.folder / checkpoint.RECORD} records.",
+                    fix="Run the same command again.",
+                )
+
+
+def _component(path: str) -> str:
+    """The base component that a weight file of a checkpoint belongs to; empty for adapters and merged weights."""
+    top, _, rest = path.partition("/")
+    return rest.partition("/")[0] if top == checkpoint.BASE else ""
