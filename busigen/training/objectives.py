@@ -19,7 +19,7 @@ SPECTRAL_PATCHES = (8, 16, 32)
 SPECTRAL_WEIGHT = 0.1
 """Weight of each spectral term: log-magnitudes differ by about ten times what pixels in [-1, 1] do."""
 
-LATTICE_WEIGHT = 10.0
+LATTICE_WEIGHT = 5.0
 """Weight of the lattice term: where cells can be seen in the speckle, its size is about 0.02."""
 
 
@@ -66,35 +66,41 @@ def energy(first: Tensor, second: Tensor, target: Tensor, generator: Generator) 
     return total
 
 
-def lattice(images: Tensor) -> Tensor:
-    """How much the latents' cells show: relative variance of grey steps over the eight places that a cell gives them.
+def lattice(drawn: Tensor, target: Tensor) -> Tensor:
+    """How much the latents' cells show: grey steps at each of the eight places in a cell, against the target's.
 
     A decoder's upsampling repeats itself with every cell, and so do the faint seams that it leaves. The energy distance
-    compares at random offsets, to which they are noise. Tissue knows nothing of cells: over many images, steps between
-    pixels are as large in one place of a cell as in another.
+    compares at random offsets, to which they are noise. Measured against the target, because the edges of tissue
+    fall on some places of the cells more than on others, too, and must stay.
 
     Args:
-        images: ``(B, 1, H, W)`` decoded from whole cells.
+        drawn: ``(B, 1, H, W)`` decoded from whole cells.
+        target: The images that they were encoded from.
     """
-    total = images.new_zeros(())
-    for rows in (images, images.transpose(2, 3)):
+    total = drawn.new_zeros(())
+    for turned in (False, True):
+        ours, theirs = (image.transpose(2, 3) if turned else image for image in (drawn, target))
         for lag in (1, 2, 4):
-            steps = (rows[..., lag:] - rows[..., :-lag]).abs().mean(dim=(0, 1, 2))
-            whole = steps.numel() // LATENT_FACTOR * LATENT_FACTOR
-            places = steps[:whole].view(-1, LATENT_FACTOR).mean(dim=0)
-            total = total + (places / places.mean().clamp(min=1e-6) - 1.0).pow(2).mean()
+            total = total + (_steps_by_place(ours, lag) - _steps_by_place(theirs, lag)).pow(2).mean()
     return total
+
+
+def _steps_by_place(image: Tensor, lag: int) -> Tensor:
+    """Mean size of the steps over ``lag`` columns that begin at each place of a cell, as a share of their mean."""
+    steps = (image[..., lag:] - image[..., :-lag]).abs().mean(dim=(0, 1, 2))
+    whole = steps.numel() // LATENT_FACTOR * LATENT_FACTOR
+    places = steps[:whole].view(-1, LATENT_FACTOR).mean(dim=0)
+    return places / places.mean().clamp(min=1e-6)
 
 
 def reconstruction(
     first: Tensor, second: Tensor, target: Tensor, weight: Tensor, latents: Tensor, generator: Generator
 ) -> Tensor:
-    """Autoencoder loss: the energy distance of two decodings to the image, no lattice, a light pull of latents to zero.
+    """Autoencoder loss: the energy distance of two decodings to the image, and a light pull of latents to zero.
 
     ``weight`` is 0 on overlays (calipers, text), which the decoder must not learn to paint.
     """
     score = energy(first * weight, second * weight, target * weight, generator)
-    score = score + LATTICE_WEIGHT * lattice(torch.cat((first, second)))
     return score + 1e-3 * latents.pow(2).mean()
 
 

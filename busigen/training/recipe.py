@@ -97,13 +97,14 @@ def _adapters(steps: int, batch: int, lr: float, variants: Mapping[str, int]) ->
 def _compact() -> tuple[TaskSpec, ...]:
     """Sized for minutes of a large GPU; a CPU run scales the steps down (``--scale``)."""
     return (
-        TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=60_000, batch=8, lr=1.5e-3, ema=0.995),
+        TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=40_000, batch=8, lr=1.5e-3, ema=0.995),
+        TaskSpec("decoder", "decoder", "autoencoder", steps=10_000, batch=8, lr=3e-4, ema=0.99, start="autoencoder"),
         TaskSpec("context", "context", "context", steps=6_000, batch=32, lr=1e-3, ema=0.995),
-        TaskSpec("lesion", "window", "lesion", steps=40_000, batch=32, lr=1e-3, variants=4),
+        TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
-        TaskSpec("mask", "mask", "mask", steps=24_000, batch=128, lr=1e-3, variants=2),
-        TaskSpec("blend", "window", "blend", steps=10_000, batch=32, lr=1e-3, variants=4, start="lesion"),
-        TaskSpec("prior", "background", "prior", steps=44_000, batch=24, lr=1e-3, variants=2),
+        TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=2),
+        TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4, start="lesion"),
+        TaskSpec("prior", "background", "prior", steps=38_000, batch=24, lr=1e-3, variants=2),
         *_adapters(steps=800, batch=32, lr=1e-3, variants={"mask": 2, "lesion": 4, "blend": 4}),
     )
 
@@ -111,6 +112,7 @@ def _compact() -> tuple[TaskSpec, ...]:
 def _tiny() -> tuple[TaskSpec, ...]:
     return (
         TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=200, batch=8, lr=3e-3, warmup=20, ema=0.98),
+        TaskSpec("decoder", "decoder", "autoencoder", steps=40, batch=8, lr=3e-4, ema=0.9, start="autoencoder"),
         TaskSpec("context", "context", "context", steps=60, batch=8, lr=2e-3, warmup=10, ema=0.95),
         TaskSpec("lesion", "window", "lesion", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),

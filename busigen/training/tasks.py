@@ -112,7 +112,8 @@ class AutoencoderTask:
     def _noise(self, pixels: Tensor, generator: Generator) -> Tensor:
         return torch.randn(pixels.shape, generator=generator).to(pixels)
 
-    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
+    def _decoded(self, frames: Frames, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Two decodings of a batch, the pixels, where they count, and the latents."""
         pixels, weight = self._batch(frames, self.spec.batch, generator)
         latents = self.module.encoder(pixels)
         spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
@@ -120,7 +121,10 @@ class AutoencoderTask:
         noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=generator).to(latents)
         noise = torch.cat([self._noise(pixels, generator) for _ in range(2)])
         first, second = self.module.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
-        return objectives.reconstruction(first, second, pixels, weight, latents.float(), generator)
+        return first, second, pixels, weight, latents.float()
+
+    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
+        return objectives.reconstruction(*self._decoded(frames, generator), generator)
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`."""
@@ -136,6 +140,23 @@ class AutoencoderTask:
         pixels, _ = self._batch(self.held_out, 8, generator)
         output = self.module(pixels, self._noise(pixels, generator))
         return sheets.grid([[sheets.to_picture(p) for p in pixels], [sheets.to_picture(p) for p in output]])
+
+
+class DecoderTask(AutoencoderTask):
+    """The decoder alone, once the latents are settled, so that their cells do not show in what it draws.
+
+    From the start on, the same pressure would cost sharpness: the decoder then flees from edges instead.
+    """
+
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
+        super().__init__(spec, setting, module)
+        module.encoder.requires_grad_(False)
+
+    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
+        first, second, pixels, weight, latents = self._decoded(frames, generator)
+        seams = objectives.lattice(first, pixels) + objectives.lattice(second, pixels)
+        score = objectives.reconstruction(first, second, pixels, weight, latents, generator)
+        return score + objectives.LATTICE_WEIGHT * seams
 
 
 class ContextTask:
@@ -379,6 +400,7 @@ def _mean(loss: Callable[[Generator], Tensor]) -> float:
 
 KINDS: dict[str, Callable[[TaskSpec, Setting, Any], Task]] = {
     "autoencoder": AutoencoderTask,
+    "decoder": DecoderTask,
     "context": ContextTask,
     "window": WindowTask,
     "mask": MaskTask,

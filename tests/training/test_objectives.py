@@ -52,6 +52,9 @@ def test_seams_between_cells_are_seen_and_seams_anywhere_else_are_not() -> None:
 
     plain = texture(3)
     # Every seventh pixel is in another place of the eight-pixel cells each time.
-    clean, cells, elsewhere = (float(lattice(plain + offset)) for offset in (0.0, seams(8), seams(7)))
+    drawn = texture(4)
+    clean, cells, elsewhere = (float(lattice(drawn + offset, plain)) for offset in (0.0, seams(8), seams(7)))
     assert cells > 5 * clean
     assert cells > 5 * elsewhere
+    # Edges that the target has in the same places are none of the decoder's doing.
+    assert float(lattice(drawn + seams(8), plain + seams(8))) < 0.2 * cells
