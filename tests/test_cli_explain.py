@@ -26,7 +26,7 @@ def healthy(drawn_busi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generated(healthy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished dataset, to be treated as read-only: batches of two, ranges asked for, so that draws are refused."""
     out = tmp_path_factory.mktemp("generated") / "set"
-    done = run("generate", *SMALL, "--out", out, "--healthy", healthy, "--size", "0.031234567:0.06")
+    done = run("generate", *SMALL, "--out", out, "--healthy", healthy, "--size", "0.151234567:0.25")
     assert done.returncode == 0, done.stderr
     return out
 
@@ -47,7 +47,7 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_sample_replays_alone_to_the_bytes_of_its_batch(generated: Path, healthy: Path, tmp_path: Path) -> None:
     refused = 0
-    for key in ("000000000", "3", "000000005"):
+    for key in ("3", "000000005"):
         done = run("explain", generated, key, "--healthy", healthy, "--out", tmp_path / key, "--json")
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
@@ -55,7 +55,7 @@ def test_every_sample_replays_alone_to_the_bytes_of_its_batch(generated: Path, h
         assert told["replay"]["conditions"] == told["problems"] == []
         assert told["background"]["folder"] == "normal"
         assert told["class"] in LESION_CLASSES
-        assert 0.031 < told["asked"]["size"] < 0.06
+        assert 0.151 < told["asked"]["size"] < 0.25
         assert len(told["refused"]) == told["attempt"]
         links = [link["link"] for link in told["chain"]]
         assert links[:3] == ["training split", "checkpoint (base, LoRA, merged)", "bundle"]
@@ -107,7 +107,6 @@ def test_a_tampered_sample_does_not_replay(dataset: Path, healthy: Path) -> None
     assert all("shards/000001.tar has another sha256" in done.stdout for done in results)
     # The flipped bit is in one of the two; the other one is whole inside a damaged shard.
     assert sum("DIFFER" in done.stdout for done in results) <= 1
-    assert run("explain", dataset, "4", "--healthy", healthy).returncode == 0
 
 
 def test_repair_restores_the_bytes(generated: Path, dataset: Path, healthy: Path) -> None:

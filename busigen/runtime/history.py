@@ -86,6 +86,8 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     """
     run = read_run(folder)
     plan = plan_of(run, folder / RUN_FILE)
+    if not isinstance(run.get("fingerprint"), dict) or not isinstance(run.get("versions", {}), dict):
+        raise IntegrityError(f"{folder / RUN_FILE} is not a run record of busigen.", fix=REPAIR_FIRST)
     index = parse_key(key, plan)
     number = index // plan.shard_size
     problems: list[str] = []
@@ -176,7 +178,7 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
         graphs: the graphs of the run's bundle, as ``bundle.json`` records them; empty where that is not at hand.
     """
     run, row = recorded.run, recorded.row
-    fingerprint = run.get("fingerprint") or {}
+    fingerprint = run["fingerprint"]
     refused = recorded.refused
     return {
         "dataset": str(folder),
@@ -189,7 +191,7 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
         if refused is None
         else [{name: draw.get(name) for name in ("attempt", "reason")} for draw in refused],
         "asked": {
-            "classes": fingerprint.get("classes"),
+            "classes": as_typed(run, "--classes"),
             **{name: row.get(f"asked_{name}") for name in (*ATTRIBUTES, "birads")},
         },
         "background": {
@@ -206,7 +208,7 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
             "busigen": run.get("busigen"),
             "provider": fingerprint.get("provider"),
             "onnxruntime": fingerprint.get("engine_version"),
-            **(run.get("versions") or {}),
+            **run.get("versions", {}),
         },
         "row": row,
     }
@@ -215,7 +217,7 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
 def _chain(recorded: Recorded, graphs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every link from the training split to the sample's files. Base, LoRA and merged weights are the checkpoint's."""
     run, row = recorded.run, recorded.row
-    fingerprint = run.get("fingerprint") or {}
+    fingerprint = run["fingerprint"]
     links = [
         ("training split", fingerprint.get("split_hash")),
         ("checkpoint (base, LoRA, merged)", fingerprint.get("checkpoint")),

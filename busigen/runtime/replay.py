@@ -77,7 +77,7 @@ class Inputs:
             bundle = Bundle.recorded(self.bundle or default_bundle())
         except (InputError, IntegrityError):
             return {}
-        return bundle.info["graphs"] if bundle.sha256 == run["fingerprint"].get("bundle") else {}
+        return bundle.info.get("graphs", {}) if bundle.sha256 == run["fingerprint"].get("bundle") else {}
 
     def _bundle(self, run: Mapping[str, Any], other: bool) -> Bundle:
         folder = self.bundle or default_bundle()

@@ -69,9 +69,7 @@ def explained(told: Explanation) -> Iterator[str]:
     yield f"  bundle        {bundle['name']} ({bundle['sha256']})"
     yield "  made with     " + ", ".join(f"{name} {version}" for name, version in made.items())
     asked = {name: value for name, value in past["asked"].items() if value is not None}
-    weights = asked.pop("classes", None) or {}
-    mix = ",".join(f"{name}={weight:g}" for name, weight in weights.items())
-    yield f"  asked for     {', '.join([f'classes {mix}', *(f'{name} {value}' for name, value in asked.items())])}"
+    yield f"  asked for     {', '.join(f'{name} {value}' for name, value in asked.items())}"
     if background["sha256"]:
         yield f"  painted into  {background['file']} of {background['folder']} ({background['sha256']})"
     else:
