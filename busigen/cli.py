@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -28,7 +29,7 @@ from busigen.errors import (
 from busigen.registry import BIRADS, DEFAULT_PRESET, LESION_CLASSES, PRESETS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.install import install_command
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
-from busigen.runtime.summary import SHOWN_PROBLEMS, generated, verified
+from busigen.runtime.summary import SHOWN_PROBLEMS, explained, generated, repaired, verified
 
 app = typer.Typer(
     name="busigen",
@@ -236,25 +237,64 @@ def generate(
         stdout.print(escape(line))
 
 
-@app.command(epilog="Example: `busigen verify data --healthy normal/`")
+@app.command(epilog="Examples: `busigen verify data --healthy normal/`; `busigen verify data --repair`")
 def verify(
     dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images: proves every background.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged or missing, and no more.")] = (
+        False
+    ),
+    bundle: Annotated[Path | None, typer.Option(help="For --repair: the run's. [default: the shipped one]")] = None,
+    threads: Annotated[int | None, typer.Option(help="For --repair: threads. [default: one per core]")] = None,
 ) -> None:
     """Check a dataset: hashes, counts, pairing, duplicates and, given the healthy images, every background."""
     from busigen.runtime.progress import console_progress
+    from busigen.runtime.repair import repair as mend
+    from busigen.runtime.replay import Inputs
     from busigen.runtime.verify import verify as run
 
     if healthy is not None and not healthy.is_dir():
         raise InputError(
             f"--healthy {healthy} is no folder.", fix="Give the folder that `generate --healthy` was given."
         )
+    if not repair and (bundle is not None or threads is not None):
+        raise UsageError("--bundle and --threads are for --repair.", fix="Leave them out, or add --repair.")
     with console_progress() as progress:
-        report = run(dataset, healthy=healthy, progress=progress)
-    for line in verified(report, proving=healthy is not None):
+        inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
+        mended = mend(dataset, inputs=inputs) if repair else None
+        report = mended.after if mended else run(dataset, healthy=healthy, progress=progress)
+    for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
         stdout.print(escape(line))
+    if mended and mended.error:
+        raise mended.error
     if not report.ok:
         raise typer.Exit(5)
+
+
+@app.command(epilog="Example: `busigen explain data 000000012`")
+def explain(
+    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index.")],
+    bundle: Annotated[Path | None, typer.Option(help="The run's bundle. [default: the shipped one]")] = None,
+    healthy: Annotated[Path | None, typer.Option(help="The run's healthy images, where it had any.")] = None,
+    provider: Annotated[str | None, typer.Option(help=f"{', '.join(PROVIDERS)}. [default: the run's]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+    replay: Annotated[bool, typer.Option("--replay/--no-replay", help="Draw the sample again and compare.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder to write the replayed image, mask and row to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell one sample's whole history, draw it again, and say whether the bytes agree."""
+    from busigen.runtime.explain import explain as run
+    from busigen.runtime.progress import console_progress
+    from busigen.runtime.replay import Inputs
+
+    with console_progress() as progress:
+        inputs = Inputs(bundle=bundle, healthy=healthy, provider=provider, threads=threads, progress=progress)
+        told = run(dataset, key, inputs=inputs, replay=replay, out=out)
+    for line in [json.dumps(told.to_json(), indent=2, ensure_ascii=False)] if as_json else explained(told):
+        stdout.print(escape(line))
+    if told.error:
+        raise told.error
 
 
 @app.command(

@@ -45,7 +45,7 @@ class Asked:
     def typed(self) -> dict[str, str | None]:
         """Each option's value as one would type it; ``None`` where nothing was asked."""
         texts = {
-            name: None if name not in self.ranges else ":".join(f"{v:g}" for v in sorted(set(self.ranges[name])))
+            name: None if name not in self.ranges else ":".join(map(_shortest, sorted(set(self.ranges[name]))))
             for name in ATTRIBUTES
         }
         return {**texts, "birads": self.birads}
@@ -129,6 +129,11 @@ def parse_asked(
         raise UsageError(f"--birads is {birads!r}.", fix=f"Choose one of: {', '.join(BIRADS)}.")
     ranges = {name: _range(name, text) for name, text in texts.items() if text is not None}
     return Asked(MappingProxyType(ranges), birads)
+
+
+def _shortest(value: float) -> str:
+    """The number as one would type it, and never another one: what is recorded has to draw the same samples again."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _range(name: str, text: str) -> tuple[float, float]:

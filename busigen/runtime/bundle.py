@@ -61,6 +61,17 @@ class Bundle:
             InputError: no bundle is there, or one that this busigen does not read.
             IntegrityError: a file is missing or changed, or a recorded path leaves the folder.
         """
+        bundle = cls.recorded(folder)
+        bundle._check()
+        return bundle
+
+    @classmethod
+    def recorded(cls, folder: Path) -> Bundle:
+        """Read a bundle's record and none of its other files: what it says, not whether they are what it says.
+
+        Raises:
+            InputError: no bundle is there, or one that this busigen does not read.
+        """
         path = folder / RECORD
         try:
             if path.stat().st_size > MAX_RECORD_BYTES:
@@ -73,9 +84,7 @@ class Bundle:
             raise InputError(f"{path} cannot be read: {error}.", fix=_EXPORT) from error
         if not isinstance(info, dict) or info.get("schema") != SCHEMA:
             raise InputError(f"{path} does not have schema {SCHEMA}.", fix=_EXPORT)
-        bundle = cls(folder, info, hashlib.sha256(content).hexdigest())
-        bundle._check()
-        return bundle
+        return cls(folder, info, hashlib.sha256(content).hexdigest())
 
     def graph(self, name: str) -> Path:
         """Path of a graph's file."""

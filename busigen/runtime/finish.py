@@ -27,6 +27,7 @@ from busigen.runtime.preview import contact_sheet, pick_evenly
 from busigen.runtime.shards import FileRecord, ShardRecord
 
 _ROW_GROUP = 1 << 16
+_DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 
 def finish(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
@@ -107,6 +108,11 @@ def dataset_info(
             for record in records
         ],
     }
+
+
+def run_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The run record inside ``dataset.json``: all but what :func:`dataset_info` adds."""
+    return {name: value for name, value in info.items() if name not in _DERIVED}
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -112,6 +112,7 @@ class ShardRecord:
             )
             # Summing proves that the counts are numbers before anyone does arithmetic with them.
             fits = fits and sum(record.classes.values()) == record.count and sum(record.rejected.values()) >= 0
+            fits = fits and all(isinstance(rejection, dict) for rejection in record.rejections)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path) from error
         if not fits:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from busigen.runtime.wording import counted
 
 if TYPE_CHECKING:
+    from busigen.runtime.explain import Explanation
     from busigen.runtime.factory import GenerateReport
+    from busigen.runtime.repair import RepairReport
     from busigen.runtime.verify import VerifyReport
 
 SHOWN_PROBLEMS = 20
@@ -49,6 +51,50 @@ def verified(report: VerifyReport, *, proving: bool) -> Iterator[str]:
             f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
             f"{report.backgrounds_proven}; not proven: {report.backgrounds_unproven}"
         )
+
+
+def repaired(report: RepairReport) -> Iterator[str]:
+    """The lines of ``busigen verify --repair`` that come before those of what verify says now."""
+    yield from (f"repaired {line}" for line in report.repaired)
+    yield from (f"not repaired {line}" for line in report.refused)
+    if not report.repaired and not report.refused:
+        yield "nothing was repaired"
+
+
+def explained(told: Explanation) -> Iterator[str]:
+    """The lines of ``busigen explain``."""
+    past = told.history
+    made, background, bundle = past["made_with"], past["background"], past["bundle"]
+    yield f"sample {past['key']} of {past['dataset']}: index {past['index']}, seed {past['seed']}, {past['class']}"
+    yield f"  bundle        {bundle['name']} ({bundle['sha256']})"
+    yield "  made with     " + ", ".join(f"{name} {version}" for name, version in made.items())
+    asked = {name: value for name, value in past["asked"].items() if value is not None}
+    yield f"  asked for     {', '.join(f'{name} {value}' for name, value in asked.items())}"
+    if background["sha256"]:
+        yield f"  painted into  {background['file']} of {background['folder']} ({background['sha256']})"
+    else:
+        yield f"  painted into  a {background['kind'] or 'generated'} background"
+    refused = past["refused"]
+    yield f"  attempts      {'unknown: the record is lost' if refused is None else _attempts(refused)}"
+    yield f"  shard         {past['shard']['file']}"
+    yield "  fingerprints"
+    width = max(len(link["link"]) for link in past["chain"])
+    yield from (f"    {link['link']:{width}}  {link['sha256']}" for link in past["chain"])
+    yield from (f"  problem: {problem}" for problem in told.problems)
+    replay = told.replay
+    if replay is None:
+        return
+    for kind, agrees in (("image", replay.image_agrees), ("mask", replay.mask_agrees)):
+        yield f"  replay: the {kind}'s bytes {'agree' if agrees else 'DIFFER'} ({replay.files[kind]})"
+    yield from (f"    {difference}" for difference in replay.differs)
+    if replay.conditions:
+        yield "  replay: under other conditions than the run's; with another engine, grey levels may differ:"
+        yield from (f"    {condition}" for condition in replay.conditions)
+
+
+def _attempts(refused: list[dict[str, Any]]) -> str:
+    reasons = ", ".join(f"attempt {draw['attempt']} refused: {draw['reason']}" for draw in refused)
+    return f"{len(refused) + 1} ({reasons})" if refused else "1, nothing refused"
 
 
 def _counts(numbers: dict[str, int]) -> str:

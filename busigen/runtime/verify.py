@@ -16,7 +16,7 @@ from busigen.errors import InputError
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
 from busigen.runtime.dataset import plan_of
-from busigen.runtime.finish import dataset_info
+from busigen.runtime.finish import dataset_info, run_of
 from busigen.runtime.layout import (
     DATASET_FILE,
     FINISHED_FILES,
@@ -29,7 +29,7 @@ from busigen.runtime.layout import (
 )
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import COLUMN_TYPES, FileRecord, schema_of
-from busigen.runtime.verify_shard import FINISH, MEND, Problem, ShardFindings, check_shard
+from busigen.runtime.verify_shard import FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.wording import counted
 
 _DELETE = "Delete it, or move it out of the dataset."
@@ -79,8 +79,8 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
     """
     progress = progress or Progress()
     problems: list[Problem] = []
-    run = _read_run(folder)
-    plan, schema = plan_of(run, folder / RUN_FILE), _schema(run, folder)
+    run = read_run(folder)
+    plan, schema = plan_of(run, folder / RUN_FILE), schema_of(read_types(run, folder))
     backgrounds = Backgrounds.below(healthy) if healthy else None
     progress.start("verifying", plan.count)
     try:
@@ -113,31 +113,51 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
     )
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """A dataset's run record: ``run.json``, or what ``dataset.json`` says of it where that cannot be read.
+
+    Raises:
+        InputError: ``folder`` is no busigen dataset.
+    """
     for name in (RUN_FILE, DATASET_FILE):
-        try:
-            run = json.loads((folder / name).read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(run, dict):
-            return run
+        run = read_object(folder / name)
+        if run is not None:
+            return run if name == RUN_FILE else run_of(run)
     raise InputError(
         f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read.",
         fix="Give the folder that was the `--out` of `busigen generate`.",
     )
 
 
-def _schema(run: dict[str, Any], folder: Path) -> pl.Schema:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON file's object; None if it is missing, damaged or anything else."""
     try:
-        return schema_of({name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()})
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_types(run: dict[str, Any], folder: Path) -> dict[str, type]:
+    """Types of the columns that the run's source added to the fixed ones.
+
+    Raises:
+        InputError: the run record names none that a column can have.
+    """
+    try:
+        types = {name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()}
+        schema_of(types)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{folder / RUN_FILE} names no valid columns.", fix="Get the original file again.") from error
+    return types
 
 
 def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings]) -> Iterator[Problem]:
     """dataset.json and the manifest must follow from run.json and the shards."""
     missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
     yield from (Problem(name, "is missing.", FINISH) for name in missing)
+    if RUN_FILE not in missing and read_object(folder / RUN_FILE) is None:
+        yield Problem(RUN_FILE, "cannot be read as a run record.", REPAIR)
     for number, shard in enumerate(shards):
         if not shard.started:
             yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)

@@ -20,10 +20,16 @@ from busigen.runtime.layout import SHARD_FOLDER, Plan, key_of, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import FileRecord, ShardRecord, lesion_box
 
-FINISH = "Run `busigen generate` with the same options again to finish the dataset."
+REPAIR = "Run `busigen verify --repair`."
+"""What helps where ``generate`` cannot know that the folder is its own."""
+
+FINISH = "Run `busigen verify --repair`, or `busigen generate` with the same options again, to finish the dataset."
 """What helps wherever a file is missing."""
 
-MEND = "Run `busigen generate` with the same options again: it makes anew what differs from its record, and no more."
+MEND = (
+    "Run `busigen verify --repair`, or `busigen generate` with the same options again: it makes anew what differs from "
+    "its record, and no more."
+)
 """What helps wherever a hash gives the damage away, because ``generate`` checks them as well."""
 
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
@@ -121,7 +127,19 @@ def check_shard(
             found.report(names["tar"], error.problem, names["json"])
     if Counter(found.rows["class"].to_list()) != Counter(record.classes):
         found.report(names["json"], "counts other classes than the shard's rows hold.", names["json"])
+    if not _refusals_fit(record, found.rows):
+        found.report(names["json"], "lists other refused draws than the shard's rows count.", names["json"])
     return found
+
+
+def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
+    """Whether the refused draws are those before each row's attempt. No hash covers them, so this is what does."""
+    before = [
+        (index, attempt, label)
+        for index, attempts, label in rows.select("index", "attempt", "class").iter_rows()
+        for attempt in range(attempts)
+    ]
+    return [tuple(map(draw.get, ("index", "attempt", "label"))) for draw in record.rejections] == before
 
 
 def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:

@@ -33,6 +33,9 @@ def test_numbers_and_ranges_are_read_and_shown_as_typed() -> None:
         "height_width": "0.5:0.9",
         "birads": "4",
     }
+    (low, high) = (0.031234567, 0.1 + 0.2)
+    again = parse_asked(size=parse_asked(size=f"{low!r}:{high!r}").typed()["size"])
+    assert again.ranges["size"] == (low, high), "what is recorded draws the same samples again"
     assert parse_asked(size="0.0300").typed() == parse_asked(size="3e-2:0.03").typed()
     assert parse_asked(taller_than_wide=True).typed() == parse_asked(height_width="1.05:1.6").typed()
 

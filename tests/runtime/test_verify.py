@@ -25,6 +25,7 @@ from busigen.runtime.preview import contact_sheet, outline, pick_evenly
 from busigen.runtime.sample import Drawn
 from busigen.runtime.verify import verify
 from tests.runtime.noise_source import NoiseSource, noise_sample
+from tests.runtime.replaying import flip, reseal
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +40,11 @@ def dataset(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "set"))
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def reseal(folder: Path, number: int) -> None:
-    """Make the shard's record fit its files, as someone who tampers would."""
+def edit_record(folder: Path, number: int, name: str, value: object) -> None:
+    """Change a field of the first refused draw."""
     path = folder / f"shards/{number:06d}.json"
     record = json.loads(path.read_text())
-    for kind in ("tar", "parquet"):
-        data = (folder / record[kind]["file"]).read_bytes()
-        record[kind] |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    record["rejections"][0][name] = value
     path.write_text(json.dumps(record))
 
 
@@ -71,6 +64,9 @@ def test_untouched_dataset_is_fine(pristine: Path) -> None:
         (lambda d: (d / "shards/000002.json").unlink(), "shards/000002.json", "missing"),
         (lambda d: (d / "shards/000002.json").write_text("[]"), "shards/000002.json", "not the record"),
         (lambda d: (d / "shards/000002.tar").unlink(), "shards/000002.tar", "missing"),
+        (lambda d: edit_record(d, 1, "attempt", 1), "shards/000001.json", "other refused draws"),
+        (lambda d: edit_record(d, 1, "reason", "too bright"), "shards/000001.json", "other rejections"),
+        (lambda d: (d / "run.json").write_text("{"), "run.json", "cannot be read"),
         (lambda d: (d / "shards/000009.tar").write_bytes(b""), "shards/000009.tar", "no part"),
         (lambda d: (d / "notes.txt").write_bytes(b""), "notes.txt", "no part"),
         (lambda d: (d / "shards/.tmp-1-000000.tar").write_bytes(b""), "shards/.tmp-1-000000.tar", "temporary"),
@@ -228,14 +224,15 @@ class PaintingSource(NoiseSource):
 
     def draw(self, seed, indices, done):
         samples = []
-        for sample in super().draw(seed, indices, done).samples:
+        drawn = super().draw(seed, indices, done)
+        for sample in drawn.samples:
             edit = edit_region(sample.mask, self.box.valid)
             image = np.where(edit, sample.image, self.pixels)
             if self.leak and sample.index == 1:
                 image[tuple(np.argwhere(~edit)[-1])] ^= 1
             real = self.sha256 if sample.index else None
             samples.append(replace(sample, image=image, row=sample.row | {"healthy_sha256": real}))
-        return Drawn(samples, [])
+        return Drawn(samples, drawn.rejections)
 
 
 def test_backgrounds_are_proven_bit_for_bit(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""What a dataset records of one sample, gathered from every place that holds it, and where these contradict."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from busigen.errors import IntegrityError, UsageError
+from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
+from busigen.runtime.claim import differences
+from busigen.runtime.dataset import Member, plan_of, read_members
+from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, ROW_SUFFIX, RUN_FILE, Plan, key_of, shard_path
+from busigen.runtime.options import as_typed
+from busigen.runtime.replay import told
+from busigen.runtime.shards import FileRecord, ShardRecord
+from busigen.runtime.verify import read_object, read_run
+
+REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a dataset holds of one sample.
+
+    Attributes:
+        run: content of ``run.json``.
+        plan: of the run.
+        index: the sample's.
+        number: its shard's.
+        record: that shard's record; None if it is missing or damaged.
+        rows: the sample's row by the file that it stands in; one at least.
+        stored: image, mask and row as they lie in the shard; None if they cannot be read.
+        problems: what is missing, damaged or contradicts the rest, in words.
+    """
+
+    run: dict[str, Any]
+    plan: Plan
+    index: int
+    number: int
+    record: ShardRecord | None
+    rows: dict[str, dict[str, Any]]
+    stored: Member | None
+    problems: list[str]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row of the first place that has one."""
+        return next(iter(self.rows.values()))
+
+    @property
+    def refused(self) -> list[dict[str, Any]] | None:
+        """Refused draws of this index; None where the shard's record is lost."""
+        if self.record is None:
+            return None
+        return [draw for draw in self.record.rejections if draw.get("index") == self.index]
+
+
+def parse_key(key: str, plan: Plan) -> int:
+    """The index that a key stands for.
+
+    Raises:
+        UsageError: it is no number, or beyond the dataset's count.
+    """
+    # No key has more digits, and Python refuses to read thousands of them.
+    index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 18 else plan.count
+    if index >= plan.count:
+        raise UsageError(
+            f"the dataset has no sample {key!r}.", fix=f"Give a key from {key_of(0)} to {key_of(plan.count - 1)}."
+        )
+    return index
+
+
+def read_recorded(folder: Path, key: str) -> Recorded:
+    """Gather what a dataset, whole or damaged, holds of a sample.
+
+    Raises:
+        InputError: ``folder`` is no dataset.
+        UsageError: the key is none of the dataset's.
+        IntegrityError: nothing is left of the sample.
+    """
+    run = read_run(folder)
+    plan = plan_of(run, folder / RUN_FILE)
+    if not isinstance(run.get("fingerprint"), dict) or not isinstance(run.get("versions", {}), dict):
+        raise IntegrityError(f"{folder / RUN_FILE} is not a run record of busigen.", fix=REPAIR_FIRST)
+    index = parse_key(key, plan)
+    number = index // plan.shard_size
+    problems: list[str] = []
+    record = _tried(lambda: ShardRecord.read(folder, number), shard_path(number, "json"), problems)
+    member = _tried(
+        lambda: next(read_members(folder / shard_path(number, "tar"), plan.indices(number), only=[index])),
+        shard_path(number, "tar"),
+        problems,
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    for name in (MANIFEST_FILE, shard_path(number, "parquet")):
+        if name == MANIFEST_FILE and not (folder / DATASET_FILE).exists():
+            continue  # The run is unfinished, so there is none yet.
+        row = _tried(partial(_table_row, folder / name, index), name, problems)
+        if row is not None:
+            rows[name] = row
+    if member is not None:
+        rows[f"{shard_path(number, 'tar')}:{member.key}.{ROW_SUFFIX}"] = member.row
+    if not rows:
+        raise IntegrityError(f"nothing is left of sample {key_of(index)}: {' '.join(problems)}", fix=REPAIR_FIRST)
+    recorded = Recorded(run, plan, index, number, record, rows, member, problems)
+    problems += _contradictions(folder, recorded)
+    return recorded
+
+
+def _tried(read: Callable[[], Any], name: str, problems: list[str]) -> Any:
+    try:
+        return read()
+    except (IntegrityError, OSError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
+            problems.append(f"{name} is missing.")
+        else:
+            reason = error.problem if isinstance(error, IntegrityError) else str(error)
+            problems.append(f"{name}: {reason.splitlines()[0] if reason else 'it cannot be read.'}")
+    return None
+
+
+def _table_row(path: Path, index: int) -> dict[str, Any]:
+    found = pl.scan_parquet(path).filter(pl.col("index") == index).collect().to_dicts()
+    if len(found) != 1:
+        raise IntegrityError(f"{path} has {len(found)} rows of index {index}.")
+    return found[0]
+
+
+def _contradictions(folder: Path, recorded: Recorded) -> list[str]:
+    """Links of the fingerprint chain that do not fit: dataset, shard, row, file."""
+    found = []
+    (first, row), *others = recorded.rows.items()
+    for name, other in others:
+        found += [f"{name} says {field} is {told(b)}, {first} {told(a)}." for field, a, b in differences(row, other)]
+    for kind, content in contents(recorded.stored).items():
+        for name, other in recorded.rows.items():
+            if other.get(f"{kind}_sha256") != hashlib.sha256(content).hexdigest():
+                found.append(f"the {kind} in the shard has another sha256 than {name} records.")
+    if recorded.record is not None:
+        for file in (recorded.record.tar, recorded.record.parquet):
+            try:
+                if FileRecord.of(folder, file.file) != file:
+                    found.append(f"{file.file} has another sha256 or size than its shard's record says.")
+            except OSError:
+                continue  # Named already, by who wanted to read it.
+        info = read_object(folder / DATASET_FILE)
+        if info is not None:
+            listed = listed_shards(info).get(recorded.number, {})
+            if listed.get("tar") != asdict(recorded.record.tar):
+                found.append(f"{DATASET_FILE} records another {recorded.record.tar.file} than the shard's own record.")
+    return found
+
+
+def listed_shards(info: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The shards that a ``dataset.json`` lists, by number; whatever else is in that list is passed over."""
+    entries = info.get("shards")
+    listed = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return {entry["number"]: entry for entry in listed if isinstance(entry.get("number"), int)}
+
+
+def contents(member: Member | None) -> dict[str, bytes]:
+    """A member's two PNG files by what they are."""
+    return {} if member is None else {"image": member.image, "mask": member.mask}
+
+
+def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample's history by topic, as plain JSON.
+
+    Args:
+        folder: the dataset, as it was given.
+        recorded: what it holds of the sample.
+        graphs: the graphs of the run's bundle, as ``bundle.json`` records them; empty where that is not at hand.
+    """
+    run, row = recorded.run, recorded.row
+    fingerprint = run["fingerprint"]
+    refused = recorded.refused
+    return {
+        "dataset": str(folder),
+        "key": key_of(recorded.index),
+        "index": recorded.index,
+        "seed": recorded.plan.seed,
+        "class": row.get("class"),
+        "attempt": row.get("attempt"),
+        "refused": None
+        if refused is None
+        else [{name: draw.get(name) for name in ("attempt", "reason")} for draw in refused],
+        "asked": {
+            "classes": as_typed(run, "--classes"),
+            **{name: row.get(f"asked_{name}") for name in (*ATTRIBUTES, "birads")},
+        },
+        "background": {
+            "kind": row.get("background"),
+            "file": row.get("healthy_file"),
+            "sha256": row.get("healthy_sha256"),
+            "folder": as_typed(run, "--healthy"),
+            "folder_fingerprint": fingerprint.get("healthy"),
+        },
+        "bundle": {"name": as_typed(run, "--bundle") or "shipped with busigen", "sha256": fingerprint.get("bundle")},
+        "shard": {"number": recorded.number, "file": shard_path(recorded.number, "tar")},
+        "chain": _chain(recorded, graphs),
+        "made_with": {
+            "busigen": run.get("busigen"),
+            "provider": fingerprint.get("provider"),
+            "onnxruntime": fingerprint.get("engine_version"),
+            **run.get("versions", {}),
+        },
+        "row": row,
+    }
+
+
+def _chain(recorded: Recorded, graphs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every link from the training split to the sample's files. Base, LoRA and merged weights are the checkpoint's."""
+    run, row = recorded.run, recorded.row
+    fingerprint = run["fingerprint"]
+    links = [
+        ("training split", fingerprint.get("split_hash")),
+        ("checkpoint (base, LoRA, merged)", fingerprint.get("checkpoint")),
+        ("bundle", fingerprint.get("bundle")),
+        *((f"ONNX {name}", graphs[name]["files"][graphs[name]["file"]]) for name in _used(row) if name in graphs),
+        ("healthy image", row.get("healthy_sha256")),
+        (shard_path(recorded.number, "tar"), recorded.record.tar.sha256 if recorded.record else None),
+        ("image", row.get("image_sha256")),
+        ("mask", row.get("mask_sha256")),
+    ]
+    return [{"link": name, "sha256": sha256} for name, sha256 in links if sha256 is not None]
+
+
+def _used(row: Mapping[str, Any]) -> list[str]:
+    """The graphs that drew a sample, in the order in which they ran."""
+    label, side = row.get("class"), row.get("window_side")
+    prior = ["prior", f"decoder@{BUCKETS[-1]}"] if row.get("background") == SYNTHETIC else []
+    stages = [f"mask-{label}", f"encoder@{side}", f"lesion-{label}@{side}", f"blend-{label}@{side}", f"decoder@{side}"]
+    return list(dict.fromkeys([*prior, "context", *stages]))
