@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.runtime.backend import Arrays, Backend
-from busigen.runtime.factory import GenerationInterrupted, generate
+from busigen.runtime.factory import GenerateReport, GenerationInterrupted, generate
 from busigen.runtime.layout import MANIFEST_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
 from busigen.runtime.machine import peak_memory, reset_peak_memory
 from busigen.runtime.progress import Progress
@@ -25,9 +24,6 @@ from busigen.runtime.sampler import Sampler
 
 WARM_SECONDS = 5.0
 """A warm-up takes all samples where that takes no longer than this, so that a fast engine has seen every shape."""
-
-MAX_REPLAYS = 3
-"""Times that one kind of engine call is made anew for the rate of the engines alone."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +57,16 @@ class TimedBackend:
         return output
 
     def alone(self) -> float:
-        """Seconds that the noted calls take with nothing beside them.
+        """Seconds that the noted calls take when they are made again, in their order, with nothing beside them.
 
-        Every kind of call, graph and rows, is made again up to ``MAX_REPLAYS`` times and counts as often as it was
-        noted. What the calls themselves took is no measure of that: the thread that writes shards shares their cores.
+        What they took the first time is no measure of that: the thread that writes shards shares their cores.
         """
         seconds = 0.0
-        for (graph, rows), times in Counter((call.graph, call.rows) for call in self.calls).items():
-            inputs = {name: np.repeat(row, rows, axis=0) for name, row in self._row_of[graph].items()}
-            replays = min(times, MAX_REPLAYS)
+        for call in self.calls:
+            inputs = {name: np.repeat(row, call.rows, axis=0) for name, row in self._row_of[call.graph].items()}
             began = time.perf_counter()
-            for _ in range(replays):
-                self._backend.run(graph, inputs)
-            seconds += (time.perf_counter() - began) * times / replays
+            self._backend.run(call.graph, inputs)
+            seconds += time.perf_counter() - began
         return seconds
 
 
@@ -111,13 +104,28 @@ class Run:
     stages: dict[str, Stage]
 
 
-def measure(sampler: Sampler, plan: Plan, repeat: int, folder: Path, progress: Progress) -> list[Run]:
-    """Warm the engines up, then make the same run ``repeat`` times, each into a temporary folder in ``folder``."""
-    warm = Plan(count=warm_count(sampler, plan), seed=plan.seed, shard_size=plan.shard_size)
-    seconds = _run(sampler, warm, folder, progress).seconds
-    if seconds / warm.count * plan.count <= WARM_SECONDS and warm.count < plan.count:
-        _run(sampler, plan, folder, Progress())
-    return [_run(sampler, plan, folder, progress) for _ in range(repeat)]
+def measure(samplers: Sequence[Sampler], plan: Plan, repeat: int, folder: Path, progress: Progress) -> list[list[Run]]:
+    """Make the same run ``repeat`` times per sampler, each into a temporary folder in ``folder``, engines warmed up.
+
+    Samplers take turns, so that other work on the machine hits all of them alike.
+
+    Args:
+        samplers: each on a :class:`TimedBackend` of its own.
+        plan: of every run.
+        repeat: runs per sampler.
+        folder: where the temporary folders are made.
+        progress: told of every sample, those of :func:`warm_count` included.
+
+    Returns:
+        The runs of each sampler, in their order.
+    """
+    runs: list[list[Run]] = [[] for _ in samplers]
+    for _ in range(repeat):
+        for sampler, mine in zip(samplers, runs, strict=True):
+            if not mine:
+                _warm_up(sampler, plan, folder, progress)
+            mine.append(_run(sampler, plan, folder, progress))
+    return runs
 
 
 def warm_count(sampler: Sampler, plan: Plan) -> int:
@@ -129,6 +137,13 @@ def stage_of(graph: str) -> str:
     """A graph's stage, with the window's side where it works on windows: ``lesion-benign@128`` is ``lesion@128``."""
     component, at, side = graph.partition("@")
     return f"{component.partition('-')[0]}{at}{side}"
+
+
+def _warm_up(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> None:
+    warm = Plan(count=warm_count(sampler, plan), seed=plan.seed, shard_size=plan.shard_size)
+    seconds = _generate(sampler, warm, folder, progress).seconds
+    if seconds / warm.count * plan.count <= WARM_SECONDS and warm.count < plan.count:
+        _generate(sampler, plan, folder, Progress())
 
 
 class _Part(Progress):
@@ -145,10 +160,17 @@ class _Part(Progress):
         self._whole.rejected(draws)
 
 
-def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
-    backend = sampler.backend
-    assert isinstance(backend, TimedBackend)
-    backend.calls.clear()
+@dataclass(frozen=True)
+class _Made:
+    """One call of ``generate``: its report, and what :class:`Run` says of the whole."""
+
+    report: GenerateReport
+    seconds: float
+    size: int
+    peak_memory: int | None
+
+
+def _generate(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> _Made:
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as temporary:
         out = Path(temporary) / "dataset"
         reset_peak_memory()
@@ -160,21 +182,27 @@ def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
         except GenerationInterrupted as error:
             # Its advice is to continue in a folder that is about to be removed.
             raise KeyboardInterrupt from error
-        seconds = time.perf_counter() - began
-        peak = peak_memory()
+        seconds, peak = time.perf_counter() - began, peak_memory()
         files = [out / MANIFEST_FILE, *(out / SHARD_FOLDER).iterdir()]
-        size = sum(path.stat().st_size for path in files)
+        return _Made(report, seconds, sum(path.stat().st_size for path in files), peak)
+
+
+def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
+    backend = sampler.backend
+    assert isinstance(backend, TimedBackend)
+    backend.calls.clear()
+    made = _generate(sampler, plan, folder, progress)
     stages: dict[str, list[Call]] = {}
     for call in backend.calls:
         stages.setdefault(stage_of(call.graph), []).append(call)
     return Run(
-        seconds=seconds,
+        seconds=made.seconds,
         engine_seconds=sum(call.ended - call.began for call in backend.calls),
         busy_seconds=covered((call.began, call.ended) for call in backend.calls),
         alone_seconds=backend.alone(),
-        draws=plan.count + sum(report.rejected.values()),
-        size=size,
-        peak_memory=peak,
+        draws=plan.count + sum(made.report.rejected.values()),
+        size=made.size,
+        peak_memory=made.peak_memory,
         stages={
             name: Stage(len(calls), sum(call.rows for call in calls), sum(call.ended - call.began for call in calls))
             for name, calls in stages.items()
