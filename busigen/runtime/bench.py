@@ -23,7 +23,7 @@ from busigen.runtime.layout import DEFAULT_SHARD_SIZE, MAX_COUNT, Plan
 from busigen.runtime.machine import machine
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
-from busigen.runtime.timing import Run, Stage, TimedBackend, measure, warm_count
+from busigen.runtime.timing import Run, Stage, TimedBackend, measure, samples_to_make
 
 SCHEMA = 1
 """Version of ``bench.json`` and of the ledger's lines."""
@@ -95,7 +95,7 @@ class Bench:
                 sampler.healthy = healthy
         _writable(self.out, self.ledger)
         about = machine()
-        progress.start("measuring", sum(self.repeat * self.count + warm_count(s, plan) for s in samplers))
+        progress.start("measuring", sum(samples_to_make(s, plan, self.repeat) for s in samplers), unit="image")
         measured = measure(samplers, plan, self.repeat, self.out, progress)
         results = [
             summary(sampler, self.count, self.count_for, runs) for sampler, runs in zip(samplers, measured, strict=True)

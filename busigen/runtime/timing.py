@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,19 @@ class TimedBackend:
             self._row_of[graph] = {name: array[-1:].copy() for name, array in inputs.items()}
         return output
 
-    def alone(self) -> float:
+    def alone(self, done: Callable[[float], None] = lambda share: None) -> float:
         """Seconds that the noted calls take when they are made again, in their order, with nothing beside them.
 
         What they took the first time is no measure of that: the thread that writes shards shares their cores.
+        ``done`` is told after each call which share of them has been made, 0 to 1.
         """
         seconds = 0.0
-        for call in self.calls:
+        for number, call in enumerate(self.calls, start=1):
             inputs = {name: np.repeat(row, call.rows, axis=0) for name, row in self._row_of[call.graph].items()}
             began = time.perf_counter()
             self._backend.run(call.graph, inputs)
             seconds += time.perf_counter() - began
+            done(number / len(self.calls))
         return seconds
 
 
@@ -114,7 +116,7 @@ def measure(samplers: Sequence[Sampler], plan: Plan, repeat: int, folder: Path, 
         plan: of every run.
         repeat: runs per sampler.
         folder: where the temporary folders are made.
-        progress: told of every sample, those of :func:`warm_count` included.
+        progress: told of every sample of :func:`samples_to_make`.
 
     Returns:
         The runs of each sampler, in their order.
@@ -128,9 +130,9 @@ def measure(samplers: Sequence[Sampler], plan: Plan, repeat: int, folder: Path, 
     return runs
 
 
-def warm_count(sampler: Sampler, plan: Plan) -> int:
-    """Samples that the engines are warmed up with, of those of the plan."""
-    return min(plan.count, 2 * sampler.batch_size)
+def samples_to_make(sampler: Sampler, plan: Plan, repeat: int) -> int:
+    """Samples that :func:`measure` counts: the warm-up's, and each run's twice, because its calls are replayed."""
+    return _warm_count(sampler, plan) + repeat * 2 * plan.count
 
 
 def stage_of(graph: str) -> str:
@@ -139,8 +141,12 @@ def stage_of(graph: str) -> str:
     return f"{component.partition('-')[0]}{at}{side}"
 
 
+def _warm_count(sampler: Sampler, plan: Plan) -> int:
+    return min(plan.count, 2 * sampler.batch_size)
+
+
 def _warm_up(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> None:
-    warm = Plan(count=warm_count(sampler, plan), seed=plan.seed, shard_size=plan.shard_size)
+    warm = Plan(count=_warm_count(sampler, plan), seed=plan.seed, shard_size=plan.shard_size)
     seconds = _generate(sampler, warm, folder, progress).seconds
     if seconds / warm.count * plan.count <= WARM_SECONDS and warm.count < plan.count:
         _generate(sampler, plan, folder, Progress())
@@ -192,6 +198,15 @@ def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
     assert isinstance(backend, TimedBackend)
     backend.calls.clear()
     made = _generate(sampler, plan, folder, progress)
+    told = 0
+
+    def replayed(share: float) -> None:
+        nonlocal told
+        whole = int(share * plan.count)
+        if whole > told:
+            progress.advance(whole - told)
+            told = whole
+
     stages: dict[str, list[Call]] = {}
     for call in backend.calls:
         stages.setdefault(stage_of(call.graph), []).append(call)
@@ -199,7 +214,7 @@ def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
         seconds=made.seconds,
         engine_seconds=sum(call.ended - call.began for call in backend.calls),
         busy_seconds=covered((call.began, call.ended) for call in backend.calls),
-        alone_seconds=backend.alone(),
+        alone_seconds=backend.alone(replayed),
         draws=plan.count + sum(made.report.rejected.values()),
         size=made.size,
         peak_memory=made.peak_memory,
