@@ -237,6 +237,54 @@ def generate(
         stdout.print(escape(line))
 
 
+@app.command(
+    epilog="Example: `busigen bench --batch-sizes 4,16 --count-for 100000`. Exit codes: 0 measured, 2 an option or a "
+    "provider cannot be used, 3 input, 4 output, 5 integrity, 8 acceptance, 130 interrupted (no result is kept)."
+)
+def bench(
+    bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
+    provider: Annotated[
+        str, typer.Option("--provider", "--providers", help=f"One or more of: {', '.join(PROVIDERS)}.")
+    ] = "cpu",
+    batch_sizes: Annotated[str, typer.Option(help="Images per engine call, one or more.")] = "4,16",
+    count: Annotated[int, typer.Option(help="Accepted samples per run.")] = 48,
+    count_for: Annotated[int, typer.Option(help="Predict time and disk size for this many samples.")] = 100_000,
+    repeat: Annotated[int, typer.Option(help="Runs per provider and batch size; medians are shown.")] = 3,
+    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.svg and, meanwhile, the runs.")] = Path(
+        "bench"
+    ),
+    ledger: Annotated[
+        Path | None, typer.Option(help="File to append a line to. [default: ledger.jsonl in --out]")
+    ] = None,
+) -> None:
+    """Measure `generate` on this machine: every stage, engines alone, the whole pipeline; predict a long run."""
+    from busigen.runtime.bench import Bench
+    from busigen.runtime.bench_report import LEDGER_FILE, show
+    from busigen.runtime.progress import console_progress
+
+    options = Bench(
+        out=out,
+        ledger=ledger or out / LEDGER_FILE,
+        bundle=bundle,
+        providers=provider,
+        batch_sizes=batch_sizes,
+        count=count,
+        count_for=count_for,
+        repeat=repeat,
+        healthy=healthy,
+        threads=threads,
+    )
+    with console_progress() as progress:
+        try:
+            record = options.run(progress)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted; no result is kept.", fix="Run the same command to start anew.") from None
+    show(record, stdout)
+    stdout.print(escape(f"Results and plot are in {out}; a line was appended to {options.ledger}."))
+
+
 @app.command(epilog="Examples: `busigen verify data --healthy normal/`; `busigen verify data --repair`")
 def verify(
     dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],

@@ -55,7 +55,7 @@ class OnnxBackend:
         self.version = str(ort.__version__)
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
-        self._options = _session_options(threads or _usable_cores())
+        self._options = _session_options(threads or usable_cores())
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
         self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
 
@@ -66,6 +66,11 @@ class OnnxBackend:
         (output,) = self._sessions[graph].run(None, dict(inputs))
         result: NDArray[np.float32] = output
         return result
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """ONNX Runtime's names of the providers that really loaded, the one that is asked first in front."""
+        return tuple(self._sessions["context"].get_providers())
 
     def _open(self, graph: str) -> ort.InferenceSession:
         path = self._bundle.graph(graph)
@@ -93,7 +98,7 @@ class OnnxBackend:
         )
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use; where the system does not say, all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
