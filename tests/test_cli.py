@@ -247,11 +247,10 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
         # A test run in a shell's background inherits that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while process.poll() is None and not (out / "run.json").exists():
-        time.sleep(0.01)
+    assert process.stderr is not None
+    assert any(line.startswith("generating: 0/500") for line in process.stderr)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
     told = next(line for line in process.stderr if "Ctrl-C: " in line)
     assert told.startswith("generating: Ctrl-C: finishing the open shard (")
     process.send_signal(signal.SIGINT)

@@ -171,9 +171,7 @@ def _draw_missing(
     types = source.row_types()
     missing = (number for number in range(plan.shards) if number not in records)
     done = sum(record.count for record in records.values())
-    progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
     foresight = Foresight(out, plan, records, progress)
-    foresight.begin()
     pending: Future[ShardRecord] | None = None
     opened, before = range(0), done
 
@@ -195,6 +193,8 @@ def _draw_missing(
         foresight.advanced()
 
     def open_shard() -> str:
+        if not opened:
+            return "before the first shard"
         drawn = progress.done - before
         left = f", about {duration((len(opened) - drawn) / progress.rate)} left" if progress.rate else ""
         return f"the open shard ({drawn} of {counted(len(opened), 'sample')}{left})"
@@ -203,6 +203,8 @@ def _draw_missing(
         # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving
         # the block waits for the writer: a shard that was drawn is not thrown away because the next draw failed.
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer, stop.finishing(open_shard):
+            progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
+            foresight.begin()
             for number in missing:
                 if stop.requested:
                     break

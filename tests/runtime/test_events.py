@@ -50,8 +50,8 @@ def test_a_run_by_its_log(tmp_path: Path) -> None:
     assert last["acceptance"] == round(60 / 69, 4)
 
     (predicted,) = [event for event in events if event["event"] == "predicted"]
-    # 0.01 s of sleep is what a sample takes at least; a busy machine may take twenty times as long.
-    assert 0.01 <= predicted["seconds"] / predicted["samples"] <= 0.2
+    # 0.01 s of sleep is what a sample takes at least, and the first ten are there when it is said.
+    assert 0.01 <= predicted["seconds"] / predicted["samples"] <= predicted["elapsed"] / 10
     files = [path for path in out.rglob("*") if path.is_file() and path.stem != "000000"]
     rest = sum(path.stat().st_size for path in files)
     # Never less than it takes; the preview and the like are counted with the most that they can take.

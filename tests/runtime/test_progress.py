@@ -31,14 +31,14 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
 def test_lines_tell_shards_stages_and_the_rate_of_now(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("busigen.runtime.progress.NOW_SECONDS", 0.2)
+    monkeypatch.setattr("busigen.runtime.progress.NOW_SECONDS", 0.5)
     monkeypatch.setattr("busigen.runtime.progress.LINE_SECONDS", 0.0)
     with console_progress() as progress:
         progress.engine(lambda: {"lesion": 3.0, "mask": 1.0})
         progress.start("generating", 2000, 100, shards=(1, 20))
         progress.advance(1000)
         assert progress.rate_now is None, "now is all there is"
-        time.sleep(0.3)
+        time.sleep(0.6)
         for _ in range(5):
             progress.advance(1)
             time.sleep(0.05)

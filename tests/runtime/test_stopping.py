@@ -35,7 +35,7 @@ def test_the_open_shard_is_finished(
     tmp_path: Path, undisturbed: dict[str, str], number: int, code: int, said: str
 ) -> None:
     out, log = tmp_path / "set", tmp_path / "log"
-    process = started(out, 40, 10, 7, 0.05, log)
+    process = started(out, 40, 10, 7, 0.1, log)
     wait_for(process, (out / "shards" / "000000.json").exists)
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
@@ -64,10 +64,10 @@ def test_a_second_signal_stops_at_once(
     out = tmp_path / "set"
     # A sample takes as long as the test would wait: only the second signal can end this.
     process = started(out, 40, 10, 7, PATIENCE)
-    wait_for(process, (out / "run.json").exists)
+    read_until(process, "generating: 0/40")
     time.sleep(0.3)  # Into the first sample.
     process.send_signal(number)
-    read_until(process, "finishing the open shard (0 of 10 samples)")
+    read_until(process, "finishing ")
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE / 2)
     assert process.returncode == code
@@ -79,9 +79,8 @@ def test_a_second_signal_stops_at_once(
 
 def test_a_run_in_its_last_shard_completes(tmp_path: Path) -> None:
     out = tmp_path / "set"
-    process = started(out, 10, 10, 7, 0.1)
-    wait_for(process, (out / "run.json").exists)
-    time.sleep(0.3)
+    process = started(out, 20, 10, 7, 0.1)
+    wait_for(process, (out / "shards" / "000000.json").exists)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
