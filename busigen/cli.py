@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit codes: 0 done, 2 usage, 3 input, 4 output, 5 integrity, 6 parity, 7 missing extra, 8 acceptance, "
-    "9 flagged, 130 interrupted. See docs/exit-codes.md.",
+    "9 flagged, 130 interrupted, 143 terminated. See docs/exit-codes.md.",
 )
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -204,14 +204,20 @@ def generate(
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
     shard_size: Annotated[
-        int, typer.Option(help="Samples per shard; an interruption loses up to two shards.")
+        int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
     ] = DEFAULT_SHARD_SIZE,
     provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+    log_json: Annotated[
+        str | None, typer.Option(help="File to append progress to as JSON lines; - for standard output.")
+    ] = None,
 ) -> None:
-    """Write a dataset of images with lesions and their exact masks, in shards."""
+    """Write a dataset of images with lesions and their exact masks, in shards.
+
+    Ctrl-C or SIGTERM finishes the open shard; a second one stops at once. The same command continues.
+    """
     from busigen.runtime.job import Job
-    from busigen.runtime.progress import console_progress
+    from busigen.runtime.supervise import supervised
 
     job = Job(
         count=count,
@@ -231,10 +237,10 @@ def generate(
         taller_than_wide=taller_than_wide,
         birads=birads,
     )
-    with console_progress() as progress:
-        report = job.run(progress)
+    with supervised(out, log_json) as (progress, stop):
+        report = job.run(progress, stop)
     for line in generated(report):
-        stdout.print(escape(line))
+        (stderr if log_json == "-" else stdout).print(escape(line))
 
 
 @app.command(

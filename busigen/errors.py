@@ -66,3 +66,7 @@ class FlaggedError(BusigenError):
 
 
 INTERRUPTED_EXIT_CODE = 130
+"""Ctrl-C (SIGINT)."""
+
+TERMINATED_EXIT_CODE = 143
+"""SIGTERM, as the shell numbers it: 128 + 15."""

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
+from busigen.errors import IntegrityError
 from busigen.runtime.atomic import output_errors, sha256_of
 from busigen.runtime.claim import claimed, run_record
 from busigen.runtime.finish import dataset_info, finish, is_finished, unfinish
-from busigen.runtime.layout import DEFAULT_SHARD_SIZE, SHARD_FOLDER, Plan
+from busigen.runtime.foresight import Foresight, require_room, told_when_full
+from busigen.runtime.layout import DEFAULT_SHARD_SIZE, RUN_FILE, SHARD_FOLDER, Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sample import Drawn, Source
 from busigen.runtime.shards import ShardRecord, schema_of, write_shard
-from busigen.runtime.wording import counted
-
-BYTES_PER_SAMPLE = 60_000
-"""Disk space per sample until the first shard has been measured: two PNGs, a row, tar padding."""
+from busigen.runtime.stopping import GenerationInterrupted, Stopping
+from busigen.runtime.wording import counted, duration
 
 _HASHERS = min(8, os.cpu_count() or 1)
-
-
-class GenerationInterrupted(BusigenError):
-    """The person pressed Ctrl-C; every complete shard is kept."""
-
-    exit_code = INTERRUPTED_EXIT_CODE
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,7 @@ def generate(
     seed: int,
     shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
+    stop: Stopping | None = None,
 ) -> GenerateReport:
     """Make the dataset of ``count`` accepted samples in ``out``, or finish one that the same call began earlier.
 
@@ -81,17 +75,19 @@ def generate(
         shard_size: samples per shard. A killed run loses at most two shards' worth of work: the one being drawn and the
             one being written.
         progress: told of every sample; None shows nothing.
+        stop: asked after each shard whether to end here; None never ends early.
 
     Raises:
         UsageError: a number is out of range.
         OutputError: the folder is foreign, in use, of another run, too small or not writable.
-        GenerationInterrupted: on Ctrl-C.
+        GenerationInterrupted: ``stop`` was asked to, or on Ctrl-C.
         BusigenError: whatever the source raises; complete shards are kept.
     """
     started = time.monotonic()
-    progress = progress or Progress()
+    progress, stop = progress or Progress(), stop or Stopping()
     plan = Plan(count=count, seed=seed, shard_size=shard_size)
     schema_of(source.row_types())
+    refuse_small_disk(out, plan)
     with claimed(out, run_record(source, plan)) as run:
         with output_errors(out):
             kept = _sound_shards(out, plan)
@@ -101,13 +97,16 @@ def generate(
             with output_errors(out):
                 unfinish(out)
             try:
-                _draw_missing(source, out, plan, records, progress)
+                _draw_missing(source, out, plan, records, progress, stop)
+                if len(records) < plan.shards:
+                    raise KeyboardInterrupt
+                # A run that was asked to stop in its last shard is complete but for this, which takes moments.
                 with output_errors(out):
                     finish(out, run, [records[number] for number in range(plan.shards)])
             except KeyboardInterrupt:
-                raise _interrupted(out, plan, progress) from None
+                raise _interrupted(out, plan, progress, stop) from None
         info = dataset_info(run, [records[number] for number in range(plan.shards)], {})
-    return GenerateReport(
+    report = GenerateReport(
         folder=out,
         samples=plan.count,
         shards=plan.shards,
@@ -118,6 +117,20 @@ def generate(
         seconds=time.monotonic() - started,
         already_complete=finished,
     )
+    progress.finished(report)
+    return report
+
+
+def refuse_small_disk(out: Path, plan: Plan) -> None:
+    """Refuse a new run that its disk cannot hold, before anything is read or written; one to continue is asked later.
+
+    Raises:
+        OutputError: the disk has no room for the plan's samples.
+    """
+    with output_errors(out):
+        new = not (out / RUN_FILE).exists()
+    if new:
+        require_room(out, plan, {})
 
 
 def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
@@ -151,76 +164,71 @@ def _recorded(folder: Path, plan: Plan) -> list[int]:
     return sorted(number for number in numbers if number < plan.shards)
 
 
-def _draw_missing(source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress) -> None:
-    """Draw and write the shards that ``records`` lacks, and add them to it."""
+def _draw_missing(
+    source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress, stop: Stopping
+) -> None:
+    """Draw and write the shards that ``records`` lacks until told to stop, and add them to it."""
     types = source.row_types()
     missing = (number for number in range(plan.shards) if number not in records)
-    progress.start("generating", plan.count, sum(record.count for record in records.values()))
-    _check_space(out, plan, records)
+    done = sum(record.count for record in records.values())
+    foresight = Foresight(out, plan, records, progress)
     pending: Future[ShardRecord] | None = None
+    opened, before = range(0), done
+
+    def write(number: int, drawn: Drawn) -> ShardRecord:
+        record = write_shard(out, number, drawn, types)
+        progress.shard_written(record)
+        foresight.written(record)
+        return record
 
     def settle() -> None:
         if pending is not None:
-            with output_errors(out):
+            with output_errors(out), told_when_full(out, plan, records):
                 record = pending.result()
             records[record.number] = record
-            _check_space(out, plan, records)
+            foresight.check()
+
+    def advance(samples: int) -> None:
+        progress.advance(samples)
+        foresight.advanced()
+
+    def open_shard() -> str:
+        if not opened:
+            return "before the first shard"
+        drawn = progress.done - before
+        left = f", about {duration((len(opened) - drawn) / progress.rate)} left" if progress.rate else ""
+        return f"the open shard ({drawn} of {counted(len(opened), 'sample')}{left})"
 
     try:
         # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving
         # the block waits for the writer: a shard that was drawn is not thrown away because the next draw failed.
-        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer, stop.finishing(open_shard):
+            progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
+            foresight.begin()
             for number in missing:
-                drawn = _draw(source, plan, number, progress)
+                if stop.requested:
+                    break
+                opened, before = plan.indices(number), progress.done
+                drawn = _draw(source, plan.seed, opened, advance)
+                progress.rejected(len(drawn.rejections))
+                foresight.drawn()
                 settle()
-                pending = writer.submit(write_shard, out, number, drawn, types)
+                pending = writer.submit(write, number, drawn)
             settle()
     finally:
         progress.stop()
 
 
-def _draw(source: Source, plan: Plan, number: int, progress: Progress) -> Drawn:
-    indices = plan.indices(number)
-    drawn = source.draw(plan.seed, indices, progress.advance)
+def _draw(source: Source, seed: int, indices: range, done: Callable[[int], None]) -> Drawn:
+    drawn = source.draw(seed, indices, done)
     if [sample.index for sample in drawn.samples] != list(indices):
         raise ValueError(f"the source was asked for {indices} and answered with other indices")
-    progress.rejected(len(drawn.rejections))
     return drawn
 
 
-def _interrupted(out: Path, plan: Plan, progress: Progress) -> GenerationInterrupted:
+def _interrupted(out: Path, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
     records = [complete_shard(out, plan, number) for number in _recorded(out, plan)]
     kept = [record.count for record in records if record]
     lost = max(0, progress.done - sum(kept))
     loss = f"; lost with the unfinished shard: {counted(lost, 'finished sample')}" if lost else ""
-    return GenerationInterrupted(
-        f"Interrupted with {len(kept)} of {counted(plan.shards, 'shard')} complete in {out}{loss}.",
-        fix="Run the same command again to continue.",
-    )
-
-
-def _check_space(out: Path, plan: Plan, records: dict[int, ShardRecord]) -> None:
-    """Refuse early what would fail hours later.
-
-    Raises:
-        OutputError: the disk has no room for the samples that are still to come.
-    """
-    done = sum(record.count for record in records.values())
-    if done == plan.count:
-        return
-    measured = sum(record.tar.size + record.parquet.size for record in records.values())
-    per_sample = measured / done if done else BYTES_PER_SAMPLE
-    needed = (plan.count - done) * per_sample
-    with output_errors(out):
-        free = shutil.disk_usage(out).free
-    if free < needed:
-        raise OutputError(
-            f"{out} has {_gigabytes(free)} free, but the remaining {counted(plan.count - done, 'sample')} need about "
-            f"{_gigabytes(needed)}.",
-            fix="Free some space, then run the same command again: complete shards are kept. "
-            "Or choose another --out or a smaller --count.",
-        )
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return stop.interruption(f"with {len(kept)} of {counted(plan.shards, 'shard')} complete in {out}{loss}")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import busigen
 from busigen.registry import SYNTHETIC
 from busigen.runtime.asking import parse_asked
 from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.claim import refuse_other_run
 from busigen.runtime.classes import parse_classes
-from busigen.runtime.factory import GenerateReport, generate
+from busigen.runtime.factory import GenerateReport, generate, refuse_small_disk
 from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
+from busigen.runtime.stage_times import TimedBackend
+from busigen.runtime.stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,17 @@ class Job:
     taller_than_wide: bool = False
     birads: str | None = None
 
-    def run(self, progress: Progress) -> GenerateReport:
+    def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began.
+
+        Args:
+            progress: told of all that happens.
+            stop: asked after each shard whether to end here; None never ends early.
 
         Raises:
             BusigenError: as for what it calls: an option, an input or the output is not usable.
         """
+        progress.began(self._facts())
         plan = Plan(count=self.count, seed=self.seed, shard_size=self.shard_size)
         classes = parse_classes(self.classes)
         asked = parse_asked(
@@ -71,13 +81,32 @@ class Job:
             taller_than_wide=self.taller_than_wide,
             birads=self.birads,
         )
+        refuse_small_disk(self.out, plan)
         bundle = Bundle.open(self.bundle or default_bundle())
-        backend = OnnxBackend(bundle, provider=self.provider, threads=self.threads)
+        backend = TimedBackend(OnnxBackend(bundle, provider=self.provider, threads=self.threads))
+        progress.engine(backend.seconds)
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
             refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))
             sampler.healthy = HealthyFolder(Path(self.healthy), progress)
         return generate(
-            sampler, self.out, count=self.count, seed=self.seed, shard_size=self.shard_size, progress=progress
+            sampler,
+            self.out,
+            count=self.count,
+            seed=self.seed,
+            shard_size=self.shard_size,
+            progress=progress,
+            stop=stop,
         )
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "busigen": busigen.__version__,
+            "process": os.getpid(),
+            "out": str(self.out.absolute()),
+            "count": self.count,
+            "seed": self.seed,
+            "shard_size": self.shard_size,
+            "provider": self.provider,
+        }

@@ -5,17 +5,31 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from busigen.runtime.wording import duration
 
+if TYPE_CHECKING:
+    from busigen.runtime.factory import GenerateReport
+    from busigen.runtime.foresight import Forecast
+    from busigen.runtime.shards import ShardRecord
+
 LINE_SECONDS = 10.0
 """Seconds between two lines where no terminal shows a bar."""
+
+NOW_SECONDS = 60.0
+"""Seconds that the rate of "now" looks back: a few batches of a slow machine."""
+
+LONG_SECONDS = 60.0
+"""A run that will take longer than this is told its forecast; the others are over before it is read."""
 
 
 class Progress:
@@ -27,9 +41,11 @@ class Progress:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._stage_seconds: Callable[[], Mapping[str, float]] = dict
         self._advanced = self._longest_wait = 0.0
         self._begin("", 0, 0)
         self.unit = "sample"
+        self.shards_done = self.shards = 0
 
     def __enter__(self) -> Self:
         return self
@@ -39,14 +55,18 @@ class Progress:
     ) -> None:
         self.stop()
 
-    def start(self, what: str, total: int, done: int = 0, *, unit: str = "sample") -> None:
+    def start(
+        self, what: str, total: int, done: int = 0, *, unit: str = "sample", shards: tuple[int, int] = (0, 0)
+    ) -> None:
         """Begin to count: ``done`` of ``total`` samples exist already and do not count towards the rate.
 
-        ``unit`` names one of what is counted.
+        ``unit`` names one of what is counted; ``shards`` is how many exist and how many there will be, if it is shards
+        that are written.
         """
         with self._lock:
             self._begin(what, total, done)
             self.unit = unit
+            self.shards_done, self.shards = shards
             self._show()
 
     def advance(self, samples: int) -> None:
@@ -56,6 +76,10 @@ class Progress:
             self._longest_wait = max(self._longest_wait, now - self._advanced)
             self._advanced = now
             self.done += samples
+            self._recent.append((now, self.done))
+            # The oldest entry is where the look back begins, so it may lie outside by one.
+            while len(self._recent) > 1 and self._recent[1][0] <= now - NOW_SECONDS:
+                self._recent.popleft()
             self._show()
 
     def rejected(self, draws: int) -> None:
@@ -64,6 +88,30 @@ class Progress:
             self.refused += draws
             self._show()
 
+    def shard_written(self, record: ShardRecord) -> None:
+        """A shard is complete on disk."""
+        with self._lock:
+            self.shards_done += 1
+            self._show()
+
+    def engine(self, stage_seconds: Callable[[], Mapping[str, float]]) -> None:
+        """Name who knows the seconds that each stage has spent in the engine."""
+        self._stage_seconds = stage_seconds
+
+    def began(self, facts: Mapping[str, Any]) -> None:
+        """A run begins; ``facts`` are its options."""
+
+    def predicted(self, forecast: Forecast) -> None:
+        """What the rest of the run will take is known; told where it is long."""
+        if forecast.seconds >= LONG_SECONDS:
+            self.note(str(forecast))
+
+    def finished(self, report: GenerateReport) -> None:
+        """The run is complete."""
+
+    def note(self, text: str) -> None:
+        """Say something in a line of its own."""
+
     def stop(self) -> None:
         """Show the last state and release the terminal; may be called twice."""
 
@@ -71,6 +119,20 @@ class Progress:
     def rate(self) -> float:
         """Samples per second since the start."""
         return (self.done - self._resumed) / max(time.monotonic() - self._started, 1e-9)
+
+    @property
+    def rate_now(self) -> float | None:
+        """Samples per second over the last ``NOW_SECONDS``; None while the run is younger."""
+        since, done = self._recent[0]
+        now = time.monotonic()
+        return (self.done - done) / (now - since) if now - self._started >= NOW_SECONDS else None
+
+    @property
+    def stage_shares(self) -> dict[str, float]:
+        """Share of each stage in the engine's time, 0 to 1, the largest first; empty where nobody measures."""
+        seconds = self._stage_seconds()
+        total = sum(seconds.values())
+        return {stage: spent / total for stage, spent in seconds.items()} if total else {}
 
     @property
     def acceptance(self) -> float | None:
@@ -93,26 +155,51 @@ class Progress:
         self.what, self.total, self.done, self.refused = what, total, done, 0
         self._resumed, self._started = done, time.monotonic()
         self._advanced, self._longest_wait = self._started, 0.0
+        self._recent = deque([(self._started, done)])
 
     def _show(self) -> None:
         """Called under the lock after every change."""
 
     def _summary(self) -> str:
-        """Rate, acceptance and remaining time; empty as long as there is nothing to tell."""
+        """Shards, rates, acceptance and remaining time; empty as long as there is nothing to tell."""
         if self.done <= self._resumed:
             return ""
-        rate, accepted, left = self.rate, self.acceptance, self.left
-        parts = [f"{rate:.1f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s per {self.unit}"]
+        accepted, left, now = self.acceptance, self.left, self.rate_now
+        parts = [f"{self.shards_done}/{self.shards} shards"] if self.shards else []
+        parts += (
+            [self._paced(self.rate)] if now is None else [f"{self._paced(now)} now, {self._paced(self.rate)} overall"]
+        )
         parts += [f"{accepted:.1%} accepted"] if accepted is not None else []
         parts += [f"{duration(left)} left"] if left is not None else []
         return ", ".join(parts)
 
+    def _paced(self, rate: float) -> str:
+        if rate <= 0:
+            return f"no {self.unit}"
+        return f"{rate:.1f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s per {self.unit}"
+
+    def _stages(self) -> str:
+        """The engine's time by stage; empty where nobody measures."""
+        shares = [f"{stage} {share:.0%}" for stage, share in self.stage_shares.items()]
+        return f"engine time: {', '.join(shares)}" if shares else ""
+
+
+class _Bar(RichProgress):
+    """A bar and a line below it."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, style="dim", no_wrap=True, overflow="ellipsis")
+
 
 class BarProgress(Progress):
-    """A bar with rate, remaining time and acceptance rate."""
+    """A bar with shards, rate, remaining time and acceptance rate, and below it the engine's time by stage."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = RichProgress(
+        self._bar = _Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -123,9 +210,11 @@ class BarProgress(Progress):
         self._task = self._bar.add_task("", total=None, summary="")
         super().__init__()
 
-    def start(self, what: str, total: int, done: int = 0, *, unit: str = "sample") -> None:
+    def start(
+        self, what: str, total: int, done: int = 0, *, unit: str = "sample", shards: tuple[int, int] = (0, 0)
+    ) -> None:
         """Begin to count and put up the bar."""
-        super().start(what, total, done, unit=unit)
+        super().start(what, total, done, unit=unit, shards=shards)
         self._bar.reset(self._task, total=total, completed=done, description=what, summary="")
         self._bar.start()
 
@@ -133,7 +222,12 @@ class BarProgress(Progress):
         """Take the bar down."""
         self._bar.stop()
 
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(f"{self.what}: {text}", markup=False, highlight=False, soft_wrap=True)
+
     def _show(self) -> None:
+        self._bar.below = self._stages()
         self._bar.update(self._task, completed=self.done, summary=self._summary())
 
 
@@ -143,20 +237,26 @@ class LineProgress(Progress):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last = 0.0
-        self._printed: tuple[int, int] | None = None
+        self._printed: tuple[int, int, int] | None = None
         super().__init__()
 
-    def start(self, what: str, total: int, done: int = 0, *, unit: str = "sample") -> None:
+    def start(
+        self, what: str, total: int, done: int = 0, *, unit: str = "sample", shards: tuple[int, int] = (0, 0)
+    ) -> None:
         """Begin to count; what was counted before gets its last line."""
         self.stop()
         self._last = float("-inf")
-        super().start(what, total, done, unit=unit)
+        super().start(what, total, done, unit=unit, shards=shards)
 
     def stop(self) -> None:
         """Print the last state, unless it has been printed."""
         with self._lock:
-            if self._printed != (self.done, self.refused):
+            if self._printed != (self.done, self.refused, self.shards_done):
                 self._print()
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(f"{self.what}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         if time.monotonic() - self._last >= LINE_SECONDS:
@@ -166,10 +266,10 @@ class LineProgress(Progress):
         # Before the first start there is nothing to count, and of an empty folder there never is.
         if not self.total:
             return
-        self._last, self._printed = time.monotonic(), (self.done, self.refused)
-        summary = self._summary()
-        line = f"{self.what}: {self.done}/{self.total}"
-        self._console.print(f"{line}, {summary}" if summary else line, highlight=False, soft_wrap=True)
+        self._last, self._printed = time.monotonic(), (self.done, self.refused, self.shards_done)
+        summary, stages = self._summary(), self._stages()
+        line = ", ".join(filter(None, (f"{self.what}: {self.done}/{self.total}", summary)))
+        self._console.print("; ".join(filter(None, (line, stages))), markup=False, highlight=False, soft_wrap=True)
 
 
 def console_progress() -> Progress:

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: with a noun in the right form, or as a length of time."""
+"""Numbers as a person reads them: with a noun in the right form, as a length of time, or as disk space."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def disk_size(size: float) -> str:
+    """Bytes in the decimal unit that fits: ``812 bytes``, ``1.05 MB``, ``80.0 TB``."""
+    if size < 1000:
+        return counted(round(size), "byte")
+    for unit in ("kB", "MB", "GB", "TB"):
+        size /= 1000
+        if size < 999.5 or unit == "TB":
+            break
+    return f"{size:.2f} {unit}" if size < 10 else f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"

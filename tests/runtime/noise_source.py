@@ -1,6 +1,7 @@
 """A small, real source of samples: speckle and a dark ellipse, a pure function of seed and index.
 
-``python -m tests.runtime.noise_source OUT COUNT SHARD_SIZE [SEED] [SECONDS_PER_SAMPLE]`` runs the factory with it.
+``python -m tests.runtime.noise_source OUT COUNT SHARD_SIZE [SEED] [SECONDS_PER_SAMPLE] [LOG]`` runs the factory with
+it, supervised like ``busigen generate``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from busigen.errors import BusigenError
 from busigen.runtime.factory import generate
 from busigen.runtime.sample import Drawn, Rejection, Sample
+from busigen.runtime.supervise import supervised
 
 ROWS, COLUMNS = np.mgrid[0:256, 0:256]
 
@@ -75,12 +77,14 @@ def noise_sample(seed: int, index: int, attempt: int = 0) -> Sample:
 def main(arguments: list[str]) -> int:
     out, count, shard_size, *rest = arguments
     seed, seconds = int(rest[0]) if rest else 7, float(rest[1]) if len(rest) > 1 else 0.0
+    numbers = {"count": int(count), "seed": seed, "shard_size": int(shard_size)}
     try:
-        report = generate(NoiseSource(seconds), Path(out), count=int(count), seed=seed, shard_size=int(shard_size))
+        with supervised(Path(out), rest[2] if len(rest) > 2 else None) as (progress, stop):
+            report = generate(NoiseSource(seconds), Path(out), **numbers, progress=progress, stop=stop)
     except BusigenError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(report)
+    print(report, file=sys.stderr)
     return 0
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,12 +20,7 @@ from busigen.runtime.lock import exclusive
 from busigen.runtime.verify import verify
 from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource
-
-ROOT = Path(__file__).parents[2]
-
-
-def command(out: Path, count: int, shard_size: int, *more: object) -> list[str]:
-    return [sys.executable, "-m", "tests.runtime.noise_source", *map(str, (out, count, shard_size, *more))]
+from tests.runtime.processes import ROOT, command
 
 
 @pytest.fixture(scope="module")
@@ -200,24 +193,6 @@ def test_failed_write_keeps_complete_shards_and_says_so(tmp_path: Path) -> None:
     assert not list(out.rglob(".tmp-*"))
     assert not (out / "dataset.json").exists()
     assert generate(NoiseSource(), out, count=4, seed=7, shard_size=2).written == 0
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
-def test_full_disk_is_an_output_error(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True
-    ).returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    try:
-        with pytest.raises(OutputError, match=r"0\.00 GB free, but the remaining 1000 samples need about 0\.06 GB"):
-            generate(NoiseSource(), disk / "early", count=1000, seed=7, shard_size=10)
-        # The estimate before the first shard passes, the disk fills up all the same.
-        with pytest.raises(OutputError, match="No space left on device"):
-            generate(NoiseSource(), disk / "late", count=17, seed=7, shard_size=17)
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_ctrl_c_keeps_what_was_drawn(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from busigen.errors import InputError
 from busigen.runtime.factory import generate
 from busigen.runtime.healthy import HealthyFolder
-from busigen.runtime.progress import LineProgress, Progress, console_progress
-from busigen.runtime.wording import counted, duration
+from busigen.runtime.progress import BarProgress, LineProgress, Progress, console_progress
+from busigen.runtime.wording import counted, disk_size, duration
 from tests.runtime.noise_source import NoiseSource
 
 
@@ -24,6 +26,42 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
     assert lines[-1].startswith("generating: 8/8")
     assert "samples/s, 88.9% accepted" in lines[-1]
     assert "left" not in lines[-1]
+
+
+def test_lines_tell_shards_stages_and_the_rate_of_now(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("busigen.runtime.progress.NOW_SECONDS", 0.5)
+    monkeypatch.setattr("busigen.runtime.progress.LINE_SECONDS", 0.0)
+    with console_progress() as progress:
+        progress.engine(lambda: {"lesion": 3.0, "mask": 1.0})
+        progress.start("generating", 2000, 100, shards=(1, 20))
+        progress.advance(1000)
+        assert progress.rate_now is None, "now is all there is"
+        time.sleep(0.6)
+        for _ in range(5):
+            progress.advance(1)
+            time.sleep(0.05)
+        # A thousand at once, then twenty a second at most; the thousand lie further back than now looks.
+        assert 0 < progress.rate_now <= 20 < progress.rate
+        progress.advance(1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("generating: 1106/2000, 1/20 shards, ")
+    assert " samples/s now, " in last and " samples/s overall, " in last
+    assert last.endswith(" left; engine time: lesion 75%, mask 25%")
+
+
+def test_a_bar_tells_the_same_and_leaves_notes_standing() -> None:
+    file = StringIO()
+    with BarProgress(Console(file=file, force_terminal=True, width=160)) as progress:
+        progress.engine(lambda: {"lesion": 3.0, "mask": 1.0})
+        progress.start("generating", 20, shards=(0, 2))
+        progress.advance(5)
+        progress.note("[half] way")
+    shown = file.getvalue()
+    assert "0/2 shards" in shown and "samples/s" in shown
+    assert "engine time: lesion 75%, mask 25%" in shown
+    assert "generating: [half] way\n" in shown
 
 
 def test_every_phase_ends_with_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,3 +119,18 @@ def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> Non
 
 def test_plurals() -> None:
     assert [counted(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1, "1 byte"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (43_700, "43.7 kB"),
+        (999_900, "1.00 MB"),
+        (8e13, "80.0 TB"),
+    ],
+)
+def test_disk_sizes_have_three_digits(size: float, text: str) -> None:
+    assert disk_size(size) == text

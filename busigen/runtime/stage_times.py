@@ -1,0 +1,47 @@
+"""Where an engine's time goes: seconds per stage, over whatever backend runs the graphs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.runtime.backend import Backend
+
+
+class TimedBackend:
+    """A :class:`busigen.runtime.backend.Backend` that runs another one and keeps count of the time.
+
+    A graph's first call includes what loading it takes.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.name, self.version = backend, backend.name, backend.version
+        self._seconds: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """See :class:`busigen.runtime.backend.Backend`."""
+        started = time.perf_counter()
+        try:
+            return self.backend.run(graph, inputs)
+        finally:
+            seconds = time.perf_counter() - started
+            with self._lock:
+                # Counter's type knows whole numbers only; its arithmetic takes seconds just as well.
+                self._seconds[stage_of(graph)] += seconds  # type: ignore[assignment]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage so far, the longest first."""
+        with self._lock:
+            return dict(self._seconds.most_common())
+
+
+def stage_of(graph: str) -> str:
+    """A graph's stage, over all classes and window sizes: ``lesion`` for ``lesion-benign@128``."""
+    return graph.partition("@")[0].partition("-")[0]

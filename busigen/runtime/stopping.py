@@ -1,0 +1,143 @@
+"""Ctrl-C and SIGTERM: the first one finishes the shard that is being drawn, the second one stops at once."""
+
+from __future__ import annotations
+
+import _thread
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from busigen.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, BusigenError
+
+_SIGNALS = {
+    signal.SIGINT: ("Ctrl-C", "Interrupted", INTERRUPTED_EXIT_CODE),
+    signal.SIGTERM: ("SIGTERM", "Terminated", TERMINATED_EXIT_CODE),
+}
+
+
+class GenerationInterrupted(BusigenError):
+    """A signal ended the run; every complete shard is kept. The exit code tells which signal it was.
+
+    Attributes:
+        signal: the signal's number.
+    """
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+    def __init__(self, problem: str, *, fix: str = "", number: int = signal.SIGINT) -> None:
+        self.signal = int(number)
+        self.exit_code = _SIGNALS[signal.Signals(number)][2]
+        super().__init__(problem, fix=fix)
+
+
+class Stopping:
+    """Listens for Ctrl-C and SIGTERM while its block runs.
+
+    Outside of ``finishing`` a signal raises ``KeyboardInterrupt`` in the main thread. Inside, the first one is only
+    noted (``requested``), and each further one raises. An exception that leaves the block becomes a
+    ``GenerationInterrupted``. A signal that the process was started to ignore stays ignored.
+
+    An object whose block was never entered listens to nothing and never asks to stop.
+
+    Args:
+        tell: told in a line what a noted signal leads to; called from a thread of its own.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda line: None) -> None:
+        self.signal: int | None = None
+        self._tell = tell
+        self._work: Callable[[], str] | None = None
+        self._received = self._own = 0
+        self._raise = False
+        self._former: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has asked the run to end."""
+        return self.signal is not None
+
+    def __enter__(self) -> Self:
+        # Python allows handlers in the main thread only. Elsewhere, whoever owns that one decides when to stop.
+        if threading.current_thread() is threading.main_thread():
+            self._listen()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._former:
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._former_wakeup)
+            self._writer.close()
+            self._thread.join()
+            self._reader.close()
+        if kind is KeyboardInterrupt:
+            raise self.interruption() from None
+
+    @contextmanager
+    def finishing(self, work: Callable[[], str]) -> Iterator[None]:
+        """Let the block come to a good end after a first signal.
+
+        Args:
+            work: says what is being finished, such as ``shard 3 (12 of 100 samples)``; called from another thread.
+        """
+        self._work = work
+        try:
+            yield
+        finally:
+            self._work = None
+
+    def interruption(self, state: str = "") -> GenerationInterrupted:
+        """The error to end with; ``state`` is what is complete, such as ``with 3 of 8 shards complete in out``."""
+        number = signal.Signals(self.signal or signal.SIGINT)
+        said = f"{_SIGNALS[number][1]} {state}".strip()
+        return GenerationInterrupted(f"{said}.", fix="Run the same command again to continue.", number=number)
+
+    def _listen(self) -> None:
+        # A Python handler runs between two bytecodes of the main thread, which may be minutes away inside an engine,
+        # and several signals until then count as one. The wake-up socket hears of each at once.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._former = {
+            number: signal.signal(number, self._handle)
+            for number in _SIGNALS
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+        }
+        self._former_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._raise:
+            self._raise = False
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        while byte := self._reader.recv(1):
+            number = byte[0]
+            if number not in self._former:
+                continue
+            if self._own:
+                self._own -= 1
+                continue
+            self._received += 1
+            self.signal = self.signal or number
+            work, name = self._work, _SIGNALS[signal.Signals(number)][0]
+            if self._received == 1 and work is not None:
+                self._tell(f"{name}: finishing {work()}. Once more to stop at once.")
+            else:
+                self._wake(number)
+
+    def _wake(self, number: int) -> None:
+        """Have the main thread raise, even where it waits for a lock or sleeps."""
+        self._raise = True
+        self._own += 1
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        else:
+            _thread.interrupt_main(signal.Signals(number))
