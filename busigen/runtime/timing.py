@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.runtime.backend import Arrays, Backend
-from busigen.runtime.factory import GenerateReport, GenerationInterrupted, generate
+from busigen.runtime.factory import GenerateReport, generate
 from busigen.runtime.layout import MANIFEST_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
 from busigen.runtime.machine import peak_memory, reset_peak_memory
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
+from busigen.runtime.stopping import GenerationInterrupted
 
 WARM_SECONDS = 5.0
 """A warm-up takes all samples where that takes no longer than this, so that a fast engine has seen every shape."""

@@ -1,0 +1,59 @@
+"""The command line: each command parses, calls one function and prints. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+# Importing the modules adds their commands, in the order of --help.
+# isort: off
+from busigen.cli import models, datasets, judging  # noqa: F401
+
+# isort: on
+from busigen.cli.app import DEBUG, Interrupted, app, stderr
+from busigen.errors import BusigenError, UsageError
+
+
+def main() -> None:
+    """Run the command line; an error of the user's becomes one line and its exit code."""
+    # click's base class of usage errors: typer does not export it, and newer versions have a click of their own.
+    misuse: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        sys.exit(app(args=arguments or ["--help"], prog_name="busigen", standalone_mode=False))
+    except BusigenError as error:
+        _fail(error, debug)
+    except misuse as error:
+        _fail(_usage_error(error, arguments), debug)
+    except typer.Abort:
+        _fail(Interrupted("Interrupted."), debug)
+    except Exception as error:
+        if debug:
+            raise
+        stderr.print(
+            escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it.")
+        )
+        sys.exit(1)
+
+
+def _fail(error: BusigenError, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    stderr.print(escape(f"error: {error}"), style=None if debug else "red")
+    sys.exit(error.exit_code)
+
+
+def _usage_error(error: Any, arguments: list[str]) -> UsageError:
+    """Put what click would spread over a box of several lines into one, with the value, which click may leave out."""
+    problem = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    return UsageError(
+        f"{problem} (in: {shlex.join(['busigen', *arguments])}).",
+        fix=f"See: {context.command_path if context else 'busigen'} --help",
+    )

@@ -1,0 +1,5 @@
+"""``python -m busigen.cli``."""
+
+from busigen.cli import main
+
+main()

@@ -1,0 +1,77 @@
+"""The application that the commands join, and what they share."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from busigen import __version__
+from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, MissingDependencyError
+from busigen.runtime.install import install_command
+
+app = typer.Typer(
+    name="busigen",
+    help="Turn healthy breast-ultrasound images into benign or malignant ones, with the exact lesion mask.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog="Exit codes: 0 done, 2 usage, 3 input, 4 output, 5 integrity, 6 parity, 7 missing extra, 8 acceptance, "
+    "9 flagged, 130 interrupted, 143 terminated. See docs/exit-codes.md.",
+)
+stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+
+DEBUG = "--debug"
+
+
+class Interrupted(BusigenError):
+    """Ctrl-C, with what was done kept."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        stdout.print(f"busigen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show a traceback with an error; works after a command, too.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    # Libraries log how they load files; a person wants to hear about the run.
+    for name in ("httpx", "torch", "onnxscript", "onnx_ir", "PIL", "urllib3", "absl", "tensorboard"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Turn a missing module into the name of the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"this command needs {error.name}, which is not installed.", fix=f"Run {install_command(extra)}."
+        ) from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep third-party deprecation warnings off the user's terminal."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

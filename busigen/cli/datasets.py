@@ -1,0 +1,190 @@
+"""Commands that make a dataset, and look at one: generate, bench, verify, explain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from busigen.cli.app import Interrupted, app, stderr, stdout
+from busigen.errors import InputError, UsageError
+from busigen.registry import BIRADS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
+from busigen.runtime.layout import DEFAULT_SHARD_SIZE
+from busigen.runtime.summary import explained, generated, repaired, verified
+
+
+@app.command(
+    epilog="Examples: `busigen generate --count 1000 --out data` uses the shipped bundle and synthetic backgrounds; "
+    "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images."
+)
+def generate(
+    count: Annotated[int, typer.Option(help="Accepted samples to write.")],
+    out: Annotated[Path, typer.Option(help="The dataset's folder. A rerun of the same command continues in it.")],
+    bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
+    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
+    classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
+    size: Annotated[
+        str | None, typer.Option(help="Lesion's area as a share of the image's: 0.03, or a range 0.02:0.06.")
+    ] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Share of the image's height above the lesion's centre; number or range.")
+    ] = None,
+    across: Annotated[
+        str | None, typer.Option(help="Share of the image's width left of the lesion's centre; number or range.")
+    ] = None,
+    height_width: Annotated[str | None, typer.Option(help="Lesion's height over its width; number or range.")] = None,
+    taller_than_wide: Annotated[
+        bool, typer.Option("--taller-than-wide", help=f"Short for --height-width {TALLER_THAN_WIDE}.")
+    ] = False,
+    birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
+    shard_size: Annotated[
+        int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
+    ] = DEFAULT_SHARD_SIZE,
+    provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+    log_json: Annotated[
+        str | None, typer.Option(help="File to append progress to as JSON lines; - for standard output.")
+    ] = None,
+) -> None:
+    """Write a dataset of images with lesions and their exact masks, in shards.
+
+    Ctrl-C or SIGTERM finishes the open shard; a second one stops at once. The same command continues.
+    """
+    from busigen.runtime.job import Job
+    from busigen.runtime.supervise import supervised
+
+    job = Job(
+        count=count,
+        out=out,
+        bundle=bundle,
+        healthy=healthy,
+        classes=classes,
+        seed=seed,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        provider=provider,
+        threads=threads,
+        size=size,
+        depth=depth,
+        across=across,
+        height_width=height_width,
+        taller_than_wide=taller_than_wide,
+        birads=birads,
+    )
+    with supervised(out, log_json) as (progress, stop):
+        report = job.run(progress, stop)
+    for line in generated(report):
+        (stderr if log_json == "-" else stdout).print(escape(line))
+
+
+@app.command(
+    epilog="Example: `busigen bench --batch-sizes 4,16 --count-for 100000`. Exit codes: 0 measured, 2 an option or a "
+    "provider cannot be used, 3 input, 4 output, 5 integrity, 8 acceptance, 130 interrupted (no result is kept)."
+)
+def bench(
+    bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
+    provider: Annotated[
+        str, typer.Option("--provider", "--providers", help=f"One or more of: {', '.join(PROVIDERS)}.")
+    ] = "cpu",
+    batch_sizes: Annotated[str, typer.Option(help="Images per engine call, one or more.")] = "4,16",
+    count: Annotated[int, typer.Option(help="Accepted samples per run.")] = 48,
+    count_for: Annotated[int, typer.Option(help="Predict time and disk size for this many samples.")] = 100_000,
+    repeat: Annotated[int, typer.Option(help="Runs per provider and batch size; medians are shown.")] = 3,
+    healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.svg and, meanwhile, the runs.")] = Path(
+        "bench"
+    ),
+    ledger: Annotated[
+        Path | None, typer.Option(help="File to append a line to. [default: ledger.jsonl in --out]")
+    ] = None,
+) -> None:
+    """Measure `generate` on this machine: every stage, engines alone, the whole pipeline; predict a long run."""
+    from busigen.runtime.bench import Bench
+    from busigen.runtime.bench_report import LEDGER_FILE, show
+    from busigen.runtime.progress import console_progress
+
+    options = Bench(
+        out=out,
+        ledger=ledger or out / LEDGER_FILE,
+        bundle=bundle,
+        providers=provider,
+        batch_sizes=batch_sizes,
+        count=count,
+        count_for=count_for,
+        repeat=repeat,
+        healthy=healthy,
+        threads=threads,
+    )
+    with console_progress() as progress:
+        try:
+            record = options.run(progress)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted; no result is kept.", fix="Run the same command to start anew.") from None
+    show(record, stdout)
+    stdout.print(escape(f"Results and plot are in {out}; a line was appended to {options.ledger}."))
+
+
+@app.command(epilog="Examples: `busigen verify data --healthy normal/`; `busigen verify data --repair`")
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    healthy: Annotated[Path | None, typer.Option(help="The run's healthy images: proves every background.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged or missing, and no more.")] = (
+        False
+    ),
+    bundle: Annotated[Path | None, typer.Option(help="For --repair: the run's. [default: the shipped one]")] = None,
+    threads: Annotated[int | None, typer.Option(help="For --repair: threads. [default: one per core]")] = None,
+) -> None:
+    """Check a dataset: hashes, counts, pairing, duplicates and, given the healthy images, every background."""
+    from busigen.runtime.progress import console_progress
+    from busigen.runtime.repair import repair as mend
+    from busigen.runtime.replay import Inputs
+    from busigen.runtime.verify import verify as run
+
+    if healthy is not None and not healthy.is_dir():
+        raise InputError(
+            f"--healthy {healthy} is no folder.", fix="Give the folder that `generate --healthy` was given."
+        )
+    if not repair and (bundle is not None or threads is not None):
+        raise UsageError("--bundle and --threads are for --repair.", fix="Leave them out, or add --repair.")
+    with console_progress() as progress:
+        inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
+        mended = mend(dataset, inputs=inputs) if repair else None
+        report = mended.after if mended else run(dataset, healthy=healthy, progress=progress)
+    for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
+        stdout.print(escape(line))
+    if mended and mended.error:
+        raise mended.error
+    if not report.ok:
+        raise typer.Exit(5)
+
+
+@app.command(epilog="Example: `busigen explain data 000000012`")
+def explain(
+    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index.")],
+    bundle: Annotated[Path | None, typer.Option(help="The run's bundle. [default: the shipped one]")] = None,
+    healthy: Annotated[Path | None, typer.Option(help="The run's healthy images, where it had any.")] = None,
+    provider: Annotated[str | None, typer.Option(help=f"{', '.join(PROVIDERS)}. [default: the run's]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+    replay: Annotated[bool, typer.Option("--replay/--no-replay", help="Draw the sample again and compare.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder to write the replayed image, mask and row to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell one sample's whole history, draw it again, and say whether the bytes agree."""
+    from busigen.runtime.explain import explain as run
+    from busigen.runtime.progress import console_progress
+    from busigen.runtime.replay import Inputs
+
+    with console_progress() as progress:
+        inputs = Inputs(bundle=bundle, healthy=healthy, provider=provider, threads=threads, progress=progress)
+        told = run(dataset, key, inputs=inputs, replay=replay, out=out)
+    for line in [json.dumps(told.to_json(), indent=2, ensure_ascii=False)] if as_json else explained(told):
+        stdout.print(escape(line))
+    if told.error:
+        raise told.error

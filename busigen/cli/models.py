@@ -1,0 +1,119 @@
+"""Commands that make a model: prepare, train, export."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
+from busigen.registry import DEFAULT_PRESET, LESION_CLASSES, PRESETS
+from busigen.runtime.summary import SHOWN_PROBLEMS
+
+
+@app.command(epilog="Example: `busigen prepare Dataset_BUSI_with_GT BUSBRA --out prepared`")
+def prepare(
+    sources: Annotated[list[Path], typer.Argument(help="BUSI's or BUS-BRA's folder, or one with images/ and masks/.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the table and the letterboxed arrays to.")],
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be used.")] = False,
+) -> None:
+    """Read data sets into one table: classes, patients, near-duplicate groups, splits, overlays."""
+    from busigen.data.prepare import prepare as run
+    from busigen.runtime.progress import console_progress
+
+    with console_progress() as progress:
+        started: list[int] = []
+
+        def report(done: int, total: int) -> None:
+            if not started:
+                progress.start("preparing", total, unit="image")
+                started.append(0)
+            progress.advance(done - started[0])
+            started[0] = done
+
+        result = run(sources, out, seed=seed, strict=strict, progress=report)
+    stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
+    for name, parts in result.by_class_and_split.items():
+        counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))
+        stdout.print(f"  {name:10} {sum(parts.values()):6}   {counts}")
+    stdout.print(f"  sources: {', '.join(f'{name} {count}' for name, count in result.by_source.items())}")
+    stdout.print(f"  groups (patients, near-duplicates): {result.groups}")
+    stdout.print(
+        f"  images under two classes: {result.conflicts} (the same frame stands under another class as well; they are "
+        "kept, but no class is fine-tuned on them)"
+    )
+    stdout.print(f"  overlays suspected: {', '.join(f'{name} {count}' for name, count in result.overlays.items())}")
+    stdout.print(f"  split hash: {result.split_hash}")
+    stdout.print(f"  refused: {len(result.refused)}")
+    for refusal in result.refused[:SHOWN_PROBLEMS]:
+        stdout.print(escape(f"    {refusal.file}: {refusal.problem} {refusal.fix}"))
+    if len(result.refused) > SHOWN_PROBLEMS:
+        stdout.print(f"    and {len(result.refused) - SHOWN_PROBLEMS} more, all of them in {out / 'prepared.json'}")
+
+
+@app.command(
+    epilog="Examples: `busigen train --data prepared --out runs/first --preset tiny`; "
+    "`busigen train --base runs/first --data prepared_hospital --out runs/hospital` adapts a finished checkpoint to "
+    "other images."
+)
+def train(
+    data: Annotated[Path, typer.Option(help="What `busigen prepare` wrote.")],
+    out: Annotated[Path, typer.Option(help="The run's folder, which becomes the checkpoint. A rerun continues in it.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Finished checkpoint whose base is kept as it is: only the adapters are trained, on --data."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"Sizes and recipe: {', '.join(PRESETS)}. [default: {DEFAULT_PRESET}, or the base's]"),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Factor on every task's steps; 1 is sized for a GPU.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seeds weights, order, augmentation and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train autoencoder, context encoder, three stages, healthy prior and one LoRA per class, and merge them.
+
+    With --base, only the LoRAs: for a new hospital's images.
+    """
+    with needs("train"):
+        from busigen.training.base import Base
+        from busigen.training.pipeline import train as run
+        from busigen.training.recipe import recipe_for
+    with quiet_libraries():
+        start = None if base is None else Base.open(base)
+        prescribe = partial(recipe_for, preset or DEFAULT_PRESET) if start is None else partial(start.recipe, preset)
+        try:
+            record = run(data, out, prescribe(seed=seed, scale=scale), base=start, device=device, console=stderr)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Interrupted; {out} keeps what was trained.", fix="Run the same command to continue."
+            ) from None
+    seconds = sum(task["seconds"] for task in record["tasks"].values())
+    stdout.print(f"Checkpoint finished in {out}: preset {record['preset']}, {seconds / 60:.1f} minutes of training.")
+    stdout.print(f"Next: busigen export {out} --out bundle")
+
+
+@app.command(epilog="Example: `busigen export runs/first --out bundle`")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
+    out: Annotated[Path, typer.Option(help="The bundle's folder; must not exist yet, or be empty.")],
+    target: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+) -> None:
+    """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""
+    with needs("train"):
+        from busigen.export.exporter import export as run
+    with quiet_libraries():
+        bundle = run(checkpoint, out, target=target)
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    stdout.print(f"Bundle written to {out}: {len(bundle.info['graphs'])} graphs, {size:.1f} MB")
+    for label in LESION_CLASSES:
+        figures = bundle.info["parity"][label]
+        stdout.print(
+            f"  parity {label:10} {figures['images_compared']} of {figures['draws']} draws, "
+            f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, "
+            f"grey difference <= {figures['max_grey_difference']}"
+        )
