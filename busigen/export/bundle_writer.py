@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 SMALL = 64
@@ -62,18 +62,26 @@ def halved(model: ModelProto, weights: WeightFile) -> ModelProto:
             continue
         stored = f"{tensor.name}/fp16"
         offset, length = weights.place(tensor.name, value)
-        casts.append(
-            helper.make_node("Cast", [stored], [tensor.name], name=f"{tensor.name}/cast", to=TensorProto.FLOAT)
-        )
+        casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
         tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), stored))
         set_external_data(tensor, weights.name, offset=offset, length=length)
         tensor.ClearField("raw_data")
     nodes = list(result.graph.node)
     del result.graph.node[:]
     result.graph.node.extend([*casts, *nodes])
+    _unnamed(result.graph)
     # Shapes that the tracer inferred would contradict the new types, and ONNX Runtime infers its own.
     del result.graph.value_info[:]
     return result
+
+
+def _unnamed(graph: GraphProto) -> None:
+    """Drop the nodes' names, a fifth of a graph file; what a node writes still has one."""
+    for node in graph.node:
+        node.ClearField("name")
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _unnamed(attribute.g)
 
 
 def write_graphs(folder: Path, component: str, models: Mapping[str, ModelProto]) -> dict[str, dict[str, object]]:

@@ -145,7 +145,7 @@ def _components(networks: Networks) -> Iterator[tuple[str, Graphs]]:
 def _prior(networks: Networks) -> ModelProto:
     cells = RESOLUTION // LATENT_FACTOR
     return with_solver(
-        trace.trace_step(networks.denoisers["prior"], cells, 1, (PLACE_CHANNELS,)),
+        trace.trace_step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,)),
         solver_steps("prior", SOLVER_STEPS["prior"]),
         CLASSES.index("normal"),
         name="prior",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import onnx.inliner
 import torch
 from diffusers import ModelMixin
+from diffusers.models.attention import BasicTransformerBlock
 from onnx import ModelProto
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
@@ -71,6 +74,27 @@ class PriorCondition(nn.Module):
         """See :meth:`Networks.background`; built from the input, because a constant would have a fixed batch."""
         zero = (noise[:, :1, 0, 0] * 0.0)[:, :, None]
         return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0, place_condition(noise)
+
+
+class EmptyAttention(nn.Module):
+    """Cross-attention to a single token of zeros, whose value is zero: the output's bias is all that it adds."""
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The bias, at every place."""
+        return self.bias.expand_as(hidden)
+
+
+def without_context(unet: ModelMixin) -> ModelMixin:
+    """A copy of the prior in which the cross-attention, which sees no context, is folded into its bias."""
+    copied: ModelMixin = copy.deepcopy(unet)
+    for module in copied.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.attn2 = EmptyAttention(module.attn2.to_out[0].bias)
+    return copied
 
 
 class AskedCondition(nn.Module):
