@@ -31,3 +31,6 @@ def _section(name: str, outcome: Outcome) -> Iterator[str]:
     for finding in result.findings:
         if finding.level == "flag" or outcome.error:
             yield f"  ! {finding.text}"
+        elif not result.flagged:
+            # Why nothing is flagged, or could be: a silent section would otherwise look like a clean one.
+            yield f"    {finding.text}"

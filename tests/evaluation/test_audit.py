@@ -233,6 +233,14 @@ def test_a_set_is_not_judged_by_itself(pairs: Path, busi: Path, tmp_path: Path) 
     assert any(note.startswith("1 of the synthetic images are also files of the real set") for note in notes)
 
 
+def test_too_few_images_are_no_clean_bill_of_health(pairs: Path, busi: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    done = run(pairs, "--real", busi, "--out", out, "--limit", "10", "--only", "integrity", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "    With fewer than 20 images on a side, nothing is flagged by comparison." in done.stdout.splitlines()
+    assert "silence says nothing" in (out / "report.html").read_text()
+
+
 def test_a_limit_draws_and_says_so(pairs: Path, busi: Path, tmp_path: Path) -> None:
     report = audited(pairs, busi, tmp_path / "report", limit=10)
     assert [report.content["sets"][name]["images"] for name in ("synthetic", "real")] == [10, 10]

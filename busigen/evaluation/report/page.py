@@ -12,12 +12,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from busigen.evaluation.comparing.statistics import ALPHA
+from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG
 from busigen.evaluation.report import words
 from busigen.evaluation.report.chart import Panel, chosen, panels
 from busigen.evaluation.report.contact_sheet import CONTACT_SHEET
 from busigen.evaluation.report.pictures import Inlined, inline
-from busigen.evaluation.report.texts import CANNOT_SAY, NO_TRAIN, PRIVACY, QUICK, SMALL, SMALL_SET, UNANSWERED
+from busigen.evaluation.report.texts import CANNOT_SAY, NO_TRAIN, PRIVACY, QUICK, SMALL, SMALL_SET, TINY_SET, UNANSWERED
 from busigen.evaluation.results import Figure, Finding, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
 from busigen.runtime.atomic import atomic_file, output_errors
@@ -217,7 +217,8 @@ def _cannot_say(views: list[SectionView], inputs: Mapping[str, Any]) -> list[str
     sides = [count for figure in figures for count in (figure.synthetic, figure.real) if count]
     fewest = min(sides, default=SMALL)
     if fewest < SMALL:
-        said.append(SMALL_SET.format(fewest=fewest))
+        text = TINY_SET if fewest < FEWEST_TO_FLAG else SMALL_SET
+        said.append(text.format(fewest=fewest, least=FEWEST_TO_FLAG))
     if not inputs.get("train"):
         said.append(NO_TRAIN)
     if inputs.get("effort") == "quick":

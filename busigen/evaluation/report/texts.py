@@ -9,6 +9,11 @@ UNANSWERED = "Not every section ran. Unanswered: {sections}"
 
 SMALL_SET = "A headline figure rests on {fewest} images of one side: with so few, only large differences can show."
 
+TINY_SET = (
+    "A headline figure rests on {fewest} images of one side. Below {least}, comparisons are never flagged, and silence "
+    "says nothing."
+)
+
 NO_TRAIN = "No training images were named, so nothing here compares the set with what its generator was trained on."
 
 QUICK = "This was a quick run: smaller networks, fewer seeds. A full run can find what this one does not."
