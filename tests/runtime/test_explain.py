@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,25 +12,12 @@ import pytest
 from busigen.errors import IntegrityError, UsageError
 from busigen.runtime.dataset import read_members
 from busigen.runtime.explain import explain
-from busigen.runtime.factory import generate
 from busigen.runtime.sample import Drawn
 from busigen.runtime.shards import write_shard
 from busigen.runtime.summary import explained
 from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource, noise_sample
 from tests.runtime.replaying import NoiseInputs, flip, reseal, truncate
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pristine") / "set"
-    generate(NoiseSource(), out, count=8, seed=7, shard_size=3)
-    return out
-
-
-@pytest.fixture
-def dataset(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "set"))
 
 
 def test_the_history_is_what_the_dataset_records_and_the_replay_agrees(pristine: Path, tmp_path: Path) -> None:

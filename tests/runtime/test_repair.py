@@ -27,18 +27,6 @@ from tests.runtime.replaying import NoiseInputs, flip, reseal, truncate
 SHARD = ("json", "parquet", "tar")
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pristine") / "set"
-    generate(NoiseSource(), out, count=8, seed=7, shard_size=3)
-    return out
-
-
-@pytest.fixture
-def dataset(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "set"))
-
-
 def mend(dataset: Path, inputs: NoiseInputs | None = None) -> tuple[RepairReport, list[list[int]]]:
     inputs = inputs or NoiseInputs()
     return repair(dataset, inputs=inputs), inputs.asked

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,18 +25,6 @@ from busigen.runtime.sample import Drawn
 from busigen.runtime.verify import verify
 from tests.runtime.noise_source import NoiseSource, noise_sample
 from tests.runtime.replaying import flip, reseal
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pristine") / "set"
-    generate(NoiseSource(), out, count=8, seed=7, shard_size=3)
-    return out
-
-
-@pytest.fixture
-def dataset(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "set"))
 
 
 def edit_record(folder: Path, number: int, name: str, value: object) -> None:
