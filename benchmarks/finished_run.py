@@ -31,7 +31,8 @@ class FinishedRun:
             report=lambda what: lambda done, total: None,
             cache=folder / CACHE,
             max_images=record["recipe"]["max_images"],
-            healed=healed_reader(folder / HEALED),
+            # A checkpoint restored from a bundle has healed no image, and stages 2 and 3 need none.
+            healed=healed_reader(folder / HEALED) if (folder / HEALED).exists() else None,
         )
 
     def base(self, component: str) -> ModelMixin:

@@ -74,7 +74,7 @@ class UNetShape:
 class OutlineShape:
     """Size of stage 1 (:class:`busigen.training.outline.OutlineTransformer`).
 
-    ``coefficients`` of an outline's form are read in tokens of ``group``; its field has ``grid`` samples a side.
+    ``coefficients`` of an outline's form are read in tokens of ``group``; its field has ``grid`` samples a side (even).
     """
 
     coefficients: int
@@ -125,7 +125,7 @@ PRESETS = {
         context_dim=128,
         context_layers=4,
         context_heads=4,
-        outline=OutlineShape(coefficients=128, grid=48, group=16, dim=128, layers=4, heads=4),
+        outline=OutlineShape(coefficients=256, grid=48, group=16, dim=128, layers=4, heads=4),
         denoisers={
             # The two have one shape, because the blend's training starts from the lesion's weights.
             "lesion": UNetShape(channels=(48, 80, 128), attention=(False, True, True)),

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
+from busigen.errors import UsageError
 from busigen.registry import DEFAULT_PRESET, LESION_CLASSES, PRESETS
 from busigen.runtime.summary import SHOWN_PROBLEMS
 
@@ -58,14 +59,25 @@ def prepare(
 @app.command(
     epilog="Examples: `busigen train --data prepared --out runs/first --preset tiny`; "
     "`busigen train --base runs/first --data prepared_hospital --out runs/hospital` adapts a finished checkpoint to "
-    "other images."
+    "other images; `busigen train --base default --retrain mask --data prepared --out runs/better` trains stage 1 of "
+    "the shipped bundle anew."
 )
 def train(
     data: Annotated[Path, typer.Option(help="What `busigen prepare` wrote.")],
     out: Annotated[Path, typer.Option(help="The run's folder, which becomes the checkpoint. A rerun continues in it.")],
     base: Annotated[
         Path | None,
-        typer.Option(help="Finished checkpoint whose base is kept as it is: only the adapters are trained, on --data."),
+        typer.Option(
+            help="Checkpoint or bundle ('default': the shipped one) whose base is kept as it is: only the adapters are "
+            "trained, on --data."
+        ),
+    ] = None,
+    retrain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --base: train this component anew, and its adapters, and keep all else: mask, lesion, blend or "
+            "prior. May be repeated."
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -80,12 +92,17 @@ def train(
     With --base, only the LoRAs: for a new hospital's images.
     """
     with needs("train"):
-        from busigen.training.base import Base
+        from busigen.export.restore import opened_base
         from busigen.training.pipeline import train as run
         from busigen.training.recipe import recipe_for
-    with quiet_libraries():
-        start = None if base is None else Base.open(base)
-        prescribe = partial(recipe_for, preset or DEFAULT_PRESET) if start is None else partial(start.recipe, preset)
+    if retrain and base is None:
+        raise UsageError("--retrain needs a --base that has all else.", fix="Name one, or leave --retrain out.")
+    with quiet_libraries(), opened_base(base) as start:
+        prescribe = (
+            partial(recipe_for, preset or DEFAULT_PRESET)
+            if start is None
+            else partial(start.recipe, preset, retrain=retrain or ())
+        )
         try:
             record = run(data, out, prescribe(seed=seed, scale=scale), base=start, device=device, console=stderr)
         except KeyboardInterrupt:
@@ -117,3 +134,17 @@ def export(
             f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, "
             f"grey difference <= {figures['max_grey_difference']}"
         )
+
+
+@app.command(epilog="Example: `busigen restore --out runs/default`")
+def restore(
+    out: Annotated[Path, typer.Option(help="The checkpoint's folder; must not exist yet, or be empty.")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle folder. [default: the shipped one]")] = None,
+) -> None:
+    """Turn a bundle back into a checkpoint, to measure it or to export it again."""
+    with needs("train"):
+        from busigen.export.restore import restore as run
+        from busigen.runtime.bundle import Bundle, default_bundle
+    with quiet_libraries():
+        record = run(Bundle.open(bundle or default_bundle()), out)
+    stdout.print(f"Checkpoint restored in {out}: preset {record['preset']}, weights as precise as the bundle's fp16.")

@@ -105,6 +105,7 @@ def _fill(folder: Path, networks: Networks, record: Mapping[str, Any], checkpoin
         "solver_steps": SOLVER_STEPS,
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),
+        "training": {key: record[key] for key in ("recipe", "data", "tasks", "device")},
         "graphs": graphs,
         "opset": trace.OPSET,
         "versions": {
@@ -242,6 +243,6 @@ def _origin(base: Mapping[str, str] | None) -> str:
     if base is None:
         return ""
     return f"""
-These images trained the adapters alone. All else is the base's, unchanged: it was trained on the training split with
-hash `{base["split_hash"]}`, and its weights have the digest `{base["weights"]}`.
+These images trained the tasks below. All else is the base's, unchanged: it was trained on the training split with hash
+`{base["split_hash"]}`, and its weights have the digest `{base["weights"]}`.
 """

@@ -1,22 +1,26 @@
-"""Building on a finished checkpoint: its base components are taken as they are, and only adapters are trained."""
+"""Building on a finished checkpoint: what is not trained anew is taken as it is."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from busigen.errors import IntegrityError, OutputError, UsageError
+from busigen.registry import STAGES
 from busigen.training import checkpoint
 from busigen.training.recipe import LoraSpec, Recipe, recipe_for
 from busigen.training.state import fresh_folder
 
 ADAPTER_KINDS = ("heal", "adapter")
 """What is left to do of a recipe where the base is there: heal the new images, then train the adapters on them."""
+
+RETRAINABLE = (*STAGES, "prior")
+"""Components that can be trained anew on a base. All others speak through the autoencoder and the context encoder."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,24 @@ class Base:
         origin = self.record.get("base", self.record["data"])
         return {"split_hash": str(origin["split_hash"]), "weights": digest}
 
-    def recipe(self, preset: str | None = None, *, seed: int = 0, scale: float = 1.0) -> Recipe:
+    def recipe(
+        self, preset: str | None = None, *, seed: int = 0, scale: float = 1.0, retrain: Collection[str] = ()
+    ) -> Recipe:
         """The part of the preset's recipe that is left to do, with the base's LoRA.
 
-        The adapters learn from all sources of the data: whoever names a base has said what to adapt to.
+        Without ``retrain``, that is all adapters, which learn from all sources of the data: whoever names a base has
+        said what to adapt to. With it, these components and their adapters are trained from the start, as in a run
+        without a base.
 
         Args:
             preset: ``None`` or the base's.
             seed: as for :func:`busigen.training.recipe.recipe_for`.
             scale: as for :func:`busigen.training.recipe.recipe_for`.
+            retrain: names in ``RETRAINABLE``.
 
         Raises:
-            UsageError: another preset than the base's, or a scale that is not positive.
+            UsageError: another preset than the base's, a scale that is not positive, or a component that cannot be
+                trained anew.
         """
         own = self.record["preset"]
         if preset not in (None, own):
@@ -71,38 +81,51 @@ class Base:
                 f"--preset {preset} does not fit --base {self.folder}, which has preset {own}.",
                 fix="Leave --preset out, or name a base of that preset.",
             )
+        for name in retrain:
+            if name not in RETRAINABLE:
+                raise UsageError(f"--retrain {name!r} is not possible.", fix=f"Choose from: {', '.join(RETRAINABLE)}.")
         recipe = recipe_for(own, seed=seed, scale=scale)
         lora = self.record["recipe"]["lora"]
-        return replace(
-            recipe,
-            tasks=tuple(replace(task, sources=()) for task in recipe.tasks if task.kind in ADAPTER_KINDS),
-            lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}),
-        )
+        if retrain:
+            tasks = tuple(task for task in recipe.tasks if task.kind == "heal" or task.component in retrain)
+        else:
+            tasks = tuple(replace(task, sources=()) for task in recipe.tasks if task.kind in ADAPTER_KINDS)
+        return replace(recipe, tasks=tasks, lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))
 
-    def copy(self, out: Path) -> None:
-        """Copy the components to ``out``, so that it needs this checkpoint no more; what is there already stays.
+    def copy(self, out: Path, recipe: Recipe) -> None:
+        """Copy what ``recipe`` does not train to ``out``, so that it needs this checkpoint no more.
+
+        What is there already stays.
 
         Raises:
             OutputError: ``out`` cannot be written.
             IntegrityError: a copy is not what was recorded.
         """
-        for name in sorted({_component(path) for path in self.weights}):
-            wanted = {path: digest for path, digest in self.weights.items() if _component(path) == name}
-            place = f"{checkpoint.BASE}/{name}"
-            if checkpoint.weight_hashes(out, (place,)) == wanted:
-                continue
-            try:
-                with fresh_folder(out / place) as folder:
-                    shutil.copytree(self.folder / place, folder, dirs_exist_ok=True)
-            except OSError as error:
-                raise OutputError(
-                    f"{out / place} cannot be written: {error}.", fix="Use a folder that you may write to."
-                ) from error
-            if checkpoint.weight_hashes(out, (place,)) != wanted:
-                raise IntegrityError(
-                    f"{out / place} is not what {self.folder / checkpoint.RECORD} records.",
-                    fix="Run the same command again.",
-                )
+        trained = {checkpoint.place_of(task) for task in recipe.tasks if task.kind != "heal"}
+        weights: dict[str, dict[str, str]] = {}
+        for path, digest in self.record["weights"].items():
+            top, name, _ = path.split("/", 2)
+            place = f"{checkpoint.MERGED if top == checkpoint.ADAPTERS else top}/{name}"
+            if place not in trained:
+                weights.setdefault(f"{top}/{name}", {})[path] = digest
+        for place, wanted in sorted(weights.items()):
+            self._copy(out, place, wanted)
+
+    def _copy(self, out: Path, place: str, wanted: Mapping[str, str]) -> None:
+        if checkpoint.weight_hashes(out, (place,)) == wanted:
+            return
+        try:
+            with fresh_folder(out / place) as folder:
+                shutil.copytree(self.folder / place, folder, dirs_exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{out / place} cannot be written: {error}.", fix="Use a folder that you may write to."
+            ) from error
+        if checkpoint.weight_hashes(out, (place,)) != wanted:
+            raise IntegrityError(
+                f"{out / place} is not what {self.folder / checkpoint.RECORD} records.",
+                fix="Run the same command again.",
+            )
 
 
 def _component(path: str) -> str:

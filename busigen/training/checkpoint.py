@@ -23,6 +23,7 @@ from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.training.models import model_class
 from busigen.training.networks import Networks
+from busigen.training.recipe import TaskSpec
 from busigen.training.state import fresh_folder, write_json
 
 RECORD = "busigen.json"
@@ -30,6 +31,11 @@ SCHEMA = 1
 BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
 
 _TRAIN = "Run 'busigen train' to its end first."
+
+
+def place_of(task: TaskSpec) -> str:
+    """The folder that a task's network ends up in, relative to the checkpoint."""
+    return f"{MERGED}/{task.name}" if task.kind == "adapter" else f"{BASE}/{task.component}"
 
 
 def save_component(model: ModelMixin, folder: Path) -> None:

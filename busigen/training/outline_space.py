@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import eigsh
+from scipy.linalg import eigh
 from torch import Tensor, nn
 
 from busigen.data.geometry import Mask
@@ -29,6 +29,9 @@ held-out lesions has a single component beyond 6, and next to none one beyond th
 class OutlineSpace(nn.Module):
     """Between masks and standardised codes. The basis is fitted once, on the base's training lesions.
 
+    An outline is as likely as its mirror image, so every component is symmetric or antisymmetric, and its left half is
+    all that is kept.
+
     Args:
         coefficients: principal components of the form.
         grid: samples a side of the canonical field.
@@ -37,7 +40,8 @@ class OutlineSpace(nn.Module):
     attribute_mean: Tensor
     attribute_std: Tensor
     field: Tensor
-    basis: Tensor
+    left: Tensor
+    parity: Tensor
 
     def __init__(self, coefficients: int, grid: int) -> None:
         super().__init__()
@@ -45,8 +49,9 @@ class OutlineSpace(nn.Module):
         self.register_buffer("attribute_mean", torch.zeros(COUNT))
         self.register_buffer("attribute_std", torch.ones(COUNT))
         self.register_buffer("field", torch.zeros(grid * grid))
-        # Each row is one component times its deviation over the training lesions.
-        self.register_buffer("basis", torch.zeros(coefficients, grid * grid))
+        # Left half of each component times its deviation over the training lesions; 1 if symmetric, -1 if not.
+        self.register_buffer("left", torch.zeros(coefficients, grid, grid // 2))
+        self.register_buffer("parity", torch.ones(coefficients))
 
     def fit(self, masks: Iterable[Mask]) -> None:
         """Fit mean, deviations and principal components on lesions and their mirror images.
@@ -58,33 +63,34 @@ class OutlineSpace(nn.Module):
         values = np.stack([found for found, _ in described])
         values = np.concatenate((values, values * [-1.0, 1.0, 1.0, 1.0] + [1.0, 0.0, 0.0, 0.0]))
         fields = np.stack([field for _, field in described]).astype(np.float64)
-        fields = np.concatenate((fields, fields[:, :, ::-1])).reshape(len(values), -1)
-        mean = fields.mean(axis=0)
-        covariance = (fields - mean).T @ (fields - mean) / len(fields)
-        # A fixed start, and the larger half positive: the same lesions give the same basis every time.
-        start = np.random.default_rng(0).standard_normal(len(mean))
-        power, vectors = eigsh(covariance, k=self.coefficients, v0=start)
-        order = np.argsort(power)[::-1]
-        basis = vectors[:, order].T
-        basis *= np.sign((basis**3).sum(axis=1, keepdims=True) + 1e-30)
+        mean = 0.5 * (fields + fields[:, :, ::-1]).mean(axis=0)
+        parts = [_components(fields - mean, parity, self.coefficients) for parity in (1.0, -1.0)]
+        power, left, parity = (np.concatenate(found) for found in zip(*parts, strict=True))
+        order = np.argsort(-power, kind="stable")[: self.coefficients]
         # A handful of lesions spans fewer components than asked for; the rest stay at next to nothing, but not so near
         # it that another lesion's code would be astronomical.
         deviation = np.sqrt(np.maximum(power[order], 1e-5 * power.max() + 1e-12))
         for name, value in (
             ("attribute_mean", values.mean(axis=0)),
             ("attribute_std", np.maximum(values.std(axis=0), 1e-3)),
-            ("field", mean),
-            ("basis", basis * deviation[:, None]),
+            ("field", mean.ravel()),
+            ("left", left[order] * deviation[:, None, None]),
+            ("parity", parity[order]),
         ):
             getattr(self, name).copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+    def basis(self) -> Tensor:
+        """The components times their deviations, ``(coefficients, grid * grid)``."""
+        right = self.left.flip(2) * self.parity[:, None, None]
+        return torch.cat((self.left, right), dim=2).flatten(1)
 
     def encode(self, masks: Sequence[Mask]) -> Tensor:
         """Codes of lesions, ``(B, 4 + coefficients)`` float32, standardised; masks as for :meth:`fit`."""
         device = self.field.device
         found = torch.from_numpy(np.stack([attributes(mask) for mask in masks])).float().to(device)
         fields = torch.from_numpy(np.stack([canonical_field(mask, self.grid) for mask in masks])).to(device)
-        power = self.basis.pow(2).sum(dim=1)
-        forms = (fields.flatten(1) - self.field) @ self.basis.T / power
+        basis = self.basis()
+        forms = (fields.flatten(1) - self.field) @ basis.T / basis.pow(2).sum(dim=1)
         return torch.cat(((found - self.attribute_mean) / self.attribute_std, forms), dim=1)
 
     def asked_attributes(self, values: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ class OutlineSpace(nn.Module):
         at = torch.from_numpy(grid_positions(self.grid)).to(code)
         step = 2.0 * FIELD_EDGE / self.grid
         far = torch.maximum(at.abs()[:, None], at.abs()[None, :])
-        field = (self.field + code[:, COUNT:] @ self.basis).view(-1, self.grid, self.grid)
+        field = (self.field + code[:, COUNT:] @ self.basis()).view(-1, self.grid, self.grid)
         # Nothing reaches the frame's edge, whatever the components add up to.
         field = torch.minimum(field, FIELD_EDGE - step - far)
 
@@ -152,6 +158,27 @@ class OutlineSpace(nn.Module):
         beyond = ((2.5 - 0.5 * d) * d - 4.0) * d + 2.0
         weights = torch.where(d < 1.0, near, torch.where(d < 2.0, beyond, torch.zeros_like(d)))
         return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _components(
+    fields: NDArray[np.float64], parity: float, count: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Principal components among the symmetric (``parity`` 1) or antisymmetric (-1) parts of fields.
+
+    Returns:
+        Power over the fields and their mirror images ``(k,)``, left halves of the components ``(k, grid, grid / 2)``,
+        each of norm 1 when whole, and ``parity`` ``(k,)``; ``k`` is ``count``, or fewer where the halves are smaller.
+    """
+    half = fields.shape[2] // 2
+    left = 0.5 * (fields + parity * fields[:, :, ::-1])[:, :, :half].reshape(len(fields), -1)
+    # A whole component has twice the power of its half.
+    covariance = 2.0 * left.T @ left / len(left)
+    last = len(covariance) - 1
+    power, vectors = eigh(covariance, subset_by_index=(max(0, last - count + 1), last))
+    basis = vectors.T * np.sqrt(0.5)
+    # The larger side is positive: the same lesions give the same basis every time.
+    basis *= np.sign((basis**3).sum(axis=1, keepdims=True) + 1e-30)
+    return power, basis.reshape(-1, fields.shape[1], half), np.full(len(power), parity)
 
 
 def birads_flags(categories: Sequence[str | None]) -> NDArray[np.bool_]:

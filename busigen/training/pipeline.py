@@ -72,7 +72,7 @@ def train(
         data: what ``busigen prepare`` wrote.
         out: the run's folder, which becomes the checkpoint.
         recipe: what to train; with a base, what :meth:`Base.recipe` gives.
-        base: the checkpoint whose components the adapters are trained on; ``None`` to train all of them.
+        base: the checkpoint that has what the recipe does not train; ``None`` where it trains everything.
         device: ``auto``, ``cpu`` or ``cuda``.
         console: where progress goes; stderr by default.
 
@@ -102,11 +102,15 @@ def _summary(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None, d
     splits = {name: select(prepared, name).height for name in SPLITS}
     used = "" if recipe.max_images is None else f" (at most {recipe.max_images} of a split are used)"
     steps = sum(task.steps for task in recipe.tasks)
-    what = recipe.preset if base is None else f"{recipe.preset} adapters for the base of {base.folder}"
+    what = recipe.preset if base is None else f"{', '.join(_trained(recipe))} on the base of {base.folder}"
     return (
         f"training {what} on {device}: images {', '.join(f'{name} {n}' for name, n in splits.items())}{used}; "
         f"{len(recipe.tasks)} tasks, {steps} steps; pictures in {out / 'samples'}, curves in {out / 'tensorboard'}"
     )
+
+
+def _trained(recipe: Recipe) -> list[str]:
+    return [task.name for task in recipe.tasks if task.kind != "heal"]
 
 
 class _Run:
@@ -131,7 +135,7 @@ class _Run:
             log.info("%s is a finished checkpoint already", self.out)
             return checkpoint.read_record(self.out)
         if self.start is not None:
-            self.start.copy(self.out)
+            self.start.copy(self.out, self.recipe)
         for number, spec in enumerate(self.recipe.tasks, start=1):
             marker = self.out / "done" / f"{spec.name}.json"
             marker.parent.mkdir(exist_ok=True)
@@ -181,7 +185,7 @@ class _Run:
         if spec.start is not None:
             module.load_state_dict(checkpoint.load_component(spec.start, self.base / spec.start).state_dict())
         figures = self._train(spec, module, spec.kind)
-        checkpoint.save_component(module, self.base / spec.component)
+        checkpoint.save_component(module, self.out / checkpoint.place_of(spec))
         if spec.component == "autoencoder":
             figures["latents"] = self._latent_statistics(module)
         return figures
@@ -200,7 +204,7 @@ class _Run:
         figures = self._train(spec, model, kind)
         with fresh_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
             adapters.save_adapter(model, folder)
-        checkpoint.save_component(adapters.merge(model), self.out / checkpoint.MERGED / spec.name)
+        checkpoint.save_component(adapters.merge(model), self.out / checkpoint.place_of(spec))
         return figures
 
     def _heal(self, spec: TaskSpec) -> dict[str, Any]:

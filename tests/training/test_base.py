@@ -100,7 +100,7 @@ def test_the_model_card_says_what_was_trained_on_which_images(base: Path, hospit
         split_hash = record["data"]["split_hash"]
         card = _card(record, {"preset": "tiny", "split_hash": split_hash, "solver_steps": {}, "parity": found})
         assert split_hash in card
-        assert ("trained the adapters alone" in card) == adapted
+        assert ("All else is the base's" in card) == adapted
         assert all(value in card for value in record.get("base", {}).values())
 
 
@@ -210,6 +210,30 @@ def _another(base: Path, folder: Path) -> Base:
     record = json.loads((folder / "busigen.json").read_text())
     write_record(folder, {key: value for key, value in record.items() if key not in ("schema", "weights")})
     return Base.open(folder)
+
+
+def test_a_retrained_stage_is_new_and_all_else_is_the_bases(
+    base: Path, drawn_prepared: Prepared, tmp_path: Path
+) -> None:
+    start = Base.open(base)
+    recipe = start.recipe(scale=SHORTEST, seed=1, retrain=["mask"])
+    assert [task.name for task in recipe.tasks] == ["heal", "mask", "mask-benign", "mask-malignant"]
+    assert {task.sources for task in recipe.tasks if task.label} == {("busi",)}
+    run = tmp_path / "run"
+    train(drawn_prepared.folder, run, recipe, base=start, device="cpu", console=quiet())
+    before, after = weight_hashes(base), weight_hashes(run)
+    assert set(after) == set(before)
+    anew = {name for name in after if after[name] != before[name]}
+    assert anew and all("/mask" in name for name in anew)
+    assert {name for name in after if name.startswith(("base/mask", "merged/mask"))} <= anew
+    networks, record = load_networks(run)
+    assert set(networks.denoisers) == {"prior", *NAMES}
+    assert record["base"] == start.identity
+
+
+def test_a_component_that_all_others_speak_through_cannot_be_retrained(base: Path) -> None:
+    with pytest.raises(UsageError, match=r"--retrain 'autoencoder' .*mask, lesion, blend, prior"):
+        Base.open(base).recipe(retrain=["autoencoder"])
 
 
 def test_another_preset_than_the_bases_is_refused_with_both_names(base: Path) -> None:

@@ -1,0 +1,213 @@
+"""A bundle back to a checkpoint: what ships can be trained on, measured, and exported with other settings.
+
+Graphs keep their parameters under the names that PyTorch gave them (:mod:`busigen.export.trace`), so the weights are
+read off the graphs, with the precision that the bundle stores.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import onnx
+import onnx.external_data_helper
+import peft
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from busigen import __version__
+from busigen.errors import InputError, IntegrityError, OutputError
+from busigen.registry import LESION_CLASSES, PRESETS, STAGES
+from busigen.runtime.bundle import RECORD, Bundle, default_bundle, graphs_of
+from busigen.training import checkpoint
+from busigen.training.base import Base
+from busigen.training.models import build
+from busigen.training.recipe import recipe_for
+
+_EXPORT = "Use a bundle that this busigen exported, or train again."
+
+VELOCITY = "velocity.unet."
+"""What a traced evaluation puts before its denoiser's names (:class:`busigen.export.trace.Step`)."""
+
+Weights = dict[str, Tensor]
+
+
+DEFAULT = "default"
+"""The ``train --base`` that stands for the shipped bundle, unless a folder has that name."""
+
+
+@contextmanager
+def opened_base(folder: Path | None) -> Iterator[Base | None]:
+    """The base to train on: a checkpoint, or a bundle, which is restored for as long as it is needed.
+
+    Raises:
+        InputError: ``folder`` is neither.
+        IntegrityError: a file of it is not the one that was recorded.
+    """
+    if folder is not None and not folder.exists() and str(folder) == DEFAULT:
+        folder = default_bundle()
+    if folder is None:
+        yield None
+    elif (folder / RECORD).is_file():
+        with tempfile.TemporaryDirectory(prefix="busigen-") as place:
+            restore(Bundle.open(folder), Path(place))
+            yield Base.open(Path(place))
+    else:
+        yield Base.open(folder)
+
+
+def restore(bundle: Bundle, out: Path) -> dict[str, Any]:
+    """Write the checkpoint whose merged stages are those of a bundle.
+
+    A bundle holds each class's merged weights, not base and adapters apart. The mean of the two classes' weights takes
+    the base's place: it is the base plus the mean of the two adapters. Exported again, the checkpoint gives the same
+    weights.
+
+    Args:
+        bundle: as :meth:`Bundle.open` checked it.
+        out: the checkpoint's folder; must not exist yet, or be empty.
+
+    Returns:
+        The content of the checkpoint's ``busigen.json``. ``restored`` in it names the bundle by its sha256.
+
+    Raises:
+        InputError: the bundle has a preset that this busigen does not know.
+        IntegrityError: its graphs do not hold the weights of that preset's networks.
+        OutputError: ``out`` is taken or cannot be written.
+    """
+    preset = bundle.info.get("preset")
+    if preset not in PRESETS:
+        raise InputError(f"{bundle.folder} has preset {preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out} exists and is not empty.", fix="Use another --out, or delete it first.")
+        latents = _write_components(bundle, preset, out)
+        checkpoint.write_record(out, {**_origin(bundle, preset), "latents": latents})
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
+        ) from error
+    return checkpoint.read_record(out)
+
+
+def _write_components(bundle: Bundle, preset: str, out: Path) -> dict[str, list[float]]:
+    """Save every component, and return the latents' mean and deviation per channel."""
+    encoder, decoder = (_weights(bundle, graphs_of(half)[0]) for half in ("encoder", "decoder"))
+    autoencoder = {
+        name.replace("network.", f"{half}.", 1): value
+        for half, weights in (("encoder", encoder), ("decoder", decoder))
+        for name, value in weights.items()
+        if name.startswith("network.")
+    }
+    base: dict[str, Weights] = {
+        "autoencoder": autoencoder,
+        "context": _weights(bundle, "context"),
+        "prior": _prior(_weights(bundle, "prior")),
+    }
+    for stage in STAGES:
+        classes = []
+        for label in LESION_CLASSES:
+            name = f"{stage}-{label}"
+            weights = _denoiser(_weights(bundle, graphs_of(name)[0]))
+            _save(stage, preset, weights, out / checkpoint.MERGED / name)
+            classes.append(weights)
+        base[stage] = {name: torch.stack([weights[name] for weights in classes]).mean(0) for name in classes[0]}
+    for name, weights in base.items():
+        _save(name, preset, weights, out / checkpoint.BASE / name)
+    return {key: _found(encoder, f"latents_{key}").flatten().tolist() for key in ("mean", "std")}
+
+
+def _denoiser(weights: Mapping[str, Tensor]) -> Weights:
+    """A denoiser's own names: its parameters as traced, and stage 1's outline space from around the loop."""
+    own = {name.removeprefix(VELOCITY): value for name, value in weights.items() if name.startswith(VELOCITY)}
+    space = {name.removeprefix("after/"): v for name, v in weights.items() if name.startswith("after/space.")}
+    return own | space
+
+
+def _prior(weights: Mapping[str, Tensor]) -> Weights:
+    """The prior's own names, with the bias that export folded its cross-attention into back in its place."""
+    return {name.replace(".attn2.bias", ".attn2.to_out.0.bias"): v for name, v in _denoiser(weights).items()}
+
+
+def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Path) -> None:
+    model = build(component, PRESETS[preset])
+    own = model.state_dict()
+    silent = _silent(component)
+    filled = {
+        name: torch.zeros_like(value) if name not in weights and silent(name) else _found(weights, name)
+        for name, value in own.items()
+    }
+    wrong = next((name for name, value in own.items() if filled[name].shape != value.shape), None)
+    if wrong is not None:
+        raise IntegrityError(
+            f"weight {wrong} of the bundle's {component} has shape {tuple(filled[wrong].shape)}, "
+            f"preset {preset} has {tuple(own[wrong].shape)}.",
+            fix=_EXPORT,
+        )
+    model.load_state_dict(filled)
+    checkpoint.save_component(model, folder)
+
+
+def _silent(component: str) -> Callable[[str], bool]:
+    """Tells the weights of a component that have no say in what it computes, and that export leaves out therefore.
+
+    What the prior attends to is zero, and so is its value (:func:`busigen.export.trace.without_context`).
+    """
+    if component != "prior":
+        return lambda name: False
+    return lambda name: ".norm2." in name or ".attn2." in name
+
+
+def _weights(bundle: Bundle, graph: str) -> Weights:
+    """A graph's initialisers by the name that they were traced under, in fp32."""
+    path = bundle.graph(graph)
+    # Only its own folder is read: the bundle's check has refused names that leave it, but not what graphs say.
+    model = onnx.load(str(path), load_external_data=False)
+    recorded = set(bundle.info["graphs"][graph]["files"])
+    found = {}
+    for tensor in model.graph.initializer:
+        place = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+        if place is not None and place not in recorded:
+            raise IntegrityError(
+                f"{path} reads weights from {place!r}, which bundle.json does not record.", fix=_EXPORT
+            )
+        if place is not None:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(bundle.folder))
+        value = numpy_helper.to_array(tensor)
+        if value.dtype.kind == "f":
+            found[tensor.name.removesuffix("/fp16")] = torch.from_numpy(value.astype("float32"))
+    return found
+
+
+def _found(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        return weights[name]
+    except KeyError as error:
+        raise IntegrityError(f"the bundle's graphs do not hold the weight {name}.", fix=_EXPORT) from error
+
+
+def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
+    """What the record says of how the weights were trained: what the bundle knows of it."""
+    told = bundle.info.get("training")
+    known = told if isinstance(told, dict) else {}
+    return {
+        "restored": bundle.sha256,
+        "preset": preset,
+        "recipe": known.get("recipe", recipe_for(preset).to_dict()),
+        "data": {"images": "unrecorded", **known.get("data", {}), "split_hash": bundle.info.get("split_hash")},
+        "tasks": known.get("tasks", {}),
+        "device": known.get("device", "unrecorded"),
+        "versions": {
+            "busigen": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "peft": peft.__version__,
+        },
+    }
