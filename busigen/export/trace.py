@@ -16,6 +16,7 @@ from onnx import ModelProto
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
+from busigen.export.reductions import steady
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
 from busigen.training.models import place_condition, region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
@@ -165,7 +166,8 @@ def simplified(model: ModelProto) -> ModelProto:
     """Fold what is constant but for the weights, which keep their names, and drop the tracer's notes.
 
     More than half of a traced UNet's nodes compute shapes, and every node carries the Python stack that made it; both
-    would be repeated in every solver step.
+    would be repeated in every solver step. What sums in an order that depends on threads is rewritten
+    (:func:`busigen.export.reductions.steady`).
     """
     graph = ir.from_proto(model)
     weights = set(graph.graph.initializers)
@@ -178,7 +180,7 @@ def simplified(model: ModelProto) -> ModelProto:
     for node in graph.graph:
         node.metadata_props.clear()
         node.doc_string = None
-    result = ir.to_proto(graph)
+    result = steady(ir.to_proto(graph))
     del result.graph.value_info[:]
     return result
 

@@ -90,22 +90,6 @@ def test_order_and_company_change_no_byte(
             assert_same(found, whole.samples[found.index])
 
 
-def test_threads_change_a_grey_level_at_most(bundle: Bundle, healthy: HealthyFolder) -> None:
-    drawn = {}
-    for threads in (1, 2, 3):
-        sampler = Sampler(bundle, OnnxBackend(bundle, threads=threads), classes=MIX, healthy=healthy, batch_size=2)
-        drawn[threads] = draw(sampler, [0, 1]).samples
-    for one, two, three in zip(*drawn.values(), strict=True):
-        assert_same(two, one)
-        assert (three.attempt, three.label) == (one.attempt, one.label)
-        # With more threads than images in a batch, ONNX Runtime splits convolutions to or from a single channel, and
-        # sums them in another order: outputs move by 1e-6, which tips a rounding now and then.
-        assert np.count_nonzero(three.mask != one.mask) <= 2
-        difference = np.abs(three.image.astype(int) - one.image.astype(int))
-        assert difference.max() <= 1
-        assert np.count_nonzero(difference) < 0.001 * difference.size
-
-
 def test_synthetic_backgrounds_follow_the_same_rules(bundle: Bundle, backend: OnnxBackend) -> None:
     together = draw(Sampler(bundle, backend, classes=MIX, batch_size=8), range(3))
     for found in draw(Sampler(bundle, backend, classes=MIX, batch_size=1), [2, 0]).samples:
