@@ -18,6 +18,9 @@ SCHEMA = 2
 MAX_RECORD_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 4 << 30
 
+_LARGEST = {"latent_channels": 256, "code_length": 4096, "patch": RESOLUTION}
+"""Sizes that a bundle may ask noise and inputs of: a damaged record is not to ask for all memory."""
+
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
 
 
@@ -110,8 +113,8 @@ class Bundle:
         graphs = self.info.get("graphs")
         if not isinstance(graphs, dict) or set(graphs) != set(graph_names()):
             raise IntegrityError(f"{self.folder / RECORD} does not name the graphs of a bundle.", fix=_EXPORT)
-        for key in ("latent_channels", "code_length", "patch"):
-            if not isinstance(self.info.get(key), int) or not 1 <= self.info[key] <= RESOLUTION:
+        for key, largest in _LARGEST.items():
+            if not isinstance(self.info.get(key), int) or not 1 <= self.info[key] <= largest:
                 raise IntegrityError(
                     f"{self.folder / RECORD} has no valid {key!r}: {self.info.get(key)!r}.", fix=_EXPORT
                 )

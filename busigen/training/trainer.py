@@ -82,9 +82,14 @@ class Trainer:
         self.ema = EMAModel(self.parameters.values(), decay=self.spec.ema, use_ema_warmup=True, power=0.75)
         self.step = 0
         self.validation: list[tuple[int, float]] = []
+        self.best: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, leave the EMA weights in the module, and return the task's figures."""
+        """Train to the end and return the task's figures.
+
+        The module is left with the EMA weights of the validation with the lowest held-out loss: what is trained for too
+        long learns its images by heart.
+        """
         self._restore()
         writer = SummaryWriter(str(self.events), purge_step=self.step or None)
         started = saved = noted = time.monotonic()
@@ -116,8 +121,17 @@ class Trainer:
                 raise
         self._save()
         writer.close()
-        self.ema.copy_to(self.parameters.values())
-        return {"steps": self.step, "validation": self.validation}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+        kept = self._best_step()
+        if kept < self.step:
+            log.info("%s: the weights of step %d are kept; held-out loss rose afterwards", self.spec.name, kept)
+        return {"steps": self.step, "kept": kept, "validation": self.validation}
+
+    def _best_step(self) -> int:
+        """The step with the lowest held-out loss; of equal ones, the last."""
+        return min(reversed(self.validation), key=lambda entry: entry[1])[0]
 
     def _train_step(self) -> float:
         self.task.module.train()
@@ -141,8 +155,10 @@ class Trainer:
         self.ema.copy_to(self.parameters.values())
         figure = self.task.validate()
         self.task.sheet().save(self.sheets / f"{self.step:06d}.png")
-        self.ema.restore(self.parameters.values())
         self.validation.append((self.step, figure))
+        if self._best_step() == self.step:
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.ema.restore(self.parameters.values())
         writer.add_scalar(f"{self.spec.name}/validation", figure, self.step)
         log.info("%s step %d: validation %.4f", self.spec.name, self.step, figure)
 
@@ -150,6 +166,7 @@ class Trainer:
         names = list(self.parameters)
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
         tensors |= {f"ema.{name}": p for name, p in zip(names, self.ema.shadow_params, strict=True)}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"buffer.{name}": b for name, b in self.task.module.named_buffers()}
         tensors |= optimizer_tensors(self.optimizer, names)
         meta = {"step": self.step, "ema_step": self.ema.optimization_step, "validation": self.validation}
@@ -160,6 +177,9 @@ class Trainer:
             return
         tensors, meta = load_state(self.state_path)
         self.step, self.validation = meta["step"], [tuple(entry) for entry in meta["validation"]]
+        self.best = {
+            name: tensors[f"best.{name}"].to(self.device) for name in self.parameters if f"best.{name}" in tensors
+        }
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])

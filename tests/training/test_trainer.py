@@ -69,3 +69,25 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_undisturbed_one(tmp
     assert resumed.calls == SPEC.steps - (stop - 1), "steps that were done are not done again"
     for expected, found in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+class PassingTask(LineTask):
+    """Held-out data follow a flatter line than the training data: training goes through it and on."""
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        x = torch.linspace(0, 1, 11)[:, None]
+        return float((self.module(x) - x).pow(2).mean())
+
+
+@pytest.mark.parametrize("stop", [None, 30])
+def test_the_weights_of_the_lowest_held_out_loss_are_kept(tmp_path: Path, stop: int | None) -> None:
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            _train(PassingTask(interrupt_at=stop), tmp_path)
+    task = PassingTask()
+    figures = _train(task, tmp_path)
+    held_out = dict(figures["validation"])
+    assert held_out[SPEC.steps] > min(held_out.values()), "the case is not one of training for too long"
+    assert figures["kept"] < SPEC.steps
+    assert task.validate() == held_out[figures["kept"]] == min(held_out.values())
