@@ -6,6 +6,10 @@ python benchmarks/outlines.py --data prepared/ --healthy path/to/normal --count 
 Draws outlines (stage 1 and its gates, no painting) per class and compares them with all real lesions of that class by
 the two-sample Kolmogorov-Smirnov test; then asks for ranges of every attribute and measures what is missed. The table
 is printed and everything goes to ``results/outlines.json``.
+
+Synthetic backgrounds have no letterbox bars: the prior learns from images whose bars were filled with their mirror
+image. So sizes and places on them are compared with those of real lesions in such frames, and those on --healthy images
+with real lesions in their own frames.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.sampler import Draft, Sampler
+from busigen.training.examples import Frames, random_lesion
 
 RESULTS = Path(__file__).parent / "results" / "outlines.json"
 FEATURES = ("area_fraction", "height_width", "circularity", "solidity", "roughness", "ripple", "depth", "lateral")
@@ -57,13 +63,18 @@ def draw(sampler: Outliner, seed: int, count: int) -> tuple[list[Draft], Counter
     return sampler.outlined[:count], refused
 
 
-def real_outlines(prepared: Prepared, label: str) -> list[dict[str, float]]:
-    """Shape features of every prepared image's first lesion."""
+def real_outlines(prepared: Prepared, label: str, *, filled: bool) -> list[dict[str, float]]:
+    """Shape features of a lesion of every prepared image, in its own frame or in one without bars."""
+    frames = Frames(prepared, prepared.table.filter(prepared.table["class"] == label))
     found = []
-    for row in prepared.table.filter(prepared.table["class"] == label).iter_rows(named=True):
-        valid = np.zeros(prepared.masks.shape[1:], dtype=bool)
-        valid[row["top"] : row["top"] + row["inner_height"], row["left"] : row["left"] + row["inner_width"]] = True
-        found.append(outline(largest_component(prepared.masks[row["row"]] == 1), valid))
+    for number in range(len(frames)):
+        frame, rng = frames[number], np.random.default_rng(number)
+        lesion = random_lesion(frame, rng)
+        features = outline(largest_component(lesion), frame.valid)
+        if filled:
+            part = replace(frame, lesions=lesion.astype(np.uint8)).filling(rng).lesions > 0
+            features = outline(largest_component(part), np.ones_like(part))
+        found.append(features)
     return found
 
 
@@ -117,7 +128,7 @@ def main() -> None:
 
         free, refused = draw(sampler(Asked()), options.seed, options.count)
         drawn = [outline(draft.mask, draft.healthy.valid) for draft in free if draft.mask is not None]
-        table = compared(real_outlines(prepared, label), drawn)
+        table = compared(real_outlines(prepared, label, filled=healthy is None), drawn)
         asked, refused_asked = draw(sampler(parse_asked(**ASKED)), options.seed, options.count)
         report[label] = {
             "drawn": len(drawn),

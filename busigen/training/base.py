@@ -62,8 +62,8 @@ class Base:
         """The part of the preset's recipe that is left to do, with the base's LoRA.
 
         Without ``retrain``, that is all adapters, which learn from all sources of the data: whoever names a base has
-        said what to adapt to. With it, these components and their adapters are trained from the start, as in a run
-        without a base.
+        said what to adapt to. With it, these components go on from the base's weights, and their adapters are trained
+        from the start, both as in a run without a base.
 
         Args:
             preset: ``None`` or the base's.
@@ -87,7 +87,11 @@ class Base:
         recipe = recipe_for(own, seed=seed, scale=scale)
         lora = self.record["recipe"]["lora"]
         if retrain:
-            tasks = tuple(task for task in recipe.tasks if task.kind == "heal" or task.component in retrain)
+            tasks = tuple(
+                task if task.kind in ADAPTER_KINDS else replace(task, start=task.component)
+                for task in recipe.tasks
+                if task.kind == "heal" or task.component in retrain
+            )
         else:
             tasks = tuple(replace(task, sources=()) for task in recipe.tasks if task.kind in ADAPTER_KINDS)
         return replace(recipe, tasks=tasks, lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))

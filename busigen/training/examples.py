@@ -14,7 +14,6 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
@@ -67,21 +66,21 @@ class Frame:
         return Frame(table[self.image], self.lesions, self.overlay, self.valid, self.label)
 
     def filling(self, rng: np.random.Generator) -> Frame:
-        """Cut to a square without letterbox bars: a random horizontal cut of wide images, the top of tall ones."""
+        """Without letterbox bars, at the same scale: what was a bar shows the image's mirror image.
+
+        Tall images are moved sideways at random and mirrored at both sides; wide ones are moved to the top and mirrored
+        at their deep end, because skin lies on top. ``valid`` tells what was not mirrored. Enlarging images until they
+        fill the frame instead would teach speckle that is too coarse.
+        """
         rows, columns = np.flatnonzero(self.valid.any(axis=1)), np.flatnonzero(self.valid.any(axis=0))
-        top, left, height, width = rows[0], columns[0], rows.size, columns.size
-        side = min(height, width)
-        left += int(rng.integers(0, width - side + 1))
-        cut = (slice(top, top + side), slice(left, left + side))
-
-        def enlarge(array: NDArray[np.uint8], how: Image.Resampling) -> NDArray[np.uint8]:
-            return np.asarray(Image.fromarray(array[cut]).resize((RESOLUTION, RESOLUTION), how))
-
+        part = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+        left = int(rng.integers(0, RESOLUTION - columns.size + 1))
+        bars = ((0, RESOLUTION - rows.size), (left, RESOLUTION - columns.size - left))
         return Frame(
-            enlarge(self.image, Image.Resampling.BICUBIC),
-            enlarge(self.lesions, Image.Resampling.NEAREST),
-            enlarge(self.overlay.astype(np.uint8), Image.Resampling.NEAREST) > 0,
-            np.ones_like(self.valid),
+            np.pad(self.image[part], bars, mode="reflect"),
+            np.pad(self.lesions[part], bars),
+            np.pad(self.overlay[part], bars, mode="reflect"),
+            np.pad(self.valid[part], bars),
             self.label,
         )
 
@@ -360,7 +359,8 @@ def background_examples(
             frame = frame.flipped() if rng.random() < 0.5 else frame
             rows.append(row)
             images.append(to_tensor(frame.image))
-            weights.append(torch.from_numpy(frame.overlay.astype(np.float32))[None])
+            # What was mirrored is no tissue that lies there.
+            weights.append(torch.from_numpy((frame.overlay | ~frame.valid).astype(np.float32))[None])
         parts.append(
             {
                 "clean": networks.encoder(torch.stack(images).to(device)).half().cpu(),

@@ -82,16 +82,7 @@ def _varied(
     lesion = random_lesion(frame, rng).astype(np.uint8)
     frame = Frame(healed(row, variant), lesion, frame.overlay, frame.valid, frame.label).with_gain(rng)
     frame = frame.flipped() if rng.random() < 0.5 else frame
-    if rng.random() < 0.5:
-        filled = frame.filling(rng)
-        # A lesion that the cut truncates would teach straight edges at the border.
-        frame = filled if _whole(filled.lesions > 0) else frame
-    return frame
-
-
-def _whole(mask: Mask) -> bool:
-    border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-    return bool(mask.any() and not border.any())
+    return frame.filling(rng) if rng.random() < 0.5 else frame
 
 
 def random_asking(code: Tensor, birads: Tensor, generator: Generator) -> Tensor:

@@ -183,12 +183,17 @@ class _Run:
         torch.manual_seed(self.recipe.seed)
         module = build(spec.component, self.recipe.sizes).to(self.device)
         if spec.start is not None:
-            module.load_state_dict(checkpoint.load_component(spec.start, self.base / spec.start).state_dict())
+            module.load_state_dict(checkpoint.load_component(spec.start, self._weights(spec.start)).state_dict())
         figures = self._train(spec, module, spec.kind)
         checkpoint.save_component(module, self.out / checkpoint.place_of(spec))
         if spec.component == "autoencoder":
             figures["latents"] = self._latent_statistics(module)
         return figures
+
+    def _weights(self, component: str) -> Path:
+        """Where a component lies that another begins with, or its own training: here, or still with the base."""
+        own = self.base / component
+        return own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
 
     def _train(self, spec: TaskSpec, module: torch.nn.Module, kind: str) -> dict[str, Any]:
         task = KINDS[kind](spec, self._setting(spec), module)

@@ -77,15 +77,24 @@ def test_a_flip_turns_image_mask_and_overlay_alike(frames: Frames) -> None:
     assert not (flipped.image == frame.image[::-1]).all()
 
 
-def test_filling_the_frame_leaves_no_letterbox_bar_and_moves_the_mask_with_the_image(frames: Frames) -> None:
+@pytest.mark.parametrize("tall", [True, False])
+def test_filling_the_frame_keeps_the_scale_and_mirrors_what_was_a_bar(frames: Frames, tall: bool) -> None:
     frame = _lesion_frame(frames)
-    marked = np.where(frame.lesions > 0, 255, np.where(frame.valid, 60, 0)).astype(np.uint8)
-    filled = Frame(marked, frame.lesions, frame.overlay, frame.valid, frame.label).filling(np.random.default_rng(0))
-    assert filled.valid.all()
-    inside, outside = filled.image[filled.lesions > 0], filled.image[filled.lesions == 0]
-    # Half-grey pixels lie on the outline alone, which resampling blurs by a pixel or two.
-    assert inside.size == 0 or (inside > 128).mean() > 0.9
-    assert (outside < 128).mean() > 0.95
+    valid = np.zeros_like(frame.valid)
+    part = (slice(None), slice(50, 206)) if tall else (slice(40, 210), slice(None))
+    valid[part] = True
+    ramp = np.arange(256, dtype=np.uint8)
+    image = np.where(valid, np.broadcast_to(ramp if tall else ramp[:, None], valid.shape), 0).astype(np.uint8)
+    lesions = np.where(valid, frame.lesions, 0).astype(np.uint8)
+    filled = Frame(image, lesions, frame.overlay, valid, frame.label).filling(np.random.default_rng(0))
+    # The image's own pixels are there bit for bit, its mask with them, and `valid` says where.
+    assert (filled.image[filled.valid] == image[valid]).all()
+    assert (filled.lesions[filled.valid] == lesions[valid]).all()
+    assert not filled.lesions[~filled.valid].any()
+    # A mirrored ramp goes back by one a pixel, so no step is larger, and none leads to a bar's black.
+    steps = np.diff(filled.image.astype(int), axis=1 if tall else 0)
+    assert np.abs(steps).max() == 1
+    assert filled.valid[0].any(), "the skin stays on top"
 
 
 def test_every_lesion_image_gives_its_windows_and_normal_ones(frames: Frames, networks: Networks, tmp_path) -> None:
