@@ -70,7 +70,7 @@ class PaperPipeline(DiffusionPipeline):
             self.mask, (batch, self.mask.length), tokens, keep, steps, self.mask.space.condition(asked)
         )
         distance = self.mask.space.distance(code, asked)[:, 0] > 0
-        masks = [largest_component(outline) if outline.any() else _ellipse() for outline in distance.numpy()]
+        masks = [_usable(largest_component(outline)) for outline in distance.numpy()]
 
         edits = [edit_region(mask, np.ones_like(mask)) for mask in masks]
         windows = [window_for(edit, (side,)) for edit in edits]
@@ -138,8 +138,10 @@ def _unit(images: Sequence[NDArray[np.generic]]) -> Tensor:
     return torch.from_numpy(np.stack(images).astype(np.float32) / 127.5 - 1.0)[:, None]
 
 
-def _ellipse() -> Mask:
-    """What is painted where guidance leaves no outline: the cost of a pair does not depend on it."""
+def _usable(outline: Mask) -> Mask:
+    """The outline, or an ellipse where guidance left none or an absurd one: a pair's cost does not depend on it."""
+    if 0.0 < outline.mean() < 0.5:
+        return outline
     rows, columns = np.ogrid[:RESOLUTION, :RESOLUTION]
     mask: Mask = ((rows - 110) / 22) ** 2 + ((columns - 128) / 32) ** 2 <= 1.0
     return mask
