@@ -73,7 +73,7 @@ def main() -> None:
                 f"{row['ratio']:.2f} ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f})",
                 f"{row['cpu_seconds_per_pair']:.2f}",
                 f"{row['peak_memory'] / 1e6:.0f}",
-                "-" if row["grey_difference"] is None else f"{row['grey_difference']:.3f}",
+                "-" if row["grey_difference"] is None else f"{row['grey_difference']:.2g}",
             ]
             for row in rows
         ],
