@@ -26,7 +26,9 @@ from busigen.runtime.layout import (
 from busigen.runtime.preview import contact_sheet, pick_evenly
 from busigen.runtime.shards import FileRecord, ShardRecord
 
-_ROW_GROUP = 1 << 16
+_ROW_GROUP = 1 << 12
+"""Rows that are gathered before they are written: 65,536 took 73 MB for a manifest of 100,000, these take 14 MB, for
+a file that is 3 % larger."""
 _DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 

@@ -179,6 +179,7 @@ class Foresight:
         self._told = False
         self._started = time.monotonic()
         self._per_sample: float | None = None
+        self._drawn = 0.0
 
     def begin(self) -> None:
         """Check the disk before the first shard; a run that is continued has a pace already.
@@ -205,12 +206,14 @@ class Foresight:
     def drawn(self) -> None:
         """A shard was drawn, whole: its samples have been through all stages, unlike those of the first batches."""
         if self._per_sample is None and self.progress.rate:
-            self._per_sample = 1 / self.progress.rate
+            self._per_sample, self._drawn = 1 / self.progress.rate, time.monotonic()
 
     def written(self, record: ShardRecord) -> None:
         """A shard is complete on disk; it need not be in ``records`` yet."""
-        if self._per_sample is not None:
-            self._tell(self._per_sample, {**self.records, record.number: record}, "the first shard of this run")
+        if self._per_sample is not None and not self._told:
+            # Shards are drawn and written at the same time, so the slower of the two sets the pace.
+            pace = max(self._per_sample, (time.monotonic() - self._drawn) / record.count)
+            self._tell(pace, {**self.records, record.number: record}, "the first shard of this run")
 
     def _tell(self, pace: float, records: Records, basis: str) -> None:
         with self._lock:

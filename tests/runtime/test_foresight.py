@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from busigen.errors import OutputError
 from busigen.runtime.factory import generate
-from busigen.runtime.foresight import pace_of
+from busigen.runtime.foresight import Forecast, pace_of
+from busigen.runtime.progress import Progress
+from busigen.runtime.sample import Drawn
 from busigen.runtime.shards import ShardRecord
 from busigen.runtime.verify import verify
 from tests.command import error_line, run
@@ -125,3 +128,40 @@ def test_the_pace_on_disk_knows_no_pauses_and_no_clock_set_back(tmp_path: Path) 
         os.utime(tmp_path / "shards" / f"{number:06d}.json", (1e9 + written, 1e9 + written))
     assert pace_of(tmp_path, records) == pytest.approx((12 + 11) / 2 / 2)  # Median of 10, 11, 12 and 3600 s a shard.
     assert pace_of(tmp_path, {number: records[number] for number in (0, 1, 3)}) is None, "one gap says too little"
+
+
+class ReadyMade(NoiseSource):
+    """An engine that takes no time at all."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.made = super().draw(7, range(count), lambda samples: None).samples
+
+    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> Drawn:
+        done(len(indices))
+        return Drawn([replace(self.made[index], attempt=0) for index in indices], [])
+
+
+class Told(Progress):
+    """Remembers the forecast, and when each shard was written."""
+
+    forecast: Forecast
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[float] = []
+
+    def predicted(self, forecast: Forecast) -> None:
+        self.forecast = forecast
+
+    def shard_written(self, record: ShardRecord) -> None:
+        super().shard_written(record)
+        self.written.append(time.monotonic())
+
+
+def test_where_writing_is_slower_than_drawing_the_forecast_goes_by_writing(tmp_path: Path) -> None:
+    told = Told()
+    generate(ReadyMade(90), tmp_path / "set", count=90, seed=7, shard_size=30, progress=told)
+    took = told.written[-1] - told.written[0]
+    # Drawing takes less than a hundredth of this; a machine with other work may write one shard faster than the next.
+    assert told.forecast.seconds > 0.1 * took

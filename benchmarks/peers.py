@@ -1,0 +1,298 @@
+"""busigen's bundle against what a user would do instead, with the same weights, on this machine's CPU.
+
+python benchmarks/peers.py
+python benchmarks/peers.py --backgrounds synthetic --repeat 5
+
+- ``busigen``: ``generate`` with the bundle, whole: gates, PNG, hashes, shards, manifest, preview.
+- ``diffusers 50``: a diffusers pipeline as after the paper: whole images, 50 steps, guidance 7.5, PyTorch eager.
+- ``diffusers 50, windows``: the same on windows of 128 pixels, the smaller of busigen's sizes.
+- ``torch``: the few-step networks in PyTorch eager, step by step, with busigen's batches, windows and gates.
+- ``onnx steps``: the few-step networks in ONNX Runtime's default session, each step called from Python, likewise.
+
+Each runs in a process of its own, in turns; imports, loading and one warm-up are outside of what is timed. The others
+save PNG files with Pillow and write no more. The two diffusers pipelines have no gates and so refuse nothing, and are
+timed on fewer pairs. With ``--backgrounds real`` (the default, as in the paper) lesions are painted into given images,
+which the bundle's prior drew before; with ``synthetic``, into backgrounds that each draws as it goes (not diffusers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import RESULTS, about, in_turns, median, ratios, run, show, write
+from numpy.typing import NDArray
+from PIL import Image
+
+from busigen.registry import LESION_CLASSES, SYNTHETIC
+from busigen.runtime.backend import Backend, OnnxBackend
+from busigen.runtime.bundle import Bundle, default_bundle
+from busigen.runtime.dataset import Dataset
+from busigen.runtime.factory import generate
+from busigen.runtime.healthy import HealthyFolder
+from busigen.runtime.noise import normal
+from busigen.runtime.sampler import Sampler
+
+SEED, WARM_SEED = 7, 8
+PICTURES = 32
+"""Healthy images that lesions are painted into with ``--backgrounds real``."""
+
+CLASSES = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
+
+Pairs = Iterable[tuple[int, NDArray[Any], NDArray[Any]]]
+
+
+def main() -> None:
+    """Measure all in turns, print the table, write the results; or be one of the measured processes."""
+    options = parse()
+    if options.worker:
+        print(json.dumps(PEERS[options.worker](options)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        options.work = Path(folder)
+        prepare(options)
+        runs = in_turns(options.peers, options.repeat, lambda name, turn: measure(name, turn, options))
+    rows = [summary(name, runs) for name in options.peers]
+    backgrounds = options.backgrounds
+    show(
+        f"Pairs on {backgrounds} backgrounds, {options.repeat} runs each: medians",
+        ["", "pairs/s", "ms/pair", "busigen is faster by", "CPU s/pair", "peak MB", "grey levels off busigen's"],
+        [
+            [
+                row["name"],
+                f"{1 / row['seconds_per_pair']:.3f}",
+                f"{1000 * row['seconds_per_pair']:.0f}",
+                f"{row['ratio']:.2f} ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f})",
+                f"{row['cpu_seconds_per_pair']:.2f}",
+                f"{row['peak_memory'] / 1e6:.0f}",
+                "-" if row["grey_difference"] is None else f"{row['grey_difference']:.2g}",
+            ]
+            for row in rows
+        ],
+    )
+    record = {
+        "command": {
+            "backgrounds": backgrounds,
+            **{name: getattr(options, name) for name in ("count", "paper_count", "batch_size", "threads", "repeat")},
+        },
+        "bundle": Bundle.recorded(options.bundle).sha256,
+        "machine": about("torch", "diffusers"),
+        "medians": rows,
+        "runs": runs,
+    }
+    write(options.results or RESULTS / f"peers_{backgrounds}.json", record)
+
+
+def parse() -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="busigen must be one; all if left out")
+    parser.add_argument("--count", type=int, default=32, help="accepted pairs per run")
+    parser.add_argument("--paper-count", type=int, default=4, help="pairs per run of the diffusers pipelines")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows of 128 pixels per call; a quarter of whole")
+    parser.add_argument("--threads", type=int, help="compute threads; one per core if left out")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each")
+    parser.add_argument("--backgrounds", choices=("real", SYNTHETIC), default="real")
+    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="the shipped one if left out")
+    parser.add_argument("--checkpoint", type=Path, help="the bundle's; restored from the bundle if left out")
+    parser.add_argument("--out", type=Path, help="folder for what is written and removed; a temporary one if left out")
+    parser.add_argument("--results", type=Path, help="JSON file to write; results/peers_<backgrounds>.json if left out")
+    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    given = [name for name in PEERS if options.backgrounds == "real" or not name.startswith("diffusers")]
+    options.peers = options.peers or given
+    if "busigen" not in options.peers or not set(options.peers) <= set(given):
+        parser.error("--peers has to name busigen, which the others are compared with, and diffusers only for real")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Restore the checkpoint and draw the healthy images, before anything is measured."""
+    bundle = Bundle.open(options.bundle)
+    if options.checkpoint is None:
+        from busigen.export.restore import restore
+
+        options.checkpoint = options.work / "checkpoint"
+        restore(bundle, options.checkpoint)
+    if options.backgrounds == SYNTHETIC:
+        return
+    sampler = Sampler(bundle, OnnxBackend(bundle), classes=CLASSES)
+    (options.work / "healthy").mkdir()
+    for first in range(0, PICTURES, 4):
+        numbers = range(first, first + 4)
+        noise = np.stack([normal(SEED, number, 0, "prior", bundle.latent_shape) for number in numbers])
+        speckle = np.stack([normal(SEED, number, 0, "prior speckle", (1, 256, 256)) for number in numbers])
+        latents = sampler.backend.run("prior", {"noise": noise})
+        pixels = sampler.backend.run("decoder@256", {"latents": latents, "noise": speckle})
+        for number, image in zip(numbers, pixels[:, 0], strict=True):
+            grey = np.rint((image + 1.0) * 127.5).clip(0, 255).astype(np.uint8)
+            Image.fromarray(grey).save(options.work / "healthy" / f"{number}.png")
+
+
+def measure(name: str, turn: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One process's figures, and how far its images are from those that busigen made last."""
+    command = [sys.executable, __file__, "--worker", name, "--turn", str(turn), "--work", str(options.work)]
+    for option in ("count", "paper_count", "batch_size", "threads", "backgrounds", "bundle", "checkpoint"):
+        value = getattr(options, option)
+        command += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
+    done = run(command)
+    return {
+        **done.told,
+        "seconds_per_pair": done.told["seconds"] / done.told["pairs"],
+        "cpu_seconds_per_pair": done.told["cpu_seconds"] / done.told["pairs"],
+        "outside_seconds": done.seconds - done.told["seconds"],
+        "peak_memory": done.peak_memory,
+        "grey_difference": difference(options.work, name, turn, options.count),
+    }
+
+
+def difference(work: Path, name: str, turn: int, count: int) -> float | None:
+    """Mean absolute difference of grey levels from busigen's images of the same indices; None without a counterpart."""
+    theirs = work / f"{name}-{turn}"
+    ours = next(iter(sorted(work.glob("busigen-*"))), None)
+    if name in ("busigen", "diffusers 50", "diffusers 50, windows") or ours is None:
+        return None
+    samples = Dataset.open(ours).samples(range(count))
+    found = [np.asarray(Image.open(theirs / f"{sample.index}.image.png"), dtype=np.int16) for sample in samples]
+    return float(np.mean([np.abs(image - sample.image).mean() for image, sample in zip(found, samples, strict=True)]))
+
+
+def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of one; ``ratios`` compare it with busigen round by round, ``ratio`` is their median."""
+    by_round = ratios(runs, name, "busigen", "seconds_per_pair")
+    off = [run["grey_difference"] for run in runs if run["name"] == name and run["grey_difference"] is not None]
+    keys = ("seconds_per_pair", "cpu_seconds_per_pair", "outside_seconds", "peak_memory")
+    return {
+        "name": name,
+        "ratio": statistics.median(by_round),
+        "ratios": by_round,
+        **{key: median(runs, name, key) for key in keys},
+        "grey_difference": max(off, default=None),
+    }
+
+
+class Clock:
+    """Wall-clock and processor seconds of a block, of all its threads."""
+
+    def __enter__(self) -> Clock:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds, self.cpu_seconds = time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+    def told(self, pairs: int, draws: int) -> dict[str, Any]:
+        """What a worker prints."""
+        return {"pairs": pairs, "draws": draws, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
+
+def sampler_on(backend: Backend, options: argparse.Namespace) -> Sampler:
+    """The runtime's sampler on any backend, after one call of every graph that the run will make."""
+    bundle = Bundle.recorded(options.bundle)
+    healthy = None if options.backgrounds == SYNTHETIC else HealthyFolder(options.work / "healthy")
+    sampler = Sampler(bundle, backend, classes=CLASSES, healthy=healthy, batch_size=options.batch_size)
+    # All draws of the run, and no others: whatever class and window size they need is warm.
+    sampler.draw(SEED, range(options.count), lambda samples: None)
+    return sampler
+
+
+def busigen(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole of ``generate``."""
+    bundle = Bundle.open(options.bundle)
+    sampler = sampler_on(OnnxBackend(bundle, threads=options.threads), options)
+    with Clock() as clock:
+        report = generate(sampler, folder(options), count=options.count, seed=SEED)
+    return clock.told(options.count, options.count + sum(report.rejected.values()))
+
+
+def stepwise(options: argparse.Namespace) -> dict[str, Any]:
+    """ONNX Runtime, the loop in Python."""
+    from stepwise import StepwiseBackend
+
+    backend = StepwiseBackend(Bundle.open(options.bundle), options.work / "steps", options.threads)
+    return few_steps(backend, options)
+
+
+def eager(options: argparse.Namespace) -> dict[str, Any]:
+    """PyTorch, the loop in Python."""
+    from busigen.export.parity import TorchBackend
+
+    return few_steps(TorchBackend(networks(options)), options)
+
+
+def few_steps(backend: Backend, options: argparse.Namespace) -> dict[str, Any]:
+    """The same draws on another backend, saved one by one."""
+    sampler = sampler_on(backend, options)
+    with Clock() as clock:
+        drawn = sampler.draw(SEED, range(options.count), lambda samples: None)
+        save(((sample.index, sample.image, sample.mask) for sample in drawn.samples), folder(options))
+    return clock.told(options.count, options.count + len(drawn.rejections))
+
+
+def paper(options: argparse.Namespace, side: int = 256) -> dict[str, Any]:
+    """The diffusers pipeline, half of the pairs of each class."""
+    import torch
+    from paper_pipeline import pipelines
+
+    made, generator = pipelines(networks(options)), torch.Generator().manual_seed(SEED)
+    files = sorted((options.work / "healthy").glob("*.png"))
+    pictures = [np.asarray(Image.open(path)) for path in files]
+    share = max(1, options.paper_count // len(made))
+    batch = max(1, min(share, options.batch_size * 128**2 // side**2))
+    for pipeline in made.values():
+        pipeline(pictures[:batch], LESION_CLASSES[0], generator, num_inference_steps=1, side=side)
+    pairs = []
+    with Clock() as clock:
+        for label, pipeline in made.items():
+            for first in range(0, share, batch):
+                healthy = [pictures[(first + k) % PICTURES] for k in range(min(batch, share - first))]
+                pairs += pipeline(healthy, label, generator, side=side)
+        save(((number, *pair) for number, pair in enumerate(pairs)), folder(options))
+    return clock.told(len(pairs), len(pairs))
+
+
+def networks(options: argparse.Namespace) -> Any:
+    """The checkpoint's networks, with as many threads as busigen takes."""
+    import torch
+
+    from busigen.training.checkpoint import load_networks
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return load_networks(options.checkpoint)[0]
+
+
+def save(pairs: Pairs, out: Path) -> None:
+    """Image and mask as PNG files, as Pillow writes them."""
+    out.mkdir()
+    for number, image, mask in pairs:
+        Image.fromarray(image).save(out / f"{number}.image.png")
+        Image.fromarray(mask).save(out / f"{number}.mask.png")
+
+
+def folder(options: argparse.Namespace) -> Path:
+    """Where this process's pairs go."""
+    return options.work / f"{options.worker}-{options.turn}"
+
+
+PEERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "busigen": busigen,
+    "diffusers 50": paper,
+    "diffusers 50, windows": lambda options: paper(options, side=128),
+    "torch": eager,
+    "onnx steps": stepwise,
+}
+
+
+if __name__ == "__main__":
+    main()
