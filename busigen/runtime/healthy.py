@@ -20,6 +20,7 @@ from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.progress import Progress
+from busigen.runtime.wording import printable
 
 log = logging.getLogger("busigen.runtime")
 
@@ -85,7 +86,7 @@ class HealthyFolder:
         if not found:
             raise self._nothing_left(problems)
         for problem in problems:
-            log.warning("left out: %s", problem)
+            log.warning("left out: %s", printable(problem))
         lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
         log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._told())
         self.items = sorted(found.items())
