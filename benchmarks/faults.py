@@ -1,0 +1,75 @@
+"""What happens to a dataset when its runs are killed, its disk fills up, its files rot: the table of faults.
+
+python -m benchmarks.faults [--kills 200]
+
+Real processes and real files, with a source of noise in the place of a bundle, so that a run of twelve samples in six
+shards takes a moment. Every dataset is continued to its end, verified, and compared byte for byte with one that nothing
+happened to. A small disk is mounted for two of the faults, which needs root; the clock is faked by a library that
+needs a C compiler. What cannot be tried here is told as tried 0 times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import busigen
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "faults.json"
+TOLD = {
+    "kill": "SIGKILL at a random instant",
+    "terminate": "SIGTERM at a random instant",
+    "full_disk": "disk full",
+    "read_only": "folder read-only",
+    "flipped": "one bit of a shard or the manifest flipped",
+    "truncated": "manifest cut short",
+    "together": "three processes on one folder",
+    "healthy": "healthy folder changed, an image cut short or gone",
+    "clock": "clock set back by a year",
+}
+TIMES = {"terminate": 20, "full_disk": 10, "read_only": 10, "flipped": 50, "truncated": 20, "together": 20}
+SEED = 5
+
+
+def main() -> None:
+    """Try every fault, print the table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    times = {"kill": options.kills, "healthy": 12, "clock": 3, **TIMES}
+    faults = {}
+    for name in TOLD:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "tests.runtime.faulting", name, folder, str(times[name]), str(SEED)]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        faults[name] = {**json.loads(done.stdout), "seconds": round(time.monotonic() - started, 1)}
+        print(name, faults[name], file=sys.stderr)
+    columns = [column for column in next(iter(faults.values())) if column != "seconds"]
+    table = Table("fault", *columns)
+    for name, tally in faults.items():
+        table.add_row(TOLD[name], *(str(tally[column]) for column in columns))
+    Console(width=130).print(table)
+    machine = {
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "busigen": busigen.__version__,
+    }
+    options.results.write_text(json.dumps({"machine": machine, "seed": SEED, "faults": faults}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
