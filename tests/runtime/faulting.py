@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,6 +174,8 @@ def _ended_early(folder: Path, times: int, seed: int, number: int, code: int) ->
             # A signal before the run listens to it ends it as by default; one that comes too late finds it finished.
             assert found in (0, code, -number), found
             tally.tried += found != 0
+            # How long a run takes depends on what else the machine does: this keeps most instants within it, anywhere.
+            lasted *= 1.15 if found else 0.7
             judge(out, before, whole, tally)
         _continued(out, whole, tally)
         shutil.rmtree(out)
@@ -232,7 +234,8 @@ def read_only(folder: Path, times: int, seed: int) -> Tally:
             tally.tried += 1
             out = disk / str(number)
             place = rng.randrange(COUNT)
-            assert ended(forked(writing(out, Happening(place, _die)))) == -signal.SIGKILL
+            code = ended(forked(writing(out, Happening(place, _die))))
+            assert code == -signal.SIGKILL, code
             before, bytes_before = complete(out), hashes(out)
             _mount("-o", "remount,ro", disk)
             code = ended(forked(writing(out)))
@@ -240,6 +243,7 @@ def read_only(folder: Path, times: int, seed: int) -> Tally:
             _mount("-o", "remount,rw", disk)
             judge(out, before, whole, tally)
             _continued(out, whole, tally)
+            shutil.rmtree(out)
     return tally
 
 
@@ -434,7 +438,9 @@ def _die() -> None:
 
 
 def _fill(disk: Path, neighbour: Path, left: int) -> None:
-    neighbour.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
+    # The run itself may take the last room while this is written.
+    with suppress(OSError):
+        neighbour.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
 
 
 def _another_image() -> bytes:
