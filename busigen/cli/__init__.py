@@ -17,6 +17,7 @@ from busigen.cli import models, datasets, judging  # noqa: F401
 # isort: on
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
 from busigen.errors import BusigenError, UsageError
+from busigen.runtime.wording import printable
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
 def _fail(error: BusigenError, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    stderr.print(escape(f"error: {error}"), style=None if debug else "red")
+    stderr.print(escape(printable(f"error: {error}")), style=None if debug else "red")
     sys.exit(error.exit_code)
 
 

@@ -95,7 +95,15 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
     Raises:
         InputError: The file is missing, unreadable, damaged, not an image, or outside the size limits.
     """
-    path = Path(path)
+    try:
+        return _read_image(Path(path), data)
+    except MemoryError as error:
+        raise InputError(
+            f"{Path(path).name} needs more memory than there is.", fix="Crop or shrink it to the ultrasound frame."
+        ) from error
+
+
+def _read_image(path: Path, data: bytes | None) -> ImageFile:
     data = _read_bytes(path) if data is None else data
     decoded = _decode(path, data)
     coloured: NDArray[np.bool_] | None = None

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ _FIXES = {
     errno.EPERM: _DENIED,
     errno.EROFS: "It is on a read-only file system: choose another --out.",
     errno.ENOTDIR: "A part of that path is a file, not a folder: choose another --out.",
+    errno.ELOOP: "A link is in the way: remove it, or choose another --out.",
     errno.EEXIST: "A file is in the way: choose another --out.",
     errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
 }
@@ -86,7 +88,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
+    """Hexadecimal sha256 of a file's bytes.
+
+    Raises:
+        OSError: the file cannot be read, or is none: a pipe would be waited for, a device never ends.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "It is no regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

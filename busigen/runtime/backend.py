@@ -60,11 +60,25 @@ class OnnxBackend:
         self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
 
     def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
-        """See :class:`Backend`."""
+        """See :class:`Backend`.
+
+        Raises:
+            IntegrityError: the graph cannot be run, or what it yields is no batch of numbers.
+        """
         if graph not in self._sessions:
             self._sessions[graph] = self._open(graph)
-        (output,) = self._sessions[graph].run(None, dict(inputs))
-        result: NDArray[np.float32] = output
+        try:
+            (output,) = self._sessions[graph].run(None, dict(inputs))
+            result: NDArray[np.float32] = np.asarray(output, dtype=np.float32)
+            rows = len(result)
+        except Exception as error:  # ONNX Runtime's share no public base class; the rest is a graph of another make
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN]
+            raise self._useless(graph, f"cannot be run: {reason}") from error
+        if rows != len(next(iter(inputs.values()))):
+            raise self._useless(graph, f"answers a batch of {len(next(iter(inputs.values())))} with {rows} rows")
+        # A NaN has no grey level: what a cast makes of it depends on the processor, and some of it passes the gates.
+        if not np.isfinite(result).all():
+            raise self._useless(graph, "yields NaN or infinity, which is no image: its weights are damaged")
         return result
 
     @property
@@ -90,6 +104,12 @@ class OnnxBackend:
         if self._provider not in session.get_providers():
             raise self._unusable()
         return session
+
+    def _useless(self, graph: str, reason: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._bundle.graph(graph)} {reason}.",
+            fix="Export the bundle again with 'busigen export'; if memory ran out, give a smaller --batch-size.",
+        )
 
     def _unusable(self, reason: str = "") -> UsageError:
         return UsageError(

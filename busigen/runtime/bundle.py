@@ -12,11 +12,15 @@ from typing import Any
 
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
+from busigen.runtime.onnx_files import external_files
 
 RECORD = "bundle.json"
 SCHEMA = 2
 MAX_RECORD_BYTES = 4 << 20
-MAX_GRAPH_BYTES = 4 << 30
+MAX_GRAPH_BYTES = 8 << 20
+"""Largest graph that is opened. Its weights lie in files beside it; what is left is some 200 KB."""
+
+MAX_WEIGHTS_BYTES = 4 << 30
 
 _LARGEST = {"latent_channels": 256, "code_length": 4096, "patch": RESOLUTION}
 """Sizes that a bundle may ask noise and inputs of: a damaged record is not to ask for all memory."""
@@ -77,8 +81,10 @@ class Bundle:
         """
         path = folder / RECORD
         try:
-            if path.stat().st_size > MAX_RECORD_BYTES:
-                raise InputError(f"{path} is larger than {MAX_RECORD_BYTES} bytes.", fix=_EXPORT)
+            found = path.stat()
+            # A pipe would be waited for, a device never ends.
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_RECORD_BYTES:
+                raise InputError(f"{path} is no regular file, or is larger than {MAX_RECORD_BYTES} bytes.", fix=_EXPORT)
             content = path.read_bytes()
             info = json.loads(content)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -126,9 +132,11 @@ class Bundle:
             for file, sha256 in hashes.items():
                 if file not in expected:
                     _check_name(file, self.folder / RECORD)
-                    _check_file(self.folder / file, sha256)
+                    limit = MAX_GRAPH_BYTES if file == record["file"] else MAX_WEIGHTS_BYTES
+                    _check_file(self.folder / file, sha256, limit)
                 if expected.setdefault(file, sha256) != sha256:
                     raise IntegrityError(f"{self.folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
+            _check_weights(self.folder / record["file"], set(hashes))
 
 
 def _check_name(file: str, record: Path) -> None:
@@ -136,12 +144,12 @@ def _check_name(file: str, record: Path) -> None:
         raise IntegrityError(f"{record} names the file {file!r}, which is not a plain name.", fix=_EXPORT)
 
 
-def _check_file(path: Path, expected: str) -> None:
+def _check_file(path: Path, expected: str, limit: int) -> None:
     try:
         # A link may point anywhere, and what it points to may change after the check.
         found_there = path.lstat()
-        if not stat.S_ISREG(found_there.st_mode) or found_there.st_size > MAX_GRAPH_BYTES:
-            raise IntegrityError(f"{path} is no regular file of at most {MAX_GRAPH_BYTES} bytes.", fix=_EXPORT)
+        if not stat.S_ISREG(found_there.st_mode) or found_there.st_size > limit:
+            raise IntegrityError(f"{path} is no regular file of at most {limit} bytes.", fix=_EXPORT)
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except (OSError, ValueError) as error:
@@ -149,3 +157,15 @@ def _check_file(path: Path, expected: str) -> None:
         raise IntegrityError(f"{str(path)!r} cannot be read: {reason}.", fix=_EXPORT) from error
     if found != expected:
         raise IntegrityError(f"{path} is not the file that was exported: its sha256 is {found[:12]}....", fix=_EXPORT)
+
+
+def _check_weights(graph: Path, recorded: set[str]) -> None:
+    """Refuse a graph that reads weights from a file which its record gives no hash of."""
+    if graph.stat().st_size > MAX_GRAPH_BYTES:  # Recorded as another graph's weights, and allowed more room as such.
+        raise IntegrityError(f"{graph} is larger than {MAX_GRAPH_BYTES} bytes.", fix=_EXPORT)
+    try:
+        others = sorted(external_files(graph) - recorded)
+    except ValueError as error:
+        raise IntegrityError(f"{graph} is no ONNX graph: {error}.", fix=_EXPORT) from error
+    if others:
+        raise IntegrityError(f"{graph} reads weights from {others[0]!r}, which {RECORD} does not record.", fix=_EXPORT)

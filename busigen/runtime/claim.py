@@ -16,6 +16,7 @@ import polars as pl
 import busigen
 from busigen.errors import OutputError
 from busigen.runtime.atomic import leftovers, output_errors, write_json
+from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SCHEMA_VERSION, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
 from busigen.runtime.lock import exclusive
 from busigen.runtime.options import FIELDS, changed_options, decided
@@ -134,7 +135,7 @@ def _refuse_foreign(out: Path) -> None:
 
 def _read_run(out: Path) -> dict[str, Any] | None:
     try:
-        run = json.loads((out / RUN_FILE).read_bytes())
+        run = read_json(out / RUN_FILE)
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from PIL import Image
 
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import RESOLUTION
+from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     DATASET_FILE,
     MANIFEST_FILE,
@@ -25,15 +27,18 @@ from busigen.runtime.layout import (
     MEMBER_SUFFIXES,
     RUN_FILE,
     SCHEMA_VERSION,
+    SHARD_FOLDER,
     Plan,
     key_of,
     shard_path,
 )
 from busigen.runtime.sample import Sample
 from busigen.runtime.shards import FIXED_COLUMNS, ShardRecord
+from busigen.runtime.tables import read_table
 from busigen.runtime.tar_headers import TarHeaders, open_headers
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
+_NUMBER = re.compile(r"[0-9]{6,10}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Dataset:
         """
         path = folder / DATASET_FILE
         try:
-            info = json.loads(path.read_bytes())
+            info = read_json(path, shards=len(recorded_shards(folder)))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise _not_finished(folder) from error
         except OSError as error:
@@ -100,7 +105,7 @@ class Dataset:
         """
         path = self.folder / MANIFEST_FILE
         try:
-            return pl.read_parquet(path)
+            return read_table(path, self.plan.count)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
@@ -132,6 +137,14 @@ class Dataset:
             for member in read_members(self.folder / shard_path(number, "tar"), inside, only=wanted):
                 found[int(member.key)] = to_sample(member)
         return [found[index] for index in indices]
+
+
+def recorded_shards(folder: Path) -> list[int]:
+    """Numbers of the shards that have a record, in order.
+
+    What a file claims their number to be must not decide how much is read or listed.
+    """
+    return sorted(int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if _NUMBER.fullmatch(path.stem))
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import polars as pl
 from busigen.runtime.atomic import atomic_file, atomic_path, write_json
 from busigen.runtime.card import croissant, readme
 from busigen.runtime.dataset import Dataset, plan_of
+from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     CARD_FILE,
     CROISSANT_FILE,
@@ -62,7 +62,7 @@ def unfinish(folder: Path) -> None:
 def is_finished(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
     """Whether every top-level file is there, and ``dataset.json`` is what closes this very run and its manifest."""
     try:
-        info = json.loads((folder / DATASET_FILE).read_bytes())
+        info = read_json(folder / DATASET_FILE, shards=len(records))
         wanted = dataset_info(run, records, {MANIFEST_FILE: FileRecord.of(folder, MANIFEST_FILE)})
     except (FileNotFoundError, ValueError):
         return False

@@ -20,6 +20,7 @@ from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.progress import Progress
+from busigen.runtime.wording import printable
 
 log = logging.getLogger("busigen.runtime")
 
@@ -85,10 +86,11 @@ class HealthyFolder:
         if not found:
             raise self._nothing_left(problems)
         for problem in problems:
-            log.warning("left out: %s", problem)
+            log.warning("left out: %s", printable(problem))
         lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
         log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._told())
         self.items = sorted(found.items())
+        self._stamps = self._stamped()
 
     def _find(self, progress: Progress) -> tuple[dict[str, Path], list[str]]:
         """The images that count as healthy by their hash, and what is wrong with those that are named one by one."""
@@ -152,17 +154,54 @@ class HealthyFolder:
         """The image at a position in [0, 1) of the folder.
 
         Raises:
-            IntegrityError: the file has changed since the run began.
+            IntegrityError: the file has changed since the run began, or cannot be read any more.
         """
         return self._load(int(position * len(self.items)))
 
+    def refuse_changes(self) -> None:
+        """Refuse a folder that does not hold the same images as when the run began.
+
+        Images that were picked before are remembered, so the samples stay sound; but a run whose images are gone can
+        be neither continued nor replayed, and the sooner somebody hears of it the better. Times and sizes are looked
+        at; only where one differs, everything is read again.
+
+        Raises:
+            IntegrityError: an image was changed, removed or added.
+        """
+        stamps = self._stamped()
+        if stamps == self._stamps:
+            return
+        for sha256, path in self.items:
+            if stamps.get(path) is None or stamps[path] != self._stamps[path]:
+                self._refuse_other(path, sha256)
+        counted = Counter(self.left_out)
+        now, _ = self._find(Progress())
+        self.left_out = counted
+        if now.keys() != {sha256 for sha256, _ in self.items}:
+            added = next((path for sha256, path in now.items() if (sha256, path) not in self.items), self.folder)
+            raise _changed(added, "is new among the healthy images of this run")
+        self._stamps = stamps
+
+    def _stamped(self) -> dict[Path, tuple[int, int] | None]:
+        """Time and size of every image in use and of the folders they lie in; None for what is not there."""
+        places = {self.folder, *(place for _, path in self.items for place in (path, path.parent))}
+        return {place: _stamp(place) for place in places}
+
+    def _refuse_other(self, path: Path, sha256: str) -> None:
+        """Refuse a file that is not the one that was read when the run began."""
+        try:
+            same = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        except OSError as error:
+            raise _changed(path, f"cannot be read any more ({error.strerror})") from error
+        if not same:
+            raise _changed(path, "has changed since the run began")
+
     def _read(self, number: int) -> Healthy:
         sha256, path = self.items[number]
+        self._refuse_other(path, sha256)
         image = read_image(path)
         if image.sha256 != sha256:
-            raise IntegrityError(
-                f"{path} has changed since the run began.", fix="Restore it, or start a run of its own."
-            )
+            raise _changed(path, "has changed since the run began")
         pixels, box = letterbox(image.pixels)
         row = {
             "background": "real",
@@ -174,6 +213,21 @@ class HealthyFolder:
             "letterbox_top": box.top,
         }
         return Healthy(pixels, box.valid, row)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _changed(path: Path, how: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} {how}.",
+        fix="Put the folder back as it was and give the same command again to continue, or start a run of its own.",
+    )
 
 
 def _is_normal(place: Path) -> bool:

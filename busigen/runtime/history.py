@@ -19,6 +19,7 @@ from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, ROW_SUFFIX, RUN_
 from busigen.runtime.options import as_typed
 from busigen.runtime.replay import told
 from busigen.runtime.shards import FileRecord, ShardRecord
+from busigen.runtime.tables import find_rows
 from busigen.runtime.verify import read_object, read_run
 
 REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
@@ -98,10 +99,10 @@ def read_recorded(folder: Path, key: str) -> Recorded:
         problems,
     )
     rows: dict[str, dict[str, Any]] = {}
-    for name in (MANIFEST_FILE, shard_path(number, "parquet")):
+    for name, height in ((MANIFEST_FILE, plan.count), (shard_path(number, "parquet"), len(plan.indices(number)))):
         if name == MANIFEST_FILE and not (folder / DATASET_FILE).exists():
             continue  # The run is unfinished, so there is none yet.
-        row = _tried(partial(_table_row, folder / name, index), name, problems)
+        row = _tried(partial(_table_row, folder / name, height, index), name, problems)
         if row is not None:
             rows[name] = row
     if member is not None:
@@ -125,8 +126,8 @@ def _tried(read: Callable[[], Any], name: str, problems: list[str]) -> Any:
     return None
 
 
-def _table_row(path: Path, index: int) -> dict[str, Any]:
-    found = pl.scan_parquet(path).filter(pl.col("index") == index).collect().to_dicts()
+def _table_row(path: Path, height: int, index: int) -> dict[str, Any]:
+    found = find_rows(path, height, index)
     if len(found) != 1:
         raise IntegrityError(f"{path} has {len(found)} rows of index {index}.")
     return found[0]

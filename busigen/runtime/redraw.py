@@ -17,6 +17,7 @@ from busigen.runtime.layout import MANIFEST_FILE, SCHEMA_VERSION, SHARD_FOLDER, 
 from busigen.runtime.replay import BYTES_ONLY, Inputs, other_conditions, refuse_other_samples, told
 from busigen.runtime.sample import Source
 from busigen.runtime.shards import FileRecord, ShardRecord, write_shard
+from busigen.runtime.tables import read_table
 from busigen.runtime.wording import counted
 
 
@@ -123,7 +124,7 @@ def _fits(folder: Path, fresh: Path, record: ShardRecord, expected: tuple[FileRe
     if hash_or_none(folder / parquet.file) != parquet.sha256:
         return False
     try:
-        return pl.read_parquet(folder / parquet.file).equals(pl.read_parquet(fresh / parquet.file))
+        return read_table(folder / parquet.file, record.count).equals(pl.read_parquet(fresh / parquet.file))
     except (OSError, pl.exceptions.PolarsError):
         return False
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
-from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError
+from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, sha256_of, write_json
 from busigen.runtime.claim import differences
-from busigen.runtime.dataset import plan_of, read_members
+from busigen.runtime.dataset import plan_of, read_members, recorded_shards
+from busigen.runtime.factory import complete_shard
 from busigen.runtime.finish import finish, run_of
+from busigen.runtime.foresight import require_room
 from busigen.runtime.history import listed_shards
-from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, shard_path
+from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, Plan, shard_path
 from busigen.runtime.lock import exclusive
 from busigen.runtime.redraw import Repair, draw_again, expected_files, hash_or_none, listed_files, standing_record
 from busigen.runtime.replay import Inputs, told
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
+from busigen.runtime.tables import read_table
 from busigen.runtime.verify import VerifyReport, read_object, read_run, read_types, verify
+from busigen.runtime.verify_shard import LEAST_SAMPLE
 
 
 class RepairInterrupted(BusigenError):
@@ -61,11 +65,22 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
     Raises:
         InputError: ``folder`` is no busigen dataset.
         IntegrityError: ``run.json`` and ``dataset.json`` contradict each other.
-        OutputError: another process holds the folder, or it cannot be written.
+        OutputError: another process holds the folder, its shards lie elsewhere, it cannot be written, or the disk has
+            no room for the samples that are missing.
         RepairInterrupted: on Ctrl-C.
     """
     inputs = inputs or Inputs()
-    read_run(folder)  # Before the lock's file is written: a folder that is no dataset is left as it is.
+    plan = plan_of(read_run(folder), folder / RUN_FILE)
+    # Before the lock's file is written: a folder that is no dataset is left as it is, and so is one whose shards lie
+    # elsewhere. It may come from anywhere, and nothing is to be written outside of it.
+    if (folder / SHARD_FOLDER).is_symlink():
+        raise OutputError(
+            f"{folder / SHARD_FOLDER} is a link, and repair writes into the dataset's own folder alone.",
+            fix="Replace the link by the folder that it points to.",
+        )
+    missing = plan.count - _samples_there(folder, plan)
+    if missing:
+        require_room(folder, replace(plan, count=missing), {})
     with output_errors(folder):
         lock = exclusive(folder)
         lock.__enter__()
@@ -101,6 +116,12 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
     return RepairReport(tuple(work.repaired), tuple(work.refused), after, error)
 
 
+def _samples_there(folder: Path, plan: Plan) -> int:
+    """Samples of the shards that are there, as far as sizes tell."""
+    records = [complete_shard(folder, plan, number) for number in recorded_shards(folder) if number < plan.shards]
+    return sum(record.count for record in records if record and record.tar.size >= LEAST_SAMPLE * record.count)
+
+
 def _opened(folder: Path) -> Repair:
     run, info = read_run(folder), read_object(folder / DATASET_FILE)
     changed = differences(run, run_of(info)) if info else []
@@ -110,11 +131,11 @@ def _opened(folder: Path) -> Repair:
             f"{RUN_FILE} and {DATASET_FILE} contradict each other ({named}), and nothing tells which is right.",
             fix="Delete the one that is wrong and give the same command again: it is written anew from the other.",
         )
+    plan = plan_of(run, folder / RUN_FILE)
     try:
-        manifest = pl.read_parquet(folder / MANIFEST_FILE)
+        manifest = read_table(folder / MANIFEST_FILE, plan.count)
     except (OSError, pl.exceptions.PolarsError):
         manifest = None
-    plan = plan_of(run, folder / RUN_FILE)
     return Repair(folder, run, plan, read_types(run, folder), listed_shards(info or {}), manifest)
 
 

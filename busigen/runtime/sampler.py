@@ -142,6 +142,7 @@ class Sampler:
 
         Raises:
             AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
+            IntegrityError: the healthy images are no longer those that the run began with.
         """
         pending = deque((index, 0) for index in indices)
         samples: dict[int, Sample] = {}
@@ -160,6 +161,8 @@ class Sampler:
                         f"Refused so far: {_by_reason(rejections)}.",
                     )
                 pending.append((rejection.index, rejection.attempt + 1))
+        if self.healthy is not None:
+            self.healthy.refuse_changes()
         rejections.sort(key=lambda rejection: (rejection.index, rejection.attempt))
         return Drawn([samples[index] for index in indices], rejections)
 

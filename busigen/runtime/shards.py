@@ -25,6 +25,7 @@ from PIL import Image
 from busigen.errors import IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.atomic import atomic_file, sha256_of, write_json
+from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     IMAGE_SUFFIX,
     MASK_SUFFIX,
@@ -102,7 +103,7 @@ class ShardRecord:
         """
         path = folder / shard_path(number, "json")
         try:
-            fields = json.loads(path.read_bytes())
+            fields = read_json(path)
             version = fields.pop("schema_version")
             record = cls(**{**fields, "tar": FileRecord(**fields["tar"]), "parquet": FileRecord(**fields["parquet"])})
             named = (record.number, record.tar.file, record.parquet.file)
@@ -111,14 +112,27 @@ class ShardRecord:
                 shard_path(number, "tar"),
                 shard_path(number, "parquet"),
             )
-            # Summing proves that the counts are numbers before anyone does arithmetic with them.
-            fits = fits and sum(record.classes.values()) == record.count and sum(record.rejected.values()) >= 0
-            fits = fits and all(isinstance(rejection, dict) for rejection in record.rejections)
+            fits = fits and record._is_well_typed() and sum(record.classes.values()) == record.count
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path) from error
         if not fits:
             raise _damaged(path)
         return record
+
+    def _is_well_typed(self) -> bool:
+        """Whether everything is of its type, so that nobody stumbles over a text where a number should be."""
+        files = (self.tar, self.parquet)
+        whole = [
+            self.first,
+            self.count,
+            *self.classes.values(),
+            *self.rejected.values(),
+            *(file.size for file in files),
+        ]
+        draws = [(draw["index"], draw["attempt"], draw["label"], draw["reason"]) for draw in self.rejections]
+        whole += [number for index, attempt, _, _ in draws for number in (index, attempt)]
+        texts = [file.sha256 for file in files] + [text for _, _, *words in draws for text in words]
+        return all(type(number) is int and number >= 0 for number in whole) and all(type(text) is str for text in texts)
 
 
 def write_shard(folder: Path, number: int, drawn: Drawn, types: Mapping[str, type]) -> ShardRecord:

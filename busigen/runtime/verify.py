@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,31 @@ import polars as pl
 from busigen.errors import InputError
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
-from busigen.runtime.dataset import plan_of
+from busigen.runtime.dataset import plan_of, recorded_shards
 from busigen.runtime.finish import dataset_info, run_of
+from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     DATASET_FILE,
     FINISHED_FILES,
     LOCK_FILE,
     MANIFEST_FILE,
     RUN_FILE,
+    SHARD_FOLDER,
     TEMPORARY_PREFIX,
     Plan,
     shard_path,
 )
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import COLUMN_TYPES, FileRecord, schema_of
+from busigen.runtime.tables import read_table
 from busigen.runtime.verify_shard import FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.wording import counted
 
 _DELETE = "Delete it, or move it out of the dataset."
+_LISTED, _LISTED_SHARDS = 8, 1000
+"""Fields and missing shards that are named one by one."""
+
+_SHARD_FILE = re.compile(rf"{SHARD_FOLDER}/([0-9]{{6,10}})\.(tar|parquet|json)")
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -85,7 +93,8 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
     progress.start("verifying", plan.count)
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
-            numbers = range(plan.shards)
+            # Those that are there: how many there should be is a claim, which may be a billion.
+            numbers = [number for number in recorded_shards(folder) if number < plan.shards]
             shards = list(
                 pool.map(lambda number: check_shard(folder, plan, number, schema, backgrounds, progress), numbers)
             )
@@ -97,7 +106,7 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
         problems += _absent(healthy, shards)
     # Without it the run has not been finished, and what it would have written last is not missing but still to come.
     finished = (folder / DATASET_FILE).exists()
-    problems += _check_dataset(folder, run, shards) if finished else [_unfinished(shards)]
+    problems += _check_dataset(folder, run, plan, shards) if finished else [_unfinished(plan, shards)]
     duplicates = list(_duplicates(shards))
     problems += duplicates
     problems += _strangers(folder, plan, finished)
@@ -132,8 +141,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any] | None:
     """A JSON file's object; None if it is missing, damaged or anything else."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path, shards=len(recorded_shards(path.parent)))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -152,17 +161,15 @@ def read_types(run: dict[str, Any], folder: Path) -> dict[str, type]:
     return types
 
 
-def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings]) -> Iterator[Problem]:
+def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
     """dataset.json and the manifest must follow from run.json and the shards."""
     missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
     yield from (Problem(name, "is missing.", FINISH) for name in missing)
     if RUN_FILE not in missing and read_object(folder / RUN_FILE) is None:
         yield Problem(RUN_FILE, "cannot be read as a run record.", REPAIR)
-    for number, shard in enumerate(shards):
-        if not shard.started:
-            yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
+    yield from _missing(plan, shards)
     try:
-        info = json.loads((folder / DATASET_FILE).read_bytes())
+        info = read_json(folder / DATASET_FILE, shards=len(shards))
     except (OSError, ValueError):
         yield Problem(DATASET_FILE, "cannot be read as JSON.", MEND)
         return
@@ -174,24 +181,36 @@ def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings
     for name in blamed:
         problem = f"has another sha256 or size than {DATASET_FILE} records: its content was changed or damaged."
         yield Problem(name, problem, MEND)
-    if len(records) == len(shards):
+    if len(records) == plan.shards:
         wanted = dataset_info(run, records, files)
         if isinstance(info, dict) and (blamed or missing):
             wanted["files"] = recorded
         changed = differences(info, wanted)
         if changed:
-            named = ", ".join(name for name, _, _ in changed if name) or "everything"
+            names = [name[:80] for name, _, _ in changed if name]
+            named = ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED)) or "everything"
             problem = f"differs from {RUN_FILE}, the shards' records or the manifest in: {named}."
             yield Problem(DATASET_FILE, problem, MEND)
-    if files:
-        yield from _check_manifest(folder, shards)
+    # What its hash gives away is named already, and damaged bytes are nothing to hand to a parser.
+    if files and not blamed:
+        yield from _check_manifest(folder, plan, shards)
 
 
-def _unfinished(shards: list[ShardFindings]) -> Problem:
+def _missing(plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
+    """A problem for each missing shard, and one for all that are too many to be listed."""
+    there = {shard.number for shard in shards if shard.started}
+    absent = plan.shards - len(there)
+    for number in islice((number for number in range(plan.shards) if number not in there), min(absent, _LISTED_SHARDS)):
+        yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
+    if absent > _LISTED_SHARDS:
+        yield Problem(SHARD_FOLDER, f"lacks {counted(absent - _LISTED_SHARDS, 'more shard')}.", FINISH)
+
+
+def _unfinished(plan: Plan, shards: list[ShardFindings]) -> Problem:
     complete = sum(shard.started for shard in shards)
     return Problem(
         DATASET_FILE,
-        f"is missing, the run is unfinished: {complete} of {counted(len(shards), 'shard')}.",
+        f"is missing, the run is unfinished: {complete} of {counted(plan.shards, 'shard')}.",
         "The same `busigen generate` command continues it.",
     )
 
@@ -211,14 +230,14 @@ def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
     )
 
 
-def _check_manifest(folder: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
+def _check_manifest(folder: Path, plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
+    tables = [shard.rows for shard in shards if shard.rows is not None]
+    if len(tables) != plan.shards:
+        return
     try:
-        manifest = pl.read_parquet(folder / MANIFEST_FILE)
+        manifest = read_table(folder / MANIFEST_FILE, plan.count)
     except (OSError, pl.exceptions.PolarsError) as error:
         yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", MEND)
-        return
-    tables = [shard.rows for shard in shards if shard.rows is not None]
-    if len(tables) != len(shards):
         return
     try:
         equal = manifest.equals(pl.concat(tables))
@@ -230,22 +249,29 @@ def _check_manifest(folder: Path, shards: list[ShardFindings]) -> Iterator[Probl
 
 def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
     first: dict[str, str] = {}
-    for number, shard in enumerate(shards):
+    for shard in shards:
         for digest, key in shard.hashes:
             if digest in first:
                 problem = f"sample {key}: its image equals that of sample {first[digest]}."
-                yield Problem(shard_path(number, "tar"), problem, "Report it: every sample has noise of its own.")
+                yield Problem(shard_path(shard.number, "tar"), problem, "Report it: every sample has noise of its own.")
             first.setdefault(digest, key)
 
 
 def _strangers(folder: Path, plan: Plan, finished: bool) -> Iterator[Problem]:
     expected = set(FINISHED_FILES) | {LOCK_FILE}
-    expected |= {shard_path(number, suffix) for number in range(plan.shards) for suffix in ("tar", "parquet", "json")}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.name.startswith(TEMPORARY_PREFIX):
             if not finished:  # It goes when the same command continues.
                 continue
             yield Problem(name, "is a temporary file of a killed run.", FINISH)
-        elif name not in expected and not path.is_dir():
+        elif name not in expected and not path.is_dir() and not _is_of_shard(name, plan):
             yield Problem(name, "is no part of the dataset.", _DELETE)
+
+
+def _is_of_shard(name: str, plan: Plan) -> bool:
+    found = _SHARD_FILE.fullmatch(name)
+    if found is None:
+        return False
+    number = int(found[1])
+    return number < plan.shards and shard_path(number, found[2]) == name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from busigen.runtime.dataset import Member, decode_image, decode_mask, read_memb
 from busigen.runtime.layout import SHARD_FOLDER, Plan, key_of, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import FileRecord, ShardRecord, lesion_box
+from busigen.runtime.tables import read_table
+from busigen.runtime.wording import printable
 
 REPAIR = "Run `busigen verify --repair`."
 """What helps where ``generate`` cannot know that the folder is its own."""
@@ -35,6 +38,9 @@ MEND = (
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
 """What helps against content that is wrong behind hashes that fit."""
 
+LEAST_SAMPLE = 3 * 1024
+"""Bytes in a tar that a sample takes at least: a header and a block for each of its members."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -45,7 +51,7 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.problem} {self.fix}"
+        return printable(f"{self.file}: {self.problem} {self.fix}")
 
 
 @dataclass
@@ -53,6 +59,7 @@ class ShardFindings:
     """What the check of one shard found.
 
     Attributes:
+        number: the shard's number.
         record: the shard's record; None if it is missing or damaged.
         rows: the shard's table; None if it is missing or damaged.
         samples: samples read.
@@ -66,6 +73,7 @@ class ShardFindings:
         problems: everything else found wrong.
     """
 
+    number: int
     record: ShardRecord | None = None
     rows: pl.DataFrame | None = None
     samples: int = 0
@@ -96,7 +104,7 @@ def check_shard(
         backgrounds: healthy images to compare with; None compares none.
         progress: told of every sample.
     """
-    found = ShardFindings()
+    found = ShardFindings(number)
     indices = plan.indices(number)
     names = {suffix: shard_path(number, suffix) for suffix in ("json", "tar", "parquet")}
     try:
@@ -112,6 +120,10 @@ def check_shard(
         found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.")
     if Counter(rejection.get("reason") for rejection in record.rejections) != Counter(record.rejected):
         found.report(names["json"], "lists other rejections than it counts.", names["json"])
+    if record.tar.size < LEAST_SAMPLE * len(indices):
+        # How many rows a table may have follows from the plan, which may be made up; so large a tar may not.
+        found.report(names["json"], f"records a tar too small for {len(indices)} samples.")
+        return found
     if _check_file(folder, record.parquet, found):
         found.rows = _read_rows(folder, names["parquet"], indices, schema, found)
     tar_is_whole = _check_file(folder, record.tar, found)
@@ -134,6 +146,10 @@ def check_shard(
 
 def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
     """Whether the refused draws are those before each row's attempt. No hash covers them, so this is what does."""
+    attempts, refused = rows["attempt"].to_list(), len(record.rejections)
+    # A row may claim any number of attempts, and the list below would be as long.
+    if any(attempt is None or not 0 <= attempt <= refused for attempt in attempts) or sum(attempts) != refused:
+        return False
     before = [
         (index, attempt, label)
         for index, attempts, label in rows.select("index", "attempt", "class").iter_rows()
@@ -144,8 +160,11 @@ def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
 
 def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
     try:
-        size = (folder / record.file).stat().st_size
-        if size != record.size:
+        there = (folder / record.file).stat()
+        size = there.st_size
+        if not stat.S_ISREG(there.st_mode):  # A pipe would be waited for, a device never ends.
+            found.report(record.file, "is no regular file.")
+        elif size != record.size:
             found.report(record.file, f"has {size} bytes instead of {record.size}.")
         elif sha256_of(folder / record.file) != record.sha256:
             found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.")
@@ -161,7 +180,7 @@ def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
 def _read_rows(folder: Path, name: str, indices: range, schema: pl.Schema, found: ShardFindings) -> pl.DataFrame | None:
     remake = name.replace(".parquet", ".json")
     try:
-        rows = pl.read_parquet(folder / name)
+        rows = read_table(folder / name, len(indices))
         fits = (
             rows.schema == schema
             and rows["index"].to_list() == list(indices)

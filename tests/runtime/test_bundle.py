@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.registry import BUCKETS, LESION_CLASSES
 from busigen.runtime.backend import OnnxBackend
-from busigen.runtime.bundle import MAX_RECORD_BYTES, Bundle, default_bundle, graph_names
+from busigen.runtime.bundle import MAX_GRAPH_BYTES, MAX_RECORD_BYTES, Bundle, default_bundle, graph_names
+from busigen.runtime.onnx_files import external_files
 
 Info = dict[str, Any]
 
@@ -35,6 +37,18 @@ def rewrite(folder: Path, change: Callable[[Info], object]) -> None:
     info = json.loads((folder / "bundle.json").read_text())
     change(info)
     (folder / "bundle.json").write_text(json.dumps(info))
+
+
+def seal(folder: Path, *files: str) -> None:
+    """Make the record fit what now stands in the folder, as someone who tampers would."""
+
+    def change(info: Info) -> None:
+        for name in files:
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for graph in info["graphs"].values():
+                graph["files"].update({name: digest} if name in graph["files"] else {})
+
+    rewrite(folder, change)
 
 
 def refusal(folder: Path) -> BusigenError:
@@ -207,8 +221,75 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 def test_a_graph_that_does_not_load_is_named(bundle: Path) -> None:
     (bundle / "context.onnx").write_bytes(b"not a graph")
-    digest = hashlib.sha256(b"not a graph").hexdigest()
-    rewrite(bundle, lambda info: info["graphs"]["context"]["files"].update({"context.onnx": digest}))
+    seal(bundle, "context.onnx")
+    assert "context.onnx is no ONNX graph" in refusal(bundle).problem
+    (bundle / "context.onnx").write_bytes(b"\x08\x08")  # An empty model of version 8.
+    seal(bundle, "context.onnx")
     with pytest.raises(IntegrityError, match=r"context\.onnx cannot be loaded") as caught:
         OnnxBackend(Bundle.open(bundle))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["../evil.weights", "/{absolute}", "unrecorded.weights", "sub/../context.weights"])
+@pytest.mark.parametrize("deep", [False, True], ids=["top", "nested"])
+def test_weights_that_nobody_recorded_are_not_read(bundle: Path, place: str, deep: bool) -> None:
+    onnx = pytest.importorskip("onnx")
+    place = place.replace("/{absolute}", str(bundle.parent / "evil.weights"))
+    for target in (bundle.parent / "evil.weights", bundle / "unrecorded.weights"):
+        shutil.copy(bundle / "context.weights", target)
+    model = onnx.load(str(bundle / "context.onnx"), load_external_data=False)
+    moved = onnx.TensorProto.FromString(model.graph.initializer[0].SerializeToString())
+    next(entry for entry in moved.external_data if entry.key == "location").value = place
+    if deep:
+        # Where the weights of a sampling loop lie: in the graph of a node's attribute.
+        body = onnx.helper.make_graph([], "body", [], [], initializer=[moved])
+        model.graph.node.append(onnx.helper.make_node("If", [], [], then_branch=body, else_branch=body))
+    else:
+        model.graph.initializer[0].CopyFrom(moved)
+    onnx.save(model, str(bundle / "context.onnx"))
+    seal(bundle, "context.onnx")
+    error = refusal(bundle)
+    assert isinstance(error, IntegrityError)
+    assert f"context.onnx reads weights from {place!r}, which bundle.json does not record" in error.problem
+
+
+def test_every_graph_names_its_recorded_weights() -> None:
+    bundle = Bundle.open(default_bundle())
+    for name, record in bundle.info["graphs"].items():
+        assert external_files(bundle.graph(name)) == set(record["files"]) - {record["file"]}
+
+
+def test_a_graph_of_gigabytes_is_refused_unread(bundle: Path) -> None:
+    with (bundle / "context.onnx").open("r+b") as file:
+        file.truncate(2 << 30)  # A hole: hashing it alone would take seconds, and its hash is not even wrong.
+    error = refusal(bundle)
+    assert isinstance(error, IntegrityError)
+    assert f"context.onnx is no regular file of at most {MAX_GRAPH_BYTES} bytes" in error.problem
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+def test_a_record_that_is_a_pipe_is_not_waited_for(bundle: Path) -> None:
+    (bundle / "bundle.json").unlink()
+    os.mkfifo(bundle / "bundle.json")
+    assert "regular file" in refusal(bundle).problem
+
+
+def test_weights_that_are_no_numbers_end_the_run(bundle: Path) -> None:
+    """What a cast makes of NaN is garbage, and a painted lesion of garbage has contrast enough for the gates."""
+    weights = np.fromfile(bundle / "encoder.weights", dtype=np.float16)
+    weights[:] = np.nan
+    weights.tofile(bundle / "encoder.weights")
+    seal(bundle, "encoder.weights")
+    backend = OnnxBackend(Bundle.open(bundle))
+    with pytest.raises(IntegrityError, match=r"encoder-128\.onnx yields NaN or infinity") as caught:
+        backend.run("encoder@128", {"pixels": np.zeros((2, 1, 128, 128), np.float32)})
+    assert "busigen export" in caught.value.fix
+
+
+def test_a_graph_in_another_ones_place_is_named(bundle: Path) -> None:
+    shutil.copy(bundle / "encoder-256.onnx", bundle / "encoder-128.onnx")
+    seal(bundle, "encoder-128.onnx")
+    backend = OnnxBackend(Bundle.open(bundle))
+    with pytest.raises(IntegrityError, match=r"encoder-128\.onnx cannot be run") as caught:
+        backend.run("encoder@128", {"noise": np.zeros((2, 1, 128, 128), np.float32)})
     assert "\n" not in str(caught.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import resource
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from busigen.errors import OutputError, UsageError
 from busigen.runtime.factory import GenerationInterrupted, generate
 from busigen.runtime.layout import FINISHED_FILES
 from busigen.runtime.lock import exclusive
-from busigen.runtime.verify import verify
 from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource
 from tests.runtime.processes import ROOT, command
@@ -61,28 +59,6 @@ def test_samples_do_not_depend_on_shard_size(tmp_path: Path) -> None:
         generate(NoiseSource(), tmp_path / str(size), count=8, seed=7, shard_size=size)
         tables.append(pl.read_parquet(tmp_path / str(size) / "manifest.parquet").drop("shard"))
     assert tables[0].equals(tables[1])
-
-
-def test_killed_anywhere_it_continues_to_the_same_bytes(tmp_path: Path, uninterrupted: dict[str, str]) -> None:
-    out = tmp_path / "set"
-    rng = random.Random(5)
-    kills = 0
-    for _ in range(5):
-        run = subprocess.Popen(command(out, 75, 10, 7, 0.005), cwd=ROOT, stderr=subprocess.PIPE)
-        # Counted from the first byte in the folder, so that start-up time on a busy machine does not eat the instants.
-        while run.poll() is None and not (out / "run.json").exists():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.3, 0.8) if kills == 0 else rng.uniform(0.5, 1.5))
-        kills += run.poll() is None
-        run.kill()
-        run.wait()
-        run.stderr.close()
-    assert kills >= 1
-    before = {name for name in hashes(out) if name.endswith(".json") and name.startswith("shards/")}
-    report = generate(NoiseSource(), out, count=75, seed=7, shard_size=10)
-    assert report.written == 8 - len(before)
-    assert hashes(out) == uninterrupted
-    assert verify(out).ok
 
 
 def test_leftovers_and_half_shards_are_made_anew(tmp_path: Path, uninterrupted: dict[str, str]) -> None:

@@ -207,11 +207,48 @@ def test_a_file_that_changes_during_the_run_is_noticed(normal: Path) -> None:
     with pytest.raises(IntegrityError, match="has changed since the run began") as caught:
         folder.pick(1.5 / count)
     assert str(changed) in caught.value.problem
-    with pytest.raises(InputError) as missing:
+    with pytest.raises(IntegrityError, match="cannot be read any more") as missing:
         folder.pick(2.5 / count)
     assert gone.name in missing.value.problem
+    assert "Put the folder back as it was" in missing.value.fix
     # What has been read before is what the run goes on with: half of the samples must not show another image.
     assert np.array_equal(folder.pick(0.0).pixels, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: save(path, 300, 300), "has changed since the run began"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "has changed since the run began"),
+        (lambda path: path.unlink(), "cannot be read any more"),
+        (lambda path: save(path.with_name("new.png"), 300, 300), "is new among the healthy images"),
+    ],
+    ids=["another image", "cut short", "gone", "one more"],
+)
+def test_a_folder_that_changes_during_the_run_is_refused(
+    normal: Path, change: Callable[[Path], object], said: str
+) -> None:
+    folder = HealthyFolder(normal)
+    folder.pick(0.0)  # Remembered: only looking at the folder again can tell.
+    folder.refuse_changes()
+    _, path = folder.items[0]
+    whole = path.read_bytes()
+    change(path)
+    with pytest.raises(IntegrityError, match=said) as caught:
+        folder.refuse_changes()
+    assert str(path if "new" not in said else normal / "new.png") in caught.value.problem
+    assert "the same command again" in caught.value.fix
+    path.write_bytes(whole)
+    (normal / "new.png").unlink(missing_ok=True)
+    folder.refuse_changes()
+
+
+def test_what_is_no_healthy_image_may_come_and_go(normal: Path) -> None:
+    folder = HealthyFolder(normal)
+    (normal / "notes.txt").write_text("")
+    os.utime(folder.items[0][1])
+    folder.refuse_changes()
+    assert not folder.left_out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")

@@ -14,7 +14,7 @@ from PIL import Image
 from busigen.data.geometry import edit_region, window_for
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
-from busigen.errors import AcceptanceError, UsageError
+from busigen.errors import AcceptanceError, IntegrityError, UsageError
 from busigen.registry import LATENT_FACTOR, LESION_CLASSES
 from busigen.runtime import gates
 from busigen.runtime.asking import parse_asked
@@ -234,6 +234,22 @@ def test_a_refused_draw_is_replaced_by_the_next_one_of_its_index(
     (found,), _ = sampler.attempt(SEED, [(replaced.index, replaced.attempt)])
     assert_same(found, replaced)
     assert replaced.attempt > 0
+
+
+def test_a_healthy_image_that_changes_while_it_is_painted_ends_the_draw(
+    bundle: Bundle, backend: OnnxBackend, tmp_path: Path
+) -> None:
+    healthy = strip(tmp_path / "strip", 1024)
+    sampler = Sampler(bundle, backend, classes=MIX, healthy=healthy, batch_size=1)
+    before = draw(sampler, [0])
+    _, path = next(item for item in healthy.items if item[0] == before.samples[0].row["healthy_sha256"])
+    whole = path.read_bytes()
+    # The image is remembered from the first draw, and its pixels are painted into again: only the file tells.
+    with pytest.raises(IntegrityError, match="has changed since the run began") as caught:
+        sampler.draw(SEED, [0], lambda _: path.write_bytes(whole[:-40]))
+    assert str(path) in caught.value.problem
+    path.write_bytes(whole)
+    assert_same(draw(sampler, [0]).samples[0], before.samples[0])
 
 
 def test_a_hopeless_run_ends(bundle: Bundle, backend: OnnxBackend, tmp_path: Path) -> None:

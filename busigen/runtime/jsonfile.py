@@ -1,0 +1,54 @@
+"""Reading JSON files that may have come from anywhere: no pipe is waited for, and no file fills the memory."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 64 << 20
+"""Largest file that is read. A shard's record takes some 100 bytes for each refused draw, and so holds half a million;
+such a shard would not fit into memory."""
+
+BYTES_PER_SHARD = 1 << 10
+"""Room that ``dataset.json`` has for each shard beyond that; it needs a third."""
+
+MAX_DEPTH = 100
+"""Levels of nesting that are read; honest files have less than ten."""
+
+
+def read_json(path: Path, *, shards: int = 0) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        shards: number of shards that really are there, each of which may take its room in the file.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it is no regular file, too large, no JSON, or nested too deeply.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f"{path} is a folder")
+    limit = MAX_BYTES + BYTES_PER_SHARD * shards
+    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+        raise ValueError(f"{path} is no regular file of at most {limit} bytes")
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    # Some Pythons read more levels than they can compare.
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for whole in level for part in _parts(whole)]
+        if not level:
+            return value
+    raise ValueError(f"{path} is nested too deeply")
+
+
+def _parts(value: Any) -> list[Any]:
+    """The lists and objects that lie directly in a value."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [part for part in inside if isinstance(part, (dict, list))]
