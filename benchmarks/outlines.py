@@ -17,13 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from busigen.data.geometry import largest_component
@@ -33,8 +32,11 @@ from busigen.registry import LESION_CLASSES
 from busigen.runtime.asking import Asked, measured, parse_asked
 from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
+from busigen.runtime.drafts import Draft, Job
 from busigen.runtime.healthy import HealthyFolder
-from busigen.runtime.sampler import Draft, Sampler
+from busigen.runtime.sample import Rejection
+from busigen.runtime.sampler import Sampler
+from busigen.runtime.streaming import Outcome
 from busigen.training.examples import Frames, random_lesion
 
 RESULTS = Path(__file__).parent / "results" / "outlines.json"
@@ -42,14 +44,17 @@ FEATURES = ("area_fraction", "height_width", "circularity", "solidity", "roughne
 ASKED = {"size": "0.01:0.1", "depth": "0.2:0.5", "across": "0.35:0.65", "height_width": "0.4:1.2"}
 
 
+UNPAINTED = "not painted"
+
+
 class Outliner(Sampler):
     """The runtime's sampler, stopped before it paints."""
 
     outlined: list[Draft]
 
-    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
-        self.outlined += drafts
-        return ()
+    def _paint(self, seed: int, batch: Sequence[Job]) -> Sequence[Outcome]:
+        self.outlined += [draft for draft in batch if isinstance(draft, Draft)]
+        return [Rejection(item.index, item.attempt, "", UNPAINTED) for item in batch]
 
 
 def draw(sampler: Outliner, seed: int, count: int) -> tuple[list[Draft], Counter[str]]:
@@ -58,7 +63,7 @@ def draw(sampler: Outliner, seed: int, count: int) -> tuple[list[Draft], Counter
     while len(sampler.outlined) < count and index < 20 * count:
         size = 64
         _, rejections = sampler.attempt(seed, [(index + k, 0) for k in range(size)])
-        refused.update(rejection.reason for rejection in rejections)
+        refused.update(rejection.reason for rejection in rejections if rejection.reason != UNPAINTED)
         index += size
     return sampler.outlined[:count], refused
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime import gates
 from busigen.runtime.backend import Backend, OnnxBackend
 from busigen.runtime.bundle import Bundle
-from busigen.runtime.sampler import Draft, Sampler
+from busigen.runtime.drafts import Draft
+from busigen.runtime.sampler import Sampler
 from busigen.training.models import region_condition
 from busigen.training.networks import Networks, blend_input, window_condition
 
@@ -130,23 +131,23 @@ class _Witness(Sampler):
         self.edits: dict[int, Mask] = {}
         self.refused: dict[int, str | None] = {}
 
-    def _outlines(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, Mask]]:
-        for draft, raw in super()._outlines(seed, drafts):
+    def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
+        for draft, raw in zip(batch, super()._outlines(seed, batch), strict=True):
             valid = draft.healthy.valid
             self.outlines[draft.index] = raw
             self.refused[draft.index] = gates.mask_reason(raw, largest_component(raw & valid), valid)
             own = raw if self.refused[draft.index] is None else _ellipse(draft.index)
             self.painted[draft.index] = self.forced.get(draft.index, own)
-            yield draft, self.painted[draft.index]
+        return [self.painted[draft.index] for draft in batch]
 
-    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
-        for batch in super()._paint(seed, drafts):
-            for draft, image in batch:
-                assert draft.mask is not None and draft.edit is not None
-                self.images[draft.index], self.edits[draft.index] = image, draft.edit
-                reason = gates.image_reason(image, draft.mask, draft.healthy.valid)
-                self.refused[draft.index] = self.refused[draft.index] or reason
-            yield batch
+    def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
+        images = super()._images(seed, batch)
+        for draft, image in zip(batch, images, strict=True):
+            assert draft.mask is not None and draft.edit is not None
+            self.images[draft.index], self.edits[draft.index] = image, draft.edit
+            reason = gates.image_reason(image, draft.mask, draft.healthy.valid)
+            self.refused[draft.index] = self.refused[draft.index] or reason
+        return images
 
 
 def _ellipse(index: int) -> Mask:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from busigen.runtime.finish import dataset_info, finish, is_finished, unfinish
 from busigen.runtime.foresight import Foresight, require_room, told_when_full
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE, RUN_FILE, SHARD_FOLDER, Plan
 from busigen.runtime.progress import Progress
-from busigen.runtime.sample import Drawn, Source
+from busigen.runtime.sample import Drawn, Source, drawings
 from busigen.runtime.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.stopping import GenerationInterrupted, Stopping
 from busigen.runtime.wording import counted, duration
@@ -72,8 +74,8 @@ def generate(
         out: the dataset's folder; created if it does not exist.
         count: number of samples, 1 to 10^9.
         seed: 0 to 2^64 - 1.
-        shard_size: samples per shard. A killed run loses at most two shards' worth of work: the one being drawn and the
-            one being written.
+        shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
+            source has drawn ahead of it.
         progress: told of every sample; None shows nothing.
         stop: asked after each shard whether to end here; None never ends early.
 
@@ -170,10 +172,18 @@ def _draw_missing(
     """Draw and write the shards that ``records`` lacks until told to stop, and add them to it."""
     types = source.row_types()
     missing = (number for number in range(plan.shards) if number not in records)
+    opened: deque[int] = deque()
     done = sum(record.count for record in records.values())
     foresight = Foresight(out, plan, records, progress)
     pending: Future[ShardRecord] | None = None
-    opened, before = range(0), done
+    before = done
+
+    def requests() -> Iterator[range]:
+        for number in missing:
+            if stop.requested:
+                return
+            opened.append(number)
+            yield plan.indices(number)
 
     def write(number: int, drawn: Drawn) -> ShardRecord:
         record = write_shard(out, number, drawn, types)
@@ -194,10 +204,12 @@ def _draw_missing(
 
     def open_shard() -> str:
         if not opened:
-            return "before the first shard"
-        drawn = progress.done - before
-        left = f", about {duration((len(opened) - drawn) / progress.rate)} left" if progress.rate else ""
-        return f"the open shard ({drawn} of {counted(len(opened), 'sample')}{left})"
+            return "before the first shard" if pending is None else "the shard that is being written"
+        count = len(plan.indices(opened[0]))
+        # Samples of later shards may have been drawn ahead, and are counted as well.
+        drawn = min(progress.done - before, count)
+        left = f", about {duration((count - drawn) / progress.rate)} left" if progress.rate else ""
+        return f"the open shard ({drawn} of {counted(count, 'sample')}{left})"
 
     try:
         # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving
@@ -205,25 +217,23 @@ def _draw_missing(
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer, stop.finishing(open_shard):
             progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
             foresight.begin()
-            for number in missing:
-                if stop.requested:
-                    break
-                opened, before = plan.indices(number), progress.done
-                drawn = _draw(source, plan.seed, opened, advance)
-                progress.rejected(len(drawn.rejections))
-                foresight.drawn()
-                settle()
-                pending = writer.submit(write, number, drawn)
+            with closing(drawings(source, plan.seed, requests(), advance, lambda: stop.requested)) as stream:
+                for drawn in stream:
+                    _check_indices(drawn, plan.indices(opened[0]))
+                    progress.rejected(len(drawn.rejections))
+                    foresight.drawn()
+                    settle()
+                    pending = writer.submit(write, opened[0], drawn)
+                    before += len(drawn.samples)
+                    opened.popleft()
             settle()
     finally:
         progress.stop()
 
 
-def _draw(source: Source, seed: int, indices: range, done: Callable[[int], None]) -> Drawn:
-    drawn = source.draw(seed, indices, done)
+def _check_indices(drawn: Drawn, indices: range) -> None:
     if [sample.index for sample in drawn.samples] != list(indices):
         raise ValueError(f"the source was asked for {indices} and answered with other indices")
-    return drawn
 
 
 def _interrupted(out: Path, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:

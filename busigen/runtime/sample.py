@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,3 +74,39 @@ class Source(Protocol):
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> Drawn:
         """Draw one accepted sample per index; call ``done(n)`` whenever ``n`` more samples have been accepted."""
         ...
+
+
+@runtime_checkable
+class Stream(Source, Protocol):
+    """A source that draws ahead of what is asked for next, so that its batches fill across shards."""
+
+    def stream(
+        self,
+        seed: int,
+        requests: Iterable[Sequence[int]],
+        done: Callable[[int], None],
+        stopping: Callable[[], bool],
+    ) -> Generator[Drawn, None, None]:
+        """Answer requests one after the other, each as :meth:`Source.draw` would.
+
+        Args:
+            seed: of the noise.
+            requests: indices, none of the requests empty; read no further ahead than batches need.
+            done: told whenever more samples have been accepted, of whichever request.
+            stopping: whether to end with the oldest request that has been begun.
+        """
+        ...
+
+
+def drawings(
+    source: Source,
+    seed: int,
+    requests: Iterable[Sequence[int]],
+    done: Callable[[int], None],
+    stopping: Callable[[], bool],
+) -> Generator[Drawn, None, None]:
+    """The answers of a source to one request after the other; drawn ahead by a source that can. See :class:`Stream`."""
+    if isinstance(source, Stream):
+        yield from source.stream(seed, requests, done, stopping)
+    else:
+        yield from (source.draw(seed, indices, done) for indices in requests)

@@ -1,66 +1,73 @@
 """The three-stage sampler: (seed, index) in, accepted pair of image and mask out.
 
-Everything a sample depends on is keyed by its index, so draws can be grouped by class and window size to fill batches
-without changing what any of them is. Batches are padded to powers of two, so that the engines see few shapes.
+Everything a sample depends on is keyed by its index, so draws can be regrouped by stage, class and window size to fill
+batches without changing what any of them is. Batches are padded to powers of two, so that the engines see few shapes.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.geometry import (
-    Mask,
-    Window,
-    edit_region,
-    largest_component,
-    paste,
-    patches_outside,
-    ring_region,
-    window_for,
-)
+from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
 from busigen.errors import AcceptanceError, UsageError
 from busigen.registry import ATTRIBUTES, BUCKETS, LATENT_FACTOR, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
-from busigen.runtime.asking import Asked, measured
+from busigen.runtime.asking import Asked
 from busigen.runtime.backend import Backend
-from busigen.runtime.batching import batches, grouped
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.classes import class_at
-from busigen.runtime.healthy import Healthy, HealthyFolder, synthetic
+from busigen.runtime.drafts import (
+    Draft,
+    Floats,
+    Job,
+    background_reason,
+    cells_of,
+    cut,
+    mask_reason,
+    sample_of,
+    to_grey,
+    to_unit,
+)
+from busigen.runtime.healthy import HealthyFolder, synthetic
 from busigen.runtime.noise import normal, uniform
+from busigen.runtime.regroup import Regrouper
 from busigen.runtime.sample import Drawn, Rejection, Sample
+from busigen.runtime.streaming import Outcome, in_order
 
 MAX_ATTEMPTS = 64
 """Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
 
-BATCHES_PER_ROUND = 8
-"""Draws are collected for this many batches before they are grouped, so that most groups fill their batches."""
+WINDOW_BATCHES = 8
+"""Batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill."""
+
+LANES = 2
+"""Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
 
 MIN_BATCH = 2
 """Rows that every engine call has at least: ONNX Runtime adds up a batch of one in another order than a larger one's
 rows, and the bytes of a sample must not depend on the batch size."""
 
-Floats = NDArray[np.float32]
+CACHED_TOKENS = 256
+"""Healthy images whose context tokens are kept, those used last."""
 
 
-@dataclass(frozen=True)
-class Draft:
-    """One draw on its way through the stages. Later fields are filled stage by stage."""
+class Kind(NamedTuple):
+    """What draws must share to make a batch: the stage that comes next, and class and window where they matter."""
 
-    index: int
-    attempt: int
-    label: str
-    healthy: Healthy
-    wanted: Mapping[str, float] = field(default_factory=dict)
-    mask: Mask | None = None
-    edit: Mask | None = None
-    window: Window | None = None
+    stage: int
+    label: str = ""
+    side: int = 0
+
+
+BEGIN, OUTLINE, PAINT = range(3)
 
 
 class Sampler:
@@ -95,6 +102,10 @@ class Sampler:
         self.asked = asked or Asked()
         self.batch_size = batch_size
         self._graphs = frozenset(graph_names())
+        # One engine call at a time: it has all compute threads, and two of them would need twice the memory.
+        self._engine = threading.Lock()
+        self._known: OrderedDict[Hashable, Floats] = OrderedDict()
+        self._knowing = threading.Lock()
 
     def fingerprint(self) -> dict[str, Any]:
         """See :class:`busigen.runtime.sample.Source`. The batch size is absent: it changes no sample."""
@@ -144,124 +155,167 @@ class Sampler:
             AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
             IntegrityError: the healthy images are no longer those that the run began with.
         """
-        pending = deque((index, 0) for index in indices)
-        samples: dict[int, Sample] = {}
-        rejections: list[Rejection] = []
-        while pending:
-            size = min(len(pending), self.batch_size * BATCHES_PER_ROUND)
-            jobs = [pending.popleft() for _ in range(size)]
-            accepted, refused = self.attempt(seed, jobs, done)
-            samples.update((sample.index, sample) for sample in accepted)
-            rejections += refused
-            for rejection in refused:
-                if rejection.attempt + 1 >= MAX_ATTEMPTS:
-                    raise AcceptanceError(
-                        f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
-                        fix=f"Use another bundle or other healthy images{', or ask for less' if self.asked else ''}. "
-                        f"Refused so far: {_by_reason(rejections)}.",
-                    )
-                pending.append((rejection.index, rejection.attempt + 1))
-        if self.healthy is not None:
-            self.healthy.refuse_changes()
-        rejections.sort(key=lambda rejection: (rejection.index, rejection.attempt))
-        return Drawn([samples[index] for index in indices], rejections)
+        with closing(self.stream(seed, [indices], done)) as drawings:
+            return next(drawings, Drawn([], []))
 
-    def attempt(
-        self, seed: int, jobs: Sequence[tuple[int, int]], done: Callable[[int], None] = lambda accepted: None
-    ) -> tuple[list[Sample], list[Rejection]]:
-        """Make one draw per (index, attempt) and judge each by the gates; ``done`` hears of the accepted per batch."""
-        samples: list[Sample] = []
-        rejections: list[Rejection] = []
+    def stream(
+        self,
+        seed: int,
+        requests: Iterable[Sequence[int]],
+        done: Callable[[int], None],
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Generator[Drawn, None, None]:
+        """See :class:`busigen.runtime.sample.Stream`.
 
-        def passed(draft: Draft, reason: str | None) -> bool:
-            if reason is not None:
-                rejections.append(Rejection(draft.index, draft.attempt, draft.label, reason))
-            return reason is None
+        Raises:
+            AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
+            IntegrityError: the healthy images are no longer those that the run began with.
+        """
+        reasons: Counter[str] = Counter()
 
-        drafts = [draft for draft in self._backgrounds(seed, jobs) if passed(draft, _background_reason(draft))]
-        outlined = []
-        for draft, raw in self._outlines(seed, drafts):
-            mask = largest_component(raw & draft.healthy.valid)
-            if passed(draft, _mask_reason(draft, raw, mask)):
-                edit = edit_region(mask, draft.healthy.valid)
-                outlined.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
-        for batch in self._paint(seed, outlined):
-            before = len(samples)
-            for draft, image in batch:
-                assert draft.mask is not None
-                if passed(draft, gates.image_reason(image, draft.mask, draft.healthy.valid)):
-                    samples.append(_sample(draft, image, self.asked.birads))
-            done(len(samples) - before)
-        return samples, rejections
+        def refused(rejection: Rejection) -> None:
+            reasons[rejection.reason] += 1
+            if rejection.attempt + 1 >= MAX_ATTEMPTS:
+                raise AcceptanceError(
+                    f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
+                    fix=f"Use another bundle or other healthy images{', or ask for less' if self.asked else ''}. "
+                    f"Refused so far: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}.",
+                )
 
-    def _backgrounds(self, seed: int, jobs: Sequence[tuple[int, int]]) -> list[Draft]:
+        window = self.batch_size * WINDOW_BATCHES
+        with self._stages(seed) as stages:
+            answers = in_order(stages, requests, window=window, done=done, refused=refused, stopping=stopping)
+            with closing(answers):
+                for drawn in answers:
+                    # Before a shard is written: what it was drawn from is still what the run says it was drawn from.
+                    if self.healthy is not None:
+                        self.healthy.refuse_changes()
+                    yield drawn
+
+    def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
+        """Make one draw per (index, attempt) and judge each by the gates."""
+        ended: dict[int, Sample | Rejection] = {}
+        with self._stages(seed) as stages:
+            for position, (index, attempt) in enumerate(jobs):
+                stages.put(Job(index=index, attempt=attempt, position=position))
+            while len(ended) < len(jobs):
+                for item, outcome in stages.finished():
+                    if isinstance(outcome, Draft):
+                        stages.put(outcome)
+                    else:
+                        ended[item.position] = outcome
+        outcomes = [ended[position] for position in sorted(ended)]
+        return (
+            [outcome for outcome in outcomes if isinstance(outcome, Sample)],
+            [outcome for outcome in outcomes if isinstance(outcome, Rejection)],
+        )
+
+    def _stages(self, seed: int) -> Regrouper[Kind, Job, Outcome]:
+        steps = {BEGIN: self._begin, OUTLINE: self._outline, PAINT: self._paint}
+
+        def work(batch: Sequence[Job]) -> Sequence[Outcome]:
+            return steps[_kind(batch[0]).stage](seed, batch)
+
+        return Regrouper(
+            LANES,
+            kind=_kind,
+            size=self._full,
+            # What is nearest to its end comes first: it is what memory is held for.
+            rank=lambda kind: kind.stage,
+            age=lambda item: item.position,
+            work=work,
+        )
+
+    def _full(self, kind: Kind) -> int:
+        if kind.stage == PAINT:
+            return self._size(kind.side)
+        # Where whole images are synthesised, the prior's batch is that of the large windows.
+        return self._size(BUCKETS[-1] if kind.stage == BEGIN and self.healthy is None else BUCKETS[0])
+
+    def _begin(self, seed: int, batch: Sequence[Job]) -> Sequence[Outcome]:
         """Pick or synthesise each draw's healthy image."""
         if self.healthy is not None:
-            pictures = [self.healthy.pick(uniform(seed, i, a, "healthy")) for i, a in jobs]
+            pictures = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
         else:
-            pictures = []
-            for batch in batches(jobs, self._size(BUCKETS[-1])):
-                # Whole images, so the prior's batch is that of the large windows.
-                noise = np.stack([normal(seed, i, a, "prior", self.bundle.latent_shape) for i, a in batch])
-                latents = self._run("prior", BUCKETS[-1], len(batch), noise=noise)
-                speckle = np.stack([normal(seed, i, a, "prior speckle", (1, RESOLUTION, RESOLUTION)) for i, a in batch])
-                pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
-                pictures += [synthetic(_to_grey(image[0])) for image in pixels]
-        return [
-            Draft(index, attempt, class_at(index, self.classes), picture, self.asked.values(seed, index))
-            for (index, attempt), picture in zip(jobs, pictures, strict=True)
+            latents = self._run(
+                "prior", BUCKETS[-1], len(batch), noise=_noise(seed, batch, "prior", self.bundle.latent_shape)
+            )
+            speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
+            pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
+            pictures = [synthetic(to_grey(image[0])) for image in pixels]
+        drafts = [
+            Draft(
+                index=job.index,
+                attempt=job.attempt,
+                position=job.position,
+                label=class_at(job.index, self.classes),
+                healthy=picture,
+                wanted=self.asked.values(seed, job.index),
+            )
+            for job, picture in zip(batch, pictures, strict=True)
         ]
+        return [_refused(draft, reason) if (reason := background_reason(draft)) else draft for draft in drafts]
 
-    def _outlines(self, seed: int, drafts: Sequence[Draft]) -> Iterable[tuple[Draft, Mask]]:
+    def _outline(self, seed: int, batch: Sequence[Job]) -> Sequence[Outcome]:
+        """Stage 1, judged: the draws whose outline passes the gates go on with mask, edit region and window."""
+        drafts = [draft for draft in batch if isinstance(draft, Draft)]
+        outcomes: list[Outcome] = []
+        for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
+            mask = largest_component(raw & draft.healthy.valid)
+            if reason := mask_reason(draft, raw, mask):
+                outcomes.append(_refused(draft, reason))
+            else:
+                edit = edit_region(mask, draft.healthy.valid)
+                outcomes.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
+        return outcomes
+
+    def _paint(self, seed: int, batch: Sequence[Job]) -> Sequence[Outcome]:
+        """Stages 2 and 3, the paste into the healthy image, and the last gate."""
+        drafts = [draft for draft in batch if isinstance(draft, Draft)]
+        outcomes: list[Outcome] = []
+        for draft, image in zip(drafts, self._images(seed, drafts), strict=True):
+            assert draft.mask is not None
+            reason = gates.image_reason(image, draft.mask, draft.healthy.valid)
+            outcomes.append(_refused(draft, reason) if reason else sample_of(draft, image, self.asked.birads))
+        return outcomes
+
+    def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
         """Stage 1: where the lesion goes and what outline it has."""
-        shape = (self.bundle.code_length,)
-        for label, group in grouped(drafts, lambda draft: draft.label):
-            for batch in batches(group, self._size(BUCKETS[0])):
-                noise = np.stack([normal(seed, d.index, d.attempt, "mask", shape) for d in batch])
-                keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
-                inputs = {
-                    "noise": noise,
-                    "tokens": self._tokens(batch, keep),
-                    "keep": keep,
-                    "asked": np.stack([self.asked.vector(d.wanted, d.healthy.valid) for d in batch]),
-                }
-                distance = self._run(f"mask-{label}", None, len(batch), **inputs)
-                yield from ((draft, field[0] > 0) for draft, field in zip(batch, distance, strict=True))
+        keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
+        inputs = {
+            "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
+            "tokens": self._whole_tokens(batch, keep),
+            "keep": keep,
+            "asked": np.stack([self.asked.vector(draft.wanted, draft.healthy.valid) for draft in batch]),
+        }
+        distance = self._run(f"mask-{batch[0].label}", None, len(batch), **inputs)
+        return [field[0] > 0 for field in distance]
 
-    def _paint(self, seed: int, drafts: Sequence[Draft]) -> Iterable[list[tuple[Draft, NDArray[np.uint8]]]]:
-        """Stages 2 and 3, and the paste into the healthy image, batch by batch."""
-        for (label, side), group in grouped(drafts, lambda d: (d.label, d.window.side if d.window else 0)):
-            for batch in batches(group, self._size(side)):
-                yield list(zip(batch, self._paint_batch(seed, label, side, batch), strict=True))
-
-    def _paint_batch(self, seed: int, label: str, side: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
-        count = len(batch)
+    def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
+        """Stages 2 and 3 of drafts of one class and window side."""
+        count, (_, label, side) = len(batch), _kind(batch[0])
         shape = (self.bundle.latent_shape[0], side // LATENT_FACTOR, side // LATENT_FACTOR)
         masks = [draft.mask for draft in batch if draft.mask is not None]
         edits = [draft.edit for draft in batch if draft.edit is not None]
         windows = [draft.window for draft in batch if draft.window is not None]
         keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
-        grey = [np.where(e, 0.0, _to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
+        grey = [np.where(e, 0.0, to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
         common = {
             "tokens": self._tokens(batch, keep),
             "keep": keep,
-            "known": self._run("encoder", side, count, pixels=_cut(grey, windows)),
-            "mask": _cut(masks, windows),
-            "edit": _cut(edits, windows),
+            "known": self._run("encoder", side, count, pixels=cut(grey, windows)),
+            "mask": cut(masks, windows),
+            "edit": cut(edits, windows),
         }
-
-        def noise(stream: str, shape: Sequence[int]) -> Floats:
-            return np.stack([normal(seed, d.index, d.attempt, stream, shape) for d in batch])
-
-        painted = self._run(f"lesion-{label}", side, count, noise=noise("lesion", shape), **common)
-        ring = _cut([ring_region(edit) for edit in edits], windows)
-        blended = self._run(
-            f"blend-{label}", side, count, noise=noise("blend", shape), painted=painted, ring=ring, **common
-        )
+        noise = _noise(seed, batch, "lesion", shape)
+        painted = self._run(f"lesion-{label}", side, count, noise=noise, **common)
+        ring = cut([ring_region(edit) for edit in edits], windows)
+        noise = _noise(seed, batch, "blend", shape)
+        blended = self._run(f"blend-{label}", side, count, noise=noise, painted=painted, ring=ring, **common)
         # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
-        inside = _cells(common["edit"]) & ~_cells(ring)
+        inside = cells_of(common["edit"]) & ~cells_of(ring)
         blended = np.where(inside, painted, blended)
-        speckle = noise("speckle", (1, side, side))
+        speckle = _noise(seed, batch, "speckle", (1, side, side))
         pixels = self._run("decoder", side, count, latents=blended, noise=speckle)
         return [
             paste(draft.healthy.pixels, new[0], edit, window)
@@ -269,8 +323,28 @@ class Sampler:
         ]
 
     def _tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
-        image = np.stack([_to_unit(draft.healthy.pixels)[None] for draft in batch])
+        image = np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
         return self._run("context", None, len(batch), image=image, keep=keep)
+
+    def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
+        """Tokens of whole healthy images, computed once for a real one: many lesions are painted into few of those."""
+        keys: list[Hashable] = [draft.healthy.row["healthy_sha256"] or draft.position for draft in batch]
+        with self._knowing:
+            found = {key: self._known[key] for key in keys if key in self._known}
+        # By key, so that an image that several draws of a batch share is computed once, too.
+        fresh = {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}
+        if fresh:
+            tokens = self._tokens(list(fresh.values()), keep[: len(fresh)])
+            # Copies: a row on its own would keep its whole batch in memory.
+            found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
+        with self._knowing:
+            for key in dict.fromkeys(keys):
+                if isinstance(key, str):
+                    self._known[key] = found[key]
+                    self._known.move_to_end(key)
+            while len(self._known) > CACHED_TOKENS:
+                self._known.popitem(last=False)
+        return np.stack([found[key] for key in keys])
 
     def _size(self, side: int) -> int:
         return max(MIN_BATCH, self.batch_size * BUCKETS[0] ** 2 // side**2)
@@ -287,60 +361,19 @@ class Sampler:
             for name, array in inputs.items()
         }
         name = graph if graph in self._graphs else f"{graph}@{side}"
-        return self.backend.run(name, padded)[:count]
+        with self._engine:
+            return self.backend.run(name, padded)[:count]
 
 
-def _background_reason(draft: Draft) -> str | None:
-    if draft.healthy.row["background"] != SYNTHETIC:
-        return None
-    return gates.background_reason(draft.healthy.pixels)
+def _kind(item: Job) -> Kind:
+    if not isinstance(item, Draft):
+        return Kind(BEGIN)
+    return Kind(PAINT, item.label, item.window.side) if item.window else Kind(OUTLINE, item.label)
 
 
-def _mask_reason(draft: Draft, raw: Mask, mask: Mask) -> str | None:
-    valid = draft.healthy.valid
-    return gates.mask_reason(raw, mask, valid) or gates.asked_reason(measured(mask, valid), draft.wanted)
+def _noise(seed: int, batch: Sequence[Job], stream: str, shape: Sequence[int]) -> Floats:
+    return np.stack([normal(seed, item.index, item.attempt, stream, shape) for item in batch])
 
 
-def _sample(draft: Draft, image: NDArray[np.uint8], birads: str | None) -> Sample:
-    assert draft.mask is not None and draft.edit is not None and draft.window is not None
-    found = measured(draft.mask, draft.healthy.valid)
-    row = {
-        **draft.healthy.row,
-        "window_top": draft.window.top,
-        "window_left": draft.window.left,
-        "window_side": draft.window.side,
-        "edit_pixels": int(draft.edit.sum()),
-        "area_share": found.pop("size"),
-        **found,
-        **{f"asked_{name}": draft.wanted.get(name) for name in ATTRIBUTES},
-        "asked_birads": birads,
-    }
-    return Sample(draft.index, draft.attempt, draft.label, image, draft.mask, row)
-
-
-def _by_reason(rejections: Sequence[Rejection]) -> str:
-    counts = Counter(rejection.reason for rejection in rejections)
-    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-
-
-def _to_unit(pixels: NDArray[np.uint8]) -> Floats:
-    return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)).astype(np.float32)
-
-
-def _to_grey(pixels: Floats) -> NDArray[np.uint8]:
-    grey: NDArray[np.uint8] = np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
-    return grey
-
-
-def _cells(region: Floats) -> NDArray[np.bool_]:
-    """Latent cells that a region of windows ``(B, 1, S, S)`` touches, ``(B, 1, S/8, S/8)``."""
-    batch, _, side, _ = region.shape
-    cells = side // LATENT_FACTOR
-    tiles = region.reshape(batch, 1, cells, LATENT_FACTOR, cells, LATENT_FACTOR)
-    return np.asarray((tiles > 0).any(axis=(3, 5)))
-
-
-def _cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
-    """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
-    cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
-    return np.stack(cuts)[:, None].astype(np.float32)
+def _refused(draft: Draft, reason: str) -> Rejection:
+    return Rejection(draft.index, draft.attempt, draft.label, reason)
