@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ _FIXES = {
     errno.EEXIST: "A file is in the way: choose another --out.",
     errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
 }
+
+_PROCESS = secrets.token_hex(4)
+"""Tells this process from one of the same number on another machine that writes to the same folder."""
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The rename is what makes a shard survive a kill; the two fsyncs are what make it survive a power cut: without the
     first, the name may outlive the bytes.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{_PROCESS}-{path.name}")
     try:
         yield temporary
         _sync(temporary)

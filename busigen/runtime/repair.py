@@ -16,7 +16,7 @@ from busigen.runtime.dataset import plan_of, read_members
 from busigen.runtime.finish import finish, run_of
 from busigen.runtime.history import listed_shards
 from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, shard_path
-from busigen.runtime.lock import exclusive
+from busigen.runtime.lock import exclusive, forget_tasks
 from busigen.runtime.redraw import Repair, draw_again, expected_files, hash_or_none, listed_files, standing_record
 from busigen.runtime.replay import Inputs, told
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
@@ -83,6 +83,7 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
     work = _opened(folder)
     with output_errors(folder):
         (folder / SHARD_FOLDER).mkdir(exist_ok=True)
+        forget_tasks(folder)
         for path in leftovers(folder) + leftovers(folder / SHARD_FOLDER):
             path.unlink()
             work.repaired.append(f"{path.relative_to(folder).as_posix()}: a killed run's temporary file removed")
@@ -124,7 +125,7 @@ def _damaged(work: Repair, blamed: set[str]) -> list[int]:
     Behind such a record, a shard and its hashes may have been changed together.
     """
     found = []
-    for number in range(work.plan.shards):
+    for number in work.plan.numbers:
         record = standing_record(work.folder, number)
         expected = listed_files(work, number)
         if record is None or _files(number) & blamed or expected not in (None, (record.tar, record.parquet)):
@@ -163,7 +164,7 @@ def _finish(work: Repair, blamed: set[str]) -> None:
     if not blamed & set(FINISHED_FILES):
         return
     hashes = {name: hash_or_none(work.folder / name) for name in FINISHED_FILES}
-    records = [ShardRecord.read(work.folder, number) for number in range(work.plan.shards)]
+    records = [ShardRecord.read(work.folder, number) for number in work.plan.numbers]
     with output_errors(work.folder):
         finish(work.folder, work.run, records)
     for name in FINISHED_FILES:

@@ -85,7 +85,7 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
     progress.start("verifying", plan.count)
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
-            numbers = range(plan.shards)
+            numbers = plan.numbers
             shards = list(
                 pool.map(lambda number: check_shard(folder, plan, number, schema, backgrounds, progress), numbers)
             )
@@ -97,8 +97,8 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
         problems += _absent(healthy, shards)
     # Without it the run has not been finished, and what it would have written last is not missing but still to come.
     finished = (folder / DATASET_FILE).exists()
-    problems += _check_dataset(folder, run, shards) if finished else [_unfinished(shards)]
-    duplicates = list(_duplicates(shards))
+    problems += _check_dataset(folder, run, plan, shards) if finished else [_unfinished(shards)]
+    duplicates = list(_duplicates(plan, shards))
     problems += duplicates
     problems += _strangers(folder, plan, finished)
     return VerifyReport(
@@ -152,13 +152,13 @@ def read_types(run: dict[str, Any], folder: Path) -> dict[str, type]:
     return types
 
 
-def _check_dataset(folder: Path, run: dict[str, Any], shards: list[ShardFindings]) -> Iterator[Problem]:
+def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
     """dataset.json and the manifest must follow from run.json and the shards."""
     missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
     yield from (Problem(name, "is missing.", FINISH) for name in missing)
     if RUN_FILE not in missing and read_object(folder / RUN_FILE) is None:
         yield Problem(RUN_FILE, "cannot be read as a run record.", REPAIR)
-    for number, shard in enumerate(shards):
+    for number, shard in zip(plan.numbers, shards, strict=True):
         if not shard.started:
             yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
     try:
@@ -228,9 +228,9 @@ def _check_manifest(folder: Path, shards: list[ShardFindings]) -> Iterator[Probl
         yield Problem(MANIFEST_FILE, "does not equal the shards' rows.", f"Delete it. {FINISH}")
 
 
-def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
+def _duplicates(plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
     first: dict[str, str] = {}
-    for number, shard in enumerate(shards):
+    for number, shard in zip(plan.numbers, shards, strict=True):
         for digest, key in shard.hashes:
             if digest in first:
                 problem = f"sample {key}: its image equals that of sample {first[digest]}."
@@ -239,13 +239,13 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
 
 
 def _strangers(folder: Path, plan: Plan, finished: bool) -> Iterator[Problem]:
-    expected = set(FINISHED_FILES) | {LOCK_FILE}
-    expected |= {shard_path(number, suffix) for number in range(plan.shards) for suffix in ("tar", "parquet", "json")}
+    expected = set(FINISHED_FILES)
+    expected |= {shard_path(number, suffix) for number in plan.numbers for suffix in ("tar", "parquet", "json")}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.name.startswith(TEMPORARY_PREFIX):
             if not finished:  # It goes when the same command continues.
                 continue
             yield Problem(name, "is a temporary file of a killed run.", FINISH)
-        elif name not in expected and not path.is_dir():
+        elif name not in expected and not name.startswith(LOCK_FILE) and not path.is_dir():
             yield Problem(name, "is no part of the dataset.", _DELETE)
