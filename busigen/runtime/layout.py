@@ -124,11 +124,9 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The plan as JSON, for ``run.json``."""
-        rest = {"seed": self.seed, "shard_size": self.shard_size}
-        # An older reader would look for such a dataset's samples from 0 on if it found a count.
-        return (
-            {"index_range": f"{self.first}:{self.span.stop}", **rest} if self.first else {"count": self.count, **rest}
-        )
+        # An older reader that found a count would look for such a dataset's samples from 0 on.
+        samples = {"index_range": f"{self.first}:{self.span.stop}"} if self.first else {"count": self.count}
+        return {**samples, "seed": self.seed, "shard_size": self.shard_size}
 
     @classmethod
     def of(cls, config: object) -> Plan:
@@ -139,8 +137,7 @@ class Plan:
         """
         if not isinstance(config, dict):
             raise ValueError("no object")
-        names = ("seed", "shard_size")
-        values = {name: config.get(name) for name in names} | {"count": config.get("count")}
+        values: dict[str, Any] = {name: config.get(name) for name in ("count", "seed", "shard_size")}
         if isinstance(config.get("index_range"), str):
             first, stop = map(int, config["index_range"].split(":"))
             values |= {"first": first, "count": stop - first}

@@ -3,8 +3,8 @@
 Every lock is the operating system's and dies with its holder, however that ends, so no stale lock blocks a rerun. On a
 folder that several machines share, that takes a file system with locks across machines (NFS, Lustre with ``flock``).
 
-``.lock`` is held whole by a process that is alone and shared by tasks; ``.lock-task-A-B`` is held by the task that makes
-the shards A to B; ``.lock-turn`` for moments, by a task that does what only one may do at a time.
+``.lock`` is held whole by a process that is alone and shared by tasks; ``.lock-task-A-B`` is held by the task that
+makes the shards from A to before B; ``.lock-turn`` for moments, by a task that does what only one may do at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TASK = f"{LOCK_FILE}-task-"
 _TURN = f"{LOCK_FILE}-turn"
 _TASKS = "tasks"
 
-_PATIENCE = 5.0
+_PATIENCE = 2.0
 """Seconds that a task waits for ``.lock``: one that ends holds it alone for moments, to remove it."""
 
 

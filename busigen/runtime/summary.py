@@ -27,11 +27,17 @@ def generated(report: GenerateReport) -> Iterator[str]:
         f"{samples} in {report.folder}: {counted(report.shards, 'shard')}, {report.size / 1e6:.1f} MB; "
         f"{counted(report.written, 'shard')} written in {report.seconds:.1f} s"
     )
+    if report.missing:
+        yield (
+            f"  this task's part is complete; {counted(report.missing, 'shard')} of other tasks are still to come, and "
+            "the last of them completes the dataset"
+        )
     if report.rejected:
         refused = sum(report.rejected.values())
         share = refused / (refused + report.samples)
         yield f"  draws refused by the gates: {share:.1%} ({_counts(dict(sorted(report.rejected.items())))})"
-    yield f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}"
+    if not report.missing:
+        yield f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}"
 
 
 def verified(report: VerifyReport, *, proving: bool) -> Iterator[str]:
