@@ -1,4 +1,4 @@
-"""Commands that make a dataset, and look at one: generate, bench, verify, explain."""
+"""Commands that make a dataset, and look at one: generate, bench, verify, merge, explain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
 from busigen.registry import BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
-from busigen.runtime.summary import explained, generated, repaired, verified
+from busigen.runtime.summary import explained, generated, merged, repaired, verified
 
 
 @app.command(
@@ -188,10 +188,31 @@ def verify(
         raise typer.Exit(5)
 
 
-@app.command(epilog="Example: `busigen explain data 000000012`")
+@app.command(
+    epilog="Examples: `busigen merge all night1 night2` joins datasets of two seeds; `busigen merge all first second` "
+    "of `--index-range 0:5000` and `5000:10000` gives the files of one run of 10,000."
+)
+def merge(
+    out: Annotated[Path, typer.Argument(help="The merged dataset's folder; it must not exist.")],
+    datasets: Annotated[list[Path], typer.Argument(help="Two or more finished datasets of one bundle.")],
+) -> None:
+    """Join datasets that differ in nothing but seed or index range; they stay as they are."""
+    from busigen.runtime.merge import merge as run
+    from busigen.runtime.progress import console_progress
+
+    with console_progress() as progress:
+        try:
+            report = run(out, datasets, progress=progress)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted; nothing was merged.", fix="Run the same command again.") from None
+    for line in merged(report):
+        stdout.print(escape(line))
+
+
+@app.command(epilog="Examples: `busigen explain data 000000012`; of a merged dataset, `busigen explain all 001/12`")
 def explain(
     dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
-    key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index.")],
+    key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index; part/key if merged.")],
     bundle: Annotated[Path | None, typer.Option(help="The run's bundle. [default: the shipped one]")] = None,
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images, where it had any.")] = None,
     provider: Annotated[str | None, typer.Option(help=f"{', '.join(PROVIDERS)}. [default: the run's]")] = None,

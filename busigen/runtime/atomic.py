@@ -64,15 +64,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{_PROCESS}-{path.name}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    # Windows cannot open a folder; its rename is journalled by the file system.
-    if os.name == "posix":
-        _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -100,7 +98,10 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, survive a power cut."""
+    if os.name != "posix" and path.is_dir():
+        return  # Windows cannot open a folder; its rename is journalled by the file system.
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

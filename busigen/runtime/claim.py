@@ -154,10 +154,34 @@ def _read_run(out: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other(out: Path, standing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    changed = differences({**standing, **_TOLD}, {**run, **_TOLD})
-    if not changed:
+    shown = shown_changes({**standing, **_TOLD}, {**run, **_TOLD}, standing, run)
+    if not shown:
         return
-    options = changed_options(standing, run)
+    fix = "Choose another --out, or repeat the options that the folder was started with."
+    if list(changed_options(standing, run)) == ["--count"]:
+        fix += " For more samples, generate them with another --seed into another --out, and join both with "
+        fix += "`busigen merge`."
+    raise OutputError(f"{out} belongs to another run ({'; '.join(shown)}).", fix=fix)
+
+
+def shown_changes(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    old_options: Mapping[str, Any] | None = None,
+    new_options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """In what two run records differ, in words: by the options that decide it, else by some fields.
+
+    Args:
+        old: a record, or what counts of it.
+        new: another one.
+        old_options: the whole of it, for the names of folders; None for the same.
+        new_options: likewise.
+    """
+    changed = differences(old, new)
+    if not changed:
+        return []
+    options = changed_options(old_options or old, new_options or new)
     known = tuple(".".join(FIELDS[option]) for option in options)
     rest = [(name, old, new) for name, old, new in changed if not name.startswith(known)]
     shown = [f"{option}: {change}" for option, change in options.items()]
@@ -167,11 +191,7 @@ def _refuse_other(out: Path, standing: Mapping[str, Any], run: Mapping[str, Any]
         rest = rest[_SHOWN:]
     if rest:
         shown.append(f"and {counted(len(rest), 'more field')} of {RUN_FILE}")
-    fix = "Choose another --out, or repeat the options that the folder was started with."
-    if list(options) == ["--count"]:
-        fix += " For more samples, generate them with another --seed into another --out, and join both with "
-        fix += "`busigen merge`."
-    raise OutputError(f"{out} belongs to another run ({'; '.join(shown)}).", fix=fix)
+    return shown
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ import polars as pl
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, sha256_of, write_json
 from busigen.runtime.claim import differences
+from busigen.runtime.collection import COLLECTION_FILES, parts_of, recorded_sources, write_collection
 from busigen.runtime.dataset import plan_of, read_members
 from busigen.runtime.finish import finish, run_of
 from busigen.runtime.history import listed_shards
@@ -20,7 +21,8 @@ from busigen.runtime.lock import exclusive, forget_tasks
 from busigen.runtime.redraw import Repair, draw_again, expected_files, hash_or_none, listed_files, standing_record
 from busigen.runtime.replay import Inputs, told
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
-from busigen.runtime.verify import VerifyReport, read_object, read_run, read_types, verify
+from busigen.runtime.verify import VerifyReport, combined, read_object, read_run, read_types, verify
+from busigen.runtime.verify_parts import check_collection
 
 
 class RepairInterrupted(BusigenError):
@@ -65,6 +67,25 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
         RepairInterrupted: on Ctrl-C.
     """
     inputs = inputs or Inputs()
+    places = parts_of(folder)
+    if not places:
+        return _repair_alone(folder, inputs)
+    reports = [_repair_alone(place, inputs) for place in places]
+    names = [place.relative_to(folder).as_posix() for place in places]
+    repaired = [f"{name}/{line}" for name, report in zip(names, reports, strict=True) for line in report.repaired]
+    refused = [f"{name}/{line}" for name, report in zip(names, reports, strict=True) for line in report.refused]
+    error = next((report.error for report in reports if report.error is not None), None)
+    if error is None and check_collection(folder):
+        with output_errors(folder), exclusive(folder):
+            write_collection(folder, recorded_sources(folder))
+        repaired.append(f"{', '.join(COLLECTION_FILES)}: written again from the parts")
+    after = combined(folder, [report.after for report in reports])
+    if error is None and not after.ok:
+        error = _not_in_full(folder)
+    return RepairReport(tuple(repaired), tuple(refused), after, error)
+
+
+def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
     read_run(folder)  # Before the lock's file is written: a folder that is no dataset is left as it is.
     with output_errors(folder):
         lock = exclusive(folder)
@@ -98,8 +119,12 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
         _finish(work, blamed)
     after = verify(folder, healthy=inputs.healthy, progress=inputs.progress) if work.repaired else before
     if error is None and (work.refused or not after.ok):
-        error = IntegrityError(f"{folder} could not be repaired in full.", fix="See what is still wrong above.")
+        error = _not_in_full(folder)
     return RepairReport(tuple(work.repaired), tuple(work.refused), after, error)
+
+
+def _not_in_full(folder: Path) -> IntegrityError:
+    return IntegrityError(f"{folder} could not be repaired in full.", fix="See what is still wrong above.")
 
 
 def _opened(folder: Path) -> Repair:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from busigen.runtime.wording import counted
+from busigen.runtime.wording import counted, disk_size
 
 if TYPE_CHECKING:
     from busigen.runtime.explain import Explanation
     from busigen.runtime.factory import GenerateReport
+    from busigen.runtime.merge import MergeReport
     from busigen.runtime.repair import RepairReport
     from busigen.runtime.verify import VerifyReport
 
@@ -38,6 +39,15 @@ def generated(report: GenerateReport) -> Iterator[str]:
         yield f"  draws refused by the gates: {share:.1%} ({_counts(dict(sorted(report.rejected.items())))})"
     if not report.missing:
         yield f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}"
+
+
+def merged(report: MergeReport) -> Iterator[str]:
+    """The lines of ``busigen merge``."""
+    shape = "as one run would have made it" if report.parts == 1 else f"in {counted(report.parts, 'part')}"
+    yield f"{counted(report.samples, 'sample')} in {report.folder}, {shape}; {disk_size(report.size)} of shards"
+    if report.copied:
+        yield "  shards were copied: this file system cannot link them"
+    yield f"  check with: busigen verify {report.folder}"
 
 
 def verified(report: VerifyReport, *, proving: bool) -> Iterator[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import polars as pl
 from busigen.errors import InputError
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
+from busigen.runtime.collection import parts_of
 from busigen.runtime.dataset import plan_of
 from busigen.runtime.finish import dataset_info, run_of
 from busigen.runtime.layout import (
@@ -29,6 +30,7 @@ from busigen.runtime.layout import (
 )
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import COLUMN_TYPES, FileRecord, schema_of
+from busigen.runtime.verify_parts import check_collection
 from busigen.runtime.verify_shard import FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.wording import counted
 
@@ -78,6 +80,38 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
         InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
     """
     progress = progress or Progress()
+    places = parts_of(folder)
+    if places:
+        return combined(folder, [_verify_one(place, healthy, progress) for place in places])
+    return _verify_one(folder, healthy, progress)
+
+
+def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
+    """What is to be said of a merged dataset.
+
+    Args:
+        folder: the dataset.
+        reports: on its parts, in order.
+    """
+    own = check_collection(folder)
+    inside = [
+        replace(problem, file=f"{report.folder.relative_to(folder).as_posix()}/{problem.file}")
+        for report in reports
+        for problem in report.problems
+    ]
+    return VerifyReport(
+        folder=folder,
+        samples=sum(report.samples for report in reports),
+        shards=sum(report.shards for report in reports),
+        problems=(*inside, *own),
+        duplicates=sum(report.duplicates for report in reports) + sum("equals that of" in p.problem for p in own),
+        backgrounds_proven=sum(report.backgrounds_proven for report in reports),
+        backgrounds_unproven=sum(report.backgrounds_unproven for report in reports),
+        backgrounds_synthetic=sum(report.backgrounds_synthetic for report in reports),
+    )
+
+
+def _verify_one(folder: Path, healthy: Path | None, progress: Progress) -> VerifyReport:
     problems: list[Problem] = []
     run = read_run(folder)
     plan, schema = plan_of(run, folder / RUN_FILE), schema_of(read_types(run, folder))

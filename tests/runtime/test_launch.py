@@ -1,4 +1,4 @@
-"""Crews of workers, as real processes and as real Ray actors: any of them may die, and the bytes are those of one run."""
+"""Crews of workers, as real processes and real Ray actors: any of them may die, and the bytes are those of one run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from busigen.errors import InputError, UsageError, WorkerError
 from busigen.runtime.factory import generate
 from busigen.runtime.launch import Crewing, launcher
 from busigen.runtime.launch.crew import Foreman
-from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
 from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource, noise
@@ -171,11 +170,6 @@ def test_impossible_crews_are_refused() -> None:
     for wanted, problem in ((Crewing(workers=0), "--workers is 0"), (Crewing(ray_address="x"), "--ray-address is 'x'")):
         with pytest.raises(UsageError, match=problem):
             launcher("local").crew(lambda threads: noise, wanted)
-    with pytest.raises(UsageError, match="--launcher is 'sun'. Choose one of: local, ray, slurm"):
+    with pytest.raises(UsageError, match=r"--launcher is 'sun'\. Choose one of: local, ray, slurm"):
         launcher("sun")
     assert launcher("local").crew(lambda threads: noise, Crewing(workers=1)) is None
-
-
-def test_a_dataset_needs_samples() -> None:
-    with pytest.raises(UsageError):
-        Plan(count=0, seed=0, shard_size=1)

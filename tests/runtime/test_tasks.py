@@ -13,7 +13,7 @@ from busigen.errors import OutputError, UsageError
 from busigen.runtime.dataset import Dataset
 from busigen.runtime.explain import explain
 from busigen.runtime.factory import generate
-from busigen.runtime.launch.slurm import array_task
+from busigen.runtime.launch.slurm import _NAMES, array_task
 from busigen.runtime.layout import Plan
 from busigen.runtime.repair import repair
 from busigen.runtime.share import Share, parse_range, parse_task, planned
@@ -167,7 +167,7 @@ def test_impossible_parts_are_refused(options: tuple[int | None, str | None, str
 
 def test_slurm_says_which_task_this_is() -> None:
     def names(*values: int) -> dict[str, str]:
-        return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(("ID", "COUNT", "MIN", "MAX"), values)}
+        return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(_NAMES, values, strict=True)}
 
     assert [array_task(names(number, 4, 0, 3)) for number in range(4)] == ["1/4", "2/4", "3/4", "4/4"]
     assert [array_task(names(number, 3, 10, 20)) for number in (10, 15, 20)] == ["1/3", "2/3", "3/3"]
