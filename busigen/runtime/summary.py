@@ -30,8 +30,8 @@ def generated(report: GenerateReport) -> Iterator[str]:
     )
     if report.missing:
         yield (
-            f"  this task's part is complete; {counted(report.missing, 'shard')} of other tasks are still to come, and "
-            "the last of them completes the dataset"
+            f"  this task's part is complete; still to come from others: {counted(report.missing, 'shard')}; the last "
+            "of them completes the dataset"
         )
     if report.rejected:
         refused = sum(report.rejected.values())

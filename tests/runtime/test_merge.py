@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -31,6 +32,10 @@ def make(folder: Path, first: int, count: int, *, seed: int = 7, shard_size: int
     source = NoiseSource(**fingerprint)
     generate(source, folder, count=count, seed=seed, shard_size=shard_size, first=first)
     return folder
+
+
+def came_from(info: dict[str, Any]) -> list[list[str]]:
+    return [[source["folder"] for source in part["sources"]] for part in info["parts"]]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +83,7 @@ def test_other_seeds_are_kept_in_parts(made: dict[str, Path], parts: Path) -> No
     assert hashes(second.folder) == hashes(made["other"])
     assert hashes(first.folder / "shards") == hashes(made["whole"] / "shards")
     info = json.loads((parts / "dataset.json").read_text())
-    assert [[source["folder"] for source in part["sources"]] for part in info["parts"]] == [
-        ["front", "back"],
-        ["other"],
-    ]
+    assert came_from(info) == [["front", "back"], ["other"]]
     assert (info["samples"], sum(info["classes"].values()), info["schema_version"]) == (10, 10, 2)
     rows = pl.read_parquet(parts / "manifest.parquet")
     assert rows["part"].to_list() == ["parts/000"] * 7 + ["parts/001"] * 3
@@ -108,7 +110,7 @@ def test_what_does_not_join_seamlessly_is_kept_in_parts(made: dict[str, Path], t
     report = merge(tmp_path / "more", [tmp_path / "all", made["back"]])
     assert (report.parts, report.samples) == (2, 9)
     info = json.loads((tmp_path / "more/dataset.json").read_text())
-    assert [[source["folder"] for source in part["sources"]] for part in info["parts"]] == [["front", "back"], ["gap"]]
+    assert came_from(info) == [["front", "back"], ["gap"]]
     assert verify(tmp_path / "more").ok
 
 
@@ -119,9 +121,7 @@ def test_a_sample_is_explained_by_part_and_key(parts: Path) -> None:
     assert told.replay is not None and told.replay.image_agrees and told.replay.mask_agrees
     assert explain(parts, "parts/000/2", inputs=inputs, replay=False).history["seed"] == 7
     assert explain(parts, "5", inputs=inputs, replay=False).history["seed"] == 7
-    with pytest.raises(
-        UsageError, match="'2' is in several parts of .*: 000, 001. Name part and key, such as 000/0000"
-    ):
+    with pytest.raises(UsageError, match=r"'2' is in several parts of .*: 000, 001\. Name part and key"):
         explain(parts, "2", inputs=inputs)
     for key in ("9", "002/2", "x", "../001/2", "001/"):
         with pytest.raises(UsageError):
