@@ -146,10 +146,10 @@ def unable(progress: Progress) -> NoiseSource:
     raise InputError("no healthy image.", fix="Give some.")
 
 
-def made_with(make: object, out: Path) -> None:
+def made_with(make: object, out: Path, count: int = COUNT) -> None:
     with launcher("local").crew(lambda threads: make, Crewing(workers=2)) as crew:
         foreman = Foreman(crew, Progress())
-        generate(foreman.source(), out, **NUMBERS, make=foreman.make)
+        generate(foreman.source(), out, **{**NUMBERS, "count": count}, make=foreman.make)
 
 
 def test_a_shard_that_ends_every_worker_ends_the_run(tmp_path: Path, alone: dict[str, str]) -> None:
@@ -164,6 +164,15 @@ def test_an_error_of_a_worker_is_the_runs(tmp_path: Path) -> None:
         made_with(unable, tmp_path / "set")
     assert caught.value.fix == "Give some."
     assert not (tmp_path / "set").exists()
+
+
+def random(progress: Progress) -> NoiseSource:
+    return NoiseSource(process=os.getpid())
+
+
+def test_workers_that_would_draw_other_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"worker . would draw other samples.*fingerprint\.process"):
+        made_with(random, tmp_path / "set", 40)
 
 
 def test_impossible_crews_are_refused() -> None:

@@ -12,7 +12,7 @@ from busigen.errors import InputError, WorkerError
 from busigen.runtime.atomic import output_errors
 from busigen.runtime.claim import differences
 from busigen.runtime.foresight import Foresight, told_when_full
-from busigen.runtime.launch.worker import Described, Identity, Packed
+from busigen.runtime.launch.worker import Described, Identity, Packed, record_of
 from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.replay import told
@@ -157,15 +157,13 @@ class Foreman:
 
     def _welcome(self, worker: int, identity: Identity) -> None:
         self._first = self._first or identity
-        changed = [
-            change
-            for change in differences(self._first.record, identity.record)
-            if not change[0].startswith("options.")
-        ]
+        # The first worker's source with the versions of this process, which are the ones that run.json will name.
+        expected = record_of(Described(self._first))
+        changed = [change for change in differences(expected, identity.record) if not change[0].startswith("options.")]
         if changed:
             named = "; ".join(f"{name}: {told(one)} and {told(other)}" for name, one, other in changed[:3])
             raise InputError(
-                f"two workers would draw different samples, or write them in different bytes ({named}).",
+                f"worker {worker} would draw other samples, or write them in other bytes ({named}).",
                 fix="Give all machines the same bundle, healthy images and versions.",
             )
         self._losses.pop(None, None)

@@ -20,7 +20,7 @@ from busigen.runtime.layout import Plan
 from busigen.runtime.wording import counted
 
 _THREADS = 2
-"""Cores per actor, where nothing else is asked for: more threads may tip single pixels by a grey level."""
+"""Cores per actor, where nothing else is asked for."""
 
 
 class OnRay:

@@ -102,6 +102,11 @@ class Described:
         raise NotImplementedError("the source is in the workers")
 
 
+def record_of(source: Source) -> dict[str, Any]:
+    """What a run with this source would record of it, and of this process's versions."""
+    return run_record(source, Plan(count=1, seed=0, shard_size=1))
+
+
 class Worker:
     """Makes shards of one source.
 
@@ -120,8 +125,7 @@ class Worker:
     def identity(self) -> Identity:
         """What the source is."""
         source = self._source
-        record = run_record(source, Plan(count=1, seed=0, shard_size=1))
-        return Identity(source.fingerprint(), source.options(), source.row_types(), record)
+        return Identity(source.fingerprint(), source.options(), source.row_types(), record_of(source))
 
     def steps(self, plan: Plan, number: int) -> Iterator[int | Packed]:
         """Make a shard: numbers of samples as they are accepted, then the shard.
