@@ -65,6 +65,12 @@ class FlaggedError(BusigenError):
     exit_code = 9
 
 
+class WorkerError(BusigenError):
+    """Workers of a run end again and again before their work is done."""
+
+    exit_code = 10
+
+
 INTERRUPTED_EXIT_CODE = 130
 """Ctrl-C (SIGINT)."""
 

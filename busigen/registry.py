@@ -166,3 +166,10 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
 }
 """Command-line provider names and ONNX Runtime's names for them."""
+
+LAUNCHERS = {
+    "local": "busigen.runtime.launch.local",
+    "ray": "busigen.runtime.launch.on_ray",
+    "slurm": "busigen.runtime.launch.slurm",
+}
+"""Names of ``generate --launcher`` and the modules that hold each one's ``LAUNCHER``, imported when it is asked for."""

@@ -65,6 +65,19 @@ def unwritable(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def test_workers_and_tasks_give_the_bytes_of_one_process(
+    generated: tuple[Path, Done], healthy: Path, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        done = run(
+            *("generate", *SMALL, "--out", tmp_path / "set", "--healthy", healthy),
+            *("--array-task", f"{number}/2", "--workers", number),
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("this task's part is complete; still to come from others: 2 shards" in done.stdout) is (number == 1)
+    assert hashes(tmp_path / "set") == hashes(generated[0])
+
+
 def test_an_unwritable_folder(unwritable: Path) -> None:
     line = error_line(run("generate", "--count", 1, "--out", unwritable / "set"), 4)
     assert str(unwritable / "set") in line

@@ -1,4 +1,4 @@
-"""Commands that make a dataset, and look at one: generate, bench, verify, explain."""
+"""Commands that make a dataset, and look at one: generate, bench, verify, merge, explain."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
-from busigen.registry import BIRADS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
+from busigen.registry import BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
-from busigen.runtime.summary import explained, generated, repaired, verified
+from busigen.runtime.summary import explained, generated, merged, repaired, verified
 
 
 @app.command(
     epilog="Examples: `busigen generate --count 1000 --out data` uses the shipped bundle and synthetic backgrounds; "
-    "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images."
+    "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images; "
+    "`busigen generate --count 100000 --out data --workers 16 --threads 2` uses 32 cores; with `sbatch --array=1-8`, "
+    "`busigen generate --count 100000 --out data --launcher slurm` makes one dataset in eight jobs. See "
+    "docs/scale-out.md."
 )
 def generate(
-    count: Annotated[int, typer.Option(help="Accepted samples to write.")],
     out: Annotated[Path, typer.Option(help="The dataset's folder. A rerun of the same command continues in it.")],
+    count: Annotated[int | None, typer.Option(help="Accepted samples in the dataset.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
     classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
@@ -46,7 +49,23 @@ def generate(
         int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
     ] = DEFAULT_SHARD_SIZE,
     provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads, of each worker. [default: the cores, divided by the workers]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that make shards. [default: 1; with Ray, as many as have room]")
+    ] = None,
+    launcher: Annotated[str, typer.Option(help=f"Where the workers run: {', '.join(LAUNCHERS)}.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster that runs, or 'auto'. [default: one of this command's own]")
+    ] = None,
+    index_range: Annotated[
+        str | None,
+        typer.Option(help="first:end; the part of --count that this command makes. Without --count, all there is."),
+    ] = None,
+    array_task: Annotated[
+        str | None, typer.Option(help="K/N: make the K-th of N parts; give all N tasks the same --out.")
+    ] = None,
     log_json: Annotated[
         str | None, typer.Option(help="File to append progress to as JSON lines; - for standard output.")
     ] = None,
@@ -75,6 +94,11 @@ def generate(
         height_width=height_width,
         taller_than_wide=taller_than_wide,
         birads=birads,
+        index_range=index_range,
+        array_task=array_task,
+        launcher=launcher,
+        workers=workers,
+        ray_address=ray_address,
     )
     with supervised(out, log_json) as (progress, stop):
         report = job.run(progress, stop)
@@ -164,10 +188,31 @@ def verify(
         raise typer.Exit(5)
 
 
-@app.command(epilog="Example: `busigen explain data 000000012`")
+@app.command(
+    epilog="Examples: `busigen merge all night1 night2` joins datasets of two seeds; `busigen merge all first second` "
+    "of `--index-range 0:5000` and `5000:10000` gives the files of one run of 10,000."
+)
+def merge(
+    out: Annotated[Path, typer.Argument(help="The merged dataset's folder; it must not exist.")],
+    datasets: Annotated[list[Path], typer.Argument(help="Two or more finished datasets of one bundle.")],
+) -> None:
+    """Join datasets that differ in nothing but seed or index range; they stay as they are."""
+    from busigen.runtime.merge import merge as run
+    from busigen.runtime.progress import console_progress
+
+    with console_progress() as progress:
+        try:
+            report = run(out, datasets, progress=progress)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted; nothing was merged.", fix="Run the same command again.") from None
+    for line in merged(report):
+        stdout.print(escape(line))
+
+
+@app.command(epilog="Examples: `busigen explain data 000000012`; of a merged dataset, `busigen explain all 001/12`")
 def explain(
     dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
-    key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index.")],
+    key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index; part/key if merged.")],
     bundle: Annotated[Path | None, typer.Option(help="The run's bundle. [default: the shipped one]")] = None,
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images, where it had any.")] = None,
     provider: Annotated[str | None, typer.Option(help=f"{', '.join(PROVIDERS)}. [default: the run's]")] = None,

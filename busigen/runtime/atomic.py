@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ _FIXES = {
     errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
 }
 
+_PROCESS = secrets.token_hex(4)
+"""Tells this process from one of the same number on another machine that writes to the same folder."""
+
 
 @contextmanager
 def output_errors(folder: Path) -> Iterator[None]:
@@ -59,18 +63,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The rename is what makes a shard survive a kill; the two fsyncs are what make it survive a power cut: without the
     first, the name may outlive the bytes.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{_PROCESS}-{path.name}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    # Windows cannot open a folder; its rename is journalled by the file system.
-    if os.name == "posix":
-        _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -104,7 +106,10 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, survive a power cut."""
+    if os.name != "posix" and path.is_dir():
+        return  # Windows cannot open a folder; its rename is journalled by the file system.
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from busigen.registry import RESOLUTION, SYNTHETIC
-from busigen.runtime.layout import MANIFEST_FILE
+from busigen.runtime.layout import MANIFEST_FILE, key_of
 from busigen.runtime.options import command_line, decided
 from busigen.runtime.shards import FIXED_COLUMNS
 from busigen.runtime.wording import counted
@@ -81,7 +81,8 @@ def readme(info: Mapping[str, Any]) -> str:
     Args:
         info: content of ``dataset.json``.
     """
-    refused = sum(info["rejected"].values())
+    refused, first = sum(info["rejected"].values()), info["shards"][0]
+    shards = f"{{{first['number']:06d}..{info['shards'][-1]['number']:06d}}}"
     return f"""---
 license: other
 task_categories:
@@ -128,7 +129,7 @@ where folders stand by their names alone. For research; not for diagnosis.
 ```python
 import webdataset as wds  # pip install webdataset
 
-dataset = wds.WebDataset("shards/{{000000..{len(info["shards"]) - 1:06d}}}.tar", shardshuffle=False).decode("l8")
+dataset = wds.WebDataset("shards/{shards}.tar", shardshuffle=False).decode("l8")
 for image, mask, row in dataset.to_tuple("image.png", "mask.png", "json"):
     mask = mask > 0  # ({RESOLUTION}, {RESOLUTION}) bool; image is ({RESOLUTION}, {RESOLUTION}) uint8, row a dict
 ```
@@ -138,8 +139,8 @@ or with the standard library alone:
 ```python
 import tarfile
 
-with tarfile.open("shards/000000.tar") as shard:
-    png = shard.extractfile("000000000.image.png").read()
+with tarfile.open("{first["tar"]["file"]}") as shard:
+    png = shard.extractfile("{key_of(first["first"])}.image.png").read()
 ```
 
 `busigen verify` checks every file, hash, pair and row.

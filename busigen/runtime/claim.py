@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ import busigen
 from busigen.errors import OutputError
 from busigen.runtime.atomic import leftovers, output_errors, write_json
 from busigen.runtime.jsonfile import read_json
-from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SCHEMA_VERSION, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
-from busigen.runtime.lock import exclusive
+from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
+from busigen.runtime.lock import exclusive, forget_tasks, joined, living, turn
 from busigen.runtime.options import FIELDS, changed_options, decided
 from busigen.runtime.sample import Source
 from busigen.runtime.wording import counted
 
 _SHOWN = 3
-_TOLD = {"options": None, "versions": None}
+_TOLD = {"options": None, "versions": None, "sources": None}
 
 
 def run_record(source: Source, plan: Plan) -> dict[str, Any]:
     """What ``run.json`` holds: all that decides which samples exist, and the versions that decide their bytes."""
     record = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": plan.schema_version,
         "busigen": busigen.__version__,
         "config": plan.config(),
         "columns": {name: kind.__name__ for name, kind in source.row_types().items()},
@@ -51,8 +51,13 @@ def run_record(source: Source, plan: Plan) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(out: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iterator[dict[str, Any]]:
     """Hold ``out`` for this run until the block ends; create it or continue it.
+
+    Args:
+        out: the dataset's folder.
+        run: what this run would record.
+        part: hold the shards of this plan alone, beside tasks that hold others; None holds the whole folder.
 
     Yields:
         The run record that stands in the folder: ``run`` itself, or that of the run which is continued.
@@ -63,12 +68,16 @@ def claimed(out: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     with output_errors(out):
         _refuse_foreign(out)
         (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        lock = exclusive(out)
+        lock = joined(out, part.numbers) if part else exclusive(out)
         lock.__enter__()
     try:
-        with output_errors(out):
-            for path in leftovers(out) + leftovers(out / SHARD_FOLDER):
-                path.unlink()
+        with output_errors(out), turn(out) if part else nullcontext():
+            # A temporary file may be that of another task, as long as there is one.
+            if part is None or len(living(out)) == 1:
+                for path in leftovers(out) + leftovers(out / SHARD_FOLDER):
+                    path.unlink()
+            if part is None:
+                forget_tasks(out)
             standing = _read_run(out)
             if standing is None:
                 standing = dict(run)
@@ -121,8 +130,8 @@ def _refuse_foreign(out: Path) -> None:
     if (out / RUN_FILE).exists():
         return
     # What a run that was killed before it could write run.json may have left.
-    own = {LOCK_FILE, SHARD_FOLDER}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in own and not p.name.startswith(TEMPORARY_PREFIX))
+    own = (LOCK_FILE, TEMPORARY_PREFIX)
+    foreign = sorted(p.name for p in out.iterdir() if p.name != SHARD_FOLDER and not p.name.startswith(own))
     if (out / SHARD_FOLDER).is_dir():
         foreign += sorted(f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir())
     if foreign:
@@ -146,10 +155,34 @@ def _read_run(out: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other(out: Path, standing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    changed = differences({**standing, **_TOLD}, {**run, **_TOLD})
-    if not changed:
+    shown = shown_changes({**standing, **_TOLD}, {**run, **_TOLD}, standing, run)
+    if not shown:
         return
-    options = changed_options(standing, run)
+    fix = "Choose another --out, or repeat the options that the folder was started with."
+    if list(changed_options(standing, run)) == ["--count"]:
+        fix += " For more samples, generate them with another --seed into another --out, and join both with "
+        fix += "`busigen merge`."
+    raise OutputError(f"{out} belongs to another run ({'; '.join(shown)}).", fix=fix)
+
+
+def shown_changes(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    old_options: Mapping[str, Any] | None = None,
+    new_options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """In what two run records differ, in words: by the options that decide it, else by some fields.
+
+    Args:
+        old: a record, or what counts of it.
+        new: another one.
+        old_options: the whole of it, for the names of folders; None for the same.
+        new_options: likewise.
+    """
+    changed = differences(old, new)
+    if not changed:
+        return []
+    options = changed_options(old_options or old, new_options or new)
     known = tuple(".".join(FIELDS[option]) for option in options)
     rest = [(name, old, new) for name, old, new in changed if not name.startswith(known)]
     shown = [f"{option}: {change}" for option, change in options.items()]
@@ -159,10 +192,7 @@ def _refuse_other(out: Path, standing: Mapping[str, Any], run: Mapping[str, Any]
         rest = rest[_SHOWN:]
     if rest:
         shown.append(f"and {counted(len(rest), 'more field')} of {RUN_FILE}")
-    fix = "Choose another --out, or repeat the options that the folder was started with."
-    if list(options) == ["--count"]:
-        fix += " For more samples, generate them with another --seed into another --out and use both folders."
-    raise OutputError(f"{out} belongs to another run ({'; '.join(shown)}).", fix=fix)
+    return shown
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,6 @@ from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     DATASET_FILE,
     MANIFEST_FILE,
-    MAX_COUNT,
     MEMBER_LIMIT,
     MEMBER_SUFFIXES,
     RUN_FILE,
@@ -93,7 +92,7 @@ class Dataset:
             IntegrityError: a record is missing or damaged.
         """
         try:
-            return [ShardRecord.read(self.folder, number) for number in range(self.plan.shards)]
+            return [ShardRecord.read(self.folder, number) for number in self.plan.numbers]
         except FileNotFoundError as error:
             raise IntegrityError(f"{error.filename} is missing.", fix=_VERIFY) from error
 
@@ -115,7 +114,7 @@ class Dataset:
         Raises:
             IntegrityError: a shard is missing or holds anything but its samples.
         """
-        for number in range(self.plan.shards):
+        for number in self.plan.numbers:
             indices = self.plan.indices(number)
             for member in read_members(self.folder / shard_path(number, "tar"), indices):
                 yield to_sample(member)
@@ -127,9 +126,9 @@ class Dataset:
             IndexError: an index is not in the dataset.
             IntegrityError: as for ``iter_samples``.
         """
-        outside = [index for index in indices if not 0 <= index < self.plan.count]
+        outside = [index for index in indices if index not in self.plan.span]
         if outside:
-            raise IndexError(f"index {outside[0]} is outside 0 to {self.plan.count - 1}")
+            raise IndexError(f"index {outside[0]} is outside {self.plan.span[0]} to {self.plan.span[-1]}")
         found: dict[int, Sample] = {}
         for number in sorted({index // self.plan.shard_size for index in indices}):
             inside = self.plan.indices(number)
@@ -153,14 +152,10 @@ def plan_of(info: dict[str, Any], path: Path) -> Plan:
     Raises:
         IntegrityError: it names none.
     """
-    config = info.get("config")
-    names = ("count", "seed", "shard_size")
-    if not isinstance(config, dict) or any(type(config.get(name)) is not int for name in names):
-        raise _damaged(path)
-    values = {name: config[name] for name in names}
-    if not (0 < values["count"] <= MAX_COUNT and 0 < values["shard_size"] <= MAX_COUNT and values["seed"] >= 0):
-        raise _damaged(path)
-    return Plan(**values)
+    try:
+        return Plan.of(info.get("config"))
+    except ValueError as error:
+        raise _damaged(path) from error
 
 
 def read_members(path: Path, indices: range, only: Sequence[int] | None = None) -> Iterator[Member]:

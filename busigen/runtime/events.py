@@ -186,6 +186,7 @@ class LoggedProgress(Progress):
             bytes=report.size,
             seconds=round(report.seconds, 3),
             already_complete=report.already_complete,
+            shards_missing=report.missing,
         )
         self.shown.finished(report)
 

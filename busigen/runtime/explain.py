@@ -15,6 +15,7 @@ import numpy as np
 from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.runtime.atomic import atomic_file, output_errors
 from busigen.runtime.claim import differences
+from busigen.runtime.collection import find_sample
 from busigen.runtime.dataset import Member, decode_image, decode_mask, read_members
 from busigen.runtime.history import REPAIR_FIRST, Recorded, contents, history_of, read_recorded
 from busigen.runtime.layout import IMAGE_SUFFIX, MASK_SUFFIX, ROW_SUFFIX, SHARD_FOLDER, key_of
@@ -75,7 +76,7 @@ def explain(
 
     Args:
         folder: a dataset, whole or damaged.
-        key: the sample's key as it stands in the manifest, or its index.
+        key: the sample's key as it stands in the manifest, or its index; of a merged dataset in parts, ``part/key``.
         inputs: where the run's bundle and healthy images lie; None for the shipped bundle.
         replay: whether to draw the sample again.
         out: folder for the drawn image, mask and row; nothing is written if None.
@@ -91,6 +92,7 @@ def explain(
         raise UsageError("--out is given with --no-replay, which draws nothing.", fix="Leave out one of them.")
     if out is not None and out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"--out {out} lies inside the dataset.", fix="Choose a folder outside it.")
+    folder, key = find_sample(folder, key)
     recorded = read_recorded(folder, key)
     history = history_of(folder, recorded, inputs.graphs(recorded.run))
     result, error = None, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,20 +9,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from busigen.errors import IntegrityError
-from busigen.runtime.atomic import output_errors, sha256_of
+from busigen.runtime.atomic import output_errors
 from busigen.runtime.claim import claimed, run_record
-from busigen.runtime.finish import dataset_info, finish, is_finished, unfinish
+from busigen.runtime.closing import Closing
+from busigen.runtime.finish import dataset_info
 from busigen.runtime.foresight import Foresight, require_room, told_when_full
-from busigen.runtime.layout import DEFAULT_SHARD_SIZE, RUN_FILE, SHARD_FOLDER, Plan
+from busigen.runtime.layout import DEFAULT_SHARD_SIZE, RUN_FILE, Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sample import Drawn, Source, drawings
 from busigen.runtime.shards import ShardRecord, schema_of, write_shard
+from busigen.runtime.share import Share
+from busigen.runtime.standing import complete_shards, sound_shards
 from busigen.runtime.stopping import GenerationInterrupted, Stopping
 from busigen.runtime.wording import counted, duration
-
-_HASHERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,15 @@ class GenerateReport:
 
     Attributes:
         folder: the dataset.
-        samples: samples in the dataset.
-        shards: shards in the dataset.
+        samples: samples in the dataset; of a task that did not complete it, samples of its part.
+        shards: shards, likewise.
         written: shards that this call wrote; the others were complete before.
         classes: samples per class.
-        rejected: refused draws per reason, over the whole dataset.
-        size: bytes of all shards.
+        rejected: refused draws per reason, over all these samples.
+        size: bytes of all these shards.
         seconds: wall-clock time of this call.
         already_complete: the dataset was finished before, and nothing was done.
+        missing: shards of other tasks that the dataset still lacks; the last of these tasks completes it.
     """
 
     folder: Path
@@ -51,6 +52,17 @@ class GenerateReport:
     size: int
     seconds: float
     already_complete: bool
+    missing: int = 0
+
+
+class Maker(Protocol):
+    """Makes shards: :func:`draw_missing` with a source of this process, or a crew of workers."""
+
+    def __call__(
+        self, source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress, stop: Stopping
+    ) -> None:
+        """Make the plan's shards that ``records`` lacks, until told to stop, and add them to it."""
+        ...
 
 
 def generate(
@@ -60,6 +72,9 @@ def generate(
     count: int,
     seed: int,
     shard_size: int = DEFAULT_SHARD_SIZE,
+    first: int = 0,
+    share: Share | None = None,
+    make: Maker | None = None,
     progress: Progress | None = None,
     stop: Stopping | None = None,
 ) -> GenerateReport:
@@ -76,6 +91,10 @@ def generate(
         seed: 0 to 2^64 - 1.
         shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
             source has drawn ahead of it.
+        first: index of the first sample, a multiple of ``shard_size``.
+        share: the part that this call makes, beside others that make theirs in the same folder; None makes all. The
+            call that finds all shards there completes the dataset.
+        make: who makes the shards; None for this process.
         progress: told of every sample; None shows nothing.
         stop: asked after each shard whether to end here; None never ends early.
 
@@ -87,37 +106,40 @@ def generate(
     """
     started = time.monotonic()
     progress, stop = progress or Progress(), stop or Stopping()
-    plan = Plan(count=count, seed=seed, shard_size=shard_size)
+    plan = Plan(count=count, seed=seed, shard_size=shard_size, first=first)
+    part = share.of(plan) if share else None
+    mine = part or plan
     schema_of(source.row_types())
     refuse_small_disk(out, plan)
-    with claimed(out, run_record(source, plan)) as run:
+    with claimed(out, run_record(source, plan), part) as run:
+        closing = Closing(out, run, plan, part)
         with output_errors(out):
-            kept = _sound_shards(out, plan)
-            finished = len(kept) == plan.shards and is_finished(out, run, [kept[n] for n in range(plan.shards)])
-        records = dict(kept)
-        if not finished:
-            with output_errors(out):
-                unfinish(out)
-            try:
-                _draw_missing(source, out, plan, records, progress, stop)
-                if len(records) < plan.shards:
-                    raise KeyboardInterrupt
-                # A run that was asked to stop in its last shard is complete but for this, which takes moments.
+            records = sound_shards(out, mine)
+            kept, finished = len(records), closing.is_done(records)
+        try:
+            if not finished:
                 with output_errors(out):
-                    finish(out, run, [records[number] for number in range(plan.shards)])
-            except KeyboardInterrupt:
-                raise _interrupted(out, plan, progress, stop) from None
-        info = dataset_info(run, [records[number] for number in range(plan.shards)], {})
+                    closing.reopen(records)
+                (make or draw_missing)(source, out, mine, records, progress, stop)
+                if len(records) < mine.shards:
+                    raise KeyboardInterrupt
+            # A run that was asked to stop in its last shard is complete but for this, which takes moments.
+            with output_errors(out):
+                standing, missing = closing.close(records)
+        except KeyboardInterrupt:
+            raise _interrupted(out, mine, progress, stop) from None
+        info = dataset_info(run, standing, {})
     report = GenerateReport(
         folder=out,
-        samples=plan.count,
-        shards=plan.shards,
-        written=plan.shards - len(kept),
+        samples=info["samples"],
+        shards=len(standing),
+        written=mine.shards - kept,
         classes=info["classes"],
         rejected=info["rejected"],
-        size=sum(record.tar.size + record.parquet.size for record in records.values()),
+        size=sum(record.tar.size + record.parquet.size for record in standing),
         seconds=time.monotonic() - started,
         already_complete=finished,
+        missing=missing,
     )
     progress.finished(report)
     return report
@@ -135,43 +157,12 @@ def refuse_small_disk(out: Path, plan: Plan) -> None:
         require_room(out, plan, {})
 
 
-def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
-    """A shard's record if its three files are there with their recorded sizes, else None: it must be made (again)."""
-    try:
-        record = ShardRecord.read(folder, number)
-        indices = plan.indices(number)
-        fits = (record.first, record.count) == (indices.start, len(indices))
-        sizes = all((folder / file.file).stat().st_size == file.size for file in (record.tar, record.parquet))
-    except (FileNotFoundError, IntegrityError):
-        return None
-    return record if fits and sizes else None
-
-
-def _sound_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
-    """The records of all shards whose files have their recorded content; a damaged one is made again."""
-
-    def sound(number: int) -> ShardRecord | None:
-        record = complete_shard(folder, plan, number)
-        whole = record and all(sha256_of(folder / file.file) == file.sha256 for file in (record.tar, record.parquet))
-        return record if whole else None
-
-    numbers = _recorded(folder, plan)
-    with ThreadPoolExecutor(_HASHERS) as pool:
-        return {number: record for number, record in zip(numbers, pool.map(sound, numbers), strict=True) if record}
-
-
-def _recorded(folder: Path, plan: Plan) -> list[int]:
-    """Numbers of the shards that have a record. Looking is cheaper than asking for each of ten million in turn."""
-    numbers = (int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if path.stem.isdecimal())
-    return sorted(number for number in numbers if number < plan.shards)
-
-
-def _draw_missing(
+def draw_missing(
     source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress, stop: Stopping
 ) -> None:
     """Draw and write the shards that ``records`` lacks until told to stop, and add them to it."""
     types = source.row_types()
-    missing = (number for number in range(plan.shards) if number not in records)
+    missing = (number for number in plan.numbers if number not in records)
     opened: deque[int] = deque()
     done = sum(record.count for record in records.values())
     foresight = Foresight(out, plan, records, progress)
@@ -237,8 +228,7 @@ def _check_indices(drawn: Drawn, indices: range) -> None:
 
 
 def _interrupted(out: Path, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
-    records = [complete_shard(out, plan, number) for number in _recorded(out, plan)]
-    kept = [record.count for record in records if record]
+    kept = [record.count for record in complete_shards(out, plan).values()]
     lost = max(0, progress.done - sum(kept))
     loss = f"; lost with the unfinished shard: {counted(lost, 'finished sample')}" if lost else ""
     return stop.interruption(f"with {len(kept)} of {counted(plan.shards, 'shard')} complete in {out}{loss}")

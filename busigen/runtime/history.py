@@ -69,10 +69,11 @@ def parse_key(key: str, plan: Plan) -> int:
         UsageError: it is no number, or beyond the dataset's count.
     """
     # No key has more digits, and Python refuses to read thousands of them.
-    index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 18 else plan.count
-    if index >= plan.count:
+    index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 18 else -1
+    if index not in plan.span:
         raise UsageError(
-            f"the dataset has no sample {key!r}.", fix=f"Give a key from {key_of(0)} to {key_of(plan.count - 1)}."
+            f"the dataset has no sample {key!r}.",
+            fix=f"Give a key from {key_of(plan.span[0])} to {key_of(plan.span[-1])}.",
         )
     return index
 

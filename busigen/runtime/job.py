@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import busigen
 from busigen.registry import SYNTHETIC
-from busigen.runtime.asking import parse_asked
+from busigen.runtime.asking import Asked, parse_asked
 from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.claim import refuse_other_run
 from busigen.runtime.classes import parse_classes
 from busigen.runtime.factory import GenerateReport, generate, refuse_small_disk
 from busigen.runtime.healthy import HealthyFolder
+from busigen.runtime.launch import Crewing, launcher
+from busigen.runtime.launch.crew import Foreman
+from busigen.runtime.launch.worker import SourceMaker
 from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
+from busigen.runtime.share import planned
 from busigen.runtime.stage_times import TimedBackend
 from busigen.runtime.stopping import Stopping
 
@@ -28,7 +33,7 @@ class Job:
     """The options of ``busigen generate``, unchecked and as they were typed.
 
     Attributes:
-        count: accepted samples to write.
+        count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
         out: the dataset's folder.
         bundle: a bundle's folder; ``None`` for the shipped one.
         healthy: a folder of healthy images, or ``synthetic``.
@@ -41,9 +46,14 @@ class Job:
         size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
         taller_than_wide: short for a ``height_width`` above 1.
         birads: BI-RADS category.
+        index_range: ``first:end``, the samples that this command makes.
+        array_task: ``K/N``, the part of these that it makes.
+        launcher: a name in ``registry.LAUNCHERS``.
+        workers: processes that make shards; ``None`` for what the launcher takes by itself.
+        ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
     """
 
-    count: int
+    count: int | None
     out: Path
     bundle: Path | None
     healthy: str
@@ -59,6 +69,11 @@ class Job:
     height_width: str | None = None
     taller_than_wide: bool = False
     birads: str | None = None
+    index_range: str | None = None
+    array_task: str | None = None
+    launcher: str = "local"
+    workers: int | None = None
+    ray_address: str | None = None
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began.
@@ -71,33 +86,71 @@ class Job:
             BusigenError: as for what it calls: an option, an input or the output is not usable.
         """
         progress.began(self._facts())
-        plan = Plan(count=self.count, seed=self.seed, shard_size=self.shard_size)
-        classes = parse_classes(self.classes)
-        asked = parse_asked(
-            size=self.size,
-            depth=self.depth,
-            across=self.across,
-            height_width=self.height_width,
-            taller_than_wide=self.taller_than_wide,
-            birads=self.birads,
+        stop = stop or Stopping()
+        chosen = launcher(self.launcher)
+        plan, share = planned(
+            self.count,
+            self.index_range,
+            chosen.task(self.array_task),
+            seed=self.seed,
+            shard_size=self.shard_size,
         )
+        self._wanted()
         refuse_small_disk(self.out, plan)
+        crew = chosen.crew(self._maker, Crewing(self.workers, self.threads, self.provider, self.ray_address))
+        run = partial(
+            generate,
+            out=self.out,
+            count=plan.count,
+            seed=plan.seed,
+            shard_size=plan.shard_size,
+            first=plan.first,
+            share=share,
+            progress=progress,
+            stop=stop,
+        )
+        if crew is None:
+            return run(self.source(progress, plan))
+        with crew:
+            foreman = Foreman(crew, progress)
+            return run(foreman.source(), make=foreman.make)
+
+    def source(self, progress: Progress, plan: Plan | None = None) -> Sampler:
+        """Where the samples come from.
+
+        Args:
+            progress: told of healthy images that are read, and who knows the engine's time.
+            plan: of a run in this process: whatever ``out`` holds is then refused early where it is another's.
+
+        Raises:
+            BusigenError: an option or an input is not usable.
+        """
+        classes, asked = self._wanted()
         bundle = Bundle.open(self.bundle or default_bundle())
         backend = TimedBackend(OnnxBackend(bundle, provider=self.provider, threads=self.threads))
         progress.engine(backend.seconds)
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
-            refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))
+            if plan is not None:
+                refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))
             sampler.healthy = HealthyFolder(Path(self.healthy), progress)
-        return generate(
-            sampler,
-            self.out,
-            count=self.count,
-            seed=self.seed,
-            shard_size=self.shard_size,
-            progress=progress,
-            stop=stop,
+        return sampler
+
+    def _maker(self, threads: int | None) -> SourceMaker:
+        """What a worker opens its source with; its folders hold wherever that is."""
+        healthy = self.healthy if self.healthy == SYNTHETIC else str(Path(self.healthy).absolute())
+        bundle = self.bundle.absolute() if self.bundle else None
+        return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
+
+    def _wanted(self) -> tuple[dict[str, float], Asked]:
+        return parse_classes(self.classes), parse_asked(
+            size=self.size,
+            depth=self.depth,
+            across=self.across,
+            height_width=self.height_width,
+            taller_than_wide=self.taller_than_wide,
+            birads=self.birads,
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -109,4 +162,8 @@ class Job:
             "seed": self.seed,
             "shard_size": self.shard_size,
             "provider": self.provider,
+            "index_range": self.index_range,
+            "array_task": self.array_task,
+            "launcher": self.launcher,
+            "workers": self.workers,
         }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from busigen.errors import UsageError
 
-SCHEMA_VERSION = 1
-"""Version of the folder's layout and of its JSON files. Raised when an older reader would misread a newer folder."""
+SCHEMA_VERSION = 2
+"""Newest version of the folder's layout and of its JSON files that this busigen reads. A file records the oldest one
+that describes it, so that older readers read what they can: 2 stands for datasets that do not begin at index 0 and for
+those that consist of several parts."""
+
+FIRST_SCHEMA_VERSION = 1
+"""What every other file records."""
 
 RUN_FILE = "run.json"
 DATASET_FILE = "dataset.json"
@@ -55,11 +60,22 @@ def shard_path(number: int, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples a run makes and how they are cut into shards."""
+    """Which samples a dataset, or one task's part of it, holds and how they are cut into shards.
+
+    Shards are numbered from index 0 whatever the first sample is, so the same samples lie in the same shards, byte for
+    byte, whether one run makes them or several.
+
+    Attributes:
+        count: number of samples.
+        seed: of the noise.
+        shard_size: samples per shard; the last one may be short.
+        first: index of the first sample, a multiple of the shard size.
+    """
 
     count: int
     seed: int
     shard_size: int
+    first: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that no dataset can have.
@@ -70,20 +86,68 @@ class Plan:
         _require("--count", self.count, 1, MAX_COUNT)
         _require("--seed", self.seed, 0, MAX_SEED)
         _require("--shard-size", self.shard_size, 1, MAX_COUNT)
+        if self.first % self.shard_size or not 0 <= self.first <= MAX_COUNT - self.count:
+            raise UsageError(
+                f"--index-range begins at {self.first}.",
+                fix=f"Begin at a multiple of --shard-size ({self.shard_size}) and end at {MAX_COUNT} at most.",
+            )
+
+    @property
+    def span(self) -> range:
+        """Indices of all samples."""
+        return range(self.first, self.first + self.count)
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of all shards."""
+        return range(self.first // self.shard_size, -(-self.span.stop // self.shard_size))
 
     @property
     def shards(self) -> int:
-        """Number of shards; the last one may be short."""
-        return -(-self.count // self.shard_size)
+        """Number of shards."""
+        return len(self.numbers)
+
+    @property
+    def schema_version(self) -> int:
+        """What a dataset of this plan records as its version."""
+        return SCHEMA_VERSION if self.first else FIRST_SCHEMA_VERSION
 
     def indices(self, number: int) -> range:
         """Sample indices of one shard."""
         first = number * self.shard_size
-        return range(first, min(first + self.shard_size, self.count))
+        return range(first, min(first + self.shard_size, self.span.stop))
+
+    def part(self, numbers: range) -> Plan:
+        """The plan of some consecutive shards, of which there must be one at least."""
+        first, last = self.indices(numbers[0]), self.indices(numbers[-1])
+        return replace(self, first=first.start, count=last.stop - first.start)
 
     def config(self) -> dict[str, Any]:
         """The plan as JSON, for ``run.json``."""
-        return {"count": self.count, "seed": self.seed, "shard_size": self.shard_size}
+        # An older reader that found a count would look for such a dataset's samples from 0 on.
+        samples = {"index_range": f"{self.first}:{self.span.stop}"} if self.first else {"count": self.count}
+        return {**samples, "seed": self.seed, "shard_size": self.shard_size}
+
+    @classmethod
+    def of(cls, config: object) -> Plan:
+        """The plan that ``config`` made this JSON of.
+
+        Raises:
+            ValueError: it is of none.
+        """
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+        values: dict[str, Any] = {name: config.get(name) for name in ("count", "seed", "shard_size")}
+        if isinstance(config.get("index_range"), str):
+            first, stop = map(int, config["index_range"].split(":"))
+            values |= {"first": first, "count": stop - first}
+        for name, value in values.items():
+            if type(value) is not int:
+                raise ValueError(f"{name} is {value!r}")
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise ValueError(error.problem) from error
 
 
 def _require(option: str, value: int, low: int, high: int) -> None:

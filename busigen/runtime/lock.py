@@ -1,14 +1,23 @@
-"""One process per dataset folder; a lock that dies with its holder."""
+"""Who may write a dataset's folder: one process alone, or several tasks with shards of their own.
+
+Every lock is the operating system's and dies with its holder, however that ends, so no stale lock blocks a rerun. On a
+folder that several machines share, that takes a file system with locks across machines (NFS, Lustre with ``flock``).
+
+``.lock`` is held whole by a process that is alone and shared by tasks; ``.lock-task-A-B`` is held by the task that
+makes the shards from A to before B; ``.lock-turn`` for moments, by a task that does what only one may do at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from busigen.errors import OutputError
+from busigen.errors import OutputError, UsageError
 from busigen.runtime.layout import LOCK_FILE
 
 try:
@@ -16,48 +25,143 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_TASK = f"{LOCK_FILE}-task-"
+_TURN = f"{LOCK_FILE}-turn"
+_TASKS = "tasks"
+
+_PATIENCE = 2.0
+"""Seconds that a task waits for ``.lock``: one that ends holds it alone for moments, to remove it."""
+
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder for this process until the block ends.
 
-    The operating system drops the lock when the holder dies, however it dies, so no stale lock ever blocks a rerun.
-
     Raises:
-        OutputError: another process holds the folder.
+        OutputError: another process holds the folder, or tasks do.
     """
     path = folder / LOCK_FILE
     handle = _acquire(path)
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
+        _sign(handle, str(os.getpid()))
         yield
     finally:
-        if fcntl:
-            # Removed while still held: whoever opened the old file meanwhile sees that it is no longer the one there.
-            with contextlib.suppress(OSError):
-                path.unlink()
-        os.close(handle)
-        if not fcntl:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        _release(handle, path)
+
+
+@contextmanager
+def joined(folder: Path, numbers: range) -> Iterator[None]:
+    """Hold some of the folder's shards for this process until the block ends, beside tasks that hold others.
+
+    Args:
+        folder: the dataset.
+        numbers: of the shards.
+
+    Raises:
+        OutputError: a process holds the whole folder, or another task one of the shards.
+        UsageError: this system has no such locks.
+    """
+    if not fcntl:
+        raise UsageError(
+            "--index-range with --count and --array-task need file locks that this system lacks.",
+            fix="Give every task an --index-range and an --out of its own, and join them with `busigen merge`.",
+        )
+    everyone = folder / LOCK_FILE
+    shared = _flock(everyone, fcntl.LOCK_SH, patience=_PATIENCE)
+    try:
+        _sign(shared, _TASKS)
+        with turn(folder):
+            for others, path in living(folder):
+                if others.start < numbers.stop and numbers.start < others.stop:
+                    raise _overlapping(folder, others, path)
+            own = folder / f"{_TASK}{numbers.start}-{numbers.stop}"
+            handle = _flock(own, fcntl.LOCK_EX)
+            _sign(handle, f"process {os.getpid()} on {platform.node()}")
+        try:
+            yield
+        finally:
+            with turn(folder):
+                _release(handle, own)
+                living(folder)  # Whoever was killed leaves its file to the others.
+    finally:
+        # Whoever still shares it keeps it, and the last one to go removes it.
+        with contextlib.suppress(OSError):
+            fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            everyone.unlink()
+        os.close(shared)
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Wait until no other task is in such a block, and be the only one there until it ends."""
+    path = folder / _TURN
+    handle = _flock(path, fcntl.LOCK_EX, patience=float("inf"))
+    try:
+        yield
+    finally:
+        _release(handle, path)
+
+
+def living(folder: Path) -> list[tuple[range, Path]]:
+    """Shard numbers of the tasks that are at work, this process's included, with the file that each holds.
+
+    Files of tasks that were killed are removed. To be called in one's turn.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{_TASK}*")):
+        try:
+            handle = _flock(path, fcntl.LOCK_EX)
+        except OutputError:
+            start, _, stop = path.name.removeprefix(_TASK).partition("-")
+            found.append((range(int(start), int(stop)), path))
+        else:
+            _release(handle, path)
+    return found
+
+
+def forget_tasks(folder: Path) -> None:
+    """Remove what killed tasks left; to be called by who holds the folder alone."""
+    for path in folder.glob(f"{LOCK_FILE}-*"):
+        path.unlink()
 
 
 def _acquire(path: Path) -> int:
-    return _acquire_flock(path) if fcntl else _acquire_open_file(path)
+    return _flock(path, fcntl.LOCK_EX) if fcntl else _acquire_open_file(path)
 
 
-def _acquire_flock(path: Path) -> int:
+def _release(handle: int, path: Path) -> None:
+    if fcntl:
+        # Removed while still held: whoever opened the old file meanwhile sees that it is no longer the one there.
+        with contextlib.suppress(OSError):
+            path.unlink()
+    os.close(handle)
+    if not fcntl:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sign(handle: int, holder: str) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, holder.encode(), 0)
+
+
+def _flock(path: Path, kind: int, patience: float = 0.0) -> int:
+    """Open and lock the file, which must still be there under its name once it is locked."""
+    deadline = time.monotonic() + patience
+    # Waiting inside the system call is exact; a deadline has to look again and again.
+    nonblocking = 0 if patience == float("inf") else fcntl.LOCK_NB
     while True:
         # Not through a link: a dataset may come from anywhere, and the file that it points to would be overwritten.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | nonblocking)
             if _is_same_file(handle, path):
                 return handle
         except BlockingIOError:
-            os.close(handle)
-            raise _held(path) from None
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                raise _held(path) from None
+            time.sleep(0.05)
         except BaseException:
             os.close(handle)
             raise
@@ -81,11 +185,23 @@ def _is_same_file(handle: int, path: Path) -> bool:
 
 
 def _held(path: Path) -> OutputError:
-    try:
-        holder = path.read_text().strip()
-    except OSError:
-        holder = ""
-    who = f"process {holder}" if holder.isdigit() else "another process"
+    holder = _holder(path)
+    who = f"process {holder}" if holder.isdigit() else "array tasks" if holder == _TASKS else "another process"
     return OutputError(
         f"{path.parent} is being written by {who}.", fix="Wait until it ends, stop it, or choose another --out."
     )
+
+
+def _overlapping(folder: Path, numbers: range, path: Path) -> OutputError:
+    who = _holder(path) or "another process"
+    return OutputError(
+        f"shards {numbers.start} to {numbers.stop - 1} of {folder} are being made by {who}.",
+        fix="Give every task an --array-task or --index-range of its own, or wait until that one ends.",
+    )
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

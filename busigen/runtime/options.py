@@ -8,6 +8,7 @@ from typing import Any
 
 FIELDS = {
     "--count": ("config", "count"),
+    "--index-range": ("config", "index_range"),
     "--bundle": ("fingerprint", "bundle"),
     "--healthy": ("fingerprint", "healthy"),
     "--classes": ("fingerprint", "classes"),

@@ -128,9 +128,14 @@ class Progress:
         return (self.done - done) / (now - since) if now - self._started >= NOW_SECONDS else None
 
     @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Seconds that each stage has spent in the engine; empty where nobody measures."""
+        return self._stage_seconds()
+
+    @property
     def stage_shares(self) -> dict[str, float]:
         """Share of each stage in the engine's time, 0 to 1, the largest first; empty where nobody measures."""
-        seconds = self._stage_seconds()
+        seconds = self.stage_seconds
         total = sum(seconds.values())
         return {stage: spent / total for stage, spent in seconds.items()} if total else {}
 
@@ -159,6 +164,9 @@ class Progress:
 
     def _show(self) -> None:
         """Called under the lock after every change."""
+
+    def _noted(self, text: str) -> str:
+        return f"{self.what}: {text}" if self.what else text
 
     def _summary(self) -> str:
         """Shards, rates, acceptance and remaining time; empty as long as there is nothing to tell."""
@@ -224,7 +232,7 @@ class BarProgress(Progress):
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(f"{self.what}: {text}", markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(self._noted(text), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         self._bar.below = self._stages()
@@ -256,7 +264,7 @@ class LineProgress(Progress):
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._console.print(f"{self.what}: {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(self._noted(text), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         if time.monotonic() - self._last >= LINE_SECONDS:

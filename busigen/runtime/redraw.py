@@ -13,7 +13,7 @@ import polars as pl
 
 from busigen.errors import BusigenError, IntegrityError
 from busigen.runtime.atomic import atomic_file, output_errors, sha256_of, write_json
-from busigen.runtime.layout import MANIFEST_FILE, SCHEMA_VERSION, SHARD_FOLDER, Plan, shard_path
+from busigen.runtime.layout import FIRST_SCHEMA_VERSION, MANIFEST_FILE, SHARD_FOLDER, Plan, shard_path
 from busigen.runtime.replay import BYTES_ONLY, Inputs, other_conditions, refuse_other_samples, told
 from busigen.runtime.sample import Source
 from busigen.runtime.shards import FileRecord, ShardRecord, write_shard
@@ -107,7 +107,7 @@ def _replace(work: Repair, number: int, fresh: Path, record: ShardRecord, source
             work.repaired.append(f"{file.file}: {how}")
     if standing_record(work.folder, number) != kept:
         # Last, because its presence means that the shard is complete.
-        write_json(work.folder / shard_path(number, "json"), {"schema_version": SCHEMA_VERSION, **asdict(kept)})
+        write_json(work.folder / shard_path(number, "json"), {"schema_version": FIRST_SCHEMA_VERSION, **asdict(kept)})
         work.repaired.append(f"{shard_path(number, 'json')}: written again")
 
 

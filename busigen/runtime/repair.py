@@ -12,18 +12,20 @@ import polars as pl
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, sha256_of, write_json
 from busigen.runtime.claim import differences
-from busigen.runtime.dataset import plan_of, read_members, recorded_shards
-from busigen.runtime.factory import complete_shard
+from busigen.runtime.collection import COLLECTION_FILES, parts_of, recorded_sources, write_collection
+from busigen.runtime.dataset import plan_of, read_members
 from busigen.runtime.finish import finish, run_of
 from busigen.runtime.foresight import require_room
 from busigen.runtime.history import listed_shards
 from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, Plan, shard_path
-from busigen.runtime.lock import exclusive
+from busigen.runtime.lock import exclusive, forget_tasks
 from busigen.runtime.redraw import Repair, draw_again, expected_files, hash_or_none, listed_files, standing_record
 from busigen.runtime.replay import Inputs, told
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
+from busigen.runtime.standing import complete_shards
 from busigen.runtime.tables import read_table
-from busigen.runtime.verify import VerifyReport, read_object, read_run, read_types, verify
+from busigen.runtime.verify import VerifyReport, combined, read_object, read_run, read_types, verify
+from busigen.runtime.verify_parts import check_collection
 from busigen.runtime.verify_shard import LEAST_SAMPLE
 
 
@@ -70,14 +72,40 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
         RepairInterrupted: on Ctrl-C.
     """
     inputs = inputs or Inputs()
+    places = parts_of(folder)
+    if not places:
+        return _repair_alone(folder, inputs)
+    for place in places:
+        _refuse_links(place.parent, place)
+    reports = [_repair_alone(place, inputs) for place in places]
+    names = [place.relative_to(folder).as_posix() for place in places]
+    repaired = [f"{name}/{line}" for name, report in zip(names, reports, strict=True) for line in report.repaired]
+    refused = [f"{name}/{line}" for name, report in zip(names, reports, strict=True) for line in report.refused]
+    error = next((report.error for report in reports if report.error is not None), None)
+    if error is None and check_collection(folder):
+        with output_errors(folder), exclusive(folder):
+            write_collection(folder, recorded_sources(folder))
+        repaired.append(f"{', '.join(COLLECTION_FILES)}: written again from the parts")
+    after = combined(folder, [report.after for report in reports])
+    if error is None and not after.ok:
+        error = _not_in_full(folder)
+    return RepairReport(tuple(repaired), tuple(refused), after, error)
+
+
+def _refuse_links(*places: Path) -> None:
+    """A dataset may come from anywhere, and nothing is to be written outside of it."""
+    for place in places:
+        if place.is_symlink():
+            raise OutputError(
+                f"{place} is a link, and repair writes into the dataset's own folder alone.",
+                fix="Replace the link by the folder that it points to.",
+            )
+
+
+def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
+    # Before the lock's file is written: a folder that is no dataset is left as it is.
     plan = plan_of(read_run(folder), folder / RUN_FILE)
-    # Before the lock's file is written: a folder that is no dataset is left as it is, and so is one whose shards lie
-    # elsewhere. It may come from anywhere, and nothing is to be written outside of it.
-    if (folder / SHARD_FOLDER).is_symlink():
-        raise OutputError(
-            f"{folder / SHARD_FOLDER} is a link, and repair writes into the dataset's own folder alone.",
-            fix="Replace the link by the folder that it points to.",
-        )
+    _refuse_links(folder / SHARD_FOLDER)
     missing = plan.count - _samples_there(folder, plan)
     if missing:
         require_room(folder, replace(plan, count=missing), {})
@@ -98,6 +126,7 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
     work = _opened(folder)
     with output_errors(folder):
         (folder / SHARD_FOLDER).mkdir(exist_ok=True)
+        forget_tasks(folder)
         for path in leftovers(folder) + leftovers(folder / SHARD_FOLDER):
             path.unlink()
             work.repaired.append(f"{path.relative_to(folder).as_posix()}: a killed run's temporary file removed")
@@ -112,14 +141,18 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
         _finish(work, blamed)
     after = verify(folder, healthy=inputs.healthy, progress=inputs.progress) if work.repaired else before
     if error is None and (work.refused or not after.ok):
-        error = IntegrityError(f"{folder} could not be repaired in full.", fix="See what is still wrong above.")
+        error = _not_in_full(folder)
     return RepairReport(tuple(work.repaired), tuple(work.refused), after, error)
 
 
 def _samples_there(folder: Path, plan: Plan) -> int:
     """Samples of the shards that are there, as far as sizes tell."""
-    records = [complete_shard(folder, plan, number) for number in recorded_shards(folder) if number < plan.shards]
-    return sum(record.count for record in records if record and record.tar.size >= LEAST_SAMPLE * record.count)
+    records = complete_shards(folder, plan).values()
+    return sum(record.count for record in records if record.tar.size >= LEAST_SAMPLE * record.count)
+
+
+def _not_in_full(folder: Path) -> IntegrityError:
+    return IntegrityError(f"{folder} could not be repaired in full.", fix="See what is still wrong above.")
 
 
 def _opened(folder: Path) -> Repair:
@@ -145,7 +178,7 @@ def _damaged(work: Repair, blamed: set[str]) -> list[int]:
     Behind such a record, a shard and its hashes may have been changed together.
     """
     found = []
-    for number in range(work.plan.shards):
+    for number in work.plan.numbers:
         record = standing_record(work.folder, number)
         expected = listed_files(work, number)
         if record is None or _files(number) & blamed or expected not in (None, (record.tar, record.parquet)):
@@ -184,7 +217,7 @@ def _finish(work: Repair, blamed: set[str]) -> None:
     if not blamed & set(FINISHED_FILES):
         return
     hashes = {name: hash_or_none(work.folder / name) for name in FINISHED_FILES}
-    records = [ShardRecord.read(work.folder, number) for number in range(work.plan.shards)]
+    records = [ShardRecord.read(work.folder, number) for number in work.plan.numbers]
     with output_errors(work.folder):
         finish(work.folder, work.run, records)
     for name in FINISHED_FILES:

@@ -27,10 +27,10 @@ from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.atomic import atomic_file, sha256_of, write_json
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
+    FIRST_SCHEMA_VERSION,
     IMAGE_SUFFIX,
     MASK_SUFFIX,
     ROW_SUFFIX,
-    SCHEMA_VERSION,
     SHARD_FOLDER,
     key_of,
     shard_path,
@@ -107,7 +107,7 @@ class ShardRecord:
             version = fields.pop("schema_version")
             record = cls(**{**fields, "tar": FileRecord(**fields["tar"]), "parquet": FileRecord(**fields["parquet"])})
             named = (record.number, record.tar.file, record.parquet.file)
-            fits = version == SCHEMA_VERSION and named == (
+            fits = version == FIRST_SCHEMA_VERSION and named == (
                 number,
                 shard_path(number, "tar"),
                 shard_path(number, "parquet"),
@@ -173,7 +173,7 @@ def write_shard(folder: Path, number: int, drawn: Drawn, types: Mapping[str, typ
         tar=FileRecord.of(folder, shard_path(number, "tar")),
         parquet=FileRecord.of(folder, shard_path(number, "parquet")),
     )
-    write_json(record_path, {"schema_version": SCHEMA_VERSION, **asdict(record)})
+    write_json(record_path, {"schema_version": FIRST_SCHEMA_VERSION, **asdict(record)})
     return record
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from busigen.runtime.wording import counted
+from busigen.runtime.wording import counted, disk_size
 
 if TYPE_CHECKING:
     from busigen.runtime.explain import Explanation
     from busigen.runtime.factory import GenerateReport
+    from busigen.runtime.merge import MergeReport
     from busigen.runtime.repair import RepairReport
     from busigen.runtime.verify import VerifyReport
 
@@ -27,11 +28,26 @@ def generated(report: GenerateReport) -> Iterator[str]:
         f"{samples} in {report.folder}: {counted(report.shards, 'shard')}, {report.size / 1e6:.1f} MB; "
         f"{counted(report.written, 'shard')} written in {report.seconds:.1f} s"
     )
+    if report.missing:
+        yield (
+            f"  this task's part is complete; still to come from others: {counted(report.missing, 'shard')}; the last "
+            "of them completes the dataset"
+        )
     if report.rejected:
         refused = sum(report.rejected.values())
         share = refused / (refused + report.samples)
         yield f"  draws refused by the gates: {share:.1%} ({_counts(dict(sorted(report.rejected.items())))})"
-    yield f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}"
+    if not report.missing:
+        yield f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}"
+
+
+def merged(report: MergeReport) -> Iterator[str]:
+    """The lines of ``busigen merge``."""
+    shape = "as one run would have made it" if report.parts == 1 else f"in {counted(report.parts, 'part')}"
+    yield f"{counted(report.samples, 'sample')} in {report.folder}, {shape}; {disk_size(report.size)} of shards"
+    if report.copied:
+        yield "  shards were copied: this file system cannot link them"
+    yield f"  check with: busigen verify {report.folder}"
 
 
 def verified(report: VerifyReport, *, proving: bool) -> Iterator[str]:

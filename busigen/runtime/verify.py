@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import polars as pl
 from busigen.errors import InputError
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
+from busigen.runtime.collection import parts_of
 from busigen.runtime.dataset import plan_of, recorded_shards
 from busigen.runtime.finish import dataset_info, run_of
 from busigen.runtime.jsonfile import read_json
@@ -33,6 +34,7 @@ from busigen.runtime.layout import (
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import COLUMN_TYPES, FileRecord, schema_of
 from busigen.runtime.tables import read_table
+from busigen.runtime.verify_parts import check_collection
 from busigen.runtime.verify_shard import FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.wording import counted
 
@@ -86,6 +88,38 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
         InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
     """
     progress = progress or Progress()
+    places = parts_of(folder)
+    if places:
+        return combined(folder, [_verify_one(place, healthy, progress) for place in places])
+    return _verify_one(folder, healthy, progress)
+
+
+def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
+    """What is to be said of a merged dataset.
+
+    Args:
+        folder: the dataset.
+        reports: on its parts, in order.
+    """
+    own = check_collection(folder)
+    inside = [
+        replace(problem, file=f"{report.folder.relative_to(folder).as_posix()}/{problem.file}")
+        for report in reports
+        for problem in report.problems
+    ]
+    return VerifyReport(
+        folder=folder,
+        samples=sum(report.samples for report in reports),
+        shards=sum(report.shards for report in reports),
+        problems=(*inside, *own),
+        duplicates=sum(report.duplicates for report in reports) + sum("equals that of" in p.problem for p in own),
+        backgrounds_proven=sum(report.backgrounds_proven for report in reports),
+        backgrounds_unproven=sum(report.backgrounds_unproven for report in reports),
+        backgrounds_synthetic=sum(report.backgrounds_synthetic for report in reports),
+    )
+
+
+def _verify_one(folder: Path, healthy: Path | None, progress: Progress) -> VerifyReport:
     problems: list[Problem] = []
     run = read_run(folder)
     plan, schema = plan_of(run, folder / RUN_FILE), schema_of(read_types(run, folder))
@@ -94,7 +128,7 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
             # Those that are there: how many there should be is a claim, which may be a billion.
-            numbers = [number for number in recorded_shards(folder) if number < plan.shards]
+            numbers = [number for number in recorded_shards(folder) if number in plan.numbers]
             shards = list(
                 pool.map(lambda number: check_shard(folder, plan, number, schema, backgrounds, progress), numbers)
             )
@@ -200,7 +234,7 @@ def _missing(plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
     """A problem for each missing shard, and one for all that are too many to be listed."""
     there = {shard.number for shard in shards if shard.started}
     absent = plan.shards - len(there)
-    for number in islice((number for number in range(plan.shards) if number not in there), min(absent, _LISTED_SHARDS)):
+    for number in islice((number for number in plan.numbers if number not in there), min(absent, _LISTED_SHARDS)):
         yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
     if absent > _LISTED_SHARDS:
         yield Problem(SHARD_FOLDER, f"lacks {counted(absent - _LISTED_SHARDS, 'more shard')}.", FINISH)
@@ -258,14 +292,16 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
 
 
 def _strangers(folder: Path, plan: Plan, finished: bool) -> Iterator[Problem]:
-    expected = set(FINISHED_FILES) | {LOCK_FILE}
+    expected = set(FINISHED_FILES)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.name.startswith(TEMPORARY_PREFIX):
             if not finished:  # It goes when the same command continues.
                 continue
             yield Problem(name, "is a temporary file of a killed run.", FINISH)
-        elif name not in expected and not path.is_dir() and not _is_of_shard(name, plan):
+        elif name in expected or name.startswith(LOCK_FILE) or path.is_dir() or _is_of_shard(name, plan):
+            continue
+        else:
             yield Problem(name, "is no part of the dataset.", _DELETE)
 
 
@@ -274,4 +310,4 @@ def _is_of_shard(name: str, plan: Plan) -> bool:
     if found is None:
         return False
     number = int(found[1])
-    return number < plan.shards and shard_path(number, found[2]) == name
+    return number in plan.numbers and shard_path(number, found[2]) == name

@@ -16,6 +16,7 @@ import numpy as np
 
 from busigen.errors import BusigenError
 from busigen.runtime.factory import generate
+from busigen.runtime.progress import Progress
 from busigen.runtime.sample import Drawn, Rejection, Sample
 from busigen.runtime.supervise import supervised
 
@@ -72,6 +73,11 @@ def noise_sample(seed: int, index: int, attempt: int = 0) -> Sample:
             "flipped": bool(index % 2),
         },
     )
+
+
+def noise(progress: Progress, seconds: float = 0.0) -> NoiseSource:
+    """What a worker opens."""
+    return NoiseSource(seconds)
 
 
 def main(arguments: list[str]) -> int:

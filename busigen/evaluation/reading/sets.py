@@ -23,7 +23,7 @@ from busigen.evaluation.context import Backgrounds, ImageSet
 from busigen.evaluation.reading.archives import list_archives
 from busigen.evaluation.reading.items import Frame, Item, frame
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
-from busigen.runtime.dataset import Dataset
+from busigen.runtime.collection import open_parts, parts_of
 from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER
 from busigen.runtime.progress import Progress
 
@@ -160,7 +160,8 @@ def _list(path: Path, refused: list[Refusal]) -> tuple[str, list[Item]]:
         problem = "is a file, but no .tar" if path.exists() else "does not exist"
         raise InputError(f"{path} {problem}.", fix="Give the folder that holds the images and masks.")
     if any((path / name).is_file() for name in (DATASET_FILE, RUN_FILE)):
-        items = list_archives(sorted((path / SHARD_FOLDER).glob("*.tar")), refused)
+        folders = [place / SHARD_FOLDER for place in parts_of(path) or [path]]
+        items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused)
         _check_count(path, len(items), refused)
         return DATASET_LAYOUT, items
     archives = sorted([*path.glob("*.tar"), *(path / SHARD_FOLDER).glob("*.tar")])
@@ -196,7 +197,7 @@ def _item(listing: Listing, record: Record) -> Item:
 def _check_count(path: Path, found: int, refused: list[Refusal]) -> None:
     """Note a dataset that is unfinished or lacks samples; what is there can be judged all the same."""
     try:
-        count = Dataset.open(path).plan.count
+        count = sum(part.plan.count for part in open_parts(path))
     except BusigenError as error:
         refused.append(Refusal(path.name, error.problem, error.fix))
         return

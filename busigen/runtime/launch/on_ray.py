@@ -1,0 +1,194 @@
+"""Workers as Ray actors, on this machine or on a cluster's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Self
+
+from busigen.errors import BusigenError, InputError, MissingDependencyError, UsageError
+from busigen.runtime.backend import usable_cores
+from busigen.runtime.install import install_command
+from busigen.runtime.launch import Crewing
+from busigen.runtime.launch.crew import Event
+from busigen.runtime.launch.local import require_workers
+from busigen.runtime.launch.worker import Identity, Packed, SourceMaker, Worker
+from busigen.runtime.layout import Plan
+from busigen.runtime.wording import counted
+
+_THREADS = 2
+"""Cores per actor, where nothing else is asked for."""
+
+
+class OnRay:
+    """One actor per so many cores, or per GPU, wherever Ray finds them."""
+
+    def task(self, asked: str | None) -> str | None:
+        """See :class:`busigen.runtime.launch.Launcher`."""
+        return asked
+
+    def crew(self, make: Callable[[int | None], SourceMaker], wanted: Crewing) -> RayCrew:
+        """See :class:`busigen.runtime.launch.Launcher`."""
+        if wanted.workers is not None:
+            require_workers(wanted.workers)
+        threads = wanted.threads or (min(_THREADS, usable_cores()) if wanted.ray_address is None else _THREADS)
+        resources = {"num_cpus": threads, "num_gpus": 0 if wanted.provider == "cpu" else 1}
+        return RayCrew(make(threads), wanted.workers, resources, wanted.ray_address)
+
+
+LAUNCHER = OnRay()
+
+
+class _Actor:
+    """A worker inside of Ray. Opening its source is a call of its own, so that an error there comes back as it is."""
+
+    def open(self, make: SourceMaker) -> Identity | Exception:
+        try:
+            self._worker = Worker(make)
+        except BusigenError as error:
+            return error
+        return self._worker.identity()
+
+    def steps(self, plan: Plan, number: int) -> Iterator[int | Packed | Exception]:
+        try:
+            yield from self._worker.steps(plan, number)
+        except BusigenError as error:
+            yield error
+
+
+class RayCrew:
+    """Ray actors. One that is lost, with its machine or without, is replaced wherever Ray has room.
+
+    Args:
+        make: opens a worker's source; its paths have to hold on every machine.
+        size: number of workers; None for as many as the cluster has room for.
+        resources: cores and GPUs of each worker, as Ray names them.
+        address: of a cluster that runs; None for one that begins and ends with this crew.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+    """
+
+    def __init__(self, make: SourceMaker, size: int | None, resources: dict[str, int], address: str | None) -> None:
+        # Ray reports usage over the network unless it is told not to, and says much about itself.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                f"--launcher ray needs {error.name}, which is not installed.", fix=f"Run {install_command('ray')}."
+            ) from error
+        self._ray = ray
+        self.where = "a Ray cluster" if address else "Ray on this machine"
+        self._make, self._size, self._resources, self._address = make, size, resources, address
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, int] = {}
+        self._next = 0
+
+    def __enter__(self) -> Self:
+        with _handlers_kept():
+            try:
+                self._ray.init(
+                    address=self._address or "local",
+                    log_to_driver=False,
+                    configure_logging=False,
+                    **({} if self._address else {"include_dashboard": False, "num_cpus": self._cores()}),
+                )
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"Ray cannot be reached at {self._address or 'this machine'}: {str(error).splitlines()[0]}.",
+                    fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine.",
+                ) from error
+        try:
+            self._hire_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for actor in self._actors.values():
+            with suppress(Exception):
+                self._ray.kill(actor)
+        with _handlers_kept():
+            self._ray.shutdown()
+
+    def hand(self, worker: int, plan: Plan, number: int) -> None:
+        """See :class:`busigen.runtime.launch.crew.Crew`."""
+        self._calls[self._actors[worker].steps.options(num_returns="streaming").remote(plan, number)] = worker
+
+    def events(self, timeout: float) -> list[Event]:
+        """See :class:`busigen.runtime.launch.crew.Crew`."""
+        if not self._calls:
+            return []
+        ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout, fetch_local=True)
+        return [event for call in ready if (event := self._heard(call)) is not None]
+
+    def _heard(self, call: Any) -> Event | None:
+        worker = self._calls[call]
+        try:
+            # What makes a shard is a stream of news; what opens a source is one piece of it.
+            news = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
+        except StopIteration:
+            del self._calls[call]
+            return None
+        except self._ray.exceptions.RayTaskError as error:
+            raise RuntimeError(str(error)) from error  # A bug: what is the user's own comes back as a value.
+        except self._ray.exceptions.RayError as error:
+            del self._calls[call]
+            self._replace(worker)
+            return Event(worker, str(error).splitlines()[0].rstrip(":. "))
+        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(news, Packed):
+            del self._calls[call]
+        return Event(worker, news)
+
+    def _replace(self, worker: int) -> None:
+        with suppress(Exception):
+            self._ray.kill(self._actors[worker])
+        del self._actors[worker]
+        self._hire()
+
+    def _hire_all(self) -> None:
+        total = self._ray.cluster_resources()
+        room = int(total.get("CPU", 0) // self._resources["num_cpus"])
+        if self._resources["num_gpus"]:
+            room = min(room, int(total.get("GPU", 0)))
+        size = self._size or room
+        if room < max(1, size):
+            raise UsageError(
+                f"{self.where} has room for {room} workers of {self._told()} each, not for {max(1, size)}.",
+                fix="Give fewer --workers or --threads.",
+            )
+        self.where += f": {counted(size, 'worker')} of {self._told()}"
+        for _ in range(size):
+            self._hire()
+
+    def _hire(self) -> None:
+        actor = self._ray.remote(**self._resources, max_restarts=0)(_Actor).remote()
+        self._actors[self._next] = actor
+        self._calls[actor.open.remote(self._make)] = self._next
+        self._next += 1
+
+    def _told(self) -> str:
+        return "a GPU" if self._resources["num_gpus"] else counted(self._resources["num_cpus"], "core")
+
+    def _cores(self) -> int:
+        """Cores of a cluster of our own: as many as there are, or as the workers that were asked for need."""
+        return max(usable_cores(), (self._size or 1) * self._resources["num_cpus"])
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep Ray from taking over what Ctrl-C and SIGTERM do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

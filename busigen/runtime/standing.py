@@ -1,0 +1,51 @@
+"""What stands on disk of a dataset that is being made: its complete shards."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from busigen.errors import IntegrityError
+from busigen.runtime.atomic import sha256_of
+from busigen.runtime.layout import SHARD_FOLDER, Plan
+from busigen.runtime.shards import ShardRecord
+
+_HASHERS = min(8, os.cpu_count() or 1)
+
+
+def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
+    """A shard's record if its three files are there with their recorded sizes, else None: it must be made (again)."""
+    try:
+        record = ShardRecord.read(folder, number)
+        indices = plan.indices(number)
+        fits = (record.first, record.count) == (indices.start, len(indices))
+        sizes = all((folder / file.file).stat().st_size == file.size for file in (record.tar, record.parquet))
+    except (FileNotFoundError, IntegrityError):
+        return None
+    return record if fits and sizes else None
+
+
+def complete_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
+    """The plan's complete shards by their numbers, in order; their files have the recorded sizes."""
+    found = ((number, complete_shard(folder, plan, number)) for number in _recorded(folder, plan))
+    return {number: record for number, record in found if record}
+
+
+def sound_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
+    """The plan's shards whose files have their recorded content, by number; a damaged one is to be made again."""
+
+    def sound(number: int) -> ShardRecord | None:
+        record = complete_shard(folder, plan, number)
+        whole = record and all(sha256_of(folder / file.file) == file.sha256 for file in (record.tar, record.parquet))
+        return record if whole else None
+
+    numbers = _recorded(folder, plan)
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        return {number: record for number, record in zip(numbers, pool.map(sound, numbers), strict=True) if record}
+
+
+def _recorded(folder: Path, plan: Plan) -> list[int]:
+    """Numbers of the shards that have a record. Looking is cheaper than asking for each of ten million in turn."""
+    numbers = (int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if path.stem.isdecimal())
+    return sorted(number for number in numbers if number in plan.numbers)

@@ -1,0 +1,185 @@
+"""Crews of workers, as real processes and real Ray actors: any of them may die, and the bytes are those of one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from busigen.errors import InputError, UsageError, WorkerError
+from busigen.runtime.factory import generate
+from busigen.runtime.launch import Crewing, launcher
+from busigen.runtime.launch.crew import Foreman
+from busigen.runtime.launch.local import LocalCrew
+from busigen.runtime.launch.worker import SourceMaker
+from busigen.runtime.progress import Progress
+from tests.hashing import hashes
+from tests.runtime.noise_source import NoiseSource, noise
+from tests.runtime.processes import PATIENCE, read_until, wait_for
+from tests.runtime.scaled import SEED, started
+
+COUNT, SIZE = 16, 2
+NUMBERS = {"count": COUNT, "seed": SEED, "shard_size": SIZE}
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("alone") / "set"
+    generate(NoiseSource(), out, **NUMBERS)
+    return hashes(out)
+
+
+def below(parent: int, name: str) -> list[int]:
+    """Processes that descend from another one and have a word in their command line."""
+    parents, named = {}, []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if name in (path / "cmdline").read_bytes().decode(errors="replace"):
+                named.append(int(path.name))
+        except OSError:
+            continue
+
+    def descends(pid: int) -> bool:
+        return pid == parent or (pid in parents and descends(parents[pid]))
+
+    return [pid for pid in named if pid != parent and descends(pid)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not seen():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def run_and_kill_one(out: Path, how: str, name: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """Run with a crew and kill one of its two processes in its second shard."""
+    run = started(out, COUNT, SIZE, 0.15, how)
+    told = read_until(run, "starting")
+    wait_for(run, (out / "shards" / "000001.json").exists)
+    workers = below(run.pid, name)
+    assert len(workers) == 2, workers
+    os.kill(workers[0], signal.SIGKILL)
+    told += run.communicate(timeout=PATIENCE)[1].splitlines()
+    return run, told
+
+
+@linux
+def test_a_killed_workers_shard_is_made_by_another(tmp_path: Path, alone: dict[str, str]) -> None:
+    out = tmp_path / "set"
+    run, told = run_and_kill_one(out, "local:2", "spawn_main")
+    assert run.returncode == 0, told
+    assert any("is lost (SIGKILL ended it), with shard" in line for line in told), told
+    assert hashes(out) == alone
+
+
+@linux
+def test_a_killed_ray_actors_shard_is_made_by_another(tmp_path: Path, alone: dict[str, str]) -> None:
+    # Takes about 15 s, most of which Ray needs to start.
+    pytest.importorskip("ray")
+    out = tmp_path / "set"
+    run, told = run_and_kill_one(out, "ray:2", "ray::_Actor")
+    assert run.returncode == 0, told
+    assert any("is lost (" in line and "with shard" in line for line in told), told
+    assert hashes(out) == alone
+
+
+@linux
+def test_workers_end_with_the_run_that_was_killed(tmp_path: Path, alone: dict[str, str]) -> None:
+    out = tmp_path / "set"
+    run = started(out, COUNT, SIZE, 0.15, "local:2")
+    wait_for(run, (out / "shards" / "000000.json").exists)
+    workers = below(run.pid, "spawn_main")
+    run.kill()
+    run.communicate()
+    wait_until(lambda: not any(map(alive, workers)))
+    generate(NoiseSource(), out, **NUMBERS)
+    assert hashes(out) == alone
+
+
+@linux
+def test_ctrl_c_finishes_the_open_shards_of_all_workers(tmp_path: Path, alone: dict[str, str]) -> None:
+    out = tmp_path / "set"
+    run = started(out, COUNT, SIZE, 0.15, "local:2")
+    wait_for(run, (out / "shards" / "000000.json").exists)
+    # As a terminal does, to every process of the run.
+    for pid in (*below(run.pid, "spawn_main"), run.pid):
+        os.kill(pid, signal.SIGINT)
+    told = run.communicate(timeout=PATIENCE)[1]
+    assert run.returncode == 130, told
+    assert "Ctrl-C: finishing" in told and "open shard" in told
+    kept = len(list((out / "shards").glob("*.json")))
+    assert f"{kept} of 8 shards complete" in told and 1 < kept < 8
+    assert "lost with" not in told and "is lost" not in told
+    report = generate(NoiseSource(), out, **NUMBERS)
+    assert report.written == 8 - kept
+    assert hashes(out) == alone
+
+
+class Dying(NoiseSource):
+    def draw(self, seed, indices, done):
+        if indices[0] == 4:
+            os._exit(3)
+        return super().draw(seed, indices, done)
+
+
+def dying(progress: Progress) -> NoiseSource:
+    return Dying()
+
+
+def unable(progress: Progress) -> NoiseSource:
+    raise InputError("no healthy image.", fix="Give some.")
+
+
+def made_with(make: SourceMaker, out: Path, *, workers: int = 1, count: int = COUNT) -> None:
+    with LocalCrew(make, workers) as crew:
+        foreman = Foreman(crew, Progress())
+        generate(foreman.source(), out, **{**NUMBERS, "count": count}, make=foreman.make)
+
+
+def test_a_shard_that_ends_every_worker_ends_the_run(tmp_path: Path, alone: dict[str, str]) -> None:
+    with pytest.raises(WorkerError, match="shard 2 has lost 4 workers, the last one so: it ended with code 3"):
+        made_with(dying, tmp_path)
+    assert generate(NoiseSource(), tmp_path, **NUMBERS).written == 6
+    assert hashes(tmp_path) == alone
+
+
+def test_an_error_of_a_worker_is_the_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no healthy image\. Give some\.") as caught:
+        made_with(unable, tmp_path / "set")
+    assert caught.value.fix == "Give some."
+    assert not (tmp_path / "set").exists()
+
+
+def random(progress: Progress) -> NoiseSource:
+    return NoiseSource(0.05, process=os.getpid())
+
+
+def test_workers_that_would_draw_other_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"worker . would draw other samples.*fingerprint\.process"):
+        made_with(random, tmp_path / "set", workers=2, count=2000)
+
+
+def test_impossible_crews_are_refused() -> None:
+    for wanted, problem in ((Crewing(workers=0), "--workers is 0"), (Crewing(ray_address="x"), "--ray-address is 'x'")):
+        with pytest.raises(UsageError, match=problem):
+            launcher("local").crew(lambda threads: noise, wanted)
+    with pytest.raises(UsageError, match=r"--launcher is 'sun'\. Choose one of: local, ray, slurm"):
+        launcher("sun")
+    assert launcher("local").crew(lambda threads: noise, Crewing(workers=1)) is None

@@ -1,0 +1,211 @@
+"""Merged datasets: the bytes of one run where that is possible, parts that keep theirs where it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
+from busigen.evaluation.reading.sets import read_set
+from busigen.runtime.collection import open_parts
+from busigen.runtime.dataset import Dataset
+from busigen.runtime.explain import explain
+from busigen.runtime.factory import generate
+from busigen.runtime.merge import merge
+from busigen.runtime.repair import repair
+from busigen.runtime.verify import verify
+from tests.command import CLI, ROOT, error_line, run
+from tests.hashing import hashes
+from tests.runtime.noise_source import NoiseSource
+from tests.runtime.replaying import NoiseInputs, flip
+
+
+def make(folder: Path, first: int, count: int, *, seed: int = 7, shard_size: int = 2, **fingerprint: object) -> Path:
+    source = NoiseSource(**fingerprint)
+    generate(source, folder, count=count, seed=seed, shard_size=shard_size, first=first)
+    return folder
+
+
+def came_from(info: dict[str, Any]) -> list[list[str]]:
+    return [[source["folder"] for source in part["sources"]] for part in info["parts"]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Treat as read-only: links share their bytes."""
+    place = tmp_path_factory.mktemp("made")
+    return {
+        "whole": make(place / "whole", 0, 7),
+        "front": make(place / "front", 0, 4),
+        "back": make(place / "back", 4, 3),
+        "other": make(place / "other", 0, 3, seed=8),
+    }
+
+
+@pytest.fixture
+def parts(made: dict[str, Path], tmp_path: Path) -> Path:
+    """Two seeds, of which one is two ranges: two parts, copied so that a test may damage them."""
+    merge(tmp_path / "linked", [made["other"], made["back"], made["front"]])
+    return Path(shutil.copytree(tmp_path / "linked", tmp_path / "all"))
+
+
+def test_ranges_that_follow_one_another_are_one_run(made: dict[str, Path], tmp_path: Path) -> None:
+    before = hashes(made["front"]) | hashes(made["back"])
+    out = tmp_path / "all"
+    report = merge(out, [made["back"], made["front"]])
+    assert (report.samples, report.parts) == (7, 1)
+    assert hashes(made["front"]) | hashes(made["back"]) == before
+    merged, alone = hashes(out), hashes(made["whole"])
+    assert {name for name in merged if merged[name] != alone.get(name)} == {"run.json", "dataset.json"}
+    assert merged.keys() == alone.keys()
+    for name in ("run.json", "dataset.json"):
+        record = json.loads((out / name).read_text())
+        assert [source["folder"] for source in record.pop("sources")] == ["front", "back"]
+        assert record == json.loads((made["whole"] / name).read_text())
+    assert verify(out).ok
+    # It is the folder of that run in every other way, too.
+    again = generate(NoiseSource(), out, count=7, seed=7, shard_size=2)
+    assert again.already_complete and hashes(out) == merged
+
+
+def test_other_seeds_are_kept_in_parts(made: dict[str, Path], parts: Path) -> None:
+    assert verify(parts).ok
+    assert verify(parts).samples == 10
+    first, second = open_parts(parts)
+    assert hashes(second.folder) == hashes(made["other"])
+    assert hashes(first.folder / "shards") == hashes(made["whole"] / "shards")
+    info = json.loads((parts / "dataset.json").read_text())
+    assert came_from(info) == [["front", "back"], ["other"]]
+    assert (info["samples"], sum(info["classes"].values()), info["schema_version"]) == (10, 10, 2)
+    rows = pl.read_parquet(parts / "manifest.parquet")
+    assert rows["part"].to_list() == ["parts/000"] * 7 + ["parts/001"] * 3
+    assert rows["index"].to_list() == [*range(7), *range(3)]
+    assert "| `parts/001` | 3 | 8 | other |" in (parts / "README.md").read_text()
+    with pytest.raises(BusigenError):
+        Dataset.open(parts)
+    frames = read_set(parts)
+    assert (len(frames), frames.refused) == (10, ())
+
+
+def test_shards_are_linked_and_never_moved(made: dict[str, Path], tmp_path: Path) -> None:
+    report = merge(tmp_path / "all", [made["front"], made["back"]])
+    linked = (tmp_path / "all/shards/000002.tar").samefile(made["back"] / "shards/000002.tar")
+    assert linked is not report.copied
+
+
+def test_what_does_not_join_seamlessly_is_kept_in_parts(made: dict[str, Path], tmp_path: Path) -> None:
+    gap = make(tmp_path / "gap", 8, 2)
+    report = merge(tmp_path / "all", [made["front"], gap])
+    assert (report.parts, report.samples) == (2, 6)
+    assert verify(tmp_path / "all").ok
+    # Merging again takes parts apart and remembers where they came from.
+    report = merge(tmp_path / "more", [tmp_path / "all", made["back"]])
+    assert (report.parts, report.samples) == (2, 9)
+    info = json.loads((tmp_path / "more/dataset.json").read_text())
+    assert came_from(info) == [["front", "back"], ["gap"]]
+    assert verify(tmp_path / "more").ok
+
+
+def test_a_sample_is_explained_by_part_and_key(parts: Path) -> None:
+    inputs = NoiseInputs()
+    told = explain(parts, "001/000000002", inputs=inputs)
+    assert told.history["seed"] == 8
+    assert told.replay is not None and told.replay.image_agrees and told.replay.mask_agrees
+    assert explain(parts, "parts/000/2", inputs=inputs, replay=False).history["seed"] == 7
+    assert explain(parts, "5", inputs=inputs, replay=False).history["seed"] == 7
+    with pytest.raises(UsageError, match=r"'2' is in several parts of .*: 000, 001\. Name part and key"):
+        explain(parts, "2", inputs=inputs)
+    for key in ("9", "002/2", "x", "../001/2", "001/"):
+        with pytest.raises(UsageError):
+            explain(parts, key, inputs=inputs)
+
+
+def test_damage_is_found_and_repaired_in_its_part(parts: Path) -> None:
+    sound = hashes(parts)
+    flip(parts / "parts/001/shards/000000.tar")
+    (parts / "parts/000/shards/000001.parquet").unlink()
+    flip(parts / "manifest.parquet")
+    (parts / "README.md").unlink()
+    (parts / "stranger.txt").write_text("mine")
+    report = verify(parts)
+    blamed = {"parts/001/shards/000000.tar", "parts/000/shards/000001.parquet", "README.md", "stranger.txt"}
+    assert {problem.file for problem in report.problems} == blamed
+    (parts / "stranger.txt").unlink()
+    mended = repair(parts, inputs=NoiseInputs())
+    assert mended.error is None and mended.after.ok
+    assert hashes(parts) == sound
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "dataset.json"])
+def test_a_changed_summary_of_the_parts_is_written_again(parts: Path, name: str) -> None:
+    sound = hashes(parts)
+    if name == "dataset.json":
+        text = (parts / name).read_text()
+        (parts / name).write_text(text.replace('"samples": 10', '"samples": 11'))
+    else:
+        flip(parts / name)
+    assert {problem.file for problem in verify(parts).problems} == {name}
+    assert repair(parts, inputs=NoiseInputs()).error is None
+    assert hashes(parts) == sound
+
+
+def test_what_does_not_fit_is_refused_with_the_difference(made: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "all"
+    bundle = make(tmp_path / "bundle", 8, 2, bundle="bb")
+    overlap = make(tmp_path / "overlap", 2, 4)
+    unfinished = make(tmp_path / "unfinished", 8, 2)
+    (unfinished / "dataset.json").unlink()
+    for folders, kind, problem in (
+        ([made["front"]], UsageError, "fewer than two"),
+        (
+            [made["front"], bundle],
+            InputError,
+            r"front and .*bundle are of different runs \(--bundle: the default -> bb",
+        ),
+        ([made["front"], overlap], InputError, r"samples 2 to 3 of seed 7 are in .*front and in .*overlap"),
+        ([made["front"], made["front"]], InputError, "samples 0 to 3 of seed 7"),
+        ([made["front"], unfinished], InputError, "is not finished"),
+        ([made["front"], tmp_path], InputError, "is no busigen dataset"),
+    ):
+        with pytest.raises(kind, match=problem):
+            merge(out, folders)
+        assert not out.exists()
+    with pytest.raises(OutputError, match="exists"):
+        merge(made["whole"], [made["front"], made["back"]])
+
+
+def test_a_damaged_dataset_is_refused_and_nothing_appears(made: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("shards/000001.tar", "shards/000001.json", "manifest.parquet"):
+        broken = Path(shutil.copytree(made["other"], tmp_path / "broken"))
+        flip(broken / name)
+        with pytest.raises(IntegrityError, match=r"verify --repair|anew"):
+            merge(tmp_path / "all", [made["front"], broken])
+        shutil.rmtree(broken)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_anywhere_a_merge_leaves_nothing_or_all(made: dict[str, Path], tmp_path: Path) -> None:
+    out, place = tmp_path / "all", tmp_path / ".tmp-merge-all"
+    arguments = [*CLI, "merge", str(out), str(made["front"]), str(made["other"]), str(made["back"])]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (place / "parts").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if out.exists():
+        assert verify(out).ok
+        out.rename(tmp_path / "before")
+    done = run("merge", out, made["front"], made["other"], made["back"])
+    assert done.returncode == 0, done.stderr
+    assert "10 samples in" in done.stdout and "in 2 parts" in done.stdout
+    assert verify(out).ok
+    assert not place.exists()
+    assert "exists" in error_line(run("merge", out, made["front"], made["other"]), 4)
