@@ -207,9 +207,7 @@ def _weights(unet: ModelMixin) -> dict[str, Any]:
 def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     """The part of a model card that a machine can write: what it was trained on, for how long, and its figures."""
     tasks = "\n".join(
-        f"| {name} | {task.get('steps', '')} | {task['validation'][-1][1]:.4f} | {task['seconds']:.0f} |"
-        if task.get("validation")
-        else f"| {name} | | | {task['seconds']:.0f} |"
+        f"| {name} | {task.get('steps', '')} | {_held_out(task)} | {task['seconds']:.0f} |"
         for name, task in record["tasks"].items()
     )
     rows = ((label, info["parity"][label]) for label in LESION_CLASSES)
@@ -236,6 +234,12 @@ PyTorch against ONNX Runtime over the whole trajectory, same draws:
 
 Not for diagnosis. Lesions painted into a patient's image still hold that patient's pixels.
 """
+
+
+def _held_out(task: Mapping[str, Any]) -> str:
+    """The loss of the weights that were kept; nothing for a task that trains none."""
+    losses = [loss for _, loss in task.get("validation", ())]
+    return f"{min(losses):.4f}" if losses else ""
 
 
 def _origin(base: Mapping[str, str] | None) -> str:
