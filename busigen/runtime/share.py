@@ -91,7 +91,10 @@ def planned(
         share = Share(None, task)
         plan = Plan(count=len(indices), seed=seed, shard_size=shard_size, first=indices.start)
     else:
-        raise UsageError("neither --count nor --index-range is given.", fix="Give --count, such as --count 1000.")
+        raise UsageError(
+            "neither --count nor --index-range is given.",
+            fix="Give --count, such as --count 1000; see `busigen generate --help`.",
+        )
     share.of(plan)
     return plan, share
 

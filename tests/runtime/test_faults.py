@@ -18,9 +18,9 @@ TIMES = {"kill": 12, "terminate": 3, "full_disk": 2, "read_only": 2, "together":
 """Damage to finished files is tried in test_repair.py."""
 
 
-def tried(fault: str, times: int, folder: Path) -> dict[str, int]:
+def tried(fault: str, times: int, folder: Path, patience: float = PATIENCE) -> dict[str, int]:
     command = [sys.executable, "-m", "tests.runtime.faulting", fault, str(folder), str(times), "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience, check=False)
     assert done.returncode == 0, done.stderr
     tally: dict[str, int] = json.loads(done.stdout)
     return tally
@@ -40,7 +40,7 @@ def test_nothing_is_lost_torn_or_repeated(tmp_path: Path, fault: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with what Linux has")
 def test_two_hundred_kills_lose_nothing(tmp_path: Path) -> None:
-    tally = tried("kill", 200, tmp_path / "runs")
+    tally = tried("kill", 200, tmp_path / "runs", patience=1_800)
     assert tally.pop("tried") >= 200
     assert tally.pop("finished") >= 1
     assert not any(tally.values()), tally
