@@ -60,7 +60,7 @@ def prepare(
     epilog="Examples: `busigen train --data prepared --out runs/first --preset tiny`; "
     "`busigen train --base runs/first --data prepared_hospital --out runs/hospital` adapts a finished checkpoint to "
     "other images; `busigen train --base default --retrain mask --data prepared --out runs/better` trains stage 1 of "
-    "the shipped bundle further."
+    "the shipped bundle on."
 )
 def train(
     data: Annotated[Path, typer.Option(help="What `busigen prepare` wrote.")],
@@ -75,8 +75,8 @@ def train(
     retrain: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --base: train this component further, its adapters afresh, and keep all else: mask, lesion, blend "
-            "or prior. May be repeated."
+            help="With --base: train this component further, its adapters afresh, and keep all else: mask, lesion, "
+            "blend or prior. May be repeated."
         ),
     ] = None,
     preset: Annotated[
