@@ -6,22 +6,18 @@ read off the graphs, with the precision that the bundle stores.
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import onnx
 import onnx.external_data_helper
-import peft
 import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from busigen import __version__
 from busigen.errors import InputError, IntegrityError, OutputError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle, graphs_of
@@ -203,11 +199,5 @@ def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
         "data": {"images": "unrecorded", **known.get("data", {}), "split_hash": bundle.info.get("split_hash")},
         "tasks": known.get("tasks", {}),
         "device": known.get("device", "unrecorded"),
-        "versions": {
-            "busigen": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "peft": peft.__version__,
-        },
+        "versions": checkpoint.versions(),
     }

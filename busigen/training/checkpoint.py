@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 
+from busigen import __version__
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.training.models import model_class
@@ -63,6 +66,12 @@ def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED
     """The sha256 of every safetensors file in some folders of a checkpoint, by path relative to the checkpoint."""
     files = sorted(path for place in below for path in (folder / place).rglob("*.safetensors"))
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def versions() -> dict[str, str]:
+    """What the weights were made with."""
+    libraries = {name: metadata.version(name) for name in ("torch", "diffusers", "peft")}
+    return {"busigen": __version__, "python": platform.python_version(), **libraries}
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:

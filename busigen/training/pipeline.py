@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-import peft
 import polars as pl
 import torch
 from diffusers import ModelMixin
 from rich.console import Console
 
-from busigen import __version__
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
 from busigen.registry import LESION_CLASSES, SPLITS
@@ -166,13 +162,7 @@ class _Run:
             "latents": self.latents,
             "tasks": self.figures,
             "device": str(self.device),
-            "versions": {
-                "busigen": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "peft": peft.__version__,
-            },
+            "versions": checkpoint.versions(),
         }
 
     def _do(self, spec: TaskSpec) -> dict[str, Any]:
