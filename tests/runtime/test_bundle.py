@@ -77,7 +77,7 @@ def test_a_copy_is_the_same_bundle(bundle: Path) -> None:
 @pytest.mark.parametrize("name", ["context", "decoder@256", "blend-malignant@128"])
 def test_tampered_graphs_and_weights_are_refused(bundle: Path, name: str) -> None:
     files = json.loads((bundle / "bundle.json").read_text())["graphs"][name]["files"]
-    assert len(files) == 2, "a graph and its weights"
+    assert any(file.endswith(".weights") for file in files), "a graph and its weights, in one file or more"
     for file in files:
         whole = (bundle / file).read_bytes()
         flip(bundle / file)
