@@ -9,7 +9,6 @@ dataset at random instants, continues each until it is finished, and prints the 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -18,27 +17,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from busigen.data.geometry import edit_region
 from busigen.errors import BusigenError
 from busigen.runtime.factory import generate
-from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.layout import TEMPORARY_PREFIX
-from busigen.runtime.noise import uniform
 from busigen.runtime.repair import repair
-from busigen.runtime.sample import Drawn, Source
+from busigen.runtime.sample import Source
 from busigen.runtime.supervise import supervised
 from busigen.runtime.verify import verify
 from tests.hashing import hashes
+from tests.runtime.happening import Happening, Painting, another_image, clock_library, die, fill_up, mount, small_disk
 from tests.runtime.noise_source import NoiseSource
 from tests.runtime.processes import ROOT
 from tests.runtime.replaying import NoiseInputs
@@ -209,12 +204,12 @@ def full_disk(folder: Path, times: int, seed: int) -> Tally:
     """A neighbour fills the disk, a file system of 8 MiB, while a shard is drawn; then it makes room again."""
     rng, tally = random.Random(seed), Tally()
     whole = undisturbed(folder / "whole")
-    with _disk(folder / "disk") as disk:
+    with small_disk(folder / "disk") as disk:
         for number in range(times if disk else 0):
             tally.tried += 1
             out, neighbour = disk / str(number), disk / "neighbour"
             place, left = rng.randrange(COUNT), rng.randrange(200_000)
-            fill = partial(_fill, disk, neighbour, left)
+            fill = partial(fill_up, disk, neighbour, left)
             code = ended(forked(writing(out, Happening(place, fill))))
             assert code in (0, 4), code
             tally.unnoticed += code == 0 and left < 50_000
@@ -229,18 +224,18 @@ def read_only(folder: Path, times: int, seed: int) -> Tally:
     """A run is killed, its disk becomes read-only, the run is continued in vain; then the disk is as before."""
     rng, tally = random.Random(seed), Tally()
     whole = undisturbed(folder / "whole")
-    with _disk(folder / "disk") as disk:
+    with small_disk(folder / "disk") as disk:
         for number in range(times if disk else 0):
             tally.tried += 1
             out = disk / str(number)
             place = rng.randrange(COUNT)
-            code = ended(forked(writing(out, Happening(place, _die))))
+            code = ended(forked(writing(out, Happening(place, die))))
             assert code == -signal.SIGKILL, code
             before, bytes_before = complete(out), hashes(out)
-            _mount("-o", "remount,ro", disk)
+            mount("-o", "remount,ro", disk)
             code = ended(forked(writing(out)))
             tally.unnoticed += code != 4 or hashes(out) != bytes_before
-            _mount("-o", "remount,rw", disk)
+            mount("-o", "remount,rw", disk)
             judge(out, before, whole, tally)
             _continued(out, whole, tally)
             shutil.rmtree(out)
@@ -316,7 +311,7 @@ def healthy(folder: Path, times: int, seed: int) -> Tally:
             partial(path.write_bytes, other),
             partial(path.write_bytes, kept[path][:-50]),
             path.unlink,
-            partial((images / "new.png").write_bytes, _another_image()),
+            partial((images / "new.png").write_bytes, another_image()),
         ]
         happening = Painting(images, rng.randrange(COUNT), changes[number % len(changes)])
         code = ended(forked(writing(out, happening)))
@@ -333,7 +328,7 @@ def clock(folder: Path, times: int, seed: int) -> Tally:
     """The clock is set back by a year in the middle of a run, which is then killed and continued at that time."""
     rng, tally = random.Random(seed), Tally()
     whole = undisturbed(folder / "whole")
-    library = _clock_library(folder)
+    library = clock_library(folder)
     for number in range(times if library else 0):
         tally.tried += 1
         out, now = folder / str(number), folder / "now"
@@ -354,116 +349,6 @@ def clock(folder: Path, times: int, seed: int) -> Tally:
         judge(out, before, whole, tally)
         judge_finished(out, whole, tally)
     return tally
-
-
-CLOCK = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdlib.h>
-#include <sys/time.h>
-#include <time.h>
-#include <unistd.h>
-static time_t back(void) { return access(getenv("CLOCK_SET_BACK"), F_OK) ? 0 : 365 * 24 * 3600; }
-int clock_gettime(clockid_t clock, struct timespec *now) {
-    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
-    int result = real(clock, now);
-    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec -= back();
-    return result;
-}
-int gettimeofday(struct timeval *now, void *zone) {
-    struct timespec precise;
-    int result = clock_gettime(CLOCK_REALTIME, &precise);
-    now->tv_sec = precise.tv_sec;
-    now->tv_usec = precise.tv_nsec / 1000;
-    return result;
-}
-time_t time(time_t *now) {
-    struct timespec precise;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    return now ? (*now = precise.tv_sec) : precise.tv_sec;
-}
-"""
-"""The wall clock goes a year wrong once the file CLOCK_SET_BACK is there. As when a clock is set, the monotonic one and
-the times of files are left alone; libfaketime fakes the former, too, or makes sleeping fail."""
-
-
-def _clock_library(folder: Path) -> Path | None:
-    """``CLOCK`` as a library to be loaded before others; None where there is no compiler."""
-    library = folder / "clock.so"
-    command = ["cc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-", "-ldl"]
-    try:
-        subprocess.run(command, input=CLOCK, text=True, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return library
-
-
-class Happening(NoiseSource):
-    """Lets something happen when a sample is drawn."""
-
-    def __init__(self, index: int = -1, what: Callable[[], object] = lambda: None) -> None:
-        super().__init__()
-        self.index, self.what = index, what
-
-    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> Drawn:
-        drawn = super().draw(seed, indices, done)
-        if self.index in indices:
-            self.what()
-        return drawn
-
-
-class Painting(Happening):
-    """Paints noise into the images of a folder, and asks of it what the sampler does."""
-
-    def __init__(self, images: Path, index: int = -1, what: Callable[[], object] = lambda: None) -> None:
-        super().__init__(index, what)
-        self.images = HealthyFolder(images)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {**super().fingerprint(), "healthy": self.images.fingerprint()}
-
-    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> Drawn:
-        drawn, samples = super().draw(seed, indices, done), []
-        for sample in drawn.samples:
-            picked = self.images.pick(uniform(seed, sample.index, sample.attempt, "healthy"))
-            image = np.where(edit_region(sample.mask, picked.valid), sample.image, picked.pixels)
-            row = {**sample.row, "healthy_sha256": picked.row["healthy_sha256"]}
-            samples.append(replace(sample, image=image, row=row))
-        self.images.refuse_changes()
-        return Drawn(samples, drawn.rejections)
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _fill(disk: Path, neighbour: Path, left: int) -> None:
-    # The run itself may take the last room while this is written.
-    with suppress(OSError):
-        neighbour.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
-
-
-def _another_image() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(9).integers(40, 140, (64, 80), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def _mount(*arguments: object) -> bool:
-    return not subprocess.run(["mount", *map(str, arguments)], check=False, capture_output=True).returncode
-
-
-@contextmanager
-def _disk(folder: Path) -> Iterator[Path | None]:
-    """A real file system with 8 MiB; None where none may be mounted."""
-    folder.mkdir()
-    if not _mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", folder):
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 FAULTS: dict[str, Callable[[Path, int, int], Tally]] = {
