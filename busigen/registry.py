@@ -167,6 +167,32 @@ PROVIDERS = {
 }
 """Command-line provider names and ONNX Runtime's names for them."""
 
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """A library that makes engines of a bundle's graphs, and runs them as the provider of the same name.
+
+    Attributes:
+        about: in a few words, for people.
+        library: the Python module of that library.
+        extra: of pyproject.toml, which installs it.
+        ahead: whether it builds without a card, for cards elsewhere; else for the card of this machine alone.
+        portable: whether an engine runs on every operating system that the library knows.
+    """
+
+    about: str
+    library: str
+    extra: str
+    ahead: bool
+    portable: bool
+
+
+ENGINE_TARGETS = {
+    "tensorrt": EngineTarget("TensorRT; built on the card that runs them", "tensorrt", "tensorrt", False, False),
+    "tensorrt-rtx": EngineTarget("TensorRT for RTX; built anywhere", "tensorrt_rtx", "tensorrt-rtx", True, True),
+}
+"""What ``export --target`` and ``build-engines`` make, beside the ONNX graphs that every bundle has."""
+
 LAUNCHERS = {
     "local": "busigen.runtime.launch.local",
     "ray": "busigen.runtime.launch.on_ray",

@@ -1,0 +1,151 @@
+"""One graph to one engine: parse, profiles, build, and what goes wrong as advice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from busigen.errors import BusigenError, InputError, ProviderError, UsageError
+from busigen.runtime.engines.library import Library
+from busigen.runtime.engines.loop_conditions import with_conditions
+from busigen.runtime.engines.profiles import Profile
+
+REVISION = 1
+"""Of what is done here: counted up when the same graph and options give another engine, which makes all of them anew."""
+
+_SHOWN = 300
+"""Characters of the library's own message that an error quotes."""
+
+_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|memory allocation|cudaError 2:|insufficient memory", re.IGNORECASE)
+_NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no CUDA-capable device", re.IGNORECASE)
+_CAPABILITY = re.compile(r"\d{1,2}\.\d")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A graph to build.
+
+    Attributes:
+        name: of the graph.
+        path: of its file, beside which its weights lie.
+        model: the file's bytes, which were hashed; the path may hold others by now.
+        profiles: batches to build for.
+        capability: compute capability of the card, such as ``8.9``; empty for the library's own choice.
+    """
+
+    name: str
+    path: Path
+    model: bytes
+    profiles: Sequence[Profile]
+    capability: str = ""
+
+
+def build(library: Library, blueprint: Blueprint) -> bytes:
+    """The serialised engine. Numbers are computed as the graph types them: fp32 stays fp32 and is not cut to TF32.
+
+    Raises:
+        InputError: the library refuses the graph; its operator and node are named.
+        UsageError: it cannot build for these batches, or for this compute capability.
+        ProviderError: it needs a card, or a newer driver, and there is none.
+    """
+    module = library.module
+    said = len(library.said)
+    builder = module.Builder(library.logger)
+    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = module.OnnxParser(network, library.logger)
+    try:
+        parsed = parser.parse(with_conditions(blueprint.model), str(blueprint.path))
+    except ValueError as error:
+        raise InputError(f"{blueprint.path} is no ONNX graph: {error}.", fix="Export the bundle again.") from error
+    if not parsed:
+        raise _refused(library, blueprint, parser)
+    config = builder.create_builder_config()
+    config.clear_flag(module.BuilderFlag.TF32)
+    for profile in blueprint.profiles:
+        config.add_optimization_profile(_profile(builder, network, profile))
+    if blueprint.capability:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_capability(library, blueprint.capability), 0)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise _failed(library, blueprint, library.said[said:])
+    return bytes(engine)
+
+
+def capabilities(library: Library) -> tuple[str, ...]:
+    """Compute capabilities that a library can be told to build for; none where it builds for the card at hand."""
+    members = getattr(library.module, "ComputeCapability", None)
+    names = [] if members is None or not library.target.ahead else [name for name in members.__members__ if name[2:]]
+    return tuple(f"{name[2:-1]}.{name[-1]}" for name in sorted(names) if re.fullmatch(r"SM\d+", name))
+
+
+def check_capability(library: Library, capability: str) -> None:
+    """Refuse a compute capability that a library cannot build for.
+
+    Raises:
+        UsageError: it is none of those, or the library builds for the card at hand alone.
+    """
+    known = capabilities(library)
+    if not known and capability:
+        raise UsageError(
+            f"--compute-capability {capability}: {library.name} builds for the card of this machine alone.",
+            fix="Leave it out, and build on each kind of card.",
+        )
+    if capability and (not _CAPABILITY.fullmatch(capability) or capability not in known):
+        raise UsageError(
+            f"--compute-capability {capability!r} is none that {library.name} {library.version} builds for.",
+            fix=f"Choose from {', '.join(known)}, or leave it out for engines that run on 8.0 and all later ones.",
+        )
+
+
+def _profile(builder: Any, network: Any, profile: Profile) -> Any:
+    made = builder.create_optimization_profile()
+    for number in range(network.num_inputs):
+        value = network.get_input(number)
+        # The batch comes first, and is all that bundles leave open.
+        rest = tuple(value.shape)[1:]
+        made.set_shape(value.name, *((rows, *rest) for rows in profile))
+    return made
+
+
+def _capability(library: Library, capability: str) -> Any:
+    return library.module.ComputeCapability.__members__[f"SM{capability.replace('.', '')}"]
+
+
+def _refused(library: Library, blueprint: Blueprint, parser: Any) -> InputError:
+    found = [parser.get_error(number) for number in range(parser.num_errors)]
+    nodes = dict.fromkeys(f"operator {e.node_operator()}, node {e.node_name()!r}" for e in found if e.node_operator())
+    reasons = dict.fromkeys(e.desc().strip().rstrip(".") for e in found if e.desc() not in ("", "false"))
+    what = f": {'; '.join(nodes)}" if nodes else ""
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    return InputError(
+        f"{blueprint.path} has something that {library.name} {library.version} does not take{what}{why}"[:_SHOWN] + ".",
+        fix="Run it with --provider cuda or cpu, or export the bundle again with another opset or precision.",
+    )
+
+
+def _failed(library: Library, blueprint: Blueprint, said: Sequence[str]) -> BusigenError:
+    """Why there is no engine, from what the library said while it built."""
+    account = " ".join(said)
+    # The first message names the cause, those after it who passed it on.
+    reason = " ".join(said[0].split())[:_SHOWN] if said else "it does not say why"
+    what = f"{library.name} {library.version} cannot build {blueprint.name}"
+    if _NO_DRIVER.search(account):
+        return ProviderError(
+            f"{what}: there is no NVIDIA driver, or it is older than the library needs: {reason}.",
+            fix="Install a current driver, or build on a machine that has one.",
+        )
+    if _NO_MEMORY.search(account):
+        rows = blueprint.profiles[0].most
+        return UsageError(
+            f"{what} for {rows} rows: the memory does not suffice: {reason}.",
+            fix="End what else uses the card, or give a smaller --batch-size, half of it for a start.",
+        )
+    where = f" for compute capability {blueprint.capability}" if blueprint.capability else ""
+    return UsageError(
+        f"{what}{where}: {reason}.",
+        fix="Try another --compute-capability, --batch-size or precision, or run it with --provider cuda or cpu.",
+    )

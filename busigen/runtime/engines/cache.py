@@ -1,0 +1,168 @@
+"""Where engines are kept: an entry is found by everything that it depends on, and believed by its hash alone.
+
+``<cache>/<kind>/<digest>/content`` with ``record.json`` beside it, which holds the key that the digest is of and the
+content's sha256. Both appear by rename, the record last: content without a record is no entry. Whoever can write to the
+folder can put an engine there, and an engine is code: the hashes are for damage and mistakes, not against malice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from busigen.errors import OutputError
+from busigen.runtime.atomic import atomic_file, leftovers, output_errors, write_json
+from busigen.runtime.lock import exclusive
+
+VARIABLE = "BUSIGEN_CACHE"
+"""Environment variable that names the cache folder."""
+
+CONTENT, RECORD = "content", "record.json"
+_MAX_RECORD_BYTES = 1 << 20
+_POLL = 0.2
+"""Seconds between looks at an entry that another process is making."""
+
+_log = logging.getLogger(__name__)
+
+Key = Mapping[str, Any]
+"""All that an entry depends on, as JSON has it: texts, numbers, booleans, and lists of those."""
+
+
+def default_folder() -> Path:
+    """What ``BUSIGEN_CACHE`` names, else the folder for ``busigen`` where this system keeps caches."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "busigen" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "busigen"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "busigen"
+
+
+def digest_of(key: Key) -> str:
+    """Hexadecimal sha256 of a key, whatever the order of its parts."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Cache:
+    """A folder of entries, shared by processes.
+
+    Args:
+        folder: need not exist yet.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or default_folder()
+
+    def entry(self, kind: str, key: Key) -> Path:
+        """The folder of an entry, whether or not it is there. Its name proves nothing."""
+        return self.folder / kind / digest_of(key)[:32]
+
+    def read(self, kind: str, key: Key) -> bytes | None:
+        """An entry's content; ``None`` where there is none, or one that is not what its record says, which is logged."""
+        entry = self.entry(kind, key)
+        try:
+            record = _record(entry)
+            # Read once and used as read: what is hashed is what runs.
+            content = (entry / CONTENT).read_bytes()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            _log.warning("%s cannot be used and is made again: %s", entry, error)
+            return None
+        # Through JSON, as the recorded one: a tuple comes back as a list.
+        if record.get("key") != json.loads(json.dumps(key)):
+            _log.warning("%s is the entry of something else and is made again", entry)
+            return None
+        if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+            _log.warning("%s is not what was kept there, by its sha256, and is made again", entry / CONTENT)
+            return None
+        return content
+
+    def write(self, kind: str, key: Key, content: bytes, **facts: Any) -> None:
+        """Keep content under its key, in place of what is there.
+
+        Args:
+            kind: of the entry.
+            key: what the content depends on.
+            content: what is kept.
+            facts: recorded with it, for people.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        entry = self._made(kind, key)
+        with output_errors(entry):
+            # Gone before its content changes: a kill in between must not leave the old record beside the new content.
+            (entry / RECORD).unlink(missing_ok=True)
+            with atomic_file(entry / CONTENT) as file:
+                file.write(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            write_json(entry / RECORD, {"key": key, "sha256": sha256, "bytes": len(content), **facts})
+
+    @contextmanager
+    def making(self, kind: str, key: Key) -> Iterator[None]:
+        """Be the only process that makes an entry until the block ends, after any that does now.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        entry, said = self._made(kind, key), False
+        while True:
+            lock = exclusive(entry)
+            try:
+                lock.__enter__()
+            except OutputError:
+                if not said:
+                    _log.info("%s is being made by another process; waiting for it", entry)
+                said = True
+                time.sleep(_POLL)
+                continue
+            except OSError as error:
+                with output_errors(entry):
+                    raise error
+            break
+        try:
+            for path in leftovers(entry):  # Of a process that was killed: its lock died with it.
+                path.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    def keys(self, kind: str) -> list[dict[str, Any]]:
+        """The keys of all entries of a kind that have a readable record."""
+        found = []
+        for path in sorted((self.folder / kind).glob(f"*/{RECORD}")):
+            try:
+                key = _record(path.parent).get("key")
+            except (OSError, ValueError):
+                continue
+            if isinstance(key, dict):
+                found.append(key)
+        return found
+
+    def _made(self, kind: str, key: Key) -> Path:
+        entry = self.entry(kind, key)
+        with output_errors(entry):
+            # For this user alone: what lies here runs.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            entry.mkdir(parents=True, exist_ok=True)
+        return entry
+
+
+def _record(entry: Path) -> dict[str, Any]:
+    path = entry / RECORD
+    if path.stat().st_size > _MAX_RECORD_BYTES:
+        raise ValueError(f"{RECORD} is larger than {_MAX_RECORD_BYTES} bytes")
+    record = json.loads(path.read_bytes())
+    if not isinstance(record, dict):
+        raise ValueError(f"{RECORD} is no record")
+    return record
