@@ -161,11 +161,65 @@ SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
 """Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
 standardised, and neither stage 1 nor the prior is told much; stages 2 and 3 see the surroundings and the outline."""
 
+
+@dataclass(frozen=True)
+class Provider:
+    """What can run a bundle's graphs.
+
+    Attributes:
+        name: on the command line, and in a dataset's record.
+        about: in a few words, for people.
+        module: holds its ``ENGINE`` (:class:`busigen.runtime.backend.Engine`), imported when it is asked for.
+        gpu: whether it needs an NVIDIA card.
+        extra: of pyproject.toml, which installs what it needs; empty where the core does.
+        onnxruntime: ONNX Runtime's name for it; empty where it is run without ONNX Runtime.
+    """
+
+    name: str
+    about: str
+    module: str
+    gpu: bool = False
+    extra: str = ""
+    onnxruntime: str = ""
+
+
 PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
+    provider.name: provider
+    for provider in (
+        Provider(
+            name="cpu",
+            about="ONNX Runtime on the processor; runs everywhere",
+            module="busigen.runtime.engines.on_onnxruntime",
+            onnxruntime="CPUExecutionProvider",
+        ),
+        Provider(
+            name="cuda",
+            about="ONNX Runtime on an NVIDIA card",
+            module="busigen.runtime.engines.on_onnxruntime",
+            gpu=True,
+            extra="cuda",
+            onnxruntime="CUDAExecutionProvider",
+        ),
+        Provider(
+            name="tensorrt-rtx",
+            about="TensorRT for RTX: engines that are finished on the card that runs them",
+            module="busigen.runtime.engines.on_tensorrt_rtx",
+            gpu=True,
+            extra="tensorrt-rtx",
+        ),
+        Provider(
+            name="tensorrt",
+            about="TensorRT: engines that are built for the card that runs them",
+            module="busigen.runtime.engines.on_tensorrt",
+            gpu=True,
+            extra="tensorrt",
+        ),
+    )
 }
-"""Command-line provider names and ONNX Runtime's names for them."""
+"""What can run the graphs, by name: the later, the faster where it works, and the earlier ``auto`` tries it."""
+
+AUTO = "auto"
+"""The value of ``--provider`` that asks for the last of ``PROVIDERS`` that really works on this machine."""
 
 
 @dataclass(frozen=True)

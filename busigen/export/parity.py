@@ -14,7 +14,7 @@ from busigen.data.geometry import Mask, largest_component
 from busigen.errors import ParityError
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime import gates
-from busigen.runtime.backend import Backend, OnnxBackend
+from busigen.runtime.backend import Backend, open_backend
 from busigen.runtime.bundle import Bundle
 from busigen.runtime.drafts import Draft
 from busigen.runtime.sampler import Sampler
@@ -93,10 +93,10 @@ def compare(networks: Networks, bundle: Bundle, *, draws: int = DRAWS) -> dict[s
     report: dict[str, Any] = {"seed": PARITY_SEED, "thresholds": dict(MINIMUM)}
     for label in LESION_CLASSES:
         reference = _witness(bundle, TorchBackend(networks), label, draws)
-        exported = _witness(bundle, OnnxBackend(bundle), label, draws)
+        exported = _witness(bundle, open_backend(bundle), label, draws)
         # Again with the reference's outlines: a pixel more or less in an outline is another question to stage 2, whose
         # answer may differ visibly although every graph is right.
-        same_outline = _witness(bundle, OnnxBackend(bundle), label, draws, forced=reference.painted)
+        same_outline = _witness(bundle, open_backend(bundle), label, draws, forced=reference.painted)
         report[label] = _figures(reference, exported, same_outline, draws)
     failures = [
         f"{label} {name} {report[label][name]:.4g} is below {limit}"
