@@ -51,9 +51,11 @@ class EngineOptions:
 
     Attributes:
         threads: compute threads on the processor; ``None`` takes one per core that this process may use.
+        batch_sizes: that engines with fixed batches are made for, the full one first (``generate --batch-size``).
     """
 
     threads: int | None = None
+    batch_sizes: tuple[int, ...] = (16,)
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

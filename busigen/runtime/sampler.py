@@ -22,6 +22,7 @@ from busigen.registry import ATTRIBUTES, BUCKETS, LATENT_FACTOR, RESOLUTION, SYN
 from busigen.runtime import gates
 from busigen.runtime.asking import Asked
 from busigen.runtime.backend import Backend
+from busigen.runtime.batches import MIN_BATCH, rows_per_call
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.classes import class_at
 from busigen.runtime.drafts import (
@@ -50,10 +51,6 @@ WINDOW_BATCHES = 8
 
 LANES = 2
 """Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
-
-MIN_BATCH = 2
-"""Rows that every engine call has at least: ONNX Runtime adds up a batch of one in another order than a larger one's
-rows, and the bytes of a sample must not depend on the batch size."""
 
 CACHED_TOKENS = 256
 """Healthy images whose context tokens are kept, those used last."""
@@ -347,7 +344,7 @@ class Sampler:
         return np.stack([found[key] for key in keys])
 
     def _size(self, side: int) -> int:
-        return max(MIN_BATCH, self.batch_size * BUCKETS[0] ** 2 // side**2)
+        return rows_per_call(side, self.batch_size)
 
     def _run(self, graph: str, side: int | None, count: int, **inputs: NDArray[Any]) -> Floats:
         """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away.

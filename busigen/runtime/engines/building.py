@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from busigen.errors import BusigenError, InputError, ProviderError, UsageError
 from busigen.runtime.engines.library import Library
@@ -14,7 +14,7 @@ from busigen.runtime.engines.loop_conditions import with_conditions
 from busigen.runtime.engines.profiles import Profile
 
 REVISION = 1
-"""Of what is done here: counted up when the same graph and options give another engine, which makes all of them anew."""
+"""Of what is done here: counted up when the same graph and options give another engine, so that all are made anew."""
 
 _SHOWN = 300
 """Characters of the library's own message that an error quotes."""
@@ -22,6 +22,18 @@ _SHOWN = 300
 _NO_MEMORY = re.compile(r"out of memory|OutOfMemory|memory allocation|cudaError 2:|insufficient memory", re.IGNORECASE)
 _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no CUDA-capable device", re.IGNORECASE)
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
+
+
+class Timings(Protocol):
+    """Where a library that times kernels on the card keeps what it measured, for the builds after this one."""
+
+    def read(self) -> bytes:
+        """What is kept; empty where nothing is."""
+        ...
+
+    def write(self, content: bytes) -> None:
+        """Keep this in its place."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,13 @@ class Blueprint:
     capability: str = ""
 
 
-def build(library: Library, blueprint: Blueprint) -> bytes:
+def build(library: Library, blueprint: Blueprint, timings: Timings | None = None) -> bytes:
     """The serialised engine. Numbers are computed as the graph types them: fp32 stays fp32 and is not cut to TF32.
+
+    Args:
+        library: what builds.
+        blueprint: what is built.
+        timings: of kernels on this card, where the library takes them.
 
     Raises:
         InputError: the library refuses the graph; its operator and node are named.
@@ -69,9 +86,14 @@ def build(library: Library, blueprint: Blueprint) -> bytes:
     if blueprint.capability:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(library, blueprint.capability), 0)
+    if timings is not None:
+        # Another version's, card's or driver's would mislead: it is kept by all three, and a mismatch is an error.
+        config.set_timing_cache(config.create_timing_cache(timings.read()), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise _failed(library, blueprint, library.said[said:])
+    if timings is not None:
+        timings.write(bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
 
 

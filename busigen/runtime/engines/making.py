@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from busigen.errors import IntegrityError
-from busigen.runtime.bundle import Bundle, graph_names
 from busigen.runtime.backend import usable_cores
-from busigen.runtime.engines.building import REVISION, Blueprint, build, check_capability
-from busigen.runtime.engines.cache import Cache, Key
+from busigen.runtime.bundle import Bundle, graph_names
+from busigen.runtime.engines.building import REVISION, Blueprint, build
+from busigen.runtime.engines.cache import RECORD, Cache, Key
+from busigen.runtime.engines.device import Device
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.profiles import Batches
 
-KIND = "engines"
-"""Of the cache's entries."""
+KIND, TIMINGS = "engines", "timings"
+"""Kinds of the cache's entries: engines, and what kernels were measured to take on a card."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class Made:
     Attributes:
         graph: its name.
         capability: that it was built for; empty for the library's own choice.
-        content: the serialised engine.
+        size: of the serialised engine, in bytes.
+        sha256: of it.
         key: that it is kept under.
         seconds: that its building took; 0 where the cache had it.
         cached: whether the cache had it.
@@ -39,7 +41,8 @@ class Made:
 
     graph: str
     capability: str
-    content: bytes
+    size: int
+    sha256: str
     key: Key
     seconds: float
     cached: bool
@@ -70,41 +73,54 @@ class Workshop:
         batches: what to build for.
         cache: where engines are kept.
         capability: of the card, such as ``8.9``; empty for the library's own choice.
-
-    Raises:
-        UsageError: the library does not build for this capability.
+        device: the card of this machine, where there is one and the library measures kernels on it.
     """
 
     def __init__(
-        self, library: Library, bundle: Bundle, batches: Batches, cache: Cache, *, capability: str = ""
+        self,
+        library: Library,
+        bundle: Bundle,
+        batches: Batches,
+        cache: Cache,
+        *,
+        capability: str = "",
+        device: Device | None = None,
     ) -> None:
-        if library.target.ahead:
-            check_capability(library, capability)
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
         self._capability = capability
+        self._timings = None if device is None or library.target.ahead else _Timings(library, device, cache)
         self._told = False
 
-    def make(self, graph: str) -> Made:
-        """A graph's engine, from the cache or built and put there.
+    def has_all(self) -> bool:
+        """Whether the cache has an engine of every graph, as far as names tell; ``make`` looks at the hashes."""
+        keys = (key_of(self._library, self._bundle, name, self._batches, self._capability) for name in graph_names())
+        return all((self._cache.entry(KIND, key) / RECORD).is_file() for key in keys)
+
+    def make(self, graph: str) -> tuple[Made, bytes]:
+        """A graph's engine, serialised, from the cache or built and put there.
 
         Raises:
             BusigenError: it cannot be built (:func:`busigen.runtime.engines.building.build`) or kept.
         """
         key = key_of(self._library, self._bundle, graph, self._batches, self._capability)
-        if (content := self._cache.read(KIND, key)) is not None:
-            return Made(graph, self._capability, content, key, 0.0, cached=True)
-        with self._cache.making(KIND, key):
-            # Another process may have made it while this one waited.
-            if (content := self._cache.read(KIND, key)) is not None:
-                return Made(graph, self._capability, content, key, 0.0, cached=True)
-            self._tell_of_others(key)
-            path = self._bundle.graph(graph)
-            blueprint = Blueprint(graph, path, self._read(graph), self._batches.profiles(graph), self._aimed_at())
-            started = time.perf_counter()
-            content = build(self._library, blueprint)
-            seconds = time.perf_counter() - started
-            self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
-        return Made(graph, self._capability, content, key, seconds, cached=False)
+        seconds = 0.0
+        if (content := self._cache.read(KIND, key)) is None:
+            with self._cache.making(KIND, key):
+                # Another process may have made it while this one waited.
+                if (content := self._cache.read(KIND, key)) is None:
+                    content, seconds = self._build(graph, key)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return Made(graph, self._capability, len(content), sha256, key, seconds, cached=not seconds), content
+
+    def _build(self, graph: str, key: Key) -> tuple[bytes, float]:
+        self._tell_of_others(key)
+        path, profiles = self._bundle.graph(graph), self._batches.profiles(graph)
+        started = time.perf_counter()
+        blueprint = Blueprint(graph, path, self._read(graph), profiles, self._aimed_at())
+        content = build(self._library, blueprint, self._timings)
+        seconds = time.perf_counter() - started
+        self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
+        return content, seconds
 
     def make_all(self, done: Callable[[Made], None] = lambda made: None) -> list[Made]:
         """The engines of all graphs, in the bundle's order.
@@ -115,11 +131,12 @@ class Workshop:
         Raises:
             BusigenError: one of them cannot be made; those that were finished stay in the cache.
         """
-        # Kernels are timed on the card, where two builds would disturb each other; ahead of time there is nothing to time.
+        # Kernels are timed on the card, where two builds would disturb each other. Ahead of time nothing is timed.
         workers = usable_cores() if self._library.target.ahead else 1
         pool = ThreadPoolExecutor(workers, thread_name_prefix="engine")
         try:
-            waiting = [pool.submit(self.make, graph) for graph in graph_names()]
+            # Without their contents, which come to half a gigabyte.
+            waiting = [pool.submit(lambda name: self.make(name)[0], graph) for graph in graph_names()]
             for future in as_completed(waiting):
                 done(future.result())
             return [future.result() for future in waiting]
@@ -148,13 +165,37 @@ class Workshop:
             _log.info("engines are built again: those kept are for %s", "; ".join(sorted(differences)))
 
 
+class _Timings:
+    """See :class:`busigen.runtime.engines.building.Timings`: kept under the library's version, the card, its driver."""
+
+    def __init__(self, library: Library, device: Device, cache: Cache) -> None:
+        self._cache = cache
+        self._key = {
+            "target": library.name,
+            "version": library.version,
+            "system": library.system,
+            "device": device.name,
+            "capability": device.capability,
+            "driver": device.driver,
+        }
+
+    def read(self) -> bytes:
+        return self._cache.read(TIMINGS, self._key) or b""
+
+    def write(self, content: bytes) -> None:
+        with self._cache.making(TIMINGS, self._key):
+            self._cache.write(TIMINGS, self._key, content)
+
+
 def _differences(key: Key, cache: Cache) -> Iterator[str]:
     """What other entries of the same graph, target and batches were made for."""
     said = {"version": "version {}", "capability": "compute capability {}", "system": "{}"}
     same = set(key) - set(said)
     for other in cache.keys(KIND):
         if all(other.get(part) == key[part] for part in same):
-            parts = [text.format(other.get(part) or "any") for part, text in said.items() if other.get(part) != key[part]]
+            parts = [
+                text.format(other.get(part) or "any") for part, text in said.items() if other.get(part) != key[part]
+            ]
             if parts:
                 yield ", ".join(parts)
 
@@ -167,13 +208,13 @@ def summary(made: list[Made]) -> dict[str, Any]:
                 "graph": one.graph,
                 "compute_capability": one.capability or None,
                 "seconds": round(one.seconds, 2),
-                "bytes": len(one.content),
-                "sha256": hashlib.sha256(one.content).hexdigest(),
+                "bytes": one.size,
+                "sha256": one.sha256,
                 "cached": one.cached,
                 **{name: one.key[name] for name in ("target", "version", "precision", "profiles", "onnx")},
             }
             for one in made
         ],
         "seconds": round(sum(one.seconds for one in made), 2),
-        "bytes": sum(len(one.content) for one in made),
+        "bytes": sum(one.size for one in made),
     }

@@ -1,0 +1,186 @@
+"""Engines of all of a bundle's graphs on one card, as a backend."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.errors import BusigenError, IntegrityError, MissingDependencyError, ProviderError
+from busigen.registry import Provider
+from busigen.runtime.backend import Arrays, EngineOptions
+from busigen.runtime.bundle import Bundle
+from busigen.runtime.engines.cache import Cache, Key
+from busigen.runtime.engines.device import (
+    CudaFailure,
+    Device,
+    device_memory,
+    free_memory,
+    memory_problem,
+    open_device,
+)
+from busigen.runtime.engines.library import Library
+from busigen.runtime.engines.making import Made, Workshop
+from busigen.runtime.engines.profiles import Batches, Call, calls
+from busigen.runtime.engines.session import Session, Slot
+
+LANES = 2
+"""Calls that are under way at once: while one computes, another is uploaded or downloaded."""
+
+_KERNELS = "kernels"
+"""The cache's kind of what a library compiled for a card."""
+
+_log = logging.getLogger(__name__)
+
+
+class EngineBackend:
+    """Engines of every graph, made where the cache lacks them, and loaded on the card before anything is drawn.
+
+    ``run`` may be called by several threads: ``LANES`` of their calls overlap, of which one computes at a time.
+
+    Args:
+        bundle: an opened, checked bundle.
+        provider: one of ``registry.PROVIDERS`` whose name is in ``registry.ENGINE_TARGETS``.
+        options: how to run the graphs.
+        cache: where engines are kept.
+
+    Raises:
+        ProviderError: library, card or driver is missing or too old; or the card has too little memory, in which case
+            the largest batch that fits is named.
+        BusigenError: an engine cannot be made.
+    """
+
+    def __init__(self, bundle: Bundle, provider: Provider, options: EngineOptions, cache: Cache | None = None) -> None:
+        self._library = library_of(provider)
+        self._device = open_device(provider.name)
+        self._cache = cache or Cache()
+        self._bundle = bundle
+        batches = Batches(options.batch_sizes)
+        self.name = provider.name
+        # Another engine may round otherwise, so what decides which one runs is part of a dataset's record.
+        shown = ",".join(map(str, batches.sizes))
+        self.version = f"{self._library.version}, batch {shown}, {bundle.info.get('precision', 'fp32')}"
+        runtime = self._library.module.Runtime(self._library.logger)
+        self._sessions: dict[str, Session] = {}
+        self._kernel_keys: dict[str, Key] = {}
+        try:
+            workshop = _workshop(self._library, bundle, batches, self._cache, self._device)
+            for made in workshop.make_all(_tell):
+                key = kernels_key(made, self._device)
+                kept = self._cache.read(_KERNELS, key) or b""
+                _, content = workshop.make(made.graph)
+                profiles = batches.profiles(made.graph)
+                self._sessions[made.graph] = Session(self._library, runtime, content, profiles, kept)
+                self._kernel_keys[made.graph] = key
+            self._slots = self._claim_memory(batches.sizes[0])
+        except CudaFailure as error:
+            raise ProviderError(
+                f"--provider {provider.name}: {error.problem}",
+                fix=f"Give a smaller --batch-size than {shown}, or end what else uses the card.",
+            ) from error
+        self._runtime = runtime
+        self._free = list(range(LANES))
+        self._turn = threading.Condition()
+        self._queue = threading.Lock()
+        self._last: Any = None
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """What runs the graphs: library and card."""
+        return (f"{self._library.name} {self._library.version}", self._device.name)
+
+    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
+        """See :class:`busigen.runtime.backend.Backend`.
+
+        Raises:
+            IntegrityError: what the engine yields is no batch of numbers.
+            ProviderError: the card failed.
+        """
+        session = self._sessions[graph]
+        count = len(next(iter(inputs.values())))
+        contiguous = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in inputs.items()}
+        parts = [self._call(graph, session, call, contiguous) for call in calls(count, session.profiles)]
+        result = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not np.isfinite(result).all():
+            raise IntegrityError(
+                f"{self._bundle.graph(graph)} yields NaN or infinity in {self.name}, which is no image.",
+                fix="Export the bundle again in another precision, or use --provider cpu.",
+            )
+        return result
+
+    def _call(self, graph: str, session: Session, call: Call, inputs: Arrays) -> NDArray[np.float32]:
+        number = self._take_slot()
+        slot = self._slots[number]
+        try:
+            with self._queue:
+                first = session.enqueue(call, inputs, slot, number, self._last)
+                self._last = slot.computed
+            output = session.collect(call, slot)
+        except CudaFailure as error:
+            raise ProviderError(f"--provider {self.name}: {error.problem}", fix=error.fix) from error
+        finally:
+            with self._turn:
+                self._free.append(number)
+                self._turn.notify()
+        if first and (kernels := session.kernels()):
+            self._keep(self._kernel_keys[graph], kernels)
+        return output
+
+    def _take_slot(self) -> int:
+        with self._turn:
+            self._turn.wait_for(lambda: self._free)
+            return self._free.pop()
+
+    def _claim_memory(self, batch: int) -> list[Slot]:
+        """Buffers for the largest call of all graphs, two of each, and the memory in which all of them compute."""
+        sessions = self._sessions.values()
+        inputs = max(session.input_bytes for session in sessions)
+        output = max(session.output_bytes for session in sessions)
+        scratch = max(session.scratch_bytes for session in sessions)
+        growing = scratch + LANES * (inputs + output)
+        if problem := memory_problem(self.name, self._device.name, batch, 0, growing, free_memory()):
+            raise problem
+        address = device_memory(scratch)
+        for session in sessions:
+            session.use_scratch(address, scratch)
+        return [Slot.make(inputs, output) for _ in range(LANES)]
+
+    def _keep(self, key: Key, kernels: bytes) -> None:
+        try:
+            self._cache.write(_KERNELS, key, kernels)
+        except BusigenError as error:  # A cache that was copied here may be read-only, and the next run compiles again.
+            _log.debug("compiled kernels are not kept: %s", error)
+
+
+def kernels_key(made: Made, device: Device) -> Mapping[str, Any]:
+    """All that compiled kernels depend on: the engine, the card and its driver."""
+    return {"engine": dict(made.key), "device": device.name, "capability": device.capability, "driver": device.driver}
+
+
+def library_of(provider: Provider) -> Library:
+    """The library that runs a provider's engines.
+
+    Raises:
+        ProviderError: it is not installed, or cannot be loaded.
+    """
+    try:
+        return Library.load(provider.name)
+    except MissingDependencyError as error:
+        raise ProviderError(error.problem.replace("--target", "--provider", 1), fix=error.fix) from error
+
+
+def _workshop(library: Library, bundle: Bundle, batches: Batches, cache: Cache, device: Device) -> Workshop:
+    """What makes engines for this very card, where it must or where they are there; else for any card."""
+    own = Workshop(library, bundle, batches, cache, capability=device.capability, device=device)
+    if not library.target.ahead or own.has_all():
+        return own
+    return Workshop(library, bundle, batches, cache)
+
+
+def _tell(made: Made) -> None:
+    if not made.cached:
+        _log.info("engine of %s built in %.1f s", made.graph, made.seconds)
