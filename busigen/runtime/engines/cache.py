@@ -67,7 +67,7 @@ class Cache:
         return self.folder / kind / digest_of(key)[:32]
 
     def read(self, kind: str, key: Key) -> bytes | None:
-        """An entry's content; ``None`` where there is none, or where it is not what its record says, which is logged."""
+        """An entry's content; ``None`` where there is none or, which is logged, it is not what its record says."""
         entry = self.entry(kind, key)
         try:
             record = _record(entry)
