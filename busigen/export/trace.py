@@ -13,10 +13,10 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention import BasicTransformerBlock
 from onnx import ModelProto
-from onnxscript import ir, optimizer
+from onnxscript import ir
 from torch import Tensor, nn
 
-from busigen.export.reductions import steady
+from busigen.export.shapes import folded, with_constant_shapes
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
 from busigen.training.models import place_condition, region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
@@ -163,24 +163,18 @@ def trace(
 
 
 def simplified(model: ModelProto) -> ModelProto:
-    """Fold what is constant but for the weights, which keep their names, and drop the tracer's notes.
+    """Fold what is constant but for the weights, make shapes constant, and drop the tracer's notes.
 
     More than half of a traced UNet's nodes compute shapes, and every node carries the Python stack that made it; both
-    would be repeated in every solver step. What sums in an order that depends on threads is rewritten
-    (:func:`busigen.export.reductions.steady`).
+    would be repeated in every solver step.
     """
     graph = ir.from_proto(model)
     weights = set(graph.graph.initializers)
-
-    def leaves_weights_alone(node: ir.Node) -> bool | None:
-        return False if any(value is not None and value.name in weights for value in node.inputs) else None
-
-    optimizer.fold_constants(graph, onnx_shape_inference=True, should_fold=leaves_weights_alone)
-    optimizer.remove_unused_nodes(graph)
+    folded(graph, weights)
     for node in graph.graph:
         node.metadata_props.clear()
         node.doc_string = None
-    result = steady(ir.to_proto(graph))
+    result = with_constant_shapes(ir.to_proto(graph), weights)
     del result.graph.value_info[:]
     return result
 
