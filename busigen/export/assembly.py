@@ -70,7 +70,8 @@ class Assembly:
         for node in graph.node if nodes is None else nodes:
             twin = NodeProto()
             twin.CopyFrom(node)
-            twin.name = prefix + node.name
+            # Names of nodes say nothing that their outputs' do not, and two copies must not share one.
+            twin.ClearField("name")
             if any(attribute.HasField("g") for attribute in node.attribute):
                 raise ValueError(f"node {node.name} has a subgraph, whose names would not be copied right")
             twin.input[:] = [names[name] if name else "" for name in node.input]

@@ -31,13 +31,11 @@ LIGHT = frozenset(
 )
 """Computed in the precision of what they read: moving, adding and gating values costs memory traffic alone."""
 
-NORMS = frozenset(
-    {"GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization", "Softmax"}
-)
+NORMS = frozenset({"GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization", "Softmax"})
 """Computed in fp32, and handed on in the precision that they were handed. A norm's sum of squares over 20,000 values
 passes fp16's 65,504 at a deviation of 1.8, and softmax's sum over 1,024 terms loses the small ones in eleven bits.
 
-All other operators (powers, roots, quotients, sums: the parts of norms that the tracer took apart) are computed in fp32,
+All other operators (powers, roots, quotients, sums: the parts of norms that were taken apart) are computed in fp32,
 and so is what depends on time and class alone: sines of angles up to 1,000 need more bits than half precision has, and
 they are constants, or next to nothing, anyway."""
 
@@ -55,7 +53,7 @@ class _Lowering:
 
     def __init__(self, model: ModelProto, precision: str) -> None:
         self._kind, self._numpy = TYPES[precision]
-        self._suffix = precision
+        self._suffix = f"as-{precision}"
         inferred = onnx.shape_inference.infer_shapes(model).graph
         values = (*inferred.input, *inferred.value_info, *inferred.output)
         self._floats = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
@@ -83,7 +81,9 @@ class _Lowering:
         twin.CopyFrom(node)
         exempt = _FIXED_INPUTS.get(node.op_type, ())
         twin.input[:] = [
-            (self._halved(name) if half and place not in exempt else self._whole(name)) if name in self._floats else name
+            (self._halved(name) if half and place not in exempt else self._whole(name))
+            if name in self._floats
+            else name
             for place, name in enumerate(node.input)
         ]
         if half:
@@ -124,7 +124,7 @@ def lowered(model: ModelProto, precision: str) -> ModelProto:
         precision: a name in ``TYPES``.
 
     Returns:
-        The graph; a weight ``w`` that is read in half precision is stored as ``w/<precision>``.
+        The graph; a weight ``w`` that is read in half precision is called ``w/as-<precision>``.
     """
     lowering = _Lowering(model, precision)
     for node in model.graph.node:
