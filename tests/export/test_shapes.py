@@ -68,9 +68,7 @@ def test_no_shape_is_computed_for_a_reshape(step: ModelProto) -> None:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_graph_is_the_solver_for_every_batch(
-    unet: torch.nn.Module, graphs: dict[str, ModelProto], loop: str
-) -> None:
+def test_a_graph_is_the_solver_for_every_batch(unet: torch.nn.Module, graphs: dict[str, ModelProto], loop: str) -> None:
     runner = session(graphs[loop])
     for batch in (1, 2, 7):
         v = inputs(batch)
