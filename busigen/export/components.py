@@ -19,6 +19,7 @@ from busigen.registry import (
     CLASSES,
     LATENT_FACTOR,
     LESION_CLASSES,
+    LOOPS,
     MASK_CHANNELS,
     PLACE_CHANNELS,
     RESOLUTION,
@@ -32,18 +33,24 @@ Graphs = dict[str, ModelProto]
 
 @dataclass(frozen=True)
 class Part:
-    """One graph: a traced evaluation in fp32, and what is put around it (the solver's loop, conditions, outputs)."""
+    """One graph: a traced evaluation in fp32, and what puts the rest around it (given a name in ``registry.LOOPS``).
+
+    ``before`` computes conditions once, ahead of the solver's loop, and ``after`` the output from its result.
+    """
 
     evaluation: ModelProto
-    finish: Callable[[ModelProto], ModelProto] = lambda model: model
+    finish: Callable[[ModelProto, str], ModelProto] = lambda model, loop: model
+    before: ModelProto | None = None
+    after: ModelProto | None = None
 
 
 @dataclass(frozen=True)
 class Component:
-    """What shares weights: ``parts`` by graph name."""
+    """What shares weights: ``parts`` by graph name; ``loop`` is a name in ``registry.LOOPS``."""
 
     name: str
     parts: Mapping[str, Part]
+    loop: str = next(iter(LOOPS))
 
     def graphs(self, precision: str, *, rounded: bool = False) -> Graphs:
         """Lay out the graphs.
@@ -55,7 +62,7 @@ class Component:
         found = {}
         for name, part in self.parts.items():
             model = steady(lowered(part.evaluation, precision) if precision in TYPES else part.evaluation)
-            found[name] = part.finish(emulated(model) if rounded else model)
+            found[name] = part.finish(emulated(model) if rounded else model, self.loop)
         return found
 
 
@@ -86,7 +93,7 @@ def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     cells = RESOLUTION // LATENT_FACTOR
     step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
     before = steady(tracing.prior_condition(networks, cells))
-    return Component("prior", {"prior": _part(step, "prior", "normal", networks, loop, "latents", before)})
+    return Component("prior", {"prior": _part(step, "prior", "normal", networks, "latents", before)}, loop)
 
 
 def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
@@ -97,8 +104,8 @@ def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     parts = {}
     for label in LESION_CLASSES:
         weighted = with_weights(step, _weights(networks.denoisers[f"mask-{label}"]))
-        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, loop, "distance", before, after)
-    return Component("mask", parts)
+        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, after)
+    return Component("mask", parts, loop)
 
 
 def _staged(
@@ -118,8 +125,8 @@ def _staged(
     for label in LESION_CLASSES:
         weights = _weights(networks.denoisers[f"{stage}-{label}"])
         for name, (step, before) in zip(graphs_of(f"{stage}-{label}"), traced, strict=True):
-            parts[name] = _part(with_weights(step, weights), stage, label, networks, loop, "latents", before)
-    return Component(stage, parts)
+            parts[name] = _part(with_weights(step, weights), stage, label, networks, "latents", before)
+    return Component(stage, parts, loop)
 
 
 def _part(
@@ -127,12 +134,11 @@ def _part(
     stage: str,
     label: str,
     networks: Networks,
-    loop: str,
     output: str,
     before: ModelProto,
     after: ModelProto | None = None,
 ) -> Part:
-    def finish(evaluation: ModelProto) -> ModelProto:
+    def finish(evaluation: ModelProto, loop: str) -> ModelProto:
         return with_solver(
             evaluation,
             solver_steps(stage, networks.steps[stage]),
@@ -144,7 +150,7 @@ def _part(
             after=after,
         )
 
-    return Part(step, finish)
+    return Part(step, finish, before, after)
 
 
 def _weights(unet: ModelMixin) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -75,22 +75,12 @@ class Asked:
     output: NDArray[np.float32]
 
 
-@dataclass
 class Recorder:
     """A backend that keeps up to ``ROWS`` rows of what each graph was asked, those that fill up a batch among them."""
 
-    backend: Backend
-    asked: dict[str, list[Asked]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """See :class:`busigen.runtime.backend.Backend`."""
-        return self.backend.name
-
-    @property
-    def version(self) -> str:
-        """See :class:`busigen.runtime.backend.Backend`."""
-        return self.backend.version
+    def __init__(self, backend: Backend) -> None:
+        self.name, self.version, self.backend = backend.name, backend.version, backend
+        self.asked: dict[str, list[Asked]] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backend.Backend`."""

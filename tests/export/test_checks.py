@@ -63,7 +63,7 @@ def test_weights_with_an_adapter_beside_them_are_refused(sound: Path, tmp_path: 
     path = next((checkpoint / "merged/lesion-benign").glob("*.safetensors"))
     weights = load_file(path)
     name, value = next((name, value) for name, value in weights.items() if value.dim() == 2)
-    save_file({**weights, f"{name}.lora_A.default.weight": value[:1].contiguous()}, path)
+    save_file({**weights, f"{name}.lora_A.default.weight": value[:1].clone()}, path)
     error = refusal(rehashed(checkpoint), tmp_path / "bundle")
     assert isinstance(error, InputError) and "lora_A" in str(error) and "not merged" in str(error)
 

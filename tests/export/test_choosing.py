@@ -23,7 +23,6 @@ from busigen.export.restore import restore
 from busigen.export.trace import Tracer
 from busigen.registry import LESION_CLASSES, OPSETS
 from busigen.runtime.backend import OnnxBackend
-from busigen.runtime.bundle import Bundle
 from busigen.training.checkpoint import load_component, load_networks
 from tests.export.checkpoints import TINY, changed, untrained
 

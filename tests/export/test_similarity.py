@@ -60,5 +60,5 @@ def test_the_worst_row_counts_and_nan_is_no_agreement() -> None:
 
 def test_distances_count_near_the_outline_alone() -> None:
     expected = np.array([[-40.0, -2.0, 3.0]])
-    assert pixels_off(expected + [[9.0, 0.0, 0.0]], expected) == 0.0
-    assert pixels_off(expected + [[0.0, 0.3, 0.4]], expected) == pytest.approx(np.sqrt(0.125))
+    assert pixels_off(expected + np.array([[9.0, 0.0, 0.0]]), expected) == 0.0
+    assert pixels_off(expected + np.array([[0.0, 0.3, 0.4]]), expected) == pytest.approx(np.sqrt(0.125))
