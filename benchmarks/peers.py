@@ -225,7 +225,7 @@ def stepwise(options: argparse.Namespace) -> dict[str, Any]:
 
 def eager(options: argparse.Namespace) -> dict[str, Any]:
     """PyTorch, the loop in Python."""
-    from busigen.export.parity import TorchBackend
+    from busigen.export.reference import TorchBackend
 
     return few_steps(TorchBackend(networks(options)), options)
 

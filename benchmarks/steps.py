@@ -23,7 +23,7 @@ from busigen.data.prepared import Prepared
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.sections import SECTIONS
-from busigen.export.parity import TorchBackend
+from busigen.export.reference import TorchBackend
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.bundle import Bundle
 from busigen.runtime.sample import Sample

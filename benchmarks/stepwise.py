@@ -18,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from busigen.export.bundle_writer import weights_of
 from busigen.runtime.backend import usable_cores
 from busigen.runtime.bundle import Bundle, graph_names
 from busigen.solver import solver_steps
@@ -150,6 +151,6 @@ def _part(model: ModelProto, nodes: Sequence[NodeProto], inputs: Sequence[str], 
         model.graph.name,
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs if name in names],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
-        [tensor for tensor in model.graph.initializer if tensor.name in names],
+        [tensor for tensor in weights_of(model) if tensor.name in names],
     )
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -161,6 +161,35 @@ SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
 """Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
 standardised, and neither stage 1 nor the prior is told much; stages 2 and 3 see the surroundings and the outline."""
 
+OPSETS = (20, 23)
+"""ONNX opsets that export can write, the default first: `docs/export.md` says what each engine makes of them."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a graph computes in. ``above`` is what a component falls back to where it fails; empty for the highest."""
+
+    about: str
+    above: str
+
+
+PRECISIONS = {
+    "fp32": Precision("fp32 throughout, weights stored in fp16: the choice for CPUs", ""),
+    "fp16": Precision("convolutions and matrix products in fp16, norms, softmax and the solver in fp32", "fp32"),
+    "bf16": Precision("the same in bf16: fp32's range, an eighth of fp16's precision", "fp32"),
+    "int8": Precision("the context encoder's matrix products in int8, where that is faster; all else in fp32", "fp32"),
+}
+"""What ``export --precision`` accepts, the default first."""
+
+LOOPS = {
+    "loop": "one node that runs an evaluation per step: opens fast, which the CPU wants",
+    "unrolled": "every step written out: slow to open, and nothing is left to decide while it runs, as on a GPU",
+}
+"""What ``export --loop`` accepts: how the solver's steps lie in a graph."""
+
+PARITY_DRAWS = 64
+"""Draws per class over which export compares each target with the checkpoint."""
+
 
 @dataclass(frozen=True)
 class Provider:

@@ -57,8 +57,10 @@ def checkpoint(drawn_prepared: Prepared, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    stdout = succeed("export", checkpoint, "--out", out)
+    report = out.with_name("report.md")
+    stdout = succeed("export", checkpoint, "--out", out, "--draws", 8, "--batch-size", "2,4", "--report", report)
     assert "parity" in stdout
+    assert "| cpu | malignant | 8 of 8 |" in report.read_text()
     return out
 
 
@@ -75,8 +77,12 @@ def test_the_checkpoint_has_the_documented_layout_and_no_pickle(checkpoint: Path
 
 def test_the_bundle_holds_every_graph_and_its_parity(bundle: Path) -> None:
     info = json.loads((bundle / "bundle.json").read_text())
+    assert info["batch_sizes"] == [2, 4]
     for label in LESION_CLASSES:
         assert info["parity"][label]["dice"] >= 0.99
+    # What is a norm in PyTorch is one kernel in ONNX Runtime, in the loop's body, too.
+    assert info["fused"]["lesion-benign@128"]["normalisation"] > 0
+    assert set(info["fused"]) == set(info["graphs"])
     for stage in STAGES:
         for label in LESION_CLASSES:
             assert any(name.startswith(f"{stage}-{label}") for name in info["graphs"])
@@ -96,7 +102,7 @@ def test_export_refuses_graphs_that_do_not_reproduce_the_checkpoint(checkpoint: 
     with torch.no_grad():
         for label in LESION_CLASSES:
             networks.denoisers[f"mask-{label}"].space.field += 0.1
-    with pytest.raises(ParityError, match=r"dice|gates"):
+    with pytest.raises(ParityError, match=r"dice|boundary|gates"):
         compare(networks, Bundle.open(bundle), draws=4)
 
 
@@ -128,7 +134,7 @@ def test_an_unfinished_checkpoint_cannot_be_exported(tmp_path: Path) -> None:
 
 def test_in_graph_loop_equals_the_reference_sampler(checkpoint: Path, bundle: Path) -> None:
     """One stage alone, on noise: the graph must be the solver's loop and not merely something close to it."""
-    from busigen.export.parity import TorchBackend
+    from busigen.export.reference import TorchBackend
     from busigen.runtime.bundle import Bundle
     from busigen.runtime.engines.on_onnxruntime import OnnxBackend
     from busigen.training.checkpoint import load_networks

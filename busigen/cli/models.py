@@ -11,7 +11,15 @@ from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
 from busigen.errors import UsageError
-from busigen.registry import DEFAULT_PRESET, LESION_CLASSES, PRESETS
+from busigen.registry import (
+    DEFAULT_PRESET,
+    LESION_CLASSES,
+    LOOPS,
+    OPSETS,
+    PARITY_DRAWS,
+    PRECISIONS,
+    PRESETS,
+)
 from busigen.runtime.summary import SHOWN_PROBLEMS
 
 
@@ -114,26 +122,66 @@ def train(
     stdout.print(f"Next: busigen export {out} --out bundle")
 
 
-@app.command(epilog="Example: `busigen export runs/first --out bundle`")
+@app.command(
+    epilog="Examples: `busigen export runs/first --out bundle`; `busigen export runs/first --out bundle16 --precision "
+    "fp16 --loop unrolled --batch-size 4,16 --report export.md`"
+)
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; must not exist yet, or be empty.")],
     target: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(PRECISIONS)}. A component that does not reproduce the checkpoint in it gets the next "
+            "higher one."
+        ),
+    ] = next(iter(PRECISIONS)),
+    batch_size: Annotated[
+        str | None,
+        typer.Option(help="Batches that engines with static shapes are built for, such as 4,16. ONNX takes any."),
+    ] = None,
+    loop: Annotated[
+        str, typer.Option(help=f"Solver's steps: {'; '.join(f'{name}: {about}' for name, about in LOOPS.items())}.")
+    ] = next(iter(LOOPS)),
+    opset: Annotated[int, typer.Option(help=f"ONNX's: {', '.join(map(str, OPSETS))}.")] = OPSETS[0],
+    draws: Annotated[int, typer.Option(help="Draws per class that are compared with PyTorch.")] = PARITY_DRAWS,
+    report: Annotated[Path | None, typer.Option(help="Write what was proved as a table: FILE.md or FILE.json.")] = None,
 ) -> None:
     """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""
     with needs("train"):
         from busigen.export.exporter import export as run
+        from busigen.export.options import Options, batch_sizes
+        from busigen.export.report import check_report, write_report
+    from busigen.runtime.progress import console_progress
+
+    options = Options(
+        target=target,
+        precision=precision,
+        opset=opset,
+        loop=loop,
+        batch_sizes=batch_sizes(batch_size),
+        draws=draws,
+    )
+    if report is not None:
+        check_report(report)
     with quiet_libraries():
-        bundle = run(checkpoint, out, target=target)
+        bundle = run(checkpoint, out, options, progress=console_progress())
+    if report is not None:
+        write_report(report, bundle.info)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     stdout.print(f"Bundle written to {out}: {len(bundle.info['graphs'])} graphs, {size:.1f} MB")
-    for label in LESION_CLASSES:
-        figures = bundle.info["parity"][label]
-        stdout.print(
-            f"  parity {label:10} {figures['images_compared']} of {figures['draws']} draws, "
-            f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, "
-            f"grey difference <= {figures['max_grey_difference']}"
-        )
+    for name, found in bundle.info["components"].items():
+        why = "; ".join(f"not {tried['precision']}: {tried['refused']}" for tried in found["tried"] if tried["refused"])
+        stdout.print(escape(f"  {name:8} {found['precision']}{f' ({why})' if why else ''}"))
+    for place, parity in bundle.info["parity"]["targets"].items():
+        for label in LESION_CLASSES:
+            figures = parity[label]
+            stdout.print(
+                f"  parity {place:9} {label:10} {figures['images_compared']} of {figures['draws']} draws, "
+                f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, "
+                f"grey difference <= {figures['max_grey_difference']}"
+            )
 
 
 @app.command(epilog="Example: `busigen restore --out runs/default`")

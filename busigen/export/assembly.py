@@ -1,8 +1,7 @@
 """Putting graphs together: the few-step sampling loop around one traced network evaluation.
 
-Tracing a UNet takes half a minute, so it is traced once. The loop is ONNX's own ``Loop``: with the steps unrolled, ONNX
-Runtime 1.31 took 5 to 10 s of CPU time to open each graph of the shipped size (about 10,000 nodes), which nobody who
-wants sixteen pictures should wait for.
+Tracing a UNet takes many seconds, so it is traced once. The loop is either ONNX's own ``Loop`` or written out step by
+step (``registry.LOOPS`` says what speaks for each).
 """
 
 from __future__ import annotations
@@ -35,17 +34,25 @@ class Assembly:
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output))
         return output
 
-    def paste(self, model: ModelProto, prefix: str, wiring: Mapping[str, str], shared: str) -> list[str]:
+    def paste(
+        self,
+        model: ModelProto,
+        prefix: str,
+        wiring: Mapping[str, str],
+        shared: str,
+        nodes: Sequence[NodeProto] | None = None,
+    ) -> dict[str, str]:
         """Copy a model's nodes in.
 
         Args:
             model: what to copy.
             prefix: put before every name that the copy computes.
             shared: put before the names of its initialisers, so that further copies of the same model share them.
-            wiring: the model's inputs by name, each with the value to read; inputs not named become inputs here.
+            wiring: the model's names, each with the value to read in its place; inputs not named become inputs here.
+            nodes: those to copy; all of them where none are given.
 
         Returns:
-            The names of the model's outputs in this graph.
+            What the model's names are called in this graph.
         """
         graph = model.graph
         names = dict(wiring)
@@ -60,10 +67,11 @@ class Assembly:
             if value.name not in names:
                 self.inputs[value.name] = value
                 names[value.name] = value.name
-        for node in graph.node:
+        for node in graph.node if nodes is None else nodes:
             twin = NodeProto()
             twin.CopyFrom(node)
-            twin.name = prefix + node.name
+            # Names of nodes say nothing that their outputs' do not, and two copies must not share one.
+            twin.ClearField("name")
             if any(attribute.HasField("g") for attribute in node.attribute):
                 raise ValueError(f"node {node.name} has a subgraph, whose names would not be copied right")
             twin.input[:] = [names[name] if name else "" for name in node.input]
@@ -71,29 +79,33 @@ class Assembly:
                 names[name] = prefix + name
             twin.output[:] = [names[name] if name else "" for name in node.output]
             self.nodes.append(twin)
-        return [names[value.name] for value in graph.output]
+        return names
 
     def loop(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], start: str) -> str:
-        """Add the solver's loop and return the name of its result.
+        """Add the solver's loop as one node and return the name of its result.
 
-        The loop's body is one evaluation and ``a x + b net(x, t)``, with the constants of its turn taken from tables;
-        weights, tokens and condition are read from the graph around it.
+        The loop's body is one evaluation and ``a x + b net(x, t)``, with the constants of its turn taken from tables.
+        What is alike in every turn is computed before it. Weights that only the body reads are the body's own: ONNX
+        Runtime's CPU provider brings those of convolutions into its faster layout, and those outside it leaves alone.
         """
         tables = {
             name: self.constant(f"solver/{name}", np.array([[getattr(s, name)] for s in steps], dtype=np.float32))
             for name in ("t", "a", "b")
         }
         turns = self.constant("solver/turns", np.array(len(steps), dtype=np.int64))
+        names, varying = self._alike(step, wiring)
         outside, self.nodes = self.nodes, []
         turn, go_on, x = "solver/turn", "solver/go_on", "solver/x"
         now = {name: self.add("Gather", [table, turn], f"solver/{name}_now") for name, table in tables.items()}
-        (velocity,) = self.paste(step, "step/", {**wiring, "x": x, "t": now["t"]}, "")
-        moved = self.add("Mul", [velocity, now["b"]], "solver/moved")
+        names = self.paste(step, "step/", {**names, "x": x, "t": now["t"]}, "", varying)
+        moved = self.add("Mul", [names[step.graph.output[0].name], now["b"]], "solver/moved")
         kept = self.add("Mul", [x, now["a"]], "solver/kept")
         following = self.add("Add", [kept, moved], "solver/following")
         going = self.add("Identity", [go_on], "solver/going")
         like = step.graph.input[0].type.tensor_type
         shape = [d.dim_value or None for d in like.shape.dim]
+        read = {name for node in self.nodes for name in node.input}
+        own = [name for name in read & set(self.constants) if not any(name in node.input for node in outside)]
         body = helper.make_graph(
             self.nodes,
             "solver",
@@ -106,10 +118,47 @@ class Assembly:
                 helper.make_tensor_value_info(going, TensorProto.BOOL, []),
                 helper.make_tensor_value_info(following, TensorProto.FLOAT, shape),
             ],
+            [self.constants.pop(name) for name in sorted(own)],
         )
         self.nodes = outside
         self.nodes.append(helper.make_node("Loop", [turns, "", start], ["solver/result"], name="solver", body=body))
         return "solver/result"
+
+    def unrolled(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], start: str) -> str:
+        """Add the solver's steps one after the other and return the name of the result.
+
+        Weights, and all that is alike in every step, are there once. Times are constants, so that an engine that folds
+        constants, as all do, is left without the embedding of time.
+        """
+        names, varying = self._alike(step, wiring)
+        x = start
+        for number, constants in enumerate(steps):
+            here = f"solver/{number}/"
+            t, a, b = (
+                self.constant(here + name, np.array([getattr(constants, name)], dtype=np.float32))
+                for name in ("t", "a", "b")
+            )
+            found = self.paste(step, f"step{number}/", {**names, "x": x, "t": t}, "", varying)
+            moved = self.add("Mul", [found[step.graph.output[0].name], b], here + "moved")
+            kept = self.add("Mul", [x, a], here + "kept")
+            x = self.add("Add", [kept, moved], here + "following")
+        return x
+
+    def _alike(self, step: ModelProto, wiring: Mapping[str, str]) -> tuple[dict[str, str], list[NodeProto]]:
+        """Paste what depends on neither sample nor time, such as the keys and values of the context's tokens.
+
+        Returns:
+            What its names are called here, and the nodes that are left to every step.
+        """
+        moving, varying, alike = {"x", "t"}, [], []
+        for node in _unspread(step):
+            if moving.intersection(node.input):
+                moving.update(node.output)
+                varying.append(node)
+            else:
+                alike.append(node)
+        names = self.paste(step, "every/", {**wiring, "x": "", "t": ""}, "", alike)
+        return names, varying
 
     def build(self, output: str, like: ValueInfoProto, final_name: str, name: str) -> ModelProto:
         """Finish with one output, computed as ``output``, typed ``like`` and known outside as ``final_name``."""
@@ -129,11 +178,16 @@ class Assembly:
         return model
 
 
+_FORMS = {"loop": Assembly.loop, "unrolled": Assembly.unrolled}
+"""What writes each of ``registry.LOOPS``."""
+
+
 def with_solver(
     step: ModelProto,
     steps: Sequence[SolverStep],
     label: int,
     *,
+    loop: str,
     name: str,
     output: str,
     before: ModelProto | None = None,
@@ -145,6 +199,7 @@ def with_solver(
         step: traced ``(x, t, label, tokens, keep, *condition)`` to velocity; ``t`` and ``label`` have shape (1,).
         steps: the solver's constants.
         label: class index.
+        loop: a name in ``registry.LOOPS``.
         name: the graph's name.
         output: its output's name.
         before: traced computation of some of ``step``'s inputs, whose names its outputs have.
@@ -156,15 +211,38 @@ def with_solver(
     wiring = {"label": assembly.constant("class_label", np.array([label], dtype=np.int64))}
     if before is not None:
         computed = assembly.paste(before, "before/", {}, "before/")
-        wiring |= {value.name: source for value, source in zip(before.graph.output, computed, strict=True)}
+        wiring |= {value.name: computed[value.name] for value in before.graph.output}
     noise = ValueInfoProto()
     noise.CopyFrom(step.graph.input[0])
     noise.name = "noise"
     assembly.inputs.setdefault("noise", noise)
-    x = assembly.loop(step, steps, wiring, "noise")
+    x = _FORMS[loop](assembly, step, steps, wiring, "noise")
     if after is not None:
-        (x,) = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")
+        x = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")[after.graph.output[0].name]
     return assembly.build(x, (after or step).graph.output[0], output, name)
+
+
+def _unspread(step: ModelProto) -> list[NodeProto]:
+    """An evaluation's nodes, without those that repeat for the whole batch what depends on time and class alone.
+
+    It is added to features, and an addition repeats it itself. Repeated before, the embedding of time is computed for
+    every image of a batch, and is no constant where the time is one.
+    """
+    timed, constant = {"t", "label"}, {tensor.name for tensor in step.graph.initializer}
+    instead: dict[str, str] = {}
+    nodes = []
+    for node in step.graph.node:
+        kept = NodeProto()
+        kept.CopyFrom(node)
+        kept.input[:] = [instead.get(name, name) for name in node.input]
+        read = {name for name in kept.input if name}
+        if node.op_type == "Expand" and kept.input[0] in timed:
+            instead[node.output[0]] = kept.input[0]
+            continue
+        if read <= timed | constant:
+            (timed if read & timed else constant).update(node.output)
+        nodes.append(kept)
+    return nodes
 
 
 def with_weights(model: ModelProto, weights: Mapping[str, np.ndarray]) -> ModelProto:

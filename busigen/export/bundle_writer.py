@@ -1,4 +1,4 @@
-"""Writing a bundle: graphs with fp16 weights in shared files, hashes, and ``bundle.json`` last."""
+"""Writing a bundle: graphs with their weights in shared files, and hashes of all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 SMALL = 64
-"""Weights of fewer elements stay fp32 inside the graph: halving them saves nothing."""
+"""Weights of fewer elements stay inside the graph: halving them saves nothing."""
 
 ALIGNMENT = 64
 
@@ -22,7 +22,7 @@ LARGEST_FILE = 12 << 20
 
 
 class WeightFiles:
-    """The fp16 weights that the graphs of a component share, whatever their window size, in files of bounded size."""
+    """The weights that the graphs of a component share, whatever their window size, in files of bounded size."""
 
     def __init__(self, component: str) -> None:
         self.component = component
@@ -35,16 +35,8 @@ class WeightFiles:
         numbers = range(1, len(self._contents) + 1)
         return [f"{self.component}.weights" if n == 1 else f"{self.component}-{n}.weights" for n in numbers]
 
-    def place(self, name: str, value: np.ndarray) -> tuple[str, int, int]:
-        """Store a weight, once whatever its name, and return its file, offset and length.
-
-        Raises:
-            ValueError: the value does not fit fp16.
-        """
-        half = value.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError(f"weight {name} does not fit fp16: its largest magnitude is {np.abs(value).max():.3g}")
-        data = half.tobytes()
+    def place(self, data: bytes) -> tuple[str, int, int]:
+        """Store a weight's bytes, once whatever its name, and return its file, offset and length."""
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self._places:
             content = self._contents[-1]
@@ -62,32 +54,62 @@ class WeightFiles:
             (folder / name).write_bytes(bytes(content))
 
 
-def halved(model: ModelProto, weights: WeightFiles) -> ModelProto:
-    """Move a graph's large fp32 weights into ``weights`` as fp16, cast back to fp32 where they are read.
+def stored(model: ModelProto, weights: WeightFiles) -> ModelProto:
+    """Move a graph's large weights into ``weights``: fp32 ones as fp16, cast back to fp32 where they are read.
 
-    Storage is halved and arithmetic stays fp32: CPUs gain nothing from fp16, and ONNX Runtime folds the casts when it
-    loads the graph.
+    That halves what is stored and leaves arithmetic as it is; ONNX Runtime folds the casts when it loads the graph. A
+    weight that fp16 would spoil stays fp32, and what is in half precision or int8 already stays as it is.
     """
     result = ModelProto()
     result.CopyFrom(model)
-    casts = []
-    for tensor in result.graph.initializer:
-        value = numpy_helper.to_array(tensor)
-        if tensor.data_type != TensorProto.FLOAT or value.size < SMALL:
-            continue
-        stored = f"{tensor.name}/fp16"
-        file, offset, length = weights.place(tensor.name, value)
-        casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
-        tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), stored))
-        set_external_data(tensor, file, offset=offset, length=length)
-        tensor.ClearField("raw_data")
-    nodes = list(result.graph.node)
-    del result.graph.node[:]
-    result.graph.node.extend([*casts, *nodes])
+    _store(result.graph, weights)
     _unnamed(result.graph)
     # Shapes that the tracer inferred would contradict the new types, and ONNX Runtime infers its own.
     del result.graph.value_info[:]
     return result
+
+
+def _store(graph: GraphProto, weights: WeightFiles) -> None:
+    casts = []
+    for tensor in graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.size < SMALL or tensor.data_type not in _STORED:
+            continue
+        if tensor.data_type == TensorProto.FLOAT and _fits_half(value):
+            name = tensor.name
+            casts.append(helper.make_node("Cast", [f"{name}/fp16"], [name], to=TensorProto.FLOAT))
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), f"{name}/fp16"))
+        file, offset, length = weights.place(numpy_helper.to_array(tensor).tobytes())
+        if not tensor.HasField("raw_data"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+        set_external_data(tensor, file, offset=offset, length=length)
+        tensor.ClearField("raw_data")
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*casts, *nodes])
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _store(attribute.g, weights)
+
+
+_STORED = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8)
+"""Types of weights; integers of other types are shapes and indices, which engines want to see in the graph."""
+
+
+def _fits_half(value: np.ndarray) -> bool:
+    """Whether fp16 rounds a weight as it does ordinary numbers: nothing too large, and not all of it tiny."""
+    with np.errstate(over="ignore"):
+        error = np.abs(value.astype(np.float16).astype(np.float32) - value).max()
+    return bool(error <= 2.0**-11 * np.abs(value).max())
+
+
+def weights_of(model: ModelProto) -> list[TensorProto]:
+    """Every initialiser of a graph, those of a loop's body among them; the tensors are the model's own."""
+    found = list(model.graph.initializer)
+    for node in model.graph.node:
+        found += [tensor for attribute in node.attribute for tensor in attribute.g.initializer]
+    return found
 
 
 def _unnamed(graph: GraphProto) -> None:
@@ -114,9 +136,9 @@ def write_graphs(folder: Path, component: str, models: Mapping[str, ModelProto])
     written = {}
     for name, model in models.items():
         file = f"{name.replace('@', '-')}.onnx"
-        graph = halved(model, weights)
+        graph = stored(model, weights)
         (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
-        places = (ExternalDataInfo(t) for t in graph.graph.initializer if t.external_data)
+        places = (ExternalDataInfo(t) for t in weights_of(graph) if t.external_data)
         parts = [file, *sorted({place.location for place in places})]
         written[name] = (parts, [value.name for value in graph.graph.input], graph.graph.output[0].name)
     weights.write(folder)

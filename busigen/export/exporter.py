@@ -1,4 +1,4 @@
-"""A finished checkpoint to a bundle: trace, loop, write, prove; nothing is left behind where a proof fails."""
+"""A finished checkpoint to a bundle: trace, lay out, write, prove; nothing is left behind where a proof fails."""
 
 from __future__ import annotations
 
@@ -7,68 +7,78 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
 import torch
-from diffusers import ModelMixin
-from onnx import ModelProto
 
 from busigen import __version__
 from busigen.errors import OutputError, UsageError
-from busigen.export import trace
-from busigen.export.assembly import with_solver, with_weights
 from busigen.export.bundle_writer import write_graphs
-from busigen.export.parity import compare
-from busigen.registry import (
-    BUCKETS,
-    CLASSES,
-    LATENT_FACTOR,
-    LESION_CLASSES,
-    MASK_CHANNELS,
-    PLACE_CHANNELS,
-    RESOLUTION,
-    SOLVER_STEPS,
-)
-from busigen.runtime.bundle import RECORD, SCHEMA, Bundle, graphs_of
-from busigen.solver import solver_steps
+from busigen.export.card import card
+from busigen.export.checks import check_finite, check_layout, check_opset, runs
+from busigen.export.choosing import Choice, ModelBackend, choose, raised
+from busigen.export.components import Component, components
+from busigen.export.counts import fused
+from busigen.export.options import Options
+from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
+from busigen.export.precision import TYPES
+from busigen.registry import LESION_CLASSES, PRECISIONS, PROVIDERS
+from busigen.runtime.backend import Backend, open_backend
+from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
+from busigen.runtime.progress import Progress
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
-from busigen.training.checkpoint import load_networks
+from busigen.training.checkpoint import load_networks, read_record
 from busigen.training.networks import Networks
 from busigen.training.state import write_json
 
 log = logging.getLogger("busigen.export")
 
-TARGETS = ("onnx",)
 CARD = "MODEL_CARD.md"
 
-Graphs = dict[str, ModelProto]
 
-
-def export(checkpoint: Path, out: Path, *, target: str = "onnx") -> Bundle:
+def export(checkpoint: Path, out: Path, options: Options | None = None, *, progress: Progress | None = None) -> Bundle:
     """Export a checkpoint.
 
     Args:
         checkpoint: what ``busigen train`` finished.
         out: the bundle's folder; it must not exist, or be empty.
-        target: a name in ``TARGETS``.
+        options: how; the defaults where none are given.
+        progress: shows how far it is.
 
     Returns:
         The written bundle.
 
     Raises:
-        UsageError: unknown target.
-        InputError: ``checkpoint`` is not finished or not readable.
+        UsageError: this machine cannot run, and so not prove, what is asked for.
+        InputError: ``checkpoint`` is not finished, not readable, lacks a component, has one too many, has adapters that
+            were not merged, or weights that are no numbers.
         IntegrityError: its weights are not those that training recorded.
         OutputError: ``out`` is taken or cannot be written.
         ParityError: the graphs do not reproduce the checkpoint; nothing is left at ``out``.
     """
-    if target not in TARGETS:
-        raise UsageError(f"unknown target {target!r}.", fix=f"Choose one of: {', '.join(TARGETS)}.")
+    options = options or Options()
+    check_opset(options.opset)
+    providers = _provers(options.precision)
+    read_record(checkpoint)
+    check_layout(checkpoint)
     networks, record = load_networks(checkpoint)
+    check_finite(networks)
+    with _appearing(out) as folder:
+        exporter = _Exporter(folder, networks, options, providers, progress or Progress())
+        info = exporter.run(_info(networks, record, checkpoint, options))
+        (folder / CARD).write_text(card(record, info), encoding="utf-8")
+        write_json(folder / RECORD, info)
+    return Bundle.open(out)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` where all goes well, and is removed where it does not."""
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -76,7 +86,7 @@ def export(checkpoint: Path, out: Path, *, target: str = "onnx") -> Bundle:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            _fill(temporary, networks, record, checkpoint)
+            yield temporary
             if out.exists():
                 out.rmdir()
             os.replace(temporary, out)
@@ -86,28 +96,145 @@ def export(checkpoint: Path, out: Path, *, target: str = "onnx") -> Bundle:
         raise OutputError(
             f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
         ) from error
-    return Bundle.open(out)
 
 
-def _fill(folder: Path, networks: Networks, record: Mapping[str, Any], checkpoint: Path) -> None:
-    graphs: dict[str, Any] = {}
-    for component, models in _components(networks):
+def _provers(precision: str) -> list[str]:
+    """The providers of this machine that can run graphs of a precision.
+
+    Raises:
+        UsageError: there is none, so that nothing could be proved.
+    """
+    reasons = {name: runs(provider, precision) for name, provider in PROVIDERS.items()}
+    able = [name for name, reason in reasons.items() if not reason]
+    if not able:
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UsageError(
+            f"--precision {precision} cannot be proved on this machine, so it is not exported ({told}).",
+            fix="Export on a machine with an NVIDIA GPU, or with another --precision.",
+        )
+    return able
+
+
+class _Exporter:
+    """One export in its folder."""
+
+    def __init__(
+        self, folder: Path, networks: Networks, options: Options, providers: Sequence[str], progress: Progress
+    ) -> None:
+        self.folder, self.networks, self.options = folder, networks, options
+        self.providers, self.progress = providers, progress
+        self.choices: dict[str, Choice] = {}
+        self.graphs: dict[str, dict[str, Any]] = {}
+
+    def run(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Fill the folder and return the record with all that was found."""
+        with self.progress:
+            self.progress.start("drawing with PyTorch", len(LESION_CLASSES) * self.options.draws, unit="draw")
+            self.reference = Reference(
+                self.networks, Bundle(self.folder, info, ""), draws=self.options.draws, progress=self.progress
+            )
+            self.progress.start("tracing", _COMPONENTS, unit="component")
+            for component in components(self.networks, opset=self.options.opset, loop=self.options.loop):
+                self._lay_out(component)
+                self.progress.advance(1)
+            parity = self._prove(info)
+        first = next(iter(parity.values()))
+        return self._record(info) | {
+            "fused": {name: fused(self.folder / graph["file"]) for name, graph in self._runnable()},
+            "parity": {
+                "seed": PARITY_SEED,
+                "draws": self.options.draws,
+                "thresholds": {name: limit.value for name, limit in LIMITS.items()},
+                **first,
+                "targets": parity,
+            },
+        }
+
+    def _lay_out(self, component: Component) -> None:
         started = time.monotonic()
-        graphs |= write_graphs(folder, component, models)
-        log.info("%s: %d graph(s) written in %.1f s", component, len(models), time.monotonic() - started)
-    info: dict[str, Any] = {
+        self._take(choose(component, self.options.precision, self.reference.asked))
+        log.info(
+            "%s: %d graph(s) in %s written in %.1f s",
+            component.name,
+            len(component.parts),
+            self.choices[component.name].precision,
+            time.monotonic() - started,
+        )
+
+    def _take(self, choice: Choice) -> None:
+        name = choice.component.name
+        for graph in choice.graphs:
+            for file in self.graphs.pop(graph, {"files": {}})["files"]:
+                (self.folder / file).unlink(missing_ok=True)
+        self.choices[name] = choice
+        for graph, written in write_graphs(self.folder, name, choice.graphs).items():
+            self.graphs[graph] = {**written, "precision": choice.precision}
+
+    def _record(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        tried = {
+            name: {"precision": choice.precision, "tried": [attempt.to_dict() for attempt in choice.tried]}
+            for name, choice in self.choices.items()
+        }
+        return {**info, "graphs": self.graphs, "components": tried}
+
+    def _prove(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare every target over the whole trajectory, with ever more components in fp32 until all hold."""
+        while True:
+            write_json(self.folder / RECORD, self._record(info))
+            bundle = Bundle.open(self.folder)
+            found: dict[str, Any] = {}
+            missed: list[str] = []
+            for target, backend in self._targets(bundle):
+                # Each draw twice: with its own outline, and with PyTorch's.
+                total = 2 * len(LESION_CLASSES) * self.options.draws
+                self.progress.start(f"comparing on {target}", total, unit="draw")
+                found[target] = self.reference.compare(bundle, backend)
+                missed = failures(found[target])
+                if missed:
+                    break
+            else:
+                return found
+            lowest = [choice for choice in self.choices.values() if PRECISIONS[choice.precision].above]
+            if not lowest:
+                raise refused(target, missed)
+            worst = max(lowest, key=lambda choice: choice.tried[-1].error)
+            self._take(raised(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.asked))
+
+    def _targets(self, bundle: Bundle) -> Iterator[tuple[str, Backend]]:
+        """What the bundle is proved on, by name, each opened when its turn comes."""
+        for provider in self.providers:
+            yield provider, open_backend(bundle, provider)
+        if any(choice.precision in TYPES for choice in self.choices.values()):
+            rounded = {name: graph for choice in self.choices.values() for name, graph in choice.rounded.items()}
+            yield ModelBackend.name, ModelBackend(rounded)
+
+    def _runnable(self) -> list[tuple[str, dict[str, Any]]]:
+        """Graphs whose fused nodes the CPU provider can count."""
+        return [(name, graph) for name, graph in self.graphs.items() if graph["precision"] != "bf16"]
+
+
+_COMPONENTS = 7
+"""How many components :func:`busigen.export.components.components` yields."""
+
+
+def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
+    """What a bundle's record says before any graph is written."""
+    return {
         "schema": SCHEMA,
         "preset": record["preset"],
         "classes": list(LESION_CLASSES),
         "latent_channels": networks.preset.latent_channels,
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
-        "solver_steps": SOLVER_STEPS,
+        "solver_steps": dict(networks.steps),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),
         "training": {key: record[key] for key in ("recipe", "data", "tasks", "device")},
-        "graphs": graphs,
-        "opset": trace.OPSET,
+        "target": options.target,
+        "precision": options.precision,
+        "opset": options.opset,
+        "loop": options.loop,
+        "batch_sizes": list(options.batch_sizes),
         "versions": {
             **record["versions"],
             "busigen": __version__,
@@ -116,137 +243,3 @@ def _fill(folder: Path, networks: Networks, record: Mapping[str, Any], checkpoin
             "onnxruntime": onnxruntime.__version__,
         },
     }
-    write_json(folder / RECORD, info)
-    log.info("comparing PyTorch and ONNX Runtime over the whole trajectory")
-    info["parity"] = compare(networks, Bundle.open(folder))
-    for label in LESION_CLASSES:
-        log.info("parity, %s: %s", label, info["parity"][label])
-    (folder / CARD).write_text(_card(record, info), encoding="utf-8")
-    write_json(folder / RECORD, info)
-
-
-def _components(networks: Networks) -> Iterator[tuple[str, Graphs]]:
-    """Yield the graphs that share a file of weights.
-
-    A network is traced once per window size and gets each class's weights; what adapters leave alone is the same in
-    both classes and stored once.
-    """
-    yield "context", {"context": trace.trace_context(networks)}
-    yield "encoder", {f"encoder@{side}": trace.trace_encoder(networks, side) for side in BUCKETS}
-    yield "decoder", {f"decoder@{side}": trace.trace_decoder(networks, side) for side in BUCKETS}
-    yield "prior", {"prior": _prior(networks)}
-    yield from _outlines(networks)
-    window_cells = [side // LATENT_FACTOR for side in BUCKETS]
-    yield from _staged(networks, "lesion", window_cells, (trace.LesionCondition(), ["known", "mask", "edit"]))
-    yield from _staged(
-        networks, "blend", window_cells, (trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"])
-    )
-
-
-def _prior(networks: Networks) -> ModelProto:
-    cells = RESOLUTION // LATENT_FACTOR
-    return with_solver(
-        trace.trace_step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,)),
-        solver_steps("prior", SOLVER_STEPS["prior"]),
-        CLASSES.index("normal"),
-        name="prior",
-        output="latents",
-        before=trace.trace_prior_condition(networks, cells),
-    )
-
-
-def _outlines(networks: Networks) -> Iterator[tuple[str, Graphs]]:
-    """Stage 1 of each class; the classes' adapters share the base's outline space."""
-    first = networks.denoiser("mask", LESION_CLASSES[0])
-    step = trace.trace_outline_step(first, networks.preset.tokens)
-    before, after = trace.trace_asked(first.space), trace.trace_distance(first.space, first.length)
-    graphs = {}
-    for label in LESION_CLASSES:
-        component = f"mask-{label}"
-        graphs[component] = with_solver(
-            with_weights(step, _weights(networks.denoisers[component])),
-            solver_steps("mask", SOLVER_STEPS["mask"]),
-            CLASSES.index(label),
-            name=component,
-            output="distance",
-            before=before,
-            after=after,
-        )
-    yield "mask", graphs
-
-
-def _staged(
-    networks: Networks, stage: str, cells: list[int], condition: tuple[torch.nn.Module, list[str]]
-) -> Iterator[tuple[str, Graphs]]:
-    channels = networks.preset.latent_channels
-    first = networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
-    conditions = (channels, MASK_CHANNELS, 1)
-    steps = [trace.trace_step(first, size, networks.preset.tokens, conditions) for size in cells]
-    before = [trace.trace_condition(*condition, channels, size * LATENT_FACTOR) for size in cells]
-    graphs = {}
-    for label in LESION_CLASSES:
-        component = f"{stage}-{label}"
-        weights = _weights(networks.denoisers[component])
-        for name, step, known in zip(graphs_of(component), steps, before, strict=True):
-            graphs[name] = with_solver(
-                with_weights(step, weights),
-                solver_steps(stage, SOLVER_STEPS[stage]),
-                CLASSES.index(label),
-                name=component,
-                output="latents",
-                before=known,
-            )
-    yield stage, graphs
-
-
-def _weights(unet: ModelMixin) -> dict[str, Any]:
-    """What training changes; buffers (stage 1's outline space) are no part of a traced evaluation."""
-    return {f"velocity.unet.{name}": value.detach().cpu().numpy() for name, value in unet.named_parameters()}
-
-
-def _card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
-    """The part of a model card that a machine can write: what it was trained on, for how long, and its figures."""
-    tasks = "\n".join(
-        f"| {name} | {task.get('steps', '')} | {_held_out(task)} | {task['seconds']:.0f} |"
-        for name, task in record["tasks"].items()
-    )
-    rows = ((label, info["parity"][label]) for label in LESION_CLASSES)
-    parity = "\n".join(
-        f"| {name} | {p['images_compared']} | {p['dice']:.4f} | {p['psnr']:.1f} | {p['max_grey_difference']} |"
-        for name, p in rows
-    )
-    return f"""# Model card
-
-Preset `{info["preset"]}`, trained on {record["device"]} on the training split of {record["data"]["images"]} images
-(split hash `{info["split_hash"]}`).
-{_origin(record.get("base"))}
-Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].items())}.
-
-| task | steps | held-out loss | seconds (of the last sitting) |
-| --- | --- | --- | --- |
-{tasks}
-
-PyTorch against ONNX Runtime over the whole trajectory, same draws:
-
-| class | images compared | smallest Dice | smallest PSNR (dB) | largest grey difference |
-| --- | --- | --- | --- | --- |
-{parity}
-
-Not for diagnosis. Lesions painted into a patient's image still hold that patient's pixels.
-"""
-
-
-def _held_out(task: Mapping[str, Any]) -> str:
-    """The loss of the weights that were kept; nothing for a task that trains none."""
-    losses = [loss for _, loss in task.get("validation", ())]
-    return f"{min(losses):.4f}" if losses else ""
-
-
-def _origin(base: Mapping[str, str] | None) -> str:
-    """Where the base comes from, if not from the same run: what its images taught it is in the bundle, too."""
-    if base is None:
-        return ""
-    return f"""
-These images trained the tasks below. All else is the base's, unchanged: it was trained on the training split with hash
-`{base["split_hash"]}`, and its weights have the digest `{base["weights"]}`.
-"""

@@ -15,10 +15,12 @@ from typing import Any
 import onnx
 import onnx.external_data_helper
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from busigen.errors import InputError, IntegrityError, OutputError
+from busigen.export.bundle_writer import weights_of
+from busigen.export.precision import TYPES
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle, graphs_of
 from busigen.training import checkpoint
@@ -32,6 +34,8 @@ VELOCITY = "velocity.unet."
 """What a traced evaluation puts before its denoiser's names (:class:`busigen.export.trace.Step`)."""
 
 Weights = dict[str, Tensor]
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 DEFAULT = "default"
@@ -161,13 +165,22 @@ def _silent(component: str) -> Callable[[str], bool]:
 
 
 def _weights(bundle: Bundle, graph: str) -> Weights:
-    """A graph's initialisers by the name that they were traced under, in fp32."""
+    """A graph's initialisers by the name that they were traced under, in fp32.
+
+    Raises:
+        InputError: they are quantised, which keeps too little of them to train on.
+        IntegrityError: the graph reads a file that the bundle does not record.
+    """
     path = bundle.graph(graph)
+    if bundle.info["graphs"][graph].get("precision") == "int8":
+        raise InputError(
+            f"{path} is quantised to int8, which is not undone.", fix="Restore a bundle of the same model without int8."
+        )
     # Only its own folder is read: the bundle's check has refused names that leave it, but not what graphs say.
     model = onnx.load(str(path), load_external_data=False)
     recorded = set(bundle.info["graphs"][graph]["files"])
     found = {}
-    for tensor in model.graph.initializer:
+    for tensor in weights_of(model):
         place = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
         if place is not None and place not in recorded:
             raise IntegrityError(
@@ -176,8 +189,13 @@ def _weights(bundle: Bundle, graph: str) -> Weights:
         if place is not None:
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(bundle.folder))
         value = numpy_helper.to_array(tensor)
-        if value.dtype.kind == "f":
-            found[tensor.name.removesuffix("/fp16")] = torch.from_numpy(value.astype("float32"))
+        if tensor.data_type in _FLOATS:
+            name = tensor.name
+            for ending in ("/fp16", *(f"/as-{precision}" for precision in TYPES)):
+                name = name.removesuffix(ending)
+            # A weight that is read in two precisions is there twice.
+            if name not in found or tensor.data_type == TensorProto.FLOAT:
+                found[name] = torch.from_numpy(value.astype("float32"))
     return found
 
 

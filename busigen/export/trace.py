@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx.inliner
@@ -13,17 +14,16 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention import BasicTransformerBlock
 from onnx import ModelProto
-from onnxscript import ir, optimizer
+from onnxscript import ir
 from torch import Tensor, nn
 
-from busigen.export.reductions import steady
+from busigen.export.shapes import folded, with_constant_shapes
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
 from busigen.training.models import place_condition, region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
 from busigen.training.outline import OutlineTransformer
 from busigen.training.outline_space import OutlineSpace
 
-OPSET = 20
 EXAMPLE_BATCH = 2
 """A batch of one would be frozen into the graph by the tracer."""
 
@@ -123,11 +123,12 @@ class DistanceOutput(nn.Module):
         return self.space.distance(sample, asked)
 
 
-def trace(
+def traced(
     module: nn.Module,
     arguments: Sequence[Tensor],
     inputs: Sequence[str],
     outputs: Sequence[str],
+    opset: int,
     static: Sequence[str] = (),
 ) -> ModelProto:
     """Trace a module.
@@ -137,6 +138,7 @@ def trace(
         arguments: example tensors with batch ``EXAMPLE_BATCH`` first.
         inputs: their names.
         outputs: names of the outputs.
+        opset: ONNX's.
         static: names of inputs without a batch axis.
     """
     dynamic = [None if name in static else {0: torch.export.Dim.DYNAMIC} for name in inputs]
@@ -153,7 +155,7 @@ def trace(
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes=shapes,
-            opset_version=OPSET,
+            opset_version=opset,
             # Folding would rename and transpose weights, and their names are how another class's are put in.
             optimize=False,
             verbose=False,
@@ -163,24 +165,18 @@ def trace(
 
 
 def simplified(model: ModelProto) -> ModelProto:
-    """Fold what is constant but for the weights, which keep their names, and drop the tracer's notes.
+    """Fold what is constant but for the weights, make shapes constant, and drop the tracer's notes.
 
     More than half of a traced UNet's nodes compute shapes, and every node carries the Python stack that made it; both
-    would be repeated in every solver step. What sums in an order that depends on threads is rewritten
-    (:func:`busigen.export.reductions.steady`).
+    would be repeated in every solver step.
     """
     graph = ir.from_proto(model)
     weights = set(graph.graph.initializers)
-
-    def leaves_weights_alone(node: ir.Node) -> bool | None:
-        return False if any(value is not None and value.name in weights for value in node.inputs) else None
-
-    optimizer.fold_constants(graph, onnx_shape_inference=True, should_fold=leaves_weights_alone)
-    optimizer.remove_unused_nodes(graph)
+    folded(graph, weights)
     for node in graph.graph:
         node.metadata_props.clear()
         node.doc_string = None
-    result = steady(ir.to_proto(graph))
+    result = with_constant_shapes(ir.to_proto(graph), weights)
     del result.graph.value_info[:]
     return result
 
@@ -191,81 +187,91 @@ def _positional(module: nn.Module) -> int:
     return int(code.co_argcount) - 1
 
 
-def trace_context(networks: Networks) -> ModelProto:
-    """``(image, keep)`` to ``tokens``."""
-    tokens = networks.preset.tokens
-    arguments = [torch.randn(EXAMPLE_BATCH, 1, RESOLUTION, RESOLUTION), torch.ones(EXAMPLE_BATCH, tokens)]
-    assert networks.context is not None
-    return trace(networks.context, arguments, ["image", "keep"], ["tokens"])
+@dataclass(frozen=True)
+class Tracer:
+    """Traces a checkpoint's networks for one ``opset`` of ONNX."""
 
+    opset: int
 
-def trace_encoder(networks: Networks, side: int) -> ModelProto:
-    """``pixels`` to ``latents`` for one window size."""
-    return trace(networks.encoder, [torch.randn(EXAMPLE_BATCH, 1, side, side)], ["pixels"], ["latents"])
+    def context(self, networks: Networks) -> ModelProto:
+        """``(image, keep)`` to ``tokens``."""
+        tokens = networks.preset.tokens
+        arguments = [torch.randn(EXAMPLE_BATCH, 1, RESOLUTION, RESOLUTION), torch.ones(EXAMPLE_BATCH, tokens)]
+        assert networks.context is not None
+        return self._traced(networks.context, arguments, ["image", "keep"], ["tokens"])
 
+    def encoder(self, networks: Networks, side: int) -> ModelProto:
+        """``pixels`` to ``latents`` for one window size."""
+        return self._traced(networks.encoder, [torch.randn(EXAMPLE_BATCH, 1, side, side)], ["pixels"], ["latents"])
 
-def trace_decoder(networks: Networks, side: int) -> ModelProto:
-    """``(latents, noise)`` to ``pixels`` for one window size."""
-    cells = side // LATENT_FACTOR
-    latents = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-    noise = torch.randn(EXAMPLE_BATCH, 1, side, side)
-    return trace(networks.decoder, [latents, noise], ["latents", "noise"], ["pixels"])
+    def decoder(self, networks: Networks, side: int) -> ModelProto:
+        """``(latents, noise)`` to ``pixels`` for one window size."""
+        cells = side // LATENT_FACTOR
+        latents = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
+        noise = torch.randn(EXAMPLE_BATCH, 1, side, side)
+        return self._traced(networks.decoder, [latents, noise], ["latents", "noise"], ["pixels"])
 
+    def step(self, unet: ModelMixin, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
+        """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are its condition inputs' channels."""
+        config = unet.config
+        x = torch.randn(EXAMPLE_BATCH, config.out_channels, cells, cells)
+        arguments = [
+            x,
+            torch.full((1,), 0.5),
+            torch.ones(1, dtype=torch.long),
+            torch.randn(EXAMPLE_BATCH, tokens, config.cross_attention_dim),
+            torch.ones(EXAMPLE_BATCH, tokens),
+            *(torch.randn(EXAMPLE_BATCH, channels, cells, cells) for channels in conditions),
+        ]
+        names = ["x", "t", "label", "tokens", "keep", *(f"condition{k}" for k in range(len(conditions)))]
+        return self._traced(Step(Velocity(unet)), arguments, names, ["velocity"], static=("t", "label"))
 
-def trace_step(unet: ModelMixin, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
-    """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are its condition inputs' channels."""
-    config = unet.config
-    x = torch.randn(EXAMPLE_BATCH, config.out_channels, cells, cells)
-    arguments = [
-        x,
-        torch.full((1,), 0.5),
-        torch.ones(1, dtype=torch.long),
-        torch.randn(EXAMPLE_BATCH, tokens, config.cross_attention_dim),
-        torch.ones(EXAMPLE_BATCH, tokens),
-        *(torch.randn(EXAMPLE_BATCH, channels, cells, cells) for channels in conditions),
-    ]
-    names = ["x", "t", "label", "tokens", "keep", *(f"condition{k}" for k in range(len(conditions)))]
-    return trace(Step(Velocity(unet)), arguments, names, ["velocity"], static=("t", "label"))
+    def condition(self, module: nn.Module, inputs: Sequence[str], channels: int, side: int) -> ModelProto:
+        """Condition channels of stage 2 or 3; ``known`` and ``painted`` are latents, everything else is pixels."""
+        cells = side // LATENT_FACTOR
+        arguments = [
+            torch.randn(EXAMPLE_BATCH, channels, cells, cells)
+            if name in ("known", "painted")
+            else torch.ones(EXAMPLE_BATCH, 1, side, side)
+            for name in inputs
+        ]
+        return self._traced(module, arguments, list(inputs), ["condition0", "condition1", "condition2"])
 
+    def prior_condition(self, networks: Networks, cells: int) -> ModelProto:
+        """``noise`` to the prior's ``tokens``, ``keep`` and places."""
+        noise = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
+        return self._traced(PriorCondition(networks), [noise], ["noise"], ["tokens", "keep", "condition0"])
 
-def trace_condition(module: nn.Module, inputs: Sequence[str], channels: int, side: int) -> ModelProto:
-    """Condition channels of stage 2 or 3; latents are named ``known`` and ``painted``, everything else is pixels."""
-    cells = side // LATENT_FACTOR
-    arguments = [
-        torch.randn(EXAMPLE_BATCH, channels, cells, cells)
-        if name in ("known", "painted")
-        else torch.ones(EXAMPLE_BATCH, 1, side, side)
-        for name in inputs
-    ]
-    return trace(module, arguments, list(inputs), ["condition0", "condition1", "condition2"])
+    def outline_step(self, model: OutlineTransformer, tokens: int) -> ModelProto:
+        """One evaluation of stage 1."""
+        arguments = [
+            torch.randn(EXAMPLE_BATCH, model.length),
+            torch.full((1,), 0.5),
+            torch.ones(1, dtype=torch.long),
+            torch.randn(EXAMPLE_BATCH, tokens, model.config.cross_attention_dim),
+            torch.ones(EXAMPLE_BATCH, tokens),
+            torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH),
+        ]
+        names = ["x", "t", "label", "tokens", "keep", "condition0"]
+        return self._traced(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
 
+    def asked(self, space: OutlineSpace) -> ModelProto:
+        """``asked`` to stage 1's condition."""
+        return self._traced(
+            AskedCondition(space), [torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)], ["asked"], ["condition0"]
+        )
 
-def trace_prior_condition(networks: Networks, cells: int) -> ModelProto:
-    """``noise`` to the prior's ``tokens``, ``keep`` and places."""
-    noise = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-    return trace(PriorCondition(networks), [noise], ["noise"], ["tokens", "keep", "condition0"])
+    def distance(self, space: OutlineSpace, length: int) -> ModelProto:
+        """A code and what was asked for to a signed distance per pixel."""
+        arguments = [torch.randn(EXAMPLE_BATCH, length), torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)]
+        return self._traced(DistanceOutput(space), arguments, ["sample", "asked"], ["distance"])
 
-
-def trace_outline_step(model: OutlineTransformer, tokens: int) -> ModelProto:
-    """One evaluation of stage 1."""
-    arguments = [
-        torch.randn(EXAMPLE_BATCH, model.length),
-        torch.full((1,), 0.5),
-        torch.ones(1, dtype=torch.long),
-        torch.randn(EXAMPLE_BATCH, tokens, model.config.cross_attention_dim),
-        torch.ones(EXAMPLE_BATCH, tokens),
-        torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH),
-    ]
-    names = ["x", "t", "label", "tokens", "keep", "condition0"]
-    return trace(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
-
-
-def trace_asked(space: OutlineSpace) -> ModelProto:
-    """``asked`` to stage 1's condition."""
-    return trace(AskedCondition(space), [torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)], ["asked"], ["condition0"])
-
-
-def trace_distance(space: OutlineSpace, length: int) -> ModelProto:
-    """A code and what was asked for to a signed distance per pixel."""
-    arguments = [torch.randn(EXAMPLE_BATCH, length), torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)]
-    return trace(DistanceOutput(space), arguments, ["sample", "asked"], ["distance"])
+    def _traced(
+        self,
+        module: nn.Module,
+        arguments: Sequence[Tensor],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        static: Sequence[str] = (),
+    ) -> ModelProto:
+        return traced(module, arguments, inputs, outputs, self.opset, static)

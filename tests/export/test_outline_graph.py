@@ -11,9 +11,10 @@ import torch
 
 from busigen.data.geometry import largest_component
 from busigen.data.outline import attributes
-from busigen.export import exporter
 from busigen.export.bundle_writer import write_graphs
-from busigen.registry import ASKED_LENGTH, LESION_CLASSES, PRESETS
+from busigen.export.components import outlines
+from busigen.export.trace import Tracer
+from busigen.registry import ASKED_LENGTH, LESION_CLASSES, LOOPS, OPSETS, PRESETS
 from busigen.training.models import build
 from busigen.training.networks import Networks
 from tests.training.test_outline import blob
@@ -37,12 +38,13 @@ def networks() -> Networks:
     return made
 
 
-def test_the_graph_draws_what_the_network_draws_and_what_is_asked_for(networks: Networks, tmp_path: Path) -> None:
-    parts = dict(exporter._outlines(networks))
-    assert {stage: set(graphs) for stage, graphs in parts.items()} == {
-        "mask": {f"mask-{label}" for label in LESION_CLASSES}
-    }
-    records = write_graphs(tmp_path, "mask", parts["mask"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_graph_draws_what_the_network_draws_and_what_is_asked_for(
+    networks: Networks, tmp_path: Path, loop: str
+) -> None:
+    graphs = outlines(Tracer(OPSETS[0]), networks, loop).graphs("fp32")
+    assert set(graphs) == {f"mask-{label}" for label in LESION_CLASSES}
+    records = write_graphs(tmp_path, "mask", graphs)
     generator = torch.Generator().manual_seed(1)
     wanted = np.array([0.4, 0.6, np.log(50.0), np.log(0.8)])
     for label in LESION_CLASSES:

@@ -14,7 +14,7 @@ import torch
 from onnx.external_data_helper import load_external_data_for_model
 
 from busigen.errors import IntegrityError, OutputError
-from busigen.export.parity import TorchBackend
+from busigen.export.reference import TorchBackend
 from busigen.export.restore import opened_base, restore
 from busigen.registry import LESION_CLASSES, STAGES
 from busigen.runtime.bundle import Bundle, default_bundle

@@ -133,7 +133,9 @@ def test_the_largest_batch_that_fits_is_proposed() -> None:
     assert memory_problem(TARGET, "NVIDIA L4", 64, gib, 4 * gib, 5 * gib) is None
 
 
-def test_without_a_card_the_provider_says_so_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_card_the_provider_says_so_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rtx()
     if not int(cuda().cudaGetDeviceCount()[0]):
         pytest.skip("this machine has a card")

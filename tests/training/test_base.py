@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, IntegrityError, OutputError, UsageError
-from busigen.export.exporter import _card
+from busigen.export.card import card
+from busigen.export.parity import LIMITS
 from busigen.registry import LESION_CLASSES, STAGES
 from busigen.training.base import Base
 from busigen.training.checkpoint import load_component, load_networks, weight_hashes, write_record
@@ -93,15 +94,16 @@ def test_the_record_names_the_base_and_the_data_that_the_adapters_learnt_from(
 
 
 def test_the_model_card_says_what_was_trained_on_which_images(base: Path, hospital: Hospital) -> None:
-    parity = {"images_compared": 8, "dice": 1.0, "psnr": 60.0, "max_grey_difference": 1}
-    found = {label: parity for label in LESION_CLASSES}
+    figures = dict.fromkeys((*LIMITS, "draws", "images_compared", "masks_compared", "equal_masks"), 1)
+    parity = {"targets": {"cpu": dict.fromkeys(LESION_CLASSES, figures)}}
     for folder, adapted in ((hospital.run, True), (base, False)):
         record = json.loads((folder / "busigen.json").read_text())
         split_hash = record["data"]["split_hash"]
-        card = _card(record, {"preset": "tiny", "split_hash": split_hash, "solver_steps": {}, "parity": found})
-        assert split_hash in card
-        assert ("All else is the base's" in card) == adapted
-        assert all(value in card for value in record.get("base", {}).values())
+        info = {"preset": "tiny", "split_hash": split_hash, "solver_steps": {}, "parity": parity, "components": {}}
+        text = card(record, info)
+        assert split_hash in text
+        assert ("All else is the base's" in text) == adapted
+        assert all(value in text for value in record.get("base", {}).values())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,158 @@
+"""The graphs that share a file of weights, traced once and laid out as often as a precision is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from onnx import ModelProto
+
+from busigen.export import trace
+from busigen.export.assembly import with_solver, with_weights
+from busigen.export.precision import TYPES, emulated, lowered
+from busigen.export.reductions import steady
+from busigen.registry import (
+    BUCKETS,
+    CLASSES,
+    LATENT_FACTOR,
+    LESION_CLASSES,
+    LOOPS,
+    MASK_CHANNELS,
+    PLACE_CHANNELS,
+    RESOLUTION,
+)
+from busigen.runtime.bundle import graphs_of
+from busigen.solver import solver_steps
+from busigen.training.networks import Networks
+
+Graphs = dict[str, ModelProto]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph: a traced evaluation in fp32, and what puts the rest around it (given a name in ``registry.LOOPS``).
+
+    ``before`` computes conditions once, ahead of the solver's loop, and ``after`` the output from its result.
+    """
+
+    evaluation: ModelProto
+    finish: Callable[[ModelProto, str], ModelProto] = lambda model, loop: model
+    before: ModelProto | None = None
+    after: ModelProto | None = None
+
+
+@dataclass(frozen=True)
+class Component:
+    """What shares weights: ``parts`` by graph name; ``loop`` is a name in ``registry.LOOPS``."""
+
+    name: str
+    parts: Mapping[str, Part]
+    loop: str = next(iter(LOOPS))
+
+    def graphs(self, precision: str, *, rounded: bool = False) -> Graphs:
+        """Lay out the graphs.
+
+        Args:
+            precision: ``fp32``, or a name in :data:`busigen.export.precision.TYPES`.
+            rounded: compute in fp32 what the precision would round (:func:`busigen.export.precision.emulated`).
+        """
+        found = {}
+        for name, part in self.parts.items():
+            model = steady(lowered(part.evaluation, precision) if precision in TYPES else part.evaluation)
+            found[name] = part.finish(emulated(model) if rounded else model, self.loop)
+        return found
+
+
+def components(networks: Networks, *, opset: int, loop: str) -> Iterator[Component]:
+    """Trace a checkpoint's networks, one component after the other.
+
+    A network is traced once per window size and gets each class's weights; what adapters leave alone is the same in
+    both classes and stored once.
+
+    Args:
+        networks: the merged networks of a checkpoint.
+        opset: ONNX's, one of ``registry.OPSETS``.
+        loop: a name in ``registry.LOOPS``.
+    """
+    tracing = trace.Tracer(opset)
+    yield Component("context", {"context": Part(tracing.context(networks))})
+    yield Component("encoder", {f"encoder@{side}": Part(tracing.encoder(networks, side)) for side in BUCKETS})
+    yield Component("decoder", {f"decoder@{side}": Part(tracing.decoder(networks, side)) for side in BUCKETS})
+    yield _prior(tracing, networks, loop)
+    yield outlines(tracing, networks, loop)
+    yield _staged(tracing, networks, loop, "lesion", trace.LesionCondition(), ["known", "mask", "edit"])
+    yield _staged(
+        tracing, networks, loop, "blend", trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"]
+    )
+
+
+def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
+    cells = RESOLUTION // LATENT_FACTOR
+    step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
+    before = steady(tracing.prior_condition(networks, cells))
+    return Component("prior", {"prior": _part(step, "prior", "normal", networks, "latents", before)}, loop)
+
+
+def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
+    """Stage 1 of each class; the classes' adapters share the base's outline space."""
+    first = networks.denoiser("mask", LESION_CLASSES[0])
+    step = tracing.outline_step(first, networks.preset.tokens)
+    before, after = steady(tracing.asked(first.space)), steady(tracing.distance(first.space, first.length))
+    parts = {}
+    for label in LESION_CLASSES:
+        weighted = with_weights(step, _weights(networks.denoisers[f"mask-{label}"]))
+        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, after)
+    return Component("mask", parts, loop)
+
+
+def _staged(
+    tracing: trace.Tracer, networks: Networks, loop: str, stage: str, condition: torch.nn.Module, inputs: list[str]
+) -> Component:
+    channels = networks.preset.latent_channels
+    first = networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
+    conditions = (channels, MASK_CHANNELS, 1)
+    traced = [
+        (
+            tracing.step(first, side // LATENT_FACTOR, networks.preset.tokens, conditions),
+            steady(tracing.condition(condition, inputs, channels, side)),
+        )
+        for side in BUCKETS
+    ]
+    parts = {}
+    for label in LESION_CLASSES:
+        weights = _weights(networks.denoisers[f"{stage}-{label}"])
+        for name, (step, before) in zip(graphs_of(f"{stage}-{label}"), traced, strict=True):
+            parts[name] = _part(with_weights(step, weights), stage, label, networks, "latents", before)
+    return Component(stage, parts, loop)
+
+
+def _part(
+    step: ModelProto,
+    stage: str,
+    label: str,
+    networks: Networks,
+    output: str,
+    before: ModelProto,
+    after: ModelProto | None = None,
+) -> Part:
+    def finish(evaluation: ModelProto, loop: str) -> ModelProto:
+        return with_solver(
+            evaluation,
+            solver_steps(stage, networks.steps[stage]),
+            CLASSES.index(label),
+            loop=loop,
+            name=stage if label == "normal" else f"{stage}-{label}",
+            output=output,
+            before=before,
+            after=after,
+        )
+
+    return Part(step, finish, before, after)
+
+
+def _weights(unet: ModelMixin) -> dict[str, Any]:
+    """What training changes; buffers (stage 1's outline space) are no part of a traced evaluation."""
+    return {f"velocity.unet.{name}": value.detach().cpu().numpy() for name, value in unet.named_parameters()}

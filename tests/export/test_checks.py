@@ -1,0 +1,123 @@
+"""Checkpoints, machines and options that export refuses: with the fault by name, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from busigen.errors import BusigenError, InputError, OutputError, UsageError
+from busigen.export.checks import check_opset, runs
+from busigen.export.exporter import export
+from busigen.export.options import Options, batch_sizes
+from busigen.export.report import check_report
+from busigen.registry import OPSETS, PRECISIONS
+from tests.command import error_line, run
+from tests.export.checkpoints import changed, rehashed, untrained
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint; treat it as read-only."""
+    return untrained(tmp_path_factory.mktemp("checkpoints") / "sound")
+
+
+def refusal(checkpoint: Path, out: Path) -> BusigenError:
+    with pytest.raises(BusigenError) as caught:
+        export(checkpoint, out)
+    assert [path.name for path in out.parent.iterdir() if "bundle" in path.name] == []
+    return caught.value
+
+
+def copied(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize("place", ["base/context", "merged/blend-malignant"])
+def test_a_missing_component_is_named(sound: Path, tmp_path: Path, place: str) -> None:
+    checkpoint = copied(sound, tmp_path)
+    shutil.rmtree(checkpoint / place)
+    error = refusal(rehashed(checkpoint), tmp_path / "bundle")
+    assert isinstance(error, InputError) and f"{place} is missing" in str(error)
+
+
+def test_a_component_too_many_is_named(sound: Path, tmp_path: Path) -> None:
+    checkpoint = copied(sound, tmp_path)
+    shutil.copytree(checkpoint / "merged/mask-benign", checkpoint / "merged/mask-normal")
+    error = refusal(rehashed(checkpoint), tmp_path / "bundle")
+    assert isinstance(error, InputError) and "merged/mask-normal is no component" in str(error)
+
+
+def test_an_adapter_that_was_not_merged_is_named(sound: Path, tmp_path: Path) -> None:
+    checkpoint = copied(sound, tmp_path)
+    (checkpoint / "adapters").mkdir()
+    shutil.move(checkpoint / "merged/lesion-benign", checkpoint / "adapters/lesion-benign")
+    error = refusal(rehashed(checkpoint), tmp_path / "bundle")
+    assert isinstance(error, InputError) and "lesion-benign has an adapter that was not merged" in str(error)
+
+
+def test_weights_with_an_adapter_beside_them_are_refused(sound: Path, tmp_path: Path) -> None:
+    checkpoint = copied(sound, tmp_path)
+    path = next((checkpoint / "merged/lesion-benign").glob("*.safetensors"))
+    weights = load_file(path)
+    name, value = next((name, value) for name, value in weights.items() if value.dim() == 2)
+    save_file({**weights, f"{name}.lora_A.default.weight": value[:1].clone()}, path)
+    error = refusal(rehashed(checkpoint), tmp_path / "bundle")
+    assert isinstance(error, InputError) and "lora_A" in str(error) and "not merged" in str(error)
+
+
+def test_weights_that_are_no_numbers_are_named_on_the_command_line(sound: Path, tmp_path: Path) -> None:
+    checkpoint = changed(
+        sound,
+        tmp_path / "checkpoint",
+        "merged/blend-benign",
+        lambda state: state["conv_in.bias"][:3].fill_(float("nan")),
+    )
+    line = error_line(run("export", checkpoint, "--out", tmp_path / "bundle"), 3)
+    assert "3 of 16 values of conv_in.bias in blend-benign are NaN" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_an_opset_that_onnx_runtime_lacks_is_refused() -> None:
+    for opset in OPSETS:
+        check_opset(opset)
+    with pytest.raises(UsageError, match=r"cannot run opset 900.*Choose one of: 20"):
+        check_opset(900)
+
+
+def test_this_machines_providers_are_asked_what_they_can_run() -> None:
+    """Every CPU runs fp32 and, with casts, fp16; none of ONNX Runtime's has a convolution in bf16."""
+    assert [precision for precision in PRECISIONS if runs("CPUExecutionProvider", precision)] == ["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"precision": "fp8"}, "Choose one of: fp32, fp16"),
+        ({"opset": 19}, "Choose one of: 20"),
+        ({"loop": "spiral"}, "unknown loop 'spiral'"),
+        ({"target": "coreml"}, "unknown target 'coreml'"),
+        ({"batch_sizes": (4, 0)}, "--batch-size 0"),
+        ({"draws": 0}, "--draws is 0"),
+    ],
+)
+def test_options_say_what_is_allowed(change: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Options(**change)  # type: ignore[arg-type]
+    assert said in str(caught.value)
+
+
+def test_batches_are_read_as_they_are_listed() -> None:
+    assert batch_sizes(None) == () and batch_sizes("16, 4,16") == (16, 4)
+    for text in ("", "4,", "4;8", "-4", "four", "4.0"):
+        with pytest.raises(UsageError, match="whole numbers"):
+            batch_sizes(text)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\.md nor \.json"):
+        check_report(tmp_path / "report.txt")
+    with pytest.raises(OutputError, match="no folder"):
+        check_report(tmp_path / "nowhere" / "report.md")
