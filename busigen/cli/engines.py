@@ -58,6 +58,16 @@ def build_engines(
         show(made)
 
 
+def order_for(targets: list[str], batch_sizes: tuple[int, ...]) -> Order:
+    """The order that `export` gives, checked before it begins."""
+    from busigen.runtime.engines.order import Order
+    from busigen.runtime.engines.profiles import Batches
+
+    order = Order(targets, Batches(tuple(sorted(batch_sizes, reverse=True))) if batch_sizes else Batches())
+    order.check()
+    return order
+
+
 def fill(order: Order, bundle: Bundle) -> list[Made]:
     """Make an order's engines, with progress on stderr."""
     from busigen.runtime.progress import console_progress
@@ -79,7 +89,5 @@ def show(made: list[Made]) -> None:
         table.add_row(escape(one.graph), escape(engine), rows, f"{one.size / 1e6:.1f}", seconds)
     stdout.print(table)
     built = [one for one in made if not one.cached]
-    stdout.print(
-        f"{len(built)} engines built in {sum(one.seconds for one in built):.0f} s of building, {len(made) - len(built)} "
-        f"were there; {sum(one.size for one in made) / 1e6:.1f} MB"
-    )
+    took, size = sum(one.seconds for one in built), sum(one.size for one in made) / 1e6
+    stdout.print(f"{len(built)} engines built in {took:.0f} s, {len(made) - len(built)} were there; {size:.1f} MB")

@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from busigen.cli import engines
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
 from busigen.errors import UsageError
 from busigen.registry import (
     DEFAULT_PRESET,
+    ENGINE_TARGETS,
     LESION_CLASSES,
     LOOPS,
     OPSETS,
@@ -123,13 +125,17 @@ def train(
 
 
 @app.command(
-    epilog="Examples: `busigen export runs/first --out bundle`; `busigen export runs/first --out bundle16 --precision "
+    epilog="Examples: `busigen export runs/first --out bundle`; `busigen export runs/first --out bundle --target onnx "
+    "--target tensorrt-rtx`; `busigen export runs/first --out bundle16 --precision "
     "fp16 --loop unrolled --batch-size 4,16 --report export.md`"
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; must not exist yet, or be empty.")],
-    target: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    target: Annotated[
+        list[str],
+        typer.Option(help=f"onnx, {', '.join(ENGINE_TARGETS)}; may be repeated. Engines go into the cache."),
+    ] = ["onnx"],  # noqa: B006  # typer copies it.
     precision: Annotated[
         str,
         typer.Option(
@@ -156,7 +162,6 @@ def export(
     from busigen.runtime.progress import console_progress
 
     options = Options(
-        target=target,
         precision=precision,
         opset=opset,
         loop=loop,
@@ -165,6 +170,7 @@ def export(
     )
     if report is not None:
         check_report(report)
+    order = engines.order_for([name for name in target if name != "onnx"], options.batch_sizes)
     with quiet_libraries():
         bundle = run(checkpoint, out, options, progress=console_progress())
     if report is not None:
@@ -182,6 +188,8 @@ def export(
                 f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, "
                 f"grey difference <= {figures['max_grey_difference']}"
             )
+    if order.targets:
+        engines.show(engines.fill(order, bundle))
 
 
 @app.command(epilog="Example: `busigen restore --out runs/default`")

@@ -104,7 +104,8 @@ def _provers(precision: str) -> list[str]:
     Raises:
         UsageError: there is none, so that nothing could be proved.
     """
-    reasons = {name: runs(provider, precision) for name, provider in PROVIDERS.items()}
+    usable = {name: provider.onnxruntime for name, provider in PROVIDERS.items() if provider.onnxruntime}
+    reasons = {name: runs(called, precision) for name, called in usable.items()}
     able = [name for name, reason in reasons.items() if not reason]
     if not able:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -77,7 +77,7 @@ def build(library: Library, blueprint: Blueprint, timings: Timings | None = None
         parsed = parser.parse(with_conditions(blueprint.model), str(blueprint.path))
     except ValueError as error:
         raise InputError(f"{blueprint.path} is no ONNX graph: {error}.", fix="Export the bundle again.") from error
-    if not parsed:
+    if not parsed or not network.num_outputs:
         raise _refused(library, blueprint, parser)
     config = builder.create_builder_config()
     config.clear_flag(module.BuilderFlag.TF32)
