@@ -26,7 +26,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Backend(Protocol):
-    """Runs graphs. ``name`` and ``version`` become part of a dataset's record."""
+    """Runs graphs. ``name`` and ``version`` become part of a dataset's record.
+
+    One that takes several calls at once says how many in an attribute ``lanes``.
+    """
 
     name: str
     version: str

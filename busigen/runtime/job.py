@@ -127,7 +127,7 @@ class Job:
         """
         classes, asked = self._wanted()
         bundle = Bundle.open(self.bundle or default_bundle())
-        backend = TimedBackend(open_backend(bundle, self.provider, EngineOptions(self.threads)))
+        backend = TimedBackend(open_backend(bundle, self.provider, EngineOptions(self.threads, (self.batch_size,))))
         progress.engine(backend.seconds)
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:

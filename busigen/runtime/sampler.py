@@ -99,8 +99,9 @@ class Sampler:
         self.asked = asked or Asked()
         self.batch_size = batch_size
         self._graphs = frozenset(graph_names())
-        # One engine call at a time: it has all compute threads, and two of them would need twice the memory.
-        self._engine = threading.Lock()
+        # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
+        # A card takes the next call's inputs while it computes.
+        self._engine = threading.Semaphore(getattr(backend, "lanes", 1))
         self._known: OrderedDict[Hashable, Floats] = OrderedDict()
         self._knowing = threading.Lock()
 

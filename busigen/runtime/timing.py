@@ -42,6 +42,7 @@ class TimedBackend:
 
     def __init__(self, backend: Backend) -> None:
         self.name, self.version = backend.name, backend.version
+        self.lanes: int = getattr(backend, "lanes", 1)
         self.calls: list[Call] = []
         self._backend = backend
         self._row_of: dict[str, dict[str, NDArray[Any]]] = {}

@@ -22,7 +22,7 @@ from busigen.runtime.engines.building import Blueprint, build, capabilities, che
 from busigen.runtime.engines.cache import CONTENT, RECORD, Cache
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.loop_conditions import with_conditions
-from busigen.runtime.engines.making import KIND, Workshop, key_of
+from busigen.runtime.engines.making import KIND, Workshop, kept_batches, key_of
 from busigen.runtime.engines.profiles import Batches, Profile
 from busigen.runtime.engines.trial import trial_engine
 from tests.command import CLI, ROOT, error_line, run
@@ -204,6 +204,18 @@ def test_the_key_changes_with_all_that_an_engine_depends_on(library: Library, bu
     assert len(record["files"]) == 2
     texts = {json.dumps(other, sort_keys=True) for other in others}
     assert len(texts) == len(others) and json.dumps(ordinary, sort_keys=True) not in texts
+
+
+def test_what_was_built_ahead_is_what_a_run_finds(library: Library, bundle: Bundle, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    assert kept_batches(library, bundle, cache, 16) == []
+    built = [Batches((16, 4)), Batches((16,)), Batches((16,), dynamic=True), Batches((8,)), Batches((8, 2))]
+    for batches in built:
+        cache.write(KIND, key_of(library, bundle, "context", batches, "8.9"), b"engine")
+    assert kept_batches(library, bundle, cache, 16) == built[:3]
+    assert kept_batches(library, bundle, cache, 8) == [built[4], built[3]]
+    # One graph's engine is not a bundle's.
+    assert not Workshop(library, bundle, built[0], cache, capability="8.9").has_all()
 
 
 def test_a_graph_that_changes_under_the_run_is_refused(library: Library, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from busigen.registry import PROVIDERS
 from busigen.runtime.backend import EngineOptions
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.engines.backend import EngineBackend
-from busigen.runtime.engines.device import cuda, device_problem, largest_batch, memory_problem
+from busigen.runtime.engines.device import card_for, cuda, device_problem, largest_batch, memory_problem
 from busigen.runtime.engines.layout import ALIGNMENT, fill, places, view
 from busigen.runtime.engines.profiles import Batches, Profile, calls
 from tests.runtime.engine_library import TARGET, rtx
@@ -112,6 +112,12 @@ def test_what_stands_against_the_card_is_told_with_what_helps(status: int, drive
 def test_a_driver_of_the_same_major_version_is_new_enough() -> None:
     assert device_problem(TARGET, 0, 13000, 13040) is None
     assert device_problem(TARGET, 0, 14010, 13040) is None
+
+
+def test_workers_share_the_cards_evenly() -> None:
+    assert [card_for(f"worker-{number}", 3) for number in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert [card_for(name, 3) for name in ("MainProcess", "worker-", "worker-x", "12")] == [0, 0, 0, 0]
+    assert card_for("worker-5", 1) == 0
 
 
 def test_the_largest_batch_that_fits_is_proposed() -> None:

@@ -18,13 +18,15 @@ from busigen.runtime.engines.cache import Cache, Key
 from busigen.runtime.engines.device import (
     CudaFailure,
     Device,
+    answered,
+    cuda,
     device_memory,
     free_memory,
     memory_problem,
     open_device,
 )
 from busigen.runtime.engines.library import Library
-from busigen.runtime.engines.making import Made, Workshop
+from busigen.runtime.engines.making import Made, Workshop, kept_batches
 from busigen.runtime.engines.profiles import Batches, Call, calls
 from busigen.runtime.engines.session import Session, Slot
 
@@ -59,16 +61,15 @@ class EngineBackend:
         self._device = open_device(provider.name)
         self._cache = cache or Cache()
         self._bundle = bundle
-        batches = Batches(options.batch_sizes)
+        workshop, batches = _workshop(self._library, bundle, Batches(options.batch_sizes), self._cache, self._device)
         self.name = provider.name
         # Another engine may round otherwise, so what decides which one runs is part of a dataset's record.
-        shown = ",".join(map(str, batches.sizes))
-        self.version = f"{self._library.version}, batch {shown}, {bundle.info.get('precision', 'fp32')}"
+        self.version = f"{self._library.version} on {self._device.name}, batch {batches}"
+        self.lanes = LANES
         runtime = self._library.module.Runtime(self._library.logger)
         self._sessions: dict[str, Session] = {}
         self._kernel_keys: dict[str, Key] = {}
         try:
-            workshop = _workshop(self._library, bundle, batches, self._cache, self._device)
             for made in workshop.make_all(_tell):
                 key = kernels_key(made, self._device)
                 kept = self._cache.read(_KERNELS, key) or b""
@@ -80,7 +81,7 @@ class EngineBackend:
         except CudaFailure as error:
             raise ProviderError(
                 f"--provider {provider.name}: {error.problem}",
-                fix=f"Give a smaller --batch-size than {shown}, or end what else uses the card.",
+                fix=f"Give a smaller --batch-size than {batches.sizes[0]}, or end what else uses the card.",
             ) from error
         self._runtime = runtime
         self._free = list(range(LANES))
@@ -100,6 +101,8 @@ class EngineBackend:
             IntegrityError: what the engine yields is no batch of numbers.
             ProviderError: the card failed.
         """
+        # The current card is each thread's own, and threads begin with the first one.
+        answered(cuda().cudaSetDevice(self._device.number))
         session = self._sessions[graph]
         count = len(next(iter(inputs.values())))
         contiguous = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in inputs.items()}
@@ -173,12 +176,19 @@ def library_of(provider: Provider) -> Library:
         raise ProviderError(error.problem.replace("--target", "--provider", 1), fix=error.fix) from error
 
 
-def _workshop(library: Library, bundle: Bundle, batches: Batches, cache: Cache, device: Device) -> Workshop:
-    """What makes engines for this very card, where it must or where they are there; else for any card."""
-    own = Workshop(library, bundle, batches, cache, capability=device.capability, device=device)
-    if not library.target.ahead or own.has_all():
-        return own
-    return Workshop(library, bundle, batches, cache)
+def _workshop(
+    library: Library, bundle: Bundle, batches: Batches, cache: Cache, device: Device
+) -> tuple[Workshop, Batches]:
+    """What makes engines for this card: where the cache has them all, those; else what was asked for."""
+    capabilities = ("", device.capability) if library.target.ahead else (device.capability,)
+    size = batches.sizes[0]
+    wanted = [batches] if len(batches.sizes) > 1 or batches.dynamic else kept_batches(library, bundle, cache, size)
+    for one in (*wanted, batches):
+        for capability in reversed(capabilities):
+            workshop = Workshop(library, bundle, one, cache, capability=capability, device=device)
+            if workshop.has_all():
+                return workshop, one
+    return Workshop(library, bundle, batches, cache, capability=capabilities[0], device=device), batches
 
 
 def _tell(made: Made) -> None:

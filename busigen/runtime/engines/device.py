@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -61,8 +61,23 @@ class CudaFailure(BusigenError):
         super().__init__(f"CUDA reports {name} ({status}).", fix="Look at nvidia-smi, and run the same command again.")
 
 
-def open_device(provider: str, number: int = 0) -> Device:
+def card_for(process: str, count: int) -> int:
+    """Which card a process takes, so that workers share those that there are evenly.
+
+    Args:
+        process: its name: ``worker-3`` for a worker of this machine (``launch/local.py``), anything else for one alone.
+        count: cards that the process sees. Ray, and Slurm with ``--gpus-per-task``, show each of theirs one alone.
+    """
+    _, _, number = process.rpartition("worker-")
+    return int(number) % count if number.isdigit() and number != process else 0
+
+
+def open_device(provider: str, number: int | None = None) -> Device:
     """The card that graphs are to run on, made this thread's.
+
+    Args:
+        provider: whose graphs are to run.
+        number: CUDA's of the card; left out, :func:`card_for` of this process.
 
     Raises:
         ProviderError: cuda-python is not installed; there is no card, no driver, or one that is too old.
@@ -79,6 +94,8 @@ def open_device(provider: str, number: int = 0) -> Device:
     status, count = runtime.cudaGetDeviceCount()
     if problem := device_problem(provider, int(status), driver, needed):
         raise problem
+    if number is None:
+        number = card_for(multiprocessing.current_process().name, count)
     if number >= count:
         raise ProviderError(f"--provider {provider}: card {number} is not there; {count} are.", fix="Name another.")
     answered(runtime.cudaSetDevice(number))
@@ -163,10 +180,6 @@ def free_memory() -> int:
 
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-Allocator = Callable[[int], int]
-"""Bytes in, address out."""
 
 
 def device_memory(size: int) -> int:

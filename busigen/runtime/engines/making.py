@@ -165,6 +165,26 @@ class Workshop:
             _log.info("engines are built again: those kept are for %s", "; ".join(sorted(differences)))
 
 
+def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> list[Batches]:
+    """Other batches with this full one that the cache has engines for, those with the most profiles first.
+
+    Whoever built for 16 and 4 ahead of a run wants these used, although the run asks for 16 alone.
+    """
+    # Its rows are the batch sizes themselves.
+    graph = "context"
+    own = key_of(library, bundle, graph, Batches((size,)), "")
+    same = set(own) - {"profiles", "capability"}
+    found = set()
+    for key in cache.keys(KIND):
+        if all(key.get(part) == own[part] for part in same) and isinstance(key.get("profiles"), list):
+            profiles = [tuple(profile) for profile in key["profiles"]]
+            dynamic = len(profiles) == 1 and profiles[0][0] != profiles[0][2]
+            batches = Batches(tuple(most for _, _, most in profiles), dynamic)
+            if batches.sizes[0] == size:
+                found.add(batches)
+    return sorted(found, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
+
+
 class _Timings:
     """See :class:`busigen.runtime.engines.building.Timings`: kept under the library's version, the card, its driver."""
 

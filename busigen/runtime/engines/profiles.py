@@ -62,6 +62,10 @@ class Batches:
             fix = "Give a batch size such as 16, or several such as 16,4: the first for full batches, the others for "
             raise UsageError(f"--batch-size is {text!r}.", fix=f"{fix}what is left over.") from None
 
+    def __str__(self) -> str:
+        shown = ",".join(map(str, self.sizes))
+        return f"up to {shown}" if self.dynamic else shown
+
     def profiles(self, graph: str) -> tuple[Profile, ...]:
         """Those of a graph's engine, the largest first."""
         rows = sorted({rows_per_call(side_of(graph), size) for size in self.sizes}, reverse=True)

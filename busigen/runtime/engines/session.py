@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.errors import IntegrityError, ProviderError
+from busigen.errors import ProviderError
 from busigen.runtime.backend import Arrays
 from busigen.runtime.engines import layout
 from busigen.runtime.engines.device import CudaFailure, answered, cuda, device_memory, pinned_memory
@@ -241,7 +241,7 @@ class Session:
         laid, size = layout.places(shapes)
         return _Shape(context, laid, size, layout.Place(0, tuple(context.get_tensor_shape(self._output))))
 
-    def _unusable(self, said: int) -> ProviderError | IntegrityError:
+    def _unusable(self, said: int) -> ProviderError:
         reason = " ".join(" ".join(self._library.said[said:]).split())[:300] or "it does not say why"
         return ProviderError(
             f"--provider {self._library.name}: {self._library.version} cannot run an engine here: {reason}.",
