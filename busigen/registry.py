@@ -221,7 +221,7 @@ PROVIDERS = {
         Provider(
             name="tensorrt-rtx",
             about="TensorRT for RTX: engines that are finished on the card that runs them",
-            module="busigen.runtime.engines.on_tensorrt_rtx",
+            module="busigen.runtime.engines.on_tensorrt",
             gpu=True,
             extra="tensorrt-rtx",
         ),
