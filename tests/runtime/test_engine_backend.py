@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     except MissingDependencyError as error:
         pytest.skip(str(error))
     cache = Cache(tmp_path_factory.mktemp("cache"))
-    return EngineBackend(Bundle.open(default_bundle()), PROVIDERS[request.param], EngineOptions(None, SIZES), cache)
+    return EngineBackend(Bundle.open(default_bundle()), PROVIDERS[request.param], EngineOptions(batch_sizes=SIZES), cache)
 
 
 def inputs_of(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
@@ -96,5 +96,5 @@ def test_the_probe_runs_a_network(backend: EngineBackend) -> None:
 def test_a_batch_that_cannot_fit_is_refused_with_one_that_does(backend: EngineBackend, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="batch"):
         EngineBackend(
-            Bundle.open(default_bundle()), PROVIDERS[backend.name], EngineOptions(None, (4096,)), Cache(tmp_path)
+            Bundle.open(default_bundle()), PROVIDERS[backend.name], EngineOptions(batch_sizes=(4096,)), Cache(tmp_path)
         )
