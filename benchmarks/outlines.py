@@ -30,7 +30,7 @@ from busigen.data.prepared import Prepared
 from busigen.evaluation.physics.shape import outline
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.asking import Asked, measured, parse_asked
-from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.backend import EngineOptions, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.drafts import Draft, Job
 from busigen.runtime.healthy import HealthyFolder
@@ -123,7 +123,7 @@ def main() -> None:
 
     prepared = Prepared.open(options.data)
     bundle = Bundle.open(options.bundle or default_bundle())
-    backend = OnnxBackend(bundle, threads=options.threads)
+    backend = open_backend(bundle, options=EngineOptions(options.threads))
     healthy = HealthyFolder(options.healthy) if options.healthy else None
     report: dict[str, Any] = {"bundle": bundle.sha256, "split_hash": prepared.split_hash, "seed": options.seed}
     for label in LESION_CLASSES:

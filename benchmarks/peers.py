@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from busigen.registry import LESION_CLASSES, SYNTHETIC
-from busigen.runtime.backend import Backend, OnnxBackend
+from busigen.runtime.backend import Backend, EngineOptions, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.dataset import Dataset
 from busigen.runtime.factory import generate
@@ -126,7 +126,7 @@ def prepare(options: argparse.Namespace) -> None:
         restore(bundle, options.checkpoint)
     if options.backgrounds == SYNTHETIC:
         return
-    sampler = Sampler(bundle, OnnxBackend(bundle), classes=CLASSES)
+    sampler = Sampler(bundle, open_backend(bundle), classes=CLASSES)
     (options.work / "healthy").mkdir()
     for first in range(0, PICTURES, 4):
         numbers = range(first, first + 4)
@@ -209,7 +209,7 @@ def sampler_on(backend: Backend, options: argparse.Namespace) -> Sampler:
 def busigen(options: argparse.Namespace) -> dict[str, Any]:
     """The whole of ``generate``."""
     bundle = Bundle.open(options.bundle)
-    sampler = sampler_on(OnnxBackend(bundle, threads=options.threads), options)
+    sampler = sampler_on(open_backend(bundle, options=EngineOptions(options.threads)), options)
     with Clock() as clock:
         report = generate(sampler, folder(options), count=options.count, seed=SEED)
     return clock.told(options.count, options.count + sum(report.rejected.values()))

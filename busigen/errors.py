@@ -23,6 +23,10 @@ class UsageError(BusigenError):
     exit_code = 2
 
 
+class ProviderError(UsageError):
+    """What runs the graphs (``--provider``) cannot be used on this machine, or not as it was asked for."""
+
+
 class InputError(BusigenError):
     """A file or folder given as input is missing, unreadable or not what it claims to be."""
 

@@ -190,11 +190,65 @@ LOOPS = {
 PARITY_DRAWS = 64
 """Draws per class over which export compares each target with the checkpoint."""
 
+
+@dataclass(frozen=True)
+class Provider:
+    """What can run a bundle's graphs.
+
+    Attributes:
+        name: on the command line, and in a dataset's record.
+        about: in a few words, for people.
+        module: holds its ``ENGINE`` (:class:`busigen.runtime.backend.Engine`), imported when it is asked for.
+        gpu: whether it needs an NVIDIA card.
+        extra: of pyproject.toml, which installs what it needs; empty where the core does.
+        onnxruntime: ONNX Runtime's name for it; empty where it is run without ONNX Runtime.
+    """
+
+    name: str
+    about: str
+    module: str
+    gpu: bool = False
+    extra: str = ""
+    onnxruntime: str = ""
+
+
 PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
+    provider.name: provider
+    for provider in (
+        Provider(
+            name="cpu",
+            about="ONNX Runtime on the processor; runs everywhere",
+            module="busigen.runtime.engines.on_onnxruntime",
+            onnxruntime="CPUExecutionProvider",
+        ),
+        Provider(
+            name="cuda",
+            about="ONNX Runtime on an NVIDIA card",
+            module="busigen.runtime.engines.on_onnxruntime",
+            gpu=True,
+            extra="cuda",
+            onnxruntime="CUDAExecutionProvider",
+        ),
+        Provider(
+            name="tensorrt-rtx",
+            about="TensorRT for RTX: engines that are finished on the card that runs them",
+            module="busigen.runtime.engines.on_tensorrt_rtx",
+            gpu=True,
+            extra="tensorrt-rtx",
+        ),
+        Provider(
+            name="tensorrt",
+            about="TensorRT: engines that are built for the card that runs them",
+            module="busigen.runtime.engines.on_tensorrt",
+            gpu=True,
+            extra="tensorrt",
+        ),
+    )
 }
-"""Command-line provider names and ONNX Runtime's names for them."""
+"""What can run the graphs, by name: the later, the faster where it works, and the earlier ``auto`` tries it."""
+
+AUTO = "auto"
+"""The value of ``--provider`` that asks for the last of ``PROVIDERS`` that really works on this machine."""
 
 LAUNCHERS = {
     "local": "busigen.runtime.launch.local",

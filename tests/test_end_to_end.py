@@ -135,8 +135,8 @@ def test_an_unfinished_checkpoint_cannot_be_exported(tmp_path: Path) -> None:
 def test_in_graph_loop_equals_the_reference_sampler(checkpoint: Path, bundle: Path) -> None:
     """One stage alone, on noise: the graph must be the solver's loop and not merely something close to it."""
     from busigen.export.reference import TorchBackend
-    from busigen.runtime.backend import OnnxBackend
     from busigen.runtime.bundle import Bundle
+    from busigen.runtime.engines.on_onnxruntime import OnnxBackend
     from busigen.training.checkpoint import load_networks
 
     networks, _ = load_networks(checkpoint)

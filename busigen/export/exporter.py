@@ -28,7 +28,7 @@ from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
 from busigen.registry import LESION_CLASSES, PRECISIONS, PROVIDERS
-from busigen.runtime.backend import Backend, OnnxBackend
+from busigen.runtime.backend import Backend, open_backend
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
@@ -99,12 +99,14 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _provers(precision: str) -> list[str]:
-    """The providers of this machine that can run graphs of a precision.
+    """ONNX Runtime's providers of this machine that can run graphs of a precision.
 
     Raises:
         UsageError: there is none, so that nothing could be proved.
     """
-    reasons = {name: runs(provider, precision) for name, provider in PROVIDERS.items()}
+    reasons = {
+        name: runs(provider.onnxruntime, precision) for name, provider in PROVIDERS.items() if provider.onnxruntime
+    }
     able = [name for name, reason in reasons.items() if not reason]
     if not able:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -203,7 +205,7 @@ class _Exporter:
     def _targets(self, bundle: Bundle) -> Iterator[tuple[str, Backend]]:
         """What the bundle is proved on, by name, each opened when its turn comes."""
         for provider in self.providers:
-            yield provider, OnnxBackend(bundle, provider=provider)
+            yield provider, open_backend(bundle, provider)
         if any(choice.precision in TYPES for choice in self.choices.values()):
             rounded = {name: graph for choice in self.choices.values() for name, graph in choice.rounded.items()}
             yield ModelBackend.name, ModelBackend(rounded)

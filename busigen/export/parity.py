@@ -12,7 +12,7 @@ from busigen.errors import ParityError
 from busigen.export.reference import BATCH, Recorder, TorchBackend, Witness
 from busigen.export.similarity import boundary_distance, dice, grey_difference, psnr, ssim
 from busigen.registry import LESION_CLASSES, PARITY_DRAWS
-from busigen.runtime.backend import Backend, OnnxBackend
+from busigen.runtime.backend import Backend, open_backend
 from busigen.runtime.bundle import Bundle
 from busigen.runtime.progress import Progress
 from busigen.training.networks import Networks
@@ -165,7 +165,7 @@ def compare(
     Raises:
         ParityError: a figure misses its limit.
     """
-    figures = Reference(networks, bundle, draws=draws).compare(bundle, backend or OnnxBackend(bundle))
+    figures = Reference(networks, bundle, draws=draws).compare(bundle, backend or open_backend(bundle))
     if found := failures(figures):
         raise refused(backend.name if backend else "cpu", found)
     return figures

@@ -1,23 +1,26 @@
-"""Engines: something that runs a bundle's graphs by name. Here, ONNX Runtime's."""
+"""Backends: something that runs a bundle's graphs by name, opened by the name of a provider."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
-from functools import cache
-from typing import Any, Protocol
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from busigen.errors import IntegrityError, UsageError
-from busigen.registry import PROVIDERS
+from busigen.errors import ProviderError, UsageError
+from busigen.registry import AUTO, PROVIDERS, Provider
 from busigen.runtime.bundle import Bundle
 from busigen.runtime.install import install_command
 
-_SHOWN = 200
-"""Characters of ONNX Runtime's own message that an error quotes."""
+FALLBACK = "cpu"
+"""The provider that ``--allow-fallback`` goes on with: the one that needs nothing."""
+
+_log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -33,116 +36,110 @@ class Backend(Protocol):
         ...
 
 
-class OnnxBackend:
-    """ONNX Runtime sessions, all but the first opened when first needed.
+class OpenedBackend(Backend, Protocol):
+    """What an engine opens."""
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """What the engine's library calls what really runs the graphs, the one that is asked first in front."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How graphs are to be run. An engine reads what concerns it.
+
+    Attributes:
+        threads: compute threads on the processor; ``None`` takes one per core that this process may use.
+    """
+
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads is {self.threads}.", fix="Give 1 or more, or leave it out for one per core.")
+
+
+class Engine(Protocol):
+    """What a module of ``registry.PROVIDERS`` holds as ``ENGINE``."""
+
+    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> OpenedBackend:
+        """A backend on an opened, checked bundle, that is known to work: the first graph is loaded.
+
+        Raises:
+            ProviderError: the provider cannot be used here.
+            IntegrityError: a graph cannot be loaded.
+        """
+        ...
+
+    def probe(self, provider: Provider) -> str:
+        """Run a network of one node, and say in a few words on what it ran.
+
+        Libraries of a broken installation may end the process: :func:`busigen.runtime.probing.probe` calls this in
+        one of its own.
+
+        Raises:
+            ProviderError: the provider cannot be used here.
+        """
+        ...
+
+
+def open_backend(
+    bundle: Bundle,
+    provider: str = FALLBACK,
+    options: EngineOptions | None = None,
+    *,
+    allow_fallback: bool = False,
+) -> OpenedBackend:
+    """A backend of that name.
 
     Args:
         bundle: an opened, checked bundle.
         provider: a name in ``registry.PROVIDERS``.
-        threads: compute threads; ``None`` takes one per core that this process may use.
+        options: how to run the graphs.
+        allow_fallback: where the provider cannot be used, go on with the processor. The backend then says ``cpu``, as
+            the dataset's record will.
 
     Raises:
-        UsageError: the provider is unknown, or not usable here.
+        UsageError: there is no such provider, or, a :class:`busigen.errors.ProviderError`, it is not usable here.
         IntegrityError: a graph cannot be loaded.
     """
+    chosen, options = provider_named(provider), options or EngineOptions()
+    try:
+        return engine_of(chosen).open(bundle, chosen, options)
+    except ProviderError as error:
+        if not allow_fallback or provider == FALLBACK:
+            raise
+        _log.warning("provider: %s, because of --allow-fallback: %s", FALLBACK, error.problem)
+    return open_backend(bundle, FALLBACK, options)
 
-    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
-        if provider not in PROVIDERS:
-            raise UsageError(f"unknown provider {provider!r}.", fix=f"Choose one of: {', '.join(PROVIDERS)}.")
-        if threads is not None and threads < 1:
-            raise UsageError(f"--threads is {threads}.", fix="Give 1 or more, or leave it out for one per core.")
-        self.name = provider
-        self.version = str(ort.__version__)
-        self._bundle = bundle
-        self._provider = PROVIDERS[provider]
-        self._options = _session_options(threads or usable_cores())
-        # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
-        self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
 
-    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
-        """See :class:`Backend`.
+def provider_named(name: str) -> Provider:
+    """The provider of that name.
 
-        Raises:
-            IntegrityError: the graph cannot be run, or what it yields is no batch of numbers.
-        """
-        if graph not in self._sessions:
-            self._sessions[graph] = self._open(graph)
-        try:
-            (output,) = self._sessions[graph].run(None, dict(inputs))
-            result: NDArray[np.float32] = np.asarray(output, dtype=np.float32)
-            rows = len(result)
-        except Exception as error:  # ONNX Runtime's share no public base class; the rest is a graph of another make
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN]
-            raise self._useless(graph, f"cannot be run: {reason}") from error
-        if rows != len(next(iter(inputs.values()))):
-            raise self._useless(graph, f"answers a batch of {len(next(iter(inputs.values())))} with {rows} rows")
-        # A NaN has no grey level: what a cast makes of it depends on the processor, and some of it passes the gates.
-        if not np.isfinite(result).all():
-            raise self._useless(graph, "yields NaN or infinity, which is no image: its weights are damaged")
-        return result
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PROVIDERS:
+        raise UsageError(f"unknown provider {name!r}.", fix=f"Choose one of: {', '.join((AUTO, *PROVIDERS))}.")
+    return PROVIDERS[name]
 
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """ONNX Runtime's names of the providers that really loaded, the one that is asked first in front."""
-        return tuple(self._sessions["context"].get_providers())
 
-    def _open(self, graph: str) -> ort.InferenceSession:
-        path = self._bundle.graph(graph)
-        try:
-            # With fallback, ONNX Runtime prints a banner of its own and goes on with the CPU.
-            session = ort.InferenceSession(str(path), self._options, providers=[self._provider], enable_fallback=False)
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            reason = str(error).splitlines()[0][:_SHOWN]
-            if self.name != "cpu":
-                raise self._unusable(f": {reason}") from error
-            raise IntegrityError(
-                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {reason}.",
-                fix="Export the bundle again with 'busigen export'.",
-            ) from error
-        # A provider whose libraries are missing is replaced by the CPU's without an error; a slow night is worse than
-        # a clear refusal.
-        if self._provider not in session.get_providers():
-            raise self._unusable()
-        return session
+def engine_of(provider: Provider) -> Engine:
+    """The engine that runs a provider's graphs.
 
-    def _useless(self, graph: str, reason: str) -> IntegrityError:
-        return IntegrityError(
-            f"{self._bundle.graph(graph)} {reason}.",
-            fix="Export the bundle again with 'busigen export'; if memory ran out, give a smaller --batch-size.",
-        )
-
-    def _unusable(self, reason: str = "") -> UsageError:
-        return UsageError(
-            f"--provider {self.name}: ONNX Runtime cannot use {self._provider} here{reason}.",
-            fix=f"On a machine with an NVIDIA GPU run {install_command(self.name)}, or use --provider cpu.",
-        )
+    Raises:
+        ProviderError: a module that it needs is not installed.
+    """
+    try:
+        return cast(Engine, import_module(provider.module).ENGINE)
+    except ModuleNotFoundError as error:
+        raise ProviderError(
+            f"--provider {provider.name} needs {error.name}, which is not installed.",
+            fix=f"On a machine with an NVIDIA GPU run {install_command(provider.extra)}, or use --provider {FALLBACK}.",
+        ) from error
 
 
 def usable_cores() -> int:
     """Cores that this process may use; where the system does not say, all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def _prepare_runtime() -> None:
-    """Give all sessions of the process one memory arena, and keep ONNX Runtime's log off the terminal.
-
-    Graphs run one after the other, but an arena keeps the most its session ever used: sixteen of them hold several
-    times what the largest graph needs.
-    """
-    # What goes wrong is raised and told in one line; ONNX Runtime would dump its own account of it beside that.
-    ort.set_default_logger_severity(4)
-    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    ort.create_and_register_allocator(memory, None)
-
-
-def _session_options(threads: int) -> ort.SessionOptions:
-    _prepare_runtime()
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Spinning threads would take the cores from the thread that compresses the previous shard's PNGs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    return options

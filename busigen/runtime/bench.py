@@ -15,7 +15,7 @@ import busigen
 from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES, SYNTHETIC
 from busigen.runtime.atomic import output_errors
-from busigen.runtime.backend import OnnxBackend, usable_cores
+from busigen.runtime.backend import EngineOptions, open_backend, usable_cores
 from busigen.runtime.bench_report import write
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.healthy import HealthyFolder
@@ -83,7 +83,8 @@ class Bench:
         batch_sizes = sorted({_whole_number("--batch-sizes", text) for text in _listed(self.batch_sizes)})
         classes = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
         bundle = Bundle.open(self.bundle or default_bundle())
-        backends = [OnnxBackend(bundle, provider=name, threads=self.threads) for name in _listed(self.providers)]
+        options = EngineOptions(self.threads)
+        backends = [open_backend(bundle, name, options) for name in _listed(self.providers)]
         samplers = [
             Sampler(bundle, TimedBackend(backend), classes=classes, batch_size=size)
             for backend in backends

@@ -11,7 +11,7 @@ from typing import Any
 import busigen
 from busigen.registry import SYNTHETIC
 from busigen.runtime.asking import Asked, parse_asked
-from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.backend import EngineOptions, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.claim import refuse_other_run
 from busigen.runtime.classes import parse_classes
@@ -127,7 +127,7 @@ class Job:
         """
         classes, asked = self._wanted()
         bundle = Bundle.open(self.bundle or default_bundle())
-        backend = TimedBackend(OnnxBackend(bundle, provider=self.provider, threads=self.threads))
+        backend = TimedBackend(open_backend(bundle, self.provider, EngineOptions(self.threads)))
         progress.engine(backend.seconds)
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:

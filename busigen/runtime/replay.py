@@ -11,7 +11,7 @@ from typing import Any
 from busigen.errors import InputError, IntegrityError, UsageError
 from busigen.registry import ATTRIBUTES, SYNTHETIC
 from busigen.runtime.asking import parse_asked
-from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.backend import Backend, EngineOptions, open_backend
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.claim import differences, run_record
 from busigen.runtime.classes import parse_classes
@@ -94,9 +94,9 @@ class Inputs:
             )
         return Bundle.open(folder)
 
-    def _backend(self, bundle: Bundle, recorded: Mapping[str, Any]) -> OnnxBackend:
+    def _backend(self, bundle: Bundle, recorded: Mapping[str, Any]) -> Backend:
         try:
-            return OnnxBackend(bundle, provider=self.provider or str(recorded.get("provider")), threads=self.threads)
+            return open_backend(bundle, self.provider or str(recorded.get("provider")), EngineOptions(self.threads))
         except UsageError as error:
             if self.provider or self.threads is not None:
                 raise

@@ -17,8 +17,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from busigen.export import trace
 from busigen.export.reductions import steady
 from busigen.registry import OPSETS, PRESETS
-from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.backend import EngineOptions
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle
+from busigen.runtime.engines.on_onnxruntime import OnnxBackend
 from busigen.runtime.sample import Sample
 from busigen.runtime.sampler import Sampler
 from busigen.training.models import build
@@ -115,7 +116,9 @@ def steady_bundle(folder: Path) -> Bundle:
 
 def test_threads_change_no_byte_of_a_sample(tmp_path: Path) -> None:
     def draw(bundle: Bundle, threads: int) -> list[Sample]:
-        sampler = Sampler(bundle, OnnxBackend(bundle, threads=threads), classes={"benign": 1.0}, batch_size=2)
+        sampler = Sampler(
+            bundle, OnnxBackend(bundle, options=EngineOptions(threads)), classes={"benign": 1.0}, batch_size=2
+        )
         return sampler.attempt(11, [(0, 0), (1, 0)])[0]
 
     bundle = steady_bundle(tmp_path / "bundle")

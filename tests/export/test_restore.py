@@ -17,8 +17,8 @@ from busigen.errors import IntegrityError, OutputError
 from busigen.export.reference import TorchBackend
 from busigen.export.restore import opened_base, restore
 from busigen.registry import LESION_CLASSES, STAGES
-from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
+from busigen.runtime.engines.on_onnxruntime import OnnxBackend
 from busigen.runtime.sampler import Sampler
 from busigen.training.checkpoint import load_component, load_networks, read_record
 

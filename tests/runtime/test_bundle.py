@@ -15,8 +15,8 @@ import pytest
 
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.registry import BUCKETS, LESION_CLASSES
-from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import MAX_GRAPH_BYTES, MAX_RECORD_BYTES, Bundle, default_bundle, graph_names
+from busigen.runtime.engines.on_onnxruntime import OnnxBackend
 from busigen.runtime.onnx_files import external_files
 
 Info = dict[str, Any]

@@ -18,9 +18,10 @@ from busigen.errors import AcceptanceError, IntegrityError, UsageError
 from busigen.registry import LATENT_FACTOR, LESION_CLASSES
 from busigen.runtime import gates
 from busigen.runtime.asking import parse_asked
-from busigen.runtime.backend import OnnxBackend
+from busigen.runtime.backend import EngineOptions, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.classes import class_at
+from busigen.runtime.engines.on_onnxruntime import OnnxBackend
 from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.sample import Drawn, Sample
 from busigen.runtime.sampler import MAX_ATTEMPTS, Sampler
@@ -269,10 +270,10 @@ def test_an_impossible_batch_size_is_refused(bundle: Bundle, backend: OnnxBacken
 
 def test_an_unknown_provider_is_refused(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="'abacus'") as caught:
-        OnnxBackend(bundle, provider="abacus")
+        open_backend(bundle, "abacus")
     assert "cpu" in caught.value.fix
     with pytest.raises(UsageError, match="--threads is 0"):
-        OnnxBackend(bundle, threads=0)
+        open_backend(bundle, options=EngineOptions(threads=0))
 
 
 def test_the_fingerprint_says_what_decides_the_samples(
@@ -291,9 +292,9 @@ def test_the_fingerprint_says_what_decides_the_samples(
 
 def test_sampling_needs_no_torch() -> None:
     code = (
-        "import sys; from busigen.runtime.sampler import Sampler; from busigen.runtime.backend import OnnxBackend; "
+        "import sys; from busigen.runtime.sampler import Sampler; from busigen.runtime.backend import open_backend; "
         "from busigen.runtime.bundle import Bundle, default_bundle; b = Bundle.open(default_bundle()); "
-        "Sampler(b, OnnxBackend(b), classes={'benign': 1.0}, batch_size=1).attempt(0, [(0, 0)]); "
+        "Sampler(b, open_backend(b), classes={'benign': 1.0}, batch_size=1).attempt(0, [(0, 0)]); "
         "print([name for name in ('torch', 'diffusers', 'transformers', 'onnx', 'peft') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

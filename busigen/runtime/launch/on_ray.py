@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from busigen.errors import BusigenError, InputError, MissingDependencyError, UsageError
-from busigen.runtime.backend import usable_cores
+from busigen.runtime.backend import provider_named, usable_cores
 from busigen.runtime.install import install_command
 from busigen.runtime.launch import Crewing
 from busigen.runtime.launch.crew import Event
@@ -35,7 +35,7 @@ class OnRay:
         if wanted.workers is not None:
             require_workers(wanted.workers)
         threads = wanted.threads or (min(_THREADS, usable_cores()) if wanted.ray_address is None else _THREADS)
-        resources = {"num_cpus": threads, "num_gpus": 0 if wanted.provider == "cpu" else 1}
+        resources = {"num_cpus": threads, "num_gpus": int(provider_named(wanted.provider).gpu)}
         return RayCrew(make(threads), wanted.workers, resources, wanted.ray_address)
 
 
