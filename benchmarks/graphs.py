@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=list(GRAPHS))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--provider", choices=list(PROVIDERS), default="cpu")
+    parser.add_argument(
+        "--provider", choices=[name for name, found in PROVIDERS.items() if found.onnxruntime], default="cpu"
+    )
     parser.add_argument(
         "--batch", type=int, default=16, help="rows per call at the small window; a quarter at the large"
     )
@@ -143,7 +145,9 @@ def _session(path: Path, options: argparse.Namespace) -> ort.InferenceSession:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3
-    return ort.InferenceSession(str(path), settings, providers=[PROVIDERS[options.provider]], enable_fallback=False)
+    return ort.InferenceSession(
+        str(path), settings, providers=[PROVIDERS[options.provider].onnxruntime], enable_fallback=False
+    )
 
 
 def _whole(form: str, graph: str, options: argparse.Namespace, inputs: dict[str, Any]) -> Call:
@@ -298,7 +302,7 @@ def _runs(model: ModelProto) -> str:
     settings.log_severity_level = 4
     inputs = {value.name: _made_up(value, 2, rng) for value in model.graph.input if value.name != "label"}
     try:
-        session = ort.InferenceSession(model.SerializeToString(), settings, providers=[PROVIDERS["cpu"]])
+        session = ort.InferenceSession(model.SerializeToString(), settings, providers=[PROVIDERS["cpu"].onnxruntime])
         if any(value.name == "label" for value in model.graph.input):
             inputs["label"] = np.ones(1, dtype=np.int64)
         session.run(None, inputs)
@@ -350,7 +354,7 @@ def _in_memory(model: ModelProto, threads: int) -> ort.InferenceSession:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), settings, providers=[PROVIDERS["cpu"]])
+    return ort.InferenceSession(model.SerializeToString(), settings, providers=[PROVIDERS["cpu"].onnxruntime])
 
 
 def _seconds(session: ort.InferenceSession, inputs: dict[str, Any], options: argparse.Namespace) -> float:

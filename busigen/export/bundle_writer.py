@@ -87,7 +87,8 @@ def _store(graph: GraphProto, weights: WeightFiles) -> None:
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *nodes])
-    for node in nodes:
+    # The nodes as they are in the graph now: those of the list were copied into it.
+    for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _store(attribute.g, weights)

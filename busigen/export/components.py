@@ -83,10 +83,15 @@ def components(networks: Networks, *, opset: int, loop: str) -> Iterator[Compone
     yield Component("decoder", {f"decoder@{side}": Part(tracing.decoder(networks, side)) for side in BUCKETS})
     yield _prior(tracing, networks, loop)
     yield outlines(tracing, networks, loop)
-    yield _staged(tracing, networks, loop, "lesion", trace.LesionCondition(), ["known", "mask", "edit"])
+    steps: Steps = {}
+    yield _staged(tracing, networks, loop, "lesion", trace.LesionCondition(), ["known", "mask", "edit"], steps)
     yield _staged(
-        tracing, networks, loop, "blend", trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"]
+        tracing, networks, loop, "blend", trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"], steps
     )
+
+
+Steps = dict[str, list[ModelProto]]
+"""Traced evaluations, one per window size, by the configuration of what was traced: stages 2 and 3 may share one."""
 
 
 def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
@@ -109,23 +114,29 @@ def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
 
 
 def _staged(
-    tracing: trace.Tracer, networks: Networks, loop: str, stage: str, condition: torch.nn.Module, inputs: list[str]
+    tracing: trace.Tracer,
+    networks: Networks,
+    loop: str,
+    stage: str,
+    condition: torch.nn.Module,
+    inputs: list[str],
+    steps: Steps,
 ) -> Component:
     channels = networks.preset.latent_channels
     first = networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
     conditions = (channels, MASK_CHANNELS, 1)
-    traced = [
-        (
-            tracing.step(first, side // LATENT_FACTOR, networks.preset.tokens, conditions),
-            steady(tracing.condition(condition, inputs, channels, side)),
-        )
-        for side in BUCKETS
-    ]
+    sizes = [side // LATENT_FACTOR for side in BUCKETS]
+    # Names with an underscore say where the network was loaded from.
+    key = str(sorted((name, value) for name, value in first.config.items() if not name.startswith("_")))
+    if key not in steps:
+        steps[key] = [tracing.step(first, size, networks.preset.tokens, conditions) for size in sizes]
+    before = [steady(tracing.condition(condition, inputs, channels, side)) for side in BUCKETS]
+    traced = list(zip(steps[key], before, strict=True))
     parts = {}
     for label in LESION_CLASSES:
         weights = _weights(networks.denoisers[f"{stage}-{label}"])
-        for name, (step, before) in zip(graphs_of(f"{stage}-{label}"), traced, strict=True):
-            parts[name] = _part(with_weights(step, weights), stage, label, networks, "latents", before)
+        for name, (step, known) in zip(graphs_of(f"{stage}-{label}"), traced, strict=True):
+            parts[name] = _part(with_weights(step, weights), stage, label, networks, "latents", known)
     return Component(stage, parts, loop)
 
 

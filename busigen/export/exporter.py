@@ -99,13 +99,14 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _provers(precision: str) -> list[str]:
-    """The providers of this machine that can run graphs of a precision.
+    """ONNX Runtime's providers of this machine that can run graphs of a precision.
 
     Raises:
         UsageError: there is none, so that nothing could be proved.
     """
-    usable = {name: provider.onnxruntime for name, provider in PROVIDERS.items() if provider.onnxruntime}
-    reasons = {name: runs(called, precision) for name, called in usable.items()}
+    reasons = {
+        name: runs(provider.onnxruntime, precision) for name, provider in PROVIDERS.items() if provider.onnxruntime
+    }
     able = [name for name, reason in reasons.items() if not reason]
     if not able:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

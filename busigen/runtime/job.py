@@ -160,7 +160,12 @@ class Job:
 
     def _backend(self, bundle: Bundle) -> OpenedBackend:
         name = choose().provider if self.provider == AUTO else self.provider
-        return open_backend(bundle, name, EngineOptions(self.threads), allow_fallback=self.allow_fallback)
+        return open_backend(
+            bundle,
+            name,
+            EngineOptions(self.threads, batch_sizes=(self.batch_size,)),
+            allow_fallback=self.allow_fallback,
+        )
 
     def _maker(self, threads: int | None) -> SourceMaker:
         """What a worker opens its source with; its folders hold wherever that is."""

@@ -22,7 +22,7 @@ from busigen.export.report import report
 from busigen.export.restore import restore
 from busigen.export.trace import Tracer
 from busigen.registry import LESION_CLASSES, OPSETS
-from busigen.runtime.engines.on_onnxruntime import OnnxBackend
+from busigen.runtime.backend import open_backend
 from busigen.training.checkpoint import load_component, load_networks
 from tests.export.checkpoints import TINY, changed, untrained
 
@@ -135,7 +135,7 @@ def test_a_bundle_in_fp16_is_proved_falls_back_and_is_restored(sound: Path, tmp_
     noise = np.random.default_rng(0).standard_normal((2, *bundle.latent_shape)).astype(np.float32)
     networks, _ = load_networks(loud)
     expected = TorchBackend(networks).run("prior", {"noise": noise})
-    assert np.abs(OnnxBackend(bundle).run("prior", {"noise": noise}) - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.abs(open_backend(bundle).run("prior", {"noise": noise}) - expected).max() < 0.05 * np.abs(expected).max()
 
     restore(bundle, tmp_path / "restored")
     for place in ("merged/lesion-malignant", "merged/mask-benign", "base/prior", "base/autoencoder"):

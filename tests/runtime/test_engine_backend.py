@@ -30,7 +30,9 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     except MissingDependencyError as error:
         pytest.skip(str(error))
     cache = Cache(tmp_path_factory.mktemp("cache"))
-    return EngineBackend(Bundle.open(default_bundle()), PROVIDERS[request.param], EngineOptions(batch_sizes=SIZES), cache)
+    return EngineBackend(
+        Bundle.open(default_bundle()), PROVIDERS[request.param], EngineOptions(batch_sizes=SIZES), cache
+    )
 
 
 def inputs_of(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
