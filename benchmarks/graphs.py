@@ -219,7 +219,8 @@ def prepare(options: argparse.Namespace) -> None:
 
     networks, _ = load_networks(options.checkpoint)
     (options.work / "steps.json").write_text(json.dumps(networks.steps))
-    for component in components(networks, opset=OPSETS[0], loop=next(iter(LOOPS))):
+    only = {graph.partition("@")[0].partition("-")[0] for graph in options.graphs}
+    for component in components(networks, opset=OPSETS[0], loop=next(iter(LOOPS)), only=only):
         wanted = {graph: part for graph, part in component.parts.items() if graph in options.graphs}
         for loop in LOOPS:
             for graph, model in replace(component, parts=wanted, loop=loop).graphs("fp32").items():
@@ -323,9 +324,10 @@ def int8(options: argparse.Namespace) -> dict[str, Any]:
     networks, _ = load_networks(options.checkpoint)
     found: dict[str, Any] = {}
     rows = []
-    for component in components(networks, opset=OPSETS[0], loop="loop"):
+    tried = {"context": [["MatMul"]], "lesion": [["MatMul"], ["MatMul", "Conv"]]}
+    for component in components(networks, opset=OPSETS[0], loop="loop", only=tried):
         graph, part = next(iter(component.parts.items()))
-        for operators in {"context": [["MatMul"]], "lesion": [["MatMul"], ["MatMul", "Conv"]]}.get(component.name, []):
+        for operators in tried[component.name]:
             model = steady(part.evaluation)
             inputs = _asked(model, options.batch)
             sessions = {"fp32": _in_memory(model, options.threads)}

@@ -22,7 +22,7 @@ from busigen.export.bundle_writer import write_graphs
 from busigen.export.card import card
 from busigen.export.checks import check_finite, check_layout, check_opset, runs
 from busigen.export.choosing import Choice, ModelBackend, choose, raised
-from busigen.export.components import Component, components
+from busigen.export.components import COMPONENTS, Component, components
 from busigen.export.counts import fused
 from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
@@ -135,7 +135,7 @@ class _Exporter:
             self.reference = Reference(
                 self.networks, Bundle(self.folder, info, ""), draws=self.options.draws, progress=self.progress
             )
-            self.progress.start("tracing", _COMPONENTS, unit="component")
+            self.progress.start("tracing", len(COMPONENTS), unit="component")
             for component in components(self.networks, opset=self.options.opset, loop=self.options.loop):
                 self._lay_out(component)
                 self.progress.advance(1)
@@ -213,10 +213,6 @@ class _Exporter:
     def _runnable(self) -> list[tuple[str, dict[str, Any]]]:
         """Graphs whose fused nodes the CPU provider can count."""
         return [(name, graph) for name, graph in self.graphs.items() if graph["precision"] != "bf16"]
-
-
-_COMPONENTS = 7
-"""How many components :func:`busigen.export.components.components` yields."""
 
 
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:

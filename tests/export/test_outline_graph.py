@@ -72,4 +72,5 @@ def test_the_graph_draws_what_the_network_draws_and_what_is_asked_for(
     parameters = sum(value.numel() for value in networks.denoisers["mask-benign"].state_dict().values())
     size = (tmp_path / "mask.weights").stat().st_size
     assert size < 2.2 * 2 * parameters, "something is stored twice"
-    assert size > 1.8 * 2 * parameters, "weights were left in a graph"
+    own = sum(value.numel() for value in networks.denoisers["mask-benign"].parameters())
+    assert size > 0.9 * 2 * 2 * own, "weights were left in a graph"
