@@ -35,13 +35,15 @@ Graphs = dict[str, ModelProto]
 class Part:
     """One graph: a traced evaluation in fp32, and what puts the rest around it (given a name in ``registry.LOOPS``).
 
-    ``before`` computes conditions once, ahead of the solver's loop, and ``after`` the output from its result.
+    ``before`` computes conditions once, ahead of the solver's loop, ``after`` the output from its result, and
+    ``update`` is a solver step where it is more than ``a x + b velocity``.
     """
 
     evaluation: ModelProto
     finish: Callable[[ModelProto, str], ModelProto] = lambda model, loop: model
     before: ModelProto | None = None
     after: ModelProto | None = None
+    update: ModelProto | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     cells = RESOLUTION // LATENT_FACTOR
     step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
     before = steady(tracing.prior_condition(networks, cells))
-    return Component("prior", {"prior": _part(step, "prior", "normal", networks, "latents", before)}, loop)
+    update = steady(tracing.spectrum(networks.denoisers["prior"].spectrum))
+    part = _part(step, "prior", "normal", networks, "latents", before, update=update)
+    return Component("prior", {"prior": part}, loop)
 
 
 def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
@@ -163,6 +167,7 @@ def _part(
     output: str,
     before: ModelProto,
     after: ModelProto | None = None,
+    update: ModelProto | None = None,
 ) -> Part:
     def finish(evaluation: ModelProto, loop: str) -> ModelProto:
         return with_solver(
@@ -174,9 +179,10 @@ def _part(
             output=output,
             before=before,
             after=after,
+            update=update,
         )
 
-    return Part(step, finish, before, after)
+    return Part(step, finish, before, after, update)
 
 
 def _weights(unet: ModelMixin) -> dict[str, Any]:

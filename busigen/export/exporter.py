@@ -27,7 +27,7 @@ from busigen.export.counts import fused
 from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
-from busigen.registry import LESION_CLASSES, PRECISIONS, PROVIDERS
+from busigen.registry import LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
 from busigen.runtime.backend import Backend, open_backend
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
@@ -224,6 +224,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "latent_channels": networks.preset.latent_channels,
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
+        "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
         "solver_steps": dict(networks.steps),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),
