@@ -75,6 +75,19 @@ class WorkerError(BusigenError):
     exit_code = 10
 
 
+class CapacityError(BusigenError):
+    """A batch needs more memory than there is.
+
+    ``rows`` is the number of rows of the engine call that did not fit, ``fits`` how many do; 0 where none, or unknown.
+    """
+
+    exit_code = 11
+
+    def __init__(self, problem: str, *, fix: str = "", rows: int = 0, fits: int = 0) -> None:
+        super().__init__(problem, fix=fix)
+        self.rows, self.fits = rows, fits
+
+
 INTERRUPTED_EXIT_CODE = 130
 """Ctrl-C (SIGINT)."""
 

@@ -202,6 +202,7 @@ class Provider:
         gpu: whether it needs an NVIDIA card.
         extra: of pyproject.toml, which installs what it needs; empty where the core does.
         onnxruntime: ONNX Runtime's name for it; empty where it is run without ONNX Runtime.
+        options: given to ONNX Runtime with that name.
     """
 
     name: str
@@ -210,7 +211,14 @@ class Provider:
     gpu: bool = False
     extra: str = ""
     onnxruntime: str = ""
+    options: tuple[tuple[str, str], ...] = ()
 
+
+_CUDA = (
+    ("device_id", "0"),
+    # The default tries all algorithms and takes the fastest of that moment, so that two runs may differ in their bytes.
+    ("cudnn_conv_algo_search", "HEURISTIC"),
+)
 
 PROVIDERS = {
     provider.name: provider
@@ -222,17 +230,27 @@ PROVIDERS = {
             onnxruntime="CPUExecutionProvider",
         ),
         Provider(
-            name="cuda",
-            about="ONNX Runtime on an NVIDIA card",
+            name="cuda-tf32",
+            about="cuda, with matrix products in TF32: faster, less exact, and never chosen by auto before cuda",
             module="busigen.runtime.engines.on_onnxruntime",
             gpu=True,
             extra="cuda",
             onnxruntime="CUDAExecutionProvider",
+            options=(*_CUDA, ("use_tf32", "1")),
+        ),
+        Provider(
+            name="cuda",
+            about="ONNX Runtime on an NVIDIA card, in fp32 where the graph says fp32",
+            module="busigen.runtime.engines.on_onnxruntime",
+            gpu=True,
+            extra="cuda",
+            onnxruntime="CUDAExecutionProvider",
+            options=(*_CUDA, ("use_tf32", "0")),
         ),
         Provider(
             name="tensorrt-rtx",
             about="TensorRT for RTX: engines that are finished on the card that runs them",
-            module="busigen.runtime.engines.on_tensorrt_rtx",
+            module="busigen.runtime.engines.on_tensorrt",
             gpu=True,
             extra="tensorrt-rtx",
         ),

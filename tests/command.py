@@ -26,7 +26,7 @@ def error_line(done: Done, code: int) -> str:
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    said = r"generating: |measuring: |reading healthy images: |\d\d:\d\d:\d\d (left out|healthy images): "
+    said = r"provider: |generating: |measuring: |reading healthy images: |\d\d:\d\d:\d\d (left out|healthy images): "
     lines = [line for line in done.stderr.splitlines() if not re.match(said, line)]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")

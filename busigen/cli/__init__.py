@@ -12,7 +12,7 @@ from rich.markup import escape
 
 # Importing the modules adds their commands, in the order of --help.
 # isort: off
-from busigen.cli import models, datasets, judging  # noqa: F401
+from busigen.cli import models, datasets, judging, machines  # noqa: F401
 
 # isort: on
 from busigen.cli.app import DEBUG, Interrupted, app, stderr

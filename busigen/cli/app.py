@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit codes: 0 done, 2 usage, 3 input, 4 output, 5 integrity, 6 parity, 7 missing extra, 8 acceptance, "
-    "9 flagged, 10 workers lost, 130 interrupted, 143 terminated. See docs/exit-codes.md.",
+    "9 flagged or cannot run, 10 workers lost, 11 memory, 130 interrupted, 143 terminated. See docs/exit-codes.md.",
 )
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
-from busigen.registry import BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
+from busigen.registry import AUTO, BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
 from busigen.runtime.summary import explained, generated, merged, repaired, verified
 
@@ -48,7 +48,12 @@ def generate(
     shard_size: Annotated[
         int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
     ] = DEFAULT_SHARD_SIZE,
-    provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}.")] = "cpu",
+    provider: Annotated[
+        str, typer.Option(help=f"{', '.join(PROVIDERS)}; or auto: what --out was begun with, else the best that works.")
+    ] = AUTO,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Go on with the processor if the provider cannot be used.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(help="Compute threads, of each worker. [default: the cores, divided by the workers]")
     ] = None,
@@ -99,6 +104,7 @@ def generate(
         launcher=launcher,
         workers=workers,
         ray_address=ray_address,
+        allow_fallback=allow_fallback,
     )
     with supervised(out, log_json) as (progress, stop):
         report = job.run(progress, stop)
@@ -113,8 +119,11 @@ def generate(
 def bench(
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     provider: Annotated[
-        str, typer.Option("--provider", "--providers", help=f"One or more of: {', '.join(PROVIDERS)}.")
-    ] = "cpu",
+        str, typer.Option("--provider", "--providers", help=f"One or more of: {', '.join((AUTO, *PROVIDERS))}.")
+    ] = AUTO,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Measure the processor where a provider cannot be used.")
+    ] = False,
     batch_sizes: Annotated[str, typer.Option(help="Images per engine call, one or more.")] = "4,16",
     count: Annotated[int, typer.Option(help="Accepted samples per run.")] = 48,
     count_for: Annotated[int, typer.Option(help="Predict time and disk size for this many samples.")] = 100_000,
@@ -144,6 +153,7 @@ def bench(
         repeat=repeat,
         healthy=healthy,
         threads=threads,
+        allow_fallback=allow_fallback,
     )
     with console_progress() as progress:
         try:

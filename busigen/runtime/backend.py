@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,51 @@ class Backend(Protocol):
         ...
 
 
+Feed = Mapping[str, Any]
+"""Inputs of a graph: arrays, or what :meth:`Resident.keep` handed back."""
+
+
+@runtime_checkable
+class Resident(Backend, Protocol):
+    """A backend that can leave a graph's output where it was computed, for the graphs that read it next.
+
+    What it hands back has a length, the rows of its batch, and becomes an array by ``numpy.asarray``; only the same
+    backend's methods read it without that.
+    """
+
+    def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
+        """See :class:`Backend`; some of the inputs may have been kept."""
+        ...
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """Run one graph, and keep its output."""
+        ...
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """``numpy.where`` of two kept outputs of four dimensions, kept."""
+        ...
+
+
+class OnHost:
+    """Any backend as a :class:`Resident` one: what is kept are arrays."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.name, self.version, self.run = backend.name, backend.version, backend.run
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """See :class:`Resident`."""
+        return self.run(graph, inputs)
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """See :class:`Resident`."""
+        return np.where(where, chosen, other)
+
+
+def resident(backend: Backend) -> Resident:
+    """The backend itself where it can keep outputs, else one that keeps them as arrays."""
+    return backend if isinstance(backend, Resident) else OnHost(backend)
+
+
 class OpenedBackend(Backend, Protocol):
     """What an engine opens."""
 
@@ -51,9 +96,11 @@ class EngineOptions:
 
     Attributes:
         threads: compute threads on the processor; ``None`` takes one per core that this process may use.
+        bound: keep inputs and outputs in fixed buffers on the device; ``None`` does so on a card.
     """
 
     threads: int | None = None
+    bound: bool | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

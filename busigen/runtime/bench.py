@@ -13,14 +13,15 @@ from typing import Any
 
 import busigen
 from busigen.errors import UsageError
-from busigen.registry import LESION_CLASSES, SYNTHETIC
+from busigen.registry import AUTO, LESION_CLASSES, SYNTHETIC
 from busigen.runtime.atomic import output_errors
-from busigen.runtime.backend import EngineOptions, open_backend, usable_cores
+from busigen.runtime.backend import EngineOptions, OpenedBackend, open_backend, usable_cores
 from busigen.runtime.bench_report import write
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE, MAX_COUNT, Plan
 from busigen.runtime.machine import machine
+from busigen.runtime.probing import choose
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
 from busigen.runtime.timing import Run, Stage, TimedBackend, measure, samples_to_make
@@ -40,13 +41,14 @@ class Bench:
         out: folder for what is written; runs go into a temporary folder in it, so that it is this disk that counts.
         ledger: file that a line is appended to.
         bundle: a bundle's folder; ``None`` for the shipped one.
-        providers: names in ``registry.PROVIDERS``, separated by commas.
+        providers: names in ``registry.PROVIDERS`` or ``auto``, separated by commas.
         batch_sizes: images per engine call, separated by commas.
         count: accepted samples per run.
         count_for: number of samples to predict time and size for.
         repeat: runs per provider and batch size.
         healthy: a folder of healthy images, or ``synthetic``.
         threads: compute threads; ``None`` for one per core.
+        allow_fallback: where a provider cannot be used, measure the processor.
     """
 
     out: Path
@@ -59,6 +61,7 @@ class Bench:
     repeat: int
     healthy: str
     threads: int | None
+    allow_fallback: bool = False
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Measure, and write the results.
@@ -83,8 +86,7 @@ class Bench:
         batch_sizes = sorted({_whole_number("--batch-sizes", text) for text in _listed(self.batch_sizes)})
         classes = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
         bundle = Bundle.open(self.bundle or default_bundle())
-        options = EngineOptions(self.threads)
-        backends = [open_backend(bundle, name, options) for name in _listed(self.providers)]
+        backends = self._backends(bundle, progress)
         samplers = [
             Sampler(bundle, TimedBackend(backend), classes=classes, batch_size=size)
             for backend in backends
@@ -122,6 +124,19 @@ class Bench:
         }
         write(record, self.out, self.ledger)
         return record
+
+    def _backends(self, bundle: Bundle, progress: Progress) -> list[OpenedBackend]:
+        """One per provider that really runs: several may come down to the same."""
+        opened: dict[str, OpenedBackend] = {}
+        for name in _listed(self.providers):
+            if name == AUTO:
+                choice = choose()
+                progress.note(f"provider: {choice.provider} ({choice.why})")
+                name = choice.provider
+            options = EngineOptions(self.threads)
+            backend = open_backend(bundle, name, options, allow_fallback=self.allow_fallback)
+            opened.setdefault(backend.name, backend)
+        return list(opened.values())
 
 
 def summary(sampler: Sampler, count: int, count_for: int, runs: Sequence[Run]) -> dict[str, Any]:

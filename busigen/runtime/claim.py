@@ -14,7 +14,7 @@ import PIL
 import polars as pl
 
 import busigen
-from busigen.errors import OutputError
+from busigen.errors import BusigenError, OutputError
 from busigen.runtime.atomic import leftovers, output_errors, write_json
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
@@ -86,6 +86,15 @@ def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iter
         yield standing
     finally:
         lock.__exit__(None, None, None)
+
+
+def recorded_provider(out: Path) -> str | None:
+    """The provider that the run in a folder was begun with; ``None`` where there is no readable record of one."""
+    try:
+        found = decided(read_json(out / RUN_FILE), "--provider")
+    except (BusigenError, OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def refuse_other_run(out: Path, source: Source, plan: Plan, healthy: Path) -> None:

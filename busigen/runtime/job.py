@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import busigen
-from busigen.registry import SYNTHETIC
+from busigen.errors import ProviderError
+from busigen.registry import AUTO, SYNTHETIC
 from busigen.runtime.asking import Asked, parse_asked
-from busigen.runtime.backend import EngineOptions, open_backend
+from busigen.runtime.backend import EngineOptions, OpenedBackend, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.claim import refuse_other_run
+from busigen.runtime.claim import recorded_provider, refuse_other_run
 from busigen.runtime.classes import parse_classes
 from busigen.runtime.factory import GenerateReport, generate, refuse_small_disk
 from busigen.runtime.healthy import HealthyFolder
@@ -21,6 +22,7 @@ from busigen.runtime.launch import Crewing, launcher
 from busigen.runtime.launch.crew import Foreman
 from busigen.runtime.launch.worker import SourceMaker
 from busigen.runtime.layout import Plan
+from busigen.runtime.probing import choose
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
 from busigen.runtime.share import planned
@@ -41,7 +43,8 @@ class Job:
         seed: of the noise.
         batch_size: images per engine call.
         shard_size: samples per shard.
-        provider: a name in ``registry.PROVIDERS``.
+        provider: a name in ``registry.PROVIDERS``, or ``auto``: the one that ``out`` was begun with, else the best that
+            works here.
         threads: compute threads; ``None`` for one per core.
         size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
         taller_than_wide: short for a ``height_width`` above 1.
@@ -51,6 +54,7 @@ class Job:
         launcher: a name in ``registry.LAUNCHERS``.
         workers: processes that make shards; ``None`` for what the launcher takes by itself.
         ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
+        allow_fallback: where the provider cannot be used, go on with the processor.
     """
 
     count: int | None
@@ -74,6 +78,7 @@ class Job:
     launcher: str = "local"
     workers: int | None = None
     ray_address: str | None = None
+    allow_fallback: bool = False
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began.
@@ -85,8 +90,24 @@ class Job:
         Raises:
             BusigenError: as for what it calls: an option, an input or the output is not usable.
         """
-        progress.began(self._facts())
-        stop = stop or Stopping()
+        begun_with = recorded_provider(self.out) if self.provider == AUTO else None
+        choice = choose(begun_with) if self.provider == AUTO else None
+        job = replace(self, provider=choice.provider) if choice else self
+        progress.began(job._facts())
+        if choice:
+            progress.note(f"provider: {choice.provider} ({choice.why})")
+        try:
+            return job._run(progress, stop or Stopping())
+        except ProviderError as error:
+            if not begun_with:
+                raise
+            raise ProviderError(
+                f"{self.out} was begun with --provider {begun_with}, which cannot be used here. {error.problem}",
+                fix="Continue it on a machine like the first one, or choose another --out.",
+            ) from error
+
+    def _run(self, progress: Progress, stop: Stopping) -> GenerateReport:
+        """All of :meth:`run`, with a provider that has a name."""
         chosen = launcher(self.launcher)
         plan, share = planned(
             self.count,
@@ -127,7 +148,7 @@ class Job:
         """
         classes, asked = self._wanted()
         bundle = Bundle.open(self.bundle or default_bundle())
-        backend = TimedBackend(open_backend(bundle, self.provider, EngineOptions(self.threads)))
+        backend = TimedBackend(self._backend(bundle))
         progress.engine(backend.seconds)
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
@@ -136,6 +157,10 @@ class Job:
                 refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))
             sampler.healthy = HealthyFolder(Path(self.healthy), progress)
         return sampler
+
+    def _backend(self, bundle: Bundle) -> OpenedBackend:
+        name = choose().provider if self.provider == AUTO else self.provider
+        return open_backend(bundle, name, EngineOptions(self.threads), allow_fallback=self.allow_fallback)
 
     def _maker(self, threads: int | None) -> SourceMaker:
         """What a worker opens its source with; its folders hold wherever that is."""

@@ -52,6 +52,25 @@ def external_files(path: Path) -> set[str]:
     return {name.decode() for name in found}
 
 
+def operators(path: Path) -> set[str]:
+    """The operators of a graph's own nodes; what loops and branches hold inside is not looked at.
+
+    Args:
+        path: an ONNX graph small enough to be read into memory.
+
+    Raises:
+        ValueError: the file is no protobuf message, or a name in it is no text.
+        OSError: the file cannot be read.
+    """
+    data = path.read_bytes()
+    level = [(0, len(data))]
+    # Model, graph, node, operator, by the fields' numbers in onnx.proto.
+    for field in (7, 1, 4):
+        found = [message for start, end in level for message in _messages(data, start, end)]
+        level = [(start, end) for number, start, end in found if number == field]
+    return {data[start:end].decode() for start, end in level}
+
+
 def _messages(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
     """Number, first and last byte of all fields of a message that have a length."""
     found = []

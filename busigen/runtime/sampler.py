@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
-from busigen.errors import AcceptanceError, UsageError
+from busigen.errors import AcceptanceError, CapacityError, UsageError
 from busigen.registry import ATTRIBUTES, BUCKETS, LATENT_FACTOR, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.asking import Asked
-from busigen.runtime.backend import Backend
+from busigen.runtime.backend import Backend, resident
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.classes import class_at
 from busigen.runtime.drafts import (
@@ -99,6 +99,7 @@ class Sampler:
         if not 1 <= batch_size <= 4096:
             raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
+        self._resident = resident(backend)
         self.asked = asked or Asked()
         self.batch_size = batch_size
         self._graphs = frozenset(graph_names())
@@ -306,20 +307,20 @@ class Sampler:
         keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
         grey = [np.where(e, 0.0, to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
         common = {
-            "tokens": self._tokens(batch, keep),
+            "tokens": self._keep("context", side, count, image=_pictures(batch), keep=keep),
             "keep": keep,
-            "known": self._run("encoder", side, count, pixels=cut(grey, windows)),
+            "known": self._keep("encoder", side, count, pixels=cut(grey, windows)),
             "mask": cut(masks, windows),
             "edit": cut(edits, windows),
         }
         noise = _noise(seed, batch, "lesion", shape)
-        painted = self._run(f"lesion-{label}", side, count, noise=noise, **common)
+        painted = self._keep(f"lesion-{label}", side, count, noise=noise, **common)
         ring = cut([ring_region(edit) for edit in edits], windows)
         noise = _noise(seed, batch, "blend", shape)
-        blended = self._run(f"blend-{label}", side, count, noise=noise, painted=painted, ring=ring, **common)
+        blended = self._keep(f"blend-{label}", side, count, noise=noise, painted=painted, ring=ring, **common)
         # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
         inside = cells_of(common["edit"]) & ~cells_of(ring)
-        blended = np.where(inside, painted, blended)
+        blended = self._resident.select(_padded(inside, len(painted)), painted, blended)
         speckle = _noise(seed, batch, "speckle", (1, side, side))
         pixels = self._run("decoder", side, count, latents=blended, noise=speckle)
         return [
@@ -328,8 +329,7 @@ class Sampler:
         ]
 
     def _tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
-        image = np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
-        return self._run("context", None, len(batch), image=image, keep=keep)
+        return self._run("context", None, len(batch), image=_pictures(batch), keep=keep)
 
     def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
         """Tokens of whole healthy images, computed once for a real one: many lesions are painted into few of those."""
@@ -354,26 +354,60 @@ class Sampler:
     def _size(self, side: int) -> int:
         return max(MIN_BATCH, self.batch_size * BUCKETS[0] ** 2 // side**2)
 
-    def _run(self, graph: str, side: int | None, count: int, **inputs: NDArray[Any]) -> Floats:
-        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away.
+    def _run(self, graph: str, side: int | None, count: int, **inputs: Any) -> Floats:
+        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
+        result: Floats = self._call(self._resident.run, graph, side, count, inputs)
+        return result[:count]
 
-        Padded to a power of two: few shapes for the engine to plan, and a tail of three rows does not pay for sixteen.
+    def _keep(self, graph: str, side: int, count: int, **inputs: Any) -> Any:
+        """Run a graph, and leave what comes out, padding and all, where it was computed."""
+        return self._call(self._resident.keep, graph, side, count, inputs)
+
+    def _call(
+        self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, side: int | None, count: int, inputs: Any
+    ) -> Any:
+        """Pad, to a power of two, and call the engine.
+
+        Few shapes for the engine to plan, and a tail of three rows does not pay for sixteen.
         """
         full = max(count, self._size(side or BUCKETS[0]))
         size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
+        # What was kept is padded already, and may lie elsewhere.
         padded = {
-            name: np.concatenate((array, np.repeat(array[-1:], size - count, axis=0))).astype(np.float32, copy=False)
+            name: array if len(array) == size else _padded(array, size).astype(np.float32, copy=False)
             for name, array in inputs.items()
         }
         name = graph if graph in self._graphs else f"{graph}@{side}"
-        with self._engine:
-            return self.backend.run(name, padded)[:count]
+        try:
+            with self._engine:
+                return run(name, padded)
+        except CapacityError as error:
+            raise self._too_large(error) from error
+
+    def _too_large(self, error: CapacityError) -> CapacityError:
+        fitting = self.batch_size * error.fits // max(1, error.rows)
+        if not fitting:
+            return error
+        return CapacityError(
+            f"--batch-size is {self.batch_size}: {error.problem}",
+            fix=f"Run the same command with --batch-size {fitting}, which changes no sample.",
+            rows=error.rows,
+            fits=error.fits,
+        )
 
 
 def _kind(item: Job) -> Kind:
     if not isinstance(item, Draft):
         return Kind(BEGIN)
     return Kind(PAINT, item.label, item.window.side) if item.window else Kind(OUTLINE, item.label)
+
+
+def _pictures(batch: Sequence[Draft]) -> Floats:
+    return np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
+
+
+def _padded(array: NDArray[Any], size: int) -> NDArray[Any]:
+    return np.concatenate((array, np.repeat(array[-1:], size - len(array), axis=0)))
 
 
 def _noise(seed: int, batch: Sequence[Job], stream: str, shape: Sequence[int]) -> Floats:

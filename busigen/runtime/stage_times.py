@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.runtime.backend import Backend
+from busigen.runtime.backend import Backend, Feed, resident
 
 
 class TimedBackend:
@@ -22,14 +23,29 @@ class TimedBackend:
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name, self.version = backend, backend.name, backend.version
+        self._resident = resident(backend)
         self._seconds: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backend.Backend`."""
+        with self._timed(graph):
+            return self.backend.run(graph, inputs)
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """See :class:`busigen.runtime.backend.Resident`."""
+        with self._timed(graph):
+            return self._resident.keep(graph, inputs)
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """See :class:`busigen.runtime.backend.Resident`."""
+        return self._resident.select(where, chosen, other)
+
+    @contextmanager
+    def _timed(self, graph: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            return self.backend.run(graph, inputs)
+            yield
         finally:
             seconds = time.perf_counter() - started
             with self._lock:

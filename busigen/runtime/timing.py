@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.runtime.backend import Arrays, Backend
+from busigen.runtime.backend import Arrays, Backend, Feed, resident
 from busigen.runtime.factory import GenerateReport, generate
 from busigen.runtime.layout import MANIFEST_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
 from busigen.runtime.machine import peak_memory, reset_peak_memory
@@ -43,18 +43,30 @@ class TimedBackend:
     def __init__(self, backend: Backend) -> None:
         self.name, self.version = backend.name, backend.version
         self.calls: list[Call] = []
-        self._backend = backend
+        self._backend, self._resident = backend, resident(backend)
         self._row_of: dict[str, dict[str, NDArray[Any]]] = {}
 
     def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backend.Backend`."""
+        output: NDArray[np.float32] = self._noted(self._backend.run, graph, inputs)
+        return output
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """See :class:`busigen.runtime.backend.Resident`."""
+        return self._noted(self._resident.keep, graph, inputs)
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """See :class:`busigen.runtime.backend.Resident`."""
+        return self._resident.select(where, chosen, other)
+
+    def _noted(self, run: Callable[[str, Feed], Any], graph: str, inputs: Feed) -> Any:
         began = time.perf_counter()
-        output = self._backend.run(graph, inputs)
+        output = run(graph, inputs)
         ended = time.perf_counter()
         self.calls.append(Call(graph, len(output), began, ended))
         if graph not in self._row_of:
             # One row, not the batch: what is kept must not show in the memory that is measured.
-            self._row_of[graph] = {name: array[-1:].copy() for name, array in inputs.items()}
+            self._row_of[graph] = {name: np.asarray(array)[-1:].copy() for name, array in inputs.items()}
         return output
 
     def alone(self, done: Callable[[float], None] = lambda share: None) -> float:

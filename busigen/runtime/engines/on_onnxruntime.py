@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections import Counter
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from busigen.errors import IntegrityError, ProviderError
+from busigen.errors import CapacityError, IntegrityError, ProviderError
 from busigen.registry import PROVIDERS, Provider
-from busigen.runtime.backend import Arrays, EngineOptions, usable_cores
+from busigen.runtime.backend import EngineOptions, Feed, usable_cores
 from busigen.runtime.bundle import Bundle
+from busigen.runtime.engines.bound import BoundSession
+from busigen.runtime.engines.tiny_graphs import BOOL, FLOAT, one_node
 from busigen.runtime.install import install_command
+from busigen.runtime.memory import largest_that_fits, ran_out
+from busigen.runtime.nvidia import driver_cuda
+from busigen.runtime.onnx_files import operators
 
 _SHOWN = 200
 """Characters of ONNX Runtime's own message that an error quotes."""
+
+_CONTROL_FLOW = {"If", "Loop", "Scan"}
+"""What a CUDA graph cannot hold."""
+
+_HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedConv", "FusedMatMul", "Gemm", "MatMul"}
+"""Operators that do the work: what else a card leaves to the processor are shapes and counters."""
 
 
 class OnnxBackend:
@@ -34,70 +49,148 @@ class OnnxBackend:
     def __init__(
         self, bundle: Bundle, provider: Provider = PROVIDERS["cpu"], options: EngineOptions | None = None
     ) -> None:
+        options = options or EngineOptions()
         self.name = provider.name
         self.version = str(ort.__version__)
         self._bundle = bundle
         self._provider = provider
-        self._options = _session_options((options or EngineOptions()).threads or usable_cores())
+        self._threads = options.threads or usable_cores()
+        self._device = "cuda" if provider.gpu else "cpu"
+        self._is_bound = provider.gpu if options.bound is None else options.bound
+        self._bound: dict[str, BoundSession] = {}
+        self._select: BoundSession | None = None
+        if provider.gpu:
+            prepare_cuda(provider)
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
         self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
 
-    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
+    def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backend.Backend`.
 
         Raises:
+            CapacityError: the batch needs more memory than there is.
             IntegrityError: the graph cannot be run, or what it yields is no batch of numbers.
         """
-        if graph not in self._sessions:
-            self._sessions[graph] = self._open(graph)
-        try:
-            (output,) = self._sessions[graph].run(None, dict(inputs))
-            result: NDArray[np.float32] = np.asarray(output, dtype=np.float32)
-            rows = len(result)
-        except Exception as error:  # ONNX Runtime's share no public base class; the rest is a graph of another make
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN]
-            raise self._useless(graph, f"cannot be run: {reason}") from error
-        if rows != len(next(iter(inputs.values()))):
-            raise self._useless(graph, f"answers a batch of {len(next(iter(inputs.values())))} with {rows} rows")
+        result = np.asarray(self._output(graph, inputs, kept=False), dtype=np.float32)
         # A NaN has no grey level: what a cast makes of it depends on the processor, and some of it passes the gates.
         if not np.isfinite(result).all():
             raise self._useless(graph, "yields NaN or infinity, which is no image: its weights are damaged")
         return result
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """See :class:`busigen.runtime.backend.Resident`; raises what :meth:`run` does.
+
+        On a card nobody looks for NaN here: the last graph of the chain would hand it on to :meth:`run`.
+        """
+        return self._output(graph, inputs, kept=True) if self._is_bound else self.run(graph, inputs)
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """See :class:`busigen.runtime.backend.Resident`."""
+        if not self._is_bound:
+            return np.where(where, chosen, other)
+        if self._select is None:
+            dimensions = ["n", "c", "h", "w"]
+            types = {"where": (BOOL, dimensions), "chosen": (FLOAT, dimensions), "other": (FLOAT, dimensions)}
+            self._select = BoundSession(self._session(one_node("Where", types, (FLOAT, dimensions))), self._device)
+        return self._select.kept(self._select.run({"where": where, "chosen": chosen, "other": other}))
 
     @property
     def providers(self) -> tuple[str, ...]:
         """ONNX Runtime's names of the providers that really loaded, the one that is asked first in front."""
         return tuple(self._sessions["context"].get_providers())
 
-    def _open(self, graph: str) -> ort.InferenceSession:
-        path, provider = self._bundle.graph(graph), self._provider.onnxruntime
+    def _output(self, graph: str, inputs: Feed, *, kept: bool) -> Any:
+        rows = len(next(iter(inputs.values())))
         try:
-            # With fallback, ONNX Runtime prints a banner of its own and goes on with the CPU.
-            session = ort.InferenceSession(str(path), self._options, providers=[provider], enable_fallback=False)
+            result = self._evaluate(graph, inputs, kept=kept)
+            found = len(result)
+        except (IntegrityError, ProviderError):
+            raise
+        except Exception as error:  # ONNX Runtime's share no public base class; the rest is a graph of another make
+            if ran_out(error):
+                raise self._too_large(graph, inputs, rows) from error
+            raise self._useless(graph, f"cannot be run: {_first_line(error)}") from error
+        if found != rows:
+            raise self._useless(graph, f"answers a batch of {rows} with {found} rows")
+        return result
+
+    def _evaluate(self, graph: str, inputs: Feed, *, kept: bool) -> Any:
+        if graph not in self._sessions:
+            self._sessions[graph] = self._open(graph)
+        session = self._sessions[graph]
+        if not self._is_bound:
+            (output,) = session.run(None, dict(inputs))
+            return output
+        if graph not in self._bound:
+            self._bound[graph] = BoundSession(session, self._device, capture=self._captures(graph))
+        bound = self._bound[graph]
+        output = bound.run(inputs)
+        # Copied, because on the processor it is a view of the buffer.
+        return bound.kept(output) if kept else np.array(output.numpy())
+
+    def _captures(self, graph: str) -> bool:
+        """Whether the graph is recorded as a CUDA graph: on a card, where it has neither loops nor branches."""
+        return self._provider.gpu and not operators(self._bundle.graph(graph)) & _CONTROL_FLOW
+
+    def _open(self, graph: str) -> ort.InferenceSession:
+        path = self._bundle.graph(graph)
+        try:
+            return self._session(str(path), capture=self._captures(graph))
+        except ProviderError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            reason = str(error).splitlines()[0][:_SHOWN]
             if self._provider.gpu:
-                raise self._unusable(f": {reason}") from error
+                raise unusable(self._provider, f": {_first_line(error)}") from error
             raise IntegrityError(
-                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {reason}.",
+                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {_first_line(error)}.",
                 fix="Export the bundle again with 'busigen export'.",
             ) from error
+
+    def _session(self, model: str | bytes, *, capture: bool = False) -> ort.InferenceSession:
+        options = _session_options(self._threads)
+        given = dict(self._provider.options)
+        if self._provider.gpu:
+            options.use_deterministic_compute = True
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            given["enable_cuda_graph"] = str(int(capture))
+        name = self._provider.onnxruntime
+        # With fallback, ONNX Runtime prints a banner of its own and goes on with the CPU.
+        session = ort.InferenceSession(model, options, providers=[(name, given)], enable_fallback=False)
         # A provider whose libraries are missing is replaced by the CPU's without an error; a slow night is worse than
         # a clear refusal.
-        if provider not in session.get_providers():
-            raise self._unusable()
+        if name not in session.get_providers():
+            raise unusable(self._provider)
+        if self._provider.gpu and (left := left_to_others(session, name)):
+            told = ", ".join(f"{count} {operator}" for operator, count in left.most_common())
+            raise unusable(self._provider, f": it would leave work to the processor ({told})")
         return session
+
+    def _too_large(self, graph: str, inputs: Feed, rows: int) -> CapacityError:
+        """The error for a batch that does not fit, with what does: half of it is tried, and half of that."""
+
+        def fits(fewer: int) -> bool:
+            try:
+                self._evaluate(graph, {name: np.asarray(array)[:fewer] for name, array in inputs.items()}, kept=False)
+            except Exception as error:  # As above.
+                if ran_out(error):
+                    return False
+                raise
+            return True
+
+        self._bound.pop(graph, None)
+        fitting = largest_that_fits(rows, fits)
+        where = "the card" if self._provider.gpu else "this machine"
+        return CapacityError(
+            f"{graph} needs more memory for {rows} images at a time than {where} has free"
+            + (f"; {fitting} fit." if fitting else "."),
+            fix="Free some memory (nvidia-smi shows what holds a card's), or use another --provider.",
+            rows=rows,
+            fits=fitting,
+        )
 
     def _useless(self, graph: str, reason: str) -> IntegrityError:
         return IntegrityError(
-            f"{self._bundle.graph(graph)} {reason}.",
-            fix="Export the bundle again with 'busigen export'; if memory ran out, give a smaller --batch-size.",
-        )
-
-    def _unusable(self, reason: str = "") -> ProviderError:
-        return ProviderError(
-            f"--provider {self.name}: ONNX Runtime cannot use {self._provider.onnxruntime} here{reason}.",
-            fix=f"On a machine with an NVIDIA GPU run {install_command(self.name)}, or use --provider cpu.",
+            f"{self._bundle.graph(graph)} {reason}.", fix="Export the bundle again with 'busigen export'."
         )
 
 
@@ -109,11 +202,70 @@ class _Onnxruntime:
         return OnnxBackend(bundle, provider, options)
 
     def probe(self, provider: Provider) -> str:
-        """See :class:`busigen.runtime.backend.Engine`."""
-        raise NotImplementedError
+        """See :class:`busigen.runtime.backend.Engine`. A convolution, which on a card takes cuDNN."""
+        if provider.gpu:
+            prepare_cuda(provider)
+        options = _session_options(1)
+        if provider.gpu:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        model = one_node("Conv", {"x": (FLOAT, [1, 1, 4, 4]), "w": (FLOAT, [1, 1, 3, 3])}, (FLOAT, [1, 1, 2, 2]))
+        chosen = (provider.onnxruntime, dict(provider.options))
+        try:
+            session = ort.InferenceSession(model, options, providers=[chosen], enable_fallback=False)
+            ones = {"x": np.ones((1, 1, 4, 4), np.float32), "w": np.ones((1, 1, 3, 3), np.float32)}
+            (found,) = session.run(None, ones)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise unusable(provider, f": {_first_line(error)}") from error
+        if provider.onnxruntime not in session.get_providers() or not (found == 9).all():
+            raise unusable(provider)
+        return f"ONNX Runtime {ort.__version__}" + (f" with CUDA {ort.cuda_version}" if provider.gpu else "")
 
 
 ENGINE = _Onnxruntime()
+
+
+def unusable(provider: Provider, reason: str = "") -> ProviderError:
+    """The error for a provider that ONNX Runtime cannot use here; ``reason`` begins with a colon."""
+    return ProviderError(
+        f"--provider {provider.name}: ONNX Runtime cannot use {provider.onnxruntime} here{reason}.",
+        fix=f"On a machine with an NVIDIA GPU run {install_command(provider.extra)}, or use --provider cpu; "
+        "`busigen doctor` says more.",
+    )
+
+
+def left_to_others(session: ort.InferenceSession, provider: str) -> Counter[str]:
+    """Operators that do the work and were given to another provider, counted; the session has to record assignments."""
+    return Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type in _HEAVY
+    )
+
+
+def prepare_cuda(provider: Provider) -> None:
+    """Refuse a driver that is too old for this ONNX Runtime, and load the CUDA libraries that pip installed.
+
+    Raises:
+        ProviderError: the driver is too old, by its version and the one that is needed.
+    """
+    _preload()
+    needed, found = str(getattr(ort, "cuda_version", "") or ""), driver_cuda()
+    if found is not None and needed and found[0] < int(needed.partition(".")[0]):
+        raise unusable(
+            provider,
+            f": the NVIDIA driver runs CUDA {found[0]}.{found[1]} at most, and ONNX Runtime {ort.__version__} is built "
+            f"for CUDA {needed}; update the driver (CUDA 13 needs 580 or newer)",
+        )
+
+
+@cache
+def _preload() -> None:
+    # ONNX Runtime's library for CUDA does not look into pip's packages by itself. It prints what it does not find, and
+    # the session that is opened next says the same as an error.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
 
 
 @cache
@@ -139,3 +291,7 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return options
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN]

@@ -1,0 +1,139 @@
+"""Which providers really work on this machine, tried in a process of their own, and which of them ``auto`` takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import busigen
+from busigen.errors import BusigenError
+from busigen.registry import PROVIDERS, Provider
+from busigen.runtime.backend import FALLBACK, engine_of, provider_named
+from busigen.runtime.install import install_command
+from busigen.runtime.nvidia import driver_cuda
+
+PATIENCE = 120.0
+"""Seconds that a provider may take for a network of one node: loading CUDA's libraries from a cold disk is slow."""
+
+_SHOWN = 300
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What came of trying a provider.
+
+    Attributes:
+        provider: its name.
+        works: whether it ran a network of one node.
+        told: on what it ran, or why not.
+        fix: what would help; empty where it works.
+    """
+
+    provider: str
+    works: bool
+    told: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The provider of a run, and why it is that one."""
+
+    provider: str
+    why: str
+
+
+def probe(provider: Provider) -> Probe:
+    """Try a provider in a process of its own, because a library that does not fit this machine may end it."""
+    if provider.gpu and driver_cuda() is None:
+        return Probe(
+            provider.name,
+            False,
+            "no NVIDIA driver is loaded",
+            "It needs an NVIDIA card with its driver; in a container, one that was started with the card (--gpus all).",
+        )
+    # As in this process, wherever busigen was imported from.
+    package = str(Path(busigen.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "busigen.runtime.probing", provider.name],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Probe(provider.name, False, f"it did not answer within {PATIENCE:.0f} s", _reinstall(provider))
+    except OSError as error:
+        return Probe(provider.name, False, f"no process could be started: {error}", "Free memory, then try again.")
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+        return Probe(provider.name, bool(answer["works"]), str(answer["told"])[:_SHOWN], str(answer["fix"]))
+    except (ValueError, IndexError, KeyError, TypeError):
+        return Probe(provider.name, False, f"its libraries ended the process ({_ending(done)})", _reinstall(provider))
+
+
+def choose(begun_with: str | None = None) -> Choice:
+    """What ``--provider auto`` is on this machine.
+
+    Args:
+        begun_with: the provider that an unfinished dataset was begun with: going on with another would change bytes.
+
+    Returns:
+        That one, where it is given and known; else the last of ``registry.PROVIDERS`` that works here.
+    """
+    if begun_with in PROVIDERS:
+        return Choice(str(begun_with), "this dataset was begun with it")
+    failed: dict[str, list[str]] = {}
+    for provider in reversed(PROVIDERS.values()):
+        # Nothing stands behind the processor's: trying it first would only take time.
+        if provider.name == FALLBACK:
+            break
+        found = probe(provider)
+        if found.works:
+            return Choice(provider.name, f"it works here, on {found.told}{_but(failed)}")
+        failed.setdefault(found.told, []).append(provider.name)
+    return Choice(FALLBACK, f"the best that works here{_but(failed)}")
+
+
+def _but(failed: Mapping[str, list[str]]) -> str:
+    return "".join(f"; {', '.join(names)}: {reason}" for reason, names in failed.items())
+
+
+def _ending(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return signal.Signals(-done.returncode).name
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return said[-1][:_SHOWN] if said else f"code {done.returncode}"
+
+
+def _reinstall(provider: Provider) -> str:
+    return (
+        f"Install its libraries again: {install_command(provider.extra)}." if provider.extra else "Reinstall busigen."
+    )
+
+
+def _answer(name: str) -> Probe:
+    """Try it in this process."""
+    provider = provider_named(name)
+    try:
+        return Probe(name, True, engine_of(provider).probe(provider))
+    except BusigenError as error:
+        return Probe(name, False, error.problem.rstrip("."), error.fix)
+    except Exception as error:  # Whatever a broken installation raises, told as it is.
+        reason = (str(error).splitlines() or [""])[0]
+        return Probe(name, False, f"{type(error).__name__}: {reason}", _reinstall(provider))
+
+
+if __name__ == "__main__":
+    found = _answer(sys.argv[1])
+    print(json.dumps({"works": found.works, "told": found.told, "fix": found.fix}))
