@@ -93,8 +93,7 @@ class Assembly:
 
         The loop's body is one evaluation and ``a x + b net(x, t)``, or ``update``, with the constants of its turn taken
         from tables. What is alike in every turn is computed before it. Weights that only the body reads are the body's
-        own: ONNX Runtime's CPU provider brings those of convolutions into its faster layout, and those outside it leaves
-        alone.
+        own: ONNX Runtime's CPU provider brings those of convolutions into its faster layout, but none from outside.
         """
         tables = {
             name: self.constant(f"solver/{name}", np.array([[getattr(s, name)] for s in steps], dtype=np.float32))
