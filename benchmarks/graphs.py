@@ -36,6 +36,9 @@ from busigen.solver import solver_steps
 
 FORMS = (*LOOPS, "steps", "torch")
 GRAPHS = ("mask-benign", "lesion-benign@128", "lesion-benign@256", "blend-benign@128", "blend-benign@256", "prior")
+CONSTANTS = frozenset({"t", "s", "a", "b"})
+"""What a step reads of its turn, some of it each."""
+
 TABLES = ("forms", "opsets", "int8")
 
 
@@ -65,25 +68,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="busigen-") as folder:
         options.work = Path(folder)
         if options.checkpoint is None:
-            options.checkpoint = restored(options.work / "checkpoint")
+            options.checkpoint = options.work / "checkpoint"
+            run([sys.executable, "-m", "busigen.cli", "restore", "--out", str(options.checkpoint)])
         tables: dict[str, Callable[[argparse.Namespace], Any]] = {"forms": forms, "opsets": opsets, "int8": int8}
         record = {name: tables[name](options) for name in options.what}
     asked = {key: getattr(options, key) for key in ("provider", "batch", "calls", "repeats", "threads")}
     write(options.results, {**about("torch", "onnx", "onnxruntime-gpu", "onnxruntime"), "options": asked, **record})
 
 
-def restored(folder: Path) -> Path:
-    """The shipped bundle as a checkpoint."""
-    from busigen.export.restore import restore
-    from busigen.runtime.bundle import Bundle, default_bundle
-
-    restore(Bundle.open(default_bundle()), folder)
-    return folder
-
-
 def forms(options: argparse.Namespace) -> dict[str, Any]:
     """Time every form of every graph."""
-    prepare(options)
+    # In a process of its own: those that are measured would begin with this one's memory.
+    measured("prepare", options.graphs[0], options)
     runs: dict[str, Any] = {}
     rows = []
     for graph in options.graphs:
@@ -112,12 +108,16 @@ def measured(form: str, graph: str, options: argparse.Namespace) -> dict[str, An
     """One process that opens one form of one graph and calls it."""
     names = ("checkpoint", "work", "provider", "batch", "calls", "threads")
     given = [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
+    given += ["--graphs", *options.graphs]
     process = run([sys.executable, __file__, "--measure", form, graph, *given])
     return {**process.told, "peak_mb": process.peak_memory / 1e6}
 
 
 def measure(form: str, graph: str, options: argparse.Namespace) -> dict[str, Any]:
     """Open and call one form here; ``difference`` is the largest from PyTorch's answer, relative to its largest."""
+    if form == "prepare":
+        prepare(options)
+        return {}
     inputs = dict(np.load(options.work / f"{graph}.npz"))
     expected = inputs.pop("expected")
     started = time.process_time()
@@ -189,13 +189,13 @@ def _steps(form: str, graph: str, options: argparse.Namespace, inputs: dict[str,
         held = {
             name: ort.OrtValue.ortvalue_from_numpy(known[name], device, 0)
             for name in wanted
-            if name not in ("x", "t", "a", "b")
+            if name not in ("x", *CONSTANTS)
         }
         binding = parts["step"].io_binding()
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
         for step in table:
-            for name in ("t", "a", "b"):
+            for name in CONSTANTS.intersection(wanted):
                 binding.bind_cpu_input(name, np.array([getattr(step, name)], dtype=np.float32))
             binding.bind_ortvalue_input("x", x)
             binding.bind_ortvalue_output("following", spare)
@@ -219,7 +219,8 @@ def prepare(options: argparse.Namespace) -> None:
 
     networks, _ = load_networks(options.checkpoint)
     (options.work / "steps.json").write_text(json.dumps(networks.steps))
-    for component in components(networks, opset=OPSETS[0], loop=next(iter(LOOPS))):
+    only = {graph.partition("@")[0].partition("-")[0] for graph in options.graphs}
+    for component in components(networks, opset=OPSETS[0], loop=next(iter(LOOPS)), only=only):
         wanted = {graph: part for graph, part in component.parts.items() if graph in options.graphs}
         for loop in LOOPS:
             for graph, model in replace(component, parts=wanted, loop=loop).graphs("fp32").items():
@@ -248,18 +249,17 @@ def _write_steps(folder: Path, graph: str, part: Any) -> None:
     """The graph of one step, of what comes before the first one and of what comes after the last one."""
     from onnx import TensorProto, helper
 
-    from busigen.export.assembly import Assembly
+    from busigen.export.assembly import Assembly, constants_of
     from busigen.export.reductions import steady
     from busigen.registry import CLASSES
 
     step: ModelProto = steady(part.evaluation)
     assembly = Assembly(step.opset_import, step.ir_version)
     names = assembly.paste(step, "", {}, "")
-    for scale in ("a", "b"):
-        assembly.inputs[scale] = helper.make_tensor_value_info(scale, TensorProto.FLOAT, [1])
-    kept = assembly.add("Mul", ["x", "a"], "kept")
-    moved = assembly.add("Mul", [names[step.graph.output[0].name], "b"], "moved")
-    following = assembly.add("Add", [kept, moved], "sum")
+    now = {name: name for name in constants_of(part.update)}
+    for name in now:
+        assembly.inputs[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+    following = assembly.followed("x", names[step.graph.output[0].name], now, "solver/", part.update)
     model = assembly.build(following, step.graph.input[0], "following", "step")
     onnx.save(model, str(folder / f"{graph}.step.onnx"))
     for name, found in (("before", part.before), ("after", part.after)):
@@ -323,9 +323,10 @@ def int8(options: argparse.Namespace) -> dict[str, Any]:
     networks, _ = load_networks(options.checkpoint)
     found: dict[str, Any] = {}
     rows = []
-    for component in components(networks, opset=OPSETS[0], loop="loop"):
+    tried = {"context": [["MatMul"]], "lesion": [["MatMul"], ["MatMul", "Conv"]]}
+    for component in components(networks, opset=OPSETS[0], loop="loop", only=tried):
         graph, part = next(iter(component.parts.items()))
-        for operators in {"context": [["MatMul"]], "lesion": [["MatMul"], ["MatMul", "Conv"]]}.get(component.name, []):
+        for operators in tried[component.name]:
             model = steady(part.evaluation)
             inputs = _asked(model, options.batch)
             sessions = {"fp32": _in_memory(model, options.threads)}

@@ -81,16 +81,23 @@ class Assembly:
             self.nodes.append(twin)
         return names
 
-    def loop(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], start: str) -> str:
+    def loop(
+        self,
+        step: ModelProto,
+        steps: Sequence[SolverStep],
+        wiring: Mapping[str, str],
+        start: str,
+        update: ModelProto | None = None,
+    ) -> str:
         """Add the solver's loop as one node and return the name of its result.
 
-        The loop's body is one evaluation and ``a x + b net(x, t)``, with the constants of its turn taken from tables.
-        What is alike in every turn is computed before it. Weights that only the body reads are the body's own: ONNX
-        Runtime's CPU provider brings those of convolutions into its faster layout, and those outside it leaves alone.
+        The loop's body is one evaluation and ``a x + b net(x, t)``, or ``update``, with the constants of its turn taken
+        from tables. What is alike in every turn is computed before it. Weights that only the body reads are the body's
+        own: ONNX Runtime's CPU provider brings those of convolutions into its faster layout, but none from outside.
         """
         tables = {
             name: self.constant(f"solver/{name}", np.array([[getattr(s, name)] for s in steps], dtype=np.float32))
-            for name in ("t", "a", "b")
+            for name in constants_of(update)
         }
         turns = self.constant("solver/turns", np.array(len(steps), dtype=np.int64))
         names, varying = self._alike(step, wiring)
@@ -98,9 +105,7 @@ class Assembly:
         turn, go_on, x = "solver/turn", "solver/go_on", "solver/x"
         now = {name: self.add("Gather", [table, turn], f"solver/{name}_now") for name, table in tables.items()}
         names = self.paste(step, "step/", {**names, "x": x, "t": now["t"]}, "", varying)
-        moved = self.add("Mul", [names[step.graph.output[0].name], now["b"]], "solver/moved")
-        kept = self.add("Mul", [x, now["a"]], "solver/kept")
-        following = self.add("Add", [kept, moved], "solver/following")
+        following = self.followed(x, names[step.graph.output[0].name], now, "solver/", update)
         going = self.add("Identity", [go_on], "solver/going")
         like = step.graph.input[0].type.tensor_type
         shape = [d.dim_value or None for d in like.shape.dim]
@@ -124,7 +129,14 @@ class Assembly:
         self.nodes.append(helper.make_node("Loop", [turns, "", start], ["solver/result"], name="solver", body=body))
         return "solver/result"
 
-    def unrolled(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], start: str) -> str:
+    def unrolled(
+        self,
+        step: ModelProto,
+        steps: Sequence[SolverStep],
+        wiring: Mapping[str, str],
+        start: str,
+        update: ModelProto | None = None,
+    ) -> str:
         """Add the solver's steps one after the other and return the name of the result.
 
         Weights, and all that is alike in every step, are there once. Times are constants, so that an engine that folds
@@ -134,15 +146,22 @@ class Assembly:
         x = start
         for number, constants in enumerate(steps):
             here = f"solver/{number}/"
-            t, a, b = (
-                self.constant(here + name, np.array([getattr(constants, name)], dtype=np.float32))
-                for name in ("t", "a", "b")
-            )
-            found = self.paste(step, f"step{number}/", {**names, "x": x, "t": t}, "", varying)
-            moved = self.add("Mul", [found[step.graph.output[0].name], b], here + "moved")
-            kept = self.add("Mul", [x, a], here + "kept")
-            x = self.add("Add", [kept, moved], here + "following")
+            now = {
+                name: self.constant(here + name, np.array([getattr(constants, name)], dtype=np.float32))
+                for name in constants_of(update)
+            }
+            found = self.paste(step, f"step{number}/", {**names, "x": x, "t": now["t"]}, "", varying)
+            x = self.followed(x, found[step.graph.output[0].name], now, here, update)
         return x
+
+    def followed(self, x: str, velocity: str, now: Mapping[str, str], prefix: str, update: ModelProto | None) -> str:
+        """Add one solver step from a sample and its velocity."""
+        if update is not None:
+            wiring = {"x": x, "velocity": velocity, **now}
+            return self.paste(update, f"{prefix}update/", wiring, "update/")[update.graph.output[0].name]
+        moved = self.add("Mul", [velocity, now["b"]], f"{prefix}moved")
+        kept = self.add("Mul", [x, now["a"]], f"{prefix}kept")
+        return self.add("Add", [kept, moved], f"{prefix}following")
 
     def _alike(self, step: ModelProto, wiring: Mapping[str, str]) -> tuple[dict[str, str], list[NodeProto]]:
         """Paste what depends on neither sample nor time, such as the keys and values of the context's tokens.
@@ -178,6 +197,11 @@ class Assembly:
         return model
 
 
+def constants_of(update: ModelProto | None) -> tuple[str, ...]:
+    """What a solver step reads of its :class:`SolverStep`."""
+    return ("t", "a", "b") if update is None else ("t", "s")
+
+
 _FORMS = {"loop": Assembly.loop, "unrolled": Assembly.unrolled}
 """What writes each of ``registry.LOOPS``."""
 
@@ -192,6 +216,7 @@ def with_solver(
     output: str,
     before: ModelProto | None = None,
     after: ModelProto | None = None,
+    update: ModelProto | None = None,
 ) -> ModelProto:
     """Build the whole sampler of one stage.
 
@@ -204,6 +229,7 @@ def with_solver(
         output: its output's name.
         before: traced computation of some of ``step``'s inputs, whose names its outputs have.
         after: traced sample to output.
+        update: traced ``(x, velocity, t, s)`` to the following ``x``, instead of the steps' ``a x + b velocity``.
     """
     if any(constants.c for constants in steps):
         raise ValueError("stochastic steps need a noise input per step, which no stage has")
@@ -216,7 +242,7 @@ def with_solver(
     noise.CopyFrom(step.graph.input[0])
     noise.name = "noise"
     assembly.inputs.setdefault("noise", noise)
-    x = _FORMS[loop](assembly, step, steps, wiring, "noise")
+    x = _FORMS[loop](assembly, step, steps, wiring, "noise", update)
     if after is not None:
         x = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")[after.graph.output[0].name]
     return assembly.build(x, (after or step).graph.output[0], output, name)

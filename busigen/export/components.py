@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,15 @@ Graphs = dict[str, ModelProto]
 class Part:
     """One graph: a traced evaluation in fp32, and what puts the rest around it (given a name in ``registry.LOOPS``).
 
-    ``before`` computes conditions once, ahead of the solver's loop, and ``after`` the output from its result.
+    ``before`` computes conditions once, ahead of the solver's loop, ``after`` the output from its result, and
+    ``update`` is a solver step where it is more than ``a x + b velocity``.
     """
 
     evaluation: ModelProto
     finish: Callable[[ModelProto, str], ModelProto] = lambda model, loop: model
     before: ModelProto | None = None
     after: ModelProto | None = None
+    update: ModelProto | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class Component:
         return found
 
 
-def components(networks: Networks, *, opset: int, loop: str) -> Iterator[Component]:
+COMPONENTS = ("context", "encoder", "decoder", "prior", "mask", "lesion", "blend")
+"""Names of all components, in the order in which they are traced."""
+
+
+def components(networks: Networks, *, opset: int, loop: str, only: Collection[str] = COMPONENTS) -> Iterator[Component]:
     """Trace a checkpoint's networks, one component after the other.
 
     A network is traced once per window size and gets each class's weights; what adapters leave alone is the same in
@@ -76,19 +82,32 @@ def components(networks: Networks, *, opset: int, loop: str) -> Iterator[Compone
         networks: the merged networks of a checkpoint.
         opset: ONNX's, one of ``registry.OPSETS``.
         loop: a name in ``registry.LOOPS``.
+        only: names in ``COMPONENTS``.
     """
-    tracing = trace.Tracer(opset)
-    yield Component("context", {"context": Part(tracing.context(networks))})
-    yield Component("encoder", {f"encoder@{side}": Part(tracing.encoder(networks, side)) for side in BUCKETS})
-    yield Component("decoder", {f"decoder@{side}": Part(tracing.decoder(networks, side)) for side in BUCKETS})
-    yield _prior(tracing, networks, loop)
-    yield outlines(tracing, networks, loop)
-    steps: Steps = {}
-    yield _staged(tracing, networks, loop, "lesion", trace.LesionCondition(), ["known", "mask", "edit"], steps)
-    yield _staged(
-        tracing, networks, loop, "blend", trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"], steps
-    )
+    tracing, steps = trace.Tracer(opset), Steps()
+    makers: dict[str, Callable[[], Component]] = {
+        "context": lambda: Component("context", {"context": Part(tracing.context(networks))}, loop),
+        "encoder": lambda: _sized("encoder", lambda side: tracing.encoder(networks, side), loop),
+        "decoder": lambda: _sized("decoder", lambda side: tracing.decoder(networks, side), loop),
+        "prior": lambda: _prior(tracing, networks, loop),
+        "mask": lambda: outlines(tracing, networks, loop),
+        "lesion": lambda: _staged(tracing, networks, loop, "lesion", steps),
+        "blend": lambda: _staged(tracing, networks, loop, "blend", steps),
+    }
+    for name in COMPONENTS:
+        if name in only:
+            yield makers[name]()
 
+
+def _sized(name: str, traced: Callable[[int], ModelProto], loop: str) -> Component:
+    return Component(name, {f"{name}@{side}": Part(traced(side)) for side in BUCKETS}, loop)
+
+
+_CONDITIONS: dict[str, tuple[torch.nn.Module, list[str]]] = {
+    "lesion": (trace.LesionCondition(), ["known", "mask", "edit"]),
+    "blend": (trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"]),
+}
+"""What computes a stage's condition channels, and from which inputs."""
 
 Steps = dict[str, list[ModelProto]]
 """Traced evaluations, one per window size, by the configuration of what was traced: stages 2 and 3 may share one."""
@@ -98,7 +117,9 @@ def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     cells = RESOLUTION // LATENT_FACTOR
     step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
     before = steady(tracing.prior_condition(networks, cells))
-    return Component("prior", {"prior": _part(step, "prior", "normal", networks, "latents", before)}, loop)
+    update = steady(tracing.spectrum(networks.denoisers["prior"].spectrum))
+    part = _part(step, "prior", "normal", networks, "latents", before, update=update)
+    return Component("prior", {"prior": part}, loop)
 
 
 def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
@@ -118,8 +139,6 @@ def _staged(
     networks: Networks,
     loop: str,
     stage: str,
-    condition: torch.nn.Module,
-    inputs: list[str],
     steps: Steps,
 ) -> Component:
     channels = networks.preset.latent_channels
@@ -130,7 +149,7 @@ def _staged(
     key = str(sorted((name, value) for name, value in first.config.items() if not name.startswith("_")))
     if key not in steps:
         steps[key] = [tracing.step(first, size, networks.preset.tokens, conditions) for size in sizes]
-    before = [steady(tracing.condition(condition, inputs, channels, side)) for side in BUCKETS]
+    before = [steady(tracing.condition(*_CONDITIONS[stage], channels, side)) for side in BUCKETS]
     traced = list(zip(steps[key], before, strict=True))
     parts = {}
     for label in LESION_CLASSES:
@@ -148,6 +167,7 @@ def _part(
     output: str,
     before: ModelProto,
     after: ModelProto | None = None,
+    update: ModelProto | None = None,
 ) -> Part:
     def finish(evaluation: ModelProto, loop: str) -> ModelProto:
         return with_solver(
@@ -159,9 +179,10 @@ def _part(
             output=output,
             before=before,
             after=after,
+            update=update,
         )
 
-    return Part(step, finish, before, after)
+    return Part(step, finish, before, after, update)
 
 
 def _weights(unet: ModelMixin) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from busigen.export.bundle_writer import write_graphs
 from busigen.export.card import card
 from busigen.export.checks import check_finite, check_layout, check_opset, runs
 from busigen.export.choosing import Choice, ModelBackend, choose, raised
-from busigen.export.components import Component, components
+from busigen.export.components import COMPONENTS, Component, components
 from busigen.export.counts import fused
 from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
-from busigen.registry import LESION_CLASSES, PRECISIONS, PROVIDERS
+from busigen.registry import LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
 from busigen.runtime.backend import Backend, open_backend
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
@@ -135,7 +135,7 @@ class _Exporter:
             self.reference = Reference(
                 self.networks, Bundle(self.folder, info, ""), draws=self.options.draws, progress=self.progress
             )
-            self.progress.start("tracing", _COMPONENTS, unit="component")
+            self.progress.start("tracing", len(COMPONENTS), unit="component")
             for component in components(self.networks, opset=self.options.opset, loop=self.options.loop):
                 self._lay_out(component)
                 self.progress.advance(1)
@@ -215,10 +215,6 @@ class _Exporter:
         return [(name, graph) for name, graph in self.graphs.items() if graph["precision"] != "bf16"]
 
 
-_COMPONENTS = 7
-"""How many components :func:`busigen.export.components.components` yields."""
-
-
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
     """What a bundle's record says before any graph is written."""
     return {
@@ -228,6 +224,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "latent_channels": networks.preset.latent_channels,
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
+        "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
         "solver_steps": dict(networks.steps),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -36,6 +38,7 @@ class Small(nn.Module):
         return self.read(hidden.pow(2).mean(dim=(2, 3)).sqrt())
 
 
+@cache
 def made(gain: float = 1.0) -> tuple[nn.Module, ModelProto]:
     torch.manual_seed(0)
     module = Small(gain).eval()
