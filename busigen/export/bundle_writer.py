@@ -14,6 +14,10 @@ from onnx.external_data_helper import ExternalDataInfo, set_external_data
 SMALL = 64
 """Weights of fewer elements stay inside the graph: halving them saves nothing."""
 
+EXACT = "update/"
+"""What the names of the solver's own weights begin with, which stay fp32: a transform and its inverse, rounded, would
+no longer cancel, at every step, and in whole images' brightness above all."""
+
 ALIGNMENT = 64
 
 
@@ -75,7 +79,8 @@ def _store(graph: GraphProto, weights: WeightFiles) -> None:
         value = numpy_helper.to_array(tensor)
         if value.size < SMALL or tensor.data_type not in _STORED:
             continue
-        if tensor.data_type == TensorProto.FLOAT and _fits_half(value):
+        exact = tensor.name.startswith(EXACT)
+        if tensor.data_type == TensorProto.FLOAT and not exact and _fits_half(value):
             name = tensor.name
             casts.append(helper.make_node("Cast", [f"{name}/fp16"], [name], to=TensorProto.FLOAT))
             tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), f"{name}/fp16"))
