@@ -16,6 +16,7 @@ import pytest
 
 from busigen.errors import InputError, UsageError, WorkerError
 from busigen.runtime.factory import generate
+from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.launch import Crewing, launcher
 from busigen.runtime.launch.crew import Foreman
 from busigen.runtime.launch.local import LocalCrew
@@ -270,6 +271,29 @@ def test_a_worker_that_is_told_to_end_finishes_its_oldest_shard_alone() -> None:
     # The batch with the first accepted sample may have finished the first shard; the next one is then the oldest.
     assert made in ([0], [0, 1])
     assert isinstance(told[-1], Ended)
+
+
+def opening(progress: Progress, images: Path, log: Path) -> Sampler:
+    """Notes every time that a file of a folder is opened."""
+
+    def noted(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(str(images)):
+            with log.open("a") as file:
+                file.write(f"{os.getpid()} {arguments[0]}\n")
+
+    sys.addaudithook(noted)
+    return quick_sampler(QuickEngine(), healthy=HealthyFolder(images))
+
+
+def test_a_worker_reads_each_healthy_image_once(tmp_path: Path, drawn_busi: Path) -> None:
+    images = drawn_busi / "normal"
+    made_with(partial(opening, images=images, log=tmp_path / "log"), tmp_path / "set", workers=2, **STREAM)
+    opened = Counter(line.partition(" ")[::2] for line in (tmp_path / "log").read_text().splitlines())
+    workers = {process for process, _ in opened}
+    assert len(workers) == 2
+    for process in workers:
+        for _, path in HealthyFolder(images).items:
+            assert opened[process, str(path)] == 1
 
 
 def random(progress: Progress) -> NoiseSource:
