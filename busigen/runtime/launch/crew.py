@@ -137,7 +137,7 @@ class Foreman:
                         foresight.drawn()
                         with output_errors(out), told_when_full(out, plan, records):
                             packed.put(out)
-                        records[packed.record.number] = packed.record
+                        records[packed.record.number] = packed.record.counted()
                         progress.shard_written(packed.record)
                         foresight.written(packed.record)
                         foresight.check()
