@@ -80,24 +80,25 @@ def main() -> None:
     times["kill"] = options.kills or times["kill"]
     record = json.loads(options.results.read_text()) if options.results.exists() else {}
     faults = record.setdefault(f"faults_{options.bundle}_bundle" if options.bundle else "faults", {})
-    for name in filter(times.__contains__, options.only):
-        started = time.monotonic()
-        jobs = options.jobs if name == "kill" and not options.bundle else 1
-        faults[name] = tried(name, times[name], jobs, options.bundle)
-        faults[name]["seconds"] = round(time.monotonic() - started, 1)
-        print(name, faults[name], file=sys.stderr)
-    columns = [column for column in next(iter(faults.values())) if column != "seconds"]
-    table = Table("fault", *columns)
-    for name in filter(faults.__contains__, TOLD):
-        table.add_row(TOLD[name], *(str(faults[name][column]) for column in columns))
-    Console(width=130).print(table)
     record["machine"] = {
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "busigen": busigen.__version__,
     }
-    options.results.write_text(json.dumps({**record, "seed": SEED}, indent=2) + "\n")
+    for name in filter(times.__contains__, options.only):
+        started = time.monotonic()
+        jobs = options.jobs if name == "kill" and not options.bundle else 1
+        faults[name] = tried(name, times[name], jobs, options.bundle)
+        faults[name]["seconds"] = round(time.monotonic() - started, 1)
+        print(name, faults[name], file=sys.stderr)
+        # After each, so that one that fails does not take the others with it.
+        options.results.write_text(json.dumps({**record, "seed": SEED}, indent=2) + "\n")
+    columns = [column for column in next(iter(faults.values())) if column != "seconds"]
+    table = Table("fault", *columns)
+    for name in filter(faults.__contains__, TOLD):
+        table.add_row(TOLD[name], *(str(faults[name][column]) for column in columns))
+    Console(width=130).print(table)
 
 
 def tried(fault: str, times: int, jobs: int, bundle: str | None) -> dict[str, float]:

@@ -368,6 +368,10 @@ class BackgroundTask(DenoiserTask):
 
     examples = "backgrounds"
 
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
+        super().__init__(spec, setting, module)
+        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
+
     def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
         assert self.setting.healed is not None
         tensors = background_examples(frames, self.setting.healed, **options)
