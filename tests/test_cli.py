@@ -181,13 +181,16 @@ def test_verify_proves_every_background(dataset: Path, healthy: Path) -> None:
 
 
 def test_verify_finds_damage(dataset: Path) -> None:
-    path = dataset / "shards" / "000001.tar"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    for number in (0, 1):
+        path = dataset / "shards" / f"00000{number}.tar"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
     done = run("verify", dataset)
     assert done.returncode == 5
+    assert "shards/000000.tar: has another sha256" in done.stdout
     assert "shards/000001.tar: has another sha256" in done.stdout
+    assert done.stdout.count("Run `busigen verify --repair`") == 1
     assert f"{dataset} has " in done.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def test_explain_tells_the_history_even_where_it_cannot_replay(generated: Path, 
     done = run("explain", generated, "000000001")
     assert done.returncode == 3
     assert done.stdout.startswith(f"sample 000000001 of {generated}: index 1, seed 3, ")
+    assert re.search(r"asked for .*, size 0\.\d{3,4}$", done.stdout, re.MULTILINE)
     assert "replay" not in done.stdout
     assert "a folder named 'normal', which is not given. Give that folder with --healthy." in done.stderr
     assert run("explain", generated, "000000001", "--no-replay").stdout == done.stdout

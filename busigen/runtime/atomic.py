@@ -84,9 +84,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically. NaN and infinities are refused with a ``ValueError``: they are not JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_file(path) as file:
-        file.write(f"{text}\n".encode())
+        # In pieces: the text of a dataset.json with a thousand shards takes megabytes before it is one.
+        for piece in encoder.iterencode(value):
+            file.write(piece.encode())
+        file.write(b"\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -186,7 +186,7 @@ def draw_missing(
         if pending is not None:
             with output_errors(out), told_when_full(out, plan, records):
                 record = pending.result()
-            records[record.number] = record
+            records[record.number] = record.counted()
             foresight.check()
 
     def advance(samples: int) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
 from busigen.data.images import find_images, masks_by_stem, read_image, read_mask
-from busigen.data.letterbox import fit, letterbox
+from busigen.data.letterbox import Letterbox, fit, letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
@@ -25,6 +25,7 @@ from busigen.runtime.wording import printable
 log = logging.getLogger("busigen.runtime")
 
 CACHED_IMAGES = 512
+"""Images that are kept, letterboxed: 67 MB. Of a folder with more, those used last; the others are read again."""
 
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in the mask file beside it"
@@ -91,7 +92,7 @@ class HealthyFolder:
         self.folder = folder
         self.left_out: Counter[str] = Counter()
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
-        found, problems = self._find(progress or Progress())
+        found, self._kept, problems = self._find(progress or Progress())
         if not found:
             raise self._nothing_left(problems)
         for problem in problems:
@@ -101,9 +102,13 @@ class HealthyFolder:
         self.items = sorted(found.items())
         self._stamps = self._stamped()
 
-    def _find(self, progress: Progress) -> tuple[dict[str, Path], list[str]]:
-        """The images that count as healthy by their hash, and what is wrong with those that are named one by one."""
+    def _find(self, progress: Progress) -> tuple[dict[str, Path], dict[str, Healthy], list[str]]:
+        """The images that count as healthy by their hash, and what is wrong with those that are named one by one.
+
+        In between, the images themselves; none where they are too many to be kept.
+        """
         found: dict[str, Path] = {}
+        read: dict[str, Healthy] = {}
         problems: list[str] = []
         paths = find_images(self.folder)
         masks = lru_cache(maxsize=None)(masks_by_stem)
@@ -120,6 +125,8 @@ class HealthyFolder:
                             problems.append(f"{path.name}: {reason}.")
                         elif found.setdefault(image.sha256, path) != path:
                             reason = _REPEATED
+                        elif len(found) <= CACHED_IMAGES:
+                            read[image.sha256] = self._healthy(path, image.sha256, pixels, box)
                 except InputError as error:
                     reason = _UNREADABLE
                     problems.append(str(error))
@@ -128,7 +135,7 @@ class HealthyFolder:
                 progress.advance(1)
         finally:
             progress.stop()
-        return found, problems
+        return found, read if len(found) <= CACHED_IMAGES else {}, problems
 
     def _lesion_reason(self, path: Path, masks: list[Path]) -> str | None:
         if any(part.lower() in LESION_CLASSES for part in path.relative_to(self.folder).parts[:-1]):
@@ -163,9 +170,11 @@ class HealthyFolder:
         """The image at a position in [0, 1) of the folder.
 
         Raises:
-            IntegrityError: the file has changed since the run began, or cannot be read any more.
+            IntegrityError: the image is not kept, and its file has changed since the run began or cannot be read any
+                more.
         """
-        return self._load(int(position * len(self.items)))
+        number = int(position * len(self.items))
+        return self._kept.get(self.items[number][0]) or self._load(number)
 
     def refuse_changes(self) -> None:
         """Refuse a folder that does not hold the same images as when the run began.
@@ -182,9 +191,9 @@ class HealthyFolder:
             return
         for sha256, path in self.items:
             if stamps.get(path) is None or stamps[path] != self._stamps[path]:
-                self._refuse_other(path, sha256)
+                self._unchanged(path, sha256)
         counted = Counter(self.left_out)
-        now, _ = self._find(Progress())
+        now, _, _ = self._find(Progress())
         self.left_out = counted
         if now.keys() != {sha256 for sha256, _ in self.items}:
             added = next((path for sha256, path in now.items() if (sha256, path) not in self.items), self.folder)
@@ -196,22 +205,22 @@ class HealthyFolder:
         places = {self.folder, *(place for _, path in self.items for place in (path, path.parent))}
         return {place: _stamp(place) for place in places}
 
-    def _refuse_other(self, path: Path, sha256: str) -> None:
-        """Refuse a file that is not the one that was read when the run began."""
+    def _unchanged(self, path: Path, sha256: str) -> bytes:
+        """The content of a file; one that is not as it was when the run began is refused."""
         try:
-            same = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+            data = path.read_bytes()
         except OSError as error:
             raise _changed(path, f"cannot be read any more ({error.strerror})") from error
-        if not same:
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise _changed(path, "has changed since the run began")
+        return data
 
     def _read(self, number: int) -> Healthy:
         sha256, path = self.items[number]
-        self._refuse_other(path, sha256)
-        image = read_image(path)
-        if image.sha256 != sha256:
-            raise _changed(path, "has changed since the run began")
-        pixels, box = letterbox(image.pixels)
+        pixels, box = letterbox(read_image(path, self._unchanged(path, sha256)).pixels)
+        return self._healthy(path, sha256, pixels, box)
+
+    def _healthy(self, path: Path, sha256: str, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
         row = {
             "background": "real",
             # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.

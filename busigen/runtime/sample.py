@@ -91,7 +91,8 @@ class Stream(Source, Protocol):
 
         Args:
             seed: of the noise.
-            requests: indices, none of the requests empty; read no further ahead than batches need.
+            requests: indices; read no further ahead than batches need. An empty request says that there is none for
+                now: only while another one is unanswered, and to be asked again.
             done: told whenever more samples have been accepted, of whichever request.
             stopping: whether to end with the oldest request that has been begun.
         """
@@ -109,4 +110,4 @@ def drawings(
     if isinstance(source, Stream):
         yield from source.stream(seed, requests, done, stopping)
     else:
-        yield from (source.draw(seed, indices, done) for indices in requests)
+        yield from (source.draw(seed, indices, done) for indices in requests if len(indices))

@@ -15,7 +15,10 @@ _HASHERS = min(8, os.cpu_count() or 1)
 
 
 def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
-    """A shard's record if its three files are there with their recorded sizes, else None: it must be made (again)."""
+    """A shard's record if its three files are there with their recorded sizes, else None: it must be made (again).
+
+    Without its refused draws, as it is meant to be kept.
+    """
     try:
         record = ShardRecord.read(folder, number)
         indices = plan.indices(number)
@@ -23,7 +26,7 @@ def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
         sizes = all((folder / file.file).stat().st_size == file.size for file in (record.tar, record.parquet))
     except (FileNotFoundError, IntegrityError):
         return None
-    return record if fits and sizes else None
+    return record.counted() if fits and sizes else None
 
 
 def complete_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:

@@ -46,7 +46,8 @@ def in_order(
 
     Args:
         stages: begins and continues draws; empty.
-        requests: indices, none of the requests empty; the next one is asked for when its samples can be begun.
+        requests: indices; the next request is asked for when its samples can be begun. An empty one says that there is
+            none for now, which is allowed as long as one is unanswered: it is asked again when a batch has ended.
         window: samples that may be begun from the oldest unfinished one on, which bounds what is held in memory.
         done: told how many more samples have been accepted.
         refused: told each refusal; what it raises ends the stream.
@@ -55,8 +56,7 @@ def in_order(
     pending: deque[_Request] = deque()
     # Whose request each unfinished sample is for, by its position, the oldest first.
     owners: dict[int, _Request] = {}
-    coming: Iterator[tuple[_Request, int]]
-    coming = ((request, index) for request in map(_Request, map(list, requests)) for index in request.indices)
+    coming = _one_by_one(requests)
     position, stopped = 0, False
     while True:
         if stopping() and not stopped:
@@ -102,7 +102,18 @@ def _forget_later_ones(pending: deque[_Request], owners: dict[int, _Request]) ->
         del owners[place]
 
 
-def _rest_of(pending: deque[_Request], coming: Iterator[tuple[_Request, int]]) -> Iterator[tuple[_Request, int]]:
+def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, int] | None]:
+    """Every index with its request; None where there is none for now."""
+    for indices in requests:
+        request = _Request(list(indices))
+        yield from ((request, index) for index in request.indices)
+        if not request.indices:
+            yield None
+
+
+def _rest_of(
+    pending: deque[_Request], coming: Iterator[tuple[_Request, int] | None]
+) -> Iterator[tuple[_Request, int] | None]:
     """What is still to come of the oldest request."""
     last = pending[0] if pending else None
-    return takewhile(lambda pair: pair[0] is last, coming)
+    return takewhile(lambda pair: pair is not None and pair[0] is last, coming)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from busigen.runtime.wording import counted, disk_size
+from busigen.runtime.wording import counted, disk_size, printable
 
 if TYPE_CHECKING:
     from busigen.runtime.explain import Explanation
@@ -52,7 +52,10 @@ def merged(report: MergeReport) -> Iterator[str]:
 
 def verified(report: VerifyReport, *, proving: bool) -> Iterator[str]:
     """The lines of ``busigen verify``; ``proving`` tells whether the healthy images were given."""
-    yield from map(str, report.problems[:SHOWN_PROBLEMS])
+    shown = report.problems[:SHOWN_PROBLEMS]
+    for fix in dict.fromkeys(problem.fix for problem in shown):
+        yield from (problem.finding for problem in shown if problem.fix == fix)
+        yield f"  -> {printable(fix)}"
     if len(report.problems) > SHOWN_PROBLEMS:
         yield f"and {counted(len(report.problems) - SHOWN_PROBLEMS, 'more problem')}"
     state = "is sound" if report.ok else f"has {counted(len(report.problems), 'problem')}"
@@ -85,7 +88,7 @@ def explained(told: Explanation) -> Iterator[str]:
     yield f"  bundle        {bundle['name']} ({bundle['sha256']})"
     yield "  made with     " + ", ".join(f"{name} {version}" for name, version in made.items())
     asked = {name: value for name, value in past["asked"].items() if value is not None}
-    yield f"  asked for     {', '.join(f'{name} {value}' for name, value in asked.items())}"
+    yield f"  asked for     {', '.join(f'{name} {_short(value)}' for name, value in asked.items())}"
     if background["sha256"]:
         yield f"  painted into  {background['file']} of {background['folder']} ({background['sha256']})"
     else:
@@ -111,6 +114,11 @@ def explained(told: Explanation) -> Iterator[str]:
 def _attempts(refused: list[dict[str, Any]]) -> str:
     reasons = ", ".join(f"attempt {draw['attempt']} refused: {draw['reason']}" for draw in refused)
     return f"{len(refused) + 1} ({reasons})" if refused else "1, nothing refused"
+
+
+def _short(value: Any) -> str:
+    """What a person wants to read of a value; ``--json`` and the manifest hold all its digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _counts(numbers: dict[str, int]) -> str:

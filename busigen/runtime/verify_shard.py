@@ -50,8 +50,13 @@ class Problem:
     problem: str
     fix: str
 
+    @property
+    def finding(self) -> str:
+        """File and problem, without what to do about it."""
+        return printable(f"{self.file}: {self.problem}")
+
     def __str__(self) -> str:
-        return printable(f"{self.file}: {self.problem} {self.fix}")
+        return f"{self.finding} {printable(self.fix)}"
 
 
 @dataclass

@@ -18,6 +18,7 @@ from busigen.evaluation.privacy import memorisation as memory
 from busigen.evaluation.privacy import section as privacy
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.results import SectionResult
+from busigen.runtime.progress import Progress
 from tests.evaluation.drawn_sets import drawn_set
 from tests.evaluation.planted import with_copies
 
@@ -26,6 +27,18 @@ def _audit(
     synthetic: ImageSet, real: ImageSet, train: ImageSet | None, out: Path, backgrounds: Backgrounds = "unknown"
 ) -> SectionResult:
     return privacy.run(AuditContext(synthetic, real, train, out, backgrounds=backgrounds))
+
+
+class Passes(Progress):
+    """Remembers what was counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def start(self, what, total, done=0, **more):
+        self.told.append(what)
+        super().start(what, total, done, **more)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +75,11 @@ def test_copies_of_training_images_are_found_and_counted(copied: SectionResult) 
 def test_the_nearest_pairs_are_shown_in_small_pictures(
     train: ImageSet, held: ImageSet, fresh: ImageSet, tmp_path: Path
 ) -> None:
-    context = AuditContext(fresh, held, train, tmp_path)
+    passes = Passes()
+    context = AuditContext(fresh, held, train, tmp_path, progress=passes)
     result = privacy.run(context)
+    compared = [what for what in passes.told if what.startswith("comparing")]
+    assert len(compared) == len(set(compared)) == 6, "each pass over the images says what it compares"
     assert [picture.file for picture in result.pictures] == ["nearest-crop.png", "nearest-whole.png"]
     for picture in result.pictures:
         path = context.folder("privacy") / picture.file

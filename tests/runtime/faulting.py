@@ -1,10 +1,8 @@
-"""Runs of the factory that something happens to, one process each, and what is lost, torn or repeated afterwards.
+"""Faults that happen to runs of the factory, again and again at random instants (see judging.py).
 
-Each run is forked from a process that has done its imports, so that it is at work after a moment: a kill falls into
-the run and not into the start-up. This process must never use polars itself, whose threads do not survive a fork.
-
-``python -m tests.runtime.faulting FAULT FOLDER TIMES SEED`` lets a fault of ``FAULTS`` happen to runs of a small
-dataset at random instants, continues each until it is finished, and prints the tally as JSON.
+``python -m tests.runtime.faulting FAULT FOLDER TIMES SEED [default]`` lets a fault of ``FAULTS`` happen to runs of a
+small dataset, continues each until it is finished, and prints the tally as JSON. ``default`` takes the shipped bundle
+in the place of noise, for the faults of ``BUNDLE_FAULTS``.
 """
 
 from __future__ import annotations
@@ -12,157 +10,65 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from busigen.errors import BusigenError
-from busigen.runtime.factory import generate
 from busigen.runtime.layout import TEMPORARY_PREFIX
 from busigen.runtime.repair import repair
-from busigen.runtime.sample import Source
-from busigen.runtime.supervise import supervised
-from busigen.runtime.verify import verify
 from tests.hashing import hashes
 from tests.runtime.happening import Happening, Painting, another_image, clock_library, die, fill_up, mount, small_disk
-from tests.runtime.noise_source import NoiseSource
+from tests.runtime.judging import (
+    BUNDLE,
+    COUNT,
+    NOISE,
+    SEED,
+    SHARD_SIZE,
+    Runs,
+    Tally,
+    complete,
+    ended,
+    forked,
+    judge,
+    judge_finished,
+    undisturbed,
+    writing,
+)
 from tests.runtime.processes import ROOT
 from tests.runtime.replaying import NoiseInputs
 
-COUNT, SHARD_SIZE, SEED = 12, 2, 7
-RUN = {"count": COUNT, "seed": SEED, "shard_size": SHARD_SIZE}
-"""Six shards, so that there are many files to be torn."""
 
-
-@dataclass
-class Tally:
-    """What became of the samples.
-
-    Attributes:
-        tried: times that something was done to a run.
-        lost: samples that were complete before and were not, or not the same, afterwards.
-        torn: files with a final name and other bytes than those of an undisturbed run.
-        repeated: samples that a dataset holds twice, or that were complete and were made again.
-        finished: datasets that were continued to the end; each was verified and compared byte for byte.
-        differing: of these, the ones that ``verify`` finds fault with or that differ from an undisturbed run.
-        unnoticed: faults that nothing spoke of, where something has to: by an exit code, or as ``verify``'s finding.
-    """
-
-    tried: int = 0
-    lost: int = 0
-    torn: int = 0
-    repeated: int = 0
-    finished: int = 0
-    differing: int = 0
-    unnoticed: int = 0
-
-
-def forked(work: Callable[[], int]) -> int:
-    """Start ``work`` in a process of its own, which ends with its result; returns the process's id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    process = os.fork()
-    if process:
-        return process
-    code = 70
-    try:
-        # What a run says is not of interest here, and stays off the terminal.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        code = work()
-    except BusigenError as error:
-        code = error.exit_code
-    finally:
-        os._exit(code)
-
-
-def ended(process: int) -> int:
-    """Wait for a process; its exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def writing(out: Path, source: Source | None = None) -> Callable[[], int]:
-    """A run to be forked, supervised like ``busigen generate``."""
-
-    def work() -> int:
-        with supervised(out, None) as (progress, stop):
-            report = generate(source or NoiseSource(), out, **RUN, progress=progress, stop=stop)
-        return 0 if report.samples == COUNT else 71
-
-    return work
-
-
-def undisturbed(out: Path) -> dict[str, str]:
-    """The hashes of a dataset that nothing happened to."""
-    assert ended(forked(writing(out))) == 0
-    return hashes(out)
-
-
-def complete(out: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of both files of every shard that counts as complete."""
-    found = {}
-    for record in (out / "shards").glob("[0-9]*.json"):
-        for path in (record.with_suffix(".tar"), record.with_suffix(".parquet")):
-            found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
-    return found
-
-
-def judge(out: Path, before: dict[str, tuple[int, int]], whole: dict[str, str], tally: Tally) -> None:
-    """Count what happened to the samples that were complete before, and what is torn."""
-    after = complete(out)
-    for name, stamp in before.items():
-        if name.endswith(".tar") and name not in after:
-            tally.lost += SHARD_SIZE
-        elif name.endswith(".tar") and after[name] != stamp:
-            tally.repeated += SHARD_SIZE
-    tally.torn += sum(
-        whole.get(name) != digest
-        for name, digest in hashes(out).items()
-        if TEMPORARY_PREFIX not in name and name != ".lock"
-    )
-
-
-def judge_finished(out: Path, whole: dict[str, str], tally: Tally) -> None:
-    """Compare a finished dataset with the undisturbed one, and have it verified."""
-    tally.finished += 1
-
-    def check() -> int:
-        report = verify(out)
-        return min(100, report.duplicates) if report.ok or report.duplicates else 101
-
-    said = ended(forked(check))
-    tally.repeated += said if said <= 100 else 0
-    tally.differing += bool(said) or hashes(out) != whole
-
-
-def kill(folder: Path, times: int, seed: int) -> Tally:
+def kill(folder: Path, times: int, seed: int, runs: Runs = NOISE) -> Tally:
     """SIGKILL at random instants of runs; the same command then continues, and may be killed as well."""
-    return _ended_early(folder, times, seed, signal.SIGKILL, -signal.SIGKILL)
+    return _ended_early(folder, times, seed, signal.SIGKILL, -signal.SIGKILL, runs)
 
 
-def terminate(folder: Path, times: int, seed: int) -> Tally:
+def terminate(folder: Path, times: int, seed: int, runs: Runs = NOISE) -> Tally:
     """SIGTERM at random instants, after which a run finishes its shard and ends with 143."""
-    return _ended_early(folder, times, seed, signal.SIGTERM, 143)
+    return _ended_early(folder, times, seed, signal.SIGTERM, 143, runs)
 
 
-def _ended_early(folder: Path, times: int, seed: int, number: int, code: int) -> Tally:
+def _ended_early(folder: Path, times: int, seed: int, number: int, code: int, runs: Runs) -> Tally:
     rng, tally = random.Random(seed), Tally()
     started = time.monotonic()
-    whole = undisturbed(folder / "whole")
+    whole = undisturbed(folder / "whole", runs)
     lasted = time.monotonic() - started
     while tally.tried < times:
         out = folder / str(tally.finished)
         while not (out / "dataset.json").exists() and tally.tried < times:
             before = complete(out)
-            process = forked(writing(out, NoiseSource(0.01 if number == signal.SIGTERM else 0.0)))
+            process = runs.begin(out, 0.01 if number == signal.SIGTERM else 0.0)
             time.sleep(rng.uniform(0.0, lasted))
             os.kill(process, number)
             found = ended(process)
@@ -172,15 +78,15 @@ def _ended_early(folder: Path, times: int, seed: int, number: int, code: int) ->
             # How long a run takes depends on what else the machine does: this keeps most instants within it, anywhere.
             lasted *= 1.15 if found else 0.7
             judge(out, before, whole, tally)
-        _continued(out, whole, tally)
+        _continued(out, whole, tally, partial(runs.begin, out, 0.0))
         shutil.rmtree(out)
     return tally
 
 
-def _continued(out: Path, whole: dict[str, str], tally: Tally, source: Source | None = None) -> None:
+def _continued(out: Path, whole: dict[str, str], tally: Tally, begin: Callable[[], int] | None = None) -> None:
     """Give the same command again, which has to finish the dataset, and judge it."""
     before = complete(out)
-    code = ended(forked(writing(out, source)))
+    code = ended(begin() if begin else forked(writing(out)))
     assert code == 0, code
     judge(out, before, whole, tally)
     judge_finished(out, whole, tally)
@@ -242,7 +148,7 @@ def read_only(folder: Path, times: int, seed: int) -> Tally:
     return tally
 
 
-def flipped(folder: Path, times: int, seed: int) -> Tally:
+def flipped(folder: Path, times: int, seed: int, runs: Runs = NOISE) -> Tally:
     """One bit of a shard's files or of the manifest is flipped; verify names the file, repair restores it."""
 
     def flip(path: Path, rng: random.Random) -> bytes:
@@ -250,46 +156,103 @@ def flipped(folder: Path, times: int, seed: int) -> Tally:
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         return bytes(data)
 
-    return _damaged(folder, times, seed, lambda name: name.startswith("shards/") or name == "manifest.parquet", flip)
+    concerned = re.compile(r"shards/.*|manifest\.parquet")
+    return _damaged(folder, times, seed, concerned, flip, runs)
 
 
-def truncated(folder: Path, times: int, seed: int) -> Tally:
+def truncated(folder: Path, times: int, seed: int, runs: Runs = NOISE) -> Tally:
     """The manifest is cut short anywhere; verify names it, repair restores it."""
-    return _damaged(
-        folder,
-        times,
-        seed,
-        lambda name: name == "manifest.parquet",
-        lambda path, rng: path.read_bytes()[: rng.randrange(path.stat().st_size)],
-    )
+
+    def cut(path: Path, rng: random.Random) -> bytes:
+        return path.read_bytes()[: rng.randrange(path.stat().st_size)]
+
+    return _damaged(folder, times, seed, re.compile(r"manifest\.parquet"), cut, runs)
 
 
 def _damaged(
     folder: Path,
     times: int,
     seed: int,
-    concerns: Callable[[str], bool],
+    concerned: re.Pattern[str],
     damage: Callable[[Path, random.Random], bytes],
+    runs: Runs,
 ) -> Tally:
     rng, tally, out = random.Random(seed), Tally(), folder / "whole"
-    whole = undisturbed(out)
-    names = sorted(filter(concerns, whole))
+    whole = undisturbed(out, runs)
+    names = sorted(filter(concerned.fullmatch, whole))
     for _ in range(times):
         tally.tried += 1
         name = rng.choice(names)
         (out / name).write_bytes(damage(out / name, rng))
-
-        def mended(name: str = name) -> int:
-            named = any(problem.file == name for problem in verify(out).problems)
-            report = repair(out, inputs=NoiseInputs())
-            return (0 if named else 1) + (0 if report.error is None else 2)
-
-        code = ended(forked(mended))
+        code = ended(runs.mend(out, name))
         assert code in (0, 1, 2, 3), code
         tally.unnoticed += code & 1
         judge(out, {}, whole, tally)
         judge_finished(out, whole, tally)
     return tally
+
+
+def mending(folder: Path, times: int, seed: int) -> Tally:
+    """SIGKILL at random instants of repairs of several files; the same repair is then given again, and killed again."""
+    rng, tally, out = random.Random(seed), Tally(), folder / "whole"
+    whole = undisturbed(out)
+    lasted = 0.5
+
+    def mended() -> int:
+        # What a killed repair leaves outside of the dataset is not to stay beyond the test.
+        tempfile.tempdir = str(folder)
+        return 0 if repair(out, inputs=NoiseInputs()).error is None else 71
+
+    while tally.tried < times:
+        spoilt = _spoil(out, sorted(whole), rng)
+        code = -1
+        while code and tally.tried < times:
+            before = _sound(out, whole)
+            process = forked(mended)
+            time.sleep(rng.uniform(0.0, lasted))
+            os.kill(process, signal.SIGKILL)
+            code = ended(process)
+            assert code in (0, -signal.SIGKILL), code
+            tally.tried += code != 0
+            lasted *= 1.15 if code else 0.7
+            _judge_mended(out, before, spoilt, whole, tally)
+        before = _sound(out, whole)
+        assert ended(forked(mended)) == 0
+        _judge_mended(out, before, {}, whole, tally)
+        judge_finished(out, whole, tally)
+    return tally
+
+
+def _spoil(out: Path, names: list[str], rng: random.Random) -> dict[str, str]:
+    """Damage or remove a few files of which enough is recorded elsewhere; the hashes of those that are still there."""
+    chosen = rng.sample([name for name in names if name.startswith("shards/") or name == "manifest.parquet"], 4)
+    for path in (out / name for name in chosen):
+        if path.suffix == ".json" or rng.random() < 0.3:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    found = hashes(out)
+    return {name: found[name] for name in chosen if name in found}
+
+
+def _sound(out: Path, whole: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """Inode and time of the shards' files that are as they should be."""
+    files = [name for name, digest in hashes(out).items() if name.startswith("shards/") and whole.get(name) == digest]
+    return {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in files}
+
+
+def _judge_mended(
+    out: Path, before: dict[str, tuple[int, int]], spoilt: dict[str, str], whole: dict[str, str], tally: Tally
+) -> None:
+    """Count files that were sound and are no longer, or were written again, and ones with bytes of neither kind."""
+    after = _sound(out, whole)
+    tally.lost += sum(name not in after for name in before)
+    tally.repeated += sum(name in after and after[name] != stamp for name, stamp in before.items())
+    tally.torn += sum(
+        digest not in (whole.get(name), spoilt.get(name))
+        for name, digest in hashes(out).items()
+        if TEMPORARY_PREFIX not in name and name != ".lock"
+    )
 
 
 def healthy(folder: Path, times: int, seed: int) -> Tally:
@@ -320,7 +283,7 @@ def healthy(folder: Path, times: int, seed: int) -> Tally:
         (images / "new.png").unlink(missing_ok=True)
         for place, data in kept.items():
             place.write_bytes(data)
-        _continued(out, whole, tally, source)
+        _continued(out, whole, tally, partial(forked, writing(out, source)))
     return tally
 
 
@@ -351,12 +314,15 @@ def clock(folder: Path, times: int, seed: int) -> Tally:
     return tally
 
 
-FAULTS: dict[str, Callable[[Path, int, int], Tally]] = {
+FAULTS: dict[str, Callable[..., Tally]] = {
     task.__name__: task
-    for task in (kill, terminate, full_disk, read_only, flipped, truncated, together, healthy, clock)
+    for task in (kill, terminate, mending, full_disk, read_only, flipped, truncated, together, healthy, clock)
 }
 
+BUNDLE_FAULTS = ("kill", "terminate", "flipped", "truncated")
+
 if __name__ == "__main__":
-    task, place, times, seed = sys.argv[1:]
+    task, place, times, seed, *bundle = sys.argv[1:]
     Path(place).mkdir(parents=True, exist_ok=True)
-    print(json.dumps(asdict(FAULTS[task](Path(place), int(times), int(seed)))))
+    how = {"runs": BUNDLE} if bundle == ["default"] and task in BUNDLE_FAULTS else {}
+    print(json.dumps(asdict(FAULTS[task](Path(place), int(times), int(seed), **how))))

@@ -14,7 +14,16 @@ import pytest
 
 from tests.runtime.processes import PATIENCE, ROOT
 
-TIMES = {"kill": 12, "terminate": 3, "full_disk": 2, "read_only": 2, "together": 3, "healthy": 4, "clock": 1}
+TIMES = {
+    "kill": 12,
+    "terminate": 3,
+    "mending": 8,
+    "full_disk": 2,
+    "read_only": 2,
+    "together": 3,
+    "healthy": 4,
+    "clock": 1,
+}
 """Damage to finished files is tried in test_repair.py."""
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
+from busigen.runtime import healthy as healthy_module
 from busigen.runtime.healthy import HealthyFolder, synthetic
 from tests.hashing import hash_of
 
@@ -65,14 +66,18 @@ def test_a_whole_folder_of_normals_is_read_without_a_complaint(
     assert not caplog.records
 
 
-def test_every_image_can_be_picked_and_is_letterboxed(normal: Path) -> None:
+def test_every_image_can_be_picked_and_is_letterboxed(normal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = HealthyFolder(normal)
     count = len(folder)
     picked = [folder.pick((n + 0.5) / count) for n in range(count)]
     assert len({healthy.row["healthy_sha256"] for healthy in picked}) == count
     assert folder.pick(0.0).row == picked[0].row
     assert folder.pick(np.nextafter(1.0, 0.0)).row == picked[-1].row
-    for healthy in picked:
+    monkeypatch.setattr(healthy_module, "CACHED_IMAGES", 2)
+    again = HealthyFolder(normal)
+    for number, healthy in enumerate(picked):
+        reread = again.pick((number + 0.5) / count)
+        assert np.array_equal(healthy.pixels, reread.pixels) and healthy.row == reread.row
         image = read_image(normal / healthy.row["healthy_file"])
         pixels, box = letterbox(image.pixels)
         assert np.array_equal(healthy.pixels, pixels)
@@ -196,7 +201,9 @@ def test_a_changed_image_is_another_source(normal: Path) -> None:
     assert HealthyFolder(normal).fingerprint() != before.fingerprint()
 
 
-def test_a_file_that_changes_during_the_run_is_noticed(normal: Path) -> None:
+def test_a_file_that_changes_before_it_is_read_again_is_noticed(normal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a larger folder, not all images are kept.
+    monkeypatch.setattr(healthy_module, "CACHED_IMAGES", 2)
     folder = HealthyFolder(normal)
     (_, used), (_, changed), (_, gone), *_ = folder.items
     kept = folder.pick(0.0).pixels.copy()

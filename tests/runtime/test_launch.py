@@ -7,21 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from busigen.errors import InputError, UsageError, WorkerError
 from busigen.runtime.factory import generate
+from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.launch import Crewing, launcher
 from busigen.runtime.launch.crew import Foreman
 from busigen.runtime.launch.local import LocalCrew
-from busigen.runtime.launch.worker import SourceMaker
+from busigen.runtime.launch.worker import Begun, Ended, Packed, SourceMaker, Worker
+from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
+from busigen.runtime.sampler import Sampler
 from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource, noise
 from tests.runtime.processes import PATIENCE, read_until, wait_for
+from tests.runtime.quick_engine import QuickEngine, quick_sampler
 from tests.runtime.scaled import SEED, started
 
 COUNT, SIZE = 16, 2
@@ -147,10 +153,41 @@ def unable(progress: Progress) -> NoiseSource:
     raise InputError("no healthy image.", fix="Give some.")
 
 
-def made_with(make: SourceMaker, out: Path, *, workers: int = 1, count: int = COUNT) -> None:
-    with LocalCrew(make, workers) as crew:
-        foreman = Foreman(crew, Progress())
-        generate(foreman.source(), out, **{**NUMBERS, "count": count}, make=foreman.make)
+class Watched(LocalCrew):
+    """Counts the shards that wait with a worker which has not begun them."""
+
+    def __init__(self, make: SourceMaker, size: int) -> None:
+        super().__init__(make, size)
+        self.waiting: Counter[int] = Counter()
+        self.most = 0
+
+    def hand(self, worker, plan, number):
+        self.waiting[worker] += 1
+        self.most = max(self.most, self.waiting[worker])
+        super().hand(worker, plan, number)
+
+    def events(self, timeout):
+        events = super().events(timeout)
+        self.waiting.subtract(event.worker for event in events if isinstance(event.news, Begun))
+        return events
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def made_with(make: SourceMaker, out: Path, *, workers: int = 1, **numbers: int) -> Notes:
+    progress = Notes()
+    with Watched(make, workers) as crew:
+        foreman = Foreman(crew, progress)
+        generate(foreman.source(), out, **{**NUMBERS, **numbers}, make=foreman.make, progress=progress)
+    assert crew.most == 1
+    return progress
 
 
 def test_a_shard_that_ends_every_worker_ends_the_run(tmp_path: Path, alone: dict[str, str]) -> None:
@@ -165,6 +202,98 @@ def test_an_error_of_a_worker_is_the_runs(tmp_path: Path) -> None:
         made_with(unable, tmp_path / "set")
     assert caught.value.fix == "Give some."
     assert not (tmp_path / "set").exists()
+
+
+class Noted(QuickEngine):
+    """Notes each call in a file; ends its process at one of the calls, unless another process has done so before."""
+
+    def __init__(self, log: Path, last: int) -> None:
+        super().__init__()
+        self.log, self.last = log, last
+
+    def run(self, graph, inputs):
+        output = super().run(graph, inputs)
+        with self.log.open("a") as file:
+            file.write(f"{self.calls[-1][0]}\n")
+        if len(self.calls) == self.last and not self.log.with_suffix(".lost").exists():
+            self.log.with_suffix(".lost").touch()
+            os._exit(3)
+        return output
+
+
+def streaming(progress: Progress, log: Path, last: int = 0) -> Sampler:
+    return quick_sampler(Noted(log, last))
+
+
+STREAM = {"count": 40, "seed": SEED, "shard_size": 5}
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("streamed") / "set"
+    generate(quick_sampler(QuickEngine()), out, **STREAM)
+    return hashes(out)
+
+
+def test_a_workers_batches_fill_across_its_shards(tmp_path: Path, streamed: dict[str, str]) -> None:
+    made_with(partial(streaming, log=tmp_path / "log"), tmp_path / "set", **STREAM)
+    assert hashes(tmp_path / "set") == streamed
+    calls = (tmp_path / "log").read_text().split()
+    engine = QuickEngine()
+    for first in range(0, 40, 5):
+        quick_sampler(engine).draw(SEED, range(first, first + 5), lambda accepted: None)
+    for stage in ("mask", "lesion@128"):
+        # As in test_streaming: a shard of five fills one batch of four per class at the most.
+        assert calls.count(stage) < 0.75 * [name for name, _ in engine.calls].count(stage), stage
+
+
+def test_a_lost_worker_loses_none_of_its_shards(tmp_path: Path, streamed: dict[str, str]) -> None:
+    # Some forty calls make half of the dataset: by the twentieth, several shards are open and one may be complete.
+    make = partial(streaming, log=tmp_path / "log", last=20)
+    progress = made_with(make, tmp_path / "set", workers=2, **STREAM)
+    assert hashes(tmp_path / "set") == streamed
+    assert progress.done == 40
+    assert any("it ended with code 3), with shards " in note for note in progress.notes), progress.notes
+
+
+def test_a_worker_that_is_told_to_end_finishes_its_oldest_shard_alone() -> None:
+    worker = Worker(lambda progress: quick_sampler(QuickEngine()))
+    for number in range(4):
+        worker.hand(Plan(**STREAM), number)
+    told = []
+    for news in worker.news():
+        told.append(news)
+        if isinstance(news, int):
+            worker.end()
+    begun = [news.number for news in told if isinstance(news, Begun)]
+    made = [news.record.number for news in told if isinstance(news, Packed)]
+    assert begun == list(range(len(begun))) and len(begun) > len(made)
+    # The batch with the first accepted sample may have finished the first shard; the next one is then the oldest.
+    assert made in ([0], [0, 1])
+    assert isinstance(told[-1], Ended)
+
+
+def opening(progress: Progress, images: Path, log: Path) -> Sampler:
+    """Notes every time that a file of a folder is opened."""
+
+    def noted(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(str(images)):
+            with log.open("a") as file:
+                file.write(f"{os.getpid()} {arguments[0]}\n")
+
+    sys.addaudithook(noted)
+    return quick_sampler(QuickEngine(), healthy=HealthyFolder(images))
+
+
+def test_a_worker_reads_each_healthy_image_once(tmp_path: Path, drawn_busi: Path) -> None:
+    images = drawn_busi / "normal"
+    made_with(partial(opening, images=images, log=tmp_path / "log"), tmp_path / "set", workers=2, **STREAM)
+    opened = Counter(line.partition(" ")[::2] for line in (tmp_path / "log").read_text().splitlines())
+    workers = {process for process, _ in opened}
+    assert len(workers) == 2
+    for process in workers:
+        for _, path in HealthyFolder(images).items:
+            assert opened[process, str(path)] == 1
 
 
 def random(progress: Progress) -> NoiseSource:

@@ -98,7 +98,9 @@ def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, 
     return x, y, x + side, y + side
 
 
-def correlations(queries: Views, targets: Views, *, shift: int = SHIFT, track: Track | None = None) -> Views:
+def correlations(
+    queries: Views, targets: Views, *, shift: int = SHIFT, track: Track | None = None, what: str = "images"
+) -> Views:
     """Best normalised correlation of every query with every target, over mirrors and shifts.
 
     The query's middle is laid on the target at every position within ``shift``; both are standardised over the very
@@ -109,6 +111,7 @@ def correlations(queries: Views, targets: Views, *, shift: int = SHIFT, track: T
         targets: T views.
         shift: Largest shift in view pixels, 0 to a quarter of the side.
         track: Shows progress.
+        what: Names the two sides there.
 
     Returns:
         ``float32 (Q, T)``, -1 to 1. A view without any detail correlates at 0 with all.
@@ -118,7 +121,7 @@ def correlations(queries: Views, targets: Views, *, shift: int = SHIFT, track: T
     best = np.full((len(queries), len(targets)), -1.0, dtype=np.float32)
     offsets: Iterable[int] = range((2 * shift + 1) ** 2)
     if track is not None:
-        offsets = track("comparing images", offsets, (2 * shift + 1) ** 2)
+        offsets = track(f"comparing {what}", offsets, (2 * shift + 1) ** 2)
     for offset in offsets:
         y, x = divmod(offset, 2 * shift + 1)
         for start in range(0, len(targets), _BLOCK):

@@ -67,14 +67,14 @@ def image_space(context: AuditContext, name: str) -> Space | None:
     shared = train is None or bool(np.isin(train.classes, held.classes).any())
     mine, held_views = make(synthetic), make(held)
 
-    def compare(first: Views, second: Views) -> Values:
-        return correlations(first, second, track=context.track).astype(np.float64)
+    def compare(first: Views, second: Views, sides: str) -> Values:
+        return correlations(first, second, track=context.track, what=f"{label}, {sides}").astype(np.float64)
 
     alike = correlations(mine, mine, shift=_REPEAT_SHIFT) > REPEATED
     groups = joined(synthetic.groups, alike)
-    to_held = compare(mine, held_views)
+    to_held = compare(mine, held_views, "synthetic with real")
     if train is None:
-        within = compare(held_views, held_views)
+        within = compare(held_views, held_views, "real with real")
         return Space(name, label, synthetic, None, held, groups, to_held, within=within, views=(mine, held_views))
     train_views = make(train)
     return Space(
@@ -85,8 +85,8 @@ def image_space(context: AuditContext, name: str) -> Space | None:
         held,
         groups,
         to_held,
-        to_train=compare(mine, train_views),
-        held_to_train=compare(held_views, train_views),
+        to_train=compare(mine, train_views, "synthetic with training"),
+        held_to_train=compare(held_views, train_views, "real with training"),
         views=(mine, train_views),
         shared=shared,
     )

@@ -1,9 +1,9 @@
-"""A crew of workers, and who hands them their shards: a lost worker's shard goes to another one."""
+"""A crew of workers, and who hands them their shards: a lost worker's shards go to another one."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -12,7 +12,7 @@ from busigen.errors import InputError, WorkerError
 from busigen.runtime.atomic import output_errors
 from busigen.runtime.claim import differences
 from busigen.runtime.foresight import Foresight, told_when_full
-from busigen.runtime.launch.worker import Described, Identity, Packed, record_of
+from busigen.runtime.launch.worker import Begun, Described, Ended, Identity, News, Packed, record_of
 from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.replay import told
@@ -34,25 +34,35 @@ class Event:
 
     Attributes:
         worker: its number.
-        news: it is ready for a first shard (``Identity``), accepted so many samples (``int``), made its shard
-            (``Packed``), could not because of an error, or is lost (``str`` says how).
+        news: it is ready for a first shard (``Identity``), something of its work (``News``), an error that ended it,
+            or it is lost (``str`` says how).
     """
 
     worker: int
-    news: Identity | int | Packed | Exception | str
+    news: Identity | News | Exception | str
 
 
 class Crew(Protocol):
-    """Workers, as a context manager that starts them and ends them. A worker that is lost is replaced by a new one."""
+    """Workers, as a context manager that starts them and ends them. A worker that is lost is replaced by a new one.
+
+    Attributes:
+        where: says who they are.
+        size: number of workers, known once they are started.
+    """
 
     where: str
+    size: int
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *error: object) -> None: ...
 
     def hand(self, worker: int, plan: Plan, number: int) -> None:
-        """Give a worker that is ready, or has made its shard, another one."""
+        """Give a worker that is ready a shard, to be made after those that it has."""
+        ...
+
+    def end(self, worker: int) -> None:
+        """Have a worker finish the oldest shard that it has begun, and nothing else."""
         ...
 
     def events(self, timeout: float) -> list[Event]:
@@ -63,6 +73,9 @@ class Crew(Protocol):
 class Foreman:
     """Has a crew make shards, writes them, and gives a lost worker's to another one.
 
+    A worker has those shards that it draws at the same time, and one that waits, so that it never runs dry; towards the
+    end of the run, only its even share. One that has lost a worker is made alone, so that it is known which one it is.
+
     Args:
         crew: entered already.
         progress: told who is at work.
@@ -70,8 +83,10 @@ class Foreman:
 
     def __init__(self, crew: Crew, progress: Progress) -> None:
         self._crew, self._progress = crew, progress
-        self._idle: list[int] = []
-        self._busy: dict[int, int] = {}
+        # The shards that each worker has, the oldest first.
+        self._claims: dict[int, deque[int]] = {}
+        self._begun: set[int] = set()
+        self._ending: set[int] = set()
         self._accepted: Counter[int] = Counter()
         self._losses: Counter[int | None] = Counter()
         self._todo: deque[int] = deque()
@@ -109,9 +124,11 @@ class Foreman:
             with stop.finishing(self._open_shards):
                 progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
                 foresight.begin()
-                while self._busy or (self._todo and not stop.requested):
-                    while self._idle and self._todo and not stop.requested:
-                        self._hand(self._idle.pop(0), plan)
+                while any(self._claims.values()) or (self._todo and not stop.requested):
+                    if stop.requested:
+                        self._end()
+                    else:
+                        self._hand_out(plan)
                     for event in self._crew.events(_PATIENCE):
                         packed = self._common(event)
                         if packed is None:
@@ -120,18 +137,40 @@ class Foreman:
                         foresight.drawn()
                         with output_errors(out), told_when_full(out, plan, records):
                             packed.put(out)
-                        records[packed.record.number] = packed.record
+                        records[packed.record.number] = packed.record.counted()
                         progress.shard_written(packed.record)
                         foresight.written(packed.record)
                         foresight.check()
         finally:
             progress.stop()
 
-    def _hand(self, worker: int, plan: Plan) -> None:
-        number = self._todo.popleft()
-        self._busy[worker] = number
-        self._accepted[worker] = 0
-        self._crew.hand(worker, plan, number)
+    def _hand_out(self, plan: Plan) -> None:
+        while (worker := self._next()) is not None:
+            number = self._todo.popleft()
+            self._claims[worker].append(number)
+            self._crew.hand(worker, plan, number)
+
+    def _next(self) -> int | None:
+        """The worker that gets the next shard now; None if they have enough, or none is left."""
+        if not self._todo or not self._claims:
+            return None
+        worker = min(self._claims, key=lambda worker: len(self._claims[worker]))
+        if not self._claims[worker]:
+            return worker
+        if self._todo[0] in self._losses:
+            return None
+        return next((worker for worker, claims in self._claims.items() if self._may_have_more(claims)), None)
+
+    def _may_have_more(self, claims: Collection[int]) -> bool:
+        left = len(self._todo) + sum(map(len, self._claims.values()))
+        fair = (len(claims) + 1) * self._crew.size <= left
+        return fair and self._begun.issuperset(claims) and self._losses.keys().isdisjoint(claims)
+
+    def _end(self) -> None:
+        for worker, claims in self._claims.items():
+            if claims and worker not in self._ending:
+                self._ending.add(worker)
+                self._crew.end(worker)
 
     def _common(self, event: Event) -> Packed | None:
         """Note what happened; a shard that was made is handed back."""
@@ -141,19 +180,29 @@ class Foreman:
         elif isinstance(news, int):
             self._accepted[worker] += news
             self._progress.advance(news)
+        elif isinstance(news, Begun):
+            self._begun.add(news.number)
         elif isinstance(news, Packed):
-            # What the samples of the shard do not cover was told before.
-            self._progress.advance(news.record.count - self._accepted[worker])
-            self._progress.rejected(len(news.record.rejections))
-            self._stages[worker] = news.stages
-            self._losses.pop(self._busy.pop(worker), None)
-            self._idle.append(worker)
+            self._take(worker, news)
             return news
+        elif isinstance(news, Ended):
+            self._claims[worker].clear()
         elif isinstance(news, Exception):
             raise news
         else:
             self._lose(worker, news)
         return None
+
+    def _take(self, worker: int, packed: Packed) -> None:
+        # Those that were told before may be of shards that are drawn ahead, too.
+        told = min(self._accepted[worker], packed.record.count)
+        self._accepted[worker] -= told
+        self._progress.advance(packed.record.count - told)
+        self._progress.rejected(len(packed.record.rejections))
+        self._stages[worker] = packed.stages
+        self._claims[worker].remove(packed.record.number)
+        self._begun.discard(packed.record.number)
+        self._losses.pop(packed.record.number, None)
 
     def _welcome(self, worker: int, identity: Identity) -> None:
         self._first = self._first or identity
@@ -167,20 +216,19 @@ class Foreman:
                 fix="Give all machines the same bundle, healthy images and versions.",
             )
         self._losses.pop(None, None)
-        self._idle.append(worker)
+        self._claims[worker] = deque()
 
     def _lose(self, worker: int, how: str) -> None:
-        number = self._busy.pop(worker, None)
-        if worker in self._idle:
-            self._idle.remove(worker)
-        self._progress.advance(-self._accepted.pop(worker, 0) if number is not None else 0)
-        if number is not None:
-            self._todo.appendleft(number)
-        self._losses[number] += 1
-        what = f"shard {number}" if number is not None else "no shard yet"
+        claims = self._claims.pop(worker, deque())
+        self._begun.difference_update(claims)
+        self._todo.extendleft(reversed(claims))
+        self._progress.advance(-self._accepted.pop(worker, 0))
+        self._losses.update(claims or [None])
+        what = _told_shards(claims) if claims else "no shard"
         self._progress.note(f"worker {worker} is lost ({how}), with {what}; another one takes its place")
-        if self._losses[number] > MOST_LOSSES:
-            about = f"shard {number} has lost" if number is not None else "the crew has lost, before any was ready,"
+        fatal = next((number for number, losses in self._losses.items() if losses > MOST_LOSSES), -1)
+        if fatal != -1:
+            about = f"shard {fatal} has lost" if fatal is not None else "the crew has lost, before any was ready,"
             raise WorkerError(
                 f"{about} {counted(MOST_LOSSES + 1, 'worker')}, the last one so: {how}.",
                 fix="Look for what ends them, such as too little memory (use fewer --workers or a smaller --batch-size)"
@@ -188,13 +236,18 @@ class Foreman:
             )
 
     def _open_shards(self) -> str:
-        if not self._busy:
+        busy = [worker for worker, claims in self._claims.items() if claims]
+        if not busy:
             return "before the first shard"
-        drawn = sum(self._accepted[worker] for worker in self._busy)
-        return f"{counted(len(self._busy), 'open shard')} ({counted(drawn, 'sample')} drawn)"
+        drawn = sum(self._accepted[worker] for worker in busy)
+        return f"{counted(len(busy), 'open shard')} ({counted(drawn, 'sample')} drawn)"
 
     def _stage_seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         for stages in self._stages.values():
             total.update(stages)
         return dict(total.most_common())
+
+
+def _told_shards(numbers: Collection[int]) -> str:
+    return f"shard{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -76,14 +76,14 @@ class LocalCrew:
 
     def __init__(self, make: SourceMaker, size: int) -> None:
         self.where = f"{counted(size, 'worker')} on this machine"
-        self._make, self._size = make, size
+        self._make, self.size = make, size
         self._hired: dict[int, _Hired] = {}
         self._next = 0
 
     def __enter__(self) -> Self:
         self._scratch = Path(tempfile.mkdtemp(prefix="busigen-workers-"))
         try:
-            for _ in range(self._size):
+            for _ in range(self.size):
                 self._hire()
         except BaseException:
             self.__exit__()
@@ -101,14 +101,21 @@ class LocalCrew:
 
     def hand(self, worker: int, plan: Plan, number: int) -> None:
         """See :class:`busigen.runtime.launch.crew.Crew`."""
-        # Of a worker that is gone, its closed pipe tells in a moment.
-        with contextlib.suppress(OSError):
-            self._hired[worker].pipe.send((plan, number))
+        self._tell(worker, (plan, number))
+
+    def end(self, worker: int) -> None:
+        """See :class:`busigen.runtime.launch.crew.Crew`."""
+        self._tell(worker, None)
 
     def events(self, timeout: float) -> list[Event]:
         """See :class:`busigen.runtime.launch.crew.Crew`."""
         ready = wait([hired.pipe for hired in self._hired.values()], timeout)
         return [self._heard(number) for number, hired in list(self._hired.items()) if hired.pipe in ready]
+
+    def _tell(self, worker: int, order: tuple[Plan, int] | None) -> None:
+        # Of a worker that is gone, its closed pipe tells in a moment.
+        with contextlib.suppress(OSError):
+            self._hired[worker].pipe.send(order)
 
     def _heard(self, worker: int) -> Event:
         hired = self._hired[worker]
@@ -166,9 +173,11 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
     try:
         worker = Worker(make, scratch)
         pipe.send(worker.identity())
-        while True:
-            for step in worker.steps(*pipe.recv()):
-                pipe.send(step)
+        threading.Thread(target=_listen, args=(pipe, worker), name="orders", daemon=True).start()
+        for news in worker.news():
+            pipe.send(news)
+        # Whoever told it to end has no more to say, and ends this process.
+        threading.Event().wait()
     except (EOFError, BrokenPipeError):
         return
     except BusigenError as error:
@@ -176,6 +185,14 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
     except Exception as error:  # A bug, which its own process has to tell of.
         logging.exception("worker failed")
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _listen(pipe: Connection, worker: Worker) -> None:
+    """Take orders while others are carried out."""
+    with contextlib.suppress(EOFError, OSError):
+        while (order := pipe.recv()) is not None:
+            worker.hand(*order)
+        worker.end()
 
 
 def _follow_parent(scratch: Path) -> None:

@@ -15,7 +15,7 @@ from busigen.runtime.install import install_command
 from busigen.runtime.launch import Crewing
 from busigen.runtime.launch.crew import Event
 from busigen.runtime.launch.local import require_workers
-from busigen.runtime.launch.worker import Identity, Packed, SourceMaker, Worker
+from busigen.runtime.launch.worker import Ended, Identity, News, SourceMaker, Worker
 from busigen.runtime.layout import Plan
 from busigen.runtime.wording import counted
 
@@ -42,6 +42,10 @@ class OnRay:
 LAUNCHER = OnRay()
 
 
+_ORDERS = "orders"
+"""What an actor does in a thread of its own, so that it can be told something while it makes a shard."""
+
+
 class _Actor:
     """A worker inside of Ray. Opening its source is a call of its own, so that an error there comes back as it is."""
 
@@ -52,11 +56,17 @@ class _Actor:
             return error
         return self._worker.identity()
 
-    def steps(self, plan: Plan, number: int) -> Iterator[int | Packed | Exception]:
+    def news(self) -> Iterator[News | Exception]:
         try:
-            yield from self._worker.steps(plan, number)
+            yield from self._worker.news()
         except BusigenError as error:
             yield error
+
+    def hand(self, plan: Plan, number: int) -> None:
+        self._worker.hand(plan, number)
+
+    def end(self) -> None:
+        self._worker.end()
 
 
 class RayCrew:
@@ -84,6 +94,7 @@ class RayCrew:
         self._ray = ray
         self.where = "a Ray cluster" if address else "Ray on this machine"
         self._make, self._size, self._resources, self._address = make, size, resources, address
+        self.size = size or 0
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, int] = {}
         self._next = 0
@@ -118,7 +129,11 @@ class RayCrew:
 
     def hand(self, worker: int, plan: Plan, number: int) -> None:
         """See :class:`busigen.runtime.launch.crew.Crew`."""
-        self._calls[self._actors[worker].steps.options(num_returns="streaming").remote(plan, number)] = worker
+        self._actors[worker].hand.options(concurrency_group=_ORDERS).remote(plan, number)
+
+    def end(self, worker: int) -> None:
+        """See :class:`busigen.runtime.launch.crew.Crew`."""
+        self._actors[worker].end.options(concurrency_group=_ORDERS).remote()
 
     def events(self, timeout: float) -> list[Event]:
         """See :class:`busigen.runtime.launch.crew.Crew`."""
@@ -130,7 +145,7 @@ class RayCrew:
     def _heard(self, call: Any) -> Event | None:
         worker = self._calls[call]
         try:
-            # What makes a shard is a stream of news; what opens a source is one piece of it.
+            # What a worker makes is a stream of news; what opens its source is one piece of it.
             news = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
         except StopIteration:
             del self._calls[call]
@@ -141,8 +156,10 @@ class RayCrew:
             del self._calls[call]
             self._replace(worker)
             return Event(worker, str(error).splitlines()[0].rstrip(":. "))
-        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(news, Packed):
+        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(news, Ended):
             del self._calls[call]
+        if isinstance(news, Identity):
+            self._calls[self._actors[worker].news.options(num_returns="streaming").remote()] = worker
         return Event(worker, news)
 
     def _replace(self, worker: int) -> None:
@@ -156,7 +173,7 @@ class RayCrew:
         room = int(total.get("CPU", 0) // self._resources["num_cpus"])
         if self._resources["num_gpus"]:
             room = min(room, int(total.get("GPU", 0)))
-        size = self._size or room
+        self.size = size = self._size or room
         if room < max(1, size):
             raise UsageError(
                 f"{self.where} has room for {room} workers of {self._told()} each, not for {max(1, size)}.",
@@ -167,7 +184,8 @@ class RayCrew:
             self._hire()
 
     def _hire(self) -> None:
-        actor = self._ray.remote(**self._resources, max_restarts=0)(_Actor).remote()
+        options = {**self._resources, "max_restarts": 0, "concurrency_groups": {_ORDERS: 1}}
+        actor = self._ray.remote(**options)(_Actor).remote()
         self._actors[self._next] = actor
         self._calls[actor.open.remote(self._make)] = self._next
         self._next += 1

@@ -1,4 +1,4 @@
-"""What a worker does, wherever it runs: it opens a source of its own and makes one shard after the other.
+"""What a worker does, wherever it runs: it opens a source of its own and makes the shards that it is handed.
 
 It hands over their bytes, and only the process that started it writes to the dataset: a worker may be lost any time.
 """
@@ -9,7 +9,10 @@ import hashlib
 import queue
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from busigen.runtime.atomic import atomic_file, output_errors, write_json
 from busigen.runtime.claim import run_record
 from busigen.runtime.layout import FIRST_SCHEMA_VERSION, SHARD_FOLDER, Plan, shard_path
 from busigen.runtime.progress import Progress
-from busigen.runtime.sample import Drawn, Source
+from busigen.runtime.sample import Drawn, Source, drawings
 from busigen.runtime.shards import ShardRecord, write_shard
 
 SourceMaker = Callable[[Progress], Source]
@@ -58,6 +61,22 @@ class Packed:
             with atomic_file(folder / file.file) as target:
                 target.write(content)
         write_json(record, {"schema_version": FIRST_SCHEMA_VERSION, **asdict(self.record)})
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A shard is being drawn, so that another one may wait for its turn."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker that was told to end has done so; what it had drawn ahead is dropped."""
+
+
+News = int | Begun | Packed | Ended
+"""What a worker tells: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,9 @@ def record_of(source: Source) -> dict[str, Any]:
 
 
 class Worker:
-    """Makes shards of one source.
+    """Makes shards of one source, drawing ahead of the oldest one where the source can, so that batches fill.
+
+    Shards may be handed over from any thread, at any time.
 
     Args:
         make: opens the source.
@@ -121,34 +142,85 @@ class Worker:
     def __init__(self, make: SourceMaker, scratch: Path | None = None) -> None:
         self._progress, self._scratch = Progress(), scratch
         self._source = make(self._progress)
+        self._orders: queue.SimpleQueue[tuple[Plan, int] | None] = queue.SimpleQueue()
+        self._told: queue.SimpleQueue[News | BaseException] = queue.SimpleQueue()
+        self._opened: deque[int] = deque()
+        self._ending = threading.Event()
 
     def identity(self) -> Identity:
         """What the source is."""
         source = self._source
         return Identity(source.fingerprint(), source.options(), source.row_types(), record_of(source))
 
-    def steps(self, plan: Plan, number: int) -> Iterator[int | Packed]:
-        """Make a shard: numbers of samples as they are accepted, then the shard.
+    def hand(self, plan: Plan, number: int) -> None:
+        """Have a shard wait until those before it leave room to begin it. All of them are of one plan."""
+        self._orders.put((plan, number))
+
+    def end(self) -> None:
+        """Finish the oldest shard that was begun, and nothing else."""
+        self._ending.set()
+        self._orders.put(None)
+
+    def news(self) -> Iterator[News]:
+        """Make what is handed over, until told to end; to be called once.
 
         Raises:
             BusigenError: whatever the source raises, or the machine has no room for one shard.
         """
-        told: queue.SimpleQueue[int | Packed | BaseException] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="shards", daemon=True).start()
+        while not isinstance(news := self._told.get(), Ended):
+            if isinstance(news, BaseException):
+                raise news
+            yield news
+        yield news
 
-        def make() -> None:
-            try:
-                told.put(self._pack(number, self._source.draw(plan.seed, plan.indices(number), told.put)))
-            except BaseException as error:
-                told.put(error)
+    def _work(self) -> None:
+        try:
+            self._make()
+            self._told.put(Ended())
+        except BaseException as error:
+            self._told.put(error)
 
-        threading.Thread(target=make, name="shard", daemon=True).start()
-        while not isinstance(step := told.get(), Packed):
-            if isinstance(step, BaseException):
-                raise step
-            yield step
-        yield step
+    def _make(self) -> None:
+        order = self._orders.get()
+        if order is None:
+            return
+        requests = self._requests(*order)
+        stream = drawings(self._source, order[0].seed, requests, self._told.put, self._ending.is_set)
+        pending: Future[None] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer, closing(stream):
+            for drawn in stream:
+                # One shard is packed while the next ones are drawn; no more than one waits for that.
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(self._pack, self._opened.popleft(), drawn)
 
-    def _pack(self, number: int, drawn: Drawn) -> Packed:
+    def _requests(self, plan: Plan, number: int) -> Iterator[range]:
+        """The indices of one shard after the other; an empty range where none waits but some are unfinished."""
+        while not self._ending.is_set():
+            self._opened.append(number)
+            self._told.put(Begun(number))
+            yield plan.indices(number)
+            while (order := self._next_order()) is None:
+                if self._ending.is_set():
+                    return
+                yield range(0)
+            plan, number = order
+
+    def _next_order(self) -> tuple[Plan, int] | None:
+        try:
+            return self._orders.get(block=not self._opened)
+        except queue.Empty:
+            return None
+
+    def _pack(self, number: int, drawn: Drawn) -> None:
+        try:
+            self._told.put(self._packed(number, drawn))
+        except BaseException as error:
+            # The next shard may be far off, and so may be who asks for this one's outcome.
+            self._told.put(error)
+
+    def _packed(self, number: int, drawn: Drawn) -> Packed:
         with tempfile.TemporaryDirectory(prefix="busigen-", dir=self._scratch) as name, output_errors(Path(name)):
             folder = Path(name)
             (folder / SHARD_FOLDER).mkdir()
