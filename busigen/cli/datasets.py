@@ -12,6 +12,7 @@ from rich.markup import escape
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
 from busigen.registry import BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
+from busigen.runtime.address import place_of, refuse_urls
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
 from busigen.runtime.summary import explained, generated, merged, repaired, verified
 
@@ -21,10 +22,13 @@ from busigen.runtime.summary import explained, generated, merged, repaired, veri
     "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images; "
     "`busigen generate --count 100000 --out data --workers 16 --threads 2` uses 32 cores; with `sbatch --array=1-8`, "
     "`busigen generate --count 100000 --out data --launcher slurm` makes one dataset in eight jobs. See "
-    "docs/scale-out.md."
+    "docs/scale-out.md. `busigen generate --count 100000 --out s3://bucket/data` publishes each finished shard to S3; "
+    "it needs `pip install 'busigen[s3]'`."
 )
 def generate(
-    out: Annotated[Path, typer.Option(help="The dataset's folder. A rerun of the same command continues in it.")],
+    out: Annotated[
+        str, typer.Option(help="The dataset's folder, or a URL (s3://, gs://). A rerun of the same command continues.")
+    ],
     count: Annotated[int | None, typer.Option(help="Accepted samples in the dataset.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
@@ -66,6 +70,10 @@ def generate(
     array_task: Annotated[
         str | None, typer.Option(help="K/N: make the K-th of N parts; give all N tasks the same --out.")
     ] = None,
+    spool: Annotated[
+        Path | None,
+        typer.Option(help="For a URL: local folder for shards on their way. [default: in the user's cache folder]"),
+    ] = None,
     log_json: Annotated[
         str | None, typer.Option(help="File to append progress to as JSON lines; - for standard output.")
     ] = None,
@@ -77,9 +85,10 @@ def generate(
     from busigen.runtime.job import Job
     from busigen.runtime.supervise import supervised
 
+    place = place_of(out)
     job = Job(
         count=count,
-        out=out,
+        out=place,
         bundle=bundle,
         healthy=healthy,
         classes=classes,
@@ -99,8 +108,9 @@ def generate(
         launcher=launcher,
         workers=workers,
         ray_address=ray_address,
+        spool=spool,
     )
-    with supervised(out, log_json) as (progress, stop):
+    with supervised(place, log_json) as (progress, stop):
         report = job.run(progress, stop)
     for line in generated(report):
         (stderr if log_json == "-" else stdout).print(escape(line))

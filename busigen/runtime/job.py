@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import busigen
+from busigen.errors import UsageError
 from busigen.registry import SYNTHETIC
+from busigen.runtime.address import Address
 from busigen.runtime.asking import Asked, parse_asked
 from busigen.runtime.backend import OnnxBackend
 from busigen.runtime.bundle import Bundle, default_bundle
@@ -24,6 +26,7 @@ from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
 from busigen.runtime.share import planned
+from busigen.runtime.shelf import Shelf
 from busigen.runtime.stage_times import TimedBackend
 from busigen.runtime.stopping import Stopping
 
@@ -34,7 +37,7 @@ class Job:
 
     Attributes:
         count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
-        out: the dataset's folder.
+        out: the dataset's folder or URL.
         bundle: a bundle's folder; ``None`` for the shipped one.
         healthy: a folder of healthy images, or ``synthetic``.
         classes: class weights.
@@ -51,10 +54,11 @@ class Job:
         launcher: a name in ``registry.LAUNCHERS``.
         workers: processes that make shards; ``None`` for what the launcher takes by itself.
         ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
+        spool: folder for shards on their way to a URL; ``None`` for one among this user's caches.
     """
 
     count: int | None
-    out: Path
+    out: Path | Address
     bundle: Path | None
     healthy: str
     classes: str
@@ -74,6 +78,7 @@ class Job:
     launcher: str = "local"
     workers: int | None = None
     ray_address: str | None = None
+    spool: Path | None = None
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began.
@@ -96,11 +101,12 @@ class Job:
             shard_size=self.shard_size,
         )
         self._wanted()
-        refuse_small_disk(self.out, plan)
+        shelf = self._shelf(progress, share.of(plan))
+        refuse_small_disk(shelf, plan)
         crew = chosen.crew(self._maker, Crewing(self.workers, self.threads, self.provider, self.ray_address))
         run = partial(
             generate,
-            out=self.out,
+            out=shelf,
             count=plan.count,
             seed=plan.seed,
             shard_size=plan.shard_size,
@@ -110,17 +116,18 @@ class Job:
             stop=stop,
         )
         if crew is None:
-            return run(self.source(progress, plan))
+            return run(self.source(progress, plan, shelf))
         with crew:
             foreman = Foreman(crew, progress)
             return run(foreman.source(), make=foreman.make)
 
-    def source(self, progress: Progress, plan: Plan | None = None) -> Sampler:
+    def source(self, progress: Progress, plan: Plan | None = None, shelf: Shelf | None = None) -> Sampler:
         """Where the samples come from.
 
         Args:
             progress: told of healthy images that are read, and who knows the engine's time.
-            plan: of a run in this process: whatever ``out`` holds is then refused early where it is another's.
+            plan: of a run in this process: whatever ``shelf`` holds is then refused early where it is another's.
+            shelf: of that run.
 
         Raises:
             BusigenError: an option or an input is not usable.
@@ -132,10 +139,29 @@ class Job:
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
-            if plan is not None:
-                refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))
+            standing = shelf.standing_run() if shelf else None
+            if shelf and plan and standing:
+                refuse_other_run(shelf.name, standing, sampler, plan, healthy=Path(self.healthy))
             sampler.healthy = HealthyFolder(Path(self.healthy), progress)
         return sampler
+
+    def _shelf(self, progress: Progress, part: Plan | None) -> Shelf:
+        """Where the dataset goes.
+
+        Raises:
+            BusigenError: a URL that cannot be used, or not in this way.
+        """
+        if isinstance(self.out, Path):
+            if self.spool is not None:
+                raise UsageError(
+                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
+                )
+            return Shelf(self.out)
+        from busigen.runtime.remote.shelf import RemoteShelf, tasks_refused
+
+        if part is not None:
+            raise tasks_refused(self.out)
+        return RemoteShelf(self.out, self.spool, progress=progress)
 
     def _maker(self, threads: int | None) -> SourceMaker:
         """What a worker opens its source with; its folders hold wherever that is."""
@@ -157,7 +183,7 @@ class Job:
         return {
             "busigen": busigen.__version__,
             "process": os.getpid(),
-            "out": str(self.out.absolute()),
+            "out": str(self.out.absolute() if isinstance(self.out, Path) else self.out),
             "count": self.count,
             "seed": self.seed,
             "shard_size": self.shard_size,
