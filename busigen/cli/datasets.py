@@ -164,9 +164,12 @@ def bench(
     stdout.print(escape(f"Results and plot are in {out}; a line was appended to {options.ledger}."))
 
 
-@app.command(epilog="Examples: `busigen verify data --healthy normal/`; `busigen verify data --repair`")
+@app.command(
+    epilog="Examples: `busigen verify data --healthy normal/`; `busigen verify data --repair`; "
+    "`busigen verify s3://bucket/data`"
+)
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    dataset: Annotated[str, typer.Argument(help="What `busigen generate` wrote: a folder or a URL.")],
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images: proves every background.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged or missing, and no more.")] = (
         False
@@ -176,9 +179,9 @@ def verify(
 ) -> None:
     """Check a dataset: hashes, counts, pairing, duplicates and, given the healthy images, every background."""
     from busigen.runtime.progress import console_progress
+    from busigen.runtime.remote.reading import refuse_repair, verify_place
     from busigen.runtime.repair import repair as mend
     from busigen.runtime.replay import Inputs
-    from busigen.runtime.verify import verify as run
 
     if healthy is not None and not healthy.is_dir():
         raise InputError(
@@ -186,10 +189,11 @@ def verify(
         )
     if not repair and (bundle is not None or threads is not None):
         raise UsageError("--bundle and --threads are for --repair.", fix="Leave them out, or add --repair.")
+    place = place_of(dataset)
     with console_progress() as progress:
         inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
-        mended = mend(dataset, inputs=inputs) if repair else None
-        report = mended.after if mended else run(dataset, healthy=healthy, progress=progress)
+        mended = mend(refuse_repair(place), inputs=inputs) if repair else None
+        report = mended.after if mended else verify_place(place, healthy=healthy, progress=progress)
     for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
         stdout.print(escape(line))
     if mended and mended.error:
@@ -210,6 +214,7 @@ def merge(
     from busigen.runtime.merge import merge as run
     from busigen.runtime.progress import console_progress
 
+    refuse_urls(out, *datasets, what="merge")
     with console_progress() as progress:
         try:
             report = run(out, datasets, progress=progress)
@@ -221,7 +226,7 @@ def merge(
 
 @app.command(epilog="Examples: `busigen explain data 000000012`; of a merged dataset, `busigen explain all 001/12`")
 def explain(
-    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    dataset: Annotated[str, typer.Argument(help="What `busigen generate` wrote: a folder or a URL.")],
     key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index; part/key if merged.")],
     bundle: Annotated[Path | None, typer.Option(help="The run's bundle. [default: the shipped one]")] = None,
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images, where it had any.")] = None,
@@ -232,13 +237,13 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell one sample's whole history, draw it again, and say whether the bytes agree."""
-    from busigen.runtime.explain import explain as run
     from busigen.runtime.progress import console_progress
+    from busigen.runtime.remote.reading import explain_place
     from busigen.runtime.replay import Inputs
 
     with console_progress() as progress:
         inputs = Inputs(bundle=bundle, healthy=healthy, provider=provider, threads=threads, progress=progress)
-        told = run(dataset, key, inputs=inputs, replay=replay, out=out)
+        told = explain_place(place_of(dataset), key, inputs=inputs, replay=replay, out=out)
     for line in [json.dumps(told.to_json(), indent=2, ensure_ascii=False)] if as_json else explained(told):
         stdout.print(escape(line))
     if told.error:

@@ -1,20 +1,16 @@
-"""The factory with the noise source and a URL: ``python -m tests.runtime.remote_source URL COUNT SHARD_SIZE`` and options.
+"""The factory with the noise source and a URL.
 
-``--seed N``, ``--seconds S`` per sample, ``--spool DIR``, ``--patience S`` with a store out of reach, ``--beat S`` and
-``--dead S`` of its lock, ``--workers N``, and ``--die-at N``: be killed at the N-th call to the store that changes
-something, just before it is done (``--after``: just after).
+``python -m tests.runtime.remote_source URL COUNT SHARD_SIZE`` takes ``--seed N``, ``--seconds S`` per sample,
+``--spool DIR``, ``--patience S`` with a store out of reach, ``--beat S`` and ``--dead S`` of its lock, ``--workers N``.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from busigen.errors import BusigenError
 from busigen.runtime.address import Address
@@ -26,31 +22,6 @@ from busigen.runtime.remote.patience import Patience
 from busigen.runtime.remote.shelf import RemoteShelf
 from busigen.runtime.supervise import supervised
 from tests.runtime.noise_source import NoiseSource, noise
-
-CHANGES = ("pipe_file", "put_file", "rm_file", "mv")
-"""What busigen asks of a file system that changes something there."""
-
-
-def dying(fs: Any, at: int, after: bool) -> None:
-    """Have this process killed around the ``at``-th change, counted from 0."""
-    count = -1
-
-    def dies(change: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            now = count == at
-            if now and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = change(*arguments, **options)
-            if now:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return call
-
-    for name in CHANGES:
-        setattr(fs, name, dies(getattr(fs, name)))
 
 
 def main(arguments: list[str]) -> int:
@@ -65,8 +36,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--beat", type=float, default=10.0)
     parser.add_argument("--dead", type=float, default=60.0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--die-at", type=int)
-    parser.add_argument("--after", action="store_true")
     parser.add_argument("--log")
     asked = parser.parse_args(arguments)
     numbers = {"count": asked.count, "seed": asked.seed, "shard_size": asked.shard_size}
@@ -75,8 +44,6 @@ def main(arguments: list[str]) -> int:
         with supervised(Address(asked.url), asked.log) as (progress, stop):
             patience = Patience(asked.patience, first=min(1.0, asked.patience / 4))
             shelf = RemoteShelf(Address(asked.url), asked.spool, progress=progress, patience=patience, beat=beat)
-            if asked.die_at is not None:
-                dying(shelf._store._fs, asked.die_at, asked.after)
             run = partial(generate, out=shelf, **numbers, progress=progress, stop=stop)
             crew = launcher("local").crew(lambda threads: partial(noise, seconds=asked.seconds), Crewing(asked.workers))
             with crew or nullcontext():

@@ -1,8 +1,8 @@
 """One writer at a time at a URL, where no operating system lends a lock that dies with its holder.
 
 The lock is a file that its holder rewrites every few seconds. Who finds it watches it: one that changes is held, one
-that stays as it is for long enough belongs to a process that is gone. A process that was killed leaves its spool behind,
-and whoever holds that spool, whose lock is the operating system's, knows at once that the mark in it is a dead one's.
+that stays as it is for long enough belongs to a process that is gone. A process that was killed leaves its spool, with
+its mark. Whoever holds that spool, whose lock is the operating system's, knows at once that the mark is a dead one's.
 
 Where a pause or a network outlasts that time, two processes may both believe that they hold it, so a holder looks again
 before everything that counts (:meth:`Lease.confirm`), and the one that no longer finds its own mark ends.

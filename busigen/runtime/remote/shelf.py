@@ -35,13 +35,10 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.remote.lease import Beat, Lease
 from busigen.runtime.remote.patience import Caller, Patience
 from busigen.runtime.remote.spool import default_spools, devote, held, spool_of
-from busigen.runtime.remote.store import Store, record_number
+from busigen.runtime.remote.store import Store, in_groups, record_number
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.shelf import Records, Shelf
 from busigen.runtime.standing import is_complete, sound_shards
-
-_AT_ONCE = 32
-"""Small files that are asked for together."""
 
 _SPOOLED = 4
 """Shards that the spool holds at a time, at most: one being written or sent, and what workers hand over meanwhile."""
@@ -204,7 +201,7 @@ class RemoteShelf(Shelf):
             if number in plan.numbers and name == shard_path(number, "json") and sizes[name] <= MAX_BYTES
         ]
         found = {}
-        for name, content in _in_groups(self._store, wanted):
+        for name, content in in_groups(self._store, wanted):
             try:
                 record = ShardRecord.of(parse_json(content, name), names[name], self.address / name)
             except (ValueError, IntegrityError):
@@ -259,7 +256,7 @@ class _FromStore:
 
     def _read(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
         tables = {record.parquet.file: record.parquet for record in records}
-        for name, content in _in_groups(self._store, list(tables)):
+        for name, content in in_groups(self._store, list(tables)):
             if hashlib.sha256(content).hexdigest() != tables[name].sha256:
                 raise self._other(tables[name])
             yield pl.read_parquet(io.BytesIO(content))
@@ -271,14 +268,6 @@ class _FromStore:
             fix=f"Delete {self._store.address / f'shards/{number}.json'}, then run the same command again: that shard "
             "is made anew.",
         )
-
-
-def _in_groups(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Files with their content, in order, few of which are held at a time."""
-    for start in range(0, len(names), _AT_ONCE):
-        group = names[start : start + _AT_ONCE]
-        contents = store.read_all(group)
-        yield from ((name, contents[name]) for name in group if name in contents)
 
 
 def tasks_refused(address: Address) -> UsageError:

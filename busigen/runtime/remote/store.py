@@ -7,7 +7,7 @@ import contextlib
 import errno
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from busigen.runtime.remote.patience import Caller, Patience
 
 _FIRST = Patience(total=15.0)
 """For the first contact: who mistyped an endpoint should not wait for minutes."""
+
+
+_AT_ONCE = 32
+"""Small files that are asked for together."""
 
 
 class Store:
@@ -215,11 +219,9 @@ def _opened(address: Address) -> tuple[Any, str]:
 
 def _lacking(address: Address, what: str) -> MissingDependencyError:
     protocol = address.protocol
-    extra = STORE_EXTRAS.get(protocol, "remote")
-    own = "" if protocol in STORE_EXTRAS or what == "fsspec" else f" {what.rstrip('.')}."
-    return MissingDependencyError(
-        f"{address} needs a package that is not installed.{own}", fix=f"Run {install_command(extra)}."
-    )
+    brought = protocol in STORE_EXTRAS or what == "fsspec"
+    fix = f"Run {install_command(STORE_EXTRAS.get(protocol, 'remote'))}." if brought else f"{what.rstrip('.')}."
+    return MissingDependencyError(f"{address} needs a package that is not installed.", fix=fix)
 
 
 def _told_md5(info: Mapping[str, Any]) -> str | None:
@@ -240,3 +242,11 @@ def record_number(name: str) -> int | None:
     stem, dot, suffix = last.partition(".")
     fits = folder == SHARD_FOLDER and suffix == "json" and stem.isascii() and stem.isdecimal() and 6 <= len(stem) <= 10
     return int(stem) if fits and dot else None
+
+
+def in_groups(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Files with their content, in order, few of which are held at a time."""
+    for start in range(0, len(names), _AT_ONCE):
+        group = names[start : start + _AT_ONCE]
+        contents = store.read_all(group)
+        yield from ((name, contents[name]) for name in group if name in contents)
