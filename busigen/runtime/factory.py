@@ -162,7 +162,7 @@ def refuse_small_disk(shelf: Shelf, plan: Plan) -> None:
     with output_errors(shelf.folder):
         new = not (shelf.folder / RUN_FILE).exists()
     if new:
-        require_room(shelf.folder, *shelf.held(plan, {}))
+        require_room(shelf.folder, *shelf.held(plan, {}), shelf.elsewhere)
 
 
 def draw_missing(

@@ -36,6 +36,8 @@ BATCHES_SECONDS = 120.0
 
 _LEAST_GAPS = 2
 
+_ELSEWHERE = "another --out or a smaller --count"
+
 Records = Mapping[int, ShardRecord]
 
 
@@ -115,20 +117,21 @@ def free_space(out: Path) -> int:
         return shutil.disk_usage(place).free
 
 
-def require_room(out: Path, plan: Plan, records: Records) -> None:
+def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = _ELSEWHERE) -> None:
     """Refuse early what would fail hours later; nothing is written.
 
     Args:
         out: the dataset's folder, which need not exist.
         plan: of the run.
         records: of the shards that exist.
+        elsewhere: what to choose where there is none.
 
     Raises:
         OutputError: the disk has no room for the samples that are still to come.
     """
     space, free = Space.of(plan, records), free_space(out)
     if space.samples and free < space.needed:
-        raise _too_small(f"{out} has {disk_size(free)} free", space)
+        raise _too_small(f"{out} has {disk_size(free)} free", space, elsewhere)
 
 
 @contextmanager
@@ -145,7 +148,7 @@ def told_when_full(shelf: Shelf, plan: Plan, records: Records) -> Iterator[None]
             raise
         out = shelf.folder
         full = f"Cannot write to {out}: No space left on device. {disk_size(free_space(out))} is free"
-        raise _too_small(full, Space.of(*shelf.held(plan, records))) from error
+        raise _too_small(full, Space.of(*shelf.held(plan, records)), shelf.elsewhere) from error
 
 
 def pace_of(out: Path, records: Records) -> float | None:
@@ -201,7 +204,7 @@ class Foresight:
 
     def check(self) -> None:
         """See :func:`require_room`."""
-        require_room(self.shelf.folder, *self.shelf.held(self.plan, self.records))
+        require_room(self.shelf.folder, *self.shelf.held(self.plan, self.records), self.shelf.elsewhere)
 
     def advanced(self) -> None:
         """Samples were drawn; before a large first shard is complete, these have to do."""
@@ -239,10 +242,9 @@ class Foresight:
             )
 
 
-def _too_small(problem: str, space: Space) -> OutputError:
+def _too_small(problem: str, space: Space, elsewhere: str) -> OutputError:
     return OutputError(
         f"{problem}, but the remaining {counted(space.samples, 'sample')} need about {disk_size(space.needed)} "
         f"({space.basis}).",
-        fix="Free some space, then run the same command again: complete shards are kept. "
-        "Or choose another --out or a smaller --count.",
+        fix=f"Free some space, then run the same command again: complete shards are kept. Or choose {elsewhere}.",
     )

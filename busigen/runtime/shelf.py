@@ -81,6 +81,11 @@ class Shelf:
         """Whether the whole dataset lies on the disk of ``folder``."""
         return True
 
+    @property
+    def elsewhere(self) -> str:
+        """What to choose where the disk of ``folder`` is too small."""
+        return "another --out or a smaller --count"
+
 
 @contextmanager
 def hurried(shelf: Shelf) -> Iterator[None]:

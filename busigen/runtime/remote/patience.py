@@ -123,7 +123,7 @@ class Caller:
 
     def missing(self) -> BusigenError:
         """The error where the bucket, or whatever holds the place, is not there."""
-        holder = self.address.url.partition("://")[2].split("/")[0]
+        holder = self.address.url.partition("://")[2].split("/")[0] or self.address.url
         return self.kind(
             f"{self.address}: there is no {holder!r}.",
             fix="Create it first, or check the URL's spelling and the endpoint.",

@@ -130,6 +130,8 @@ class RemoteShelf(Shelf):
 
     def keep(self, record: ShardRecord, kept: Callable[[ShardRecord], None]) -> None:
         """Send a shard, its record last, and free the spool of it."""
+        # Another run's shard may have other bytes, where its processors or versions differ.
+        self._lease.confirm()
         name = shard_path(record.number, "json")
         if name in self._store.sizes:
             self._store.remove(name)
@@ -191,6 +193,11 @@ class RemoteShelf(Shelf):
     def holds_all(self) -> bool:
         """See :class:`Shelf`."""
         return False
+
+    @property
+    def elsewhere(self) -> str:
+        """See :class:`Shelf`."""
+        return "another --spool or a smaller --shard-size"
 
     def _recorded(self, plan: Plan) -> dict[int, ShardRecord]:
         sizes = self._store.sizes
