@@ -266,7 +266,7 @@ class DenoiserTask:
     ) -> Tensor:
         batch = change(self._draw(examples, generator))
         condition = self._condition(batch, generator)
-        x, t, target = objectives.noisy(batch["clean"], generator)
+        x, t, target = objectives.noisy(batch["clean"], self.spec.times, generator)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
         return objectives.velocity(output.float(), target, batch["weight"])
 
