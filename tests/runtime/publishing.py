@@ -72,10 +72,11 @@ def dying(fs: Any, at: int, after: bool) -> None:
             now = count == at
             if now and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = change(*arguments, **options)
-            if now:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return change(*arguments, **options)
+            finally:
+                if now:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 

@@ -69,7 +69,7 @@ class Lease:
         self._mark = secrets.token_hex(8)
         self._count = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         known = self._known_marks()
@@ -81,12 +81,15 @@ class Lease:
         except BaseException:
             self._release()
             raise
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        self._thread.join(2 * self._beat.settle)
+        if self._thread is not None:
+            self._thread.join(2 * self._beat.settle)
         self._release()
 
     def confirm(self) -> None:
