@@ -214,6 +214,34 @@ def test_a_run_whose_lock_is_taken_over_ends_and_publishes_nothing_more(url: str
     assert (there / ".lock").read_bytes() == other
 
 
+def test_writers_that_start_at_once_do_not_disturb_each_other(
+    url: str, there: Path, tmp_path: Path, pristine: Path
+) -> None:
+    """As if from three machines; who waits for the first one may find the dataset complete."""
+    timing = ("--seconds", 0.1, "--beat", 0.5, "--dead", 20)
+    processes = [started(url, tmp_path / f"spools-{number}", *timing) for number in range(3)]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert 0 in codes and set(codes) <= {0, 4}, errors
+    assert hashes(there) == hashes(pristine)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system cannot pause a process")
+def test_a_paused_writer_that_wakes_up_after_its_lock_was_taken_over_ends(
+    url: str, there: Path, tmp_path: Path, pristine: Path
+) -> None:
+    process = started(url, tmp_path / "spools", "--seconds", 0.5, "--beat", 0.5)
+    wait_for(process, (there / "shards" / "000000.json").exists)
+    process.send_signal(signal.SIGSTOP)
+    report = write(url, tmp_path, spools="elsewhere", beat=Beat(0.5, 2.0, 0.1))
+    assert 0 < report.written < 3
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 4, errors
+    assert f"{url}: the lock .lock was removed while this process could not be heard" in errors
+    assert hashes(there) == hashes(pristine)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_and_publishes_the_open_shard(
     url: str, there: Path, tmp_path: Path, pristine: Path, number: int, code: int

@@ -167,6 +167,9 @@ class Store:
                 send(temporary)
                 self._check(temporary, size, md5, sha256)
                 self._fs.mv(temporary, path)
+            except FileNotFoundError as error:
+                # Another process took this one for dead and tidied up; the lease will tell.
+                raise OSError(errno.EIO, f"{last} vanished while it was sent") from error
             except BaseException:
                 with contextlib.suppress(Exception):
                     self._fs.rm_file(temporary)
