@@ -22,15 +22,18 @@ from busigen.runtime.backend import usable_cores
 from busigen.runtime.bundle import Bundle, graph_names
 from busigen.solver import solver_steps
 
-X, T, MOVED, RESULT = "solver/x", "solver/t_now", "solver/moved", "solver/result"
-"""Names that ``busigen.export.assembly`` gives: the sample, its time, ``b * velocity``, the loop's end."""
+X, RESULT = "solver/x", "solver/result"
+"""Names that ``busigen.export.assembly`` gives: the sample and the loop's end."""
+
+NOW = {field: f"solver/{field}_now" for field in ("t", "s", "a", "b")}
+"""The names of a turn's constants, of which every loop's body reads some."""
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """One stage's graphs: what is computed once before the steps, one evaluation, what is computed after them."""
+    """One stage's graphs: what is computed once before the steps, one solver step, what is computed after them."""
 
     before: ModelProto | None
     step: ModelProto
@@ -68,9 +71,8 @@ class StepwiseBackend:
             values |= self._call(f"{graph}.before", values)
         x = values["noise"]
         for step in solver_steps(stage, self._bundle.info["solver_steps"][stage]):
-            now = {X: x, T: np.array([step.t], dtype=np.float32)}
-            (velocity,) = self._call(f"{graph}.step", {**values, **now}).values()
-            x = np.float32(step.a) * x + np.float32(step.b) * velocity
+            now = {name: np.array([getattr(step, field)], dtype=np.float32) for field, name in NOW.items()}
+            (x,) = self._call(f"{graph}.step", {**values, **now, X: x}).values()
         (output,) = self._call(f"{graph}.after", {**values, RESULT: x}).values()
         return output
 
@@ -115,8 +117,8 @@ def split(model: ModelProto) -> Parts:
     # What the loop reads of the graph around it: values that depend on the inputs, and weights, which stay constants.
     read = {name for node in body.node for name in node.input}
     conditions = sorted(read & dependent)
-    (moved,) = (node for node in body.node if MOVED in node.output)
-    steps = _part(model, [*outer, *body.node], [X, T, *sorted(read & inputs), *conditions], [moved.input[0]])
+    given = [X, *NOW.values(), *sorted(read & inputs), *conditions]
+    steps = _part(model, [*outer, *body.node], given, [body.output[1].name])
     before = _part(model, outer, sorted(inputs), conditions) if conditions else None
     after = _part(model, outer, [RESULT, *sorted(inputs)], [model.graph.output[0].name])
     return Parts(before, steps, after)

@@ -6,9 +6,9 @@ predicts the velocity ``noise - x_0``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from busigen.registry import SOLVER_SPREAD
 
@@ -21,22 +21,37 @@ SHIFT = 1.5
 
 @dataclass(frozen=True)
 class SolverStep:
-    """One step ``x = a x + b net(x, t) + c noise``; ``t`` in (0, 1], 1 being pure noise."""
+    """One step ``x = a x + b net(x, t) + c noise`` from ``t`` to ``s``, in [0, 1], 1 being pure noise."""
 
     t: float
+    s: float
     a: float
     b: float
     c: float
 
 
-def gaussian_steps(count: int, spread: float) -> list[SolverStep]:
-    """A table that is exact where the data are normal about any mean with deviation ``spread``, in any number of steps.
+def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
+    """``a`` and ``b`` of the step from ``t`` to ``s`` that is exact where the data have the deviation ``spread``.
 
     A network predicts the mean of all data that may have led to ``x_t``. Euler steps go there in a straight line and
     lose the spread about it: eight of them leave standard normal data with a deviation of 0.84, and images smooth.
     For normal data the path is known, ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``. A
     step finds ``mean`` and ``z`` from ``x`` and the velocity, and goes along it (an exponential integrator, as
     DPM-Solver is for point masses, Lu et al. 2022). Without spread it is Euler's step.
+
+    Numbers, arrays and tensors will do, and so will a spread for each of many independent coefficients.
+    """
+
+    def deviation(time: Any) -> Any:
+        return ((1.0 - time) ** 2 * spread**2 + time**2) ** 0.5
+
+    slope = (t - (1.0 - t) * spread**2) / deviation(t)
+    a = ((1.0 - s) * slope + deviation(s)) * deviation(t) / t
+    return a, a * (1.0 - t) - (1.0 - s)
+
+
+def gaussian_steps(count: int, spread: float) -> list[SolverStep]:
+    """A table that is exact where the data are normal about any mean with deviation ``spread``, in any number of steps.
 
     Args:
         count: network evaluations.
@@ -47,16 +62,7 @@ def gaussian_steps(count: int, spread: float) -> list[SolverStep]:
     """
     if spread < 0:
         raise ValueError(f"a spread cannot be negative, not {spread}")
-
-    def deviation(t: float) -> float:
-        return math.hypot((1.0 - t) * spread, t)
-
-    steps = []
-    for t, s in pairwise(_times(count)):
-        slope = (t - (1.0 - t) * spread**2) / deviation(t)
-        a = ((1.0 - s) * slope + deviation(s)) * deviation(t) / t
-        steps.append(SolverStep(t=t, a=a, b=a * (1.0 - t) - (1.0 - s), c=0.0))
-    return steps
+    return [SolverStep(t, s, *gaussian_constants(t, s, spread), c=0.0) for t, s in pairwise(_times(count))]
 
 
 def solver_steps(name: str, count: int) -> list[SolverStep]:

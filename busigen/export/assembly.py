@@ -73,24 +73,34 @@ class Assembly:
             self.nodes.append(twin)
         return [names[value.name] for value in graph.output]
 
-    def loop(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], start: str) -> str:
+    def loop(
+        self,
+        step: ModelProto,
+        steps: Sequence[SolverStep],
+        wiring: Mapping[str, str],
+        start: str,
+        update: ModelProto | None = None,
+    ) -> str:
         """Add the solver's loop and return the name of its result.
 
-        The loop's body is one evaluation and ``a x + b net(x, t)``, with the constants of its turn taken from tables;
-        weights, tokens and condition are read from the graph around it.
+        The loop's body is one evaluation and ``a x + b net(x, t)``, or ``update``, with the constants of its turn taken
+        from tables; weights, tokens and condition are read from the graph around it.
         """
         tables = {
             name: self.constant(f"solver/{name}", np.array([[getattr(s, name)] for s in steps], dtype=np.float32))
-            for name in ("t", "a", "b")
+            for name in (("t", "a", "b") if update is None else ("t", "s"))
         }
         turns = self.constant("solver/turns", np.array(len(steps), dtype=np.int64))
         outside, self.nodes = self.nodes, []
         turn, go_on, x = "solver/turn", "solver/go_on", "solver/x"
         now = {name: self.add("Gather", [table, turn], f"solver/{name}_now") for name, table in tables.items()}
         (velocity,) = self.paste(step, "step/", {**wiring, "x": x, "t": now["t"]}, "")
-        moved = self.add("Mul", [velocity, now["b"]], "solver/moved")
-        kept = self.add("Mul", [x, now["a"]], "solver/kept")
-        following = self.add("Add", [kept, moved], "solver/following")
+        if update is None:
+            moved = self.add("Mul", [velocity, now["b"]], "solver/moved")
+            kept = self.add("Mul", [x, now["a"]], "solver/kept")
+            following = self.add("Add", [kept, moved], "solver/following")
+        else:
+            (following,) = self.paste(update, "update/", {"x": x, "velocity": velocity, **now}, "update/")
         going = self.add("Identity", [go_on], "solver/going")
         like = step.graph.input[0].type.tensor_type
         shape = [d.dim_value or None for d in like.shape.dim]
@@ -138,6 +148,7 @@ def with_solver(
     output: str,
     before: ModelProto | None = None,
     after: ModelProto | None = None,
+    update: ModelProto | None = None,
 ) -> ModelProto:
     """Build the whole sampler of one stage.
 
@@ -149,6 +160,7 @@ def with_solver(
         output: its output's name.
         before: traced computation of some of ``step``'s inputs, whose names its outputs have.
         after: traced sample to output.
+        update: traced ``(x, velocity, t, s)`` to the following ``x``, instead of the steps' ``a x + b velocity``.
     """
     if any(constants.c for constants in steps):
         raise ValueError("stochastic steps need a noise input per step, which no stage has")
@@ -161,7 +173,7 @@ def with_solver(
     noise.CopyFrom(step.graph.input[0])
     noise.name = "noise"
     assembly.inputs.setdefault("noise", noise)
-    x = assembly.loop(step, steps, wiring, "noise")
+    x = assembly.loop(step, steps, wiring, "noise", update)
     if after is not None:
         (x,) = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")
     return assembly.build(x, (after or step).graph.output[0], output, name)

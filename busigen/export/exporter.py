@@ -102,6 +102,7 @@ def _fill(folder: Path, networks: Networks, record: Mapping[str, Any], checkpoin
         "latent_channels": networks.preset.latent_channels,
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
+        "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
         "solver_steps": SOLVER_STEPS,
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),
@@ -152,6 +153,7 @@ def _prior(networks: Networks) -> ModelProto:
         name="prior",
         output="latents",
         before=trace.trace_prior_condition(networks, cells),
+        update=trace.trace_spectrum(networks.denoisers["prior"].spectrum),
     )
 
 

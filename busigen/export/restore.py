@@ -127,8 +127,12 @@ def _denoiser(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def _prior(weights: Mapping[str, Tensor]) -> Weights:
-    """The prior's own names, with the bias that export folded its cross-attention into back in its place."""
-    return {name.replace(".attn2.bias", ".attn2.to_out.0.bias"): v for name, v in _denoiser(weights).items()}
+    """The prior's own names, with the bias that export folded its cross-attention into back in its place.
+
+    What its solver steps are made of lies around the network, in the loop.
+    """
+    own = {name.replace(".attn2.bias", ".attn2.to_out.0.bias"): v for name, v in _denoiser(weights).items()}
+    return own | {"spectrum.spread": _found(weights, "update/spread")}
 
 
 def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -197,6 +201,7 @@ def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
         "preset": preset,
         "recipe": known.get("recipe", recipe_for(preset).to_dict()),
         "data": {"images": "unrecorded", **known.get("data", {}), "split_hash": bundle.info.get("split_hash")},
+        "frames": [list(frame) for frame in bundle.frames],
         "tasks": known.get("tasks", {}),
         "device": known.get("device", "unrecorded"),
         "versions": checkpoint.versions(),

@@ -22,6 +22,7 @@ from busigen.training.models import place_condition, region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
 from busigen.training.outline import OutlineTransformer
 from busigen.training.outline_space import OutlineSpace
+from busigen.training.spectrum import Spectrum
 
 OPSET = 20
 EXAMPLE_BATCH = 2
@@ -258,6 +259,13 @@ def trace_outline_step(model: OutlineTransformer, tokens: int) -> ModelProto:
     ]
     names = ["x", "t", "label", "tokens", "keep", "condition0"]
     return trace(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
+
+
+def trace_spectrum(spectrum: Spectrum) -> ModelProto:
+    """The prior's solver step: ``x``, its ``velocity`` and the times ``t`` and ``s`` to ``following``."""
+    x, velocity = (torch.randn(EXAMPLE_BATCH, *spectrum.spread.shape) for _ in range(2))
+    times = [torch.full((1,), time) for time in (0.9, 0.8)]
+    return trace(spectrum, [x, velocity, *times], ["x", "velocity", "t", "s"], ["following"], static=("t", "s"))
 
 
 def trace_asked(space: OutlineSpace) -> ModelProto:

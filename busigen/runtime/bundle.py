@@ -22,6 +22,9 @@ MAX_GRAPH_BYTES = 8 << 20
 
 MAX_WEIGHTS_BYTES = 4 << 30
 
+LEAST_FRAME, MAX_FRAMES = 32, 1024
+"""Shortest side in pixels, and number, of the frames that a bundle may record."""
+
 _LARGEST = {"latent_channels": 256, "code_length": 4096, "patch": RESOLUTION}
 """Sizes that a bundle may ask noise and inputs of: a damaged record is not to ask for all memory."""
 
@@ -115,6 +118,11 @@ class Bundle:
         """Side of a context patch in pixels."""
         return int(self.info["patch"])
 
+    @property
+    def frames(self) -> list[tuple[int, int]]:
+        """Heights and widths of training images in the working frame; without a record, they fill it."""
+        return [(height, width) for height, width in self.info.get("frames", [[RESOLUTION, RESOLUTION]])]
+
     def _check(self) -> None:
         graphs = self.info.get("graphs")
         if not isinstance(graphs, dict) or set(graphs) != set(graph_names()):
@@ -124,6 +132,8 @@ class Bundle:
                 raise IntegrityError(
                     f"{self.folder / RECORD} has no valid {key!r}: {self.info.get(key)!r}.", fix=_EXPORT
                 )
+        if not _are_frames(self.info.get("frames", [[RESOLUTION, RESOLUTION]])):
+            raise IntegrityError(f"{self.folder / RECORD} has no valid 'frames'.", fix=_EXPORT)
         expected: dict[str, str] = {}
         for name, record in graphs.items():
             hashes = record.get("files") if isinstance(record, dict) else None
@@ -137,6 +147,16 @@ class Bundle:
                 if expected.setdefault(file, sha256) != sha256:
                     raise IntegrityError(f"{self.folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
             _check_weights(self.folder / record["file"], set(hashes))
+
+
+def _are_frames(found: Any) -> bool:
+    """Whether these are heights and widths that an image can have in the working frame."""
+
+    def is_frame(pair: Any) -> bool:
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(side) is int for side in pair)
+        return whole and min(pair) >= LEAST_FRAME and max(pair) == RESOLUTION
+
+    return isinstance(found, list) and 1 <= len(found) <= MAX_FRAMES and all(map(is_frame, found))
 
 
 def _check_name(file: str, record: Path) -> None:

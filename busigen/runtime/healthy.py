@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
 from busigen.data.images import find_images, masks_by_stem, read_image, read_mask
-from busigen.data.letterbox import letterbox
+from busigen.data.letterbox import fit, letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
@@ -48,17 +48,26 @@ class Healthy:
     row: dict[str, Any]
 
 
-def synthetic(pixels: NDArray[np.uint8]) -> Healthy:
-    """A background that the prior painted; it fills the frame."""
+def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Healthy:
+    """A background that the prior painted, in a frame of the shape that a real image might have.
+
+    Args:
+        pixels: ``(256, 256)`` uint8.
+        frame: height and width in pixels, the longer one 256. What is painted below the height is left out, because
+            skin lies on top, and as much on the left as on the right.
+    """
+    box = fit(width=frame[1], height=frame[0])
+    framed = np.zeros_like(pixels)
+    framed[box.rows, box.columns] = pixels[: box.height, box.columns]
     row = {
         "background": SYNTHETIC,
         "healthy_file": None,
         "healthy_sha256": None,
-        "letterbox_scale": 1.0,
-        "letterbox_left": 0,
-        "letterbox_top": 0,
+        "letterbox_scale": box.scale,
+        "letterbox_left": box.left,
+        "letterbox_top": box.top,
     }
-    return Healthy(pixels, np.ones((RESOLUTION, RESOLUTION), dtype=bool), row)
+    return Healthy(framed, box.valid, row)
 
 
 class HealthyFolder:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-STREAMS = ("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked")
+STREAMS = ("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked", "frame")
 """Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
 

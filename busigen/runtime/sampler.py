@@ -242,7 +242,8 @@ class Sampler:
             )
             speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
             pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
-            pictures = [synthetic(to_grey(image[0])) for image in pixels]
+            frames = [self._frame(seed, job) for job in batch]
+            pictures = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
         drafts = [
             Draft(
                 index=job.index,
@@ -255,6 +256,10 @@ class Sampler:
             for job, picture in zip(batch, pictures, strict=True)
         ]
         return [_refused(draft, reason) if (reason := background_reason(draft)) else draft for draft in drafts]
+
+    def _frame(self, seed: int, job: Job) -> tuple[int, int]:
+        frames = self.bundle.frames
+        return frames[int(uniform(seed, job.index, job.attempt, "frame") * len(frames))]
 
     def _outline(self, seed: int, batch: Sequence[Job]) -> Sequence[Outcome]:
         """Stage 1, judged: the draws whose outline passes the gates go on with mask, edit region and window."""

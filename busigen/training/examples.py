@@ -35,6 +35,9 @@ from busigen.training.state import load_state, save_state
 Progress = Callable[[int, int], None]
 ENCODE_BATCH = 16
 
+FRAMES = 64
+"""Image shapes that a checkpoint records for synthetic backgrounds to have."""
+
 WIDE = 15
 """Least side in pixels of suspected overlay that does not count in any loss."""
 
@@ -130,6 +133,12 @@ def at_most(rows: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     if limit is None or rows.height <= limit:
         return rows
     return rows[np.linspace(0, rows.height - 1, limit).round().astype(int).tolist()]
+
+
+def frames_of(rows: pl.DataFrame) -> list[list[int]]:
+    """Heights and widths of letterboxed images, evenly spaced from the widest to the tallest; at most ``FRAMES``."""
+    shapes = rows.select("inner_height", "inner_width").sort(pl.col("inner_height") / pl.col("inner_width"))
+    return [list(shape) for shape in at_most(shapes, FRAMES).iter_rows()]
 
 
 def select(

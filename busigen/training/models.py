@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
@@ -13,6 +16,7 @@ from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, PLACE_CHANNE
 from busigen.training.attention import keep_bias
 from busigen.training.autoencoder import Autoencoder
 from busigen.training.outline import OutlineTransformer, outline_transformer
+from busigen.training.spectrum import Spectrum
 
 
 class ContextEncoder(ModelMixin, ConfigMixin):
@@ -68,6 +72,16 @@ class MaskedAutoencoder(nn.Module):
         return self.head(tokens)
 
 
+class PriorUNet(UNet2DConditionModel):
+    """The healthy prior's denoiser, which knows how much images differ in each spatial frequency."""
+
+    # With the parent's signature, from which diffusers reads what a configuration may hold.
+    @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spectrum = Spectrum(self.config.out_channels, self.config.sample_size)
+
+
 def _transformer(dim: int, layers: int, heads: int) -> nn.ModuleList:
     return nn.ModuleList(
         BasicTransformerBlock(dim, heads, dim // heads, activation_fn="gelu", attention_bias=True)
@@ -109,7 +123,7 @@ def denoiser_channels(name: str, latent_channels: int) -> tuple[int, int]:
 def _denoiser(name: str, preset: Preset) -> UNet2DConditionModel:
     shape = preset.denoisers[name]
     channels_in, channels_out = denoiser_channels(name, preset.latent_channels)
-    return UNet2DConditionModel(
+    return model_class(name)(
         sample_size=RESOLUTION // LATENT_FACTOR,
         in_channels=channels_in,
         out_channels=channels_out,
@@ -137,7 +151,7 @@ def build(component: str, preset: Preset) -> ModelMixin:
 
 def model_class(component: str) -> type[ModelMixin]:
     """The class to load a saved component with."""
-    special = {"autoencoder": Autoencoder, "context": ContextEncoder, "mask": OutlineTransformer}
+    special = {"autoencoder": Autoencoder, "context": ContextEncoder, "mask": OutlineTransformer, "prior": PriorUNet}
     return special.get(component, UNet2DConditionModel)
 
 

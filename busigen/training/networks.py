@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from busigen.registry import CLASSES, SOLVER_STEPS, Preset
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.models import mask_condition, place_condition, region_condition
+from busigen.training.spectrum import Spectrum
 
 
 class Encoder(nn.Module):
@@ -68,6 +69,15 @@ class Velocity(nn.Module):
             encoder_attention_mask=keep,
         ).sample
 
+    def follow(self, x: Tensor, velocity: Tensor, step: SolverStep) -> Tensor:
+        """Take one solver step: by frequencies where the denoiser knows their spread, else all alike."""
+        spectrum: Spectrum | None = getattr(self.unet, "spectrum", None)
+        if spectrum is None:
+            return step.a * x + step.b * velocity
+        t, s = (torch.full((1,), time, dtype=x.dtype, device=x.device) for time in (step.t, step.s))
+        moved: Tensor = spectrum(x, velocity, t, s)
+        return moved
+
 
 def window_condition(known: Tensor, mask: Tensor, region: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What stages 2 and 3 see besides noise: latents ``(B, C, s, s)``, window mask and region ``(B, 1, S, S)``."""
@@ -96,7 +106,7 @@ def integrate(
     x = noise
     for step in steps:
         t = torch.full((x.shape[0],), step.t, dtype=x.dtype, device=x.device)
-        x = step.a * x + step.b * velocity(x, t, label, tokens, keep, *condition)
+        x = velocity.follow(x, velocity(x, t, label, tokens, keep, *condition), step)
     return x
 
 

@@ -111,16 +111,9 @@ def masked_patches(output: Tensor, image: Tensor, keep: Tensor, patch: int) -> T
     return ((output - target).pow(2).mean(dim=-1) * hidden).sum() / hidden.sum().clamp(min=1.0)
 
 
-def noisy(clean: Tensor, times: tuple[float, float], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the flow-matching pair: ``x_t``, ``t`` and the target velocity.
-
-    Args:
-        clean: ``(B, ...)`` standardised data.
-        times: mean and deviation of the logit of ``t`` (Esser et al. 2024, 3.1).
-        generator: draws times and noise.
-    """
-    mean, deviation = times
-    t = torch.sigmoid(torch.randn(clean.shape[0], generator=generator) * deviation + mean).to(clean)
+def noisy(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the flow-matching pair: ``x_t``, ``t`` (logit-normal, Esser et al. 2024, 3.1) and the target velocity."""
+    t = torch.sigmoid(torch.randn(clean.shape[0], generator=generator) * 1.1 + 0.2).to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     wide = t.view(-1, *[1] * (clean.ndim - 1))
     return (1.0 - wide) * clean + wide * noise, t, noise - clean

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
-from busigen.registry import LESION_CLASSES, SPLITS
+from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS
 from busigen.training import adapters, checkpoint
 from busigen.training.base import Base
 from busigen.training.claim import claim
-from busigen.training.examples import Frames, Progress, select, to_tensor
+from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
 from busigen.training.heal import heal, healed_reader, save_healed
 from busigen.training.models import build
 from busigen.training.networks import Networks
@@ -160,10 +160,17 @@ class _Run:
                 for key in ("split_hash", "images", "seed", "splits", "classes_and_splits")
             },
             "latents": self.latents,
+            "frames": self._frames(),
             "tasks": self.figures,
             "device": str(self.device),
             "versions": checkpoint.versions(),
         }
+
+    def _frames(self) -> list[list[int]]:
+        """The shapes of the images that the prior learnt from."""
+        if self.start is not None and "prior" not in _trained(self.recipe):
+            return self.start.record.get("frames", [[RESOLUTION, RESOLUTION]])
+        return frames_of(select(self.prepared, "train"))
 
     def _do(self, spec: TaskSpec) -> dict[str, Any]:
         if spec.kind == "heal":

@@ -16,8 +16,7 @@ class TaskSpec:
 
     ``kind`` names the task class (:data:`busigen.training.tasks.KINDS`); ``component`` the network it trains; ``start``
     the component of the same shape whose weights it begins with; ``label`` an adapter's class. ``variants`` counts
-    encodings per image, ``batch`` 128-pixel windows (or images), ``times`` mean and deviation of the logit of a
-    denoiser's times.
+    encodings per image, ``batch`` 128-pixel windows (or images).
     """
 
     name: str
@@ -35,7 +34,6 @@ class TaskSpec:
     weight_decay: float = 1e-2
     clip: float = 1.0
     sources: tuple[str, ...] = ()
-    times: tuple[float, float] = (0.2, 1.1)
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,6 @@ class Recipe:
         return asdict(self)
 
 
-WHOLE_IMAGE_TIMES = (1.0, 1.4)
-"""Times of the healthy prior. How bright an image is varies nine times as much as a single cell does, and shows through
-the noise as early as t = 0.9, which times around one half hardly ever teach: its backgrounds were too much alike."""
-
-
 def _adapters(steps: int, batch: int, lr: float, variants: Mapping[str, int]) -> Iterator[TaskSpec]:
     """Every stage's adapters; with as many ``variants`` as its base, they draw from the same encoded examples."""
     for stage in STAGES:
@@ -111,7 +104,7 @@ def _compact() -> tuple[TaskSpec, ...]:
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=2),
         TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4, start="lesion"),
-        TaskSpec("prior", "background", "prior", steps=38_000, batch=24, lr=1e-3, variants=2, times=WHOLE_IMAGE_TIMES),
+        TaskSpec("prior", "background", "prior", steps=38_000, batch=24, lr=1e-3, variants=2),
         *_adapters(steps=800, batch=32, lr=1e-3, variants={"mask": 2, "lesion": 4, "blend": 4}),
     )
 
@@ -125,9 +118,7 @@ def _tiny() -> tuple[TaskSpec, ...]:
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=200, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("blend", "window", "blend", steps=80, batch=16, lr=2e-3, warmup=20, ema=0.98, start="lesion"),
-        TaskSpec(
-            "prior", "background", "prior", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98, times=WHOLE_IMAGE_TIMES
-        ),
+        TaskSpec("prior", "background", "prior", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
         *_adapters(steps=20, batch=16, lr=1e-3, variants=dict.fromkeys(STAGES, 1)),
     )
 

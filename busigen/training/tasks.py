@@ -266,7 +266,7 @@ class DenoiserTask:
     ) -> Tensor:
         batch = change(self._draw(examples, generator))
         condition = self._condition(batch, generator)
-        x, t, target = objectives.noisy(batch["clean"], self.spec.times, generator)
+        x, t, target = objectives.noisy(batch["clean"], generator)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
         return objectives.velocity(output.float(), target, batch["weight"])
 
@@ -367,6 +367,10 @@ class BackgroundTask(DenoiserTask):
     """The healthy prior: whole healthy images out of noise."""
 
     examples = "backgrounds"
+
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
+        super().__init__(spec, setting, module)
+        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
 
     def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
         assert self.setting.healed is not None

@@ -113,6 +113,16 @@ def test_white_noise_has_its_fine_share():
     assert found == pytest.approx(1 - 2 * 0.25 + 0.375**2, abs=0.02)
 
 
+def test_a_bar_beside_the_region_adds_no_fine_share():
+    field = 100.0 + 10.0 * _power_law(-2.0)
+    tissue = EVERYWHERE.copy()
+    tissue[:40] = False
+    barred = np.where(tissue, field, 0.0).astype(np.float32)
+    residual = speckle.detrended(barred, tissue)
+    without = speckle.fine_share(field.astype(np.float32), residual, tissue)
+    assert speckle.fine_share(barred, residual, tissue) == pytest.approx(without, rel=1e-4)
+
+
 def test_bars_and_overlays_do_not_reach_the_spectrum():
     field = _power_law(-2.0)
     tissue = EVERYWHERE.copy()

@@ -179,6 +179,11 @@ def test_another_schema_is_refused(bundle: Path, change: Callable[[Info], object
         lambda info: info.update(latent_channels=10**9),
         lambda info: info.update(patch=0),
         lambda info: info.pop("patch"),
+        lambda info: info.update(frames=[]),
+        lambda info: info.update(frames=[[256, 300]]),
+        lambda info: info.update(frames=[[1, 256]]),
+        lambda info: info.update(frames=[[200.5, 256]]),
+        lambda info: info.update(frames=[[256, 256]] * 100_000),
     ],
 )
 def test_incomplete_records_are_refused(bundle: Path, change: Callable[[Info], object]) -> None:

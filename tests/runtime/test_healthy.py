@@ -259,9 +259,23 @@ def test_file_names_that_are_no_text_do_not_spoil_the_rows(tmp_path: Path) -> No
     assert row["healthy_file"].encode() == b"scan ?.png"
 
 
-def test_a_synthetic_background_fills_the_frame_and_names_no_file() -> None:
+@pytest.mark.parametrize(("frame", "top", "left"), [((256, 256), 0, 0), ((180, 256), 38, 0), ((256, 200), 0, 28)])
+def test_a_synthetic_background_has_the_bars_of_its_frame_and_shows_skin_on_top(
+    frame: tuple[int, int], top: int, left: int
+) -> None:
+    painted = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 256, axis=1)
+    painted[:, :28] = 255
+    healthy = synthetic(painted, frame)
+    height, width = frame
+    assert healthy.valid[top : top + height, left : left + width].all()
+    assert healthy.valid.sum() == height * width
+    assert not healthy.pixels[~healthy.valid].any()
+    assert np.array_equal(healthy.pixels[healthy.valid].reshape(frame), painted[:height, left : left + width])
+    assert (healthy.row["letterbox_top"], healthy.row["letterbox_left"]) == (top, left)
+
+
+def test_a_synthetic_background_names_no_file() -> None:
     healthy = synthetic(np.full((256, 256), 90, np.uint8))
-    assert healthy.valid.all()
     assert healthy.row["background"] == "synthetic"
     assert healthy.row["healthy_file"] is healthy.row["healthy_sha256"] is None
     # Rows of both kinds go into one table.

@@ -96,7 +96,12 @@ def test_synthetic_backgrounds_follow_the_same_rules(bundle: Bundle, backend: On
         assert_same(found, together.samples[found.index])
     for sample in together.samples:
         assert sample.row["background"] == "synthetic"
-        assert gates.image_reason(sample.image, sample.mask, np.ones((256, 256), dtype=bool)) is None
+        top, left = sample.row["letterbox_top"], sample.row["letterbox_left"]
+        height, width = max(f for f in bundle.frames if ((256 - f[0]) // 2, (256 - f[1]) // 2) == (top, left))
+        valid = np.zeros((256, 256), dtype=bool)
+        valid[top : top + height, left : left + width] = True
+        assert gates.image_reason(sample.image, sample.mask, valid) is None
+        assert not sample.mask[~valid].any()
     assert len({sample.image.tobytes() for sample in together.samples}) == 3
 
 
