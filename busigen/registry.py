@@ -300,3 +300,26 @@ LAUNCHERS = {
     "slurm": "busigen.runtime.launch.slurm",
 }
 """Names of ``generate --launcher`` and the modules that hold each one's ``LAUNCHER``, imported when it is asked for."""
+
+STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Protocols of ``--out`` URLs that an extra of their own brings; of all others, the extra "remote" brings fsspec."""
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci")
+"""Protocols whose objects appear whole or not at all. Elsewhere a file is written beside its place and renamed."""
+
+STORE_OPTIONS = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}}}
+"""Options for fsspec where its user has set none. The library's own let one attempt of a dead network take minutes."""
+
+UNFIT_STORES = {
+    "memory": "lies in the memory of a process, and is gone with it",
+    "http": "can be read but not written to",
+    "https": "can be read but not written to",
+    "data": "can be read but not written to",
+    "github": "can be read but not written to",
+    "zip": "is an archive, which cannot be continued",
+    "tar": "is an archive, which cannot be continued",
+}
+"""Protocols that no dataset can be kept at, and why."""
+
+COPY_COMMANDS = {"s3": "aws s3 sync {} copy", "gs": "gcloud storage rsync -r {} copy"}
+"""What copies a dataset from a URL to the folder ``copy``, for those commands that read folders alone."""

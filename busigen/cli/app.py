@@ -28,6 +28,19 @@ stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, 
 
 DEBUG = "--debug"
 
+_TALKATIVE = (
+    "absl",
+    "aiobotocore",
+    "botocore",
+    "httpx",
+    "onnx_ir",
+    "onnxscript",
+    "PIL",
+    "tensorboard",
+    "torch",
+    "urllib3",
+)
+
 
 class Interrupted(BusigenError):
     """Ctrl-C, with what was done kept."""
@@ -52,7 +65,7 @@ def _main(
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     # Libraries log how they load files; a person wants to hear about the run.
-    for name in ("httpx", "torch", "onnxscript", "onnx_ir", "PIL", "urllib3", "absl", "tensorboard"):
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
 from busigen.registry import AUTO, BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
+from busigen.runtime.address import place_of, refuse_urls
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
 from busigen.runtime.summary import explained, generated, merged, repaired, verified
 
@@ -21,10 +22,13 @@ from busigen.runtime.summary import explained, generated, merged, repaired, veri
     "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images; "
     "`busigen generate --count 100000 --out data --workers 16 --threads 2` uses 32 cores; with `sbatch --array=1-8`, "
     "`busigen generate --count 100000 --out data --launcher slurm` makes one dataset in eight jobs. See "
-    "docs/scale-out.md."
+    "docs/scale-out.md. `busigen generate --count 100000 --out s3://bucket/data` publishes each finished shard to S3; "
+    "it needs `pip install 'busigen[s3]'`."
 )
 def generate(
-    out: Annotated[Path, typer.Option(help="The dataset's folder. A rerun of the same command continues in it.")],
+    out: Annotated[
+        str, typer.Option(help="The dataset's folder, or a URL (s3://, gs://). A rerun of the same command continues.")
+    ],
     count: Annotated[int | None, typer.Option(help="Accepted samples in the dataset.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
@@ -71,6 +75,10 @@ def generate(
     array_task: Annotated[
         str | None, typer.Option(help="K/N: make the K-th of N parts; give all N tasks the same --out.")
     ] = None,
+    spool: Annotated[
+        Path | None,
+        typer.Option(help="For a URL: local folder for shards on their way. [default: in the user's cache folder]"),
+    ] = None,
     log_json: Annotated[
         str | None, typer.Option(help="File to append progress to as JSON lines; - for standard output.")
     ] = None,
@@ -82,9 +90,10 @@ def generate(
     from busigen.runtime.job import Job
     from busigen.runtime.supervise import supervised
 
+    place = place_of(out)
     job = Job(
         count=count,
-        out=out,
+        out=place,
         bundle=bundle,
         healthy=healthy,
         classes=classes,
@@ -105,8 +114,9 @@ def generate(
         workers=workers,
         ray_address=ray_address,
         allow_fallback=allow_fallback,
+        spool=spool,
     )
-    with supervised(out, log_json) as (progress, stop):
+    with supervised(place, log_json) as (progress, stop):
         report = job.run(progress, stop)
     for line in generated(report):
         (stderr if log_json == "-" else stdout).print(escape(line))
@@ -164,9 +174,12 @@ def bench(
     stdout.print(escape(f"Results and plot are in {out}; a line was appended to {options.ledger}."))
 
 
-@app.command(epilog="Examples: `busigen verify data --healthy normal/`; `busigen verify data --repair`")
+@app.command(
+    epilog="Examples: `busigen verify data --healthy normal/`; `busigen verify data --repair`; "
+    "`busigen verify s3://bucket/data`"
+)
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    dataset: Annotated[str, typer.Argument(help="What `busigen generate` wrote: a folder or a URL.")],
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images: proves every background.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged or missing, and no more.")] = (
         False
@@ -176,9 +189,9 @@ def verify(
 ) -> None:
     """Check a dataset: hashes, counts, pairing, duplicates and, given the healthy images, every background."""
     from busigen.runtime.progress import console_progress
+    from busigen.runtime.remote.reading import refuse_repair, verify_place
     from busigen.runtime.repair import repair as mend
     from busigen.runtime.replay import Inputs
-    from busigen.runtime.verify import verify as run
 
     if healthy is not None and not healthy.is_dir():
         raise InputError(
@@ -186,10 +199,11 @@ def verify(
         )
     if not repair and (bundle is not None or threads is not None):
         raise UsageError("--bundle and --threads are for --repair.", fix="Leave them out, or add --repair.")
+    place = place_of(dataset)
     with console_progress() as progress:
         inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
-        mended = mend(dataset, inputs=inputs) if repair else None
-        report = mended.after if mended else run(dataset, healthy=healthy, progress=progress)
+        mended = mend(refuse_repair(place), inputs=inputs) if repair else None
+        report = mended.after if mended else verify_place(place, healthy=healthy, progress=progress)
     for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
         stdout.print(escape(line))
     if mended and mended.error:
@@ -210,6 +224,7 @@ def merge(
     from busigen.runtime.merge import merge as run
     from busigen.runtime.progress import console_progress
 
+    refuse_urls(out, *datasets, what="merge")
     with console_progress() as progress:
         try:
             report = run(out, datasets, progress=progress)
@@ -221,7 +236,7 @@ def merge(
 
 @app.command(epilog="Examples: `busigen explain data 000000012`; of a merged dataset, `busigen explain all 001/12`")
 def explain(
-    dataset: Annotated[Path, typer.Argument(help="What `busigen generate` wrote.")],
+    dataset: Annotated[str, typer.Argument(help="What `busigen generate` wrote: a folder or a URL.")],
     key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index; part/key if merged.")],
     bundle: Annotated[Path | None, typer.Option(help="The run's bundle. [default: the shipped one]")] = None,
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images, where it had any.")] = None,
@@ -232,13 +247,13 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell one sample's whole history, draw it again, and say whether the bytes agree."""
-    from busigen.runtime.explain import explain as run
     from busigen.runtime.progress import console_progress
+    from busigen.runtime.remote.reading import explain_place
     from busigen.runtime.replay import Inputs
 
     with console_progress() as progress:
         inputs = Inputs(bundle=bundle, healthy=healthy, provider=provider, threads=threads, progress=progress)
-        told = run(dataset, key, inputs=inputs, replay=replay, out=out)
+        told = explain_place(place_of(dataset), key, inputs=inputs, replay=replay, out=out)
     for line in [json.dumps(told.to_json(), indent=2, ensure_ascii=False)] if as_json else explained(told):
         stdout.print(escape(line))
     if told.error:

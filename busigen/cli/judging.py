@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stdout
 from busigen.errors import BusigenError, FlaggedError
+from busigen.runtime.address import refuse_urls
 
 
 @app.command(
@@ -55,6 +56,7 @@ def audit(
         from busigen.evaluation.summary import audited
 
         check_libraries()
+    refuse_urls(synthetic, real, *filter(None, (train_split, healthy, external)), what="audit")
     with quiet_libraries(), console_progress() as progress:
         try:
             report = run(

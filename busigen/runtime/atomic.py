@@ -39,6 +39,11 @@ _PROCESS = secrets.token_hex(4)
 """Tells this process from one of the same number on another machine that writes to the same folder."""
 
 
+def fix_of(number: int | None) -> str | None:
+    """What helps against an operating-system error of this number; None for one that says little."""
+    return _FIXES.get(number or 0)
+
+
 @contextmanager
 def output_errors(folder: Path) -> Iterator[None]:
     """Turn a failure to write into an ``OutputError`` that names the folder and what helps.
@@ -50,7 +55,7 @@ def output_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        fix = _FIXES.get(error.errno or 0, f"Check the disk, {_AGAIN}")
+        fix = fix_of(error.errno) or f"Check the disk, {_AGAIN}"
         raise OutputError(f"Cannot write to {folder}: {reason}.", fix=fix) from error
     except pl.exceptions.PolarsError as error:
         raise OutputError(f"Cannot write to {folder}: {error}.", fix=f"Check the disk, {_AGAIN}") from error
@@ -84,12 +89,21 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically. NaN and infinities are refused with a ``ValueError``: they are not JSON."""
-    encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_file(path) as file:
         # In pieces: the text of a dataset.json with a thousand shards takes megabytes before it is one.
-        for piece in encoder.iterencode(value):
-            file.write(piece.encode())
-        file.write(b"\n")
+        for piece in _json_pieces(value):
+            file.write(piece)
+
+
+def json_bytes(value: Any) -> bytes:
+    """What :func:`write_json` writes."""
+    return b"".join(_json_pieces(value))
+
+
+def _json_pieces(value: Any) -> Iterator[bytes]:
+    for piece in json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(value):
+        yield piece.encode()
+    yield b"\n"
 
 
 def sha256_of(path: Path) -> str:

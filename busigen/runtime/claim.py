@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import PIL
 import polars as pl
 
 import busigen
-from busigen.errors import BusigenError, OutputError
+from busigen.errors import OutputError
+from busigen.runtime.address import Address
 from busigen.runtime.atomic import leftovers, output_errors, write_json
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
@@ -66,7 +67,7 @@ def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iter
         OutputError: the folder holds something else, belongs to another run or process, or cannot be written.
     """
     with output_errors(out):
-        _refuse_foreign(out)
+        _refuse_foreign_folder(out)
         (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
         lock = joined(out, part.numbers) if part else exclusive(out)
         lock.__enter__()
@@ -78,47 +79,47 @@ def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iter
                     path.unlink()
             if part is None:
                 forget_tasks(out)
-            standing = _read_run(out)
+            standing = read_run_file(out / RUN_FILE)
             if standing is None:
                 standing = dict(run)
                 write_json(out / RUN_FILE, standing)
-        _refuse_other(out, standing, run)
+        refuse_other(out, standing, run)
         yield standing
     finally:
         lock.__exit__(None, None, None)
 
 
-def recorded_provider(out: Path) -> str | None:
-    """The provider that the run in a folder was begun with; ``None`` where there is no readable record of one."""
-    try:
-        found = decided(read_json(out / RUN_FILE), "--provider")
-    except (BusigenError, OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
+def standing_run(out: Path) -> dict[str, Any] | None:
+    """The run record in a folder; None where a run could begin.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    with output_errors(out):
+        _refuse_foreign_folder(out)
+        return read_run_file(out / RUN_FILE)
 
 
-def refuse_other_run(out: Path, source: Source, plan: Plan, healthy: Path) -> None:
+def refuse_other_run(
+    out: Path | Address, standing: Mapping[str, Any], source: Source, plan: Plan, healthy: Path
+) -> None:
     """Refuse early what ``claimed`` would refuse once the healthy images are read; without them, nothing is certain.
 
     Args:
-        out: the dataset's folder.
+        out: the dataset's place.
+        standing: the run record that is there.
         source: the source without its healthy images.
         plan: of the run.
         healthy: the folder that the healthy images will come from.
 
     Raises:
-        OutputError: the folder holds something else, or a run that differs in more than its healthy images can tell.
+        OutputError: the run that is there differs in more than its healthy images can tell.
     """
-    with output_errors(out):
-        _refuse_foreign(out)
-        standing = _read_run(out)
-    if standing is None:
-        return
     run = run_record(source, plan)
     run["options"]["--healthy"] = healthy.resolve().name
     before = decided(standing, "--healthy")
     run["fingerprint"]["healthy"] = before if before != run["fingerprint"]["healthy"] else None
-    _refuse_other(out, standing, run)
+    refuse_other(out, standing, run)
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
@@ -131,18 +132,31 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
     return [] if old == new and type(old) is type(new) else [(name, old, new)]
 
 
-def _refuse_foreign(out: Path) -> None:
+def _refuse_foreign_folder(out: Path) -> None:
     if not out.is_dir():
         if out.exists():
             raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
         return
     if (out / RUN_FILE).exists():
         return
-    # What a run that was killed before it could write run.json may have left.
-    own = (LOCK_FILE, TEMPORARY_PREFIX)
-    foreign = sorted(p.name for p in out.iterdir() if p.name != SHARD_FOLDER and not p.name.startswith(own))
+    names = [p.name for p in out.iterdir() if p.name != SHARD_FOLDER]
     if (out / SHARD_FOLDER).is_dir():
-        foreign += sorted(f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir())
+        names += [f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir()]
+    refuse_foreign(out, names)
+
+
+def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
+    """Refuse a place that holds files and no run record.
+
+    Args:
+        out: the place.
+        names: of the files there, relative to it.
+
+    Raises:
+        OutputError: a file is none of those that a run which was killed before it could write ``run.json`` may leave.
+    """
+    own = (LOCK_FILE, TEMPORARY_PREFIX)
+    foreign = sorted((name for name in names if not name.startswith(own)), key=lambda name: ("/" in name, name))
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise OutputError(
@@ -151,19 +165,42 @@ def _refuse_foreign(out: Path) -> None:
         )
 
 
-def _read_run(out: Path) -> dict[str, Any] | None:
+def read_run_file(path: Path) -> dict[str, Any] | None:
+    """What a ``run.json`` holds; None if there is none.
+
+    Raises:
+        OutputError: it is damaged.
+    """
     try:
-        run = read_json(out / RUN_FILE)
+        return checked_run(read_json(path), path)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise _unreadable(out) from error
+        raise _unreadable(path) from error
+
+
+def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
+    """A run record that was read from ``path``.
+
+    Raises:
+        OutputError: it is none.
+    """
     if not isinstance(run, dict):
-        raise _unreadable(out)
+        raise _unreadable(path)
     return run
 
 
-def _refuse_other(out: Path, standing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+def refuse_other(out: Path | Address, standing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Refuse to continue another run, with the difference.
+
+    Args:
+        out: the dataset's place.
+        standing: the run record that is there.
+        run: this run's.
+
+    Raises:
+        OutputError: they differ in something that decides which samples exist.
+    """
     shown = shown_changes({**standing, **_TOLD}, {**run, **_TOLD}, standing, run)
     if not shown:
         return
@@ -209,5 +246,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _unreadable(out: Path) -> OutputError:
-    return OutputError(f"{out / RUN_FILE} is not a run record of busigen.", fix="Choose another --out.")
+def _unreadable(path: Path | Address) -> OutputError:
+    return OutputError(f"{path} is not a run record of busigen.", fix="Choose another --out.")

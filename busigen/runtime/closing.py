@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from busigen.runtime.finish import finish, is_finished, unfinish
 from busigen.runtime.layout import Plan
 from busigen.runtime.lock import turn
 from busigen.runtime.shards import ShardRecord
-from busigen.runtime.standing import complete_shards
+from busigen.runtime.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -20,13 +18,13 @@ class Closing:
     """Completes the dataset of a run.
 
     Attributes:
-        out: the dataset's folder.
+        shelf: where its shards stand.
         run: its run record.
         plan: of the dataset.
         part: of this task; None if this process makes the whole dataset.
     """
 
-    out: Path
+    shelf: Shelf
     run: Mapping[str, Any]
     plan: Plan
     part: Plan | None
@@ -40,13 +38,13 @@ class Closing:
         if len(records) < mine.shards:
             return False
         everyone = self._all(records)
-        return len(everyone) == self.plan.shards and is_finished(self.out, self.run, list(everyone.values()))
+        return len(everyone) == self.plan.shards and self.shelf.is_finished(self.run, list(everyone.values()))
 
     def reopen(self, records: Mapping[int, ShardRecord]) -> None:
         """Take back the claim that the dataset is complete, where shards of it are about to be made again."""
         if self.part is None or len(records) < self.part.shards:
             with self._alone():
-                unfinish(self.out)
+                self.shelf.unfinish()
 
     def close(self, records: Mapping[int, ShardRecord]) -> tuple[list[ShardRecord], int]:
         """Write the files that describe the whole dataset if all its shards are there; two tasks may end at once.
@@ -62,17 +60,17 @@ class Closing:
             if len(everyone) < self.plan.shards:
                 return _in_order(records), self.plan.shards - len(everyone)
             found = list(everyone.values())
-            if not is_finished(self.out, self.run, found):
-                finish(self.out, self.run, found)
+            if not self.shelf.is_finished(self.run, found):
+                self.shelf.finish(self.run, found)
         return found, 0
 
     def _all(self, records: Mapping[int, ShardRecord]) -> dict[int, ShardRecord]:
         if self.part is None:
             return {record.number: record for record in _in_order(records)}
-        return complete_shards(self.out, self.plan)
+        return self.shelf.complete(self.plan)
 
     def _alone(self) -> AbstractContextManager[None]:
-        return turn(self.out) if self.part else nullcontext()
+        return turn(self.shelf.folder) if self.part else nullcontext()
 
 
 def _in_order(records: Mapping[int, ShardRecord]) -> list[ShardRecord]:

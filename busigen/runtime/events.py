@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, UsageError
+from busigen.runtime.address import Address
 from busigen.runtime.atomic import output_errors
 from busigen.runtime.progress import LINE_SECONDS, Progress
 from busigen.runtime.stopping import GenerationInterrupted
@@ -46,7 +47,7 @@ class EventLog:
         self._started = time.monotonic()
 
     @classmethod
-    def open(cls, target: str, *, out: Path) -> EventLog:
+    def open(cls, target: str, *, out: Path | Address) -> EventLog:
         """Append to the file ``target``, or write to standard output for ``-``.
 
         Raises:
@@ -56,7 +57,7 @@ class EventLog:
         if target == STDOUT:
             return cls(sys.stdout)
         path = Path(target)
-        if path.absolute().resolve().is_relative_to(out.absolute().resolve()):
+        if isinstance(out, Path) and path.absolute().resolve().is_relative_to(out.absolute().resolve()):
             raise UsageError(f"--log-json {path} lies in --out {out}.", fix="Choose a file outside of the dataset.")
         with output_errors(path):
             return cls(path.open("a", encoding="utf-8"))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from busigen.runtime.address import Address
 from busigen.runtime.atomic import output_errors
-from busigen.runtime.claim import claimed, run_record
+from busigen.runtime.claim import run_record
 from busigen.runtime.closing import Closing
 from busigen.runtime.finish import dataset_info
 from busigen.runtime.foresight import Foresight, require_room, told_when_full
@@ -21,7 +22,7 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.sample import Drawn, Source, drawings
 from busigen.runtime.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.share import Share
-from busigen.runtime.standing import complete_shards, sound_shards
+from busigen.runtime.shelf import Shelf, hurried
 from busigen.runtime.stopping import GenerationInterrupted, Stopping
 from busigen.runtime.wording import counted, duration
 
@@ -31,7 +32,7 @@ class GenerateReport:
     """What a call to ``generate`` did.
 
     Attributes:
-        folder: the dataset.
+        folder: the dataset, a folder or a URL.
         samples: samples in the dataset; of a task that did not complete it, samples of its part.
         shards: shards, likewise.
         written: shards that this call wrote; the others were complete before.
@@ -43,7 +44,7 @@ class GenerateReport:
         missing: shards of other tasks that the dataset still lacks; the last of these tasks completes it.
     """
 
-    folder: Path
+    folder: Path | Address
     samples: int
     shards: int
     written: int
@@ -59,7 +60,13 @@ class Maker(Protocol):
     """Makes shards: :func:`draw_missing` with a source of this process, or a crew of workers."""
 
     def __call__(
-        self, source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress, stop: Stopping
+        self,
+        source: Source,
+        shelf: Shelf,
+        plan: Plan,
+        records: dict[int, ShardRecord],
+        progress: Progress,
+        stop: Stopping,
     ) -> None:
         """Make the plan's shards that ``records`` lacks, until told to stop, and add them to it."""
         ...
@@ -67,7 +74,7 @@ class Maker(Protocol):
 
 def generate(
     source: Source,
-    out: Path,
+    out: Path | Shelf,
     *,
     count: int,
     seed: int,
@@ -86,7 +93,7 @@ def generate(
 
     Args:
         source: where samples come from.
-        out: the dataset's folder; created if it does not exist.
+        out: the dataset's folder, created if it does not exist, or a shelf that takes the shards elsewhere.
         count: number of samples, 1 to 10^9.
         seed: 0 to 2^64 - 1.
         shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
@@ -100,7 +107,7 @@ def generate(
 
     Raises:
         UsageError: a number is out of range.
-        OutputError: the folder is foreign, in use, of another run, too small or not writable.
+        OutputError: the place is foreign, in use, of another run, too small, not writable or not reached.
         GenerationInterrupted: ``stop`` was asked to, or on Ctrl-C.
         BusigenError: whatever the source raises; complete shards are kept.
     """
@@ -109,28 +116,29 @@ def generate(
     plan = Plan(count=count, seed=seed, shard_size=shard_size, first=first)
     part = share.of(plan) if share else None
     mine = part or plan
+    shelf = out if isinstance(out, Shelf) else Shelf(out)
     schema_of(source.row_types())
-    refuse_small_disk(out, plan)
-    with claimed(out, run_record(source, plan), part) as run:
-        closing = Closing(out, run, plan, part)
-        with output_errors(out):
-            records = sound_shards(out, mine)
+    refuse_small_disk(shelf, plan)
+    with shelf.claimed(run_record(source, plan), part) as run:
+        closing = Closing(shelf, run, plan, part)
+        with output_errors(shelf.folder):
+            records = shelf.sound(mine)
             kept, finished = len(records), closing.is_done(records)
         try:
             if not finished:
-                with output_errors(out):
+                with output_errors(shelf.folder):
                     closing.reopen(records)
-                (make or draw_missing)(source, out, mine, records, progress, stop)
+                (make or draw_missing)(source, shelf, mine, records, progress, stop)
                 if len(records) < mine.shards:
                     raise KeyboardInterrupt
             # A run that was asked to stop in its last shard is complete but for this, which takes moments.
-            with output_errors(out):
+            with hurried(shelf), output_errors(shelf.folder):
                 standing, missing = closing.close(records)
         except KeyboardInterrupt:
-            raise _interrupted(out, mine, progress, stop) from None
+            raise _interrupted(shelf, mine, progress, stop) from None
         info = dataset_info(run, standing, {})
     report = GenerateReport(
-        folder=out,
+        folder=shelf.name,
         samples=info["samples"],
         shards=len(standing),
         written=mine.shards - kept,
@@ -145,27 +153,27 @@ def generate(
     return report
 
 
-def refuse_small_disk(out: Path, plan: Plan) -> None:
+def refuse_small_disk(shelf: Shelf, plan: Plan) -> None:
     """Refuse a new run that its disk cannot hold, before anything is read or written; one to continue is asked later.
 
     Raises:
         OutputError: the disk has no room for the plan's samples.
     """
-    with output_errors(out):
-        new = not (out / RUN_FILE).exists()
+    with output_errors(shelf.folder):
+        new = not (shelf.folder / RUN_FILE).exists()
     if new:
-        require_room(out, plan, {})
+        require_room(shelf.folder, *shelf.held(plan, {}), shelf.elsewhere)
 
 
 def draw_missing(
-    source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress, stop: Stopping
+    source: Source, shelf: Shelf, plan: Plan, records: dict[int, ShardRecord], progress: Progress, stop: Stopping
 ) -> None:
     """Draw and write the shards that ``records`` lacks until told to stop, and add them to it."""
     types = source.row_types()
     missing = (number for number in plan.numbers if number not in records)
     opened: deque[int] = deque()
     done = sum(record.count for record in records.values())
-    foresight = Foresight(out, plan, records, progress)
+    foresight = Foresight(shelf, plan, records, progress)
     pending: Future[ShardRecord] | None = None
     before = done
 
@@ -177,14 +185,17 @@ def draw_missing(
             yield plan.indices(number)
 
     def write(number: int, drawn: Drawn) -> ShardRecord:
-        record = write_shard(out, number, drawn, types)
+        record = write_shard(shelf.folder, number, drawn, types)
+        shelf.keep(record, kept)
+        return record
+
+    def kept(record: ShardRecord) -> None:
         progress.shard_written(record)
         foresight.written(record)
-        return record
 
     def settle() -> None:
         if pending is not None:
-            with output_errors(out), told_when_full(out, plan, records):
+            with output_errors(shelf.folder), told_when_full(shelf, plan, records):
                 record = pending.result()
             records[record.number] = record.counted()
             foresight.check()
@@ -205,7 +216,11 @@ def draw_missing(
     try:
         # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving
         # the block waits for the writer: a shard that was drawn is not thrown away because the next draw failed.
-        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer, stop.finishing(open_shard):
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
+            hurried(shelf),
+            stop.finishing(open_shard),
+        ):
             progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
             foresight.begin()
             with closing(drawings(source, plan.seed, requests(), advance, lambda: stop.requested)) as stream:
@@ -227,8 +242,8 @@ def _check_indices(drawn: Drawn, indices: range) -> None:
         raise ValueError(f"the source was asked for {indices} and answered with other indices")
 
 
-def _interrupted(out: Path, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
-    kept = [record.count for record in complete_shards(out, plan).values()]
+def _interrupted(shelf: Shelf, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
+    kept = [record.count for record in shelf.complete(plan).values()]
     lost = max(0, progress.done - sum(kept))
     loss = f"; lost with the unfinished shard: {counted(lost, 'finished sample')}" if lost else ""
-    return stop.interruption(f"with {len(kept)} of {counted(plan.shards, 'shard')} complete in {out}{loss}")
+    return stop.interruption(f"with {len(kept)} of {counted(plan.shards, 'shard')} complete in {shelf.name}{loss}")

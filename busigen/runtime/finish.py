@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import polars as pl
 
@@ -24,6 +25,7 @@ from busigen.runtime.layout import (
     RUN_FILE,
 )
 from busigen.runtime.preview import contact_sheet, pick_evenly
+from busigen.runtime.sample import Sample
 from busigen.runtime.shards import FileRecord, ShardRecord
 
 _ROW_GROUP = 1 << 12
@@ -32,20 +34,59 @@ a file that is 3 % larger."""
 _DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 
-def finish(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
+class Bringer(Protocol):
+    """Has files of the dataset in its folder while a block runs, where they are not there anyway."""
+
+    def files(self, records: Sequence[FileRecord]) -> AbstractContextManager[None]:
+        """Have these files there.
+
+        Raises:
+            BusigenError: one of them cannot be had, or differs from its record.
+        """
+        ...
+
+    def tables(self, records: Sequence[ShardRecord]) -> pl.LazyFrame:
+        """The shards' rows, one shard's after the other's."""
+        ...
+
+
+class InPlace:
+    """A bringer that has nothing to do: the files are in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self, records: Sequence[FileRecord]) -> AbstractContextManager[None]:
+        """See :class:`Bringer`."""
+        return nullcontext()
+
+    def tables(self, records: Sequence[ShardRecord]) -> pl.LazyFrame:
+        """See :class:`Bringer`."""
+        return pl.scan_parquet([self.folder / record.parquet.file for record in records], glob=False)
+
+
+def finish(
+    folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord], bringer: Bringer | None = None
+) -> None:
     """Write every file that describes the whole dataset, ``dataset.json`` last.
+
+    Args:
+        folder: the dataset.
+        run: its run record.
+        records: every shard's record, in order.
+        bringer: brings the shards' files; None where they are all in ``folder``.
 
     Raises:
         OSError: the disk refused.
         IntegrityError: a shard was damaged since it was written.
     """
-    write_manifest(folder, records)
+    bringer = bringer or InPlace(folder)
+    write_manifest(folder, records, bringer)
     files = {MANIFEST_FILE: FileRecord.of(folder, MANIFEST_FILE)}
     info = dataset_info(run, records, files)
     dataset = Dataset(folder=folder, info=info, plan=plan_of(info, folder / RUN_FILE))
 
-    classes = pl.read_parquet(folder / MANIFEST_FILE, columns=["index", "class"])
-    sheet = contact_sheet(dataset.samples(pick_evenly(classes)))
+    sheet = contact_sheet(_shown(dataset, records, bringer))
     with atomic_file(folder / PREVIEW_FILE) as file:
         sheet.save(file, "PNG")
     with atomic_file(folder / CARD_FILE) as file:
@@ -69,9 +110,9 @@ def is_finished(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRec
     return bool(info == wanted) and all((folder / name).is_file() for name in FINISHED_FILES)
 
 
-def write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
+def write_manifest(folder: Path, records: Sequence[ShardRecord], bringer: Bringer | None = None) -> None:
     """Join the shards' rows into one table in index order, streaming: a large dataset's rows need not fit in memory."""
-    rows = pl.scan_parquet([folder / record.parquet.file for record in records], glob=False)
+    rows = (bringer or InPlace(folder)).tables(records)
     with atomic_path(folder / MANIFEST_FILE) as path:
         rows.sink_parquet(
             path,
@@ -81,6 +122,18 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
             row_group_size=_ROW_GROUP,
             maintain_order=True,
         )
+
+
+def _shown(dataset: Dataset, records: Sequence[ShardRecord], bringer: Bringer) -> list[Sample]:
+    """The samples of the preview."""
+    picked = pick_evenly(pl.read_parquet(dataset.folder / MANIFEST_FILE, columns=["index", "class"]))
+    found = []
+    for record in records:
+        inside = [index for index in picked if record.first <= index < record.first + record.count]
+        if inside:
+            with bringer.files([record.tar]):
+                found += dataset.samples(inside)
+    return found
 
 
 def dataset_info(

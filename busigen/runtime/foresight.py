@@ -17,6 +17,7 @@ from busigen.runtime.atomic import output_errors
 from busigen.runtime.layout import Plan, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import ShardRecord
+from busigen.runtime.shelf import Shelf
 from busigen.runtime.wording import counted, disk_size, duration
 
 BYTES_PER_SAMPLE = 80_000
@@ -35,6 +36,8 @@ BATCHES_SECONDS = 120.0
 
 _LEAST_GAPS = 2
 
+_ELSEWHERE = "another --out or a smaller --count"
+
 Records = Mapping[int, ShardRecord]
 
 
@@ -47,7 +50,7 @@ class Forecast:
         seconds: that they will take.
         size: bytes on disk that they, the manifest and the preview will take.
         bytes_per_sample: of a shard.
-        free: bytes that the output's disk has free now.
+        free: bytes that the output's disk has free now; None where they go elsewhere.
         basis: what the pace was measured on.
     """
 
@@ -55,13 +58,14 @@ class Forecast:
     seconds: float
     size: int
     bytes_per_sample: float
-    free: int
+    free: int | None
     basis: str
 
     def __str__(self) -> str:
+        room = "" if self.free is None else f" of {disk_size(self.free)} free"
         return (
             f"the remaining {counted(self.samples, 'sample')} will take about {duration(self.seconds)} and "
-            f"{disk_size(self.size)} of {disk_size(self.free)} free, going by {self.basis}"
+            f"{disk_size(self.size)}{room}, going by {self.basis}"
         )
 
 
@@ -113,24 +117,25 @@ def free_space(out: Path) -> int:
         return shutil.disk_usage(place).free
 
 
-def require_room(out: Path, plan: Plan, records: Records) -> None:
+def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = _ELSEWHERE) -> None:
     """Refuse early what would fail hours later; nothing is written.
 
     Args:
         out: the dataset's folder, which need not exist.
         plan: of the run.
         records: of the shards that exist.
+        elsewhere: what to choose where there is none.
 
     Raises:
         OutputError: the disk has no room for the samples that are still to come.
     """
     space, free = Space.of(plan, records), free_space(out)
     if space.samples and free < space.needed:
-        raise _too_small(f"{out} has {disk_size(free)} free", space)
+        raise _too_small(f"{out} has {disk_size(free)} free", space, elsewhere)
 
 
 @contextmanager
-def told_when_full(out: Path, plan: Plan, records: Records) -> Iterator[None]:
+def told_when_full(shelf: Shelf, plan: Plan, records: Records) -> Iterator[None]:
     """Have a disk that became full all the same say how much is needed.
 
     Raises:
@@ -141,16 +146,19 @@ def told_when_full(out: Path, plan: Plan, records: Records) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
+        out = shelf.folder
         full = f"Cannot write to {out}: No space left on device. {disk_size(free_space(out))} is free"
-        raise _too_small(full, Space.of(plan, records)) from error
+        raise _too_small(full, Space.of(*shelf.held(plan, records)), shelf.elsewhere) from error
 
 
 def pace_of(out: Path, records: Records) -> float | None:
     """Seconds per sample that the shards on disk took, by when their records were written; None for too few.
 
-    The median over neighbouring shards: the pause between two runs is one gap among many.
+    The median over neighbouring shards: the pause between two runs is one gap among many. Shards that are complete
+    elsewhere tell nothing.
     """
-    written = {number: (out / shard_path(number, "json")).stat().st_mtime for number in records}
+    places = {number: out / shard_path(number, "json") for number in records}
+    written = {number: place.stat().st_mtime for number, place in places.items() if place.exists()}
     gaps = [
         (written[number + 1] - written[number]) / records[number + 1].count
         for number in written
@@ -167,14 +175,14 @@ class Foresight:
     Calls may come from any thread.
 
     Args:
-        out: the dataset's folder.
+        shelf: where the shards go.
         plan: of the run.
         records: of the complete shards; the caller adds to them.
         progress: told the forecast.
     """
 
-    def __init__(self, out: Path, plan: Plan, records: Records, progress: Progress) -> None:
-        self.out, self.plan, self.records, self.progress = out, plan, records, progress
+    def __init__(self, shelf: Shelf, plan: Plan, records: Records, progress: Progress) -> None:
+        self.shelf, self.plan, self.records, self.progress = shelf, plan, records, progress
         self._lock = threading.Lock()
         self._told = False
         self._started = time.monotonic()
@@ -189,14 +197,14 @@ class Foresight:
         """
         self.check()
         self._started = time.monotonic()
-        with output_errors(self.out):
-            pace = pace_of(self.out, self.records)
+        with output_errors(self.shelf.folder):
+            pace = pace_of(self.shelf.folder, self.records)
         if pace is not None:
             self._tell(pace, self.records, f"the pace of the {counted(len(self.records), 'shard')} that are there")
 
     def check(self) -> None:
         """See :func:`require_room`."""
-        require_room(self.out, self.plan, self.records)
+        require_room(self.shelf.folder, *self.shelf.held(self.plan, self.records), self.shelf.elsewhere)
 
     def advanced(self) -> None:
         """Samples were drawn; before a large first shard is complete, these have to do."""
@@ -228,16 +236,15 @@ class Foresight:
                     seconds=space.samples * pace,
                     size=space.needed,
                     bytes_per_sample=space.per_sample,
-                    free=free_space(self.out),
+                    free=free_space(self.shelf.folder) if self.shelf.holds_all else None,
                     basis=basis,
                 )
             )
 
 
-def _too_small(problem: str, space: Space) -> OutputError:
+def _too_small(problem: str, space: Space, elsewhere: str) -> OutputError:
     return OutputError(
         f"{problem}, but the remaining {counted(space.samples, 'sample')} need about {disk_size(space.needed)} "
         f"({space.basis}).",
-        fix="Free some space, then run the same command again: complete shards are kept. "
-        "Or choose another --out or a smaller --count.",
+        fix=f"Free some space, then run the same command again: complete shards are kept. Or choose {elsewhere}.",
     )

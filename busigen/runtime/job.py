@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import busigen
-from busigen.errors import ProviderError
+from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, SYNTHETIC
+from busigen.runtime.address import Address
 from busigen.runtime.asking import Asked, parse_asked
 from busigen.runtime.backend import EngineOptions, OpenedBackend, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.claim import recorded_provider, refuse_other_run
+from busigen.runtime.claim import refuse_other_run
 from busigen.runtime.classes import parse_classes
 from busigen.runtime.factory import GenerateReport, generate, refuse_small_disk
 from busigen.runtime.healthy import HealthyFolder
@@ -22,10 +23,12 @@ from busigen.runtime.launch import Crewing, launcher
 from busigen.runtime.launch.crew import Foreman
 from busigen.runtime.launch.worker import SourceMaker
 from busigen.runtime.layout import Plan
+from busigen.runtime.options import decided
 from busigen.runtime.probing import choose
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
 from busigen.runtime.share import planned
+from busigen.runtime.shelf import Shelf
 from busigen.runtime.stage_times import TimedBackend
 from busigen.runtime.stopping import Stopping
 
@@ -36,7 +39,7 @@ class Job:
 
     Attributes:
         count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
-        out: the dataset's folder.
+        out: the dataset's folder or URL.
         bundle: a bundle's folder; ``None`` for the shipped one.
         healthy: a folder of healthy images, or ``synthetic``.
         classes: class weights.
@@ -55,10 +58,11 @@ class Job:
         workers: processes that make shards; ``None`` for what the launcher takes by itself.
         ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
         allow_fallback: where the provider cannot be used, go on with the processor.
+        spool: folder for shards on their way to a URL; ``None`` for one among this user's caches.
     """
 
     count: int | None
-    out: Path
+    out: Path | Address
     bundle: Path | None
     healthy: str
     classes: str
@@ -79,6 +83,7 @@ class Job:
     workers: int | None = None
     ray_address: str | None = None
     allow_fallback: bool = False
+    spool: Path | None = None
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began.
@@ -90,7 +95,7 @@ class Job:
         Raises:
             BusigenError: as for what it calls: an option, an input or the output is not usable.
         """
-        begun_with = recorded_provider(self.out) if self.provider == AUTO else None
+        begun_with = self._begun_with(progress) if self.provider == AUTO else None
         choice = choose(begun_with) if self.provider == AUTO else None
         job = replace(self, provider=choice.provider) if choice else self
         progress.began(job._facts())
@@ -117,11 +122,12 @@ class Job:
             shard_size=self.shard_size,
         )
         self._wanted()
-        refuse_small_disk(self.out, plan)
+        shelf = self._shelf(progress, share.of(plan))
+        refuse_small_disk(shelf, plan)
         crew = chosen.crew(self._maker, Crewing(self.workers, self.threads, self.provider, self.ray_address))
         run = partial(
             generate,
-            out=self.out,
+            out=shelf,
             count=plan.count,
             seed=plan.seed,
             shard_size=plan.shard_size,
@@ -131,17 +137,18 @@ class Job:
             stop=stop,
         )
         if crew is None:
-            return run(self.source(progress, plan))
+            return run(self.source(progress, plan, shelf))
         with crew:
             foreman = Foreman(crew, progress)
             return run(foreman.source(), make=foreman.make)
 
-    def source(self, progress: Progress, plan: Plan | None = None) -> Sampler:
+    def source(self, progress: Progress, plan: Plan | None = None, shelf: Shelf | None = None) -> Sampler:
         """Where the samples come from.
 
         Args:
             progress: told of healthy images that are read, and who knows the engine's time.
-            plan: of a run in this process: whatever ``out`` holds is then refused early where it is another's.
+            plan: of a run in this process: whatever ``shelf`` holds is then refused early where it is another's.
+            shelf: of that run.
 
         Raises:
             BusigenError: an option or an input is not usable.
@@ -153,8 +160,9 @@ class Job:
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
-            if plan is not None:
-                refuse_other_run(self.out, sampler, plan, healthy=Path(self.healthy))
+            standing = shelf.standing_run() if shelf else None
+            if shelf and plan and standing:
+                refuse_other_run(shelf.name, standing, sampler, plan, healthy=Path(self.healthy))
             sampler.healthy = HealthyFolder(Path(self.healthy), progress)
         return sampler
 
@@ -166,6 +174,34 @@ class Job:
             EngineOptions(self.threads, batch_sizes=(self.batch_size,)),
             allow_fallback=self.allow_fallback,
         )
+
+    def _begun_with(self, progress: Progress) -> str | None:
+        """The provider of the run that already stands where this one is to go; ``None`` where none does."""
+        try:
+            standing = self._shelf(progress, None).standing_run()
+            found = decided(standing, "--provider") if standing else None
+        except (BusigenError, ValueError, AttributeError):
+            # Whatever is wrong there is told when the run claims the place.
+            return None
+        return found if isinstance(found, str) else None
+
+    def _shelf(self, progress: Progress, part: Plan | None) -> Shelf:
+        """Where the dataset goes.
+
+        Raises:
+            BusigenError: a URL that cannot be used, or not in this way.
+        """
+        if isinstance(self.out, Path):
+            if self.spool is not None:
+                raise UsageError(
+                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
+                )
+            return Shelf(self.out)
+        from busigen.runtime.remote.shelf import RemoteShelf, tasks_refused
+
+        if part is not None:
+            raise tasks_refused(self.out)
+        return RemoteShelf(self.out, self.spool, progress=progress)
 
     def _maker(self, threads: int | None) -> SourceMaker:
         """What a worker opens its source with; its folders hold wherever that is."""
@@ -187,7 +223,7 @@ class Job:
         return {
             "busigen": busigen.__version__,
             "process": os.getpid(),
-            "out": str(self.out.absolute()),
+            "out": str(self.out.absolute() if isinstance(self.out, Path) else self.out),
             "count": self.count,
             "seed": self.seed,
             "shard_size": self.shard_size,

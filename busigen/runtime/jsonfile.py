@@ -35,17 +35,30 @@ def read_json(path: Path, *, shards: int = 0) -> Any:
     limit = MAX_BYTES + BYTES_PER_SHARD * shards
     if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
         raise ValueError(f"{path} is no regular file of at most {limit} bytes")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content: bytes, name: object) -> Any:
+    """What JSON stands for that was read already.
+
+    Args:
+        content: the JSON.
+        name: what to call it.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
+        raise ValueError(f"{name} is nested too deeply") from error
     # Some Pythons read more levels than they can compare.
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [part for whole in level for part in _parts(whole)]
         if not level:
             return value
-    raise ValueError(f"{path} is nested too deeply")
+    raise ValueError(f"{name} is nested too deeply")
 
 
 def _parts(value: Any) -> list[Any]:

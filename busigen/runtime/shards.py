@@ -24,6 +24,7 @@ from PIL import Image
 
 from busigen.errors import IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION
+from busigen.runtime.address import Address
 from busigen.runtime.atomic import atomic_file, sha256_of, write_json
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
@@ -104,6 +105,18 @@ class ShardRecord:
         path = folder / shard_path(number, "json")
         try:
             fields = read_json(path)
+        except ValueError as error:
+            raise _damaged(path) from error
+        return cls.of(fields, number, path)
+
+    @classmethod
+    def of(cls, fields: Any, number: int, path: Path | Address) -> ShardRecord:
+        """What a shard's record says that was read from ``path``.
+
+        Raises:
+            IntegrityError: it is not a record of this shard.
+        """
+        try:
             version = fields.pop("schema_version")
             record = cls(**{**fields, "tar": FileRecord(**fields["tar"]), "parquet": FileRecord(**fields["parquet"])})
             named = (record.number, record.tar.file, record.parquet.file)
@@ -309,8 +322,8 @@ def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool |
     return cast("str | int | float | bool", plain)
 
 
-def _damaged(path: Path) -> IntegrityError:
+def _damaged(path: Path | Address) -> IntegrityError:
     return IntegrityError(
-        f"{path} is not the record of shard {path.stem} in {SHARD_FOLDER}.",
+        f"{path} is not the record of a shard in {SHARD_FOLDER}.",
         fix="Delete it and run `busigen generate` with the same options again: that shard is made anew.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,12 +22,23 @@ def complete_shard(folder: Path, plan: Plan, number: int) -> ShardRecord | None:
     """
     try:
         record = ShardRecord.read(folder, number)
-        indices = plan.indices(number)
-        fits = (record.first, record.count) == (indices.start, len(indices))
-        sizes = all((folder / file.file).stat().st_size == file.size for file in (record.tar, record.parquet))
+        sizes = {file.file: (folder / file.file).stat().st_size for file in (record.tar, record.parquet)}
     except (FileNotFoundError, IntegrityError):
         return None
-    return record.counted() if fits and sizes else None
+    return record.counted() if is_complete(record, plan, sizes) else None
+
+
+def is_complete(record: ShardRecord, plan: Plan, sizes: Mapping[str, int]) -> bool:
+    """Whether a record is that of the plan's shard, and its files are there with the recorded sizes.
+
+    Args:
+        record: of the shard.
+        plan: of the dataset.
+        sizes: bytes of the files that are there, by their names.
+    """
+    indices = plan.indices(record.number)
+    fits = (record.first, record.count) == (indices.start, len(indices))
+    return fits and all(sizes.get(file.file) == file.size for file in (record.tar, record.parquet))
 
 
 def complete_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:

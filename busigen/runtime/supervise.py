@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from busigen.runtime.address import Address
 from busigen.runtime.events import EventLog, LoggedProgress
 from busigen.runtime.progress import Progress, console_progress
 from busigen.runtime.stopping import Stopping
 
 
 @contextmanager
-def supervised(out: Path, log_json: str | None) -> Iterator[tuple[Progress, Stopping]]:
+def supervised(out: Path | Address, log_json: str | None) -> Iterator[tuple[Progress, Stopping]]:
     """Show, log and stop what the block runs.
 
     Args:
-        out: the dataset's folder.
+        out: the dataset's folder or URL.
         log_json: file to append events to, ``-`` for standard output, or None for no log.
 
     Raises:

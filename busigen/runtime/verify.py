@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import InputError
+from busigen.runtime.address import Address
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
 from busigen.runtime.collection import parts_of
@@ -51,7 +53,7 @@ class VerifyReport:
     """Outcome of ``verify``.
 
     Attributes:
-        folder: the dataset.
+        folder: the dataset, a folder or a URL.
         samples: samples that were read.
         shards: shards that the dataset should have.
         problems: everything found wrong.
@@ -61,7 +63,7 @@ class VerifyReport:
         backgrounds_synthetic: samples with a synthetic background, for which there is nothing to show.
     """
 
-    folder: Path
+    folder: Path | Address
     samples: int
     shards: int
     problems: tuple[Problem, ...]
@@ -76,13 +78,37 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | None = None) -> VerifyReport:
+class View:
+    """The files of a dataset as the check sees them. This one: all of them, in their folder.
+
+    Attributes:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def names(self) -> Iterator[str]:
+        """Every file, relative to the dataset, with forward slashes."""
+        for path in self.folder.rglob("*"):
+            if not path.is_dir() or path.name.startswith(TEMPORARY_PREFIX):
+                yield path.relative_to(self.folder).as_posix()
+
+    def shard(self, number: int) -> AbstractContextManager[None]:
+        """Have a shard's files in the folder while the block runs; its record is there in any case."""
+        return nullcontext()
+
+
+def verify(
+    folder: Path, *, healthy: Path | None = None, progress: Progress | None = None, view: View | None = None
+) -> VerifyReport:
     """Check a whole dataset; nothing is changed.
 
     Args:
         folder: the dataset.
         healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
         progress: told of every sample; None shows nothing.
+        view: brings the files; None where they are all in ``folder``.
 
     Raises:
         InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
@@ -90,8 +116,8 @@ def verify(folder: Path, *, healthy: Path | None = None, progress: Progress | No
     progress = progress or Progress()
     places = parts_of(folder)
     if places:
-        return combined(folder, [_verify_one(place, healthy, progress) for place in places])
-    return _verify_one(folder, healthy, progress)
+        return combined(folder, [_verify_one(View(place), healthy, progress) for place in places])
+    return _verify_one(view or View(folder), healthy, progress)
 
 
 def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
@@ -103,8 +129,8 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
     """
     own = check_collection(folder)
     inside = [
-        replace(problem, file=f"{report.folder.relative_to(folder).as_posix()}/{problem.file}")
-        for report in reports
+        replace(problem, file=f"{place.relative_to(folder).as_posix()}/{problem.file}")
+        for place, report in zip(parts_of(folder), reports, strict=True)
         for problem in report.problems
     ]
     return VerifyReport(
@@ -119,19 +145,23 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
     )
 
 
-def _verify_one(folder: Path, healthy: Path | None, progress: Progress) -> VerifyReport:
+def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyReport:
     problems: list[Problem] = []
+    folder = view.folder
     run = read_run(folder)
     plan, schema = plan_of(run, folder / RUN_FILE), schema_of(read_types(run, folder))
     backgrounds = Backgrounds.below(healthy) if healthy else None
     progress.start("verifying", plan.count)
+
+    def check(number: int) -> ShardFindings:
+        with view.shard(number):
+            return check_shard(folder, plan, number, schema, backgrounds, progress)
+
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
             # Those that are there: how many there should be is a claim, which may be a billion.
             numbers = [number for number in recorded_shards(folder) if number in plan.numbers]
-            shards = list(
-                pool.map(lambda number: check_shard(folder, plan, number, schema, backgrounds, progress), numbers)
-            )
+            shards = list(pool.map(check, numbers))
     finally:
         progress.stop()
     for shard in shards:
@@ -143,7 +173,7 @@ def _verify_one(folder: Path, healthy: Path | None, progress: Progress) -> Verif
     problems += _check_dataset(folder, run, plan, shards) if finished else [_unfinished(plan, shards)]
     duplicates = list(_duplicates(shards))
     problems += duplicates
-    problems += _strangers(folder, plan, finished)
+    problems += _strangers(view.names(), plan, finished)
     return VerifyReport(
         folder=folder,
         samples=sum(shard.samples for shard in shards),
@@ -291,15 +321,14 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
             first.setdefault(digest, key)
 
 
-def _strangers(folder: Path, plan: Plan, finished: bool) -> Iterator[Problem]:
+def _strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Problem]:
     expected = set(FINISHED_FILES)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.name.startswith(TEMPORARY_PREFIX):
+    for name in sorted(names):
+        if name.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
             if not finished:  # It goes when the same command continues.
                 continue
             yield Problem(name, "is a temporary file of a killed run.", FINISH)
-        elif name in expected or name.startswith(LOCK_FILE) or path.is_dir() or _is_of_shard(name, plan):
+        elif name in expected or name.startswith(LOCK_FILE) or _is_of_shard(name, plan):
             continue
         else:
             yield Problem(name, "is no part of the dataset.", _DELETE)

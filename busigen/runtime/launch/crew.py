@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, Self
 
 from busigen.errors import InputError, WorkerError
@@ -18,6 +17,7 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.replay import told
 from busigen.runtime.sample import Source
 from busigen.runtime.shards import ShardRecord
+from busigen.runtime.shelf import Shelf, hurried
 from busigen.runtime.stopping import Stopping
 from busigen.runtime.wording import counted
 
@@ -109,7 +109,13 @@ class Foreman:
         return Described(self._first)
 
     def make(
-        self, source: Source, out: Path, plan: Plan, records: dict[int, ShardRecord], progress: Progress, stop: Stopping
+        self,
+        source: Source,
+        shelf: Shelf,
+        plan: Plan,
+        records: dict[int, ShardRecord],
+        progress: Progress,
+        stop: Stopping,
     ) -> None:
         """See :class:`busigen.runtime.factory.Maker`.
 
@@ -118,10 +124,10 @@ class Foreman:
             BusigenError: whatever the workers' sources raise; complete shards are kept.
         """
         self._todo = deque(number for number in plan.numbers if number not in records)
-        foresight = Foresight(out, plan, records, progress)
+        foresight = Foresight(shelf, plan, records, progress)
         done = sum(record.count for record in records.values())
         try:
-            with stop.finishing(self._open_shards):
+            with hurried(shelf), stop.finishing(self._open_shards):
                 progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
                 foresight.begin()
                 while any(self._claims.values()) or (self._todo and not stop.requested):
@@ -135,10 +141,10 @@ class Foreman:
                             foresight.advanced()
                             continue
                         foresight.drawn()
-                        with output_errors(out), told_when_full(out, plan, records):
-                            packed.put(out)
+                        with output_errors(shelf.folder), told_when_full(shelf, plan, records):
+                            packed.put(shelf.folder)
+                            shelf.keep(packed.record, progress.shard_written)
                         records[packed.record.number] = packed.record.counted()
-                        progress.shard_written(packed.record)
                         foresight.written(packed.record)
                         foresight.check()
         finally:

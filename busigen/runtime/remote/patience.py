@@ -1,0 +1,180 @@
+"""Calls to a store that may be out of reach for a while: tried again, ever later, and given up in words."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from busigen.errors import BusigenError, OutputError
+from busigen.runtime.address import Address
+from busigen.runtime.atomic import fix_of
+from busigen.runtime.wording import duration
+
+Result = TypeVar("Result")
+
+_AGAIN = "then run the same command again: what is complete is kept."
+_HOPELESS = (errno.EINVAL, errno.ENOSYS)
+"""Beside what :func:`busigen.runtime.atomic.fix_of` knows: a request that the store will never take."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try, in seconds.
+
+    Attributes:
+        total: from the first failure to giving up.
+        first: pause before the second attempt; each further one is twice as long.
+        longest: pause.
+        attempt: that a single attempt may take; None for whatever the store's library allows.
+    """
+
+    total: float = 300.0
+    first: float = 1.0
+    longest: float = 30.0
+    attempt: float | None = None
+
+
+@dataclass
+class Caller:
+    """Calls a store, each time in a thread of its own: a call that hangs must not keep anybody from stopping.
+
+    Attributes:
+        address: what messages name.
+        patience: how long to try.
+        tell: told once in a while that the store is out of reach.
+        kind: of the error that a store which cannot be used ends with.
+    """
+
+    address: Address
+    patience: Patience = field(default_factory=Patience)
+    tell: Callable[[str], None] = lambda line: None
+    kind: type[BusigenError] = OutputError
+    _hurry: threading.Event = field(default_factory=threading.Event)
+
+    def hurry(self) -> None:
+        """Have all calls end now, with ``KeyboardInterrupt``."""
+        self._hurry.set()
+
+    def calm(self) -> None:
+        """Have calls take their time again, such as those that tidy up; nobody must be calling."""
+        self._hurry.clear()
+
+    def call(self, what: Callable[[], Result], patience: Patience | None = None) -> Result:
+        """Do it, if need be several times.
+
+        Args:
+            what: to be done; a repetition must do no harm.
+            patience: other than usual.
+
+        Raises:
+            FileNotFoundError, FileExistsError: as ``what`` raises them.
+            BusigenError: the store refuses, or stays out of reach.
+            KeyboardInterrupt: on a signal.
+        """
+        patience = patience or self.patience
+        began, pause = time.monotonic(), patience.first
+        while True:
+            try:
+                return self.aside(what, patience.attempt)
+            except (FileNotFoundError, FileExistsError, BusigenError):
+                raise
+            except Exception as error:
+                refusal = self.refusal(error)
+                if refusal is not None:
+                    raise refusal from error
+                if not _may_pass(error):
+                    raise
+                lasted = time.monotonic() - began
+                if lasted + pause > patience.total:
+                    raise self._given_up(error, lasted) from error
+                if pause == patience.first:
+                    self.tell(f"{self.address} is out of reach ({_said(error)}); trying again")
+                if self._hurry.wait(pause):
+                    raise KeyboardInterrupt from None
+                pause = min(2 * pause, patience.longest)
+
+    def refusal(self, error: Exception) -> BusigenError | None:
+        """What to end with where trying again is of no use; None where it may be."""
+        kind = type(error).__name__
+        if "Credentials" in kind:
+            return self.kind(
+                f"{self.address}: no credentials are found ({_said(error)}).",
+                fix="Log in with the store's own tool, or set its environment variables, such as AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or GOOGLE_APPLICATION_CREDENTIALS.",
+            )
+        if kind == "ParamValidationError":
+            return self.kind(f"{self.address} is no valid name ({_said(error)}).", fix="Check the URL's spelling.")
+        if isinstance(error, PermissionError):
+            return self.kind(
+                f"{self.address}: access is denied ({_said(error)}).",
+                fix="Check that the credentials are valid and may list, read, write and delete there, " + _AGAIN,
+            )
+        fix = fix_of(getattr(error, "errno", None))
+        if isinstance(error, OSError) and (fix or error.errno in _HOPELESS):
+            return self.kind(
+                f"{self.address} refuses: {_said(error)}.",
+                fix=fix or f"Check the URL and the store's settings, {_AGAIN}",
+            )
+        return None
+
+    def missing(self) -> BusigenError:
+        """The error where the bucket, or whatever holds the place, is not there."""
+        holder = self.address.url.partition("://")[2].split("/")[0] or self.address.url
+        return self.kind(
+            f"{self.address}: there is no {holder!r}.",
+            fix="Create it first, or check the URL's spelling and the endpoint.",
+        )
+
+    def _given_up(self, error: Exception, lasted: float) -> BusigenError:
+        return self.kind(
+            f"{self.address} cannot be reached or used ({_said(error)}); tried for {duration(lasted)}.",
+            fix=f"Check the network and the endpoint, {_AGAIN}",
+        )
+
+    def aside(self, what: Callable[[], Result], limit: float | None = None) -> Result:
+        """Do it once in a thread of its own, and wait for it unless there is a hurry.
+
+        Args:
+            what: to be done.
+            limit: seconds to wait; None for as long as it takes.
+
+        Raises:
+            TimeoutError: it took longer.
+            KeyboardInterrupt: there is a hurry.
+        """
+        outcome: list[Any] = []
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                outcome.append((what(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+            done.set()
+
+        began = time.monotonic()
+        threading.Thread(target=work, name="store", daemon=True).start()
+        while not done.wait(0.2):
+            if self._hurry.is_set():
+                raise KeyboardInterrupt
+            if limit is not None and time.monotonic() - began > limit:
+                raise TimeoutError("no answer")
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is the network's or the store's, and not a slip of this program."""
+    return isinstance(error, OSError) or not type(error).__module__.startswith(("builtins", "busigen"))
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, in one line that is not too long."""
+    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split()).rstrip(".")
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,0 +1,287 @@
+"""A dataset at a URL as a run sees it: shards pass through a spool, and are safe once their record is at the URL."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from polars.io.plugins import register_io_source
+
+from busigen.errors import IntegrityError, UsageError
+from busigen.runtime.address import Address
+from busigen.runtime.atomic import json_bytes, output_errors, sha256_of
+from busigen.runtime.claim import checked_run, refuse_foreign, refuse_other
+from busigen.runtime.finish import dataset_info, finish
+from busigen.runtime.jsonfile import BYTES_PER_SHARD, MAX_BYTES, parse_json
+from busigen.runtime.layout import (
+    CARD_FILE,
+    CROISSANT_FILE,
+    DATASET_FILE,
+    FINISHED_FILES,
+    MANIFEST_FILE,
+    PREVIEW_FILE,
+    RUN_FILE,
+    TEMPORARY_PREFIX,
+    Plan,
+    shard_path,
+)
+from busigen.runtime.progress import Progress
+from busigen.runtime.remote.lease import Beat, Lease
+from busigen.runtime.remote.patience import Caller, Patience
+from busigen.runtime.remote.spool import default_spools, devote, held, spool_of
+from busigen.runtime.remote.store import Store, in_groups, record_number
+from busigen.runtime.shards import FileRecord, ShardRecord
+from busigen.runtime.shelf import Records, Shelf
+from busigen.runtime.standing import is_complete, sound_shards
+
+_SPOOLED = 4
+"""Shards that the spool holds at a time, at most: one being written or sent, and what workers hand over meanwhile."""
+
+
+class RemoteShelf(Shelf):
+    """A dataset at a URL.
+
+    Args:
+        address: the URL.
+        spools: folder below which its spool lies; None for this user's caches.
+        progress: told what has to be waited for.
+        patience: with a store that is out of reach; None for the usual one.
+        beat: of its lock; None for the usual one.
+
+    Raises:
+        BusigenError: see :class:`busigen.runtime.remote.store.Store`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        spools: Path | None = None,
+        *,
+        progress: Progress | None = None,
+        patience: Patience | None = None,
+        beat: Beat | None = None,
+    ) -> None:
+        super().__init__(spool_of(address, spools or default_spools()))
+        self.name = self.address = address
+        tell = (progress or Progress()).note
+        self._caller = Caller(address, patience or Patience(), tell)
+        self._store = Store(self._caller)
+        self._lease = Lease(self._store, self.folder, tell, beat)
+        self._complete: dict[int, ShardRecord] = {}
+
+    def standing_run(self) -> dict[str, Any] | None:
+        """See :class:`Shelf`."""
+        content = self._store.read(RUN_FILE) if RUN_FILE in self._store.sizes else None
+        if content is None:
+            refuse_foreign(self.address, self._store.sizes)
+            return None
+        place = self.address / RUN_FILE
+        try:
+            return checked_run(parse_json(content, place), place)
+        except ValueError:
+            return checked_run(None, place)
+
+    @contextmanager
+    def claimed(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
+        """Hold the URL for this run until the block ends; see :func:`busigen.runtime.claim.claimed`.
+
+        Raises:
+            UsageError: the run is one of several tasks.
+            OutputError: as for a folder.
+        """
+        if part is not None:
+            raise tasks_refused(self.address)
+        self.standing_run()  # Not even a lock is left among files that are not ours.
+        with held(self.folder, self.address), self._lease:
+            self._store.look()
+            for name in [name for name in self._store.sizes if name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)]:
+                self._store.remove(name)
+            standing = self.standing_run()
+            if standing is None:
+                standing = dict(run)
+                self._store.write(RUN_FILE, json_bytes(standing))
+            refuse_other(self.address, standing, run)
+            with output_errors(self.folder):
+                devote(self.folder, standing)
+            yield standing
+
+    def sound(self, plan: Plan) -> dict[int, ShardRecord]:
+        """The plan's shards whose record is at the URL, and whose files are there with their recorded sizes.
+
+        Shards that a killed run left in the spool are sent first.
+        """
+        self._complete = self._recorded(plan)
+        for number, record in sound_shards(self.folder, plan).items():
+            if number not in self._complete:
+                self.keep(record, lambda record: None)
+        for path in self.folder.glob("shards/*"):
+            path.unlink()
+        return self.complete(plan)
+
+    def complete(self, plan: Plan) -> dict[int, ShardRecord]:
+        """See :class:`Shelf`."""
+        return dict(sorted(self._complete.items()))
+
+    def keep(self, record: ShardRecord, kept: Callable[[ShardRecord], None]) -> None:
+        """Send a shard, its record last, and free the spool of it."""
+        # Another run's shard may have other bytes, where its processors or versions differ.
+        self._lease.confirm()
+        name = shard_path(record.number, "json")
+        if name in self._store.sizes:
+            self._store.remove(name)
+        files = [record.tar.file, record.parquet.file]
+        for file in files:
+            self._store.put(self.folder / file, file)
+        self._lease.confirm()
+        self._store.put(self.folder / name, name)
+        self._complete[record.number] = record
+        for file in [name, *files]:
+            (self.folder / file).unlink()
+        kept(record)
+
+    def hurry(self) -> None:
+        """See :class:`Shelf`."""
+        self._caller.hurry()
+
+    def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
+        """See :class:`Shelf`; the manifest is known by its size."""
+        sizes = self._store.sizes
+        if any(name not in sizes for name in FINISHED_FILES):
+            return False
+        if sizes[DATASET_FILE] > MAX_BYTES + BYTES_PER_SHARD * len(records):
+            return False
+        try:
+            info = parse_json(self._store.read(DATASET_FILE) or b"", DATASET_FILE)
+            manifest = FileRecord(**info["files"][MANIFEST_FILE])
+        except (ValueError, KeyError, TypeError):
+            return False
+        wanted = dataset_info(run, records, {MANIFEST_FILE: manifest})
+        return bool(info == wanted) and sizes[MANIFEST_FILE] == manifest.size
+
+    def unfinish(self) -> None:
+        """See :class:`Shelf`."""
+        if DATASET_FILE in self._store.sizes:
+            self._store.remove(DATASET_FILE)
+
+    def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
+        """See :class:`Shelf`. The files are written in the spool and sent, ``dataset.json`` last."""
+        bringer = _FromStore(self._store, self.folder)
+        try:
+            # The signals that are to end this reach Python only where polars does not have the main thread.
+            self._caller.aside(lambda: finish(self.folder, run, records, bringer))
+        except pl.exceptions.PolarsError as error:
+            raise bringer.failure or error from None
+        names = (MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE, DATASET_FILE)
+        for name in names:
+            if name == DATASET_FILE:
+                self._lease.confirm()
+            self._store.put(self.folder / name, name)
+        for name in names:
+            (self.folder / name).unlink()
+
+    def held(self, plan: Plan, records: Records) -> tuple[Plan, Records]:
+        """See :class:`Shelf`."""
+        return replace(plan, count=min(plan.count, _SPOOLED * plan.shard_size)), {}
+
+    @property
+    def holds_all(self) -> bool:
+        """See :class:`Shelf`."""
+        return False
+
+    @property
+    def elsewhere(self) -> str:
+        """See :class:`Shelf`."""
+        return "another --spool or a smaller --shard-size"
+
+    def _recorded(self, plan: Plan) -> dict[int, ShardRecord]:
+        sizes = self._store.sizes
+        names = {name: number for name in sizes if (number := record_number(name)) is not None}
+        wanted = [
+            name
+            for name, number in sorted(names.items())
+            if number in plan.numbers and name == shard_path(number, "json") and sizes[name] <= MAX_BYTES
+        ]
+        found = {}
+        for name, content in in_groups(self._store, wanted):
+            try:
+                record = ShardRecord.of(parse_json(content, name), names[name], self.address / name)
+            except (ValueError, IntegrityError):
+                continue
+            if is_complete(record, plan, sizes):
+                found[record.number] = record
+        return found
+
+
+class _FromStore:
+    """Brings files of complete shards back; see :class:`busigen.runtime.finish.Bringer`.
+
+    Attributes:
+        failure: why a table could not be had, which polars would tell in words of its own.
+    """
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store, self._folder = store, folder
+        self.failure: BaseException | None = None
+
+    @contextmanager
+    def files(self, records: Sequence[FileRecord]) -> Iterator[None]:
+        """Have these files in the folder while the block runs."""
+        try:
+            for record in records:
+                path = self._folder / record.file
+                try:
+                    self._store.get(record.file, path)
+                except FileNotFoundError:
+                    raise self._other(record) from None
+                if sha256_of(path) != record.sha256:
+                    raise self._other(record)
+            yield
+        finally:
+            for record in records:
+                (self._folder / record.file).unlink(missing_ok=True)
+
+    def tables(self, records: Sequence[ShardRecord]) -> pl.LazyFrame:
+        """The shards' rows, of which some tables' are held at a time."""
+        first = next(self._read(records[:1]))
+
+        def read(
+            columns: list[str] | None, predicate: pl.Expr | None, most: int | None, size: int | None
+        ) -> Iterator[pl.DataFrame]:
+            try:
+                yield from self._read(records)
+            except BaseException as error:
+                self.failure = error
+                raise
+
+        return register_io_source(read, schema=first.schema)
+
+    def _read(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
+        tables = {record.parquet.file: record.parquet for record in records}
+        for name, content in in_groups(self._store, list(tables)):
+            if hashlib.sha256(content).hexdigest() != tables[name].sha256:
+                raise self._other(tables[name])
+            yield pl.read_parquet(io.BytesIO(content))
+
+    def _other(self, record: FileRecord) -> IntegrityError:
+        number = Path(record.file).stem
+        return IntegrityError(
+            f"{self._store.address / record.file} is not what the record of its shard says.",
+            fix=f"Delete {self._store.address / f'shards/{number}.json'}, then run the same command again: that shard "
+            "is made anew.",
+        )
+
+
+def tasks_refused(address: Address) -> UsageError:
+    """The error where several tasks would share one URL."""
+    return UsageError(
+        f"--array-task, --launcher slurm and --index-range beside --count need one folder for all tasks, and {address} "
+        "is a URL.",
+        fix="Give every task an --index-range of its own without --count, and an --out URL of its own; or a shared "
+        "folder, copied to the URL afterwards; or use --workers or --launcher ray.",
+    )
