@@ -129,7 +129,8 @@ class Session:
 
     def kernels(self) -> bytes:
         """The library's cache of what it compiled for this card, to be kept; empty where it has none."""
-        return b"" if self._kernels is None else bytes(self._kernels.serialize())
+        kept = None if self._kernels is None else self._kernels.serialize()
+        return b"" if kept is None else bytes(kept)
 
     def enqueue(self, call: Call, inputs: Arrays, slot: Slot, number: int, before: Any) -> bool:
         """Have the card upload rows of a batch, compute, and download the result; returns at once.
