@@ -118,8 +118,7 @@ class Session:
     @property
     def scratch_bytes(self) -> int:
         """Bytes that a computation needs for what lies between inputs and output, at the largest profile."""
-        sizes = [self._engine.get_device_memory_size_for_profile_v2(number) for number in range(len(self.profiles))]
-        return int(max(sizes))
+        return int(self._engine.device_memory_size_v2)
 
     def use_scratch(self, address: int, size: int) -> None:
         """Compute in this memory of the card, which other sessions may use in turns."""
