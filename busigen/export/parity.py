@@ -54,8 +54,8 @@ LIMITS = {
     "psnr_end_to_end": Limit(
         25.0,
         True,
-        "dB, each with its own outline, in 19 draws of 20: the same lesion in the same place. An outline that differs by "
-        "a pixel may move the window by one, and all grains with it",
+        "dB, each with its own outline, in 19 draws of 20: the same lesion in the same place. An outline that differs "
+        "by a pixel may move the window by one, and all grains with it",
     ),
     "same_gates": Limit(
         0.98,
@@ -87,9 +87,10 @@ class Reference:
     def compare(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """Draw the same samples with a backend and measure how far they are apart.
 
-        Returns:
-            Per class: masks and images compared; the figures of :data:`LIMITS` (of the worst draw, but for the last two); number of masks
-            that are equal to the pixel; draws that the gates accept. A figure without anything to compare fails.
+                Returns:
+        Per class: masks and images compared; the figures of :data:`LIMITS` (the worst draw's each, but for the last
+                    two); number of masks that are equal to the pixel; draws that the gates accept. A figure without anything
+                    to compare fails.
         """
         return {label: self._figures(label, bundle, backend) for label in LESION_CLASSES}
 
