@@ -87,10 +87,10 @@ class Reference:
     def compare(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """Draw the same samples with a backend and measure how far they are apart.
 
-                Returns:
-        Per class: masks and images compared; the figures of :data:`LIMITS` (the worst draw's each, but for the last
-                    two); number of masks that are equal to the pixel; draws that the gates accept. A figure without anything
-                    to compare fails.
+        Returns:
+            Per class: masks and images compared; the figures of :data:`LIMITS` (the worst draw's each, but for the last
+            two); number of masks that are equal to the pixel; draws that the gates accept. A figure without anything
+            to compare fails.
         """
         return {label: self._figures(label, bundle, backend) for label in LESION_CLASSES}
 
