@@ -93,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--other-bundles", nargs="*", default=[], metavar="PRECISION=DIR", help="exports in other precisions: fp16=DIR"
     )
+    parser.add_argument("--checkpoint", type=Path, help="the bundle's; restored from the bundle if left out")
     parser.add_argument("--results", type=Path, help="JSON file to write")
     parser.add_argument("--part", choices=SLICES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -109,6 +110,7 @@ def run_part(
     command += ["--deadline", str(time.time() + 0.9 * seconds - 1.0)]
     command += ["--dry-run"] * options.dry_run
     command += ["--other-bundles", *options.other_bundles] if options.other_bundles else []
+    command += ["--checkpoint", str(options.checkpoint)] if options.checkpoint else []
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
         why = None

@@ -134,8 +134,9 @@ def _torch_rates(options: argparse.Namespace, engine: str, prepared: Callable[[A
     from busigen.export.restore import restore
     from busigen.training.checkpoint import load_networks
 
-    folder = options.work / f"checkpoint-{options.part}"
-    restore(Bundle.open(options.bundle), folder)
+    folder = options.checkpoint or options.work / f"checkpoint-{options.part}"
+    if options.checkpoint is None:
+        restore(Bundle.open(options.bundle), folder)
     networks = load_networks(folder)[0]
     own = {name: unet for name, unet in networks.denoisers.items() if name.endswith(f"-{LABEL}")}
     if engine == "eager":

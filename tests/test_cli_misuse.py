@@ -19,7 +19,7 @@ from busigen.registry import LESION_CLASSES
 from busigen.runtime.bundle import default_bundle
 from tests.command import ROOT, error_line, run
 
-COMMANDS = ("prepare", "train", "export", "generate", "verify", "audit")
+COMMANDS = ("prepare", "train", "export", "generate", "verify", "audit", "doctor")
 
 
 # Help and start-up
