@@ -195,8 +195,10 @@ def _steps(form: str, graph: str, options: argparse.Namespace, inputs: dict[str,
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
         for step in table:
-            for name in CONSTANTS.intersection(wanted):
-                binding.bind_cpu_input(name, np.array([getattr(step, name)], dtype=np.float32))
+            # Kept until the step has run: a binding reads an array's memory and does not hold it.
+            now = {name: np.array([getattr(step, name)], dtype=np.float32) for name in CONSTANTS.intersection(wanted)}
+            for name, value in now.items():
+                binding.bind_cpu_input(name, value)
             binding.bind_ortvalue_input("x", x)
             binding.bind_ortvalue_output("following", spare)
             parts["step"].run_with_iobinding(binding)

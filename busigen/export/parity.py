@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from busigen.data.geometry import Mask
 from busigen.errors import ParityError
 from busigen.export.reference import BATCH, Recorder, TorchBackend, Witness
@@ -52,8 +54,8 @@ LIMITS = {
     "psnr_end_to_end": Limit(
         25.0,
         True,
-        "dB, each with its own outline: the same lesion in the same place, whose texture may follow an outline that "
-        "differs by a few pixels",
+        "dB, each with its own outline, in 19 draws of 20: the same lesion in the same place. An outline that differs "
+        "by a pixel may move the window by one, and all grains with it",
     ),
     "same_gates": Limit(
         0.98,
@@ -61,7 +63,7 @@ LIMITS = {
         "share of draws that the gates judge alike: a draw that lies on a gate's threshold may fall to either side",
     ),
 }
-"""What every draw must reach; ``same_gates`` is over all draws."""
+"""What every draw must reach, but for ``psnr_end_to_end`` (19 in 20) and ``same_gates`` (a share)."""
 
 
 class Reference:
@@ -86,8 +88,9 @@ class Reference:
         """Draw the same samples with a backend and measure how far they are apart.
 
         Returns:
-            Per class: masks and images compared; the figures of :data:`LIMITS` (the worst draw's each); number of masks
-            that are equal to the pixel; draws that the gates accept. A figure without anything to compare fails.
+            Per class: masks and images compared; the figures of :data:`LIMITS` (the worst draw's each, but for the last
+            two); number of masks that are equal to the pixel; draws that the gates accept. A figure without anything
+            to compare fails.
         """
         return {label: self._figures(label, bundle, backend) for label in LESION_CLASSES}
 
@@ -130,7 +133,7 @@ class Reference:
             "psnr": min((psnr(*pair) for pair in seen), default=0.0),
             "ssim": min((ssim(*pair) for pair in seen), default=0.0),
             "max_grey_difference": max((grey_difference(one, other) for one, other, _ in seen), default=256),
-            "psnr_end_to_end": min((psnr(*pair) for pair in ends), default=0.0),
+            "psnr_end_to_end": float(np.percentile([psnr(*pair) for pair in ends], 5)) if ends else 0.0,
             "accepted": sum(reason is None for reason in reference.refused.values()),
             "same_gates": sum(alike) / len(alike) if alike else 0.0,
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from busigen.errors import MissingDependencyError, UsageError
+from busigen.errors import BusigenError, MissingDependencyError
 from busigen.registry import ENGINE_TARGETS, LATENT_FACTOR, PROVIDERS, RESOLUTION
 from busigen.runtime.backend import EngineOptions
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
@@ -96,7 +96,7 @@ def test_the_probe_runs_a_network(backend: EngineBackend) -> None:
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_one_that_does(backend: EngineBackend, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="batch"):
+    with pytest.raises(BusigenError, match="batch"):
         EngineBackend(
             Bundle.open(default_bundle()), PROVIDERS[backend.name], EngineOptions(batch_sizes=(4096,)), Cache(tmp_path)
         )

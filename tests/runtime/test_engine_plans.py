@@ -133,6 +133,7 @@ def test_the_largest_batch_that_fits_is_proposed() -> None:
     assert problem is not None
     assert "needs 5.00 GiB on NVIDIA L4, of which 3.00 GiB are free" in problem.problem
     assert "--batch-size 32" in problem.fix
+    assert (problem.exit_code, problem.rows, problem.fits) == (11, 64, 32)
     nothing = memory_problem(TARGET, "NVIDIA L4", 64, gib, 4 * gib, 0)
     assert nothing is not None
     assert "No batch fits" in nothing.fix

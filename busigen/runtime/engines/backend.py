@@ -51,8 +51,8 @@ class EngineBackend:
         cache: where engines are kept.
 
     Raises:
-        ProviderError: library, card or driver is missing or too old; or the card has too little memory, in which case
-            the largest batch that fits is named.
+        ProviderError: library, card or driver is missing or too old.
+        CapacityError: the card has too little memory; the largest batch that fits is named.
         BusigenError: an engine cannot be made.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from busigen.errors import BusigenError, InputError, ProviderError, UsageError
+from busigen.errors import BusigenError, CapacityError, InputError, ProviderError, UsageError
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.loop_conditions import with_conditions
 from busigen.runtime.engines.profiles import Profile
@@ -66,6 +66,7 @@ def build(library: Library, blueprint: Blueprint, timings: Timings | None = None
     Raises:
         InputError: the library refuses the graph; its operator and node are named.
         UsageError: it cannot build for these batches, or for this compute capability.
+        CapacityError: the memory does not suffice.
         ProviderError: it needs a card, or a newer driver, and there is none.
     """
     module = library.module
@@ -162,9 +163,10 @@ def _failed(library: Library, blueprint: Blueprint, said: Sequence[str]) -> Busi
         )
     if _NO_MEMORY.search(account):
         rows = blueprint.profiles[0].most
-        return UsageError(
+        return CapacityError(
             f"{what} for {rows} rows: the memory does not suffice: {reason}.",
             fix="End what else uses the card, or give a smaller --batch-size, half of it for a start.",
+            rows=rows,
         )
     where = f" for compute capability {blueprint.capability}" if blueprint.capability else ""
     return UsageError(

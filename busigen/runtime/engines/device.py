@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from busigen.errors import BusigenError, ProviderError
+from busigen.errors import BusigenError, CapacityError, ProviderError
 from busigen.runtime.install import install_command
 
 _GIB = 1 << 30
@@ -151,7 +151,7 @@ def largest_batch(batch: int, fixed: int, growing: int, free: int) -> int:
     return max(0, min(batch - 1, (free - fixed) * batch // growing)) if growing else 0
 
 
-def memory_problem(provider: str, device: str, batch: int, fixed: int, growing: int, free: int) -> ProviderError | None:
+def memory_problem(provider: str, device: str, batch: int, fixed: int, growing: int, free: int) -> CapacityError | None:
     """What stands against a batch, with the largest one that fits; ``None`` where it fits.
 
     Args:
@@ -165,10 +165,12 @@ def memory_problem(provider: str, device: str, batch: int, fixed: int, growing: 
     if (fits := largest_batch(batch, fixed, growing, free)) == batch:
         return None
     end = "end what else uses the card"
-    return ProviderError(
+    return CapacityError(
         f"--provider {provider}: --batch-size {batch} needs {(fixed + growing) / _GIB:.2f} GiB on {device}, of which "
         f"{free / _GIB:.2f} GiB are free.",
         fix=f"Give --batch-size {fits}, or {end}." if fits else f"No batch fits: {end}, or use --provider cpu.",
+        rows=batch,
+        fits=fits,
     )
 
 

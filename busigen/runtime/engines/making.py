@@ -15,7 +15,7 @@ from busigen.runtime.backend import usable_cores
 from busigen.runtime.bundle import Bundle, graph_names
 from busigen.runtime.engines.building import REVISION, Blueprint, build
 from busigen.runtime.engines.cache import RECORD, Cache, Key
-from busigen.runtime.engines.device import Device
+from busigen.runtime.engines.device import Device, answered, cuda
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.profiles import Batches
 
@@ -87,7 +87,7 @@ class Workshop:
         device: Device | None = None,
     ) -> None:
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
-        self._capability = capability
+        self._capability, self._device = capability, device
         self._timings = None if device is None or library.target.ahead else _Timings(library, device, cache)
         self._told = False
 
@@ -133,7 +133,7 @@ class Workshop:
         """
         # Kernels are timed on the card, where two builds would disturb each other. Ahead of time nothing is timed.
         workers = usable_cores() if self._library.target.ahead else 1
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="engine")
+        pool = ThreadPoolExecutor(workers, "engine", self._enter_thread)
         try:
             # Without their contents, which come to half a gigabyte.
             waiting = [pool.submit(lambda name: self.make(name)[0], graph) for graph in graph_names()]
@@ -142,6 +142,11 @@ class Workshop:
             return [future.result() for future in waiting]
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _enter_thread(self) -> None:
+        # The current card is each thread's own, and threads begin with the first one.
+        if self._device is not None:
+            answered(cuda().cudaSetDevice(self._device.number))
 
     def _aimed_at(self) -> str:
         # A library that builds on the card knows it; the capability is then part of the key alone.

@@ -118,8 +118,7 @@ class Session:
     @property
     def scratch_bytes(self) -> int:
         """Bytes that a computation needs for what lies between inputs and output, at the largest profile."""
-        sizes = [self._engine.get_device_memory_size_for_profile_v2(number) for number in range(len(self.profiles))]
-        return int(max(sizes))
+        return int(self._engine.device_memory_size_v2)
 
     def use_scratch(self, address: int, size: int) -> None:
         """Compute in this memory of the card, which other sessions may use in turns."""
@@ -129,7 +128,8 @@ class Session:
 
     def kernels(self) -> bytes:
         """The library's cache of what it compiled for this card, to be kept; empty where it has none."""
-        return b"" if self._kernels is None else bytes(self._kernels.serialize())
+        kept = None if self._kernels is None else self._kernels.serialize()
+        return b"" if kept is None else bytes(kept)
 
     def enqueue(self, call: Call, inputs: Arrays, slot: Slot, number: int, before: Any) -> bool:
         """Have the card upload rows of a batch, compute, and download the result; returns at once.
