@@ -154,7 +154,7 @@ PRESETS = {
 DEFAULT_PRESET = "compact"
 """The preset that ``train`` takes where neither a preset nor a base is named."""
 
-SOLVER_STEPS = {"mask": 8, "lesion": 6, "blend": 3, "prior": 5}
+SOLVER_STEPS = {"mask": 8, "lesion": 2, "blend": 1, "prior": 5}
 """Network evaluations per denoiser. Fixed at export."""
 
 SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
