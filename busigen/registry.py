@@ -218,6 +218,8 @@ _CUDA = (
     ("device_id", "0"),
     # The default tries all algorithms and takes the fastest of that moment, so that two runs may differ in their bytes.
     ("cudnn_conv_algo_search", "HEURISTIC"),
+    # Every session has an arena of its own; by default they double, and sixteen of them hold much for nothing.
+    ("arena_extend_strategy", "kSameAsRequested"),
 )
 
 PROVIDERS = {

@@ -94,3 +94,13 @@ def cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
     """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
     cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
     return np.stack(cuts)[:, None].astype(np.float32)
+
+
+def pictures(batch: Sequence[Draft]) -> Floats:
+    """The drafts' healthy images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
+    return np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
+
+
+def padded_to(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """An array with its last row repeated until it has ``size`` rows."""
+    return np.concatenate((array, np.repeat(array[-1:], size - len(array), axis=0)))

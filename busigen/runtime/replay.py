@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import InputError, IntegrityError, UsageError
-from busigen.registry import ATTRIBUTES, SYNTHETIC
+from busigen.registry import ATTRIBUTES, AUTO, SYNTHETIC
 from busigen.runtime.asking import parse_asked
 from busigen.runtime.backend import Backend, EngineOptions, open_backend
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle
@@ -96,7 +96,9 @@ class Inputs:
 
     def _backend(self, bundle: Bundle, recorded: Mapping[str, Any]) -> Backend:
         try:
-            return open_backend(bundle, self.provider or str(recorded.get("provider")), EngineOptions(self.threads))
+            # What auto takes where a run stands already: that run's.
+            name = self.provider if self.provider not in (None, AUTO) else recorded.get("provider")
+            return open_backend(bundle, str(name), EngineOptions(self.threads))
         except UsageError as error:
             if self.provider or self.threads is not None:
                 raise

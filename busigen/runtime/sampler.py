@@ -32,6 +32,8 @@ from busigen.runtime.drafts import (
     cells_of,
     cut,
     mask_reason,
+    padded_to,
+    pictures,
     sample_of,
     to_grey,
     to_unit,
@@ -236,7 +238,7 @@ class Sampler:
     def _begin(self, seed: int, batch: Sequence[Job]) -> Sequence[Outcome]:
         """Pick or synthesise each draw's healthy image."""
         if self.healthy is not None:
-            pictures = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
+            picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
         else:
             latents = self._run(
                 "prior", BUCKETS[-1], len(batch), noise=_noise(seed, batch, "prior", self.bundle.latent_shape)
@@ -244,7 +246,7 @@ class Sampler:
             speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
             pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
             frames = [self._frame(seed, job) for job in batch]
-            pictures = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
+            picked = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
         drafts = [
             Draft(
                 index=job.index,
@@ -254,7 +256,7 @@ class Sampler:
                 healthy=picture,
                 wanted=self.asked.values(seed, job.index),
             )
-            for job, picture in zip(batch, pictures, strict=True)
+            for job, picture in zip(batch, picked, strict=True)
         ]
         return [_refused(draft, reason) if (reason := background_reason(draft)) else draft for draft in drafts]
 
@@ -307,7 +309,7 @@ class Sampler:
         keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
         grey = [np.where(e, 0.0, to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
         common = {
-            "tokens": self._keep("context", side, count, image=_pictures(batch), keep=keep),
+            "tokens": self._keep("context", side, count, image=pictures(batch), keep=keep),
             "keep": keep,
             "known": self._keep("encoder", side, count, pixels=cut(grey, windows)),
             "mask": cut(masks, windows),
@@ -320,7 +322,7 @@ class Sampler:
         blended = self._keep(f"blend-{label}", side, count, noise=noise, painted=painted, ring=ring, **common)
         # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
         inside = cells_of(common["edit"]) & ~cells_of(ring)
-        blended = self._resident.select(_padded(inside, len(painted)), painted, blended)
+        blended = self._resident.select(padded_to(inside, len(painted)), painted, blended)
         speckle = _noise(seed, batch, "speckle", (1, side, side))
         pixels = self._run("decoder", side, count, latents=blended, noise=speckle)
         return [
@@ -329,7 +331,7 @@ class Sampler:
         ]
 
     def _tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
-        return self._run("context", None, len(batch), image=_pictures(batch), keep=keep)
+        return self._run("context", None, len(batch), image=pictures(batch), keep=keep)
 
     def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
         """Tokens of whole healthy images, computed once for a real one: many lesions are painted into few of those."""
@@ -374,7 +376,7 @@ class Sampler:
         size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
         # What was kept is padded already, and may lie elsewhere.
         padded = {
-            name: array if len(array) == size else _padded(array, size).astype(np.float32, copy=False)
+            name: array if len(array) == size else padded_to(array, size).astype(np.float32, copy=False)
             for name, array in inputs.items()
         }
         name = graph if graph in self._graphs else f"{graph}@{side}"
@@ -400,14 +402,6 @@ def _kind(item: Job) -> Kind:
     if not isinstance(item, Draft):
         return Kind(BEGIN)
     return Kind(PAINT, item.label, item.window.side) if item.window else Kind(OUTLINE, item.label)
-
-
-def _pictures(batch: Sequence[Draft]) -> Floats:
-    return np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
-
-
-def _padded(array: NDArray[Any], size: int) -> NDArray[Any]:
-    return np.concatenate((array, np.repeat(array[-1:], size - len(array), axis=0)))
 
 
 def _noise(seed: int, batch: Sequence[Job], stream: str, shape: Sequence[int]) -> Floats:

@@ -58,6 +58,7 @@ class OnnxBackend:
         self._device = "cuda" if provider.gpu else "cpu"
         self._is_bound = provider.gpu if options.bound is None else options.bound
         self._bound: dict[str, BoundSession] = {}
+        self._captured: set[str] = set()
         self._select: BoundSession | None = None
         if provider.gpu:
             prepare_cuda(provider)
@@ -122,20 +123,22 @@ class OnnxBackend:
             (output,) = session.run(None, dict(inputs))
             return output
         if graph not in self._bound:
-            self._bound[graph] = BoundSession(session, self._device, capture=self._captures(graph))
+            self._bound[graph] = BoundSession(session, self._device, capture=graph in self._captured)
         bound = self._bound[graph]
         output = bound.run(inputs)
         # Copied, because on the processor it is a view of the buffer.
         return bound.kept(output) if kept else np.array(output.numpy())
 
-    def _captures(self, graph: str) -> bool:
-        """Whether the graph is recorded as a CUDA graph: on a card, where it has neither loops nor branches."""
-        return self._provider.gpu and not operators(self._bundle.graph(graph)) & _CONTROL_FLOW
-
     def _open(self, graph: str) -> ort.InferenceSession:
         path = self._bundle.graph(graph)
+        if self._provider.gpu and self._is_bound and not operators(path) & _CONTROL_FLOW:
+            # Refused where a single node is left to the processor, which for a shape is no harm otherwise.
+            with contextlib.suppress(Exception):
+                session = self._session(str(path), capture=True)
+                self._captured.add(graph)
+                return session
         try:
-            return self._session(str(path), capture=self._captures(graph))
+            return self._session(str(path))
         except ProviderError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
