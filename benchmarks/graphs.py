@@ -183,9 +183,10 @@ def _steps(form: str, graph: str, options: argparse.Namespace, inputs: dict[str,
             session = parts["before"]
             answers = session.run(None, {value.name: known[value.name] for value in session.get_inputs()})
             known |= dict(zip([value.name for value in session.get_outputs()], answers, strict=True))
-        x = ort.OrtValue.ortvalue_from_numpy(known["noise"], device, 0)
-        # Two buffers that take turns: a step must not write what it reads.
-        spare = ort.OrtValue.ortvalue_from_numpy(np.empty_like(known["noise"]), device, 0)
+        # Two buffers that take turns: a step must not write what it reads. On the CPU they are these arrays themselves,
+        # which nothing else holds.
+        buffers = known["noise"].copy(), np.empty_like(known["noise"])
+        x, spare = (ort.OrtValue.ortvalue_from_numpy(buffer, device, 0) for buffer in buffers)
         held = {
             name: ort.OrtValue.ortvalue_from_numpy(known[name], device, 0)
             for name in wanted
@@ -203,7 +204,7 @@ def _steps(form: str, graph: str, options: argparse.Namespace, inputs: dict[str,
             binding.bind_ortvalue_output("following", spare)
             parts["step"].run_with_iobinding(binding)
             x, spare = spare, x
-        result = x.numpy()
+        result = x.numpy().copy()
         if "after" not in parts:
             return result
         session = parts["after"]
