@@ -55,7 +55,9 @@ def test_every_weight_of_the_bundle_comes_back_bit_for_bit(restored: Path) -> No
         model = onnx.load(str(path), load_external_data=False)
         load_external_data_for_model(model, str(default_bundle()))
         unet = load_component("lesion", restored / "merged" / f"lesion-{label}").state_dict()
-        stored = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        bodies = [a.g for node in model.graph.node for a in node.attribute if a.HasField("g")]
+        tensors = [tensor for graph in (model.graph, *bodies) for tensor in graph.initializer]
+        stored = {t.name: onnx.numpy_helper.to_array(t) for t in tensors}
         seen = 0
         for name, tensor in unet.items():
             value = stored.get(f"velocity.unet.{name}/fp16", stored.get(f"velocity.unet.{name}"))

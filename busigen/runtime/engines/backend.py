@@ -173,7 +173,8 @@ def library_of(provider: Provider) -> Library:
     try:
         return Library.load(provider.name)
     except MissingDependencyError as error:
-        raise ProviderError(error.problem.replace("--target", "--provider", 1), fix=error.fix) from error
+        fix = f"{error.fix.removesuffix('.')}, or use --provider cpu."
+        raise ProviderError(error.problem.replace("--target", "--provider", 1), fix=fix) from error
 
 
 def _workshop(

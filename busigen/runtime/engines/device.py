@@ -87,7 +87,7 @@ def open_device(provider: str, number: int | None = None) -> Device:
     except ImportError as error:
         raise ProviderError(
             f"--provider {provider} needs the Python package cuda-python, which is not installed.",
-            fix=f"Run {install_command(provider)}.",
+            fix=f"Run {install_command(provider)}, or use --provider cpu.",
         ) from error
     driver = int(answered(runtime.cudaDriverGetVersion()))
     needed = int(answered(runtime.cudaRuntimeGetVersion()))
