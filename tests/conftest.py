@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
@@ -65,9 +66,17 @@ def any_sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         return Sources(*(request.getfixturevalue(f"drawn_{name}") for name in ("busi", "busbra", "prepared")))
     folder = request.getfixturevalue("real_data")
     busi, busbra = folder / "Dataset_BUSI_with_GT", folder / "BUSBRA"
-    out = tmp_path_factory.mktemp("prepared") / "real"
-    prepare([busi, busbra], out)
-    return Sources(busi, busbra, Prepared.open(out))
+    return Sources(busi, busbra, Prepared.open(_real_prepared(busi, busbra, tmp_path_factory)))
+
+
+def _real_prepared(busi: Path, busbra: Path, folders: pytest.TempPathFactory) -> Path:
+    """Where the real sets lie prepared: once for all test processes and all turns of a fixture, for it takes minutes."""
+    base = folders.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-prepared"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            prepare([busi, busbra], out)
+    return out
 
 
 @pytest.fixture(scope="session")
