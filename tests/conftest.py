@@ -70,7 +70,7 @@ def any_sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def _real_prepared(busi: Path, busbra: Path, folders: pytest.TempPathFactory) -> Path:
-    """Where the real sets lie prepared: once for all test processes and all turns of a fixture, for it takes minutes."""
+    """Where the real sets lie prepared: once for all test processes and turns of a fixture: it takes a minute."""
     base = folders.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-prepared"
     with FileLock(f"{out}.lock"):
