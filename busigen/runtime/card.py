@@ -28,6 +28,11 @@ healthy image, resized in the same way, bit for bit. A pixel (X, Y) of a sample 
 x = (X - letterbox_left) / letterbox_scale, y = (Y - letterbox_top) / letterbox_scale.
 """
 
+_FRAMES = f"""
+A sample is {RESOLUTION} x {RESOLUTION}. Its background has the shape of a training image, with black bars around it:
+`letterbox_left` columns and `letterbox_top` rows of bar come before the image.
+"""
+
 LICENCE = (
     "The samples inherit the terms of what they were made from: the bundle's training data and the healthy images. "
     "Check both before you publish or sell."
@@ -123,7 +128,7 @@ where folders stand by their names alone. For research; not for diagnosis.
   Boxes are in pixels, right and bottom exclusive. `shards/*.parquet` hold the same rows per shard.
 - `dataset.json`: options, fingerprints, counts, and the sha256 of every shard. `run.json`: the same before the run.
 - `croissant.json`: [Croissant](https://mlcommons.org/croissant) metadata.
-{"" if _is_synthetic(info) or "letterbox_scale" not in info["columns"] else _LETTERBOX}
+{_bars(info)}
 ## Reading it
 
 ```python
@@ -200,6 +205,13 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
             _pictures("masks"),
         ],
     }
+
+
+def _bars(info: Mapping[str, Any]) -> str:
+    """Where an image lies among its bars; nothing for sources without them."""
+    if "letterbox_scale" not in info["columns"]:
+        return ""
+    return _FRAMES if _is_synthetic(info) else _LETTERBOX
 
 
 def _is_synthetic(info: Mapping[str, Any]) -> bool:

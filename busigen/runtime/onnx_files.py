@@ -76,14 +76,14 @@ def _messages(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
     found = []
     while at < end:
         # Nearly every tag and size is one byte, and a call for each would take most of the time.
-        tag, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at, end)
+        tag, at = (data[at], at + 1) if data[at] < 128 else read_varint(data, at, end)
         wire = tag & 7
         if wire == _BYTES:
-            size, at = (data[at], at + 1) if at < end and data[at] < 128 else _varint(data, at, end)
+            size, at = (data[at], at + 1) if at < end and data[at] < 128 else read_varint(data, at, end)
             found.append((tag >> 3, at, at + size))
             at += size
         elif wire == _VARINT:
-            _, at = _varint(data, at, end)
+            _, at = read_varint(data, at, end)
         elif wire in (_FIXED64, _FIXED32):
             at += 8 if wire == _FIXED64 else 4
         else:
@@ -93,7 +93,7 @@ def _messages(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+def read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     """A number, and where what follows it begins."""
     value = shift = 0
     while at < end and shift < 64:

@@ -17,7 +17,7 @@ class Spectrum(nn.Module):
     """Solver steps whose spread is that of each channel and spatial frequency instead of one number.
 
     Latents are standardised cell by cell, but neighbouring cells vary together: the mean of a whole image's latents
-    varies up to nineteen times as much as independent cells would let it, their finest detail less than half as much.
+    varies up to eighteen times as much as independent cells would let it, their finest detail less than half as much.
     With one spread for all, ten steps lost a third of what images differ by in brightness and overdid the detail. In
     the basis of the discrete cosine transform the coefficients of natural images are nearly uncorrelated (Ahmed et al.
     1974), so each can have a step of its own (:func:`busigen.solver.gaussian_constants`).
@@ -35,10 +35,7 @@ class Spectrum(nn.Module):
 
     @torch.no_grad()
     def fit(self, clean: Tensor) -> None:
-        """Measure the spread on training latents ``(N, C, s, s)``; what a single image shows cannot differ.
-
-        Coefficients of two latents or more are needed for a deviation; with fewer, the spread is left as it is.
-        """
+        """Measure the spread on training latents ``(N, C, s, s)``; of fewer than two, there is none to measure."""
         if len(clean) < 2:
             return
         basis = cosines(clean.shape[-1]).to(clean.device)

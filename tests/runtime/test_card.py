@@ -92,3 +92,4 @@ def test_privacy_and_letterbox_fit_the_backgrounds(tmp_path: Path) -> None:
     assert "not anonymous" not in texts[SYNTHETIC]
     assert "given no patient's image" in texts[SYNTHETIC]
     assert "letterbox_scale, y" not in texts[SYNTHETIC]
+    assert "black bars" in texts[SYNTHETIC] and "black bars" not in texts["0123"]

@@ -151,7 +151,7 @@ def fine_share(grey: NDArray[np.float32], residual: NDArray[np.float32], region:
         region: ``bool (H, W)``.
 
     Returns:
-        0 to about 1; NaN where nothing varies.
+        0 to about 1; NaN where nothing varies, or the region has no such pixel.
     """
     region = ndimage.binary_erosion(region, np.ones((3, 3)), border_value=1)
     smooth = grey

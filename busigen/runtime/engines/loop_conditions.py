@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from busigen.runtime.onnx_files import read_varint
+
 # Field numbers in ONNX's schema (onnx.proto).
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 1, 5, 11
@@ -86,13 +88,13 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
     at = 0
     while at < len(message):
         start = at
-        tag, at = _read_varint(message, at)
+        tag, at = read_varint(message, at, len(message))
         wire, size = tag & 7, 0
         if wire == _BYTES:
-            size, at = _read_varint(message, at)
+            size, at = read_varint(message, at, len(message))
         first = at
         if wire == _VARINT:
-            _, at = _read_varint(message, at)
+            _, at = read_varint(message, at, len(message))
         elif wire in (_BYTES, _FIXED64, _FIXED32):
             at += {_BYTES: size, _FIXED64: 8, _FIXED32: 4}[wire]
         else:
@@ -108,15 +110,3 @@ def _varint(value: int) -> bytes:
         encoded.append(value & 127 | 128)
         value >>= 7
     return bytes((*encoded, value))
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(message) and shift < 64:
-        byte = message[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-    raise ValueError("it is cut short")
