@@ -43,13 +43,18 @@ def read(listing: Listing) -> None:
             listing.refuse(path, f"{_TABLE} has no row for it.", "Add the row or remove the image.")
 
 
+def mask_name(name: str) -> str:
+    """The name of an image's mask, both without their ending: ``mask_0001-l`` is that of ``bus_0001-l``."""
+    return name.replace("bus_", "mask_", 1)
+
+
 def _record(folder: Path, name: str, pathology: str, row: dict[str, str | None]) -> Record:
     return Record(
         id=f"busbra/{name}",
         image_class=pathology,
         source="busbra",
         image=folder / "Images" / f"{name}.png",
-        masks=(folder / "Masks" / f"{name.replace('bus_', 'mask_', 1)}.png",),
+        masks=(folder / "Masks" / f"{mask_name(name)}.png",),
         patient=f"busbra/{row['Case']}" if row["Case"] else None,
         birads=row["BIRADS"],
     )

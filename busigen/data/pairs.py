@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from busigen.data.csvfile import read_rows
-from busigen.data.images import SUFFIXES, find_images, natural_key
+from busigen.data.images import SUFFIXES, find_images
+from busigen.data.masks import masks_by_name
 from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, printable
 from busigen.registry import CLASSES
 
 _TABLE = "labels.csv"
-_LESION_SUFFIX = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
 
 
 def find(folder: Path) -> Path | None:
@@ -25,7 +24,7 @@ def read(listing: Listing) -> None:
     if images is None or masks is None:  # The folder changed since `find`.
         return
     labels = _labels(listing)
-    by_name = _masks_by_name(masks)
+    by_name = masks_by_name(masks)
     source = printable(listing.folder.name)
     for image in find_images(images):
         name = image.relative_to(images).with_suffix("").as_posix()
@@ -69,19 +68,6 @@ def _plain_name(file: str) -> str:
     path = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
     parts = path.parts[1:] if path.parts and path.parts[0].lower() == "images" else path.parts
     return "/".join(parts)
-
-
-def _masks_by_name(folder: Path) -> dict[str, list[Path]]:
-    """Mask files by image name, with and without their class folder."""
-    found: dict[str, list[Path]] = {}
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES)
-    for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
-        if path.name.startswith(".") or not path.resolve().is_relative_to(folder.resolve()):
-            continue
-        stem = _LESION_SUFFIX.sub("", path.stem)
-        for name in {path.relative_to(folder).with_name(stem).as_posix(), stem}:
-            found.setdefault(name, []).append(path)
-    return found
 
 
 def _class_from_folder(image: Path) -> str:

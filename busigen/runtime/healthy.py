@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
-from busigen.data.images import find_images, masks_by_stem, read_image, read_mask
+from busigen.data.images import find_images, read_image, read_mask
 from busigen.data.letterbox import Letterbox, fit, letterbox
+from busigen.data.masks import MaskFiles
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
@@ -28,7 +29,7 @@ CACHED_IMAGES = 512
 """Images that are kept, letterboxed: 67 MB. Of a folder with more, those used last; the others are read again."""
 
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
-_LESION_MASK = "with a lesion in the mask file beside it"
+_LESION_MASK = "with a lesion in its mask file"
 _UNREADABLE = "unreadable"
 _REPEATED = "the same file again"
 _WITH_LESION = (_LESION_FOLDER, _LESION_MASK)
@@ -75,9 +76,9 @@ class HealthyFolder:
     """A folder of healthy images, in the order of their content's hash, so that renaming them changes nothing.
 
     Left out, and counted in one log line: images below a folder that is named like a lesion class, images with a lesion
-    in the ``_mask`` file beside them, and repetitions. Files that cannot be read, and black, white or flat images
-    (:func:`busigen.runtime.gates.background_reason`, on the image without its letterbox bars), are also named one by
-    one.
+    in their mask file (:class:`busigen.data.masks.MaskFiles`), and repetitions. Files that cannot be read, and black,
+    white or flat images (:func:`busigen.runtime.gates.background_reason`, on the image without its letterbox bars), are
+    also named one by one.
 
     Attributes:
         left_out: number of files left out, by reason.
@@ -111,12 +112,12 @@ class HealthyFolder:
         read: dict[str, Healthy] = {}
         problems: list[str] = []
         paths = find_images(self.folder)
-        masks = lru_cache(maxsize=None)(masks_by_stem)
+        masks = MaskFiles(self.folder)
         progress.start("reading healthy images", len(paths), unit="image")
         try:
             for path in paths:
                 try:
-                    reason = self._lesion_reason(path, masks(path.parent).get(path.stem.lower(), []))
+                    reason = self._lesion_reason(path, masks)
                     if reason is None:
                         image = read_image(path)
                         pixels, box = letterbox(image.pixels)
@@ -137,10 +138,10 @@ class HealthyFolder:
             progress.stop()
         return found, read if len(found) <= CACHED_IMAGES else {}, problems
 
-    def _lesion_reason(self, path: Path, masks: list[Path]) -> str | None:
+    def _lesion_reason(self, path: Path, masks: MaskFiles) -> str | None:
         if any(part.lower() in LESION_CLASSES for part in path.relative_to(self.folder).parts[:-1]):
             return _LESION_FOLDER
-        return _LESION_MASK if any(read_mask(mask, None).any() for mask in masks) else None
+        return _LESION_MASK if any(read_mask(mask, None).any() for mask in masks.of(path)) else None
 
     def _told(self) -> str:
         if not self.left_out:

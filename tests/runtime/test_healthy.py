@@ -110,13 +110,37 @@ def test_what_counts_is_the_mask_and_not_only_the_name_of_the_folder(drawn_busi:
             shutil.copy(path, normal / "more")
     shutil.copytree(drawn_busi / "benign", normal / "Benign")
     folder = HealthyFolder(normal)
-    assert folder.left_out["with a lesion in the mask file beside it"] == 2
+    assert folder.left_out["with a lesion in its mask file"] == 2
     assert folder.left_out["in a folder named benign or malignant"] == len(list(normal.glob("Benign/*).png")))
     assert {path.parent for _, path in folder.items} == {normal}
 
 
+@pytest.mark.parametrize("given", [".", "Images"])
+def test_bus_bra_holds_no_healthy_image(drawn_busbra: Path, given: str) -> None:
+    images = len(list(drawn_busbra.glob("Images/*.png")))
+    with pytest.raises(InputError, match=rf"{images} left out \({images} with a lesion in its mask file\)"):
+        HealthyFolder(drawn_busbra / given)
+
+
+@pytest.mark.parametrize("given", ["hospital", "hospital/images", "hospital/images/normal", "."])
+@pytest.mark.parametrize("ending", ["", "_mask", "_mask_1"])
+def test_images_with_a_lesion_in_a_folder_of_masks_are_left_out(
+    drawn_busi: Path, tmp_path: Path, given: str, ending: str
+) -> None:
+    images, masks = tmp_path / "hospital" / "images" / "normal", tmp_path / "hospital" / "masks" / "normal"
+    images.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for number, (source, lesion) in enumerate((("normal", ""), ("benign", ""), ("benign", "_mask"), ("malignant", ""))):
+        shutil.copy(drawn_busi / source / f"{source} ({number + 1}).png", images / f"{number}.png")
+        if lesion:
+            shutil.copy(drawn_busi / source / f"{source} ({number + 1}){lesion}.png", masks / f"{number}{ending}.png")
+    folder = HealthyFolder(tmp_path / given)
+    assert folder.left_out == {"with a lesion in its mask file": 1}
+    assert {path.stem for _, path in folder.items} == {"0", "1", "3"}
+
+
 def test_a_folder_of_lesions_is_refused_and_its_neighbour_proposed(drawn_busi: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="with a lesion in the mask file beside it") as caught:
+    with pytest.raises(InputError, match="with a lesion in its mask file") as caught:
         HealthyFolder(drawn_busi / "benign")
     assert caught.value.fix == f"Did you mean {drawn_busi / 'normal'}?"
     alone = shutil.copytree(drawn_busi / "benign", tmp_path / "scans")
