@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -274,6 +275,43 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     line = error_line(subprocess.CompletedProcess(command, process.returncode, output, errors), 130)
     assert f"Interrupted with 0 of 1 shard complete in {out}" in line
     assert "same command" in line
+
+
+def test_ctrl_c_leaves_a_line_where_a_command_has_nothing_of_its_own_to_say(drawn_busi: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*CLI, "prepare", str(drawn_busi), "--out", str(tmp_path / "prepared")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    assert any(line.startswith("preparing: 0/") for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert errors.splitlines()[-1] == "error: Interrupted."
+    assert process.returncode == 130
+    assert not output
+
+
+def test_a_missing_shard_is_not_counted_as_read(dataset: Path) -> None:
+    (dataset / "shards" / "000001.tar").unlink()
+    done = run("verify", dataset)
+    assert done.returncode == 5
+    assert done.stdout.splitlines()[-1] == f"{dataset} has 1 problem: 4 samples read"
+
+
+def test_help_lists_the_commands_in_the_order_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = re.findall(r"^│ ([a-z-]+) ", run("--help").stdout, flags=re.MULTILINE)
+    assert listed[0] == "generate"
+    assert [name for name in listed if name in {"prepare", "train", "export", "build-engines"}] == [
+        "prepare",
+        "train",
+        "export",
+        "build-engines",
+    ]
 
 
 def test_the_shipped_bundle_generates_without_data_and_without_torch(tmp_path: Path) -> None:

@@ -95,7 +95,11 @@ def bad(*arguments: object) -> tuple[object, ...]:
         (bad("--count", 4, "--provider", "abacus"), 2, ["'abacus'", "cpu"]),
         (bad("--count", 4, "--size", "0.9"), 2, ["--size is '0.9'", "0.003 to 0.4"]),
         (bad("--count", 4, "--depth", "deep"), 2, ["--depth is 'deep'", "0.08 to 0.75"]),
-        (bad("--count", 4, "--height-width", "1.2:0.8"), 2, ["--height-width is '1.2:0.8'", "0.25:1.7"]),
+        (
+            bad("--count", 4, "--height-width", "1.2:0.8"),
+            2,
+            ["--height-width is '1.2:0.8'", "smaller number first: 0.8:1.2"],
+        ),
         (bad("--count", 4, "--height-width", 1.2, "--taller-than-wide"), 2, ["--height-width 1.2", "one of them"]),
         (bad("--count", 4, "--birads", 6), 2, ["--birads is '6'", "2, 3, 4, 5"]),
         (bad("--count", 4, "--colour", "red"), 2, ["--colour", "busigen generate --help"]),

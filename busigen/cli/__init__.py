@@ -12,11 +12,11 @@ from rich.markup import escape
 
 # Importing the modules adds their commands, in the order of --help.
 # isort: off
-from busigen.cli import models, engines, datasets, judging, machines  # noqa: F401
+from busigen.cli import datasets, judging, models, engines, machines  # noqa: F401
 
 # isort: on
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
-from busigen.errors import BusigenError, UsageError
+from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, UsageError
 from busigen.runtime.wording import printable
 
 
@@ -27,13 +27,11 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        sys.exit(app(args=arguments or ["--help"], prog_name="busigen", standalone_mode=False))
+        code = app(args=arguments or ["--help"], prog_name="busigen", standalone_mode=False)
     except BusigenError as error:
         _fail(error, debug)
     except misuse as error:
         _fail(_usage_error(error, arguments), debug)
-    except typer.Abort:
-        _fail(Interrupted("Interrupted."), debug)
     except Exception as error:
         if debug:
             raise
@@ -41,6 +39,10 @@ def main() -> None:
             escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it.")
         )
         sys.exit(1)
+    # A command that has nothing of its own to say of Ctrl-C ends with this code and without a word.
+    if code == INTERRUPTED_EXIT_CODE:
+        _fail(Interrupted("Interrupted."), debug)
+    sys.exit(code)
 
 
 def _fail(error: BusigenError, debug: bool) -> NoReturn:

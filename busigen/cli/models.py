@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from busigen.cli import engines
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
 from busigen.errors import UsageError
 from busigen.registry import (
@@ -155,6 +154,8 @@ def export(
     report: Annotated[Path | None, typer.Option(help="Write what was proved as a table: FILE.md or FILE.json.")] = None,
 ) -> None:
     """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""
+    from busigen.cli import engines  # Above, it would add its command before those of this file.
+
     with needs("train"):
         from busigen.export.exporter import export as run
         from busigen.export.options import Options, batch_sizes

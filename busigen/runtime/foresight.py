@@ -52,6 +52,7 @@ class Forecast:
         bytes_per_sample: of a shard.
         free: bytes that the output's disk has free now; None where they go elsewhere.
         basis: what the pace was measured on.
+        measured: whether ``bytes_per_sample`` was; else it is the most that a sample can take.
     """
 
     samples: int
@@ -60,12 +61,14 @@ class Forecast:
     bytes_per_sample: float
     free: int | None
     basis: str
+    measured: bool
 
     def __str__(self) -> str:
+        size = f"{'' if self.measured else 'at most '}{disk_size(self.size)}"
         room = "" if self.free is None else f" of {disk_size(self.free)} free"
         return (
             f"the remaining {counted(self.samples, 'sample')} will take about {duration(self.seconds)} and "
-            f"{disk_size(self.size)}{room}, going by {self.basis}"
+            f"{size}{room}, going by {self.basis}"
         )
 
 
@@ -238,6 +241,7 @@ class Foresight:
                     bytes_per_sample=space.per_sample,
                     free=free_space(self.shelf.folder) if self.shelf.holds_all else None,
                     basis=basis,
+                    measured=space.measured,
                 )
             )
 

@@ -59,7 +59,9 @@ def verified(report: VerifyReport, *, proving: bool) -> Iterator[str]:
     if len(report.problems) > SHOWN_PROBLEMS:
         yield f"and {counted(len(report.problems) - SHOWN_PROBLEMS, 'more problem')}"
     state = "is sound" if report.ok else f"has {counted(len(report.problems), 'problem')}"
-    yield f"{report.folder} {state}: {counted(report.samples, 'sample')} in {counted(report.shards, 'shard')} read"
+    # The report counts the shards that there should be, which are those that were read only where none is missing.
+    shards = f" in {counted(report.shards, 'shard')}" if report.ok else ""
+    yield f"{report.folder} {state}: {counted(report.samples, 'sample')}{shards} read"
     if not proving:
         return
     if report.backgrounds_synthetic:

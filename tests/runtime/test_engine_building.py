@@ -237,6 +237,7 @@ def test_a_graph_that_changes_under_the_run_is_refused(library: Library, tmp_pat
     ("arguments", "code", "said"),
     [
         (("--target", "tensorrt_rtx"), 2, "unknown target 'tensorrt_rtx'"),
+        (("--target", "onnx"), 2, "unknown target 'onnx'. Choose from: tensorrt"),
         (("--target", TARGET, "--batch-size", "0"), 2, "--batch-size is '0'"),
         (("--target", TARGET, "--compute-capability", "1.0"), 2, "--compute-capability '1.0'"),
         (("--target", TARGET, "--bundle", "nowhere"), 3, "nowhere is no bundle"),

@@ -69,7 +69,9 @@ def target_named(name: str) -> EngineTarget:
         UsageError: there is none.
     """
     if name not in ENGINE_TARGETS:
-        raise UsageError(f"unknown target {name!r}.", fix=f"Choose from: onnx, {', '.join(ENGINE_TARGETS)}.")
+        raise UsageError(
+            f"unknown target {name!r}.", fix=f"Choose from: {', '.join(ENGINE_TARGETS)}; `busigen export` also: onnx."
+        )
     return ENGINE_TARGETS[name]
 
 
