@@ -98,7 +98,7 @@ def bad(*arguments: object) -> tuple[object, ...]:
         (
             bad("--count", 4, "--height-width", "1.2:0.8"),
             2,
-            ["--height-width is '1.2:0.8'", "smaller number first: 0.8:1.2"],
+            ["--height-width is '1.2:0.8'", "smaller number comes first: 0.8:1.2"],
         ),
         (bad("--count", 4, "--height-width", 1.2, "--taller-than-wide"), 2, ["--height-width 1.2", "one of them"]),
         (bad("--count", 4, "--birads", 6), 2, ["--birads is '6'", "2, 3, 4, 5"]),

@@ -149,7 +149,7 @@ def _range(name: str, text: str) -> tuple[float, float]:
         raise UsageError(f"{option} is {text!r}, which is neither a number nor a range.", fix=fix)
     low, high = numbers[0], numbers[-1]
     if least <= high < low <= greatest:
-        raise UsageError(f"{option} is {text!r}.", fix=f"Give the smaller number first: {parts[1]}:{parts[0]}.")
+        raise UsageError(f"{option} is {text!r}.", fix=f"{fix} The smaller number comes first: {parts[1]}:{parts[0]}.")
     # Written so that "nan" fails, too.
     if not least <= low <= high <= greatest:
         raise UsageError(f"{option} is {text!r}.", fix=fix)
