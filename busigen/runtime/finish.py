@@ -88,7 +88,7 @@ def finish(
 
     sheet = contact_sheet(_shown(dataset, records, bringer))
     with atomic_file(folder / PREVIEW_FILE) as file:
-        # Of one size with Pillow's default of 6, which takes three times as long: a third of a second after a short run.
+        # Pillow's default of 6 takes three times as long, for a larger file: noticed after a short run.
         sheet.save(file, "PNG", compress_level=3)
     with atomic_file(folder / CARD_FILE) as file:
         file.write(readme(info).encode())
