@@ -88,7 +88,8 @@ def finish(
 
     sheet = contact_sheet(_shown(dataset, records, bringer))
     with atomic_file(folder / PREVIEW_FILE) as file:
-        sheet.save(file, "PNG")
+        # Pillow's default of 6 takes three times as long, for a larger file: noticed after a short run.
+        sheet.save(file, "PNG", compress_level=3)
     with atomic_file(folder / CARD_FILE) as file:
         file.write(readme(info).encode())
     write_json(folder / CROISSANT_FILE, croissant(info))

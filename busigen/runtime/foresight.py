@@ -31,6 +31,9 @@ FINISH_BYTES = 4_000_000
 32 tiles of 65,536 pixels in colour. The shipped bundle's takes 1.1 MB.
 """
 
+LARGE_BYTES = 1_000_000_000
+"""A run that may need more disk space than this says so before its first sample; the time it takes is told later."""
+
 BATCHES_SECONDS = 120.0
 """Seconds after which the samples drawn so far have to do as a measure of the pace, if no shard is complete by then."""
 
@@ -204,6 +207,8 @@ class Foresight:
             pace = pace_of(self.shelf.folder, self.records)
         if pace is not None:
             self._tell(pace, self.records, f"the pace of the {counted(len(self.records), 'shard')} that are there")
+        elif self.shelf.holds_all:
+            self._tell_size()
 
     def check(self) -> None:
         """See :func:`require_room`."""
@@ -225,6 +230,16 @@ class Foresight:
             # Shards are drawn and written at the same time, so the slower of the two sets the pace.
             pace = max(self._per_sample, (time.monotonic() - self._drawn) / record.count)
             self._tell(pace, {**self.records, record.number: record}, "the first shard of this run")
+
+    def _tell_size(self) -> None:
+        """Say before the first sample what a large run may take of the disk: its pace is not known yet."""
+        space = Space.of(self.plan, self.records)
+        if space.needed >= LARGE_BYTES:
+            most = "about" if space.measured else "at most"
+            self.progress.note(
+                f"{counted(space.samples, 'sample')} will take {most} {disk_size(space.needed)} of "
+                f"{disk_size(free_space(self.shelf.folder))} free; how long it takes is told once a shard is there"
+            )
 
     def _tell(self, pace: float, records: Records, basis: str) -> None:
         with self._lock:

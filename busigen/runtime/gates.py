@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.geometry import Mask
+from busigen.data.geometry import Mask, around
 
 AREA_RANGE = (0.002, 0.45)
 """Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
@@ -58,24 +58,29 @@ def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
     inside = raw & valid
     if (inside & ~mask).sum() > CRUMB_SHARE * inside.sum():
         return "crumbling mask"
-    outline = mask & ~ndimage.binary_erosion(mask, border_value=1)
+    box = around(mask, 1)
+    outline = mask[box] & ~ndimage.binary_erosion(mask[box], border_value=1)
     if cut_pixels(mask, valid) > BORDER_SHARE * max(int(outline.sum()), 1):
         return "mask cut by the border"
     return None
 
 
 def cut_pixels(mask: Mask, valid: Mask) -> int:
-    """Lesion pixels on the outermost line of the valid image."""
-    inner: Mask = ndimage.binary_erosion(valid, structure=np.ones((3, 3)))
-    return int((mask & ~inner).sum())
+    """Lesion pixels on the outermost line of the valid image; the mask is not empty."""
+    box = around(mask, 1)
+    inner: Mask = ndimage.binary_erosion(valid[box], structure=np.ones((3, 3)))
+    return int((mask[box] & ~inner).sum())
 
 
 def image_reason(image: NDArray[np.uint8], mask: Mask, valid: Mask) -> str | None:
     """Judge the painted image: the lesion must differ from the band of 8 pixels around it."""
-    band = ndimage.binary_dilation(mask, iterations=8) & ~mask & valid
+    width = 8
+    box = around(mask, width)
+    pixels, lesion = image[box], mask[box]
+    band = ndimage.binary_dilation(lesion, iterations=width) & ~lesion & valid[box]
     if not band.any():
         return "no surroundings"
-    if abs(float(image[mask].mean()) - float(image[band].mean())) < MIN_CONTRAST:
+    if abs(float(pixels[lesion].mean()) - float(pixels[band].mean())) < MIN_CONTRAST:
         return "no contrast"
     return None
 

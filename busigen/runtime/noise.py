@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 STREAMS = ("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked", "frame")
 """Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
+_PIECE = 1 << 12
+"""Pairs of numbers that are worked out at a time."""
+
 
 def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> NDArray[np.uint64]:
     """``count`` random 64-bit words.
@@ -52,9 +55,25 @@ def normal(seed: int, index: int, attempt: int, stream: str, shape: Sequence[int
     """Standard normal noise of ``shape``, float32."""
     size = int(np.prod(shape))
     pairs = -(-size // 2)
-    bits = raw_bits(seed, index, attempt, stream, 2 * pairs) >> np.uint64(11)
-    # Half a step above zero, so that the logarithm below is finite.
-    unit = (bits.astype(np.float64) + 0.5) * 2.0**-53
-    radius, angle = np.sqrt(-2.0 * np.log(unit[:pairs])), 2.0 * np.pi * unit[pairs:]
-    values = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))
-    return values[:size].reshape(tuple(shape)).astype(np.float32)
+    bits = raw_bits(seed, index, attempt, stream, 2 * pairs)
+    values = np.empty(2 * pairs, dtype=np.float32)
+    # Piece by piece and in place: what fits in the processor's cache takes two thirds of the time.
+    for first in range(0, pairs, _PIECE):
+        piece = slice(first, min(first + _PIECE, pairs))
+        radius, angle = _unit(bits[:pairs][piece]), _unit(bits[pairs:][piece])
+        np.log(radius, out=radius)
+        radius *= -2.0
+        np.sqrt(radius, out=radius)
+        angle *= 2.0 * np.pi
+        values[:pairs][piece] = radius * np.cos(angle)
+        values[pairs:][piece] = radius * np.sin(angle)
+    return values[:size].reshape(tuple(shape))
+
+
+def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Words as numbers in (0, 1)."""
+    unit = (words >> np.uint64(11)).astype(np.float64)
+    # Half a step above zero, so that the logarithm is finite.
+    unit += 0.5
+    unit *= 2.0**-53
+    return unit

@@ -191,6 +191,16 @@ def test_largest_component_keeps_one_part_and_fills_it() -> None:
     assert not largest_component(NOWHERE).any()
 
 
+@settings(max_examples=40, deadline=None)
+@given(one=ellipses(), other=ellipses(), hole=ellipses(), valid=frames())
+def test_largest_component_equals_the_whole_image_computation(one: Mask, other: Mask, hole: Mask, valid: Mask) -> None:
+    mask = ((one & ~hole) | other) & valid
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    sizes = np.bincount(labels.ravel())[1:]
+    expected = ndimage.binary_fill_holes(labels == sizes.argmax() + 1) if sizes.size else NOWHERE
+    assert np.array_equal(largest_component(mask), expected)
+
+
 def test_patches_outside_see_nothing_of_the_edit_region() -> None:
     edit = edit_region(ellipse(90, 70, 14, 22), EVERYWHERE)
     keep = patches_outside(edit, 16).reshape(16, 16)

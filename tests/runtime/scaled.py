@@ -1,7 +1,7 @@
 """The factory with a source that costs nothing, as one of several tasks or with a crew.
 
 ``python -m tests.runtime.scaled OUT COUNT SHARD_SIZE SECONDS_PER_SAMPLE HOW``, where HOW is ``K/N``, ``first:end``, or
-``local:N`` and ``ray:N`` for N workers.
+``local:N`` and ``ray:N`` for N workers, or ``ray@ADDRESS`` for a worker per GPU of a Ray cluster that runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ def started(out: Path, count: int, shard_size: int, seconds: float, how: str) ->
 
 
 def main(out: Path, count: int, shard_size: int, seconds: float, how: str) -> int:
-    name, _, number = how.partition(":")
+    way, _, address = how.partition("@")
+    name, _, number = way.partition(":")
     numbers = {"count": count, "seed": SEED, "shard_size": shard_size}
     try:
         with supervised(out, None) as (progress, stop):
             told = {"progress": progress, "stop": stop}
             if name in ("local", "ray"):
                 make = partial(noise, seconds=seconds)
-                with launcher(name).crew(lambda threads: make, Crewing(workers=int(number), threads=1)) as crew:
+                wanted = Crewing(None, 1, "cuda", address) if address else Crewing(workers=int(number), threads=1)
+                with launcher(name).crew(lambda threads: make, wanted) as crew:
                     foreman = Foreman(crew, progress)
                     report = generate(foreman.source(), out, **numbers, **told, make=foreman.make)
             else:

@@ -120,6 +120,19 @@ def test_a_long_run_is_foretold_once_and_at_once_when_it_is_continued(tmp_path: 
     assert all(0.02 <= event["seconds"] / event["samples"] <= ended / 5 for event in (first, second))
 
 
+def test_what_a_large_run_may_take_of_the_disk_is_told_before_its_first_sample(tmp_path: Path) -> None:
+    if shutil.disk_usage(tmp_path).free < 2e9:
+        pytest.skip("this disk has no room for such a run")
+    process = started(tmp_path / "set", 15_000, 5, 7, 0.02)
+    lines = read_until(process, "will take")
+    process.kill()
+    process.communicate()
+    # 80 kB each, the most that one can take, and 4 MB for the preview and the like.
+    expected = r"generating: 15000 samples will take at most 1\.20 GB of [\d.]+ .B free; how long it takes is told"
+    assert re.match(expected, lines[-1])
+    assert lines[:-1] == ["generating: 0/15000\n"]
+
+
 def test_the_pace_on_disk_knows_no_pauses_and_no_clock_set_back(tmp_path: Path) -> None:
     generate(NoiseSource(), tmp_path, count=12, seed=7, shard_size=2)
     records = {number: ShardRecord.read(tmp_path, number) for number in range(6)}

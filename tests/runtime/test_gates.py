@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from busigen.data.geometry import largest_component
 from busigen.data.letterbox import letterbox, letterbox_mask
-from busigen.runtime.gates import background_reason, image_reason, mask_reason
+from busigen.runtime.gates import MIN_CONTRAST, background_reason, cut_pixels, image_reason, mask_reason
 from tests.drawn import draw_frame
 
 ROWS, COLUMNS = np.mgrid[0:256, 0:256]
@@ -84,6 +84,23 @@ def test_only_the_band_around_the_lesion_counts() -> None:
     lonely = cut & strip
     assert image_reason(np.where(strip, 90, 0).astype(np.uint8), lonely, strip) == "no contrast"
     assert image_reason(np.full((256, 256), 90, np.uint8), strip, strip) == "no surroundings"
+
+
+def test_what_is_judged_in_the_lesions_box_is_what_the_whole_image_has() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        # Anywhere, also cut by the image's border and by the letterbox bars.
+        mask = ellipse(*rng.uniform(0, 256, 2), *rng.uniform(3, 90, 2)) & STRIP
+        if not mask.any():
+            continue
+        inner = ndimage.binary_erosion(STRIP, structure=np.ones((3, 3)))
+        assert cut_pixels(mask, STRIP) == (mask & ~inner).sum()
+        band = ndimage.binary_dilation(mask, iterations=8) & ~mask & STRIP
+        # Levels on either side of the least contrast, so that a pixel more or less in the band would tip it.
+        image = np.where(mask, 90, 90 + MIN_CONTRAST + rng.normal(0, 0.5)).round() + rng.integers(-3, 4, mask.shape)
+        image = image.astype(np.uint8)
+        contrast = abs(float(image[mask].mean()) - float(image[band].mean()))
+        assert image_reason(image, mask, STRIP) == (None if contrast >= MIN_CONTRAST else "no contrast")
 
 
 @pytest.mark.parametrize(

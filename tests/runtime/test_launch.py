@@ -24,6 +24,7 @@ from busigen.runtime.launch.worker import Begun, Ended, Packed, SourceMaker, Wor
 from busigen.runtime.layout import Plan
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
+from tests import command
 from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource, noise
 from tests.runtime.processes import PATIENCE, read_until, wait_for
@@ -104,6 +105,56 @@ def test_a_killed_ray_actors_shard_is_made_by_another(tmp_path: Path, alone: dic
     assert run.returncode == 0, told
     assert any("is lost (" in line and "with shard" in line for line in told), told
     assert hashes(out) == alone
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "include_dashboard": False})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+"""A Ray cluster with two GPUs, as far as Ray is told. It ends with its standard input."""
+
+
+@linux
+def test_a_cluster_that_runs_gets_a_worker_per_gpu(
+    tmp_path: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The source computes on no card; that Ray hands out two is what decides how many workers there are.
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # Newer versions would write a token into the user's home folder for whoever joins.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    out, pipes = tmp_path / "set", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", CLUSTER], **pipes) as cluster:
+        try:
+            address = cluster.stdout.readline().strip()
+            assert address, "the cluster did not start"
+            run = started(out, COUNT, SIZE, 0.0, f"ray@{address}")
+            told = run.communicate(timeout=PATIENCE)[1]
+            assert run.returncode == 0, told
+            assert cluster.poll() is None, "it is not this run's to end"
+        finally:
+            cluster.communicate("", timeout=PATIENCE)
+    assert "a Ray cluster: 2 workers of a GPU" in told
+    assert hashes(out) == alone
+
+
+@linux
+def test_a_ray_that_does_not_start_is_told_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    # Its sockets' names may have 107 characters. A node that comes up too slowly is no error of a kind either.
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / ("deep" * 30))}
+    ordered = ("generate", "--count", 1, "--out", tmp_path / "set", "--launcher", "ray", "--workers", 1)
+    done = command.run(*ordered, env=environment)
+    assert done.returncode == 3, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    assert line.startswith("error: Ray cannot be started on this machine: ") and "107 bytes" in line
+    assert "use --launcher local with --workers" in line
+    assert not (tmp_path / "set").exists()
 
 
 @linux

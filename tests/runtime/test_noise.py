@@ -76,6 +76,15 @@ def test_any_shape_can_be_asked_for(shape: tuple[int, ...]) -> None:
     assert np.array_equal(drawn.ravel(), normal(1, 2, 3, "lesion", (drawn.size,)))
 
 
+@pytest.mark.parametrize("size", [2, 8191, 8192, 8193, 65_536, 100_001])
+def test_large_noise_is_worked_out_in_pieces_that_do_not_show(size: int) -> None:
+    pairs = -(-size // 2)
+    unit = ((raw_bits(3, 4, 1, "speckle", 2 * pairs) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2.0 * np.log(unit[:pairs])), 2.0 * np.pi * unit[pairs:]
+    whole = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:size].astype(np.float32)
+    assert np.array_equal(normal(3, 4, 1, "speckle", (size,)), whole)
+
+
 def test_unknown_stream_is_refused() -> None:
     with pytest.raises(ValueError, match="mosk"):
         normal(1, 2, 3, "mosk", (2,))

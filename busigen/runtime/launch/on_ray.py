@@ -108,11 +108,10 @@ class RayCrew:
                     configure_logging=False,
                     **({} if self._address else {"include_dashboard": False, "num_cpus": self._cores()}),
                 )
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise InputError(
-                    f"Ray cannot be reached at {self._address or 'this machine'}: {str(error).splitlines()[0]}.",
-                    fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine.",
-                ) from error
+            except Exception as error:  # Ray's have no base class: a node that comes up too slowly raises a plain one.
+                with suppress(Exception):
+                    self._ray.shutdown()
+                raise self._unreachable(str(error)) from error
         try:
             self._hire_all()
         except BaseException:
@@ -189,6 +188,18 @@ class RayCrew:
         self._actors[self._next] = actor
         self._calls[actor.open.remote(self._make)] = self._next
         self._next += 1
+
+    def _unreachable(self, reason: str) -> InputError:
+        told = (reason.splitlines() or ["it does not say why"])[0].rstrip(".")
+        if self._address:
+            return InputError(
+                f"Ray cannot be reached at {self._address}: {told}.",
+                fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine.",
+            )
+        return InputError(
+            f"Ray cannot be started on this machine: {told}.",
+            fix="Try again when the machine has less to do, or use --launcher local with --workers, without Ray.",
+        )
 
     def _told(self) -> str:
         return "a GPU" if self._resources["num_gpus"] else counted(self._resources["num_cpus"], "core")
