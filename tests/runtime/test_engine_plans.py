@@ -12,9 +12,11 @@ from busigen.errors import IntegrityError, UsageError
 from busigen.registry import PROVIDERS
 from busigen.runtime.backend import EngineOptions
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.engines.backend import EngineBackend
+from busigen.runtime.engines.backend import EngineBackend, wanted_batches
+from busigen.runtime.engines.cache import Cache
 from busigen.runtime.engines.device import card_for, cuda, device_problem, largest_batch, memory_problem
 from busigen.runtime.engines.layout import ALIGNMENT, fill, places, view
+from busigen.runtime.engines.making import KIND, key_of
 from busigen.runtime.engines.profiles import Batches, Profile, calls
 from tests.runtime.engine_library import TARGET, rtx
 from tests.runtime.quick_engine import QuickEngine, quick_sampler
@@ -150,3 +152,26 @@ def test_without_a_card_the_provider_says_so_before_anything_is_made(
     with pytest.raises(UsageError, match=f"--provider {TARGET}: .*(no NVIDIA driver|no card|driver knows)"):
         EngineBackend(Bundle.open(default_bundle()), PROVIDERS[TARGET], EngineOptions())
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("batches", [Batches((16,)), Batches((256, 64, 4)), Batches((16,), dynamic=True)])
+def test_the_batches_in_a_datasets_record_are_read_back(tmp_path: Path, batches: Batches) -> None:
+    """Samples are drawn again by engines for these, whatever else the cache has by then."""
+    library, bundle = rtx(), Bundle.open(default_bundle())
+    version = f"1.7.1 on NVIDIA L4, {batches}"
+    assert Batches.told(version) == batches
+    cache = Cache(tmp_path)
+    for kept in (Batches((16, 4)), Batches((16, 8, 2))):
+        cache.write(KIND, key_of(library, bundle, "context", kept, ""), b"engine")
+    assert wanted_batches(library, bundle, EngineOptions(again=version), cache) == [batches]
+    assert wanted_batches(library, bundle, EngineOptions(), cache) == [
+        *(Batches((16, 8, 2)), Batches((16, 4)), Batches((16,)))
+    ]
+    assert wanted_batches(library, bundle, EngineOptions(batch_sizes=(16, 2)), cache) == [Batches((16, 2))]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1.31.1", "1.7 on a card, batch 0", "batch 16, and more", "batch 16,", "x batch "]
+)
+def test_a_record_that_tells_no_batches_asks_for_none(text: str) -> None:
+    assert Batches.told(text) is None
