@@ -27,6 +27,7 @@ from busigen.runtime.engines.making import KIND, Workshop, kept_batches, key_of
 from busigen.runtime.engines.profiles import Batches, Profile
 from busigen.runtime.engines.trial import trial_engine
 from busigen.runtime.layout import LOCK_FILE
+from busigen.runtime.nvidia import driver_cuda
 from tests.command import CLI, ROOT, error_line, run
 from tests.export.checkpoints import untrained
 from tests.runtime.engine_library import TARGET, rtx
@@ -303,7 +304,7 @@ def test_every_graph_of_the_shipped_bundle_becomes_an_engine(tmp_path: Path, siz
 
 @pytest.mark.slow
 def test_export_leaves_engines_of_a_tiny_bundle_in_fp16_where_a_run_finds_them(tmp_path: Path) -> None:
-    """About two minutes: an export of a checkpoint that was never trained, and its sixteen engines."""
+    """About three minutes: an export of a checkpoint that was never trained, and its sixteen engines of either kind."""
     rtx()
     untrained(tmp_path / "checkpoint")
 
@@ -319,9 +320,15 @@ def test_export_leaves_engines_of_a_tiny_bundle_in_fp16_where_a_run_finds_them(t
     bundle, batches = tmp_path / "bundle", ("--batch-size", "4,2", "--target", TARGET)
     exported = told(
         *("export", tmp_path / "checkpoint", "--out", bundle, "--precision", "fp16", "--draws", 8),
-        *("--target", "onnx", *batches),
+        *("--target", "onnx", *batches, "--report", tmp_path / "report.md"),
     )
+    if driver_cuda() is None:
+        assert f"parity {TARGET}: not compared: this machine has no NVIDIA driver" in exported
+        assert f"{TARGET} (this machine has no NVIDIA driver)" in (tmp_path / "report.md").read_text()
     assert f"{len(graph_names())} engines built" in exported
     engines = json.loads(told("build-engines", "--bundle", bundle, *batches, "--json"))["engines"]
     assert all(engine["cached"] for engine in engines)
     assert "fp16" in {engine["precision"] for engine in engines}
+    dynamic = told("build-engines", "--bundle", bundle, "--target", TARGET, "--batch-size", 4, "--dynamic", "--json")
+    profiles = {engine["graph"]: engine["profiles"] for engine in json.loads(dynamic)["engines"]}
+    assert set(profiles) == set(graph_names()) and profiles["context"] == [[2, 4, 4]]
