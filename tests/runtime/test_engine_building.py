@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from busigen.errors import InputError, UsageError
+from busigen.errors import CapacityError, InputError, UsageError
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.engines.building import Blueprint, build, capabilities, check_capability
 from busigen.runtime.engines.cache import CONTENT, RECORD, Cache
@@ -170,6 +172,65 @@ def test_engines_of_another_version_are_built_again_and_it_is_said_once(
     assert not any(one.cached for one in made)
     assert caplog.text.count("built again") == 1
     assert "version 1.0.0" in caplog.text
+
+
+def test_engines_for_another_card_are_built_again_and_it_is_said_once(
+    library: Library, bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, batches = Cache(tmp_path / "cache"), Batches((2,))
+    cache.write(KIND, key_of(library, bundle, SMALL, batches, "9.0"), b"an engine for another card")
+    workshop = Workshop(library, bundle, batches, cache, capability="8.9")
+    with caplog.at_level(logging.INFO):
+        made = [workshop.make(SMALL)[0] for _ in range(2)]
+    assert [one.cached for one in made] == [False, True]
+    assert made[0].size > 1000, "not the other card's"
+    assert caplog.text.count("built again") == 1
+    assert "compute capability 9.0" in caplog.text
+
+
+class Cramped:
+    """TensorRT's module on a machine whose memory holds so many rows: its builder then says and does what it would."""
+
+    def __init__(self, library: Library, rows: int) -> None:
+        self._real, self._said, self._rows = library.module, library.said, rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def Builder(self, logger: Any) -> Any:
+        real, said, limit = self._real.Builder(logger), self._said, self._rows
+        profiles: list[Any] = []
+
+        class Builder:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+            def create_optimization_profile(self) -> Any:
+                profiles.append(real.create_optimization_profile())
+                return profiles[-1]
+
+            def build_serialized_network(self, network: Any, config: Any) -> Any:
+                largest = [tuple(profile.get_shape(network.get_input(0).name)[2]) for profile in profiles]
+                if max(shape[0] for shape in largest) > limit:
+                    said.append("[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
+                    return None
+                return real.build_serialized_network(network, config)
+
+        return Builder()
+
+
+@pytest.mark.parametrize(("rows", "proposed"), [(5, 4), (1, 0)])
+def test_a_batch_that_cannot_be_built_for_is_refused_with_one_that_can(
+    library: Library, bundle: Bundle, tmp_path: Path, rows: int, proposed: int
+) -> None:
+    cramped = replace(library, module=Cramped(library, rows))
+    with pytest.raises(
+        CapacityError, match=rf"{SMALL} for 16 rows: the memory does not suffice.*out of memory"
+    ) as caught:
+        Workshop(cramped, bundle, Batches((16, 4)), Cache(tmp_path)).make(SMALL)
+    assert (caught.value.exit_code, caught.value.fits) == (11, proposed)
+    assert (f"--batch-size {proposed}," if proposed else "No batch fits") in caught.value.fix
+    assert not Cache(tmp_path).keys(KIND)
 
 
 def test_the_key_changes_with_all_that_an_engine_depends_on(library: Library, bundle: Bundle, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from busigen.runtime.engines.device import (
     Device,
     answered,
     cuda,
+    cuda_problem,
     device_memory,
     free_memory,
     memory_problem,
@@ -80,10 +81,7 @@ class EngineBackend:
                 self._kernel_keys[made.graph] = key
             self._slots = self._claim_memory(batches.sizes[0])
         except CudaFailure as error:
-            raise ProviderError(
-                f"--provider {provider.name}: {error.problem}",
-                fix=f"Give a smaller --batch-size than {batches.sizes[0]}, or end what else uses the card.",
-            ) from error
+            raise cuda_problem(provider.name, error, batches.sizes[0]) from error
         self._runtime = runtime
         self._free = list(range(LANES))
         self._turn = threading.Condition()
@@ -125,7 +123,7 @@ class EngineBackend:
                 self._last = slot.computed
             output = session.collect(call, slot)
         except CudaFailure as error:
-            raise ProviderError(f"--provider {self.name}: {error.problem}", fix=error.fix) from error
+            raise cuda_problem(self.name, error, self.batch_size) from error
         finally:
             with self._turn:
                 self._free.append(number)

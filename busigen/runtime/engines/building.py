@@ -12,6 +12,7 @@ from busigen.errors import BusigenError, CapacityError, InputError, ProviderErro
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.loop_conditions import with_conditions
 from busigen.runtime.engines.profiles import Profile
+from busigen.runtime.memory import says_ran_out
 
 REVISION = 1
 """Of what is done here: counted up when the same graph and options give another engine, so that all are made anew."""
@@ -19,7 +20,6 @@ REVISION = 1
 _SHOWN = 300
 """Characters of the library's own message that an error quotes."""
 
-_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|memory allocation|cudaError 2:|insufficient memory", re.IGNORECASE)
 _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no CUDA-capable device", re.IGNORECASE)
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
@@ -161,11 +161,11 @@ def _failed(library: Library, blueprint: Blueprint, said: Sequence[str]) -> Busi
             f"{what}: there is no NVIDIA driver, or it is older than the library needs: {reason}.",
             fix="Install a current driver, or build on a machine that has one.",
         )
-    if _NO_MEMORY.search(account):
+    if says_ran_out(account):
         rows = blueprint.profiles[0].most
         return CapacityError(
             f"{what} for {rows} rows: the memory does not suffice: {reason}.",
-            fix="End what else uses the card, or give a smaller --batch-size, half of it for a start.",
+            fix="End what else uses the card, or give a smaller --batch-size.",
             rows=rows,
         )
     where = f" for compute capability {blueprint.capability}" if blueprint.capability else ""

@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from busigen.errors import IntegrityError
+from busigen.errors import CapacityError, IntegrityError
 from busigen.runtime.backend import usable_cores
 from busigen.runtime.bundle import Bundle, graph_names
 from busigen.runtime.engines.building import REVISION, Blueprint, build
@@ -18,6 +18,7 @@ from busigen.runtime.engines.cache import RECORD, Cache, Key
 from busigen.runtime.engines.device import Device, answered, cuda
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.profiles import Batches
+from busigen.runtime.memory import largest_that_fits
 
 KIND, TIMINGS = "engines", "timings"
 """Kinds of the cache's entries: engines, and what kernels were measured to take on a card."""
@@ -117,10 +118,30 @@ class Workshop:
         path, profiles = self._bundle.graph(graph), self._batches.profiles(graph)
         started = time.perf_counter()
         blueprint = Blueprint(graph, path, self._read(graph), profiles, self._aimed_at())
-        content = build(self._library, blueprint, self._timings)
+        try:
+            content = build(self._library, blueprint, self._timings)
+        except CapacityError as error:
+            raise self._too_large(blueprint, error) from error
         seconds = time.perf_counter() - started
         self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
         return content, seconds
+
+    def _too_large(self, blueprint: Blueprint, error: CapacityError) -> CapacityError:
+        """The error for a batch that cannot be built for, with one that can: half of it is tried, and half of that."""
+
+        def builds(size: int) -> bool:
+            profiles = replace(self._batches, sizes=(size,)).profiles(blueprint.name)
+            try:
+                build(self._library, replace(blueprint, profiles=profiles), self._timings)
+            except CapacityError:
+                return False
+            return True
+
+        full = self._batches.sizes[0]
+        fitting = largest_that_fits(full, builds)
+        end = "end what else uses the memory (nvidia-smi shows what holds a card's)"
+        fix = f"Give --batch-size {fitting}, for which it was built, or {end}." if fitting else f"No batch fits: {end}."
+        return CapacityError(error.problem, fix=fix, rows=full, fits=fitting)
 
     def make_all(self, done: Callable[[Made], None] = lambda made: None) -> list[Made]:
         """The engines of all graphs, in the bundle's order.
