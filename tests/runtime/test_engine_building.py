@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from busigen.errors import CapacityError, InputError, UsageError
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.engines.building import Blueprint, build, capabilities, check_capability
+from busigen.runtime.engines.building import Blueprint, build, capabilities, check_capability, check_operators
 from busigen.runtime.engines.cache import CONTENT, RECORD, Cache
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.loop_conditions import with_conditions
@@ -66,6 +67,13 @@ def blueprint(model: ModelProto | bytes, capability: str = "") -> Blueprint:
     return Blueprint("test", Path("test.onnx"), content, [Profile(4, 4, 4)], capability)
 
 
+@pytest.mark.parametrize("graph", graph_names())
+def test_every_graph_of_the_shipped_bundle_is_parsed(library: Library, bundle: Bundle, graph: str) -> None:
+    """That each becomes an engine takes minutes (below, slow); that its operators are taken, a tenth of a second."""
+    path = bundle.graph(graph)
+    check_operators(library, Blueprint(graph, path, path.read_bytes(), []))
+
+
 def test_a_network_of_one_node_becomes_an_engine(library: Library) -> None:
     engine = trial_engine(library)
     # The plan's magic number, then its version: the library reads it from there.
@@ -79,6 +87,25 @@ def test_an_operator_that_is_refused_is_named_with_its_node(library: Library) ->
     with pytest.raises(InputError, match=r"test.onnx .*tensorrt-rtx 1\..*operator Det, node 'stage/odd'") as caught:
         build(library, blueprint(model))
     assert "--provider" in caught.value.fix
+
+
+def test_a_bundle_with_an_operator_that_is_refused_is_refused_before_anything_is_built(
+    library: Library, tmp_path: Path
+) -> None:
+    """The last graph of all is the odd one, and is named."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(default_bundle(), folder)
+    record = json.loads((folder / "bundle.json").read_text())
+    odd = record["graphs"][graph_names()[-1]]
+    model = onnx.load(folder / odd["file"], load_external_data=False)
+    model.graph.node.append(helper.make_node("Det", [model.graph.input[0].name], ["odd"], name="stage/odd"))
+    onnx.save(model, folder / odd["file"])
+    odd["files"][odd["file"]] = hashlib.sha256((folder / odd["file"]).read_bytes()).hexdigest()
+    (folder / "bundle.json").write_text(json.dumps(record))
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(InputError, match=rf"{odd['file']} .*operator Det, node 'stage/odd'"):
+        Workshop(library, Bundle.open(folder), Batches((2,)), cache).make_all()
+    assert not cache.keys(KIND)
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x00" * 100], ids=["empty", "text", "zeros"])

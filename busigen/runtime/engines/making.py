@@ -13,7 +13,7 @@ from typing import Any
 from busigen.errors import CapacityError, IntegrityError
 from busigen.runtime.backend import usable_cores
 from busigen.runtime.bundle import Bundle, graph_names
-from busigen.runtime.engines.building import REVISION, Blueprint, build
+from busigen.runtime.engines.building import REVISION, Blueprint, build, check_operators
 from busigen.runtime.engines.cache import RECORD, Cache, Key
 from busigen.runtime.engines.device import Device, answered, cuda
 from busigen.runtime.engines.library import Library
@@ -94,8 +94,13 @@ class Workshop:
 
     def has_all(self) -> bool:
         """Whether the cache has an engine of every graph, as far as names tell; ``make`` looks at the hashes."""
-        keys = (key_of(self._library, self._bundle, name, self._batches, self._capability) for name in graph_names())
-        return all((self._cache.entry(KIND, key) / RECORD).is_file() for key in keys)
+        return not self._lacking()
+
+    def _lacking(self) -> list[str]:
+        keys = {
+            name: key_of(self._library, self._bundle, name, self._batches, self._capability) for name in graph_names()
+        }
+        return [name for name, key in keys.items() if not (self._cache.entry(KIND, key) / RECORD).is_file()]
 
     def make(self, graph: str) -> tuple[Made, bytes]:
         """A graph's engine, serialised, from the cache or built and put there.
@@ -115,9 +120,8 @@ class Workshop:
 
     def _build(self, graph: str, key: Key) -> tuple[bytes, float]:
         self._tell_of_others(key)
-        path, profiles = self._bundle.graph(graph), self._batches.profiles(graph)
         started = time.perf_counter()
-        blueprint = Blueprint(graph, path, self._read(graph), profiles, self._aimed_at())
+        blueprint = self._blueprint(graph)
         try:
             content = build(self._library, blueprint, self._timings)
         except CapacityError as error:
@@ -125,6 +129,10 @@ class Workshop:
         seconds = time.perf_counter() - started
         self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
         return content, seconds
+
+    def _blueprint(self, graph: str) -> Blueprint:
+        profiles = self._batches.profiles(graph)
+        return Blueprint(graph, self._bundle.graph(graph), self._read(graph), profiles, self._aimed_at())
 
     def _too_large(self, blueprint: Blueprint, error: CapacityError) -> CapacityError:
         """The error for a batch that cannot be built for, with one that can: half of it is tried, and half of that."""
@@ -152,6 +160,9 @@ class Workshop:
         Raises:
             BusigenError: one of them cannot be made; those that were finished stay in the cache.
         """
+        # All are parsed first: what cannot be built is refused before minutes have gone into the others.
+        for graph in self._lacking():
+            check_operators(self._library, self._blueprint(graph))
         # Kernels are timed on the card, where two builds would disturb each other. Ahead of time nothing is timed.
         workers = usable_cores() if self._library.target.ahead else 1
         pool = ThreadPoolExecutor(workers, "engine", self._enter_thread)
