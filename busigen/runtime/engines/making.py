@@ -89,7 +89,7 @@ class Workshop:
     ) -> None:
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
         self._capability, self._device = capability, device
-        self._timings = None if device is None or library.target.ahead else _Timings(library, device, cache)
+        self._timings = None if device is None or library.target.ahead else KeptTimings(library, device, cache)
         self._told = False
 
     def has_all(self) -> bool:
@@ -222,8 +222,14 @@ def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> l
     return sorted(found, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
 
 
-class _Timings:
-    """See :class:`busigen.runtime.engines.building.Timings`: kept under the library's version, the card, its driver."""
+class KeptTimings:
+    """See :class:`busigen.runtime.engines.building.Timings`: kept under the library's version, the card, its driver.
+
+    Args:
+        library: that measured.
+        device: the card that it measured on.
+        cache: where they are kept, with their hash.
+    """
 
     def __init__(self, library: Library, device: Device, cache: Cache) -> None:
         self._cache = cache
@@ -237,9 +243,11 @@ class _Timings:
         }
 
     def read(self) -> bytes:
+        """See :class:`busigen.runtime.engines.building.Timings`."""
         return self._cache.read(TIMINGS, self._key) or b""
 
     def write(self, content: bytes) -> None:
+        """See :class:`busigen.runtime.engines.building.Timings`."""
         with self._cache.making(TIMINGS, self._key):
             self._cache.write(TIMINGS, self._key, content)
 
