@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from busigen.errors import BusigenError, CapacityError
 from busigen.registry import LATENT_FACTOR, PROVIDERS, RESOLUTION
 from busigen.runtime.backend import Backend, EngineOptions, open_backend
 from busigen.runtime.bundle import Bundle
@@ -27,6 +28,12 @@ from busigen.runtime.sampler import MIN_BATCH, Sampler
 ROOT = Path(__file__).parents[1]
 BATCHES = (64, 256, 16, 1, 128, 4, 32, 2, 8)
 """The order in which batches are measured: those that a long run would use first."""
+
+ENGINE_BATCHES = (256, 64, 16, 4)
+"""What TensorRT's engines are built for: each more makes each of them larger, and the batches in between are padded."""
+
+TESTS = ("tests/gpu", "tests/runtime/test_engine_backend.py")
+"""Where the tests marked ``gpu`` are; the second builds all engines first, which takes minutes."""
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 SIDE, LABEL = 128, "benign"
@@ -68,10 +75,11 @@ def doctor(options: argparse.Namespace) -> Found:
 
 def tests(options: argparse.Namespace) -> Found:
     """The tests that need a card; in a dry run they skip themselves."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-rs", "tests/gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    said = done.stdout.splitlines()
-    yield {"exit_code": done.returncode, "summary": said[-1] if said else "", "output": said[-40:]}
+    for place in TESTS:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-rs", place]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        said = done.stdout.splitlines()
+        yield {"of": place, "exit_code": done.returncode, "summary": said[-1] if said else "", "output": said[-40:]}
 
 
 def peak(options: argparse.Namespace) -> Found:
@@ -95,6 +103,9 @@ def parity(options: argparse.Namespace) -> Found:
     jobs = [(index, 0) for index in range(scale(options).draws)]
     accepted, refused = _sampler(bundle, noted).attempt(7, jobs)
     for name, backend in _backends(bundle, options):
+        if isinstance(backend, str):
+            yield {"provider": name, "left_out": f"{name}: {backend}"}
+            continue
         errors = {}
         for graph, (inputs, output) in noted.seen.items():
             other = backend.run(graph, inputs)
@@ -165,6 +176,9 @@ def engine_rates(options: argparse.Namespace) -> Found:
     for precision, folder in bundles.items():
         bundle = Bundle.open(folder)
         for name, backend in _backends(bundle, options):
+            if isinstance(backend, str):
+                yield {"engine": name, "precision": precision, "left_out": f"{name} {precision}: {backend}"}
+                continue
             for batch in dict.fromkeys(max(MIN_BATCH, batch) for batch in scale(options).batches):
                 if late(options):
                     yield {"left_out": f"{name} {precision} from batch {batch} on"}
@@ -279,11 +293,22 @@ def _probes(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
             yield provider.name, probe(provider).works
 
 
-def _backends(bundle: Bundle, options: argparse.Namespace) -> Iterator[tuple[str, Backend]]:
+def _backends(bundle: Bundle, options: argparse.Namespace) -> Iterator[tuple[str, Backend | str]]:
+    """Every provider that works, opened, or why it cannot be: one must not cost the others their place."""
     for name, works in _probes(options):
         if works:
-            # On the processor, too, the way that inputs and outputs take on a card.
-            yield name, open_backend(bundle, name, EngineOptions(bound=True))
+            yield name, _opened(bundle, name, ENGINE_BATCHES)
+
+
+def _opened(bundle: Bundle, name: str, batches: tuple[int, ...]) -> Backend | str:
+    try:
+        # On the processor, too, the way that inputs and outputs take on a card.
+        return open_backend(bundle, name, EngineOptions(bound=True, batch_sizes=batches))
+    except CapacityError as error:
+        fitting = tuple(batch for batch in batches if batch <= error.fits)
+        return _opened(bundle, name, fitting) if fitting else error.problem
+    except BusigenError as error:
+        return error.problem
 
 
 def _sampler(bundle: Bundle, backend: Backend) -> Sampler:

@@ -17,6 +17,8 @@ import pytest
 from busigen.data.prepared import Prepared
 from busigen.errors import IntegrityError, ParityError
 from busigen.registry import LESION_CLASSES, STAGES
+from busigen.runtime.bundle import graph_names
+from tests.runtime.engine_library import TARGET, rtx
 
 SCALE = "0.1"
 
@@ -162,3 +164,12 @@ def test_generate_from_the_new_bundle_and_verify(bundle: Path, drawn_busi: Path,
     assert result.returncode == 0, result.stderr[-2000:]
     stdout = succeed("verify", out, "--healthy", healthy)
     assert "is sound" in stdout and "bit for bit: 6" in stdout
+
+
+def test_every_graph_of_the_new_bundle_becomes_an_engine(bundle: Path, tmp_path: Path) -> None:
+    """TensorRT for RTX parses and builds all of them, here and without a card."""
+    rtx()
+    options = ("--bundle", bundle, "--target", TARGET, "--batch-size", "4,2", "--out", tmp_path / "cache", "--json")
+    engines = json.loads(succeed("build-engines", *options))["engines"]
+    assert [engine["graph"] for engine in engines] == list(graph_names())
+    assert all(engine["bytes"] > 10_000 and not engine["cached"] for engine in engines)

@@ -13,6 +13,7 @@ from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
 from busigen.registry import AUTO, BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.address import place_of, refuse_urls
+from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.layout import DEFAULT_SHARD_SIZE
 from busigen.runtime.summary import explained, generated, merged, repaired, verified
 
@@ -48,7 +49,7 @@ def generate(
     ] = False,
     birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = DEFAULT_BATCH,
     shard_size: Annotated[
         int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
     ] = DEFAULT_SHARD_SIZE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -22,6 +22,10 @@ from busigen.registry import (
     PRESETS,
 )
 from busigen.runtime.summary import SHOWN_PROBLEMS
+
+if TYPE_CHECKING:
+    from busigen.runtime.bundle import Bundle
+    from busigen.runtime.engines.making import Made
 
 
 @app.command(epilog="Example: `busigen prepare Dataset_BUSI_with_GT BUSBRA --out prepared`")
@@ -168,12 +172,20 @@ def export(
         loop=loop,
         batch_sizes=batch_sizes(batch_size),
         draws=draws,
+        engines=tuple(name for name in target if name != "onnx"),
     )
     if report is not None:
         check_report(report)
-    order = engines.order_for([name for name in target if name != "onnx"], options.batch_sizes)
+    order = engines.order_for(list(options.engines), options.batch_sizes)
+    made: list[Made] = []
+
+    def built(written: Bundle) -> None:
+        if order.targets:
+            made.extend(engines.fill(order, written))
+
     with quiet_libraries():
-        bundle = run(checkpoint, out, options, progress=console_progress())
+        # Engines come before the bundle appears: without one that was asked for, it is not exported.
+        bundle = run(checkpoint, out, options, progress=console_progress(), last=built)
     if report is not None:
         write_report(report, bundle.info)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
@@ -189,8 +201,11 @@ def export(
                 f"Dice >= {figures['dice']:.4f}, PSNR >= {figures['psnr']:.1f} dB, "
                 f"grey difference <= {figures['max_grey_difference']}"
             )
-    if order.targets:
-        engines.show(engines.fill(order, bundle))
+    for name in options.engines:
+        if reason := bundle.info["parity"]["unproved"].get(name):
+            stdout.print(escape(f"  parity {name}: not compared: {reason}"))
+    if made:
+        engines.show(made)
 
 
 @app.command(epilog="Example: `busigen restore --out runs/default`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from busigen.export.report import parity_table, precision_table
+from busigen.export.report import parity_table, precision_table, unproved
 
 
 def card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
@@ -33,6 +33,8 @@ Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].i
 PyTorch against the exported graphs over the whole trajectory, same draws:
 
 {parity_table(info["parity"])}
+
+{unproved(info["parity"])}
 
 What each component computes in:
 

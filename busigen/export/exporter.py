@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 
 from busigen import __version__
-from busigen.errors import OutputError, UsageError
+from busigen.errors import BusigenError, IntegrityError, OutputError, UsageError
 from busigen.export.bundle_writer import write_graphs
 from busigen.export.card import card
 from busigen.export.checks import check_finite, check_layout, check_opset, runs
@@ -27,8 +27,9 @@ from busigen.export.counts import fused
 from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
-from busigen.registry import LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
-from busigen.runtime.backend import Backend, open_backend
+from busigen.registry import ENGINE_TARGETS, LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
+from busigen.runtime.backend import Backend, EngineOptions, engine_of, open_backend
+from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
@@ -41,7 +42,14 @@ log = logging.getLogger("busigen.export")
 CARD = "MODEL_CARD.md"
 
 
-def export(checkpoint: Path, out: Path, options: Options | None = None, *, progress: Progress | None = None) -> Bundle:
+def export(
+    checkpoint: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    progress: Progress | None = None,
+    last: Callable[[Bundle], object] = lambda bundle: None,
+) -> Bundle:
     """Export a checkpoint.
 
     Args:
@@ -49,6 +57,7 @@ def export(checkpoint: Path, out: Path, options: Options | None = None, *, progr
         out: the bundle's folder; it must not exist, or be empty.
         options: how; the defaults where none are given.
         progress: shows how far it is.
+        last: given the finished bundle before it appears at ``out``, where it does not appear if this fails.
 
     Returns:
         The written bundle.
@@ -63,16 +72,17 @@ def export(checkpoint: Path, out: Path, options: Options | None = None, *, progr
     """
     options = options or Options()
     check_opset(options.opset)
-    providers = _provers(options.precision)
+    providers, unproved = _provers(options.precision), _unproved(options.engines)
     read_record(checkpoint)
     check_layout(checkpoint)
     networks, record = load_networks(checkpoint)
     check_finite(networks)
     with _appearing(out) as folder:
-        exporter = _Exporter(folder, networks, options, providers, progress or Progress())
+        exporter = _Exporter(folder, networks, options, providers, unproved, progress or Progress())
         info = exporter.run(_info(networks, record, checkpoint, options))
         (folder / CARD).write_text(card(record, info), encoding="utf-8")
         write_json(folder / RECORD, info)
+        last(Bundle.open(folder))
     return Bundle.open(out)
 
 
@@ -117,14 +127,35 @@ def _provers(precision: str) -> list[str]:
     return able
 
 
+def _unproved(asked: Sequence[str]) -> dict[str, str]:
+    """Engine targets that the bundle will not be compared on, each with the reason."""
+    found = {}
+    for name in ENGINE_TARGETS:
+        if name not in asked:
+            found[name] = "it was not asked for with --target"
+            continue
+        try:
+            engine_of(PROVIDERS[name]).probe(PROVIDERS[name])
+        except BusigenError as error:
+            # Its engines may still be built here, for cards elsewhere.
+            found[name] = error.problem.removeprefix(f"--provider {name}: ").rstrip(".")
+    return found
+
+
 class _Exporter:
     """One export in its folder."""
 
     def __init__(
-        self, folder: Path, networks: Networks, options: Options, providers: Sequence[str], progress: Progress
+        self,
+        folder: Path,
+        networks: Networks,
+        options: Options,
+        providers: Sequence[str],
+        unproved: Mapping[str, str],
+        progress: Progress,
     ) -> None:
         self.folder, self.networks, self.options = folder, networks, options
-        self.providers, self.progress = providers, progress
+        self.providers, self.unproved, self.progress = providers, unproved, progress
         self.choices: dict[str, Choice] = {}
         self.graphs: dict[str, dict[str, Any]] = {}
 
@@ -149,6 +180,7 @@ class _Exporter:
                 "thresholds": {name: limit.value for name, limit in LIMITS.items()},
                 **first,
                 "targets": parity,
+                "unproved": dict(self.unproved),
             },
         }
 
@@ -190,8 +222,11 @@ class _Exporter:
                 # Each draw twice: with its own outline, and with PyTorch's.
                 total = 2 * len(LESION_CLASSES) * self.options.draws
                 self.progress.start(f"comparing on {target}", total, unit="draw")
-                found[target] = self.reference.compare(bundle, backend)
-                missed = failures(found[target])
+                try:
+                    found[target] = self.reference.compare(bundle, backend)
+                    missed = failures(found[target])
+                except IntegrityError as error:  # NaN or infinity, which a lower precision may be the cause of.
+                    missed = [error.problem]
                 if missed:
                     break
             else:
@@ -209,6 +244,11 @@ class _Exporter:
         if any(choice.precision in TYPES for choice in self.choices.values()):
             rounded = {name: graph for choice in self.choices.values() for name, graph in choice.rounded.items()}
             yield ModelBackend.name, ModelBackend(rounded)
+        # Last, because engines take minutes to build. Those of what holds are in the cache when they are asked for.
+        sizes = tuple(sorted(self.options.batch_sizes, reverse=True)) or (DEFAULT_BATCH,)
+        for name in ENGINE_TARGETS:
+            if name not in self.unproved:
+                yield name, open_backend(bundle, name, EngineOptions(batch_sizes=sizes))
 
     def _runnable(self) -> list[tuple[str, dict[str, Any]]]:
         """Graphs whose fused nodes the CPU provider can count."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from busigen.errors import UsageError
-from busigen.registry import LOOPS, OPSETS, PARITY_DRAWS, PRECISIONS
+from busigen.registry import ENGINE_TARGETS, LOOPS, OPSETS, PARITY_DRAWS, PRECISIONS
 
 TARGETS = ("onnx",)
 LARGEST_BATCH = 4096
@@ -23,6 +23,7 @@ class Options:
         batch_sizes: batches, 1 to ``LARGEST_BATCH``, that the bundle is made for: engines with static shapes are built
             for these. The ONNX graphs take any batch.
         draws: draws per class over which every target is compared with PyTorch.
+        engines: names in ``registry.ENGINE_TARGETS``, on which the bundle is proved, too, where this machine can.
 
     Raises:
         UsageError: a value is not one of these.
@@ -34,6 +35,7 @@ class Options:
     loop: str = next(iter(LOOPS))
     batch_sizes: tuple[int, ...] = ()
     draws: int = PARITY_DRAWS
+    engines: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -46,6 +48,9 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}.", fix=f"Choose one of: {', '.join(map(str, allowed))}.")
+        for name in self.engines:
+            if name not in ENGINE_TARGETS:
+                raise UsageError(f"unknown target {name!r}.", fix=f"Choose from: onnx, {', '.join(ENGINE_TARGETS)}.")
         for size in self.batch_sizes:
             if not 1 <= size <= LARGEST_BATCH:
                 raise UsageError(f"--batch-size {size}.", fix=f"Give whole numbers from 1 to {LARGEST_BATCH}.")

@@ -66,6 +66,8 @@ def report(info: Mapping[str, Any]) -> str:
 
 {parity_table(info["parity"])}
 
+{unproved(info["parity"])}
+
 {limits_table()}
 
 {precision_table(info["components"])}
@@ -89,6 +91,12 @@ def parity_table(parity: Mapping[str, Any]) -> str:
         for label in LESION_CLASSES
     ]
     return _table(header, rows)
+
+
+def unproved(parity: Mapping[str, Any]) -> str:
+    """Which targets were not compared, and why; empty where all were, or an older export did not record it."""
+    told = "; ".join(f"{name} ({reason})" for name, reason in parity.get("unproved", {}).items())
+    return told and f"Not compared: {told}."
 
 
 def limits_table() -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from busigen.errors import ProviderError, UsageError
 from busigen.registry import AUTO, PROVIDERS, Provider
+from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.bundle import Bundle
 from busigen.runtime.install import install_command
 
@@ -28,7 +29,8 @@ Arrays = Mapping[str, NDArray[Any]]
 class Backend(Protocol):
     """Runs graphs. ``name`` and ``version`` become part of a dataset's record.
 
-    One that takes several calls at once says how many in an attribute ``lanes``.
+    One that takes several calls at once says how many in an attribute ``lanes``; one whose calls have a fixed size says
+    in an attribute ``batch_size`` which ``--batch-size`` fills them.
     """
 
     name: str
@@ -101,11 +103,14 @@ class EngineOptions:
         threads: compute threads on the processor; ``None`` takes one per core that this process may use.
         bound: keep inputs and outputs in fixed buffers on the device; ``None`` does so on a card.
         batch_sizes: that engines with fixed batches are made for, the full one first (``generate --batch-size``).
+        again: ``version`` of the backend that drew samples which are to be drawn again. Engines with fixed batches then
+            take the batches that it tells, in place of ``batch_sizes``: other batches may round otherwise.
     """
 
     threads: int | None = None
     bound: bool | None = None
-    batch_sizes: tuple[int, ...] = (16,)
+    batch_sizes: tuple[int, ...] = (DEFAULT_BATCH,)
+    again: str = ""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

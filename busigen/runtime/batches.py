@@ -9,6 +9,10 @@ MIN_BATCH = 2
 rows, and the bytes of a sample must not depend on the batch size."""
 
 
+DEFAULT_BATCH = 16
+"""Images per engine call where nobody says otherwise."""
+
+
 def rows_per_call(side: int, batch_size: int) -> int:
     """Rows of a full call on windows of ``side`` pixels: ``batch_size`` at the smallest, fewer of the larger ones."""
     return max(MIN_BATCH, batch_size * BUCKETS[0] ** 2 // side**2)

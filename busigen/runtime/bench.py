@@ -13,7 +13,7 @@ from typing import Any
 
 import busigen
 from busigen.errors import UsageError
-from busigen.registry import AUTO, LESION_CLASSES, SYNTHETIC
+from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
 from busigen.runtime.atomic import output_errors
 from busigen.runtime.backend import EngineOptions, OpenedBackend, open_backend, usable_cores
 from busigen.runtime.bench_report import write
@@ -86,11 +86,10 @@ class Bench:
         batch_sizes = sorted({_whole_number("--batch-sizes", text) for text in _listed(self.batch_sizes)})
         classes = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
         bundle = Bundle.open(self.bundle or default_bundle())
-        backends = self._backends(bundle, progress)
+        backends = self._backends(bundle, batch_sizes, progress)
         samplers = [
             Sampler(bundle, TimedBackend(backend), classes=classes, batch_size=size)
-            for backend in backends
-            for size in batch_sizes
+            for (_, size), backend in backends.items()
         ]
         if self.healthy != SYNTHETIC:
             healthy = HealthyFolder(Path(self.healthy), progress)
@@ -109,7 +108,7 @@ class Bench:
             "busigen": busigen.__version__,
             "machine": about,
             "bundle": {"sha256": bundle.sha256, "preset": bundle.info.get("preset")},
-            "providers": {backend.name: list(backend.providers) for backend in backends},
+            "providers": {backend.name: list(backend.providers) for backend in backends.values()},
             "options": {
                 "count": self.count,
                 "count_for": self.count_for,
@@ -125,18 +124,26 @@ class Bench:
         write(record, self.out, self.ledger)
         return record
 
-    def _backends(self, bundle: Bundle, progress: Progress) -> list[OpenedBackend]:
-        """One per provider that really runs: several may come down to the same."""
-        opened: dict[str, OpenedBackend] = {}
+    def _backends(
+        self, bundle: Bundle, batch_sizes: Sequence[int], progress: Progress
+    ) -> dict[tuple[str, int], OpenedBackend]:
+        """By name and batch size: one per provider that really runs, as several may come down to the same.
+
+        Engines are built for a batch, so their providers have one for each, as a run with that ``--batch-size`` would.
+        """
+        opened: dict[tuple[str, int], OpenedBackend] = {}
         for name in _listed(self.providers):
             if name == AUTO:
                 choice = choose()
                 progress.note(f"provider: {choice.provider} ({choice.why})")
                 name = choice.provider
-            options = EngineOptions(self.threads)
-            backend = open_backend(bundle, name, options, allow_fallback=self.allow_fallback)
-            opened.setdefault(backend.name, backend)
-        return list(opened.values())
+            backend: OpenedBackend | None = None
+            for size in batch_sizes:
+                if backend is None or backend.name in ENGINE_TARGETS:
+                    options = EngineOptions(self.threads, batch_sizes=(size,))
+                    backend = open_backend(bundle, name, options, allow_fallback=self.allow_fallback)
+                opened.setdefault((backend.name, size), backend)
+        return opened
 
 
 def summary(sampler: Sampler, count: int, count_for: int, runs: Sequence[Run]) -> dict[str, Any]:

@@ -9,6 +9,10 @@ SMALLEST = 2
 
 _SIGNS = (
     "out of memory",  # CUDA's own words, and TensorRT's
+    "outofmemory",
+    "memory allocation",  # TensorRT's builder
+    "insufficient memory",
+    "cudaerror 2:",
     "failed to allocate memory",  # ONNX Runtime's arena, on the processor and on a card
     "bad_alloc",
     "bad allocation",
@@ -21,8 +25,13 @@ _SIGNS = (
 
 def ran_out(error: BaseException) -> bool:
     """Whether an engine's error says that there was too little memory."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError) or any(sign in told for sign in _SIGNS)
+    return isinstance(error, MemoryError) or says_ran_out(str(error))
+
+
+def says_ran_out(account: str) -> bool:
+    """Whether a library's own words say that there was too little memory."""
+    told = account.lower()
+    return any(sign in told for sign in _SIGNS)
 
 
 def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:

@@ -12,6 +12,7 @@ from busigen.errors import InputError, IntegrityError, UsageError
 from busigen.registry import ATTRIBUTES, AUTO, SYNTHETIC
 from busigen.runtime.asking import parse_asked
 from busigen.runtime.backend import Backend, EngineOptions, open_backend
+from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.claim import differences, run_record
 from busigen.runtime.classes import parse_classes
@@ -61,7 +62,10 @@ class Inputs:
         if not isinstance(recorded, Mapping) or "bundle" not in recorded:
             raise IntegrityError(f"{RUN_FILE} names no bundle.", fix="Get the original dataset again.")
         bundle = self._bundle(run, other_bundle)
-        sampler = Sampler(bundle, self._backend(bundle, recorded), **_asked_of(run))
+        backend = self._backend(bundle, recorded)
+        # Calls of a fixed size are filled: a smaller batch would be padded to it.
+        batch_size = getattr(backend, "batch_size", DEFAULT_BATCH)
+        sampler = Sampler(bundle, backend, **_asked_of(run), batch_size=batch_size)
         # What a hash of the folder decides comes last: reading its images may take minutes.
         if recorded.get("healthy") != SYNTHETIC:
             sampler.healthy = self._healthy(run)
@@ -98,7 +102,8 @@ class Inputs:
         try:
             # What auto takes where a run stands already: that run's.
             name = self.provider if self.provider not in (None, AUTO) else recorded.get("provider")
-            return open_backend(bundle, str(name), EngineOptions(self.threads))
+            again = str(recorded.get("engine_version") or "")
+            return open_backend(bundle, str(name), EngineOptions(self.threads, again=again))
         except UsageError as error:
             if self.provider or self.threads is not None:
                 raise

@@ -22,7 +22,7 @@ from busigen.registry import ATTRIBUTES, BUCKETS, LATENT_FACTOR, RESOLUTION, SYN
 from busigen.runtime import gates
 from busigen.runtime.asking import Asked
 from busigen.runtime.backend import Backend, resident
-from busigen.runtime.batches import MIN_BATCH, rows_per_call
+from busigen.runtime.batches import DEFAULT_BATCH, MIN_BATCH, rows_per_call
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.classes import class_at
 from busigen.runtime.drafts import (
@@ -93,7 +93,7 @@ class Sampler:
         classes: Mapping[str, float],
         healthy: HealthyFolder | None = None,
         asked: Asked | None = None,
-        batch_size: int = 16,
+        batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
             raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def test_another_networks_answers_are_refused_in_every_precision(sound: Path) ->
         choose(component, "fp16", wrong)
     with pytest.raises(ParityError, match="never asked"):
         choose(component, "fp32", {})
+
+
+def test_an_opset_whose_operators_do_not_run_here_is_refused_with_the_providers_reason(sound: Path) -> None:
+    """ONNX Runtime 1.31 opens opset 23's attention and stops when it runs it; a later one may run it, and then may."""
+    networks, _ = load_networks(sound)
+    component = Component("context", {"context": Part(Tracer(OPSETS[-1]).context(networks))})
+    rng = np.random.default_rng(0)
+    inputs = {
+        "image": rng.uniform(-1, 1, (2, 1, 256, 256)).astype(np.float32),
+        "keep": np.ones((2, TINY.tokens), dtype=np.float32),
+    }
+    asked = {"context": [Asked(inputs, TorchBackend(networks).run("context", inputs))]}
+    try:
+        assert choose(component, "fp32", asked).tried[-1].error <= 1
+    except ParityError as error:
+        assert re.search(r"context.*fp32: cannot be run: .*(Attention|attn|mask)", str(error)), error
 
 
 def test_int8_is_taken_only_where_it_is_faster(sound: Path) -> None:

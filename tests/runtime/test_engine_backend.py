@@ -17,8 +17,13 @@ from busigen.runtime.engines.cache import Cache
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.on_onnxruntime import OnnxBackend
 from busigen.runtime.engines.on_tensorrt import ENGINE
+from busigen.runtime.nvidia import driver_cuda
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(driver_cuda() is None, reason="this machine has no NVIDIA driver"),
+]
 
 SIZES = (4, 2)
 

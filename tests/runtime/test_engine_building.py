@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,16 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from busigen.errors import InputError, UsageError
+from busigen.errors import CapacityError, InputError, UsageError
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.engines.building import Blueprint, build, capabilities, check_capability
+from busigen.runtime.engines.building import Blueprint, build, capabilities, check_capability, check_operators
 from busigen.runtime.engines.cache import CONTENT, RECORD, Cache
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.loop_conditions import with_conditions
@@ -27,6 +30,7 @@ from busigen.runtime.engines.making import KIND, Workshop, kept_batches, key_of
 from busigen.runtime.engines.profiles import Batches, Profile
 from busigen.runtime.engines.trial import trial_engine
 from busigen.runtime.layout import LOCK_FILE
+from busigen.runtime.nvidia import driver_cuda
 from tests.command import CLI, ROOT, error_line, run
 from tests.export.checkpoints import untrained
 from tests.runtime.engine_library import TARGET, rtx
@@ -63,6 +67,13 @@ def blueprint(model: ModelProto | bytes, capability: str = "") -> Blueprint:
     return Blueprint("test", Path("test.onnx"), content, [Profile(4, 4, 4)], capability)
 
 
+@pytest.mark.parametrize("graph", graph_names())
+def test_every_graph_of_the_shipped_bundle_is_parsed(library: Library, bundle: Bundle, graph: str) -> None:
+    """That each becomes an engine takes minutes (below, slow); that its operators are taken, a tenth of a second."""
+    path = bundle.graph(graph)
+    check_operators(library, Blueprint(graph, path, path.read_bytes(), []))
+
+
 def test_a_network_of_one_node_becomes_an_engine(library: Library) -> None:
     engine = trial_engine(library)
     # The plan's magic number, then its version: the library reads it from there.
@@ -76,6 +87,25 @@ def test_an_operator_that_is_refused_is_named_with_its_node(library: Library) ->
     with pytest.raises(InputError, match=r"test.onnx .*tensorrt-rtx 1\..*operator Det, node 'stage/odd'") as caught:
         build(library, blueprint(model))
     assert "--provider" in caught.value.fix
+
+
+def test_a_bundle_with_an_operator_that_is_refused_is_refused_before_anything_is_built(
+    library: Library, tmp_path: Path
+) -> None:
+    """The last graph of all is the odd one, and is named."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(default_bundle(), folder)
+    record = json.loads((folder / "bundle.json").read_text())
+    odd = record["graphs"][graph_names()[-1]]
+    model = onnx.load(folder / odd["file"], load_external_data=False)
+    model.graph.node.append(helper.make_node("Det", [model.graph.input[0].name], ["odd"], name="stage/odd"))
+    onnx.save(model, folder / odd["file"])
+    odd["files"][odd["file"]] = hashlib.sha256((folder / odd["file"]).read_bytes()).hexdigest()
+    (folder / "bundle.json").write_text(json.dumps(record))
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(InputError, match=rf"{odd['file']} .*operator Det, node 'stage/odd'"):
+        Workshop(library, Bundle.open(folder), Batches((2,)), cache).make_all()
+    assert not cache.keys(KIND)
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x00" * 100], ids=["empty", "text", "zeros"])
@@ -169,6 +199,65 @@ def test_engines_of_another_version_are_built_again_and_it_is_said_once(
     assert not any(one.cached for one in made)
     assert caplog.text.count("built again") == 1
     assert "version 1.0.0" in caplog.text
+
+
+def test_engines_for_another_card_are_built_again_and_it_is_said_once(
+    library: Library, bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, batches = Cache(tmp_path / "cache"), Batches((2,))
+    cache.write(KIND, key_of(library, bundle, SMALL, batches, "9.0"), b"an engine for another card")
+    workshop = Workshop(library, bundle, batches, cache, capability="8.9")
+    with caplog.at_level(logging.INFO):
+        made = [workshop.make(SMALL)[0] for _ in range(2)]
+    assert [one.cached for one in made] == [False, True]
+    assert made[0].size > 1000, "not the other card's"
+    assert caplog.text.count("built again") == 1
+    assert "compute capability 9.0" in caplog.text
+
+
+class Cramped:
+    """TensorRT's module on a machine whose memory holds so many rows: its builder then says and does what it would."""
+
+    def __init__(self, library: Library, rows: int) -> None:
+        self._real, self._said, self._rows = library.module, library.said, rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def Builder(self, logger: Any) -> Any:
+        real, said, limit = self._real.Builder(logger), self._said, self._rows
+        profiles: list[Any] = []
+
+        class Builder:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+            def create_optimization_profile(self) -> Any:
+                profiles.append(real.create_optimization_profile())
+                return profiles[-1]
+
+            def build_serialized_network(self, network: Any, config: Any) -> Any:
+                largest = [tuple(profile.get_shape(network.get_input(0).name)[2]) for profile in profiles]
+                if max(shape[0] for shape in largest) > limit:
+                    said.append("[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
+                    return None
+                return real.build_serialized_network(network, config)
+
+        return Builder()
+
+
+@pytest.mark.parametrize(("rows", "proposed"), [(5, 4), (1, 0)])
+def test_a_batch_that_cannot_be_built_for_is_refused_with_one_that_can(
+    library: Library, bundle: Bundle, tmp_path: Path, rows: int, proposed: int
+) -> None:
+    cramped = replace(library, module=Cramped(library, rows))
+    with pytest.raises(
+        CapacityError, match=rf"{SMALL} for 16 rows: the memory does not suffice.*out of memory"
+    ) as caught:
+        Workshop(cramped, bundle, Batches((16, 4)), Cache(tmp_path)).make(SMALL)
+    assert (caught.value.exit_code, caught.value.fits) == (11, proposed)
+    assert (f"--batch-size {proposed}," if proposed else "No batch fits") in caught.value.fix
+    assert not Cache(tmp_path).keys(KIND)
 
 
 def test_the_key_changes_with_all_that_an_engine_depends_on(library: Library, bundle: Bundle, tmp_path: Path) -> None:
@@ -304,7 +393,7 @@ def test_every_graph_of_the_shipped_bundle_becomes_an_engine(tmp_path: Path, siz
 
 @pytest.mark.slow
 def test_export_leaves_engines_of_a_tiny_bundle_in_fp16_where_a_run_finds_them(tmp_path: Path) -> None:
-    """About two minutes: an export of a checkpoint that was never trained, and its sixteen engines."""
+    """About three minutes: an export of a checkpoint that was never trained, and its sixteen engines of either kind."""
     rtx()
     untrained(tmp_path / "checkpoint")
 
@@ -320,9 +409,15 @@ def test_export_leaves_engines_of_a_tiny_bundle_in_fp16_where_a_run_finds_them(t
     bundle, batches = tmp_path / "bundle", ("--batch-size", "4,2", "--target", TARGET)
     exported = told(
         *("export", tmp_path / "checkpoint", "--out", bundle, "--precision", "fp16", "--draws", 8),
-        *("--target", "onnx", *batches),
+        *("--target", "onnx", *batches, "--report", tmp_path / "report.md"),
     )
+    if driver_cuda() is None:
+        assert f"parity {TARGET}: not compared: this machine has no NVIDIA driver" in exported
+        assert f"{TARGET} (this machine has no NVIDIA driver)" in (tmp_path / "report.md").read_text()
     assert f"{len(graph_names())} engines built" in exported
     engines = json.loads(told("build-engines", "--bundle", bundle, *batches, "--json"))["engines"]
     assert all(engine["cached"] for engine in engines)
     assert "fp16" in {engine["precision"] for engine in engines}
+    dynamic = told("build-engines", "--bundle", bundle, "--target", TARGET, "--batch-size", 4, "--dynamic", "--json")
+    profiles = {engine["graph"]: engine["profiles"] for engine in json.loads(dynamic)["engines"]}
+    assert set(profiles) == set(graph_names()) and profiles["context"] == [[2, 4, 4]]

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from busigen.errors import OutputError
 from busigen.runtime.engines.cache import CONTENT, RECORD, Cache, default_folder
+from busigen.runtime.engines.device import Device
+from busigen.runtime.engines.making import KeptTimings
 from tests.command import ROOT
+from tests.runtime.engine_library import rtx
 
 KEY = {"target": "tensorrt-rtx", "version": "1.7", "profiles": [[16, 16, 16]]}
 
@@ -64,6 +68,24 @@ def test_an_entry_under_another_ones_name_is_refused(cache: Cache, caplog: pytes
     with caplog.at_level(logging.WARNING):
         assert cache.read("engines", KEY) is None
     assert "something else" in caplog.text
+
+
+def test_measured_times_are_those_of_this_card_driver_and_version(cache: Cache) -> None:
+    """Another's would have TensorRT choose wrong kernels: what is not this card's, or damaged, is as if not there."""
+    library, card = rtx(), Device(0, "NVIDIA L4", "8.9", 13000, 24 << 30)
+    timings = KeptTimings(library, card, cache)
+    assert timings.read() == b""
+    timings.write(b"measured")
+    assert KeptTimings(library, card, Cache(cache.folder)).read() == b"measured"
+    others = [
+        KeptTimings(library, replace(card, name="NVIDIA L40S"), cache),
+        KeptTimings(library, replace(card, driver=13010), cache),
+        KeptTimings(replace(library, version="1.0"), card, cache),
+    ]
+    assert [other.read() for other in others] == [b""] * 3
+    (content,) = cache.folder.rglob(CONTENT)
+    content.write_bytes(b"measureD")
+    assert timings.read() == b""
 
 
 def test_a_cache_that_was_copied_is_read_where_it_lies(cache: Cache, tmp_path: Path) -> None:

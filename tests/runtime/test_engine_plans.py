@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,23 @@ from busigen.errors import IntegrityError, UsageError
 from busigen.registry import PROVIDERS
 from busigen.runtime.backend import EngineOptions
 from busigen.runtime.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.engines.backend import EngineBackend
-from busigen.runtime.engines.device import card_for, cuda, device_problem, largest_batch, memory_problem
+from busigen.runtime.engines.backend import EngineBackend, wanted_batches
+from busigen.runtime.engines.cache import Cache
+from busigen.runtime.engines.device import (
+    CudaFailure,
+    card_for,
+    cuda,
+    cuda_problem,
+    device_problem,
+    largest_batch,
+    memory_problem,
+)
 from busigen.runtime.engines.layout import ALIGNMENT, fill, places, view
+from busigen.runtime.engines.making import KIND, key_of
 from busigen.runtime.engines.profiles import Batches, Profile, calls
+from busigen.runtime.engines.session import unusable
+from busigen.runtime.nvidia import driver_cuda
+from tests.command import error_line, run
 from tests.runtime.engine_library import TARGET, rtx
 from tests.runtime.quick_engine import QuickEngine, quick_sampler
 
@@ -140,6 +156,46 @@ def test_the_largest_batch_that_fits_is_proposed() -> None:
     assert memory_problem(TARGET, "NVIDIA L4", 64, gib, 4 * gib, 5 * gib) is None
 
 
+def test_memory_that_is_gone_when_it_is_taken_is_told_as_that() -> None:
+    """Between the plan and the allocation something else may have taken it: code 11, and a batch to go on with."""
+    gone = cuda_problem(TARGET, CudaFailure(2, "cudaErrorMemoryAllocation"), 16)
+    assert gone.exit_code == 11 and "--batch-size 16" in gone.problem and "--batch-size 8" in gone.fix
+    assert "--batch-size" not in cuda_problem(TARGET, CudaFailure(2, "cudaErrorMemoryAllocation"), 2).fix
+    other = cuda_problem(TARGET, CudaFailure(719, "cudaErrorLaunchFailure"), 16)
+    assert other.exit_code == 2 and "cudaErrorLaunchFailure (719)" in other.problem
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        (["[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)", "passed on"], 11),
+        (["Requested amount of GPU memory could not be allocated: OutOfMemory"], 11),
+        (["The engine plan file is not compatible with this version of TensorRT"], 2),
+        ([], 2),
+    ],
+)
+def test_an_engine_that_does_not_load_is_told_in_the_librarys_words(said: list[str], code: int) -> None:
+    error = unusable(TARGET, "1.7", said)
+    assert error.exit_code == code
+    assert (said[0] if said else "it does not say why") in error.problem
+    assert ("--batch-size" if code == 11 else "--provider cuda or cpu") in error.fix
+
+
+@pytest.mark.skipif(driver_cuda() is not None, reason="this machine has an NVIDIA driver")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler makes a driver's library here")
+def test_a_driver_that_is_too_old_is_refused_by_its_version(tmp_path: Path) -> None:
+    """A real library in the driver's place, which CUDA's own runtime asks for its version."""
+    rtx()
+    source = tmp_path / "cuda.c"
+    source.write_text("int cuDriverGetVersion(int *version) { *version = 12040; return 0; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "BUSIGEN_CACHE": str(tmp_path / "cache")}
+    done = run("generate", "--count", 1, "--out", tmp_path / "set", "--provider", TARGET, env=environment)
+    line = error_line(done, 2)
+    assert "knows CUDA up to 12.4" in line and "newer NVIDIA driver" in line
+    assert not (tmp_path / "set").exists() and not (tmp_path / "cache").exists()
+
+
 def test_without_a_card_the_provider_says_so_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,3 +206,26 @@ def test_without_a_card_the_provider_says_so_before_anything_is_made(
     with pytest.raises(UsageError, match=f"--provider {TARGET}: .*(no NVIDIA driver|no card|driver knows)"):
         EngineBackend(Bundle.open(default_bundle()), PROVIDERS[TARGET], EngineOptions())
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("batches", [Batches((16,)), Batches((256, 64, 4)), Batches((16,), dynamic=True)])
+def test_the_batches_in_a_datasets_record_are_read_back(tmp_path: Path, batches: Batches) -> None:
+    """Samples are drawn again by engines for these, whatever else the cache has by then."""
+    library, bundle = rtx(), Bundle.open(default_bundle())
+    version = f"1.7.1 on NVIDIA L4, {batches}"
+    assert Batches.told(version) == batches
+    cache = Cache(tmp_path)
+    for kept in (Batches((16, 4)), Batches((16, 8, 2))):
+        cache.write(KIND, key_of(library, bundle, "context", kept, ""), b"engine")
+    assert wanted_batches(library, bundle, EngineOptions(again=version), cache) == [batches]
+    assert wanted_batches(library, bundle, EngineOptions(), cache) == [
+        *(Batches((16, 8, 2)), Batches((16, 4)), Batches((16,)))
+    ]
+    assert wanted_batches(library, bundle, EngineOptions(batch_sizes=(16, 2)), cache) == [Batches((16, 2))]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1.31.1", "1.7 on a card, batch 0", "batch 16, and more", "batch 16,", "x batch "]
+)
+def test_a_record_that_tells_no_batches_asks_for_none(text: str) -> None:
+    assert Batches.told(text) is None

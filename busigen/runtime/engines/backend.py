@@ -20,6 +20,7 @@ from busigen.runtime.engines.device import (
     Device,
     answered,
     cuda,
+    cuda_problem,
     device_memory,
     free_memory,
     memory_problem,
@@ -61,10 +62,11 @@ class EngineBackend:
         self._device = open_device(provider.name)
         self._cache = cache or Cache()
         self._bundle = bundle
-        workshop, batches = _workshop(self._library, bundle, Batches(options.batch_sizes), self._cache, self._device)
+        workshop, batches = _workshop(self._library, bundle, options, self._cache, self._device)
         self.name = provider.name
         # Another engine may round otherwise, so what decides which one runs is part of a dataset's record.
-        self.version = f"{self._library.version} on {self._device.name}, batch {batches}"
+        self.version = f"{self._library.version} on {self._device.name}, {batches}"
+        self.batch_size = batches.sizes[0]
         self.lanes = LANES
         runtime = self._library.module.Runtime(self._library.logger)
         self._sessions: dict[str, Session] = {}
@@ -79,10 +81,7 @@ class EngineBackend:
                 self._kernel_keys[made.graph] = key
             self._slots = self._claim_memory(batches.sizes[0])
         except CudaFailure as error:
-            raise ProviderError(
-                f"--provider {provider.name}: {error.problem}",
-                fix=f"Give a smaller --batch-size than {batches.sizes[0]}, or end what else uses the card.",
-            ) from error
+            raise cuda_problem(provider.name, error, batches.sizes[0]) from error
         self._runtime = runtime
         self._free = list(range(LANES))
         self._turn = threading.Condition()
@@ -124,7 +123,7 @@ class EngineBackend:
                 self._last = slot.computed
             output = session.collect(call, slot)
         except CudaFailure as error:
-            raise ProviderError(f"--provider {self.name}: {error.problem}", fix=error.fix) from error
+            raise cuda_problem(self.name, error, self.batch_size) from error
         finally:
             with self._turn:
                 self._free.append(number)
@@ -177,18 +176,31 @@ def library_of(provider: Provider) -> Library:
         raise ProviderError(error.problem.replace("--target", "--provider", 1), fix=fix) from error
 
 
+def wanted_batches(library: Library, bundle: Bundle, options: EngineOptions, cache: Cache) -> list[Batches]:
+    """What engines may be taken for, the best first and, last, what is built where the cache has none of these.
+
+    Samples that are drawn again are drawn with engines for the same batches; whoever asks for several batches, as
+    ``build-engines`` does, means these; and a single one may be the first of several that somebody built ahead.
+    """
+    if again := Batches.told(options.again):
+        return [again]
+    batches = Batches(options.batch_sizes)
+    kept = kept_batches(library, bundle, cache, batches.sizes[0]) if len(batches.sizes) == 1 else []
+    return [*kept, batches]
+
+
 def _workshop(
-    library: Library, bundle: Bundle, batches: Batches, cache: Cache, device: Device
+    library: Library, bundle: Bundle, options: EngineOptions, cache: Cache, device: Device
 ) -> tuple[Workshop, Batches]:
     """What makes engines for this card: where the cache has them all, those; else what was asked for."""
     capabilities = ("", device.capability) if library.target.ahead else (device.capability,)
-    size = batches.sizes[0]
-    wanted = [batches] if len(batches.sizes) > 1 or batches.dynamic else kept_batches(library, bundle, cache, size)
-    for one in (*wanted, batches):
+    wanted = wanted_batches(library, bundle, options, cache)
+    for one in wanted:
         for capability in reversed(capabilities):
             workshop = Workshop(library, bundle, one, cache, capability=capability, device=device)
             if workshop.has_all():
                 return workshop, one
+    batches = wanted[-1]
     return Workshop(library, bundle, batches, cache, capability=capabilities[0], device=device), batches
 
 

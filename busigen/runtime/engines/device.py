@@ -9,8 +9,11 @@ from typing import Any
 
 from busigen.errors import BusigenError, CapacityError, ProviderError
 from busigen.runtime.install import install_command
+from busigen.runtime.memory import SMALLEST
 
 _GIB = 1 << 30
+_NO_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,27 @@ class CudaFailure(BusigenError):
     def __init__(self, status: int, name: str) -> None:
         self.status = status
         super().__init__(f"CUDA reports {name} ({status}).", fix="Look at nvidia-smi, and run the same command again.")
+
+
+def cuda_problem(provider: str, failure: CudaFailure, batch: int) -> ProviderError | CapacityError:
+    """A CUDA call's failure as advice.
+
+    Args:
+        provider: whose graphs ran, or were to run.
+        failure: CUDA's.
+        batch: the ``--batch-size``.
+    """
+    told = f"--provider {provider}: {failure.problem}"
+    if failure.status != _NO_MEMORY:
+        return ProviderError(told, fix=failure.fix)
+    # What was planned fitted into what was free: something else has taken memory since.
+    half = batch // 2 if batch // 2 >= SMALLEST else 0
+    smaller = f"give --batch-size {half}, " if half else ""
+    return CapacityError(
+        f"{told.removesuffix('.')} with --batch-size {batch}: the card's memory does not suffice.",
+        fix=f"End what else uses the card (nvidia-smi shows it), {smaller}or use --provider cpu.",
+        rows=batch,
+    )
 
 
 def card_for(process: str, count: int) -> int:

@@ -7,17 +7,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from busigen.errors import IntegrityError
+from busigen.errors import CapacityError, IntegrityError
 from busigen.runtime.backend import usable_cores
 from busigen.runtime.bundle import Bundle, graph_names
-from busigen.runtime.engines.building import REVISION, Blueprint, build
+from busigen.runtime.engines.building import REVISION, Blueprint, build, check_operators
 from busigen.runtime.engines.cache import RECORD, Cache, Key
 from busigen.runtime.engines.device import Device, answered, cuda
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.profiles import Batches
+from busigen.runtime.memory import largest_that_fits
 
 KIND, TIMINGS = "engines", "timings"
 """Kinds of the cache's entries: engines, and what kernels were measured to take on a card."""
@@ -88,13 +89,18 @@ class Workshop:
     ) -> None:
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
         self._capability, self._device = capability, device
-        self._timings = None if device is None or library.target.ahead else _Timings(library, device, cache)
+        self._timings = None if device is None or library.target.ahead else KeptTimings(library, device, cache)
         self._told = False
 
     def has_all(self) -> bool:
         """Whether the cache has an engine of every graph, as far as names tell; ``make`` looks at the hashes."""
-        keys = (key_of(self._library, self._bundle, name, self._batches, self._capability) for name in graph_names())
-        return all((self._cache.entry(KIND, key) / RECORD).is_file() for key in keys)
+        return not self._lacking()
+
+    def _lacking(self) -> list[str]:
+        keys = {
+            name: key_of(self._library, self._bundle, name, self._batches, self._capability) for name in graph_names()
+        }
+        return [name for name, key in keys.items() if not (self._cache.entry(KIND, key) / RECORD).is_file()]
 
     def make(self, graph: str) -> tuple[Made, bytes]:
         """A graph's engine, serialised, from the cache or built and put there.
@@ -114,13 +120,36 @@ class Workshop:
 
     def _build(self, graph: str, key: Key) -> tuple[bytes, float]:
         self._tell_of_others(key)
-        path, profiles = self._bundle.graph(graph), self._batches.profiles(graph)
         started = time.perf_counter()
-        blueprint = Blueprint(graph, path, self._read(graph), profiles, self._aimed_at())
-        content = build(self._library, blueprint, self._timings)
+        blueprint = self._blueprint(graph)
+        try:
+            content = build(self._library, blueprint, self._timings)
+        except CapacityError as error:
+            raise self._too_large(blueprint, error) from error
         seconds = time.perf_counter() - started
         self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
         return content, seconds
+
+    def _blueprint(self, graph: str) -> Blueprint:
+        profiles = self._batches.profiles(graph)
+        return Blueprint(graph, self._bundle.graph(graph), self._read(graph), profiles, self._aimed_at())
+
+    def _too_large(self, blueprint: Blueprint, error: CapacityError) -> CapacityError:
+        """The error for a batch that cannot be built for, with one that can: half of it is tried, and half of that."""
+
+        def builds(size: int) -> bool:
+            profiles = replace(self._batches, sizes=(size,)).profiles(blueprint.name)
+            try:
+                build(self._library, replace(blueprint, profiles=profiles), self._timings)
+            except CapacityError:
+                return False
+            return True
+
+        full = self._batches.sizes[0]
+        fitting = largest_that_fits(full, builds)
+        end = "end what else uses the memory (nvidia-smi shows what holds a card's)"
+        fix = f"Give --batch-size {fitting}, for which it was built, or {end}." if fitting else f"No batch fits: {end}."
+        return CapacityError(error.problem, fix=fix, rows=full, fits=fitting)
 
     def make_all(self, done: Callable[[Made], None] = lambda made: None) -> list[Made]:
         """The engines of all graphs, in the bundle's order.
@@ -131,6 +160,9 @@ class Workshop:
         Raises:
             BusigenError: one of them cannot be made; those that were finished stay in the cache.
         """
+        # All are parsed first: what cannot be built is refused before minutes have gone into the others.
+        for graph in self._lacking():
+            check_operators(self._library, self._blueprint(graph))
         # Kernels are timed on the card, where two builds would disturb each other. Ahead of time nothing is timed.
         workers = usable_cores() if self._library.target.ahead else 1
         pool = ThreadPoolExecutor(workers, "engine", self._enter_thread)
@@ -190,8 +222,14 @@ def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> l
     return sorted(found, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
 
 
-class _Timings:
-    """See :class:`busigen.runtime.engines.building.Timings`: kept under the library's version, the card, its driver."""
+class KeptTimings:
+    """See :class:`busigen.runtime.engines.building.Timings`: kept under the library's version, the card, its driver.
+
+    Args:
+        library: that measured.
+        device: the card that it measured on.
+        cache: where they are kept, with their hash.
+    """
 
     def __init__(self, library: Library, device: Device, cache: Cache) -> None:
         self._cache = cache
@@ -205,9 +243,11 @@ class _Timings:
         }
 
     def read(self) -> bytes:
+        """See :class:`busigen.runtime.engines.building.Timings`."""
         return self._cache.read(TIMINGS, self._key) or b""
 
     def write(self, content: bytes) -> None:
+        """See :class:`busigen.runtime.engines.building.Timings`."""
         with self._cache.making(TIMINGS, self._key):
             self._cache.write(TIMINGS, self._key, content)
 

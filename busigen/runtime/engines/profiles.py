@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from busigen.errors import UsageError
 from busigen.registry import BUCKETS
-from busigen.runtime.batches import MIN_BATCH, rows_per_call
+from busigen.runtime.batches import DEFAULT_BATCH, MIN_BATCH, rows_per_call
 
 MAX_BATCH = 4096
 """Largest batch size, that of ``generate``, too."""
+
+
+_TOLD = re.compile(r"\bbatch (?P<dynamic>up to )?(?P<sizes>\d{1,4}(,\d{1,4})*)$")
 
 
 class Profile(NamedTuple):
@@ -41,7 +45,7 @@ class Batches:
         dynamic: one profile for every batch up to the full one, in place of a static one for each size.
     """
 
-    sizes: tuple[int, ...] = (16,)
+    sizes: tuple[int, ...] = (DEFAULT_BATCH,)
     dynamic: bool = False
 
     def __post_init__(self) -> None:
@@ -62,9 +66,19 @@ class Batches:
             fix = "Give a batch size such as 16, or several such as 16,4: the first for full batches, the others for "
             raise UsageError(f"--batch-size is {text!r}.", fix=f"{fix}what is left over.") from None
 
+    @classmethod
+    def told(cls, text: str) -> Batches | None:
+        """What :meth:`__str__` wrote at the end of a text, such as a backend's version; ``None`` where it did not."""
+        if (found := _TOLD.search(text)) is None:
+            return None
+        try:
+            return cls(tuple(int(size) for size in found["sizes"].split(",")), bool(found["dynamic"]))
+        except UsageError:  # A record that somebody wrote by hand.
+            return None
+
     def __str__(self) -> str:
         shown = ",".join(map(str, self.sizes))
-        return f"up to {shown}" if self.dynamic else shown
+        return f"batch up to {shown}" if self.dynamic else f"batch {shown}"
 
     def profiles(self, graph: str) -> tuple[Profile, ...]:
         """Those of a graph's engine, the largest first."""

@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.errors import ProviderError
+from busigen.errors import BusigenError, CapacityError, ProviderError
 from busigen.runtime.backend import Arrays
 from busigen.runtime.engines import layout
 from busigen.runtime.engines.device import CudaFailure, answered, cuda, device_memory, pinned_memory
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.profiles import Call, Profile
+from busigen.runtime.memory import says_ran_out
+
+_SHOWN = 300
+"""Characters of the library's own messages that an error quotes."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +86,7 @@ class Session:
 
     Raises:
         ProviderError: the engine cannot be used on this card.
+        CapacityError: the card has too little memory for it.
     """
 
     def __init__(
@@ -241,12 +246,26 @@ class Session:
         laid, size = layout.places(shapes)
         return _Shape(context, laid, size, layout.Place(0, tuple(context.get_tensor_shape(self._output))))
 
-    def _unusable(self, said: int) -> ProviderError:
-        reason = " ".join(" ".join(self._library.said[said:]).split())[:300] or "it does not say why"
-        return ProviderError(
-            f"--provider {self._library.name}: {self._library.version} cannot run an engine here: {reason}.",
-            fix="Install a newer NVIDIA driver, or use --provider cuda or cpu.",
+    def _unusable(self, said: int) -> BusigenError:
+        return unusable(self._library.name, self._library.version, self._library.said[said:])
+
+
+def unusable(name: str, version: str, said: Sequence[str]) -> BusigenError:
+    """Why an engine cannot be loaded or run, from what its library said.
+
+    Args:
+        name: of the library's target.
+        version: the library's.
+        said: its messages, oldest first.
+    """
+    account = " ".join(" ".join(said).split())
+    what = f"--provider {name}: {version} cannot run an engine here: {account[:_SHOWN] or 'it does not say why'}."
+    if says_ran_out(account):
+        return CapacityError(
+            what,
+            fix="End what else uses the card (nvidia-smi shows it), or give a smaller --batch-size.",
         )
+    return ProviderError(what, fix="Install a newer NVIDIA driver, or use --provider cuda or cpu.")
 
 
 def _array_at(address: int, size: int) -> NDArray[np.uint8]:
