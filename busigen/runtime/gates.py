@@ -16,8 +16,9 @@ AREA_RANGE = (0.002, 0.45)
 CRUMB_SHARE = 0.10
 """Share of the outline's area that may lie outside its largest part before the mask counts as crumbling."""
 
-BORDER_SHARE = 0.15
-"""Share of the lesion's outline that may run along the image's border before the lesion counts as cut off."""
+BORDER_SHARE = 0.02
+"""Share of the lesion's outline that may run along the image's border before the lesion counts as cut off. Annotators,
+too, let an outline graze the border: 11 of the 1,234 training lesions touch it, 9 with more than this share."""
 
 MIN_CONTRAST = 4.0
 """Least difference in mean grey levels between the lesion and the band around it."""
