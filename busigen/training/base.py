@@ -22,6 +22,9 @@ ADAPTER_KINDS = ("heal", "adapter")
 RETRAINABLE = (*STAGES, "prior")
 """Components that can be trained anew on a base. All others speak through the autoencoder and the context encoder."""
 
+RETRAIN_RATE = 0.3
+"""Factor on the learning rate of what goes on from a base's weights: the whole rate first undoes what they know."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -62,8 +65,8 @@ class Base:
         """The part of the preset's recipe that is left to do, with the base's LoRA.
 
         Without ``retrain``, that is all adapters, which learn from all sources of the data: whoever names a base has
-        said what to adapt to. With it, these components go on from the base's weights, and their adapters are trained
-        from the start, both as in a run without a base.
+        said what to adapt to. With it, these components go on from the base's weights, at ``RETRAIN_RATE`` of the
+        rate, and their adapters are trained from the start as in a run without a base.
 
         Args:
             preset: ``None`` or the base's.
@@ -88,7 +91,7 @@ class Base:
         lora = self.record["recipe"]["lora"]
         if retrain:
             tasks = tuple(
-                task if task.kind in ADAPTER_KINDS else replace(task, start=task.component)
+                task if task.kind in ADAPTER_KINDS else replace(task, start=task.component, lr=RETRAIN_RATE * task.lr)
                 for task in recipe.tasks
                 if task.kind == "heal" or task.component in retrain
             )
