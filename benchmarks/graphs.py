@@ -30,7 +30,7 @@ import onnxruntime as ort
 from measuring import RESULTS, about, in_turns, median, run, show, write
 from onnx import ModelProto
 
-from busigen.registry import BUCKETS, LOOPS, OPSETS, PROVIDERS
+from busigen.registry import BUCKETS, LOOPS, OPSETS, PROVIDERS, RESOLUTION
 from busigen.runtime.backend import usable_cores
 from busigen.solver import solver_steps
 
@@ -244,6 +244,8 @@ def _made_up(value: onnx.ValueInfoProto, batch: int, rng: np.random.Generator) -
     shape = [size.dim_value or batch for size in value.type.tensor_type.shape.dim]
     if value.name in ("keep", "edit", "mask", "ring"):
         return np.ones(shape, dtype=np.float32)
+    if value.name == "frame":
+        return np.array([[0, 0, RESOLUTION, RESOLUTION]] * shape[0], dtype=np.float32)
     made = np.zeros(shape) if value.name == "asked" else rng.standard_normal(shape)
     return made.astype(np.float32)
 

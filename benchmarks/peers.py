@@ -32,7 +32,7 @@ from measuring import RESULTS, about, in_turns, median, ratios, run, show, write
 from numpy.typing import NDArray
 from PIL import Image
 
-from busigen.registry import LESION_CLASSES, SYNTHETIC
+from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime.backend import Backend, EngineOptions, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.dataset import Dataset
@@ -134,7 +134,8 @@ def prepare(options: argparse.Namespace) -> None:
         numbers = range(first, first + 4)
         noise = np.stack([normal(SEED, number, 0, "prior", bundle.latent_shape) for number in numbers])
         speckle = np.stack([normal(SEED, number, 0, "prior speckle", (1, 256, 256)) for number in numbers])
-        latents = sampler.backend.run("prior", {"noise": noise})
+        whole = np.array([[0, 0, RESOLUTION, RESOLUTION]] * len(noise), np.float32)
+        latents = sampler.backend.run("prior", {"noise": noise, "frame": whole})
         pixels = sampler.backend.run("decoder@256", {"latents": latents, "noise": speckle})
         for number, image in zip(numbers, pixels[:, 0], strict=True):
             grey = np.rint((image + 1.0) * 127.5).clip(0, 255).astype(np.uint8)

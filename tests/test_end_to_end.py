@@ -145,10 +145,13 @@ def test_in_graph_loop_equals_the_reference_sampler(checkpoint: Path, bundle: Pa
     opened = Bundle.open(bundle)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((3, *opened.latent_shape)).astype(np.float32)
-    expected = TorchBackend(networks).run("prior", {"noise": noise})
-    found = OnnxBackend(opened).run("prior", {"noise": noise})
+    asked = {"noise": noise, "frame": np.array([[0, 0, 180, 256], [0, 40, 256, 176]] * 4, np.float32)[:3]}
+    expected = TorchBackend(networks).run("prior", asked)
+    found = OnnxBackend(opened).run("prior", asked)
     # Weights are stored as fp16, whose relative error is 5e-4; ten evaluations let it grow a few times over.
     assert np.abs(found - expected).max() < 2e-2 * np.abs(expected).max()
+    whole = OnnxBackend(opened).run("prior", asked | {"frame": np.array([[0, 0, 256, 256]] * 3, np.float32)})
+    assert not np.allclose(whole[0], found[0]), "the prior paints for the frame that it is told"
 
 
 def test_generate_from_the_new_bundle_and_verify(bundle: Path, drawn_busi: Path, tmp_path: Path) -> None:

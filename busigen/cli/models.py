@@ -89,7 +89,7 @@ def train(
         list[str] | None,
         typer.Option(
             help="With --base: train this component further, its adapters afresh, and keep all else: mask, lesion, "
-            "blend or prior. May be repeated."
+            "blend, prior or decoder. May be repeated."
         ),
     ] = None,
     preset: Annotated[

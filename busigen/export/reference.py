@@ -54,7 +54,7 @@ class TorchBackend:
         if component == "decoder":
             return networks.decoder(v["latents"], v["noise"])
         if component == "prior":
-            return networks.background(v["noise"])
+            return networks.background(v["noise"], v["frame"])
         stage, _, label = component.partition("-")
         context = (v["tokens"], v["keep"])
         if stage == "mask":

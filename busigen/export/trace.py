@@ -72,10 +72,10 @@ class PriorCondition(nn.Module):
         super().__init__()
         self.dim = networks.preset.context_dim
 
-    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, noise: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Networks.background`; built from the input, because a constant would have a fixed batch."""
         zero = (noise[:, :1, 0, 0] * 0.0)[:, :, None]
-        return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0, place_condition(noise)
+        return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0, place_condition(noise, frame)
 
 
 class EmptyAttention(nn.Module):
@@ -239,9 +239,11 @@ class Tracer:
         return self._traced(module, arguments, list(inputs), ["condition0", "condition1", "condition2"])
 
     def prior_condition(self, networks: Networks, cells: int) -> ModelProto:
-        """``noise`` to the prior's ``tokens``, ``keep`` and places."""
+        """``noise`` and ``frame`` to the prior's ``tokens``, ``keep`` and places."""
         noise = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-        return self._traced(PriorCondition(networks), [noise], ["noise"], ["tokens", "keep", "condition0"])
+        frame = torch.tensor([[0.0, 0.0, RESOLUTION, RESOLUTION]]).repeat(EXAMPLE_BATCH, 1)
+        names = ["tokens", "keep", "condition0"]
+        return self._traced(PriorCondition(networks), [noise, frame], ["noise", "frame"], names)
 
     def outline_step(self, model: OutlineTransformer, tokens: int) -> ModelProto:
         """One evaluation of stage 1."""

@@ -15,7 +15,7 @@ from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION,
 from busigen.runtime.onnx_files import external_files
 
 RECORD = "bundle.json"
-SCHEMA = 2
+SCHEMA = 3
 MAX_RECORD_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 8 << 20
 """Largest graph that is opened. Its weights lie in files beside it; what is left is some 200 KB."""

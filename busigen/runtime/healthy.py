@@ -50,17 +50,29 @@ class Healthy:
     row: dict[str, Any]
 
 
+def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where in what the prior paints an image lies: top, left, height and width in pixels.
+
+    It begins at the top, as skin does, and as much is left out on the left as on the right.
+
+    Args:
+        frame: height and width of the image, the longer one 256.
+    """
+    box = fit(width=frame[1], height=frame[0])
+    return 0, box.left, box.height, box.width
+
+
 def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Healthy:
     """A background that the prior painted, in a frame of the shape that a real image might have.
 
     Args:
         pixels: ``(256, 256)`` uint8.
-        frame: height and width in pixels, the longer one 256. What is painted below the height is left out, because
-            skin lies on top, and as much on the left as on the right.
+        frame: as for :func:`place_of`.
     """
     box = fit(width=frame[1], height=frame[0])
+    top, left, height, width = place_of(frame)
     framed = np.zeros_like(pixels)
-    framed[box.rows, box.columns] = pixels[: box.height, box.columns]
+    framed[box.rows, box.columns] = pixels[top : top + height, left : left + width]
     row = {
         "background": SYNTHETIC,
         "healthy_file": None,

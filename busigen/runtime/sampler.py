@@ -39,7 +39,7 @@ from busigen.runtime.drafts import (
     to_grey,
     to_unit,
 )
-from busigen.runtime.healthy import HealthyFolder, synthetic
+from busigen.runtime.healthy import HealthyFolder, place_of, synthetic
 from busigen.runtime.noise import normal, uniform
 from busigen.runtime.regroup import Regrouper
 from busigen.runtime.sample import Drawn, Rejection, Sample
@@ -238,12 +238,16 @@ class Sampler:
         if self.healthy is not None:
             picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
         else:
+            frames = [self._frame(seed, job) for job in batch]
             latents = self._run(
-                "prior", BUCKETS[-1], len(batch), noise=_noise(seed, batch, "prior", self.bundle.latent_shape)
+                "prior",
+                BUCKETS[-1],
+                len(batch),
+                noise=_noise(seed, batch, "prior", self.bundle.latent_shape),
+                frame=np.array([place_of(frame) for frame in frames], np.float32),
             )
             speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
             pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
-            frames = [self._frame(seed, job) for job in batch]
             picked = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
         drafts = [
             Draft(

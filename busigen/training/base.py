@@ -13,14 +13,17 @@ from typing import Any
 from busigen.errors import IntegrityError, OutputError, UsageError
 from busigen.registry import STAGES
 from busigen.training import checkpoint
-from busigen.training.recipe import LoraSpec, Recipe, recipe_for
+from busigen.training.recipe import LoraSpec, Recipe, TaskSpec, recipe_for
 from busigen.training.state import fresh_folder
 
 ADAPTER_KINDS = ("heal", "adapter")
 """What is left to do of a recipe where the base is there: heal the new images, then train the adapters on them."""
 
-RETRAINABLE = (*STAGES, "prior")
-"""Components that can be trained anew on a base. All others speak through the autoencoder and the context encoder."""
+RETRAINABLE = (*STAGES, "prior", "decoder")
+"""What can be trained further on a base. All of it speaks through the encoder and the context encoder."""
+
+RETRAIN_RATE = 0.3
+"""Factor on the learning rate of what goes on from a base's weights: the whole rate first undoes what they know."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Base:
         """The part of the preset's recipe that is left to do, with the base's LoRA.
 
         Without ``retrain``, that is all adapters, which learn from all sources of the data: whoever names a base has
-        said what to adapt to. With it, these components go on from the base's weights, and their adapters are trained
-        from the start, both as in a run without a base.
+        said what to adapt to. With it, these components go on from the base's weights, at ``RETRAIN_RATE`` of the
+        rate, and their adapters are trained from the start as in a run without a base.
 
         Args:
             preset: ``None`` or the base's.
@@ -87,10 +90,9 @@ class Base:
         recipe = recipe_for(own, seed=seed, scale=scale)
         lora = self.record["recipe"]["lora"]
         if retrain:
+            chosen = {*retrain, *(("heal",) if {"mask", "prior"}.intersection(retrain) else ())}
             tasks = tuple(
-                task if task.kind in ADAPTER_KINDS else replace(task, start=task.component)
-                for task in recipe.tasks
-                if task.kind == "heal" or task.component in retrain
+                _further(task) for task in recipe.tasks if {task.name, task.component}.intersection(chosen)
             )
         else:
             tasks = tuple(replace(task, sources=()) for task in recipe.tasks if task.kind in ADAPTER_KINDS)
@@ -130,6 +132,13 @@ class Base:
                 f"{out / place} is not what {self.folder / checkpoint.RECORD} records.",
                 fix="Run the same command again.",
             )
+
+
+def _further(task: TaskSpec) -> TaskSpec:
+    """A task of the recipe that goes on from the base's weights; adapters and healing are as in a run without base."""
+    if task.kind in ADAPTER_KINDS or task.start == task.component:
+        return task
+    return replace(task, start=task.component, lr=RETRAIN_RATE * task.lr)
 
 
 def _component(path: str) -> str:

@@ -52,6 +52,12 @@ class Frame:
     valid: Mask
     label: str
 
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Top, left, height and width in pixels of what is neither a bar nor mirrored."""
+        rows, columns = np.flatnonzero(self.valid.any(axis=1)), np.flatnonzero(self.valid.any(axis=0))
+        return int(rows[0]), int(columns[0]), rows.size, columns.size
+
     def flipped(self) -> Frame:
         """Mirror left and right. Never top and bottom: the skin is at the top and shadows fall downwards."""
         return Frame(
@@ -75,10 +81,10 @@ class Frame:
         at their deep end, because skin lies on top. ``valid`` tells what was not mirrored. Enlarging images until they
         fill the frame instead would teach speckle that is too coarse.
         """
-        rows, columns = np.flatnonzero(self.valid.any(axis=1)), np.flatnonzero(self.valid.any(axis=0))
-        part = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-        left = int(rng.integers(0, RESOLUTION - columns.size + 1))
-        bars = ((0, RESOLUTION - rows.size), (left, RESOLUTION - columns.size - left))
+        top, side, height, width = self.place
+        part = (slice(top, top + height), slice(side, side + width))
+        left = int(rng.integers(0, RESOLUTION - width + 1))
+        bars = ((0, RESOLUTION - height), (left, RESOLUTION - width - left))
         return Frame(
             np.pad(self.image[part], bars, mode="reflect"),
             np.pad(self.lesions[part], bars),
@@ -358,7 +364,7 @@ def background_examples(
     parts: list[dict[str, Tensor]] = []
     jobs = [(position, variant) for position in range(len(frames)) for variant in range(variants)]
     for start in range(0, len(jobs), ENCODE_BATCH):
-        images, weights, rows = [], [], []
+        images, weights, rows, places = [], [], [], []
         for position, variant in jobs[start : start + ENCODE_BATCH]:
             row = int(frames.table["row"][position])
             rng = np.random.default_rng((seed, row, variant, 2))
@@ -368,12 +374,14 @@ def background_examples(
             frame = frame.flipped() if rng.random() < 0.5 else frame
             rows.append(row)
             images.append(to_tensor(frame.image))
+            places.append(frame.place)
             # What was mirrored is no tissue that lies there.
             weights.append(torch.from_numpy((frame.overlay | ~frame.valid).astype(np.float32))[None])
         parts.append(
             {
                 "clean": networks.encoder(torch.stack(images).to(device)).half().cpu(),
                 "weight": (1.0 - region_condition(torch.stack(weights))).bool(),
+                "frame": torch.tensor(places, dtype=torch.int16),
                 "row": torch.tensor(rows),
             }
         )

@@ -160,16 +160,24 @@ def mask_condition(mask: Tensor) -> Tensor:
     return F.pixel_unshuffle(F.avg_pool2d(mask, LATENT_FACTOR // 2), 2)
 
 
-def place_condition(latents: Tensor) -> Tensor:
-    """Row and column of each cell, ``(B, 2, s, s)`` in [-1, 1], for latents ``(B, C, s, s)`` of whole images.
+def place_condition(latents: Tensor, frame: Tensor) -> Tensor:
+    """Row and column of each cell within its image's frame, ``(B, 2, s, s)``: -1 at top and left, 1 at the other end.
 
     Skin lies on top and sound fades with depth, which convolutions alone would have to count cells to know
-    (CoordConv, Liu et al. 2018).
+    (CoordConv, Liu et al. 2018). Depth counts from the top of the frame to its end, wherever the bars begin: images
+    darken towards their own end, and cells beyond it are left out.
+
+    Args:
+        latents: ``(B, C, s, s)``, of whole images.
+        frame: ``(B, 4)``, each image's top, left, height and width in pixels of the working image.
     """
-    rows, columns = (torch.linspace(-1.0, 1.0, side, device=latents.device) for side in latents.shape[-2:])
+    rows, columns = (
+        2.0 * ((torch.arange(side, device=latents.device) + 0.5) * LATENT_FACTOR - start) / length - 1.0
+        for side, start, length in zip(latents.shape[-2:], frame[:, :2].split(1, 1), frame[:, 2:].split(1, 1))
+    )
     # Built on the input, because a constant would have a fixed batch in the exported graph.
     zero = latents[:, :1] * 0.0
-    return torch.cat((zero + rows[:, None], zero + columns[None, :]), dim=1)
+    return torch.cat((zero + rows[:, None, :, None], zero + columns[:, None, None, :]), dim=1)
 
 
 def region_condition(region: Tensor) -> Tensor:

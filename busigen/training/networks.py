@@ -178,10 +178,13 @@ class Networks:
         code = self.sample("mask", noise, label, tokens, keep, space.condition(asked))
         return space.distance(code, asked)
 
-    def background(self, noise: Tensor) -> Tensor:
-        """Sample the healthy prior: ``noise`` ``(B, C, s, s)`` to a whole image's latents."""
+    def background(self, noise: Tensor, frame: Tensor) -> Tensor:
+        """Sample the healthy prior: ``noise`` ``(B, C, s, s)`` to a whole image's latents.
+
+        ``frame`` is where the image lies in them, as for :func:`place_condition`.
+        """
         context = self.no_context(noise.shape[0], noise.device)
-        return self.sample("prior", noise, "normal", *context, place_condition(noise))
+        return self.sample("prior", noise, "normal", *context, place_condition(noise, frame))
 
     def no_context(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The single empty token that the prior, which has no image to look at, attends to."""

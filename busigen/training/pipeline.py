@@ -226,7 +226,7 @@ class _Run:
 
     def _networks(self, *denoisers: str) -> Networks:
         names = ("autoencoder", "context", *denoisers)
-        loaded = {name: checkpoint.load_component(name, self.base / name).to(self.device) for name in names}
+        loaded = {name: checkpoint.load_component(name, self._weights(name)).to(self.device) for name in names}
         return Networks(
             preset=self.recipe.sizes,
             autoencoder=loaded["autoencoder"],

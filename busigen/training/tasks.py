@@ -382,7 +382,7 @@ class BackgroundTask(DenoiserTask):
         return {BUCKETS[0]: WindowExamples(tensors)}
 
     def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
-        return (place_condition(batch["clean"]),)
+        return (place_condition(batch["clean"], batch["frame"]),)
 
     def sheet(self) -> Image.Image:
         """Held-out backgrounds (through the autoencoder) above sampled ones."""

@@ -150,9 +150,10 @@ def test_a_bundle_in_fp16_is_proved_falls_back_and_is_restored(sound: Path, tmp_
     json.dumps(bundle.info, allow_nan=False)
 
     noise = np.random.default_rng(0).standard_normal((2, *bundle.latent_shape)).astype(np.float32)
+    asked = {"noise": noise, "frame": np.array([[0, 0, 180, 256], [0, 40, 256, 176]] * 4, np.float32)[:2]}
     networks, _ = load_networks(loud)
-    expected = TorchBackend(networks).run("prior", {"noise": noise})
-    assert np.abs(open_backend(bundle).run("prior", {"noise": noise}) - expected).max() < 0.05 * np.abs(expected).max()
+    expected = TorchBackend(networks).run("prior", asked)
+    assert np.abs(open_backend(bundle).run("prior", asked) - expected).max() < 0.05 * np.abs(expected).max()
 
     restore(bundle, tmp_path / "restored")
     for place in ("merged/lesion-malignant", "merged/mask-benign", "base/prior", "base/autoencoder"):

@@ -48,8 +48,9 @@ def test_auto_takes_the_card() -> None:
 def test_a_graph_gives_what_it_gives_on_the_processor(bundle: Bundle, name: str) -> None:
     working(name)
     noise = np.random.default_rng(0).standard_normal((8, *bundle.latent_shape), np.float32)
-    expected = open_backend(bundle).run("prior", {"noise": noise})
-    found = open_backend(bundle, name).run("prior", {"noise": noise})
+    asked = {"noise": noise, "frame": np.array([[0, 0, 180, 256], [0, 40, 256, 176]] * 4, np.float32)[:8]}
+    expected = open_backend(bundle).run("prior", asked)
+    found = open_backend(bundle, name).run("prior", asked)
     error = np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
     assert error < TOLERANCE.get(name, 2e-2)
 

@@ -56,6 +56,7 @@ def inputs_of(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
         "keep": (tokens,),
         "tokens": (tokens, 128),
         "asked": (12,),
+        "frame": (4,),
         **{name: latents for name in ("known", "painted", "latents")},
         "noise": (bundle.code_length,)
         if component == "mask"
@@ -63,7 +64,7 @@ def inputs_of(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
         if component == "decoder"
         else latents,
     }
-    flat = {"keep": 1.0, "asked": 0.0, "mask": 1.0, "edit": 1.0, "ring": 1.0}
+    flat = {"keep": 1.0, "asked": 0.0, "frame": float(RESOLUTION), "mask": 1.0, "edit": 1.0, "ring": 1.0}
     return {
         name: np.full((rows, *shapes[name]), flat[name], np.float32)
         if name in flat

@@ -22,7 +22,7 @@ from busigen.errors import InputError, IntegrityError, OutputError, UsageError
 from busigen.export.card import card
 from busigen.export.parity import LIMITS
 from busigen.registry import LESION_CLASSES, STAGES
-from busigen.training.base import Base
+from busigen.training.base import RETRAIN_RATE, Base
 from busigen.training.checkpoint import load_component, load_networks, weight_hashes, write_record
 from busigen.training.examples import Frames, load_examples, select
 from busigen.training.heal import healed_reader
@@ -221,6 +221,9 @@ def test_a_retrained_stage_is_new_and_all_else_is_the_bases(
     recipe = start.recipe(scale=SHORTEST, seed=1, retrain=["mask"])
     assert [task.name for task in recipe.tasks] == ["heal", "mask", "mask-benign", "mask-malignant"]
     assert {task.sources for task in recipe.tasks if task.label} == {("busi",)}
+    rates = {task.name: task.lr for task in recipe_for("tiny").tasks}
+    changed = {task.name: task.lr / rates[task.name] for task in recipe.tasks if task.steps}
+    assert changed == pytest.approx({"mask": RETRAIN_RATE, "mask-benign": 1.0, "mask-malignant": 1.0})
     run = tmp_path / "run"
     train(drawn_prepared.folder, run, recipe, base=start, device="cpu", console=quiet())
     before, after = weight_hashes(base), weight_hashes(run)
@@ -233,8 +236,27 @@ def test_a_retrained_stage_is_new_and_all_else_is_the_bases(
     assert record["base"] == start.identity
 
 
+def test_a_retrained_decoder_reads_the_same_latents(base: Path, drawn_prepared: Prepared, tmp_path: Path) -> None:
+    """The encoder stays what all stages learnt their latents from, bit for bit; so does all else."""
+    start = Base.open(base)
+    recipe = start.recipe(scale=SHORTEST, seed=1, retrain=["decoder"])
+    assert [task.name for task in recipe.tasks] == ["decoder"]
+    run = tmp_path / "run"
+    train(drawn_prepared.folder, run, recipe, base=start, device="cpu", console=quiet())
+    before, after = weight_hashes(base), weight_hashes(run)
+    assert {name.split("/")[1] for name in after if after[name] != before[name]} == {"autoencoder"}
+    (old, told), (new, record) = load_networks(base), load_networks(run)
+    assert record["latents"] == told["latents"]
+    changed = {
+        name.partition(".")[0]
+        for name, value in new.autoencoder.state_dict().items()
+        if not torch.equal(value, old.autoencoder.state_dict()[name])
+    }
+    assert changed == {"decoder"}
+
+
 def test_a_component_that_all_others_speak_through_cannot_be_retrained(base: Path) -> None:
-    with pytest.raises(UsageError, match=r"--retrain 'autoencoder' .*mask, lesion, blend, prior"):
+    with pytest.raises(UsageError, match=r"--retrain 'autoencoder' .*mask, lesion, blend, prior, decoder"):
         Base.open(base).recipe(retrain=["autoencoder"])
 
 

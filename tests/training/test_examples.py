@@ -12,6 +12,7 @@ from busigen.registry import PRESETS
 from busigen.training.examples import (
     Frame,
     Frames,
+    background_examples,
     greyed,
     load_examples,
     save_examples,
@@ -19,7 +20,7 @@ from busigen.training.examples import (
     to_tensor,
     window_examples,
 )
-from busigen.training.models import build
+from busigen.training.models import build, place_condition
 from busigen.training.networks import Networks
 
 TINY = PRESETS["tiny"]
@@ -95,6 +96,24 @@ def test_filling_the_frame_keeps_the_scale_and_mirrors_what_was_a_bar(frames: Fr
     steps = np.diff(filled.image.astype(int), axis=1 if tall else 0)
     assert np.abs(steps).max() == 1
     assert filled.valid[0].any(), "the skin stays on top"
+
+
+def test_the_prior_learns_depth_as_a_share_of_each_images_own_height(frames: Frames, networks: Networks) -> None:
+    """What counts in its loss are the cells that lie in the frame, and these alone have places from -1 to 1."""
+    options = {"variants": 1, "seed": 3, "device": torch.device("cpu"), "progress": lambda done, total: None}
+    examples = background_examples(frames, lambda row, variant: frames.images[row], networks, **options)
+    place = place_condition(examples["clean"].float(), examples["frame"].float())
+    inside = (place.abs() <= 1.0).all(dim=1, keepdim=True)
+    counted = examples["weight"]
+    assert counted.any() and not (counted & ~inside).any()
+    # A cell that the frame cuts lies in it with its centre and does not count; so does one under an overlay.
+    heights = examples["frame"][:, 2]
+    assert len(heights.unique()) > 1, "images of several shapes, or this proves nothing"
+    for row, height in enumerate(heights.tolist()):
+        whole = height // 8
+        depths = place[row, 0, :whole, 0]
+        assert torch.allclose(depths.diff(), torch.tensor(16.0 / height), atol=1e-5)
+        assert depths[0] == pytest.approx(8.0 / height - 1.0, abs=1e-5)
 
 
 def test_every_lesion_image_gives_its_windows_and_normal_ones(frames: Frames, networks: Networks, tmp_path) -> None:
