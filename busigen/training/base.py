@@ -91,9 +91,7 @@ class Base:
         lora = self.record["recipe"]["lora"]
         if retrain:
             chosen = {*retrain, *(("heal",) if {"mask", "prior"}.intersection(retrain) else ())}
-            tasks = tuple(
-                _further(task) for task in recipe.tasks if {task.name, task.component}.intersection(chosen)
-            )
+            tasks = tuple(_further(task) for task in recipe.tasks if {task.name, task.component}.intersection(chosen))
         else:
             tasks = tuple(replace(task, sources=()) for task in recipe.tasks if task.kind in ADAPTER_KINDS)
         return replace(recipe, tasks=tasks, lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))

@@ -171,10 +171,8 @@ def place_condition(latents: Tensor, frame: Tensor) -> Tensor:
         latents: ``(B, C, s, s)``, of whole images.
         frame: ``(B, 4)``, each image's top, left, height and width in pixels of the working image.
     """
-    rows, columns = (
-        2.0 * ((torch.arange(side, device=latents.device) + 0.5) * LATENT_FACTOR - start) / length - 1.0
-        for side, start, length in zip(latents.shape[-2:], frame[:, :2].split(1, 1), frame[:, 2:].split(1, 1))
-    )
+    centres = (torch.arange(latents.shape[-1], device=latents.device) + 0.5) * LATENT_FACTOR
+    rows, columns = (2.0 * (centres - frame[:, axis, None]) / frame[:, axis + 2, None] - 1.0 for axis in (0, 1))
     # Built on the input, because a constant would have a fixed batch in the exported graph.
     zero = latents[:, :1] * 0.0
     return torch.cat((zero + rows[:, None, :, None], zero + columns[:, None, None, :]), dim=1)
