@@ -25,7 +25,6 @@ from busigen.evaluation.comparing.statistics import halves
 from busigen.evaluation.context import ImageSet
 from busigen.evaluation.physics import speckle
 from busigen.evaluation.reading.sets import from_prepared
-from busigen.registry import SPECKLE_GAIN
 from busigen.training.checkpoint import load_component
 
 RESULTS = Path(__file__).parent / "results" / "autoencoder.json"
@@ -63,13 +62,12 @@ def main() -> None:
 
 @torch.no_grad()
 def reconstructed(images: ImageSet, network: Any) -> NDArray[np.uint8]:
-    """Encode and decode whole images, ``uint8 (N, 256, 256)``, with fixed noise as strong as in use."""
+    """Encode and decode whole images, ``uint8 (N, 256, 256)``, with fixed noise."""
     generator = torch.Generator().manual_seed(0)
     parts = []
     for start in range(0, len(images), BATCH):
         pixels = torch.from_numpy(images.images[start : start + BATCH].astype(np.float32) / 127.5 - 1.0)[:, None]
-        noise = SPECKLE_GAIN * torch.randn(pixels.shape, generator=generator)
-        output = network(pixels, noise).clamp(-1.0, 1.0)
+        output = network(pixels, torch.randn(pixels.shape, generator=generator)).clamp(-1.0, 1.0)
         parts.append(((output[:, 0] + 1.0) * 127.5).round().byte().numpy())
     return np.concatenate(parts)
 

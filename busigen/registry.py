@@ -161,10 +161,6 @@ SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
 """Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
 standardised, and neither stage 1 nor the prior is told much; stages 2 and 3 see the surroundings and the outline."""
 
-SPECKLE_GAIN = 1.08
-"""Deviation of the noise that the decoder draws speckle from in use; in training it is 1. The decoder's grains come out
-a little weaker and wider than real ones, and more noise makes up for it (docs/model-card.md)."""
-
 OPSETS = (20, 23)
 """ONNX opsets that export can write, the default first: `docs/export.md` says what each engine makes of them."""
 
