@@ -15,7 +15,7 @@ import pytest
 
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.registry import BUCKETS, LESION_CLASSES
-from busigen.runtime.bundle import MAX_GRAPH_BYTES, MAX_RECORD_BYTES, Bundle, default_bundle, graph_names
+from busigen.runtime.bundle import MAX_GRAPH_BYTES, MAX_RECORD_BYTES, SCHEMA, Bundle, default_bundle, graph_names
 from busigen.runtime.engines.on_onnxruntime import OnnxBackend
 from busigen.runtime.onnx_files import external_files
 
@@ -159,7 +159,7 @@ def test_another_schema_is_refused(bundle: Path, change: Callable[[Info], object
     rewrite(bundle, change)
     error = refusal(bundle)
     assert isinstance(error, InputError)
-    assert f"{bundle / 'bundle.json'} does not have schema 2" in error.problem
+    assert f"{bundle / 'bundle.json'} does not have schema {SCHEMA}" in error.problem
 
 
 @pytest.mark.parametrize(

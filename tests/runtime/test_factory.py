@@ -159,8 +159,8 @@ def test_failed_write_keeps_complete_shards_and_says_so(tmp_path: Path) -> None:
     out = tmp_path / "set"
 
     def limit() -> None:
-        # A shard of 2 samples fits, the short preview and everything else would not; Python gets EFBIG.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        # A shard of 2 samples (143 kB) fits, the preview (258 kB) does not; Python gets EFBIG.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     done = subprocess.run(command(out, 4, 2), cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert done.returncode == OutputError.exit_code
