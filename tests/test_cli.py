@@ -252,9 +252,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     assert hashes(out) == hashes(whole)
 
 
-def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
-    out = tmp_path / "set"
-    command = [*CLI, "generate", "--count", "500", "--shard-size", "500", "--batch-size", "1", "--out", str(out)]
+def begun(command: list[str], line: str) -> subprocess.Popen[str]:
+    """Start a command, and wait until it says a line that begins so."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -265,7 +264,15 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
-    assert any(line.startswith("generating: 0/500") for line in process.stderr)
+    assert any(said.startswith(line) for said in process.stderr)
+    return process
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    command = [*CLI, "generate", "--count", "500", "--shard-size", "500", "--batch-size", "1", "--out", str(out)]
+    process = begun(command, "generating: 0/500")
+    assert process.stderr is not None
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     told = next(line for line in process.stderr if "Ctrl-C: " in line)
@@ -278,16 +285,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_a_line_where_a_command_has_nothing_of_its_own_to_say(drawn_busi: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*CLI, "prepare", str(drawn_busi), "--out", str(tmp_path / "prepared")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    assert any(line.startswith("preparing: 0/") for line in process.stderr)
+    process = begun([*CLI, "prepare", str(drawn_busi), "--out", str(tmp_path / "prepared")], "preparing: 0/")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert errors.splitlines()[-1] == "error: Interrupted."
