@@ -13,7 +13,7 @@ from typing import Any
 from busigen.errors import IntegrityError, OutputError, UsageError
 from busigen.registry import STAGES
 from busigen.training import checkpoint
-from busigen.training.recipe import LoraSpec, Recipe, TaskSpec, recipe_for
+from busigen.training.recipe import LEARN_FROM_HEALED, LoraSpec, Recipe, TaskSpec, recipe_for
 from busigen.training.state import fresh_folder
 
 ADAPTER_KINDS = ("heal", "adapter")
@@ -90,8 +90,12 @@ class Base:
         recipe = recipe_for(own, seed=seed, scale=scale)
         lora = self.record["recipe"]["lora"]
         if retrain:
-            chosen = {*retrain, *(("heal",) if {"mask", "prior"}.intersection(retrain) else ())}
-            tasks = tuple(_further(task) for task in recipe.tasks if {task.name, task.component}.intersection(chosen))
+            healing = not set(LEARN_FROM_HEALED).isdisjoint(retrain)
+            tasks = tuple(
+                _further(task)
+                for task in recipe.tasks
+                if (healing if task.kind == "heal" else not {task.name, task.component}.isdisjoint(retrain))
+            )
         else:
             tasks = tuple(replace(task, sources=()) for task in recipe.tasks if task.kind in ADAPTER_KINDS)
         return replace(recipe, tasks=tasks, lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))

@@ -25,7 +25,7 @@ from busigen.training.examples import Frames, Progress, frames_of, select, to_te
 from busigen.training.heal import heal, healed_reader, save_healed
 from busigen.training.models import build
 from busigen.training.networks import Networks
-from busigen.training.recipe import Recipe, TaskSpec
+from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.state import fresh_folder, write_json
 from busigen.training.tasks import KINDS, Setting
 from busigen.training.trainer import Trainer
@@ -247,7 +247,7 @@ class _Run:
             report=self._report,
             cache=self.out / CACHE,
             max_images=self.recipe.max_images,
-            healed=healed_reader(healed) if healed.exists() and spec.component in ("mask", "prior") else None,
+            healed=healed_reader(healed) if healed.exists() and spec.component in LEARN_FROM_HEALED else None,
         )
 
     @torch.no_grad()

@@ -9,6 +9,9 @@ from typing import Any
 from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES, Preset
 
+LEARN_FROM_HEALED = ("mask", "prior")
+"""Components that are shown images without their lesions."""
+
 
 @dataclass(frozen=True)
 class TaskSpec:

@@ -22,7 +22,7 @@ from busigen.errors import InputError, IntegrityError, OutputError, UsageError
 from busigen.export.card import card
 from busigen.export.parity import LIMITS
 from busigen.registry import LESION_CLASSES, STAGES
-from busigen.training.base import RETRAIN_RATE, Base
+from busigen.training.base import RETRAIN_RATE, RETRAINABLE, Base
 from busigen.training.checkpoint import load_component, load_networks, weight_hashes, write_record
 from busigen.training.examples import Frames, load_examples, select
 from busigen.training.heal import healed_reader
@@ -253,6 +253,13 @@ def test_a_retrained_decoder_reads_the_same_latents(base: Path, drawn_prepared: 
         if not torch.equal(value, old.autoencoder.state_dict()[name])
     }
     assert changed == {"decoder"}
+
+
+def test_images_are_healed_for_those_alone_that_learn_from_healed_ones(base: Path) -> None:
+    healing = {
+        name: "heal" in {task.name for task in Base.open(base).recipe(retrain=[name]).tasks} for name in RETRAINABLE
+    }
+    assert healing == {"mask": True, "lesion": False, "blend": False, "prior": True, "decoder": False}
 
 
 def test_a_component_that_all_others_speak_through_cannot_be_retrained(base: Path) -> None:
