@@ -19,6 +19,9 @@ Item = TypeVar("Item")
 Effort = Literal["quick", "full"]
 Backgrounds = Literal["real", "synthetic", "unknown"]
 
+CLEAN = "Text, calipers and other marks of the scanner are painted over in all sets, or they would be what is learnt."
+"""Note of the sections that learn from :meth:`ImageSet.without_overlays`."""
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -36,6 +39,7 @@ class ImageSet:
             suspected in the native image), ``background`` str or null (what a busigen sample was painted into: the
             sha256 of a healthy image's file, or ``synthetic``), ``mask_files`` i64 (0 where the image has none).
         overlays: ``bool (N, 256, 256)``, pixels suspected to be overlay.
+        clean: ``images`` with everything painted over that may be overlay, or None where that was not looked for.
         layout: How the folder is laid out, for people: ``busigen dataset``, ``prepared``, ``BUSI``, ...
         refused: Files that could not be read and are in no row.
     """
@@ -46,6 +50,7 @@ class ImageSet:
     valid: NDArray[np.bool_]
     overlays: NDArray[np.bool_]
     table: pl.DataFrame
+    clean: NDArray[np.uint8] | None = None
     layout: str = "unknown"
     refused: tuple[Refusal, ...] = ()
 
@@ -71,8 +76,17 @@ class ImageSet:
             masks=self.masks[rows],
             valid=self.valid[rows],
             overlays=self.overlays[rows],
+            clean=None if self.clean is None else self.clean[rows],
             table=self.table[rows.tolist()],
         )
+
+    def without_overlays(self) -> ImageSet:
+        """The set with its clean images, for whatever learns from pixels.
+
+        Text and calipers are in most real images and in no generated one, and calipers stand at the lesion's rim: a
+        classifier would find the real images by them, a segmentation network the lesions.
+        """
+        return self if self.clean is None else replace(self, images=self.clean)
 
     def of_class(self, label: str) -> ImageSet:
         """The images of one class."""
@@ -114,6 +128,12 @@ class AuditContext:
     external: ImageSet | None = None
     healthy: Path | None = None
     progress: Progress = field(default_factory=Progress)
+
+    def without_overlays(self) -> AuditContext:
+        """The same audit on clean images; see :meth:`ImageSet.without_overlays`."""
+        names = ("synthetic", "real", "train", "external")
+        sets = {name: part.without_overlays() for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, **sets)
 
     def folder(self, section: str) -> Path:
         """The section's folder for pictures, made on demand."""

@@ -23,6 +23,10 @@ LATTICE_WEIGHT = 5.0
 """Weight of the lattice term: where cells can be seen in the speckle, its size is about 0.02."""
 
 
+CRITIC_WEIGHT = 0.3
+"""Weight of what the decoder loses to its critic: after 100 steps it pulls a third as hard as the energy distance."""
+
+
 def _patches(image: Tensor, side: int, stride: int) -> Tensor:
     """Patches of ``(B, 1, H, W)`` as ``(B, P, side, side)``."""
     return image.unfold(2, side, stride).unfold(3, side, stride).flatten(1, 3)

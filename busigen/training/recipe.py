@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES, Preset
@@ -19,7 +19,8 @@ class TaskSpec:
 
     ``kind`` names the task class (:data:`busigen.training.tasks.KINDS`); ``component`` the network it trains; ``start``
     the component of the same shape whose weights it begins with; ``label`` an adapter's class. ``variants`` counts
-    encodings per image, ``batch`` 128-pixel windows (or images).
+    encodings per image, ``batch`` 128-pixel windows (or images). ``keep`` says which weights stay: the ``best`` on
+    held-out images, or the ``last``, where an opponent finds more than the held-out loss measures.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TaskSpec:
     weight_decay: float = 1e-2
     clip: float = 1.0
     sources: tuple[str, ...] = ()
+    keep: Literal["best", "last"] = "best"
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _compact() -> tuple[TaskSpec, ...]:
     """Sized for minutes of a large GPU; a CPU run scales the steps down (``--scale``)."""
     return (
         TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=40_000, batch=8, lr=1.5e-3, ema=0.995),
-        TaskSpec("decoder", "decoder", "autoencoder", steps=10_000, batch=8, lr=3e-4, ema=0.99, start="autoencoder"),
+        TaskSpec("decoder", "decoder", "autoencoder", steps=10_000, batch=8, lr=3e-4, start="autoencoder", keep="last"),
         TaskSpec("context", "context", "context", steps=6_000, batch=32, lr=1e-3, ema=0.995),
         TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
@@ -115,7 +117,9 @@ def _compact() -> tuple[TaskSpec, ...]:
 def _tiny() -> tuple[TaskSpec, ...]:
     return (
         TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=200, batch=8, lr=3e-3, warmup=20, ema=0.98),
-        TaskSpec("decoder", "decoder", "autoencoder", steps=40, batch=8, lr=3e-4, ema=0.9, start="autoencoder"),
+        TaskSpec(
+            "decoder", "decoder", "autoencoder", steps=40, batch=8, lr=3e-4, ema=0.9, start="autoencoder", keep="last"
+        ),
         TaskSpec("context", "context", "context", steps=60, batch=8, lr=2e-3, warmup=10, ema=0.95),
         TaskSpec("lesion", "window", "lesion", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),

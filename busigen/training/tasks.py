@@ -19,6 +19,7 @@ from busigen.errors import InputError
 from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR
 from busigen.solver import solver_steps
 from busigen.training import objectives, sheets
+from busigen.training.critic import Critic
 from busigen.training.examples import (
     Frames,
     Progress,
@@ -87,7 +88,8 @@ class AutoencoderTask:
     crop = 96
 
     def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
-        self.spec, self.module, self.device = spec, module, setting.device
+        self.spec, self.device = spec, setting.device
+        self.autoencoder, self.module = module, module
         self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
 
     def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -113,14 +115,14 @@ class AutoencoderTask:
         return torch.randn(pixels.shape, generator=generator).to(pixels)
 
     def _decoded(self, frames: Frames, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Two decodings of a batch, the pixels, where they count, and the latents."""
+        """Two decodings of a batch, the pixels, where they count, and the latents that were decoded, without noise."""
         pixels, weight = self._batch(frames, self.spec.batch, generator)
-        latents = self.module.encoder(pixels)
+        latents = self.autoencoder.encoder(pixels)
         spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
         # Noise makes the decoder forgive what the denoisers get slightly wrong, and keeps grains out of the latents.
         noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=generator).to(latents)
         noise = torch.cat([self._noise(pixels, generator) for _ in range(2)])
-        first, second = self.module.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
+        first, second = self.autoencoder.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
         return first, second, pixels, weight, latents.float()
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
@@ -138,25 +140,39 @@ class AutoencoderTask:
         """Held-out crops above their reconstructions."""
         generator = Generator().manual_seed(1)
         pixels, _ = self._batch(self.held_out, 8, generator)
-        output = self.module(pixels, self._noise(pixels, generator))
+        output = self.autoencoder(pixels, self._noise(pixels, generator))
         return sheets.grid([[sheets.to_picture(p) for p in pixels], [sheets.to_picture(p) for p in output]])
 
 
 class DecoderTask(AutoencoderTask):
-    """The decoder alone, once the latents are settled, so that their cells do not show in what it draws.
+    """The decoder alone, once the latents are settled: against its cells' showing in what it draws, and a critic.
 
-    From the start on, the same pressure would cost sharpness: the decoder then flees from edges instead.
+    From the start on, pressure against the cells would cost sharpness: the decoder then flees from edges instead. The
+    critic finds what the energy distance, which compares patch by patch, does not see.
     """
 
     def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
         super().__init__(spec, setting, module)
         module.encoder.requires_grad_(False)
+        self.critic = Critic(module.config.latent_channels).to(setting.device)
+        self.module = nn.ModuleDict({"autoencoder": module, "critic": self.critic})
 
-    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
-        first, second, pixels, weight, latents = self._decoded(frames, generator)
+    def _score(self, decoded: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], generator: Generator) -> Tensor:
+        first, second, pixels, weight, latents = decoded
         seams = objectives.lattice(first, pixels) + objectives.lattice(second, pixels)
         score = objectives.reconstruction(first, second, pixels, weight, latents, generator)
         return score + objectives.LATTICE_WEIGHT * seams
+
+    def loss(self, generator: Generator) -> Tensor:
+        """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what the critic lose."""
+        decoded = self._decoded(self.train, generator)
+        first, _, pixels, weight, latents = decoded
+        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
+        return self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
+
+    def validate(self) -> float:
+        """Mean loss of fixed held-out crops, without the critic's part: its scores mean another thing every step."""
+        return _mean(lambda g: self._score(self._decoded(self.held_out, g), g))
 
 
 class ContextTask:

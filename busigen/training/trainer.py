@@ -87,8 +87,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end and return the task's figures.
 
-        The module is left with the EMA weights of the validation with the lowest held-out loss: what is trained for too
-        long learns its images by heart.
+        The module is left with the EMA weights that the task's ``keep`` names, as a rule those of the validation with
+        the lowest held-out loss: what is trained for too long learns its images by heart.
         """
         self._restore()
         writer = SummaryWriter(str(self.events), purge_step=self.step or None)
@@ -124,13 +124,15 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.best[name])
-        kept = self._best_step()
+        kept = self._kept_step()
         if kept < self.step:
             log.info("%s: the weights of step %d are kept; held-out loss rose afterwards", self.spec.name, kept)
         return {"steps": self.step, "kept": kept, "validation": self.validation}
 
-    def _best_step(self) -> int:
-        """The step with the lowest held-out loss; of equal ones, the last."""
+    def _kept_step(self) -> int:
+        """The step with the lowest held-out loss, of equal ones the last; or the last of all."""
+        if self.spec.keep == "last":
+            return self.validation[-1][0]
         return min(reversed(self.validation), key=lambda entry: entry[1])[0]
 
     def _train_step(self) -> float:
@@ -156,7 +158,7 @@ class Trainer:
         figure = self.task.validate()
         self.task.sheet().save(self.sheets / f"{self.step:06d}.png")
         self.validation.append((self.step, figure))
-        if self._best_step() == self.step:
+        if self._kept_step() == self.step:
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.ema.restore(self.parameters.values())
         writer.add_scalar(f"{self.spec.name}/validation", figure, self.step)

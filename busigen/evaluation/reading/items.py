@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from busigen.data.cleaning import without_overlays
 from busigen.data.groups import thumbnail
 from busigen.data.images import MARK_SHARE, ImageFile
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_mask
 from busigen.data.letterbox import letterbox_coverage as coverage
 from busigen.data.overlays import find_overlays
+from busigen.data.suspects import suspect_mask
 
 BAR_LEVEL = 6
 """Grey level that no pixel of a letterbox bar exceeds; compression and networks leave a few levels in them."""
@@ -47,12 +49,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image in the working frame: four ``(256, 256)`` arrays, a ``(64, 64)`` thumbnail, the table's row."""
+    """One image in the working frame: five ``(256, 256)`` arrays, a ``(64, 64)`` thumbnail, the table's row."""
 
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
     valid: NDArray[np.bool_]
     overlay: NDArray[np.bool_]
+    clean: NDArray[np.uint8]
     thumbnail: NDArray[np.float32]
     row: dict[str, object]
 
@@ -86,7 +89,8 @@ def frame(item: Item) -> Frame:
         "background": item.background,
         "mask_files": mask_files,
     }
-    return Frame(image, mask, _valid(image, box), coverage(painted, box) > 0, thumbnail(file.pixels), row)
+    clean, _ = letterbox(without_overlays(file.pixels, suspect_mask(file.pixels, file.coloured, overlays.mask)))
+    return Frame(image, mask, _valid(image, box), coverage(painted, box) > 0, clean, thumbnail(file.pixels), row)
 
 
 def _valid(image: NDArray[np.uint8], box: Letterbox) -> NDArray[np.bool_]:

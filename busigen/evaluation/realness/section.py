@@ -20,7 +20,7 @@ from busigen.evaluation.comparing.statistics import (
     halves,
     joint_groups,
 )
-from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
 from busigen.evaluation.realness.separation import Ints, Ridge, Task, auc, bootstrap_auc, folds, shuffled_sides
 from busigen.evaluation.realness.views import BAND, MARGIN, VIEWS, View
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
@@ -66,6 +66,8 @@ def run(context: AuditContext) -> SectionResult:
     """
     started = time.perf_counter()
     result = SectionResult(SECTION)
+    result.note(CLEAN)
+    context = context.without_overlays()
     found: list[_Separation] = []
     for view in context.track("Real or synthetic?", VIEWS.values(), len(VIEWS)):
         sides = _sides(context, view, result)

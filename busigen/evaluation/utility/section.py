@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from busigen.evaluation.context import AuditContext
+from busigen.evaluation.context import CLEAN, AuditContext
 from busigen.evaluation.results import SectionResult
 from busigen.evaluation.utility.arms import EXTENTS, arms_for, outcomes, splits
 from busigen.evaluation.utility.figures import LEARNT, SECTION, arm_figures, flagged, untaught
@@ -23,6 +23,8 @@ def run(context: AuditContext) -> SectionResult:
     """
     started = time.perf_counter()
     result = SectionResult(SECTION)
+    result.note(CLEAN)
+    context = context.without_overlays()
     synthetic = len(context.synthetic.with_lesions())
     lesions = int(context.real.masks.any(axis=(1, 2)).sum())
     if not synthetic or lesions < 2:
