@@ -7,9 +7,8 @@ Draws outlines (stage 1 and its gates, no painting) per class and compares them 
 the two-sample Kolmogorov-Smirnov test; then asks for ranges of every attribute and measures what is missed. The table
 is printed and everything goes to ``results/outlines.json``.
 
-Synthetic backgrounds have no letterbox bars: the prior learns from images whose bars were filled with their mirror
-image. So sizes and places on them are compared with those of real lesions in such frames, and those on --healthy images
-with real lesions in their own frames.
+Sizes and places are shares of the frame within its letterbox bars: synthetic backgrounds get the bars of a training
+image.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +66,14 @@ def draw(sampler: Outliner, seed: int, count: int) -> tuple[list[Draft], Counter
     return sampler.outlined[:count], refused
 
 
-def real_outlines(prepared: Prepared, label: str, *, filled: bool) -> list[dict[str, float]]:
-    """Shape features of a lesion of every prepared image, in its own frame or in one without bars."""
+def real_outlines(prepared: Prepared, label: str) -> list[dict[str, float]]:
+    """Shape features of a lesion of every prepared image, in its own frame."""
     frames = Frames(prepared, prepared.table.filter(prepared.table["class"] == label))
     found = []
     for number in range(len(frames)):
         frame, rng = frames[number], np.random.default_rng(number)
         lesion = random_lesion(frame, rng)
-        features = outline(largest_component(lesion), frame.valid)
-        if filled:
-            part = replace(frame, lesions=lesion.astype(np.uint8)).filling(rng).lesions > 0
-            features = outline(largest_component(part), np.ones_like(part))
-        found.append(features)
+        found.append(outline(largest_component(lesion), frame.valid))
     return found
 
 
@@ -133,7 +127,7 @@ def main() -> None:
 
         free, refused = draw(sampler(Asked()), options.seed, options.count)
         drawn = [outline(draft.mask, draft.healthy.valid) for draft in free if draft.mask is not None]
-        table = compared(real_outlines(prepared, label, filled=healthy is None), drawn)
+        table = compared(real_outlines(prepared, label), drawn)
         asked, refused_asked = draw(sampler(parse_asked(**ASKED)), options.seed, options.count)
         report[label] = {
             "drawn": len(drawn),

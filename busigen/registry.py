@@ -154,12 +154,13 @@ PRESETS = {
 DEFAULT_PRESET = "compact"
 """The preset that ``train`` takes where neither a preset nor a base is named."""
 
-SOLVER_STEPS = {"mask": 8, "lesion": 2, "blend": 1, "prior": 5}
+SOLVER_STEPS = {"mask": 4, "lesion": 2, "blend": 1, "prior": 5}
 """Network evaluations per denoiser. Fixed at export."""
 
 SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
 """Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
-standardised, and neither stage 1 nor the prior is told much; stages 2 and 3 see the surroundings and the outline."""
+standardised, and stages 2 and 3 see the surroundings and the outline. Stage 1 and the prior measure the spread of each
+of their coefficients instead (busigen.training.spectrum)."""
 
 OPSETS = (20, 23)
 """ONNX opsets that export can write, the default first: `docs/export.md` says what each engine makes of them."""

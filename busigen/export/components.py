@@ -123,14 +123,16 @@ def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
 
 
 def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
-    """Stage 1 of each class; the classes' adapters share the base's outline space."""
+    """Stage 1 of each class; the classes' adapters share the base's outline space, but not its spread."""
     first = networks.denoiser("mask", LESION_CLASSES[0])
     step = tracing.outline_step(first, networks.preset.tokens)
     before, after = steady(tracing.asked(first.space)), steady(tracing.distance(first.space, first.length))
     parts = {}
     for label in LESION_CLASSES:
-        weighted = with_weights(step, _weights(networks.denoisers[f"mask-{label}"]))
-        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, after)
+        unet = networks.denoisers[f"mask-{label}"]
+        update = steady(tracing.spectrum(unet.spectrum))
+        weighted = with_weights(step, _weights(unet))
+        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, after, update)
     return Component("mask", parts, loop)
 
 

@@ -265,6 +265,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
         "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
+        "styles": record.get("styles", []),
         "solver_steps": dict(networks.steps),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),

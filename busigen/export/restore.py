@@ -33,6 +33,9 @@ _EXPORT = "Use a bundle that this busigen exported, or train again."
 VELOCITY = "velocity.unet."
 """What a traced evaluation puts before its denoiser's names (:class:`busigen.export.trace.Step`)."""
 
+SPREAD = "update/spread"
+"""What the solver steps of a denoiser that has a spread are made of, by its name in a graph."""
+
 Weights = dict[str, Tensor]
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -124,19 +127,17 @@ def _write_components(bundle: Bundle, preset: str, out: Path) -> dict[str, list[
 
 
 def _denoiser(weights: Mapping[str, Tensor]) -> Weights:
-    """A denoiser's own names: its parameters as traced, and stage 1's outline space from around the loop."""
+    """A denoiser's own names: its parameters as traced, and from around the loop its outline space and its spread."""
     own = {name.removeprefix(VELOCITY): value for name, value in weights.items() if name.startswith(VELOCITY)}
     space = {name.removeprefix("after/"): v for name, v in weights.items() if name.startswith("after/space.")}
+    if SPREAD in weights:
+        own["spectrum.spread"] = weights[SPREAD]
     return own | space
 
 
 def _prior(weights: Mapping[str, Tensor]) -> Weights:
-    """The prior's own names, with the bias that export folded its cross-attention into back in its place.
-
-    What its solver steps are made of lies around the network, in the loop.
-    """
-    own = {name.replace(".attn2.bias", ".attn2.to_out.0.bias"): v for name, v in _denoiser(weights).items()}
-    return own | {"spectrum.spread": _found(weights, "update/spread")}
+    """The prior's own names, with the bias that export folded its cross-attention into back in its place."""
+    return {name.replace(".attn2.bias", ".attn2.to_out.0.bias"): v for name, v in _denoiser(weights).items()}
 
 
 def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -220,6 +221,7 @@ def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
         "recipe": known.get("recipe", recipe_for(preset).to_dict()),
         "data": {"images": "unrecorded", **known.get("data", {}), "split_hash": bundle.info.get("split_hash")},
         "frames": [list(frame) for frame in bundle.frames],
+        "styles": bundle.info.get("styles", []),
         "tasks": known.get("tasks", {}),
         "device": known.get("device", "unrecorded"),
         "versions": checkpoint.versions(),

@@ -23,7 +23,7 @@ from busigen.training.models import place_condition, region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
 from busigen.training.outline import OutlineTransformer
 from busigen.training.outline_space import OutlineSpace
-from busigen.training.spectrum import Spectrum
+from busigen.training.spectrum import Spread
 
 EXAMPLE_BATCH = 2
 """A batch of one would be frozen into the graph by the tracer."""
@@ -258,8 +258,8 @@ class Tracer:
         names = ["x", "t", "label", "tokens", "keep", "condition0"]
         return self._traced(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
 
-    def spectrum(self, spectrum: Spectrum) -> ModelProto:
-        """The prior's solver step: ``x``, its ``velocity`` and the times ``t`` and ``s`` to ``following``."""
+    def spectrum(self, spectrum: Spread) -> ModelProto:
+        """A solver step by coefficients: ``x``, its ``velocity`` and the times ``t`` and ``s`` to ``following``."""
         x, velocity = (torch.randn(EXAMPLE_BATCH, *spectrum.spread.shape) for _ in range(2))
         times = [torch.full((1,), time) for time in (0.9, 0.8)]
         names = ["x", "velocity", "t", "s"]

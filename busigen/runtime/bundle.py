@@ -10,9 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 from busigen.runtime.onnx_files import external_files
+from busigen.styles import are_styles
 
 RECORD = "bundle.json"
 SCHEMA = 3
@@ -123,6 +127,12 @@ class Bundle:
         """Heights and widths of training images in the working frame; without a record, they fill it."""
         return [(height, width) for height, width in self.info.get("frames", [[RESOLUTION, RESOLUTION]])]
 
+    @property
+    def styles(self) -> NDArray[np.float64] | None:
+        """What the prior's noise is styled with (:func:`busigen.styles.styled`), ``(rows, K)``; None for nothing."""
+        found = self.info.get("styles", [])
+        return np.array(found) if found else None
+
     def _check(self) -> None:
         graphs = self.info.get("graphs")
         if not isinstance(graphs, dict) or set(graphs) != set(graph_names()):
@@ -134,6 +144,9 @@ class Bundle:
                 )
         if not _are_frames(self.info.get("frames", [[RESOLUTION, RESOLUTION]])):
             raise IntegrityError(f"{self.folder / RECORD} has no valid 'frames'.", fix=_EXPORT)
+        styles = self.info.get("styles", [])
+        if styles != [] and not are_styles(styles, self.info["latent_channels"]):
+            raise IntegrityError(f"{self.folder / RECORD} has no valid 'styles'.", fix=_EXPORT)
         expected: dict[str, str] = {}
         for name, record in graphs.items():
             hashes = record.get("files") if isinstance(record, dict) else None

@@ -44,6 +44,7 @@ from busigen.runtime.noise import normal, uniform
 from busigen.runtime.regroup import Regrouper
 from busigen.runtime.sample import Drawn, Rejection, Sample
 from busigen.runtime.streaming import Outcome, in_order
+from busigen.styles import styled
 
 MAX_ATTEMPTS = 64
 """Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
@@ -243,7 +244,7 @@ class Sampler:
                 "prior",
                 BUCKETS[-1],
                 len(batch),
-                noise=_noise(seed, batch, "prior", self.bundle.latent_shape),
+                noise=self._prior_noise(seed, batch),
                 frame=np.array([place_of(frame) for frame in frames], np.float32),
             )
             speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
@@ -261,6 +262,10 @@ class Sampler:
             for job, picture in zip(batch, picked, strict=True)
         ]
         return [_refused(draft, reason) if (reason := background_reason(draft)) else draft for draft in drafts]
+
+    def _prior_noise(self, seed: int, batch: Sequence[Job]) -> NDArray[np.float32]:
+        noise, factor = _noise(seed, batch, "prior", self.bundle.latent_shape), self.bundle.styles
+        return noise if factor is None else styled(noise, factor, _noise(seed, batch, "style", factor.shape[1:]))
 
     def _frame(self, seed: int, job: Job) -> tuple[int, int]:
         frames = self.bundle.frames

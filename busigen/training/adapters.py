@@ -12,9 +12,18 @@ from busigen.training.recipe import LoraSpec
 
 
 def with_adapter(base: ModelMixin, lora: LoraSpec, seed: int) -> PeftModel:
-    """Freeze ``base`` and attach fresh adapters, which alone are trainable."""
+    """Freeze ``base`` and attach fresh adapters, which alone are trainable.
+
+    Where the base knows its data's spread (:mod:`busigen.training.spectrum`), the adapter has one of its own.
+    """
     torch.manual_seed(seed)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        lora_dropout=0.0,
+        modules_to_save=["spectrum"] if hasattr(base, "spectrum") else None,
+    )
     return get_peft_model(base.requires_grad_(False), config)
 
 

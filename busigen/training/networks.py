@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from busigen.registry import CLASSES, SOLVER_STEPS, Preset
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.models import mask_condition, place_condition, region_condition
-from busigen.training.spectrum import Spectrum
+from busigen.training.spectrum import Spread
 
 
 class Encoder(nn.Module):
@@ -70,8 +70,8 @@ class Velocity(nn.Module):
         ).sample
 
     def follow(self, x: Tensor, velocity: Tensor, step: SolverStep) -> Tensor:
-        """Take one solver step: by frequencies where the denoiser knows their spread, else all alike."""
-        spectrum: Spectrum | None = getattr(self.unet, "spectrum", None)
+        """Take one solver step: by coefficients where the denoiser knows their spread, else all alike."""
+        spectrum: Spread | None = getattr(self.unet, "spectrum", None)
         if spectrum is None:
             return step.a * x + step.b * velocity
         t, s = (torch.full((1,), time, dtype=x.dtype, device=x.device) for time in (step.t, step.s))

@@ -161,6 +161,7 @@ class _Run:
             },
             "latents": self.latents,
             "frames": self._frames(),
+            "styles": self._styles(),
             "tasks": self.figures,
             "device": str(self.device),
             "versions": checkpoint.versions(),
@@ -171,6 +172,12 @@ class _Run:
         if self.start is not None and "prior" not in _trained(self.recipe):
             return self.start.record.get("frames", [[RESOLUTION, RESOLUTION]])
         return frames_of(select(self.prepared, "train"))
+
+    def _styles(self) -> list[list[float]]:
+        """The styles that the prior lacks, here or in the base."""
+        if self.start is not None and "prior" not in _trained(self.recipe):
+            return self.start.record.get("styles", [])
+        return self.figures["prior"]["styles"]
 
     def _do(self, spec: TaskSpec) -> dict[str, Any]:
         if spec.kind == "heal":
@@ -197,7 +204,8 @@ class _Run:
         trainer = Trainer(task, seed=self.recipe.seed, folder=self.out, device=self.device, console=self.console)
         figures = trainer.run()
         module.eval()
-        return figures
+        with torch.no_grad():
+            return figures | task.findings()
 
     def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
         kind = self.recipe.kind_of(spec.component)

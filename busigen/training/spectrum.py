@@ -1,4 +1,4 @@
-"""How much images differ in each spatial frequency, and the solver step that makes use of it."""
+"""How much samples differ in each coefficient, and the solver step that makes use of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,58 @@ LEAST = 0.05
 """Smallest deviation that is believed: a frequency in which no training image differs from the others would freeze."""
 
 
-class Spectrum(nn.Module):
-    """Solver steps whose spread is that of each channel and spatial frequency instead of one number.
+class Spread(nn.Module):
+    """Solver steps whose spread is each coefficient's own instead of one number.
+
+    Stage 1's codes are standardised over all lesions, and those of one class are not: malignant outlines vary half as
+    much again in their fine components as benign ones do. With one spread for all, eight steps made malignant outlines
+    too smooth.
+
+    Args:
+        shape: of one sample.
+    """
+
+    spread: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.ones(shape))
+
+    def coefficients(self, sample: Tensor) -> Tensor:
+        """What of a sample varies independently of the rest, as far as is known; linear."""
+        return sample
+
+    def sample(self, coefficients: Tensor) -> Tensor:
+        """The way back from :meth:`coefficients`."""
+        return coefficients
+
+    @torch.no_grad()
+    def fit(self, clean: Tensor) -> None:
+        """Measure the spread on training samples ``(N, ...)``; of fewer than two, there is none to measure."""
+        if len(clean) < 2:
+            return
+        # In parts: the training split's coefficients all at once would be as large as the split itself.
+        total = torch.zeros_like(self.spread, dtype=torch.float64)
+        mean = clean.double().mean(0).float()
+        for part in clean.split(64):
+            total += self.coefficients(part.float() - mean).double().square().sum(0)
+        self.spread.copy_((total / (len(clean) - 1)).sqrt().clamp(min=LEAST).float())
+
+    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Go from time ``t`` to ``s``.
+
+        Args:
+            x: noisy samples ``(B, ...)``.
+            velocity: the network's answer to them, of the same shape.
+            t: time of ``x``, ``(1,)`` in (0, 1].
+            s: time to go to, ``(1,)`` in [0, t).
+        """
+        a, b = gaussian_constants(t, s, self.spread)
+        return self.sample(a * self.coefficients(x) + b * self.coefficients(velocity))
+
+
+class Spectrum(Spread):
+    """Solver steps whose spread is that of each channel and spatial frequency.
 
     Latents are standardised cell by cell, but neighbouring cells vary together: the mean of a whole image's latents
     varies up to eighteen times as much as independent cells would let it, their finest detail less than half as much.
@@ -27,37 +77,18 @@ class Spectrum(nn.Module):
         cells: their rows and columns.
     """
 
-    spread: Tensor
-
     def __init__(self, channels: int, cells: int) -> None:
-        super().__init__()
-        self.register_buffer("spread", torch.ones(channels, cells, cells))
+        super().__init__(channels, cells, cells)
 
-    @torch.no_grad()
-    def fit(self, clean: Tensor) -> None:
-        """Measure the spread on training latents ``(N, C, s, s)``; of fewer than two, there is none to measure."""
-        if len(clean) < 2:
-            return
-        basis = cosines(clean.shape[-1]).to(clean.device)
-        # In parts: the training split's coefficients all at once would be as large as the split itself.
-        total = torch.zeros_like(self.spread, dtype=torch.float64)
-        mean = clean.double().mean(0).float()
-        for part in clean.split(64):
-            total += (basis @ (part.float() - mean) @ basis.T).double().square().sum(0)
-        self.spread.copy_((total / (len(clean) - 1)).sqrt().clamp(min=LEAST).float())
+    def coefficients(self, sample: Tensor) -> Tensor:
+        """The cosine transform of latents ``(B, C, s, s)``."""
+        basis = cosines(sample.shape[-1]).to(sample)
+        return basis @ sample @ basis.T
 
-    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Go from time ``t`` to ``s``.
-
-        Args:
-            x: noisy latents ``(B, C, s, s)``.
-            velocity: the network's answer to them, of the same shape.
-            t: time of ``x``, ``(1,)`` in (0, 1].
-            s: time to go to, ``(1,)`` in [0, t).
-        """
-        a, b = gaussian_constants(t, s, self.spread)
-        basis = cosines(x.shape[-1]).to(x)
-        return basis.T @ (a * (basis @ x @ basis.T) + b * (basis @ velocity @ basis.T)) @ basis
+    def sample(self, coefficients: Tensor) -> Tensor:
+        """Its inverse."""
+        basis = cosines(coefficients.shape[-1]).to(coefficients)
+        return basis.T @ coefficients @ basis
 
 
 def cosines(size: int) -> Tensor:

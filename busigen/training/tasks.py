@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
-from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR
+from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
 from busigen.solver import solver_steps
 from busigen.training import objectives, sheets
 from busigen.training.critic import Critic
@@ -36,6 +36,7 @@ from busigen.training.models import MaskedAutoencoder, place_condition
 from busigen.training.networks import Networks, Velocity, blend_input, integrate
 from busigen.training.outline_examples import lesions, outline_examples, random_asking
 from busigen.training.recipe import TaskSpec
+from busigen.training.style_fit import fit_styles
 from busigen.training.trainer import Task
 
 VALIDATION_BATCHES = 6
@@ -136,6 +137,10 @@ class AutoencoderTask:
         """Mean loss of fixed held-out crops."""
         return _mean(lambda g: self._loss(self.held_out, g))
 
+    def findings(self) -> dict[str, Any]:
+        """See :class:`busigen.training.trainer.Task`."""
+        return {}
+
     def sheet(self) -> Image.Image:
         """Held-out crops above their reconstructions."""
         generator = Generator().manual_seed(1)
@@ -212,6 +217,10 @@ class ContextTask:
     def validate(self) -> float:
         """Mean squared error on dropped patches of held-out images."""
         return _mean(lambda g: self._loss(self.held_out, g))
+
+    def findings(self) -> dict[str, Any]:
+        """See :class:`busigen.training.trainer.Task`."""
+        return {}
 
     def sheet(self) -> Image.Image:
         """Images, what is kept of them, and what is predicted."""
@@ -298,6 +307,10 @@ class DenoiserTask:
         """Mean velocity error on held-out groups."""
         return _mean(lambda g: self._loss(self.held_out, g))
 
+    def findings(self) -> dict[str, Any]:
+        """See :class:`busigen.training.trainer.Task`."""
+        return {}
+
     def _sampled(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
         generator = Generator().manual_seed(1)
         examples = self.held_out[min(self.held_out)]
@@ -359,6 +372,8 @@ class MaskTask(DenoiserTask):
             module.space.fit(lesions(setting.frames("train", spec), setting.seed))
         self.space = module.space
         super().__init__(spec, setting, module)
+        # An adapter's outlines differ from each other by as much as its class's do.
+        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
 
     def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
         assert self.setting.healed is not None
@@ -399,6 +414,23 @@ class BackgroundTask(DenoiserTask):
 
     def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
         return (place_condition(batch["clean"], batch["frame"]),)
+
+    def findings(self) -> dict[str, Any]:
+        """The styles that drawn images lack (:mod:`busigen.styles`)."""
+        clean, places = (torch.cat([part.tensors[name] for part in self.train.values()]) for name in ("clean", "frame"))
+        chosen = places[torch.randperm(len(places), generator=Generator().manual_seed(self.setting.seed))]
+        steps = solver_steps("prior", SOLVER_STEPS["prior"])
+
+        def draw(noise: Tensor) -> Tensor:
+            parts = []
+            for x, frame in zip(noise.split(16), chosen.split(16), strict=False):
+                x, frame = x.to(self.device), frame.to(self.device)
+                label = torch.full((len(x),), CLASSES.index("normal"), device=self.device)
+                context = self.setting.networks.no_context(len(x), self.device)
+                parts.append(integrate(self.velocity, x, label, *context, steps, place_condition(x, frame)).cpu())
+            return torch.cat(parts)
+
+        return {"styles": fit_styles(self.module.spectrum, clean, draw, self.setting.seed)}
 
     def sheet(self) -> Image.Image:
         """Held-out backgrounds (through the autoencoder) above sampled ones."""

@@ -44,6 +44,9 @@ class Task(Protocol):
     def sheet(self) -> Image.Image:
         """Pictures that show a person what the network does now."""
 
+    def findings(self) -> dict[str, Any]:
+        """What else is to be kept of a task that is done, as JSON types; the module is trained and in evaluation."""
+
 
 def step_generator(seed: int, task: str, step: int) -> Generator:
     """The generator of one step. Keyed by the step, so that a resumed run draws what an undisturbed one would."""

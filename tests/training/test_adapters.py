@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 from busigen.registry import PRESETS
 from busigen.training.adapters import merge, save_adapter, with_adapter
@@ -62,3 +64,15 @@ def test_an_adapter_is_saved_alone_without_pickle_and_without_the_place_of_its_b
     assert "adapter_model.safetensors" in files
     assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in files)
     assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+def test_an_adapter_brings_the_spread_of_its_class(tmp_path: Path) -> None:
+    base = build("mask", TINY)
+    adapted = with_adapter(copy.deepcopy(base), LORA, seed=0)
+    adapted.spectrum.fit(0.5 * torch.randn(200, base.length, generator=torch.Generator().manual_seed(1)))
+    save_adapter(adapted, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    for merged in (merge(adapted), loaded):
+        # A deviation of 200 numbers is known to 5 % (one sigma).
+        assert 0.4 < merged.spectrum.spread.mean() < 0.6
+        assert set(merged.state_dict()) == set(build("mask", TINY).state_dict())

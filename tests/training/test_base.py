@@ -234,6 +234,8 @@ def test_a_retrained_stage_is_new_and_all_else_is_the_bases(
     networks, record = load_networks(run)
     assert set(networks.denoisers) == {"prior", *NAMES}
     assert record["base"] == start.identity
+    benign, malignant = (networks.denoisers[f"mask-{label}"].spectrum.spread for label in LESION_CLASSES)
+    assert not torch.allclose(benign, malignant), "each class has the spread of its own outlines"
 
 
 def test_a_retrained_decoder_reads_the_same_latents(base: Path, drawn_prepared: Prepared, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from busigen.solver import gaussian_steps
-from busigen.training.spectrum import Spectrum, cosines
+from busigen.training.spectrum import Spectrum, Spread, cosines
 
 CELLS = 8
 STEPS = 3
@@ -68,3 +68,21 @@ def test_what_never_differs_keeps_a_least_spread_and_one_image_says_nothing() ->
     assert spectrum.spread.eq(1.0).all()
     spectrum.fit(torch.ones(3, 2, CELLS, CELLS))
     assert 0 < spectrum.spread.max() < 0.1
+
+
+def test_numbers_of_a_code_come_out_with_a_spread_of_their_own() -> None:
+    spread = torch.tensor([0.5, 1.0, 1.5])
+    steps = Spread(3)
+    codes = torch.randn(2000, 3, generator=torch.Generator().manual_seed(3)) * spread + 0.4
+    steps.fit(codes)
+    # As above: 1.6 % is one sigma.
+    torch.testing.assert_close(steps.spread, spread, rtol=0.065, atol=0)
+    steps.spread.copy_(spread)
+    noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(4))
+    x = noise
+    for step in gaussian_steps(2, 1.0):
+        t = step.t
+        slope = (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2)
+        velocity = slope * (x - (1 - t) * 0.4) - 0.4
+        x = steps(x, velocity, torch.tensor([t]), torch.tensor([step.s]))
+    torch.testing.assert_close(x, 0.4 + spread * noise, rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,11 @@ def test_the_weights_of_the_lowest_held_out_loss_are_kept(tmp_path: Path, stop: 
     assert held_out[SPEC.steps] > min(held_out.values()), "the case is not one of training for too long"
     assert figures["kept"] < SPEC.steps
     assert task.validate() == held_out[figures["kept"]] == min(held_out.values())
+
+
+def test_a_task_may_keep_its_last_weights_instead(tmp_path: Path) -> None:
+    task = PassingTask()
+    task.spec = replace(SPEC, keep="last")
+    figures = _train(task, tmp_path)
+    assert figures["kept"] == SPEC.steps
+    assert task.validate() == dict(figures["validation"])[SPEC.steps] > min(dict(figures["validation"]).values())

@@ -66,7 +66,6 @@ def run(context: AuditContext) -> SectionResult:
     """
     started = time.perf_counter()
     result = SectionResult(SECTION)
-    result.note(CLEAN)
     context = context.without_overlays()
     found: list[_Separation] = []
     for view in context.track("Real or synthetic?", VIEWS.values(), len(VIEWS)):
@@ -75,6 +74,7 @@ def run(context: AuditContext) -> SectionResult:
             found += _separations(context, view, *sides, result)
     if found:
         _report(context, found, result)
+        result.note(CLEAN)
     if context.backgrounds == "real":
         result.note(_REAL_BACKGROUNDS)
     result.details["band"] = {"ring_px": BAND, "lesion_margin": MARGIN, "folds": FOLDS, "permutations": PERMUTATIONS}

@@ -23,7 +23,6 @@ def run(context: AuditContext) -> SectionResult:
     """
     started = time.perf_counter()
     result = SectionResult(SECTION)
-    result.note(CLEAN)
     context = context.without_overlays()
     synthetic = len(context.synthetic.with_lesions())
     lesions = int(context.real.masks.any(axis=(1, 2)).sum())
@@ -45,7 +44,7 @@ def run(context: AuditContext) -> SectionResult:
             f"{weak} of the trainings on real images did not learn to find lesions (Dice below {LEARNT}), for want of "
             "images or steps, so nothing is flagged."
         )
-    for text in (*notes, *left_out):
+    for text in (*notes, *left_out, CLEAN):
         result.note(text)
     extent = EXTENTS[context.effort]
     result.details["experiment"] = {

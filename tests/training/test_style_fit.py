@@ -1,0 +1,70 @@
+"""Drawn images must come to vary in their detail as training images do, whatever the network makes of a style."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from busigen.styles import EDGES, bands, powers, styled
+from busigen.training.spectrum import Spectrum
+from busigen.training.style_fit import COUNT, fit_styles
+
+CHANNELS, CELLS = 2, 32
+
+
+def spectrum() -> Spectrum:
+    found = Spectrum(CHANNELS, CELLS)
+    found.spread.copy_(torch.linspace(2.0, 0.5, CELLS).expand(CHANNELS, CELLS, CELLS))
+    return found
+
+
+def latents(noise: Tensor) -> Tensor:
+    """What a perfect prior makes of noise."""
+    known = spectrum()
+    return 0.3 + known.sample(known.spread * noise)
+
+
+def variation(drawn: Tensor) -> float:
+    known = spectrum()
+    found = powers((known.coefficients(drawn - 0.3) / known.spread).numpy())
+    return float(found.reshape(len(found), -1).var(axis=0).sum())
+
+
+def training_latents(count: int) -> Tensor:
+    generator = np.random.default_rng(0)
+    factor = generator.normal(0, 0.25, (CHANNELS * len(EDGES), 3))
+    noise = generator.standard_normal((count, CHANNELS, CELLS, CELLS), np.float32)
+    # Their styles lie in the coefficients, as those of styled noise do after a perfect prior.
+    known = spectrum()
+    coloured = torch.from_numpy(styled(noise, factor, generator.standard_normal((count, 3))))
+    return latents(known.coefficients(coloured))
+
+
+@pytest.mark.parametrize("response", [1.0, 1.5])
+def test_styled_images_vary_as_training_images_do(response: float) -> None:
+    """A network may take a style further than the noise it is given."""
+    clean = training_latents(600)
+    known = spectrum()
+
+    def draw(noise: Tensor) -> Tensor:
+        coefficients = known.coefficients(noise)
+        found = torch.from_numpy(powers(coefficients.numpy())).float()
+        more = ((response - 1.0) * found).exp()
+        scale = torch.cat((more, torch.ones(*more.shape[:2], 1)), dim=2)[:, :, torch.from_numpy(bands(CELLS))]
+        return latents(coefficients * scale)
+
+    factor = np.array(fit_styles(known, clean, draw, seed=0))
+    generator = np.random.default_rng(5)
+    noise = generator.standard_normal((600, CHANNELS, CELLS, CELLS), np.float32)
+    normals = generator.standard_normal((600, factor.shape[1]))
+    plain, styles = (variation(draw(torch.from_numpy(x))) for x in (noise, styled(noise, factor, normals)))
+    wanted = variation(clean)
+    assert plain < 0.5 * wanted
+    # The fit sees 128 draws of each kind, whose variances are known to an eighth.
+    assert styles == pytest.approx(wanted, rel=0.35)
+
+
+def test_too_few_images_say_nothing_of_styles() -> None:
+    assert fit_styles(spectrum(), training_latents(COUNT - 1), latents, seed=0) == []
