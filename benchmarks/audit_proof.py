@@ -154,10 +154,11 @@ def cell(run: dict[str, Any] | None) -> str:
 PREAMBLE = """# What the audit catches
 
 Defects planted in one half of the held-out real images (BUSI and BUS-BRA), judged against the other half, which shares
-no patient and no near-duplicate with it. A cell shows the figure that lies farthest beyond its floor, and the floor's
-interval in brackets; a dash means that the section stayed silent, an empty cell that it was not run. All sections at
-`--quick`; the utility section, which trains five networks for every cell, was run for the defects that are its own.
-Written by `benchmarks/audit_proof.py`, which also keeps every headline figure in `benchmarks/results/audit_proof.json`.
+no patient and no near-duplicate with it. Both keep their text and calipers. A cell shows the figure that lies farthest
+beyond its floor, and the floor's interval in brackets; a dash means that the section stayed silent, an empty cell that
+it was not run. All sections at `--quick`; the utility section, which trains five networks for every cell, was run for
+the defects that are its own. Written by `benchmarks/audit_proof.py`, which also keeps every headline figure in
+`benchmarks/results/audit_proof.json`.
 
 The sections' measures and thresholds were chosen while looking at some of these defects in these images, so the table
 shows what they catch; it is no independent estimate of how often they would.

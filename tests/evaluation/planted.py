@@ -36,7 +36,8 @@ def draw_set(count: int, seed: int = 0) -> ImageSet:
 
 
 def halved(images: ImageSet, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Two group-disjoint halves of a set."""
+    """Two group-disjoint halves of a set, both with their text and calipers: defects are planted into those images."""
+    images = replace(images, clean=None)
     first, second = halves(images.groups, np.random.default_rng(seed))
     return images.take(first), images.take(second)
 

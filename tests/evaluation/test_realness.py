@@ -64,6 +64,14 @@ def test_a_seam_is_told_by_the_ring(real, others, tmp_path):
     assert _audit(lined, real, tmp_path).figure("realness.ring.auc").flagged
 
 
+def test_calipers_that_are_painted_over_give_nothing_away(real, others, tmp_path):
+    marked = real.images.copy()
+    marked[:, 118:139, 127:130] = marked[:, 127:130, 118:139] = 255
+    assert _audit(others, replace(real, images=marked), tmp_path / "seen").figure("realness.whole.auc").flagged
+    hidden = _audit(others, replace(real, images=marked, clean=real.images), tmp_path / "hidden")
+    assert hidden.figures == _audit(others, real, tmp_path / "without").figures
+
+
 def test_the_same_seed_gives_the_same_figures(real, others, tmp_path):
     small, few = real.take(np.arange(16)), others.take(np.arange(16))
     first, second = (_audit(few, small, tmp_path / name, seed=4) for name in "ab")

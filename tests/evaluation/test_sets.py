@@ -82,6 +82,7 @@ def test_the_working_frame_is_that_of_prepare(drawn_busi: Path, drawn_busbra: Pa
             assert np.array_equal(found.masks[row], prepared.masks[other])
             assert np.array_equal(found.valid[row], prepared.valid[other])
             assert np.array_equal(found.overlays[row], prepared.overlays[other])
+            assert np.array_equal(found.clean[row], prepared.clean[other])
             assert found.table["sha256"][row] == prepared.table["sha256"][other]
 
 
