@@ -162,6 +162,11 @@ SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
 standardised, and stages 2 and 3 see the surroundings and the outline. Stage 1 and the prior measure the spread of each
 of their coefficients instead (busigen.training.spectrum)."""
 
+SPECKLE_GAIN = 0.88
+"""Deviation of the noise that the decoder draws speckle from, in use; it learns with 1, which is right for the latents
+of real images. Drawn latents vary more from cell to cell, and images come out too grainy: with this gain the fine-grain
+share and the spectral slope of drawn images are those of training images (docs/model-card.md)."""
+
 OPSETS = (20, 23)
 """ONNX opsets that export can write, the default first: `docs/export.md` says what each engine makes of them."""
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from busigen.registry import CLASSES, SOLVER_STEPS, Preset
+from busigen.registry import CLASSES, SOLVER_STEPS, SPECKLE_GAIN, Preset
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.models import mask_condition, place_condition, region_condition
 from busigen.training.spectrum import Spread
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise ``(B, 1, S, S)``."""
-        return self.network(latents * self.latents_std + self.latents_mean, noise).clamp(-1.0, 1.0)
+        return self.network(latents * self.latents_std + self.latents_mean, SPECKLE_GAIN * noise).clamp(-1.0, 1.0)
 
 
 class Velocity(nn.Module):
