@@ -1,11 +1,12 @@
 """Does a U-Net trained on real + synthetic images beat real + classic augmentation, and which ratio serves best?
 
 python benchmarks/utility.py out/mine --data prepared/ --seeds 3
+python benchmarks/utility.py out/mine --data prepared/ --arms real,classic,synthetic_1
 
-All arms of the audit's utility section with ``--full``'s seeds but ``--quick``'s network and steps, so that it takes a
-quarter of an hour on two cores: the generator's training images train, the held-out images test. Trainings are kept
-under --out, so a killed run goes on. Figures are the section's own: per-image Dice and pooled F1, with intervals over
-groups, the floor between seeds, and a paired Wilcoxon test.
+Arms of the audit's utility section (all, unless ``--arms`` names some) with ``--full``'s seeds but ``--quick``'s
+network and steps: the generator's training images train, the held-out images test. A training on 400 images takes
+about a minute on two cores. All are kept under --out, so a killed run goes on. Figures are the section's own:
+per-image Dice and pooled F1, with intervals over groups, the floor between seeds, and a paired Wilcoxon test.
 """
 
 from __future__ import annotations
@@ -33,9 +34,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what `busigen prepare` wrote")
     parser.add_argument("--images", type=int, default=400, help="real training images")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", default=",".join(arms.ARMS), help="names in arms.ARMS, separated by commas")
     parser.add_argument("--out", type=Path, default=Path("out/utility"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    named = options.arms.split(",")
+    if unknown := [name for name in named if name not in arms.ARMS]:
+        parser.error(f"--arms: {', '.join(unknown)} unknown; choose from {', '.join(arms.ARMS)}")
+    for name in arms.ARMS.keys() - set(named):
+        del arms.ARMS[name]
 
     # The section's own experiment, at a size between its two efforts.
     quick = arms.EXTENTS["quick"]
