@@ -13,7 +13,8 @@ from busigen.training.checkpoint import BASE, load_component, load_networks
 from busigen.training.heal import healed_reader
 from busigen.training.pipeline import CACHE, HEALED
 from busigen.training.recipe import TaskSpec, recipe_for
-from busigen.training.tasks import KINDS, DenoiserTask, Setting
+from busigen.training.setting import Setting
+from busigen.training.tasks import KINDS, DenoiserTask
 
 
 class FinishedRun:

@@ -28,7 +28,8 @@ Sets = dict[str, str | None]
 def fingerprint(images: ImageSet) -> str:
     """Hex sha256 over everything that a section can see of a set; where it lies does not count."""
     digest = hashlib.sha256()
-    for array in (images.images, np.packbits(images.masks), np.packbits(images.valid), np.packbits(images.overlays)):
+    marks = (np.packbits(images.masks), np.packbits(images.valid), np.packbits(images.overlays))
+    for array in (images.images, images.without_overlays().images, *marks):
         digest.update(np.ascontiguousarray(array).data)
     digest.update(images.table.write_json().encode())
     digest.update(json.dumps([refusal.to_dict() for refusal in images.refused]).encode())

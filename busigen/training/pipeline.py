@@ -26,8 +26,9 @@ from busigen.training.heal import heal, healed_reader, save_healed
 from busigen.training.models import build
 from busigen.training.networks import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
+from busigen.training.setting import Setting
 from busigen.training.state import fresh_folder, write_json
-from busigen.training.tasks import KINDS, Setting
+from busigen.training.tasks import KINDS
 from busigen.training.trainer import Trainer
 
 log = logging.getLogger("busigen.training")

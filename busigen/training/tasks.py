@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from busigen.data.prepared import Prepared
-from busigen.errors import InputError
 from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
 from busigen.solver import solver_steps
 from busigen.training import objectives, sheets
-from busigen.training.critic import Critic
 from busigen.training.examples import (
     Frames,
-    Progress,
     WindowExamples,
     background_examples,
     bucket_sizes,
@@ -33,151 +25,17 @@ from busigen.training.examples import (
     window_examples,
 )
 from busigen.training.models import MaskedAutoencoder, place_condition
-from busigen.training.networks import Networks, Velocity, blend_input, integrate
+from busigen.training.networks import Velocity, blend_input, integrate
 from busigen.training.outline_examples import lesions, outline_examples, random_asking
+from busigen.training.pixel_tasks import AutoencoderTask, DecoderTask
 from busigen.training.recipe import TaskSpec
+from busigen.training.setting import Setting, mean_loss, nothing_to_train_on
 from busigen.training.style_fit import fit_styles
 from busigen.training.trainer import Task
 
-VALIDATION_BATCHES = 6
-HOLE_SHARE = 0.3
-"""Share of the autoencoder's crops with a grey hole, as the windows of stage 2 have."""
-LATENT_NOISE = 0.15
-"""Noise on the latents in the autoencoder's training, as a share of each channel's deviation."""
 PAINTED_NOISE = 0.15
 """Noise put on the painted latents that stage 3 sees in training, where they are real, because in use they are not
 (conditioning augmentation, Ho et al. 2022)."""
-
-
-@dataclass
-class Setting:
-    """What every task is built from. ``healed`` is there once the heal step has run."""
-
-    prepared: Prepared
-    networks: Networks
-    device: torch.device
-    seed: int
-    report: Callable[[str], Progress]
-    cache: Path
-    max_images: int | None = None
-    healed: Callable[[int, int], NDArray[np.uint8]] | None = None
-
-    def frames(self, split: str, spec: TaskSpec) -> Frames:
-        """The task's rows of a split.
-
-        For small sets: a class of which the wanted sources have no training image falls back to all sources, and a
-        split without any of the rows to the training ones.
-
-        Raises:
-            InputError: there is no row to train on.
-        """
-
-        def rows(name: str, sources: tuple[str, ...]) -> pl.DataFrame:
-            return select(self.prepared, name, limit=self.max_images, sources=sources, label=spec.label)
-
-        sources = spec.sources if rows("train", spec.sources).height else ()
-        for name in (split, "train"):
-            found = rows(name, sources)
-            if found.height:
-                return Frames(self.prepared, found)
-        raise _nothing_to_train_on(spec)
-
-
-class AutoencoderTask:
-    """Random crops through encoder and decoder; some crops carry a grey hole, as the windows of stage 2 do."""
-
-    crop = 96
-
-    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
-        self.spec, self.device = spec, setting.device
-        self.autoencoder, self.module = module, module
-        self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
-
-    def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        pixels, weights = [], []
-        for position in rng.integers(0, len(frames), size):
-            frame = frames[int(position)]
-            frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
-            top, left = rng.integers(0, frame.image.shape[0] - self.crop + 1, 2)
-            cut = (slice(top, top + self.crop), slice(left, left + self.crop))
-            window = to_tensor(frame.image[cut])
-            weight = torch.from_numpy((~frame.overlay[cut]).astype(np.float32))[None]
-            if rng.random() < HOLE_SHARE:
-                y, x = rng.integers(0, 64, 2)
-                hole = (..., slice(y, y + rng.integers(16, 64)), slice(x, x + rng.integers(16, 64)))
-                # The encoder must cope with holes; nobody will ever ask the decoder for one.
-                window[hole], weight[hole] = 0.0, 0.0
-            pixels.append(window)
-            weights.append(weight)
-        return torch.stack(pixels).to(self.device), torch.stack(weights).to(self.device)
-
-    def _noise(self, pixels: Tensor, generator: Generator) -> Tensor:
-        return torch.randn(pixels.shape, generator=generator).to(pixels)
-
-    def _decoded(self, frames: Frames, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Two decodings of a batch, the pixels, where they count, and the latents that were decoded, without noise."""
-        pixels, weight = self._batch(frames, self.spec.batch, generator)
-        latents = self.autoencoder.encoder(pixels)
-        spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
-        # Noise makes the decoder forgive what the denoisers get slightly wrong, and keeps grains out of the latents.
-        noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=generator).to(latents)
-        noise = torch.cat([self._noise(pixels, generator) for _ in range(2)])
-        first, second = self.autoencoder.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
-        return first, second, pixels, weight, latents.float()
-
-    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
-        return objectives.reconstruction(*self._decoded(frames, generator), generator)
-
-    def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`."""
-        return self._loss(self.train, generator)
-
-    def validate(self) -> float:
-        """Mean loss of fixed held-out crops."""
-        return _mean(lambda g: self._loss(self.held_out, g))
-
-    def findings(self) -> dict[str, Any]:
-        """See :class:`busigen.training.trainer.Task`."""
-        return {}
-
-    def sheet(self) -> Image.Image:
-        """Held-out crops above their reconstructions."""
-        generator = Generator().manual_seed(1)
-        pixels, _ = self._batch(self.held_out, 8, generator)
-        output = self.autoencoder(pixels, self._noise(pixels, generator))
-        return sheets.grid([[sheets.to_picture(p) for p in pixels], [sheets.to_picture(p) for p in output]])
-
-
-class DecoderTask(AutoencoderTask):
-    """The decoder alone, once the latents are settled: against its cells' showing in what it draws, and a critic.
-
-    From the start on, pressure against the cells would cost sharpness: the decoder then flees from edges instead. The
-    critic finds what the energy distance, which compares patch by patch, does not see.
-    """
-
-    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
-        super().__init__(spec, setting, module)
-        module.encoder.requires_grad_(False)
-        self.critic = Critic(module.config.latent_channels).to(setting.device)
-        self.module = nn.ModuleDict({"autoencoder": module, "critic": self.critic})
-
-    def _score(self, decoded: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], generator: Generator) -> Tensor:
-        first, second, pixels, weight, latents = decoded
-        seams = objectives.lattice(first, pixels) + objectives.lattice(second, pixels)
-        score = objectives.reconstruction(first, second, pixels, weight, latents, generator)
-        return score + objectives.LATTICE_WEIGHT * seams
-
-    def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what the critic lose."""
-        decoded = self._decoded(self.train, generator)
-        first, _, pixels, weight, latents = decoded
-        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
-        return self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
-
-    def validate(self) -> float:
-        """Mean loss of fixed held-out crops, without the critic's part: its scores mean another thing every step."""
-        return _mean(lambda g: self._score(self._decoded(self.held_out, g), g))
 
 
 class ContextTask:
@@ -216,7 +74,7 @@ class ContextTask:
 
     def validate(self) -> float:
         """Mean squared error on dropped patches of held-out images."""
-        return _mean(lambda g: self._loss(self.held_out, g))
+        return mean_loss(lambda g: self._loss(self.held_out, g))
 
     def findings(self) -> dict[str, Any]:
         """See :class:`busigen.training.trainer.Task`."""
@@ -268,7 +126,7 @@ class DenoiserTask:
         chosen = {side: part.only(wanted, label) for side, part in load_examples(path).items()}
         chosen = {side: part for side, part in chosen.items() if len(part)}
         if not chosen and split == "train":
-            raise _nothing_to_train_on(self.spec)
+            raise nothing_to_train_on(self.spec)
         # A class without a held-out image is validated on training ones: a poor figure, but no crash on small sets.
         return chosen or self._examples("train")
 
@@ -305,7 +163,7 @@ class DenoiserTask:
 
     def validate(self) -> float:
         """Mean velocity error on held-out groups."""
-        return _mean(lambda g: self._loss(self.held_out, g))
+        return mean_loss(lambda g: self._loss(self.held_out, g))
 
     def findings(self) -> dict[str, Any]:
         """See :class:`busigen.training.trainer.Task`."""
@@ -437,17 +295,6 @@ class BackgroundTask(DenoiserTask):
         batch, latents = self._sampled(6)
         decode = self._decoder()
         return sheets.grid([[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)])
-
-
-def _nothing_to_train_on(spec: TaskSpec) -> InputError:
-    what = f"{spec.label} image" if spec.label else "image"
-    return InputError(f"task {spec.name} finds no {what} to train on.", fix="Prepare more images of that class.")
-
-
-@torch.no_grad()
-def _mean(loss: Callable[[Generator], Tensor]) -> float:
-    values = [loss(Generator().manual_seed(1000 + k)) for k in range(VALIDATION_BATCHES)]
-    return float(torch.stack(values).mean())
 
 
 KINDS: dict[str, Callable[[TaskSpec, Setting, Any], Task]] = {

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from busigen.evaluation.cache import fingerprint
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.realness.discriminator import resnet_scores
 from busigen.evaluation.realness.section import run
@@ -109,3 +110,9 @@ def test_the_resnet_learns_what_is_plain(others):
     fold = folds(task, 2, 0)
     scores = resnet_scores(fine, task, fold, seed=0, epochs=12)
     assert auc(scores, task, fold) > 0.9  # noise against blurred noise: any working network is near 1
+
+
+def test_a_kept_section_does_not_outlive_another_cleaning(real):
+    other = replace(real, clean=np.where(real.overlays, 0, real.images // 2).astype(np.uint8))
+    assert fingerprint(other) != fingerprint(real)
+    assert fingerprint(replace(real, clean=real.images)) == fingerprint(real)

@@ -29,7 +29,7 @@ from busigen.training.heal import healed_reader
 from busigen.training.outline_examples import outline_examples
 from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
-from busigen.training.tasks import Setting
+from busigen.training.setting import Setting
 from tests.drawn import draw_pairs
 
 SHORTEST = 1e-9

@@ -16,7 +16,8 @@ from busigen.training.checkpoint import load_component, save_component
 from busigen.training.models import build
 from busigen.training.networks import Networks, Velocity
 from busigen.training.recipe import LoraSpec, TaskSpec
-from busigen.training.tasks import MaskTask, Setting
+from busigen.training.setting import Setting
+from busigen.training.tasks import MaskTask
 from busigen.training.trainer import Trainer
 
 TINY = PRESETS["tiny"]
