@@ -15,8 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
-from busigen.registry import ASKED_LENGTH, CLASSES, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
-from busigen.solver import SHIFT, TIME_SCALE
+from busigen.registry import (
+    ASKED_LENGTH,
+    CLASSES,
+    LATENT_FACTOR,
+    LESION_CLASSES,
+    RESOLUTION,
+    SOLVER_SHIFT,
+    STAGES,
+)
+from busigen.solver import TIME_SCALE
 from busigen.training.models import region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
 
@@ -125,7 +133,7 @@ def pipelines(networks: Networks) -> dict[str, PaperPipeline]:
     found = {}
     for label in LESION_CLASSES:
         stages = {stage: networks.denoiser(stage, label).eval() for stage in STAGES}
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=SOLVER_SHIFT["lesion"])
         assert networks.context is not None
         found[label] = PaperPipeline(
             networks.encoder, networks.decoder, networks.context, **stages, scheduler=scheduler

@@ -154,13 +154,18 @@ PRESETS = {
 DEFAULT_PRESET = "compact"
 """The preset that ``train`` takes where neither a preset nor a base is named."""
 
-SOLVER_STEPS = {"mask": 4, "lesion": 2, "blend": 1, "prior": 5}
+SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}
 """Network evaluations per denoiser. Fixed at export."""
 
 SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
 """Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
 standardised, and stages 2 and 3 see the surroundings and the outline. Stage 1 and the prior measure the spread of each
 of their coefficients instead (busigen.training.spectrum)."""
+
+SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
+"""How much denser a denoiser's steps sit near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2). What
+varies with a deviation of s is decided at a time of about s / (1 + s): of whole images, brightness at 0.96, layers and
+lobules at 0.85 to 0.6."""
 
 SPECKLE_GAIN = 0.88
 """Deviation of the noise that the decoder draws speckle from, in use; it learns with 1, which is right for the latents

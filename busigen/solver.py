@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from busigen.registry import SOLVER_SPREAD
+from busigen.registry import SOLVER_SHIFT, SOLVER_SPREAD
 
 TIME_SCALE = 1000.0
 """The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for."""
-
-SHIFT = 1.5
-"""How much denser the steps sit near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2)."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +47,30 @@ def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
     return a, a * (1.0 - t) - (1.0 - s)
 
 
-def gaussian_steps(count: int, spread: float) -> list[SolverStep]:
+def gaussian_steps(count: int, spread: float, shift: float = 1.0) -> list[SolverStep]:
     """A table that is exact where the data are normal about any mean with deviation ``spread``, in any number of steps.
 
     Args:
         count: network evaluations.
         spread: deviation of the data that one context allows, in units of the network's sample; 0 or more.
+        shift: how much denser the steps sit near pure noise (Esser et al. 2024, 5.3.2); 1 spaces them evenly.
 
     Raises:
         ValueError: ``count`` is below one, or ``spread`` negative.
     """
     if spread < 0:
         raise ValueError(f"a spread cannot be negative, not {spread}")
-    return [SolverStep(t, s, *gaussian_constants(t, s, spread), c=0.0) for t, s in pairwise(_times(count))]
+    return [SolverStep(t, s, *gaussian_constants(t, s, spread), c=0.0) for t, s in pairwise(_times(count, shift))]
 
 
 def solver_steps(name: str, count: int) -> list[SolverStep]:
-    """The table of a denoiser, with the spread of its data (``registry.SOLVER_SPREAD``)."""
-    return gaussian_steps(count, SOLVER_SPREAD[name])
+    """The table of a denoiser, with the spread of its data and the shift of its times (``registry``)."""
+    return gaussian_steps(count, SOLVER_SPREAD[name], SOLVER_SHIFT[name])
 
 
-def _times(count: int) -> list[float]:
+def _times(count: int, shift: float) -> list[float]:
     """Times from 1 to 0 between which ``count`` steps go."""
     if count < 1:
         raise ValueError(f"a solver needs at least 1 step, not {count}")
     uniform = [1.0 - k / count for k in range(count + 1)]
-    return [SHIFT * u / (1.0 + (SHIFT - 1.0) * u) for u in uniform]
+    return [shift * u / (1.0 + (shift - 1.0) * u) for u in uniform]

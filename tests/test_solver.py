@@ -60,7 +60,7 @@ def test_with_many_steps_any_assumed_spread_ends_at_the_same_data() -> None:
 
 def test_eight_steps_lose_less_spread_than_by_euler() -> None:
     def spread(assumed: float) -> float:
-        return drawn(1.0, 0.0, 1.0, gaussian_steps(8, assumed))
+        return drawn(1.0, 0.0, 1.0, gaussian_steps(8, assumed, shift=1.5))
 
     assert spread(0.0) < 0.85
     assert abs(spread(0.8) - 1.0) < abs(spread(0.0) - 1.0) / 2

@@ -33,8 +33,11 @@ _EXPORT = "Use a bundle that this busigen exported, or train again."
 VELOCITY = "velocity.unet."
 """What a traced evaluation puts before its denoiser's names (:class:`busigen.export.trace.Step`)."""
 
-SPREAD = "update/spread"
-"""What the solver steps of a denoiser that has a spread are made of, by its name in a graph."""
+UPDATE = "update/"
+"""What a graph puts before the names of what the solver steps of a denoiser with a spread are made of."""
+
+LATER = ("spectrum.axes",)
+"""Weights that older bundles do not have: such a network works with those that it is built with."""
 
 Weights = dict[str, Tensor]
 
@@ -130,9 +133,8 @@ def _denoiser(weights: Mapping[str, Tensor]) -> Weights:
     """A denoiser's own names: its parameters as traced, and from around the loop its outline space and its spread."""
     own = {name.removeprefix(VELOCITY): value for name, value in weights.items() if name.startswith(VELOCITY)}
     space = {name.removeprefix("after/"): v for name, v in weights.items() if name.startswith("after/space.")}
-    if SPREAD in weights:
-        own["spectrum.spread"] = weights[SPREAD]
-    return own | space
+    spectrum = {name.replace(UPDATE, "spectrum.", 1): v for name, v in weights.items() if name.startswith(UPDATE)}
+    return own | space | spectrum
 
 
 def _prior(weights: Mapping[str, Tensor]) -> Weights:
@@ -144,10 +146,13 @@ def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Pa
     model = build(component, PRESETS[preset])
     own = model.state_dict()
     silent = _silent(component)
-    filled = {
-        name: torch.zeros_like(value) if name not in weights and silent(name) else _found(weights, name)
-        for name, value in own.items()
-    }
+
+    def filling(name: str, value: Tensor) -> Tensor:
+        if name in weights or not (silent(name) or name in LATER):
+            return _found(weights, name)
+        return torch.zeros_like(value) if silent(name) else value
+
+    filled = {name: filling(name, value) for name, value in own.items()}
     wrong = next((name for name, value in own.items() if filled[name].shape != value.shape), None)
     if wrong is not None:
         raise IntegrityError(

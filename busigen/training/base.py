@@ -22,7 +22,7 @@ ADAPTER_KINDS = ("heal", "adapter")
 RETRAINABLE = (*STAGES, "prior", "decoder")
 """What can be trained further on a base. All of it speaks through the encoder and the context encoder."""
 
-RETRAIN_RATE = 0.3
+RETRAIN_RATE = 0.5
 """Factor on the learning rate of what goes on from a base's weights: the whole rate first undoes what they know."""
 
 

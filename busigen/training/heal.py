@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from busigen.data.geometry import Mask, Window, edit_region, paste, patches_outside, window_for
 from busigen.registry import BUCKETS
+from busigen.training.compute import mixed_precision
 from busigen.training.examples import Frame, Frames, Progress, decoy_region, greyed, random_lesion, to_tensor
 from busigen.training.networks import Networks, window_condition
 
@@ -96,7 +97,8 @@ def _painted(
     tokens = networks.tokens(torch.stack([to_tensor(image) for image in images]).to(device), keep)
     noise = torch.randn(known.shape, generator=generator).to(device)
     condition = window_condition(known, stacked(list(masks)), region)
-    latents = networks.sample("lesion", noise, what.label, tokens, keep, *condition, steps=what.steps)
+    with mixed_precision(device):
+        latents = networks.sample("lesion", noise, what.label, tokens, keep, *condition, steps=what.steps).float()
     speckle = torch.randn(region.shape, generator=generator).to(device)
     painted: NDArray[np.float32] = networks.decoder(latents, speckle).float().cpu().numpy()[:, 0]
     return painted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -22,9 +22,11 @@ SPECTRAL_WEIGHT = 0.1
 LATTICE_WEIGHT = 5.0
 """Weight of the lattice term: where cells can be seen in the speckle, its size is about 0.02."""
 
-
 CRITIC_WEIGHT = 0.3
 """Weight of what the decoder loses to its critic: after 100 steps it pulls a third as hard as the energy distance."""
+
+AT_SHARE = 0.5
+"""Share of a denoiser's training times that are those of the few-step solver's table."""
 
 
 def _patches(image: Tensor, side: int, stride: int) -> Tensor:
@@ -115,9 +117,19 @@ def masked_patches(output: Tensor, image: Tensor, keep: Tensor, patch: int) -> T
     return ((output - target).pow(2).mean(dim=-1) * hidden).sum() / hidden.sum().clamp(min=1.0)
 
 
-def noisy(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the flow-matching pair: ``x_t``, ``t`` (logit-normal, Esser et al. 2024, 3.1) and the target velocity."""
-    t = torch.sigmoid(torch.randn(clean.shape[0], generator=generator) * 1.1 + 0.2).to(clean)
+def noisy(clean: Tensor, generator: Generator, at: Sequence[float] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the flow-matching pair: ``x_t``, ``t`` and the target velocity.
+
+    Times are logit-normal (Esser et al. 2024, 3.1), but for a share ``AT_SHARE`` of them, which are drawn from ``at``:
+    the times at which the few-step solver will ask. It always asks at pure noise, where the whole look of what is
+    painted is decided, and of logit-normal times one in a thousand lies there.
+    """
+    count = clean.shape[0]
+    t = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 + 0.2)
+    if at:
+        asked = torch.tensor(at, dtype=t.dtype)[torch.randint(len(at), (count,), generator=generator)]
+        t = torch.where(torch.rand(count, generator=generator) < AT_SHARE, asked, t)
+    t = t.to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     wide = t.view(-1, *[1] * (clean.ndim - 1))
     return (1.0 - wide) * clean + wide * noise, t, noise - clean

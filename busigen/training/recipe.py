@@ -109,7 +109,7 @@ def _compact() -> tuple[TaskSpec, ...]:
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=2),
         TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4, start="lesion"),
-        TaskSpec("prior", "background", "prior", steps=38_000, batch=24, lr=1e-3, variants=2),
+        TaskSpec("prior", "background", "prior", steps=38_000, batch=24, lr=1e-3, variants=4),
         *_adapters(steps=800, batch=32, lr=1e-3, variants={"mask": 2, "lesion": 4, "blend": 4}),
     )
 

@@ -64,31 +64,67 @@ class Spread(nn.Module):
 
 
 class Spectrum(Spread):
-    """Solver steps whose spread is that of each channel and spatial frequency.
+    """Solver steps whose spread is that of each spatial frequency, along axes of its own among the channels.
 
     Latents are standardised cell by cell, but neighbouring cells vary together: the mean of a whole image's latents
     varies up to eighteen times as much as independent cells would let it, their finest detail less than half as much.
     With one spread for all, ten steps lost a third of what images differ by in brightness and overdid the detail. In
     the basis of the discrete cosine transform the coefficients of natural images are nearly uncorrelated (Ahmed et al.
-    1974), so each can have a step of its own (:func:`busigen.solver.gaussian_constants`).
+    1974), so each can have a step of its own (:func:`busigen.solver.gaussian_constants`). The channels of one frequency
+    are not: an image's brightness shows in several of them at once. They are turned to the axes on which they are.
 
     Args:
         channels: of the latents.
         cells: their rows and columns.
     """
 
+    axes: Tensor
+
     def __init__(self, channels: int, cells: int) -> None:
         super().__init__(channels, cells, cells)
+        self.register_buffer("axes", torch.eye(channels).repeat(cells, cells, 1, 1))
 
     def coefficients(self, sample: Tensor) -> Tensor:
-        """The cosine transform of latents ``(B, C, s, s)``."""
-        basis = cosines(sample.shape[-1]).to(sample)
-        return basis @ sample @ basis.T
+        """Latents ``(B, C, s, s)`` by frequency, ``(B, K, s, s)``: along the ``K = C`` axes of each."""
+        return _turned(transformed(sample), self.axes)
 
     def sample(self, coefficients: Tensor) -> Tensor:
         """Its inverse."""
-        basis = cosines(coefficients.shape[-1]).to(coefficients)
-        return basis.T @ coefficients @ basis
+        turned = _turned(coefficients, self.axes.transpose(2, 3))
+        basis = cosines(turned.shape[-1]).to(turned)
+        return basis.T @ turned @ basis
+
+    @property
+    def marginal(self) -> Tensor:
+        """The deviation of each channel's cosine coefficients, ``(C, s, s)``."""
+        squares = self.axes.square() @ self.spread.permute(1, 2, 0)[..., None].square()
+        return squares[..., 0].permute(2, 0, 1).sqrt()
+
+    @torch.no_grad()
+    def fit(self, clean: Tensor) -> None:
+        """Measure axes and spread on training latents ``(N, C, s, s)``; of fewer than two, there is none to measure."""
+        if len(clean) < 2:
+            return
+        # Cases in which no latents differ at all leave the axes open, and any will do.
+        total = torch.zeros_like(self.axes, dtype=torch.float64)
+        mean = clean.double().mean(0).float()
+        for part in clean.split(64):
+            found = transformed(part.float().to(self.axes.device) - mean.to(self.axes.device)).permute(2, 3, 1, 0)
+            total += (found @ found.transpose(2, 3)).double()
+        variance, axes = torch.linalg.eigh(total / (len(clean) - 1))
+        self.axes.copy_(axes.float())
+        self.spread.copy_(variance.clamp(min=LEAST**2).sqrt().permute(2, 0, 1).float())
+
+
+def transformed(sample: Tensor) -> Tensor:
+    """The cosine transform of latents ``(B, C, s, s)``."""
+    basis = cosines(sample.shape[-1]).to(sample)
+    return basis @ sample @ basis.T
+
+
+def _turned(coefficients: Tensor, axes: Tensor) -> Tensor:
+    """Coefficients ``(B, C, s, s)`` along the axes ``(s, s, C, K)`` of each frequency, ``(B, K, s, s)``."""
+    return (coefficients.permute(2, 3, 0, 1) @ axes).permute(2, 3, 0, 1)
 
 
 def cosines(size: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from busigen.styles import Floats, fitted, powers, styled
-from busigen.training.spectrum import Spectrum
+from busigen.training.spectrum import Spectrum, transformed
 
 COUNT = 128
 """Images that are drawn to see what the prior varies by, and as many again to see what it makes of styles."""
@@ -41,10 +41,10 @@ def fit_styles(
     """
     if len(clean) < COUNT:
         return []
-    mean, spread = clean.double().mean(0).float(), spectrum.spread.cpu()
+    mean, spread = clean.double().mean(0).float(), spectrum.marginal.cpu()
 
     def measured(latents: Tensor) -> Floats:
-        parts = [powers((spectrum.coefficients(part.float() - mean) / spread).numpy()) for part in latents.split(64)]
+        parts = [powers((transformed(part.float() - mean) / spread).numpy()) for part in latents.split(64)]
         return np.concatenate(parts)
 
     generator = torch.Generator().manual_seed(seed)

@@ -101,6 +101,7 @@ class DenoiserTask:
     def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
         self.spec, self.setting, self.device = spec, setting, setting.device
         self.module, self.velocity = module, Velocity(module)
+        self.times = [step.t for step in solver_steps(spec.component, SOLVER_STEPS[spec.component])]
         self.train, self.held_out = self._examples("train"), self._examples("val")
 
     def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
@@ -149,7 +150,7 @@ class DenoiserTask:
     ) -> Tensor:
         batch = change(self._draw(examples, generator))
         condition = self._condition(batch, generator)
-        x, t, target = objectives.noisy(batch["clean"], generator)
+        x, t, target = objectives.noisy(batch["clean"], generator, self.times)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
         return objectives.velocity(output.float(), target, batch["weight"])
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from busigen.training.compute import mixed_precision, suit_attention
 from busigen.training.recipe import TaskSpec
 from busigen.training.state import load_state, optimizer_tensors, restore_optimizer, save_state, trainable
 
@@ -72,6 +73,7 @@ class Trainer:
         self.events = folder / "tensorboard"
         for path in (self.state_path.parent, self.sheets, self.events):
             path.mkdir(parents=True, exist_ok=True)
+        suit_attention(task.module, device)
         self.parameters = trainable(task.module)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=self.spec.lr, betas=(0.9, 0.99), weight_decay=self.spec.weight_decay
@@ -141,7 +143,7 @@ class Trainer:
     def _train_step(self) -> float:
         self.task.module.train()
         generator = step_generator(self.seed, self.spec.name, self.step)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with mixed_precision(self.device):
             loss = self.task.loss(generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

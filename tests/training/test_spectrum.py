@@ -59,7 +59,25 @@ def test_the_spread_is_measured_on_training_latents(spread: torch.Tensor) -> Non
     spectrum = Spectrum(2, CELLS)
     spectrum.fit(normal_latents(2000, spread))
     # A deviation of 2,000 numbers is known to 1.6 % (one sigma); the largest of 128 errs by less than four sigma.
-    torch.testing.assert_close(spectrum.spread, spread, rtol=0.065, atol=0)
+    torch.testing.assert_close(spectrum.marginal, spread, rtol=0.065, atol=0)
+
+
+def test_what_shows_in_two_channels_at_once_is_drawn_in_both(spread: torch.Tensor) -> None:
+    """Brightness: where one channel is strong the other is, too. Solver steps that took them apart would mix images."""
+    spectrum = Spectrum(2, CELLS)
+    clean = normal_latents(2000, spread)
+    clean[:, 1] = 0.9 * clean[:, 0] + 0.1 * clean[:, 1]
+    spectrum.fit(clean)
+    noise = torch.randn(500, 2, CELLS, CELLS, generator=torch.Generator().manual_seed(5))
+    # The first of one step, where a network knows nothing of the image: its best answer is noise - mean.
+    mean = clean.mean(0)
+    drawn = spectrum(noise, noise - mean, torch.ones(1), torch.zeros(1)) - mean
+    brightness = drawn.mean(dim=(2, 3))
+    # Of 500 pairs with a true correlation above 0.99, one sigma is below 0.001.
+    assert torch.corrcoef(brightness.T)[0, 1] > 0.98
+    torch.testing.assert_close(brightness.std(0), (clean - mean).mean(dim=(2, 3)).std(0), rtol=0.15, atol=0)
+    back = spectrum.sample(spectrum.coefficients(clean))
+    torch.testing.assert_close(back, clean, rtol=0, atol=1e-4)
 
 
 def test_what_never_differs_keeps_a_least_spread_and_one_image_says_nothing() -> None:
