@@ -105,7 +105,7 @@ class Assembly:
         turn, go_on, x = "solver/turn", "solver/go_on", "solver/x"
         now = {name: self.add("Gather", [table, turn], f"solver/{name}_now") for name, table in tables.items()}
         names = self.paste(step, "step/", {**names, "x": x, "t": now["t"]}, "", varying)
-        following = self.followed(x, names[step.graph.output[0].name], now, "solver/", update)
+        following = self.followed(x, names[step.graph.output[0].name], {**wiring, **now}, "solver/", update)
         going = self.add("Identity", [go_on], "solver/going")
         like = step.graph.input[0].type.tensor_type
         shape = [d.dim_value or None for d in like.shape.dim]
@@ -151,13 +151,13 @@ class Assembly:
                 for name in constants_of(update)
             }
             found = self.paste(step, f"step{number}/", {**names, "x": x, "t": now["t"]}, "", varying)
-            x = self.followed(x, found[step.graph.output[0].name], now, here, update)
+            x = self.followed(x, found[step.graph.output[0].name], {**wiring, **now}, here, update)
         return x
 
     def followed(self, x: str, velocity: str, now: Mapping[str, str], prefix: str, update: ModelProto | None) -> str:
-        """Add one solver step from a sample and its velocity."""
+        """Add one solver step from a sample and its velocity; ``now`` names the step's constants and conditions."""
         if update is not None:
-            wiring = {"x": x, "velocity": velocity, **now}
+            wiring = {**now, "x": x, "velocity": velocity}
             return self.paste(update, f"{prefix}update/", wiring, "update/")[update.graph.output[0].name]
         moved = self.add("Mul", [velocity, now["b"]], f"{prefix}moved")
         kept = self.add("Mul", [x, now["a"]], f"{prefix}kept")

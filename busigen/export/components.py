@@ -117,7 +117,7 @@ def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     cells = RESOLUTION // LATENT_FACTOR
     step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
     before = steady(tracing.prior_condition(networks, cells))
-    update = steady(tracing.spectrum(networks.denoisers["prior"].spectrum))
+    update = steady(tracing.update(networks.denoisers["prior"].spectrum, networks.preset.latent_channels, cells, cells))
     part = _part(step, "prior", "normal", networks, "latents", before, update=update)
     return Component("prior", {"prior": part}, loop)
 
@@ -130,7 +130,7 @@ def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     parts = {}
     for label in LESION_CLASSES:
         unet = networks.denoisers[f"mask-{label}"]
-        update = steady(tracing.spectrum(unet.spectrum))
+        update = steady(tracing.update(unet.spectrum, unet.length))
         weighted = with_weights(step, _weights(unet))
         parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, after, update)
     return Component("mask", parts, loop)
@@ -155,9 +155,12 @@ def _staged(
     traced = list(zip(steps[key], before, strict=True))
     parts = {}
     for label in LESION_CLASSES:
-        weights = _weights(networks.denoisers[f"{stage}-{label}"])
-        for name, (step, known) in zip(graphs_of(f"{stage}-{label}"), traced, strict=True):
-            parts[name] = _part(with_weights(step, weights), stage, label, networks, "latents", known)
+        unet = networks.denoisers[f"{stage}-{label}"]
+        weights = _weights(unet)
+        for name, size, (step, known) in zip(graphs_of(f"{stage}-{label}"), sizes, traced, strict=True):
+            update = steady(tracing.update(unet.spectrum, channels, size, size, region=True))
+            weighted = with_weights(step, weights)
+            parts[name] = _part(weighted, stage, label, networks, "latents", known, update=update)
     return Component(stage, parts, loop)
 
 

@@ -36,8 +36,8 @@ VELOCITY = "velocity.unet."
 UPDATE = "update/"
 """What a graph puts before the names of what the solver steps of a denoiser with a spread are made of."""
 
-LATER = ("spectrum.axes",)
-"""Weights that older bundles do not have: such a network works with those that it is built with."""
+SPREAD = "spectrum.spread"
+"""What of them every bundle has; without the others, a network works with those that it is built with."""
 
 Weights = dict[str, Tensor]
 
@@ -120,7 +120,8 @@ def _write_components(bundle: Bundle, preset: str, out: Path) -> dict[str, list[
         classes = []
         for label in LESION_CLASSES:
             name = f"{stage}-{label}"
-            weights = _denoiser(_weights(bundle, graphs_of(name)[0]))
+            # All of a stage's graphs hold the same weights, but each has solver steps for windows of its own size.
+            weights = {key: v for graph in graphs_of(name) for key, v in _denoiser(_weights(bundle, graph)).items()}
             _save(stage, preset, weights, out / checkpoint.MERGED / name)
             classes.append(weights)
         base[stage] = {name: torch.stack([weights[name] for weights in classes]).mean(0) for name in classes[0]}
@@ -148,9 +149,11 @@ def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Pa
     silent = _silent(component)
 
     def filling(name: str, value: Tensor) -> Tensor:
-        if name in weights or not (silent(name) or name in LATER):
-            return _found(weights, name)
-        return torch.zeros_like(value) if silent(name) else value
+        if name not in weights and silent(name):
+            return torch.zeros_like(value)
+        if name not in weights and name.startswith("spectrum.") and name != SPREAD:
+            return value
+        return _found(weights, name)
 
     filled = {name: filling(name, value) for name, value in own.items()}
     wrong = next((name for name, value in own.items() if filled[name].shape != value.shape), None)

@@ -23,7 +23,6 @@ from busigen.training.models import place_condition, region_condition
 from busigen.training.networks import Networks, Velocity, blend_input, window_condition
 from busigen.training.outline import OutlineTransformer
 from busigen.training.outline_space import OutlineSpace
-from busigen.training.spectrum import Spread
 
 EXAMPLE_BATCH = 2
 """A batch of one would be frozen into the graph by the tracer."""
@@ -258,12 +257,17 @@ class Tracer:
         names = ["x", "t", "label", "tokens", "keep", "condition0"]
         return self._traced(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
 
-    def spectrum(self, spectrum: Spread) -> ModelProto:
-        """A solver step by coefficients: ``x``, its ``velocity`` and the times ``t`` and ``s`` to ``following``."""
-        x, velocity = (torch.randn(EXAMPLE_BATCH, *spectrum.spread.shape) for _ in range(2))
+    def update(self, spectrum: nn.Module, *shape: int, region: bool = False) -> ModelProto:
+        """A solver step: ``x`` of a ``shape``, its ``velocity`` and the times ``t`` and ``s`` to ``following``.
+
+        With ``region``, it reads the last of a window's condition channels as well.
+        """
+        x, velocity = (torch.randn(EXAMPLE_BATCH, *shape) for _ in range(2))
         times = [torch.full((1,), time) for time in (0.9, 0.8)]
         names = ["x", "velocity", "t", "s"]
-        return self._traced(spectrum, [x, velocity, *times], names, ["following"], static=("t", "s"))
+        painted = [torch.ones(EXAMPLE_BATCH, 1, *shape[1:])] if region else []
+        names += ["condition2"] if region else []
+        return self._traced(spectrum, [x, velocity, *times, *painted], names, ["following"], static=("t", "s"))
 
     def asked(self, space: OutlineSpace) -> ModelProto:
         """``asked`` to stage 1's condition."""

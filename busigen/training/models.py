@@ -12,11 +12,21 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from busigen.registry import CLASSES, LATENT_FACTOR, MASK_CHANNELS, PLACE_CHANNELS, RESOLUTION, Preset
+from busigen.registry import (
+    BUCKETS,
+    CLASSES,
+    LATENT_FACTOR,
+    MASK_CHANNELS,
+    PLACE_CHANNELS,
+    RESOLUTION,
+    SOLVER_SPREAD,
+    Preset,
+)
 from busigen.training.attention import keep_bias
 from busigen.training.autoencoder import Autoencoder
 from busigen.training.outline import OutlineTransformer, outline_transformer
 from busigen.training.spectrum import Spectrum
+from busigen.training.wavelets import Wavelets
 
 
 class ContextEncoder(ModelMixin, ConfigMixin):
@@ -82,6 +92,16 @@ class PriorUNet(UNet2DConditionModel):
         self.spectrum = Spectrum(self.config.out_channels, self.config.sample_size)
 
 
+class WindowUNet(UNet2DConditionModel):
+    """The denoiser of stage 2 or 3, which knows how much of each size of detail it leaves open."""
+
+    @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        sizes = [side // LATENT_FACTOR for side in BUCKETS]
+        self.spectrum = Wavelets(self.config.out_channels, sizes)
+
+
 def _transformer(dim: int, layers: int, heads: int) -> nn.ModuleList:
     return nn.ModuleList(
         BasicTransformerBlock(dim, heads, dim // heads, activation_fn="gelu", attention_bias=True)
@@ -123,7 +143,7 @@ def denoiser_channels(name: str, latent_channels: int) -> tuple[int, int]:
 def _denoiser(name: str, preset: Preset) -> UNet2DConditionModel:
     shape = preset.denoisers[name]
     channels_in, channels_out = denoiser_channels(name, preset.latent_channels)
-    return model_class(name)(
+    model = model_class(name)(
         sample_size=RESOLUTION // LATENT_FACTOR,
         in_channels=channels_in,
         out_channels=channels_out,
@@ -137,6 +157,8 @@ def _denoiser(name: str, preset: Preset) -> UNet2DConditionModel:
         norm_num_groups=shape.groups,
         num_class_embeds=len(CLASSES),
     )
+    model.spectrum.assume(SOLVER_SPREAD[name])
+    return model
 
 
 def build(component: str, preset: Preset) -> ModelMixin:
@@ -152,7 +174,7 @@ def build(component: str, preset: Preset) -> ModelMixin:
 def model_class(component: str) -> type[ModelMixin]:
     """The class to load a saved component with."""
     special = {"autoencoder": Autoencoder, "context": ContextEncoder, "mask": OutlineTransformer, "prior": PriorUNet}
-    return special.get(component, UNet2DConditionModel)
+    return special.get(component, WindowUNet)
 
 
 def mask_condition(mask: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from busigen.registry import CLASSES, SOLVER_STEPS, SPECKLE_GAIN, Preset
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.models import mask_condition, place_condition, region_condition
-from busigen.training.spectrum import Spread
 
 
 class Encoder(nn.Module):
@@ -69,13 +68,10 @@ class Velocity(nn.Module):
             encoder_attention_mask=keep,
         ).sample
 
-    def follow(self, x: Tensor, velocity: Tensor, step: SolverStep) -> Tensor:
-        """Take one solver step: by coefficients where the denoiser knows their spread, else all alike."""
-        spectrum: Spread | None = getattr(self.unet, "spectrum", None)
-        if spectrum is None:
-            return step.a * x + step.b * velocity
+    def follow(self, x: Tensor, velocity: Tensor, step: SolverStep, *condition: Tensor) -> Tensor:
+        """Take one solver step, by what the denoiser knows of its data's spread."""
         t, s = (torch.full((1,), time, dtype=x.dtype, device=x.device) for time in (step.t, step.s))
-        moved: Tensor = spectrum(x, velocity, t, s)
+        moved: Tensor = self.unet.spectrum(x, velocity, t, s, *condition)
         return moved
 
 
@@ -106,7 +102,7 @@ def integrate(
     x = noise
     for step in steps:
         t = torch.full((x.shape[0],), step.t, dtype=x.dtype, device=x.device)
-        x = velocity.follow(x, velocity(x, t, label, tokens, keep, *condition), step)
+        x = velocity.follow(x, velocity(x, t, label, tokens, keep, *condition), step, *condition)
     return x
 
 

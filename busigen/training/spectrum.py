@@ -30,6 +30,11 @@ class Spread(nn.Module):
         super().__init__()
         self.register_buffer("spread", torch.ones(shape))
 
+    @torch.no_grad()
+    def assume(self, spread: float) -> None:
+        """Take one deviation for everything, until :meth:`fit` measures it."""
+        self.spread.fill_(spread)
+
     def coefficients(self, sample: Tensor) -> Tensor:
         """What of a sample varies independently of the rest, as far as is known; linear."""
         return sample
@@ -50,7 +55,7 @@ class Spread(nn.Module):
             total += self.coefficients(part.float() - mean).double().square().sum(0)
         self.spread.copy_((total / (len(clean) - 1)).sqrt().clamp(min=LEAST).float())
 
-    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *_: Tensor) -> Tensor:
         """Go from time ``t`` to ``s``.
 
         Args:
@@ -86,13 +91,13 @@ class Spectrum(Spread):
 
     def coefficients(self, sample: Tensor) -> Tensor:
         """Latents ``(B, C, s, s)`` by frequency, ``(B, K, s, s)``: along the ``K = C`` axes of each."""
-        return _turned(transformed(sample), self.axes)
+        return turned(transformed(sample), self.axes)
 
     def sample(self, coefficients: Tensor) -> Tensor:
         """Its inverse."""
-        turned = _turned(coefficients, self.axes.transpose(2, 3))
-        basis = cosines(turned.shape[-1]).to(turned)
-        return basis.T @ turned @ basis
+        found = turned(coefficients, self.axes.transpose(2, 3))
+        basis = cosines(found.shape[-1]).to(found)
+        return basis.T @ found @ basis
 
     @property
     def marginal(self) -> Tensor:
@@ -122,7 +127,7 @@ def transformed(sample: Tensor) -> Tensor:
     return basis @ sample @ basis.T
 
 
-def _turned(coefficients: Tensor, axes: Tensor) -> Tensor:
+def turned(coefficients: Tensor, axes: Tensor) -> Tensor:
     """Coefficients ``(B, C, s, s)`` along the axes ``(s, s, C, K)`` of each frequency, ``(B, K, s, s)``."""
     return (coefficients.permute(2, 3, 0, 1) @ axes).permute(2, 3, 0, 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ from busigen.training.recipe import TaskSpec
 from busigen.training.setting import Setting, mean_loss, nothing_to_train_on
 from busigen.training.style_fit import fit_styles
 from busigen.training.trainer import Task
+from busigen.training.wavelets import squares
+
+MEASURED = 640
+"""Windows of one size on which it is measured how much a trained network leaves open."""
 
 PAINTED_NOISE = 0.15
 """Noise put on the painted latents that stage 3 sees in training, where they are real, because in use they are not
@@ -207,6 +211,31 @@ class WindowTask(DenoiserTask):
             region, outside = batch["ring"], 0.1
         batch["weight"] = batch["weight"] * torch.where(region > 0, 1.0, outside)
         return known, batch["mask"], region
+
+    def findings(self) -> dict[str, Any]:
+        """How much more is missed of held-out windows; by what is left open of all, the solver's steps are set."""
+        missed = {side: list(self._missed(part)) for side, part in self.train.items()}
+        held_out = [part for found in self.held_out.values() for part in self._missed(found)]
+        # Training windows tell how what is left open is shaped, and held-out ones how much it is.
+        gap = max(1.0, squares(held_out) / max(squares([part for found in missed.values() for part in found]), 1e-9))
+        for side, parts in missed.items():
+            self.module.spectrum.fit(side // LATENT_FACTOR, parts, gap)
+        return {"held_out_gap": round(gap, 4)}
+
+    def _missed(self, part: WindowExamples) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What two answers to pure noise miss of training windows, and the region to paint (:meth:`Wavelets.fit`)."""
+        generator = Generator().manual_seed(self.setting.seed)
+        for index in torch.randperm(len(part), generator=generator)[:MEASURED].split(32):
+            batch = part.batch(index, self.device)
+            usable = batch["weight"]
+            condition = self._condition(batch, generator)
+            missed = []
+            for _ in range(2):
+                noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
+                t = torch.ones(len(index), device=self.device)
+                answer = self.velocity(noise, t, batch["label"], batch["tokens"], batch["keep"], *condition)
+                missed.append(((batch["clean"] - (noise - answer)) * usable).cpu())
+            yield missed[0], missed[1], (condition[-1] * usable).cpu()
 
     def sheet(self) -> Image.Image:
         """Real windows, the same with the model's latents, outlines of masks drawn in."""

@@ -1,0 +1,136 @@
+"""Solver steps for windows of which a region is painted: a spread for every size of detail, in it and beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from busigen.solver import gaussian_constants
+from busigen.training.spectrum import LEAST, turned
+
+Missed = tuple[Tensor, Tensor, Tensor]
+"""What two answers miss of the same windows, ``(B, C, n, n)`` each, and the region to paint ``(B, 1, n, n)``."""
+
+FEWEST = 24
+"""Windows from which a spread is believed; with fewer, that of the base stays."""
+
+
+class Wavelets(nn.Module):
+    """Solver steps whose spread is that of each Haar wavelet, by how much of it lies in the region that is painted.
+
+    What stages 2 and 3 leave open once they have seen the surroundings and the outline is not white: brightness varies
+    more over blocks of four cells than cells that are independent would let it, and from cell to cell half as much.
+    Steps with one spread for all paint lesions that are too much alike as a whole and too grainy within. Cosines know
+    no place, and the region to paint is one; wavelets have both a place and a scale (Mallat 1989). Channels are turned
+    to axes on which they are uncorrelated, as in :class:`busigen.training.spectrum.Spectrum`.
+
+    Args:
+        channels: of the latents.
+        sizes: rows (and columns) of cells that windows have, powers of two.
+    """
+
+    def __init__(self, channels: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        for size in sizes:
+            scales = len(_counts(size))
+            # Scales by row and by column; the first is that of the mean.
+            self.register_buffer(f"spread_{size}", torch.ones(scales, scales, channels))
+            self.register_buffer(f"axes_{size}", torch.eye(channels).repeat(scales, scales, 1, 1))
+
+    @torch.no_grad()
+    def assume(self, spread: float) -> None:
+        """Take one deviation for everything, until :meth:`fit` measures it."""
+        for name, table in self.named_buffers():
+            if name.startswith("spread"):
+                table.fill_(spread)
+
+    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *condition: Tensor) -> Tensor:
+        """Go from time ``t`` to ``s``.
+
+        Args:
+            x: noisy latents ``(B, C, n, n)``.
+            velocity: the network's answer to them, of the same shape.
+            t: time of ``x``, ``(1,)`` in (0, 1].
+            s: time to go to, ``(1,)`` in [0, t).
+            condition: the stage's condition channels, of which the last is the region to paint, ``(B, 1, n, n)``.
+        """
+        size = x.shape[-1]
+        basis = haar(size).to(x)
+        axes, spread = (_by_wavelet(self.get_buffer(f"{name}_{size}"), size) for name in ("axes", "spread"))
+        a, b = gaussian_constants(t, s, spread.permute(2, 0, 1))
+        moved = a * turned(basis @ x @ basis.T, axes) + b * turned(basis @ velocity @ basis.T, axes)
+        inside = basis.T @ turned(moved, axes.transpose(2, 3)) @ basis
+        # What is not to be painted is known, and goes there straight.
+        region = condition[-1]
+        return inside * region + (x + (s - t) * velocity) * (1.0 - region)
+
+    @torch.no_grad()
+    def fit(self, size: int, parts: Sequence[Missed], factor: float = 1.0) -> None:
+        """Measure what is left open of windows of one size.
+
+        A network that is asked at pure noise should answer with the mean of all that may be painted; trained for any
+        finite time, it is swayed by the noise. Two answers to one window tell the two apart.
+
+        Args:
+            size: rows of cells.
+            parts: windows of that size; outside of the region to paint, nothing is looked at.
+            factor: on the variances.
+        """
+        basis = haar(size)
+        axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
+        scales, channels = spread.shape[0], spread.shape[-1]
+        scale_of = torch.arange(scales).repeat_interleave(torch.tensor(_counts(size)))
+        pair = (scale_of[:, None] * scales + scale_of[None]).flatten()
+        weights = torch.zeros(scales * scales, dtype=torch.float64)
+        moments = torch.zeros(scales * scales, channels, channels, dtype=torch.float64)
+        if sum(len(first) for first, _, _ in parts) < FEWEST:
+            return
+        for first, second, region in parts:
+            share = shares(region, basis).double().flatten(2)[:, 0]
+            one, other = ((basis @ (part * region) @ basis.T).double().flatten(2) for part in (first, second))
+            # Of a wavelet that lies in the region in part, a part is seen; those that lie in it as a whole count most.
+            both = torch.einsum("bcp,bdp,bp->pcd", one, other, share**4)
+            swayed = torch.einsum("bcp,bdp,bp->pcd", one - other, one - other, share**4)
+            moments.index_add_(0, pair, 0.5 * (both + both.transpose(1, 2)) - 0.5 * swayed)
+            weights.index_add_(0, pair, (share**5).sum(0))
+        found = factor * moments / weights.clamp(min=1e-9)[:, None, None]
+        variance, vectors = torch.linalg.eigh(found)
+        axes.copy_(vectors.view(axes.shape).float())
+        spread.copy_(variance.clamp(min=LEAST**2).sqrt().view(spread.shape).float())
+
+
+def squares(parts: Sequence[Missed]) -> float:
+    """Mean square in the region to paint of what both of two answers miss: what the noise sways them by is no part."""
+    total = sum(float((first * second * region).sum()) for first, second, region in parts)
+    cells = sum(float(region.sum()) * first.shape[1] for first, _, region in parts)
+    return max(total, 0.0) / max(cells, 1.0)
+
+
+def shares(region: Tensor, basis: Tensor) -> Tensor:
+    """The share of every wavelet that lies in a region, ``(B, 1, n, n)`` both."""
+    squares = basis.square()
+    return (squares @ region @ squares.T).clamp(0.0, 1.0)
+
+
+def _by_wavelet(table: Tensor, size: int) -> Tensor:
+    """A table by scales ``(S, S, ...)`` as one by wavelets ``(n, n, ...)``."""
+    scale_of = torch.arange(table.shape[0]).repeat_interleave(torch.tensor(_counts(size))).to(table.device)
+    return table.index_select(0, scale_of).index_select(1, scale_of)
+
+
+def _counts(size: int) -> list[int]:
+    """Wavelets of each scale among ``size`` samples: the mean, and then from the widest to the finest."""
+    return [1, *(2**k for k in range(round(math.log2(size))))]
+
+
+def haar(size: int) -> Tensor:
+    """The orthonormal Haar transform of ``size`` samples (a power of two) as a matrix ``(wavelet, sample)``."""
+    rows = [torch.full((1, size), size**-0.5)]
+    for count in _counts(size)[1:]:
+        width = size // count
+        wavelet = torch.cat((torch.ones(width // 2), -torch.ones(width // 2))) * width**-0.5
+        rows.append(torch.block_diag(*[wavelet[None]] * count))
+    return torch.cat(rows)
