@@ -26,8 +26,8 @@ from busigen.solver import solver_steps
 X, RESULT = "solver/x", "solver/result"
 """Names that ``busigen.export.assembly`` gives: the sample and the loop's end."""
 
-NOW = {field: f"solver/{field}_now" for field in ("t", "s", "a", "b")}
-"""The names of a turn's constants, of which every loop's body reads some."""
+NOW = {field: f"solver/{field}_now" for field in ("t", "s")}
+"""The names of a turn's times."""
 
 Floats = NDArray[np.float32]
 

@@ -157,10 +157,9 @@ DEFAULT_PRESET = "compact"
 SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}
 """Network evaluations per denoiser. Fixed at export."""
 
-SOLVER_SPREAD = {"mask": 1.0, "lesion": 0.85, "blend": 0.7, "prior": 1.0}
-"""Deviation of what a denoiser may draw in one place, as the solver assumes it (busigen.solver). Codes and latents are
-standardised, and stages 2 and 3 see the surroundings and the outline. Stage 1 and the prior measure the spread of each
-of their coefficients instead (busigen.training.spectrum)."""
+SOLVER_SPREAD = {"lesion": 0.85, "blend": 0.7, "prior": 1.0}
+"""Deviation of what a denoiser leaves open, as its solver assumes it until it is measured (busigen.training.spectrum,
+busigen.training.wavelets), and for ever in bundles of before it was measured."""
 
 SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
 """How much denser a denoiser's steps sit near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2). What

@@ -1,4 +1,4 @@
-"""The few-step solver as a table of constants: training's reference sampler and the exported graphs read the same one.
+"""The few-step solver as a table of times: training's reference sampler and the exported graphs read the same one.
 
 Flow matching on the straight path ``x_t = (1 - t) x_0 + t noise`` (Lipman et al. 2023, Liu et al. 2023): the network
 predicts the velocity ``noise - x_0``.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from busigen.registry import SOLVER_SHIFT, SOLVER_SPREAD
+from busigen.registry import SOLVER_SHIFT
 
 TIME_SCALE = 1000.0
 """The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for."""
@@ -18,13 +18,13 @@ TIME_SCALE = 1000.0
 
 @dataclass(frozen=True)
 class SolverStep:
-    """One step ``x = a x + b net(x, t) + c noise`` from ``t`` to ``s``, in [0, 1], 1 being pure noise."""
+    """One step of a sample from ``t`` to ``s``, in [0, 1], 1 being pure noise.
+
+    It goes ``x = a x + b net(x, t)``, with constants for every coefficient of the sample (:func:`gaussian_constants`).
+    """
 
     t: float
     s: float
-    a: float
-    b: float
-    c: float
 
 
 def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
@@ -47,30 +47,19 @@ def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
     return a, a * (1.0 - t) - (1.0 - s)
 
 
-def gaussian_steps(count: int, spread: float, shift: float = 1.0) -> list[SolverStep]:
-    """A table that is exact where the data are normal about any mean with deviation ``spread``, in any number of steps.
+def solver_steps(name: str, count: int) -> list[SolverStep]:
+    """The table of a denoiser, its times shifted towards pure noise by ``registry.SOLVER_SHIFT``.
 
     Args:
+        name: in ``registry.SOLVER_SHIFT``.
         count: network evaluations.
-        spread: deviation of the data that one context allows, in units of the network's sample; 0 or more.
-        shift: how much denser the steps sit near pure noise (Esser et al. 2024, 5.3.2); 1 spaces them evenly.
 
     Raises:
-        ValueError: ``count`` is below one, or ``spread`` negative.
+        ValueError: ``count`` is below one.
     """
-    if spread < 0:
-        raise ValueError(f"a spread cannot be negative, not {spread}")
-    return [SolverStep(t, s, *gaussian_constants(t, s, spread), c=0.0) for t, s in pairwise(_times(count, shift))]
-
-
-def solver_steps(name: str, count: int) -> list[SolverStep]:
-    """The table of a denoiser, with the spread of its data and the shift of its times (``registry``)."""
-    return gaussian_steps(count, SOLVER_SPREAD[name], SOLVER_SHIFT[name])
-
-
-def _times(count: int, shift: float) -> list[float]:
-    """Times from 1 to 0 between which ``count`` steps go."""
     if count < 1:
         raise ValueError(f"a solver needs at least 1 step, not {count}")
+    shift = SOLVER_SHIFT[name]
     uniform = [1.0 - k / count for k in range(count + 1)]
-    return [shift * u / (1.0 + (shift - 1.0) * u) for u in uniform]
+    times = [shift * u / (1.0 + (shift - 1.0) * u) for u in uniform]
+    return [SolverStep(t, s) for t, s in pairwise(times)]

@@ -87,17 +87,17 @@ class Assembly:
         steps: Sequence[SolverStep],
         wiring: Mapping[str, str],
         start: str,
-        update: ModelProto | None = None,
+        update: ModelProto,
     ) -> str:
         """Add the solver's loop as one node and return the name of its result.
 
-        The loop's body is one evaluation and ``a x + b net(x, t)``, or ``update``, with the constants of its turn taken
-        from tables. What is alike in every turn is computed before it. Weights that only the body reads are the body's
-        own: ONNX Runtime's CPU provider brings those of convolutions into its faster layout, but none from outside.
+        The loop's body is one evaluation and ``update``, with the times of its turn taken from tables. What is alike in
+        every turn is computed before it. Weights that only the body reads are the body's own: ONNX Runtime's CPU
+        provider brings those of convolutions into its faster layout, but none from outside.
         """
         tables = {
             name: self.constant(f"solver/{name}", np.array([[getattr(s, name)] for s in steps], dtype=np.float32))
-            for name in constants_of(update)
+            for name in TIMES
         }
         turns = self.constant("solver/turns", np.array(len(steps), dtype=np.int64))
         names, varying = self._alike(step, wiring)
@@ -135,7 +135,7 @@ class Assembly:
         steps: Sequence[SolverStep],
         wiring: Mapping[str, str],
         start: str,
-        update: ModelProto | None = None,
+        update: ModelProto,
     ) -> str:
         """Add the solver's steps one after the other and return the name of the result.
 
@@ -148,20 +148,16 @@ class Assembly:
             here = f"solver/{number}/"
             now = {
                 name: self.constant(here + name, np.array([getattr(constants, name)], dtype=np.float32))
-                for name in constants_of(update)
+                for name in TIMES
             }
             found = self.paste(step, f"step{number}/", {**names, "x": x, "t": now["t"]}, "", varying)
             x = self.followed(x, found[step.graph.output[0].name], {**wiring, **now}, here, update)
         return x
 
-    def followed(self, x: str, velocity: str, now: Mapping[str, str], prefix: str, update: ModelProto | None) -> str:
-        """Add one solver step from a sample and its velocity; ``now`` names the step's constants and conditions."""
-        if update is not None:
-            wiring = {**now, "x": x, "velocity": velocity}
-            return self.paste(update, f"{prefix}update/", wiring, "update/")[update.graph.output[0].name]
-        moved = self.add("Mul", [velocity, now["b"]], f"{prefix}moved")
-        kept = self.add("Mul", [x, now["a"]], f"{prefix}kept")
-        return self.add("Add", [kept, moved], f"{prefix}following")
+    def followed(self, x: str, velocity: str, now: Mapping[str, str], prefix: str, update: ModelProto) -> str:
+        """Add one solver step from a sample and its velocity; ``now`` names the step's times and the conditions."""
+        wiring = {**now, "x": x, "velocity": velocity}
+        return self.paste(update, f"{prefix}update/", wiring, "update/")[update.graph.output[0].name]
 
     def _alike(self, step: ModelProto, wiring: Mapping[str, str]) -> tuple[dict[str, str], list[NodeProto]]:
         """Paste what depends on neither sample nor time, such as the keys and values of the context's tokens.
@@ -197,9 +193,8 @@ class Assembly:
         return model
 
 
-def constants_of(update: ModelProto | None) -> tuple[str, ...]:
-    """What a solver step reads of its :class:`SolverStep`."""
-    return ("t", "a", "b") if update is None else ("t", "s")
+TIMES = ("t", "s")
+"""What a solver step reads of its :class:`SolverStep`."""
 
 
 _FORMS = {"loop": Assembly.loop, "unrolled": Assembly.unrolled}
@@ -214,25 +209,23 @@ def with_solver(
     loop: str,
     name: str,
     output: str,
+    update: ModelProto,
     before: ModelProto | None = None,
     after: ModelProto | None = None,
-    update: ModelProto | None = None,
 ) -> ModelProto:
     """Build the whole sampler of one stage.
 
     Args:
         step: traced ``(x, t, label, tokens, keep, *condition)`` to velocity; ``t`` and ``label`` have shape (1,).
-        steps: the solver's constants.
+        steps: the solver's times.
         label: class index.
         loop: a name in ``registry.LOOPS``.
         name: the graph's name.
         output: its output's name.
+        update: traced ``(x, velocity, t, s)``, and condition channels if need be, to the following ``x``.
         before: traced computation of some of ``step``'s inputs, whose names its outputs have.
         after: traced sample to output.
-        update: traced ``(x, velocity, t, s)`` to the following ``x``, instead of the steps' ``a x + b velocity``.
     """
-    if any(constants.c for constants in steps):
-        raise ValueError("stochastic steps need a noise input per step, which no stage has")
     assembly = Assembly(step.opset_import, step.ir_version)
     wiring = {"label": assembly.constant("class_label", np.array([label], dtype=np.int64))}
     if before is not None:

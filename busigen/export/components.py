@@ -36,7 +36,7 @@ class Part:
     """One graph: a traced evaluation in fp32, and what puts the rest around it (given a name in ``registry.LOOPS``).
 
     ``before`` computes conditions once, ahead of the solver's loop, ``after`` the output from its result, and
-    ``update`` is a solver step where it is more than ``a x + b velocity``.
+    ``update`` is a solver step.
     """
 
     evaluation: ModelProto
@@ -118,7 +118,7 @@ def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
     before = steady(tracing.prior_condition(networks, cells))
     update = steady(tracing.update(networks.denoisers["prior"].spectrum, networks.preset.latent_channels, cells, cells))
-    part = _part(step, "prior", "normal", networks, "latents", before, update=update)
+    part = _part(step, "prior", "normal", networks, "latents", before, update)
     return Component("prior", {"prior": part}, loop)
 
 
@@ -132,7 +132,7 @@ def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
         unet = networks.denoisers[f"mask-{label}"]
         update = steady(tracing.update(unet.spectrum, unet.length))
         weighted = with_weights(step, _weights(unet))
-        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, after, update)
+        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, update, after)
     return Component("mask", parts, loop)
 
 
@@ -160,7 +160,7 @@ def _staged(
         for name, size, (step, known) in zip(graphs_of(f"{stage}-{label}"), sizes, traced, strict=True):
             update = steady(tracing.update(unet.spectrum, channels, size, size, region=True))
             weighted = with_weights(step, weights)
-            parts[name] = _part(weighted, stage, label, networks, "latents", known, update=update)
+            parts[name] = _part(weighted, stage, label, networks, "latents", known, update)
     return Component(stage, parts, loop)
 
 
@@ -171,8 +171,8 @@ def _part(
     networks: Networks,
     output: str,
     before: ModelProto,
+    update: ModelProto,
     after: ModelProto | None = None,
-    update: ModelProto | None = None,
 ) -> Part:
     def finish(evaluation: ModelProto, loop: str) -> ModelProto:
         return with_solver(
@@ -182,9 +182,9 @@ def _part(
             loop=loop,
             name=stage if label == "normal" else f"{stage}-{label}",
             output=output,
+            update=update,
             before=before,
             after=after,
-            update=update,
         )
 
     return Part(step, finish, before, after, update)

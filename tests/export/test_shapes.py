@@ -29,7 +29,11 @@ STEPS = solver_steps("lesion", 3)
 @pytest.fixture(scope="module")
 def unet() -> torch.nn.Module:
     torch.manual_seed(0)
-    return build("lesion", TINY).eval()
+    unet = build("lesion", TINY).eval()
+    for table in unet.spectrum.buffers():
+        if table.ndim == 3:
+            table.uniform_(0.2, 1.5)
+    return unet
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,10 @@ def step(unet: torch.nn.Module) -> ModelProto:
 
 
 @pytest.fixture(scope="module")
-def graphs(step: ModelProto) -> dict[str, ModelProto]:
-    return {loop: with_solver(step, STEPS, CLASSES.index("benign"), loop=loop, name="s", output="o") for loop in LOOPS}
+def graphs(unet: torch.nn.Module, step: ModelProto) -> dict[str, ModelProto]:
+    update = steady(Tracer(OPSETS[0]).update(unet.spectrum, CHANNELS, 16, 16, region=True))
+    label = CLASSES.index("benign")
+    return {loop: with_solver(step, STEPS, label, loop=loop, name="s", output="o", update=update) for loop in LOOPS}
 
 
 def inputs(batch: int) -> dict[str, torch.Tensor]:
@@ -50,6 +56,7 @@ def inputs(batch: int) -> dict[str, torch.Tensor]:
         "keep": (torch.rand(7, TINY.tokens, generator=generator) < 0.8).float(),
         **{f"condition{k}": torch.randn(7, size, 16, 16, generator=generator) for k, size in enumerate(CONDITIONS)},
     }
+    made["condition2"] = (made["condition2"] > 0).float()
     return {name: value[:batch] for name, value in made.items()}
 
 

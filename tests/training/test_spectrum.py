@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from busigen.solver import gaussian_steps
+from busigen.solver import solver_steps
 from busigen.training.spectrum import Spectrum, Spread, cosines
 
 CELLS = 8
@@ -29,7 +29,7 @@ def sampled(spectrum: Spectrum, spread: torch.Tensor, noise: torch.Tensor) -> to
     """What a perfectly trained network leads to: the exact velocity of normal data with mean 0.7."""
     basis = cosines(CELLS)
     x = noise
-    for step in gaussian_steps(STEPS, 1.0):
+    for step in solver_steps("mask", STEPS):
         t = step.t
         slope = (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2)
         centred = basis @ (x - (1 - t) * 0.7) @ basis.T
@@ -98,7 +98,7 @@ def test_numbers_of_a_code_come_out_with_a_spread_of_their_own() -> None:
     steps.spread.copy_(spread)
     noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(4))
     x = noise
-    for step in gaussian_steps(2, 1.0):
+    for step in solver_steps("mask", 2):
         t = step.t
         slope = (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2)
         velocity = slope * (x - (1 - t) * 0.4) - 0.4
