@@ -66,7 +66,8 @@ class Base:
 
         Without ``retrain``, that is all adapters, which learn from all sources of the data: whoever names a base has
         said what to adapt to. With it, these components go on from the base's weights, at ``RETRAIN_RATE`` of the
-        rate, and their adapters are trained from the start as in a run without a base.
+        rate, and their adapters are trained from the start as in a run without a base. Stage 3 begins with stage 2's
+        weights, as in such a run, where both are named.
 
         Args:
             preset: ``None`` or the base's.
@@ -92,7 +93,7 @@ class Base:
         if retrain:
             healing = not set(LEARN_FROM_HEALED).isdisjoint(retrain)
             tasks = tuple(
-                _further(task)
+                _further(task, retrain)
                 for task in recipe.tasks
                 if (healing if task.kind == "heal" else not {task.name, task.component}.isdisjoint(retrain))
             )
@@ -136,9 +137,12 @@ class Base:
             )
 
 
-def _further(task: TaskSpec) -> TaskSpec:
-    """A task of the recipe that goes on from the base's weights; adapters and healing are as in a run without base."""
-    if task.kind in ADAPTER_KINDS or task.start == task.component:
+def _further(task: TaskSpec, retrain: Collection[str]) -> TaskSpec:
+    """A task of the recipe that goes on from the base's weights, or begins with another's where that is retrained, too.
+
+    Adapters and healing are as in a run without base.
+    """
+    if task.kind in ADAPTER_KINDS or task.start == task.component or task.start in retrain:
         return task
     return replace(task, start=task.component, lr=RETRAIN_RATE * task.lr)
 

@@ -264,6 +264,15 @@ def test_images_are_healed_for_those_alone_that_learn_from_healed_ones(base: Pat
     assert healing == {"mask": True, "lesion": False, "blend": False, "prior": True, "decoder": False}
 
 
+def test_stage_3_begins_with_a_retrained_stage_2(base: Path) -> None:
+    alone, both = (
+        {task.name: task.start for task in Base.open(base).recipe(retrain=names).tasks}
+        for names in (["blend"], ["lesion", "blend"])
+    )
+    assert alone["blend"] == "blend"
+    assert (both["lesion"], both["blend"]) == ("lesion", "lesion")
+
+
 def test_a_component_that_all_others_speak_through_cannot_be_retrained(base: Path) -> None:
     with pytest.raises(UsageError, match=r"--retrain 'autoencoder' .*mask, lesion, blend, prior, decoder"):
         Base.open(base).recipe(retrain=["autoencoder"])
