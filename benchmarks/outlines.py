@@ -3,9 +3,10 @@
 python benchmarks/outlines.py --data prepared/ --bundle bundle/
 python benchmarks/outlines.py --data prepared/ --healthy path/to/normal --count 200
 
-Draws outlines (stage 1 and its gates, no painting) per class and compares them with all real lesions of that class by
-the two-sample Kolmogorov-Smirnov test; then asks for ranges of every attribute and measures what is missed. The table
-is printed and everything goes to ``results/outlines.json``.
+Draws outlines (stage 1 and its gates, no painting) per class and compares them by the two-sample Kolmogorov-Smirnov
+test with all real lesions of that class, and with those of BUSI alone, which the adapters learnt: the two sets differ.
+Then it asks for ranges of every attribute and measures what is missed. The tables are printed and everything goes to
+``results/outlines.json``.
 
 Sizes and places are shares of the frame within its letterbox bars: synthetic backgrounds get the bars of a training
 image.
@@ -66,9 +67,10 @@ def draw(sampler: Outliner, seed: int, count: int) -> tuple[list[Draft], Counter
     return sampler.outlined[:count], refused
 
 
-def real_outlines(prepared: Prepared, label: str) -> list[dict[str, float]]:
-    """Shape features of a lesion of every prepared image, in its own frame."""
-    frames = Frames(prepared, prepared.table.filter(prepared.table["class"] == label))
+def real_outlines(prepared: Prepared, label: str, sources: Sequence[str]) -> list[dict[str, float]]:
+    """Shape features of a lesion of every prepared image of some sources, in its own frame."""
+    table = prepared.table
+    frames = Frames(prepared, table.filter((table["class"] == label) & table["source"].is_in(list(sources))))
     found = []
     for number in range(len(frames)):
         frame, rng = frames[number], np.random.default_rng(number)
@@ -118,6 +120,7 @@ def main() -> None:
     prepared = Prepared.open(options.data)
     bundle = Bundle.open(options.bundle or default_bundle())
     backend = open_backend(bundle, options=EngineOptions(options.threads))
+    every = prepared.table["source"].unique().to_list()
     healthy = HealthyFolder(options.healthy) if options.healthy else None
     report: dict[str, Any] = {"bundle": bundle.sha256, "split_hash": prepared.split_hash, "seed": options.seed}
     for label in LESION_CLASSES:
@@ -127,20 +130,25 @@ def main() -> None:
 
         free, refused = draw(sampler(Asked()), options.seed, options.count)
         drawn = [outline(draft.mask, draft.healthy.valid) for draft in free if draft.mask is not None]
-        table = compared(real_outlines(prepared, label), drawn)
+        tables = {
+            name: compared(real_outlines(prepared, label, sources), drawn)
+            for name, sources in {"all": every, "busi": ("busi",)}.items()
+            if set(sources) <= set(every)
+        }
         asked, refused_asked = draw(sampler(parse_asked(**ASKED)), options.seed, options.count)
         report[label] = {
             "drawn": len(drawn),
             "refused": dict(refused),
-            "compared": table,
+            "compared": tables,
             "asked": len(asked),
             "refused_asked": dict(refused_asked),
             "missed": missed(asked),
         }
         print(f"\n{label}: {len(drawn)} outlines, refused {dict(refused) or 'none'}")
-        print(f"{'':16}{'real':>9}{'drawn':>9}{'KS':>9}{'p':>9}")
-        for name, row in table.items():
-            print(f"{name:16}{row['real']:9.3f}{row['drawn']:9.3f}{row['ks']:9.3f}{row['p']:9.3f}")
+        for against, table in tables.items():
+            print(f"{'against ' + against:16}{'real':>9}{'drawn':>9}{'KS':>9}{'p':>9}")
+            for name, row in table.items():
+                print(f"{name:16}{row['real']:9.3f}{row['drawn']:9.3f}{row['ks']:9.3f}{row['p']:9.3f}")
         print(f"asked for {ASKED}: {len(asked)} outlines, refused {dict(refused_asked) or 'none'}")
         for name, row in report[label]["missed"].items():
             print(f"{name:16} missed by {row['median']:.4f} (median), {row['p95']:.4f} (95 %)")

@@ -23,7 +23,7 @@ from diffusers import ModelMixin
 
 from busigen import __version__
 from busigen.errors import InputError, IntegrityError
-from busigen.registry import LESION_CLASSES, PRESETS, STAGES
+from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES
 from busigen.training.models import model_class
 from busigen.training.networks import Networks
 from busigen.training.recipe import TaskSpec
@@ -50,15 +50,24 @@ def save_component(model: ModelMixin, folder: Path) -> None:
 def load_component(component: str, folder: Path) -> ModelMixin:
     """Load a component in evaluation mode.
 
+    One that was saved before its solver's steps knew a spread takes steps with the spread that was assumed then.
+
     Raises:
         InputError: the folder holds no such component, or one whose weights do not fit its configuration.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no {component}.", fix=_TRAIN)
     try:
-        model = model_class(component).from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+        model, found = model_class(component).from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}.", fix=_TRAIN) from error
+    missing = found["missing_keys"]
+    if lost := [name for name in missing if not name.startswith("spectrum.")]:
+        raise InputError(f"{folder} cannot be loaded: it lacks the weight {lost[0]}.", fix=_TRAIN)
+    if any(name.startswith("spectrum.spread") for name in missing):
+        model.spectrum.assume(SOLVER_SPREAD[component])
     return model.eval()
 
 
