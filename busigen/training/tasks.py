@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
 from busigen.solver import solver_steps
 from busigen.training import objectives, sheets
+from busigen.training.compute import mixed_precision
 from busigen.training.examples import (
     Frames,
     WindowExamples,
@@ -32,9 +33,9 @@ from busigen.training.recipe import TaskSpec
 from busigen.training.setting import Setting, mean_loss, nothing_to_train_on
 from busigen.training.style_fit import fit_styles
 from busigen.training.trainer import Task
-from busigen.training.wavelets import squares
+from busigen.training.wavelets import Missed, squares
 
-MEASURED = 640
+MEASURED = 384
 """Windows of one size on which it is measured how much a trained network leaves open."""
 
 PAINTED_NOISE = 0.15
@@ -113,7 +114,18 @@ class DenoiserTask:
         raise NotImplementedError
 
     def _examples(self, split: str) -> dict[int, WindowExamples]:
-        """The task's share of the stage's examples; base and adapters draw from one encoding, which is kept on disk."""
+        """The task's share of the stage's examples."""
+        wanted = torch.from_numpy(self.setting.frames(split, self.spec).table["row"].to_numpy())
+        label = None if self.spec.label is None else CLASSES.index(self.spec.label)
+        chosen = {side: part.only(wanted, label) for side, part in self._encoded(split).items()}
+        chosen = {side: part for side, part in chosen.items() if len(part)}
+        if not chosen and split == "train":
+            raise nothing_to_train_on(self.spec)
+        # A class without a held-out image is validated on training ones: a poor figure, but no crash on small sets.
+        return chosen or self._examples("train")
+
+    def _encoded(self, split: str) -> dict[int, WindowExamples]:
+        """All of a split's examples; base and adapters draw from one encoding, which is kept on disk."""
         variants = self.spec.variants if split == "train" else 1
         path = self.setting.cache / f"{self.examples}-{split}-{variants}.safetensors"
         if not path.exists():
@@ -126,14 +138,7 @@ class DenoiserTask:
                 "progress": self.setting.report(f"{self.examples}: encoding {len(frames)} {split} images"),
             }
             save_examples(path, self._encode(frames, options) if len(frames) else {})
-        wanted = torch.from_numpy(self.setting.frames(split, self.spec).table["row"].to_numpy())
-        label = None if self.spec.label is None else CLASSES.index(self.spec.label)
-        chosen = {side: part.only(wanted, label) for side, part in load_examples(path).items()}
-        chosen = {side: part for side, part in chosen.items() if len(part)}
-        if not chosen and split == "train":
-            raise nothing_to_train_on(self.spec)
-        # A class without a held-out image is validated on training ones: a poor figure, but no crash on small sets.
-        return chosen or self._examples("train")
+        return load_examples(path)
 
     def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
         """Condition channels and, in ``batch['weight']``, where the loss counts."""
@@ -214,27 +219,40 @@ class WindowTask(DenoiserTask):
 
     def findings(self) -> dict[str, Any]:
         """How much more is missed of held-out windows; by what is left open of all, the solver's steps are set."""
+        spectrum = self.module.spectrum
         missed = {side: list(self._missed(part)) for side, part in self.train.items()}
         held_out = [part for found in self.held_out.values() for part in self._missed(found)]
         # Training windows tell how what is left open is shaped, and held-out ones how much it is.
-        gap = max(1.0, squares(held_out) / max(squares([part for found in missed.values() for part in found]), 1e-9))
+        gap = squares(held_out) / max(squares([part for found in missed.values() for part in found]), 1e-9)
         for side, parts in missed.items():
-            self.module.spectrum.fit(side // LATENT_FACTOR, parts, gap)
+            spectrum.fit(side // LATENT_FACTOR, parts, max(1.0, gap))
+        # Drawn at held-out places of any class: at those it has learnt, a network holds back more than it will in use.
+        for side, part in self._encoded("val").items():
+            if self.spec.label is not None:
+                part.tensors["label"].fill_(CLASSES.index(self.spec.label))
+            spectrum.make_up(side // LATENT_FACTOR, list(self._missed(part, drawn=True)))
         return {"held_out_gap": round(gap, 4)}
 
-    def _missed(self, part: WindowExamples) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """What two answers to pure noise miss of training windows, and the region to paint (:meth:`Wavelets.fit`)."""
+    def _missed(self, part: WindowExamples, *, drawn: bool = False) -> Iterator[Missed]:
+        """What two answers to pure noise miss of windows, or of those that the solver draws in their places."""
         generator = Generator().manual_seed(self.setting.seed)
+
+        def noise(batch: dict[str, Tensor]) -> Tensor:
+            return torch.randn(batch["clean"].shape, generator=generator).to(self.device)
+
+        table = solver_steps(self.spec.component, SOLVER_STEPS[self.spec.component])
         for index in torch.randperm(len(part), generator=generator)[:MEASURED].split(32):
             batch = part.batch(index, self.device)
             usable = batch["weight"]
             condition = self._condition(batch, generator)
-            missed = []
-            for _ in range(2):
-                noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
-                t = torch.ones(len(index), device=self.device)
-                answer = self.velocity(noise, t, batch["label"], batch["tokens"], batch["keep"], *condition)
-                missed.append(((batch["clean"] - (noise - answer)) * usable).cpu())
+            seen = (batch["label"], batch["tokens"], batch["keep"])
+            with mixed_precision(self.device):
+                target = integrate(self.velocity, noise(batch), *seen, table, *condition) if drawn else batch["clean"]
+                missed = []
+                for _ in range(2):
+                    x = noise(batch)
+                    answer = x - self.velocity(x, torch.ones(len(index), device=self.device), *seen, *condition)
+                    missed.append(((target - answer) * usable).float().cpu())
             yield missed[0], missed[1], (condition[-1] * usable).cpu()
 
     def sheet(self) -> Image.Image:

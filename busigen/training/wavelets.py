@@ -12,7 +12,13 @@ from busigen.solver import gaussian_constants
 from busigen.training.spectrum import LEAST, turned
 
 Missed = tuple[Tensor, Tensor, Tensor]
-"""What two answers miss of the same windows, ``(B, C, n, n)`` each, and the region to paint ``(B, 1, n, n)``."""
+"""What two answers to pure noise miss of the same windows, ``(B, C, n, n)``, and the region to paint ``(B, 1, n, n)``.
+
+A network that is asked at pure noise should answer with the mean of all that may be painted; trained for any finite
+time, it is swayed by the noise. What two answers miss in common is the windows' own."""
+
+MOST_MADE_UP = 1.5
+"""Greatest factor by which :meth:`Wavelets.make_up` changes a deviation."""
 
 FEWEST = 24
 """Windows from which a spread is believed; with fewer, that of the base stays."""
@@ -71,35 +77,54 @@ class Wavelets(nn.Module):
     def fit(self, size: int, parts: Sequence[Missed], factor: float = 1.0) -> None:
         """Measure what is left open of windows of one size.
 
-        A network that is asked at pure noise should answer with the mean of all that may be painted; trained for any
-        finite time, it is swayed by the noise. Two answers to one window tell the two apart.
+        Args:
+            size: rows of cells.
+            parts: training windows of that size; outside of the region to paint, nothing is looked at.
+            factor: on the variances.
+        """
+        if sum(len(first) for first, _, _ in parts) < FEWEST:
+            return
+        axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
+        variance, vectors = torch.linalg.eigh(factor * _covariances(size, parts))
+        axes.copy_(vectors.view(axes.shape).float())
+        spread.copy_(variance.clamp(min=LEAST**2).sqrt().view(spread.shape).float())
+
+    @torch.no_grad()
+    def make_up(self, size: int, parts: Sequence[Missed]) -> None:
+        """Change the spread by what a trained network's few steps make of it.
+
+        Its first answer is swayed by the noise, which adds to what is drawn, and later ones take back a part of that.
 
         Args:
             size: rows of cells.
-            parts: windows of that size; outside of the region to paint, nothing is looked at.
-            factor: on the variances.
+            parts: windows that were drawn with the spread as it is.
         """
-        basis = haar(size)
-        axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
-        scales, channels = spread.shape[0], spread.shape[-1]
-        scale_of = torch.arange(scales).repeat_interleave(torch.tensor(_counts(size)))
-        pair = (scale_of[:, None] * scales + scale_of[None]).flatten()
-        weights = torch.zeros(scales * scales, dtype=torch.float64)
-        moments = torch.zeros(scales * scales, channels, channels, dtype=torch.float64)
         if sum(len(first) for first, _, _ in parts) < FEWEST:
             return
-        for first, second, region in parts:
-            share = shares(region, basis).double().flatten(2)[:, 0]
-            one, other = ((basis @ (part * region) @ basis.T).double().flatten(2) for part in (first, second))
-            # Of a wavelet that lies in the region in part, a part is seen; those that lie in it as a whole count most.
-            both = torch.einsum("bcp,bdp,bp->pcd", one, other, share**4)
-            swayed = torch.einsum("bcp,bdp,bp->pcd", one - other, one - other, share**4)
-            moments.index_add_(0, pair, 0.5 * (both + both.transpose(1, 2)) - 0.5 * swayed)
-            weights.index_add_(0, pair, (share**5).sum(0))
-        found = factor * moments / weights.clamp(min=1e-9)[:, None, None]
-        variance, vectors = torch.linalg.eigh(found)
-        axes.copy_(vectors.view(axes.shape).float())
-        spread.copy_(variance.clamp(min=LEAST**2).sqrt().view(spread.shape).float())
+        axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
+        vectors = axes.double().flatten(0, 1)
+        found = torch.einsum("pck,pcd,pdk->pk", vectors, _covariances(size, parts), vectors)
+        found = found.clamp(min=LEAST**2).sqrt().view(spread.shape).float()
+        spread.mul_((spread / found).clamp(1.0 / MOST_MADE_UP, MOST_MADE_UP))
+
+
+def _covariances(size: int, parts: Sequence[Missed]) -> Tensor:
+    """Covariance of the channels for each pair of scales, by row and by column, ``(S * S, C, C)``."""
+    basis = haar(size)
+    counts = _counts(size)
+    scale_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    pair = (scale_of[:, None] * len(counts) + scale_of[None]).flatten()
+    channels = parts[0][0].shape[1]
+    weights = torch.zeros(len(counts) ** 2, dtype=torch.float64)
+    moments = torch.zeros(len(counts) ** 2, channels, channels, dtype=torch.float64)
+    for first, second, region in parts:
+        share = shares(region, basis).double().flatten(2)[:, 0]
+        one, other = ((basis @ (part * region) @ basis.T).double().flatten(2) for part in (first, second))
+        # Of a wavelet that lies in the region in part, a part is seen; those that lie in it as a whole count most.
+        both = torch.einsum("bcp,bdp,bp->pcd", one, other, share**4)
+        moments.index_add_(0, pair, 0.5 * (both + both.transpose(1, 2)))
+        weights.index_add_(0, pair, (share**5).sum(0))
+    return moments / weights.clamp(min=1e-9)[:, None, None]
 
 
 def squares(parts: Sequence[Missed]) -> float:
