@@ -158,7 +158,7 @@ def _staged(
         unet = networks.denoisers[f"{stage}-{label}"]
         weights = _weights(unet)
         for name, size, (step, known) in zip(graphs_of(f"{stage}-{label}"), sizes, traced, strict=True):
-            update = steady(tracing.update(unet.spectrum, channels, size, size, region=True))
+            update = steady(tracing.update(unet.spectrum, channels, size, size, conditions=conditions))
             weighted = with_weights(step, weights)
             parts[name] = _part(weighted, stage, label, networks, "latents", known, update)
     return Component(stage, parts, loop)

@@ -257,17 +257,17 @@ class Tracer:
         names = ["x", "t", "label", "tokens", "keep", "condition0"]
         return self._traced(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
 
-    def update(self, spectrum: nn.Module, *shape: int, region: bool = False) -> ModelProto:
+    def update(self, spectrum: nn.Module, *shape: int, conditions: Sequence[int] = ()) -> ModelProto:
         """A solver step: ``x`` of a ``shape``, its ``velocity`` and the times ``t`` and ``s`` to ``following``.
 
-        With ``region``, it reads the last of a window's condition channels as well.
+        Where it has ``conditions``, the channels of each, it reads the last two of them as well.
         """
         x, velocity = (torch.randn(EXAMPLE_BATCH, *shape) for _ in range(2))
         times = [torch.full((1,), time) for time in (0.9, 0.8)]
-        names = ["x", "velocity", "t", "s"]
-        painted = [torch.ones(EXAMPLE_BATCH, 1, *shape[1:])] if region else []
-        names += ["condition2"] if region else []
-        return self._traced(spectrum, [x, velocity, *times, *painted], names, ["following"], static=("t", "s"))
+        read = list(enumerate(conditions))[-2:]
+        seen = [torch.ones(EXAMPLE_BATCH, channels, *shape[1:]) for _, channels in read]
+        names = ["x", "velocity", "t", "s", *(f"condition{number}" for number, _ in read)]
+        return self._traced(spectrum, [x, velocity, *times, *seen], names, ["following"], static=("t", "s"))
 
     def asked(self, space: OutlineSpace) -> ModelProto:
         """``asked`` to stage 1's condition."""

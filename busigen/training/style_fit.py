@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,9 @@ from busigen.training.spectrum import Spectrum, transformed
 
 COUNT = 128
 """Images that are drawn to see what the prior varies by, and as many again to see what it makes of styles."""
+
+LESIONS = 64
+"""Fewest lesions, real or drawn, that say how much lesions differ."""
 
 TRIAL = 0.35
 """Share of the missing deviation that is tried first; the network takes up what it is given and adds to it."""
@@ -55,6 +59,33 @@ def fit_styles(
         return []
     normals = torch.randn(COUNT, factor.shape[1], generator=generator).numpy()
     tried = measured(draw(torch.from_numpy(styled(noise.numpy(), TRIAL * factor, normals))))
-    has, wants, got = (float(values.reshape(len(values), -1).var(axis=0).sum()) for values in (plain, real, tried))
-    share = TRIAL * float(np.sqrt(max(wants - has, 0.0) / max(got - has, 1e-9)))
-    return [[round(float(value), 4) for value in row] for row in min(share, 1.0) * factor]
+    share = _share(*(float(values.reshape(len(values), -1).var(axis=0).sum()) for values in (plain, real, tried)))
+    return [[round(float(value), 4) for value in row] for row in share * factor]
+
+
+def fit_lesion_styles(real: Tensor, draw: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+    """The ``styles`` of :class:`busigen.training.wavelets.Wavelets`, with which lesions differ as training lesions do.
+
+    Args:
+        real: amplitudes of training lesions ``(N, C)`` (:func:`busigen.training.wavelets.amplitudes`).
+        draw: those of lesions that are drawn with some styles ``(C, C)``.
+        channels: ``C``.
+
+    Returns:
+        ``(C, C)``; zeros where drawn lesions lack nothing, or too few lesions say what they should differ by.
+    """
+    nothing = torch.zeros(channels, channels)
+    plain = draw(nothing)
+    if min(len(real), len(plain)) < LESIONS:
+        return nothing
+    factor = torch.from_numpy(fitted(real.double().numpy(), plain.double().numpy(), least=0.1)).float()
+    if not factor.numel():
+        return nothing
+    wanted = torch.nn.functional.pad(factor, (0, channels - factor.shape[1]))
+    tried = draw(TRIAL * wanted)
+    return wanted * _share(*(float(values.var(dim=0).sum()) for values in (plain, real, tried)))
+
+
+def _share(has: float, wants: float, got: float) -> float:
+    """The share of the missing deviation that brings drawn images to what they should vary by."""
+    return min(1.0, TRIAL * math.sqrt(max(wants - has, 0.0) / max(got - has, 1e-9)))

@@ -31,12 +31,12 @@ from busigen.training.outline_examples import lesions, outline_examples, random_
 from busigen.training.pixel_tasks import AutoencoderTask, DecoderTask
 from busigen.training.recipe import TaskSpec
 from busigen.training.setting import Setting, mean_loss, nothing_to_train_on
-from busigen.training.style_fit import fit_styles
+from busigen.training.style_fit import fit_lesion_styles, fit_styles
 from busigen.training.trainer import Task
-from busigen.training.wavelets import Missed, squares
+from busigen.training.wavelets import Missed, amplitudes, squares
 
-MEASURED = 384
-"""Windows of one size on which it is measured how much a trained network leaves open."""
+MEASURED, MEASURED_BATCH = 384, 32
+"""Windows of one size on which it is measured how much a trained network leaves open, and how many at a time."""
 
 PAINTED_NOISE = 0.15
 """Noise put on the painted latents that stage 3 sees in training, where they are real, because in use they are not
@@ -227,33 +227,64 @@ class WindowTask(DenoiserTask):
         for side, parts in missed.items():
             spectrum.fit(side // LATENT_FACTOR, parts, max(1.0, gap))
         # Drawn at held-out places of any class: at those it has learnt, a network holds back more than it will in use.
-        for side, part in self._encoded("val").items():
-            if self.spec.label is not None:
-                part.tensors["label"].fill_(CLASSES.index(self.spec.label))
+        places = self._places()
+        for side, part in places.items():
             spectrum.make_up(side // LATENT_FACTOR, list(self._missed(part, drawn=True)))
+        if self.spec.component == "lesion":
+            # Stage 3 goes on with what is on both sides of its ring.
+            real = [amplitudes(b["clean"], b["mask"]) for part in self.train.values() for b in self._batches(part)]
+
+            def draw(styles: Tensor) -> Tensor:
+                spectrum.styles.copy_(styles)
+                return torch.cat(
+                    [amplitudes(self._drawn(b), b["mask"]) for part in places.values() for b in self._batches(part)]
+                ).cpu()
+
+            spectrum.styles.copy_(fit_lesion_styles(torch.cat(real).cpu(), draw, len(spectrum.styles)))
         return {"held_out_gap": round(gap, 4)}
+
+    def _places(self) -> dict[int, WindowExamples]:
+        """All held-out windows; for an adapter, those around lesions, as if they were of its class."""
+        places = self._encoded("val")
+        if self.spec.label is None:
+            return places
+        found = {}
+        for side, part in places.items():
+            around = part.tensors["label"] != CLASSES.index("normal")
+            tensors = {name: tensor[around] for name, tensor in part.tensors.items()}
+            found[side] = WindowExamples({**tensors, "label": tensors["label"].fill_(CLASSES.index(self.spec.label))})
+        return found
+
+    def _batches(self, part: WindowExamples) -> Iterator[dict[str, Tensor]]:
+        """At most ``MEASURED`` examples, the same ones whenever they are asked for, in batches."""
+        generator = Generator().manual_seed(self.setting.seed)
+        for index in torch.randperm(len(part), generator=generator)[:MEASURED].split(MEASURED_BATCH):
+            yield part.batch(index, self.device)
 
     def _missed(self, part: WindowExamples, *, drawn: bool = False) -> Iterator[Missed]:
         """What two answers to pure noise miss of windows, or of those that the solver draws in their places."""
         generator = Generator().manual_seed(self.setting.seed)
-
-        def noise(batch: dict[str, Tensor]) -> Tensor:
-            return torch.randn(batch["clean"].shape, generator=generator).to(self.device)
-
-        table = solver_steps(self.spec.component, SOLVER_STEPS[self.spec.component])
-        for index in torch.randperm(len(part), generator=generator)[:MEASURED].split(32):
-            batch = part.batch(index, self.device)
+        for batch in self._batches(part):
             usable = batch["weight"]
+            target = self._drawn(batch) if drawn else batch["clean"]
             condition = self._condition(batch, generator)
             seen = (batch["label"], batch["tokens"], batch["keep"])
-            with mixed_precision(self.device):
-                target = integrate(self.velocity, noise(batch), *seen, table, *condition) if drawn else batch["clean"]
-                missed = []
-                for _ in range(2):
-                    x = noise(batch)
-                    answer = x - self.velocity(x, torch.ones(len(index), device=self.device), *seen, *condition)
-                    missed.append(((target - answer) * usable).float().cpu())
+            missed = []
+            for _ in range(2):
+                x = torch.randn(target.shape, generator=generator).to(self.device)
+                with mixed_precision(self.device):
+                    answer = x - self.velocity(x, torch.ones(len(x), device=self.device), *seen, *condition)
+                missed.append(((target - answer) * usable).float().cpu())
             yield missed[0], missed[1], (condition[-1] * usable).cpu()
+
+    def _drawn(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the solver draws in the place of examples."""
+        generator = Generator().manual_seed(self.setting.seed + 1)
+        noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
+        seen = (batch["label"], batch["tokens"], batch["keep"])
+        table = solver_steps(self.spec.component, SOLVER_STEPS[self.spec.component])
+        with mixed_precision(self.device):
+            return integrate(self.velocity, noise, *seen, table, *self._condition(dict(batch), generator)).float()
 
     def sheet(self) -> Image.Image:
         """Real windows, the same with the model's latents, outlines of masks drawn in."""

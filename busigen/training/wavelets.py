@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from busigen.solver import gaussian_constants
+from busigen.styles import LIMIT
 from busigen.training.spectrum import LEAST, turned
 
 Missed = tuple[Tensor, Tensor, Tensor]
@@ -19,6 +20,9 @@ time, it is swayed by the noise. What two answers miss in common is the windows'
 
 MOST_MADE_UP = 1.5
 """Greatest factor by which :meth:`Wavelets.make_up` changes a deviation."""
+
+LEAST_CELLS = 6
+"""Cells of a lesion from which its power is believed."""
 
 FEWEST = 24
 """Windows from which a spread is believed; with fewer, that of the base stays."""
@@ -38,6 +42,8 @@ class Wavelets(nn.Module):
         sizes: rows (and columns) of cells that windows have, powers of two.
     """
 
+    styles: Tensor
+
     def __init__(self, channels: int, sizes: Sequence[int]) -> None:
         super().__init__()
         for size in sizes:
@@ -45,6 +51,7 @@ class Wavelets(nn.Module):
             # Scales by row and by column; the first is that of the mean.
             self.register_buffer(f"spread_{size}", torch.ones(scales, scales, channels))
             self.register_buffer(f"axes_{size}", torch.eye(channels).repeat(scales, scales, 1, 1))
+        self.register_buffer("styles", torch.zeros(channels, channels))
 
     @torch.no_grad()
     def assume(self, spread: float) -> None:
@@ -61,8 +68,12 @@ class Wavelets(nn.Module):
             velocity: the network's answer to them, of the same shape.
             t: time of ``x``, ``(1,)`` in (0, 1].
             s: time to go to, ``(1,)`` in [0, t).
-            condition: the stage's condition channels, of which the last is the region to paint, ``(B, 1, n, n)``.
+            condition: the stage's condition channels, of which the last is the region to paint, ``(B, 1, n, n)``, and
+                the one before it the lesion's mask, ``(B, 4, n, n)`` in [0, 1].
         """
+        *_, mask, region = condition
+        change = self._style(x, mask, region) * (t >= 1.0).to(x)
+        x, velocity = x + change, velocity + change
         size = x.shape[-1]
         basis = haar(size).to(x)
         axes, spread = (_by_wavelet(self.get_buffer(f"{name}_{size}"), size) for name in ("axes", "spread"))
@@ -70,8 +81,18 @@ class Wavelets(nn.Module):
         moved = a * turned(basis @ x @ basis.T, axes) + b * turned(basis @ velocity @ basis.T, axes)
         inside = basis.T @ turned(moved, axes.transpose(2, 3)) @ basis
         # What is not to be painted is known, and goes there straight.
-        region = condition[-1]
         return inside * region + (x + (s - t) * velocity) * (1.0 - region)
+
+    def _style(self, noise: Tensor, mask: Tensor, region: Tensor) -> Tensor:
+        """What a window's style changes of pure noise: within the lesion, every channel gets a factor.
+
+        Some lesions are empty and some are coarse as a whole. A few steps leave what is normal, and do not draw that
+        (:mod:`busigen.styles`). The noise beside the region to paint decides nothing else, and so it decides the style.
+        """
+        beside = 1.0 - region
+        normals = (noise * beside).sum(dim=(2, 3)) / beside.sum(dim=(2, 3)).clamp(min=1.0).sqrt()
+        logarithms = normals.clamp(-LIMIT, LIMIT) @ self.styles.T
+        return noise * (logarithms.exp()[:, :, None, None] - 1.0) * mask.mean(dim=1, keepdim=True)
 
     @torch.no_grad()
     def fit(self, size: int, parts: Sequence[Missed], factor: float = 1.0) -> None:
@@ -125,6 +146,21 @@ def _covariances(size: int, parts: Sequence[Missed]) -> Tensor:
         moments.index_add_(0, pair, 0.5 * (both + both.transpose(1, 2)))
         weights.index_add_(0, pair, (share**5).sum(0))
     return moments / weights.clamp(min=1e-9)[:, None, None]
+
+
+def amplitudes(latents: Tensor, mask: Tensor) -> Tensor:
+    """Half the logarithm of the power within each lesion, ``(N, C)``, of the windows with enough of one.
+
+    Args:
+        latents: ``(B, C, n, n)``.
+        mask: as for :meth:`Wavelets.forward`.
+    """
+    within = (mask.mean(dim=1, keepdim=True) > 0.9).to(latents)
+    latents, within = (part[within.sum(dim=(1, 2, 3)) >= LEAST_CELLS] for part in (latents, within))
+    cells = within.sum(dim=(2, 3), keepdim=True)
+    mean = (latents * within).sum(dim=(2, 3), keepdim=True) / cells
+    power = ((latents - mean).square() * within).sum(dim=(2, 3)) / (cells[:, :, 0, 0] - 1.0)
+    return 0.5 * power.clamp(min=1e-6).log()
 
 
 def squares(parts: Sequence[Missed]) -> float:

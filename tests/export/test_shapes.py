@@ -33,6 +33,7 @@ def unet() -> torch.nn.Module:
     for table in unet.spectrum.buffers():
         if table.ndim == 3:
             table.uniform_(0.2, 1.5)
+    unet.spectrum.styles.normal_(0.0, 0.3)
     return unet
 
 
@@ -43,7 +44,7 @@ def step(unet: torch.nn.Module) -> ModelProto:
 
 @pytest.fixture(scope="module")
 def graphs(unet: torch.nn.Module, step: ModelProto) -> dict[str, ModelProto]:
-    update = steady(Tracer(OPSETS[0]).update(unet.spectrum, CHANNELS, 16, 16, region=True))
+    update = steady(Tracer(OPSETS[0]).update(unet.spectrum, CHANNELS, 16, 16, conditions=CONDITIONS))
     label = CLASSES.index("benign")
     return {loop: with_solver(step, STEPS, label, loop=loop, name="s", output="o", update=update) for loop in LOOPS}
 
@@ -56,7 +57,7 @@ def inputs(batch: int) -> dict[str, torch.Tensor]:
         "keep": (torch.rand(7, TINY.tokens, generator=generator) < 0.8).float(),
         **{f"condition{k}": torch.randn(7, size, 16, 16, generator=generator) for k, size in enumerate(CONDITIONS)},
     }
-    made["condition2"] = (made["condition2"] > 0).float()
+    made |= {name: (made[name] > 0).float() for name in ("condition1", "condition2")}
     return {name: value[:batch] for name, value in made.items()}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from busigen.styles import EDGES, bands, powers, styled
 from busigen.training.spectrum import Spectrum
-from busigen.training.style_fit import COUNT, fit_styles
+from busigen.training.style_fit import COUNT, LESIONS, fit_lesion_styles, fit_styles
 
 CHANNELS, CELLS = 2, 32
 
@@ -68,3 +68,19 @@ def test_styled_images_vary_as_training_images_do(response: float) -> None:
 
 def test_too_few_images_say_nothing_of_styles() -> None:
     assert fit_styles(spectrum(), training_latents(COUNT - 1), latents, seed=0) == []
+
+
+@pytest.mark.parametrize("response", [1.0, 1.5])
+def test_drawn_lesions_come_to_differ_as_training_lesions_do(response: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = 0.15 * torch.randn(800, 3, generator=generator) + 0.4 * torch.randn(800, 1, generator=generator)
+
+    def draw(styles: Tensor) -> Tensor:
+        normals, own = torch.randn(2, 400, 3, generator=torch.Generator().manual_seed(1))
+        return response * normals @ styles.T + 0.15 * own
+
+    styles = fit_lesion_styles(real, draw, 3)
+    # Of 400 drawn lesions, a variance is known to 7 % (one sigma).
+    torch.testing.assert_close(draw(styles).var(0), real.var(0), rtol=0.25, atol=0)
+    assert fit_lesion_styles(real[: LESIONS - 1], draw, 3).eq(0).all()
+    assert fit_lesion_styles(0.1 * real, draw, 3).eq(0).all(), "lesions that differ enough need no style"

@@ -8,9 +8,10 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from busigen.solver import solver_steps
-from busigen.training.wavelets import FEWEST, Wavelets, haar, squares
+from busigen.training.wavelets import FEWEST, Wavelets, amplitudes, haar, squares
 
 CELLS, CHANNELS = 16, 2
+NO_LESION = torch.zeros(1, 4, CELLS, CELLS)
 
 
 def generator(seed: int) -> Generator:
@@ -41,7 +42,7 @@ def fitted(region: Tensor, count: int = 400) -> Wavelets:
 
 def drawn(steps: Wavelets, mean: Tensor, noise: Tensor, region: Tensor) -> Tensor:
     """One step from pure noise, where the best that a network can answer is ``noise - mean``."""
-    return steps(noise, noise - mean, torch.ones(1), torch.zeros(1), region)
+    return steps(noise, noise - mean, torch.ones(1), torch.zeros(1), NO_LESION, region)
 
 
 def inside(latents: Tensor, region: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def test_several_steps_lead_where_one_does() -> None:
         t = step.t
         slope = (t - (1 - t) * 0.36) / ((1 - t) ** 2 * 0.36 + t**2)
         velocity = slope * (x - (1 - t) * 0.2) - 0.2
-        x = steps(x, velocity, torch.tensor([t]), torch.tensor([step.s]), everywhere)
+        x = steps(x, velocity, torch.tensor([t]), torch.tensor([step.s]), NO_LESION, everywhere)
     # Sums of 16 fp32 products, four transforms a step.
     torch.testing.assert_close(x, 0.2 + 0.6 * noise, rtol=0, atol=1e-4)
 
@@ -136,3 +137,25 @@ def test_the_transform_keeps_lengths_and_angles() -> None:
     basis = haar(CELLS)
     # Products of sixteen numbers in fp32.
     torch.testing.assert_close(basis @ basis.T, torch.eye(CELLS), rtol=0, atol=1e-6)
+
+
+def test_a_style_makes_lesions_differ_in_their_detail_and_touches_nothing_else(region: Tensor) -> None:
+    steps, plain = Wavelets(CHANNELS, (CELLS,)), Wavelets(CHANNELS, (CELLS,))
+    steps.styles.copy_(torch.tensor([[0.5, 0.0], [0.5, 0.0]]))
+    count = 600
+    noise = torch.randn(count, CHANNELS, CELLS, CELLS, generator=generator(1))
+    lesion = torch.zeros(count, 4, CELLS, CELLS)
+    lesion[:, :, 5:11, 4:12] = 1.0
+    region = region.expand(count, -1, -1, -1)
+
+    def drawn_at(time: float, by: Wavelets) -> Tensor:
+        """One step to data of mean 0, in which the sample is all noise."""
+        return by(noise, noise, torch.full((1,), time), torch.zeros(1), lesion, region)
+
+    found, expected = drawn_at(1.0, steps), drawn_at(1.0, plain)
+    # Of 48 cells, the logarithm of the deviation is known to 0.1; the style adds one of 0.5.
+    assert (amplitudes(found, lesion).std(0) > 0.4).all()
+    assert (amplitudes(expected, lesion).std(0) < 0.15).all()
+    beside = (region == 0).expand_as(found)
+    assert torch.equal(found[beside], expected[beside])
+    assert torch.equal(drawn_at(0.8, steps), drawn_at(0.8, plain)), "a style is drawn once, at pure noise"
