@@ -10,11 +10,12 @@ from diffusers import ModelMixin
 
 from busigen.data.prepared import Prepared
 from busigen.training.checkpoint import BASE, load_component, load_networks
+from busigen.training.denoiser_task import DenoiserTask
 from busigen.training.heal import healed_reader
 from busigen.training.pipeline import CACHE, HEALED
 from busigen.training.recipe import TaskSpec, recipe_for
 from busigen.training.setting import Setting
-from busigen.training.tasks import KINDS, DenoiserTask
+from busigen.training.tasks import KINDS
 
 
 class FinishedRun:
