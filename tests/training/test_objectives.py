@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 
 from busigen.registry import PRESETS
 from busigen.training.models import build
-from busigen.training.objectives import energy, lattice
+from busigen.training.objectives import energy, lattice, noisy
 
 
 def texture(seed: int, deviation: float = 0.2) -> Tensor:
@@ -58,3 +58,16 @@ def test_seams_between_cells_are_seen_and_seams_anywhere_else_are_not() -> None:
     assert cells > 5 * elsewhere
     # Edges that the target has in the same places are none of the decoder's doing.
     assert float(lattice(drawn + seams(8), plain + seams(8))) < 0.2 * cells
+
+
+def test_half_of_the_training_times_are_those_at_which_the_solver_asks() -> None:
+    clean = torch.full((4000, 2, 4, 4), 0.5)
+    asked = [1.0, 0.6]
+    x, t, target = noisy(clean, Generator().manual_seed(0), asked)
+    shares = [float((t == torch.tensor(time)).float().mean()) for time in asked]
+    # A quarter of 4,000 times each: 0.007 is one sigma.
+    assert all(abs(share - 0.25) < 0.03 for share in shares)
+    pure = t == 1.0
+    torch.testing.assert_close(x[pure], target[pure] + clean[pure], rtol=0, atol=1e-6)
+    others = noisy(clean, Generator().manual_seed(0))[1]
+    assert others.unique().numel() > 3900, "without a table, no time is asked for twice"
