@@ -44,7 +44,7 @@ class DenoiserTask:
 
     def _examples(self, split: str) -> dict[int, WindowExamples]:
         """The task's share of the stage's examples."""
-        wanted = torch.from_numpy(self.setting.frames(split, self.spec).table["row"].to_numpy())
+        wanted = torch.tensor(self.setting.frames(split, self.spec).table["row"].to_list())
         label = None if self.spec.label is None else CLASSES.index(self.spec.label)
         chosen = {side: part.only(wanted, label) for side, part in self._encoded(split).items()}
         chosen = {side: part for side, part in chosen.items() if len(part)}
