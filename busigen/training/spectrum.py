@@ -87,22 +87,24 @@ class Spectrum(Spread):
 
     def __init__(self, channels: int, cells: int) -> None:
         super().__init__(channels, cells, cells)
-        self.register_buffer("axes", torch.eye(channels).repeat(cells, cells, 1, 1))
+        # Alike for all directions of one frequency: a matrix for each pair of row and column would be half of what the
+        # prior's largest layer takes in a bundle.
+        self.register_buffer("axes", torch.eye(channels).repeat(int(_radius(cells).max()) + 1, 1, 1))
 
     def coefficients(self, sample: Tensor) -> Tensor:
         """Latents ``(B, C, s, s)`` by frequency, ``(B, K, s, s)``: along the ``K = C`` axes of each."""
-        return turned(transformed(sample), self.axes)
+        return turned(transformed(sample), self._axes())
 
     def sample(self, coefficients: Tensor) -> Tensor:
         """Its inverse."""
-        found = turned(coefficients, self.axes.transpose(2, 3))
+        found = turned(coefficients, self._axes().transpose(2, 3))
         basis = cosines(found.shape[-1]).to(found)
         return basis.T @ found @ basis
 
     @property
     def marginal(self) -> Tensor:
         """The deviation of each channel's cosine coefficients, ``(C, s, s)``."""
-        squares = self.axes.square() @ self.spread.permute(1, 2, 0)[..., None].square()
+        squares = self._axes().square() @ self.spread.permute(1, 2, 0)[..., None].square()
         return squares[..., 0].permute(2, 0, 1).sqrt()
 
     @torch.no_grad()
@@ -110,15 +112,30 @@ class Spectrum(Spread):
         """Measure axes and spread on training latents ``(N, C, s, s)``; of fewer than two, there is none to measure."""
         if len(clean) < 2:
             return
-        # Cases in which no latents differ at all leave the axes open, and any will do.
-        total = torch.zeros_like(self.axes, dtype=torch.float64)
-        mean = clean.double().mean(0).float()
+        total = torch.zeros_like(self._axes(), dtype=torch.float64)
+        mean = clean.double().mean(0).float().to(total.device)
         for part in clean.split(64):
-            found = transformed(part.float().to(self.axes.device) - mean.to(self.axes.device)).permute(2, 3, 1, 0)
+            found = transformed(part.float().to(total.device) - mean).permute(2, 3, 1, 0)
             total += (found @ found.transpose(2, 3)).double()
-        variance, axes = torch.linalg.eigh(total / (len(clean) - 1))
-        self.axes.copy_(axes.float())
-        self.spread.copy_(variance.clamp(min=LEAST**2).sqrt().permute(2, 0, 1).float())
+        total /= len(clean) - 1
+        radius = _radius(total.shape[0]).flatten().to(total.device)
+        pooled = total.new_zeros(self.axes.shape).index_add_(0, radius, total.flatten(0, 1))
+        self.axes.copy_(torch.linalg.eigh(pooled)[1].float())
+        axes = self._axes().double()
+        variance = torch.einsum("uvck,uvcd,uvdk->kuv", axes, total, axes)
+        self.spread.copy_(variance.clamp(min=LEAST**2).sqrt().float())
+
+    def _axes(self) -> Tensor:
+        """The axes of every frequency, ``(s, s, C, K)``."""
+        cells = self.spread.shape[-1]
+        radius = _radius(cells).flatten().to(self.axes.device)
+        return self.axes.index_select(0, radius).view(cells, cells, *self.axes.shape[1:])
+
+
+def _radius(cells: int) -> Tensor:
+    """Each coefficient's frequency whatever its direction, in half periods per side, to the next whole number."""
+    frequency = torch.arange(cells, dtype=torch.float64)
+    return torch.hypot(frequency[:, None], frequency[None]).round().long()
 
 
 def transformed(sample: Tensor) -> Tensor:
