@@ -27,7 +27,7 @@ from busigen.export.counts import fused
 from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
-from busigen.registry import ENGINE_TARGETS, LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
+from busigen.registry import BACKGROUND_SPECKLE, ENGINE_TARGETS, LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
 from busigen.runtime.backend import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
@@ -266,6 +266,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "patch": networks.preset.patch,
         "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
         "styles": record.get("styles", []),
+        "background_speckle": BACKGROUND_SPECKLE,
         "solver_steps": dict(networks.steps),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),

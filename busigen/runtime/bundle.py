@@ -29,6 +29,9 @@ MAX_WEIGHTS_BYTES = 4 << 30
 LEAST_FRAME, MAX_FRAMES = 32, 1024
 """Shortest side in pixels, and number, of the frames that a bundle may record."""
 
+LARGEST_SPECKLE = 4.0
+"""Greatest deviation of the noise that a bundle may ask to decode backgrounds with."""
+
 _LARGEST = {"latent_channels": 256, "code_length": 4096, "patch": RESOLUTION}
 """Sizes that a bundle may ask noise and inputs of: a damaged record is not to ask for all memory."""
 
@@ -133,6 +136,11 @@ class Bundle:
         found = self.info.get("styles", [])
         return np.array(found) if found else None
 
+    @property
+    def background_speckle(self) -> float:
+        """Deviation of the noise that synthetic backgrounds are decoded with; 1 in bundles that do not say."""
+        return float(self.info.get("background_speckle", 1.0))
+
     def _check(self) -> None:
         graphs = self.info.get("graphs")
         if not isinstance(graphs, dict) or set(graphs) != set(graph_names()):
@@ -147,6 +155,9 @@ class Bundle:
         styles = self.info.get("styles", [])
         if styles != [] and not are_styles(styles, self.info["latent_channels"]):
             raise IntegrityError(f"{self.folder / RECORD} has no valid 'styles'.", fix=_EXPORT)
+        speckle = self.info.get("background_speckle", 1.0)
+        if type(speckle) not in (int, float) or not 0 <= speckle <= LARGEST_SPECKLE:
+            raise IntegrityError(f"{self.folder / RECORD} has no valid 'background_speckle': {speckle!r}.", fix=_EXPORT)
         expected: dict[str, str] = {}
         for name, record in graphs.items():
             hashes = record.get("files") if isinstance(record, dict) else None

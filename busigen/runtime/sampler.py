@@ -248,6 +248,7 @@ class Sampler:
                 frame=np.array([place_of(frame) for frame in frames], np.float32),
             )
             speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
+            speckle *= np.float32(self.bundle.background_speckle)
             pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
             picked = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
         drafts = [

@@ -135,7 +135,7 @@ class Spectrum(Spread):
 def _radius(cells: int) -> Tensor:
     """Each coefficient's frequency whatever its direction, in half periods per side, to the next whole number."""
     frequency = torch.arange(cells, dtype=torch.float64)
-    return torch.hypot(frequency[:, None], frequency[None]).round().long()
+    return (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().round().long()
 
 
 def transformed(sample: Tensor) -> Tensor:

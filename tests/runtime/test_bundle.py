@@ -186,6 +186,9 @@ def test_another_schema_is_refused(bundle: Path, change: Callable[[Info], object
         lambda info: info.update(frames=[[256, 256]] * 100_000),
         lambda info: info.update(styles=[[0.1]]),
         lambda info: info.update(styles=[[1e6]] * 32),
+        lambda info: info.update(background_speckle=-0.1),
+        lambda info: info.update(background_speckle=float("nan")),
+        lambda info: info.update(background_speckle="1"),
     ],
 )
 def test_incomplete_records_are_refused(bundle: Path, change: Callable[[Info], object]) -> None:
