@@ -166,7 +166,7 @@ SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
 varies with a deviation of s is decided at a time of about s / (1 + s): of whole images, brightness at 0.96, layers and
 lobules at 0.85 to 0.6."""
 
-SPECKLE_GAIN, BACKGROUND_SPECKLE = 0.94, 0.85
+SPECKLE_GAIN, BACKGROUND_SPECKLE = 0.94, 0.95
 """Deviation of the noise that the decoder draws speckle from, in use, and a further factor on it for synthetic
 backgrounds. It learns with 1, which is right for the latents of real images. Drawn latents vary more from cell to cell,
 those of whole images more than those of lesions, and images come out too grainy (docs/model-card.md)."""
