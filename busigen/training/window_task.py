@@ -61,7 +61,7 @@ class WindowTask(DenoiserTask):
         places = self._places()
         for side, part in places.items():
             spectrum.make_up(side // LATENT_FACTOR, list(self._missed(part, drawn=True)))
-        if self.spec.component == "lesion":
+        if self.spec.component == "lesion" and places:
             # Stage 3 goes on with what is on both sides of its ring.
             real = [amplitudes(b["clean"], b["mask"]) for part in self.train.values() for b in self._batches(part)]
 
@@ -75,16 +75,14 @@ class WindowTask(DenoiserTask):
         return {"held_out_gap": round(gap, 4)}
 
     def _places(self) -> dict[int, WindowExamples]:
-        """All held-out windows; for an adapter, those around lesions, as if they were of its class."""
+        """All held-out windows, if there are any; for an adapter, those around lesions, as if of its class."""
         places = self._encoded("val")
-        if self.spec.label is None:
-            return places
-        found = {}
-        for side, part in places.items():
-            around = part.tensors["label"] != CLASSES.index("normal")
-            tensors = {name: tensor[around] for name, tensor in part.tensors.items()}
-            found[side] = WindowExamples({**tensors, "label": tensors["label"].fill_(CLASSES.index(self.spec.label))})
-        return found
+        if self.spec.label is not None:
+            for part in places.values():
+                around = part.tensors["label"] != CLASSES.index("normal")
+                part.tensors = {name: tensor[around] for name, tensor in part.tensors.items()}
+                part.tensors["label"].fill_(CLASSES.index(self.spec.label))
+        return {side: part for side, part in places.items() if len(part)}
 
     def _batches(self, part: WindowExamples) -> Iterator[dict[str, Tensor]]:
         """At most ``MEASURED`` examples, the same ones whenever they are asked for, in batches."""
