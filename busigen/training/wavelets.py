@@ -29,7 +29,7 @@ FEWEST = 24
 
 
 class Wavelets(nn.Module):
-    """Solver steps whose spread is that of each Haar wavelet, by how much of it lies in the region that is painted.
+    """Solver steps whose spread is that of each size of Haar wavelet, in the region that is painted.
 
     What stages 2 and 3 leave open once they have seen the surroundings and the outline is not white: brightness varies
     more over blocks of four cells than cells that are independent would let it, and from cell to cell half as much.
@@ -100,7 +100,7 @@ class Wavelets(nn.Module):
 
         Args:
             size: rows of cells.
-            parts: training windows of that size; outside of the region to paint, nothing is looked at.
+            parts: training windows of that size, on the CPU; outside of the region to paint, nothing is looked at.
             factor: on the variances.
         """
         if sum(len(first) for first, _, _ in parts) < FEWEST:
@@ -123,9 +123,9 @@ class Wavelets(nn.Module):
         if sum(len(first) for first, _, _ in parts) < FEWEST:
             return
         axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
-        vectors = axes.double().flatten(0, 1)
+        vectors = axes.double().cpu().flatten(0, 1)
         found = torch.einsum("pck,pcd,pdk->pk", vectors, _covariances(size, parts), vectors)
-        found = found.clamp(min=LEAST**2).sqrt().view(spread.shape).float()
+        found = found.clamp(min=LEAST**2).sqrt().view(spread.shape).to(spread)
         spread.mul_((spread / found).clamp(1.0 / MOST_MADE_UP, MOST_MADE_UP))
 
 
