@@ -89,7 +89,7 @@ def train(
         list[str] | None,
         typer.Option(
             help="With --base: train this component further, its adapters afresh, and keep all else: mask, lesion, "
-            "blend, prior or decoder. May be repeated."
+            "blend, prior, decoder or finish (the decoder, on what the stages draw). May be repeated."
         ),
     ] = None,
     preset: Annotated[

@@ -11,12 +11,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 
-from busigen.data.geometry import Mask
+from busigen.data.geometry import Mask, around
 from busigen.registry import FIELD_EDGE, FIELD_LIMIT, RESOLUTION
 
 _OVERSAMPLING = 2
 """Samples per grid step and axis from which a signed distance is measured."""
+
+_ALL, _AHEAD, _BACK = slice(None), slice(1, None), slice(None, -1)
+_NEIGHBOURS = (
+    ((_AHEAD, _ALL), (_BACK, _ALL)),
+    ((_ALL, _AHEAD), (_ALL, _BACK)),
+    ((_AHEAD, _AHEAD), (_BACK, _BACK)),
+    ((_AHEAD, _BACK), (_BACK, _AHEAD)),
+)
+"""Pairs of views of a mask whose pixels are neighbours down, across, and along the two diagonals."""
 
 _SMOOTHING = 0.6
 """Deviation in pixels of the filter that takes the pixels' staircase out of an outline before it is resampled."""
@@ -77,3 +87,25 @@ def _weights(positions: NDArray[np.float64], count: int) -> NDArray[np.float32]:
     """Linear interpolation as a matrix ``(positions, count)``; pixel ``k`` has its centre at ``k + 0.5``."""
     distance = np.abs(positions[:, None] - (np.arange(count) + 0.5)[None])
     return np.maximum(0.0, 1.0 - distance).astype(np.float32)
+
+
+def circularity(mask: Mask) -> float:
+    """``4 pi A / P^2`` of a lesion that is not empty: 1 for a disc, less for an outline that is long for its area.
+
+    The perimeter is Cauchy's and Crofton's: how often lines in four directions cross the outline. That does not grow
+    with the staircase of pixels.
+    """
+    part = np.pad(mask[around(mask, 0)], 1)
+    straight = sum(int((part[first] != part[second]).sum()) for first, second in _NEIGHBOURS[:2])
+    diagonal = sum(int((part[first] != part[second]).sum()) for first, second in _NEIGHBOURS[2:])
+    perimeter = np.pi / 8.0 * (straight + diagonal / np.sqrt(2.0))
+    return float(4.0 * np.pi * part.sum() / perimeter**2)
+
+
+def solidity(mask: Mask) -> float:
+    """Share of a lesion's convex hull that the lesion fills, of one that is not empty: 1 where it has no bay."""
+    part = np.pad(mask[around(mask, 0)], 1)
+    rows, columns = np.nonzero(part & ~ndimage.binary_erosion(part))
+    corners = [(rows + y, columns + x) for y in (0, 1) for x in (0, 1)]
+    points = np.concatenate([np.stack(corner, axis=1) for corner in corners])
+    return float(part.sum() / ConvexHull(points).volume)

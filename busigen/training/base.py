@@ -19,7 +19,7 @@ from busigen.training.state import fresh_folder
 ADAPTER_KINDS = ("heal", "adapter")
 """What is left to do of a recipe where the base is there: heal the new images, then train the adapters on them."""
 
-RETRAINABLE = (*STAGES, "prior", "decoder")
+RETRAINABLE = (*STAGES, "prior", "decoder", "finish")
 """What can be trained further on a base. All of it speaks through the encoder and the context encoder."""
 
 RETRAIN_RATE = 0.5

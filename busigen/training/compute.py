@@ -8,10 +8,13 @@ from torch import nn
 
 
 def half_is_faster(device: torch.device) -> bool:
-    """Whether bf16 pays: on a card, and on processors with matrix tiles (AMX); on others it is emulated and slower."""
+    """Whether bf16 pays: on a card, and on processors that multiply in it, by matrix tiles (AMX) or vectors.
+
+    Elsewhere it is emulated and slower.
+    """
     if device.type == "cuda":
         return True
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:

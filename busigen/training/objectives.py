@@ -25,6 +25,9 @@ LATTICE_WEIGHT = 5.0
 CRITIC_WEIGHT = 0.3
 """Weight of what the decoder loses to its critic: after 100 steps it pulls a third as hard as the energy distance."""
 
+TEXTURE_WEIGHT = 0.005
+"""Weight of what the decoder loses to the discriminants of texture."""
+
 AT_SHARE = 0.5
 """Share of a denoiser's training times that are those of the few-step solver's table."""
 

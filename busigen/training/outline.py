@@ -18,7 +18,7 @@ from busigen.registry import ASKED_LENGTH, CLASSES, Preset
 from busigen.solver import TIME_SCALE
 from busigen.training.attention import keep_bias
 from busigen.training.outline_space import COUNT, OutlineSpace
-from busigen.training.spectrum import Spread
+from busigen.training.outline_spread import OutlineSpread
 
 CONTEXT_SIDE = 8
 """Side of the grid of context tokens that stage 1 looks at; finer tokens are averaged to it, because where a lesion
@@ -48,7 +48,7 @@ class OutlineTransformer(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.space = OutlineSpace(coefficients, grid)
-        self.spectrum = Spread(self.length)
+        self.spectrum = OutlineSpread(self.length)
         self.sizes = [COUNT, *(min(group, coefficients - k) for k in range(0, coefficients, group))]
         self.read = nn.ModuleList(nn.Linear(size, dim) for size in self.sizes)
         self.write = nn.ModuleList(_silent(nn.Linear(dim, size)) for size in self.sizes)

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
-from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS
+from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import adapters, checkpoint
 from busigen.training.base import Base
 from busigen.training.claim import claim
+from busigen.training.drawn import Drawer
 from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
 from busigen.training.heal import heal, healed_reader, save_healed
 from busigen.training.models import build
@@ -257,7 +258,19 @@ class _Run:
             cache=self.out / CACHE,
             max_images=self.recipe.max_images,
             healed=healed_reader(healed) if healed.exists() and spec.component in LEARN_FROM_HEALED else None,
+            drawer=self._drawer() if spec.kind == "finish" else None,
         )
+
+    def _drawer(self) -> Drawer:
+        """The model with all its stages, as it draws in use."""
+        merged = {
+            name: checkpoint.load_component(stage, self.out / checkpoint.MERGED / name).to(self.device)
+            for stage in STAGES
+            for name in (f"{stage}-{label}" for label in LESION_CLASSES)
+        }
+        networks = self._networks("prior")
+        networks.denoisers |= merged
+        return Drawer(networks, self._frames(), self._styles())
 
     @torch.no_grad()
     def _latent_statistics(self, autoencoder: ModelMixin) -> dict[str, list[float]]:

@@ -111,6 +111,17 @@ def _compact() -> tuple[TaskSpec, ...]:
         TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4, start="lesion"),
         TaskSpec("prior", "background", "prior", steps=38_000, batch=24, lr=1e-3, variants=4),
         *_adapters(steps=800, batch=32, lr=1e-3, variants={"mask": 2, "lesion": 4, "blend": 4}),
+        TaskSpec(
+            "finish",
+            "finish",
+            "autoencoder",
+            steps=12_000,
+            batch=4,
+            lr=2e-4,
+            start="autoencoder",
+            variants=2,
+            keep="last",
+        ),
     )
 
 
@@ -127,6 +138,9 @@ def _tiny() -> tuple[TaskSpec, ...]:
         TaskSpec("blend", "window", "blend", steps=80, batch=16, lr=2e-3, warmup=20, ema=0.98, start="lesion"),
         TaskSpec("prior", "background", "prior", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
         *_adapters(steps=20, batch=16, lr=1e-3, variants=dict.fromkeys(STAGES, 1)),
+        TaskSpec(
+            "finish", "finish", "autoencoder", steps=10, batch=2, lr=2e-4, ema=0.9, start="autoencoder", keep="last"
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
+from busigen.training.drawn import Drawer
 from busigen.training.examples import Frames, Progress, select
 from busigen.training.networks import Networks
 from busigen.training.recipe import TaskSpec
@@ -23,7 +24,7 @@ VALIDATION_BATCHES = 6
 
 @dataclass
 class Setting:
-    """What every task is built from. ``healed`` is there once the heal step has run."""
+    """What every task is built from: ``healed`` once the heal step has run, and ``drawer`` for the last task."""
 
     prepared: Prepared
     networks: Networks
@@ -33,6 +34,7 @@ class Setting:
     cache: Path
     max_images: int | None = None
     healed: Callable[[int, int], NDArray[np.uint8]] | None = None
+    drawer: Drawer | None = None
 
     def frames(self, split: str, spec: TaskSpec) -> Frames:
         """The task's rows of a split.

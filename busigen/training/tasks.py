@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, SOLVER_STEPS
+from busigen.registry import BUCKETS, CLASSES, SOLVER_STEPS
 from busigen.solver import solver_steps
 from busigen.training import objectives, sheets
 from busigen.training.denoiser_task import DenoiserTask
@@ -20,9 +20,10 @@ from busigen.training.examples import (
     background_examples,
     to_tensor,
 )
+from busigen.training.finish_task import FinishTask
+from busigen.training.mask_task import MaskTask
 from busigen.training.models import MaskedAutoencoder, place_condition
 from busigen.training.networks import integrate
-from busigen.training.outline_examples import lesions, outline_examples, random_asking
 from busigen.training.pixel_tasks import AutoencoderTask, DecoderTask
 from busigen.training.recipe import TaskSpec
 from busigen.training.setting import Setting, mean_loss
@@ -83,39 +84,6 @@ class ContextTask:
         return sheets.grid([[sheets.to_picture(p) for p in row] for row in (images, images * seen, full)])
 
 
-class MaskTask(DenoiserTask):
-    """Stage 1: the outline's code from the healed image's tokens and, now and then, a part of the answer."""
-
-    examples = "outlines"
-
-    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
-        # Adapters keep the base's basis, or their codes would mean something else to the frozen weights.
-        if spec.label is None:
-            module.space.fit(lesions(setting.frames("train", spec), setting.seed))
-        self.space = module.space
-        super().__init__(spec, setting, module)
-        # An adapter's outlines differ from each other by as much as its class's do.
-        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
-
-    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
-        assert self.setting.healed is not None
-        tensors = outline_examples(frames, self.setting.healed, self.space, **options)
-        return {BUCKETS[0]: WindowExamples(tensors)} if tensors else {}
-
-    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
-        return (random_asking(batch["clean"], batch["birads"], generator),)
-
-    def sheet(self) -> Image.Image:
-        """Real and sampled outlines on their signed distances."""
-        batch, samples = self._sampled(10)
-        nothing = torch.zeros(len(samples), ASKED_LENGTH, device=self.device)
-        rows = []
-        for code in (batch["clean"], samples):
-            pictures = self.space.distance(code, nothing) / 32.0
-            rows.append([sheets.outlined(sheets.to_picture(p), p[0].cpu().numpy() > 0) for p in pictures])
-        return sheets.grid(rows)
-
-
 class BackgroundTask(DenoiserTask):
     """The healthy prior: whole healthy images out of noise."""
 
@@ -168,5 +136,6 @@ KINDS: dict[str, Callable[[TaskSpec, Setting, Any], Task]] = {
     "window": WindowTask,
     "mask": MaskTask,
     "background": BackgroundTask,
+    "finish": FinishTask,
 }
 """Task classes by the kind that a recipe names. An adapter uses the class of its stage's base task."""

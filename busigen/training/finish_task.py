@@ -1,0 +1,211 @@
+"""The last task: the decoder learns on what the finished stages draw, as it will be used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from busigen.data.geometry import GRAIN_SCALE
+from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SPECKLE_GAIN
+from busigen.training import objectives, sheets
+from busigen.training.critic import Critic
+from busigen.training.drawn import SIDE, ZONES, away_from_cuts, drawn_backgrounds, drawn_windows
+from busigen.training.examples import to_tensor
+from busigen.training.models import mask_condition, region_condition
+from busigen.training.pixel_tasks import DecoderTask
+from busigen.training.recipe import TaskSpec
+from busigen.training.setting import Setting
+from busigen.training.state import load_state, save_state
+from busigen.training.texture import Discriminant, Texture, believed
+
+BACKGROUNDS = 512
+"""Backgrounds that are drawn, if there are as many training images."""
+
+Drawn = dict[str, Tensor]
+
+
+class FinishTask(DecoderTask):
+    """The decoder, against opponents that see its pixels as a user will.
+
+    It has learnt on latents of real images. Drawn ones differ from these in what no loss of stage 2 or 3 sees, and a
+    lesion's window is pasted into an image: so here the decoder is given what the stages draw at the places of real
+    lesions, and backgrounds that the prior draws, and both are judged after the paste and beside what is really there.
+    One opponent is a critic, told the outline; the other is the linear discriminant between statistics of texture.
+    Latents of real images stay a part of every batch, or the decoder would forget what they mean.
+    """
+
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
+        super().__init__(spec, setting, module)
+        self.setting = setting
+        mean, std = setting.networks.latents_mean, setting.networks.latents_std
+        self.latents_mean, self.latents_std = (part.view(1, -1, 1, 1).to(self.device) for part in (mean, std))
+        self.texture = Texture().to(self.device)
+        self.judge = Critic(MASK_CHANNELS + 1).to(self.device)
+        groups = ("image", "background", *ZONES)
+        self.discriminants = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
+        self.discriminants.to(self.device)
+        self.module = nn.ModuleDict(
+            {
+                "autoencoder": module,
+                "critic": self.critic,
+                "judge": self.judge,
+                "discriminants": self.discriminants,
+            }
+        )
+        self.windows = self._kept("drawn", lambda options: drawn_windows(self.train, **options))
+        count = min(BACKGROUNDS, len(self.train))
+        self.backgrounds = self._kept("drawn-backgrounds", lambda options: drawn_backgrounds(count=count, **options))
+
+    def _kept(self, name: str, draw: Callable[[dict[str, Any]], Drawn]) -> Drawn:
+        """What the stages draw, from the run's cache or for it."""
+        path = self.setting.cache / f"{name}-{self.spec.variants}.safetensors"
+        if not path.exists():
+            assert self.setting.drawer is not None
+            options = {
+                "drawer": self.setting.drawer,
+                "seed": self.setting.seed,
+                "device": self.device,
+                "progress": self.setting.report(f"{name}: drawing"),
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            variants = {"variants": self.spec.variants} if name == "drawn" else {}
+            save_state(path, draw({**options, **variants}), {})
+        return load_state(path)[0]
+
+    def loss(self, generator: Generator) -> Tensor:
+        """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what its opponents lose."""
+        decoded = self._decoded(self.train, generator)
+        first, _, pixels, weight, latents = decoded
+        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
+        total = self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
+        total = total + self._texture_loss(("image",), first, pixels, weight)
+        return total + self._windows_loss(generator) + self._backgrounds_loss(generator)
+
+    def _texture_loss(self, names: tuple[str, ...], drawn: Tensor, real: Tensor, zones: Tensor) -> Tensor:
+        """What is lost to the discriminants of some zones ``(B, Z, H, W)``, each of which has its own."""
+        usable = believed(zones)
+        ours, theirs = self.texture(drawn, zones), self.texture(real, zones)
+        total = drawn.new_zeros(())
+        for number, name in enumerate(names):
+            rows = usable[:, number]
+            total = total + self.discriminants[name](ours[rows, number], theirs[rows, number])
+        return objectives.TEXTURE_WEIGHT * total
+
+    def _decode(self, latents: Tensor, gain: float, generator: Generator) -> Tensor:
+        """Normalised latents to pixels as in use."""
+        noise = torch.randn(len(latents), 1, *(LATENT_FACTOR * n for n in latents.shape[2:]), generator=generator)
+        raw = latents * self.latents_std + self.latents_mean
+        pixels: Tensor = self.autoencoder.decoder(raw, gain * noise.to(latents)).float()
+        return pixels
+
+    def _windows_loss(self, generator: Generator) -> Tensor:
+        """Of lesions in real images, once they are pasted."""
+        if not self.windows:
+            return self.latents_mean.new_zeros(())
+        chosen = torch.randint(len(self.windows["latents"]), (self.spec.batch,), generator=generator)
+        batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
+        real, usable = batch["pixels"] / 127.5 - 1.0, batch["usable"]
+        decoded = self._decode(batch["latents"], SPECKLE_GAIN, generator)
+        pasted = pasted_into(real, decoded.clamp(-1.0, 1.0), batch["brightness"], batch["grains"])
+        told = torch.cat((mask_condition(batch["mask"]), region_condition(batch["edit"])), dim=1)
+        ours, critics = self.judge.contest(pasted * usable, real * usable, told)
+        seams = objectives.LATTICE_WEIGHT * objectives.lattice(decoded, real)
+        textures = self._texture_loss(ZONES, pasted, real, batch["zones"] * usable)
+        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures
+
+    def _backgrounds_loss(self, generator: Generator) -> Tensor:
+        """Of backgrounds, beside places of real images as deep that show no lesion."""
+        count = max(1, self.spec.batch // 2)
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        latents, real, weights = [], [], []
+        for position in rng.integers(0, len(self.backgrounds["latents"]), count):
+            background, frame = (self.backgrounds[name][int(position)] for name in ("latents", "frame"))
+            cells, inside, depth = _part_of(background.float(), frame, rng)
+            pixels, healthy = self._place(depth, rng)
+            latents.append(cells)
+            real.append(pixels)
+            weights.append(inside * healthy)
+        drawn = self._decode(torch.stack(latents).to(self.device), BACKGROUND_SPECKLE * SPECKLE_GAIN, generator)
+        theirs, weight = torch.stack(real).to(self.device), torch.stack(weights).to(self.device)
+        told = torch.zeros(count, MASK_CHANNELS + 1, *(n // LATENT_FACTOR for n in drawn.shape[2:]), device=self.device)
+        pixels = drawn.clamp(-1.0, 1.0)
+        ours, critics = self.judge.contest(pixels * weight, theirs * weight, told)
+        seams = objectives.LATTICE_WEIGHT * objectives.lattice(drawn, theirs)
+        textures = self._texture_loss(("background",), pixels, theirs, weight)
+        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures
+
+    def _place(self, depth: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A crop of a real image at a depth of 0 (its top) to 1, and where it shows healthy tissue."""
+        frame = self.train[int(rng.integers(len(self.train)))]
+        frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
+        top, left, height, width = frame.place
+        y = min(top + round(depth * max(0, height - SIDE)), RESOLUTION - SIDE)
+        x = min(left + int(rng.integers(0, max(0, width - SIDE) + 1)), RESOLUTION - SIDE)
+        cut = (slice(y, y + SIDE), slice(x, x + SIDE))
+        healthy = frame.valid & ~frame.overlay & (frame.lesions == 0)
+        return to_tensor(frame.image[cut]), torch.from_numpy(healthy[cut].astype(np.float32))[None]
+
+    def findings(self) -> dict[str, Any]:
+        """How far apart drawn and real statistics were at the end, half the squared Mahalanobis distance."""
+        parts = {name: part for name, part in self.discriminants.items() if isinstance(part, Discriminant)}
+        return {"texture": {name: round(part.distance, 3) for name, part in parts.items()}}
+
+    def sheet(self) -> Image.Image:
+        """Real windows, what is drawn in their places, and drawn backgrounds."""
+        generator = Generator().manual_seed(1)
+        rows = []
+        if self.windows:
+            chosen = torch.linspace(0, len(self.windows["latents"]) - 1, 10).long()
+            batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
+            real = batch["pixels"] / 127.5 - 1.0
+            decoded = self._decode(batch["latents"], SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
+            pasted = pasted_into(real, decoded, batch["brightness"], batch["grains"])
+            rows += [[sheets.to_picture(p) for p in part] for part in (real, pasted)]
+        cells = SIDE // LATENT_FACTOR
+        latents = self.backgrounds["latents"][:10, :, :cells, :cells].to(self.device).float()
+        drawn = self._decode(latents, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
+        rows.append([sheets.to_picture(p) for p in drawn])
+        return sheets.grid(rows)
+
+
+def _part_of(latents: Tensor, frame: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
+    """A part of a drawn background: latents of ``SIDE`` pixels a side, which of these count, and how deep it lies.
+
+    What lies outside the image's frame does not count, nor what the decoder draws along a cut.
+    """
+    top, left, height, width = frame.tolist()
+    depth = float(rng.random())
+    places = (top + depth * max(0, height - SIDE), left + rng.random() * max(0, width - SIDE))
+    last = (RESOLUTION - SIDE) // LATENT_FACTOR
+    row, column = (min(round(place / LATENT_FACTOR), last) for place in places)
+    cells = SIDE // LATENT_FACTOR
+    counts = torch.zeros(1, RESOLUTION, RESOLUTION)
+    counts[:, top : top + height, left : left + width] = 1.0
+    y, x = row * LATENT_FACTOR, column * LATENT_FACTOR
+    inside = counts[:, y : y + SIDE, x : x + SIDE] * away_from_cuts(row, column, RESOLUTION // LATENT_FACTOR)
+    return latents[:, row : row + cells, column : column + cells], inside, depth
+
+
+def pasted_into(image: Tensor, painted: Tensor, brightness: Tensor, grains: Tensor) -> Tensor:
+    """:func:`busigen.data.geometry.paste` with a gradient: all ``(B, 1, S, S)``, the last two are its opacities."""
+    with torch.autocast(image.device.type, enabled=False):
+        change = painted - image
+        smooth = _smoothed(change)
+        return image + brightness * smooth + grains * (change - smooth)
+
+
+def _smoothed(image: Tensor) -> Tensor:
+    """A Gaussian of ``GRAIN_SCALE`` pixels, cut off where ``scipy.ndimage`` does."""
+    radius = math.ceil(4.0 * GRAIN_SCALE)
+    offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / GRAIN_SCALE) ** 2)
+    kernel = (kernel / kernel.sum()).to(image)
+    padded = F.pad(image, (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))

@@ -1,0 +1,99 @@
+"""The task that trains stage 1, and measures how what it draws differs from real outlines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from busigen.data.geometry import Mask, largest_component
+from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, SOLVER_STEPS
+from busigen.solver import solver_steps
+from busigen.training import sheets
+from busigen.training.denoiser_task import DenoiserTask
+from busigen.training.examples import Frames, WindowExamples, joined, select
+from busigen.training.networks import integrate
+from busigen.training.outline_examples import lesions, outline_examples, random_asking
+from busigen.training.recipe import TaskSpec
+from busigen.training.setting import Setting
+
+MEASURED, FORMS, BATCH = 512, 192, 32
+"""Outlines whose attributes are measured, and of these, those whose form is; how many are drawn at a time."""
+
+LEAST_PIXELS = 64
+"""A lesion of fewer has no form to speak of."""
+
+
+class MaskTask(DenoiserTask):
+    """Stage 1: the outline's code from the healed image's tokens and, now and then, a part of the answer."""
+
+    examples = "outlines"
+
+    def __init__(self, spec: TaskSpec, setting: Setting, module: Any) -> None:
+        # Adapters keep the base's basis, or their codes would mean something else to the frozen weights.
+        if spec.label is None:
+            module.space.fit(lesions(setting.frames("train", spec), setting.seed))
+        self.space = module.space
+        super().__init__(spec, setting, module)
+        # An adapter's outlines differ from each other by as much as its class's do.
+        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
+
+    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
+        assert self.setting.healed is not None
+        tensors = outline_examples(frames, self.setting.healed, self.space, **options)
+        return {BUCKETS[0]: WindowExamples(tensors)} if tensors else {}
+
+    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
+        return (random_asking(batch["clean"], batch["birads"], generator),)
+
+    def findings(self) -> dict[str, Any]:
+        """Carries a class's drawn outlines over to how its lesions are distributed."""
+        spread = self.module.spectrum
+        spread.forget()
+        if self.spec.label is None:
+            return {}
+        # Drawn in any lesion's image: where its own class is, an adapter has learnt by heart.
+        contexts = joined([part.tensors for part in self._encoded("train").values()])
+        chosen = torch.randperm(len(contexts["label"]), generator=Generator().manual_seed(self.setting.seed))[:MEASURED]
+        codes = self._sampled_codes(contexts["tokens"][chosen], contexts["keep"][chosen])
+        # Its distribution is that of all lesions of the class, of which an adapter's sources may hold few.
+        own = contexts["label"] == CLASSES.index(self.spec.label)
+        spread.fit_attributes(codes, contexts["clean"][own])
+        rows = select(self.setting.prepared, "train", limit=self.setting.max_images, label=self.spec.label)
+        real = lesions(Frames(self.setting.prepared, rows), self.setting.seed)
+        spread.fit_form(codes[:FORMS].to(self.device), self._outlined, real)
+        return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
+
+    def _sampled_codes(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """What the solver draws of the task's class where nothing is asked for."""
+        generator = Generator().manual_seed(self.setting.seed + 1)
+        table = solver_steps("mask", SOLVER_STEPS["mask"])
+        parts = []
+        for seen, kept in zip(tokens.split(BATCH), keep.split(BATCH), strict=True):
+            noise = torch.randn(len(seen), self.module.length, generator=generator).to(self.device)
+            label = torch.full((len(seen),), CLASSES.index(str(self.spec.label)), device=self.device)
+            asked = torch.zeros(len(seen), ASKED_LENGTH, device=self.device)
+            context = (seen.float().to(self.device), kept.float().to(self.device))
+            parts.append(integrate(self.velocity, noise, label, *context, table, asked).cpu())
+        return torch.cat(parts)
+
+    def _outlined(self, codes: Tensor) -> list[Mask]:
+        """The lesions that codes stand for, but for those with next to no pixel."""
+        nothing = torch.zeros(len(codes), ASKED_LENGTH, device=self.device)
+        distances = torch.cat(
+            [self.space.distance(*part) for part in zip(codes.split(BATCH), nothing.split(BATCH), strict=True)]
+        )
+        masks = [largest_component(distance[0].cpu().numpy() > 0) for distance in distances]
+        return [mask for mask in masks if mask.sum() >= LEAST_PIXELS]
+
+    def sheet(self) -> Image.Image:
+        """Real and sampled outlines on their signed distances."""
+        batch, samples = self._sampled(10)
+        nothing = torch.zeros(len(samples), ASKED_LENGTH, device=self.device)
+        rows = []
+        for code in (batch["clean"], samples):
+            pictures = self.space.distance(code, nothing) / 32.0
+            rows.append([sheets.outlined(sheets.to_picture(p), p[0].cpu().numpy() > 0) for p in pictures])
+        return sheets.grid(rows)
