@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from busigen.data.prepared import Prepared
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.sections import SECTIONS
 from busigen.export.reference import TorchBackend
-from busigen.registry import LESION_CLASSES
+from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.bundle import Bundle
 from busigen.runtime.sample import Sample
 from busigen.runtime.sampler import Sampler
@@ -66,7 +67,15 @@ def labelled(samples: list[Sample]) -> ImageSet:
     """Samples as a set that the audit's sections read."""
     images, masks = np.stack([s.image for s in samples]), np.stack([s.mask for s in samples])
     rows = [{"id": str(s.index), "class": s.label, "group": s.index} for s in samples]
-    return ImageSet("samples", images, masks, np.ones_like(masks), np.zeros_like(masks), pl.DataFrame(rows))
+    valid = np.stack([_valid(s.row["letterbox_top"], s.row["letterbox_left"]) for s in samples])
+    return ImageSet("samples", images, masks, valid, np.zeros_like(masks), pl.DataFrame(rows))
+
+
+def _valid(top: int, left: int) -> NDArray[np.bool_]:
+    """The pixels that are no letterbox bar; bars lie on both sides, so that the second is as wide, or a pixel wider."""
+    valid = np.zeros((RESOLUTION, RESOLUTION), dtype=bool)
+    valid[top : RESOLUTION - top - (top > 0), left : RESOLUTION - left - (left > 0)] = True
+    return valid
 
 
 def judged(synthetic: ImageSet, real: ImageSet, options: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ read off the graphs, with the precision that the bundle stores.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,23 @@ def _write_components(bundle: Bundle, preset: str, out: Path) -> dict[str, list[
             weights = {key: v for graph in graphs_of(name) for key, v in _denoiser(_weights(bundle, graph)).items()}
             _save(stage, preset, weights, out / checkpoint.MERGED / name)
             classes.append(weights)
-        base[stage] = {name: torch.stack([weights[name] for weights in classes]).mean(0) for name in classes[0]}
+        base[stage] = _between(classes)
     for name, weights in base.items():
         _save(name, preset, weights, out / checkpoint.BASE / name)
     return {key: _found(encoder, f"latents_{key}").flatten().tolist() for key in ("mean", "std")}
+
+
+def _between(classes: Sequence[Weights]) -> Weights:
+    """What stands for a stage's base, which a bundle does not hold: the mean of its classes' weights.
+
+    What the solver's steps know of the spread is measured and not trained, and is the first class's: it holds axes,
+    and the mean of two sets of axes is none.
+    """
+    first, *_ = classes
+    return {
+        name: value if name.startswith("spectrum.") else torch.stack([weights[name] for weights in classes]).mean(0)
+        for name, value in first.items()
+    }
 
 
 def _denoiser(weights: Mapping[str, Tensor]) -> Weights:

@@ -78,10 +78,25 @@ def test_the_base_lies_in_the_middle_between_the_classes(restored: Path, stage: 
     merged = [load_component(stage, restored / "merged" / f"{stage}-{label}").state_dict() for label in LESION_CLASSES]
     apart = 0.0
     for name, tensor in base.items():
+        if name.startswith("spectrum."):
+            # Measured, not trained: the first class's as a whole, because the mean of two sets of axes is none.
+            assert torch.equal(tensor, merged[0][name]), name
+            continue
         # One sum and one halving in fp32.
         assert torch.allclose(tensor, 0.5 * (merged[0][name] + merged[1][name]), rtol=1e-6, atol=1e-7), name
         apart = max(apart, float((merged[0][name] - merged[1][name]).abs().max()))
     assert apart > 0
+
+
+@pytest.mark.parametrize("stage", ["lesion", "blend"])
+def test_the_axes_of_the_bases_steps_are_at_right_angles(restored: Path, stage: str) -> None:
+    state = load_component(stage, restored / "base" / stage).state_dict()
+    axes = {name: table for name, table in state.items() if name.startswith("spectrum.axes")}
+    assert axes
+    for name, table in axes.items():
+        # Stored in fp16, whose numbers below 1 are exact to 5e-4.
+        identity = torch.eye(table.shape[-1]).expand(table.shape)
+        torch.testing.assert_close(table @ table.transpose(-1, -2), identity, rtol=0, atol=4e-3, msg=name)
 
 
 def test_a_bundle_serves_as_a_base_and_leaves_nothing_behind(restored: Path) -> None:
