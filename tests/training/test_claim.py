@@ -60,7 +60,7 @@ def test_a_run_says_what_it_will_do_before_it_starts(drawn_prepared: Prepared, t
     splits = drawn_prepared.info["splits"]
     said = re.fullmatch(
         r"\S+ training tiny on cpu: images train (\d+), val (\d+), test (\d+) \(at most 160 of a split are used\); "
-        r"14 tasks, (\d+) steps; pictures in (\S+), curves in (\S+)\n",
+        r"15 tasks, (\d+) steps; pictures in (\S+), curves in (\S+)\n",
         first,
     )
     assert said is not None, first
