@@ -88,6 +88,8 @@ def drawn_windows(
     rng = np.random.default_rng((seed, 3))
     parts += [_cropped(_painted(group, drawer, seed, -1, device), rng) for group in pending.values()]
     progress(len(jobs), len(jobs))
+    # Of a batch of large windows there may be none whose margin is seen.
+    parts = [part for part in parts if part]
     return joined(parts) if parts else {}
 
 
