@@ -59,7 +59,7 @@ class FinishTask(DecoderTask):
                 "discriminants": self.discriminants,
             }
         )
-        self.windows = self._kept("drawn", lambda options: drawn_windows(self.train, **options))
+        self.windows = self._kept("drawn", lambda options: drawn_windows(self.train, variants=spec.variants, **options))
         count = min(BACKGROUNDS, len(self.train))
         self.backgrounds = self._kept("drawn-backgrounds", lambda options: drawn_backgrounds(count=count, **options))
 
@@ -75,8 +75,7 @@ class FinishTask(DecoderTask):
                 "progress": self.setting.report(f"{name}: drawing"),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
-            variants = {"variants": self.spec.variants} if name == "drawn" else {}
-            save_state(path, draw({**options, **variants}), {})
+            save_state(path, draw(options), {})
         return load_state(path)[0]
 
     def loss(self, generator: Generator) -> Tensor:
