@@ -98,7 +98,7 @@ class PaperPipeline(DiffusionPipeline):
         blended = self._denoise(self.blend, shape, tokens, keep, steps, *window_condition(seen, mask, ring))
         inside = (region_condition(edit) - region_condition(ring)) > 0
         latents = torch.where(inside, painted, blended)
-        new = self.decoder(latents, torch.randn((batch, 1, side, side), generator=generator)).numpy()
+        new = self.decoder(latents, torch.randn((batch, 1, side, side), generator=generator), mask).numpy()
         return [
             (paste(image, part[0], region, window), outline)
             for image, part, region, window, outline in zip(healthy, new, edits, windows, masks, strict=True)

@@ -136,7 +136,9 @@ def prepare(options: argparse.Namespace) -> None:
         speckle = np.stack([normal(SEED, number, 0, "prior speckle", (1, 256, 256)) for number in numbers])
         whole = np.array([[0, 0, RESOLUTION, RESOLUTION]] * len(noise), np.float32)
         latents = sampler.backend.run("prior", {"noise": noise, "frame": whole})
-        pixels = sampler.backend.run("decoder@256", {"latents": latents, "noise": speckle})
+        pixels = sampler.backend.run(
+            "decoder@256", {"latents": latents, "noise": speckle, "mask": np.zeros_like(speckle)}
+        )
         for number, image in zip(numbers, pixels[:, 0], strict=True):
             grey = np.rint((image + 1.0) * 127.5).clip(0, 255).astype(np.uint8)
             Image.fromarray(grey).save(options.work / "healthy" / f"{number}.png")

@@ -52,7 +52,7 @@ class TorchBackend:
         if component == "encoder":
             return networks.encoder(v["pixels"])
         if component == "decoder":
-            return networks.decoder(v["latents"], v["noise"])
+            return networks.decoder(v["latents"], v["noise"], v["mask"])
         if component == "prior":
             return networks.background(v["noise"], v["frame"])
         stage, _, label = component.partition("-")

@@ -205,11 +205,11 @@ class Tracer:
         return self._traced(networks.encoder, [torch.randn(EXAMPLE_BATCH, 1, side, side)], ["pixels"], ["latents"])
 
     def decoder(self, networks: Networks, side: int) -> ModelProto:
-        """``(latents, noise)`` to ``pixels`` for one window size."""
+        """``(latents, noise, mask)`` to ``pixels`` for one window size."""
         cells = side // LATENT_FACTOR
         latents = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-        noise = torch.randn(EXAMPLE_BATCH, 1, side, side)
-        return self._traced(networks.decoder, [latents, noise], ["latents", "noise"], ["pixels"])
+        noise, mask = torch.randn(EXAMPLE_BATCH, 1, side, side), torch.ones(EXAMPLE_BATCH, 1, side, side)
+        return self._traced(networks.decoder, [latents, noise, mask], ["latents", "noise", "mask"], ["pixels"])
 
     def step(self, unet: ModelMixin, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
         """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are its condition inputs' channels."""

@@ -19,7 +19,7 @@ from busigen.runtime.onnx_files import external_files
 from busigen.styles import are_styles
 
 RECORD = "bundle.json"
-SCHEMA = 3
+SCHEMA = 4
 MAX_RECORD_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 8 << 20
 """Largest graph that is opened. Its weights lie in files beside it; what is left is some 200 KB."""

@@ -249,7 +249,8 @@ class Sampler:
             )
             speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
             speckle *= np.float32(self.bundle.background_speckle)
-            pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle)
+            nothing = np.zeros_like(speckle)
+            pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle, mask=nothing)
             picked = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
         drafts = [
             Draft(
@@ -332,7 +333,8 @@ class Sampler:
         inside = cells_of(common["edit"]) & ~cells_of(ring)
         blended = self._resident.select(padded_to(inside, len(painted)), painted, blended)
         speckle = _noise(seed, batch, "speckle", (1, side, side))
-        pixels = self._run("decoder", side, count, latents=blended, noise=speckle)
+        mask = common["mask"]
+        pixels = self._run("decoder", side, count, latents=blended, noise=speckle, mask=mask)
         return [
             paste(draft.healthy.pixels, new[0], edit, window)
             for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)

@@ -35,7 +35,11 @@ class Speckle(nn.Module):
 
 
 class SpeckleDecoder(nn.Module):
-    """Latents and white noise to pixels, from the coarsest level to the finest."""
+    """Latents, white noise and a lesion's mask to pixels, from the coarsest level to the finest.
+
+    A cell of the latents is eight pixels wide, and so is what the stages know of an outline. A margin is sharper than
+    that: so every level of the decoder is told the mask at its own resolution, once there is one.
+    """
 
     def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: tuple[int, ...]) -> None:
         super().__init__()
@@ -44,6 +48,7 @@ class SpeckleDecoder(nn.Module):
         # Channels are reduced before the interpolation, at a quarter of the cost of doing it after.
         self.ups = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 3, padding=1) for k in order[1:])
         self.speckles = nn.ModuleList(Speckle(channels[k]) for k in order)
+        self.outlines = nn.ModuleList(_untold(channels[k]) for k in order)
         self.levels = nn.ModuleList(
             nn.Sequential(
                 *(ResBlock(channels[k], channels[k], norm_type="rms_norm", act_fn="silu") for _ in range(layers[k]))
@@ -52,19 +57,38 @@ class SpeckleDecoder(nn.Module):
         )
         self.conv_out = nn.Conv2d(channels[0], 1, 3, padding=1)
 
-    def forward(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Decode ``(B, C, s, s)`` latents with ``(B, 1, S, S)`` noise into ``(B, 1, S, S)`` pixels."""
+    def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Decode.
+
+        Args:
+            latents: ``(B, C, s, s)``.
+            noise: ``(B, 1, S, S)``, standard normal.
+            mask: ``(B, 1, S, S)`` in {0, 1}, the lesion; none is as good as an empty one.
+
+        Returns:
+            ``(B, 1, S, S)`` pixels.
+        """
         features = self.conv_in(latents)
         factor = 2 ** (len(self.levels) - 1)
-        for number, (speckle, level) in enumerate(zip(self.speckles, self.levels, strict=True)):
+        stages = zip(self.outlines, self.speckles, self.levels, strict=True)
+        for number, (outline, speckle, level) in enumerate(stages):
             if number:
                 # Bilinear, because pixel-shuffle and nearest neighbours leave a block pattern in the speckle.
                 features = F.interpolate(self.ups[number - 1](features), scale_factor=2, mode="bilinear")
             # One field for all levels: its means over factor x factor pixels, scaled back to unit variance.
             coarse = F.avg_pool2d(noise, factor) * float(factor) if factor > 1 else noise
+            if mask is not None:
+                features = features + outline(F.avg_pool2d(mask, factor) if factor > 1 else mask)
             features = level(speckle(features, coarse))
             factor //= 2
         return self.conv_out(F.silu(features))
+
+
+def _untold(channels: int) -> nn.Conv2d:
+    """Reads a mask and makes nothing of it yet: a decoder is first trained without, and goes on from where it stood."""
+    outline = nn.Conv2d(1, channels, 3, padding=1, bias=False)
+    nn.init.zeros_(outline.weight)
+    return outline
 
 
 class Autoencoder(ModelMixin, ConfigMixin):

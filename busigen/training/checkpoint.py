@@ -33,6 +33,9 @@ RECORD = "busigen.json"
 SCHEMA = 1
 BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
 
+LATER = ("spectrum.", "decoder.outlines.")
+"""Weights that components saved by an earlier busigen may lack: measured spreads, and what is told of masks."""
+
 _TRAIN = "Run 'busigen train' to its end first."
 
 
@@ -50,7 +53,8 @@ def save_component(model: ModelMixin, folder: Path) -> None:
 def load_component(component: str, folder: Path) -> ModelMixin:
     """Load a component in evaluation mode.
 
-    One that was saved before its solver's steps knew a spread takes steps with the spread that was assumed then.
+    One that was saved before its solver's steps knew a spread takes steps with the spread that was assumed then, and a
+    decoder from before it was told masks does not heed them.
 
     Raises:
         InputError: the folder holds no such component, or one whose weights do not fit its configuration.
@@ -58,13 +62,18 @@ def load_component(component: str, folder: Path) -> ModelMixin:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no {component}.", fix=_TRAIN)
     try:
+        # What a file lacks is then as its constructor leaves it, and not without any value.
         model, found = model_class(component).from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+            str(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}.", fix=_TRAIN) from error
     missing = found["missing_keys"]
-    if lost := [name for name in missing if not name.startswith("spectrum.")]:
+    if lost := [name for name in missing if not name.startswith(LATER)]:
         raise InputError(f"{folder} cannot be loaded: it lacks the weight {lost[0]}.", fix=_TRAIN)
     if any(name.startswith("spectrum.spread") for name in missing):
         model.spectrum.assume(SOLVER_SPREAD[component])

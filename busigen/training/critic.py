@@ -26,11 +26,12 @@ class Critic(nn.Module):
     Args:
         latent_channels: channels of the latents.
         channels: at full resolution and after each halving.
+        pixel_channels: 1, and more for what it is told at full resolution.
     """
 
-    def __init__(self, latent_channels: int, channels: Sequence[int] = CHANNELS) -> None:
+    def __init__(self, latent_channels: int, channels: Sequence[int] = CHANNELS, *, pixel_channels: int = 1) -> None:
         super().__init__()
-        self.first = spectral_norm(nn.Conv2d(1, channels[0], 3, padding=1))
+        self.first = spectral_norm(nn.Conv2d(pixel_channels, channels[0], 3, padding=1))
         self.halvings = nn.ModuleList(
             spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in pairwise(channels)
         )

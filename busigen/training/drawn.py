@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
 from busigen.data.geometry import Mask, edit_region, feather, patches_outside, ring_region, window_for
-from busigen.data.letterbox import fit
-from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.runtime.drafts import to_grey
+from busigen.runtime.healthy import place_of, synthetic
 from busigen.styles import styled
 from busigen.training.compute import mixed_precision
 from busigen.training.examples import (
@@ -42,10 +44,10 @@ ZONES = ("lesion", "margin", "behind")
 
 @dataclass(frozen=True)
 class Drawer:
-    """A model with all its stages.
+    """A model that draws.
 
     Attributes:
-        networks: with the prior and every stage's class denoisers.
+        networks: with the prior, and for lesions with every stage's class denoisers.
         frames: heights and widths that synthetic backgrounds have.
         styles: of backgrounds (:func:`busigen.styles.styled`'s ``factor``); empty for none.
     """
@@ -208,7 +210,7 @@ def drawn_backgrounds(
     parts = []
     for size in _sizes(count):
         shapes = [drawer.frames[int(k)] for k in rng.integers(0, len(drawer.frames), size)]
-        places = torch.tensor([_place(int(height), int(width)) for height, width in shapes], dtype=torch.float32)
+        places = torch.tensor([place_of((int(height), int(width))) for height, width in shapes], dtype=torch.float32)
         noise = rng.standard_normal((size, channels, cells, cells), np.float32)
         if factor.size:
             noise = styled(noise, factor, rng.standard_normal((size, factor.shape[1])))
@@ -219,10 +221,20 @@ def drawn_backgrounds(
     return joined(parts)
 
 
-def _place(height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of an image's frame within what the prior draws: skin is at the top."""
-    box = fit(width=width, height=height)
-    return 0, box.left, box.height, box.width
+@torch.no_grad()
+def background_images(
+    drawer: Drawer, count: int, *, seed: int, device: torch.device, progress: Progress
+) -> list[NDArray[np.uint8]]:
+    """Backgrounds as lesions are painted into, ``(256, 256)`` uint8 each, letterboxed."""
+    found = drawn_backgrounds(drawer, count, seed=seed, device=device, progress=progress)
+    generator = torch.Generator().manual_seed(seed)
+    images: list[NDArray[np.uint8]] = []
+    for latents, frames in zip(found["latents"].split(ENCODE_BATCH), found["frame"].split(ENCODE_BATCH), strict=True):
+        speckle = torch.randn(len(latents), 1, RESOLUTION, RESOLUTION, generator=generator)
+        pixels = drawer.networks.decoder(latents.float().to(device), BACKGROUND_SPECKLE * speckle.to(device))
+        for image, (_, _, height, width) in zip(pixels[:, 0].float().cpu().numpy(), frames.tolist(), strict=True):
+            images.append(synthetic(to_grey(image), (height, width)).pixels)
+    return images
 
 
 def _sizes(count: int) -> Iterator[int]:

@@ -20,6 +20,7 @@ from busigen.training.drawn import SIDE, ZONES, away_from_cuts, drawn_background
 from busigen.training.examples import to_tensor
 from busigen.training.models import mask_condition, region_condition
 from busigen.training.pixel_tasks import DecoderTask
+from busigen.training.profile import FEATURES, patches, profile
 from busigen.training.recipe import TaskSpec
 from busigen.training.setting import Setting
 from busigen.training.state import load_state, save_state
@@ -37,7 +38,9 @@ class FinishTask(DecoderTask):
     It has learnt on latents of real images. Drawn ones differ from these in what no loss of stage 2 or 3 sees, and a
     lesion's window is pasted into an image: so here the decoder is given what the stages draw at the places of real
     lesions, and backgrounds that the prior draws, and both are judged after the paste and beside what is really there.
-    One opponent is a critic, told the outline; the other is the linear discriminant between statistics of texture.
+    Here it is first told masks, and can draw a margin where the outline says. One opponent is a critic, told the
+    outline pixel by pixel as well; others are linear discriminants between statistics of texture, and of how brightness
+    goes across the outline.
     Latents of real images stay a part of every batch, or the decoder would forget what they mean.
     """
 
@@ -47,9 +50,10 @@ class FinishTask(DecoderTask):
         mean, std = setting.networks.latents_mean, setting.networks.latents_std
         self.latents_mean, self.latents_std = (part.view(1, -1, 1, 1).to(self.device) for part in (mean, std))
         self.texture = Texture().to(self.device)
-        self.judge = Critic(MASK_CHANNELS + 1).to(self.device)
+        self.judge = Critic(MASK_CHANNELS + 1, pixel_channels=2).to(self.device)
         groups = ("image", "background", *ZONES)
         self.discriminants = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
+        self.discriminants["profile"] = Discriminant(FEATURES)
         self.discriminants.to(self.device)
         self.module = nn.ModuleDict(
             {
@@ -97,11 +101,11 @@ class FinishTask(DecoderTask):
             total = total + self.discriminants[name](ours[rows, number], theirs[rows, number])
         return objectives.TEXTURE_WEIGHT * total
 
-    def _decode(self, latents: Tensor, gain: float, generator: Generator) -> Tensor:
-        """Normalised latents to pixels as in use."""
+    def _decode(self, latents: Tensor, mask: Tensor | None, gain: float, generator: Generator) -> Tensor:
+        """Normalised latents, and a mask if they show a lesion, to pixels as in use."""
         noise = torch.randn(len(latents), 1, *(LATENT_FACTOR * n for n in latents.shape[2:]), generator=generator)
         raw = latents * self.latents_std + self.latents_mean
-        pixels: Tensor = self.autoencoder.decoder(raw, gain * noise.to(latents)).float()
+        pixels: Tensor = self.autoencoder.decoder(raw, gain * noise.to(latents), mask).float()
         return pixels
 
     def _windows_loss(self, generator: Generator) -> Tensor:
@@ -111,17 +115,29 @@ class FinishTask(DecoderTask):
         chosen = torch.randint(len(self.windows["latents"]), (self.spec.batch,), generator=generator)
         batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
         real, usable = batch["pixels"] / 127.5 - 1.0, batch["usable"]
-        decoded = self._decode(batch["latents"], SPECKLE_GAIN, generator)
+        mask = batch["mask"]
+        decoded = self._decode(batch["latents"], mask, SPECKLE_GAIN, generator)
         pasted = pasted_into(real, decoded.clamp(-1.0, 1.0), batch["brightness"], batch["grains"])
-        told = torch.cat((mask_condition(batch["mask"]), region_condition(batch["edit"])), dim=1)
-        ours, critics = self.judge.contest(pasted * usable, real * usable, told)
+        told = torch.cat((mask_condition(mask), region_condition(batch["edit"])), dim=1)
+        ours, critics = self._judged(pasted * usable, real * usable, mask, told)
         seams = objectives.LATTICE_WEIGHT * objectives.lattice(decoded, real)
         textures = self._texture_loss(ZONES, pasted, real, batch["zones"] * usable)
-        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures
+        margins = self._margin_loss(pasted, real, patches(mask, usable))
+        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures + margins
+
+    def _margin_loss(self, drawn: Tensor, real: Tensor, places: Tensor) -> Tensor:
+        """What is lost to the discriminant of how brightness goes across outlines."""
+        (ours, seen), (theirs, _) = profile(drawn, places), profile(real, places)
+        return objectives.TEXTURE_WEIGHT * self.discriminants["profile"](ours[seen], theirs[seen])
+
+    def _judged(self, drawn: Tensor, real: Tensor, mask: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder and its judge lose over crops ``(B, 1, S, S)`` with a mask of the same shape."""
+        drawn, real = (torch.cat((pixels, mask), dim=1) for pixels in (drawn, real))
+        return self.judge.contest(drawn, real, told)
 
     def _backgrounds_loss(self, generator: Generator) -> Tensor:
         """Of backgrounds, beside places of real images as deep that show no lesion."""
-        count = max(1, self.spec.batch // 2)
+        count = self.spec.batch
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         latents, real, weights = [], [], []
         for position in rng.integers(0, len(self.backgrounds["latents"]), count):
@@ -131,11 +147,11 @@ class FinishTask(DecoderTask):
             latents.append(cells)
             real.append(pixels)
             weights.append(inside * healthy)
-        drawn = self._decode(torch.stack(latents).to(self.device), BACKGROUND_SPECKLE * SPECKLE_GAIN, generator)
+        drawn = self._decode(torch.stack(latents).to(self.device), None, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator)
         theirs, weight = torch.stack(real).to(self.device), torch.stack(weights).to(self.device)
         told = torch.zeros(count, MASK_CHANNELS + 1, *(n // LATENT_FACTOR for n in drawn.shape[2:]), device=self.device)
         pixels = drawn.clamp(-1.0, 1.0)
-        ours, critics = self.judge.contest(pixels * weight, theirs * weight, told)
+        ours, critics = self._judged(pixels * weight, theirs * weight, torch.zeros_like(weight), told)
         seams = objectives.LATTICE_WEIGHT * objectives.lattice(drawn, theirs)
         textures = self._texture_loss(("background",), pixels, theirs, weight)
         return objectives.CRITIC_WEIGHT * ours + critics + seams + textures
@@ -164,12 +180,12 @@ class FinishTask(DecoderTask):
             chosen = torch.linspace(0, len(self.windows["latents"]) - 1, 10).long()
             batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
             real = batch["pixels"] / 127.5 - 1.0
-            decoded = self._decode(batch["latents"], SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
+            decoded = self._decode(batch["latents"], batch["mask"], SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
             pasted = pasted_into(real, decoded, batch["brightness"], batch["grains"])
             rows += [[sheets.to_picture(p) for p in part] for part in (real, pasted)]
         cells = SIDE // LATENT_FACTOR
         latents = self.backgrounds["latents"][:10, :, :cells, :cells].to(self.device).float()
-        drawn = self._decode(latents, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
+        drawn = self._decode(latents, None, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
         rows.append([sheets.to_picture(p) for p in drawn])
         return sheets.grid(rows)
 

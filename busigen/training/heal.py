@@ -90,17 +90,17 @@ def _painted(
     def stacked(arrays: list[NDArray]) -> torch.Tensor:
         return torch.from_numpy(np.stack([a[c] for a, c in zip(arrays, cuts, strict=True)])[:, None]).float().to(device)
 
-    region = stacked(list(edits))
+    region, mask = stacked(list(edits)), stacked(list(masks))
     known = networks.encoder(stacked([greyed(image, edit) for image, edit in zip(images, edits, strict=True)]))
     keep = torch.from_numpy(np.stack([patches_outside(edit, networks.preset.patch) for edit in edits]))
     keep = keep.float().to(device)
     tokens = networks.tokens(torch.stack([to_tensor(image) for image in images]).to(device), keep)
     noise = torch.randn(known.shape, generator=generator).to(device)
-    condition = window_condition(known, stacked(list(masks)), region)
+    condition = window_condition(known, mask, region)
     with mixed_precision(device):
         latents = networks.sample("lesion", noise, what.label, tokens, keep, *condition, steps=what.steps).float()
     speckle = torch.randn(region.shape, generator=generator).to(device)
-    painted: NDArray[np.float32] = networks.decoder(latents, speckle).float().cpu().numpy()[:, 0]
+    painted: NDArray[np.float32] = networks.decoder(latents, speckle, mask).float().cpu().numpy()[:, 0]
     return painted
 
 

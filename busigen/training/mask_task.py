@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor
 
@@ -13,14 +16,16 @@ from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, SOLVER_STEPS
 from busigen.solver import solver_steps
 from busigen.training import sheets
 from busigen.training.denoiser_task import DenoiserTask
-from busigen.training.examples import Frames, WindowExamples, joined, select
+from busigen.training.drawn import background_images
+from busigen.training.examples import Frames, WindowExamples, select, to_tensor
 from busigen.training.networks import integrate
 from busigen.training.outline_examples import lesions, outline_examples, random_asking
 from busigen.training.recipe import TaskSpec
 from busigen.training.setting import Setting
 
-MEASURED, FORMS, BATCH = 512, 192, 32
-"""Outlines whose attributes are measured, and of these, those whose form is; how many are drawn at a time."""
+MEASURED, FORMS, BATCH = 768, 256, 32
+"""Outlines whose attributes are measured, half of them in healed images and half in backgrounds that the prior draws;
+of these, those whose form is; how many are drawn at a time."""
 
 LEAST_PIXELS = 64
 """A lesion of fewer has no form to speak of."""
@@ -54,29 +59,50 @@ class MaskTask(DenoiserTask):
         spread.forget()
         if self.spec.label is None:
             return {}
-        # Drawn in any lesion's image: where its own class is, an adapter has learnt by heart.
-        contexts = joined([part.tensors for part in self._encoded("train").values()])
-        chosen = torch.randperm(len(contexts["label"]), generator=Generator().manual_seed(self.setting.seed))[:MEASURED]
-        codes = self._sampled_codes(contexts["tokens"][chosen], contexts["keep"][chosen])
-        # Its distribution is that of all lesions of the class, of which an adapter's sources may hold few.
-        own = contexts["label"] == CLASSES.index(self.spec.label)
-        spread.fit_attributes(codes, contexts["clean"][own])
-        rows = select(self.setting.prepared, "train", limit=self.setting.max_images, label=self.spec.label)
-        real = lesions(Frames(self.setting.prepared, rows), self.setting.seed)
+        codes = self._sampled_codes(self._contexts())
+        # Its distribution is that of all lesions of the class, of which an adapter's sources may hold few, and where
+        # they are: training mirrors and crops images, and what it was shown lies elsewhere.
+        real = lesions(self._rows(self.spec.label), self.setting.seed)
+        spread.fit_attributes(codes, self.space.encode(real))
         spread.fit_form(codes[:FORMS].to(self.device), self._outlined, real)
         return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
 
-    def _sampled_codes(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """What the solver draws of the task's class where nothing is asked for."""
+    def _rows(self, label: str | None) -> Frames:
+        """Training images of a class, or of all."""
+        rows = select(self.setting.prepared, "train", limit=self.setting.max_images, label=label)
+        return Frames(self.setting.prepared, rows)
+
+    def _contexts(self) -> list[NDArray[np.uint8]]:
+        """Healthy images as stage 1 will see them, of both kinds and in no order."""
+        assert self.setting.healed is not None
+        frames = self._rows(None)
+        # Any lesion's image: where its own class is, an adapter has learnt by heart.
+        rows = frames.table.filter(frames.table["class"] != "normal")["row"].to_list()
+        rng = np.random.default_rng(self.setting.seed)
+        found = [self.setting.healed(int(row), 0) for row in rng.permutation(rows)[: MEASURED // 2]]
+        if self.setting.drawer is not None:
+            found += background_images(
+                self.setting.drawer,
+                len(found),
+                seed=self.setting.seed,
+                device=self.device,
+                progress=self.setting.report("backgrounds: drawing"),
+            )
+        return [found[int(k)] for k in rng.permutation(len(found))]
+
+    def _sampled_codes(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """What the solver draws of the task's class in images where nothing is asked for."""
         generator = Generator().manual_seed(self.setting.seed + 1)
         table = solver_steps("mask", SOLVER_STEPS["mask"])
         parts = []
-        for seen, kept in zip(tokens.split(BATCH), keep.split(BATCH), strict=True):
+        for start in range(0, len(images), BATCH):
+            seen = torch.stack([to_tensor(image) for image in images[start : start + BATCH]]).to(self.device)
+            keep = torch.ones(len(seen), self.setting.networks.preset.tokens, device=self.device)
             noise = torch.randn(len(seen), self.module.length, generator=generator).to(self.device)
             label = torch.full((len(seen),), CLASSES.index(str(self.spec.label)), device=self.device)
             asked = torch.zeros(len(seen), ASKED_LENGTH, device=self.device)
-            context = (seen.float().to(self.device), kept.float().to(self.device))
-            parts.append(integrate(self.velocity, noise, label, *context, table, asked).cpu())
+            tokens = self.setting.networks.tokens(seen, keep).float()
+            parts.append(integrate(self.velocity, noise, label, tokens, keep, table, asked).cpu())
         return torch.cat(parts)
 
     def _outlined(self, codes: Tensor) -> list[Mask]:

@@ -35,7 +35,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Normalised latents and white noise to pixels, clipped to [-1, 1]; the noise decides the speckle's grains."""
+    """Normalised latents, white noise and a mask to pixels in [-1, 1]; the noise decides the speckle's grains."""
 
     latents_mean: Tensor
     latents_std: Tensor
@@ -46,9 +46,10 @@ class Decoder(nn.Module):
         self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
         self.register_buffer("latents_std", std.view(1, -1, 1, 1))
 
-    def forward(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise ``(B, 1, S, S)``."""
-        return self.network(latents * self.latents_std + self.latents_mean, SPECKLE_GAIN * noise).clamp(-1.0, 1.0)
+    def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise and the lesion's mask, ``(B, 1, S, S)``."""
+        raw = latents * self.latents_std + self.latents_mean
+        return self.network(raw, SPECKLE_GAIN * noise, mask).clamp(-1.0, 1.0)
 
 
 class Velocity(nn.Module):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ log = logging.getLogger("busigen.training")
 
 HEALED = "healed.npz"
 CACHE = "cache"
+
+DRAWN_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
+"""Kinds of tasks, and the component that they train, that look at backgrounds of the prior and at what stages paint."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -249,6 +253,7 @@ class _Run:
     def _setting(self, spec: TaskSpec) -> Setting:
         ready = self.start is not None or ("autoencoder" in self.figures and "context" in self.figures)
         healed = self.out / HEALED
+        stages = DRAWN_FOR.get((spec.kind, spec.component))
         return Setting(
             prepared=self.prepared,
             networks=self._networks() if ready else None,  # type: ignore[arg-type]
@@ -258,14 +263,14 @@ class _Run:
             cache=self.out / CACHE,
             max_images=self.recipe.max_images,
             healed=healed_reader(healed) if healed.exists() and spec.component in LEARN_FROM_HEALED else None,
-            drawer=self._drawer() if spec.kind == "finish" else None,
+            drawer=None if stages is None else self._drawer(stages),
         )
 
-    def _drawer(self) -> Drawer:
-        """The model with all its stages, as it draws in use."""
+    def _drawer(self, stages: Collection[str]) -> Drawer:
+        """The healthy prior and some stages, as they draw in use."""
         merged = {
             name: checkpoint.load_component(stage, self.out / checkpoint.MERGED / name).to(self.device)
-            for stage in STAGES
+            for stage in stages
             for name in (f"{stage}-{label}" for label in LESION_CLASSES)
         }
         networks = self._networks("prior")

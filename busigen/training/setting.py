@@ -24,7 +24,7 @@ VALIDATION_BATCHES = 6
 
 @dataclass
 class Setting:
-    """What every task is built from: ``healed`` once the heal step has run, and ``drawer`` for the last task."""
+    """What every task is built from: ``healed`` once the heal step has run, ``drawer`` where drawings are needed."""
 
     prepared: Prepared
     networks: Networks

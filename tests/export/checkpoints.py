@@ -28,7 +28,11 @@ def untrained(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     masks = [blob(rng) for _ in range(30)]
     for name in ("autoencoder", "context", "prior"):
-        checkpoint.save_component(build(name, TINY), folder / BASE / name)
+        model = build(name, TINY)
+        if name == "autoencoder":
+            for outline in model.decoder.outlines:
+                torch.nn.init.normal_(outline.weight, std=0.2)
+        checkpoint.save_component(model, folder / BASE / name)
     for stage in STAGES:
         for label in LESION_CLASSES:
             model = build(stage, TINY)

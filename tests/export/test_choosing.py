@@ -50,6 +50,7 @@ def decoder(checkpoint: Path) -> tuple[Component, dict[str, list[Asked]]]:
     inputs = {
         "latents": rng.standard_normal((4, TINY.latent_channels, 16, 16)).astype(np.float32),
         "noise": rng.standard_normal((4, 1, 128, 128)).astype(np.float32),
+        "mask": np.zeros((4, 1, 128, 128), np.float32),
     }
     return component, {"decoder@128": [Asked(inputs, TorchBackend(networks).run("decoder@128", inputs))]}
 

@@ -101,4 +101,5 @@ def test_a_batch_that_does_not_fit_names_one_that_does(bundle: Bundle) -> None:
 
 def _decoder_inputs(bundle: Bundle, rows: int) -> dict[str, np.ndarray]:
     latents = np.zeros((rows, *bundle.latent_shape), np.float32)
-    return {"latents": latents, "noise": np.zeros((rows, 1, 256, 256), np.float32)}
+    noise = np.zeros((rows, 1, 256, 256), np.float32)
+    return {"latents": latents, "noise": noise, "mask": np.zeros_like(noise)}

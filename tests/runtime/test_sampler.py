@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -141,15 +142,20 @@ def test_pixels_outside_the_edit_region_are_the_healthy_images_own(healthy: Heal
 
 
 class Watched(OnnxBackend):
-    """An engine that remembers what each graph was last fed and gave."""
+    """An engine that remembers what each graph was first and last fed and gave, and how often it was run."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
+        self.first: dict[str, dict[str, np.ndarray]] = {}
         self.seen: dict[str, dict[str, np.ndarray]] = {}
+        self.calls: Counter[str] = Counter()
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         output = super().run(graph, inputs)
-        self.seen[graph.partition("@")[0]] = {**inputs, "output": output}
+        name = graph.partition("@")[0]
+        self.seen[name] = {**inputs, "output": output}
+        self.first.setdefault(name, self.seen[name])
+        self.calls[name] += 1
         return output
 
 
@@ -166,6 +172,16 @@ def test_the_blend_changes_the_ring_and_leaves_the_lesions_inside_alone(bundle: 
     assert changed[cells].all()
     assert (lesion & ~cells).any()
     assert not changed[lesion & ~cells].any()
+
+
+def test_the_decoder_is_told_the_lesion_and_that_a_background_has_none(bundle: Bundle, healthy: HealthyFolder) -> None:
+    backend = Watched(bundle)
+    asked = parse_asked(size="0.08")
+    Sampler(bundle, backend, classes={"benign": 1.0}, asked=asked, batch_size=1).attempt(0, [(0, 0)])
+    assert "output" in backend.seen["prior"] and backend.calls["decoder"] == 2
+    assert not backend.first["decoder"]["mask"].any()
+    assert backend.seen["decoder"]["mask"].any()
+    assert np.array_equal(backend.seen["decoder"]["mask"], backend.seen["lesion-benign"]["mask"])
 
 
 def test_rows_have_the_declared_fields_and_types(bundle: Bundle, backend: OnnxBackend, whole: Drawn) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from busigen.data.geometry import edit_region, feather, paste, window_for
 from busigen.data.prepared import Prepared
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
+from busigen.training.checkpoint import load_component
 from busigen.training.drawn import SIDE, ZONES, Drawer, drawn_windows
 from busigen.training.examples import Frames, select
 from busigen.training.finish_task import FinishTask, pasted_into
@@ -65,7 +67,11 @@ def test_the_decoder_learns_and_the_encoder_stays(setting: Setting, tmp_path: Pa
     ).run()
     changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
-    assert set(task.findings()["texture"]) == {"image", "background", *ZONES}
+    # The outline is told for the first time here: it starts at nothing, and is learnt.
+    told = {name for name in before if name.startswith("decoder.outlines.")}
+    assert told and not any(before[name].any() for name in told)
+    assert told <= changed
+    assert set(task.findings()["texture"]) == {"image", "background", "profile", *ZONES}
     assert (tmp_path / "run" / "samples" / "finish" / "000004.png").is_file()
 
 
@@ -110,3 +116,17 @@ def test_pasting_with_a_gradient_is_the_runtimes_paste() -> None:
     grey = ((found[0, 0] + 1.0) * 127.5).clamp(0.0, 255.0).round().numpy()
     # Sums in another order may round the other way.
     assert np.abs(grey - wanted).max() <= 1
+
+
+def test_a_decoder_from_before_it_was_told_masks_still_loads(tmp_path: Path) -> None:
+    saved = build("autoencoder", TINY)
+    weights = {name: value for name, value in saved.state_dict().items() if not name.startswith("decoder.outlines.")}
+    saved.save_pretrained(str(tmp_path))
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    loaded = load_component("autoencoder", tmp_path)
+    latents, noise = torch.randn(1, TINY.latent_channels, 4, 4), torch.randn(1, 1, 32, 32)
+    mask = torch.ones(1, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.decoder(latents, noise, mask), loaded.decoder(latents, noise))
+        torch.nn.init.normal_(loaded.decoder.outlines[-1].weight)
+        assert not torch.equal(loaded.decoder(latents, noise, mask), loaded.decoder(latents, noise))
