@@ -224,16 +224,17 @@ def drawn_backgrounds(
 @torch.no_grad()
 def background_images(
     drawer: Drawer, count: int, *, seed: int, device: torch.device, progress: Progress
-) -> list[NDArray[np.uint8]]:
-    """Backgrounds as lesions are painted into, ``(256, 256)`` uint8 each, letterboxed."""
+) -> list[tuple[NDArray[np.uint8], Mask]]:
+    """Backgrounds as lesions are painted into, letterboxed: ``(256, 256)`` uint8, and bool where they are image."""
     found = drawn_backgrounds(drawer, count, seed=seed, device=device, progress=progress)
     generator = torch.Generator().manual_seed(seed)
-    images: list[NDArray[np.uint8]] = []
+    images: list[tuple[NDArray[np.uint8], Mask]] = []
     for latents, frames in zip(found["latents"].split(ENCODE_BATCH), found["frame"].split(ENCODE_BATCH), strict=True):
         speckle = torch.randn(len(latents), 1, RESOLUTION, RESOLUTION, generator=generator)
         pixels = drawer.networks.decoder(latents.float().to(device), BACKGROUND_SPECKLE * speckle.to(device))
         for image, (_, _, height, width) in zip(pixels[:, 0].float().cpu().numpy(), frames.tolist(), strict=True):
-            images.append(synthetic(to_grey(image), (height, width)).pixels)
+            background = synthetic(to_grey(image), (height, width))
+            images.append((background.pixels, background.valid))
     return images
 
 

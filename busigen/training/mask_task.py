@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from busigen.data.geometry import Mask, largest_component
 from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, SOLVER_STEPS
+from busigen.runtime import gates
 from busigen.solver import solver_steps
 from busigen.training import sheets
 from busigen.training.denoiser_task import DenoiserTask
@@ -26,9 +27,6 @@ from busigen.training.setting import Setting
 MEASURED, FORMS, BATCH = 768, 256, 32
 """Outlines whose attributes are measured, half of them in healed images and half in backgrounds that the prior draws;
 of these, those whose form is; how many are drawn at a time."""
-
-LEAST_PIXELS = 64
-"""A lesion of fewer has no form to speak of."""
 
 
 class MaskTask(DenoiserTask):
@@ -59,12 +57,14 @@ class MaskTask(DenoiserTask):
         spread.forget()
         if self.spec.label is None:
             return {}
-        codes = self._sampled_codes(self._contexts())
+        images, valid = self._contexts()
+        codes = self._sampled_codes(images).to(self.device)
         # Its distribution is that of all lesions of the class, of which an adapter's sources may hold few, and where
         # they are: training mirrors and crops images, and what it was shown lies elsewhere.
-        real = lesions(self._rows(self.spec.label), self.setting.seed)
+        frames = self._rows(self.spec.label)
+        real = lesions(frames, self.setting.seed)
         spread.fit_attributes(codes, self.space.encode(real))
-        spread.fit_form(codes[:FORMS].to(self.device), self._outlined, real)
+        spread.fit_form(codes[:FORMS], lambda calibrated: self._accepted(calibrated, valid), real)
         return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
 
     def _rows(self, label: str | None) -> Frames:
@@ -72,14 +72,15 @@ class MaskTask(DenoiserTask):
         rows = select(self.setting.prepared, "train", limit=self.setting.max_images, label=label)
         return Frames(self.setting.prepared, rows)
 
-    def _contexts(self) -> list[NDArray[np.uint8]]:
-        """Healthy images as stage 1 will see them, of both kinds and in no order."""
+    def _contexts(self) -> tuple[list[NDArray[np.uint8]], list[Mask]]:
+        """Healthy images as stage 1 will see them, of both kinds and in no order, and which pixels are image."""
         assert self.setting.healed is not None
         frames = self._rows(None)
         # Any lesion's image: where its own class is, an adapter has learnt by heart.
-        rows = frames.table.filter(frames.table["class"] != "normal")["row"].to_list()
+        places = np.flatnonzero((frames.table["class"] != "normal").to_numpy())
         rng = np.random.default_rng(self.setting.seed)
-        found = [self.setting.healed(int(row), 0) for row in rng.permutation(rows)[: MEASURED // 2]]
+        chosen = [int(k) for k in rng.permutation(places)[: MEASURED // 2]]
+        found = [(self.setting.healed(int(frames.table["row"][k]), 0), frames[k].valid) for k in chosen]
         if self.setting.drawer is not None:
             found += background_images(
                 self.setting.drawer,
@@ -88,7 +89,8 @@ class MaskTask(DenoiserTask):
                 device=self.device,
                 progress=self.setting.report("backgrounds: drawing"),
             )
-        return [found[int(k)] for k in rng.permutation(len(found))]
+        mixed = [found[int(k)] for k in rng.permutation(len(found))]
+        return [image for image, _ in mixed], [valid for _, valid in mixed]
 
     def _sampled_codes(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """What the solver draws of the task's class in images where nothing is asked for."""
@@ -105,14 +107,19 @@ class MaskTask(DenoiserTask):
             parts.append(integrate(self.velocity, noise, label, tokens, keep, table, asked).cpu())
         return torch.cat(parts)
 
-    def _outlined(self, codes: Tensor) -> list[Mask]:
-        """The lesions that codes stand for, but for those with next to no pixel."""
+    def _accepted(self, codes: Tensor, valid: Sequence[Mask]) -> list[Mask]:
+        """The lesions that codes stand for in images with these pixels, but for those that gates refuse."""
         nothing = torch.zeros(len(codes), ASKED_LENGTH, device=self.device)
         distances = torch.cat(
             [self.space.distance(*part) for part in zip(codes.split(BATCH), nothing.split(BATCH), strict=True)]
         )
-        masks = [largest_component(distance[0].cpu().numpy() > 0) for distance in distances]
-        return [mask for mask in masks if mask.sum() >= LEAST_PIXELS]
+        accepted = []
+        for distance, inside in zip(distances, valid, strict=False):
+            raw = distance[0].cpu().numpy() > 0
+            mask = largest_component(raw & inside)
+            if gates.mask_reason(raw, mask, inside) is None:
+                accepted.append(mask)
+        return accepted
 
     def sheet(self) -> Image.Image:
         """Real and sampled outlines on their signed distances."""

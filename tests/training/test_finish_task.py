@@ -15,7 +15,7 @@ from busigen.data.geometry import edit_region, feather, paste, window_for
 from busigen.data.prepared import Prepared
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.training.checkpoint import load_component
-from busigen.training.drawn import SIDE, ZONES, Drawer, drawn_windows
+from busigen.training.drawn import SIDE, ZONES, Drawer, background_images, drawn_windows
 from busigen.training.examples import Frames, select
 from busigen.training.finish_task import FinishTask, pasted_into
 from busigen.training.models import build
@@ -116,6 +116,16 @@ def test_pasting_with_a_gradient_is_the_runtimes_paste() -> None:
     grey = ((found[0, 0] + 1.0) * 127.5).clamp(0.0, 255.0).round().numpy()
     # Sums in another order may round the other way.
     assert np.abs(grey - wanted).max() <= 1
+
+
+def test_backgrounds_come_letterboxed_as_lesions_are_painted_into_them(drawer: Drawer) -> None:
+    images = background_images(drawer, 6, seed=0, device=torch.device("cpu"), progress=lambda done, total: None)
+    assert len(images) == 6
+    for image, valid in images:
+        assert image.shape == (256, 256) and image.dtype == np.uint8 and not image[~valid].any()
+        rows, columns = (np.flatnonzero(image.any(axis=axis)) for axis in (1, 0))
+        # One of the drawer's two frames, in the middle; what the networks paint is hardly ever black along a side.
+        assert (rows[0], rows[-1], columns[0], columns[-1]) in [(28, 227, 0, 255), (0, 255, 38, 217)]
 
 
 def test_a_decoder_from_before_it_was_told_masks_still_loads(tmp_path: Path) -> None:
