@@ -37,8 +37,8 @@ class Speckle(nn.Module):
 class SpeckleDecoder(nn.Module):
     """Latents, white noise and a lesion's mask to pixels, from the coarsest level to the finest.
 
-    A cell of the latents is eight pixels wide, and so is what the stages know of an outline. A margin is sharper than
-    that: so every level of the decoder is told the mask at its own resolution, once there is one.
+    A cell of the latents is eight pixels wide, and the stages are told an outline four pixels at a time. A margin is
+    sharper than that: so every level of the decoder is told the mask at its own resolution, once there is one.
     """
 
     def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: tuple[int, ...]) -> None:
@@ -70,16 +70,15 @@ class SpeckleDecoder(nn.Module):
         """
         features = self.conv_in(latents)
         factor = 2 ** (len(self.levels) - 1)
-        stages = zip(self.outlines, self.speckles, self.levels, strict=True)
-        for number, (outline, speckle, level) in enumerate(stages):
+        for number, level in enumerate(self.levels):
             if number:
                 # Bilinear, because pixel-shuffle and nearest neighbours leave a block pattern in the speckle.
                 features = F.interpolate(self.ups[number - 1](features), scale_factor=2, mode="bilinear")
             # One field for all levels: its means over factor x factor pixels, scaled back to unit variance.
             coarse = F.avg_pool2d(noise, factor) * float(factor) if factor > 1 else noise
             if mask is not None:
-                features = features + outline(F.avg_pool2d(mask, factor) if factor > 1 else mask)
-            features = level(speckle(features, coarse))
+                features = features + self.outlines[number](F.avg_pool2d(mask, factor) if factor > 1 else mask)
+            features = level(self.speckles[number](features, coarse))
             factor //= 2
         return self.conv_out(F.silu(features))
 

@@ -64,7 +64,7 @@ class MaskTask(DenoiserTask):
         frames = self._rows(self.spec.label)
         real = lesions(frames, self.setting.seed)
         spread.fit_attributes(codes, self.space.encode(real))
-        spread.fit_form(codes[:FORMS], lambda calibrated: self._accepted(calibrated, valid), real)
+        spread.fit_form(codes[:FORMS], lambda calibrated: self._accepted(calibrated, valid[:FORMS]), real)
         return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
 
     def _rows(self, label: str | None) -> Frames:
@@ -114,7 +114,7 @@ class MaskTask(DenoiserTask):
             [self.space.distance(*part) for part in zip(codes.split(BATCH), nothing.split(BATCH), strict=True)]
         )
         accepted = []
-        for distance, inside in zip(distances, valid, strict=False):
+        for distance, inside in zip(distances, valid, strict=True):
             raw = distance[0].cpu().numpy() > 0
             mask = largest_component(raw & inside)
             if gates.mask_reason(raw, mask, inside) is None:

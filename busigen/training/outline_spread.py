@@ -106,8 +106,12 @@ class OutlineSpread(Spread):
         """
         if min(len(drawn), len(real)) < FEWEST:
             return
+        levels = torch.tensor(LEVELS, dtype=torch.float32)
         for table, codes in ((self.drawn, drawn), (self.wanted, real)):
-            table.copy_(_rising(_levels(codes[:, :COUNT].float().cpu())))
+            quantiles = torch.quantile(codes[:, :COUNT].float().cpu(), levels, dim=0).T
+            # No two alike: between them, a line must have a slope.
+            steps = quantiles.diff(dim=1).clamp(min=1e-3).cumsum(dim=1)
+            table.copy_(torch.cat((quantiles[:, :1], quantiles[:, :1] + steps), dim=1))
 
     @torch.no_grad()
     def fit_form(self, codes: Tensor, outlined: Callable[[Tensor], Sequence[Mask]], real: Sequence[Mask]) -> None:
@@ -136,17 +140,6 @@ class OutlineSpread(Spread):
         options = {"maxfev": EVALUATIONS, "initial_simplex": simplex, "xatol": 0.02, "fatol": 0.005}
         best = minimize(missed, start, method="Nelder-Mead", options=options)
         missed(best.x)
-
-
-def _levels(values: Tensor) -> Tensor:
-    """The quantiles at :data:`LEVELS` of ``(N, COUNT)`` values, ``(COUNT, levels)``."""
-    return torch.quantile(values, torch.tensor(LEVELS, dtype=torch.float32), dim=0).T
-
-
-def _rising(quantiles: Tensor) -> Tensor:
-    """No two alike, and in order: between them, a line must have a slope."""
-    steps = quantiles.diff(dim=1).clamp(min=1e-3).cumsum(dim=1)
-    return torch.cat((quantiles[:, :1], quantiles[:, :1] + steps), dim=1)
 
 
 def _irregularity(masks: Sequence[Mask]) -> Floats:

@@ -174,7 +174,7 @@ def test_the_blend_changes_the_ring_and_leaves_the_lesions_inside_alone(bundle: 
     assert not changed[lesion & ~cells].any()
 
 
-def test_the_decoder_is_told_the_lesion_and_that_a_background_has_none(bundle: Bundle, healthy: HealthyFolder) -> None:
+def test_the_decoder_is_told_the_lesion_and_that_a_background_has_none(bundle: Bundle) -> None:
     backend = Watched(bundle)
     asked = parse_asked(size="0.08")
     Sampler(bundle, backend, classes={"benign": 1.0}, asked=asked, batch_size=1).attempt(0, [(0, 0)])
