@@ -5,7 +5,7 @@ python benchmarks/steps.py runs/mine bundle/ --data prepared/ --steps 1,2,4,8,25
 The checkpoint's networks draw the same samples (same seed, backgrounds and outlines) with each number of steps in the
 lesion and the blend stage, through the runtime's own sampler and gates, in PyTorch. Each set is judged by the audit's
 physics and fidelity sections against the held-out lesion images. A figure inside the interval of the largest number of
-steps is as good as it.
+steps is as good as it: of each number is told how many lie outside, and which are worse there.
 """
 
 from __future__ import annotations
@@ -57,10 +57,26 @@ def main() -> None:
         started = time.perf_counter()
         drawn = sampler.draw(0, range(options.count), lambda accepted: None)
         seconds = (time.perf_counter() - started) / options.count
-        report[str(steps)] = {"seconds_per_pair": round(seconds, 3), **judged(labelled(drawn.samples), real, options)}
-        print(steps, json.dumps(report[str(steps)]), flush=True)
+        figures = judged(labelled(drawn.samples), real, options, headline=False)
+        report[str(steps)] = {"seconds_per_pair": round(seconds, 3), **figures}
+        print(steps, seconds, {name: value for name, value in figures.items() if "distance" in name}, flush=True)
         options.results.parent.mkdir(exist_ok=True)
         options.results.write_text(json.dumps({"count": options.count, "steps": report}, indent=1) + "\n")
+    show_outside(report)
+
+
+def show_outside(report: dict[str, Any]) -> None:
+    """Print which figures of fewer steps lie outside the interval that they have with the most."""
+    most = max(report, key=int)
+    intervals = {name: value for name, value in report[most].items() if isinstance(value, list) and len(value) == 3}
+    for steps in report.keys() - {most}:
+        found = {name: report[steps][name][0] for name in intervals.keys() & report[steps].keys()}
+        outside = {
+            name: value for name, value in found.items() if not intervals[name][1] <= value <= intervals[name][2]
+        }
+        print(f"{steps} steps: {len(outside)} of {len(found)} figures outside the interval of {most}")
+        for name, value in sorted(outside.items()):
+            print(f"  {name}: {value} against {intervals[name]}")
 
 
 def labelled(samples: list[Sample]) -> ImageSet:
@@ -78,10 +94,13 @@ def _valid(top: int, left: int) -> NDArray[np.bool_]:
     return valid
 
 
-def judged(synthetic: ImageSet, real: ImageSet, options: argparse.Namespace) -> dict[str, Any]:
-    """The headline figures of physics and fidelity, value with interval."""
+def judged(
+    synthetic: ImageSet, real: ImageSet, options: argparse.Namespace, *, headline: bool = True
+) -> dict[str, Any]:
+    """The figures of physics and fidelity, or only their headline ones: value with interval."""
     context = AuditContext(synthetic, real, None, options.out, backgrounds="synthetic")
-    figures = [f for name in ("physics", "fidelity") for f in SECTIONS[name].load()(context).figures if f.headline]
+    found = [figure for name in ("physics", "fidelity") for figure in SECTIONS[name].load()(context).figures]
+    figures = [figure for figure in found if figure.headline or not headline]
     return {
         figure.label: [round(v, 4) for v in (figure.value.value, figure.value.low, figure.value.high) if v is not None]
         for figure in figures

@@ -267,6 +267,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
         "styles": record.get("styles", []),
         "background_speckle": BACKGROUND_SPECKLE,
+        "transfer": record.get("transfer"),
         "solver_steps": dict(networks.steps),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),

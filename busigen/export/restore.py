@@ -243,6 +243,7 @@ def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
         "data": {"images": "unrecorded", **known.get("data", {}), "split_hash": bundle.info.get("split_hash")},
         "frames": [list(frame) for frame in bundle.frames],
         "styles": bundle.info.get("styles", []),
+        "transfer": bundle.info.get("transfer"),
         "tasks": known.get("tasks", {}),
         "device": known.get("device", "unrecorded"),
         "versions": checkpoint.versions(),

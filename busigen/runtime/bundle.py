@@ -17,9 +17,12 @@ from busigen.errors import InputError, IntegrityError
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 from busigen.runtime.onnx_files import external_files
 from busigen.styles import are_styles
+from busigen.transfer import Transfer
 
 RECORD = "bundle.json"
-SCHEMA = 4
+SCHEMA, READABLE = 5, (4, 5)
+"""What export writes, and what can be read: 4 differs in that nothing of it is filtered last (busigen.transfer)."""
+
 MAX_RECORD_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 8 << 20
 """Largest graph that is opened. Its weights lie in files beside it; what is left is some 200 KB."""
@@ -101,8 +104,9 @@ class Bundle:
             raise InputError(f"{folder} is no bundle: it has no {RECORD}.", fix=_EXPORT) from error
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}.", fix=_EXPORT) from error
-        if not isinstance(info, dict) or info.get("schema") != SCHEMA:
-            raise InputError(f"{path} does not have schema {SCHEMA}.", fix=_EXPORT)
+        if not isinstance(info, dict) or info.get("schema") not in READABLE:
+            wanted = " or ".join(map(str, READABLE))
+            raise InputError(f"{path} does not have schema {wanted}.", fix=_EXPORT)
         return cls(folder, info, hashlib.sha256(content).hexdigest())
 
     def graph(self, name: str) -> Path:
@@ -137,6 +141,12 @@ class Bundle:
         return np.array(found) if found else None
 
     @property
+    def transfer(self) -> Transfer | None:
+        """What pairs on synthetic backgrounds are filtered with last; None for nothing."""
+        found = self.info.get("transfer")
+        return None if found is None else Transfer.from_json(found)
+
+    @property
     def background_speckle(self) -> float:
         """Deviation of the noise that synthetic backgrounds are decoded with; 1 in bundles that do not say."""
         return float(self.info.get("background_speckle", 1.0))
@@ -155,6 +165,10 @@ class Bundle:
         styles = self.info.get("styles", [])
         if styles != [] and not are_styles(styles, self.info["latent_channels"]):
             raise IntegrityError(f"{self.folder / RECORD} has no valid 'styles'.", fix=_EXPORT)
+        try:
+            _ = self.transfer
+        except ValueError as error:
+            raise IntegrityError(f"{self.folder / RECORD} has no valid 'transfer': {error}.", fix=_EXPORT) from error
         speckle = self.info.get("background_speckle", 1.0)
         if type(speckle) not in (int, float) or not 0 <= speckle <= LARGEST_SPECKLE:
             raise IntegrityError(f"{self.folder / RECORD} has no valid 'background_speckle': {speckle!r}.", fix=_EXPORT)

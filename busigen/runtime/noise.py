@@ -11,7 +11,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-STREAMS = ("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked", "frame", "style")
+STREAMS = (
+    "healthy",
+    "prior",
+    "mask",
+    "lesion",
+    "blend",
+    "speckle",
+    "prior speckle",
+    "asked",
+    "frame",
+    "style",
+    "transfer",
+)
 """Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
 _PIECE = 1 << 12

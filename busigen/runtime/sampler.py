@@ -45,6 +45,7 @@ from busigen.runtime.regroup import Regrouper
 from busigen.runtime.sample import Drawn, Rejection, Sample
 from busigen.runtime.streaming import Outcome, in_order
 from busigen.styles import styled
+from busigen.transfer import shown
 
 MAX_ATTEMPTS = 64
 """Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
@@ -100,6 +101,8 @@ class Sampler:
             raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
         self._resident = resident(backend)
+        # A user's image is as sharp as it is, and its lesion with it.
+        self._transfer = bundle.transfer if healthy is None else None
         self.asked = asked or Asked()
         self.batch_size = batch_size
         self._graphs = frozenset(graph_names())
@@ -292,9 +295,18 @@ class Sampler:
         outcomes: list[Outcome] = []
         for draft, image in zip(drafts, self._images(seed, drafts), strict=True):
             assert draft.mask is not None
-            reason = gates.image_reason(image, draft.mask, draft.healthy.valid)
-            outcomes.append(_refused(draft, reason) if reason else sample_of(draft, image, self.asked.birads))
+            picture = self._shown(seed, draft, image)
+            reason = gates.image_reason(picture, draft.mask, draft.healthy.valid)
+            outcomes.append(_refused(draft, reason) if reason else sample_of(draft, picture, self.asked.birads))
         return outcomes
+
+    def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image as sharp as one scanner or another would show it."""
+        if self._transfer is None:
+            return image
+        assert draft.edit is not None
+        filters = self._transfer.kernels(_noise(seed, [draft], "transfer", self._transfer.factor.shape[1:])[0])
+        return shown(image, draft.healthy.pixels, draft.edit, draft.healthy.valid, filters)
 
     def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
         """Stage 1: where the lesion goes and what outline it has."""

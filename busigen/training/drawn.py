@@ -232,10 +232,15 @@ def background_images(
     for latents, frames in zip(found["latents"].split(ENCODE_BATCH), found["frame"].split(ENCODE_BATCH), strict=True):
         speckle = torch.randn(len(latents), 1, RESOLUTION, RESOLUTION, generator=generator)
         pixels = drawer.networks.decoder(latents.float().to(device), BACKGROUND_SPECKLE * speckle.to(device))
-        for image, (_, _, height, width) in zip(pixels[:, 0].float().cpu().numpy(), frames.tolist(), strict=True):
-            background = synthetic(to_grey(image), (height, width))
-            images.append((background.pixels, background.valid))
+        images += letterboxed(pixels, frames)
     return images
+
+
+def letterboxed(pixels: Tensor, frames: Tensor) -> list[tuple[NDArray[np.uint8], Mask]]:
+    """Decoded backgrounds ``(N, 1, 256, 256)`` in their ``(N, 4)`` frames, as :func:`background_images` gives them."""
+    pairs = zip(pixels[:, 0].float().cpu().numpy(), frames.tolist(), strict=True)
+    framed = [synthetic(to_grey(image), (height, width)) for image, (_, _, height, width) in pairs]
+    return [(background.pixels, background.valid) for background in framed]
 
 
 def _sizes(count: int) -> Iterator[int]:

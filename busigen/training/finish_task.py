@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from busigen.data.geometry import GRAIN_SCALE
 from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SPECKLE_GAIN
 from busigen.training import objectives, sheets
 from busigen.training.critic import Critic
-from busigen.training.drawn import SIDE, ZONES, away_from_cuts, drawn_backgrounds, drawn_windows
+from busigen.training.drawn import SIDE, ZONES, away_from_cuts, drawn_backgrounds, drawn_windows, letterboxed
 from busigen.training.examples import to_tensor
 from busigen.training.models import mask_condition, region_condition
 from busigen.training.pixel_tasks import DecoderTask
@@ -25,6 +25,7 @@ from busigen.training.recipe import TaskSpec
 from busigen.training.setting import Setting
 from busigen.training.state import load_state, save_state
 from busigen.training.texture import Discriminant, Texture, believed
+from busigen.training.transfer_fit import Picture, fit_transfer
 
 BACKGROUNDS = 512
 """Backgrounds that are drawn, if there are as many training images."""
@@ -168,9 +169,30 @@ class FinishTask(DecoderTask):
         return to_tensor(frame.image[cut]), torch.from_numpy(healthy[cut].astype(np.float32))[None]
 
     def findings(self) -> dict[str, Any]:
-        """How far apart drawn and real statistics were at the end, half the squared Mahalanobis distance."""
+        """How far apart drawn and real statistics were at the end, and what filters drawn images still want.
+
+        The first is half the squared Mahalanobis distance; the others see :mod:`busigen.transfer`.
+        """
         parts = {name: part for name, part in self.discriminants.items() if isinstance(part, Discriminant)}
-        return {"texture": {name: round(part.distance, 3) for name, part in parts.items()}}
+        distances = {name: round(part.distance, 3) for name, part in parts.items()}
+        transfer = fit_transfer(self._healthy(), self._background_pictures(), self.setting.seed)
+        return {"texture": distances, "transfer": None if transfer is None else transfer.to_json()}
+
+    def _healthy(self) -> Iterator[Picture]:
+        """Training images, and where they show healthy tissue."""
+        for position in range(len(self.train)):
+            frame = self.train[position]
+            yield frame.image, frame.valid & ~frame.overlay & (frame.lesions == 0)
+
+    def _background_pictures(self) -> list[Picture]:
+        """What the prior draws, as it is decoded in use."""
+        generator = Generator().manual_seed(self.setting.seed)
+        found: list[Picture] = []
+        parts = (self.backgrounds[name].split(self.spec.batch) for name in ("latents", "frame"))
+        for latents, frames in zip(*parts, strict=True):
+            raw = latents.to(self.device).float()
+            found += letterboxed(self._decode(raw, None, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator), frames)
+        return found
 
     def sheet(self) -> Image.Image:
         """Real windows, what is drawn in their places, and drawn backgrounds."""

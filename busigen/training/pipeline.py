@@ -168,6 +168,7 @@ class _Run:
             "latents": self.latents,
             "frames": self._frames(),
             "styles": self._styles(),
+            "transfer": self._transfer(),
             "tasks": self.figures,
             "device": str(self.device),
             "versions": checkpoint.versions(),
@@ -184,6 +185,13 @@ class _Run:
         if self.start is not None and "prior" not in _trained(self.recipe):
             return self.start.record.get("styles", [])
         return self.figures["prior"]["styles"]
+
+    def _transfer(self) -> dict[str, Any] | None:
+        """What drawn images are filtered with last: of the decoder's last task, here or in the base."""
+        if self.start is not None and "finish" not in _trained(self.recipe):
+            found: dict[str, Any] | None = self.start.record.get("transfer")
+            return found
+        return self.figures.get("finish", {}).get("transfer")
 
     def _do(self, spec: TaskSpec) -> dict[str, Any]:
         if spec.kind == "heal":

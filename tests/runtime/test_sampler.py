@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from busigen.data.geometry import edit_region, window_for
 from busigen.data.images import read_image
@@ -105,6 +107,22 @@ def test_synthetic_backgrounds_follow_the_same_rules(bundle: Bundle, backend: On
         assert gates.image_reason(sample.image, sample.mask, valid) is None
         assert not sample.mask[~valid].any()
     assert len({sample.image.tobytes() for sample in together.samples}) == 3
+
+
+def test_synthetic_backgrounds_are_shown_through_a_filter_of_their_own_and_a_users_are_not(
+    bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder, whole: Drawn
+) -> None:
+    plain = replace(bundle, info={**bundle.info, "transfer": None})
+    before, after = (draw(Sampler(b, backend, classes=MIX, batch_size=8), range(3)).samples for b in (plain, bundle))
+    for unfiltered, sample in zip(before, after, strict=True):
+        assert np.array_equal(sample.mask, unfiltered.mask)
+        # A filter reaches ten pixels, and what is 40 pixels wide passes as it is.
+        assert not np.array_equal(sample.image, unfiltered.image)
+        coarse, unchanged = (gaussian_filter(s.image.astype(float), 12.0) for s in (sample, unfiltered))
+        assert np.abs(coarse - unchanged).max() < 3.0
+    own = draw(Sampler(plain, backend, classes=MIX, healthy=healthy, batch_size=4), range(2)).samples
+    for found, expected in zip(own, whole.samples, strict=False):
+        assert_same(found, expected)
 
 
 def test_another_seed_gives_other_samples(
