@@ -4,9 +4,10 @@ python benchmarks/utility.py out/mine --data prepared/ --seeds 3
 python benchmarks/utility.py out/mine --data prepared/ --arms real,classic,synthetic_1
 
 Arms of the audit's utility section (all, unless ``--arms`` names some) with ``--full``'s seeds but ``--quick``'s
-network and steps: the generator's training images train, the held-out images test. A training on 400 images takes
-about a minute on two cores. All are kept under --out, so a killed run goes on. Figures are the section's own:
-per-image Dice and pooled F1, with intervals over groups, the floor between seeds, and a paired Wilcoxon test.
+network and, unless ``--steps`` says otherwise, steps: the generator's training images train, the held-out images test.
+A training on 400 images takes about a minute on two cores. All are kept under --out, so a killed run goes on. Figures
+are the section's own: per-image Dice and pooled F1, with intervals over groups, the floor between seeds, and a paired
+Wilcoxon test.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="real training images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", default=",".join(arms.ARMS), help="names in arms.ARMS, separated by commas")
+    parser.add_argument("--steps", type=int, default=segmentation.RECIPES["quick"].steps, help="of every training")
     parser.add_argument("--out", type=Path, default=Path("out/utility"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -47,7 +49,7 @@ def main() -> None:
     # The section's own experiment, at a size between its two efforts.
     quick = arms.EXTENTS["quick"]
     arms.EXTENTS["full"] = replace(quick, seeds=options.seeds, real_seeds=options.seeds, limit=options.images)
-    segmentation.RECIPES["full"] = segmentation.RECIPES["quick"]
+    segmentation.RECIPES["full"] = replace(segmentation.RECIPES["quick"], steps=options.steps)
     prepared = Prepared.open(options.data)
     context = AuditContext(
         synthetic=read_set(options.synthetic),
@@ -61,7 +63,13 @@ def main() -> None:
     for line in rows:
         print(json.dumps(line))
     notes = [finding.text for finding in result.findings]
-    report = {"images": options.images, "seeds": options.seeds, "figures": rows, "findings": notes}
+    report = {
+        "images": options.images,
+        "seeds": options.seeds,
+        "steps": options.steps,
+        "figures": rows,
+        "findings": notes,
+    }
     options.results.parent.mkdir(exist_ok=True)
     options.results.write_text(json.dumps(report, indent=1) + "\n")
 
