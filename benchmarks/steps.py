@@ -5,7 +5,7 @@ python benchmarks/steps.py runs/mine bundle/ --data prepared/ --steps 1,2,4,8,25
 The checkpoint's networks draw the same samples (same seed, backgrounds and outlines) with each number of steps in the
 lesion and the blend stage, through the runtime's own sampler and gates, in PyTorch. Each set is judged by the audit's
 physics and fidelity sections against the held-out lesion images. A figure inside the interval of the largest number of
-steps is as good as it: of each number is told how many lie outside, and which are worse there.
+steps is as good as it: of each number is told how many lie outside, and which.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
         report[str(steps)] = {"seconds_per_pair": round(seconds, 3), **figures}
         print(steps, seconds, {name: value for name, value in figures.items() if "distance" in name}, flush=True)
         options.results.parent.mkdir(exist_ok=True)
-        options.results.write_text(json.dumps({"count": options.count, "steps": report}, indent=1) + "\n")
+        options.results.write_text(json.dumps({"count": options.count, "steps": report}) + "\n")
     show_outside(report)
 
 
