@@ -101,8 +101,7 @@ class Sampler:
             raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
         self._resident = resident(backend)
-        # A user's image is as sharp as it is, and its lesion with it.
-        self._transfer = bundle.transfer if healthy is None else None
+        self._transfer = bundle.transfer
         self.asked = asked or Asked()
         self.batch_size = batch_size
         self._graphs = frozenset(graph_names())
@@ -302,7 +301,8 @@ class Sampler:
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The image as sharp as one scanner or another would show it."""
-        if self._transfer is None:
+        # A user's image is as sharp as it is, and its lesion with it.
+        if self._transfer is None or self.healthy is not None:
             return image
         assert draft.edit is not None
         filters = self._transfer.kernels(_noise(seed, [draft], "transfer", self._transfer.factor.shape[1:])[0])

@@ -238,7 +238,7 @@ def background_images(
 
 def letterboxed(pixels: Tensor, frames: Tensor) -> list[tuple[NDArray[np.uint8], Mask]]:
     """Decoded backgrounds ``(N, 1, 256, 256)`` in their ``(N, 4)`` frames, as :func:`background_images` gives them."""
-    pairs = zip(pixels[:, 0].float().cpu().numpy(), frames.tolist(), strict=True)
+    pairs = zip(pixels[:, 0].detach().float().cpu().numpy(), frames.tolist(), strict=True)
     framed = [synthetic(to_grey(image), (height, width)) for image, (_, _, height, width) in pairs]
     return [(background.pixels, background.valid) for background in framed]
 
