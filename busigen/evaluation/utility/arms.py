@@ -42,6 +42,7 @@ class Arm:
         classic: Geometric and intensity augmentation.
         paste: Lesions of real training images pasted into others.
         synthetic: Synthetic images, as a multiple of the number of real training images.
+        first: The synthetic images train alone for the first half of the steps, the real ones for the second.
         quick: The quick mode trains it as well.
     """
 
@@ -51,6 +52,7 @@ class Arm:
     classic: bool = False
     paste: bool = False
     synthetic: float = 0.0
+    first: bool = False
     quick: bool = False
 
 
@@ -67,6 +69,7 @@ ARMS = {
         Arm("synthetic_2", "real + 2 x synthetic", synthetic=2.0),
         Arm("synthetic_4", "real + 4 x synthetic", synthetic=4.0),
         Arm("classic_synthetic_1", "real + 1 x synthetic + classic augmentation", classic=True, synthetic=1.0),
+        Arm("classic_after_2", "2 x synthetic, then real, + classic", classic=True, synthetic=2.0, first=True),
         Arm(ALONE, "synthetic only", real=False, synthetic=1.0, quick=True),
     )
 }
@@ -217,8 +220,12 @@ def _trained(
     external: Examples | None,
     done: Callable[[int], None],
 ) -> dict[str, Any]:
-    data = sources[0] if len(sources) == 1 else sources[0].plus(sources[1])
-    network = train(data, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
+    if arm.first:
+        real, added = sources
+        phases = [added, real]
+    else:
+        phases = [sources[0] if len(sources) == 1 else sources[0].plus(sources[1])]
+    network = train(phases, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
     content: dict[str, Any] = {}
     for name, part in (("test", test), ("synthetic", synthetic if arm.name == REAL else None), ("external", external)):
         if part is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def examples(images: ImageSet, side: int) -> Examples:
 
 
 def train(
-    data: Examples,
+    phases: Sequence[Examples],
     recipe: Recipe,
     *,
     seed: int,
@@ -89,7 +89,7 @@ def train(
     """Train a U-Net on Dice and cross-entropy for a fixed number of steps.
 
     Args:
-        data: At least one example.
+        phases: What trains one after the other, each for as many of the steps; at least one example in each.
         recipe: The network and its schedule.
         seed: Seeds weights, order and augmentation.
         device: Where to train.
@@ -108,8 +108,11 @@ def train(
         loss_of = DiceCELoss(sigmoid=True, batch=True)
         optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=recipe.steps)
-        order = torch.empty(0, dtype=torch.int64)
-        for _ in range(recipe.steps):
+        order, last = torch.empty(0, dtype=torch.int64), phases[0]
+        for step in range(recipe.steps):
+            data = phases[step * len(phases) // recipe.steps]
+            if data is not last:
+                order, last = order[:0], data
             while len(order) < recipe.batch:
                 order = torch.cat([order, torch.randperm(len(data))])
             rows, order = order[: recipe.batch].numpy(), order[recipe.batch :]
