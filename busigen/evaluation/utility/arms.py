@@ -69,6 +69,7 @@ ARMS = {
         Arm("synthetic_2", "real + 2 x synthetic", synthetic=2.0),
         Arm("synthetic_4", "real + 4 x synthetic", synthetic=4.0),
         Arm("classic_synthetic_1", "real + 1 x synthetic + classic augmentation", classic=True, synthetic=1.0),
+        Arm("classic_synthetic_2", "real + 2 x synthetic + classic augmentation", classic=True, synthetic=2.0),
         Arm("classic_after_2", "2 x synthetic, then real, + classic", classic=True, synthetic=2.0, first=True),
         Arm(ALONE, "synthetic only", real=False, synthetic=1.0, quick=True),
     )
