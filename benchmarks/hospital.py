@@ -62,13 +62,12 @@ def main() -> None:
         report: dict[str, Any] = {"minutes": options.minutes, "test_images": len(without)}
         report["base"] = {"images": rows(run, "train", BASE).height, "steps": spec.steps, **summary(without)}
         print("base", json.dumps(report["base"]), flush=True)
-        torch.save(base.state_dict(), folder / "base.pt")
         for wanted in map(int, options.images.split(",")):
             chosen = some(rows(run, "train", HOSPITAL), wanted, run.seed)
             arm = folder / str(wanted)
             prepare(run, arm, chosen, rows(run, "val", HOSPITAL))
             found: dict[str, Any] = {"images": chosen.height}
-            adapters, seconds = adapted(run, arm, folder / "base.pt", options.steps)
+            adapters, seconds = adapted(run, arm, base.state_dict(), options.steps)
             found["adapters"] = {"seconds": seconds, **summary(measured(run, spec, adapters, folder), without)}
             alone, own = from_scratch(run, arm, options.minutes * 20)
             errors = measured(run, spec, dict.fromkeys(LESION_CLASSES, alone), folder)
@@ -124,14 +123,14 @@ def from_scratch(run: FinishedRun, folder: Path, seconds: float) -> tuple[Any, T
     return _train(run, spec, folder / "run", _fresh(run)), spec
 
 
-def adapted(run: FinishedRun, folder: Path, weights: Path, steps: int) -> tuple[dict[str, Any], int]:
+def adapted(run: FinishedRun, folder: Path, weights: dict[str, torch.Tensor], steps: int) -> tuple[dict[str, Any], int]:
     """An adapter for each class on the base, and the seconds that both took."""
     run.setting.cache = folder
     started = time.perf_counter()
     adapters = {}
     for label in LESION_CLASSES:
         base = _fresh(run)
-        base.load_state_dict(torch.load(weights, weights_only=True))
+        base.load_state_dict(weights)
         spec = replace(run.specs[f"lesion-{label}"], variants=VARIANTS, steps=steps, warmup=min(20, steps // 10))
         adapters[label] = _train(run, spec, folder / label, with_adapter(base, LoraSpec(), run.seed))
     return adapters, round(time.perf_counter() - started)

@@ -302,7 +302,7 @@ class Sampler:
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The image as sharp as one scanner or another would show it."""
         # A user's image is as sharp as it is, and its lesion with it.
-        if self._transfer is None or self.healthy is not None:
+        if self._transfer is None or draft.healthy.row["background"] != SYNTHETIC:
             return image
         assert draft.edit is not None
         filters = self._transfer.kernels(_noise(seed, [draft], "transfer", self._transfer.factor.shape[1:])[0])
