@@ -17,7 +17,7 @@ from busigen.cli import datasets, judging, models, engines, machines  # noqa: F4
 # isort: on
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, UsageError
-from busigen.runtime.wording import printable
+from busigen.text import printable
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from busigen.data.csvfile import read_rows
 from busigen.data.images import SUFFIXES, find_images
 from busigen.data.masks import masks_by_name
-from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, printable
+from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record
 from busigen.registry import CLASSES
+from busigen.text import printable
 
 _TABLE = "labels.csv"
 

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from busigen.errors import InputError
+from busigen.text import printable
 
 UNKNOWN_CLASS = "unknown"
 """The class of an image that nobody classified."""
-
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""C0, DEL and C1: what a terminal would obey rather than show."""
-
-
-def printable(text: str) -> str:
-    """Text that can be written as UTF-8 and shown in a terminal.
-
-    Bytes of a file name that are no UTF-8, and control characters, are spelled out.
-    """
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 @dataclass(frozen=True)

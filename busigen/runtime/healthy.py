@@ -21,7 +21,7 @@ from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.progress import Progress
-from busigen.runtime.wording import printable
+from busigen.text import printable
 
 log = logging.getLogger("busigen.runtime")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from busigen.runtime.wording import counted, disk_size, printable
+from busigen.runtime.wording import counted, disk_size
+from busigen.text import printable
 
 if TYPE_CHECKING:
     from busigen.runtime.explain import Explanation

@@ -21,7 +21,7 @@ from busigen.runtime.layout import SHARD_FOLDER, Plan, key_of, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import FileRecord, ShardRecord, lesion_box
 from busigen.runtime.tables import read_table
-from busigen.runtime.wording import printable
+from busigen.text import printable
 
 REPAIR = "Run `busigen verify --repair`."
 """What helps where ``generate`` cannot know that the folder is its own."""

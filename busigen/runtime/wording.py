@@ -25,11 +25,3 @@ def disk_size(size: float) -> str:
         if size < 999.5 or unit == "TB":
             break
     return f"{size:.2f} {unit}" if size < 10 else f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"
-
-
-def printable(text: str) -> str:
-    """Text without characters that would break a line or command a terminal: file names may hold any.
-
-    Letters of other scripts stay; what is not printable is shown as Python writes it.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

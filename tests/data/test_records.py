@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from busigen.data.records import Refusal, printable
+from busigen.data.records import Refusal
+from busigen.text import printable
 
 
 @pytest.mark.parametrize(
@@ -13,8 +14,8 @@ from busigen.data.records import Refusal, printable
         ("brüst (1).png", "brüst (1).png"),
         ("\udcff.png", "\\udcff.png"),
         ("\x1b[2J", "\\x1b[2J"),
-        ("a\nb\tc\0", "a\\x0ab\\x09c\\x00"),
-        ("\x7f\x80\x9b31m\x9f\xa0", "\\x7f\\x80\\x9b31m\\x9f\xa0"),
+        ("a\nb\tc\0", "a\\nb\\tc\\x00"),
+        ("\x7f\x80\x9b31m\x9f\xa0", "\\x7f\\x80\\x9b31m\\x9f\\xa0"),
     ],
 )
 def test_a_terminal_has_nothing_to_obey(text: str, written: str) -> None:

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.images import ImageFile, read_image, read_mask
-from busigen.data.records import UNKNOWN_CLASS, Refusal, printable
+from busigen.data.records import UNKNOWN_CLASS, Refusal
 from busigen.errors import InputError
 from busigen.evaluation.reading.items import Item
 from busigen.registry import CLASSES
 from busigen.runtime.tar_headers import open_headers
+from busigen.text import printable
 
 MEMBER_LIMIT = 32 << 20
 """Largest image or mask in bytes that is read from an archive."""
