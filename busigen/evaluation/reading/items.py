@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from busigen.data.cleaning import without_overlays
 from busigen.data.groups import thumbnail
-from busigen.data.images import MARK_SHARE, ImageFile
+from busigen.data.images import MARK_SHARE, ImageFile, refuse_fault
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_mask
 from busigen.data.letterbox import letterbox_coverage as coverage
 from busigen.data.overlays import find_overlays
@@ -67,10 +67,11 @@ def frame(item: Item) -> Frame:
     are what an audit looks for.
 
     Raises:
-        InputError: a file is missing, damaged or mismatched.
+        InputError: a file is missing, damaged or mismatched, or the image is none.
     """
     file, lesions, mask_files = item.read()
     image, box = letterbox(file.pixels)
+    refuse_fault(file.path.name, image, box.valid)
     mask = letterbox_mask(lesions, box)
     overlays = find_overlays(file.pixels)
     painted = overlays.mask if file.coloured is None else overlays.mask | file.coloured
