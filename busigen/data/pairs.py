@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from busigen.data.csvfile import read_rows
+from busigen.data.csvfile import CONTRADICTION, by_file, read_rows
 from busigen.data.images import SUFFIXES, find_images
 from busigen.data.masks import masks_by_name
-from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record
+from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, counted
 from busigen.registry import CLASSES
 from busigen.text import printable
 
@@ -27,9 +27,17 @@ def read(listing: Listing) -> None:
     labels = _labels(listing)
     by_name = masks_by_name(masks)
     source = printable(listing.folder.name)
-    for image in find_images(images):
+    found = find_images(images)
+    known = {n for image in found for n in (image.stem, image.relative_to(images).with_suffix("").as_posix())}
+    absent = [row["file"] or "" for name, row in labels.items() if name not in known]
+    if absent:
+        listing.notes.append(counted(f"rows of {_TABLE} have no image", absent))
+    for image in found:
         name = image.relative_to(images).with_suffix("").as_posix()
         row = labels.get(name) or labels.get(image.stem) or {}
+        if (contradiction := row.get(CONTRADICTION)) is not None:
+            listing.refuse(image, f"{_TABLE} has two rows for it: {contradiction}.", "Keep the right one of them.")
+            continue
         image_class = (row.get("class") or _class_from_folder(image.relative_to(images))).lower()
         if image_class not in CLASSES and listing.unlabelled:
             image_class = UNKNOWN_CLASS
@@ -60,8 +68,7 @@ def _labels(listing: Listing) -> dict[str, dict[str, str | None]]:
     table = listing.folder / _TABLE
     if not table.is_file():
         return {}
-    rows = read_rows(table, ("file", "class"))
-    return {_plain_name(row["file"] or ""): row for row in rows}
+    return by_file(read_rows(table, ("file", "class")), _plain_name)
 
 
 def _plain_name(file: str) -> str:

@@ -17,6 +17,7 @@ from busigen.data.geometry import Mask
 from busigen.data.images import find_images, read_image, read_mask
 from busigen.data.letterbox import Letterbox, fit, letterbox
 from busigen.data.masks import MaskFiles
+from busigen.data.records import counted
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
@@ -110,6 +111,8 @@ class HealthyFolder:
             raise self._nothing_left(problems)
         for problem in problems:
             log.warning("left out: %s", printable(problem))
+        for note, files in self._readings.items():
+            log.warning("%s", counted(note, files))
         lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
         log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._told())
         self.items = sorted(found.items())
@@ -123,6 +126,7 @@ class HealthyFolder:
         found: dict[str, Path] = {}
         read: dict[str, Healthy] = {}
         problems: list[str] = []
+        self._readings: dict[str, list[str]] = {}
         paths = find_images(self.folder)
         masks = MaskFiles(self.folder)
         progress.start("reading healthy images", len(paths), unit="image")
@@ -138,7 +142,10 @@ class HealthyFolder:
                             problems.append(f"{path.name}: {reason}.")
                         elif found.setdefault(image.sha256, path) != path:
                             reason = _REPEATED
-                        elif len(found) <= CACHED_IMAGES:
+                        else:
+                            for note in image.notes:
+                                self._readings.setdefault(note, []).append(path.name)
+                        if reason is None and len(found) <= CACHED_IMAGES:
                             read[image.sha256] = self._healthy(path, image.sha256, pixels, box)
                 except InputError as error:
                     reason = _UNREADABLE

@@ -49,7 +49,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image in the working frame: five ``(256, 256)`` arrays, a ``(64, 64)`` thumbnail, the table's row."""
+    """One image in the working frame: five ``(256, 256)`` arrays, a ``(64, 64)`` thumbnail, the table's row.
+
+    ``notes`` say how its files were read where that is not as stored.
+    """
 
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
@@ -58,6 +61,7 @@ class Frame:
     clean: NDArray[np.uint8]
     thumbnail: NDArray[np.float32]
     row: dict[str, object]
+    notes: tuple[str, ...] = ()
 
 
 def frame(item: Item) -> Frame:
@@ -91,7 +95,9 @@ def frame(item: Item) -> Frame:
         "mask_files": mask_files,
     }
     clean, _ = letterbox(without_overlays(file.pixels, suspect_mask(file.pixels, file.coloured, overlays.mask)))
-    return Frame(image, mask, _valid(image, box), coverage(painted, box) > 0, clean, thumbnail(file.pixels), row)
+    return Frame(
+        image, mask, _valid(image, box), coverage(painted, box) > 0, clean, thumbnail(file.pixels), row, file.notes
+    )
 
 
 def _valid(image: NDArray[np.uint8], box: Letterbox) -> NDArray[np.bool_]:
