@@ -166,7 +166,7 @@ def full_scale(peak: int) -> int:
     return next(full for full in FULL if peak <= full)
 
 
-def to_eight_bits(levels: NDArray[np.uint16]) -> NDArray[np.uint8]:
+def to_eight_bits(levels: NDArray[np.uint8 | np.uint16]) -> NDArray[np.uint8]:
     """Scale 16-bit levels to 8 bits. Taking the full range would turn 10 or 12 significant bits almost black."""
     table = np.round(np.arange(FULL[-1] + 1) * (255.0 / full_scale(int(levels.max())))).astype(np.uint8)
     return looked_up(table, levels)
