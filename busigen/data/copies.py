@@ -12,9 +12,9 @@ COPY = 0.70
 """Correlation of two images' fine structure, aligned, from which they are one frame.
 
 Of the pairs of BUSI's and BUS-BRA's 1,750 images that are no near-duplicates, five lie above it: by eye, each is one
-frame cropped twice. Different lesions lie at 0.64 and below. Of 60 images, every copy that was mirrored, turned by up to
-15 degrees, cropped by 3 to 10 % a side, or mirrored and one of these, lies at 0.80 and above. Copies that were cropped at
-one side alone, or whose frame grew as they were turned, are not found reliably.
+frame cropped twice. Different lesions lie at 0.64 and below. Of 60 images, every copy that was mirrored, turned by up
+to 15 degrees, cropped by 3 to 10 % a side, or mirrored and one of these, lies at 0.80 and above. Copies that were
+cropped at one side alone, or whose frame grew as they were turned, are not found reliably.
 """
 
 _SIDE = 32
