@@ -77,7 +77,9 @@ def test_the_audit_names_what_prepare_names(drawn_busi: Path, tmp_path: Path) ->
     exif = Image.Exif()
     exif[0x0112] = 3
     turned.save(folder / "benign" / "benign (8).png", exif=exif)
-    Image.new("L", turned.size).save(folder / "benign" / "benign (9).png")
+    with Image.open(folder / "benign" / "benign (9).png") as image:
+        black = Image.new("L", image.size)
+    black.save(folder / "benign" / "benign (9).png")
     shutil.copy(folder / "benign" / "benign (10).png", folder / "benign" / "benign (10)_mask.png")
     found = read_set(folder)
     report = prepare([folder], tmp_path / "out")
