@@ -26,7 +26,7 @@ MAX_PIXELS = 64_000_000
 """Largest width x height that is decoded. Some twenty times the largest clinical screen capture.
 
 Decoded pixels take one byte (grey), two (16-bit grey) or four (colour, at any depth), so at most 256 MB; what is made
-of them takes at most four bytes more per pixel, because it is made in bands of rows.
+of them takes at most five bytes more per pixel, because it is made in bands of rows.
 """
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
