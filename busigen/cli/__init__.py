@@ -8,7 +8,6 @@ import traceback
 from typing import Any, NoReturn
 
 import typer
-from rich.markup import escape
 
 # Importing the modules adds their commands, in the order of --help.
 # isort: off
@@ -17,7 +16,6 @@ from busigen.cli import datasets, judging, models, engines, machines  # noqa: F4
 # isort: on
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, UsageError
-from busigen.text import printable
 
 
 def main() -> None:
@@ -34,10 +32,11 @@ def main() -> None:
         _fail(_usage_error(error, arguments), debug)
     except Exception as error:
         if debug:
-            raise
-        stderr.print(
-            escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it.")
-        )
+            _print_traceback()
+        else:
+            stderr.print(
+                f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it."
+            )
         sys.exit(1)
     # A command that has nothing of its own to say of Ctrl-C ends with this code and without a word.
     if code == INTERRUPTED_EXIT_CODE:
@@ -47,9 +46,15 @@ def main() -> None:
 
 def _fail(error: BusigenError, debug: bool) -> NoReturn:
     if debug:
-        traceback.print_exc()
-    stderr.print(escape(printable(f"error: {error}")), style=None if debug else "red")
+        _print_traceback()
+    stderr.print(f"error: {error}", style=None if debug else "red")
     sys.exit(error.exit_code)
+
+
+def _print_traceback() -> None:
+    """Python's own account of the error that is being handled, which quotes what it came from."""
+    for line in traceback.format_exc().splitlines():
+        stderr.print(line)
 
 
 def _usage_error(error: Any, arguments: list[str]) -> UsageError:

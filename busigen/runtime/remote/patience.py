@@ -92,7 +92,7 @@ class Caller:
                 if lasted + pause > patience.total:
                     raise self._given_up(error, lasted) from error
                 if pause == patience.first:
-                    self.tell(f"{self.address} is out of reach ({_said(error)}); trying again")
+                    self.tell(f"{self.address} is out of reach ({self._said(error)}); trying again")
                 if self._hurry.wait(pause):
                     raise KeyboardInterrupt from None
                 pause = min(2 * pause, patience.longest)
@@ -102,28 +102,28 @@ class Caller:
         kind = type(error).__name__
         if "Credentials" in kind:
             return self.kind(
-                f"{self.address}: no credentials are found ({_said(error)}).",
+                f"{self.address}: no credentials are found ({self._said(error)}).",
                 fix="Log in with the store's own tool, or set its environment variables, such as AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or GOOGLE_APPLICATION_CREDENTIALS.",
             )
         if kind == "ParamValidationError":
-            return self.kind(f"{self.address} is no valid name ({_said(error)}).", fix="Check the URL's spelling.")
+            return self.kind(f"{self.address} is no valid name ({self._said(error)}).", fix="Check the URL's spelling.")
         if isinstance(error, PermissionError):
             return self.kind(
-                f"{self.address}: access is denied ({_said(error)}).",
+                f"{self.address}: access is denied ({self._said(error)}).",
                 fix="Check that the credentials are valid and may list, read, write and delete there, " + _AGAIN,
             )
         fix = fix_of(getattr(error, "errno", None))
         if isinstance(error, OSError) and (fix or error.errno in _HOPELESS):
             return self.kind(
-                f"{self.address} refuses: {_said(error)}.",
+                f"{self.address} refuses: {self._said(error)}.",
                 fix=fix or f"Check the URL and the store's settings, {_AGAIN}",
             )
         return None
 
     def missing(self) -> BusigenError:
         """The error where the bucket, or whatever holds the place, is not there."""
-        holder = self.address.url.partition("://")[2].split("/")[0] or self.address.url
+        holder = str(self.address).partition("://")[2].split("/")[0]
         return self.kind(
             f"{self.address}: there is no {holder!r}.",
             fix="Create it first, or check the URL's spelling and the endpoint.",
@@ -131,9 +131,15 @@ class Caller:
 
     def _given_up(self, error: Exception, lasted: float) -> BusigenError:
         return self.kind(
-            f"{self.address} cannot be reached or used ({_said(error)}); tried for {duration(lasted)}.",
+            f"{self.address} cannot be reached or used ({self._said(error)}); tried for {duration(lasted)}.",
             fix=f"Check the network and the endpoint, {_AGAIN}",
         )
+
+    def _said(self, error: BaseException) -> str:
+        """What an error says, in one line that is not too long."""
+        told = self.address.redact(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        text = " ".join(told.split()).rstrip(".")
+        return text if len(text) <= 160 else f"{text[:157]}..."
 
     def aside(self, what: Callable[[], Result], limit: float | None = None) -> Result:
         """Do it once in a thread of its own, and wait for it unless there is a hurry.
@@ -172,9 +178,3 @@ class Caller:
 def _may_pass(error: Exception) -> bool:
     """Whether it is the network's or the store's, and not a slip of this program."""
     return isinstance(error, OSError) or not type(error).__module__.startswith(("builtins", "busigen"))
-
-
-def _said(error: BaseException) -> str:
-    """What an error says, in one line that is not too long."""
-    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split()).rstrip(".")
-    return text if len(text) <= 160 else f"{text[:157]}..."
