@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
 class ForeignFileError(OSError):
@@ -23,7 +23,7 @@ class ForeignFileError(OSError):
         super().__init__(errno.EINVAL, problem, str(path))
 
 
-def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BinaryIO:
+def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BufferedReader:
     """Open a regular file for reading in binary.
 
     Args:

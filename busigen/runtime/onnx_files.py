@@ -1,4 +1,4 @@
-"""What an ONNX graph that may have come from anywhere would do if it were loaded: which files it reads, whether it ends.
+"""What an ONNX graph from anywhere would do if it were loaded: which files it would read, and whether it would end.
 
 A graph names its weights' files itself, anywhere in its nested graphs. ONNX Runtime opens what is named, so a graph
 that names a file which nobody hashed would run weights that nobody proved. And a loop takes as many turns as the graph
