@@ -22,6 +22,9 @@ class ForeignFileError(OSError):
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(errno.EINVAL, problem, str(path))
 
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
+
 
 def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BufferedReader:
     """Open a regular file for reading in binary.

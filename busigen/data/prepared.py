@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from busigen.data import schema
+from busigen.data.parquetfile import refuse_costly
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import open_file
 from busigen.registry import RESOLUTION
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
@@ -103,14 +106,17 @@ class Prepared:
 
     def _load(self, name: str) -> NDArray[Any]:
         path = self.folder / schema.ARRAYS[name]
+        expected = (self.table.height, RESOLUTION, RESOLUTION)
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            with open_file(path) as file:
+                if npy.read_magic(file) != (1, 0):
+                    raise ValueError("it is no array of this kind")
+                header = npy.read_array_header_1_0(file)
+                if header != (expected, False, _DTYPES[name]):
+                    raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
+                return np.memmap(file, _DTYPES[name], "r", file.tell(), expected)
         except (OSError, ValueError, EOFError, SyntaxError) as error:
             raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
-        expected = (self.table.height, RESOLUTION, RESOLUTION)
-        if not isinstance(array, np.ndarray) or array.shape != expected or array.dtype != _DTYPES[name]:
-            raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
-        return array
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
@@ -144,6 +150,7 @@ def _check_hash(folder: Path, info: dict[str, Any], name: str) -> None:
 def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
     path = folder / schema.TABLE
     try:
+        refuse_costly(path, info["images"], lists=True)
         table = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
+from busigen.foreign import open_file
+
 SCHEMA_VERSION = 2
 """Raised whenever a column or an array changes meaning."""
 
@@ -62,6 +64,10 @@ def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as stream:
+    """Hex sha256 of a file's bytes.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+    """
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

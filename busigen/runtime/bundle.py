@@ -223,6 +223,6 @@ def _check_graph(graph: Path, recorded: set[str]) -> None:
             raise IntegrityError(f"{graph} {problem}.", fix=_EXPORT)
         refuse_endless(graph, MAX_TURNS)
     except OSError as error:  # Recorded as another graph's weights, and allowed more room as such.
-        raise IntegrityError(f"{graph} cannot be read: it {error.strerror}.", fix=_EXPORT) from error
+        raise IntegrityError(f"{graph} cannot be read: {error.strerror}.", fix=_EXPORT) from error
     except ValueError as error:
         raise IntegrityError(f"{graph} is no ONNX graph of a bundle: {error}.", fix=_EXPORT) from error
