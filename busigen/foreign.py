@@ -58,7 +58,8 @@ def open_file(path: Path, *, limit: int | None = None, root: Path | None = None)
 def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
     """The bytes of a regular file of at most ``limit`` bytes; arguments and errors are those of `open_file`."""
     with open_file(path, limit=limit, root=root) as file:
-        content = file.read(limit + 1)
+        # Not up to the limit, which may be large: room for all that is asked for is made first.
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(content) > limit:
         raise ForeignFileError(path, f"grew beyond {limit:,} bytes while it was read")
     return content

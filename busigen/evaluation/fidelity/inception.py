@@ -269,9 +269,9 @@ def _torchscript(path: Path, device: str) -> _Extract:
     fix = "Give a TorchScript Inception, such as inception-2015-12-05.pt."
     try:
         with open_file(path, limit=_MAX_BYTES) as file, zipfile.ZipFile(file) as archive:
-            # PyTorch stores what it writes as it is; a few kilobytes of compressed code can unpack to gigabytes.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise zipfile.BadZipFile("it is compressed")
+            # Its code is compressed, and a few kilobytes can unpack to gigabytes.
+            if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {_MAX_BYTES:,} bytes")
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.", fix=fix) from error
     except OSError as error:
