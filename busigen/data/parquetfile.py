@@ -6,10 +6,12 @@ claim. So the footer and every page's header are read first, in Thrift's compact
 
 from __future__ import annotations
 
+import mmap
+import os
 from pathlib import Path
 from typing import Any
 
-from busigen.foreign import read_file
+from busigen.foreign import open_file
 
 _MAGIC = b"PAR1"
 _SPARE_BYTES, _ROW_BYTES = 1 << 20, 8 << 10
@@ -52,20 +54,23 @@ def refuse_costly(path: Path, rows: int, *, lists: bool = False) -> None:
         OSError: it is missing, cannot be read, or is no regular file.
         ValueError: it is refused, or no table.
     """
+    limit = _SPARE_BYTES + _ROW_BYTES * rows
     try:
-        _refuse(path, rows, lists)
+        with open_file(path, limit=limit) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size < 12 or (rows > _FEW_ROWS and size < _LEAST_ROW_BYTES * rows):
+                raise ValueError(f"it has {size:,} bytes, which cannot hold a table of {rows:,} rows")
+            # Mapped, because of a large one little is looked at.
+            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
+                _refuse(data, rows, limit, lists)
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("its metadata are damaged") from error
 
 
-def _refuse(path: Path, rows: int, lists: bool) -> None:
-    limit = _SPARE_BYTES + _ROW_BYTES * rows
-    data = read_file(path, limit)
+def _refuse(data: mmap.mmap, rows: int, limit: int, lists: bool) -> None:
     size = len(data)
-    if size < 12 or (rows > _FEW_ROWS and size < _LEAST_ROW_BYTES * rows):
-        raise ValueError(f"it has {size:,} bytes, which cannot hold a table of {rows:,} rows")
     length = int.from_bytes(data[-8:-4], "little")
-    if data[:4] != _MAGIC or data[-4:] != _MAGIC or length > size - 12:
+    if data[:4] != _MAGIC or data[-4:] != _MAGIC or length > min(size - 12, _SPARE_BYTES + rows // 4):
         raise ValueError("it is no Parquet file, or cut short")
     footer = _Thrift(data, size - 8 - length, size - 8).structure()
     groups = footer[4]
@@ -84,7 +89,7 @@ def _refuse(path: Path, rows: int, lists: bool) -> None:
                 raise ValueError(f"its pages unpack to more than {limit} bytes")
 
 
-def _unpacked(data: bytes, column: Struct, rows: int) -> int:
+def _unpacked(data: mmap.mmap, column: Struct, rows: int) -> int:
     """Bytes that a column's pages unpack to.
 
     Raises:
@@ -117,7 +122,7 @@ def _unpacked(data: bytes, column: Struct, rows: int) -> int:
 class _Thrift:
     """Thrift's compact encoding, of which Parquet's headers are made: structures as dicts by field number."""
 
-    def __init__(self, data: bytes, start: int, end: int) -> None:
+    def __init__(self, data: mmap.mmap, start: int, end: int) -> None:
         self.data, self.at, self.end = data, start, end
         self.depth = 0
 
