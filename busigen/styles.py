@@ -78,7 +78,7 @@ def bounded(numbers: Floats, largest: float, name: str) -> Floats:
         name: what records call them.
     """
     sizes = np.abs(numbers)
-    if (beyond := int((sizes > largest).sum())):
+    if beyond := int((sizes > largest).sum()):
         log.warning(
             "%s: %d of %d fitted numbers are clipped to %g, the largest was %.2f: what is drawn has far other detail "
             "than the training images, as after a short training",
