@@ -64,6 +64,8 @@ def read_inputs(
         other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
     finally:
         progress.stop()
+    for part in (made, judge, other):
+        notes += [f"{part.name}: {note}" for note in (part.notes if part is not None else ())]
     if shared := _shared(made, judge, synthetic, real):
         notes.append(f"{shared} of the synthetic images are also files of the real set: the figures flatter them.")
     train = None
