@@ -42,7 +42,7 @@ class ImageSet:
         clean: ``images`` with everything painted over that may be overlay, or None where that was not looked for.
         layout: How the folder is laid out, for people: ``busigen dataset``, ``prepared``, ``BUSI``, ...
         refused: Files that could not be read and are in no row.
-        notes: Sentences on what was guessed or passed over when it was read.
+        notes: What was passed over, joined, guessed or read otherwise than it is stored, one line a kind.
     """
 
     name: str

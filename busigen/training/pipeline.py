@@ -148,9 +148,7 @@ class _Run:
                 figures = self._do(spec)
                 write_json(marker, {**figures, "seconds": round(time.monotonic() - started, 1)})
             self.figures[spec.name] = json.loads(marker.read_text(encoding="utf-8"))
-        record = self._record()
-        checkpoint.write_record(self.out, record)
-        return checkpoint.read_record(self.out)
+        return checkpoint.write_record(self.out, self._record())
 
     @property
     def latents(self) -> dict[str, list[float]]:

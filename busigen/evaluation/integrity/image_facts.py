@@ -34,8 +34,9 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> dict[str, NDArray
     Returns:
         Per measure one number per image, NaN where it has none. Shares are 0 and 1: ``colour``, ``depth`` (more or less
         than 8 bits), ``text`` and ``calipers`` (as seen in the working frame, so that sets of any resolution compare),
-        ``empty`` (no lesion marked in the masks of an image not labelled normal; NaN without a mask file), ``contradiction`` (a lesion marked in a normal
-        image); and, NaN for empty masks, ``tiny``, ``huge``, ``parts`` (more than one), ``holes``, ``border``. Numbers:
+        ``empty`` (no lesion marked, in an image not labelled normal that has a mask file), ``contradiction`` (a lesion
+        marked in a normal image); and, NaN for empty masks, ``tiny``, ``huge``, ``parts`` (more than one), ``holes``,
+        ``border``. Numbers:
         ``aspect`` (width / height of the image), ``levels`` (distinct grey levels), ``range`` (99th less 1st percentile
         of grey), ``clipped`` (share of pixels at 255), ``displacement`` and ``contrast`` (``mask_edges.EdgeFit``).
     """

@@ -112,7 +112,7 @@ class _Guesses:
         self.examples.setdefault(kind, name[:NAME_LIMIT])
 
     def notes(self) -> list[str]:
-        """Sentences for the report."""
+        """What a report says of it, one line a kind."""
         notes = []
         if self.unknown:
             kinds = [
@@ -121,15 +121,15 @@ class _Guesses:
             ]
             more = len(self.unknown) - len(kinds)
             notes.append(
-                f"{self.unknown.total()} members of the shards are passed over, because their names do not say what they "
-                f"are ({'; '.join(kinds)}{f'; and {more} more kinds' if more > 0 else ''})."
+                f"{self.unknown.total()} members of shards are passed over, because nothing in their names says what "
+                f"they are ({'; '.join(kinds)}{f'; and {more} more kinds' if more > 0 else ''})"
             )
         if self.numbered:
             numbers = ", ".join(f"{number} {label}" for number, label in enumerate(CLASSES))
-            notes.append(f"The numbers in .cls members are read as {numbers}.")
+            notes.append(f"the numbers in .cls members are read as {numbers}")
         if self.strange:
             text, _ = self.strange.most_common(1)[0]
-            notes.append(f"{self.strange.total()} .cls members name no known class, most of them {text!r}.")
+            notes.append(f"{self.strange.total()} .cls members name no known class, most of them {text!r}")
         return [printable(note) for note in notes]
 
 

@@ -64,8 +64,6 @@ def read_inputs(
         other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
     finally:
         progress.stop()
-    for part in (made, judge, other):
-        notes += [f"{part.name}: {note}" for note in (part.notes if part is not None else ())]
     if shared := _shared(made, judge, synthetic, real):
         notes.append(f"{shared} of the synthetic images are also files of the real set: the figures flatter them.")
     train = None
@@ -96,6 +94,7 @@ def read_inputs(
             notes.append(f"The {name} set is judged by {len(after)} images, drawn at random in whole groups.")
     chosen, judges = drawn["synthetic"], drawn["real"]
     assert chosen is not None and judges is not None
+    notes.extend(f"Of the {name} set: {note}." for name, part in drawn.items() if part for note in part.notes)
     context = AuditContext(
         synthetic=chosen,
         real=judges,
@@ -165,5 +164,6 @@ def describe(images: ImageSet) -> dict[str, Any]:
         "groups": int(images.table["group"].n_unique()),
         "classes": dict(counts.iter_rows()),
         "refused": [refusal.to_dict() for refusal in images.refused],
+        "notes": list(images.notes),
         "fingerprint": fingerprint(images),
     }

@@ -95,7 +95,7 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
                 progress.advance(1)
     if not frames.rows:
         first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
-        said = "".join(f" {note}" for note in notes)
+        said = "".join(f" Of the rest: {note}." for note in notes)
         raise InputError(f"{path} holds no image that can be read.{first}{said}", fix="Give another folder.")
     return replace(frames.finish(path.resolve().name, layout, refused), notes=tuple(notes))
 

@@ -48,7 +48,7 @@ _NETWORK = frozenset(
         *("MetadataRetrievalError", "CredentialRetrievalError", "TokenRetrievalError", "CapacityNotAvailableError"),
     }
 )
-"""Botocore's errors that time may mend; of the others, such as a profile that is not there, the settings are to blame."""
+"""Botocore's errors that time may mend; others, such as of a profile that is not there, are of settings."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Caller:
                 if lasted + pause > patience.total:
                     raise self._given_up(error, lasted) from error
                 if pause == patience.first:
-                    self.tell(f"{self.address} is out of reach ({_said(error)}); trying again")
+                    self.tell(f"{self.address} is out of reach ({self._said(error)}); trying again")
                 if self._hurry.wait(pause):
                     raise KeyboardInterrupt from None
                 pause = min(2 * pause, patience.longest)
@@ -134,37 +134,37 @@ class Caller:
             return None
         if "Credentials" in kind:
             return self.kind(
-                f"{self.address}: no credentials are found ({_said(error)}).",
+                f"{self.address}: no credentials are found ({self._said(error)}).",
                 fix="Log in with the store's own tool, or set its environment variables, such as AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or GOOGLE_APPLICATION_CREDENTIALS.",
             )
         if kind == "ParamValidationError":
-            return self.kind(f"{self.address} is no valid name ({_said(error)}).", fix="Check the URL's spelling.")
+            return self.kind(f"{self.address} is no valid name ({self._said(error)}).", fix="Check the URL's spelling.")
         if isinstance(error, PermissionError) or status in (401, 403):
             return self.kind(
-                f"{self.address}: access is denied ({_said(error)}).",
+                f"{self.address}: access is denied ({self._said(error)}).",
                 fix="Check that the credentials are valid and may list, read, write and delete there, " + _AGAIN,
             )
         if status is not None and self.address.protocol == "s3" and _CHECKSUMS.search(f"{code} {error}"):
             return self.kind(
-                f"{self.address} refuses: {_said(error)}.",
-                fix="Set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_REQUIRED: the server does not know the checksums that are "
-                f"sent with requests otherwise; {_AGAIN}",
+                f"{self.address} refuses: {self._said(error)}.",
+                fix="Set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_REQUIRED, since this server does not know the checksums "
+                f"that are sent with requests otherwise; {_AGAIN}",
             )
         fix = fix_of(getattr(error, "errno", None))
         if isinstance(error, OSError) and (fix or error.errno in _HOPELESS):
             return self.kind(
-                f"{self.address} refuses: {_said(error)}.",
+                f"{self.address} refuses: {self._said(error)}.",
                 fix=fix or f"Check the URL and the store's settings, {_AGAIN}",
             )
         if status is not None:
             return self.kind(
-                f"{self.address} refuses: {_said(error)}.",
+                f"{self.address} refuses: {self._said(error)}.",
                 fix=f"Check the URL, the endpoint and the store's settings, {_AGAIN}",
             )
         if _is_of_settings(error):
             return self.kind(
-                f"{self.address} cannot be asked: {_said(error)}.",
+                f"{self.address} cannot be asked: {self._said(error)}.",
                 fix="Check what the store's own tool is set to by files and variables, such as AWS_PROFILE and "
                 f"AWS_ENDPOINT_URL (http://host:port), {_AGAIN}",
             )
@@ -181,9 +181,15 @@ class Caller:
     def _given_up(self, error: Exception, lasted: float) -> BusigenError:
         clock = "RequestTimeTooSkewed" in _answer(error)[1]
         return self.kind(
-            f"{self.address} cannot be reached or used ({_said(error)}); tried for {duration(lasted)}.",
+            f"{self.address} cannot be reached or used ({self._said(error)}); tried for {duration(lasted)}.",
             fix=f"{'Set the clock of this machine' if clock else 'Check the network and the endpoint'}, {_AGAIN}",
         )
+
+    def _said(self, error: BaseException) -> str:
+        """What an error says, in one line that is not too long."""
+        told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        text = " ".join(told.split()).rstrip(".")
+        return text if len(text) <= 160 else f"{text[:157]}..."
 
     def aside(self, what: Callable[[], Result], limit: float | None = None) -> Result:
         """Do it once in a thread of its own, and wait for it unless there is a hurry.
@@ -273,9 +279,3 @@ def _is_of_settings(error: BaseException) -> bool:
 def _may_pass(error: Exception) -> bool:
     """Whether it is the network's or the store's, and not a slip of this program."""
     return isinstance(error, OSError) or not type(error).__module__.startswith(("builtins", "busigen"))
-
-
-def _said(error: BaseException) -> str:
-    """What an error says, in one line that is not too long."""
-    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split()).rstrip(".")
-    return text if len(text) <= 160 else f"{text[:157]}..."
