@@ -246,11 +246,13 @@ def test_members_of_unknown_role_are_no_images_and_are_named(tmp_path: Path) -> 
     for number in range(3):
         members[f"{number}.png"], members[f"{number}.left.png"] = pair(number)
         members[f"{number}.txt"] = b"a caption"
+        members[f"._{number}.png"] = members[f"._{number}.mask.png"] = b"of a Mac"
     found = read_set(write_tar(tmp_path / "a.tar", members))
     assert found.table["id"].to_list() == ["0", "1", "2"]
     (note,) = found.notes
-    assert "6 members of shards are passed over" in note
-    assert "*.left.png: 3, such as 0.left.png" in note and "*.txt: 3" in note
+    assert "12 members of shards are passed over" in note
+    assert "*.left.png: 3, such as 0.left.png" in note and "*.txt: 3" in note and "hidden files: 6" in note
+    assert found.refused == ()
 
 
 def test_nothing_but_members_of_unknown_role_says_so(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ class _Guesses:
     def pass_over(self, name: str) -> None:
         """Note a member of which nothing says what it is, under what its name ends with."""
         last = name.rpartition("/")[2]
-        kind = f"*.{last.partition('.')[2]}"[:NAME_LIMIT] if "." in last else "no ending"
+        words = [part for part in last.split(".")[1:] if not part[:1].isdigit()]
+        kind = "hidden files" if last.startswith(".") else ".".join(["*", *words])[:NAME_LIMIT]
         if kind not in self.unknown and len(self.unknown) >= _KINDS:
             kind = "others"
         self.unknown[kind] += 1
@@ -171,6 +172,8 @@ def role_of(name: str) -> tuple[str, str] | None:
     digit belong to the key here. A word before the ending that is not known (``0001.left.png``) may mean anything.
     """
     folder, _, last = name.rpartition("/")
+    if last.startswith("."):
+        return None
     stem, _, ending = last.rpartition(".")
     role: str | None = _TEXTS.get(ending.lower())
     folders = folder.split("/") if folder else []
