@@ -23,7 +23,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from busigen import __version__
-from busigen.errors import InputError, IntegrityError
+from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.foreign import open_file
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES
 from busigen.training.models import model_class
@@ -114,9 +114,18 @@ def versions() -> dict[str, str]:
     return {"busigen": __version__, "python": platform.python_version(), **libraries}
 
 
-def write_record(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``busigen.json``; its presence means that the checkpoint is complete."""
+def write_record(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write ``busigen.json`` and return it as read back; its presence means that the checkpoint can be exported.
+
+    Raises:
+        InputError, IntegrityError: what was written is not what :func:`read_record` takes; it is not left there.
+    """
     write_json(folder / RECORD, {"schema": SCHEMA, "weights": weight_hashes(folder), **content})
+    try:
+        return read_record(folder)
+    except BusigenError:
+        (folder / RECORD).unlink()
+        raise
 
 
 def read_record(folder: Path) -> dict[str, Any]:
