@@ -16,10 +16,10 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import UsageError
+from busigen.records import read_json
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
 from busigen.runtime.card import LICENCE, privacy
 from busigen.runtime.dataset import Dataset
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, key_of
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.wording import counted

@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import BusigenError
-from busigen.runtime.jsonfile import MAX_BYTES
+from busigen.records import MAX_BYTES
 from busigen.runtime.repair import repair
 from busigen.runtime.shards import schema_of
 from busigen.runtime.verify import verify

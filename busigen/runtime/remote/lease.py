@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from busigen.errors import OutputError
+from busigen.records import read_json
 from busigen.runtime.atomic import json_bytes, write_json
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import LOCK_FILE
 from busigen.runtime.remote.patience import Patience
 from busigen.runtime.remote.store import Store
