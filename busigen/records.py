@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
-from busigen.errors import IntegrityError
+from busigen.errors import InputError, IntegrityError
 from busigen.foreign import ForeignFileError, read_file
 from busigen.text import printable
 
@@ -51,14 +51,11 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-def read_json(
-    path: Path, *, limit: int = MAX_BYTES, shards: int = 0, root: Path | None = None, nan: bool = False
-) -> Any:
+def read_json(path: Path, *, shards: int = 0, root: Path | None = None, nan: bool = False) -> Any:
     """What a JSON file holds.
 
     Args:
         path: the file.
-        limit: most bytes that it may have.
         shards: number of shards that really are there, each of which may take its room in the file.
         root: a folder above it, beneath which no link is followed; None follows links.
         nan: see `parse_json`.
@@ -68,10 +65,39 @@ def read_json(
         ValueError: it is no regular file, too large, or not what `parse_json` reads.
     """
     try:
-        content = read_file(path, limit + BYTES_PER_SHARD * shards, root=root)
+        content = read_file(path, MAX_BYTES + BYTES_PER_SHARD * shards, root=root)
     except ForeignFileError as error:
         raise ValueError(f"{error.filename} {error.strerror}") from error
     return parse_json(content, path, nodes=MAX_NODES + NODES_PER_SHARD * shards, nan=nan)
+
+
+def read_given(
+    path: Path, what: str, *, schemas: tuple[int, ...], fix: str, limit: int = MAX_BYTES
+) -> tuple[dict[str, Any], bytes]:
+    """The record that makes a folder what a person says it is, and the bytes that it was read from.
+
+    Args:
+        path: the record.
+        what: its folder should be.
+        schemas: versions that can be read, which stand as ``schema``.
+        fix: what to do about anything else.
+        limit: most bytes that it may have.
+
+    Raises:
+        InputError: the folder holds none, or nothing that is one.
+    """
+    try:
+        content = read_file(path, limit, root=path.parent)
+        record = parse_json(content, "it", nan=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path.parent} is no {what}: it has no {path.name}.", fix=fix) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {reason}.", fix=fix) from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if type(schema) is not int or schema not in schemas:
+        raise InputError(f"{path} does not have schema {' or '.join(map(str, schemas))}.", fix=fix)
+    return record, content
 
 
 def parse_json(content: bytes, name: object, *, nodes: int = MAX_NODES, nan: bool = False) -> Any:
@@ -136,7 +162,7 @@ def _adapter(model: Any) -> TypeAdapter[Any]:
 def _fault(error: ValidationError) -> str:
     """The first thing that is wrong, in one short line."""
     first = error.errors(include_url=False, include_context=False)[0]
-    key = printable(".".join(map(str, first["loc"])))[:80]
+    key = printable(".".join(str(part) for part in first["loc"] if part != "[key]"))[:200]
     if first["type"] == "missing":
         return f"lacks {key!r}"
     why = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
