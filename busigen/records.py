@@ -71,6 +71,21 @@ def read_json(path: Path, *, shards: int = 0, root: Path | None = None, nan: boo
     return parse_json(content, path, nodes=MAX_NODES + NODES_PER_SHARD * shards, nan=nan)
 
 
+def read_checked(model: type[Any], path: Path, *, fix: str, root: Path | None = None, nan: bool = False) -> Any:
+    """What a JSON file holds, of which a model is true; arguments are those of `read_json` and `checked`.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        IntegrityError: it is invalid.
+    """
+    try:
+        found = read_json(path, root=root, nan=nan)
+    except ValueError as error:
+        raise IntegrityError(f"{error}.", fix=fix) from error
+    checked(model, found, path, fix=fix)
+    return found
+
+
 def read_given(
     path: Path, what: str, *, schemas: tuple[int, ...], fix: str, limit: int = MAX_BYTES
 ) -> tuple[dict[str, Any], bytes]:
@@ -96,7 +111,8 @@ def read_given(
         raise InputError(f"{path} cannot be read: {reason}.", fix=fix) from error
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is not int or schema not in schemas:
-        raise InputError(f"{path} does not have schema {' or '.join(map(str, schemas))}.", fix=fix)
+        found, readable = printable(reprlib.repr(schema)), " or ".join(map(str, schemas))
+        raise InputError(f"{path} has schema {found}; this busigen reads {readable}.", fix=fix)
     return record, content
 
 

@@ -101,7 +101,7 @@ class GraphRecord(Record):
 class TrainingRecord(Record):
     """What a bundle knows of the training of its checkpoint."""
 
-    recipe: dict[Text, Any] | None = None
+    recipe: dict[Text, Any] = Field(default_factory=dict)
     data: dict[Text, Any] = Field(default_factory=dict)
     tasks: dict[Text, Any] = Field(default_factory=dict)
     device: Text = ""

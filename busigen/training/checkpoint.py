@@ -12,18 +12,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import ModelMixin
+from pydantic import ConfigDict, FailFast, Field, Strict
 
 from busigen import __version__
 from busigen.errors import InputError, IntegrityError
+from busigen.records import Number, Record, Text, Whole, checked, read_given
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES
+from busigen.runtime.bundle import ImagesRecord
+from busigen.styles import are_styles
 from busigen.training.models import model_class
 from busigen.training.networks import Networks
 from busigen.training.recipe import TaskSpec
@@ -37,6 +40,65 @@ LATER = ("spectrum.", "decoder.outlines.")
 """Weights that components saved by an earlier busigen may lack: measured spreads, and what is told of masks."""
 
 _TRAIN = "Run 'busigen train' to its end first."
+
+
+class Latents(Record):
+    """Mean and deviation of every latent channel."""
+
+    mean: Annotated[list[Number], FailFast()]
+    std: Annotated[list[Number], FailFast()]
+
+
+class TaskFigures(Record):
+    """What a task's training is recorded with; held-out losses are NaN where it diverged."""
+
+    seconds: Number
+    validation: Annotated[list[tuple[Whole, Annotated[float, Strict()]]], FailFast()] = Field(default_factory=list)
+
+
+class Lora(Record):
+    """See :class:`busigen.training.recipe.LoraSpec`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: Annotated[int, Strict(), Field(ge=1, le=1 << 12)]
+    alpha: Annotated[int, Strict(), Field(ge=1, le=1 << 12)]
+    targets: list[Text]
+
+
+class RecipeRecord(Record):
+    """What is used of a recipe that stands in a record; adapters on a checkpoint have to be of its kind."""
+
+    preset: Text
+    seed: Annotated[int, Strict()]
+    lora: Lora
+
+
+class DataRecord(Record):
+    """What is used of the record of a checkpoint's data."""
+
+    split_hash: Text | None
+
+
+class Origin(Record):
+    """The base that a checkpoint was trained on (:attr:`busigen.training.base.Base.identity`)."""
+
+    split_hash: Text
+    weights: Text
+
+
+class CheckpointRecord(ImagesRecord):
+    """Content of ``busigen.json``, as far as it is used."""
+
+    weights: dict[Annotated[str, Strict(), Field(max_length=1 << 12, pattern=r"^[^/]+/[^/]+/.+$")], Text]
+    preset: Text
+    recipe: RecipeRecord
+    data: DataRecord
+    latents: Latents
+    tasks: dict[Text, TaskFigures]
+    device: Text
+    versions: dict[Text, Text]
+    base: Origin | None = None
 
 
 def place_of(task: TaskSpec) -> str:
@@ -102,20 +164,19 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: no complete checkpoint is there, or it has an unknown schema or preset.
-        IntegrityError: a weight file is missing, extra or not the one that was recorded.
+        IntegrityError: the record is invalid, or a weight file is missing, extra or not the one that was recorded.
     """
     path = folder / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no finished checkpoint: it has no {RECORD}.", fix=_TRAIN) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.", fix=_TRAIN) from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise InputError(f"{path} does not have schema {SCHEMA}.", fix="Train again with this busigen.")
-    if record.get("preset") not in PRESETS:
-        raise InputError(f"{path} names preset {record.get('preset')!r}.", fix=f"Known: {', '.join(PRESETS)}.")
-    found, recorded = weight_hashes(folder), record.get("weights", {})
+    record, _ = read_given(path, "finished checkpoint", schemas=(SCHEMA,), fix=_TRAIN)
+    known = checked(CheckpointRecord, record, path, fix=_TRAIN)
+    if known.preset not in PRESETS:
+        raise InputError(f"{path} names preset {known.preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
+    channels = PRESETS[known.preset].latent_channels
+    if {len(known.latents.mean), len(known.latents.std)} != {channels}:
+        raise IntegrityError(f"{path} has no valid 'latents': {channels} channels have others.", fix=_TRAIN)
+    if known.styles and not are_styles(known.styles, channels):
+        raise IntegrityError(f"{path} has no valid 'styles'.", fix=_TRAIN)
+    found, recorded = weight_hashes(folder), known.weights
     for name in sorted(set(found) | set(recorded)):
         if found.get(name) != recorded.get(name):
             state = "missing" if name not in found else "not recorded" if name not in recorded else "changed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
+from busigen.records import Number, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import adapters, checkpoint
 from busigen.training.base import Base
@@ -40,6 +40,25 @@ CACHE = "cache"
 
 DRAWN_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
 """Kinds of tasks, and the component that they train, that look at backgrounds of the prior and at what stages paint."""
+
+
+_AGAIN = "Delete it, and give the same command again: that task is trained anew."
+
+
+class _AutoencoderFigures(checkpoint.TaskFigures):
+    """With what the tasks after it need to know of latents."""
+
+    latents: checkpoint.Latents
+
+
+class _PriorFigures(checkpoint.TaskFigures):
+    """With what backgrounds are drawn with."""
+
+    styles: list[list[Number]]
+
+
+_FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}
+"""Models of the markers that later tasks read."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -146,7 +165,9 @@ class _Run:
                 started = time.monotonic()
                 figures = self._do(spec)
                 write_json(marker, {**figures, "seconds": round(time.monotonic() - started, 1)})
-            self.figures[spec.name] = json.loads(marker.read_text(encoding="utf-8"))
+            self.figures[spec.name] = read_checked(
+                _FIGURES.get(spec.name, checkpoint.TaskFigures), marker, fix=_AGAIN, root=self.out, nan=True
+            )
         record = self._record()
         checkpoint.write_record(self.out, record)
         return checkpoint.read_record(self.out)
