@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from busigen.errors import InputError, IntegrityError
 from busigen.foreign import ForeignFileError, read_file
@@ -41,6 +41,16 @@ Whole = Annotated[int, Strict(), Field(ge=0, le=(1 << 63) - 1)]
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 """A finite number, whole or not."""
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name or "\\" in name or name.startswith("."):
+        raise ValueError("is not a plain name")
+    return name
+
+
+FileName = Annotated[str, Strict(), Field(max_length=255), AfterValidator(_plain)]
+"""The name of a file in the record's own folder."""
 
 _T = TypeVar("_T")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from busigen.errors import InputError, UsageError
 from busigen.export.precision import TYPES
+from busigen.records import MAX_BYTES, parse_json
 from busigen.registry import LESION_CLASSES, OPSETS, STAGES
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED
 from busigen.training.networks import Networks
@@ -61,8 +61,8 @@ def _names(weights: Path) -> list[str]:
     with weights.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
-            return list(json.loads(stream.read(length)))
-        except ValueError as error:
+            return list(parse_json(stream.read(min(length, MAX_BYTES)), "the header"))
+        except (ValueError, TypeError) as error:
             raise InputError(f"{weights} is no safetensors file.", fix=_TRAIN) from error
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, FailFast, Field, Strict
 
 from busigen.errors import IntegrityError
-from busigen.records import Number, Record, Text, checked, read_given
+from busigen.records import FileName, Number, Record, Text, checked, read_given
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 from busigen.runtime.onnx_files import external_files
 from busigen.styles import are_styles
@@ -69,15 +69,8 @@ def _transfer(found: Any) -> Any:
     return found
 
 
-def _plain(name: str) -> str:
-    if Path(name).name != name or "\\" in name or name.startswith("."):
-        raise ValueError("is not a plain name")
-    return name
-
-
 Side = Annotated[int, Strict(), Field(ge=LEAST_FRAME, le=RESOLUTION)]
 Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_framed)]
-FileName = Annotated[str, Strict(), Field(max_length=255), AfterValidator(_plain)]
 
 
 class ImagesRecord(Record):

@@ -60,6 +60,12 @@ class Fingerprint(Record):
     birads: Text | None = None
 
 
+class SourceRecord(Record):
+    """A dataset that another one was merged from."""
+
+    folder: Text
+
+
 class RunRecord(Record):
     """Content of ``run.json``; `busigen.runtime.layout.Plan.of` says what its ``config`` is."""
 
@@ -70,6 +76,7 @@ class RunRecord(Record):
     fingerprint: Fingerprint
     options: dict[Text, Text | None] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
+    sources: list[SourceRecord] | None = None
 
 
 class ListedShard(Record):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from busigen.data.images import ImageFile, read_image, read_mask
 from busigen.data.records import UNKNOWN_CLASS, Refusal
 from busigen.errors import InputError
 from busigen.evaluation.reading.items import Item
+from busigen.records import parse_json
 from busigen.registry import CLASSES
 from busigen.runtime.tar_headers import open_headers
 from busigen.text import printable
@@ -176,8 +176,8 @@ def _row(sample: _Sample, refused: list[Refusal]) -> dict[str, Any]:
     if part is None:
         return {}
     try:
-        row = json.loads(part.read())
-    except (InputError, ValueError, RecursionError):
+        row = parse_json(part.read(), part.name, nan=True)
+    except (InputError, ValueError):
         row = None
     if isinstance(row, dict):
         return row
