@@ -190,10 +190,10 @@ def _fault(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     key = printable(".".join(str(part) for part in first["loc"] if part != "[key]"))[:200]
     if first["type"] == "missing":
-        return f"lacks {key!r}"
+        return f"lacks '{key}'"
     why = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = printable(reprlib.repr(first["input"]))[:80]
-    return f"has no valid {key!r}: {value} {why}" if key else f"is no record: {value} {why}"
+    return f"has no valid '{key}': {value} {why}" if key else f"is no record: {value} {why}"
 
 
 def _finite(text: str) -> float:

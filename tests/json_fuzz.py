@@ -13,13 +13,14 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from typer.main import get_command
 
 from busigen.cli import app
 from busigen.data.prepare import prepare
@@ -37,7 +38,8 @@ from tests.drawn import draw_pairs
 from tests.runtime.noise_source import NoiseSource
 from tests.runtime.replaying import NoiseInputs, reseal
 
-RUN = {"count": 8, "seed": 7, "shard_size": 3}
+RUN = {"count": 4, "seed": 7, "shard_size": 2}
+KEY = "2"
 BUG = "this is a bug"
 
 _VALUES: tuple[Any, ...] = (
@@ -147,8 +149,13 @@ def _mutate(folder: Path, name: str, rng: random.Random) -> None:
 
 def command(*arguments: object) -> int:
     """The real command in this process; what it ends with."""
-    code = app(args=[str(argument) for argument in arguments], prog_name="busigen", standalone_mode=False)
+    code = _busigen()([str(argument) for argument in arguments], prog_name="busigen", standalone_mode=False)
     return code if isinstance(code, int) else 0
+
+
+@cache
+def _busigen() -> click.Command:
+    return get_command(app)
 
 
 class SamplerLike(NoiseSource):
@@ -173,16 +180,15 @@ def readers(place: Path) -> list[Reader]:
     generate(SamplerLike(), second, **{**RUN, "seed": 8})
     parts = place / "parts"
     merge(parts, [whole, second])
-    prepared = place / "prepared"
-    prepare([draw_pairs(place / "pairs", labels=True)], prepared)
+    prepared = _prepared(place)
     locked = place / "locked"
     shutil.copytree(whole, locked)
     (locked / "dataset.json").unlink()
-    (locked / "shards" / "000002.json").unlink()
+    (locked / "shards" / "000001.json").unlink()
     (locked / ".lock").write_text(json.dumps({"mark": "00ff", "holder": "process 1 on elsewhere", "beat": 3}))
     bundle = small_bundle(place / "bundle")
     top = ("run.json", "dataset.json")
-    of_set = (*top, "shards/000001.json", "shards/000001.tar:000000004.json")
+    of_set = (*top, "shards/000001.json", "shards/000001.tar:000000002.json")
     of_parts = ("dataset.json", "parts/000/dataset.json", "parts/001/run.json", "parts/000/shards/000001.json")
     return [
         Reader("verify", whole, of_set, lambda it: command("verify", it)),
@@ -190,16 +196,16 @@ def readers(place: Path) -> list[Reader]:
         Reader("verify, at a URL", whole, of_set, lambda it: command("verify", it.as_uri())),
         Reader("verify --repair", whole, of_set, lambda it: repair(it, inputs=NoiseInputs(source=SamplerLike()))),
         Reader("verify --repair, in parts", parts, of_parts, lambda it: command("verify", "--repair", it)),
-        Reader("explain", whole, of_set, lambda it: command("explain", it, "4", "--no-replay")),
-        Reader("explain --json", whole, of_set, lambda it: command("explain", it, "4", "--no-replay", "--json")),
+        Reader("explain", whole, of_set, lambda it: command("explain", it, KEY, "--no-replay")),
+        Reader("explain --json", whole, of_set, lambda it: command("explain", it, KEY, "--no-replay", "--json")),
         Reader("explain, replayed", whole, of_set, _replayed),
-        Reader("explain, in parts", parts, of_parts, lambda it: command("explain", it, "000/4", "--no-replay")),
-        Reader("explain, at a URL", whole, of_set, lambda it: command("explain", it.as_uri(), "4", "--no-replay")),
+        Reader("explain, in parts", parts, of_parts, lambda it: command("explain", it, f"000/{KEY}", "--no-replay")),
+        Reader("explain, at a URL", whole, of_set, lambda it: command("explain", it.as_uri(), KEY, "--no-replay")),
         Reader("merge", whole, of_set, lambda it: command("merge", it.parent / "all", it, second)),
         Reader("merge, of parts", parts, of_parts, lambda it: command("merge", it.parent / "all", it, _third(place))),
-        Reader("generate, continued", whole, (*top, "shards/000001.json"), lambda it: generate(SamplerLike(), it, **RUN)),
-        Reader("generate, at a URL", locked, (".lock", "run.json", "shards/000001.json"), _continued),
-        Reader("the run opened again", whole, top, lambda it: _opened(it)),
+        Reader("generate, continued", whole, of_set[:3], lambda it: generate(SamplerLike(), it, **RUN)),
+        Reader("generate, at a URL", locked, (".lock", "run.json", "shards/000000.json"), _continued),
+        Reader("the run opened again", whole, top, _opened),
         Reader("bundle", bundle, ("bundle.json",), _bundle),
         Reader("audit, a dataset", whole, of_set, _set),
         Reader("prepared folder", prepared, ("prepared.json",), lambda it: Prepared.open(it).split_hash),
@@ -214,7 +220,7 @@ def _third(place: Path) -> Path:
 
 
 def _replayed(folder: Path) -> None:
-    explain(folder, "4", inputs=NoiseInputs(source=SamplerLike()), out=folder.parent / "out").to_json()
+    explain(folder, KEY, inputs=NoiseInputs(source=SamplerLike()), out=folder.parent / "out").to_json()
 
 
 def _continued(folder: Path) -> None:
@@ -230,9 +236,8 @@ def _opened(folder: Path) -> None:
     from busigen.runtime.replay import _asked_of
     from busigen.runtime.verify import read_run
 
-    inputs, run = Inputs(), read_run(folder)
-    inputs.graphs(run)
-    Inputs._bundle(replace(inputs), run, True)
+    run = read_run(folder)
+    Inputs().graphs(run)
     _asked_of(run)
 
 
@@ -267,3 +272,112 @@ def small_bundle(folder: Path) -> Path:
     (folder / "context.weights").write_bytes(graph)
     (folder / "bundle.json").write_text(json.dumps(info))
     return folder
+
+
+def training_readers(place: Path) -> list[Reader]:
+    """Everything that reads JSON with torch, with what it reads, made below ``place``."""
+    from busigen.evaluation import cache as audit_cache
+    from busigen.evaluation.results import Figure, Finding, Interval, SectionResult
+    from busigen.runtime.atomic import write_json
+    from busigen.training.recipe import recipe_for
+    from tests.export.checkpoints import untrained
+
+    prepared = Prepared.open(_prepared(place))
+    checkpoint = untrained(place / "checkpoint")
+    recipe = recipe_for("tiny")
+    run = Path(shutil.copytree(checkpoint, place / "run"))
+    (run / "busigen.json").unlink()
+    write_json(run / "run.json", {"recipe": recipe.to_dict(), "split_hash": prepared.split_hash})
+    (run / "done").mkdir()
+    for task in recipe.tasks:
+        figures = {"steps": 2, "kept": 2, "validation": [[2, 0.5]], "seconds": 1.0}
+        more = {"autoencoder": {"latents": {"mean": [0.0] * 4, "std": [1.0] * 4}}, "prior": {"styles": []}}
+        write_json(run / "done" / f"{task.name}.json", {**figures, **more.get(task.name, {})})
+    report = place / "report"
+    figure = Figure("physics.a", "A", Interval(1.0, 0.5), Interval(0.5), 10, 10, p=0.5)
+    result = SectionResult("physics", [figure], [Finding("note", "Text.", ("physics.a",))], details={"a": [1.0, None]})
+    audit_cache.store(report, "key", result)
+    write_json(report / "training.json", {"key": "key", "test": [[1, 2, 3]], "test_offsets": [[0.5, 1.0], None]})
+    entry = place / "engines"
+    _engines(entry).write("kind", {"a": 1}, b"engine", made_by="x")
+    (record,) = (path.relative_to(entry).as_posix() for path in entry.rglob("record.json"))
+    configs = ("base/context", "base/autoencoder", "merged/mask-benign", "merged/lesion-malignant")
+    markers = tuple(f"done/{name}.json" for name in ("autoencoder", "prior", "finish", "mask"))
+    return [
+        Reader("checkpoint as a base", checkpoint, ("busigen.json",), _base),
+        Reader("checkpoint to export", checkpoint, ("busigen.json",), _told),
+        Reader("networks to export", checkpoint, tuple(f"{name}/config.json" for name in configs), _networks),
+        Reader("train, continued", run, ("run.json", *markers), lambda it: _trained(it, prepared, recipe)),
+        Reader("audit, continued", report, ("sections/physics/result.json", "training.json"), _report),
+        Reader("cache of engines", entry, (record,), lambda it: _cached(it)),
+    ]
+
+
+def _prepared(place: Path) -> Path:
+    if not (place / "prepared").exists():
+        prepare([draw_pairs(place / "pairs", labels=True)], place / "prepared")
+    return place / "prepared"
+
+
+def _base(folder: Path) -> None:
+    from busigen.training.base import Base
+
+    base = Base.open(folder)
+    json.dumps([base.identity, base.recipe().to_dict(), base.recipe(retrain=["lesion"]).to_dict()])
+    base.copy(folder.parent / "copy", base.recipe())
+
+
+def _told(folder: Path) -> None:
+    """What export reads of a record, but for the graphs."""
+    from busigen.export.card import card
+    from busigen.registry import PRESETS
+    from busigen.training.checkpoint import read_record
+
+    record = read_record(folder)
+    shipped = json.loads((default_bundle() / "bundle.json").read_text())
+    card(record, {**shipped, "preset": PRESETS[record["preset"]].latent_channels})
+    json.dumps({**record["versions"], "recipe": record["recipe"]})
+
+
+def _networks(folder: Path) -> None:
+    from busigen.training.checkpoint import load_networks
+
+    load_networks(folder)
+
+
+def _trained(folder: Path, prepared: Prepared, recipe: Any) -> None:
+    import torch
+    from rich.console import Console
+
+    from busigen.training.claim import claim
+    from busigen.training.pipeline import _Run
+
+    claim(folder, recipe, prepared)
+    _Run(prepared, folder, recipe, None, torch.device("cpu"), Console(file=io.StringIO())).execute()
+
+
+def _report(folder: Path) -> None:
+    from busigen.evaluation.audit import jsonable
+    from busigen.evaluation.cache import load
+    from busigen.evaluation.report.page import write_html
+    from busigen.evaluation.utility.arms import _kept, _outcome
+
+    found = load(folder, "physics", "key")
+    if found is not None:
+        content = {"sections": [jsonable(found.to_dict())], "inputs": {}}
+        write_html(content, folder)
+    kept = _kept(folder / "training.json", "key")
+    if kept is not None:
+        _outcome("real", 0, "held_out", kept)
+
+
+def _engines(folder: Path) -> Any:
+    from busigen.runtime.engines.cache import Cache
+
+    return Cache(folder)
+
+
+def _cached(folder: Path) -> None:
+    cache = _engines(folder)
+    cache.read("kind", {"a": 1})
+    cache.keys("kind")

@@ -12,7 +12,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
+import reprlib
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,11 +25,12 @@ from pydantic import ConfigDict, FailFast, Field, Strict
 
 from busigen import __version__
 from busigen.errors import InputError, IntegrityError
-from busigen.records import Number, Record, Text, Whole, checked, read_given
-from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES
+from busigen.records import Number, Record, Text, Whole, checked, read_checked, read_given
+from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES, Preset
 from busigen.runtime.bundle import ImagesRecord
 from busigen.styles import are_styles
-from busigen.training.models import model_class
+from busigen.text import printable
+from busigen.training.models import build, model_class
 from busigen.training.networks import Networks
 from busigen.training.recipe import TaskSpec
 from busigen.training.state import fresh_folder, write_json
@@ -40,6 +43,10 @@ LATER = ("spectrum.", "decoder.outlines.")
 """Weights that components saved by an earlier busigen may lack: measured spreads, and what is told of masks."""
 
 _TRAIN = "Run 'busigen train' to its end first."
+
+
+class ConfigRecord(Record):
+    """Content of a component's ``config.json``: any object."""
 
 
 class Latents(Record):
@@ -112,17 +119,45 @@ def save_component(model: ModelMixin, folder: Path) -> None:
         model.save_pretrained(str(temporary), safe_serialization=True)
 
 
-def load_component(component: str, folder: Path) -> ModelMixin:
+def _sizes(component: str, preset: Preset) -> dict[str, Any]:
+    """The configuration of a preset's component, as JSON has it."""
+    with torch.random.fork_rng(devices=[]):  # What training draws next is none of this network's business.
+        config: dict[str, Any] = json.loads(json.dumps(dict(build(component, preset).config)))
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _refuse_other_sizes(component: str, path: Path, preset: Preset) -> None:
+    """Refuse a configuration that asks for a network of other sizes, which might take all memory.
+
+    Raises:
+        IntegrityError: with the first size that is another.
+    """
+    config = read_checked(ConfigRecord, path, fix=_TRAIN)
+    for key, value in _sizes(component, preset).items():
+        if config.get(key, value) != value:
+            found = printable(reprlib.repr(config[key]))
+            raise IntegrityError(f"{path} has no valid {key!r}: {found}; its preset has {value!r}.", fix=_TRAIN)
+
+
+def load_component(component: str, folder: Path, preset: Preset | None = None) -> ModelMixin:
     """Load a component in evaluation mode.
 
     One that was saved before its solver's steps knew a spread takes steps with the spread that was assumed then, and a
     decoder from before it was told masks does not heed them.
 
+    Args:
+        component: its name.
+        folder: where it lies.
+        preset: whose sizes it has to have, where that is known.
+
     Raises:
         InputError: the folder holds no such component, or one whose weights do not fit its configuration.
+        IntegrityError: its configuration is not the preset's.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no {component}.", fix=_TRAIN)
+    if preset is not None:
+        _refuse_other_sizes(component, folder / "config.json", preset)
     try:
         # What a file lacks is then as its constructor leaves it, and not without any value.
         model, found = model_class(component).from_pretrained(
@@ -132,7 +167,7 @@ def load_component(component: str, folder: Path) -> ModelMixin:
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # diffusers raises whatever it stumbles over in a configuration
         raise InputError(f"{folder} cannot be loaded: {error}.", fix=_TRAIN) from error
     missing = found["missing_keys"]
     if lost := [name for name in missing if not name.startswith(LATER)]:
@@ -173,7 +208,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} names preset {known.preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
     channels = PRESETS[known.preset].latent_channels
     if {len(known.latents.mean), len(known.latents.std)} != {channels}:
-        raise IntegrityError(f"{path} has no valid 'latents': {channels} channels have others.", fix=_TRAIN)
+        raise IntegrityError(f"{path} has no valid 'latents': not one mean of each of {channels} channels.", fix=_TRAIN)
     if known.styles and not are_styles(known.styles, channels):
         raise IntegrityError(f"{path} has no valid 'styles'.", fix=_TRAIN)
     found, recorded = weight_hashes(folder), known.weights
@@ -187,17 +222,18 @@ def read_record(folder: Path) -> dict[str, Any]:
 def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
     """Load a finished checkpoint: autoencoder, context, prior and the merged stages, with its record."""
     record = read_record(folder)
-    denoisers = {"prior": load_component("prior", folder / BASE / "prior")}
+    preset = PRESETS[record["preset"]]
+    denoisers = {"prior": load_component("prior", folder / BASE / "prior", preset)}
     for stage in STAGES:
         for label in LESION_CLASSES:
             name = f"{stage}-{label}"
-            denoisers[name] = load_component(stage, folder / MERGED / name)
+            denoisers[name] = load_component(stage, folder / MERGED / name, preset)
     networks = Networks(
-        preset=PRESETS[record["preset"]],
-        autoencoder=load_component("autoencoder", folder / BASE / "autoencoder"),
+        preset=preset,
+        autoencoder=load_component("autoencoder", folder / BASE / "autoencoder", preset),
         latents_mean=torch.tensor(record["latents"]["mean"]),
         latents_std=torch.tensor(record["latents"]["std"]),
-        context=load_component("context", folder / BASE / "context"),
+        context=load_component("context", folder / BASE / "context", preset),
         denoisers=denoisers,
     )
     return networks, record

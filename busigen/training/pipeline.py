@@ -222,7 +222,7 @@ class _Run:
         torch.manual_seed(self.recipe.seed)
         module = build(spec.component, self.recipe.sizes).to(self.device)
         if spec.start is not None:
-            module.load_state_dict(checkpoint.load_component(spec.start, self._weights(spec.start)).state_dict())
+            module.load_state_dict(self._loaded(spec.start, self._weights(spec.start)).state_dict())
         figures = self._train(spec, module, spec.kind)
         checkpoint.save_component(module, self.out / checkpoint.place_of(spec))
         if spec.component == "autoencoder":
@@ -234,6 +234,9 @@ class _Run:
         own = self.base / component
         return own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
 
+    def _loaded(self, component: str, folder: Path) -> ModelMixin:
+        return checkpoint.load_component(component, folder, self.recipe.sizes)
+
     def _train(self, spec: TaskSpec, module: torch.nn.Module, kind: str) -> dict[str, Any]:
         task = KINDS[kind](spec, self._setting(spec), module)
         trainer = Trainer(task, seed=self.recipe.seed, folder=self.out, device=self.device, console=self.console)
@@ -244,7 +247,7 @@ class _Run:
 
     def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
         kind = self.recipe.kind_of(spec.component)
-        base = checkpoint.load_component(spec.component, self.base / spec.component).to(self.device)
+        base = self._loaded(spec.component, self.base / spec.component).to(self.device)
         model = adapters.with_adapter(base, self.recipe.lora, self.recipe.seed)
         figures = self._train(spec, model, kind)
         with fresh_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
@@ -269,7 +272,7 @@ class _Run:
 
     def _networks(self, *denoisers: str) -> Networks:
         names = ("autoencoder", "context", *denoisers)
-        loaded = {name: checkpoint.load_component(name, self._weights(name)).to(self.device) for name in names}
+        loaded = {name: self._loaded(name, self._weights(name)).to(self.device) for name in names}
         return Networks(
             preset=self.recipe.sizes,
             autoencoder=loaded["autoencoder"],
@@ -298,7 +301,7 @@ class _Run:
     def _drawer(self, stages: Collection[str]) -> Drawer:
         """The healthy prior and some stages, as they draw in use."""
         merged = {
-            name: checkpoint.load_component(stage, self.out / checkpoint.MERGED / name).to(self.device)
+            name: self._loaded(stage, self.out / checkpoint.MERGED / name).to(self.device)
             for stage in stages
             for name in (f"{stage}-{label}" for label in LESION_CLASSES)
         }

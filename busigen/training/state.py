@@ -15,6 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from busigen.errors import IntegrityError
+from busigen.records import parse_json
+
 META_KEY = "busigen"
 
 
@@ -35,10 +38,18 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     os.replace(temporary, path)
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_state` wrote."""
+def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        IntegrityError: its metadata are no JSON.
+    """
     with safe_open(path, framework="pt") as stream:
-        meta = json.loads(stream.metadata()[META_KEY])
+        text = (stream.metadata() or {}).get(META_KEY, "")
+    try:
+        meta = parse_json(text.encode(), path, nan=True)
+    except ValueError as error:
+        raise IntegrityError(f"{error}.", fix="Delete it, and give the same command again.") from error
     return load_file(path), meta
 
 
