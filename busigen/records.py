@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Strict, TypeAdapter, ValidationError
 
 from busigen.errors import InputError, IntegrityError
 from busigen.foreign import ForeignFileError, read_file
@@ -29,6 +29,9 @@ MAX_NODES = 1 << 21
 
 BYTES_PER_SHARD, NODES_PER_SHARD = 1 << 10, 1 << 5
 """Room that ``dataset.json`` has for each shard beyond that; it needs a third."""
+
+MAX_KEYS = 1 << 16
+"""Most keys of one object: a model names all that is wrong with one before it says the first."""
 
 MAX_DEPTH = 100
 """Levels of nesting that are read; honest files have less than ten."""
@@ -53,6 +56,9 @@ FileName = Annotated[str, Strict(), Field(max_length=255), AfterValidator(_plain
 """The name of a file in the record's own folder."""
 
 _T = TypeVar("_T")
+
+Many = Annotated[list[_T], FailFast()]
+"""A list of any length: it is refused at its first item that is invalid, not after a million of them."""
 
 
 class Record(BaseModel):
@@ -136,7 +142,7 @@ def parse_json(content: bytes, name: object, *, nodes: int = MAX_NODES, nan: boo
         nan: whether numbers may be NaN or infinite, as Python writes them and a training that diverged has them.
 
     Raises:
-        ValueError: it is no JSON, has too many values, is nested too deeply, or holds text that is no Unicode.
+        ValueError: it is no JSON, has too many values or keys, is nested too deeply, or holds text that is no Unicode.
     """
     # Counted in the text, because values take fifty times the room of the brackets that stand for them.
     if sum(map(content.count, (b"[", b"{", b","))) > nodes:
@@ -152,9 +158,11 @@ def parse_json(content: bytes, name: object, *, nodes: int = MAX_NODES, nan: boo
     except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}") from error
     # Some Pythons read more levels than they can compare.
-    level = [value]
+    level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH):
         level = [part for whole in level for part in _parts(whole)]
+        if any(len(part) > MAX_KEYS for part in level if isinstance(part, dict)):
+            raise ValueError(f"{name} has an object of more than {MAX_KEYS} keys")
         if not level:
             return value
     raise ValueError(f"{name} is nested too deeply")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.json_fuzz import BUG, answer, readers, training_readers
 
-TIMES = 10
+TIMES = 8
 
 
 def test_mutated_records_of_datasets_bundles_and_prepared_folders_are_answered(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from busigen.errors import InputError, IntegrityError
 from busigen.records import (
+    MAX_KEYS,
     MAX_NODES,
     Number,
     Record,
@@ -79,6 +80,7 @@ def test_what_is_missing_or_no_object_is_named() -> None:
         (b"9" * 5000, "no JSON"),
         (b"[" * 300 + b"]" * 300, "nested too deeply"),
         (b"[" * 100_000, "nested too deeply"),
+        (b"{" + b",".join(b'"%d":1' % key for key in range(MAX_KEYS + 1)) + b"}", f"more than {MAX_KEYS} keys"),
         (b"[" + b"[]," * MAX_NODES + b"[]]", f"more than {MAX_NODES} values"),
     ],
 )

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, FailFast, Field, Strict
+from pydantic import AfterValidator, Field, Strict
 
 from busigen.errors import IntegrityError
-from busigen.records import FileName, Number, Record, Text, checked, read_given
+from busigen.records import FileName, Many, Number, Record, Text, checked, read_given
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 from busigen.runtime.onnx_files import external_files
 from busigen.styles import are_styles
@@ -76,10 +76,10 @@ Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(
 class ImagesRecord(Record):
     """What bundle and checkpoint record of whole images; `busigen.styles.are_styles` says more of ``styles``."""
 
-    frames: Annotated[list[Frame], Field(min_length=1, max_length=MAX_FRAMES), FailFast()] = Field(
+    frames: Annotated[Many[Frame], Field(min_length=1, max_length=MAX_FRAMES)] = Field(
         default_factory=lambda: [[RESOLUTION, RESOLUTION]]
     )
-    styles: Annotated[list[Annotated[list[Number], FailFast()]], FailFast()] = Field(default_factory=list)
+    styles: Many[Many[Number]] = Field(default_factory=list)
     transfer: Annotated[Any, AfterValidator(_transfer)] = None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import IntegrityError, UsageError
-from busigen.records import Record, read_checked
+from busigen.records import Many, Record, read_checked
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
 from busigen.runtime.card import LICENCE, privacy
 from busigen.runtime.dataset import Dataset, SourceRecord
@@ -37,13 +37,13 @@ _COMMON = ("busigen", "columns", "fingerprint")
 class PartRecord(Record):
     """A part as the collection's ``dataset.json`` lists it."""
 
-    sources: list[SourceRecord]
+    sources: Many[SourceRecord]
 
 
 class CollectionRecord(Record):
     """Content of a collection's ``dataset.json``, as far as it is used."""
 
-    parts: list[PartRecord]
+    parts: Many[PartRecord]
 
 
 def part_name(number: int) -> str:

@@ -8,16 +8,16 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from busigen.errors import InputError, IntegrityError
-from busigen.records import Number, Record, Text, Whole, checked, parse_json, read_json
+from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
 from busigen.registry import RESOLUTION
 from busigen.runtime.layout import (
     DATASET_FILE,
@@ -76,7 +76,7 @@ class RunRecord(Record):
     fingerprint: Fingerprint
     options: dict[Text, Text | None] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
-    sources: list[SourceRecord] | None = None
+    sources: Many[SourceRecord] = Field(default_factory=list)
 
 
 class ListedShard(Record):
@@ -96,7 +96,7 @@ class DatasetRecord(RunRecord):
     classes: dict[Text, Whole]
     rejected: dict[Text, Whole]
     files: dict[Text, FileRecord]
-    shards: Annotated[list[ListedShard], FailFast()]
+    shards: Many[ListedShard]
 
 
 class SampleRow(Record):

@@ -15,16 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import ConfigDict, FailFast
+from pydantic import ConfigDict
 
 from busigen.errors import IntegrityError
-from busigen.records import Text, Whole, checked, read_json
+from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import atomic_file, sha256_of, write_json
@@ -96,7 +96,7 @@ class ShardRecord:
     count: Whole
     classes: dict[Text, Whole]
     rejected: dict[Text, Whole]
-    rejections: Annotated[list[Rejection], FailFast()]
+    rejections: Many[Rejection]
     tar: FileRecord
     parquet: FileRecord
 

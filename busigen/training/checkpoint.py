@@ -21,11 +21,11 @@ from typing import Annotated, Any
 
 import torch
 from diffusers import ModelMixin
-from pydantic import ConfigDict, FailFast, Field, Strict
+from pydantic import ConfigDict, Field, Strict
 
 from busigen import __version__
 from busigen.errors import InputError, IntegrityError
-from busigen.records import Number, Record, Text, Whole, checked, read_checked, read_given
+from busigen.records import Many, Number, Record, Text, Whole, checked, read_checked, read_given
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES, Preset
 from busigen.runtime.bundle import ImagesRecord
 from busigen.styles import are_styles
@@ -52,15 +52,15 @@ class ConfigRecord(Record):
 class Latents(Record):
     """Mean and deviation of every latent channel."""
 
-    mean: Annotated[list[Number], FailFast()]
-    std: Annotated[list[Number], FailFast()]
+    mean: Many[Number]
+    std: Many[Number]
 
 
 class TaskFigures(Record):
     """What a task's training is recorded with; held-out losses are NaN where it diverged."""
 
     seconds: Number
-    validation: Annotated[list[tuple[Whole, Annotated[float, Strict()]]], FailFast()] = Field(default_factory=list)
+    validation: Many[tuple[Whole, Annotated[float, Strict()]]] = Field(default_factory=list)
 
 
 class Lora(Record):
@@ -70,7 +70,7 @@ class Lora(Record):
 
     rank: Annotated[int, Strict(), Field(ge=1, le=1 << 12)]
     alpha: Annotated[int, Strict(), Field(ge=1, le=1 << 12)]
-    targets: list[Text]
+    targets: Many[Text]
 
 
 class RecipeRecord(Record):

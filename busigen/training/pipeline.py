@@ -17,7 +17,7 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
-from busigen.records import Number, read_checked
+from busigen.records import Many, Number, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import adapters, checkpoint
 from busigen.training.base import Base
@@ -54,7 +54,7 @@ class _AutoencoderFigures(checkpoint.TaskFigures):
 class _PriorFigures(checkpoint.TaskFigures):
     """With what backgrounds are drawn with."""
 
-    styles: list[list[Number]]
+    styles: Many[Many[Number]]
 
 
 _FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from busigen.records import Record, Whole, checked
+from busigen.records import Many, Record, Whole, checked
 from busigen.training.compute import mixed_precision, suit_attention
 from busigen.training.recipe import TaskSpec
 from busigen.training.state import load_state, optimizer_tensors, restore_optimizer, save_state, trainable
@@ -37,7 +37,7 @@ class _State(Record):
 
     step: Whole
     ema_step: Whole
-    validation: list[tuple[Whole, Annotated[float, Strict()]]]
+    validation: Many[tuple[Whole, Annotated[float, Strict()]]]
 
 
 class Task(Protocol):

@@ -27,15 +27,15 @@ from busigen.evaluation.utility.segmentation import (
     predict,
     train,
 )
-from busigen.records import Number, Record, Text, Whole, read_checked
+from busigen.records import Many, Number, Record, Text, Whole, read_checked
 from busigen.runtime.atomic import write_json
 
 VERSION = 1
 """Part of every kept training's key: raise it whenever training changes."""
 
 
-_Overlaps = list[tuple[Whole, Whole, Whole]]
-_Offsets = list[tuple[Number, Number] | None]
+_Overlaps = Many[tuple[Whole, Whole, Whole]]
+_Offsets = Many[tuple[Number, Number] | None]
 
 
 class _Kept(Record):
