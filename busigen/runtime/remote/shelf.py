@@ -77,7 +77,8 @@ class RemoteShelf(Shelf):
 
     def standing_run(self) -> dict[str, Any] | None:
         """See :class:`Shelf`."""
-        content = self._store.read(RUN_FILE) if RUN_FILE in self._store.sizes else None
+        size = self._store.sizes.get(RUN_FILE)
+        content = None if size is None else self._store.read(RUN_FILE) if size <= MAX_BYTES else b""
         if content is None:
             refuse_foreign(self.address, self._store.sizes)
             return None
