@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from busigen.errors import IntegrityError
+from busigen.foreign import open_file
 from busigen.records import parse_json
 
 META_KEY = "busigen"
+
+MAX_WEIGHTS_BYTES = 4 << 30
+"""Largest file of weights that is read; those of the largest preset take a fiftieth."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -42,15 +46,18 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Read what :func:`save_state` wrote.
 
     Raises:
-        IntegrityError: its metadata are no JSON.
+        IntegrityError: it is missing, no regular file, larger than ``MAX_WEIGHTS_BYTES``, or damaged.
     """
-    with safe_open(path, framework="pt") as stream:
-        text = (stream.metadata() or {}).get(META_KEY, "")
     try:
-        meta = parse_json(text.encode(), path, nan=True)
-    except ValueError as error:
-        raise IntegrityError(f"{error}.", fix="Delete it, and give the same command again.") from error
-    return load_file(path), meta
+        # The library opens files by their names, and would wait for a pipe.
+        open_file(path, limit=MAX_WEIGHTS_BYTES).close()
+        with safe_open(path, framework="pt") as stream:
+            meta = parse_json(stream.metadata()[META_KEY].encode(), "its record", nan=True)
+        return load_file(path), meta
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise IntegrityError(
+            f"{path} cannot be read: {error}.", fix="Delete it; the same command makes it again."
+        ) from error
 
 
 @contextmanager

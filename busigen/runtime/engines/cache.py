@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import IntegrityError, OutputError
+from busigen.foreign import read_file
 from busigen.records import Record, Text, read_checked
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, write_json
 from busigen.runtime.lock import exclusive
@@ -28,6 +29,7 @@ VARIABLE = "BUSIGEN_CACHE"
 """Environment variable that names the cache folder."""
 
 CONTENT, RECORD = "content", "record.json"
+_MAX_CONTENT_BYTES = 8 << 30
 _POLL = 0.2
 """Seconds between looks at an entry that another process is making."""
 
@@ -80,7 +82,7 @@ class Cache:
         try:
             record = read_checked(_Record, entry / RECORD, fix="")
             # Read once and used as read: what is hashed is what runs.
-            content = (entry / CONTENT).read_bytes()
+            content = read_file(entry / CONTENT, _MAX_CONTENT_BYTES)
         except FileNotFoundError:
             return None
         except (OSError, IntegrityError) as error:
