@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 from busigen.errors import InputError, UsageError
 from busigen.export.precision import TYPES
 from busigen.foreign import open_file
+from busigen.records import parse_json
 from busigen.registry import LESION_CLASSES, OPSETS, STAGES
 from busigen.training import state
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED
@@ -68,8 +68,8 @@ def _names(weights: Path) -> list[str]:
             length = int.from_bytes(stream.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
-            return list(json.loads(stream.read(length)))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+            return list(parse_json(stream.read(length), "the header"))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{weights} is no safetensors file.", fix=_TRAIN) from error
 
 

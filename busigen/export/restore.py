@@ -233,8 +233,7 @@ def _found(weights: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
     """What the record says of how the weights were trained: what the bundle knows of it."""
-    told = bundle.info.get("training")
-    known = told if isinstance(told, dict) else {}
+    known = bundle.info.get("training") or {}
     return {
         "restored": bundle.sha256,
         "preset": preset,

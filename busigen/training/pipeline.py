@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
+from busigen.records import Many, Number, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import adapters, checkpoint
 from busigen.training.base import Base
@@ -41,6 +41,25 @@ CACHE = "cache"
 
 DRAWN_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
 """Kinds of tasks, and the component that they train, that look at backgrounds of the prior and at what stages paint."""
+
+
+_AGAIN = "Delete it, and give the same command again: that task is trained anew."
+
+
+class _AutoencoderFigures(checkpoint.TaskFigures):
+    """With what the tasks after it need to know of latents."""
+
+    latents: checkpoint.Latents
+
+
+class _PriorFigures(checkpoint.TaskFigures):
+    """With what backgrounds are drawn with."""
+
+    styles: Many[Many[Number]]
+
+
+_FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}
+"""Models of the markers that later tasks read."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -147,7 +166,9 @@ class _Run:
                 started = time.monotonic()
                 figures = self._do(spec)
                 write_json(marker, {**figures, "seconds": round(time.monotonic() - started, 1)})
-            self.figures[spec.name] = json.loads(marker.read_text(encoding="utf-8"))
+            self.figures[spec.name] = read_checked(
+                _FIGURES.get(spec.name, checkpoint.TaskFigures), marker, fix=_AGAIN, root=self.out, nan=True
+            )
         return checkpoint.write_record(self.out, self._record())
 
     @property
@@ -201,7 +222,7 @@ class _Run:
         torch.manual_seed(self.recipe.seed)
         module = build(spec.component, self.recipe.sizes).to(self.device)
         if spec.start is not None:
-            module.load_state_dict(checkpoint.load_component(spec.start, self._weights(spec.start)).state_dict())
+            module.load_state_dict(self._loaded(spec.start, self._weights(spec.start)).state_dict())
         figures = self._train(spec, module, spec.kind)
         checkpoint.save_component(module, self.out / checkpoint.place_of(spec))
         if spec.component == "autoencoder":
@@ -212,6 +233,9 @@ class _Run:
         """Where a component lies that another begins with, or its own training: here, or still with the base."""
         own = self.base / component
         return own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
+
+    def _loaded(self, component: str, folder: Path) -> ModelMixin:
+        return checkpoint.load_component(component, folder, self.recipe.sizes)
 
     def _train(self, spec: TaskSpec, module: torch.nn.Module, kind: str) -> dict[str, Any]:
         task = KINDS[kind](spec, self._setting(spec), module)
@@ -227,7 +251,7 @@ class _Run:
 
     def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
         kind = self.recipe.kind_of(spec.component)
-        base = checkpoint.load_component(spec.component, self.base / spec.component).to(self.device)
+        base = self._loaded(spec.component, self.base / spec.component).to(self.device)
         model = adapters.with_adapter(base, self.recipe.lora, self.recipe.seed)
         figures = self._train(spec, model, kind)
         with fresh_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
@@ -252,7 +276,7 @@ class _Run:
 
     def _networks(self, *denoisers: str) -> Networks:
         names = ("autoencoder", "context", *denoisers)
-        loaded = {name: checkpoint.load_component(name, self._weights(name)).to(self.device) for name in names}
+        loaded = {name: self._loaded(name, self._weights(name)).to(self.device) for name in names}
         return Networks(
             preset=self.recipe.sizes,
             autoencoder=loaded["autoencoder"],
@@ -281,7 +305,7 @@ class _Run:
     def _drawer(self, stages: Collection[str]) -> Drawer:
         """The healthy prior and some stages, as they draw in use."""
         merged = {
-            name: checkpoint.load_component(stage, self.out / checkpoint.MERGED / name).to(self.device)
+            name: self._loaded(stage, self.out / checkpoint.MERGED / name).to(self.device)
             for stage in stages
             for name in (f"{stage}-{label}" for label in LESION_CLASSES)
         }

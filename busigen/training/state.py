@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from busigen.errors import InputError, IntegrityError
 from busigen.foreign import open_file
+from busigen.records import parse_json
 
 META_KEY = "busigen"
 
@@ -41,7 +42,7 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     os.replace(temporary, path)
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Read what :func:`save_state` wrote.
 
     Raises:
@@ -51,7 +52,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # The library opens files by their names, and would wait for a pipe.
         open_file(path, limit=MAX_WEIGHTS_BYTES).close()
         with safe_open(path, framework="pt") as stream:
-            meta = json.loads(stream.metadata()[META_KEY])
+            meta = parse_json(stream.metadata()[META_KEY].encode(), "its record", nan=True)
         return load_file(path), meta
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise IntegrityError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tarfile
 from collections import Counter
@@ -20,6 +19,7 @@ from busigen.data.records import UNKNOWN_CLASS, Refusal
 from busigen.errors import InputError
 from busigen.evaluation.reading.items import Item
 from busigen.foreign import open_file
+from busigen.records import parse_json
 from busigen.registry import CLASSES
 from busigen.runtime.tar_headers import open_headers
 from busigen.text import printable
@@ -270,8 +270,8 @@ def _row(sample: _Sample, refused: list[Refusal]) -> dict[str, Any]:
     if part is None:
         return {}
     try:
-        row = json.loads(part.read())
-    except (InputError, ValueError, RecursionError):
+        row = parse_json(part.read(), part.name, nan=True)
+    except (InputError, ValueError):
         row = None
     if isinstance(row, dict):
         return row
