@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
 class ForeignFileError(OSError):
@@ -22,8 +22,11 @@ class ForeignFileError(OSError):
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(errno.EINVAL, problem, str(path))
 
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
 
-def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BinaryIO:
+
+def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BufferedReader:
     """Open a regular file for reading in binary.
 
     Args:
@@ -55,7 +58,8 @@ def open_file(path: Path, *, limit: int | None = None, root: Path | None = None)
 def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
     """The bytes of a regular file of at most ``limit`` bytes; arguments and errors are those of `open_file`."""
     with open_file(path, limit=limit, root=root) as file:
-        content = file.read(limit + 1)
+        # Not up to the limit, which may be large: room for all that is asked for is made first.
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(content) > limit:
         raise ForeignFileError(path, f"grew beyond {limit:,} bytes while it was read")
     return content

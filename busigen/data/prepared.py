@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
+from numpy.lib import format as npy
 from numpy.typing import NDArray
+from pydantic import Strict
 
 from busigen.data import schema
-from busigen.errors import InputError, IntegrityError
+from busigen.data.parquetfile import refuse_costly
+from busigen.errors import IntegrityError
+from busigen.foreign import open_file
+from busigen.records import Record, Text, Whole, checked, read_given
 from busigen.registry import RESOLUTION
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
+_LARGEST_TABLE = 4 << 30
+"""Bytes of a table whose hash is looked at; a row has some hundred."""
+
 _DTYPES = {
     "images": np.dtype(np.uint8),
     "masks": np.dtype(np.uint8),
@@ -23,6 +31,15 @@ _DTYPES = {
     "clean": np.dtype(np.uint8),
     "suspects": np.dtype(np.bool_),
 }
+
+
+class PreparedRecord(Record):
+    """Content of ``prepared.json``, as far as it is used."""
+
+    seed: Annotated[int, Strict()]
+    images: Whole
+    split_hash: Text
+    files: dict[Text, Text]
 
 
 class Prepared:
@@ -59,7 +76,6 @@ class Prepared:
         """
         folder = Path(folder)
         info = _read_info(folder)
-        _check_hash(folder, info, schema.TABLE)
         prepared = cls(folder, info, _read_table(folder, info))
         for name, file in schema.ARRAYS.items():
             prepared._load(name)
@@ -103,38 +119,33 @@ class Prepared:
 
     def _load(self, name: str) -> NDArray[Any]:
         path = self.folder / schema.ARRAYS[name]
+        expected = (self.table.height, RESOLUTION, RESOLUTION)
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            with open_file(path) as file:
+                if npy.read_magic(file) != (1, 0):
+                    raise ValueError("it is no array of this kind")
+                header = npy.read_array_header_1_0(file)
+                if header != (expected, False, _DTYPES[name]):
+                    raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
+                array = np.memmap(file, _DTYPES[name], "r", file.tell(), expected)
+                if file.seek(0, os.SEEK_END) != array.offset + array.nbytes:
+                    raise ValueError("it is longer than its header says")
+                return array
         except (OSError, ValueError, EOFError, SyntaxError) as error:
             raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
-        expected = (self.table.height, RESOLUTION, RESOLUTION)
-        if not isinstance(array, np.ndarray) or array.shape != expected or array.dtype != _DTYPES[name]:
-            raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
-        return array
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / schema.INFO
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no prepared folder: it has no {schema.INFO}.", fix=_PREPARE) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}.", fix=_PREPARE) from error
-    version = info.get("schema") if isinstance(info, dict) else None
-    if version != schema.SCHEMA_VERSION:
-        raise InputError(f"{path} has schema {version!r}; this busigen reads {schema.SCHEMA_VERSION}.", fix=_PREPARE)
-    wanted = {"images": int, "seed": int, "split_hash": str, "files": dict}
-    for key, kind in wanted.items():
-        if not isinstance(info.get(key), kind):
-            raise IntegrityError(f"{path} has no valid '{key}': {info.get(key)!r}.", fix=_PREPARE)
-    return dict(info)
+    info, _ = read_given(path, "prepared folder", schemas=(schema.SCHEMA_VERSION,), fix=_PREPARE)
+    checked(PreparedRecord, info, path, fix=_PREPARE)
+    return info
 
 
-def _check_hash(folder: Path, info: dict[str, Any], name: str) -> None:
+def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:
     path = folder / name
     try:
-        found = schema.file_sha256(path)
+        found = schema.file_sha256(path, limit)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}.", fix=_PREPARE) from error
     if found != info["files"].get(name):
@@ -143,7 +154,9 @@ def _check_hash(folder: Path, info: dict[str, Any], name: str) -> None:
 
 def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
     path = folder / schema.TABLE
+    _check_hash(folder, info, schema.TABLE, limit=_LARGEST_TABLE)
     try:
+        refuse_costly(path, info["images"], lists=True)
         table = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error

@@ -17,6 +17,7 @@ from typing import IO, Any
 import polars as pl
 
 from busigen.errors import OutputError
+from busigen.foreign import open_file
 from busigen.runtime.layout import TEMPORARY_PREFIX
 
 _AGAIN = "then run the same command again: what is complete is kept."
@@ -114,7 +115,7 @@ def sha256_of(path: Path) -> str:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "It is no regular file", str(path))
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

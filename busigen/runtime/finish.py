@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import polars as pl
 
+from busigen.records import read_json
 from busigen.runtime.atomic import atomic_file, atomic_path, write_json
 from busigen.runtime.card import croissant, readme
 from busigen.runtime.dataset import Dataset, plan_of
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     CARD_FILE,
     CROISSANT_FILE,

@@ -1,9 +1,4 @@
-"""Reading Parquet tables that may have come from anywhere, with a bound on what they can cost.
-
-A few kilobytes of Parquet can claim a billion rows, or pages that unpack to gigabytes, and a reader allocates what they
-claim. So the footer and every page's header are read first, in Thrift's compact encoding, and only a table whose claims
-fit the number of rows that it should have is handed to polars.
-"""
+"""Reading Parquet tables that may have come from anywhere: no more is read than the rows that they should have take."""
 
 from __future__ import annotations
 
@@ -14,17 +9,7 @@ from typing import Any
 
 import polars as pl
 
-_MAGIC = b"PAR1"
-_SPARE_BYTES, _ROW_BYTES = 1 << 20, 8 << 10
-"""Bytes that a table may take, on disk and unpacked: in any case, and for each row. An honest row has some 600."""
-
-_DEPTH = 16
-"""Levels of nesting in a header; Parquet has fewer than ten."""
-
-_PAGE_HEADER = 64 << 10
-"""Most bytes of a page's header, which holds the least and greatest value of its column."""
-
-Struct = dict[int, Any]
+from busigen.data.parquetfile import refuse_costly
 
 
 def read_table(path: Path, rows: int) -> pl.DataFrame:
@@ -62,10 +47,9 @@ def check_claims(path: Path, rows: int) -> None:
         PolarsError: it is refused, or no table.
     """
     try:
-        _refuse_costly(path, rows)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        reason = error if type(error) is ValueError else "its metadata are damaged"
-        raise pl.exceptions.ComputeError(str(reason)) from error
+        refuse_costly(path, rows)
+    except ValueError as error:
+        raise pl.exceptions.ComputeError(str(error)) from error
 
 
 @contextmanager
@@ -75,122 +59,3 @@ def _panics_as_errors() -> Iterator[None]:
     except pl.exceptions.PanicException as error:
         # Not an Exception: it would go past every handler and end the command with a traceback.
         raise pl.exceptions.ComputeError("its pages are damaged") from error
-
-
-def _refuse_costly(path: Path, rows: int) -> None:
-    limit = _SPARE_BYTES + _ROW_BYTES * rows
-    if not path.is_file() and path.exists():
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if not 12 <= size <= limit:
-            raise ValueError(f"it has {size} bytes, where a table of {rows} rows has 12 to {limit}")
-        file.seek(0)
-        data = file.read(size)
-    length = int.from_bytes(data[-8:-4], "little")
-    if data[:4] != _MAGIC or data[-4:] != _MAGIC or length > size - 12:
-        raise ValueError("it is no Parquet file, or cut short")
-    footer = _Thrift(data, size - 8 - length, size - 8).structure()
-    groups = footer[4]
-    if footer[3] != rows or sum(group[3] for group in groups) != rows:
-        raise ValueError(f"it does not claim to have {rows} rows")
-    unpacked = 0
-    for group in groups:
-        for column in group[1]:
-            unpacked += _unpacked(data, column, group[3])
-            if unpacked > limit:
-                raise ValueError(f"its pages unpack to more than {limit} bytes")
-
-
-def _unpacked(data: bytes, column: Struct, rows: int) -> int:
-    """Bytes that a column's pages unpack to.
-
-    Raises:
-        ValueError: it lies in another file, or its pages hold other than ``rows`` values.
-    """
-    facts = column[3]
-    if 1 in column:
-        raise ValueError("a column lies in another file")
-    first = facts.get(11) or facts[9]
-    end, values, total = first + facts[7], 0, 0
-    if not 4 <= first <= facts[9] < end <= len(data) or facts[5] != rows:
-        raise ValueError("a column has other values than its table has rows")
-    while first < end:
-        reader = _Thrift(data, first, min(end, first + _PAGE_HEADER))
-        page = reader.structure()
-        if page[2] < 0 or page[3] < 0:
-            raise ValueError("a page has a negative size")
-        total += page[2]
-        values += sum(page[field][1] for field in (5, 8) if field in page)
-        first = reader.at + page[3]
-    if first != end or values != rows:
-        raise ValueError("a column's pages hold other values than its table has rows")
-    return total
-
-
-class _Thrift:
-    """Thrift's compact encoding, of which Parquet's headers are made: structures as dicts by field number."""
-
-    def __init__(self, data: bytes, start: int, end: int) -> None:
-        self.data, self.at, self.end = data, start, end
-        self.depth = 0
-
-    def structure(self) -> Struct:
-        """The structure that begins here."""
-        self.depth += 1
-        if self.depth > _DEPTH:
-            raise ValueError("its metadata are nested too deeply")
-        fields: Struct = {}
-        number = 0
-        while head := self._byte():
-            number = number + (head >> 4) if head >> 4 else self._signed()
-            kind = head & 15
-            # A field's truth is its type; an element of a list has a byte of its own.
-            fields[number] = kind == 1 if kind in (1, 2) else self._value(kind)
-        self.depth -= 1
-        return fields
-
-    def _value(self, kind: int) -> Any:
-        if kind in (1, 2, 3):
-            return self._byte()
-        if kind in (4, 5, 6):
-            return self._signed()
-        if kind == 7:
-            return self._bytes(8)
-        if kind == 8:
-            return self._bytes(self._unsigned())
-        if kind in (9, 10):
-            head = self._byte()
-            count = head >> 4 if head >> 4 != 15 else self._unsigned()
-            if count > self.end - self.at:
-                raise ValueError("its metadata claim a list longer than themselves")
-            return [self._value(head & 15) for _ in range(count)]
-        if kind == 12:
-            return self.structure()
-        raise ValueError("its metadata hold what Parquet's do not")
-
-    def _byte(self) -> int:
-        if self.at >= self.end:
-            raise ValueError("its metadata are cut short")
-        self.at += 1
-        return self.data[self.at - 1]
-
-    def _bytes(self, size: int) -> bytes:
-        if size > self.end - self.at:
-            raise ValueError("its metadata are cut short")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def _unsigned(self) -> int:
-        value = shift = 0
-        while shift < 64:
-            byte = self._byte()
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise ValueError("its metadata hold a number without end")
-
-    def _signed(self) -> int:
-        value = self._unsigned()
-        return (value >> 1) ^ -(value & 1)

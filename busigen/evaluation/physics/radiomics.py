@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from busigen.data.parquetfile import refuse_costly
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.physics import shape, speckle
 from busigen.evaluation.physics.feature_table import DEPTH_BANDS, NAMES, Feature
@@ -123,8 +124,9 @@ def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
         digest.update(np.ascontiguousarray(array).data)
     path = context.out / "cache" / f"radiomics-{digest.hexdigest()[:32]}.parquet"
     try:
+        refuse_costly(path, len(images))
         return _table(images, pl.read_parquet(path).select(list(NAMES)).to_numpy())
-    except (OSError, pl.exceptions.PolarsError):
+    except (OSError, ValueError, pl.exceptions.PolarsError):
         # Absent, or damaged by someone else: either way it is measured again.
         table = features(images, context.track)
     with output_errors(path.parent):

@@ -98,7 +98,8 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
                 progress.advance(1)
     if not frames.rows:
         first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
-        raise InputError(f"{path} holds no image that can be read.{first}", fix="Give another folder.")
+        said = "".join(f" Of the rest: {note}." for note in notes)
+        raise InputError(f"{path} holds no image that can be read.{first}{said}", fix="Give another folder.")
     notes.extend(counted(note, files) for note, files in readings.items())
     return replace(frames.finish(path.resolve().name, layout, refused), notes=tuple(notes))
 
@@ -162,18 +163,18 @@ def background_mode(images: ImageSet) -> Backgrounds:
 def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, list[Item]]:
     """The layout's name and the set's images, unopened."""
     if path.is_file() and path.suffix == ".tar":
-        return SHARDS_LAYOUT, list_archives([path], refused)
+        return SHARDS_LAYOUT, list_archives([path], refused, notes)
     if not path.is_dir():
         problem = "is a file, but no .tar" if path.exists() else "does not exist"
         raise InputError(f"{path} {problem}.", fix="Give the folder that holds the images and masks.")
     if any((path / name).is_file() for name in (DATASET_FILE, RUN_FILE)):
         folders = [place / SHARD_FOLDER for place in parts_of(path) or [path]]
-        items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused)
+        items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused, notes)
         _check_count(path, len(items), refused)
         return DATASET_LAYOUT, items
     archives = sorted([*path.glob("*.tar"), *(path / SHARD_FOLDER).glob("*.tar")])
     if archives:
-        return SHARDS_LAYOUT, list_archives(archives, refused)
+        return SHARDS_LAYOUT, list_archives(archives, refused, notes)
     try:
         listing = read_source(path, unlabelled=True)
     except InputError as error:
