@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +26,6 @@ MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 1024 * 1024
 """Largest file that is read into memory, in bytes."""
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""File name endings, lower case, that count as an image."""
-
 COLOUR_STEP = 12
 """Grey levels between the channels of one pixel above which it is coloured; JPEG chroma noise stays below."""
 
@@ -44,12 +39,7 @@ have only small coloured marks (0.05 % or less), and one has a tint that never e
 MARK_SHARE = 0.0001
 """Share of coloured pixels above which a scanner painted a coloured mark; the three files above lie at 0.017 %."""
 
-MASK_FOLDERS = frozenset({"masks", "mask"})
-"""Folder names, lower case, whose content is never listed as images."""
-
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
-_MASK_NAME = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
-_DIGITS = re.compile(r"(\d+)")
 _DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 _RESAVE = "Open it in an image viewer and save it again as an 8-bit PNG, or remove it."
 
@@ -154,61 +144,6 @@ def read_mask(path: Path, size: tuple[int, int] | None, data: bytes | None = Non
             fix="Export the mask at the image's own size.",
         )
     return _lesion_pixels(_mask_levels(decoded))
-
-
-def find_images(folder: Path) -> list[Path]:
-    """List the images below a folder in natural order, without masks, hidden files or links that leave the folder.
-
-    Args:
-        folder: Where to look, at any depth.
-
-    Returns:
-        Paths that begin with ``folder``.
-
-    Raises:
-        InputError: The folder does not exist or cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
-    inside = folder.resolve()
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if not _hidden(name) and name.lower() not in MASK_FOLDERS]
-        candidates = (Path(parent, name) for name in names if is_image_name(name))
-        found.extend(path for path in candidates if path.resolve().is_relative_to(inside))
-    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def masks_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The mask files that lie directly in a folder, by their image's stem, lower case: ``X_mask_1.png`` is ``x``'s."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        name = _MASK_NAME.search(path.stem)
-        if name and path.suffix.lower() in SUFFIXES and not _hidden(path.name):
-            found.setdefault(path.stem[: name.start()].lower(), []).append(path)
-    return found
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name is that of an image rather than a mask, a hidden file or anything else."""
-    path = Path(name)
-    return not _hidden(name) and path.suffix.lower() in SUFFIXES and not _MASK_NAME.search(path.stem)
-
-
-def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which ``benign (2)`` comes before ``benign (10)``."""
-    parts = _DIGITS.split(text.casefold())
-    keyed = tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part)
-    return (*keyed, (2, 0, text))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be read: {error.strerror}.", fix="Check the folder's permissions.")
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from busigen.errors import InputError
 from busigen.text import printable
 
+if TYPE_CHECKING:
+    from busigen.data.files import Place, Tree
+
 UNKNOWN_CLASS = "unknown"
 """The class of an image that nobody classified."""
+
+# Names that stand for more files of their kind.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One file that is left out, why, and what to do about it. ``file`` begins with the source folder's name."""
+    """What is left out, why, and what to do about it.
+
+    ``file`` begins with the source folder's name. Where ``count`` files are left out for one reason, it names some of
+    them and how many there are besides.
+    """
 
     file: str
     problem: str
     fix: str
+    count: int = 1
 
     def __post_init__(self) -> None:
         """Make the texts printable: they quote file names."""
@@ -58,18 +70,39 @@ class Refusal:
         return {"file": self.file, "problem": self.problem, "fix": self.fix}
 
 
+def named(files: Iterable[str]) -> str:
+    """The first few names, and how many there are besides: ``a.png, b.png, c.png and 12 more``."""
+    names = list(files)
+    shown = ", ".join(names[:_NAMED])
+    return printable(f"{shown} and {len(names) - _NAMED:,} more" if len(names) > _NAMED else shown)
+
+
 @dataclass
 class Listing:
-    """All that a source folder lists, and what it lists in vain.
+    """All that a source folder lists, what it lists in vain, and what else a person should know of it.
 
-    With ``unlabelled``, a layout that can do without classes lists images of none under class `UNKNOWN_CLASS`.
+    Attributes:
+        layout: Name of the layout.
+        folder: The set's folder, in which the layout was found.
+        tree: The files, as they were looked at.
+        unlabelled: Images of no class are listed, too, under class `UNKNOWN_CLASS`.
+        loose: Images are listed even where nothing else of the layout is there, as for a folder of healthy images.
+        records: The images, in natural order.
+        refused: What is left out and should not be.
+        notes: What was passed over, joined or guessed as it should be, one line a kind.
+        doubtful: Why, by file, of all that the layout refused.
     """
 
     layout: str
     folder: Path
+    tree: Tree
     unlabelled: bool = False
+    loose: bool = False
     records: list[Record] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    doubtful: dict[Path, str] = field(default_factory=dict)
+    _noted: set[Path] = field(default_factory=set)
 
     def relative(self, path: Path) -> str:
         """A path as it is recorded: below the source folder's name, with forward slashes."""
@@ -77,7 +110,25 @@ class Listing:
 
     def refuse(self, path: Path, problem: str, fix: str) -> None:
         """Note a file that is left out."""
+        self.doubtful[path] = problem
         self.refused.append(Refusal(file=self.relative(path), problem=problem, fix=fix))
+
+    def refuse_all(self, paths: Sequence[Path], problem: str, fix: str) -> None:
+        """Note files that are left out for one reason; none are no reason."""
+        if paths:
+            self.doubtful.update(dict.fromkeys(paths, problem))
+            self.refused.append(Refusal(named(map(self.relative, paths)), problem, fix, count=len(paths)))
+
+    def note(self, paths: Sequence[Path], what: str) -> None:
+        """Note what became of some files, as a clause that follows their number; none are no note."""
+        if paths:
+            self._noted.update(paths)
+            self.notes.append(f"{len(paths):,} {what}: {named(map(self.relative, paths))}")
+
+    def knows(self) -> set[Path]:
+        """All files that it lists, refuses or notes."""
+        listed = {path for record in self.records for path in (record.image, *record.masks)}
+        return listed | self.doubtful.keys() | self._noted
 
 
 @dataclass(frozen=True)
@@ -87,11 +138,11 @@ class Layout:
     Attributes:
         name: Short name.
         looks_like: What such a folder holds, for messages.
-        find: The folder's root in this layout, or None if it is laid out otherwise.
+        is_root: Whether a place is the root of a set in this layout; asked loosely for a folder of healthy images.
         read: Fills a listing whose ``folder`` is that root.
     """
 
     name: str
     looks_like: str
-    find: Callable[[Path], Path | None]
+    is_root: Callable[[Tree, Place, bool], bool]
     read: Callable[[Listing], None]

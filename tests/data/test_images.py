@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from busigen.data import images
-from busigen.data.images import find_images, read_image, read_mask
+from busigen.data.files import find_images
+from busigen.data.images import read_image, read_mask
 from busigen.errors import InputError
 from tests.conftest import Sources
 

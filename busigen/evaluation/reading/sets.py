@@ -17,7 +17,7 @@ from busigen.data.images import ImageFile, read_image, read_mask
 from busigen.data.letterbox import Letterbox
 from busigen.data.prepared import Prepared
 from busigen.data.records import Listing, Record, Refusal
-from busigen.data.sources import LAYOUTS, read_source
+from busigen.data.sources import UnknownLayoutError, read_source
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet
 from busigen.evaluation.reading.archives import list_archives
@@ -170,16 +170,13 @@ def _list(path: Path, refused: list[Refusal]) -> tuple[str, list[Item]]:
         return SHARDS_LAYOUT, list_archives(archives, refused)
     try:
         listing = read_source(path, unlabelled=True)
-    except InputError as error:
-        layouts = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
-        if not any(layout.find(path) for layout in LAYOUTS):
-            halves = {"images": "masks", "masks": "images"}
-            lacks = [lack for have, lack in halves.items() if (path / have).is_dir() and not (path / lack).is_dir()]
-            raise InputError(
-                f"{path} has none of the layouts that are read{''.join(f': it lacks {lack}/' for lack in lacks)}.",
-                fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or one of these. {layouts}.",
-            ) from error
-        raise
+    except UnknownLayoutError as error:
+        halves = {"images": "masks", "masks": "images"}
+        lacks = [lack for have, lack in halves.items() if (path / have).is_dir() and not (path / lack).is_dir()]
+        raise InputError(
+            f"{error.problem}{''.join(f' It lacks {lack}/.' for lack in lacks)}",
+            fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or arrange it. {error.fix}",
+        ) from error
     refused.extend(listing.refused)
     return listing.layout, [_item(listing, record) for record in listing.records]
 
