@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from busigen.data.files import Place, Tree, name_key
 
 _WORDS = ("mask", "tumor", "tumour", "lesion", "segmentation", "seg", "gt", "label", "annotation")
 _SUFFIX = re.compile(rf"(?P<image>.+)[_ -](?P<word>{'|'.join(_WORDS)})([_ -]?\d+)?", re.IGNORECASE)
 _BREAK = re.compile(r"[\W_]+")
-_NEAR = 16
-_BLACK_AND_WHITE = 0.98
 _SET_ASIDE = frozenset({"old", "backup", "backups", "bak", "trash", "archive", "archived", "deleted"})
 """Folders of masks that somebody put aside; keys as of `name_key`."""
 
@@ -166,19 +161,6 @@ def masks_beside(place: Place) -> tuple[MaskFiles, dict[Path, Match]]:
     found.add_images(images, place.path)
     found.add_masks([path for path in place.images if is_mask(path)], place.path, suffixed=True)
     return found, {image: found.of(image, place.path) for image in images}
-
-
-def looks_like_mask(pixels: NDArray[np.uint8]) -> bool:
-    """Whether an image is black and white but for a few pixels, as masks are and ultrasound images are not.
-
-    Args:
-        pixels: Grey levels, ``uint8 (H, W)``.
-    """
-    counts = np.bincount(pixels.ravel(), minlength=256)
-    dark, bright = int(counts[:_NEAR].sum()), int(counts[-_NEAR:].sum())
-    # Compression puts a few levels around black, white and the edges between them.
-    both = dark > 0 and bright > 0 and dark + bright >= _BLACK_AND_WHITE * pixels.size
-    return both or np.count_nonzero(counts) == 2
 
 
 def mask_of(masks: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from busigen.data.csvfile import read_rows
+from busigen.data.csvfile import CONTRADICTION, by_file, read_rows
 from busigen.data.files import SUFFIXES, Place, Tree, images_below, is_mask_folder, name_key
 from busigen.data.masks import MaskFiles, masks_below
-from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, named
+from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, counted, named
 from busigen.registry import CLASSES
 from busigen.text import printable
 
@@ -69,30 +69,40 @@ def _is_root(halves: Halves, _tree: Tree, place: Place, loose: bool) -> bool:
 
 def _read(halves: Halves, stem: Callable[[Path], str], listing: Listing) -> None:
     """List every image with its masks; those without a known class are refused, unless they may be."""
-    labels = {name_key(name): row for name, row in _labels(listing).items()}
+    labels = _labels(listing)
+    used: set[str] = set()
     for images, masks in halves(listing.tree.at(listing.folder), listing.loose):
         found = images_below(listing.tree, images)
         files = MaskFiles(stem)
         files.add_images(found, images)
         for folder in masks:
             files.add_masks(masks_below(listing.tree, folder), folder)
-        _list(listing, images, found, files, labels)
+        used |= _list(listing, images, found, files, labels)
         _tell_of_masks(listing, files)
+    if unused := [row["file"] or "" for key, row in labels.items() if key not in used]:
+        listing.notes.append(counted(f"rows of {_TABLE} have no image, or several of that name", unused))
 
 
 def _list(
     listing: Listing, folder: Path, images: list[Path], files: MaskFiles, labels: dict[str, dict[str, str | None]]
-) -> None:
+) -> set[str]:
+    """List the images of one folder; returns the keys of the rows that they have."""
     place = listing.folder
     # Parts of one set are one source: a patient may be in several of them.
     source = printable((place.parent if place.name.lower() in _PARTS else place).name)
     times = Counter(name_key(image.stem) for image in images)
     guessed: list[Path] = []
+    rows: set[str] = set()
     for image in images:
         name = image.relative_to(folder).with_suffix("").as_posix()
-        key = name_key(image.stem)
         # As with masks: a name without its folders serves only where no other image has it.
-        row = labels.get(name_key(name)) or (labels.get(key) if times[key] == 1 else None) or {}
+        bare = name_key(image.stem)
+        key = bare if name_key(name) not in labels and times[bare] == 1 else name_key(name)
+        row = labels.get(key, {})
+        rows.add(key)
+        if (contradiction := row.get(CONTRADICTION)) is not None:
+            listing.refuse(image, f"{_TABLE} has two rows for it: {contradiction}.", "Keep the right one of them.")
+            continue
         image_class = (row.get("class") or _class_from_folder(image.relative_to(folder))).lower()
         if image_class not in CLASSES and listing.unlabelled:
             image_class = UNKNOWN_CLASS
@@ -127,6 +137,7 @@ def _list(
             )
         )
     listing.note(guessed, "images have a mask in a folder of another name, joined by the file's name alone")
+    return rows
 
 
 def _tell_of_masks(listing: Listing, files: MaskFiles) -> None:
@@ -138,12 +149,11 @@ def _tell_of_masks(listing: Listing, files: MaskFiles) -> None:
 
 
 def _labels(listing: Listing) -> dict[str, dict[str, str | None]]:
-    """Rows of the table by image name without folder ``images`` and ending; empty where there is no table."""
+    """Rows of the table by key of the image's name without folder ``images`` and ending; empty if there is none."""
     table = listing.tree.at(listing.folder).file(_TABLE)
     if table is None:
         return {}
-    rows = read_rows(table, ("file", "class"))
-    return {_plain_name(row["file"] or ""): row for row in rows}
+    return by_file(read_rows(table, ("file", "class")), lambda file: name_key(_plain_name(file)))
 
 
 def _plain_name(file: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ UNKNOWN_CLASS = "unknown"
 
 # Names that stand for more files of their kind.
 _NAMED = 3
+_BIRADS = re.compile(
+    r"(?:bi-?rads)?[ :_-]*(?:cat(?:egory|\.)?)?[ :_-]*([0-6]|vi|iv|v|i{1,3})(?:\.0|(?:(?<=4)|(?<=iv))[ -]?[abc])?"
+)
+_ROMAN = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "v": "5", "vi": "6"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Record:
         image: The image file, which may turn out to be missing.
         masks: Its mask files, one or more lesions each; empty if there are none.
         patient: Patient name, unique across sources, or None.
-        birads: BI-RADS category as text, or None.
+        birads: BI-RADS category as text, or None; as `birads_category` writes it.
     """
 
     id: str
@@ -41,6 +46,19 @@ class Record:
     masks: tuple[Path, ...]
     patient: str | None = None
     birads: str | None = None
+
+    def __post_init__(self) -> None:
+        """Write the category as it is learnt from."""
+        object.__setattr__(self, "birads", birads_category(self.birads))
+
+
+def birads_category(text: str | None) -> str | None:
+    """A BI-RADS category as one digit: 4 for ``4a``, ``4.0`` (as pandas writes it), ``BI-RADS 4B`` or ``IV``.
+
+    What is no category stays as it is.
+    """
+    found = _BIRADS.fullmatch((text or "").strip().lower())
+    return text if found is None else _ROMAN.get(found[1], found[1])
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,11 @@ class Refusal:
     def to_dict(self) -> dict[str, str]:
         """The three texts, for JSON."""
         return {"file": self.file, "problem": self.problem, "fix": self.fix}
+
+
+def counted(what: str, files: Sequence[str]) -> str:
+    """One line of notes: how many files, what became of them, and the names of some."""
+    return f"{len(files):,} {what}: {named(files)}"
 
 
 def named(files: Iterable[str]) -> str:
@@ -123,7 +146,7 @@ class Listing:
         """Note what became of some files, as a clause that follows their number; none are no note."""
         if paths:
             self._noted.update(paths)
-            self.notes.append(f"{len(paths):,} {what}: {named(map(self.relative, paths))}")
+            self.notes.append(counted(what, [self.relative(path) for path in paths]))
 
     def knows(self) -> set[Path]:
         """All files that it lists, refuses or notes."""

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
-from busigen.data.images import read_image, read_mask
+from busigen.data.images import has_two_levels, read_image, read_mask
 from busigen.data.letterbox import Letterbox, fit, letterbox
-from busigen.data.masks import looks_like_mask, mask_of
-from busigen.data.records import Listing, Record, named
+from busigen.data.masks import mask_of
+from busigen.data.records import Listing, Record, counted, named
 from busigen.data.sources import read_images
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import CLASSES, LESION_CLASSES, RESOLUTION, SYNTHETIC
@@ -35,7 +35,7 @@ CACHED_IMAGES = 512
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in its mask file"
 _LESION_SAID = "that its set or its name calls one of a lesion"
-_TWO_LEVELS = "black and white only, as masks are"
+_TWO_LEVELS = "of two grey levels, as masks are"
 _DOUBTFUL = "whose mask or class nobody can tell"
 _UNREADABLE = "unreadable"
 _REPEATED = "the same file again"
@@ -95,7 +95,7 @@ class HealthyFolder:
     """A folder of healthy images, in the order of their content's hash, so that renaming them changes nothing.
 
     Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
-    image's own name say (:func:`busigen.data.sources.read_images`), pictures of black and white only, which are masks,
+    image's own name say (:func:`busigen.data.sources.read_images`), pictures of two grey levels, which are masks,
     and the images that are named like them, and repetitions. Files that cannot be read, those of which nobody can tell,
     and black, white or flat images (:func:`busigen.runtime.gates.background_reason`, on the image without its letterbox
     bars), are also named one by one. Whatever else was passed over is logged, and so is how many images nothing says
@@ -130,6 +130,8 @@ class HealthyFolder:
             log.warning("left out: %s", printable(problem))
         for note in listing.notes:
             log.info("healthy images: %s", note)
+        for note, files in self._readings.items():
+            log.warning("%s", counted(note, files))
         lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
         log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._told())
         self._tell_of_trust(listing, set(found.values()))
@@ -145,6 +147,7 @@ class HealthyFolder:
         read: dict[str, Healthy] = {}
         problems: list[str] = []
         masks: list[Path] = []
+        self._readings: dict[str, list[str]] = {}
         progress.start("reading healthy images", len(listing.records), unit="image")
         try:
             for record in listing.records:
@@ -156,14 +159,17 @@ class HealthyFolder:
                     if reason is None:
                         image = read_image(path)
                         pixels, box = letterbox(image.pixels)
-                        if looks_like_mask(image.pixels):
+                        if has_two_levels(pixels[box.valid]):
                             masks.append(path)
                             reason = _TWO_LEVELS
                         elif reason := gates.background_reason(pixels, box.valid):
                             problems.append(f"{path.name}: {reason}.")
                         elif found.setdefault(image.sha256, path) != path:
                             reason = _REPEATED
-                        elif len(found) <= CACHED_IMAGES:
+                        else:
+                            for note in image.notes:
+                                self._readings.setdefault(note, []).append(path.name)
+                        if reason is None and len(found) <= CACHED_IMAGES:
                             read[image.sha256] = self._healthy(path, image.sha256, pixels, box)
                 except InputError as error:
                     reason = _UNREADABLE
@@ -187,7 +193,7 @@ class HealthyFolder:
         return _DOUBTFUL if record.image in doubtful else None
 
     def _leave_out_marked(self, found: dict[str, Path], masks: list[Path], problems: list[str]) -> None:
-        """Take out the images that black and white pictures are named like: these are their masks."""
+        """Take out the images that pictures of two grey levels are named like: these are their masks."""
         problems.append(f"{named(path.name for path in masks)}: {_TWO_LEVELS}.")
         marked = mask_of(masks, list(found.values()))
         for sha256, path in list(found.items()):

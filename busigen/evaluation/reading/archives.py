@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,9 @@ def _item(sample: _Sample, refused: list[Refusal]) -> Item:
             raise InputError(f"{sample.key}: its image is not the one that its row names.", fix=_WHOLE)
         if "mask" not in sample.parts:
             return image, np.zeros(image.pixels.shape, np.bool_), 0
-        mask = sample.parts["mask"]
-        return image, read_mask(Path(mask.name), (image.width, image.height), mask.read()), 1
+        mask, notes = sample.parts["mask"], list(image.notes)
+        lesions = read_mask(Path(mask.name), (image.width, image.height), mask.read(), notes=notes)
+        return replace(image, notes=tuple(dict.fromkeys(notes))), lesions, 1
 
     return Item(
         id=printable(sample.key),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from busigen.data.groups import near_duplicate_groups
 from busigen.data.images import ImageFile, read_image, read_mask
 from busigen.data.letterbox import Letterbox
 from busigen.data.prepared import Prepared
-from busigen.data.records import Listing, Record, Refusal
+from busigen.data.records import Listing, Record, Refusal, counted
 from busigen.data.sources import UnknownLayoutError, read_source
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet
@@ -78,9 +79,11 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
         found = from_prepared(Prepared.open(path), tuple(SPLITS))
         return found if limit is None else found.take(_draw(len(found), limit, seed))
     refused: list[Refusal] = []
-    layout, items = _list(path, refused)
+    notes: list[str] = []
+    layout, items = _list(path, refused, notes)
     drawn = [items[k] for k in _draw(len(items), limit, seed)]
     frames = _Stack(len(drawn))
+    readings: dict[str, list[str]] = {}
     progress = progress or Progress()
     progress.start(f"reading {path.name}", len(drawn), unit="image")
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -90,11 +93,14 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
                     refused.append(Refusal(item.file, result.problem, result.fix))
                 else:
                     frames.add(result, item.patient)
+                    for note in result.notes:
+                        readings.setdefault(note, []).append(item.file)
                 progress.advance(1)
     if not frames.rows:
         first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
         raise InputError(f"{path} holds no image that can be read.{first}", fix="Give another folder.")
-    return frames.finish(path.resolve().name, layout, refused)
+    notes.extend(counted(note, files) for note, files in readings.items())
+    return replace(frames.finish(path.resolve().name, layout, refused), notes=tuple(notes))
 
 
 def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: bool = False) -> ImageSet:
@@ -153,7 +159,7 @@ def background_mode(images: ImageSet) -> Backgrounds:
     return "synthetic" if backgrounds else "unknown"
 
 
-def _list(path: Path, refused: list[Refusal]) -> tuple[str, list[Item]]:
+def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, list[Item]]:
     """The layout's name and the set's images, unopened."""
     if path.is_file() and path.suffix == ".tar":
         return SHARDS_LAYOUT, list_archives([path], refused)
@@ -178,15 +184,17 @@ def _list(path: Path, refused: list[Refusal]) -> tuple[str, list[Item]]:
             fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or arrange it. {error.fix}",
         ) from error
     refused.extend(listing.refused)
+    notes.extend(listing.notes)
     return listing.layout, [_item(listing, record) for record in listing.records]
 
 
 def _item(listing: Listing, record: Record) -> Item:
     def read() -> tuple[ImageFile, NDArray[np.bool_], int]:
         image = read_image(record.image)
-        lesions = np.zeros(image.pixels.shape, np.bool_)
+        lesions, notes = np.zeros(image.pixels.shape, np.bool_), list(image.notes)
         for path in record.masks:
-            lesions |= read_mask(path, (image.width, image.height))
+            lesions |= read_mask(path, (image.width, image.height), notes=notes)
+        image = replace(image, notes=tuple(dict.fromkeys(notes)))
         return image, lesions, len(record.masks)
 
     return Item(record.id, listing.relative(record.image), record.image_class, read, record.patient)
