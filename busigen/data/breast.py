@@ -51,8 +51,9 @@ def read(listing: Listing) -> None:
         "No table gives their class.",
         "Save the sheet of BrEaST's .xlsx file as a CSV file beside the images, with its columns Image_filename and "
         "Classification.",
+        [mask for image in without for mask in images[image].masks],
     )
-    listing.note(in_natural_order(other, listing.folder), "masks of other structures than the tumour are passed over")
+    listing.note(in_natural_order(other, listing.folder), "masks of other structures than the tumour, passed over")
 
 
 def _rows(place: Place) -> list[dict[str, str | None]]:

@@ -34,13 +34,15 @@ def read(listing: Listing) -> None:
                 listing.folder / _IMAGES / f"{name}.png",
                 f"Its Pathology is {row['Pathology']!r}.",
                 f"Set it to one of {', '.join(LESION_CLASSES)}.",
+                [_mask(listing.folder, name)],
             )
         else:
             listing.records.append(_record(listing.folder, name, pathology, row))
         seen.add(name or "")
     for path in images_below(listing.tree, listing.folder / _IMAGES):
         if path.stem not in seen:
-            listing.refuse(path, f"{_TABLE} has no row for it.", "Add the row or remove the image.")
+            masks = [_mask(listing.folder, path.stem)]
+            listing.refuse(path, f"{_TABLE} has no row for it.", "Add the row or remove the image.", masks)
 
 
 def _record(folder: Path, name: str, pathology: str, row: dict[str, str | None]) -> Record:
@@ -49,10 +51,14 @@ def _record(folder: Path, name: str, pathology: str, row: dict[str, str | None])
         image_class=pathology,
         source="busbra",
         image=folder / _IMAGES / f"{name}.png",
-        masks=(folder / _MASKS / f"{name.replace('bus_', 'mask_', 1)}.png",),
+        masks=(_mask(folder, name),),
         patient=f"busbra/{row['Case']}" if row["Case"] else None,
         birads=row["BIRADS"],
     )
+
+
+def _mask(folder: Path, name: str) -> Path:
+    return folder / _MASKS / f"{name.replace('bus_', 'mask_', 1)}.png"
 
 
 def _is_plain(name: str) -> bool:

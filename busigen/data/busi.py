@@ -36,6 +36,7 @@ def _read_class(listing: Listing, name: str, place: Place) -> None:
                 image,
                 f"The name is not of the form '{name} (N)'.",
                 f"Rename it and its masks, or remove it from the {name} folder.",
+                (*match.masks, *match.rivals),
             )
             continue
         listing.records.append(

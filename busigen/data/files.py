@@ -15,12 +15,10 @@ from pathlib import Path
 
 from busigen.data.records import Refusal, named
 from busigen.errors import InputError
+from busigen.foreign import MAX_DEPTH
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff")
 """File name endings, lower case, that count as an image."""
-
-MAX_DEPTH = 64
-"""Folders within folders that are looked into; no set is as deep, and a path has to stay short enough to be opened."""
 
 _FORMATS = "PNG, JPEG, BMP and TIFF"
 _DOCUMENTS = re.compile(
@@ -209,9 +207,9 @@ _REASONS = {
     "deep": (f"Folders are looked into {MAX_DEPTH} deep", "Give a folder further down"),
 }
 _NOTES = {
-    "hidden": "hidden files and folders are passed over",
-    "ours": "folders that busigen wrote are passed over",
-    "again": "folders are passed over because they are other names of a folder that was read",
+    "hidden": "hidden, passed over",
+    "ours": "written by busigen, passed over",
+    "again": "other names of a folder that was read, passed over",
 }
 
 

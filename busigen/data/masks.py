@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from busigen.data.files import Place, Tree, name_key
@@ -81,13 +82,13 @@ class MaskFiles:
         for image in images:
             stem = self.stem(image)
             self._exact.add(stem)
-            self._images.setdefault(name_key(stem), set()).add(_folders(image, folder))
+            self._images.setdefault(name_key(stem), set()).add(_folders(image.parent, folder))
 
     def add_masks(self, masks: Iterable[Path], folder: Path, *, suffixed: bool = False) -> None:
         """Take in the files below a folder of masks; with ``suffixed``, only by the names that have a word for one."""
         for path in masks:
             self.all.append(path)
-            folders = _folders(path, folder)
+            folders = _folders(path.parent, folder)
             names = [] if suffixed else [(path.stem, "")]
             names += [named] if (named := mask_stem(path)) else []
             if path.stem.lower().startswith("mask_"):
@@ -98,7 +99,7 @@ class MaskFiles:
     def of(self, image: Path, folder: Path) -> Match:
         """The masks of an image, of those that were taken in."""
         stem = self.stem(image)
-        folders = _folders(image, folder)
+        folders = _folders(image.parent, folder)
         candidates = [
             mask
             for mask in self._masks.get(name_key(stem), ())
@@ -114,10 +115,6 @@ class MaskFiles:
         if len({mask.folders for mask in near}) > 1 or (near and len(self._images.get(name_key(stem), ())) > 1):
             return Match(rivals=tuple(dict.fromkeys(mask.path for mask in near)))
         return self._best(near, stem, guessed=any(mask.folders for mask in near))
-
-    def elsewhere(self, image: Path) -> tuple[Path, ...]:
-        """All masks of an image's name, wherever they lie."""
-        return tuple(dict.fromkeys(mask.path for mask in self._masks.get(name_key(self.stem(image)), ())))
 
     @property
     def unused(self) -> list[Path]:
@@ -183,8 +180,10 @@ def masks_below(tree: Tree, folder: Path) -> list[Path]:
     return [path for place in tree.below(folder) for path in place.images]
 
 
-def _folders(path: Path, folder: Path) -> tuple[str, ...]:
-    return tuple(name_key(part) for part in path.relative_to(folder).parts[:-1])
+@lru_cache(maxsize=1024)
+def _folders(place: Path, folder: Path) -> tuple[str, ...]:
+    """Keys of the folders between a folder and a place below it; many files share them."""
+    return tuple(name_key(part) for part in place.relative_to(folder).parts)
 
 
 def _one_ends_with_the_other(one: tuple[str, ...], other: tuple[str, ...]) -> bool:

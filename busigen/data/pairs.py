@@ -80,7 +80,7 @@ def _read(halves: Halves, stem: Callable[[Path], str], listing: Listing) -> None
         used |= _list(listing, images, found, files, labels)
         _tell_of_masks(listing, files)
     if unused := [row["file"] or "" for key, row in labels.items() if key not in used]:
-        listing.notes.append(counted(f"rows of {_TABLE} have no image, or several of that name", unused))
+        listing.notes.append(counted(f"rows of {_TABLE} without an image, or with several of that name", unused))
 
 
 def _list(
@@ -100,8 +100,10 @@ def _list(
         key = bare if name_key(name) not in labels and times[bare] == 1 else name_key(name)
         row = labels.get(key, {})
         rows.add(key)
+        match = files.of(image, folder)
         if (contradiction := row.get(CONTRADICTION)) is not None:
-            listing.refuse(image, f"{_TABLE} has two rows for it: {contradiction}.", "Keep the right one of them.")
+            problem = f"{_TABLE} has two rows for it: {contradiction}."
+            listing.refuse(image, problem, "Keep the right one of them.", match.masks)
             continue
         image_class = (row.get("class") or _class_from_folder(image.relative_to(folder))).lower()
         if image_class not in CLASSES and listing.unlabelled:
@@ -112,15 +114,16 @@ def _list(
                 f"Its class is {image_class or 'unknown'!r}.",
                 f"Put it into {folder.name}/<class>/ or name it in {_TABLE} (columns file,class); "
                 f"classes are {', '.join(CLASSES)}.",
+                match.masks,
             )
             continue
-        match = files.of(image, folder)
         if match.rivals:
             rivals = named(path.relative_to(place).as_posix() for path in match.rivals)
             listing.refuse(
                 image,
                 f"Nobody can tell which mask is its own, by name: {rivals}.",
                 "Put masks into folders like the images', or give each image a name of its own.",
+                match.rivals,
             )
             continue
         guessed.extend([image] if match.guessed else [])
@@ -136,14 +139,14 @@ def _list(
                 birads=row.get("birads"),
             )
         )
-    listing.note(guessed, "images have a mask in a folder of another name, joined by the file's name alone")
+    listing.note(guessed, "joined by name alone to a mask in a folder of another name")
     return rows
 
 
 def _tell_of_masks(listing: Listing, files: MaskFiles) -> None:
     """Say which masks no image has."""
     other = [path for path in files.unused if files.belongs(path)]
-    listing.note(other, "masks are passed over, for an image of their name has another one, or lies in another folder")
+    listing.note(other, "masks passed over, whose image has another one or lies in another folder")
     nobodys = [path for path in files.unused if not files.belongs(path)]
     listing.refuse_all(nobodys, "No image has the name that the mask's name says.", "Restore it, or remove the mask.")
 

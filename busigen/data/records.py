@@ -131,13 +131,15 @@ class Listing:
         """A path as it is recorded: below the source folder's name, with forward slashes."""
         return printable(f"{self.folder.name}/{path.relative_to(self.folder).as_posix()}")
 
-    def refuse(self, path: Path, problem: str, fix: str) -> None:
-        """Note a file that is left out."""
+    def refuse(self, path: Path, problem: str, fix: str, masks: Iterable[Path] = ()) -> None:
+        """Note a file that is left out, its masks with it."""
         self.doubtful[path] = problem
+        self._noted.update(masks)
         self.refused.append(Refusal(file=self.relative(path), problem=problem, fix=fix))
 
-    def refuse_all(self, paths: Sequence[Path], problem: str, fix: str) -> None:
-        """Note files that are left out for one reason; none are no reason."""
+    def refuse_all(self, paths: Sequence[Path], problem: str, fix: str, masks: Iterable[Path] = ()) -> None:
+        """Note files that are left out for one reason, their masks with them; none are no reason."""
+        self._noted.update(masks)
         if paths:
             self.doubtful.update(dict.fromkeys(paths, problem))
             self.refused.append(Refusal(named(map(self.relative, paths)), problem, fix, count=len(paths)))

@@ -11,14 +11,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from busigen.data import breast, busbra, busi, pairs
-from busigen.data.files import Place, Tree, is_mask_folder, natural_key
+from busigen.data.files import Place, Tree, is_mask_folder, name_key, natural_key
 from busigen.data.masks import masks_beside
 from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, named
 from busigen.errors import InputError
 from busigen.registry import CLASSES, LESION_CLASSES
+from busigen.text import printable
 
 __all__ = ["LAYOUTS", "Layout", "Listing", "Record", "Refusal", "UnknownLayoutError", "read_images", "read_source"]
 
@@ -43,12 +45,13 @@ class UnknownLayoutError(InputError):
     """A folder is laid out in no way that busigen knows."""
 
 
-def read_source(folder: Path, *, unlabelled: bool = False) -> Listing:
+def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = None) -> Listing:
     """List a labelled folder in whichever layout it has.
 
     Args:
         folder: A set's folder, or one that holds sets at any depth; all of them are listed then.
         unlabelled: List images that have no known class, too, as class ``unknown``.
+        skip: A folder below that is passed over, where the command writes to.
 
     Returns:
         Its records in natural order, what is refused without opening an image, and what else was passed over, joined
@@ -62,13 +65,13 @@ def read_source(folder: Path, *, unlabelled: bool = False) -> Listing:
         problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise InputError(f"{folder} {problem}.", fix="Give the folder that holds the images and masks.")
     # A root given as "." has no name, and names are what the table records.
-    tree = Tree(Path(os.path.realpath(folder)))
+    tree = Tree(Path(os.path.realpath(folder)), skip)
     _refuse_half(folder, tree.root)
     sets = list(_sets(tree, unlabelled=unlabelled))
     if not sets:
         accepted = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
         raise UnknownLayoutError(
-            f"{folder} has none of the layouts that are read; it holds {tree.found()}.",
+            f"{folder} has none of the layouts that are read{_lacking(tree)}; it holds {tree.found()}.",
             fix=f"Arrange it as one of these. {accepted}.",
         )
     for one in sets:
@@ -85,7 +88,7 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
 
     Args:
         folder: The folder.
-        skip: A folder below that is passed over.
+        skip: A folder below that is passed over, where the command writes to.
 
     Returns:
         Its records in natural order, whose paths begin with ``folder``, of class ``unknown`` where nothing says one;
@@ -99,30 +102,33 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     here = Path(os.path.realpath(folder))
     said: dict[Path, list[Record]] = {}
     for part in (*_set_above(here), *_sets(tree, unlabelled=True, loose=True)):
-        # A set above was looked at by the folder's real name.
-        root = folder if part.tree is tree else here
+        named_as_given = _as_is if part.tree is tree else partial(_moved, here, folder)
         for record in part.records:
-            if record.image.is_relative_to(root):
-                said.setdefault(folder / record.image.relative_to(root), []).append(record)
-        for path, problem in part.doubtful.items():
-            if path.is_relative_to(root):
-                listing.doubtful[folder / path.relative_to(root)] = problem
-    masks: list[Path] = []
+            masks = tuple(map(named_as_given, record.masks))
+            said.setdefault(named_as_given(record.image), []).append(replace(record, masks=masks))
+        listing.doubtful.update({named_as_given(path): problem for path, problem in part.doubtful.items()})
+    own_words = _classes_named(here.name)
+    strangers: list[Path] = []
     for place in tree.below():
-        if any(is_mask_folder(name) for name in place.path.relative_to(folder).parts):
-            masks.extend(place.images)
+        inner = place.path.relative_to(folder).parts
+        if any(map(is_mask_folder, inner)):
+            strangers.extend(place.images)
             continue
         files, images = masks_beside(place)
-        masks.extend(files.all)
+        strangers.extend(files.all)
+        words = own_words.union(*map(_classes_named, inner))
         for image, match in images.items():
             if match.rivals:
                 listing.doubtful[image] = "Nobody can tell which of several masks is its own."
-            listing.records.append(_whatever_is_said(image, folder, said.get(image, ()), match.masks))
+            name = "/".join((*inner, image.name))
+            listing.records.append(_whatever_is_said(image, name, words, said.get(image, ()), match.masks))
     listing.records.sort(key=lambda record: natural_key(record.id))
     listing.refused.extend(tree.refused())
     listing.notes.extend(tree.notes())
     marking = {mask for record in listing.records for mask in record.masks}
-    listing.note([path for path in masks if path not in marking], "files are masks by name, but of no image here")
+    listing.note(
+        [path for path in strangers if path not in marking], "masks by name, but of no image here, passed over"
+    )
     return listing
 
 
@@ -160,24 +166,37 @@ def _set_above(folder: Path) -> Iterator[Listing]:
             return
 
 
-def _whatever_is_said(image: Path, folder: Path, said: Iterable[Record], masks: Iterable[Path]) -> Record:
+def _whatever_is_said(
+    image: Path, name: str, words: set[str], said: Iterable[Record], beside: Iterable[Path]
+) -> Record:
     """An image with the masks of all that lists it, and the worst class."""
-    inside = image.relative_to(folder)
-    classes = {record.image_class for record in said}
-    for name in (Path(os.path.realpath(folder)).name, *inside.with_suffix("").parts):
-        words = {word.lower() for word in _WORDS.findall(name)} & set(CLASSES)
-        # "benign or normal" says nothing.
-        classes.update(words if len(words) == 1 else ())
+    classes = {record.image_class for record in said} | words | _classes_named(image.stem)
     lesion = next((name for name in LESION_CLASSES if name in classes), None)
     known = "normal" if "normal" in classes else UNKNOWN_CLASS
-    found = (*masks, *(mask for record in said for mask in record.masks if mask.is_file()))
-    return Record(
-        id=inside.as_posix(), image_class=lesion or known, source=folder.name, image=image, masks=_once(found)
-    )
+    masks = (*beside, *(mask for record in said for mask in record.masks if mask.is_file()))
+    return Record(name, lesion or known, "images", image, tuple(dict.fromkeys(masks)))
 
 
-def _once(paths: Iterable[Path]) -> tuple[Path, ...]:
-    return tuple({os.path.realpath(path): path for path in paths}.values())
+def _classes_named(name: str) -> set[str]:
+    """The class that a file's or a folder's name says; none for "benign or normal"."""
+    words = {word.lower() for word in _WORDS.findall(name)} & set(CLASSES)
+    return words if len(words) == 1 else set()
+
+
+def _as_is(path: Path) -> Path:
+    return path
+
+
+def _moved(here: Path, folder: Path, path: Path) -> Path:
+    """The path below ``folder`` of one below its real place; any other path as it is."""
+    return folder / path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _lacking(tree: Tree) -> str:
+    """Which half of the plain layout is missing, as the end of a clause."""
+    names = {name_key(folder.name) for folder in tree.at(tree.root).folders}
+    lacks = [lack for have, lack in (("images", "masks"), ("masks", "images")) if have in names and lack not in names]
+    return "".join(f": it lacks {lack}/" for lack in lacks)
 
 
 def _refuse_half(given: Path, folder: Path) -> None:
@@ -208,7 +227,7 @@ def _joined(tree: Tree, sets: list[Listing]) -> Listing:
     parts = "; ".join(
         f"{one.folder.relative_to(tree.root).as_posix()} ({one.layout}, {len(one.records):,} images)" for one in sets
     )
-    listing.notes.insert(0, f"{len(sets)} sets are read as one, and splits are made anew: {parts}")
+    listing.notes.insert(0, printable(f"{len(sets)} sets are read as one, and splits are made anew: {parts}"))
     return listing
 
 
@@ -230,7 +249,7 @@ def _tell(listing: Listing, sets: list[Listing]) -> None:
     listing.refused.extend(tree.refused())
     listing.notes.extend(tree.notes())
     several = [record.image for record in listing.records if len(record.masks) > 1]
-    listing.note(several, "images have several masks, which are joined")
+    listing.note(several, "with several masks, which are joined")
 
 
 def _refuse_namesakes(listing: Listing) -> None:

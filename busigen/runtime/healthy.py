@@ -108,6 +108,8 @@ class HealthyFolder:
 
     Attributes:
         left_out: number of files left out, by reason.
+        refused: files that are not read although they may be images.
+        notes: what else was passed over, one line a kind.
 
     Raises:
         InputError: the folder is missing, or holds no healthy image.
@@ -121,14 +123,15 @@ class HealthyFolder:
         self.left_out: Counter[str] = Counter()
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
         listing = read_images(folder, skip=out)
+        self.refused, self.notes = tuple(listing.refused), tuple(listing.notes)
         found, self._kept, problems = self._find(listing, progress or Progress())
-        for refusal in listing.refused:
+        for refusal in self.refused:
             log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
         if not found:
             raise self._nothing_left(problems, listing)
         for problem in problems:
             log.warning("left out: %s", printable(problem))
-        for note in listing.notes:
+        for note in self.notes:
             log.info("healthy images: %s", note)
         for note, files in self._readings.items():
             log.warning("%s", counted(note, files))

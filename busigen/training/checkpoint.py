@@ -23,6 +23,7 @@ from diffusers import ModelMixin
 
 from busigen import __version__
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import walk
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES
 from busigen.training.models import model_class
 from busigen.training.networks import Networks
@@ -82,7 +83,8 @@ def load_component(component: str, folder: Path) -> ModelMixin:
 
 def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED)) -> dict[str, str]:
     """The sha256 of every safetensors file in some folders of a checkpoint, by path relative to the checkpoint."""
-    files = sorted(path for place in below for path in (folder / place).rglob("*.safetensors"))
+    places = [folder / place for place in below if (folder / place).is_dir()]
+    files = sorted(path for place in places for path in walk(place) if path.suffix == ".safetensors")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -343,7 +343,7 @@ def test_what_is_no_set_is_refused_with_the_layouts_that_are(tmp_path: Path, kin
 def test_half_of_a_folder_of_pairs_is_told_what_it_lacks(tmp_path: Path, there: str, lacking: str) -> None:
     folder = draw_pairs(tmp_path / "set", count=3)
     shutil.rmtree(folder / lacking)
-    with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/\."):
+    with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/;"):
         read_set(folder)
 
 

@@ -177,11 +177,9 @@ def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, li
     try:
         listing = read_source(path, unlabelled=True)
     except UnknownLayoutError as error:
-        halves = {"images": "masks", "masks": "images"}
-        lacks = [lack for have, lack in halves.items() if (path / have).is_dir() and not (path / lack).is_dir()]
         raise InputError(
-            f"{error.problem}{''.join(f' It lacks {lack}/.' for lack in lacks)}",
-            fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or arrange it. {error.fix}",
+            error.problem,
+            fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or a set. {error.fix}",
         ) from error
     refused.extend(listing.refused)
     notes.extend(listing.notes)
