@@ -165,7 +165,7 @@ class Tree:
                 self._sort(entry, path / entry.name, folders, images, others)
         except OSError as error:
             raise InputError(
-                f"{error.filename} cannot be read: {error.strerror}.", fix="Check the folder's permissions."
+                f"{path} cannot be read: {error.strerror}.", fix="Check the folder's permissions."
             ) from error
         return Place(path, tuple(folders), tuple(images), tuple(others))
 

@@ -88,8 +88,9 @@ def _list(
 ) -> set[str]:
     """List the images of one folder; returns the keys of the rows that they have."""
     place = listing.folder
-    # Parts of one set are one source: a patient may be in several of them.
-    source = printable((place.parent if place.name.lower() in _PARTS else place).name)
+    # Parts of the set that was given are one source: a patient may be in several of them.
+    part = place.name.lower() in _PARTS and place != listing.tree.root
+    source = printable((place.parent if part else place).name)
     times = Counter(name_key(image.stem) for image in images)
     guessed: list[Path] = []
     rows: set[str] = set()

@@ -17,7 +17,7 @@ from pathlib import Path
 from busigen.data import breast, busbra, busi, pairs
 from busigen.data.files import Place, Tree, is_mask_folder, name_key, natural_key
 from busigen.data.masks import masks_beside
-from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, named
+from busigen.data.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, counted, named
 from busigen.errors import InputError
 from busigen.registry import CLASSES, LESION_CLASSES
 from busigen.text import printable
@@ -101,7 +101,7 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     listing = Listing("images", folder, tree, unlabelled=True, loose=True)
     here = Path(os.path.realpath(folder))
     said: dict[Path, list[Record]] = {}
-    for part in (*_set_above(here), *_sets(tree, unlabelled=True, loose=True)):
+    for part in (*_sets_above(here), *_sets(tree, unlabelled=True, loose=True)):
         named_as_given = _as_is if part.tree is tree else partial(_moved, here, folder)
         for record in part.records:
             masks = tuple(map(named_as_given, record.masks))
@@ -126,9 +126,8 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     listing.refused.extend(tree.refused())
     listing.notes.extend(tree.notes())
     marking = {mask for record in listing.records for mask in record.masks}
-    listing.note(
-        [path for path in strangers if path not in marking], "masks by name, but of no image here, passed over"
-    )
+    if others := [tree.name(path) for path in strangers if path not in marking]:
+        listing.notes.append(counted("masks by name, but of no image here, passed over", others))
     return listing
 
 
@@ -151,8 +150,8 @@ def _layout_of(tree: Tree, place: Place, layouts: Iterable[Layout], *, loose: bo
     return next((layout for layout in layouts if layout.is_root(tree, place, loose)), None)
 
 
-def _set_above(folder: Path) -> Iterator[Listing]:
-    """The set that a folder is a part of, if there is one near above it."""
+def _sets_above(folder: Path) -> Iterator[Listing]:
+    """The sets near above a folder, of which it may be a part."""
     for above in folder.parents[:_ABOVE]:
         tree = Tree(above)
         try:
@@ -163,7 +162,6 @@ def _set_above(folder: Path) -> Iterator[Listing]:
             listing = Listing(layout.name, above, tree, unlabelled=True, loose=True)
             layout.read(listing)
             yield listing
-            return
 
 
 def _whatever_is_said(
