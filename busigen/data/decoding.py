@@ -56,6 +56,7 @@ class Decoded:
         image: Its pixels, upright.
         white_is_zero: Its 16-bit levels count from white.
         deep_colour: It has colour channels of 16 bits, of which ``image`` holds the upper 8.
+        lossy: Its levels are near those that were saved, as JPEG leaves them.
         turned: It was stored turned or mirrored, and its EXIF orientation said so.
     """
 
@@ -63,6 +64,7 @@ class Decoded:
     image: Image.Image
     white_is_zero: bool
     deep_colour: bool
+    lossy: bool
     turned: bool
 
     @property
@@ -157,6 +159,7 @@ def decode(path: Path, data: bytes | None = None) -> Decoded:
         image=upright,
         white_is_zero=white_is_zero,
         deep_colour=deep and image.mode in _COLOUR_MODES,
+        lossy=image.format in ("JPEG", "MPO"),
         turned=turned or stored in range(2, 9),
     )
 
@@ -166,7 +169,7 @@ def full_scale(peak: int) -> int:
     return next(full for full in FULL if peak <= full)
 
 
-def to_eight_bits(levels: NDArray[np.uint16]) -> NDArray[np.uint8]:
+def to_eight_bits(levels: NDArray[np.uint8 | np.uint16]) -> NDArray[np.uint8]:
     """Scale 16-bit levels to 8 bits. Taking the full range would turn 10 or 12 significant bits almost black."""
     table = np.round(np.arange(FULL[-1] + 1) * (255.0 / full_scale(int(levels.max())))).astype(np.uint8)
     return looked_up(table, levels)

@@ -99,7 +99,7 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
             if full != FULL[-1]:
                 notes.append(f"read as grey of {full.bit_length()} bits, stored in 16")
         elif decoded.grey:
-            pixels = decoded.levels()
+            pixels = decoded.levels().astype(np.uint8, copy=False)
         else:
             pixels, coloured = _from_colour(decoded)
         return ImageFile(

@@ -224,11 +224,15 @@ def _tabulate(
     patients = [None if row["patient"] is None else str(row["patient"]) for row in rows]
     known = [earlier.get(str(row["sha256"])) for row in rows]
 
+    aspects = [float(str(row["width"])) / float(str(row["height"])) for row in rows]
+
     def regroup(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return near_duplicate_groups(thumbnails[indices], [patients[index] for index in indices])
+        return near_duplicate_groups(
+            thumbnails[indices], [patients[index] for index in indices], [aspects[index] for index in indices]
+        )
 
     splits, groups = assign_splits([str(row["id"]) for row in rows], patients, known, regroup, seed=seed)
-    conflicts = class_conflicts(thumbnails, [str(row["class"]) for row in rows])
+    conflicts = class_conflicts(thumbnails, [str(row["class"]) for row in rows], aspects)
     complete = [
         {**row, "group": int(group), "split": split, "class_conflict": bool(conflict)}
         for row, group, split, conflict in zip(rows, groups, splits, conflicts, strict=True)

@@ -52,6 +52,19 @@ def test_pairs_have_classes_from_folders_or_a_table(tmp_path: Path, labels: bool
     assert (listing.records[0].patient == "clinic/p0") == labels
 
 
+def test_a_table_that_says_two_things_of_an_image_is_refused(tmp_path: Path) -> None:
+    folder = draw_pairs(tmp_path / "clinic", labels=True)
+    lines = (folder / "labels.csv").read_text().splitlines()
+    again = [lines[1], "images/scan1.png,malignant,p9,4", "scan2,benign,p1,4"]
+    (folder / "labels.csv").write_text("\n".join([*lines, *again]))
+    listing = read_source(folder)
+    problems = {refusal.file: refusal.problem for refusal in listing.refused}
+    assert sorted(problems) == ["clinic/images/scan1.png", "clinic/images/scan2.png"]
+    assert "patient is 'p0' and 'p9'" in problems["clinic/images/scan1.png"]
+    assert "class is 'normal' and 'benign'" in problems["clinic/images/scan2.png"]
+    assert len(listing.records) == 4, "the same row twice says nothing new"
+
+
 def test_a_pair_without_a_class_is_named_with_the_remedy(tmp_path: Path) -> None:
     folder = draw_pairs(tmp_path / "clinic")
     shutil.move(folder / "images" / "benign" / "scan0.png", folder / "images" / "scan0.png")

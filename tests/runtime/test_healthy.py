@@ -69,6 +69,26 @@ def test_a_whole_folder_of_normals_is_read_without_a_complaint(
     assert not caplog.records
 
 
+def test_images_stored_turned_are_painted_upright_and_drawings_are_left_out(
+    normal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sorted(normal.glob("normal (?).png"))[2]
+    with Image.open(path) as image:
+        upright = image.convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    drawing = Image.new("L", (300, 200))
+    drawing.paste(255, (80, 60, 220, 140))
+    drawing.save(normal / "drawing.png")
+    folder = HealthyFolder(normal)
+    number = next(n for n, (_, used) in enumerate(folder.items) if used == path)
+    picked = folder.pick((number + 0.5) / len(folder))
+    np.testing.assert_array_equal(picked.pixels, letterbox(np.asarray(upright))[0])
+    assert folder.left_out == {"background of two grey levels": 1}
+    assert f"1 turned upright, as its EXIF orientation says: {path.name}" in caplog.messages
+
+
 def test_every_image_can_be_picked_and_is_letterboxed(normal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = HealthyFolder(normal)
     count = len(folder)

@@ -244,7 +244,8 @@ class _Stack:
 
     def finish(self, name: str, layout: str, refused: Sequence[Refusal]) -> ImageSet:
         count = len(self.rows)
-        groups = near_duplicate_groups(np.stack(self.thumbnails), self.patients)
+        aspects = [float(str(row["width"])) / float(str(row["height"])) for row in self.rows]
+        groups = near_duplicate_groups(np.stack(self.thumbnails), self.patients, aspects)
         rows = [{**row, "group": int(group)} for row, group in zip(self.rows, groups, strict=True)]
         return ImageSet(
             name=name,
