@@ -71,16 +71,19 @@ def _read(halves: Halves, stem: Callable[[Path], str], listing: Listing) -> None
     """List every image with its masks; those without a known class are refused, unless they may be."""
     labels = _labels(listing)
     used: set[str] = set()
+    stems: set[str] = set()
     for images, masks in halves(listing.tree.at(listing.folder), listing.loose):
         found = images_below(listing.tree, images)
         files = MaskFiles(stem)
         files.add_images(found, images)
         for folder in masks:
             files.add_masks(masks_below(listing.tree, folder), folder)
+        stems.update(name_key(image.stem) for image in found)
         used |= _list(listing, images, found, files, labels)
         _tell_of_masks(listing, files)
-    if unused := [row["file"] or "" for key, row in labels.items() if key not in used]:
-        listing.notes.append(counted(f"rows of {_TABLE} without an image, or with several of that name", unused))
+    for several, what in ((False, "have no image"), (True, "name several images, and are used for none")):
+        if rows := [row["file"] or "" for key, row in labels.items() if key not in used and (key in stems) is several]:
+            listing.notes.append(counted(f"rows of {_TABLE} {what}", rows))
 
 
 def _list(

@@ -112,9 +112,9 @@ def prepare(
         notes = [note for listing in listings for note in listing.notes]
         samples = _samples(listings, refused, notes, mask_values, strict=strict, progress=progress)
         rows, thumbnails = _write_arrays(samples, out, refused)
-        table, kept = _tabulate(rows, thumbnails, earlier, seed)
+        table, kept, parted = _tabulate(rows, thumbnails, earlier, seed)
         table.write_parquet(_partial(out, schema.TABLE))
-        notes.extend(_table_notes(table))
+        notes.extend(_table_notes(table, parted))
         report = _report(out, table, kept, refused, notes, time.perf_counter() - start)
         _publish(out, report, seed)
     return report
@@ -208,8 +208,10 @@ def _samples(
     notes.extend(counted(note, files) for note, files in readings.items())
 
 
-def _table_notes(table: pl.DataFrame) -> Iterator[str]:
-    """What a person should know of the table: categories that nothing is learnt from."""
+def _table_notes(table: pl.DataFrame, parted: Sequence[str]) -> Iterator[str]:
+    """What a person should know of the table: images that lost their split, and what nothing is learnt from."""
+    if parted:
+        yield counted("of the earlier run left out of every split, for they link two", parted)
     other = table.filter(pl.col("birads").is_not_null() & ~pl.col("birads").is_in(BIRADS))
     if other.height:
         kinds = Counter(other["birads"].to_list())
@@ -219,8 +221,8 @@ def _table_notes(table: pl.DataFrame) -> Iterator[str]:
 
 def _tabulate(
     rows: Sequence[dict[str, object]], thumbnails: NDArray[np.float32], earlier: dict[str, str], seed: int
-) -> tuple[pl.DataFrame, int]:
-    """The table with groups, splits and conflicts, and how many images kept an earlier split."""
+) -> tuple[pl.DataFrame, int, list[str]]:
+    """The table with groups, splits and conflicts, how many images kept an earlier split, and the ids of others."""
     patients = [None if row["patient"] is None else str(row["patient"]) for row in rows]
     known = [earlier.get(str(row["sha256"])) for row in rows]
 
@@ -238,7 +240,9 @@ def _tabulate(
         for row, group, split, conflict in zip(rows, groups, splits, conflicts, strict=True)
     ]
     kept = sum(before == after for before, after in zip(known, splits, strict=True))
-    return pl.DataFrame(complete, schema=schema.COLUMNS), kept
+    table = pl.DataFrame(complete, schema=schema.COLUMNS)
+    parted = [id_ for id_, before, after in zip(table["id"], known, splits, strict=True) if before not in (None, after)]
+    return table, kept, parted
 
 
 def _report(

@@ -19,7 +19,7 @@ from busigen.data.geometry import Mask
 from busigen.data.images import has_two_levels, read_image, read_mask
 from busigen.data.letterbox import Letterbox, fit, letterbox
 from busigen.data.masks import mask_of
-from busigen.data.records import Listing, Record, counted, named
+from busigen.data.records import Listing, Record, counted
 from busigen.data.sources import read_images
 from busigen.errors import InputError, IntegrityError
 from busigen.registry import CLASSES, LESION_CLASSES, RESOLUTION, SYNTHETIC
@@ -35,7 +35,6 @@ CACHED_IMAGES = 512
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in its mask file"
 _LESION_SAID = "that its set or its name calls one of a lesion"
-_TWO_LEVELS = "of two grey levels, as masks are"
 _DOUBTFUL = "whose mask or class nobody can tell"
 _UNREADABLE = "unreadable"
 _REPEATED = "the same file again"
@@ -162,11 +161,10 @@ class HealthyFolder:
                     if reason is None:
                         image = read_image(path)
                         pixels, box = letterbox(image.pixels)
-                        if has_two_levels(pixels[box.valid]):
-                            masks.append(path)
-                            reason = _TWO_LEVELS
-                        elif reason := gates.background_reason(pixels, box.valid):
+                        reason = gates.background_reason(pixels, box.valid)
+                        if reason is not None:
                             problems.append(f"{path.name}: {reason}.")
+                            masks.extend([path] if has_two_levels(pixels[box.valid]) else [])
                         elif found.setdefault(image.sha256, path) != path:
                             reason = _REPEATED
                         else:
@@ -197,12 +195,11 @@ class HealthyFolder:
 
     def _leave_out_marked(self, found: dict[str, Path], masks: list[Path], problems: list[str]) -> None:
         """Take out the images that pictures of two grey levels are named like: these are their masks."""
-        problems.append(f"{named(path.name for path in masks)}: {_TWO_LEVELS}.")
         marked = mask_of(masks, list(found.values()))
         for sha256, path in list(found.items()):
             if path in marked:
                 del found[sha256]
-                problems.append(f"{path.name}: {marked[path].name} looks like a mask of it.")
+                problems.append(f"{path.name}: {marked[path].name} is named like a mask of it, and looks like one.")
                 self.left_out[_LESION_MASK] += 1
 
     def _tell_of_trust(self, listing: Listing, used: set[Path]) -> None:

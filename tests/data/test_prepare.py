@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
-from busigen.data.schema import COLUMNS
+from busigen.data.schema import COLUMNS, file_sha256, split_hash
 from busigen.errors import InputError, OutputError
 from tests.conftest import Sources
 from tests.drawn import draw_pairs
@@ -113,6 +113,10 @@ def _inverted(mask: np.ndarray) -> np.ndarray:
     return np.where(large, 0, 255).astype(np.uint8)
 
 
+def _blob(grey: np.ndarray) -> np.ndarray:
+    return 255 - _inverted(grey)
+
+
 def _as_mask(path: Path) -> None:
     shutil.copy(path.with_name(path.name.replace("_mask", "")), path)
 
@@ -135,7 +139,7 @@ DAMAGES = {
     "flat image": ("benign (8).png", lambda path: _change(path, lambda grey: grey * 0 + 90), "flat"),
     "mask as its image": (
         "benign (8).png",
-        lambda path: _change(path, lambda grey: 255 - _inverted(grey)),
+        lambda path: _change(path, _blob),
         "of two grey levels",
     ),
     "mask of another size": ("benign (8)_mask.png", lambda path: Image.new("L", (99, 77)).save(path), "99x77"),
@@ -165,10 +169,11 @@ def test_what_is_read_otherwise_than_stored_is_counted_and_named(busi: Path, tmp
             turned = image.convert("L").transpose(Image.Transpose.ROTATE_180)
         turned.save(path, exif=exif)
     report = prepare([busi], tmp_path / "out")
-    (note,) = report.notes
+    joined, note = report.notes
+    assert joined == "1 with several masks, which are joined: BUSI/benign/benign (1).png"
     assert note.startswith("2 turned upright")
     assert note.endswith("BUSI/benign/benign (8).png, BUSI/benign/benign (9).png")
-    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["notes"] == [note]
+    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["notes"] == [joined, note]
     prepared = Prepared.open(tmp_path / "out")
     row = prepared.table.filter(pl.col("id") == "busi/benign (8)")["row"].item()
     lesion, image = prepared.masks[row] > 0, prepared.images[row]
@@ -297,6 +302,34 @@ def test_adding_images_moves_nobody(busi: Path, drawn_busi: Path, tmp_path: Path
     assert second.kept_splits == first.images + 1, "malignant 1 is benign 3 byte for byte, so it is known too"
     assert all(after[name] == split for name, split in before.items())
     assert table.filter(pl.col("split") != "excluded").group_by("group").n_unique()["split"].max() == 1
+
+
+def test_an_image_that_turns_out_to_be_a_copy_of_another_splits_is_excluded_and_named(tmp_path: Path) -> None:
+    """As a folder that was prepared before copies were looked for holds them."""
+    folder = draw_pairs(tmp_path / "clinic", count=12)
+    out = prepare([folder], tmp_path / "out").out
+    splits = dict(Prepared.open(out).table.select("id", "split").iter_rows())
+    test, train = (next(name for name, split in splits.items() if split == kind) for kind in ("test", "train"))
+    image = folder / "images" / f"{train.partition('/')[2]}.png"
+    with Image.open(folder / "images" / f"{test.partition('/')[2]}.png") as original:
+        mirrored = original.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    mirrored.save(image)
+    _claim_split(out, image, train)
+    report = prepare([folder], out)
+    assert report.by_split["excluded"] == 1
+    assert report.notes == (f"1 of the earlier run left out of every split, for they link two: {train}",)
+
+
+def _claim_split(out: Path, image: Path, name: str) -> None:
+    """Let a prepared folder say that this file is the image of that name."""
+    table = pl.read_parquet(out / "table.parquet")
+    digest = pl.lit(file_sha256(image))
+    table = table.with_columns(sha256=pl.when(pl.col("id") == name).then(digest).otherwise("sha256"))
+    table.write_parquet(out / "table.parquet")
+    info = json.loads((out / "prepared.json").read_text())
+    info["split_hash"] = split_hash(table["sha256"], table["split"])
+    info["files"]["table.parquet"] = file_sha256(out / "table.parquet")
+    (out / "prepared.json").write_text(json.dumps(info))
 
 
 def test_file_names_that_are_no_text_do_no_harm(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_row_of_a_bare_name_is_of_none_of_two_images(tmp_path: Path) -> None:
     (folder / "labels.csv").write_text("file,class\n2.png,malignant\na/2.png,benign\n")
     listing = read_source(folder)
     assert [(record.id, record.image_class) for record in listing.records] == [("set/a/2", "benign")]
-    assert listing.notes == ["1 rows of labels.csv without an image, or with several of that name: 2.png"]
+    assert listing.notes == ["1 rows of labels.csv name several images, and are used for none: 2.png"]
 
 
 def test_other_versions_of_a_mask_are_passed_over_with_a_word(tmp_path: Path) -> None:

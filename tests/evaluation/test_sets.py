@@ -77,14 +77,16 @@ def test_the_audit_names_what_prepare_names(drawn_busi: Path, tmp_path: Path) ->
     exif = Image.Exif()
     exif[0x0112] = 3
     turned.save(folder / "benign" / "benign (8).png", exif=exif)
-    Image.new("L", turned.size).save(folder / "benign" / "benign (9).png")
+    with Image.open(folder / "benign" / "benign (9).png") as image:
+        black = Image.new("L", image.size)
+    black.save(folder / "benign" / "benign (9).png")
     shutil.copy(folder / "benign" / "benign (10).png", folder / "benign" / "benign (10)_mask.png")
     found = read_set(folder)
     report = prepare([folder], tmp_path / "out")
     assert sorted(found.refused, key=str) == sorted(report.refused, key=str)
     assert [refusal.file[-14:] for refusal in found.refused] == ["benign (9).png", "enign (10).png"]
     assert found.notes == report.notes
-    assert found.notes[0].startswith("1 turned upright")
+    assert found.notes[-1].startswith("1 turned upright")
 
 
 def test_an_archive_is_read_upright_and_without_pictures_for_masks(tmp_path: Path) -> None:

@@ -402,7 +402,7 @@ def test_masks_are_no_healthy_images(
     lesion(normal, "../spare.png", f"some drawing.{ending}")
     folder = HealthyFolder(normal)
     assert folder.fingerprint() == sound.fingerprint()
-    assert folder.left_out == {"of two grey levels, as masks are": 1}
+    assert folder.left_out.total() == 1
     assert f"some drawing.{ending}" in caplog.text
 
 
