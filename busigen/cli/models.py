@@ -71,7 +71,7 @@ def prepare(
     stdout.print(f"  split hash: {result.split_hash}")
     for note in result.notes:
         stdout.print(f"  note: {note}")
-    stdout.print(f"  refused: {len(result.refused)}")
+    stdout.print(f"  refused: {sum(refusal.count for refusal in result.refused)}")
     for refusal in result.refused[:SHOWN_PROBLEMS]:
         stdout.print(f"    {refusal.file}: {refusal.problem} {refusal.fix}")
     if len(result.refused) > SHOWN_PROBLEMS:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +14,6 @@ from numpy.typing import NDArray
 from busigen.data.decoding import FULL, Decoded, decode, full_scale, on_black, read_bytes, to_eight_bits
 from busigen.data.lesion_pixels import lesion_pixels
 from busigen.errors import InputError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""File name endings, lower case, that count as an image."""
 
 COLOUR_STEP = 12
 """Grey levels between the channels of one pixel above which it is coloured; JPEG chroma noise stays below."""
@@ -40,14 +35,9 @@ into: all of BUSI's and BUS-BRA's 1,750 images lie within 13 to 187, and above 1
 TURNED = "turned upright, as its EXIF orientation says"
 WHITE_IS_ZERO = "read with 0 as white, as its TIFF header says"
 
-MASK_FOLDERS = frozenset({"masks", "mask"})
-"""Folder names, lower case, whose content is never listed as images."""
-
-_MASK_NAME = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
 _LEVEL_WIDTH = 9
 _TWO_LEVELS_SHARE = 0.95
 """Share of pixels in two windows of grey levels; at most 0.73 in BUSI and BUS-BRA. Edges of masks are the rest."""
-_DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
@@ -181,14 +171,23 @@ def picture_fault(frame: NDArray[np.uint8], valid: NDArray[np.bool_] | None = No
         return "too dark or too bright"
     if float(inside.std()) < BACKGROUND_DEVIATION:
         return "flat"
-    shares = np.bincount(inside.ravel(), minlength=256) / inside.size
-    two = 0.0
+    return "of two grey levels" if has_two_levels(inside) else None
+
+
+def has_two_levels(pixels: NDArray[np.uint8]) -> bool:
+    """Whether an image shows two grey levels but for a few pixels, as masks do and no ultrasound image.
+
+    Args:
+        pixels: Grey levels, ``uint8`` of any shape.
+    """
+    shares = np.bincount(pixels.ravel(), minlength=256) / pixels.size
+    found: list[float] = []
     for _ in range(2):
         windows = np.convolve(shares, np.ones(_LEVEL_WIDTH), "valid")
         start = int(windows.argmax())
-        two += float(windows[start])
+        found.append(float(windows[start]))
         shares[start : start + _LEVEL_WIDTH] = 0.0
-    return "of two grey levels" if two > _TWO_LEVELS_SHARE else None
+    return min(found) > 0 and sum(found) > _TWO_LEVELS_SHARE
 
 
 def refuse_fault(name: str, frame: NDArray[np.uint8], valid: NDArray[np.bool_]) -> None:
@@ -204,61 +203,6 @@ def refuse_fault(name: str, frame: NDArray[np.uint8], valid: NDArray[np.bool_]) 
             f"{inside.mean():.0f}).",
             fix="Export it again with its whole range of grey, or remove it.",
         )
-
-
-def find_images(folder: Path) -> list[Path]:
-    """List the images below a folder in natural order, without masks, hidden files or links that leave the folder.
-
-    Args:
-        folder: Where to look, at any depth.
-
-    Returns:
-        Paths that begin with ``folder``.
-
-    Raises:
-        InputError: The folder does not exist or cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
-    inside = folder.resolve()
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if not _hidden(name) and name.lower() not in MASK_FOLDERS]
-        candidates = (Path(parent, name) for name in names if is_image_name(name))
-        found.extend(path for path in candidates if path.resolve().is_relative_to(inside))
-    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def masks_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The mask files that lie directly in a folder, by their image's stem, lower case: ``X_mask_1.png`` is ``x``'s."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        name = _MASK_NAME.search(path.stem)
-        if name and path.suffix.lower() in SUFFIXES and not _hidden(path.name):
-            found.setdefault(path.stem[: name.start()].lower(), []).append(path)
-    return found
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name is that of an image rather than a mask, a hidden file or anything else."""
-    path = Path(name)
-    return not _hidden(name) and path.suffix.lower() in SUFFIXES and not _MASK_NAME.search(path.stem)
-
-
-def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which ``benign (2)`` comes before ``benign (10)``."""
-    parts = _DIGITS.split(text.casefold())
-    keyed = tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part)
-    return (*keyed, (2, 0, text))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be read: {error.strerror}.", fix="Check the folder's permissions.")
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def prepare(
     start = time.perf_counter()
     out = Path(out)
     earlier = _earlier_splits(out, seed)
-    listings = _list_all(sources)
+    listings = _list_all(sources, out)
     refused = [refusal for listing in listings for refusal in listing.refused]
     if strict and refused:
         raise refused[0].to_error()
@@ -120,10 +120,10 @@ def prepare(
     return report
 
 
-def _list_all(sources: Sequence[Path]) -> list[Listing]:
+def _list_all(sources: Sequence[Path], out: Path) -> list[Listing]:
     if not sources:
         raise InputError("No source folder was given.", fix="Name at least one folder of images and masks.")
-    listings = [read_source(Path(source)) for source in sources]
+    listings = [read_source(Path(source), skip=out) for source in sources]
     seen: dict[str, Path] = {}
     for listing in listings:
         for record in listing.records:

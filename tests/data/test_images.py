@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from busigen.data import decoding
-from busigen.data.images import TURNED, WHITE_IS_ZERO, find_images, read_image, read_mask
+from busigen.data.images import TURNED, WHITE_IS_ZERO, read_image, read_mask
 from busigen.errors import InputError
 from tests.conftest import Sources
 
@@ -360,21 +360,3 @@ def test_a_mask_of_another_size_names_both_sizes(tmp_path: Path) -> None:
     path = _save(tmp_path / "a_mask.png", Image.fromarray(_DISC))
     with pytest.raises(InputError, match=r"a_mask\.png.*64x48.*100x80"):
         read_mask(path, (100, 80))
-
-
-def test_images_are_found_in_natural_order_without_masks(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "set", tmp_path / "elsewhere"
-    for folder in (inside / "b", inside / "Masks", outside):
-        folder.mkdir(parents=True)
-    names = ["scan (10).png", "scan (2).png", "scan (2)_mask.png", "scan (2)_mask_1.png", ".scan (3).png", "b/x.JPG"]
-    for name in [*names, "Masks/scan (2).png", "notes.txt", "../elsewhere/secret.png"]:
-        (inside / name).write_bytes(b"-")
-    (inside / "leaving.png").symlink_to(outside / "secret.png")
-    (inside / "away").symlink_to(outside)
-    found = [path.relative_to(inside).as_posix() for path in find_images(inside)]
-    assert found == ["b/x.JPG", "scan (2).png", "scan (10).png"]
-
-
-def test_a_set_holds_as_many_images_as_its_list(any_busi: Path) -> None:
-    listed = (any_busi / "groups.csv").read_text().splitlines()[1:]
-    assert len(find_images(any_busi)) == len(listed)

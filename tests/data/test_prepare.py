@@ -169,10 +169,11 @@ def test_what_is_read_otherwise_than_stored_is_counted_and_named(busi: Path, tmp
             turned = image.convert("L").transpose(Image.Transpose.ROTATE_180)
         turned.save(path, exif=exif)
     report = prepare([busi], tmp_path / "out")
-    (note,) = report.notes
+    joined, note = report.notes
+    assert joined == "1 with several masks, which are joined: BUSI/benign/benign (1).png"
     assert note.startswith("2 turned upright")
     assert note.endswith("BUSI/benign/benign (8).png, BUSI/benign/benign (9).png")
-    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["notes"] == [note]
+    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["notes"] == [joined, note]
     prepared = Prepared.open(tmp_path / "out")
     row = prepared.table.filter(pl.col("id") == "busi/benign (8)")["row"].item()
     lesion, image = prepared.masks[row] > 0, prepared.images[row]

@@ -86,7 +86,7 @@ def test_the_audit_names_what_prepare_names(drawn_busi: Path, tmp_path: Path) ->
     assert sorted(found.refused, key=str) == sorted(report.refused, key=str)
     assert [refusal.file[-14:] for refusal in found.refused] == ["benign (9).png", "enign (10).png"]
     assert found.notes == report.notes
-    assert found.notes[0].startswith("1 turned upright")
+    assert found.notes[-1].startswith("1 turned upright")
 
 
 def test_an_archive_is_read_upright_and_without_pictures_for_masks(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_what_is_no_set_is_refused_with_the_layouts_that_are(tmp_path: Path, kin
 def test_half_of_a_folder_of_pairs_is_told_what_it_lacks(tmp_path: Path, there: str, lacking: str) -> None:
     folder = draw_pairs(tmp_path / "set", count=3)
     shutil.rmtree(folder / lacking)
-    with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/\."):
+    with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/;"):
         read_set(folder)
 
 

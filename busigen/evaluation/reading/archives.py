@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.images import SUFFIXES, ImageFile, read_image, read_mask
+from busigen.data.files import SUFFIXES
+from busigen.data.images import ImageFile, read_image, read_mask
 from busigen.data.records import UNKNOWN_CLASS, Refusal
 from busigen.errors import InputError
 from busigen.evaluation.reading.items import Item

@@ -18,7 +18,7 @@ from busigen.data.images import ImageFile, read_image, read_mask
 from busigen.data.letterbox import Letterbox
 from busigen.data.prepared import Prepared
 from busigen.data.records import Listing, Record, Refusal, counted
-from busigen.data.sources import LAYOUTS, read_source
+from busigen.data.sources import UnknownLayoutError, read_source
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet
 from busigen.evaluation.reading.archives import list_archives
@@ -177,16 +177,11 @@ def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, li
         return SHARDS_LAYOUT, list_archives(archives, refused, notes)
     try:
         listing = read_source(path, unlabelled=True)
-    except InputError as error:
-        layouts = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
-        if not any(layout.find(path) for layout in LAYOUTS):
-            halves = {"images": "masks", "masks": "images"}
-            lacks = [lack for have, lack in halves.items() if (path / have).is_dir() and not (path / lack).is_dir()]
-            raise InputError(
-                f"{path} has none of the layouts that are read{''.join(f': it lacks {lack}/' for lack in lacks)}.",
-                fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or one of these. {layouts}.",
-            ) from error
-        raise
+    except UnknownLayoutError as error:
+        raise InputError(
+            error.problem,
+            fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or a set. {error.fix}",
+        ) from error
     refused.extend(listing.refused)
     notes.extend(listing.notes)
     return listing.layout, [_item(listing, record) for record in listing.records]
