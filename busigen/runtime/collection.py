@@ -18,8 +18,7 @@ import polars as pl
 from busigen.errors import UsageError
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
 from busigen.runtime.card import LICENCE, privacy
-from busigen.runtime.dataset import Dataset
-from busigen.runtime.jsonfile import read_json
+from busigen.runtime.dataset import Dataset, link_refused, read_object
 from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, key_of
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.wording import counted
@@ -40,8 +39,18 @@ def part_name(number: int) -> str:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The parts' folders, in order; empty where the folder is no collection, whatever else it is."""
-    places = [path for path in (folder / PARTS_FOLDER).glob("*") if path.is_dir() and path.name.isdecimal()]
+    """The parts' folders, in order; empty where the folder is no collection, whatever else it is.
+
+    Raises:
+        InputError: one is a link, or the collection is newer than this busigen.
+    """
+    parts = folder / PARTS_FOLDER
+    places = [path for path in parts.glob("*") if path.is_dir() and path.name.isdecimal()]
+    for path in (parts, *places) if places else ():
+        if path.is_symlink():
+            raise link_refused(path)
+    if places:
+        read_object(folder / DATASET_FILE)  # For its schema alone.
     return sorted(places, key=lambda path: int(path.name))
 
 
@@ -125,9 +134,9 @@ def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[So
 def recorded_sources(folder: Path) -> list[Sources] | None:
     """Where each part came from, by the collection's ``dataset.json``; None where that cannot be read."""
     try:
-        parts = read_json(folder / DATASET_FILE)["parts"]
+        parts = (read_object(folder / DATASET_FILE) or {})["parts"]
         found = [list(part["sources"]) for part in parts]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     return found if len(found) == len(parts_of(folder)) else None
 

@@ -14,13 +14,13 @@ import polars as pl
 from busigen.errors import IntegrityError, UsageError
 from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
 from busigen.runtime.claim import differences
-from busigen.runtime.dataset import Member, plan_of, read_members
+from busigen.runtime.dataset import Member, link_refused, links, plan_of, read_members, read_object
 from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, ROW_SUFFIX, RUN_FILE, Plan, key_of, shard_path
 from busigen.runtime.options import as_typed
 from busigen.runtime.replay import told
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.tables import find_rows
-from busigen.runtime.verify import read_object, read_run
+from busigen.runtime.verify import read_run
 
 REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
 
@@ -82,10 +82,12 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     """Gather what a dataset, whole or damaged, holds of a sample.
 
     Raises:
-        InputError: ``folder`` is no dataset.
+        InputError: ``folder`` is no dataset, or has links.
         UsageError: the key is none of the dataset's.
         IntegrityError: nothing is left of the sample.
     """
+    if linked := links(folder):
+        raise link_refused(linked[0])
     run = read_run(folder)
     plan = plan_of(run, folder / RUN_FILE)
     if not isinstance(run.get("fingerprint"), dict) or not isinstance(run.get("versions", {}), dict):

@@ -20,7 +20,8 @@ from busigen.runtime.collection import (
 )
 from busigen.runtime.dataset import Dataset
 from busigen.runtime.jsonfile import read_json
-from busigen.runtime.layout import DATASET_FILE, LOCK_FILE, MANIFEST_FILE, TEMPORARY_PREFIX
+from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, is_temporary
+from busigen.runtime.lock import is_lock
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.tables import read_table
 from busigen.runtime.verify_shard import REPAIR, Problem
@@ -86,6 +87,6 @@ def _check_manifest(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]
 
 def _strangers(folder: Path) -> Iterator[Problem]:
     for path in sorted(folder.iterdir()):
-        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or path.name.startswith((LOCK_FILE, TEMPORARY_PREFIX))
+        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name)
         if not known:
             yield Problem(path.name, "is no part of the dataset.", "Delete it, or move it out of the dataset.")
