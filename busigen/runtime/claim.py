@@ -72,7 +72,7 @@ def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iter
     """
     with output_errors(out):
         # Before anything is made or removed: the folder may be somebody else's.
-        _standing(out, run)
+        standing_run(out)
         read_object(out / DATASET_FILE)  # For its schema alone: what is newer is not made again.
         (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
         lock = joined(out, part.numbers) if part else exclusive(out)
@@ -80,7 +80,9 @@ def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iter
     try:
         with output_errors(out), turn(out) if part else nullcontext():
             # Again: another run may have begun here before the lock was held.
-            standing = _standing(out, run)
+            standing = standing_run(out)
+            if standing is not None:
+                refuse_other(out, standing, run)
             # A temporary file may be that of another task, as long as there is one.
             if part is None or len(living(out)) == 1:
                 for path in leftovers(out) + leftovers(out / SHARD_FOLDER):
@@ -105,14 +107,6 @@ def standing_run(out: Path) -> dict[str, Any] | None:
     with output_errors(out):
         _refuse_foreign_folder(out)
         return read_run_file(out / RUN_FILE)
-
-
-def _standing(out: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The run record in a folder that is this run's; None where none is."""
-    standing = standing_run(out)
-    if standing is not None:
-        refuse_other(out, standing, run)
-    return standing
 
 
 def refuse_other_run(

@@ -164,9 +164,8 @@ def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyR
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
             # Those that are there: how many there should be is a claim, which may be a billion.
-            numbers = [
-                number for number in recorded_shards(folder) if number in plan.numbers and SHARD_FOLDER not in linked
-            ]
+            there = [] if SHARD_FOLDER in linked else recorded_shards(folder)
+            numbers = [number for number in there if number in plan.numbers]
             shards = list(pool.map(check, numbers))
     finally:
         progress.stop()
