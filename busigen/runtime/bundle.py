@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +41,15 @@ _LARGEST = {"latent_channels": 256, "code_length": 4096, "patch": RESOLUTION}
 """Sizes that a bundle may ask noise and inputs of: a damaged record is not to ask for all memory."""
 
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
+
+
+_CHAIN = ("split_hash", "checkpoint")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def unproven(record: Mapping[str, Any]) -> list[str]:
+    """Links of the chain of fingerprints that a ``bundle.json``, or a run's fingerprint, has no sha256 of."""
+    return [name for name in _CHAIN if not _SHA256.fullmatch(str(record.get(name)))]
 
 
 def graph_names() -> tuple[str, ...]:

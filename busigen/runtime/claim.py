@@ -17,6 +17,7 @@ import busigen
 from busigen.errors import OutputError
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import leftovers, output_errors, write_json
+from busigen.runtime.bundle import unproven
 from busigen.runtime.dataset import link_refused, links, read_object, refuse_newer
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER, Plan, is_temporary
@@ -26,19 +27,23 @@ from busigen.runtime.sample import Source
 from busigen.runtime.wording import counted
 
 _SHOWN = 3
-_TOLD = {"options": None, "versions": None, "sources": None}
+_TOLD = {"options": None, "versions": None, "sources": None, "unproven": None}
 _RECORDED = {"busigen", "config", "fingerprint"}
 """Fields that every run record has."""
 
 
 def run_record(source: Source, plan: Plan) -> dict[str, Any]:
     """What ``run.json`` holds: all that decides which samples exist, and the versions that decide their bytes."""
+    fingerprint = source.fingerprint()
+    missing = unproven(fingerprint) if "checkpoint" in fingerprint else []
     record = {
         "schema_version": plan.schema_version,
         "busigen": busigen.__version__,
         "config": plan.config(),
         "columns": {name: kind.__name__ for name, kind in source.row_types().items()},
-        "fingerprint": source.fingerprint(),
+        "fingerprint": fingerprint,
+        # Told, not compared: older records do not say it.
+        **({"unproven": missing} if missing else {}),
         # Told, not compared: a folder may be renamed, and another Pillow may pack the same pixels into other bytes, but
         # they stay the same samples.
         "options": source.options(),

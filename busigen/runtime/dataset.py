@@ -73,6 +73,7 @@ class Dataset:
         path = folder / DATASET_FILE
         if linked := links(folder):
             raise link_refused(linked[0])
+        read_object(folder / RUN_FILE)  # For its schema alone.
         try:
             info = read_json(path, shards=len(recorded_shards(folder)))
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -187,6 +188,18 @@ def links(folder: Path) -> list[Path]:
         return found
     with os.scandir(shards) as entries:
         return found + sorted(shards / entry.name for entry in entries if entry.is_symlink())
+
+
+def refuse_unreadable(folder: Path) -> None:
+    """Refuse a dataset, whole or not, that has links or is newer than this busigen.
+
+    Raises:
+        InputError: it is.
+    """
+    if linked := links(folder):
+        raise link_refused(linked[0])
+    for name in (RUN_FILE, DATASET_FILE):
+        read_object(folder / name)
 
 
 def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenError:

@@ -31,7 +31,7 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.tables import read_table
 
-_TOLD = ("config", "options", "schema_version", "sources", "versions")
+_TOLD = ("config", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
 
 
