@@ -113,7 +113,7 @@ def test_a_merged_dataset_of_the_future_is_read_by_nobody(
     merge(tmp_path / "all", [pristine, tmp_path / "other"])
     of_the_future(tmp_path / "all", "dataset.json")
     before = hashes(tmp_path / "all")
-    with pytest.raises(InputError, match="all/dataset.json has schema version 9"):
+    with pytest.raises(InputError, match=r"all/dataset.json has schema version 9"):
         command(tmp_path / "all")
     assert hashes(tmp_path / "all") == before
 
