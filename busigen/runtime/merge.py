@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import InputError, IntegrityError, UsageError
-from busigen.foreign import ForeignFileError, open_file, refuse_links
+from busigen.foreign import ForeignFileError, open_file
 from busigen.runtime.atomic import atomic_file, atomic_folder, output_errors, sha256_of, sync, write_json
 from busigen.runtime.claim import differences, shown_changes
 from busigen.runtime.collection import (
@@ -80,12 +81,13 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
     datasets = sorted((dataset for dataset, _ in opened), key=lambda one: (one.plan.seed, one.plan.first))
     _refuse_misfits(datasets)
     runs = _runs(datasets)
+    records = {dataset.folder: _records(dataset) for dataset in datasets}
     try:
         with output_errors(out), atomic_folder(out) as place:
             progress.start("merging", sum(dataset.plan.shards for dataset in datasets), unit="shard")
             places = [place] if len(runs) == 1 else [place / part_name(number) for number in range(len(runs))]
             sources = [[source for one in run for source in origin[one.folder]] for run in runs]
-            copied = [_join(*job, progress) for job in zip(runs, places, sources, strict=True)]
+            copied = [_join(*job, records, progress) for job in zip(runs, places, sources, strict=True)]
             if len(runs) > 1:
                 write_collection(place, sources)
     finally:
@@ -136,20 +138,18 @@ def _records(dataset: Dataset) -> list[ShardRecord]:
 
     Raises:
         IntegrityError: they do not.
+        InputError: a file cannot be read.
     """
-    records = []
-    for record in dataset.shards():
-        indices = dataset.plan.indices(record.number)
-        if (record.first, record.count) != (indices.start, len(indices)):
-            raise _damaged(dataset, shard_path(record.number, "json"))
-        records.append(record.counted())
     run = read_object(dataset.folder / RUN_FILE)
     if run is None or differences(run, run_of(dataset.info)):
         raise _damaged(dataset, RUN_FILE)
-    try:
+    with _reading(dataset):
+        records = [record.counted() for record in dataset.shards()]
         manifest = FileRecord.of(dataset.folder, MANIFEST_FILE)
-    except OSError as error:
-        raise _damaged(dataset, MANIFEST_FILE) from error
+    for record in records:
+        indices = dataset.plan.indices(record.number)
+        if (record.first, record.count) != (indices.start, len(indices)):
+            raise _damaged(dataset, shard_path(record.number, "json"))
     changed = differences(dataset.info, dataset_info(run, records, {MANIFEST_FILE: manifest}))
     if changed:
         named = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _, _ in changed))
@@ -160,7 +160,13 @@ def _records(dataset: Dataset) -> list[ShardRecord]:
     return records
 
 
-def _join(run: Sequence[Dataset], target: Path, sources: Sources, progress: Progress) -> bool:
+def _join(
+    run: Sequence[Dataset],
+    target: Path,
+    sources: Sources,
+    recorded: Mapping[Path, Sequence[ShardRecord]],
+    progress: Progress,
+) -> bool:
     """Make one dataset of those that one run would have made; tell whether a file had to be copied.
 
     Shards are theirs, by their hashes. Whatever no hash covers is made anew and not taken over.
@@ -168,7 +174,7 @@ def _join(run: Sequence[Dataset], target: Path, sources: Sources, progress: Prog
     (target / SHARD_FOLDER).mkdir(parents=True)
     records, copied = [], False
     for dataset in run:
-        for record in _records(dataset):
+        for record in recorded[dataset.folder]:
             for file in (record.tar, record.parquet):
                 copied |= _bring(dataset, target, file.file, file.size)
                 if sha256_of(target / file.file) != file.sha256:
@@ -218,29 +224,38 @@ def _bring(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
 
     Raises:
         IntegrityError: it is missing, is no regular file, or is larger.
+        InputError: it cannot be read.
     """
-    source = dataset.folder / name
-    try:
-        refuse_links(source, dataset.folder)
+    source, copied = dataset.folder / name, False
+    with _reading(dataset):
+        # Opened in any case, which refuses what is no file.
+        read = open_file(source, limit=limit, root=dataset.folder)
+    with read:
         try:
             os.link(source, target / name, follow_symlinks=False)
-            copied = False
-        except FileNotFoundError:
-            raise
         except (OSError, NotImplementedError):
             # Another file system, or one without links.
-            with open_file(source, limit=limit, root=dataset.folder) as read, atomic_file(target / name) as file:
+            with atomic_file(target / name) as file:
                 shutil.copyfileobj(read, file)
             copied = True
-    except FileNotFoundError:
-        raise IntegrityError(f"{source} is missing.", fix=_repair(dataset)) from None
-    except ForeignFileError as error:
-        raise IntegrityError(f"{source} {error.strerror}.", fix=_repair(dataset)) from error
     # Of what is there now: whatever was linked is the file itself.
     found = (target / name).lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
         raise _damaged(dataset, name)
     return copied
+
+
+@contextmanager
+def _reading(dataset: Dataset) -> Iterator[None]:
+    """Tell what cannot be read of a dataset as a fault of that dataset, and not of what is written."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{error.filename} is missing.", fix=_repair(dataset)) from error
+    except ForeignFileError as error:
+        raise IntegrityError(f"{error.filename} {error.strerror}.", fix=_repair(dataset)) from error
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
 
 
 def _damaged(dataset: Dataset, name: str) -> IntegrityError:
