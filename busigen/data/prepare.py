@@ -268,7 +268,9 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
         raise OutputError(f"{out} is a file.", fix="Name a folder to write the prepared data into.")
     with _writing(out):
         names = {path.name for path in out.iterdir()}
-        present = {name.removesuffix(schema.PARTIAL) for name in names}
+    if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
+        raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
+    present = {name.removesuffix(schema.PARTIAL) for name in names}
     if schema.INFO not in present or not (out / schema.INFO).is_file():
         # A run that was killed leaves files of ours without the one that is written last.
         # Such as these, none of which is still being written, may be anybody's.

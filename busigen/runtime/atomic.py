@@ -18,7 +18,7 @@ from typing import IO, Any
 import polars as pl
 
 from busigen.errors import OutputError
-from busigen.runtime.layout import OWN_FILE, TEMPORARY_PREFIX, is_temporary, temporary_name
+from busigen.runtime.layout import TEMPORARY_PREFIX, is_temporary, temporary_name
 from busigen.runtime.lock import locked
 
 _AGAIN = "then run the same command again: what is complete is kept."
@@ -106,7 +106,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     # Not the name itself, with which the longest ones would be too long.
     digest = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*-{digest}.lock"):
-        if is_temporary(lock.name, re.compile(f"{digest}.lock")) and stat.S_ISREG(lock.lstat().st_mode):
+        if is_temporary(lock.name, re.compile(rf"{digest}\.lock")) and stat.S_ISREG(lock.lstat().st_mode):
             with locked(lock, out):
                 _remove_folder(lock.with_suffix(""))
     place = parent / temporary_name(digest)
@@ -115,6 +115,8 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         try:
             yield place
             sync(place)
+            with contextlib.suppress(FileNotFoundError):
+                out.rmdir()  # Not every system replaces even an empty one.
             os.replace(place, out)
         except BaseException:
             _remove_folder(place)
@@ -159,15 +161,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def leftovers(folder: Path, names: re.Pattern[str] = OWN_FILE) -> list[Path]:
+def leftovers(folder: Path, *names: re.Pattern[str]) -> list[Path]:
     """Temporary files directly in ``folder`` that a killed process left behind, sorted; none if it does not exist.
 
     Args:
         folder: one of this program's.
-        names: of the files that are written there.
+        names: see :func:`busigen.runtime.layout.is_temporary`.
     """
     found = folder.glob(f"{TEMPORARY_PREFIX}*")
-    return sorted(path for path in found if is_temporary(path.name, names) and stat.S_ISREG(path.lstat().st_mode))
+    return sorted(path for path in found if is_temporary(path.name, *names) and stat.S_ISREG(path.lstat().st_mode))
 
 
 def sync(path: Path) -> None:

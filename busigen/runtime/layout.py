@@ -47,6 +47,8 @@ OWN_FILE = re.compile(
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the names of files that are still being written. No finished dataset holds one."""
 
+_WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
+
 # Older versions gave a number or a token alone.
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:[0-9]+(?:-[0-9a-f]{{8}})?|[0-9a-f]{{8}})-(.+)", re.DOTALL)
 
@@ -74,14 +76,14 @@ def temporary_name(name: str) -> str:
     return f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
-def is_temporary(path: str, names: re.Pattern[str] = OWN_FILE) -> bool:
+def is_temporary(path: str, names: re.Pattern[str] = _WRITTEN) -> bool:
     """Whether a file is of this program's making and was to become another one, by its name.
 
     A name that merely begins like one of these is somebody else's.
 
     Args:
         path: the file's name or path, with forward slashes.
-        names: of the files that are written in such a place.
+        names: of the files that are written in such a place; those of a dataset and its locks unless told otherwise.
     """
     found = _TEMPORARY.fullmatch(path.rpartition("/")[2])
     return found is not None and names.fullmatch(found[1]) is not None

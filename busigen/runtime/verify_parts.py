@@ -18,7 +18,7 @@ from busigen.runtime.collection import (
     part_name,
     recorded_sources,
 )
-from busigen.runtime.dataset import Dataset
+from busigen.runtime.dataset import Dataset, links
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, is_temporary
 from busigen.runtime.lock import is_lock
@@ -29,8 +29,10 @@ from busigen.runtime.verify_shard import REPAIR, Problem
 
 def check_collection(folder: Path) -> list[Problem]:
     """What is wrong with the files beside the parts, whose own content is checked elsewhere."""
-    missing = [name for name in COLLECTION_FILES if not (folder / name).is_file()]
-    found = [Problem(name, "is missing.", REPAIR) for name in missing]
+    linked = [path.name for path in links(folder)]
+    missing = [name for name in COLLECTION_FILES if name in linked or not (folder / name).is_file()]
+    told = {name: "is a link, and links are not followed." if name in linked else "is missing." for name in missing}
+    found = [Problem(name, problem, REPAIR) for name, problem in told.items()]
     try:
         parts = open_parts(folder)
     except BusigenError:

@@ -31,6 +31,5 @@ def disk_size(size: float) -> str:
 
 def unproven_line(missing: Sequence[str]) -> str:
     """What it means that a bundle lacks links of the chain of fingerprints."""
-    return (
-        f"the bundle records no sha256 as {' and '.join(missing)}, so nothing proves what its weights were trained on."
-    )
+    named = " and no valid ".join(missing)
+    return f"the bundle records no valid {named}, so nothing proves what its weights were trained on."

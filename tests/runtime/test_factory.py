@@ -219,7 +219,7 @@ def test_a_bundle_without_its_origin_is_called_unproven(tmp_path: Path) -> None:
         told = explain(out, "0", inputs=NoiseInputs(source=source))
         assert told.error is None and told.history["unproven"] == (missing or [])
         texts = ["\n".join(notes.told), (out / "README.md").read_text(), "\n".join(explained(told))]
-        named = f"records no sha256 as {' and '.join(missing)}, so nothing proves" if missing else "nproven"
+        named = f"records no valid {' and no valid '.join(missing)}, so nothing proves" if missing else "nproven"
         assert [named in text for text in texts] == [bool(missing)] * 3
         # A run that was begun before this was recorded goes on.
         for name in ("run.json", "dataset.json"):

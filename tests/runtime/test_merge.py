@@ -29,7 +29,7 @@ from busigen.runtime.repair import repair
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.verify import verify
 from tests.command import CLI, ROOT, error_line, run
-from tests.hashing import hashes
+from tests.hashing import hash_of, hashes
 from tests.runtime.noise_source import NoiseSource
 from tests.runtime.replaying import NoiseInputs, flip
 
@@ -148,6 +148,19 @@ def test_damage_is_found_and_repaired_in_its_part(parts: Path) -> None:
     mended = repair(parts, inputs=NoiseInputs())
     assert mended.error is None and mended.after.ok
     assert hashes(parts) == sound
+
+
+@pytest.mark.parametrize("name", ["README.md", "manifest.parquet", "dataset.json"])
+def test_a_link_beside_the_parts_is_replaced(parts: Path, tmp_path: Path, name: str) -> None:
+    (parts / name).rename(tmp_path / "away")
+    before = hash_of(tmp_path / "away")
+    (parts / name).symlink_to(tmp_path / "away")
+    assert {(problem.file, problem.problem) for problem in verify(parts).problems} == {
+        (name, "is a link, and links are not followed.")
+    }
+    assert repair(parts, inputs=NoiseInputs()).error is None
+    assert verify(parts).ok and not (parts / name).is_symlink()
+    assert hash_of(tmp_path / "away") == before
 
 
 @pytest.mark.parametrize("name", ["manifest.parquet", "dataset.json"])

@@ -137,7 +137,7 @@ def test_a_run_record_of_another_program_has_its_files_left_alone(
 def test_what_only_looks_like_a_leftover_stays(url: str, there: Path, tmp_path: Path, pristine: Path) -> None:
     write(url, tmp_path)
     (there / "shards/.tmp-draft").write_text("mine")
-    for name in (".tmp-0a1b2c3d-run.json", "shards/.tmp-1-0a1b2c3d-000001.tar"):
+    for name in (".tmp-0a1b2c3d-run.json", ".tmp-1-0a1b2c3d-.lock", "shards/.tmp-1-0a1b2c3d-000001.tar"):
         (there / name).write_text("torn")
     write(url, tmp_path)
     assert hashes(there).keys() - hashes(pristine).keys() == {"shards/.tmp-draft"}

@@ -22,8 +22,6 @@ from busigen.runtime.layout import OWN_FILE, RUN_FILE, SHARD_FOLDER, is_temporar
 from busigen.runtime.lock import exclusive
 from busigen.runtime.remote.lease import MARKS_FILE
 
-_NAMES = re.compile(f"{OWN_FILE.pattern}|{re.escape(MARKS_FILE)}")
-
 
 def default_spools() -> Path:
     """The folder below which spools lie: that of this user's caches, since not every system empties it now and then."""
@@ -59,7 +57,7 @@ def held(spool: Path, address: Address) -> Iterator[None]:
             raise OutputError(error.problem.replace(str(spool), str(address)), fix=error.fix) from None
     try:
         with output_errors(spool):
-            for path in leftovers(spool, _NAMES) + leftovers(spool / SHARD_FOLDER):
+            for path in leftovers(spool) + leftovers(spool / SHARD_FOLDER):
                 path.unlink()
         yield
     finally:
