@@ -82,11 +82,10 @@ def devote(spool: Path, run: Mapping[str, Any]) -> None:
 
 def empty(folder: Path) -> None:
     """Remove a spool's files, or those of its shards; what is none of this program's stays, and its folder with it."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
             if path.name == SHARD_FOLDER and not path.is_symlink():
                 empty(path)
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+                path.rmdir()
             elif OWN_FILE.fullmatch(path.name) or is_temporary(path.name):
                 path.unlink()
