@@ -303,10 +303,14 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
     if not out.is_dir():
         raise OutputError(f"{out} is a file.", fix="Name a folder to write the prepared data into.")
     with _writing(out):
-        present = {path.name.removesuffix(schema.PARTIAL) for path in out.iterdir()}
+        names = {path.name for path in out.iterdir()}
+    if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
+        raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
+    present = {name.removesuffix(schema.PARTIAL) for name in names}
     if schema.INFO not in present or not (out / schema.INFO).is_file():
         # A run that was killed leaves files of ours without the one that is written last.
-        if present - {schema.INFO, schema.TABLE, *schema.ARRAYS.values()}:
+        # Such as these, none of which is still being written, may be anybody's.
+        if present - {schema.INFO, schema.TABLE, *schema.ARRAYS.values()} or (names and not names - present):
             raise OutputError(f"{out} is not empty and holds no prepared data.", fix="Name a new or empty folder.")
         return {}
     try:

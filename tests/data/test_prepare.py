@@ -278,6 +278,19 @@ def test_an_output_that_is_something_else_is_left_alone(drawn_busi: Path, tmp_pa
     assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"]
 
 
+def test_arrays_of_somebody_else_are_left_alone(drawn_busi: Path, tmp_path: Path) -> None:
+    for name in ("images.npy", "masks.npy", "table.parquet"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match="holds no prepared data"):
+        prepare([drawn_busi], tmp_path)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images.npy.partial").symlink_to(tmp_path / "images.npy")
+    with pytest.raises(OutputError, match=r"images\.npy\.partial is a link"):
+        prepare([drawn_busi], tmp_path / "out")
+    assert (tmp_path / "images.npy").read_text() == "mine"
+
+
 def test_the_rest_of_a_killed_run_is_replaced(drawn_busi: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images.npy.partial").write_bytes(b"half")

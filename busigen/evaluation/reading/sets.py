@@ -25,6 +25,7 @@ from busigen.evaluation.reading.archives import list_archives
 from busigen.evaluation.reading.items import Frame, Item, frame
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
 from busigen.runtime.collection import open_parts, parts_of
+from busigen.runtime.dataset import refuse_unreadable
 from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER
 from busigen.runtime.progress import Progress
 
@@ -168,7 +169,10 @@ def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, li
         problem = "is a file, but no .tar" if path.exists() else "does not exist"
         raise InputError(f"{path} {problem}.", fix="Give the folder that holds the images and masks.")
     if any((path / name).is_file() for name in (DATASET_FILE, RUN_FILE)):
-        folders = [place / SHARD_FOLDER for place in parts_of(path) or [path]]
+        places = parts_of(path) or [path]
+        for place in places:
+            refuse_unreadable(place)
+        folders = [place / SHARD_FOLDER for place in places]
         items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused, notes)
         _check_count(path, len(items), refused)
         return DATASET_LAYOUT, items
