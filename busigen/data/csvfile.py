@@ -25,7 +25,9 @@ def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]
     """
     try:
         # Nothing is inferred: a patient "007" must not become 7.
-        frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy")
+        # An open file, because polars takes a path for a pattern.
+        with path.open("rb") as file:
+            frame = pl.read_csv(file, infer_schema=False, encoding="utf8-lossy")
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["unknown reason"])[0]
         problem = f"{path.name} cannot be read as CSV: {reason}."

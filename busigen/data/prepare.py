@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -105,7 +106,10 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         rows, thumbnails = _write_arrays(listings, out, refused, strict=strict, progress=progress)
         table, kept = _tabulate(rows, thumbnails, earlier, seed)
-        table.write_parquet(_partial(out, schema.TABLE))
+        # Through memory: polars takes a path for a pattern, and a full disk is to be an OSError.
+        content = io.BytesIO()
+        table.write_parquet(content)
+        _partial(out, schema.TABLE).write_bytes(content.getbuffer())
         report = _report(out, table, kept, refused, time.perf_counter() - start)
         _publish(out, report, seed)
     return report

@@ -144,7 +144,9 @@ def _check_hash(folder: Path, info: dict[str, Any], name: str) -> None:
 def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
     path = folder / schema.TABLE
     try:
-        table = pl.read_parquet(path)
+        # An open file, because polars takes a path for a pattern.
+        with path.open("rb") as file:
+            table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error
     if dict(table.schema) != schema.COLUMNS or table.height != info["images"]:

@@ -22,6 +22,7 @@ from busigen.runtime.dataset import Dataset
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, key_of
 from busigen.runtime.shards import FileRecord
+from busigen.runtime.tables import write_joined
 from busigen.runtime.wording import counted
 
 PARTS_FOLDER = "parts"
@@ -77,12 +78,11 @@ def write_collection(folder: Path, sources: Sequence[Sources] | None = None) -> 
         BusigenError: a part is no finished dataset.
     """
     parts = open_parts(folder)
-    rows = [
-        pl.scan_parquet(part.folder / MANIFEST_FILE).select(pl.lit(part_name(number)).alias("part"), pl.all())
-        for number, part in enumerate(parts)
-    ]
+    rows = (
+        part.manifest().select(pl.lit(part_name(number)).alias("part"), pl.all()) for number, part in enumerate(parts)
+    )
     with atomic_path(folder / MANIFEST_FILE) as path:
-        pl.concat(rows).sink_parquet(path, compression="zstd", compression_level=3, maintain_order=True)
+        write_joined(path, rows)
     given = sources or [_source_of(part) for part in parts]
     info = collection_info(folder, parts, given)
     with atomic_file(folder / CARD_FILE) as file:

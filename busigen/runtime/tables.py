@@ -1,18 +1,28 @@
-"""Reading Parquet tables that may have come from anywhere, with a bound on what they can cost.
+"""Parquet tables: reading those that may have come from anywhere, with a bound on what they can cost, and joining them.
 
 A few kilobytes of Parquet can claim a billion rows, or pages that unpack to gigabytes, and a reader allocates what they
 claim. So the footer and every page's header are read first, in Thrift's compact encoding, and only a table whose claims
 fit the number of rows that it should have is handed to polars.
+
+polars is handed bytes and open files, never paths: it takes ``[``, ``*`` and ``?`` in a path for a pattern, whatever
+the files are called, and refuses names that are no UTF-8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from polars.io.plugins import register_io_source
+
+from busigen.foreign import read_file
 
 _MAGIC = b"PAR1"
 _SPARE_BYTES, _ROW_BYTES = 1 << 20, 8 << 10
@@ -34,38 +44,81 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
         OSError: the file is missing or cannot be read.
         PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
     """
-    check_claims(path, rows)
+    content = _checked(path, rows)
     with _panics_as_errors():
-        table = pl.read_parquet(path)
+        table = pl.read_parquet(content)
     if table.height != rows:
         raise pl.exceptions.ComputeError(f"it has {table.height} rows instead of {rows}")
     return table
 
 
 def find_rows(path: Path, rows: int, index: int) -> list[dict[str, Any]]:
-    """The rows of one index in a table that should have ``rows`` rows; of a large one, little is read.
+    """The rows of one index in a table that should have ``rows`` rows; of a large one, little is unpacked.
 
     Raises:
         OSError: the file is missing or cannot be read.
         PolarsError: as for ``read_table``.
     """
-    check_claims(path, rows)
+    content = _checked(path, rows)
     with _panics_as_errors():
-        return pl.scan_parquet(path).filter(pl.col("index") == index).collect().to_dicts()
+        return pl.scan_parquet(content).filter(pl.col("index") == index).collect().to_dicts()
 
 
-def check_claims(path: Path, rows: int) -> None:
-    """Refuse a table that claims other than ``rows`` rows, or more room than they can need.
+def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: int | None = None) -> None:
+    """Write the rows of several tables as one, in order; the tables are asked for while it is written.
+
+    Args:
+        path: the file, overwritten.
+        tables: one at least, all of the columns of the first.
+        row_group_size: rows that are gathered before they are written; None for polars' choice.
+
+    Raises:
+        OSError: the file cannot be written.
+        PolarsError: a table has other columns than the first.
+        Exception: whatever ``tables`` raises.
+    """
+    rest = iter(tables)
+    first = next(rest)
+    failed: list[BaseException] = []
+
+    def read(
+        columns: list[str] | None, predicate: pl.Expr | None, most: int | None, size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        try:
+            yield from chain([first], rest)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "statistics": True}
+    with path.open("wb") as file:
+        try:
+            rows = register_io_source(read, schema=first.schema)
+            rows.sink_parquet(file, row_group_size=row_group_size, maintain_order=True, **options)
+        except pl.exceptions.PolarsError as error:
+            # What others raised, polars tells in words of its own.
+            if failed:
+                raise failed[0] from None
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            raise
+
+
+def _checked(path: Path, rows: int) -> io.BytesIO:
+    """The bytes of a table, unless it claims other than ``rows`` rows, or more room than they can need.
 
     Raises:
         OSError: the file is missing or cannot be read.
         PolarsError: it is refused, or no table.
     """
+    limit = _SPARE_BYTES + _ROW_BYTES * rows
+    data = read_file(path, limit)
     try:
-        _refuse_costly(path, rows)
+        _refuse_costly(data, rows, limit)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         reason = error if type(error) is ValueError else "its metadata are damaged"
         raise pl.exceptions.ComputeError(str(reason)) from error
+    return io.BytesIO(data)
 
 
 @contextmanager
@@ -77,16 +130,10 @@ def _panics_as_errors() -> Iterator[None]:
         raise pl.exceptions.ComputeError("its pages are damaged") from error
 
 
-def _refuse_costly(path: Path, rows: int) -> None:
-    limit = _SPARE_BYTES + _ROW_BYTES * rows
-    if not path.is_file() and path.exists():
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if not 12 <= size <= limit:
-            raise ValueError(f"it has {size} bytes, where a table of {rows} rows has 12 to {limit}")
-        file.seek(0)
-        data = file.read(size)
+def _refuse_costly(data: bytes, rows: int, limit: int) -> None:
+    size = len(data)
+    if size < 12:
+        raise ValueError(f"it has {size} bytes, where a table has 12 at least")
     length = int.from_bytes(data[-8:-4], "little")
     if data[:4] != _MAGIC or data[-4:] != _MAGIC or length > size - 12:
         raise ValueError("it is no Parquet file, or cut short")

@@ -107,7 +107,13 @@ def installed(site: Path, *arguments: object) -> Done:
     environment = {**os.environ, "PYTHONPATH": str(site)}
     # From there, because Python looks into the current folder before anything else.
     return subprocess.run(
-        [*CLI, *map(str, arguments)], cwd=site, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*CLI, *map(str, arguments)],
+        cwd=site,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -13,7 +14,7 @@ from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.physics import shape, speckle
 from busigen.evaluation.physics.feature_table import DEPTH_BANDS, NAMES, Feature
 from busigen.evaluation.physics.regions import MIN_PIXELS, Regions, find_regions
-from busigen.runtime.atomic import atomic_path, output_errors
+from busigen.runtime.atomic import atomic_file, output_errors
 
 __all__ = ["DEPTH_BANDS", "NAMES", "Feature", "features", "for_set", "matrix", "measure"]
 
@@ -123,14 +124,17 @@ def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
         digest.update(np.ascontiguousarray(array).data)
     path = context.out / "cache" / f"radiomics-{digest.hexdigest()[:32]}.parquet"
     try:
-        return _table(images, pl.read_parquet(path).select(list(NAMES)).to_numpy())
+        with path.open("rb") as file:
+            return _table(images, pl.read_parquet(file).select(list(NAMES)).to_numpy())
     except (OSError, pl.exceptions.PolarsError):
         # Absent, or damaged by someone else: either way it is measured again.
         table = features(images, context.track)
+    content = io.BytesIO()
+    table.select(list(NAMES)).write_parquet(content)
     with output_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            table.select(list(NAMES)).write_parquet(temporary)
+        with atomic_file(path) as file:
+            file.write(content.getbuffer())
     return table
 
 
