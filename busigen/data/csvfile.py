@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from busigen.errors import InputError
+from busigen.foreign import open_file
 
 
 def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]]:
@@ -26,7 +27,7 @@ def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]
     try:
         # Nothing is inferred: a patient "007" must not become 7.
         # An open file, because polars takes a path for a pattern.
-        with path.open("rb") as file:
+        with open_file(path) as file:
             frame = pl.read_csv(file, infer_schema=False, encoding="utf8-lossy")
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["unknown reason"])[0]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from busigen.data import schema
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import open_file
 from busigen.registry import RESOLUTION
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
@@ -104,6 +105,7 @@ class Prepared:
     def _load(self, name: str) -> NDArray[Any]:
         path = self.folder / schema.ARRAYS[name]
         try:
+            open_file(path).close()  # A pipe would be waited for, and not being able to look is not damage.
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError, SyntaxError) as error:
             raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
@@ -116,7 +118,8 @@ class Prepared:
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / schema.INFO
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            info = json.loads(file.read())
     except FileNotFoundError as error:
         raise InputError(f"{folder} is no prepared folder: it has no {schema.INFO}.", fix=_PREPARE) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -145,7 +148,7 @@ def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
     path = folder / schema.TABLE
     try:
         # An open file, because polars takes a path for a pattern.
-        with path.open("rb") as file:
+        with open_file(path) as file:
             table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error

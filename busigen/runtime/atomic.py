@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import IO, Any
 import polars as pl
 
 from busigen.errors import OutputError
+from busigen.foreign import open_file
 from busigen.runtime.layout import TEMPORARY_PREFIX
 
 _AGAIN = "then run the same command again: what is complete is kept."
@@ -110,11 +110,9 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes.
 
     Raises:
-        OSError: the file cannot be read, or is none: a pipe would be waited for, a device never ends.
+        OSError, AccessError: as for `busigen.foreign.open_file`.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "It is no regular file", str(path))
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

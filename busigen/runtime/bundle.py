@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import open_file
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 from busigen.runtime.onnx_files import external_files
 from busigen.styles import are_styles
@@ -208,7 +209,7 @@ def _check_file(path: Path, expected: str, limit: int) -> None:
         found_there = path.lstat()
         if not stat.S_ISREG(found_there.st_mode) or found_there.st_size > limit:
             raise IntegrityError(f"{path} is no regular file of at most {limit} bytes.", fix=_EXPORT)
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import UsageError
+from busigen.foreign import names_in
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
 from busigen.runtime.card import LICENCE, privacy
 from busigen.runtime.dataset import Dataset
@@ -42,8 +43,8 @@ def part_name(number: int) -> str:
 
 def parts_of(folder: Path) -> list[Path]:
     """The parts' folders, in order; empty where the folder is no collection, whatever else it is."""
-    places = [path for path in (folder / PARTS_FOLDER).glob("*") if path.is_dir() and path.name.isdecimal()]
-    return sorted(places, key=lambda path: int(path.name))
+    places = [folder / PARTS_FOLDER / name for name in names_in(folder / PARTS_FOLDER) if name.isdecimal()]
+    return sorted((place for place in places if place.is_dir()), key=lambda place: int(place.name))
 
 
 def open_parts(folder: Path) -> list[Dataset]:

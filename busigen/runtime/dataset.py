@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import looking, names_in
 from busigen.registry import RESOLUTION
 from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
@@ -37,7 +38,7 @@ from busigen.runtime.tables import read_table
 from busigen.runtime.tar_headers import TarHeaders, open_headers
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
-_NUMBER = re.compile(r"[0-9]{6,10}")
+_RECORD = re.compile(r"([0-9]{6,10})\.json")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def recorded_shards(folder: Path) -> list[int]:
 
     What a file claims their number to be must not decide how much is read or listed.
     """
-    return sorted(int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if _NUMBER.fullmatch(path.stem))
+    found = map(_RECORD.fullmatch, names_in(folder / SHARD_FOLDER))
+    return sorted(int(name[1]) for name in found if name)
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:
@@ -257,7 +259,8 @@ def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
 
 def _decode(data: bytes, mode: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        # Pillow opens files of its own, for the code that reads the format.
+        with looking(), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
                 raise ValueError(
                     f"a PNG of mode {image.mode} and size {image.size}, not {mode} and {RESOLUTION} squared"

@@ -18,6 +18,7 @@ from busigen.data.images import find_images, read_image, read_mask
 from busigen.data.letterbox import Letterbox, fit, letterbox
 from busigen.data.masks import MaskFiles
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import open_file
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.progress import Progress
@@ -221,7 +222,8 @@ class HealthyFolder:
     def _unchanged(self, path: Path, sha256: str) -> bytes:
         """The content of a file; one that is not as it was when the run began is refused."""
         try:
-            data = path.read_bytes()
+            with open_file(path) as file:
+                data = file.read()
         except OSError as error:
             raise _changed(path, f"cannot be read any more ({error.strerror})") from error
         if hashlib.sha256(data).hexdigest() != sha256:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
+
+from busigen.foreign import ForeignFileError, read_file
 
 MAX_BYTES = 64 << 20
 """Largest file that is read. A shard's record takes some 100 bytes for each refused draw, and so holds half a million;
@@ -29,13 +30,11 @@ def read_json(path: Path, *, shards: int = 0) -> Any:
         OSError: the file is missing or cannot be read.
         ValueError: it is no regular file, too large, no JSON, or nested too deeply.
     """
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(f"{path} is a folder")
-    limit = MAX_BYTES + BYTES_PER_SHARD * shards
-    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
-        raise ValueError(f"{path} is no regular file of at most {limit} bytes")
-    return parse_json(path.read_bytes(), path)
+    try:
+        content = read_file(path, MAX_BYTES + BYTES_PER_SHARD * shards)
+    except ForeignFileError as error:
+        raise ValueError(f"{path} {error.strerror}") from error
+    return parse_json(content, path)
 
 
 def parse_json(content: bytes, name: object) -> Any:

@@ -150,9 +150,19 @@ def _answer(name: str, what: str) -> Probe:
 def _draw(provider: Provider) -> str:
     from busigen.runtime.job import Job  # It asks this module for its provider.
 
-    classes, count = ",".join(LESION_CLASSES), len(LESION_CLASSES)
-    options = {"seed": 0, "batch_size": count, "shard_size": count, "provider": provider.name, "threads": None}
-    job = Job(count=count, out=Path(), bundle=None, healthy=SYNTHETIC, classes=classes, **options)
+    count = len(LESION_CLASSES)
+    job = Job(
+        count=count,
+        out=Path(),
+        bundle=None,
+        healthy=SYNTHETIC,
+        classes=",".join(LESION_CLASSES),
+        seed=0,
+        batch_size=count,
+        shard_size=count,
+        provider=provider.name,
+        threads=None,
+    )
     started = time.perf_counter()
     drawn = job.source(Progress()).draw(0, range(count), lambda number: None)
     return f"{counted(len(drawn.samples), 'sample')} drawn in {time.perf_counter() - started:.1f} s"

@@ -22,7 +22,7 @@ from typing import Any
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from busigen.foreign import read_file
+from busigen.foreign import looking, read_file
 
 _MAGIC = b"PAR1"
 _SPARE_BYTES, _ROW_BYTES = 1 << 20, 8 << 10
@@ -45,7 +45,7 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
         PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
     """
     content = _checked(path, rows)
-    with _panics_as_errors():
+    with looking(), _as_pythons_errors(path):
         table = pl.read_parquet(content)
     if table.height != rows:
         raise pl.exceptions.ComputeError(f"it has {table.height} rows instead of {rows}")
@@ -60,7 +60,7 @@ def find_rows(path: Path, rows: int, index: int) -> list[dict[str, Any]]:
         PolarsError: as for ``read_table``.
     """
     content = _checked(path, rows)
-    with _panics_as_errors():
+    with looking(), _as_pythons_errors(path):
         return pl.scan_parquet(content).filter(pl.col("index") == index).collect().to_dicts()
 
 
@@ -93,14 +93,13 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "statistics": True}
     with path.open("wb") as file:
         try:
-            rows = register_io_source(read, schema=first.schema)
-            rows.sink_parquet(file, row_group_size=row_group_size, maintain_order=True, **options)
-        except pl.exceptions.PolarsError as error:
+            with _as_pythons_errors(path):
+                rows = register_io_source(read, schema=first.schema)
+                rows.sink_parquet(file, row_group_size=row_group_size, maintain_order=True, **options)
+        except (pl.exceptions.PolarsError, OSError):
             # What others raised, polars tells in words of its own.
             if failed:
                 raise failed[0] from None
-            if found := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
             raise
 
 
@@ -122,12 +121,23 @@ def _checked(path: Path, rows: int) -> io.BytesIO:
 
 
 @contextmanager
-def _panics_as_errors() -> Iterator[None]:
+def _as_pythons_errors(path: Path) -> Iterator[None]:
+    """Raise polars' panics and the system's errors that it met as what Python has for them.
+
+    Raises:
+        OSError: the system refused polars something.
+        PolarsError: any other failure.
+    """
     try:
         yield
-    except pl.exceptions.PanicException as error:
-        # Not an Exception: it would go past every handler and end the command with a traceback.
-        raise pl.exceptions.ComputeError("its pages are damaged") from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        if found := re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error)):
+            number = int(found[1] or found[2])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        if isinstance(error, pl.exceptions.PanicException):
+            # Not an Exception: it would go past every handler and end the command with a traceback.
+            raise pl.exceptions.ComputeError("its pages are damaged") from error
+        raise
 
 
 def _refuse_costly(data: bytes, rows: int, limit: int) -> None:

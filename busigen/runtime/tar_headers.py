@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from busigen.foreign import open_file
+
 HEADER_LIMIT = 16 << 10
 """Most bytes that the headers of one member may take, long names and PAX records included.
 
@@ -58,7 +60,7 @@ def open_headers(path: Path) -> Iterator[TarHeaders]:
         tarfile.TarError: it is no tar file, or its first member is refused; see ``TarHeaders.next``.
         OSError: the file cannot be read.
     """
-    with _BoundedFile(io.FileIO(path)) as file:
+    with _BoundedFile(open_file(path).detach()) as file:
         with _malformed_as_tar_error():
             tar = tarfile.TarFile(fileobj=file)
         with tar:
