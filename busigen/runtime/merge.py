@@ -36,6 +36,7 @@ from busigen.runtime.layout import (
 from busigen.runtime.lock import exclusive
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import ShardRecord
+from busigen.runtime.wording import shell_word
 
 _TOLD = ("config", "options", "schema_version", "sources", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
@@ -221,7 +222,9 @@ def _bring(source: Path, target: Path, name: str) -> bool:
         os.link(source / name, target / name)
         return False
     except FileNotFoundError:
-        raise IntegrityError(f"{source / name} is missing.", fix=f"Run `busigen verify --repair {source}`.") from None
+        raise IntegrityError(
+            f"{source / name} is missing.", fix=f"Run `busigen verify --repair {shell_word(source)}`."
+        ) from None
     except OSError:
         # Another file system, or one without links.
         with (source / name).open("rb") as read, atomic_file(target / name) as file:
@@ -232,5 +235,5 @@ def _bring(source: Path, target: Path, name: str) -> bool:
 def _damaged(dataset: Dataset, name: str) -> IntegrityError:
     return IntegrityError(
         f"{dataset.folder}: {name} is not what {dataset.folder.name}/dataset.json records.",
-        fix=f"Run `busigen verify --repair {dataset.folder}`, then merge again.",
+        fix=f"Run `busigen verify --repair {shell_word(dataset.folder)}`, then merge again.",
     )

@@ -1,6 +1,11 @@
-"""Numbers as a person reads them: with a noun in the right form, as a length of time, or as disk space."""
+"""Numbers as a person reads them: with a noun in the right form, as a length of time, or as disk space.
+
+And places as a shell reads them, in commands that are printed to be given.
+"""
 
 from __future__ import annotations
+
+import shlex
 
 
 def counted(number: int, noun: str) -> str:
@@ -25,3 +30,9 @@ def disk_size(size: float) -> str:
         if size < 999.5 or unit == "TB":
             break
     return f"{size:.2f} {unit}" if size < 10 else f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"
+
+
+def shell_word(place: object) -> str:
+    """A path or URL as one types it after a command: quoted where a shell needs that, and never taken for an option."""
+    text = str(place)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
