@@ -41,10 +41,16 @@ class ForeignFileError(OSError):
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(errno.EINVAL, problem, str(path))
 
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
+
 
 @contextmanager
-def looking() -> Iterator[None]:
+def looking(path: Path | None = None) -> Iterator[None]:
     """Tell what the block cannot look at from what is missing, damaged or of another kind; a decorator, too.
+
+    Args:
+        path: what it looks at, where the system's own errors do not name it.
 
     Raises:
         AccessError: the system did not let the block look.
@@ -52,17 +58,17 @@ def looking() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if found := access_error(error):
+        if found := access_error(error, path):
             raise found from error
         raise
 
 
-def access_error(error: OSError) -> AccessError | None:
+def access_error(error: OSError, path: Path | None = None) -> AccessError | None:
     """The error for a person where the system did not let this process look; None for any other failure."""
     fix = _FIXES.get(error.errno or 0)
     if fix is None:
         return None
-    return AccessError(f"{error.filename or 'a file'} cannot be looked at: {error.strerror}.", fix=fix)
+    return AccessError(f"{error.filename or path or 'a file'} cannot be looked at: {error.strerror}.", fix=fix)
 
 
 @looking()
@@ -100,7 +106,8 @@ def open_file(path: Path, *, limit: int | None = None, root: Path | None = None)
 def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
     """The bytes of a regular file of at most ``limit`` bytes; arguments and errors are those of `open_file`."""
     with open_file(path, limit=limit, root=root) as file:
-        content = file.read(limit + 1)
+        # Not up to the limit, which may be large: room for all that is asked for is made first.
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(content) > limit:
         raise ForeignFileError(path, f"grew beyond {limit:,} bytes while it was read")
     return content

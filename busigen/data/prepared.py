@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from busigen.data import schema
+from busigen.data.parquetfile import refuse_costly
 from busigen.errors import InputError, IntegrityError
-from busigen.foreign import open_file
+from busigen.foreign import looking, open_file
 from busigen.registry import RESOLUTION
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
+_LARGEST_TABLE = 4 << 30
+"""Bytes of a table whose hash is looked at; a row has some hundred."""
+
 _DTYPES = {
     "images": np.dtype(np.uint8),
     "masks": np.dtype(np.uint8),
@@ -60,7 +66,6 @@ class Prepared:
         """
         folder = Path(folder)
         info = _read_info(folder)
-        _check_hash(folder, info, schema.TABLE)
         prepared = cls(folder, info, _read_table(folder, info))
         for name, file in schema.ARRAYS.items():
             prepared._load(name)
@@ -104,15 +109,20 @@ class Prepared:
 
     def _load(self, name: str) -> NDArray[Any]:
         path = self.folder / schema.ARRAYS[name]
+        expected = (self.table.height, RESOLUTION, RESOLUTION)
         try:
-            open_file(path).close()  # A pipe would be waited for, and not being able to look is not damage.
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            with looking(path), open_file(path) as file:
+                if npy.read_magic(file) != (1, 0):
+                    raise ValueError("it is no array of this kind")
+                header = npy.read_array_header_1_0(file)
+                if header != (expected, False, _DTYPES[name]):
+                    raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
+                array = np.memmap(file, _DTYPES[name], "r", file.tell(), expected)
+                if file.seek(0, os.SEEK_END) != array.offset + array.nbytes:
+                    raise ValueError("it is longer than its header says")
+                return array
         except (OSError, ValueError, EOFError, SyntaxError) as error:
             raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
-        expected = (self.table.height, RESOLUTION, RESOLUTION)
-        if not isinstance(array, np.ndarray) or array.shape != expected or array.dtype != _DTYPES[name]:
-            raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
-        return array
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
@@ -134,10 +144,10 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return dict(info)
 
 
-def _check_hash(folder: Path, info: dict[str, Any], name: str) -> None:
+def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:
     path = folder / name
     try:
-        found = schema.file_sha256(path)
+        found = schema.file_sha256(path, limit)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}.", fix=_PREPARE) from error
     if found != info["files"].get(name):
@@ -146,7 +156,9 @@ def _check_hash(folder: Path, info: dict[str, Any], name: str) -> None:
 
 def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
     path = folder / schema.TABLE
+    _check_hash(folder, info, schema.TABLE, limit=_LARGEST_TABLE)
     try:
+        refuse_costly(path, info["images"], lists=True)
         # An open file, because polars takes a path for a pattern.
         with open_file(path) as file:
             table = pl.read_parquet(file)

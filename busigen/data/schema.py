@@ -63,7 +63,11 @@ def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open_file(path) as stream:
+def file_sha256(path: Path, limit: int | None = None) -> str:
+    """Hex sha256 of a file's bytes.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or has more than ``limit`` bytes.
+    """
+    with open_file(path, limit=limit) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

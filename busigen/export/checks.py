@@ -14,6 +14,7 @@ from torch import nn
 
 from busigen.errors import InputError, UsageError
 from busigen.export.precision import TYPES
+from busigen.foreign import open_file
 from busigen.registry import LESION_CLASSES, OPSETS, STAGES
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED
 from busigen.training.networks import Networks
@@ -28,6 +29,9 @@ _EXPECTED = {
 }
 _NEEDED = {BASE: ("autoencoder", "context", "prior"), MERGED: _MERGED}
 """What is exported; the stages' bases and adapters are in what was merged."""
+
+_MAX_HEADER_BYTES = 16 << 20
+"""Largest header of a safetensors file that is read; it takes some 100 bytes for each weight."""
 
 
 def check_layout(checkpoint: Path) -> None:
@@ -58,12 +62,14 @@ def check_layout(checkpoint: Path) -> None:
 
 def _names(weights: Path) -> list[str]:
     """The names in a safetensors file: its header is JSON, after eight bytes that say how long it is."""
-    with weights.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
+    try:
+        with open_file(weights) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError("its header is too long")
             return list(json.loads(stream.read(length)))
-        except ValueError as error:
-            raise InputError(f"{weights} is no safetensors file.", fix=_TRAIN) from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{weights} is no safetensors file.", fix=_TRAIN) from error
 
 
 def check_finite(networks: Networks) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -28,6 +27,7 @@ from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
 from busigen.registry import BACKGROUND_SPECKLE, ENGINE_TARGETS, LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
+from busigen.runtime.atomic import sha256_of
 from busigen.runtime.backend import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
@@ -270,7 +270,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "transfer": record.get("transfer"),
         "solver_steps": dict(networks.steps),
         "split_hash": record["data"]["split_hash"],
-        "checkpoint": hashlib.sha256((checkpoint / CHECKPOINT_RECORD).read_bytes()).hexdigest(),
+        "checkpoint": sha256_of(checkpoint / CHECKPOINT_RECORD),
         "training": {key: record[key] for key in ("recipe", "data", "tasks", "device")},
         "target": options.target,
         "precision": options.precision,

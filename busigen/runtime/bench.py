@@ -24,7 +24,7 @@ from busigen.runtime.machine import machine
 from busigen.runtime.probing import choose
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
-from busigen.runtime.timing import Run, Stage, TimedBackend, measure, samples_to_make
+from busigen.runtime.timing import CallRecorder, Run, Stage, measure, samples_to_make
 
 SCHEMA = 1
 """Version of ``bench.json`` and of the ledger's lines."""
@@ -88,7 +88,7 @@ class Bench:
         bundle = Bundle.open(self.bundle or default_bundle())
         backends = self._backends(bundle, batch_sizes, progress)
         samplers = [
-            Sampler(bundle, TimedBackend(backend), classes=classes, batch_size=size)
+            Sampler(bundle, CallRecorder(backend), classes=classes, batch_size=size)
             for (_, size), backend in backends.items()
         ]
         if self.healthy != SYNTHETIC:

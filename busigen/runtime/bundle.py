@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from busigen.errors import InputError, IntegrityError
 from busigen.foreign import open_file
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
-from busigen.runtime.onnx_files import external_files
+from busigen.runtime.onnx_files import MAX_GRAPH_BYTES, external_files, refuse_endless
 from busigen.styles import are_styles
 from busigen.transfer import Transfer
 
@@ -25,10 +25,10 @@ SCHEMA, READABLE = 5, (4, 5)
 """What export writes, and what can be read: 4 differs in that nothing of it is filtered last (busigen.transfer)."""
 
 MAX_RECORD_BYTES = 4 << 20
-MAX_GRAPH_BYTES = 8 << 20
-"""Largest graph that is opened. Its weights lie in files beside it; what is left is some 200 KB."""
-
 MAX_WEIGHTS_BYTES = 4 << 30
+
+MAX_TURNS = 1000
+"""Turns that the loop of a graph may take: as many as diffusion has steps in training, where those in use have ten."""
 
 LEAST_FRAME, MAX_FRAMES = 32, 1024
 """Shortest side in pixels, and number, of the frames that a bundle may record."""
@@ -185,7 +185,7 @@ class Bundle:
                     _check_file(self.folder / file, sha256, limit)
                 if expected.setdefault(file, sha256) != sha256:
                     raise IntegrityError(f"{self.folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
-            _check_weights(self.folder / record["file"], set(hashes))
+            _check_graph(self.folder / record["file"], set(hashes))
 
 
 def _are_frames(found: Any) -> bool:
@@ -205,11 +205,8 @@ def _check_name(file: str, record: Path) -> None:
 
 def _check_file(path: Path, expected: str, limit: int) -> None:
     try:
-        # A link may point anywhere, and what it points to may change after the check.
-        found_there = path.lstat()
-        if not stat.S_ISREG(found_there.st_mode) or found_there.st_size > limit:
-            raise IntegrityError(f"{path} is no regular file of at most {limit} bytes.", fix=_EXPORT)
-        with open_file(path) as stream:
+        # No link: it may point anywhere, and what it points to may change after the check.
+        with open_file(path, limit=limit, root=path.parent) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -218,13 +215,14 @@ def _check_file(path: Path, expected: str, limit: int) -> None:
         raise IntegrityError(f"{path} is not the file that was exported: its sha256 is {found[:12]}....", fix=_EXPORT)
 
 
-def _check_weights(graph: Path, recorded: set[str]) -> None:
-    """Refuse a graph that reads weights from a file which its record gives no hash of."""
-    if graph.stat().st_size > MAX_GRAPH_BYTES:  # Recorded as another graph's weights, and allowed more room as such.
-        raise IntegrityError(f"{graph} is larger than {MAX_GRAPH_BYTES} bytes.", fix=_EXPORT)
+def _check_graph(graph: Path, recorded: set[str]) -> None:
+    """Refuse a graph that may never end, or reads weights from a file which its record gives no hash of."""
     try:
-        others = sorted(external_files(graph) - recorded)
+        if others := sorted(external_files(graph) - recorded):
+            problem = f"reads weights from {others[0]!r}, which {RECORD} does not record"
+            raise IntegrityError(f"{graph} {problem}.", fix=_EXPORT)
+        refuse_endless(graph, MAX_TURNS)
+    except OSError as error:  # Recorded as another graph's weights, and allowed more room as such.
+        raise IntegrityError(f"{graph} cannot be read: {error.strerror}.", fix=_EXPORT) from error
     except ValueError as error:
-        raise IntegrityError(f"{graph} is no ONNX graph: {error}.", fix=_EXPORT) from error
-    if others:
-        raise IntegrityError(f"{graph} reads weights from {others[0]!r}, which {RECORD} does not record.", fix=_EXPORT)
+        raise IntegrityError(f"{graph} is no ONNX graph of a bundle: {error}.", fix=_EXPORT) from error

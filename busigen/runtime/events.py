@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -15,11 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from busigen.errors import BusigenError, UsageError
+from busigen.errors import BusigenError, OutputError, UsageError
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import output_errors
 from busigen.runtime.progress import LINE_SECONDS, Progress
 from busigen.runtime.stopping import GenerationInterrupted
+from busigen.text import printable
 
 if TYPE_CHECKING:
     from busigen.runtime.factory import GenerateReport
@@ -50,6 +52,8 @@ class EventLog:
     def open(cls, target: str, *, out: Path | Address) -> EventLog:
         """Append to the file ``target``, or write to standard output for ``-``.
 
+        A pipe will do if somebody reads from it, and so will a terminal; one that takes no more is not waited for.
+
         Raises:
             UsageError: the file lies in the dataset ``out``, which holds nothing but its own files.
             OutputError: the file cannot be written.
@@ -60,7 +64,7 @@ class EventLog:
         if isinstance(out, Path) and path.absolute().resolve().is_relative_to(out.absolute().resolve()):
             raise UsageError(f"--log-json {path} lies in --out {out}.", fix="Choose a file outside of the dataset.")
         with output_errors(path):
-            return cls(path.open("a", encoding="utf-8"))
+            return cls(open(path, "a", encoding="utf-8", opener=_opened))
 
     def emit(self, event: str, **fields: Any) -> None:
         """Write one event; its time and the seconds since the log was opened are added."""
@@ -226,6 +230,23 @@ class LoggedProgress(Progress):
             shards=self.shards,
             stages={stage: round(share, 4) for stage, share in self.stage_shares.items()},
         )
+
+
+def _opened(path: str, flags: int) -> int:
+    """Open a file to write to that may be a pipe or a device, without ever waiting for it.
+
+    Raises:
+        OutputError: it is a pipe or a socket that nobody reads from.
+        OSError: it cannot be opened.
+    """
+    try:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OutputError(
+            f"--log-json {printable(path)} is a pipe that nobody reads from.", fix="Start its reader first."
+        ) from error
 
 
 def _told(error: BusigenError) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import polars as pl
 
 from busigen.errors import IntegrityError
+from busigen.foreign import open_file
 from busigen.runtime.atomic import atomic_file, atomic_path, write_json
 from busigen.runtime.card import croissant, readme
 from busigen.runtime.dataset import Dataset, plan_of
@@ -132,7 +133,7 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord], bringer: Bringe
 
 def _shown(dataset: Dataset, records: Sequence[ShardRecord], bringer: Bringer) -> list[Sample]:
     """The samples of the preview."""
-    with (dataset.folder / MANIFEST_FILE).open("rb") as file:
+    with open_file(dataset.folder / MANIFEST_FILE) as file:
         picked = pick_evenly(pl.read_parquet(file, columns=["index", "class"]))
     found = []
     for record in records:

@@ -32,6 +32,23 @@ ASKED_TOLERANCE = {"across": 0.02, "depth": 0.02, "size": 0.1, "height_width": 0
 asked. A lesion of the least size is 14 pixels wide: a pixel more or less of its height and width makes a tenth."""
 
 
+def limits() -> dict[str, object]:
+    """The limits that decide which draws pass, by name, as a run's record holds them.
+
+    The list is written out: a constant that joins this module, or gets another name, must not make today's datasets
+    another run's.
+    """
+    return {
+        "AREA_RANGE": AREA_RANGE,
+        "ASKED_TOLERANCE": ASKED_TOLERANCE,
+        "BACKGROUND_DEVIATION": BACKGROUND_DEVIATION,
+        "BACKGROUND_MEAN": BACKGROUND_MEAN,
+        "BORDER_SHARE": BORDER_SHARE,
+        "CRUMB_SHARE": CRUMB_SHARE,
+        "MIN_CONTRAST": MIN_CONTRAST,
+    }
+
+
 def asked_reason(found: Mapping[str, float], wanted: Mapping[str, float]) -> str | None:
     """Judge a mask by what was asked for: attributes found and wanted, by name, in the user's units."""
     for name, value in wanted.items():

@@ -123,7 +123,7 @@ class Sampler:
             "classes": self.classes,
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
             **self.asked.typed(),
-            "gates": {name: getattr(gates, name) for name in sorted(vars(gates)) if name.isupper()},
+            "gates": gates.limits(),
         }
 
     def options(self) -> Mapping[str, str | None]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from busigen.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, BusigenError
 
@@ -17,6 +19,10 @@ _SIGNALS = {
     signal.SIGINT: ("Ctrl-C", "Interrupted", INTERRUPTED_EXIT_CODE),
     signal.SIGTERM: ("SIGTERM", "Terminated", TERMINATED_EXIT_CODE),
 }
+
+
+_GRACE = 2.0
+"""Seconds that the process has after a second signal to end in good order."""
 
 
 class GenerationInterrupted(BusigenError):
@@ -40,6 +46,9 @@ class Stopping:
     Outside of ``finishing`` a signal raises ``KeyboardInterrupt`` in the main thread. Inside, the first one is only
     noted (``requested``), and each further one raises. An exception that leaves the block becomes a
     ``GenerationInterrupted``. A signal that the process was started to ignore stays ignored.
+
+    The main thread may be inside an engine, or wait for a thread that is, and neither can be interrupted. So the
+    process is ended where a second signal has not ended the block within two seconds, and on a third one at once.
 
     An object whose block was never entered listens to nothing and never asks to stop.
 
@@ -118,8 +127,7 @@ class Stopping:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        while byte := self._reader.recv(1):
-            number = byte[0]
+        while number := self._next():
             if number not in self._former:
                 continue
             if self._own:
@@ -130,8 +138,29 @@ class Stopping:
             work, name = self._work, _SIGNALS[signal.Signals(number)][0]
             if self._received == 1 and work is not None:
                 self._tell(f"{name}: finishing {work()}. Once more to stop at once.")
-            else:
+            elif self._received <= 2:
                 self._wake(number)
+            else:
+                self._end()
+            if self._received >= 2:
+                self._reader.settimeout(_GRACE)
+
+    def _next(self) -> int:
+        """The next signal's number; 0 once the block has ended."""
+        try:
+            return next(iter(self._reader.recv(1)), 0)
+        except TimeoutError:
+            self._end()
+
+    def _end(self) -> NoReturn:
+        """End the process, whatever its other threads do; what is complete on disk is whole, as after any kill."""
+        error = self.interruption("while an engine was at work; complete shards are kept")
+        # From a thread of its own, because it may be standard error that nobody reads from. The bar hid the cursor.
+        last = f"\r\x1b[?25h{error}\n" if sys.stderr.isatty() else f"{error}\n"
+        words = threading.Thread(target=os.write, args=(2, last.encode(errors="replace")), daemon=True)
+        words.start()
+        words.join(_GRACE)
+        os._exit(error.exit_code)
 
     def _wake(self, number: int) -> None:
         """Have the main thread raise, even where it waits for a lock or sleeps."""

@@ -58,7 +58,7 @@ def open_headers(path: Path) -> Iterator[TarHeaders]:
 
     Raises:
         tarfile.TarError: it is no tar file, or its first member is refused; see ``TarHeaders.next``.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is no regular one.
     """
     with _BoundedFile(open_file(path).detach()) as file:
         with _malformed_as_tar_error():

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.runtime.backend import Arrays, Backend, Feed, resident
+from busigen.runtime.backend import Backend, Feed
 from busigen.runtime.factory import GenerateReport, generate
 from busigen.runtime.layout import MANIFEST_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
 from busigen.runtime.machine import peak_memory, reset_peak_memory
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler
+from busigen.runtime.stage_times import TimedBackend
 from busigen.runtime.stopping import GenerationInterrupted
 
 WARM_SECONDS = 5.0
@@ -37,38 +38,20 @@ class Call:
     ended: float
 
 
-class TimedBackend:
-    """A backend that notes every call of the one that it wraps. Calls may come from any thread."""
+class CallRecorder(TimedBackend):
+    """A timed backend that keeps every call, so that all of them can be made again."""
 
     def __init__(self, backend: Backend) -> None:
-        self.name, self.version = backend.name, backend.version
-        self.lanes: int = getattr(backend, "lanes", 1)
+        super().__init__(backend)
         self.calls: list[Call] = []
-        self._backend, self._resident = backend, resident(backend)
         self._row_of: dict[str, dict[str, NDArray[Any]]] = {}
 
-    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
-        """See :class:`busigen.runtime.backend.Backend`."""
-        output: NDArray[np.float32] = self._noted(self._backend.run, graph, inputs)
-        return output
-
-    def keep(self, graph: str, inputs: Feed) -> Any:
-        """See :class:`busigen.runtime.backend.Resident`."""
-        return self._noted(self._resident.keep, graph, inputs)
-
-    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
-        """See :class:`busigen.runtime.backend.Resident`."""
-        return self._resident.select(where, chosen, other)
-
-    def _noted(self, run: Callable[[str, Feed], Any], graph: str, inputs: Feed) -> Any:
-        began = time.perf_counter()
-        output = run(graph, inputs)
-        ended = time.perf_counter()
+    def called(self, graph: str, inputs: Feed, output: Any, began: float, ended: float) -> None:
+        """Keep the call."""
         self.calls.append(Call(graph, len(output), began, ended))
         if graph not in self._row_of:
             # One row, not the batch: what is kept must not show in the memory that is measured.
             self._row_of[graph] = {name: np.asarray(array)[-1:].copy() for name, array in inputs.items()}
-        return output
 
     def alone(self, done: Callable[[float], None] = lambda share: None) -> float:
         """Seconds that the noted calls take when they are made again, in their order, with nothing beside them.
@@ -80,7 +63,7 @@ class TimedBackend:
         for number, call in enumerate(self.calls, start=1):
             inputs = {name: np.repeat(row, call.rows, axis=0) for name, row in self._row_of[call.graph].items()}
             began = time.perf_counter()
-            self._backend.run(call.graph, inputs)
+            self.backend.run(call.graph, inputs)
             seconds += time.perf_counter() - began
             done(number / len(self.calls))
         return seconds
@@ -126,7 +109,7 @@ def measure(samplers: Sequence[Sampler], plan: Plan, repeat: int, folder: Path, 
     Samplers take turns, so that other work on the machine hits all of them alike.
 
     Args:
-        samplers: each on a :class:`TimedBackend` of its own.
+        samplers: each on a :class:`CallRecorder` of its own.
         plan: of every run.
         repeat: runs per sampler.
         folder: where the temporary folders are made.
@@ -209,7 +192,7 @@ def _generate(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) ->
 
 def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
     backend = sampler.backend
-    assert isinstance(backend, TimedBackend)
+    assert isinstance(backend, CallRecorder)
     backend.calls.clear()
     made = _generate(sampler, plan, folder, progress)
     told = 0

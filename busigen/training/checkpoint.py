@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from safetensors import SafetensorError
 
 from busigen import __version__
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import open_file
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES
 from busigen.training.models import model_class
 from busigen.training.networks import Networks
 from busigen.training.recipe import TaskSpec
-from busigen.training.state import fresh_folder, write_json
+from busigen.training.state import MAX_WEIGHTS_BYTES, fresh_folder, write_json
 
 RECORD = "busigen.json"
 SCHEMA = 1
@@ -35,6 +37,9 @@ BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
 
 LATER = ("spectrum.", "decoder.outlines.")
 """Weights that components saved by an earlier busigen may lack: measured spreads, and what is told of masks."""
+
+MAX_RECORD_BYTES = 64 << 20
+"""Largest other file of a component's folder that is read."""
 
 _TRAIN = "Run 'busigen train' to its end first."
 
@@ -62,6 +67,12 @@ def load_component(component: str, folder: Path) -> ModelMixin:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no {component}.", fix=_TRAIN)
     try:
+        # The library opens what it likes of the folder by its names, and would wait for a pipe.
+        for path in folder.iterdir():
+            if path.is_dir():
+                continue
+            limit = MAX_WEIGHTS_BYTES if path.suffix == ".safetensors" else MAX_RECORD_BYTES
+            open_file(path, limit=limit).close()
         # What a file lacks is then as its constructor leaves it, and not without any value.
         model, found = model_class(component).from_pretrained(
             str(folder),
@@ -70,7 +81,7 @@ def load_component(component: str, folder: Path) -> ModelMixin:
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}.", fix=_TRAIN) from error
     missing = found["missing_keys"]
     if lost := [name for name in missing if not name.startswith(LATER)]:
@@ -81,9 +92,20 @@ def load_component(component: str, folder: Path) -> ModelMixin:
 
 
 def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED)) -> dict[str, str]:
-    """The sha256 of every safetensors file in some folders of a checkpoint, by path relative to the checkpoint."""
+    """The sha256 of every safetensors file in some folders of a checkpoint, by path relative to the checkpoint.
+
+    Raises:
+        InputError: a file cannot be read, is no regular one, or is larger than ``MAX_WEIGHTS_BYTES``.
+    """
     files = sorted(path for place in below for path in (folder / place).rglob("*.safetensors"))
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {}
+    for path in files:
+        try:
+            with open_file(path, limit=MAX_WEIGHTS_BYTES) as stream:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.", fix=_TRAIN) from error
+    return found
 
 
 def versions() -> dict[str, str]:

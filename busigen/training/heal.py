@@ -7,17 +7,22 @@ learn to look for the lesion or the hole. So it is shown a healed image, and dec
 
 from __future__ import annotations
 
+import math
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.geometry import Mask, Window, edit_region, paste, patches_outside, window_for
+from busigen.errors import IntegrityError
+from busigen.foreign import open_file
 from busigen.registry import BUCKETS
 from busigen.training.compute import mixed_precision
 from busigen.training.examples import Frame, Frames, Progress, decoy_region, greyed, random_lesion, to_tensor
@@ -144,8 +149,37 @@ def save_healed(path: Path, rows: Iterable[int], images: Pixels) -> None:
 
 
 def healed_reader(path: Path) -> Callable[[int, int], Pixels]:
-    """Read :func:`save_healed`'s file as ``healed(row, variant)``; variants repeat cyclically."""
-    with np.load(path, allow_pickle=False) as stored:
-        position = {int(row): k for k, row in enumerate(stored["rows"])}
-        images: Pixels = stored["images"]
-    return lambda row, variant: images[position[row], variant % images.shape[1]]
+    """Read :func:`save_healed`'s file as ``healed(row, variant)``; variants repeat cyclically.
+
+    Raises:
+        IntegrityError: it is missing, damaged, or no such file.
+    """
+    try:
+        # What is stored as it is takes no more memory than disk.
+        with open_file(path) as file, zipfile.ZipFile(file) as stored:
+            rows, images = (_array(stored, f"{name}.npy") for name in ("rows", "images"))
+        if rows.dtype != np.int64 or images.dtype != np.uint8 or rows.shape != images.shape[:1] or images.ndim != 4:
+            raise ValueError("it holds other arrays")
+    except (OSError, ValueError, LookupError, SyntaxError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise IntegrityError(
+            f"{path} is damaged: {error}.", fix="Delete it; the same command makes it again."
+        ) from error
+    position = {int(row): k for k, row in enumerate(rows)}
+    return lambda row, variant: np.asarray(images[position[row], variant % images.shape[1]])
+
+
+def _array(stored: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An uncompressed array of an archive, which its header must not claim to be larger than it is.
+
+    Raises:
+        ValueError: it is another.
+    """
+    info = stored.getinfo(name)
+    with stored.open(info) as member:
+        if info.compress_type != zipfile.ZIP_STORED or npy.read_magic(member) != (1, 0):
+            raise ValueError(f"{name} is not as it was written")
+        shape, _, dtype = npy.read_array_header_1_0(member)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize > info.file_size:
+            raise ValueError(f"{name} claims to hold {shape}")
+        member.seek(0)
+        return np.asarray(npy.read_array(member, allow_pickle=False))

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from busigen.errors import IntegrityError
+from busigen.foreign import open_file
+
 META_KEY = "busigen"
+
+MAX_WEIGHTS_BYTES = 4 << 30
+"""Largest file of weights that is read; those of the largest preset take a fiftieth."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,10 +42,21 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_state` wrote."""
-    with safe_open(path, framework="pt") as stream:
-        meta = json.loads(stream.metadata()[META_KEY])
-    return load_file(path), meta
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        IntegrityError: it is missing, no regular file, larger than ``MAX_WEIGHTS_BYTES``, or damaged.
+    """
+    try:
+        # The library opens files by their names, and would wait for a pipe.
+        open_file(path, limit=MAX_WEIGHTS_BYTES).close()
+        with safe_open(path, framework="pt") as stream:
+            meta = json.loads(stream.metadata()[META_KEY])
+        return load_file(path), meta
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise IntegrityError(
+            f"{path} cannot be read: {error}.", fix="Delete it; the same command makes it again."
+        ) from error
 
 
 @contextmanager

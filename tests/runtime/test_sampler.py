@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -28,7 +31,10 @@ from busigen.runtime.engines.on_onnxruntime import OnnxBackend
 from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.sample import Drawn, Sample
 from busigen.runtime.sampler import MAX_ATTEMPTS, Sampler
+from busigen.runtime.stage_times import TimedBackend
+from busigen.runtime.timing import CallRecorder
 from tests.drawn import draw_frame
+from tests.runtime.quick_engine import QuickEngine, quick_sampler
 
 ROOT = Path(__file__).parents[2]
 SEED = 11
@@ -342,3 +348,41 @@ def test_sampling_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class TwoAtOnce(QuickEngine):
+    """Takes two calls at once, and keeps the first one until a second has come; gives up after a long while."""
+
+    lanes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count, self._guard = 0, threading.Lock()
+        self.together = threading.Event()
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        with self._guard:
+            self._count += 1
+            if self._count == 2:
+                self.together.set()
+        self.together.wait(60)
+        with self._guard:
+            self._count -= 1
+            return super().run(graph, inputs)
+
+
+@pytest.mark.parametrize("wrapper", [TimedBackend, CallRecorder])
+def test_a_backend_that_takes_two_calls_at_once_gets_them_in_generate_and_in_bench(wrapper: type[TimedBackend]) -> None:
+    engine = TwoAtOnce()
+    sampler = Sampler(
+        Bundle.recorded(default_bundle()), wrapper(engine), classes={"benign": 0.5, "malignant": 0.5}, batch_size=2
+    )
+    drawn = sampler.draw(0, range(8), lambda count: None)
+    assert [sample.index for sample in drawn.samples] == list(range(8))
+    assert engine.together.is_set(), "the second call was held back until the first had ended"
+
+
+def test_a_constant_that_joins_the_gates_makes_no_other_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = quick_sampler(QuickEngine()).fingerprint()
+    monkeypatch.setattr(gates, "ANOTHER_LIMIT", 1.0, raising=False)
+    assert quick_sampler(QuickEngine()).fingerprint() == before

@@ -77,6 +77,34 @@ def test_a_second_signal_stops_at_once(
     assert hashes(out) == undisturbed
 
 
+@SIGNALS
+@pytest.mark.parametrize("where", ["main", "thread", "workers"])
+def test_a_second_signal_ends_an_engine_that_never_does(
+    tmp_path: Path, number: int, code: int, said: str, where: str
+) -> None:
+    """No handler of Python's runs while an engine holds the main thread, or a thread that the main one waits for."""
+    pytest.importorskip("onnx")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.runtime.endless_source", str(tmp_path / "set"), where],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listening,
+    )
+    at_work = read_until(process, "the engine is at work in process ")[-1]
+    process.send_signal(number)
+    read_until(process, "finishing ")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=PATIENCE / 2)
+    assert process.returncode == code, errors
+    assert f"{said} w" in errors.splitlines()[-1]
+    engine = int(at_work.rpartition(" ")[2])
+    deadline = time.monotonic() + PATIENCE
+    while Path(f"/proc/{engine}/stat").exists():  # A worker's, which follows the process that started it.
+        assert time.monotonic() < deadline, "the engine is still at work"
+        time.sleep(0.02)
+
+
 def test_a_run_in_its_last_shard_completes(tmp_path: Path) -> None:
     out = tmp_path / "set"
     process = started(out, 20, 10, 7, 0.1)

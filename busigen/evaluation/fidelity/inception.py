@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,11 +27,16 @@ from busigen.evaluation.comparing import matched
 from busigen.evaluation.comparing.statistics import Rows
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval
+from busigen.foreign import open_file
 from busigen.runtime.install import install_command
 
 log = logging.getLogger("busigen.evaluation")
 
 BATCH = 32
+
+_MAX_BYTES = 1 << 30
+"""Largest file of weights that is read, packed and unpacked; Inception's take a tenth."""
+
 SPLITS = 10
 """Parts over which the Inception score is averaged (Salimans et al. 2016)."""
 
@@ -261,8 +267,17 @@ def _torchscript(path: Path, device: str) -> _Extract:
     import torch
 
     fix = "Give a TorchScript Inception, such as inception-2015-12-05.pt."
-    if not path.is_file():
-        raise InputError(f"There is no file {path}.", fix=fix)
+    try:
+        with open_file(path, limit=_MAX_BYTES) as file, zipfile.ZipFile(file) as archive:
+            # Its code is compressed, and a few kilobytes can unpack to gigabytes.
+            if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {_MAX_BYTES:,} bytes")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.", fix=fix) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.", fix=fix) from error
+    except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(f"{path} is not a TorchScript file ({_reason(error)}).", fix=fix) from error
     _refuse_file_operations(path, fix)
     try:
         network = torch.jit.load(str(path), map_location=device).eval()

@@ -10,10 +10,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from busigen.data.parquetfile import refuse_costly
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.physics import shape, speckle
 from busigen.evaluation.physics.feature_table import DEPTH_BANDS, NAMES, Feature
 from busigen.evaluation.physics.regions import MIN_PIXELS, Regions, find_regions
+from busigen.foreign import open_file
 from busigen.runtime.atomic import atomic_file, output_errors
 
 __all__ = ["DEPTH_BANDS", "NAMES", "Feature", "features", "for_set", "matrix", "measure"]
@@ -124,9 +126,10 @@ def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
         digest.update(np.ascontiguousarray(array).data)
     path = context.out / "cache" / f"radiomics-{digest.hexdigest()[:32]}.parquet"
     try:
-        with path.open("rb") as file:
+        refuse_costly(path, len(images))
+        with open_file(path) as file:
             return _table(images, pl.read_parquet(file).select(list(NAMES)).to_numpy())
-    except (OSError, pl.exceptions.PolarsError):
+    except (OSError, ValueError, pl.exceptions.PolarsError):
         # Absent, or damaged by someone else: either way it is measured again.
         table = features(images, context.track)
     content = io.BytesIO()

@@ -16,6 +16,7 @@ from busigen.data.images import ImageFile, read_image, read_mask
 from busigen.data.records import UNKNOWN_CLASS, Refusal
 from busigen.errors import InputError
 from busigen.evaluation.reading.items import Item
+from busigen.foreign import open_file
 from busigen.registry import CLASSES
 from busigen.runtime.tar_headers import open_headers
 from busigen.text import printable
@@ -56,7 +57,7 @@ class Part:
             InputError: the archive was cut short or cannot be read.
         """
         try:
-            with self.archive.open("rb") as file:
+            with open_file(self.archive) as file:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
@@ -124,7 +125,7 @@ def _members(archive: Path, refused: list[Refusal]) -> Iterator[tuple[Part, str,
                     key = f"{folder}/{stem}" if folder else stem
                     yield Part(archive, member.name, member.offset_data, member.size), role, key
             # A tarfile takes a damaged header behind the first for the end, which is a block of zeros or nothing.
-            with archive.open("rb") as file:
+            with open_file(archive) as file:
                 file.seek(tar.offset)
                 if any(file.read(tarfile.BLOCKSIZE)):
                     problem = f"Its header at byte {tar.offset} is damaged; nothing behind it is read."

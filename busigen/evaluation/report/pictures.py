@@ -11,11 +11,16 @@ from xml.etree import ElementTree
 
 from PIL import Image, UnidentifiedImageError
 
+from busigen.foreign import read_file
+
 LARGEST = 400_000
 """Bytes above which a raster picture is scaled and compressed for the page; the file in the folder stays as it is."""
 
 LARGEST_PLOT = 1_500_000
 """Bytes above which an SVG plot stays out of the page."""
+
+_MAX_BYTES = 256 << 20
+"""Largest picture that is read."""
 
 _WIDEST = 1600
 _QUALITY = 85
@@ -55,7 +60,7 @@ def inline(folder: Path, file: str) -> Inlined:
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             return Inlined(problem=f"The picture {file} lies outside the section's folder and is not shown.")
-        content = path.read_bytes()
+        content = read_file(path, _MAX_BYTES)
     except (OSError, ValueError):
         return Inlined(problem=f"The picture {file} is not there.")
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import OutputError
+from busigen.foreign import read_file
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, write_json
 from busigen.runtime.lock import exclusive
 
@@ -26,7 +27,7 @@ VARIABLE = "BUSIGEN_CACHE"
 """Environment variable that names the cache folder."""
 
 CONTENT, RECORD = "content", "record.json"
-_MAX_RECORD_BYTES = 1 << 20
+_MAX_RECORD_BYTES, _MAX_CONTENT_BYTES = 1 << 20, 8 << 30
 _POLL = 0.2
 """Seconds between looks at an entry that another process is making."""
 
@@ -72,7 +73,7 @@ class Cache:
         try:
             record = _record(entry)
             # Read once and used as read: what is hashed is what runs.
-            content = (entry / CONTENT).read_bytes()
+            content = read_file(entry / CONTENT, _MAX_CONTENT_BYTES)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -160,9 +161,7 @@ class Cache:
 
 def _record(entry: Path) -> dict[str, Any]:
     path = entry / RECORD
-    if path.stat().st_size > _MAX_RECORD_BYTES:
-        raise ValueError(f"{RECORD} is larger than {_MAX_RECORD_BYTES} bytes")
-    record = json.loads(path.read_bytes())
+    record = json.loads(read_file(path, _MAX_RECORD_BYTES))
     if not isinstance(record, dict):
         raise ValueError(f"{RECORD} is no record")
     return record

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from busigen.errors import CapacityError, IntegrityError
+from busigen.foreign import read_file
 from busigen.runtime.backend import usable_cores
 from busigen.runtime.bundle import Bundle, graph_names
 from busigen.runtime.engines.building import REVISION, Blueprint, build, check_operators
@@ -19,6 +20,7 @@ from busigen.runtime.engines.device import Device, answered, cuda
 from busigen.runtime.engines.library import Library
 from busigen.runtime.engines.profiles import Batches
 from busigen.runtime.memory import largest_that_fits
+from busigen.runtime.onnx_files import MAX_GRAPH_BYTES
 
 KIND, TIMINGS = "engines", "timings"
 """Kinds of the cache's entries: engines, and what kernels were measured to take on a card."""
@@ -187,7 +189,7 @@ class Workshop:
     def _read(self, graph: str) -> bytes:
         record = self._bundle.info["graphs"][graph]
         path = self._bundle.graph(graph)
-        model = path.read_bytes()
+        model = read_file(path, MAX_GRAPH_BYTES)
         if hashlib.sha256(model).hexdigest() != record["files"][record["file"]]:
             raise IntegrityError(f"{path} has changed since the bundle was opened.", fix="Run the same command again.")
         return model

@@ -1,0 +1,5 @@
+"""Writes the frozen files anew."""
+
+from tests.golden import main
+
+main()
