@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shlex
 import sys
@@ -11,7 +12,6 @@ import traceback
 from typing import Any, NoReturn
 
 import typer
-from rich.markup import escape
 
 # Importing the modules adds their commands, in the order of --help.
 # isort: off
@@ -21,13 +21,16 @@ from busigen.cli import datasets, judging, models, engines, machines  # noqa: F4
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, OutputError, UsageError
 from busigen.foreign import access_error
-from busigen.text import printable
 
 
 def main() -> None:
     """Run the command line; an error of the user's becomes one line and its exit code."""
     # click's base class of usage errors: typer does not export it, and newer versions have a click of their own.
     misuse: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A letter that the terminal's encoding lacks is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -44,10 +47,11 @@ def main() -> None:
         if isinstance(error, OSError) and (told := _of_system(error)):
             _fail(told, debug)
         if debug:
-            raise
-        stderr.print(
-            escape(f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it.")
-        )
+            _print_traceback()
+        else:
+            stderr.print(
+                f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it."
+            )
         sys.exit(1)
     # A command that has nothing of its own to say of Ctrl-C ends with this code and without a word.
     if code == INTERRUPTED_EXIT_CODE:
@@ -57,10 +61,10 @@ def main() -> None:
 
 def _fail(error: BusigenError, debug: bool) -> NoReturn:
     if debug:
-        traceback.print_exc()
+        _print_traceback()
     # Where standard error is full or closed, the exit code has to do.
     with contextlib.suppress(OSError):
-        stderr.print(escape(printable(f"error: {error}")), style=None if debug else "red")
+        stderr.print(f"error: {error}", style=None if debug else "red")
     sys.exit(error.exit_code)
 
 
@@ -82,7 +86,7 @@ def _refuse_unusable(arguments: list[str]) -> None:
             value.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"{name} is {printable(value)}, whose name is no UTF-8: no record could hold it.",
+                f"{name} is {value}, whose name is no UTF-8: no record could hold it.",
                 fix="Rename the file or folder, or make a link of another name to it.",
             ) from None
 
@@ -102,6 +106,12 @@ def _unheard(reason: str) -> OutputError:
         f"standard output cannot be written to: {reason}.",
         fix="All that was made before is kept; what would have been printed is lost.",
     )
+
+
+def _print_traceback() -> None:
+    """Python's own account of the error that is being handled, which quotes what it came from."""
+    for line in traceback.format_exc().splitlines():
+        stderr.print(line)
 
 
 def _usage_error(error: Any, arguments: list[str]) -> UsageError:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from pydantic import Strict
 
 from busigen.data import schema
 from busigen.data.parquetfile import refuse_costly
-from busigen.errors import InputError, IntegrityError
+from busigen.errors import IntegrityError
 from busigen.foreign import looking, open_file
+from busigen.records import Record, Text, Whole, checked, read_given
 from busigen.registry import RESOLUTION
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
@@ -30,6 +31,15 @@ _DTYPES = {
     "clean": np.dtype(np.uint8),
     "suspects": np.dtype(np.bool_),
 }
+
+
+class PreparedRecord(Record):
+    """Content of ``prepared.json``, as far as it is used."""
+
+    seed: Annotated[int, Strict()]
+    images: Whole
+    split_hash: Text
+    files: dict[Text, Text]
 
 
 class Prepared:
@@ -127,21 +137,9 @@ class Prepared:
 
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / schema.INFO
-    try:
-        with open_file(path) as file:
-            info = json.loads(file.read())
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no prepared folder: it has no {schema.INFO}.", fix=_PREPARE) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}.", fix=_PREPARE) from error
-    version = info.get("schema") if isinstance(info, dict) else None
-    if version != schema.SCHEMA_VERSION:
-        raise InputError(f"{path} has schema {version!r}; this busigen reads {schema.SCHEMA_VERSION}.", fix=_PREPARE)
-    wanted = {"images": int, "seed": int, "split_hash": str, "files": dict}
-    for key, kind in wanted.items():
-        if not isinstance(info.get(key), kind):
-            raise IntegrityError(f"{path} has no valid '{key}': {info.get(key)!r}.", fix=_PREPARE)
-    return dict(info)
+    info, _ = read_given(path, "prepared folder", schemas=(schema.SCHEMA_VERSION,), fix=_PREPARE)
+    checked(PreparedRecord, info, path, fix=_PREPARE)
+    return info
 
 
 def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:

@@ -14,12 +14,22 @@ import numpy as np
 
 from busigen import __version__
 from busigen.data.images import find_images
+from busigen.errors import IntegrityError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import Section
+from busigen.records import Record, Text, read_checked
 from busigen.runtime.atomic import sha256_of, write_json
 
 RESULT_FILE = "result.json"
+
+
+class _Kept(Record):
+    """A kept result, of the audit that its key is of."""
+
+    key: Text
+    result: dict[Text, Any]
+
 
 Sets = dict[str, str | None]
 """Fingerprint per set, None for one that is not there."""
@@ -94,11 +104,11 @@ def load(out: Path, section: str, key: str) -> SectionResult | None:
     """The kept result of that key; None where there is none, it is damaged, or one of its pictures is gone."""
     folder = section_folder(out, section)
     try:
-        content = json.loads((folder / RESULT_FILE).read_bytes())
+        content = read_checked(_Kept, folder / RESULT_FILE, fix="")
         if content["key"] != key:
             return None
         result = SectionResult.from_dict(content["result"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+    except (OSError, IntegrityError):
         return None
     whole = all((folder / picture.file).is_file() for picture in result.pictures)
     return result if whole and result.section == section else None

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from busigen.records import checked
 
 Better = Literal["lower", "higher", "near"]
 """Where a figure should lie against its floor: below, above, or inside the floor's interval."""
+
+
+# JSON has null for a number that is none.
+_Value = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
 class Interval:
     """A value with its 95 % interval. The bounds are None where no interval can be given."""
 
-    value: float
+    value: _Value
     low: float | None = None
     high: float | None = None
 
@@ -114,25 +123,9 @@ class SectionResult:
         """The inverse of ``to_dict``.
 
         Raises:
-            KeyError, TypeError: the content is no section's result.
+            IntegrityError: the content is no section's result.
         """
-
-        def interval(part: dict[str, Any] | None) -> Interval | None:
-            return None if part is None else Interval(**part)
-
-        figures = []
-        for part in content["figures"]:
-            value = interval(part["value"])
-            assert value is not None
-            figures.append(Figure(**{**part, "value": value, "floor": interval(part["floor"])}))
-        return cls(
-            section=content["section"],
-            figures=figures,
-            findings=[Finding(p["level"], p["text"], tuple(p["keys"])) for p in content["findings"]],
-            pictures=[Picture(**part) for part in content["pictures"]],
-            details=dict(content["details"]),
-            seconds=float(content["seconds"]),
-        )
+        return checked(cls, content, "the section's result", fix="Run the audit again.")
 
 
 def section_folder(out: Path, section: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from torch import nn
 from busigen.errors import InputError, UsageError
 from busigen.export.precision import TYPES
 from busigen.foreign import open_file
+from busigen.records import parse_json
 from busigen.registry import LESION_CLASSES, OPSETS, STAGES
+from busigen.training import state
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED
 from busigen.training.networks import Networks
 
@@ -67,8 +68,8 @@ def _names(weights: Path) -> list[str]:
             length = int.from_bytes(stream.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
-            return list(json.loads(stream.read(length)))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+            return list(parse_json(stream.read(length), "the header"))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{weights} is no safetensors file.", fix=_TRAIN) from error
 
 
@@ -79,13 +80,7 @@ def check_finite(networks: Networks) -> None:
         InputError: names component and weight.
     """
     for component, module in _modules(networks):
-        for name, value in module.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                count = int((~torch.isfinite(value)).sum())
-                raise InputError(
-                    f"{count} of {value.numel()} values of {name} in {component} are NaN or infinite.",
-                    fix="The training diverged: train again, with another --seed or more data.",
-                )
+        state.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):
         value = getattr(networks, name)
         if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):

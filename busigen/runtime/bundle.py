@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import stat
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, Strict
 
-from busigen.errors import InputError, IntegrityError
+from busigen.errors import IntegrityError
 from busigen.foreign import open_file
+from busigen.records import FileName, Many, Number, Record, Text, checked, read_given
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 from busigen.runtime.onnx_files import MAX_GRAPH_BYTES, external_files, refuse_endless
 from busigen.styles import are_styles
@@ -36,9 +36,6 @@ LEAST_FRAME, MAX_FRAMES = 32, 1024
 LARGEST_SPECKLE = 4.0
 """Greatest deviation of the noise that a bundle may ask to decode backgrounds with."""
 
-_LARGEST = {"latent_channels": 256, "code_length": 4096, "patch": RESOLUTION}
-"""Sizes that a bundle may ask noise and inputs of: a damaged record is not to ask for all memory."""
-
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
 
 
@@ -58,6 +55,67 @@ def graphs_of(component: str) -> tuple[str, ...]:
 def default_bundle() -> Path:
     """The bundle that ships inside the package."""
     return Path(str(files("busigen"))) / "bundles" / "default"
+
+
+def _framed(sides: list[int]) -> list[int]:
+    if max(sides) != RESOLUTION:
+        raise ValueError(f"should have a side of {RESOLUTION}")
+    return sides
+
+
+def _transfer(found: Any) -> Any:
+    if found is not None:
+        Transfer.from_json(found)
+    return found
+
+
+Side = Annotated[int, Strict(), Field(ge=LEAST_FRAME, le=RESOLUTION)]
+Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_framed)]
+
+
+class ImagesRecord(Record):
+    """What bundle and checkpoint record of whole images; `busigen.styles.are_styles` says more of ``styles``."""
+
+    frames: Annotated[Many[Frame], Field(min_length=1, max_length=MAX_FRAMES)] = Field(
+        default_factory=lambda: [[RESOLUTION, RESOLUTION]]
+    )
+    styles: Many[Many[Number]] = Field(default_factory=list)
+    transfer: Annotated[Any, AfterValidator(_transfer)] = None
+
+
+class GraphRecord(Record):
+    """A graph of a bundle: its file, and the sha256 of all that it reads."""
+
+    file: FileName
+    files: dict[FileName, Text]
+    precision: Text = ""
+
+
+class TrainingRecord(Record):
+    """What a bundle knows of the training of its checkpoint."""
+
+    recipe: dict[Text, Any] = Field(default_factory=dict)
+    data: dict[Text, Any] = Field(default_factory=dict)
+    tasks: dict[Text, Any] = Field(default_factory=dict)
+    device: Text = ""
+
+
+class BundleRecord(ImagesRecord):
+    """Content of ``bundle.json``, as far as it is used.
+
+    Sizes are bounded: a damaged record is not to ask noise and inputs of all memory.
+    """
+
+    graphs: dict[Text, GraphRecord]
+    latent_channels: Annotated[int, Strict(), Field(ge=1, le=256)]
+    code_length: Annotated[int, Strict(), Field(ge=1, le=4096)]
+    patch: Annotated[int, Strict(), Field(ge=1, le=RESOLUTION)]
+    background_speckle: Annotated[Number, Field(ge=0, le=LARGEST_SPECKLE)] = 1.0
+    preset: Text | None = None
+    precision: Text = ""
+    split_hash: Text | None = None
+    checkpoint: Text | None = None
+    training: TrainingRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -92,22 +150,15 @@ class Bundle:
 
         Raises:
             InputError: no bundle is there, or one that this busigen does not read.
+            IntegrityError: the record is invalid.
         """
         path = folder / RECORD
-        try:
-            found = path.stat()
-            # A pipe would be waited for, a device never ends.
-            if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_RECORD_BYTES:
-                raise InputError(f"{path} is no regular file, or is larger than {MAX_RECORD_BYTES} bytes.", fix=_EXPORT)
-            content = path.read_bytes()
-            info = json.loads(content)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{folder} is no bundle: it has no {RECORD}.", fix=_EXPORT) from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read: {error}.", fix=_EXPORT) from error
-        if not isinstance(info, dict) or info.get("schema") not in READABLE:
-            wanted = " or ".join(map(str, READABLE))
-            raise InputError(f"{path} does not have schema {wanted}.", fix=_EXPORT)
+        info, content = read_given(path, "bundle", schemas=READABLE, fix=_EXPORT, limit=MAX_RECORD_BYTES)
+        record = checked(BundleRecord, info, path, fix=_EXPORT)
+        if set(record.graphs) != set(graph_names()):
+            raise IntegrityError(f"{path} does not name the graphs of a bundle.", fix=_EXPORT)
+        if record.styles and not are_styles(record.styles, record.latent_channels):
+            raise IntegrityError(f"{path} has no valid 'styles'.", fix=_EXPORT)
         return cls(folder, info, hashlib.sha256(content).hexdigest())
 
     def graph(self, name: str) -> Path:
@@ -153,54 +204,18 @@ class Bundle:
         return float(self.info.get("background_speckle", 1.0))
 
     def _check(self) -> None:
-        graphs = self.info.get("graphs")
-        if not isinstance(graphs, dict) or set(graphs) != set(graph_names()):
-            raise IntegrityError(f"{self.folder / RECORD} does not name the graphs of a bundle.", fix=_EXPORT)
-        for key, largest in _LARGEST.items():
-            if not isinstance(self.info.get(key), int) or not 1 <= self.info[key] <= largest:
-                raise IntegrityError(
-                    f"{self.folder / RECORD} has no valid {key!r}: {self.info.get(key)!r}.", fix=_EXPORT
-                )
-        if not _are_frames(self.info.get("frames", [[RESOLUTION, RESOLUTION]])):
-            raise IntegrityError(f"{self.folder / RECORD} has no valid 'frames'.", fix=_EXPORT)
-        styles = self.info.get("styles", [])
-        if styles != [] and not are_styles(styles, self.info["latent_channels"]):
-            raise IntegrityError(f"{self.folder / RECORD} has no valid 'styles'.", fix=_EXPORT)
-        try:
-            _ = self.transfer
-        except ValueError as error:
-            raise IntegrityError(f"{self.folder / RECORD} has no valid 'transfer': {error}.", fix=_EXPORT) from error
-        speckle = self.info.get("background_speckle", 1.0)
-        if type(speckle) not in (int, float) or not 0 <= speckle <= LARGEST_SPECKLE:
-            raise IntegrityError(f"{self.folder / RECORD} has no valid 'background_speckle': {speckle!r}.", fix=_EXPORT)
         expected: dict[str, str] = {}
-        for name, record in graphs.items():
-            hashes = record.get("files") if isinstance(record, dict) else None
-            if not isinstance(hashes, dict) or record.get("file") not in list(hashes):
+        for name, record in self.info["graphs"].items():
+            hashes = record["files"]
+            if record["file"] not in hashes:
                 raise IntegrityError(f"{self.folder / RECORD} records no files for graph {name}.", fix=_EXPORT)
             for file, sha256 in hashes.items():
                 if file not in expected:
-                    _check_name(file, self.folder / RECORD)
                     limit = MAX_GRAPH_BYTES if file == record["file"] else MAX_WEIGHTS_BYTES
                     _check_file(self.folder / file, sha256, limit)
                 if expected.setdefault(file, sha256) != sha256:
                     raise IntegrityError(f"{self.folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
             _check_graph(self.folder / record["file"], set(hashes))
-
-
-def _are_frames(found: Any) -> bool:
-    """Whether these are heights and widths that an image can have in the working frame."""
-
-    def is_frame(pair: Any) -> bool:
-        whole = isinstance(pair, list) and len(pair) == 2 and all(type(side) is int for side in pair)
-        return whole and min(pair) >= LEAST_FRAME and max(pair) == RESOLUTION
-
-    return isinstance(found, list) and 1 <= len(found) <= MAX_FRAMES and all(map(is_frame, found))
-
-
-def _check_name(file: str, record: Path) -> None:
-    if Path(file).name != file or "\\" in file or file.startswith("."):
-        raise IntegrityError(f"{record} names the file {file!r}, which is not a plain name.", fix=_EXPORT)
 
 
 def _check_file(path: Path, expected: str, limit: int) -> None:

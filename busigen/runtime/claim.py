@@ -14,10 +14,11 @@ import PIL
 import polars as pl
 
 import busigen
-from busigen.errors import OutputError
+from busigen.errors import IntegrityError, OutputError
+from busigen.records import checked, read_json
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import leftovers, output_errors, write_json
-from busigen.runtime.jsonfile import read_json
+from busigen.runtime.dataset import RunRecord
 from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
 from busigen.runtime.lock import exclusive, forget_tasks, joined, living, turn
 from busigen.runtime.options import FIELDS, changed_options, decided
@@ -172,11 +173,11 @@ def read_run_file(path: Path) -> dict[str, Any] | None:
         OutputError: it is damaged.
     """
     try:
-        return checked_run(read_json(path), path)
+        return checked_run(read_json(path, root=path.parent), path)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise _unreadable(path) from error
+        raise _unreadable(path, str(error)) from error
 
 
 def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
@@ -185,9 +186,12 @@ def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
     Raises:
         OutputError: it is none.
     """
-    if not isinstance(run, dict):
-        raise _unreadable(path)
-    return run
+    try:
+        checked(RunRecord, run, path, fix="")
+    except IntegrityError as error:
+        raise _unreadable(path, error.problem) from error
+    found: dict[str, Any] = run
+    return found
 
 
 def refuse_other(out: Path | Address, standing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
@@ -246,5 +250,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _unreadable(path: Path | Address) -> OutputError:
-    return OutputError(f"{path} is not a run record of busigen.", fix="Choose another --out.")
+def _unreadable(path: Path | Address, why: str) -> OutputError:
+    return OutputError(f"{path} is not a run record of busigen: {why.rstrip('.')}.", fix="Choose another --out.")

@@ -15,12 +15,12 @@ from typing import Any
 
 import polars as pl
 
-from busigen.errors import UsageError
+from busigen.errors import IntegrityError, UsageError
 from busigen.foreign import names_in
+from busigen.records import Many, Record, read_checked
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
 from busigen.runtime.card import LICENCE, privacy
-from busigen.runtime.dataset import Dataset
-from busigen.runtime.jsonfile import read_json
+from busigen.runtime.dataset import Dataset, SourceRecord
 from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, key_of
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.tables import write_joined
@@ -34,6 +34,18 @@ Sources = list[dict[str, Any]]
 """What a dataset was merged from, in order: folders, plans, versions and the sha256 of their ``dataset.json``."""
 
 _COMMON = ("busigen", "columns", "fingerprint")
+
+
+class PartRecord(Record):
+    """A part as the collection's ``dataset.json`` lists it."""
+
+    sources: Many[SourceRecord]
+
+
+class CollectionRecord(Record):
+    """Content of a collection's ``dataset.json``, as far as it is used."""
+
+    parts: Many[PartRecord]
 
 
 def part_name(number: int) -> str:
@@ -126,10 +138,10 @@ def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[So
 def recorded_sources(folder: Path) -> list[Sources] | None:
     """Where each part came from, by the collection's ``dataset.json``; None where that cannot be read."""
     try:
-        parts = read_json(folder / DATASET_FILE)["parts"]
-        found = [list(part["sources"]) for part in parts]
-    except (OSError, ValueError, KeyError, TypeError):
+        info = read_checked(CollectionRecord, folder / DATASET_FILE, fix="", root=folder)
+    except (OSError, IntegrityError):
         return None
+    found = [part["sources"] for part in info["parts"]]
     return found if len(found) == len(parts_of(folder)) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,11 +14,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from busigen.errors import InputError, IntegrityError
 from busigen.foreign import looking, names_in
+from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
 from busigen.registry import RESOLUTION
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     DATASET_FILE,
     MANIFEST_FILE,
@@ -33,12 +33,79 @@ from busigen.runtime.layout import (
     shard_path,
 )
 from busigen.runtime.sample import Sample
-from busigen.runtime.shards import FIXED_COLUMNS, ShardRecord
+from busigen.runtime.shards import FIXED_COLUMNS, FileRecord, ShardRecord
 from busigen.runtime.tables import read_table
 from busigen.runtime.tar_headers import TarHeaders, open_headers
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
 _RECORD = re.compile(r"([0-9]{6,10})\.json")
+
+
+class Fingerprint(Record):
+    """What a run record holds of what decided its samples, as far as it is used; None where a source has no such thing.
+
+    Ranges stand as they were typed.
+    """
+
+    bundle: Text | None = None
+    checkpoint: Text | None = None
+    split_hash: Text | None = None
+    provider: Text | None = None
+    engine_version: Text | None = None
+    classes: dict[Text, Number] | None = None
+    healthy: Text | None = None
+    size: Text | None = None
+    depth: Text | None = None
+    across: Text | None = None
+    height_width: Text | None = None
+    birads: Text | None = None
+
+
+class SourceRecord(Record):
+    """A dataset that another one was merged from."""
+
+    folder: Text
+
+
+class RunRecord(Record):
+    """Content of ``run.json``; `busigen.runtime.layout.Plan.of` says what its ``config`` is."""
+
+    schema_version: Whole
+    config: dict[Text, Any]
+    busigen: Text
+    columns: dict[Text, Text]
+    fingerprint: Fingerprint
+    options: dict[Text, Text | None] | None = None
+    versions: dict[Text, Text] = Field(default_factory=dict)
+    sources: Many[SourceRecord] = Field(default_factory=list)
+
+
+class ListedShard(Record):
+    """A shard as ``dataset.json`` lists it."""
+
+    number: Whole
+    first: Whole
+    count: Whole
+    tar: FileRecord
+    parquet: FileRecord
+
+
+class DatasetRecord(RunRecord):
+    """Content of ``dataset.json``: the run record, and what follows from the shards."""
+
+    samples: Whole
+    classes: dict[Text, Whole]
+    rejected: dict[Text, Whole]
+    files: dict[Text, FileRecord]
+    shards: Many[ListedShard]
+
+
+class SampleRow(Record):
+    """A sample's row in its shard, as far as it is used for the sample itself."""
+
+    index: Whole
+    attempt: Whole
+    label: Text = Field(alias="class")
 
 
 @dataclass(frozen=True)
@@ -69,7 +136,7 @@ class Dataset:
         """
         path = folder / DATASET_FILE
         try:
-            info = read_json(path, shards=len(recorded_shards(folder)))
+            info = read_json(path, shards=len(recorded_shards(folder)), root=folder)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise _not_finished(folder) from error
         except OSError as error:
@@ -84,6 +151,7 @@ class Dataset:
                 f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}.",
                 fix="Upgrade: `pip install --upgrade busigen`.",
             )
+        checked(DatasetRecord, info, path, fix=_VERIFY)
         return cls(folder=folder, info=info, plan=plan_of(info, path))
 
     def shards(self) -> list[ShardRecord]:
@@ -212,16 +280,17 @@ def to_sample(member: Member) -> Sample:
     Raises:
         IntegrityError: a PNG or the row is damaged.
     """
+    row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
     try:
         return Sample(
-            index=int(member.row["index"]),
-            attempt=int(member.row["attempt"]),
-            label=str(member.row["class"]),
+            index=row.index,
+            attempt=row.attempt,
+            label=row.label,
             image=decode_image(member.image),
             mask=decode_mask(member.mask),
             row={name: value for name, value in member.row.items() if name not in FIXED_COLUMNS},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
 
 
@@ -249,8 +318,8 @@ def _content(path: Path, tar: TarHeaders, member: tarfile.TarInfo) -> bytes:
 
 def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
+        row = parse_json(text, key)
+    except ValueError:
         row = None
     if not isinstance(row, dict) or row.get("key") != key:
         raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)

@@ -138,9 +138,9 @@ def _replay(recorded: Recorded, source: Source) -> tuple[Replay, Member]:
     for name, row in recorded.rows.items():
         changed = [change for change in differences(row, member.row) if change[0] not in hashed]
         differs += [f"{name}: {field} is {told(then)}, drawn again {told(now)}." for field, then, now in changed]
-    refused = [asdict(rejection) for rejection in drawn.rejections]
-    if recorded.refused is not None and recorded.refused != refused:
-        then, now = (", ".join(draw["reason"] for draw in draws) or "none" for draws in (recorded.refused, refused))
+    if recorded.refused is not None and recorded.refused != drawn.rejections:
+        draws = (recorded.refused, drawn.rejections)
+        then, now = (", ".join(draw.reason for draw in refused) or "none" for refused in draws)
         differs.append(f"refused draws: {then}, drawn again {now}.")
     conditions = tuple(
         f"{name}: {told(then)} then, {told(now)} now" for name, then, now in other_conditions(recorded.run, source)

@@ -13,10 +13,10 @@ import polars as pl
 
 from busigen.errors import IntegrityError
 from busigen.foreign import open_file
+from busigen.records import read_json
 from busigen.runtime.atomic import atomic_file, atomic_path, write_json
 from busigen.runtime.card import croissant, readme
 from busigen.runtime.dataset import Dataset, plan_of
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     CARD_FILE,
     CROISSANT_FILE,

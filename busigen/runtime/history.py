@@ -18,6 +18,7 @@ from busigen.runtime.dataset import Member, plan_of, read_members
 from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, ROW_SUFFIX, RUN_FILE, Plan, key_of, shard_path
 from busigen.runtime.options import as_typed
 from busigen.runtime.replay import told
+from busigen.runtime.sample import Rejection
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.tables import find_rows
 from busigen.runtime.verify import read_object, read_run
@@ -55,11 +56,11 @@ class Recorded:
         return next(iter(self.rows.values()))
 
     @property
-    def refused(self) -> list[dict[str, Any]] | None:
+    def refused(self) -> list[Rejection] | None:
         """Refused draws of this index; None where the shard's record is lost."""
         if self.record is None:
             return None
-        return [draw for draw in self.record.rejections if draw.get("index") == self.index]
+        return [draw for draw in self.record.rejections if draw.index == self.index]
 
 
 def parse_key(key: str, plan: Plan) -> int:
@@ -88,8 +89,6 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     """
     run = read_run(folder)
     plan = plan_of(run, folder / RUN_FILE)
-    if not isinstance(run.get("fingerprint"), dict) or not isinstance(run.get("versions", {}), dict):
-        raise IntegrityError(f"{folder / RUN_FILE} is not a run record of busigen.", fix=REPAIR_FIRST)
     index = parse_key(key, plan)
     number = index // plan.shard_size
     problems: list[str] = []
@@ -190,9 +189,7 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
         "seed": recorded.plan.seed,
         "class": row.get("class"),
         "attempt": row.get("attempt"),
-        "refused": None
-        if refused is None
-        else [{name: draw.get(name) for name in ("attempt", "reason")} for draw in refused],
+        "refused": None if refused is None else [{"attempt": draw.attempt, "reason": draw.reason} for draw in refused],
         "asked": {
             "classes": as_typed(run, "--classes"),
             **{name: row.get(f"asked_{name}") for name in (*ATTRIBUTES, "birads")},

@@ -12,8 +12,9 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import BusigenError, IntegrityError
+from busigen.records import checked
 from busigen.runtime.atomic import atomic_file, output_errors, sha256_of, write_json
-from busigen.runtime.layout import FIRST_SCHEMA_VERSION, MANIFEST_FILE, SHARD_FOLDER, Plan, shard_path
+from busigen.runtime.layout import DATASET_FILE, FIRST_SCHEMA_VERSION, MANIFEST_FILE, SHARD_FOLDER, Plan, shard_path
 from busigen.runtime.replay import BYTES_ONLY, Inputs, other_conditions, refuse_other_samples, told
 from busigen.runtime.sample import Source
 from busigen.runtime.shards import FileRecord, ShardRecord, write_shard
@@ -47,9 +48,10 @@ def listed_files(work: Repair, number: int) -> tuple[FileRecord, FileRecord] | N
     """Tar and table of a shard as ``dataset.json`` lists them."""
     entry = work.listed.get(number, {})
     try:
-        return FileRecord(**entry["tar"]), FileRecord(**entry["parquet"])
-    except (KeyError, TypeError):
+        tar, parquet = (checked(FileRecord, entry.get(kind), DATASET_FILE, fix="") for kind in ("tar", "parquet"))
+    except IntegrityError:
         return None
+    return tar, parquet
 
 
 def expected_files(work: Repair, number: int) -> list[tuple[FileRecord, FileRecord]]:

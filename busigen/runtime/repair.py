@@ -24,7 +24,7 @@ from busigen.runtime.replay import Inputs, told
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
 from busigen.runtime.standing import complete_shards
 from busigen.runtime.tables import read_table
-from busigen.runtime.verify import VerifyReport, combined, read_object, read_run, read_types, verify
+from busigen.runtime.verify import VerifyReport, combined, has_run, read_object, read_run, read_types, verify
 from busigen.runtime.verify_parts import check_collection
 from busigen.runtime.verify_shard import LEAST_SAMPLE
 
@@ -130,7 +130,7 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
         for path in leftovers(folder) + leftovers(folder / SHARD_FOLDER):
             path.unlink()
             work.repaired.append(f"{path.relative_to(folder).as_posix()}: a killed run's temporary file removed")
-        if read_object(folder / RUN_FILE) is None:
+        if not has_run(folder):
             write_json(folder / RUN_FILE, work.run)
             work.repaired.append(f"{RUN_FILE}: written again from {DATASET_FILE}")
     before = verify(folder, healthy=inputs.healthy, progress=inputs.progress)

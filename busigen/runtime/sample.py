@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from busigen.records import Text, Whole
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -35,10 +37,10 @@ class Sample:
 class Rejection:
     """One draw that a quality gate refused, and the gate's reason."""
 
-    index: int
-    attempt: int
-    label: str
-    reason: str
+    index: Whole
+    attempt: Whole
+    label: Text
+    reason: Text
 
 
 @dataclass(frozen=True)

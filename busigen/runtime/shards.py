@@ -21,12 +21,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ConfigDict
 
 from busigen.errors import IntegrityError
+from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import atomic_file, sha256_of, write_json
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     FIRST_SCHEMA_VERSION,
     IMAGE_SUFFIX,
@@ -36,7 +37,7 @@ from busigen.runtime.layout import (
     key_of,
     shard_path,
 )
-from busigen.runtime.sample import Drawn, Sample
+from busigen.runtime.sample import Drawn, Rejection, Sample
 
 FIXED_COLUMNS: dict[str, type] = {
     "key": str,
@@ -64,15 +65,18 @@ _POLARS_TYPES: dict[type, type[pl.DataType]] = {str: pl.String, int: pl.Int64, f
 _PNG_OPTIONS = {"compress_level": 6, "compress_type": zlib.Z_RLE}
 # Pillow compresses outside the interpreter lock, so threads help; more than this only steals cores from the source.
 _ENCODERS = min(4, os.cpu_count() or 1)
+_REMAKE = "Delete it and run `busigen generate` with the same options again: that shard is made anew."
 
 
 @dataclass(frozen=True)
 class FileRecord:
     """A file's name relative to the dataset, its sha256 and its size in bytes."""
 
-    file: str
-    sha256: str
-    size: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    file: Text
+    sha256: Text
+    size: Whole
 
     @classmethod
     def of(cls, folder: Path, file: str) -> FileRecord:
@@ -85,12 +89,14 @@ class FileRecord:
 class ShardRecord:
     """Content of a shard's JSON file, whose presence means that the shard is complete."""
 
-    number: int
-    first: int
-    count: int
-    classes: dict[str, int]
-    rejected: dict[str, int]
-    rejections: list[dict[str, Any]]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    number: Whole
+    first: Whole
+    count: Whole
+    classes: dict[Text, Whole]
+    rejected: dict[Text, Whole]
+    rejections: Many[Rejection]
     tar: FileRecord
     parquet: FileRecord
 
@@ -104,7 +110,7 @@ class ShardRecord:
         """
         path = folder / shard_path(number, "json")
         try:
-            fields = read_json(path)
+            fields = read_json(path, root=folder)
         except ValueError as error:
             raise _damaged(path) from error
         return cls.of(fields, number, path)
@@ -116,19 +122,11 @@ class ShardRecord:
         Raises:
             IntegrityError: it is not a record of this shard.
         """
-        try:
-            version = fields.pop("schema_version")
-            record = cls(**{**fields, "tar": FileRecord(**fields["tar"]), "parquet": FileRecord(**fields["parquet"])})
-            named = (record.number, record.tar.file, record.parquet.file)
-            fits = version == FIRST_SCHEMA_VERSION and named == (
-                number,
-                shard_path(number, "tar"),
-                shard_path(number, "parquet"),
-            )
-            fits = fits and record._is_well_typed() and sum(record.classes.values()) == record.count
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path) from error
-        if not fits:
+        version = fields.pop("schema_version", None) if isinstance(fields, dict) else None
+        record = checked(cls, fields, path, fix=_REMAKE)
+        named = (record.number, record.tar.file, record.parquet.file)
+        fits = version == FIRST_SCHEMA_VERSION and sum(record.classes.values()) == record.count
+        if not fits or named != (number, shard_path(number, "tar"), shard_path(number, "parquet")):
             raise _damaged(path)
         return record
 
@@ -139,21 +137,6 @@ class ShardRecord:
         take 11 MB.
         """
         return replace(self, rejections=[])
-
-    def _is_well_typed(self) -> bool:
-        """Whether everything is of its type, so that nobody stumbles over a text where a number should be."""
-        files = (self.tar, self.parquet)
-        whole = [
-            self.first,
-            self.count,
-            *self.classes.values(),
-            *self.rejected.values(),
-            *(file.size for file in files),
-        ]
-        draws = [(draw["index"], draw["attempt"], draw["label"], draw["reason"]) for draw in self.rejections]
-        whole += [number for index, attempt, _, _ in draws for number in (index, attempt)]
-        texts = [file.sha256 for file in files] + [text for _, _, *words in draws for text in words]
-        return all(type(number) is int and number >= 0 for number in whole) and all(type(text) is str for text in texts)
 
 
 def write_shard(folder: Path, number: int, drawn: Drawn, types: Mapping[str, type]) -> ShardRecord:
@@ -190,7 +173,7 @@ def write_shard(folder: Path, number: int, drawn: Drawn, types: Mapping[str, typ
         count=len(drawn.samples),
         classes=count_sorted([sample.label for sample in drawn.samples]),
         rejected=count_sorted([rejection.reason for rejection in rejections]),
-        rejections=[asdict(rejection) for rejection in rejections],
+        rejections=rejections,
         tar=FileRecord.of(folder, shard_path(number, "tar")),
         parquet=FileRecord.of(folder, shard_path(number, "parquet")),
     )
@@ -323,7 +306,4 @@ def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool |
 
 
 def _damaged(path: Path | Address) -> IntegrityError:
-    return IntegrityError(
-        f"{path} is not the record of a shard in {SHARD_FOLDER}.",
-        fix="Delete it and run `busigen generate` with the same options again: that shard is made anew.",
-    )
+    return IntegrityError(f"{path} is not the record of a shard in {SHARD_FOLDER}.", fix=_REMAKE)

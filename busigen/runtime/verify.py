@@ -14,14 +14,14 @@ from typing import Any
 
 import polars as pl
 
-from busigen.errors import InputError
+from busigen.errors import InputError, IntegrityError
+from busigen.records import checked, read_json
 from busigen.runtime.address import Address
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
 from busigen.runtime.collection import parts_of
-from busigen.runtime.dataset import plan_of, recorded_shards
+from busigen.runtime.dataset import RunRecord, plan_of, recorded_shards
 from busigen.runtime.finish import dataset_info, run_of
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import (
     DATASET_FILE,
     FINISHED_FILES,
@@ -191,21 +191,52 @@ def read_run(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: ``folder`` is no busigen dataset.
+        IntegrityError: neither is a run record, and one of them nearly is.
     """
+    wrong: list[IntegrityError] = []
     for name in (RUN_FILE, DATASET_FILE):
-        run = read_object(folder / name)
+        try:
+            run = read_run_record(folder / name)
+        except IntegrityError as error:
+            wrong.append(error)
+            continue
         if run is not None:
-            return run if name == RUN_FILE else run_of(run)
+            return run
+    if wrong:
+        raise wrong[0]
     raise InputError(
         f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read.",
         fix="Give the folder that was the `--out` of `busigen generate`.",
     )
 
 
+def read_run_record(path: Path) -> dict[str, Any] | None:
+    """The run record in a ``run.json`` or ``dataset.json``; None if the file is missing or no JSON object.
+
+    Raises:
+        IntegrityError: it is no run record.
+    """
+    found = read_object(path)
+    if found is None:
+        return None
+    run = run_of(found) if path.name == DATASET_FILE else found
+    checked(RunRecord, run, path, fix="Get the original file again.")
+    plan_of(run, path)
+    return run
+
+
+def has_run(folder: Path) -> bool:
+    """Whether ``run.json`` is there and a run record."""
+    try:
+        return read_run_record(folder / RUN_FILE) is not None
+    except IntegrityError:
+        return False
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """A JSON file's object; None if it is missing, damaged or anything else."""
     try:
-        found = read_json(path, shards=len(recorded_shards(path.parent)))
+        found = read_json(path, shards=len(recorded_shards(path.parent)), root=path.parent)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -229,11 +260,11 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
     """dataset.json and the manifest must follow from run.json and the shards."""
     missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
     yield from (Problem(name, "is missing.", FINISH) for name in missing)
-    if RUN_FILE not in missing and read_object(folder / RUN_FILE) is None:
+    if RUN_FILE not in missing and not has_run(folder):
         yield Problem(RUN_FILE, "cannot be read as a run record.", REPAIR)
     yield from _missing(plan, shards)
     try:
-        info = read_json(folder / DATASET_FILE, shards=len(shards))
+        info = read_json(folder / DATASET_FILE, shards=len(shards), root=folder)
     except (OSError, ValueError):
         yield Problem(DATASET_FILE, "cannot be read as JSON.", MEND)
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from busigen.errors import BusigenError
+from busigen.records import read_json
 from busigen.runtime.claim import differences
 from busigen.runtime.collection import (
     COLLECTION_FILES,
@@ -19,7 +20,6 @@ from busigen.runtime.collection import (
     recorded_sources,
 )
 from busigen.runtime.dataset import Dataset
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import DATASET_FILE, LOCK_FILE, MANIFEST_FILE, TEMPORARY_PREFIX
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.tables import read_table

@@ -123,7 +123,7 @@ def check_shard(
     if (record.first, record.count) != (indices.start, len(indices)):
         held = f"{record.first} to {record.first + record.count - 1}"
         found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.")
-    if Counter(rejection.get("reason") for rejection in record.rejections) != Counter(record.rejected):
+    if Counter(rejection.reason for rejection in record.rejections) != Counter(record.rejected):
         found.report(names["json"], "lists other rejections than it counts.", names["json"])
     if record.tar.size < LEAST_SAMPLE * len(indices):
         # How many rows a table may have follows from the plan, which may be made up; so large a tar may not.
@@ -160,7 +160,7 @@ def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
         for index, attempts, label in rows.select("index", "attempt", "class").iter_rows()
         for attempt in range(attempts)
     ]
-    return [tuple(map(draw.get, ("index", "attempt", "label"))) for draw in record.rejections] == before
+    return [(draw.index, draw.attempt, draw.label) for draw in record.rejections] == before
 
 
 def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:

@@ -14,19 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import reprlib
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
+from pydantic import ConfigDict, Field, Strict
 
 from busigen import __version__
-from busigen.errors import InputError, IntegrityError
+from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.foreign import open_file
-from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES
-from busigen.training.models import model_class
+from busigen.records import Many, Number, Record, Text, Whole, checked, read_checked, read_given
+from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES, Preset
+from busigen.runtime.bundle import ImagesRecord
+from busigen.styles import are_styles
+from busigen.text import printable
+from busigen.training.models import build, model_class
 from busigen.training.networks import Networks
 from busigen.training.recipe import TaskSpec
 from busigen.training.state import MAX_WEIGHTS_BYTES, fresh_folder, write_json
@@ -42,6 +47,73 @@ MAX_RECORD_BYTES = 64 << 20
 """Largest other file of a component's folder that is read."""
 
 _TRAIN = "Run 'busigen train' to its end first."
+_REFIT = (
+    "Delete busigen.json and done/finish.json there (for 'styles' done/prior.json as well), and give the same "
+    "'busigen train' command again: what is finished is kept, and only the fit is repeated."
+)
+
+
+class ConfigRecord(Record):
+    """Content of a component's ``config.json``: any object."""
+
+
+class Latents(Record):
+    """Mean and deviation of every latent channel."""
+
+    mean: Many[Number]
+    std: Many[Number]
+
+
+class TaskFigures(Record):
+    """What a task's training is recorded with; held-out losses are NaN where it diverged."""
+
+    seconds: Number
+    validation: Many[tuple[Whole, Annotated[float, Strict()]]] = Field(default_factory=list)
+
+
+class Lora(Record):
+    """See :class:`busigen.training.recipe.LoraSpec`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: Annotated[int, Strict(), Field(ge=1, le=1 << 12)]
+    alpha: Annotated[int, Strict(), Field(ge=1, le=1 << 12)]
+    targets: Many[Text]
+
+
+class RecipeRecord(Record):
+    """What is used of a recipe that stands in a record; adapters on a checkpoint have to be of its kind."""
+
+    preset: Text
+    seed: Annotated[int, Strict()]
+    lora: Lora
+
+
+class DataRecord(Record):
+    """What is used of the record of a checkpoint's data."""
+
+    split_hash: Text | None
+
+
+class Origin(Record):
+    """The base that a checkpoint was trained on (:attr:`busigen.training.base.Base.identity`)."""
+
+    split_hash: Text
+    weights: Text
+
+
+class CheckpointRecord(ImagesRecord):
+    """Content of ``busigen.json``, as far as it is used."""
+
+    weights: dict[Annotated[str, Strict(), Field(max_length=1 << 12, pattern=r"^[^/]+/[^/]+/.+$")], Text]
+    preset: Text
+    recipe: RecipeRecord
+    data: DataRecord
+    latents: Latents
+    tasks: dict[Text, TaskFigures]
+    device: Text
+    versions: dict[Text, Text]
+    base: Origin | None = None
 
 
 def place_of(task: TaskSpec) -> str:
@@ -55,17 +127,45 @@ def save_component(model: ModelMixin, folder: Path) -> None:
         model.save_pretrained(str(temporary), safe_serialization=True)
 
 
-def load_component(component: str, folder: Path) -> ModelMixin:
+def _sizes(component: str, preset: Preset) -> dict[str, Any]:
+    """The configuration of a preset's component, as JSON has it."""
+    with torch.random.fork_rng(devices=[]):  # What training draws next is none of this network's business.
+        config: dict[str, Any] = json.loads(json.dumps(dict(build(component, preset).config)))
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _refuse_other_sizes(component: str, path: Path, preset: Preset) -> None:
+    """Refuse a configuration that asks for a network of other sizes, which might take all memory.
+
+    Raises:
+        IntegrityError: with the first size that is another.
+    """
+    config = read_checked(ConfigRecord, path, fix=_TRAIN)
+    for key, value in _sizes(component, preset).items():
+        if config.get(key, value) != value:
+            found = printable(reprlib.repr(config[key]))
+            raise IntegrityError(f"{path} has no valid {key!r}: {found}; its preset has {value!r}.", fix=_TRAIN)
+
+
+def load_component(component: str, folder: Path, preset: Preset | None = None) -> ModelMixin:
     """Load a component in evaluation mode.
 
     One that was saved before its solver's steps knew a spread takes steps with the spread that was assumed then, and a
     decoder from before it was told masks does not heed them.
 
+    Args:
+        component: its name.
+        folder: where it lies.
+        preset: whose sizes it has to have, where that is known.
+
     Raises:
         InputError: the folder holds no such component, or one whose weights do not fit its configuration.
+        IntegrityError: its configuration is not the preset's.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no {component}.", fix=_TRAIN)
+    if preset is not None:
+        _refuse_other_sizes(component, folder / "config.json", preset)
     try:
         # The library opens what it likes of the folder by its names, and would wait for a pipe.
         for path in folder.iterdir():
@@ -81,7 +181,7 @@ def load_component(component: str, folder: Path) -> ModelMixin:
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # diffusers raises whatever it stumbles over in a configuration
         raise InputError(f"{folder} cannot be loaded: {error}.", fix=_TRAIN) from error
     missing = found["missing_keys"]
     if lost := [name for name in missing if not name.startswith(LATER)]:
@@ -114,9 +214,18 @@ def versions() -> dict[str, str]:
     return {"busigen": __version__, "python": platform.python_version(), **libraries}
 
 
-def write_record(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``busigen.json``; its presence means that the checkpoint is complete."""
+def write_record(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write ``busigen.json`` and return it as read back; its presence means that the checkpoint can be exported.
+
+    Raises:
+        InputError, IntegrityError: what was written is not what :func:`read_record` takes; it is not left there.
+    """
     write_json(folder / RECORD, {"schema": SCHEMA, "weights": weight_hashes(folder), **content})
+    try:
+        return read_record(folder)
+    except BusigenError:
+        (folder / RECORD).unlink()
+        raise
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -124,20 +233,19 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: no complete checkpoint is there, or it has an unknown schema or preset.
-        IntegrityError: a weight file is missing, extra or not the one that was recorded.
+        IntegrityError: the record is invalid, or a weight file is missing, extra or not the one that was recorded.
     """
     path = folder / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no finished checkpoint: it has no {RECORD}.", fix=_TRAIN) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.", fix=_TRAIN) from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise InputError(f"{path} does not have schema {SCHEMA}.", fix="Train again with this busigen.")
-    if record.get("preset") not in PRESETS:
-        raise InputError(f"{path} names preset {record.get('preset')!r}.", fix=f"Known: {', '.join(PRESETS)}.")
-    found, recorded = weight_hashes(folder), record.get("weights", {})
+    record, _ = read_given(path, "finished checkpoint", schemas=(SCHEMA,), fix=_TRAIN)
+    known = checked(CheckpointRecord, record, path, fix=_REFIT)
+    if known.preset not in PRESETS:
+        raise InputError(f"{path} names preset {known.preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
+    channels = PRESETS[known.preset].latent_channels
+    if {len(known.latents.mean), len(known.latents.std)} != {channels}:
+        raise IntegrityError(f"{path} has no valid 'latents': not one mean of each of {channels} channels.", fix=_TRAIN)
+    if known.styles and not are_styles(known.styles, channels):
+        raise IntegrityError(f"{path} has no valid 'styles'.", fix=_REFIT)
+    found, recorded = weight_hashes(folder), known.weights
     for name in sorted(set(found) | set(recorded)):
         if found.get(name) != recorded.get(name):
             state = "missing" if name not in found else "not recorded" if name not in recorded else "changed"
@@ -148,17 +256,18 @@ def read_record(folder: Path) -> dict[str, Any]:
 def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
     """Load a finished checkpoint: autoencoder, context, prior and the merged stages, with its record."""
     record = read_record(folder)
-    denoisers = {"prior": load_component("prior", folder / BASE / "prior")}
+    preset = PRESETS[record["preset"]]
+    denoisers = {"prior": load_component("prior", folder / BASE / "prior", preset)}
     for stage in STAGES:
         for label in LESION_CLASSES:
             name = f"{stage}-{label}"
-            denoisers[name] = load_component(stage, folder / MERGED / name)
+            denoisers[name] = load_component(stage, folder / MERGED / name, preset)
     networks = Networks(
-        preset=PRESETS[record["preset"]],
-        autoencoder=load_component("autoencoder", folder / BASE / "autoencoder"),
+        preset=preset,
+        autoencoder=load_component("autoencoder", folder / BASE / "autoencoder", preset),
         latents_mean=torch.tensor(record["latents"]["mean"]),
         latents_std=torch.tensor(record["latents"]["std"]),
-        context=load_component("context", folder / BASE / "context"),
+        context=load_component("context", folder / BASE / "context", preset),
         denoisers=denoisers,
     )
     return networks, record

@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from busigen.data.prepared import Prepared
-from busigen.errors import OutputError
+from busigen.errors import IntegrityError, OutputError
+from busigen.records import Record, Text, read_checked
 from busigen.training.base import Base
+from busigen.training.checkpoint import Origin, RecipeRecord
 from busigen.training.recipe import Recipe
 from busigen.training.state import write_json
 
 RUN = "run.json"
 
 _SHOWN = 3
+
+
+class _RunRecord(Record):
+    """Content of a training run's ``run.json``."""
+
+    recipe: RecipeRecord
+    split_hash: Text
+    base: Origin | None = None
 
 
 def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None) -> None:
@@ -30,7 +40,7 @@ def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = Non
     path = out / RUN
     try:
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_checked(_RunRecord, path, fix="", root=out)
             if before != config:
                 raise OutputError(
                     f"{out} belongs to another run ({_difference(before, config)}).",
@@ -41,6 +51,10 @@ def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = Non
             raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
+    except IntegrityError as error:
+        raise OutputError(
+            f"{out} holds no run of `busigen train`: {error.problem}", fix="Use another --out."
+        ) from error
     except OSError as error:
         raise OutputError(
             f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
@@ -75,7 +89,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _base(config: Mapping[str, Any]) -> str:
-    return f"one with weights {config['base']['weights'][:12]}..." if "base" in config else "none"
+    base = config.get("base")
+    return f"one with weights {base['weights'][:12]}..." if base else "none"
 
 
 def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
+from busigen.records import Many, Number, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import adapters, checkpoint
 from busigen.training.base import Base
@@ -29,7 +30,7 @@ from busigen.training.models import build
 from busigen.training.networks import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.setting import Setting
-from busigen.training.state import fresh_folder, write_json
+from busigen.training.state import check_finite, fresh_folder, write_json
 from busigen.training.tasks import KINDS
 from busigen.training.trainer import Trainer
 
@@ -40,6 +41,25 @@ CACHE = "cache"
 
 DRAWN_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
 """Kinds of tasks, and the component that they train, that look at backgrounds of the prior and at what stages paint."""
+
+
+_AGAIN = "Delete it, and give the same command again: that task is trained anew."
+
+
+class _AutoencoderFigures(checkpoint.TaskFigures):
+    """With what the tasks after it need to know of latents."""
+
+    latents: checkpoint.Latents
+
+
+class _PriorFigures(checkpoint.TaskFigures):
+    """With what backgrounds are drawn with."""
+
+    styles: Many[Many[Number]]
+
+
+_FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}
+"""Models of the markers that later tasks read."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -146,10 +166,10 @@ class _Run:
                 started = time.monotonic()
                 figures = self._do(spec)
                 write_json(marker, {**figures, "seconds": round(time.monotonic() - started, 1)})
-            self.figures[spec.name] = json.loads(marker.read_text(encoding="utf-8"))
-        record = self._record()
-        checkpoint.write_record(self.out, record)
-        return checkpoint.read_record(self.out)
+            self.figures[spec.name] = read_checked(
+                _FIGURES.get(spec.name, checkpoint.TaskFigures), marker, fix=_AGAIN, root=self.out, nan=True
+            )
+        return checkpoint.write_record(self.out, self._record())
 
     @property
     def latents(self) -> dict[str, list[float]]:
@@ -166,7 +186,7 @@ class _Run:
                 for key in ("split_hash", "images", "seed", "splits", "classes_and_splits")
             },
             "latents": self.latents,
-            "frames": self._frames(),
+            "frames": self._frames,
             "styles": self._styles(),
             "transfer": self._transfer(),
             "tasks": self.figures,
@@ -174,6 +194,7 @@ class _Run:
             "versions": checkpoint.versions(),
         }
 
+    @cached_property
     def _frames(self) -> list[list[int]]:
         """The shapes of the images that the prior learnt from."""
         if self.start is not None and "prior" not in _trained(self.recipe):
@@ -201,7 +222,7 @@ class _Run:
         torch.manual_seed(self.recipe.seed)
         module = build(spec.component, self.recipe.sizes).to(self.device)
         if spec.start is not None:
-            module.load_state_dict(checkpoint.load_component(spec.start, self._weights(spec.start)).state_dict())
+            module.load_state_dict(self._loaded(spec.start, self._weights(spec.start)).state_dict())
         figures = self._train(spec, module, spec.kind)
         checkpoint.save_component(module, self.out / checkpoint.place_of(spec))
         if spec.component == "autoencoder":
@@ -213,17 +234,24 @@ class _Run:
         own = self.base / component
         return own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
 
+    def _loaded(self, component: str, folder: Path) -> ModelMixin:
+        return checkpoint.load_component(component, folder, self.recipe.sizes)
+
     def _train(self, spec: TaskSpec, module: torch.nn.Module, kind: str) -> dict[str, Any]:
         task = KINDS[kind](spec, self._setting(spec), module)
         trainer = Trainer(task, seed=self.recipe.seed, folder=self.out, device=self.device, console=self.console)
         figures = trainer.run()
         module.eval()
+        # What export would refuse is said before hours of other tasks build on it; findings set buffers, too.
+        check_finite(spec.name, module)
         with torch.no_grad():
-            return figures | task.findings()
+            figures |= task.findings()
+        check_finite(spec.name, module)
+        return figures
 
     def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
         kind = self.recipe.kind_of(spec.component)
-        base = checkpoint.load_component(spec.component, self.base / spec.component).to(self.device)
+        base = self._loaded(spec.component, self.base / spec.component).to(self.device)
         model = adapters.with_adapter(base, self.recipe.lora, self.recipe.seed)
         figures = self._train(spec, model, kind)
         with fresh_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
@@ -248,7 +276,7 @@ class _Run:
 
     def _networks(self, *denoisers: str) -> Networks:
         names = ("autoencoder", "context", *denoisers)
-        loaded = {name: checkpoint.load_component(name, self._weights(name)).to(self.device) for name in names}
+        loaded = {name: self._loaded(name, self._weights(name)).to(self.device) for name in names}
         return Networks(
             preset=self.recipe.sizes,
             autoencoder=loaded["autoencoder"],
@@ -277,13 +305,13 @@ class _Run:
     def _drawer(self, stages: Collection[str]) -> Drawer:
         """The healthy prior and some stages, as they draw in use."""
         merged = {
-            name: checkpoint.load_component(stage, self.out / checkpoint.MERGED / name).to(self.device)
+            name: self._loaded(stage, self.out / checkpoint.MERGED / name).to(self.device)
             for stage in stages
             for name in (f"{stage}-{label}" for label in LESION_CLASSES)
         }
         networks = self._networks("prior")
         networks.denoisers |= merged
-        return Drawer(networks, self._frames(), self._styles())
+        return Drawer(networks, self._frames, self._styles())
 
     @torch.no_grad()
     def _latent_statistics(self, autoencoder: ModelMixin) -> dict[str, list[float]]:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from busigen.errors import IntegrityError
+from busigen.errors import InputError, IntegrityError
 from busigen.foreign import open_file
+from busigen.records import parse_json
 
 META_KEY = "busigen"
 
@@ -41,7 +42,7 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     os.replace(temporary, path)
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Read what :func:`save_state` wrote.
 
     Raises:
@@ -51,7 +52,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # The library opens files by their names, and would wait for a pipe.
         open_file(path, limit=MAX_WEIGHTS_BYTES).close()
         with safe_open(path, framework="pt") as stream:
-            meta = json.loads(stream.metadata()[META_KEY])
+            meta = parse_json(stream.metadata()[META_KEY].encode(), "its record", nan=True)
         return load_file(path), meta
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise IntegrityError(
@@ -68,6 +69,21 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     yield temporary
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
+
+
+def check_finite(name: str, module: nn.Module) -> None:
+    """Refuse weights that are no numbers: every image would be NaN, or refused by a gate that says nothing of why.
+
+    Raises:
+        InputError: names the component and the weight.
+    """
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            count = int((~torch.isfinite(value)).sum())
+            raise InputError(
+                f"{count} of {value.numel()} values of {key} in {name} are NaN or infinite.",
+                fix="The training diverged: train again, with another --seed or more data.",
+            )
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

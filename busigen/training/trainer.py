@@ -6,17 +6,19 @@ import hashlib
 import logging
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from pydantic import Strict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from busigen.records import Many, Record, Whole, checked
 from busigen.training.compute import mixed_precision, suit_attention
 from busigen.training.recipe import TaskSpec
 from busigen.training.state import load_state, optimizer_tensors, restore_optimizer, save_state, trainable
@@ -28,6 +30,14 @@ SAVE_SECONDS = 20.0
 VALIDATIONS, VALIDATION_SPACING = 8, 20
 """Validations (with a sample sheet each) per task, evenly spaced, the last one at its end; and the least number of
 steps between two of them, because on short tasks looking would cost more than training."""
+
+
+class _State(Record):
+    """What a state file holds beside tensors; held-out losses are NaN where training diverged."""
+
+    step: Whole
+    ema_step: Whole
+    validation: Many[tuple[Whole, Annotated[float, Strict()]]]
 
 
 class Task(Protocol):
@@ -182,8 +192,9 @@ class Trainer:
     def _restore(self) -> None:
         if not self.state_path.exists():
             return
-        tensors, meta = load_state(self.state_path)
-        self.step, self.validation = meta["step"], [tuple(entry) for entry in meta["validation"]]
+        tensors, found = load_state(self.state_path)
+        meta = checked(_State, found, self.state_path, fix="Delete it, and give the same command again.")
+        self.step, self.validation = meta.step, list(meta.validation)
         self.best = {
             name: tensors[f"best.{name}"].to(self.device) for name in self.parameters if f"best.{name}" in tensors
         }
@@ -195,7 +206,7 @@ class Trainer:
             for name, buffer in self.task.module.named_buffers():
                 buffer.copy_(tensors[f"buffer.{name}"])
         restore_optimizer(self.optimizer, list(self.parameters), tensors)
-        self.ema.optimization_step = meta["ema_step"]
+        self.ema.optimization_step = meta.ema_step
         # The rate is a closed form of the step, so there is nothing to replay.
         self.schedule.last_epoch = self.step
         for group, base, factor in zip(

@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import BusigenError
-from busigen.runtime.jsonfile import MAX_BYTES
+from busigen.records import MAX_BYTES
 from busigen.runtime.repair import repair
 from busigen.runtime.shards import schema_of
 from busigen.runtime.verify import verify
@@ -135,6 +135,16 @@ def huge(name: str) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, 2 * MAX_BYTES)
 
 
+def brackets(name: str) -> Callable[[Path], None]:
+    """As many empty lists as a file has room for, each of which takes fifty times that room in memory."""
+
+    def damage(folder: Path) -> None:
+        text = (folder / name).read_text().rstrip().removesuffix("}")
+        (folder / name).write_text(f'{text}, "more": [{"[]," * (20 << 20)}[]]}}')
+
+    return damage
+
+
 def nested(name: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         text = (folder / name).read_text().rstrip().removesuffix("}")
@@ -179,6 +189,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "dataset.json larger than any": (huge("dataset.json"), "dataset.json: cannot be read"),
     "record of 800 levels": (nested(RECORD), f"{RECORD}: is not the record"),
     "run.json of 800 levels": (nested("run.json"), "run.json: cannot be read"),
+    "record of 20 million lists": (brackets(RECORD), f"{RECORD}: is not the record"),
+    "run.json of 20 million lists": (brackets("run.json"), "run.json: cannot be read"),
     "a billion shards": (claim(10**9, 1), "shards: lacks 999998997 more shards"),
     "a shard of a billion": (claim(10**9, 10**9), "shards/000000.json: records "),
     "file name of two lines": (lambda folder: (folder / "a\n\x1b[2Jb").write_text(""), r"a\n\x1b[2Jb: is no part"),

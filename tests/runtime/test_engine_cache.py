@@ -46,7 +46,7 @@ def test_what_was_kept_is_read_by_its_key_alone(cache: Cache) -> None:
         (lambda entry: (entry / CONTENT).write_bytes(b""), "sha256"),
         (lambda entry: (entry / RECORD).write_text("{"), "cannot be used"),
         (lambda entry: (entry / RECORD).write_text("[]"), "no record"),
-        (lambda entry: (entry / RECORD).write_bytes(b"\xff" * (2 << 20)), "at most"),
+        (lambda entry: (entry / RECORD).write_bytes(b"\xff" * (2 << 20)), "no JSON"),
         (lambda entry: (entry / CONTENT).unlink(), ""),
         (lambda entry: (entry / RECORD).unlink(), ""),
     ],

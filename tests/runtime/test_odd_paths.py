@@ -91,6 +91,14 @@ def test_sets_are_prepared_from_and_into_a_folder_of_any_name(tmp_path: Path, na
     assert prepare([given], out).kept_splits == 4
 
 
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "p[/x]"
+    done = run("prepare", source(tmp_path / "[red]set"), "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"4 images prepared in {out} (")
+    assert "sources: [red]set 4" in done.stdout
+
+
 def test_a_command_ends_well_and_names_its_successor_as_a_shell_takes_it(tmp_path: Path) -> None:
     out = tmp_path / "study [2024]" / "it's"
     done = run("generate", "--count", 1, "--batch-size", 2, "--out", out)

@@ -42,7 +42,7 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
 def test_record_reads_back(tmp_path: Path) -> None:
     record = write(tmp_path, 0, drawn(0, 1, 2, 3))
     assert record.rejected == {"too dark": 1}
-    assert record.rejections[0]["index"] == 3
+    assert record.rejections[0].index == 3
     assert ShardRecord.read(tmp_path, 0) == record
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from sklearn.model_selection import StratifiedGroupKFold
 
+from busigen.errors import IntegrityError
 from busigen.evaluation.context import AuditContext, Effort, ImageSet
 from busigen.evaluation.utility.segmentation import (
     RECIPES,
@@ -25,10 +27,27 @@ from busigen.evaluation.utility.segmentation import (
     predict,
     train,
 )
+from busigen.records import Many, Number, Record, Text, Whole, read_checked
 from busigen.runtime.atomic import write_json
 
 VERSION = 1
 """Part of every kept training's key: raise it whenever training changes."""
+
+
+_Overlaps = Many[tuple[Whole, Whole, Whole]]
+_Offsets = Many[tuple[Number, Number] | None]
+
+
+class _Kept(Record):
+    """A kept training's scores, by the set that they were measured on."""
+
+    key: Text
+    test: _Overlaps
+    test_offsets: _Offsets
+    synthetic: _Overlaps = Field(default_factory=list)
+    synthetic_offsets: _Offsets = Field(default_factory=list)
+    external: _Overlaps = Field(default_factory=list)
+    external_offsets: _Offsets = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -271,7 +290,7 @@ def _key(recipe: Recipe, arm: Arm, seed: int, context: AuditContext, parts: tupl
 
 def _kept(path: Path, key: str) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content: dict[str, Any] = read_checked(_Kept, path, fix="")
+    except (OSError, IntegrityError):
         return None
-    return content if isinstance(content, dict) and content.get("key") == key else None
+    return content if content["key"] == key else None

@@ -7,6 +7,7 @@ folder can put an engine there, and an engine is code: the hashes are for damage
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from busigen.errors import OutputError
+from busigen.errors import IntegrityError, OutputError
 from busigen.foreign import read_file
+from busigen.records import Record, Text, read_checked
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, write_json
 from busigen.runtime.lock import exclusive
 
@@ -27,7 +29,7 @@ VARIABLE = "BUSIGEN_CACHE"
 """Environment variable that names the cache folder."""
 
 CONTENT, RECORD = "content", "record.json"
-_MAX_RECORD_BYTES, _MAX_CONTENT_BYTES = 1 << 20, 8 << 30
+_MAX_CONTENT_BYTES = 8 << 30
 _POLL = 0.2
 """Seconds between looks at an entry that another process is making."""
 
@@ -35,6 +37,13 @@ _log = logging.getLogger(__name__)
 
 Key = Mapping[str, Any]
 """All that an entry depends on, as JSON has it: texts, numbers, booleans, and lists of those."""
+
+
+class _Record(Record):
+    """What stands beside an entry's content."""
+
+    key: dict[Text, Any]
+    sha256: Text
 
 
 def default_folder() -> Path:
@@ -71,19 +80,19 @@ class Cache:
         """An entry's content; ``None`` where there is none or, which is logged, it is not what its record says."""
         entry = self.entry(kind, key)
         try:
-            record = _record(entry)
+            record = read_checked(_Record, entry / RECORD, fix="")
             # Read once and used as read: what is hashed is what runs.
             content = read_file(entry / CONTENT, _MAX_CONTENT_BYTES)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, IntegrityError) as error:
             _log.warning("%s cannot be used and is made again: %s", entry, error)
             return None
         # Through JSON, as the recorded one: a tuple comes back as a list.
-        if record.get("key") != json.loads(json.dumps(key)):
+        if record["key"] != json.loads(json.dumps(key)):
             _log.warning("%s is the entry of something else and is made again", entry)
             return None
-        if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
             _log.warning("%s is not what was kept there, by its sha256, and is made again", entry / CONTENT)
             return None
         return content
@@ -142,12 +151,8 @@ class Cache:
         """The keys of all entries of a kind that have a readable record."""
         found = []
         for path in sorted((self.folder / kind).glob(f"*/{RECORD}")):
-            try:
-                key = _record(path.parent).get("key")
-            except (OSError, ValueError):
-                continue
-            if isinstance(key, dict):
-                found.append(key)
+            with contextlib.suppress(OSError, IntegrityError):
+                found.append(read_checked(_Record, path, fix="")["key"])
         return found
 
     def _made(self, kind: str, key: Key) -> Path:
@@ -157,11 +162,3 @@ class Cache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             entry.mkdir(parents=True, exist_ok=True)
         return entry
-
-
-def _record(entry: Path) -> dict[str, Any]:
-    path = entry / RECORD
-    record = json.loads(read_file(path, _MAX_RECORD_BYTES))
-    if not isinstance(record, dict):
-        raise ValueError(f"{RECORD} is no record")
-    return record

@@ -11,7 +11,6 @@ before everything that counts (:meth:`Lease.confirm`), and the one that no longe
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import secrets
@@ -22,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from busigen.errors import OutputError
+from busigen.errors import IntegrityError, OutputError
+from busigen.records import Record, Text, Whole, checked, parse_json, read_json
 from busigen.runtime.atomic import json_bytes, write_json
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import LOCK_FILE
 from busigen.runtime.remote.patience import Patience
 from busigen.runtime.remote.store import Store
@@ -49,6 +48,14 @@ class Beat:
     every: float = 10.0
     dead: float = 60.0
     settle: float = 2.0
+
+
+class _Held(Record):
+    """Content of the lock."""
+
+    mark: Text
+    holder: Text
+    beat: Whole
 
 
 class Lease:
@@ -179,9 +186,9 @@ class Lease:
         if content is None:
             return None
         try:
-            held = json.loads(content)
-            return {"mark": str(held["mark"]), "holder": str(held["holder"])[:200], "beat": held["beat"]}
-        except (ValueError, KeyError, TypeError):
+            held = checked(_Held, parse_json(content, LOCK_FILE), LOCK_FILE, fix="")
+            return {"mark": held.mark, "holder": held.holder[:200], "beat": held.beat}
+        except (ValueError, IntegrityError):
             # Cut short by a kill, where a store writes in place.
             return {"mark": "", "holder": "another process", "beat": content.hex()[:200]}
 

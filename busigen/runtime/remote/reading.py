@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from busigen.errors import InputError, UsageError
+from busigen.records import BYTES_PER_SHARD, MAX_BYTES
 from busigen.runtime.address import Address
 from busigen.runtime.collection import PARTS_FOLDER
 from busigen.runtime.dataset import plan_of
 from busigen.runtime.explain import Explanation, explain
 from busigen.runtime.history import parse_key
-from busigen.runtime.jsonfile import BYTES_PER_SHARD, MAX_BYTES
 from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, RUN_FILE, SHARD_FOLDER, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.remote.patience import Caller

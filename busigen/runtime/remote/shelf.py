@@ -13,11 +13,11 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import IntegrityError, UsageError
+from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import json_bytes, output_errors, sha256_of
 from busigen.runtime.claim import checked_run, refuse_foreign, refuse_other
 from busigen.runtime.finish import dataset_info, finish
-from busigen.runtime.jsonfile import BYTES_PER_SHARD, MAX_BYTES, parse_json
 from busigen.runtime.layout import (
     CARD_FILE,
     CROISSANT_FILE,
@@ -76,15 +76,17 @@ class RemoteShelf(Shelf):
 
     def standing_run(self) -> dict[str, Any] | None:
         """See :class:`Shelf`."""
-        content = self._store.read(RUN_FILE) if RUN_FILE in self._store.sizes else None
+        size = self._store.sizes.get(RUN_FILE)
+        content = None if size is None else self._store.read(RUN_FILE) if size <= MAX_BYTES else b""
         if content is None:
             refuse_foreign(self.address, self._store.sizes)
             return None
         place = self.address / RUN_FILE
         try:
-            return checked_run(parse_json(content, place), place)
+            run = parse_json(content, place)
         except ValueError:
-            return checked_run(None, place)
+            run = None
+        return checked_run(run, place)
 
     @contextmanager
     def claimed(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:

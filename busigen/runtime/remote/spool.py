@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import OutputError
+from busigen.records import read_json
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import leftovers, output_errors, write_json
-from busigen.runtime.jsonfile import read_json
 from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SHARD_FOLDER
 from busigen.runtime.lock import exclusive
 from busigen.runtime.remote.lease import MARKS_FILE
