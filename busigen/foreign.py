@@ -31,6 +31,9 @@ _FIXES = {
 }
 """What helps where the system does not let this process look."""
 
+MAX_DEPTH = 64
+"""Folders within folders that are looked into: nothing sound is as deep, and longer paths cannot be opened."""
+
 
 class ForeignFileError(OSError):
     """A file is not read: it is no regular file, a link, or larger than it may be.
@@ -124,6 +127,23 @@ def names_in(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder, folders before what they hold, in order of name; no link is followed.
+
+    Folders are looked into ``MAX_DEPTH`` deep. Unlike ``rglob`` and ``os.walk`` of older Pythons this does not recurse.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    waiting = [(folder, 0)]
+    while waiting:
+        place, depth = waiting.pop()
+        if place != folder:
+            yield place
+        if depth == 0 or (depth <= MAX_DEPTH and stat.S_ISDIR(place.lstat().st_mode)):
+            waiting.extend((place / name, depth + 1) for name in sorted(os.listdir(place), reverse=True))
 
 
 @looking()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -117,7 +118,7 @@ def refuse_other_run(
         OutputError: the run that is there differs in more than its healthy images can tell.
     """
     run = run_record(source, plan)
-    run["options"]["--healthy"] = healthy.resolve().name
+    run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
     before = decided(standing, "--healthy")
     run["fingerprint"]["healthy"] = before if before != run["fingerprint"]["healthy"] else None
     refuse_other(out, standing, run)

@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import walk
 from busigen.records import checked, read_json
 from busigen.runtime.address import Address
 from busigen.runtime.backgrounds import Backgrounds
@@ -90,7 +91,7 @@ class View:
 
     def names(self) -> Iterator[str]:
         """Every file, relative to the dataset, with forward slashes."""
-        for path in self.folder.rglob("*"):
+        for path in walk(self.folder):
             if not path.is_dir() or path.name.startswith(TEMPORARY_PREFIX):
                 yield path.relative_to(self.folder).as_posix()
 
