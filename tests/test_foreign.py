@@ -278,7 +278,8 @@ _BY_OTHERS = "to be moved to busigen.foreign"
 DIRECT = {
     "cli/__init__.py": ("open", "a device to write to"),
     "data/csvfile.py": ("read_csv", _CHECKED),
-    "data/images.py": ("read_bytes", _BY_OTHERS),
+    "data/decoding.py": ("read_bytes", _CHECKED),
+    "data/images.py": ("read_bytes", _CHECKED),
     "data/prepared.py": ("read_parquet", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
     "evaluation/physics/radiomics.py": ("read_parquet", _CHECKED),
