@@ -33,6 +33,10 @@ class InputError(BusigenError):
     exit_code = 3
 
 
+class AccessError(InputError):
+    """A file or folder cannot be looked at, and may be sound: no permission, too many open files, a failing disk."""
+
+
 class OutputError(BusigenError):
     """The output cannot be written: permissions, space, or a folder that belongs to another run."""
 

@@ -2,6 +2,9 @@
 
 Every reader of a file that another person or program may have made goes through `open_file` or `read_file`: a pipe in a
 file's place would be waited for, a device never ends, and a link leads out of the folder that was given.
+
+Not being able to look is neither damage nor absence: it is an `AccessError`, which is no OSError, so that who takes an
+OSError for a damaged or missing file does not see it.
 """
 
 from __future__ import annotations
@@ -10,8 +13,23 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+
+from busigen.errors import AccessError
+
+_AGAIN = "then run the same command again."
+_DISK = f"Check the disk, or the connection to it, {_AGAIN}"
+_FIXES = {
+    errno.EACCES: f"Give yourself read access to it and to the folders above it, {_AGAIN}",
+    errno.EPERM: f"Give yourself read access to it and to the folders above it, {_AGAIN}",
+    errno.EMFILE: f"Allow more open files (ulimit -n 1024), {_AGAIN}",
+    errno.ENFILE: f"End other programs, which hold all files that this machine can have open, {_AGAIN}",
+    errno.ENOMEM: f"Free some memory, {_AGAIN}",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN), _DISK),
+}
+"""What helps where the system does not let this process look."""
 
 MAX_DEPTH = 64
 """Folders within folders that are looked into: nothing sound is as deep, and longer paths cannot be opened."""
@@ -30,6 +48,33 @@ class ForeignFileError(OSError):
         return f"{self.filename} {self.strerror}"
 
 
+@contextmanager
+def looking(path: Path | None = None) -> Iterator[None]:
+    """Tell what the block cannot look at from what is missing, damaged or of another kind; a decorator, too.
+
+    Args:
+        path: what it looks at, where the system's own errors do not name it.
+
+    Raises:
+        AccessError: the system did not let the block look.
+    """
+    try:
+        yield
+    except OSError as error:
+        if found := access_error(error, path):
+            raise found from error
+        raise
+
+
+def access_error(error: OSError, path: Path | None = None) -> AccessError | None:
+    """The error for a person where the system did not let this process look; None for any other failure."""
+    fix = _FIXES.get(error.errno or 0)
+    if fix is None:
+        return None
+    return AccessError(f"{error.filename or path or 'a file'} cannot be looked at: {error.strerror}.", fix=fix)
+
+
+@looking()
 def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BufferedReader:
     """Open a regular file for reading in binary.
 
@@ -44,7 +89,8 @@ def open_file(path: Path, *, limit: int | None = None, root: Path | None = None)
 
     Raises:
         ForeignFileError: it is no regular file, lies behind a link where none is followed, or is larger than ``limit``.
-        OSError: it is missing or cannot be opened.
+        AccessError: the system does not let this process look at it.
+        OSError: it is missing or a folder.
     """
     if root is not None:
         refuse_links(path, root)
@@ -59,6 +105,7 @@ def open_file(path: Path, *, limit: int | None = None, root: Path | None = None)
         raise
 
 
+@looking()
 def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
     """The bytes of a regular file of at most ``limit`` bytes; arguments and errors are those of `open_file`."""
     with open_file(path, limit=limit, root=root) as file:
@@ -67,6 +114,19 @@ def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
     if len(content) > limit:
         raise ForeignFileError(path, f"grew beyond {limit:,} bytes while it was read")
     return content
+
+
+@looking()
+def names_in(folder: Path) -> list[str]:
+    """Names of what lies in a folder, sorted; none where there is no such folder.
+
+    Raises:
+        AccessError: it may hold some, but cannot be looked into.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -86,6 +146,7 @@ def walk(folder: Path) -> Iterator[Path]:
             waiting.extend((place / name, depth + 1) for name in sorted(os.listdir(place), reverse=True))
 
 
+@looking()
 def refuse_links(path: Path, root: Path) -> None:
     """Refuse a path that is a link, or lies behind one, beneath a folder.
 

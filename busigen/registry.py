@@ -46,6 +46,13 @@ TALLER_THAN_WIDE = "1.05:1.6"
 BIRADS = ("2", "3", "4", "5")
 """BI-RADS categories that can be asked for, in the order of stage 1's condition."""
 
+BIRADS_IMAGES = {
+    "benign": {"2": 314, "3": 274, "4": 170, "5": 2},
+    "malignant": {"2": 4, "3": 15, "4": 248, "5": 100},
+}
+"""Images by class and BI-RADS category in BUS-BRA's ``bus_data.csv``: all that the shipped bundle knows the categories
+from, because BUSI has none."""
+
 ASKED_LENGTH = 2 * len(ATTRIBUTES) + len(BIRADS)
 """Numbers that stage 1 is asked with: each attribute's value, whether it is asked for, the category as one-hot."""
 

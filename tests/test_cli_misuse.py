@@ -17,7 +17,7 @@ from PIL import Image
 import busigen
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.bundle import default_bundle
-from tests.command import ROOT, error_line, run
+from tests.command import CLI, ROOT, error_line, run
 
 COMMANDS = ("prepare", "train", "export", "generate", "verify", "audit", "doctor")
 
@@ -85,6 +85,7 @@ def bad(*arguments: object) -> tuple[object, ...]:
     [
         (bad("--count", 4, "--classes", "purple=1"), 2, ["'purple'", *LESION_CLASSES]),
         (bad("--count", 4, "--classes", "benign=0"), 2, ["'benign'", "'0'", "above 0"]),
+        (bad("--count", 4, "--classes", "benign=0.7,malignant=0.7"), 2, ["shares sum to 1.4", "sum to 1"]),
         (bad("--count", 0), 2, ["--count is 0", "from 1 to"]),
         (bad("--count", -5), 2, ["--count is -5", "from 1 to"]),
         (bad("--count", "many"), 2, ["--count", "many", "busigen generate --help"]),
@@ -104,6 +105,13 @@ def bad(*arguments: object) -> tuple[object, ...]:
         (bad("--count", 4, "--birads", 6), 2, ["--birads is '6'", "2, 3, 4, 5"]),
         (bad("--count", 4, "--colour", "red"), 2, ["--colour", "busigen generate --help"]),
         (bad(), 2, ["--count", "busigen generate --help"]),
+        # As an unset variable of the shell leaves them; a path would be the current folder.
+        (bad("--count", 4, "--healthy", ""), 2, ["--healthy is empty", "leave it out"]),
+        (bad("--count", 4, "--healthy="), 2, ["--healthy is empty"]),
+        (("prepare", "", "--out", "{out}"), 2, ["an argument is empty"]),
+        (("generate", "--count", 4, "--out", "/proc/set"), 4, ["/proc, which is on no disk", "another --out"]),
+        (("generate", "--count", 4, "--out", "{out}/caf\udce9"), 2, ["--out is ", r"caf\udce9", "no UTF-8", "Rename"]),
+        (("verify", "{tmp}/\udcff"), 2, [r"\udcff", "no UTF-8"]),
         (("produce",), 2, ["produce", "busigen --help"]),
         (bad("--count", 4, "--bundle", "{tmp}/missing"), 3, ["{tmp}/missing", "bundle.json", "leave out --bundle"]),
         (bad("--count", 4, "--healthy", "{tmp}/missing"), 3, ["{tmp}/missing", "'synthetic'"]),
@@ -143,6 +151,35 @@ def test_a_healthy_folder_of_unusable_files(tmp_path: Path, name: str) -> None:
     line = error_line(done, 3)
     assert all(text in line for text in (str(tmp_path / "healthy"), "no healthy image", name, reason, "'synthetic'"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "made"),
+    [(("generate", "--count", 1, "--batch-size", 2, "--out", "{out}"), True), (("--help",), False)],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_cannot_be_printed_is_told_in_one_line_and_the_work_is_kept(
+    tmp_path: Path, arguments: tuple[object, ...], made: bool
+) -> None:
+    filled = [str(argument).format(out=tmp_path / "out") for argument in arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*CLI, *filled], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: standard output cannot be written to: No space left on device. All that was made")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert (tmp_path / "out" / "dataset.json").exists() == made
+
+
+def test_a_reader_that_goes_away_is_told_in_one_line() -> None:
+    """As `busigen --help | true` does."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run([*CLI, "--help"], cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: standard output cannot be written to: Broken pipe.")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_debug_shows_where_it_happened(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def generate(
     count: Annotated[int | None, typer.Option(help="Accepted samples in the dataset.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
-    classes: Annotated[str, typer.Option(help="Class weights.")] = "benign=0.5,malignant=0.5",
+    classes: Annotated[
+        str, typer.Option(help="Shares that sum to 1, or whole numbers as weights.")
+    ] = "benign=0.5,malignant=0.5",
     size: Annotated[
         str | None, typer.Option(help="Lesion's area as a share of the image's: 0.03, or a range 0.02:0.06.")
     ] = None,

@@ -21,6 +21,7 @@ from busigen.registry import (
     PRESETS,
 )
 from busigen.runtime.summary import SHOWN_PROBLEMS
+from busigen.runtime.wording import shell_word
 
 if TYPE_CHECKING:
     from busigen.runtime.bundle import Bundle
@@ -142,7 +143,7 @@ def train(
             ) from None
     seconds = sum(task["seconds"] for task in record["tasks"].values())
     stdout.print(f"Checkpoint finished in {out}: preset {record['preset']}, {seconds / 60:.1f} minutes of training.")
-    stdout.print(f"Next: busigen export {out} --out bundle")
+    stdout.print(f"Next: busigen export {shell_word(out)} --out bundle")
 
 
 @app.command(

@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from busigen.errors import InputError
+from busigen.foreign import open_file
 
 CONTRADICTION = "contradiction"
 """Key of a row of `by_file` that says in what the table's rows for one file differ; it is absent where they agree."""
@@ -28,7 +29,9 @@ def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]
     """
     try:
         # Nothing is inferred: a patient "007" must not become 7.
-        frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy")
+        # An open file, because polars takes a path for a pattern.
+        with open_file(path) as file:
+            frame = pl.read_csv(file, infer_schema=False, encoding="utf8-lossy")
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["unknown reason"])[0]
         problem = f"{path.name} cannot be read as CSV: {reason}."

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from busigen.errors import InputError
-from busigen.foreign import ForeignFileError, read_file
+from busigen.foreign import ForeignFileError, looking, read_file
 
 MIN_SIDE = 32
 """Shortest side in pixels that still shows anatomy; anything smaller is an icon or a thumbnail."""
@@ -131,7 +131,8 @@ def decode(path: Path, data: bytes | None = None) -> Decoded:
     """
     data = read_bytes(path) if data is None else data
     try:
-        with warnings.catch_warnings():
+        # Pillow opens files of its own, for the code that reads a format.
+        with looking(path), warnings.catch_warnings():
             # Pillow warns about bombs and odd metadata; the limits below refuse what matters.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=_FORMATS)

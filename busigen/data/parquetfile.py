@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from busigen.foreign import open_file
+from busigen.foreign import looking, open_file
 
 _MAGIC = b"PAR1"
 _SPARE_BYTES, _ROW_BYTES = 1 << 20, 8 << 10
@@ -56,7 +56,7 @@ def refuse_costly(path: Path, rows: int, *, lists: bool = False) -> None:
     """
     limit = _SPARE_BYTES + _ROW_BYTES * rows
     try:
-        with open_file(path, limit=limit) as file:
+        with looking(path), open_file(path, limit=limit) as file:
             size = file.seek(0, os.SEEK_END)
             if size < 12 or (rows > _FEW_ROWS and size < _LEAST_ROW_BYTES * rows):
                 raise ValueError(f"it has {size:,} bytes, which cannot hold a table of {rows:,} rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -113,7 +114,10 @@ def prepare(
         samples = _samples(listings, refused, notes, mask_values, strict=strict, progress=progress)
         rows, thumbnails = _write_arrays(samples, out, refused)
         table, kept, parted = _tabulate(rows, thumbnails, earlier, seed)
-        table.write_parquet(_partial(out, schema.TABLE))
+        # Through memory: polars takes a path for a pattern, and a full disk is to be an OSError.
+        content = io.BytesIO()
+        table.write_parquet(content)
+        _partial(out, schema.TABLE).write_bytes(content.getbuffer())
         notes.extend(_table_notes(table, parted))
         report = _report(out, table, kept, refused, notes, time.perf_counter() - start)
         _publish(out, report, seed)

@@ -16,7 +16,7 @@ from pydantic import Strict
 from busigen.data import schema
 from busigen.data.parquetfile import refuse_costly
 from busigen.errors import IntegrityError
-from busigen.foreign import open_file
+from busigen.foreign import looking, open_file
 from busigen.records import Record, Text, Whole, checked, read_given
 from busigen.registry import RESOLUTION
 
@@ -121,7 +121,7 @@ class Prepared:
         path = self.folder / schema.ARRAYS[name]
         expected = (self.table.height, RESOLUTION, RESOLUTION)
         try:
-            with open_file(path) as file:
+            with looking(path), open_file(path) as file:
                 if npy.read_magic(file) != (1, 0):
                     raise ValueError("it is no array of this kind")
                 header = npy.read_array_header_1_0(file)
@@ -157,7 +157,9 @@ def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
     _check_hash(folder, info, schema.TABLE, limit=_LARGEST_TABLE)
     try:
         refuse_costly(path, info["images"], lists=True)
-        table = pl.read_parquet(path)
+        # An open file, because polars takes a path for a pattern.
+        with open_file(path) as file:
+            table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error
     if dict(table.schema) != schema.COLUMNS or table.height != info["images"]:

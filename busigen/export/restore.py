@@ -23,6 +23,7 @@ from busigen.export.bundle_writer import weights_of
 from busigen.export.precision import TYPES
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle, graphs_of
+from busigen.runtime.onnx_files import openable
 from busigen.training import checkpoint
 from busigen.training.base import Base
 from busigen.training.models import build
@@ -202,25 +203,25 @@ def _weights(bundle: Bundle, graph: str) -> Weights:
             f"{path} is quantised to int8, which is not undone.", fix="Restore a bundle of the same model without int8."
         )
     # Only its own folder is read: the bundle's check has refused names that leave it, but not what graphs say.
-    model = onnx.load(str(path), load_external_data=False)
     recorded = set(bundle.info["graphs"][graph]["files"])
     found = {}
-    for tensor in weights_of(model):
-        place = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
-        if place is not None and place not in recorded:
-            raise IntegrityError(
-                f"{path} reads weights from {place!r}, which bundle.json does not record.", fix=_EXPORT
-            )
-        if place is not None:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(bundle.folder))
-        value = numpy_helper.to_array(tensor)
-        if tensor.data_type in _FLOATS:
-            name = tensor.name
-            for ending in ("/fp16", *(f"/as-{precision}" for precision in TYPES)):
-                name = name.removesuffix(ending)
-            # A weight that is read in two precisions is there twice.
-            if name not in found or tensor.data_type == TensorProto.FLOAT:
-                found[name] = torch.from_numpy(value.astype("float32"))
+    with openable(path, recorded) as opened:
+        for tensor in weights_of(onnx.load(str(opened), load_external_data=False)):
+            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+            if place is not None and place not in recorded:
+                raise IntegrityError(
+                    f"{path} reads weights from {place!r}, which bundle.json does not record.", fix=_EXPORT
+                )
+            if place is not None:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(opened.parent))
+            value = numpy_helper.to_array(tensor)
+            if tensor.data_type in _FLOATS:
+                name = tensor.name
+                for ending in ("/fp16", *(f"/as-{precision}" for precision in TYPES)):
+                    name = name.removesuffix(ending)
+                # A weight that is read in two precisions is there twice.
+                if name not in found or tensor.data_type == TensorProto.FLOAT:
+                    found[name] = torch.from_numpy(value.astype("float32"))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -82,7 +83,7 @@ def refuse_urls(*places: Path, what: str) -> None:
         if found and not place.exists():
             url = without_credentials(f"{found[1]}://{found[2]}")
             tool = COPY_COMMANDS.get(found[1])
-            how = f", such as `{tool.format(url)}`" if tool else ""
+            how = f", such as `{tool.format(shlex.quote(url))}`" if tool else ""
             raise UsageError(
                 f"`busigen {what}` reads folders, and {url} is a URL.",
                 fix=f"Copy it to a folder first, with the store's own tool{how}.",

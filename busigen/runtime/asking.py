@@ -5,7 +5,7 @@ Shares are of the *valid* image, without letterbox bars: what a person sees as t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from busigen.data.geometry import Mask
 from busigen.data.outline import attributes
 from busigen.errors import UsageError
-from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS, TALLER_THAN_WIDE
+from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS, BIRADS_IMAGES, TALLER_THAN_WIDE
 from busigen.runtime.noise import uniforms
 
 BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "height_width": (0.25, 1.7)}
 """Least and greatest value that can be asked for: beyond lie at most 1 in 100 of BUSI's and BUS-BRA's 1,644 lesions by
 any of them, too few to learn from."""
+
+FEW_IMAGES = 20
+"""Fewer images than this of a category are next to nothing to learn it from."""
 
 MEANINGS = {
     "across": "the share of the image's width left of the lesion's centre",
@@ -129,6 +132,17 @@ def parse_asked(
         raise UsageError(f"--birads is {birads!r}.", fix=f"Choose one of: {', '.join(BIRADS)}.")
     ranges = {name: _range(name, text) for name, text in texts.items() if text is not None}
     return Asked(MappingProxyType(ranges), birads)
+
+
+def hardly_known(classes: Iterable[str], asked: Asked) -> Iterator[str]:
+    """A line for each class of which the shipped bundle has seen next to nothing in the BI-RADS category asked for."""
+    for label in classes:
+        seen = BIRADS_IMAGES[label].get(asked.birads or "", FEW_IMAGES)
+        if seen < FEW_IMAGES:
+            yield (
+                f"--birads {asked.birads} with {label}: the shipped bundle learned it from {seen} images, so it "
+                f"hardly knows what such lesions look like"
+            )
 
 
 def _shortest(value: float) -> str:

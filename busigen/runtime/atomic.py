@@ -154,10 +154,8 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes.
 
     Raises:
-        OSError: the file cannot be read, or is none: a pipe would be waited for, a device never ends.
+        OSError, AccessError: as for `busigen.foreign.open_file`.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "It is no regular file", str(path))
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -11,8 +11,12 @@ from busigen.registry import LESION_CLASSES
 _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
 
 
+_ROUNDED = 1e-3
+"""By how much shares may miss 1, because a third has no end of digits."""
+
+
 def parse_classes(text: str) -> dict[str, float]:
-    """Read weights; they need not sum to one, a name alone weighs 1, and case is ignored.
+    """Read weights, as a dataset may record them; a name alone weighs 1, and case is ignored.
 
     Raises:
         UsageError: unknown or repeated class, or a weight that is not a positive finite number.
@@ -32,6 +36,22 @@ def parse_classes(text: str) -> dict[str, float]:
         if not 0.0 < weight < float("inf"):
             raise UsageError(f"--classes gives {name!r} the weight {value!r}.", fix=f"Weights are above 0. {_EXAMPLE}")
         weights[name] = weight
+    return weights
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """Read shares that sum to 1, or whole numbers as weights, as a run may be asked for them.
+
+    Raises:
+        UsageError: as for :func:`parse_classes`; or shares do not sum to 1, so that one is not what was meant.
+    """
+    weights = parse_classes(text)
+    total = sum(weights.values())
+    if not all(weight.is_integer() for weight in weights.values()) and abs(total - 1) > _ROUNDED:
+        raise UsageError(
+            f"--classes is {text!r}, whose shares sum to {total:g}.",
+            fix="Give shares that sum to 1, or whole numbers as weights, such as benign=2,malignant=1.",
+        )
     return weights
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import IntegrityError, UsageError
+from busigen.foreign import names_in
 from busigen.records import Many, Record, read_checked
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
 from busigen.runtime.card import LICENCE, privacy
 from busigen.runtime.dataset import Dataset, SourceRecord, link_refused, read_object
 from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, key_of
 from busigen.runtime.shards import FileRecord
+from busigen.runtime.tables import write_joined
 from busigen.runtime.wording import counted
 
 PARTS_FOLDER = "parts"
@@ -58,7 +60,8 @@ def parts_of(folder: Path) -> list[Path]:
         InputError: one is a link, or the collection is newer than this busigen.
     """
     parts = folder / PARTS_FOLDER
-    places = [path for path in parts.glob("*") if path.is_dir() and path.name.isdecimal()]
+    named = [parts / name for name in names_in(parts) if name.isdecimal()]
+    places = [place for place in named if place.is_dir()]
     for path in (parts, *places) if places else ():
         if path.is_symlink():
             raise link_refused(path)
@@ -99,12 +102,11 @@ def write_collection(folder: Path, sources: Sequence[Sources] | None = None) -> 
         BusigenError: a part is no finished dataset.
     """
     parts = open_parts(folder)
-    rows = [
-        pl.scan_parquet(part.folder / MANIFEST_FILE).select(pl.lit(part_name(number)).alias("part"), pl.all())
-        for number, part in enumerate(parts)
-    ]
+    rows = (
+        part.manifest().select(pl.lit(part_name(number)).alias("part"), pl.all()) for number, part in enumerate(parts)
+    )
     with atomic_path(folder / MANIFEST_FILE) as path:
-        pl.concat(rows).sink_parquet(path, compression="zstd", compression_level=3, maintain_order=True)
+        write_joined(path, rows)
     given = sources or [_source_of(part) for part in parts]
     info = collection_info(folder, parts, given)
     with atomic_file(folder / CARD_FILE) as file:

@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import Field
 
 from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.foreign import looking, names_in
 from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
 from busigen.registry import RESOLUTION
 from busigen.runtime.address import Address
@@ -211,8 +212,8 @@ def recorded_shards(folder: Path) -> list[int]:
 
     What a file claims their number to be must not decide how much is read or listed.
     """
-    found = (OWN_FILE.fullmatch(path.name) for path in (folder / SHARD_FOLDER).glob("*.json"))
-    return sorted(int(name["number"]) for name in found if name and name["number"])
+    found = map(OWN_FILE.fullmatch, names_in(folder / SHARD_FOLDER))
+    return sorted(int(name["number"]) for name in found if name and name["number"] and name[0].endswith(".json"))
 
 
 def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
@@ -388,7 +389,8 @@ def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
 
 def _decode(data: bytes, mode: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        # Pillow opens files of its own, for the code that reads the format.
+        with looking(), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
                 raise ValueError(
                     f"a PNG of mode {image.mode} and size {image.size}, not {mode} and {RESOLUTION} squared"

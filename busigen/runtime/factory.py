@@ -214,7 +214,7 @@ def draw_missing(
         # Samples of later shards may have been drawn ahead, and are counted as well.
         drawn = min(progress.done - before, count)
         left = f", about {duration((count - drawn) / progress.rate)} left" if progress.rate else ""
-        return f"the open shard ({drawn} of {counted(count, 'sample')}{left})"
+        return f"the open shard ({drawn} of {counted(count, 'sample')} drawn so far{left})"
 
     try:
         # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving
@@ -248,5 +248,5 @@ def _check_indices(drawn: Drawn, indices: range) -> None:
 def _interrupted(shelf: Shelf, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
     kept = [record.count for record in shelf.complete(plan).values()]
     lost = max(0, progress.done - sum(kept))
-    loss = f"; lost with the unfinished shard: {counted(lost, 'finished sample')}" if lost else ""
+    loss = f"; lost with the unfinished shard: {counted(lost, 'sample')} drawn by then" if lost else ""
     return stop.interruption(f"with {len(kept)} of {counted(plan.shards, 'shard')} complete in {shelf.name}{loss}")

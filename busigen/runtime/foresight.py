@@ -114,13 +114,16 @@ def free_space(out: Path) -> int:
     """Free bytes of the disk that ``out`` lies on, or would.
 
     Raises:
-        OutputError: the disk cannot be asked.
+        OutputError: the disk cannot be asked, or there is none: /proc and its like hold no files.
     """
     with output_errors(out):
         place = out.absolute()
         while not place.exists():
             place = place.parent
-        return shutil.disk_usage(place).free
+        disk = shutil.disk_usage(place)
+    if not disk.total:
+        raise OutputError(f"{out} would lie in {place}, which is on no disk.", fix="Choose another --out.")
+    return disk.free
 
 
 def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = _ELSEWHERE) -> None:

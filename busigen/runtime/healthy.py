@@ -22,6 +22,7 @@ from busigen.data.masks import mask_of
 from busigen.data.records import Listing, Record, counted
 from busigen.data.sources import read_images
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import open_file
 from busigen.registry import CLASSES, LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.progress import Progress
@@ -282,7 +283,8 @@ class HealthyFolder:
     def _unchanged(self, path: Path, sha256: str) -> bytes:
         """The content of a file; one that is not as it was when the run began is refused."""
         try:
-            data = path.read_bytes()
+            with open_file(path) as file:
+                data = file.read()
         except OSError as error:
             raise _changed(path, f"cannot be read any more ({error.strerror})") from error
         if hashlib.sha256(data).hexdigest() != sha256:

@@ -12,11 +12,11 @@ import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, SYNTHETIC
 from busigen.runtime.address import Address
-from busigen.runtime.asking import Asked, parse_asked
+from busigen.runtime.asking import Asked, hardly_known, parse_asked
 from busigen.runtime.backend import EngineOptions, OpenedBackend, open_backend
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.claim import refuse_other_run
-from busigen.runtime.classes import parse_classes
+from busigen.runtime.classes import parse_shares
 from busigen.runtime.factory import GenerateReport, generate, refuse_small_disk
 from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.launch import Crewing, launcher
@@ -121,7 +121,9 @@ class Job:
             seed=self.seed,
             shard_size=self.shard_size,
         )
-        self._wanted()
+        classes, asked = self._wanted()
+        for line in hardly_known(classes, asked) if self.bundle is None else ():
+            progress.note(line)
         shelf = self._shelf(progress, share.of(plan))
         refuse_small_disk(shelf, plan)
         crew = chosen.crew(self._maker, Crewing(self.workers, self.threads, self.provider, self.ray_address))
@@ -211,7 +213,7 @@ class Job:
         return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
 
     def _wanted(self) -> tuple[dict[str, float], Asked]:
-        return parse_classes(self.classes), parse_asked(
+        return parse_shares(self.classes), parse_asked(
             size=self.size,
             depth=self.depth,
             across=self.across,

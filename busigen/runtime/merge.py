@@ -31,6 +31,7 @@ from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, RUN_FILE, SHARD_
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.tables import read_table
+from busigen.runtime.wording import shell_word
 
 _TOLD = ("config", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
@@ -265,4 +266,4 @@ def _damaged(dataset: Dataset, name: str) -> IntegrityError:
 
 
 def _repair(dataset: Dataset) -> str:
-    return f"Run `busigen verify --repair {dataset.folder}`, then merge again."
+    return f"Run `busigen verify --repair {shell_word(dataset.folder)}`, then merge again."

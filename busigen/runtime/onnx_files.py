@@ -8,6 +8,10 @@ onnx package.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from busigen.foreign import read_file
@@ -180,3 +184,28 @@ def read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
             return value, at
         shift += 7
     raise ValueError("it is cut short")
+
+
+@contextmanager
+def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
+    """A graph's path as ONNX and ONNX Runtime open it, for as long as the block runs.
+
+    Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
+    conda) leave them so. Then the graph's files are copied for the block. Weights handed over in memory are no way out:
+    ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
+
+    Args:
+        graph: the graph's file.
+        files: names of the files that it needs, itself among them, all in its folder.
+
+    Raises:
+        OSError: there is no room for a copy, or a file cannot be read.
+    """
+    if all((graph.parent / name).stat().st_nlink == 1 for name in files):
+        yield graph
+        return
+    # On Windows, what a session has mapped into its memory cannot be removed before that ends.
+    with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
+        for name in files:
+            shutil.copyfile(graph.parent / name, Path(folder) / name)
+        yield Path(folder) / graph.name

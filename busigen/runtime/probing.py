@@ -7,16 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import busigen
 from busigen.errors import BusigenError
-from busigen.registry import PROVIDERS, Provider
+from busigen.registry import LESION_CLASSES, PROVIDERS, SYNTHETIC, Provider
 from busigen.runtime.backend import FALLBACK, engine_of, provider_named
 from busigen.runtime.install import install_command
 from busigen.runtime.nvidia import driver_cuda
+from busigen.runtime.progress import Progress
+from busigen.runtime.wording import counted
 
 PATIENCE = 120.0
 """Seconds that a provider may take for a network of one node: loading CUDA's libraries from a cold disk is slow."""
@@ -58,12 +61,21 @@ def probe(provider: Provider) -> Probe:
             "no NVIDIA driver is loaded",
             "It needs an NVIDIA card with its driver; in a container, one that was started with the card (--gpus all).",
         )
+    return _tried_apart(provider, "probe")
+
+
+def rehearse(provider: Provider) -> Probe:
+    """Draw a sample of each class with the shipped bundle as ``generate`` does, in a process of its own."""
+    return _tried_apart(provider, "rehearse")
+
+
+def _tried_apart(provider: Provider, what: str) -> Probe:
     # As in this process, wherever busigen was imported from.
     package = str(Path(busigen.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "busigen.runtime.probing", provider.name],
+            [sys.executable, "-m", "busigen.runtime.probing", provider.name, what],
             capture_output=True,
             text=True,
             errors="replace",
@@ -122,11 +134,12 @@ def _reinstall(provider: Provider) -> str:
     )
 
 
-def _answer(name: str) -> Probe:
+def _answer(name: str, what: str) -> Probe:
     """Try it in this process."""
     provider = provider_named(name)
     try:
-        return Probe(name, True, engine_of(provider).probe(provider))
+        told = _draw(provider) if what == "rehearse" else engine_of(provider).probe(provider)
+        return Probe(name, True, told)
     except BusigenError as error:
         return Probe(name, False, error.problem.rstrip("."), error.fix)
     except Exception as error:  # Whatever a broken installation raises, told as it is.
@@ -134,6 +147,27 @@ def _answer(name: str) -> Probe:
         return Probe(name, False, f"{type(error).__name__}: {reason}", _reinstall(provider))
 
 
+def _draw(provider: Provider) -> str:
+    from busigen.runtime.job import Job  # It asks this module for its provider.
+
+    count = len(LESION_CLASSES)
+    job = Job(
+        count=count,
+        out=Path(),
+        bundle=None,
+        healthy=SYNTHETIC,
+        classes=",".join(LESION_CLASSES),
+        seed=0,
+        batch_size=count,
+        shard_size=count,
+        provider=provider.name,
+        threads=None,
+    )
+    started = time.perf_counter()
+    drawn = job.source(Progress()).draw(0, range(count), lambda number: None)
+    return f"{counted(len(drawn.samples), 'sample')} drawn in {time.perf_counter() - started:.1f} s"
+
+
 if __name__ == "__main__":
-    found = _answer(sys.argv[1])
+    found = _answer(*sys.argv[1:])
     print(json.dumps({"works": found.works, "told": found.told, "fix": found.fix}))

@@ -128,14 +128,14 @@ def _fits(folder: Path, fresh: Path, record: ShardRecord, expected: tuple[FileRe
     if hash_or_none(folder / parquet.file) != parquet.sha256:
         return False
     try:
-        return read_table(folder / parquet.file, record.count).equals(pl.read_parquet(fresh / parquet.file))
+        return read_table(folder / parquet.file, record.count).equals(_drawn_rows(fresh, record))
     except (OSError, pl.exceptions.PolarsError):
         return False
 
 
 def _unproven(work: Repair, fresh: Path, record: ShardRecord, source: Source) -> str | None:
     """Why a shard of which no hash is left must not be taken from a replay; None if it may."""
-    rows = pl.read_parquet(fresh / record.parquet.file)
+    rows = _drawn_rows(fresh, record)
     try:
         listed = work.manifest.filter(pl.col("shard") == record.tar.file) if work.manifest is not None else None
         if listed is not None and listed.height and not listed.equals(rows):
@@ -146,6 +146,10 @@ def _unproven(work: Repair, fresh: Path, record: ShardRecord, source: Source) ->
     if (listed is None or not listed.height) and changed:
         return f"no record of its bytes is left, and they could be others here{_why(work, source)}."
     return None
+
+
+def _drawn_rows(fresh: Path, record: ShardRecord) -> pl.DataFrame:
+    return read_table(fresh / record.parquet.file, record.count)
 
 
 def _other_bytes(run: Mapping[str, Any], source: Source) -> list[tuple[str, Any, Any]]:

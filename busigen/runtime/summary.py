@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from busigen.runtime.wording import counted, disk_size, unproven_line
+from busigen.runtime.wording import counted, disk_size, shell_word, unproven_line
 from busigen.text import printable
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def generated(report: GenerateReport) -> Iterator[str]:
         share = refused / (refused + report.samples)
         yield f"  draws refused by the gates: {share:.1%} ({_counts(dict(sorted(report.rejected.items())))})"
     if not report.missing:
-        yield f"  look at {report.folder / 'preview.png'}; check with: busigen verify {report.folder}"
+        yield f"  look at {report.folder / 'preview.png'}; check with: busigen verify {shell_word(report.folder)}"
 
 
 def merged(report: MergeReport) -> Iterator[str]:
@@ -48,7 +48,7 @@ def merged(report: MergeReport) -> Iterator[str]:
     yield f"{counted(report.samples, 'sample')} in {report.folder}, {shape}; {disk_size(report.size)} of shards"
     if report.copied:
         yield "  shards were copied: this file system cannot link them"
-    yield f"  check with: busigen verify {report.folder}"
+    yield f"  check with: busigen verify {shell_word(report.folder)}"
 
 
 def verified(report: VerifyReport, *, proving: bool) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import stat
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import IntegrityError
-from busigen.runtime.atomic import sha256_of
+from busigen.foreign import ForeignFileError, open_file
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
 from busigen.runtime.dataset import Member, decode_image, decode_mask, read_members
@@ -165,18 +165,18 @@ def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
 
 def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
     try:
-        there = (folder / record.file).stat()
-        size = there.st_size
-        if not stat.S_ISREG(there.st_mode):  # A pipe would be waited for, a device never ends.
-            found.report(record.file, "is no regular file.")
-        elif size != record.size:
-            found.report(record.file, f"has {size} bytes instead of {record.size}.")
-        elif sha256_of(folder / record.file) != record.sha256:
-            found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.")
-        else:
-            return True
+        with open_file(folder / record.file) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.size:
+                found.report(record.file, f"has {size} bytes instead of {record.size}.")
+            elif hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.")
+            else:
+                return True
     except FileNotFoundError:
         found.report(record.file, "is missing.")
+    except (ForeignFileError, IsADirectoryError) as error:
+        found.report(record.file, f"{error.strerror}.")
     except OSError as error:
         found.report(record.file, f"cannot be read: {error.strerror}.")
     return False

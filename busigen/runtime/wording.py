@@ -1,7 +1,8 @@
-"""What several places say in the same words: numbers with a noun, lengths of time, disk space, a gap in the chain."""
+"""Words that several places share: numbers with a noun, lengths of time, disk space, what a shell reads."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 
@@ -33,3 +34,9 @@ def unproven_line(missing: Sequence[str]) -> str:
     """What it means that a bundle lacks links of the chain of fingerprints."""
     named = " and no valid ".join(missing)
     return f"the bundle records no valid {named}, so nothing proves what its weights were trained on."
+
+
+def shell_word(place: object) -> str:
+    """A path or URL as one types it after a command: quoted where a shell needs that, and never taken for an option."""
+    text = str(place)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

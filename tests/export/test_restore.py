@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,10 +26,15 @@ from busigen.training.checkpoint import load_component, load_networks, read_reco
 
 @pytest.fixture(scope="module")
 def restored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped bundle as a checkpoint; treat it as read-only."""
-    out = tmp_path_factory.mktemp("restored") / "checkpoint"
-    restore(Bundle.open(default_bundle()), out)
-    return out
+    """The shipped bundle as a checkpoint, out of files with a second hard link, as uv and conda install them.
+
+    Treat it as read-only.
+    """
+    folder = tmp_path_factory.mktemp("restored")
+    shutil.copytree(default_bundle(), folder / "cache")
+    shutil.copytree(folder / "cache", folder / "bundle", copy_function=os.link)
+    restore(Bundle.open(folder / "bundle"), folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 def test_the_restored_networks_draw_what_the_bundle_draws(restored: Path) -> None:

@@ -182,7 +182,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "table of much text": (table_bomb(TABLE, rows=False), f"{TABLE}: {NOT_READ} its pages unpack"),
     "endless attempts": (attempts, f"{RECORD}: lists other refused draws"),
     "record as a pipe": (pipe(RECORD), f"{RECORD}: is not the record"),
-    "tar as a pipe": (pipe(TAR), f"{TAR}: is no regular file"),
+    "tar as a pipe": (pipe(TAR), f"{TAR}: is a pipe, not a file"),
     "run.json as a pipe": (pipe("run.json"), "run.json: "),
     "dataset.json as a pipe": (pipe("dataset.json"), "dataset.json: "),
     "record larger than any": (huge(RECORD), f"{RECORD}: is not the record"),

@@ -8,7 +8,7 @@ import pytest
 from busigen.data.outline import attributes
 from busigen.errors import UsageError
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS
-from busigen.runtime.asking import BOUNDS, Asked, measured, parse_asked
+from busigen.runtime.asking import BOUNDS, Asked, hardly_known, measured, parse_asked
 from busigen.runtime.gates import ASKED_TOLERANCE, asked_reason
 
 ROWS, COLUMNS = np.mgrid[0:256, 0:256] + 0.5
@@ -100,3 +100,13 @@ def test_contradictions_and_unknown_categories_are_refused() -> None:
 
 def test_asking_is_true_where_anything_is_asked() -> None:
     assert Asked(birads="2") and parse_asked(depth="0.3") and not Asked()
+
+
+def test_what_the_shipped_bundle_hardly_knows_is_said() -> None:
+    """BUS-BRA has 4 malignant lesions of category 2, and 248 of category 4."""
+    (line,) = hardly_known(["benign", "malignant"], parse_asked(birads="2"))
+    assert line.startswith("--birads 2 with malignant: the shipped bundle learned it from 4 images")
+    assert not [
+        *hardly_known(["benign", "malignant"], parse_asked(birads="4")),
+        *hardly_known(["benign"], parse_asked()),
+    ]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from busigen.errors import UsageError
 from busigen.registry import CLASSES, LESION_CLASSES
-from busigen.runtime.classes import class_at, parse_classes
+from busigen.runtime.classes import class_at, parse_classes, parse_shares
 
 WEIGHTS = st.floats(1e-9, 1e9, allow_nan=False, allow_infinity=False)
 
@@ -24,10 +24,11 @@ WEIGHTS = st.floats(1e-9, 1e9, allow_nan=False, allow_infinity=False)
         ("malignant=3, benign=1", {"malignant": 3.0, "benign": 1.0}),
         ("benign,malignant", {"benign": 1.0, "malignant": 1.0}),
         ("benign=1e-3", {"benign": 0.001}),
+        ("benign=0.7,malignant=0.7", {"benign": 0.7, "malignant": 0.7}),
         ("Benign=2,MALIGNANT", {"benign": 2.0, "malignant": 1.0}),
     ],
 )
-def test_weights_are_read(text: str, weights: dict[str, float]) -> None:
+def test_weights_are_read_however_a_dataset_records_them(text: str, weights: dict[str, float]) -> None:
     assert parse_classes(text) == weights
 
 
@@ -52,6 +53,28 @@ def test_anything_else_is_refused_by_name_and_with_an_example(text: str, named: 
         parse_classes(text)
     assert all(name in caught.value.fix for name in LESION_CLASSES)
     assert "--classes benign=0.7,malignant=0.3" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "total"),
+    [
+        ("benign=0.7,malignant=0.7", "1.4"),
+        ("benign=0.5", "0.5"),
+        ("benign=0.5,malignant", "1.5"),
+        ("malignant=2.5", "2.5"),
+    ],
+)
+def test_a_run_is_not_asked_for_shares_that_do_not_sum_to_one(text: str, total: str) -> None:
+    with pytest.raises(UsageError, match=f"whose shares sum to {total}\\.") as caught:
+        parse_shares(text)
+    assert "sum to 1, or whole numbers as weights, such as benign=2,malignant=1" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "text", ["benign=0.3,malignant=0.7", "benign=0.3333,malignant=0.6666", "benign=3,malignant", "benign"]
+)
+def test_shares_that_were_rounded_and_whole_weights_are_taken(text: str) -> None:
+    assert parse_shares(text) == parse_classes(text)
 
 
 @settings(max_examples=60, deadline=None)

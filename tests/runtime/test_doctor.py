@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -93,6 +94,62 @@ def test_an_onnxruntime_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
     assert findings["--provider cpu"]["state"] == "problem"
     assert "libonnxruntime.so" in findings["--provider cpu"]["told"]
     assert done.stderr.startswith("error: generate cannot run here: onnxruntime install: ")
+
+
+def linked_install(folder: Path) -> Path:
+    """The package as uv and conda install it: every file a hard link to one in a cache."""
+    shutil.copytree(ROOT / "busigen", folder / "cache" / "busigen", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(folder / "cache", folder / "site", copy_function=os.link)
+    return folder / "site"
+
+
+def installed(site: Path, *arguments: object) -> Done:
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    # From there, because Python looks into the current folder before anything else.
+    return subprocess.run(
+        [*CLI, *map(str, arguments)],
+        cwd=site,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_hard_linked_weights_are_as_good_as_any(tmp_path: Path) -> None:
+    site = linked_install(tmp_path)
+    done = installed(site, "doctor", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ok       generate: 2 samples drawn in " in done.stdout
+    out = tmp_path / "set"
+    done = installed(site, "generate", "--count", 2, "--seed", 3, "--batch-size", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert run("generate", "--count", 2, "--seed", 3, "--batch-size", 2, "--out", tmp_path / "plain").returncode == 0
+    shard = "shards/000000.tar"
+    assert (out / shard).read_bytes() == (tmp_path / "plain" / shard).read_bytes()
+    assert run("verify", out, "--repair", "--bundle", site / "busigen" / "bundles" / "default").returncode == 0
+
+
+def test_a_bundle_that_no_hash_gives_away_is_tried(tmp_path: Path) -> None:
+    """Whole and recorded as such, but ONNX Runtime cannot run it."""
+    site = linked_install(tmp_path)
+    bundle = site / "busigen" / "bundles" / "default"
+    graph, record = bundle / "decoder-128.onnx", bundle / "bundle.json"
+    old = hashlib.sha256(graph.read_bytes()).hexdigest()
+    content = graph.read_bytes().replace(b"Conv", b"Cold")
+    graph.unlink()
+    graph.write_bytes(content)
+    text = record.read_text().replace(old, hashlib.sha256(content).hexdigest())
+    record.unlink()
+    record.write_text(text)
+    done = installed(site, "doctor", "--out", tmp_path)
+    assert done.returncode == 9
+    assert "ok       bundle: " in done.stdout
+    assert "ok       --provider cpu: works" in done.stdout
+    assert f"problem  generate: {graph} cannot be loaded by ONNX Runtime" in done.stdout
+    assert "error: generate cannot run here: generate: " in done.stderr
+    assert "Install busigen again." in done.stderr
 
 
 def test_mixed_tensorrts_are_found(tmp_path: Path) -> None:

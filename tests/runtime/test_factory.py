@@ -276,7 +276,7 @@ def test_ctrl_c_keeps_what_was_drawn(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return super().draw(seed, indices, done)
 
-    lost = "lost with the unfinished shard: 2 finished samples"
+    lost = "lost with the unfinished shard: 2 samples drawn by then"
     with pytest.raises(GenerationInterrupted, match=rf"2 of 4 shards complete in .*; {lost}") as caught:
         generate(Interrupted(), tmp_path, count=12, seed=7, shard_size=3)
     assert caught.value.exit_code == 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -14,7 +15,8 @@ from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.physics import shape, speckle
 from busigen.evaluation.physics.feature_table import DEPTH_BANDS, NAMES, Feature
 from busigen.evaluation.physics.regions import MIN_PIXELS, Regions, find_regions
-from busigen.runtime.atomic import atomic_path, output_errors
+from busigen.foreign import open_file
+from busigen.runtime.atomic import atomic_file, output_errors
 
 __all__ = ["DEPTH_BANDS", "NAMES", "Feature", "features", "for_set", "matrix", "measure"]
 
@@ -125,14 +127,17 @@ def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
     path = context.out / "cache" / f"radiomics-{digest.hexdigest()[:32]}.parquet"
     try:
         refuse_costly(path, len(images))
-        return _table(images, pl.read_parquet(path).select(list(NAMES)).to_numpy())
+        with open_file(path) as file:
+            return _table(images, pl.read_parquet(file).select(list(NAMES)).to_numpy())
     except (OSError, ValueError, pl.exceptions.PolarsError):
         # Absent, or damaged by someone else: either way it is measured again.
         table = features(images, context.track)
+    content = io.BytesIO()
+    table.select(list(NAMES)).write_parquet(content)
     with output_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            table.select(list(NAMES)).write_parquet(temporary)
+        with atomic_file(path) as file:
+            file.write(content.getbuffer())
     return table
 
 

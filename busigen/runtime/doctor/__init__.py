@@ -18,7 +18,7 @@ from busigen.runtime.doctor.finding import Finding, State
 from busigen.runtime.doctor.installs import cuda_libraries, installed, onnxruntimes, reporting, tensorrts, torch_build
 from busigen.runtime.doctor.surroundings import disk, driver, memory, processor
 from busigen.runtime.nvidia import cards, driver_cuda
-from busigen.runtime.probing import probe
+from busigen.runtime.probing import probe, rehearse
 
 __all__ = ["Finding", "State", "can_generate", "examine", "to_json"]
 
@@ -45,6 +45,8 @@ def examine(out: Path) -> Iterator[Finding]:
         finding = _provider(provider, card)
         yield finding
         works += [provider.name] if finding.state is State.OK else []
+    if FALLBACK in works:
+        yield _generate()
     if works:
         yield Finding("auto", State.OK, f"--provider auto takes {works[-1]}")
     yield from filter(None, (torch_build(packages, card), processor(), memory(), disk(out)))
@@ -76,6 +78,13 @@ def _bundle() -> Finding:
     except BusigenError as error:
         return Finding("bundle", State.PROBLEM, error.problem, "Install busigen again.")
     return Finding("bundle", State.OK, f"{len(bundle.info['graphs'])} graphs, every file as it was shipped")
+
+
+def _generate() -> Finding:
+    """What no hash and no network of one node tells: whether the shipped bundle's graphs can be loaded and run here."""
+    found = rehearse(PROVIDERS[FALLBACK])
+    told = f"{found.told} on the processor, with the shipped bundle" if found.works else found.told
+    return Finding("generate", State.OK if found.works else State.PROBLEM, told, found.fix)
 
 
 def _provider(provider: Provider, card: bool) -> Finding:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from busigen.errors import OutputError
 from busigen.runtime.backend import usable_cores
 from busigen.runtime.doctor.finding import Finding, State
-from busigen.runtime.foresight import BYTES_PER_SAMPLE
+from busigen.runtime.foresight import BYTES_PER_SAMPLE, free_space
 from busigen.runtime.memory import SMALLEST
 from busigen.runtime.nvidia import cards, driver_cuda
 from busigen.runtime.wording import disk_size
@@ -83,10 +83,12 @@ def disk(out: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     try:
+        free = free_space(out)
         # Something in it: an empty file fits on a full disk.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(BYTES_PER_SAMPLE))
-        free = shutil.disk_usage(folder).free
+    except OutputError as error:
+        return Finding("disk", State.PROBLEM, error.problem.rstrip("."), error.fix)
     except OSError as error:
         fix = "Free some space, or choose another --out."
         return Finding("disk", State.PROBLEM, f"{folder} cannot be written to: {error.strerror}", fix)

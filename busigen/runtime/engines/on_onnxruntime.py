@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -12,19 +13,19 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from busigen.errors import CapacityError, IntegrityError, ProviderError
+from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
 from busigen.registry import PROVIDERS, Provider
 from busigen.runtime.backend import EngineOptions, Feed, usable_cores
-from busigen.runtime.bundle import Bundle
+from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.engines.bound import BoundSession
 from busigen.runtime.engines.tiny_graphs import BOOL, FLOAT, one_node
 from busigen.runtime.install import install_command
 from busigen.runtime.memory import largest_that_fits, ran_out
 from busigen.runtime.nvidia import driver_cuda
-from busigen.runtime.onnx_files import operators
+from busigen.runtime.onnx_files import openable, operators
 
 _SHOWN = 200
-"""Characters of ONNX Runtime's own message that an error quotes."""
+"""Characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes."""
 
 _CONTROL_FLOW = {"If", "Loop", "Scan"}
 """What a CUDA graph cannot hold."""
@@ -131,22 +132,28 @@ class OnnxBackend:
 
     def _open(self, graph: str) -> ort.InferenceSession:
         path = self._bundle.graph(graph)
-        if self._provider.gpu and self._is_bound and not operators(path) & _CONTROL_FLOW:
-            # Refused where a single node is left to the processor, which for a shape is no harm otherwise.
-            with contextlib.suppress(Exception):
-                session = self._session(str(path), capture=True)
-                self._captured.add(graph)
-                return session
         try:
-            return self._session(str(path))
+            with openable(path, self._bundle.info["graphs"][graph]["files"]) as place:
+                if self._provider.gpu and self._is_bound and not operators(path) & _CONTROL_FLOW:
+                    # Refused where a single node is left to the processor, which for a shape is no harm otherwise.
+                    with contextlib.suppress(Exception):
+                        session = self._session(str(place), capture=True)
+                        self._captured.add(graph)
+                        return session
+                return self._session(str(place))
         except ProviderError:
             raise
+        except OSError as error:
+            raise OutputError(
+                f"{path} needs a copy of its weights in {tempfile.gettempdir()}, because they have other hard links, "
+                f"and that failed: {error.strerror or error}.",
+                fix="Free some space there, or name another folder with the environment variable TMPDIR.",
+            ) from error
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             if self._provider.gpu:
                 raise unusable(self._provider, f": {_first_line(error)}") from error
             raise IntegrityError(
-                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {_first_line(error)}.",
-                fix="Export the bundle again with 'busigen export'.",
+                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {_first_line(error)}.", fix=self._fix
             ) from error
 
     def _session(self, model: str | bytes, *, capture: bool = False) -> ort.InferenceSession:
@@ -192,9 +199,12 @@ class OnnxBackend:
         )
 
     def _useless(self, graph: str, reason: str) -> IntegrityError:
-        return IntegrityError(
-            f"{self._bundle.graph(graph)} {reason}.", fix="Export the bundle again with 'busigen export'."
-        )
+        return IntegrityError(f"{self._bundle.graph(graph)} {reason}.", fix=self._fix)
+
+    @property
+    def _fix(self) -> str:
+        shipped = self._bundle.folder == default_bundle()
+        return "Install busigen again." if shipped else "Export the bundle again with 'busigen export'."
 
 
 class _Onnxruntime:
@@ -299,4 +309,6 @@ def _session_options(threads: int) -> ort.SessionOptions:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:_SHOWN]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # What is wrong stands at the end, behind where it is wrong.
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} ... {line[-_SHOWN:]}"

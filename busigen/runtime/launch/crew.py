@@ -246,7 +246,7 @@ class Foreman:
         if not busy:
             return "before the first shard"
         drawn = sum(self._accepted[worker] for worker in busy)
-        return f"{counted(len(busy), 'open shard')} ({counted(drawn, 'sample')} drawn)"
+        return f"{counted(len(busy), 'open shard')} ({counted(drawn, 'sample')} drawn so far)"
 
     def _stage_seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()

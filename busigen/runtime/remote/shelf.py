@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from polars.io.plugins import register_io_source
 
 from busigen.errors import IntegrityError, UsageError
 from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json
@@ -186,11 +185,8 @@ class RemoteShelf(Shelf):
     def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
         """See :class:`Shelf`. The files are written in the spool and sent, ``dataset.json`` last."""
         bringer = _FromStore(self._store, self.folder)
-        try:
-            # The signals that are to end this reach Python only where polars does not have the main thread.
-            self._caller.aside(lambda: finish(self.folder, run, records, bringer))
-        except pl.exceptions.PolarsError as error:
-            raise bringer.failure or error from None
+        # The signals that are to end this reach Python only where polars does not have the main thread.
+        self._caller.aside(lambda: finish(self.folder, run, records, bringer))
         names = (MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE, DATASET_FILE)
         for name in names:
             if name == DATASET_FILE:
@@ -233,15 +229,10 @@ class RemoteShelf(Shelf):
 
 
 class _FromStore:
-    """Brings files of complete shards back; see :class:`busigen.runtime.finish.Bringer`.
-
-    Attributes:
-        failure: why a table could not be had, which polars would tell in words of its own.
-    """
+    """Brings files of complete shards back; see :class:`busigen.runtime.finish.Bringer`."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store, self._folder = store, folder
-        self.failure: BaseException | None = None
 
     @contextmanager
     def files(self, records: Sequence[FileRecord]) -> Iterator[None]:
@@ -260,22 +251,8 @@ class _FromStore:
             for record in records:
                 (self._folder / record.file).unlink(missing_ok=True)
 
-    def tables(self, records: Sequence[ShardRecord]) -> pl.LazyFrame:
+    def tables(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
         """The shards' rows, of which some tables' are held at a time."""
-        first = next(self._read(records[:1]))
-
-        def read(
-            columns: list[str] | None, predicate: pl.Expr | None, most: int | None, size: int | None
-        ) -> Iterator[pl.DataFrame]:
-            try:
-                yield from self._read(records)
-            except BaseException as error:
-                self.failure = error
-                raise
-
-        return register_io_source(read, schema=first.schema)
-
-    def _read(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
         tables = {record.parquet.file: record.parquet for record in records}
         for name, content in in_groups(self._store, list(tables)):
             if hashlib.sha256(content).hexdigest() != tables[name].sha256:
