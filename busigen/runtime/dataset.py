@@ -89,13 +89,19 @@ class ListedShard(Record):
     parquet: FileRecord
 
 
+class FilesRecord(Record):
+    """The files that ``dataset.json`` vouches for."""
+
+    manifest: FileRecord = Field(alias="manifest.parquet")
+
+
 class DatasetRecord(RunRecord):
     """Content of ``dataset.json``: the run record, and what follows from the shards."""
 
     samples: Whole
     classes: dict[Text, Whole]
     rejected: dict[Text, Whole]
-    files: dict[Text, FileRecord]
+    files: FilesRecord
     shards: Many[ListedShard]
 
 
