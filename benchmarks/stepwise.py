@@ -6,6 +6,10 @@ weights are the bundle's own.
 
 from __future__ import annotations
 
+# isort: off
+import busigen  # noqa: F401  # Before ONNX Runtime, which would report home.
+
+# isort: on
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -9,12 +9,15 @@ runtime draws them, and the prior's solver carries them on.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
+
+log = logging.getLogger("busigen.training")
 
 EDGES = (3.0, 8.0, 16.0, math.inf)
 """Upper ends of the bands, in half periods per image side. The mean over the image is in none: its spread is known."""
@@ -64,6 +67,24 @@ def styled(noise: NDArray[np.float32], factor: Floats, drawn: Floats) -> NDArray
     scales = np.concatenate((np.exp(logarithms), np.ones((count, channels, 1))), axis=2)[:, :, bands(cells)]
     axes = (2, 3)
     return np.asarray(idctn(dctn(noise, axes=axes, norm="ortho") * scales, axes=axes, norm="ortho"), np.float32)
+
+
+def bounded(numbers: Floats, largest: float, name: str) -> Floats:
+    """Fitted numbers, clipped to the greatest magnitude that their readers take; a warning says where they were.
+
+    Args:
+        numbers: of any shape.
+        largest: the readers' bound.
+        name: what records call them.
+    """
+    sizes = np.abs(numbers)
+    if beyond := int((sizes > largest).sum()):
+        log.warning(
+            "%s: %d of %d fitted numbers are clipped to %g, the largest was %.2f: what is drawn has far other detail "
+            "than the training images, as after a short training",
+            *(name, beyond, sizes.size, largest, sizes.max()),
+        )
+    return np.clip(numbers, -largest, largest)
 
 
 def are_styles(found: Any, channels: int) -> bool:

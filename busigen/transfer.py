@@ -18,6 +18,7 @@ from scipy import fft, ndimage
 
 from busigen.data.geometry import Mask, around
 from busigen.styles import LIMIT
+from busigen.text import printable
 
 REFERENCE = 0.03
 """Frequency in cycles per pixel up to which filters pass everything as it is: below lies anatomy."""
@@ -78,9 +79,9 @@ class Transfer:
         rows = [found["mean"], *found["factor"]]
         if not all(isinstance(row, list) for row in rows):
             raise ValueError("'mean' or a row of 'factor' is no list")
-        numbers = [value for row in rows for value in row]
-        if not all(type(value) in (int, float) and abs(value) <= LARGEST for value in numbers):
-            raise ValueError(f"a number is none, or larger than {LARGEST}")
+        for value in (value for row in rows for value in row):
+            if type(value) not in (int, float) or not abs(value) <= LARGEST:
+                raise ValueError(f"{printable(str(value))[:20]} is no number from {-LARGEST} to {LARGEST}")
         length = 2 * len(KNOTS)
         widths = {len(row) for row in rows[1:]}
         if len(rows[0]) != length or len(rows) != length + 1 or len(widths) != 1 or not 1 <= min(widths) <= length:

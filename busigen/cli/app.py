@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from busigen import __version__
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, MissingDependencyError
 from busigen.runtime.install import install_command
+from busigen.terminal import Terminal, log_to_stderr
 
 app = typer.Typer(
     name="busigen",
@@ -24,7 +23,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 usage, 3 input, 4 output, 5 integrity, 6 parity, 7 missing extra, 8 acceptance, "
     "9 flagged or cannot run, 10 workers lost, 11 memory, 130 interrupted, 143 terminated. See docs/exit-codes.md.",
 )
-stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+stdout, stderr = Terminal(), Terminal(stderr=True)
 
 DEBUG = "--debug"
 
@@ -63,7 +62,7 @@ def _main(
         bool, typer.Option(DEBUG, help="Show a traceback with an error; works after a command, too.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    log_to_stderr(logging.INFO)
     # Libraries log how they load files; a person wants to hear about the run.
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
@@ -120,7 +118,7 @@ def generate(
     with supervised(place, log_json) as (progress, stop):
         report = job.run(progress, stop)
     for line in generated(report):
-        (stderr if log_json == "-" else stdout).print(escape(line))
+        (stderr if log_json == "-" else stdout).print(line)
 
 
 @app.command(
@@ -172,7 +170,7 @@ def bench(
         except KeyboardInterrupt:
             raise Interrupted("Interrupted; no result is kept.", fix="Run the same command to start anew.") from None
     show(record, stdout)
-    stdout.print(escape(f"Results and plot are in {out}; a line was appended to {options.ledger}."))
+    stdout.print(f"Results and plot are in {out}; a line was appended to {options.ledger}.")
 
 
 @app.command(
@@ -206,7 +204,7 @@ def verify(
         mended = mend(refuse_repair(place), inputs=inputs) if repair else None
         report = mended.after if mended else verify_place(place, healthy=healthy, progress=progress)
     for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
-        stdout.print(escape(line))
+        stdout.print(line)
     if mended and mended.error:
         raise mended.error
     if not report.ok:
@@ -232,7 +230,7 @@ def merge(
         except KeyboardInterrupt:
             raise Interrupted("Interrupted; nothing was merged.", fix="Run the same command again.") from None
     for line in merged(report):
-        stdout.print(escape(line))
+        stdout.print(line)
 
 
 @app.command(epilog="Examples: `busigen explain data 000000012`; of a merged dataset, `busigen explain all 001/12`")
@@ -255,7 +253,10 @@ def explain(
     with console_progress() as progress:
         inputs = Inputs(bundle=bundle, healthy=healthy, provider=provider, threads=threads, progress=progress)
         told = explain_place(place_of(dataset), key, inputs=inputs, replay=replay, out=out)
-    for line in [json.dumps(told.to_json(), indent=2, ensure_ascii=False)] if as_json else explained(told):
-        stdout.print(escape(line))
+    if as_json:
+        stdout.print_as_json(told.to_json())
+    else:
+        for line in explained(told):
+            stdout.print(line)
     if told.error:
         raise told.error

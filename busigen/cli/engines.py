@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from busigen.cli.app import app, stdout
@@ -53,7 +51,7 @@ def build_engines(
     order.check()
     made = fill(order, Bundle.open(bundle or default_bundle()))
     if as_json:
-        stdout.print_json(json.dumps(summary(made)))
+        stdout.print_as_json(summary(made))
     else:
         show(made)
 
@@ -86,7 +84,7 @@ def show(made: list[Made]) -> None:
         rows = ",".join(str(most) if least == most else f"{least}-{most}" for least, _, most in one.key["profiles"])
         seconds = "kept" if one.cached else f"{one.seconds:.1f}"
         engine = f"{one.key['target']} {one.key['version']} {one.capability}".strip()
-        table.add_row(escape(one.graph), escape(engine), rows, f"{one.size / 1e6:.1f}", seconds)
+        table.add_row(one.graph, engine, rows, f"{one.size / 1e6:.1f}", seconds)
     stdout.print(table)
     built = [one for one in made if not one.cached]
     took, size = sum(one.seconds for one in built), sum(one.size for one in made) / 1e6

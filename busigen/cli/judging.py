@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stdout
 from busigen.errors import BusigenError, FlaggedError
@@ -79,7 +78,7 @@ def audit(
                 f"Interrupted; {out} keeps the sections that were finished.", fix="Run the same command to continue."
             ) from None
     for line in audited(report):
-        stdout.print(escape(line))
+        stdout.print(line)
     if report.failed:
         raise BusigenError(f"sections that could not run: {', '.join(report.failed)}.", fix=f"See {report.html}.")
     if fail_on_flag and report.flagged:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from busigen.cli.app import app, stdout
 from busigen.errors import FlaggedError
@@ -28,11 +26,11 @@ def doctor(
     for finding in examine(out):
         findings.append(finding)
         if not as_json:
-            stdout.print(escape(f"{finding.state:8} {finding.name}: {finding.told}"), markup=True)
+            stdout.print(f"{finding.state:8} {finding.name}: {finding.told}")
             if finding.fix:
-                stdout.print(escape(f"{'':8} -> {finding.fix}"))
+                stdout.print(f"{'':8} -> {finding.fix}")
     if as_json:
-        stdout.print(escape(json.dumps(to_json(findings), indent=2, ensure_ascii=False)))
+        stdout.print_as_json(to_json(findings))
     if not can_generate(findings):
         broken = next(finding for finding in findings if finding.state is State.PROBLEM)
         raise FlaggedError(f"generate cannot run here: {broken.name}: {broken.told}.", fix=broken.fix)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
 from busigen.errors import UsageError
@@ -64,7 +63,7 @@ def prepare(
     stdout.print(f"  split hash: {result.split_hash}")
     stdout.print(f"  refused: {len(result.refused)}")
     for refusal in result.refused[:SHOWN_PROBLEMS]:
-        stdout.print(escape(f"    {refusal.file}: {refusal.problem} {refusal.fix}"))
+        stdout.print(f"    {refusal.file}: {refusal.problem} {refusal.fix}")
     if len(result.refused) > SHOWN_PROBLEMS:
         stdout.print(f"    and {len(result.refused) - SHOWN_PROBLEMS} more, all of them in {out / 'prepared.json'}")
 
@@ -192,7 +191,7 @@ def export(
     stdout.print(f"Bundle written to {out}: {len(bundle.info['graphs'])} graphs, {size:.1f} MB")
     for name, found in bundle.info["components"].items():
         why = "; ".join(f"not {tried['precision']}: {tried['refused']}" for tried in found["tried"] if tried["refused"])
-        stdout.print(escape(f"  {name:8} {found['precision']}{f' ({why})' if why else ''}"))
+        stdout.print(f"  {name:8} {found['precision']}{f' ({why})' if why else ''}")
     for place, parity in bundle.info["parity"]["targets"].items():
         for label in LESION_CLASSES:
             figures = parity[label]
@@ -203,7 +202,7 @@ def export(
             )
     for name in options.engines:
         if reason := bundle.info["parity"]["unproved"].get(name):
-            stdout.print(escape(f"  parity {name}: not compared: {reason}"))
+            stdout.print(f"  parity {name}: not compared: {reason}")
     if made:
         engines.show(made)
 

@@ -42,6 +42,7 @@ class ImageSet:
         clean: ``images`` with everything painted over that may be overlay, or None where that was not looked for.
         layout: How the folder is laid out, for people: ``busigen dataset``, ``prepared``, ``BUSI``, ...
         refused: Files that could not be read and are in no row.
+        notes: What was passed over, joined, guessed or read otherwise than it is stored, one line a kind.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ImageSet:
     clean: NDArray[np.uint8] | None = None
     layout: str = "unknown"
     refused: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.table.height

@@ -15,7 +15,8 @@ def audited(report: Report) -> Iterator[str]:
     for note in report.content["notes"]:
         yield f"  {note}"
     for name, outcome in report.outcomes.items():
-        yield from _section(name, outcome)
+        # A page ties numbers to their units; a terminal is shown plain spaces.
+        yield from (line.replace("\N{NO-BREAK SPACE}", " ") for line in _section(name, outcome))
     yield f"Report: {report.html}"
 
 

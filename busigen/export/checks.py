@@ -16,6 +16,7 @@ from busigen.export.precision import TYPES
 from busigen.foreign import open_file
 from busigen.records import parse_json
 from busigen.registry import LESION_CLASSES, OPSETS, STAGES
+from busigen.training import state
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED
 from busigen.training.networks import Networks
 
@@ -79,13 +80,7 @@ def check_finite(networks: Networks) -> None:
         InputError: names component and weight.
     """
     for component, module in _modules(networks):
-        for name, value in module.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                count = int((~torch.isfinite(value)).sum())
-                raise InputError(
-                    f"{count} of {value.numel()} values of {name} in {component} are NaN or infinite.",
-                    fix="The training diverged: train again, with another --seed or more data.",
-                )
+        state.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):
         value = getattr(networks, name)
         if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):

@@ -41,7 +41,7 @@ def fused(graph: Path | bytes, provider: str = "CPUExecutionProvider") -> dict[s
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(optimised)
         # It warns that what it writes is for this machine, which is where it is counted.
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=[provider])
         nodes = Counter(node.op_type for node in _nodes(onnx.load(str(optimised), load_external_data=False).graph))
     return {"nodes": nodes.total(), **{kind: sum(nodes[name] for name in names) for kind, names in KINDS.items()}}

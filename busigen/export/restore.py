@@ -94,12 +94,11 @@ def restore(bundle: Bundle, out: Path) -> dict[str, Any]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out} exists and is not empty.", fix="Use another --out, or delete it first.")
         latents = _write_components(bundle, preset, out)
-        checkpoint.write_record(out, {**_origin(bundle, preset), "latents": latents})
+        return checkpoint.write_record(out, {**_origin(bundle, preset), "latents": latents})
     except OSError as error:
         raise OutputError(
             f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
         ) from error
-    return checkpoint.read_record(out)
 
 
 def _write_components(bundle: Bundle, preset: str, out: Path) -> dict[str, list[float]]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from busigen.errors import UsageError
 from busigen.registry import COPY_COMMANDS, UNFIT_STORES
+from busigen.text import HIDDEN, user_info, without_credentials
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Address:
-    """A URL without a slash at its end. It can be joined and shown as a ``Path`` can."""
+    """A URL without a slash at its end. It can be joined and shown as a ``Path`` can.
+
+    Shown, it lacks its credentials: ``url`` is for the store's library alone.
+    """
 
     url: str
 
@@ -24,7 +29,20 @@ class Address:
         return self.url.partition("://")[0]
 
     def __str__(self) -> str:
-        return self.url
+        return without_credentials(self.url)
+
+    __repr__ = __str__
+
+    def redact(self, text: str) -> str:
+        """A text about this place, such as a message of its store's library, without credentials of any URL."""
+        rest = self.url.partition("://")[2]
+        user = user_info(rest)
+        found = (user, user.partition(":")[2], *re.split(r"[?#]", rest)[1:])
+        # A library may take the URL apart, and quote what it took for a bucket's or a file's name.
+        secrets = {form for part in found for form in (part, unquote(part)) if len(part) > 3}
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, HIDDEN)
+        return without_credentials(text)
 
     def __truediv__(self, name: str) -> Address:
         return Address(f"{self.url}/{name}")
@@ -43,7 +61,7 @@ def place_of(text: str) -> Path | Address:
     reason = "chains two protocols" if "::" in protocol else UNFIT_STORES.get(protocol)
     if reason or not rest:
         raise UsageError(
-            f"{text} {reason or 'names no place'}.",
+            f"{without_credentials(text)} {reason or 'names no place'}.",
             fix="Give a folder, or a URL such as s3://bucket/name or gs://bucket/name.",
         )
     return Address(f"{protocol}://{rest}")
@@ -62,7 +80,7 @@ def refuse_urls(*places: Path, what: str) -> None:
     for place in places:
         found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", place.as_posix())
         if found and not place.exists():
-            url = f"{found[1]}://{found[2]}"
+            url = without_credentials(f"{found[1]}://{found[2]}")
             tool = COPY_COMMANDS.get(found[1])
             how = f", such as `{tool.format(url)}`" if tool else ""
             raise UsageError(

@@ -83,12 +83,12 @@ def show(record: Record, console: Console) -> None:
             console.print(table)
             continue
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        console.print(title, markup=False)
+        console.print(title)
         for row in (header, *rows):
             cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            console.print("  ".join(["", row[0].ljust(widths[0]), *cells]), markup=False)
+            console.print("  ".join(["", row[0].ljust(widths[0]), *cells]))
     for note in record["notes"]:
-        console.print(f"Note: {note}", markup=False)
+        console.print(f"Note: {note}")
 
 
 def plot(record: Record) -> str:

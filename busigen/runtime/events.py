@@ -21,7 +21,7 @@ from busigen.runtime.address import Address
 from busigen.runtime.atomic import output_errors
 from busigen.runtime.progress import LINE_SECONDS, Progress
 from busigen.runtime.stopping import GenerationInterrupted
-from busigen.text import printable
+from busigen.text import printable, without_credentials
 
 if TYPE_CHECKING:
     from busigen.runtime.factory import GenerateReport
@@ -76,7 +76,8 @@ class EventLog:
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "elapsed": round(time.monotonic() - self._started, 3),
             }
-            line = json.dumps({**head, **fields}, ensure_ascii=False, allow_nan=False)
+            # In ASCII: it may go to a terminal.
+            line = without_credentials(json.dumps({**head, **fields}, allow_nan=False))
             try:
                 self._file.write(f"{line}\n")
                 self._file.flush()

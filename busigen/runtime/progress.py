@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
@@ -10,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from busigen.runtime.wording import duration
+from busigen.terminal import Terminal, shown
 
 if TYPE_CHECKING:
     from busigen.runtime.factory import GenerateReport
@@ -206,12 +206,12 @@ class _Bar(RichProgress):
 class BarProgress(Progress):
     """A bar with shards, rate, remaining time and acceptance rate, and below it the engine's time by stage."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._bar = _Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[summary]}"),
+            TextColumn("{task.fields[summary]}", markup=False),
             console=console,
             transient=True,
         )
@@ -223,7 +223,7 @@ class BarProgress(Progress):
     ) -> None:
         """Begin to count and put up the bar."""
         super().start(what, total, done, unit=unit, shards=shards)
-        self._bar.reset(self._task, total=total, completed=done, description=what, summary="")
+        self._bar.reset(self._task, total=total, completed=done, description=shown(what), summary="")
         self._bar.start()
 
     def stop(self) -> None:
@@ -232,7 +232,7 @@ class BarProgress(Progress):
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(self._noted(text), markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(self._noted(text))
 
     def _show(self) -> None:
         self._bar.below = self._stages()
@@ -242,7 +242,7 @@ class BarProgress(Progress):
 class LineProgress(Progress):
     """One line at the start, one every ``LINE_SECONDS``, one at the end."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
         self._last = 0.0
         self._printed: tuple[int, int, int] | None = None
@@ -264,7 +264,7 @@ class LineProgress(Progress):
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._console.print(self._noted(text), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(self._noted(text))
 
     def _show(self) -> None:
         if time.monotonic() - self._last >= LINE_SECONDS:
@@ -277,10 +277,10 @@ class LineProgress(Progress):
         self._last, self._printed = time.monotonic(), (self.done, self.refused, self.shards_done)
         summary, stages = self._summary(), self._stages()
         line = ", ".join(filter(None, (f"{self.what}: {self.done}/{self.total}", summary)))
-        self._console.print("; ".join(filter(None, (line, stages))), markup=False, highlight=False, soft_wrap=True)
+        self._console.print("; ".join(filter(None, (line, stages))))
 
 
 def console_progress() -> Progress:
     """Progress on stderr, so that stdout stays free for results: a bar on a terminal, else lines."""
-    console = Console(file=sys.stderr)
+    console = Terminal(stderr=True)
     return BarProgress(console) if console.is_terminal else LineProgress(console)

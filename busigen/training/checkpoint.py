@@ -24,7 +24,7 @@ from diffusers import ModelMixin
 from pydantic import ConfigDict, Field, Strict
 
 from busigen import __version__
-from busigen.errors import InputError, IntegrityError
+from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.foreign import open_file
 from busigen.records import Many, Number, Record, Text, Whole, checked, read_checked, read_given
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES, Preset
@@ -47,6 +47,10 @@ MAX_RECORD_BYTES = 64 << 20
 """Largest other file of a component's folder that is read."""
 
 _TRAIN = "Run 'busigen train' to its end first."
+_REFIT = (
+    "Delete busigen.json and done/finish.json there (for 'styles' done/prior.json as well), and give the same "
+    "'busigen train' command again: what is finished is kept, and only the fit is repeated."
+)
 
 
 class ConfigRecord(Record):
@@ -210,9 +214,18 @@ def versions() -> dict[str, str]:
     return {"busigen": __version__, "python": platform.python_version(), **libraries}
 
 
-def write_record(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``busigen.json``; its presence means that the checkpoint is complete."""
+def write_record(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write ``busigen.json`` and return it as read back; its presence means that the checkpoint can be exported.
+
+    Raises:
+        InputError, IntegrityError: what was written is not what :func:`read_record` takes; it is not left there.
+    """
     write_json(folder / RECORD, {"schema": SCHEMA, "weights": weight_hashes(folder), **content})
+    try:
+        return read_record(folder)
+    except BusigenError:
+        (folder / RECORD).unlink()
+        raise
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -224,14 +237,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     record, _ = read_given(path, "finished checkpoint", schemas=(SCHEMA,), fix=_TRAIN)
-    known = checked(CheckpointRecord, record, path, fix=_TRAIN)
+    known = checked(CheckpointRecord, record, path, fix=_REFIT)
     if known.preset not in PRESETS:
         raise InputError(f"{path} names preset {known.preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
     channels = PRESETS[known.preset].latent_channels
     if {len(known.latents.mean), len(known.latents.std)} != {channels}:
         raise IntegrityError(f"{path} has no valid 'latents': not one mean of each of {channels} channels.", fix=_TRAIN)
     if known.styles and not are_styles(known.styles, channels):
-        raise IntegrityError(f"{path} has no valid 'styles'.", fix=_TRAIN)
+        raise IntegrityError(f"{path} has no valid 'styles'.", fix=_REFIT)
     found, recorded = weight_hashes(folder), known.weights
     for name in sorted(set(found) | set(recorded)):
         if found.get(name) != recorded.get(name):

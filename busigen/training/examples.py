@@ -6,6 +6,7 @@ offset and edit region each) and a step only draws from these. All randomness is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,12 @@ from busigen.data.geometry import (
 from busigen.data.neighbours import grow, shrink
 from busigen.data.prepared import Prepared
 from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.runtime.bundle import LEAST_FRAME
 from busigen.training.models import mask_condition, region_condition
 from busigen.training.networks import Networks
 from busigen.training.state import load_state, save_state
+
+log = logging.getLogger("busigen.training")
 
 Progress = Callable[[int, int], None]
 ENCODE_BATCH = 16
@@ -142,9 +146,17 @@ def at_most(rows: pl.DataFrame, limit: int | None) -> pl.DataFrame:
 
 
 def frames_of(rows: pl.DataFrame) -> list[list[int]]:
-    """Heights and widths of letterboxed images, evenly spaced from the widest to the tallest; at most ``FRAMES``."""
+    """Heights and widths of letterboxed images, evenly spaced from the widest to the tallest; at most ``FRAMES``.
+
+    Strips that are narrower than ``LEAST_FRAME`` once they are letterboxed count as that wide, with a warning.
+    """
     shapes = rows.select("inner_height", "inner_width").sort(pl.col("inner_height") / pl.col("inner_width"))
-    return [list(shape) for shape in at_most(shapes, FRAMES).iter_rows()]
+    if narrow := shapes.filter(pl.min_horizontal(pl.all()) < LEAST_FRAME).height:
+        log.warning(
+            "frames: %d of %d images are strips of less than %d pixels of %d; synthetic backgrounds are never narrower",
+            *(narrow, shapes.height, LEAST_FRAME, RESOLUTION),
+        )
+    return [list(shape) for shape in at_most(shapes, FRAMES).select(pl.all().clip(lower_bound=LEAST_FRAME)).iter_rows()]
 
 
 def select(

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from busigen.training.models import build
 from busigen.training.networks import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.setting import Setting
-from busigen.training.state import fresh_folder, write_json
+from busigen.training.state import check_finite, fresh_folder, write_json
 from busigen.training.tasks import KINDS
 from busigen.training.trainer import Trainer
 
@@ -168,9 +169,7 @@ class _Run:
             self.figures[spec.name] = read_checked(
                 _FIGURES.get(spec.name, checkpoint.TaskFigures), marker, fix=_AGAIN, root=self.out, nan=True
             )
-        record = self._record()
-        checkpoint.write_record(self.out, record)
-        return checkpoint.read_record(self.out)
+        return checkpoint.write_record(self.out, self._record())
 
     @property
     def latents(self) -> dict[str, list[float]]:
@@ -187,7 +186,7 @@ class _Run:
                 for key in ("split_hash", "images", "seed", "splits", "classes_and_splits")
             },
             "latents": self.latents,
-            "frames": self._frames(),
+            "frames": self._frames,
             "styles": self._styles(),
             "transfer": self._transfer(),
             "tasks": self.figures,
@@ -195,6 +194,7 @@ class _Run:
             "versions": checkpoint.versions(),
         }
 
+    @cached_property
     def _frames(self) -> list[list[int]]:
         """The shapes of the images that the prior learnt from."""
         if self.start is not None and "prior" not in _trained(self.recipe):
@@ -242,8 +242,12 @@ class _Run:
         trainer = Trainer(task, seed=self.recipe.seed, folder=self.out, device=self.device, console=self.console)
         figures = trainer.run()
         module.eval()
+        # What export would refuse is said before hours of other tasks build on it; findings set buffers, too.
+        check_finite(spec.name, module)
         with torch.no_grad():
-            return figures | task.findings()
+            figures |= task.findings()
+        check_finite(spec.name, module)
+        return figures
 
     def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
         kind = self.recipe.kind_of(spec.component)
@@ -307,7 +311,7 @@ class _Run:
         }
         networks = self._networks("prior")
         networks.denoisers |= merged
-        return Drawer(networks, self._frames(), self._styles())
+        return Drawer(networks, self._frames, self._styles())
 
     @torch.no_grad()
     def _latent_statistics(self, autoencoder: ModelMixin) -> dict[str, list[float]]:

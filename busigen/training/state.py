@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from busigen.errors import IntegrityError
+from busigen.errors import InputError, IntegrityError
 from busigen.foreign import open_file
 from busigen.records import parse_json
 
@@ -69,6 +69,21 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     yield temporary
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
+
+
+def check_finite(name: str, module: nn.Module) -> None:
+    """Refuse weights that are no numbers: every image would be NaN, or refused by a gate that says nothing of why.
+
+    Raises:
+        InputError: names the component and the weight.
+    """
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            count = int((~torch.isfinite(value)).sum())
+            raise InputError(
+                f"{count} of {value.numel()} values of {key} in {name} are NaN or infinite.",
+                fix="The training diverged: train again, with another --seed or more data.",
+            )
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

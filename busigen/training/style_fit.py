@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from busigen.styles import Floats, fitted, powers, styled
+from busigen.styles import LARGEST, Floats, bounded, fitted, powers, styled
 from busigen.training.spectrum import Spectrum, transformed
 
 COUNT = 128
@@ -40,8 +40,8 @@ def fit_styles(
         seed: seeds the draws.
 
     Returns:
-        Rows of :func:`busigen.styles.styled`'s ``factor``; none where drawn images lack nothing, or fewer than
-        ``COUNT`` training images say what they should vary by.
+        Rows of :func:`busigen.styles.styled`'s ``factor``, within the bounds that bundles have; none where drawn
+        images lack nothing, or fewer than ``COUNT`` training images say what they should vary by.
     """
     if len(clean) < COUNT:
         return []
@@ -60,7 +60,7 @@ def fit_styles(
     normals = torch.randn(COUNT, factor.shape[1], generator=generator).numpy()
     tried = measured(draw(torch.from_numpy(styled(noise.numpy(), TRIAL * factor, normals))))
     share = _share(*(float(values.reshape(len(values), -1).var(axis=0).sum()) for values in (plain, real, tried)))
-    return [[round(float(value), 4) for value in row] for row in share * factor]
+    return [[round(float(value), 4) for value in row] for row in bounded(share * factor, LARGEST, "styles")]
 
 
 def fit_lesion_styles(real: Tensor, draw: Callable[[Tensor], Tensor], channels: int) -> Tensor:
@@ -83,7 +83,8 @@ def fit_lesion_styles(real: Tensor, draw: Callable[[Tensor], Tensor], channels: 
         return nothing
     wanted = torch.nn.functional.pad(factor, (0, channels - factor.shape[1]))
     tried = draw(TRIAL * wanted)
-    return wanted * _share(*(float(values.var(dim=0).sum()) for values in (plain, real, tried)))
+    found = wanted * _share(*(float(values.var(dim=0).sum()) for values in (plain, real, tried)))
+    return torch.from_numpy(bounded(found.numpy(), LARGEST, "styles of lesions"))
 
 
 def _share(has: float, wants: float, got: float) -> float:

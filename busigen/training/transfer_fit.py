@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, around
-from busigen.styles import Floats, fitted
-from busigen.transfer import KNOTS, Transfer, detail, passed
+from busigen.styles import Floats, bounded, fitted
+from busigen.transfer import KNOTS, LARGEST, Transfer, detail, passed
 
 FEWEST = 128
 """Real images, and drawn ones, from which it is believed how their detail is distributed."""
@@ -34,8 +34,9 @@ def fit_transfer(real: Iterable[Picture], drawn: Sequence[Picture], seed: int) -
         seed: seeds the filters that are tried.
 
     Returns:
-        None where fewer than ``FEWEST`` images of either say what to fit, or where drawn images lack nothing that real
-        ones vary by.
+        Filters within the bounds that bundles have (:data:`busigen.transfer.LARGEST`); a warning says where they were
+        clipped to them. None where fewer than ``FEWEST`` images of either say what to fit, or where drawn images lack
+        nothing that real ones vary by.
     """
     if len(drawn) < FEWEST:
         return None
@@ -46,12 +47,17 @@ def fit_transfer(real: Iterable[Picture], drawn: Sequence[Picture], seed: int) -
     if not result.factor.size:
         return None
     for _ in range(CORRECTIONS):
-        found = _measured(_through(result, drawn, seed))
+        # As they will be used: what has no effect beyond its bound is not to sway the rest.
+        found = _measured(_through(_within(result), drawn, seed))
         missing, brought = (_spread(part) - _spread(plain) for part in (wanted, found))
         share = math.sqrt(max(missing, 1e-9) / max(brought, 1e-9))
         share = min(max(share, 1.0 / MOST_MENDED), MOST_MENDED)
         result = Transfer(result.mean + wanted.mean(axis=0) - found.mean(axis=0), share * result.factor)
-    return result
+    return Transfer(*(bounded(part, LARGEST, "transfer") for part in (result.mean, result.factor)))
+
+
+def _within(transfer: Transfer) -> Transfer:
+    return Transfer(*(np.clip(part, -LARGEST, LARGEST) for part in (transfer.mean, transfer.factor)))
 
 
 def _measured(pictures: Iterable[Picture]) -> Floats:

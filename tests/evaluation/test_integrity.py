@@ -132,6 +132,19 @@ def test_two_empty_masks_are_enough(lesions: ImageSet, tmp_path: Path) -> None:
     assert result.details["empty_masks"] == first.table["id"][:2].to_list()
 
 
+@pytest.mark.parametrize(("without", "said"), [(None, "No image has a mask file"), (3, "3 of ")])
+def test_masks_that_are_missing_are_not_empty(
+    lesions: ImageSet, without: int | None, said: str, tmp_path: Path
+) -> None:
+    first, second = halved(lesions)
+    masks, files = first.masks.copy(), first.table["mask_files"].to_numpy().copy()
+    masks[:without], files[:without] = False, 0
+    table = first.table.with_columns(pl.Series("mask_files", files))
+    result = judge(replace(first, masks=masks, table=table), second, tmp_path)
+    assert "mask.empty" not in flagged(result)
+    assert any(said in finding.text and "mask file" in finding.text for finding in result.findings), result.findings
+
+
 def test_a_lesion_in_a_normal_image_is_a_contradiction(lesions: ImageSet, tmp_path: Path) -> None:
     first, second = halved(lesions)
     classes = pl.Series("class", ["normal", *first.table["class"][1:]])

@@ -206,6 +206,76 @@ def test_plain_shards(tmp_path: Path) -> None:
     assert found.valid[0].sum() == 256 * 205
 
 
+@pytest.mark.parametrize(
+    ("image", "masks", "key"),
+    [
+        ("a.jpg", ["a.mask.jpg"], "a"),
+        ("a.png", ["a.segmentation.png"], "a"),
+        ("a_image.png", ["a_mask.png"], "a"),
+        ("benign (1).png", ["benign (1)_mask.png", "benign (1)_mask_1.png"], "benign (1)"),
+        ("bus_0001-l.png", ["mask_0001-l.png"], "0001-l"),
+        ("images/x/a.png", ["masks/x/a.png"], "x/a"),
+        ("case.0001.png", ["case.0001.mask.png"], "case.0001"),
+        ("a.png", ["a_tumor.png"], "a"),
+        ("A.PNG", ["A.Label.PNG"], "A"),
+    ],
+)
+def test_masks_of_shards_go_by_any_usual_name(tmp_path: Path, image: str, masks: list[str], key: str) -> None:
+    picture, mask = pair()
+    write_tar(tmp_path / "a.tar", {image: picture, **dict.fromkeys(masks, mask)})
+    found = read_set(tmp_path)
+    assert found.table.select("id", "mask_files").rows() == [(key, len(masks))]
+    assert found.masks.any()
+    assert (found.refused, found.notes) == ((), ())
+
+
+def test_two_masks_of_a_sample_are_joined(tmp_path: Path) -> None:
+    picture, _ = pair()
+    halves = []
+    for rows in (slice(60, 90), slice(120, 150)):
+        half = np.zeros((240, 300), np.uint8)
+        half[rows, 100:200] = 255
+        halves.append(png(half))
+    write_tar(tmp_path / "a.tar", {"a.png": picture, "a.mask.0.png": halves[0], "a.mask.1.png": halves[1]})
+    found = read_set(tmp_path)
+    assert found.table.select("mask_files", "lesions").rows() == [(2, 2)]
+
+
+def test_members_of_unknown_role_are_no_images_and_are_named(tmp_path: Path) -> None:
+    members = {}
+    for number in range(3):
+        members[f"{number}.png"], members[f"{number}.left.png"] = pair(number)
+        members[f"{number}.txt"] = b"a caption"
+        members[f"._{number}.png"] = members[f"._{number}.mask.png"] = b"of a Mac"
+    found = read_set(write_tar(tmp_path / "a.tar", members))
+    assert found.table["id"].to_list() == ["0", "1", "2"]
+    (note,) = found.notes
+    assert "12 members of shards are passed over" in note
+    assert "*.left.png: 3, such as 0.left.png" in note and "*.txt: 3" in note and "hidden files: 6" in note
+    assert found.refused == ()
+
+
+def test_nothing_but_members_of_unknown_role_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\*\.mask\.npy: 1, such as 0\.mask\.npy"):
+        read_set(write_tar(tmp_path / "a.tar", {"0.mask.npy": b"x"}))
+
+
+@pytest.mark.parametrize(
+    ("told", "label", "said"),
+    [
+        (b"malignant\n", "malignant", ""),
+        (b"1", "benign", "0 normal, 1 benign, 2 malignant"),
+        (b"7", "unknown", "name no known class, most of them '7'"),
+        (b"\xff", "unknown", "name no known class"),
+    ],
+)
+def test_cls_gives_the_class(tmp_path: Path, told: bytes, label: str, said: str) -> None:
+    picture, mask = pair()
+    found = read_set(write_tar(tmp_path / "a.tar", {"a.png": picture, "a.mask.png": mask, "a.cls": told}))
+    assert found.classes.tolist() == [label]
+    assert said in "".join(found.notes) if said else found.notes == ()
+
+
 def test_hostile_members_are_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, mask = pair()
     shards = tmp_path / "shards"

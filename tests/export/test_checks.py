@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from busigen.errors import BusigenError, InputError, OutputError, UsageError
+from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.export.checks import check_opset, runs
 from busigen.export.exporter import export
 from busigen.export.options import Options, batch_sizes
 from busigen.export.report import check_report
 from busigen.registry import OPSETS, PRECISIONS
+from busigen.training.checkpoint import RECORD
+from busigen.transfer import Transfer
 from tests.command import error_line, run
 from tests.export.checkpoints import changed, rehashed, untrained
 
@@ -78,6 +82,18 @@ def test_weights_that_are_no_numbers_are_named_on_the_command_line(sound: Path, 
     line = error_line(run("export", checkpoint, "--out", tmp_path / "bundle"), 3)
     assert "3 of 16 values of conv_in.bias in blend-benign are NaN" in line
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_fit_beyond_what_a_bundle_may_say_is_named_before_anything_is_exported(sound: Path, tmp_path: Path) -> None:
+    checkpoint = copied(sound, tmp_path)
+    record = json.loads((checkpoint / RECORD).read_text())
+    record["transfer"] = Transfer(np.zeros(14), np.zeros((14, 14))).to_json()
+    record["transfer"]["mean"][0] = -3.8
+    (checkpoint / RECORD).write_text(json.dumps(record))
+    error = refusal(checkpoint, tmp_path / "bundle")
+    assert isinstance(error, IntegrityError)
+    assert "'transfer'" in str(error) and "-3.8 is no number from -3.0 to 3.0" in str(error)
+    assert "done/finish.json" in error.fix
 
 
 def test_an_opset_that_onnx_runtime_lacks_is_refused() -> None:

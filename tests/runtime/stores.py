@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tests.runtime.processes import PATIENCE
@@ -53,6 +54,48 @@ def s3_server(log: Path) -> Iterator[int]:
         finally:
             server.kill()
             server.wait()
+
+
+@contextmanager
+def refusing_server(status: int, code: str) -> Iterator[int]:
+    """An S3 server with an empty bucket that answers whoever writes to it with an error; gives its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self, status: int, content: str) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content.encode())
+
+        def error(self, status: int, code: str) -> None:
+            self.answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>")
+
+        def do_GET(self) -> None:
+            if "list-type" in self.path:
+                self.answer(200, "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
+            else:
+                self.error(404, "NoSuchKey")
+
+        def do_HEAD(self) -> None:
+            self.error(404, "NoSuchKey")
+
+        def do_PUT(self) -> None:
+            self.error(status, code)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield int(server.server_address[1])
+        finally:
+            server.shutdown()
 
 
 class Line:

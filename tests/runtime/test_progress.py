@@ -7,13 +7,13 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from busigen.errors import InputError
 from busigen.runtime.factory import generate
 from busigen.runtime.healthy import HealthyFolder
 from busigen.runtime.progress import BarProgress, LineProgress, Progress, console_progress
 from busigen.runtime.wording import counted, disk_size, duration
+from busigen.terminal import Terminal
 from tests.runtime.noise_source import NoiseSource
 
 
@@ -53,7 +53,7 @@ def test_lines_tell_shards_stages_and_the_rate_of_now(
 
 def test_a_bar_tells_the_same_and_leaves_notes_standing() -> None:
     file = StringIO()
-    with BarProgress(Console(file=file, force_terminal=True, width=160)) as progress:
+    with BarProgress(Terminal(file=file, force_terminal=True, width=160)) as progress:
         progress.engine(lambda: {"lesion": 3.0, "mask": 1.0})
         progress.start("generating", 20, shards=(0, 2))
         progress.advance(5)

@@ -16,10 +16,14 @@ from typing import Any
 
 import pytest
 
+from busigen.errors import OutputError
+from busigen.runtime.address import Address
+from busigen.runtime.remote.patience import Caller, Patience
+from busigen.runtime.remote.store import Store
 from tests.command import CLI
 from tests.hashing import hashes
 from tests.runtime.processes import PATIENCE, ROOT, listening, read_until
-from tests.runtime.stores import Line, s3_environment, s3_server
+from tests.runtime.stores import Line, refusing_server, s3_environment, s3_server
 from tests.runtime.test_remote import started, swept
 
 pytest.importorskip("s3fs", reason="S3 needs the extra 's3'")
@@ -184,13 +188,104 @@ def test_a_store_that_cannot_be_used_is_told_at_once(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "fix"),
+    [
+        (400, "XAmzContentSHA256Mismatch", "Set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_REQUIRED"),
+        (501, "XAmzTrailerNotImplemented", "Set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_REQUIRED"),
+        (400, "SomethingOfTheirs", "Check the URL, the endpoint and the store's settings"),
+        (401, "Unauthorised", "Check that the credentials are valid"),
+        (301, "PermanentRedirect", "Check the URL, the endpoint and the store's settings"),
+    ],
+)
+def test_an_answer_that_cannot_change_ends_a_run_at_once(
+    s3: None, monkeypatch: pytest.MonkeyPatch, status: int, code: str, fix: str
+) -> None:
+    told: list[str] = []
+    with refusing_server(status, code) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        store = Store(Caller(Address("s3://bucket/set"), tell=told.append))
+        with pytest.raises(OutputError, match=code) as refused:
+            store.write("run.json", b"{}")
+    assert fix in refused.value.fix
+    # It would have been told that the store is out of reach and tried again, for five minutes.
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "again"),
+    [
+        (429, "TooManyRequests", True),
+        (503, "SlowDown", True),
+        (500, "InternalError", True),
+        (502, "", True),
+        (400, "RequestTimeout", True),
+        (400, "ThrottlingException", True),
+        (403, "RequestTimeTooSkewed", True),
+        (409, "OperationAborted", True),
+        (403, "SignatureDoesNotMatch", False),
+        (400, "BadDigest", False),
+        (405, "MethodNotAllowed", False),
+        (501, "NotImplemented", False),
+    ],
+)
+def test_what_may_be_answered_otherwise_is_asked_again(status: int, code: str, again: bool) -> None:
+    """Errors as s3fs raises them, which hides what the server said behind errors of the operating system."""
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    answers = iter([{"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}])
+
+    def ask() -> str:
+        for answer in answers:
+            raise translate_boto_error(ClientError(answer, "PutObject"))
+        return "done"
+
+    caller = Caller(Address("s3://bucket/set"), Patience(first=0.0))
+    if again:
+        assert caller.call(ask) == "done"
+    else:
+        with pytest.raises(OutputError, match=code):
+            caller.call(ask)
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (OSError("Forbidden: https://storage.googleapis.com/x\nnot for you"), "Check that the credentials are valid"),
+        (ValueError("Bad Request: https://storage.googleapis.com/x\ninvalid"), "Check the URL, the endpoint"),
+    ],
+)
+def test_what_gcsfs_says_in_words_is_no_lost_network(error: Exception, fix: str) -> None:
+    def ask() -> None:
+        raise error
+
+    with pytest.raises(OutputError) as refused:
+        Caller(Address("gs://bucket/set"), Patience(total=0.0)).call(ask)
+    assert fix in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("AWS_ENDPOINT_URL", "127.0.0.1:9000", "Invalid endpoint: 127.0.0.1:9000"),
+        ("AWS_PROFILE", "nobody", r"The config profile \(nobody\) could not be found"),
+    ],
+)
+def test_settings_that_cannot_work_are_told_at_once(
+    s3: None, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    lines: list[str] = []
+    with pytest.raises(OutputError, match=told) as refused:
+        Store(Caller(Address("s3://bucket/set"), tell=lines.append))
+    assert "AWS_PROFILE and AWS_ENDPOINT_URL" in refused.value.fix
+    assert lines == []
+
+
 def test_large_files_are_read_back(s3: None, port: int, url: str, tmp_path: Path) -> None:
     """A file that is sent in parts has an ETag that is no MD5 of it."""
     pytest.importorskip("boto3")
-    from busigen.runtime.address import Address
-    from busigen.runtime.remote.patience import Caller, Patience
-    from busigen.runtime.remote.store import Store
-
     store = Store(Caller(Address(url), Patience(total=0.0)))
     large = tmp_path / "large"
     large.write_bytes(os.urandom(1 << 20) * 101)

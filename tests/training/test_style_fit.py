@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from busigen.styles import EDGES, bands, powers, styled
+from busigen.styles import EDGES, LARGEST, are_styles, bands, powers, styled
 from busigen.training.spectrum import Spectrum
 from busigen.training.style_fit import COUNT, LESIONS, fit_lesion_styles, fit_styles
 
@@ -64,6 +64,20 @@ def test_styled_images_vary_as_training_images_do(response: float) -> None:
     assert plain < 0.5 * wanted
     # The fit sees 128 draws of each kind, whose variances are known to an eighth.
     assert styles == pytest.approx(wanted, rel=0.35)
+
+
+def test_images_that_differ_without_bounds_get_styles_that_a_bundle_may_hold(caplog: pytest.LogCaptureFixture) -> None:
+    """Half of the training images have 100,000 times the contrast of the others, and the prior draws one image only."""
+    some = training_latents(COUNT) - 0.3
+    clean = 0.3 + torch.cat((1e3 * some, -1e3 * some, 1e-2 * some, -1e-2 * some))
+
+    def draw(noise: Tensor) -> Tensor:
+        return latents(torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(0)).expand(noise.shape))
+
+    styles = fit_styles(spectrum(), clean, draw, seed=0)
+    assert are_styles(styles, CHANNELS)
+    assert np.abs(styles).max() == LARGEST
+    assert f"clipped to {LARGEST:g}" in caplog.text
 
 
 def test_too_few_images_say_nothing_of_styles() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from busigen.training.transfer_fit import FEWEST, Picture, fit_transfer
-from busigen.transfer import KNOTS, Transfer, detail, kernels, passed
+from busigen.transfer import KNOTS, LARGEST, Transfer, detail, kernels, passed
 
 LENGTH = 2 * len(KNOTS)
 COUNT, SIDE = 300, 96
@@ -46,6 +48,30 @@ def test_images_that_lack_nothing_or_are_few_get_no_filter() -> None:
     varied = filtered(grains(FEWEST, 0), Transfer(BLUR, np.full((LENGTH, 1), 0.2)), 1)
     assert fit_transfer(varied[:-1], grains(FEWEST, 2), seed=0) is None
     assert fit_transfer(varied, grains(FEWEST - 1, 2), seed=0) is None
+
+
+def speckle(seed: int, axial: float, lateral: float) -> Picture:
+    """Speckle of some width in pixels along each axis."""
+    rng = np.random.default_rng(seed)
+    parts = (ndimage.gaussian_filter(rng.normal(size=(SIDE, SIDE)), (axial, lateral)) for _ in range(2))
+    found = np.hypot(*parts)
+    return np.clip(90 * (0.4 + 0.6 * found / found.mean()), 0, 255).astype(np.uint8), USABLE
+
+
+def test_what_real_images_lack_altogether_is_filtered_as_far_as_a_bundle_may_say(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Real images with speckle four pixels wide, as of a smooth set, and a decoder that has hardly been trained."""
+    real = [speckle(k, 0.8 * (1 + 0.2 * (k % 3)), 4.0 * (1 + 0.1 * (k % 4))) for k in range(FEWEST)]
+    drawn = [speckle(1000 + k, 0.7, 0.9 + 0.02 * (k % 3)) for k in range(FEWEST)]
+    fitted = fit_transfer(real, drawn, seed=0)
+    assert fitted is not None
+    # The axial gains are moderate, and stay as they are beside lateral ones that are not.
+    assert np.abs(fitted.mean[: len(KNOTS)]).max() < 1
+    assert fitted.mean.min() == -LARGEST
+    read = Transfer.from_json(fitted.to_json())
+    np.testing.assert_allclose(read.mean, fitted.mean, atol=1e-4)
+    assert f"fitted numbers are clipped to {LARGEST:g}" in caplog.text
 
 
 def test_bars_around_a_drawn_image_do_not_count() -> None:

@@ -34,15 +34,21 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> dict[str, NDArray
     Returns:
         Per measure one number per image, NaN where it has none. Shares are 0 and 1: ``colour``, ``depth`` (more or less
         than 8 bits), ``text`` and ``calipers`` (as seen in the working frame, so that sets of any resolution compare),
-        ``empty`` (no lesion marked, in an image not labelled normal), ``contradiction`` (a lesion marked in a normal
-        image); and, NaN for empty masks, ``tiny``, ``huge``, ``parts`` (more than one), ``holes``, ``border``. Numbers:
+        ``empty`` (no lesion marked, in an image not labelled normal that has a mask file), ``contradiction`` (a lesion
+        marked in a normal image); and, NaN for empty masks, ``tiny``, ``huge``, ``parts`` (more than one), ``holes``,
+        ``border``. Numbers:
         ``aspect`` (width / height of the image), ``levels`` (distinct grey levels), ``range`` (99th less 1st percentile
         of grey), ``clipped`` (share of pixels at 255), ``displacement`` and ``contrast`` (``mask_edges.EdgeFit``).
     """
     rows = []
-    labels = images.classes
-    for image, mask, valid, label in zip(images.images, images.masks, images.valid, labels, strict=True):
+    # Where there is no mask file, nobody marked nothing: that is another defect, and said apart.
+    to_mark = (images.classes != "normal") & (images.table["mask_files"] > 0).to_numpy()
+    for image, mask, valid, label, lesion in zip(
+        images.images, images.masks, images.valid, images.classes, to_mark, strict=True
+    ):
         rows.append({**_pixels(image, valid), **_mask(image, mask, valid, str(label))})
+        if not lesion:
+            rows[-1]["empty"] = float("nan")
         done()
     facts = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]} if rows else {}
     facts["colour"] = images.table["colour"].to_numpy().astype(np.float64)
@@ -70,7 +76,7 @@ def _pixels(image: NDArray[np.uint8], valid: NDArray[np.bool_]) -> dict[str, flo
 def _mask(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_], label: str) -> dict[str, float]:
     marked = bool(mask.any())
     facts = {
-        "empty": float(not marked) if label != "normal" else float("nan"),
+        "empty": float(not marked),
         "contradiction": float(marked) if label == "normal" else float("nan"),
         **dict.fromkeys(("tiny", "huge", "parts", "holes", "border", "displacement", "contrast"), float("nan")),
     }

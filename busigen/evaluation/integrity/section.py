@@ -168,9 +168,12 @@ def _report_files(result: SectionResult, synthetic: ImageSet) -> None:
     if refused:
         first = "; ".join(f"{refusal.file}: {refusal.problem}" for refusal in refused[:3])
         result.flag(f"{len(refused)} files or entries could not be used, for example: {first}")
-    missing = int((synthetic.table["mask_files"] == 0).sum())
-    if missing:
-        result.note(f"{missing} images have no mask file; their masks count as empty.")
+    lesions = synthetic.classes != "normal"
+    missing = int((lesions & (synthetic.table["mask_files"] == 0).to_numpy()).sum())
+    if missing and missing == lesions.sum():
+        result.flag("No image has a mask file, apart from normal ones: nothing can be said about masks.")
+    elif missing:
+        result.flag(f"{missing} of {lesions.sum()} images not labelled normal have no mask file.")
     unlabelled = int((synthetic.classes == "unknown").sum())
     if unlabelled:
         result.note(f"{unlabelled} images have no known class: figures per class leave them out.")

@@ -94,6 +94,7 @@ def read_inputs(
             notes.append(f"The {name} set is judged by {len(after)} images, drawn at random in whole groups.")
     chosen, judges = drawn["synthetic"], drawn["real"]
     assert chosen is not None and judges is not None
+    notes.extend(f"Of the {name} set: {note}." for name, part in drawn.items() if part for note in part.notes)
     context = AuditContext(
         synthetic=chosen,
         real=judges,
@@ -163,5 +164,6 @@ def describe(images: ImageSet) -> dict[str, Any]:
         "groups": int(images.table["group"].n_unique()),
         "classes": dict(counts.iter_rows()),
         "refused": [refusal.to_dict() for refusal in images.refused],
+        "notes": list(images.notes),
         "fingerprint": fingerprint(images),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,8 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
         found = from_prepared(Prepared.open(path), tuple(SPLITS))
         return found if limit is None else found.take(_draw(len(found), limit, seed))
     refused: list[Refusal] = []
-    layout, items = _list(path, refused)
+    notes: list[str] = []
+    layout, items = _list(path, refused, notes)
     drawn = [items[k] for k in _draw(len(items), limit, seed)]
     frames = _Stack(len(drawn))
     progress = progress or Progress()
@@ -93,8 +95,9 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
                 progress.advance(1)
     if not frames.rows:
         first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
-        raise InputError(f"{path} holds no image that can be read.{first}", fix="Give another folder.")
-    return frames.finish(path.resolve().name, layout, refused)
+        said = "".join(f" Of the rest: {note}." for note in notes)
+        raise InputError(f"{path} holds no image that can be read.{first}{said}", fix="Give another folder.")
+    return replace(frames.finish(path.resolve().name, layout, refused), notes=tuple(notes))
 
 
 def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: bool = False) -> ImageSet:
@@ -153,21 +156,21 @@ def background_mode(images: ImageSet) -> Backgrounds:
     return "synthetic" if backgrounds else "unknown"
 
 
-def _list(path: Path, refused: list[Refusal]) -> tuple[str, list[Item]]:
+def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, list[Item]]:
     """The layout's name and the set's images, unopened."""
     if path.is_file() and path.suffix == ".tar":
-        return SHARDS_LAYOUT, list_archives([path], refused)
+        return SHARDS_LAYOUT, list_archives([path], refused, notes)
     if not path.is_dir():
         problem = "is a file, but no .tar" if path.exists() else "does not exist"
         raise InputError(f"{path} {problem}.", fix="Give the folder that holds the images and masks.")
     if any((path / name).is_file() for name in (DATASET_FILE, RUN_FILE)):
         folders = [place / SHARD_FOLDER for place in parts_of(path) or [path]]
-        items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused)
+        items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused, notes)
         _check_count(path, len(items), refused)
         return DATASET_LAYOUT, items
     archives = sorted([*path.glob("*.tar"), *(path / SHARD_FOLDER).glob("*.tar")])
     if archives:
-        return SHARDS_LAYOUT, list_archives(archives, refused)
+        return SHARDS_LAYOUT, list_archives(archives, refused, notes)
     try:
         listing = read_source(path, unlabelled=True)
     except InputError as error:

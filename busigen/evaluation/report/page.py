@@ -21,6 +21,7 @@ from busigen.evaluation.report.texts import CANNOT_SAY, NO_TRAIN, PRIVACY, QUICK
 from busigen.evaluation.results import Figure, Finding, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
 from busigen.runtime.atomic import atomic_file, output_errors
+from busigen.text import printable
 
 REPORT = "report.html"
 """The report's name in its folder."""
@@ -168,8 +169,9 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
     )
     path = out / REPORT
     with output_errors(out), atomic_file(path) as file:
-        # Neither may stand in a page: NUL, and halves of surrogate pairs, which file names can hold.
-        file.write(page.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "backslashreplace"))
+        # HTML's characters are escaped. What else names from elsewhere can hold is not: marks of direction, and NUL and
+        # halves of surrogate pairs, which may not stand in a page at all. Numbers are tied to their units by spaces.
+        file.write(re.sub(r"[^\n\N{NO-BREAK SPACE}]+", lambda part: printable(part[0]), page).encode())
     return path
 
 

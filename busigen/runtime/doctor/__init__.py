@@ -15,7 +15,7 @@ from busigen.registry import PROVIDERS, Provider
 from busigen.runtime.backend import FALLBACK
 from busigen.runtime.bundle import Bundle, default_bundle
 from busigen.runtime.doctor.finding import Finding, State
-from busigen.runtime.doctor.installs import cuda_libraries, installed, onnxruntimes, tensorrts, torch_build
+from busigen.runtime.doctor.installs import cuda_libraries, installed, onnxruntimes, reporting, tensorrts, torch_build
 from busigen.runtime.doctor.surroundings import disk, driver, memory, processor
 from busigen.runtime.nvidia import cards, driver_cuda
 from busigen.runtime.probing import probe
@@ -34,6 +34,7 @@ def examine(out: Path) -> Iterator[Finding]:
     imported, cuda = _onnxruntime()
     card = driver_cuda() is not None or bool(cards())
     yield onnxruntimes(packages, imported)
+    yield reporting(busigen.REPORTED)
     yield _bundle()
     yield from driver(cuda)
     if card:

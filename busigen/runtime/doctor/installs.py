@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
+from busigen import SILENCE
 from busigen.runtime.doctor.finding import Finding, State
 from busigen.runtime.install import install_command
 
@@ -52,6 +53,23 @@ def onnxruntimes(packages: Installed, imported: str | None) -> Finding:
     if version != imported:
         return Finding(name, State.WARNING, f"{told}, but {imported} is what loads", _again(builds))
     return Finding(name, State.OK, told)
+
+
+def reporting(reported: bool) -> Finding:
+    """That no library reports home.
+
+    Args:
+        reported: whether ONNX Runtime was imported before busigen could turn that off.
+    """
+    name, (first, *_) = "reporting home", SILENCE
+    if reported:
+        return Finding(
+            name,
+            State.WARNING,
+            "something of this Python imports ONNX Runtime before busigen, and it reports then; nothing does later",
+            f"Set {first}=1 in the environment, or take the import out of sitecustomize or the .pth file that has it.",
+        )
+    return Finding(name, State.OK, f"off: {', '.join(f'{switch}={value}' for switch, value in SILENCE.items())}")
 
 
 def cuda_libraries(packages: Installed, cuda: str) -> Finding:

@@ -273,13 +273,15 @@ def _preload() -> None:
 
 @cache
 def _prepare_runtime() -> None:
-    """Give all sessions of the process one memory arena, and keep ONNX Runtime's log off the terminal.
+    """Give all sessions of the process one memory arena, and have ONNX Runtime neither print nor report.
 
     Graphs run one after the other, but an arena keeps the most its session ever used: sixteen of them hold several
     times what the largest graph needs.
     """
     # What goes wrong is raised and told in one line; ONNX Runtime would dump its own account of it beside that.
     ort.set_default_logger_severity(4)
+    # Builds for Windows that trace to the system instead of posting do not read the variable that busigen sets.
+    ort.disable_telemetry_events()
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, None)
 
@@ -292,7 +294,7 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     # Spinning threads would take the cores from the thread that compresses the previous shard's PNGs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # As above: it would print names from the bundle as they are.
     return options
 
 

@@ -24,6 +24,8 @@ from busigen.runtime.launch.crew import Event
 from busigen.runtime.launch.worker import SourceMaker, Worker
 from busigen.runtime.layout import Plan
 from busigen.runtime.wording import counted
+from busigen.terminal import log_to_stderr
+from busigen.text import without_credentials
 
 # A fresh interpreter: an engine's threads do not survive a fork.
 _FRESH = multiprocessing.get_context("spawn")
@@ -39,7 +41,8 @@ class Local:
     def crew(self, make: Callable[[int | None], SourceMaker], wanted: Crewing) -> LocalCrew | None:
         """See :class:`busigen.runtime.launch.Launcher`."""
         if wanted.ray_address is not None:
-            raise UsageError(f"--ray-address is {wanted.ray_address!r}, without Ray.", fix="Add --launcher ray.")
+            address = without_credentials(wanted.ray_address)
+            raise UsageError(f"--ray-address is {address!r}, without Ray.", fix="Add --launcher ray.")
         workers = 1 if wanted.workers is None else wanted.workers
         require_workers(workers)
         if workers == 1:
@@ -169,7 +172,7 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, args=(scratch,), name="parent", daemon=True).start()
     # All of them read the same folder of healthy images, and one account of it is enough.
-    logging.basicConfig(level=logging.INFO if speaks else logging.ERROR, format="%(asctime)s %(message)s")
+    log_to_stderr(logging.INFO if speaks else logging.ERROR)
     try:
         worker = Worker(make, scratch)
         pipe.send(worker.identity())

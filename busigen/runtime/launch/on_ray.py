@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from busigen.runtime.launch.local import require_workers
 from busigen.runtime.launch.worker import Ended, Identity, News, SourceMaker, Worker
 from busigen.runtime.layout import Plan
 from busigen.runtime.wording import counted
+from busigen.text import without_credentials
 
 _THREADS = 2
 """Cores per actor, where nothing else is asked for."""
@@ -83,8 +83,6 @@ class RayCrew:
     """
 
     def __init__(self, make: SourceMaker, size: int | None, resources: dict[str, int], address: str | None) -> None:
-        # Ray reports usage over the network unless it is told not to, and says much about itself.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -190,10 +188,10 @@ class RayCrew:
         self._next += 1
 
     def _unreachable(self, reason: str) -> InputError:
-        told = (reason.splitlines() or ["it does not say why"])[0].rstrip(".")
+        told = without_credentials((reason.splitlines() or ["it does not say why"])[0].rstrip("."))
         if self._address:
             return InputError(
-                f"Ray cannot be reached at {self._address}: {told}.",
+                f"Ray cannot be reached at {without_credentials(self._address)}: {told}.",
                 fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine.",
             )
         return InputError(

@@ -220,10 +220,11 @@ def _opened(address: Address) -> tuple[Any, str]:
     try:
         fs, root = url_to_fs(address.url, use_listings_cache=False, skip_instance_cache=True, **options)
     except ImportError as error:
-        raise _lacking(address, str(error)) from error
+        raise _lacking(address, address.redact(str(error))) from error
     except ValueError as error:
         raise UsageError(
-            f"{address}: {error}.", fix="Give a folder, or a URL such as s3://bucket/name or gs://bucket/name."
+            f"{address}: {address.redact(str(error))}.",
+            fix="Give a folder, or a URL such as s3://bucket/name or gs://bucket/name.",
         ) from error
     return fs, str(root)
 
