@@ -8,13 +8,13 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from busigen.errors import InputError, IntegrityError
 from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
@@ -32,7 +32,7 @@ from busigen.runtime.layout import (
     shard_path,
 )
 from busigen.runtime.sample import Sample
-from busigen.runtime.shards import FIXED_COLUMNS, FileRecord, ShardRecord
+from busigen.runtime.shards import COLUMN_TYPES, FIXED_COLUMNS, FileRecord, ShardRecord, schema_of
 from busigen.runtime.tables import read_table
 from busigen.runtime.tar_headers import TarHeaders, open_headers
 
@@ -66,13 +66,18 @@ class SourceRecord(Record):
     folder: Text
 
 
+def _schematic(columns: dict[str, str]) -> dict[str, str]:
+    schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
+    return columns
+
+
 class RunRecord(Record):
     """Content of ``run.json``; `busigen.runtime.layout.Plan.of` says what its ``config`` is."""
 
     schema_version: Whole
     config: dict[Text, Any]
     busigen: Text
-    columns: dict[Text, Text]
+    columns: Annotated[dict[Text, Literal["str", "int", "float", "bool"]], AfterValidator(_schematic)]
     fingerprint: Fingerprint
     options: dict[Text, Text | None] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
