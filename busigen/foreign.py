@@ -9,8 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
+
+MAX_DEPTH = 64
+"""Folders within folders that are looked into: nothing sound is as deep, and longer paths cannot be opened."""
 
 
 class ForeignFileError(OSError):
@@ -63,6 +67,23 @@ def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
     if len(content) > limit:
         raise ForeignFileError(path, f"grew beyond {limit:,} bytes while it was read")
     return content
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder, folders before what they hold, in order of name; no link is followed.
+
+    Folders are looked into ``MAX_DEPTH`` deep. Unlike ``rglob`` and ``os.walk`` of older Pythons this does not recurse.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    waiting = [(folder, 0)]
+    while waiting:
+        place, depth = waiting.pop()
+        if place != folder:
+            yield place
+        if depth == 0 or (depth <= MAX_DEPTH and stat.S_ISDIR(place.lstat().st_mode)):
+            waiting.extend((place / name, depth + 1) for name in sorted(os.listdir(place), reverse=True))
 
 
 def refuse_links(path: Path, root: Path) -> None:

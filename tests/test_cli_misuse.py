@@ -111,6 +111,7 @@ def bad(*arguments: object) -> tuple[object, ...]:
         (("verify", "{tmp}", "--healthy", "{tmp}/missing"), 3, ["{tmp}/missing", "generate --healthy"]),
         (("export", "{tmp}", "--out", "{out}"), 3, ["{tmp}", "busigen train"]),
         (("prepare", "{tmp}/missing", "--out", "{out}"), 3, ["{tmp}/missing"]),
+        (("prepare", "{tmp}", "--out", "{out}", "--mask-values", "1,white"), 2, ["--mask-values", "'1,white'"]),
     ],
 )
 def test_bad_options_end_in_one_line(

@@ -33,11 +33,19 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder to write the table and the letterboxed arrays to.")],
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be used.")] = False,
+    mask_values: Annotated[
+        str | None,
+        typer.Option(
+            help="Grey levels of the masks that are lesion, as stored, such as 2 or 1,2; all others are not. [default: "
+            "white, or the only label of a mask]"
+        ),
+    ] = None,
 ) -> None:
     """Read data sets into one table: classes, patients, near-duplicate groups, splits, overlays."""
     from busigen.data.prepare import prepare as run
     from busigen.runtime.progress import console_progress
 
+    values = _mask_values(mask_values)
     with console_progress() as progress:
         started: list[int] = []
 
@@ -48,7 +56,7 @@ def prepare(
             progress.advance(done - started[0])
             started[0] = done
 
-        result = run(sources, out, seed=seed, strict=strict, progress=report)
+        result = run(sources, out, seed=seed, strict=strict, mask_values=values, progress=report)
     stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
     for name, parts in result.by_class_and_split.items():
         counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))
@@ -61,11 +69,22 @@ def prepare(
     )
     stdout.print(f"  overlays suspected: {', '.join(f'{name} {count}' for name, count in result.overlays.items())}")
     stdout.print(f"  split hash: {result.split_hash}")
-    stdout.print(f"  refused: {len(result.refused)}")
+    for note in result.notes:
+        stdout.print(f"  note: {note}")
+    stdout.print(f"  refused: {sum(refusal.count for refusal in result.refused)}")
     for refusal in result.refused[:SHOWN_PROBLEMS]:
         stdout.print(f"    {refusal.file}: {refusal.problem} {refusal.fix}")
     if len(result.refused) > SHOWN_PROBLEMS:
         stdout.print(f"    and {len(result.refused) - SHOWN_PROBLEMS} more, all of them in {out / 'prepared.json'}")
+
+
+def _mask_values(text: str | None) -> tuple[int, ...]:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
+        raise UsageError(
+            f"--mask-values is {text!r}.", fix="Give grey levels from 1 to 65535, with commas between, such as 1,2."
+        )
+    return tuple(int(part) for part in parts)
 
 
 @app.command(

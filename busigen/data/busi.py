@@ -5,69 +5,60 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from busigen.data.images import is_image_name, natural_key
+from busigen.data.files import Place, Tree, is_image_name, name_key
+from busigen.data.masks import masks_beside
 from busigen.data.records import Layout, Listing, Record
 from busigen.registry import CLASSES
 
 _IMAGE = re.compile(r"^(?P<class>[a-z]+) \(\d+\)$", re.IGNORECASE)
-_MASK = re.compile(r"^(?P<stem>.+)_mask(_\d+)?$", re.IGNORECASE)
 
 
-def find(folder: Path) -> Path | None:
-    """The folder that holds the class folders: this one or one of its children."""
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return next((place for place in (folder, *children) if _holds_classes(place)), None)
+def is_root(tree: Tree, place: Place, loose: bool) -> bool:
+    """Whether this folder holds the class folders."""
+    return any(
+        _is_named(path, name) and is_image_name(path.name)
+        for name, folder in _class_folders(place)
+        for path in tree.at(folder).images
+    )
 
 
 def read(listing: Listing) -> None:
     """List every image of the class folders with all of its masks."""
-    for name in CLASSES:
-        place = listing.folder / name
-        if place.is_dir():
-            _read_class(listing, place)
+    for name, folder in _class_folders(listing.tree.at(listing.folder)):
+        _read_class(listing, name, listing.tree.at(folder))
 
 
-def _read_class(listing: Listing, place: Path) -> None:
-    files = sorted((path for path in place.iterdir() if path.is_file()), key=lambda path: natural_key(path.name))
-    masks: dict[str, list[Path]] = {}
-    for path in files:
-        if match := _MASK.match(path.stem):
-            masks.setdefault(match["stem"], []).append(path)
-    images = [path for path in files if is_image_name(path.name)]
-    for image in images:
-        record = Record(
-            id=f"busi/{image.stem}",
-            image_class=place.name,
-            source="busi",
-            image=image,
-            masks=tuple(masks.pop(image.stem, ())),
-        )
-        match = _IMAGE.match(image.stem)
-        if match is None or match["class"].lower() != place.name:
+def _read_class(listing: Listing, name: str, place: Place) -> None:
+    files, images = masks_beside(place)
+    for image, match in images.items():
+        if match.rivals or not (listing.loose or _is_named(image, name)):
             listing.refuse(
                 image,
-                f"The name is not of the form '{place.name} (N)'.",
-                f"Rename it and its masks, or remove it from the {place.name} folder.",
+                f"The name is not of the form '{name} (N)'.",
+                f"Rename it and its masks, or remove it from the {name} folder.",
+                (*match.masks, *match.rivals),
             )
-        else:
-            listing.records.append(record)
-    for stem, orphans in masks.items():
-        for orphan in orphans:
-            listing.refuse(orphan, f"There is no image '{stem}' for this mask.", "Restore it or remove the mask.")
+            continue
+        listing.records.append(
+            Record(id=f"busi/{image.stem}", image_class=name, source="busi", image=image, masks=match.masks)
+        )
+    for orphan in files.unused:
+        if not files.belongs(orphan):
+            listing.refuse(orphan, "There is no image of this mask's name.", "Restore it or remove the mask.")
 
 
-def _holds_classes(folder: Path) -> bool:
-    return any(
-        (match := _IMAGE.match(path.stem)) is not None and match["class"].lower() == name and is_image_name(path.name)
-        for name in CLASSES
-        if (folder / name).is_dir()
-        for path in (folder / name).iterdir()
-    )
+def _class_folders(place: Place) -> list[tuple[str, Path]]:
+    return [(name, folder) for name in CLASSES for folder in place.folders if name_key(folder.name) == name]
+
+
+def _is_named(image: Path, name: str) -> bool:
+    match = _IMAGE.match(image.stem)
+    return match is not None and match["class"].lower() == name
 
 
 LAYOUT = Layout(
     name="BUSI",
     looks_like="folders normal, benign, malignant with 'benign (1).png' and 'benign (1)_mask.png'",
-    find=find,
+    is_root=is_root,
     read=read,
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from busigen.errors import InputError
+
+CONTRADICTION = "contradiction"
+"""Key of a row of `by_file` that says in what the table's rows for one file differ; it is absent where they agree."""
 
 
 def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]]:
@@ -38,3 +41,21 @@ def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]
             fix=f"Name its columns {', '.join(required)}.",
         )
     return [{name: (value or "").strip() or None for name, value in row.items()} for row in frame.iter_rows(named=True)]
+
+
+def by_file(rows: Iterable[dict[str, str | None]], name_of: Callable[[str], str]) -> dict[str, dict[str, str | None]]:
+    """The table's row of every file. Of rows that differ, the first, with what they differ in as `CONTRADICTION`.
+
+    Args:
+        rows: What `read_rows` gave, with a column ``file``.
+        name_of: What a file is looked up by, given what stands in that column.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for row in rows:
+        name = name_of(row["file"] or "")
+        first = found.setdefault(name, dict(row))
+        differ = [key for key in row if key != "file" and row[key] != first[key]]
+        if differ:
+            said = "; ".join(f"{key} is {first[key] or 'empty'!r} and {row[key] or 'empty'!r}" for key in differ)
+            first.setdefault(CONTRADICTION, said)
+    return found

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from busigen.data.copies import copy_pairs
 
 THUMBNAIL_SIDE = 64
 """Side of the squashed thumbnails that are compared, in pixels."""
@@ -17,8 +20,9 @@ NEAR_DUPLICATE = 0.90
 """Correlation of two thumbnails above which the images belong together.
 
 One threshold serves every source. Measured with single link: on BUSI's 623 images the groups are exactly those of the
-published list; on BUS-BRA's 1,127 no two patients are linked (at 0.85, nine pairs already chain 15 images together);
-across the two sources the highest correlation is 0.8999, so none is linked.
+published list (`copies.COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two patients are linked (at 0.85,
+nine pairs already chain 15 images together); across the two sources the highest correlation is 0.8999, so none is
+linked.
 """
 
 SAME_FRAME = 0.93
@@ -41,12 +45,15 @@ def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BILINEAR), dtype=np.float32)
 
 
-def near_duplicate_groups(thumbnails: NDArray[np.float32], patients: Sequence[str | None]) -> NDArray[np.int64]:
-    """Group images that look alike or show the same patient, by single link.
+def near_duplicate_groups(
+    thumbnails: NDArray[np.float32], patients: Sequence[str | None], aspects: Sequence[float] | None = None
+) -> NDArray[np.int64]:
+    """Group images that look alike, are mirrored, turned or cropped copies, or show the same patient, by single link.
 
     Args:
         thumbnails: ``float32 (N, 64, 64)`` from `thumbnail`.
         patients: N patient names; None where unknown, which links nothing.
+        aspects: N times width over height; None where all images are squares.
 
     Returns:
         ``int64 (N,)``: group numbers from 0, in order of first appearance.
@@ -58,18 +65,22 @@ def near_duplicate_groups(thumbnails: NDArray[np.float32], patients: Sequence[st
     if len(patients) != count:
         raise ValueError(f"{count} thumbnails but {len(patients)} patients")
     labels = _patient_labels(patients)
-    for rows, columns in _similar_pairs(thumbnails, NEAR_DUPLICATE):
+    copies = copy_pairs(thumbnails, _ratios(aspects, count))
+    for rows, columns in chain(_similar_pairs(thumbnails, NEAR_DUPLICATE), copies):
         # Merging block by block keeps one label per image instead of every pair, of which there may be N * N.
         labels = _merge(labels, labels[rows], labels[columns])
     return _by_first_appearance(labels)
 
 
-def class_conflicts(thumbnails: NDArray[np.float32], classes: Sequence[str]) -> NDArray[np.bool_]:
-    """Find images of which the same frame also stands under another class.
+def class_conflicts(
+    thumbnails: NDArray[np.float32], classes: Sequence[str], aspects: Sequence[float] | None = None
+) -> NDArray[np.bool_]:
+    """Find images of which the same frame, or a copy of it, also stands under another class.
 
     Args:
         thumbnails: ``float32 (N, 64, 64)`` from `thumbnail`.
         classes: N class names.
+        aspects: N times width over height; None where all images are squares.
 
     Returns:
         ``bool (N,)``, True for every image of a contradicting pair.
@@ -81,7 +92,8 @@ def class_conflicts(thumbnails: NDArray[np.float32], classes: Sequence[str]) -> 
         raise ValueError(f"{len(thumbnails)} thumbnails but {len(classes)} classes")
     names = np.asarray(classes, dtype=np.str_)
     conflict = np.zeros(len(thumbnails), dtype=np.bool_)
-    for rows, columns in _similar_pairs(thumbnails, SAME_FRAME):
+    copies = copy_pairs(thumbnails, _ratios(aspects, len(names)))
+    for rows, columns in chain(_similar_pairs(thumbnails, SAME_FRAME), copies):
         differ = names[rows] != names[columns]
         conflict[rows[differ]] = True
         conflict[columns[differ]] = True
@@ -108,6 +120,13 @@ def _standardised(thumbnails: NDArray[np.float32]) -> NDArray[np.float32]:
     length = np.linalg.norm(scores, axis=1, keepdims=True)
     scores /= np.where(length > 1e-3, length, np.inf)
     return scores
+
+
+def _ratios(aspects: Sequence[float] | None, count: int) -> NDArray[np.float64]:
+    ratios = np.ones(count) if aspects is None else np.asarray(aspects, dtype=np.float64)
+    if len(ratios) != count:
+        raise ValueError(f"{count} thumbnails but {len(ratios)} aspects")
+    return ratios
 
 
 def _patient_labels(patients: Sequence[str | None]) -> NDArray[np.int64]:

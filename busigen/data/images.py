@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-import re
-import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from busigen.data.decoding import FULL, Decoded, decode, full_scale, on_black, read_bytes, to_eight_bits
+from busigen.data.lesion_pixels import lesion_pixels
 from busigen.errors import InputError
-
-MIN_SIDE = 32
-"""Shortest side in pixels that still shows anatomy; anything smaller is an icon or a thumbnail."""
-
-MAX_SIDE = 20_000
-"""Longest side in pixels that is decoded."""
-
-MAX_PIXELS = 64_000_000
-"""Largest width x height that is decoded. Some twenty times the largest clinical screen capture."""
-
-MAX_FILE_BYTES = 256 * 1024 * 1024
-"""Largest file that is read into memory, in bytes."""
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""File name endings, lower case, that count as an image."""
 
 COLOUR_STEP = 12
 """Grey levels between the channels of one pixel above which it is coloured; JPEG chroma noise stays below."""
@@ -44,14 +28,16 @@ have only small coloured marks (0.05 % or less), and one has a tint that never e
 MARK_SHARE = 0.0001
 """Share of coloured pixels above which a scanner painted a coloured mark; the three files above lie at 0.017 %."""
 
-MASK_FOLDERS = frozenset({"masks", "mask"})
-"""Folder names, lower case, whose content is never listed as images."""
+BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
+"""Mean grey levels that an image may have, and the least deviation. They hold for what is prepared, judged and painted
+into: all of BUSI's and BUS-BRA's 1,750 images lie within 13 to 187, and above 15."""
 
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
-_MASK_NAME = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
-_DIGITS = re.compile(r"(\d+)")
-_DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
-_RESAVE = "Open it in an image viewer and save it again as an 8-bit PNG, or remove it."
+TURNED = "turned upright, as its EXIF orientation says"
+WHITE_IS_ZERO = "read with 0 as white, as its TIFF header says"
+
+_LEVEL_WIDTH = 9
+_TWO_LEVELS_SHARE = 0.95
+"""Share of pixels in two windows of grey levels; at most 0.73 in BUSI and BUS-BRA. Edges of masks are the rest."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +46,14 @@ class ImageFile:
 
     Attributes:
         path: The file that was read.
-        pixels: Grey levels, ``uint8 (H, W)``, 0 to 255.
+        pixels: Grey levels, ``uint8 (H, W)``, 0 to 255, upright.
         colour: More than ``COLOUR_SHARE`` of the pixels are coloured.
         sha256: Hex digest of the file's bytes.
         width: Pixels per row.
         height: Rows.
         coloured: ``bool (H, W)``, pixels whose channels differ by more than ``COLOUR_STEP``; None if there are none.
         mode: Pillow's name of the file's pixel format, such as ``L``, ``RGB`` or ``I;16``.
+        notes: How it was read where that was not as stored, for people, such as ``TURNED``.
     """
 
     path: Path
@@ -77,10 +64,11 @@ class ImageFile:
     height: int
     coloured: NDArray[np.bool_] | None = None
     mode: str = "L"
+    notes: tuple[str, ...] = ()
 
 
 def read_image(path: Path, data: bytes | None = None) -> ImageFile:
-    """Read a PNG, JPEG, BMP or TIFF file as grey levels.
+    """Read a PNG, JPEG, BMP or TIFF file as grey levels, turned upright by its EXIF orientation.
 
     Accepts 1-bit, grey, palette and colour files, with or without alpha (composited on black), and 16-bit grey, which
     is scaled to 8 bits.
@@ -93,219 +81,150 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
         The image; ``pixels`` is ``uint8 (H, W)``.
 
     Raises:
-        InputError: The file is missing, unreadable, damaged, not an image, or outside the size limits.
+        InputError: The file is missing, unreadable, damaged, not an image, outside the size limits, or has levels of
+            unknown range.
     """
-    try:
-        return _read_image(Path(path), data)
-    except MemoryError as error:
-        raise InputError(
-            f"{Path(path).name} needs more memory than there is.", fix="Crop or shrink it to the ultrasound frame."
-        ) from error
+    path = Path(path)
+    with _enough_memory(path):
+        data = read_bytes(path) if data is None else data
+        decoded = decode(path, data)
+        notes = [TURNED] if decoded.turned else []
+        coloured: NDArray[np.bool_] | None = None
+        if decoded.deep:
+            levels = decoded.levels()
+            full = full_scale(int(levels.max()))
+            pixels = to_eight_bits(levels)
+            if decoded.white_is_zero:
+                notes.append(WHITE_IS_ZERO)
+            if full != FULL[-1]:
+                notes.append(f"read as grey of {full.bit_length()} bits, stored in 16")
+        elif decoded.grey:
+            pixels = decoded.levels().astype(np.uint8, copy=False)
+        else:
+            pixels, coloured = _from_colour(decoded)
+        return ImageFile(
+            path=path,
+            pixels=pixels,
+            colour=coloured is not None and float(coloured.mean()) > COLOUR_SHARE,
+            sha256=hashlib.sha256(data).hexdigest(),
+            width=pixels.shape[1],
+            height=pixels.shape[0],
+            coloured=coloured,
+            mode=decoded.image.mode,
+            notes=tuple(notes),
+        )
 
 
-def _read_image(path: Path, data: bytes | None) -> ImageFile:
-    data = _read_bytes(path) if data is None else data
-    decoded = _decode(path, data)
-    coloured: NDArray[np.bool_] | None = None
-    if decoded.mode in _DEEP_MODES:
-        pixels = _to_eight_bits(np.asarray(decoded))
-    elif decoded.mode in {"1", "L"}:
-        pixels = np.asarray(decoded.convert("L"))
-    else:
-        opaque = _on_black(decoded)
-        pixels = np.asarray(opaque.convert("L"))
-        channels = np.asarray(opaque)
-        marks = channels.max(axis=2) - channels.min(axis=2) > COLOUR_STEP
-        coloured = marks if marks.any() else None
-    return ImageFile(
-        path=path,
-        pixels=np.ascontiguousarray(pixels, dtype=np.uint8),
-        colour=coloured is not None and float(coloured.mean()) > COLOUR_SHARE,
-        sha256=hashlib.sha256(data).hexdigest(),
-        width=pixels.shape[1],
-        height=pixels.shape[0],
-        coloured=coloured,
-        mode=decoded.mode,
-    )
-
-
-def read_mask(path: Path, size: tuple[int, int] | None, data: bytes | None = None) -> NDArray[np.bool_]:
+def read_mask(
+    path: Path,
+    size: tuple[int, int] | None,
+    data: bytes | None = None,
+    *,
+    values: Collection[int] = (),
+    notes: list[str] | None = None,
+) -> NDArray[np.bool_]:
     """Read a lesion mask: bright is lesion, black is not.
 
-    A pixel is lesion where its brightest channel is above half of the range. A mask of a few small label values (such
-    as 0 and 1) is lesion wherever it is not 0. Alpha counts only where the colour channels say nothing.
+    A pixel is lesion where its brightest channel is above half of the range; a mask of one small label (such as 0 and
+    1) is lesion wherever it is not 0. Alpha counts only where the colour channels say nothing. What is no such mask is
+    refused: see `busigen.data.lesion_pixels.lesion_pixels`.
 
     Args:
         path: The file to read.
         size: ``(width, height)`` that the mask must have, or None to accept any.
         data: The file's content where that is at hand; ``path`` then only names it.
+        values: The levels that are lesion, as stored; all others are not. Empty: as above.
+        notes: Is told how the file was read where that is not as stored.
 
     Returns:
         ``bool (H, W)``, True on the lesion.
 
     Raises:
-        InputError: As for `read_image`, or the mask has another size.
+        InputError: As for `read_image`, the mask has another size, or it marks something else than lesions.
     """
     path = Path(path)
-    decoded = _decode(path, _read_bytes(path) if data is None else data)
-    if size is not None and decoded.size != tuple(size):
-        raise InputError(
-            f"{path.name}: the mask is {decoded.width}x{decoded.height} pixels, its image {size[0]}x{size[1]}.",
-            fix="Export the mask at the image's own size.",
-        )
-    return _lesion_pixels(_mask_levels(decoded))
+    with _enough_memory(path):
+        decoded = decode(path, data)
+        if size is not None and decoded.image.size != tuple(size):
+            raise InputError(
+                f"{path.name}: the mask is {decoded.image.width}x{decoded.image.height} pixels, its image "
+                f"{size[0]}x{size[1]}.",
+                fix="Export the mask at the image's own size.",
+            )
+        if decoded.turned and notes is not None:
+            notes.append(TURNED)
+        return lesion_pixels(decoded, values)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """List the images below a folder in natural order, without masks, hidden files or links that leave the folder.
+def picture_fault(frame: NDArray[np.uint8], valid: NDArray[np.bool_] | None = None) -> str | None:
+    """Why an image is none: it is black or white, flat, or has two grey levels, as masks and drawings do.
 
     Args:
-        folder: Where to look, at any depth.
+        frame: ``(256, 256)`` uint8, letterboxed.
+        valid: Pixels that are image rather than letterbox bars; None if there are no bars.
 
     Returns:
-        Paths that begin with ``folder``.
+        The reason, or None.
+    """
+    inside = frame if valid is None else frame[valid]
+    if not BACKGROUND_MEAN[0] <= float(inside.mean()) <= BACKGROUND_MEAN[1]:
+        return "too dark or too bright"
+    if float(inside.std()) < BACKGROUND_DEVIATION:
+        return "flat"
+    return "of two grey levels" if has_two_levels(inside) else None
+
+
+def has_two_levels(pixels: NDArray[np.uint8]) -> bool:
+    """Whether an image shows two grey levels but for a few pixels, as masks do and no ultrasound image.
+
+    Args:
+        pixels: Grey levels, ``uint8`` of any shape.
+    """
+    shares = np.bincount(pixels.ravel(), minlength=256) / pixels.size
+    found: list[float] = []
+    for _ in range(2):
+        windows = np.convolve(shares, np.ones(_LEVEL_WIDTH), "valid")
+        start = int(windows.argmax())
+        found.append(float(windows[start]))
+        shares[start : start + _LEVEL_WIDTH] = 0.0
+    return min(found) > 0 and sum(found) > _TWO_LEVELS_SHARE
+
+
+def refuse_fault(name: str, frame: NDArray[np.uint8], valid: NDArray[np.bool_]) -> None:
+    """Refuse an image for its `picture_fault`.
 
     Raises:
-        InputError: The folder does not exist or cannot be read.
+        InputError: it has one.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
-    inside = folder.resolve()
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if not _hidden(name) and name.lower() not in MASK_FOLDERS]
-        candidates = (Path(parent, name) for name in names if is_image_name(name))
-        found.extend(path for path in candidates if path.resolve().is_relative_to(inside))
-    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def masks_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The mask files that lie directly in a folder, by their image's stem, lower case: ``X_mask_1.png`` is ``x``'s."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        name = _MASK_NAME.search(path.stem)
-        if name and path.suffix.lower() in SUFFIXES and not _hidden(path.name):
-            found.setdefault(path.stem[: name.start()].lower(), []).append(path)
-    return found
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name is that of an image rather than a mask, a hidden file or anything else."""
-    path = Path(name)
-    return not _hidden(name) and path.suffix.lower() in SUFFIXES and not _MASK_NAME.search(path.stem)
-
-
-def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which ``benign (2)`` comes before ``benign (10)``."""
-    parts = _DIGITS.split(text.casefold())
-    keyed = tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part)
-    return (*keyed, (2, 0, text))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be read: {error.strerror}.", fix="Check the folder's permissions.")
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            problem = "is not a file" if path.exists() else "does not exist"
-            raise InputError(f"{path.name} {problem}.", fix="Check the name, or restore it from the original set.")
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise InputError(
-                f"{path.name} has {size:,} bytes; the limit is {MAX_FILE_BYTES:,}.",
-                fix="Save it as a compressed PNG of the ultrasound frame alone.",
-            )
-        if size == 0:
-            raise InputError(f"{path.name} is empty (0 bytes).", fix="Restore the file from the original set.")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.name} cannot be read: {error}.", fix="Check the file's permissions.") from error
-
-
-def _decode(path: Path, data: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns about bombs and odd metadata; the limits below refuse what matters.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_header(path, image)
-                image.load()
-                return image.copy()
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
+    if (fault := picture_fault(frame, valid)) is not None:
+        inside = frame[valid]
         raise InputError(
-            f"{path.name} unpacks to more than {MAX_PIXELS:,} pixels.", fix="Crop or shrink it to the ultrasound frame."
-        ) from error
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path.name} is not a PNG, JPEG, BMP or TIFF image, whatever its name says.", fix=_RESAVE
-        ) from error
-    except Exception as error:  # Decoders raise anything on damaged bytes: SyntaxError, struct.error, MemoryError, ...
-        raise InputError(f"{path.name} is damaged or cut short: {error}.", fix=_RESAVE) from error
-
-
-def _check_header(path: Path, image: Image.Image) -> None:
-    width, height = image.size
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise InputError(
-            f"{path.name} is {width}x{height} pixels; the limit is {MAX_SIDE:,} per side and {MAX_PIXELS:,} in all.",
-            fix="Crop or shrink it to the ultrasound frame.",
+            f"{name} is no ultrasound image, it is {fault} (grey levels {inside.min()} to {inside.max()}, mean "
+            f"{inside.mean():.0f}).",
+            fix="Export it again with its whole range of grey, or remove it.",
         )
-    if min(width, height) < MIN_SIDE:
+
+
+@contextmanager
+def _enough_memory(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
         raise InputError(
-            f"{path.name} is {width}x{height} pixels; at least {MIN_SIDE} per side are needed.",
-            fix="Use the original image, not a thumbnail.",
-        )
-    frames = getattr(image, "n_frames", 1)
-    if frames != 1:
-        raise InputError(f"{path.name} holds {frames} frames.", fix="Export one frame per file.")
-    if image.mode == "F":
-        raise InputError(f"{path.name} has floating-point pixels, whose range is unknown.", fix=_RESAVE)
+            f"{path.name} needs more memory than there is.", fix="Crop or shrink it to the ultrasound frame."
+        ) from error
 
 
-def _to_eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    levels = np.clip(values.astype(np.int64), 0, 65_535)
-    # Scanners store 8, 10 or 12 significant bits in 16: taking the full range would turn those almost black.
-    peak = int(levels.max())
-    top = next(top for top in (255, 1023, 4095, 65_535) if peak <= top)
-    return np.round(levels * (255.0 / top)).astype(np.uint8)
-
-
-def _on_black(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, layer).convert("RGB")
-
-
-def _mask_levels(image: Image.Image) -> NDArray[np.int64]:
-    """One level per pixel, ``int64 (H, W)``; 8-bit files give 0 to 255."""
-    if image.mode in _DEEP_MODES:
-        return np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
-    if image.mode in {"1", "L"}:
-        return np.asarray(image.convert("L")).astype(np.int64)
-    channels = np.asarray(image.convert("RGBA")).astype(np.int64)
-    colour, alpha = channels[..., :3].max(axis=2), channels[..., 3]
-    silent = int(colour.min()) == int(colour.max())
-    # The brightest channel, not luminance: annotation tools paint lesions pure red or dark blue.
-    return alpha if silent and int(alpha.min()) != int(alpha.max()) else colour
-
-
-def _lesion_pixels(levels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    peak = int(levels.max())
-    full = 255 if peak <= 255 else 65_535
-    if 0 < peak <= full // 2:
-        labels = np.unique(levels)
-        # Label masks (0 and 1, or 0, 1, 2) are common outside BUSI; a dim photograph has many more values.
-        if labels.size <= 16:
-            return levels > 0
-    return levels > full // 2
+def _from_colour(decoded: Decoded) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """Grey levels of a colour image, and which of its pixels are coloured, None if there are none."""
+    width, height = decoded.image.size
+    pixels, marks = np.empty((height, width), np.uint8), np.empty((height, width), np.bool_)
+    brightest = 0
+    for rows, band in decoded.bands():
+        opaque = on_black(band)
+        channels = np.asarray(opaque)
+        pixels[rows] = np.asarray(opaque.convert("L"))
+        marks[rows] = channels.max(axis=2) - channels.min(axis=2) > COLOUR_STEP
+        brightest = max(brightest, int(channels.max()))
+    decoded.refuse_shallow(brightest)
+    return pixels, marks if marks.any() else None

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,14 @@ from busigen import __version__
 from busigen.data import schema
 from busigen.data.groups import class_conflicts, near_duplicate_groups
 from busigen.data.prepared import Prepared
-from busigen.data.records import Listing, Record, Refusal
+from busigen.data.records import Listing, Record, Refusal, counted, named
 from busigen.data.rowfile import RowFile
 from busigen.data.samples import Sample, read_sample
 from busigen.data.sources import read_source
 from busigen.data.splits import EXCLUDED, assign_splits
 from busigen.errors import InputError, OutputError
-from busigen.registry import RESOLUTION
+from busigen.registry import BIRADS, RESOLUTION
+from busigen.text import printable
 
 Progress = Callable[[int, int], None]
 """Called with (images looked at, images in all)."""
@@ -47,6 +48,7 @@ class PrepareReport:
         overlays: Images with suspected ``colour``, ``text`` and ``calipers``.
         kept_splits: Images that kept the split of an earlier run in the same folder.
         refused: What was left out and why.
+        notes: What was passed over, joined, guessed or read otherwise than it is stored, one line a kind.
         split_hash: Fingerprint of who is in which split.
         seconds: Wall time.
     """
@@ -62,6 +64,7 @@ class PrepareReport:
     overlays: dict[str, int]
     kept_splits: int
     refused: tuple[Refusal, ...]
+    notes: tuple[str, ...]
     split_hash: str
     seconds: float
 
@@ -72,6 +75,7 @@ def prepare(
     *,
     seed: int = 0,
     strict: bool = False,
+    mask_values: Collection[int] = (),
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Read labelled folders and write a prepared folder.
@@ -84,6 +88,8 @@ def prepare(
         out: The folder to write; created if missing.
         seed: Decides the splits, with the groups' names.
         strict: Stop at the first file that would be left out.
+        mask_values: Grey levels of the masks that are lesion, as stored; all others are not. Empty: white, or the only
+            label of a mask.
         progress: Called after every image.
 
     Returns:
@@ -97,24 +103,27 @@ def prepare(
     start = time.perf_counter()
     out = Path(out)
     earlier = _earlier_splits(out, seed)
-    listings = _list_all(sources)
+    listings = _list_all(sources, out)
     refused = [refusal for listing in listings for refusal in listing.refused]
     if strict and refused:
         raise refused[0].to_error()
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        rows, thumbnails = _write_arrays(listings, out, refused, strict=strict, progress=progress)
-        table, kept = _tabulate(rows, thumbnails, earlier, seed)
+        notes = [note for listing in listings for note in listing.notes]
+        samples = _samples(listings, refused, notes, mask_values, strict=strict, progress=progress)
+        rows, thumbnails = _write_arrays(samples, out, refused)
+        table, kept, parted = _tabulate(rows, thumbnails, earlier, seed)
         table.write_parquet(_partial(out, schema.TABLE))
-        report = _report(out, table, kept, refused, time.perf_counter() - start)
+        notes.extend(_table_notes(table, parted))
+        report = _report(out, table, kept, refused, notes, time.perf_counter() - start)
         _publish(out, report, seed)
     return report
 
 
-def _list_all(sources: Sequence[Path]) -> list[Listing]:
+def _list_all(sources: Sequence[Path], out: Path) -> list[Listing]:
     if not sources:
         raise InputError("No source folder was given.", fix="Name at least one folder of images and masks.")
-    listings = [read_source(Path(source)) for source in sources]
+    listings = [read_source(Path(source), skip=out) for source in sources]
     seen: dict[str, Path] = {}
     for listing in listings:
         for record in listing.records:
@@ -132,12 +141,7 @@ def _list_all(sources: Sequence[Path]) -> list[Listing]:
 
 
 def _write_arrays(
-    listings: Sequence[Listing],
-    out: Path,
-    refused: list[Refusal],
-    *,
-    strict: bool,
-    progress: Progress | None,
+    samples: Iterable[tuple[Listing, Record, Sample]], out: Path, refused: Sequence[Refusal]
 ) -> tuple[list[dict[str, object]], NDArray[np.float32]]:
     """Write the arrays row by row; returns the rows and the thumbnails, ``float32 (N, 64, 64)``."""
     rows: list[dict[str, object]] = []
@@ -154,7 +158,7 @@ def _write_arrays(
                 ("suspects", np.bool_),
             )
         )
-        for listing, record, sample in _samples(listings, refused, strict=strict, progress=progress):
+        for listing, record, sample in samples:
             images.append(sample.image)
             masks.append(sample.labels)
             overlays.append(sample.overlay)
@@ -173,47 +177,77 @@ def _write_arrays(
 
 
 def _samples(
-    listings: Sequence[Listing], refused: list[Refusal], *, strict: bool, progress: Progress | None
+    listings: Sequence[Listing],
+    refused: list[Refusal],
+    notes: list[str],
+    mask_values: Collection[int],
+    *,
+    strict: bool,
+    progress: Progress | None,
 ) -> Iterator[tuple[Listing, Record, Sample]]:
+    """The images that can be used. ``refused`` gets the others; ``notes``, at the end, how images were read."""
+    readings: dict[str, list[str]] = {}
     total = sum(len(listing.records) for listing in listings)
     done = 0
     for listing in listings:
         for record in listing.records:
             try:
-                sample = read_sample(record)
+                sample = read_sample(record, mask_values)
             except InputError as error:
                 refusal = Refusal(file=listing.relative(record.image), problem=error.problem, fix=error.fix)
                 if strict:
                     raise refusal.to_error() from error
                 refused.append(refusal)
             else:
+                for note in sample.notes:
+                    readings.setdefault(note, []).append(listing.relative(record.image))
                 yield listing, record, sample
             done += 1
             if progress is not None:
                 progress(done, total)
+    notes.extend(counted(note, files) for note, files in readings.items())
+
+
+def _table_notes(table: pl.DataFrame, parted: Sequence[str]) -> Iterator[str]:
+    """What a person should know of the table: images that lost their split, and what nothing is learnt from."""
+    if parted:
+        yield counted("of the earlier run left out of every split, for they link two", parted)
+    other = table.filter(pl.col("birads").is_not_null() & ~pl.col("birads").is_in(BIRADS))
+    if other.height:
+        kinds = Counter(other["birads"].to_list())
+        said = named(f"{printable(category)!r} ({count})" for category, count in kinds.most_common())
+        yield f"{other.height:,} with a BI-RADS category that is not learnt, which are {', '.join(BIRADS)}: {said}"
 
 
 def _tabulate(
     rows: Sequence[dict[str, object]], thumbnails: NDArray[np.float32], earlier: dict[str, str], seed: int
-) -> tuple[pl.DataFrame, int]:
-    """The table with groups, splits and conflicts, and how many images kept an earlier split."""
+) -> tuple[pl.DataFrame, int, list[str]]:
+    """The table with groups, splits and conflicts, how many images kept an earlier split, and the ids of others."""
     patients = [None if row["patient"] is None else str(row["patient"]) for row in rows]
     known = [earlier.get(str(row["sha256"])) for row in rows]
 
+    aspects = [float(str(row["width"])) / float(str(row["height"])) for row in rows]
+
     def regroup(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return near_duplicate_groups(thumbnails[indices], [patients[index] for index in indices])
+        return near_duplicate_groups(
+            thumbnails[indices], [patients[index] for index in indices], [aspects[index] for index in indices]
+        )
 
     splits, groups = assign_splits([str(row["id"]) for row in rows], patients, known, regroup, seed=seed)
-    conflicts = class_conflicts(thumbnails, [str(row["class"]) for row in rows])
+    conflicts = class_conflicts(thumbnails, [str(row["class"]) for row in rows], aspects)
     complete = [
         {**row, "group": int(group), "split": split, "class_conflict": bool(conflict)}
         for row, group, split, conflict in zip(rows, groups, splits, conflicts, strict=True)
     ]
     kept = sum(before == after for before, after in zip(known, splits, strict=True))
-    return pl.DataFrame(complete, schema=schema.COLUMNS), kept
+    table = pl.DataFrame(complete, schema=schema.COLUMNS)
+    parted = [id_ for id_, before, after in zip(table["id"], known, splits, strict=True) if before not in (None, after)]
+    return table, kept, parted
 
 
-def _report(out: Path, table: pl.DataFrame, kept: int, refused: Sequence[Refusal], seconds: float) -> PrepareReport:
+def _report(
+    out: Path, table: pl.DataFrame, kept: int, refused: Sequence[Refusal], notes: Sequence[str], seconds: float
+) -> PrepareReport:
     by_class_and_split: dict[str, dict[str, int]] = {}
     for image_class, split in zip(table["class"], table["split"], strict=True):
         per_split = by_class_and_split.setdefault(image_class, {})
@@ -230,6 +264,7 @@ def _report(out: Path, table: pl.DataFrame, kept: int, refused: Sequence[Refusal
         overlays={kind: int(table[f"overlay_{kind}"].sum()) for kind in ("colour", "text", "calipers")},
         kept_splits=kept,
         refused=tuple(refused),
+        notes=tuple(notes),
         split_hash=schema.split_hash(table["sha256"], table["split"]),
         seconds=seconds,
     )
@@ -252,6 +287,7 @@ def _publish(out: Path, report: PrepareReport, seed: int) -> None:
         "excluded": report.by_split.get(EXCLUDED, 0),
         "overlays": report.overlays,
         "refused": [refusal.to_dict() for refusal in report.refused],
+        "notes": list(report.notes),
         "split_hash": report.split_hash,
         "files": {name: schema.file_sha256(_partial(out, name)) for name in names},
     }
@@ -267,10 +303,14 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
     if not out.is_dir():
         raise OutputError(f"{out} is a file.", fix="Name a folder to write the prepared data into.")
     with _writing(out):
-        present = {path.name.removesuffix(schema.PARTIAL) for path in out.iterdir()}
+        names = {path.name for path in out.iterdir()}
+    if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
+        raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
+    present = {name.removesuffix(schema.PARTIAL) for name in names}
     if schema.INFO not in present or not (out / schema.INFO).is_file():
         # A run that was killed leaves files of ours without the one that is written last.
-        if present - {schema.INFO, schema.TABLE, *schema.ARRAYS.values()}:
+        # Such as these, none of which is still being written, may be anybody's.
+        if present - {schema.INFO, schema.TABLE, *schema.ARRAYS.values()} or (names and not names - present):
             raise OutputError(f"{out} is not empty and holds no prepared data.", fix="Name a new or empty folder.")
         return {}
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from busigen.data.cleaning import without_overlays
 from busigen.data.groups import thumbnail
-from busigen.data.images import MARK_SHARE, ImageFile, read_image, read_mask
+from busigen.data.images import MARK_SHARE, ImageFile, read_image, read_mask, refuse_fault
+from busigen.data.lesion_pixels import refuse_shape
 from busigen.data.letterbox import HALF, Letterbox, letterbox, letterbox_coverage
 from busigen.data.overlays import find_overlays
 from busigen.data.records import Record
@@ -46,6 +47,7 @@ class Sample:
         suspects: ``bool (256, 256)``, pixels with any such paint: few missed, some wrong.
         thumbnail: ``float32 (64, 64)``, for near-duplicates.
         row: The table's columns that need no other image.
+        notes: How its files were read where that is not as stored.
     """
 
     image: NDArray[np.uint8]
@@ -55,23 +57,28 @@ class Sample:
     suspects: NDArray[np.bool_]
     thumbnail: NDArray[np.float32]
     row: dict[str, object]
+    notes: tuple[str, ...] = ()
 
 
-def read_sample(record: Record) -> Sample:
+def read_sample(record: Record, values: Collection[int] = ()) -> Sample:
     """Read and check one record's files.
 
     Args:
         record: The record.
+        values: The masks' grey levels that are lesion, as for `busigen.data.images.read_mask`.
 
     Returns:
         The sample.
 
     Raises:
-        InputError: A file is missing, damaged or mismatched, or the mask contradicts the class.
+        InputError: A file is missing, damaged or mismatched, the image is none, the mask is none of lesions, or it
+            contradicts the class.
     """
     file = read_image(record.image)
-    lesions = _read_lesions(record, file)
     image, box = letterbox(file.pixels)
+    refuse_fault(file.path.name, image, box.valid)
+    notes = list(file.notes)
+    lesions = _read_lesions(record, file, values, notes)
     labels = _label(lesions, box)
     if lesions and not labels.any():
         raise InputError(
@@ -112,12 +119,16 @@ def read_sample(record: Record) -> Sample:
         suspects=letterbox_coverage(suspects, box) > 0,
         thumbnail=thumbnail(file.pixels),
         row=row,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _read_lesions(record: Record, file: ImageFile) -> list[NDArray[np.bool_]]:
+def _read_lesions(
+    record: Record, file: ImageFile, values: Collection[int], notes: list[str]
+) -> list[NDArray[np.bool_]]:
     """One native ``bool (H, W)`` mask per lesion; none for a normal image."""
-    masks = [read_mask(path, (file.width, file.height)) for path in record.masks]
+    size = (file.width, file.height)
+    masks = [read_mask(path, size, values=values, notes=notes) for path in record.masks]
     name = record.image.name
     lesions = [lesion for mask in masks for lesion in _separate(mask)]
     if record.image_class not in LESION_CLASSES:
@@ -137,6 +148,9 @@ def _read_lesions(record: Record, file: ImageFile) -> list[NDArray[np.bool_]]:
             f"{name}: the mask marks {area:.0%} of the image as lesion; at most {MAX_MASK_AREA:.0%} is plausible.",
             fix="Invert the mask: lesions are white, the rest black.",
         )
+    for path, mask in zip(record.masks, masks, strict=True):
+        if mask.any():
+            refuse_shape(mask, path.name)
     if len(lesions) > MAX_LESIONS:
         raise InputError(f"{name}: the mask has {len(lesions)} separate parts.", fix="Clean the mask of specks.")
     return lesions

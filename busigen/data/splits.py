@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.images import natural_key
+from busigen.data.files import natural_key
 from busigen.registry import SPLITS
 
 EXCLUDED = "excluded"

@@ -19,6 +19,7 @@ from busigen.evaluation.reading.inputs import read_inputs
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS, Section
 from busigen.evaluation.versions import library_versions
+from busigen.records import read_json
 from busigen.runtime.atomic import output_errors, write_json
 from busigen.runtime.install import install_command
 from busigen.runtime.progress import Progress
@@ -276,17 +277,32 @@ def _entry(name: str, outcome: Outcome) -> dict[str, Any]:
 
 
 def _claim(out: Path) -> None:
-    """Refuse a folder that holds anything but an audit's report.
+    """Refuse a folder that holds anything but an audit's report, since files of an earlier one are removed.
 
     Raises:
         OutputError: it does.
     """
+    from busigen.evaluation.report.contact_sheet import CONTACT_SHEET
+
+    sections = out / "sections"
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file.", fix="Name a folder for the report.")
     out.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    if present and not present & {REPORT_FILE, "sections"}:
+    # One that was killed before it could write its report leaves the others.
+    foreign = present - {"sections", CONTACT_SHEET} if not _is_report(out / REPORT_FILE) else set()
+    if sections.is_symlink() or (sections.is_dir() and {path.name for path in sections.iterdir()} - set(SECTIONS)):
+        foreign.add("sections")
+    if foreign:
         raise OutputError(
-            f"{out} is not empty and holds no report: {sorted(present)[0]!r}.", fix="Name a new or empty folder."
+            f"{out} is not empty and holds no report: {sorted(foreign)[0]!r}.", fix="Name a new or empty folder."
         )
-    (out / "sections").mkdir(exist_ok=True)
+    sections.mkdir(exist_ok=True)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.keys() >= {"busigen", "schema_version", "sections"}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from busigen import __version__
-from busigen.data.images import find_images
+from busigen.data.files import find_images
 from busigen.errors import IntegrityError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import SectionResult, section_folder

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
 from busigen.registry import BACKGROUND_SPECKLE, ENGINE_TARGETS, LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
-from busigen.runtime.atomic import sha256_of
+from busigen.runtime.atomic import atomic_folder, sha256_of
 from busigen.runtime.backend import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
@@ -89,19 +87,9 @@ def export(
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder that becomes ``out`` where all goes well, and is removed where it does not."""
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OutputError(f"{out} exists and is not empty.", fix="Use another --out, or delete it first.")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            if out.exists():
-                out.rmdir()
-            os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(out) as folder:
+            yield folder
     except OSError as error:
         raise OutputError(
             f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."

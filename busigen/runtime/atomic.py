@@ -7,7 +7,8 @@ import errno
 import hashlib
 import json
 import os
-import secrets
+import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ import polars as pl
 
 from busigen.errors import OutputError
 from busigen.foreign import open_file
-from busigen.runtime.layout import TEMPORARY_PREFIX
+from busigen.runtime.layout import TEMPORARY_PREFIX, is_temporary, temporary_name
+from busigen.runtime.lock import locked
 
 _AGAIN = "then run the same command again: what is complete is kept."
 _FULL = f"Free some space there or raise the quota, {_AGAIN}"
@@ -35,9 +37,6 @@ _FIXES = {
     errno.EEXIST: "A file is in the way: choose another --out.",
     errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
 }
-
-_PROCESS = secrets.token_hex(4)
-"""Tells this process from one of the same number on another machine that writes to the same folder."""
 
 
 def fix_of(number: int | None) -> str | None:
@@ -69,7 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The rename is what makes a shard survive a kill; the two fsyncs are what make it survive a power cut: without the
     first, the name may outlive the bytes.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{_PROCESS}-{path.name}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         yield temporary
         sync(temporary)
@@ -84,8 +83,52 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears at ``path`` only once it is complete."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("xb") as file:
         yield file
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Give a new folder beside ``out`` that becomes it on success and is removed on failure.
+
+    A lock file lies beside it for as long as it is filled. One that no living process holds tells the next call for the
+    same ``out`` what a killed one left, and nothing else is ever removed.
+
+    Raises:
+        OutputError: ``out`` is a link, a file, or a folder that is not empty, or another process is making it.
+        OSError: the disk refused.
+    """
+    if out.is_symlink():
+        raise OutputError(f"{out} is a link.", fix="Choose a folder that does not exist or is empty.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists and is not empty.", fix="Choose a folder that does not exist or is empty.")
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # Not the name itself, with which the longest ones would be too long.
+    digest = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
+    for lock in parent.glob(f"{TEMPORARY_PREFIX}*-{digest}.lock"):
+        if is_temporary(lock.name, re.compile(rf"{digest}\.lock")) and stat.S_ISREG(lock.lstat().st_mode):
+            with locked(lock, out):
+                _remove_folder(lock.with_suffix(""))
+    place = parent / temporary_name(digest)
+    with locked(place.with_name(f"{place.name}.lock"), out):
+        place.mkdir()
+        try:
+            yield place
+            sync(place)
+            with contextlib.suppress(FileNotFoundError):
+                out.rmdir()  # Not every system replaces even an empty one.
+            os.replace(place, out)
+        except BaseException:
+            _remove_folder(place)
+            raise
+        sync(parent)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, following no link."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -119,9 +162,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Temporary files directly in ``folder`` that a killed run left behind, sorted; none if it does not exist."""
-    return sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
+def leftovers(folder: Path, *names: re.Pattern[str]) -> list[Path]:
+    """Temporary files directly in ``folder`` that a killed process left behind, sorted; none if it does not exist.
+
+    Args:
+        folder: one of this program's.
+        names: see :func:`busigen.runtime.layout.is_temporary`.
+    """
+    found = folder.glob(f"{TEMPORARY_PREFIX}*")
+    return sorted(path for path in found if is_temporary(path.name, *names) and stat.S_ISREG(path.lstat().st_mode))
 
 
 def sync(path: Path) -> None:

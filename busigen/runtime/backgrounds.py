@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from busigen.data.files import find_images
 from busigen.data.geometry import edit_region
-from busigen.data.images import find_images, read_image
+from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import BusigenError, InputError
 from busigen.runtime.atomic import sha256_of

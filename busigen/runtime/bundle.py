@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -38,6 +40,15 @@ LARGEST_SPECKLE = 4.0
 """Greatest deviation of the noise that a bundle may ask to decode backgrounds with."""
 
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
+
+
+_CHAIN = ("split_hash", "checkpoint")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def unproven(record: Mapping[str, Any]) -> list[str]:
+    """Links of the chain of fingerprints that a ``bundle.json``, or a run's fingerprint, has no sha256 of."""
+    return [name for name in _CHAIN if not _SHA256.fullmatch(str(record.get(name)))]
 
 
 def graph_names() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from busigen.registry import RESOLUTION, SYNTHETIC
 from busigen.runtime.layout import MANIFEST_FILE, key_of
 from busigen.runtime.options import command_line, decided
 from busigen.runtime.shards import FIXED_COLUMNS
-from busigen.runtime.wording import counted
+from busigen.runtime.wording import counted, unproven_line
 
 _PRIVACY_REAL = (
     "Lesions were painted into the healthy images given to the run. Where these show real patients, every pixel "
@@ -128,7 +128,7 @@ where folders stand by their names alone. For research; not for diagnosis.
   Boxes are in pixels, right and bottom exclusive. `shards/*.parquet` hold the same rows per shard.
 - `dataset.json`: options, fingerprints, counts, and the sha256 of every shard. `run.json`: the same before the run.
 - `croissant.json`: [Croissant](https://mlcommons.org/croissant) metadata.
-{_bars(info)}
+{_gap(info)}{_bars(info)}
 ## Reading it
 
 ```python
@@ -216,6 +216,10 @@ def _bars(info: Mapping[str, Any]) -> str:
 
 def _is_synthetic(info: Mapping[str, Any]) -> bool:
     return bool(decided(info, "--healthy") == SYNTHETIC)
+
+
+def _gap(info: Mapping[str, Any]) -> str:
+    return f"\nUnproven: {unproven_line(info['unproven'])}\n" if info.get("unproven") else ""
 
 
 def _table(classes: Mapping[str, int]) -> str:

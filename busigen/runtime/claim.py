@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,25 +19,30 @@ from busigen.errors import IntegrityError, OutputError
 from busigen.records import checked, read_json
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import leftovers, output_errors, write_json
-from busigen.runtime.dataset import RunRecord
-from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
-from busigen.runtime.lock import exclusive, forget_tasks, joined, living, turn
+from busigen.runtime.bundle import unproven
+from busigen.runtime.dataset import RunRecord, link_refused, links, read_object, refuse_newer
+from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER, Plan, is_temporary
+from busigen.runtime.lock import exclusive, forget_tasks, is_lock, joined, living, turn
 from busigen.runtime.options import FIELDS, changed_options, decided
 from busigen.runtime.sample import Source
 from busigen.runtime.wording import counted
 
 _SHOWN = 3
-_TOLD = {"options": None, "versions": None, "sources": None}
+_TOLD = {"options": None, "versions": None, "sources": None, "unproven": None}
 
 
 def run_record(source: Source, plan: Plan) -> dict[str, Any]:
     """What ``run.json`` holds: all that decides which samples exist, and the versions that decide their bytes."""
+    fingerprint = source.fingerprint()
+    missing = unproven(fingerprint) if "checkpoint" in fingerprint else []
     record = {
         "schema_version": plan.schema_version,
         "busigen": busigen.__version__,
         "config": plan.config(),
         "columns": {name: kind.__name__ for name, kind in source.row_types().items()},
-        "fingerprint": source.fingerprint(),
+        "fingerprint": fingerprint,
+        # Told, not compared: older records do not say it.
+        **({"unproven": missing} if missing else {}),
         # Told, not compared: a folder may be renamed, and another Pillow may pack the same pixels into other bytes, but
         # they stay the same samples.
         "options": source.options(),
@@ -65,26 +71,31 @@ def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iter
         The run record that stands in the folder: ``run`` itself, or that of the run which is continued.
 
     Raises:
+        InputError: the dataset there is newer than this busigen.
         OutputError: the folder holds something else, belongs to another run or process, or cannot be written.
     """
     with output_errors(out):
-        _refuse_foreign_folder(out)
+        # Before anything is made or removed: the folder may be somebody else's.
+        standing_run(out)
+        read_object(out / DATASET_FILE)  # For its schema alone: what is newer is not made again.
         (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
         lock = joined(out, part.numbers) if part else exclusive(out)
         lock.__enter__()
     try:
         with output_errors(out), turn(out) if part else nullcontext():
+            # Again: another run may have begun here before the lock was held.
+            standing = standing_run(out)
+            if standing is not None:
+                refuse_other(out, standing, run)
             # A temporary file may be that of another task, as long as there is one.
             if part is None or len(living(out)) == 1:
                 for path in leftovers(out) + leftovers(out / SHARD_FOLDER):
                     path.unlink()
             if part is None:
                 forget_tasks(out)
-            standing = read_run_file(out / RUN_FILE)
             if standing is None:
                 standing = dict(run)
                 write_json(out / RUN_FILE, standing)
-        refuse_other(out, standing, run)
         yield standing
     finally:
         lock.__exit__(None, None, None)
@@ -94,7 +105,8 @@ def standing_run(out: Path) -> dict[str, Any] | None:
     """The run record in a folder; None where a run could begin.
 
     Raises:
-        OutputError: the folder holds something else.
+        InputError: the dataset is newer than this busigen.
+        OutputError: the folder holds something else, or a link in a dataset's place.
     """
     with output_errors(out):
         _refuse_foreign_folder(out)
@@ -117,7 +129,7 @@ def refuse_other_run(
         OutputError: the run that is there differs in more than its healthy images can tell.
     """
     run = run_record(source, plan)
-    run["options"]["--healthy"] = healthy.resolve().name
+    run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
     before = decided(standing, "--healthy")
     run["fingerprint"]["healthy"] = before if before != run["fingerprint"]["healthy"] else None
     refuse_other(out, standing, run)
@@ -138,6 +150,8 @@ def _refuse_foreign_folder(out: Path) -> None:
         if out.exists():
             raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
         return
+    if linked := links(out):
+        raise link_refused(linked[0], OutputError)
     if (out / RUN_FILE).exists():
         return
     names = [p.name for p in out.iterdir() if p.name != SHARD_FOLDER]
@@ -156,8 +170,9 @@ def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
     Raises:
         OutputError: a file is none of those that a run which was killed before it could write ``run.json`` may leave.
     """
-    own = (LOCK_FILE, TEMPORARY_PREFIX)
-    foreign = sorted((name for name in names if not name.startswith(own)), key=lambda name: ("/" in name, name))
+    foreign = sorted(
+        (name for name in names if not is_lock(name) and not is_temporary(name)), key=lambda name: ("/" in name, name)
+    )
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise OutputError(
@@ -184,8 +199,11 @@ def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
     """A run record that was read from ``path``.
 
     Raises:
+        InputError: it is newer than this busigen.
         OutputError: it is none.
     """
+    if isinstance(run, dict):
+        refuse_newer(run, path)
     try:
         checked(RunRecord, run, path, fix="")
     except IntegrityError as error:

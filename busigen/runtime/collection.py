@@ -19,7 +19,7 @@ from busigen.errors import IntegrityError, UsageError
 from busigen.records import Many, Record, read_checked
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
 from busigen.runtime.card import LICENCE, privacy
-from busigen.runtime.dataset import Dataset, SourceRecord
+from busigen.runtime.dataset import Dataset, SourceRecord, link_refused, read_object
 from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, key_of
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.wording import counted
@@ -52,8 +52,18 @@ def part_name(number: int) -> str:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The parts' folders, in order; empty where the folder is no collection, whatever else it is."""
-    places = [path for path in (folder / PARTS_FOLDER).glob("*") if path.is_dir() and path.name.isdecimal()]
+    """The parts' folders, in order; empty where the folder is no collection, whatever else it is.
+
+    Raises:
+        InputError: one is a link, or the collection is newer than this busigen.
+    """
+    parts = folder / PARTS_FOLDER
+    places = [path for path in parts.glob("*") if path.is_dir() and path.name.isdecimal()]
+    for path in (parts, *places) if places else ():
+        if path.is_symlink():
+            raise link_refused(path)
+    if places:
+        read_object(folder / DATASET_FILE)  # For its schema alone.
     return sorted(places, key=lambda path: int(path.name))
 
 

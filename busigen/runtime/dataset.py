@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import re
+import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import AfterValidator, Field
 
-from busigen.errors import InputError, IntegrityError
+from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
 from busigen.registry import RESOLUTION
+from busigen.runtime.address import Address
 from busigen.runtime.layout import (
     DATASET_FILE,
+    FINISHED_FILES,
+    FIRST_SCHEMA_VERSION,
     MANIFEST_FILE,
     MEMBER_LIMIT,
     MEMBER_SUFFIXES,
+    OWN_FILE,
     RUN_FILE,
     SCHEMA_VERSION,
     SHARD_FOLDER,
@@ -37,7 +41,6 @@ from busigen.runtime.tables import read_table
 from busigen.runtime.tar_headers import TarHeaders, open_headers
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
-_NUMBER = re.compile(r"[0-9]{6,10}")
 
 
 class Fingerprint(Record):
@@ -141,10 +144,13 @@ class Dataset:
         """Open a finished dataset.
 
         Raises:
-            InputError: the folder is missing, unfinished, no dataset, or newer than this busigen.
+            InputError: the folder is missing, unfinished, no dataset, newer than this busigen, or has links.
             IntegrityError: ``dataset.json`` is damaged.
         """
         path = folder / DATASET_FILE
+        if linked := links(folder):
+            raise link_refused(linked[0])
+        read_object(folder / RUN_FILE)  # For its schema alone.
         try:
             info = read_json(path, shards=len(recorded_shards(folder)), root=folder)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -153,14 +159,8 @@ class Dataset:
             raise InputError(f"{path} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
         except ValueError as error:
             raise _damaged(path) from error
-        version = info.get("schema_version") if isinstance(info, dict) else None
-        if not isinstance(version, int):
+        if not isinstance(info, dict) or not refuse_newer(info, path):
             raise _damaged(path)
-        if version > SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}.",
-                fix="Upgrade: `pip install --upgrade busigen`.",
-            )
         checked(DatasetRecord, info, path, fix=_VERIFY)
         return cls(folder=folder, info=info, plan=plan_of(info, path))
 
@@ -222,7 +222,69 @@ def recorded_shards(folder: Path) -> list[int]:
 
     What a file claims their number to be must not decide how much is read or listed.
     """
-    return sorted(int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if _NUMBER.fullmatch(path.stem))
+    found = (OWN_FILE.fullmatch(path.name) for path in (folder / SHARD_FOLDER).glob("*.json"))
+    return sorted(int(name["number"]) for name in found if name and name["number"])
+
+
+def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
+    """Refuse a ``run.json`` or ``dataset.json`` of the future, wherever one is read.
+
+    Returns:
+        Whether it names a schema at all.
+
+    Raises:
+        InputError: its schema is newer than this busigen.
+    """
+    version = record.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}.",
+            fix="Upgrade: `pip install --upgrade busigen`.",
+        )
+    return type(version) is int and version >= FIRST_SCHEMA_VERSION
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A ``run.json``'s or ``dataset.json``'s object; None if it is missing, damaged, a link or anything else.
+
+    Raises:
+        InputError: its schema is newer than this busigen.
+    """
+    try:
+        found = read_json(path, shards=len(recorded_shards(path.parent)), root=path.parent)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and refuse_newer(found, path) else None
+
+
+def links(folder: Path) -> list[Path]:
+    """What of a dataset is a link, which may lead out of it, in order. Its own folder may be one."""
+    shards = folder / SHARD_FOLDER
+    found = [path for path in (*(folder / name for name in FINISHED_FILES), shards) if path.is_symlink()]
+    if shards in found or not shards.is_dir():
+        return found
+    with os.scandir(shards) as entries:
+        return found + sorted(shards / entry.name for entry in entries if entry.is_symlink())
+
+
+def refuse_unreadable(folder: Path) -> None:
+    """Refuse a dataset, whole or not, that has links or is newer than this busigen.
+
+    Raises:
+        InputError: it is.
+    """
+    if linked := links(folder):
+        raise link_refused(linked[0])
+    for name in (RUN_FILE, DATASET_FILE):
+        read_object(folder / name)
+
+
+def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenError:
+    """The error where a dataset with a link is to be read or written."""
+    return kind(
+        f"{path} is a link, and links in a dataset are not followed.",
+        fix="Replace it by what it points to, if that is what you expect there.",
+    )
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:
@@ -357,5 +419,5 @@ def _not_finished(folder: Path) -> InputError:
     return InputError(f"{folder} is no busigen dataset: it has no {DATASET_FILE}.", fix="Give the folder of `--out`.")
 
 
-def _damaged(path: Path) -> IntegrityError:
+def _damaged(path: Path | Address) -> IntegrityError:
     return IntegrityError(f"{path} is damaged: it is not what busigen writes.", fix=_VERIFY)

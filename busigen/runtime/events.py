@@ -61,7 +61,7 @@ class EventLog:
         if target == STDOUT:
             return cls(sys.stdout)
         path = Path(target)
-        if isinstance(out, Path) and path.absolute().resolve().is_relative_to(out.absolute().resolve()):
+        if isinstance(out, Path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise UsageError(f"--log-json {path} lies in --out {out}.", fix="Choose a file outside of the dataset.")
         with output_errors(path):
             return cls(open(path, "a", encoding="utf-8", opener=_opened))

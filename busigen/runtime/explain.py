@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -90,7 +91,7 @@ def explain(
     inputs = inputs or Inputs()
     if out is not None and not replay:
         raise UsageError("--out is given with --no-replay, which draws nothing.", fix="Leave out one of them.")
-    if out is not None and out.resolve().is_relative_to(folder.resolve()):
+    if out is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise UsageError(f"--out {out} lies inside the dataset.", fix="Choose a folder outside it.")
     folder, key = find_sample(folder, key)
     recorded = read_recorded(folder, key)

@@ -24,7 +24,7 @@ from busigen.runtime.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.share import Share
 from busigen.runtime.shelf import Shelf, hurried
 from busigen.runtime.stopping import GenerationInterrupted, Stopping
-from busigen.runtime.wording import counted, duration
+from busigen.runtime.wording import counted, duration, unproven_line
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,10 @@ def generate(
     shelf = out if isinstance(out, Shelf) else Shelf(out)
     schema_of(source.row_types())
     refuse_small_disk(shelf, plan)
-    with shelf.claimed(run_record(source, plan), part) as run:
+    record = run_record(source, plan)
+    if "unproven" in record:
+        progress.note(f"unproven: {unproven_line(record['unproven'])}")
+    with shelf.claimed(record, part) as run:
         closing = Closing(shelf, run, plan, part)
         with output_errors(shelf.folder):
             records = shelf.sound(mine)

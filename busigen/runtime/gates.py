@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.geometry import Mask, around
+from busigen.data.images import BACKGROUND_DEVIATION as BACKGROUND_DEVIATION  # Recorded with the gates of every run.
+from busigen.data.images import BACKGROUND_MEAN as BACKGROUND_MEAN
+from busigen.data.images import picture_fault
 
 AREA_RANGE = (0.002, 0.45)
 """Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
@@ -22,10 +25,6 @@ too, let an outline graze the border: 11 of the 1,234 training lesions touch it,
 
 MIN_CONTRAST = 4.0
 """Least difference in mean grey levels between the lesion and the band around it."""
-
-BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
-"""Mean grey levels a background may have, and the least deviation. They hold for what the prior draws and for a user's
-healthy images; the 106 normal images of BUSI that they were tried on are all within them."""
 
 ASKED_TOLERANCE = {"across": 0.02, "depth": 0.02, "size": 0.1, "height_width": 0.12}
 """How far a mask may be from what was asked for: places as a share of the image's side, the rest relative to what was
@@ -104,13 +103,11 @@ def image_reason(image: NDArray[np.uint8], mask: Mask, valid: Mask) -> str | Non
 
 
 def background_reason(image: NDArray[np.uint8], valid: Mask | None = None) -> str | None:
-    """Judge a background: neither black, nor white, nor flat.
+    """Judge a background: neither black, nor white, nor flat, nor of two grey levels.
 
     Args:
         image: ``(256, 256)`` uint8.
         valid: pixels that are image rather than letterbox bars; ``None`` if there are no bars.
     """
-    inside = image if valid is None else image[valid]
-    if not BACKGROUND_MEAN[0] <= float(inside.mean()) <= BACKGROUND_MEAN[1]:
-        return "background too dark or too bright"
-    return "flat background" if float(inside.std()) < BACKGROUND_DEVIATION else None
+    fault = picture_fault(image, valid)
+    return "flat background" if fault == "flat" else None if fault is None else f"background {fault}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
-from busigen.data.images import find_images, read_image, read_mask
+from busigen.data.images import has_two_levels, read_image, read_mask
 from busigen.data.letterbox import Letterbox, fit, letterbox
-from busigen.data.masks import MaskFiles
+from busigen.data.masks import mask_of
+from busigen.data.records import Listing, Record, counted
+from busigen.data.sources import read_images
 from busigen.errors import InputError, IntegrityError
-from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
+from busigen.registry import CLASSES, LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime import gates
 from busigen.runtime.progress import Progress
 from busigen.text import printable
@@ -30,9 +34,11 @@ CACHED_IMAGES = 512
 
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in its mask file"
+_LESION_SAID = "that its set or its name calls one of a lesion"
+_DOUBTFUL = "whose mask or class nobody can tell"
 _UNREADABLE = "unreadable"
 _REPEATED = "the same file again"
-_WITH_LESION = (_LESION_FOLDER, _LESION_MASK)
+_WITH_LESION = (_LESION_FOLDER, _LESION_MASK, _LESION_SAID, _DOUBTFUL)
 
 
 @dataclass(frozen=True)
@@ -87,35 +93,54 @@ def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, R
 class HealthyFolder:
     """A folder of healthy images, in the order of their content's hash, so that renaming them changes nothing.
 
-    Left out, and counted in one log line: images below a folder that is named like a lesion class, images with a lesion
-    in their mask file (:class:`busigen.data.masks.MaskFiles`), and repetitions. Files that cannot be read, and black,
-    white or flat images (:func:`busigen.runtime.gates.background_reason`, on the image without its letterbox bars), are
-    also named one by one.
+    Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
+    image's own name say (:func:`busigen.data.sources.read_images`), pictures of two grey levels, which are masks,
+    and the images that are named like them, and repetitions. Files that cannot be read, those of which nobody can tell,
+    and black, white or flat images (:func:`busigen.runtime.gates.background_reason`, on the image without its letterbox
+    bars), are also named one by one. Whatever else was passed over is logged, and so is how many images nothing says
+    to be healthy.
+
+    Args:
+        folder: The folder.
+        progress: Told of every image.
+        out: A folder that is passed over: where the run writes to. Datasets are passed over anyhow.
 
     Attributes:
         left_out: number of files left out, by reason.
+        refused: files that are not read although they may be images.
+        notes: what else was passed over, one line a kind.
 
     Raises:
         InputError: the folder is missing, or holds no healthy image.
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
-        if not folder.is_dir():
+    def __init__(self, folder: Path, progress: Progress | None = None, *, out: Path | None = None) -> None:
+        if not os.path.isdir(folder):
             raise InputError(f"--healthy {folder} is no folder.", fix="Give a folder of images, or 'synthetic'.")
         self.folder = folder
+        self.out = out
         self.left_out: Counter[str] = Counter()
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
-        found, self._kept, problems = self._find(progress or Progress())
+        listing = read_images(folder, skip=out)
+        self.refused, self.notes = tuple(listing.refused), tuple(listing.notes)
+        found, self._kept, problems = self._find(listing, progress or Progress())
+        for refusal in self.refused:
+            log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
         if not found:
-            raise self._nothing_left(problems)
+            raise self._nothing_left(problems, listing)
         for problem in problems:
             log.warning("left out: %s", printable(problem))
+        for note in self.notes:
+            log.info("healthy images: %s", note)
+        for note, files in self._readings.items():
+            log.warning("%s", counted(note, files))
         lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
         log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._told())
+        self._tell_of_trust(listing, set(found.values()))
         self.items = sorted(found.items())
         self._stamps = self._stamped()
 
-    def _find(self, progress: Progress) -> tuple[dict[str, Path], dict[str, Healthy], list[str]]:
+    def _find(self, listing: Listing, progress: Progress) -> tuple[dict[str, Path], dict[str, Healthy], list[str]]:
         """The images that count as healthy by their hash, and what is wrong with those that are named one by one.
 
         In between, the images themselves; none where they are too many to be kept.
@@ -123,22 +148,29 @@ class HealthyFolder:
         found: dict[str, Path] = {}
         read: dict[str, Healthy] = {}
         problems: list[str] = []
-        paths = find_images(self.folder)
-        masks = MaskFiles(self.folder)
-        progress.start("reading healthy images", len(paths), unit="image")
+        masks: list[Path] = []
+        self._readings: dict[str, list[str]] = {}
+        progress.start("reading healthy images", len(listing.records), unit="image")
         try:
-            for path in paths:
+            for record in listing.records:
+                path = record.image
                 try:
-                    reason = self._lesion_reason(path, masks)
+                    reason = self._lesion_reason(record, listing.doubtful)
+                    if reason is _DOUBTFUL:
+                        problems.append(f"{path.name}: {listing.doubtful[path]}")
                     if reason is None:
                         image = read_image(path)
                         pixels, box = letterbox(image.pixels)
                         reason = gates.background_reason(pixels, box.valid)
                         if reason is not None:
                             problems.append(f"{path.name}: {reason}.")
+                            masks.extend([path] if has_two_levels(pixels[box.valid]) else [])
                         elif found.setdefault(image.sha256, path) != path:
                             reason = _REPEATED
-                        elif len(found) <= CACHED_IMAGES:
+                        else:
+                            for note in image.notes:
+                                self._readings.setdefault(note, []).append(path.name)
+                        if reason is None and len(found) <= CACHED_IMAGES:
                             read[image.sha256] = self._healthy(path, image.sha256, pixels, box)
                 except InputError as error:
                     reason = _UNREADABLE
@@ -148,12 +180,39 @@ class HealthyFolder:
                 progress.advance(1)
         finally:
             progress.stop()
+        if masks:
+            self._leave_out_marked(found, masks, problems)
         return found, read if len(found) <= CACHED_IMAGES else {}, problems
 
-    def _lesion_reason(self, path: Path, masks: MaskFiles) -> str | None:
-        if any(part.lower() in LESION_CLASSES for part in path.relative_to(self.folder).parts[:-1]):
+    def _lesion_reason(self, record: Record, doubtful: Mapping[Path, str]) -> str | None:
+        if any(part.lower() in LESION_CLASSES for part in record.image.relative_to(self.folder).parts[:-1]):
             return _LESION_FOLDER
-        return _LESION_MASK if any(read_mask(mask, None).any() for mask in masks.of(path)) else None
+        if any(read_mask(mask, None).any() for mask in record.masks):
+            return _LESION_MASK
+        if record.image_class in LESION_CLASSES:
+            return _LESION_SAID
+        return _DOUBTFUL if record.image in doubtful else None
+
+    def _leave_out_marked(self, found: dict[str, Path], masks: list[Path], problems: list[str]) -> None:
+        """Take out the images that pictures of two grey levels are named like: these are their masks."""
+        marked = mask_of(masks, list(found.values()))
+        for sha256, path in list(found.items()):
+            if path in marked:
+                del found[sha256]
+                problems.append(f"{path.name}: {marked[path].name} is named like a mask of it, and looks like one.")
+                self.left_out[_LESION_MASK] += 1
+
+    def _tell_of_trust(self, listing: Listing, used: set[Path]) -> None:
+        """Say how many of the images nothing says to be healthy, neither a name, nor a table, nor an empty mask."""
+        unsaid = sum(
+            record.image_class not in CLASSES and not record.masks for record in listing.records if record.image in used
+        )
+        if unsaid:
+            log.warning(
+                "healthy images: nothing says that %d of them are healthy (no mask, no table, no folder 'normal'), and "
+                "whether they are was not checked",
+                unsaid,
+            )
 
     def _told(self) -> str:
         if not self.left_out:
@@ -161,15 +220,17 @@ class HealthyFolder:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
         return f", {self.left_out.total()} left out ({reasons})"
 
-    def _nothing_left(self, problems: list[str]) -> InputError:
+    def _nothing_left(self, problems: list[str], listing: Listing) -> InputError:
         normal = next((place / "normal" for place in (self.folder, self.folder.parent) if _is_normal(place)), None)
         if normal is not None and normal != self.folder:
             fix = f"Did you mean {normal}?"
         else:
             fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
+        # A folder of files that others can read is not empty.
+        holds = f"; it holds {listing.tree.found()}" if not listing.records else ""
         first = f" For example: {problems[0]}" if problems else ""
         return InputError(
-            f"--healthy {self.folder} holds no healthy image that can be used{self._told()}.{first}", fix=fix
+            f"--healthy {self.folder} holds no healthy image that can be used{self._told()}{holds}.{first}", fix=fix
         )
 
     def __len__(self) -> int:
@@ -206,7 +267,7 @@ class HealthyFolder:
             if stamps.get(path) is None or stamps[path] != self._stamps[path]:
                 self._unchanged(path, sha256)
         counted = Counter(self.left_out)
-        now, _, _ = self._find(Progress())
+        now, _, _ = self._find(read_images(self.folder, skip=self.out), Progress())
         self.left_out = counted
         if now.keys() != {sha256 for sha256, _ in self.items}:
             added = next((path for sha256, path in now.items() if (sha256, path) not in self.items), self.folder)

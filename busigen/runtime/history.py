@@ -13,15 +13,16 @@ import polars as pl
 
 from busigen.errors import IntegrityError, UsageError
 from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
+from busigen.runtime.bundle import unproven
 from busigen.runtime.claim import differences
-from busigen.runtime.dataset import Member, plan_of, read_members
+from busigen.runtime.dataset import Member, plan_of, read_members, read_object, refuse_unreadable
 from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, ROW_SUFFIX, RUN_FILE, Plan, key_of, shard_path
 from busigen.runtime.options import as_typed
 from busigen.runtime.replay import told
 from busigen.runtime.sample import Rejection
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.tables import find_rows
-from busigen.runtime.verify import read_object, read_run
+from busigen.runtime.verify import read_run
 
 REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
 
@@ -83,10 +84,11 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     """Gather what a dataset, whole or damaged, holds of a sample.
 
     Raises:
-        InputError: ``folder`` is no dataset.
+        InputError: ``folder`` is no dataset, has links, or is newer than this busigen.
         UsageError: the key is none of the dataset's.
         IntegrityError: nothing is left of the sample.
     """
+    refuse_unreadable(folder)
     run = read_run(folder)
     plan = plan_of(run, folder / RUN_FILE)
     index = parse_key(key, plan)
@@ -201,6 +203,7 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
             "folder": as_typed(run, "--healthy"),
             "folder_fingerprint": fingerprint.get("healthy"),
         },
+        "unproven": unproven(fingerprint),
         "bundle": {"name": as_typed(run, "--bundle") or "shipped with busigen", "sha256": fingerprint.get("bundle")},
         "shard": {"number": recorded.number, "file": shard_path(recorded.number, "tar")},
         "chain": _chain(recorded, graphs),

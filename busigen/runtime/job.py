@@ -163,7 +163,8 @@ class Job:
             standing = shelf.standing_run() if shelf else None
             if shelf and plan and standing:
                 refuse_other_run(shelf.name, standing, sampler, plan, healthy=Path(self.healthy))
-            sampler.healthy = HealthyFolder(Path(self.healthy), progress)
+            out = self.out if isinstance(self.out, Path) else None
+            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out)
         return sampler
 
     def _backend(self, bundle: Bundle) -> OpenedBackend:

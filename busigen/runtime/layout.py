@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +39,18 @@ MEMBER_SUFFIXES = (IMAGE_SUFFIX, MASK_SUFFIX, ROW_SUFFIX)
 MEMBER_LIMIT = 1 << 20
 """Largest tar member in bytes that a reader accepts; an honest one holds less than a tenth of this."""
 
+OWN_FILE = re.compile(
+    "|".join(map(re.escape, FINISHED_FILES)) + rf"|(?:{SHARD_FOLDER}/)?(?P<number>[0-9]{{6,10}})\.(?:tar|parquet|json)"
+)
+"""Files that a dataset consists of, by their names or paths: nothing else in its folder is this program's to remove."""
+
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the names of files that are still being written. No finished dataset holds one."""
+
+_WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
+
+# Older versions gave a number or a token alone.
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:[0-9]+(?:-[0-9a-f]{{8}})?|[0-9a-f]{{8}})-(.+)", re.DOTALL)
 
 DEFAULT_SHARD_SIZE = 100
 """Samples per shard. A shard is what an interruption loses, so on a CPU it has to be minutes of work and not hours."""
@@ -56,6 +69,29 @@ def key_of(index: int) -> str:
 def shard_path(number: int, suffix: str) -> str:
     """Path of one of a shard's files relative to the dataset, with forward slashes; ``suffix`` has no dot."""
     return f"{SHARD_FOLDER}/{number:06d}.{suffix}"
+
+
+def temporary_name(name: str) -> str:
+    """A name for what becomes ``name`` once it is complete: nobody else has it, and nobody can guess it."""
+    return f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{name}"
+
+
+def is_temporary(path: str, names: re.Pattern[str] = _WRITTEN) -> bool:
+    """Whether a file is of this program's making and was to become another one, by its name.
+
+    A name that merely begins like one of these is somebody else's.
+
+    Args:
+        path: the file's name or path, with forward slashes.
+        names: of the files that are written in such a place; those of a dataset and its locks unless told otherwise.
+    """
+    found = _TEMPORARY.fullmatch(path.rpartition("/")[2])
+    return found is not None and names.fullmatch(found[1]) is not None
+
+
+def shard_files(number: int) -> set[str]:
+    """Paths of a shard's files relative to the dataset."""
+    return {shard_path(number, suffix) for suffix in ("tar", "parquet", "json")}
 
 
 @dataclass(frozen=True)

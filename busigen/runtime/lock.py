@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,9 @@ except ImportError:  # Windows
 _TASK = f"{LOCK_FILE}-task-"
 _TURN = f"{LOCK_FILE}-turn"
 _TASKS = "tasks"
+_TASK_NAME = re.compile(rf"{re.escape(_TASK)}([0-9]+)-([0-9]+)")
+_SIGNED = re.compile(rb"|%b|[0-9]+|process [0-9]+ on .*" % _TASKS.encode())
+"""What a lock's file may hold: nothing where its process was killed before it could sign."""
 
 _PATIENCE = 2.0
 """Seconds that a task waits for ``.lock``: one that ends holds it alone for moments, to remove it."""
@@ -41,8 +46,22 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds the folder, or tasks do.
     """
-    path = folder / LOCK_FILE
-    handle = _acquire(path)
+    with locked(folder / LOCK_FILE, folder):
+        yield
+
+
+@contextmanager
+def locked(path: Path, place: Path) -> Iterator[None]:
+    """Hold a lock file for this process until the block ends, which removes it.
+
+    Args:
+        path: the lock file.
+        place: what it guards, for the error.
+
+    Raises:
+        OutputError: another process holds it, or the file is none of this program's.
+    """
+    handle = _acquire(path, place)
     try:
         _sign(handle, str(os.getpid()))
         yield
@@ -110,11 +129,13 @@ def living(folder: Path) -> list[tuple[range, Path]]:
     """
     found = []
     for path in sorted(folder.glob(f"{_TASK}*")):
+        task = _TASK_NAME.fullmatch(path.name)
+        if task is None:
+            continue
         try:
             handle = _flock(path, fcntl.LOCK_EX)
         except OutputError:
-            start, _, stop = path.name.removeprefix(_TASK).partition("-")
-            found.append((range(int(start), int(stop)), path))
+            found.append((range(int(task[1]), int(task[2])), path))
         else:
             _release(handle, path)
     return found
@@ -123,11 +144,17 @@ def living(folder: Path) -> list[tuple[range, Path]]:
 def forget_tasks(folder: Path) -> None:
     """Remove what killed tasks left; to be called by who holds the folder alone."""
     for path in folder.glob(f"{LOCK_FILE}-*"):
-        path.unlink()
+        if is_lock(path.name) and stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
 
 
-def _acquire(path: Path) -> int:
-    return _flock(path, fcntl.LOCK_EX) if fcntl else _acquire_open_file(path)
+def is_lock(name: str) -> bool:
+    """Whether a file of a dataset is a lock, by its name."""
+    return name in (LOCK_FILE, _TURN) or _TASK_NAME.fullmatch(name) is not None
+
+
+def _acquire(path: Path, place: Path) -> int:
+    return _flock(path, fcntl.LOCK_EX, place=place) if fcntl else _acquire_open_file(path, place)
 
 
 def _release(handle: int, path: Path) -> None:
@@ -146,7 +173,7 @@ def _sign(handle: int, holder: str) -> None:
     os.pwrite(handle, holder.encode(), 0)
 
 
-def _flock(path: Path, kind: int, patience: float = 0.0) -> int:
+def _flock(path: Path, kind: int, patience: float = 0.0, place: Path | None = None) -> int:
     """Open and lock the file, which must still be there under its name once it is locked."""
     deadline = time.monotonic() + patience
     # Waiting inside the system call is exact; a deadline has to look again and again.
@@ -157,11 +184,12 @@ def _flock(path: Path, kind: int, patience: float = 0.0) -> int:
         try:
             fcntl.flock(handle, kind | nonblocking)
             if _is_same_file(handle, path):
+                _refuse_foreign(handle, path)
                 return handle
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(handle)
-                raise _held(path) from None
+                raise _held(path, place or path.parent) from None
             time.sleep(0.05)
         except BaseException:
             os.close(handle)
@@ -169,13 +197,22 @@ def _flock(path: Path, kind: int, patience: float = 0.0) -> int:
         os.close(handle)
 
 
-def _acquire_open_file(path: Path) -> int:
+def _acquire_open_file(path: Path, place: Path) -> int:
     # Windows refuses to delete a file that a living process has open, which is all that a lock needs.
     try:
         path.unlink(missing_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     except (PermissionError, FileExistsError):
-        raise _held(path) from None
+        raise _held(path, place) from None
+
+
+def _refuse_foreign(handle: int, path: Path) -> None:
+    """Another program's file is neither overwritten nor removed."""
+    regular = stat.S_ISREG(os.fstat(handle).st_mode)
+    if not regular or not _SIGNED.fullmatch(os.pread(handle, 1 << 10, 0)):
+        raise OutputError(
+            f"{path} is another program's file.", fix="Choose another folder, or delete the file if nobody needs it."
+        )
 
 
 def _is_same_file(handle: int, path: Path) -> bool:
@@ -185,11 +222,11 @@ def _is_same_file(handle: int, path: Path) -> bool:
         return False
 
 
-def _held(path: Path) -> OutputError:
+def _held(path: Path, place: Path) -> OutputError:
     holder = _holder(path)
     who = f"process {holder}" if holder.isdigit() else "array tasks" if holder == _TASKS else "another process"
     return OutputError(
-        f"{path.parent} is being written by {who}.", fix="Wait until it ends, stop it, or choose another --out."
+        f"{place} is being written by {who}.", fix="Wait until it ends, stop it, or choose another --out."
     )
 
 

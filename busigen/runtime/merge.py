@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from busigen.errors import InputError, IntegrityError, OutputError, UsageError
-from busigen.runtime.atomic import atomic_file, output_errors, sha256_of, sync, write_json
-from busigen.runtime.claim import shown_changes
+import polars as pl
+
+from busigen.errors import InputError, IntegrityError, UsageError
+from busigen.foreign import ForeignFileError, open_file
+from busigen.records import MAX_BYTES
+from busigen.runtime.atomic import atomic_file, atomic_folder, output_errors, sha256_of, sync, write_json
+from busigen.runtime.claim import differences, shown_changes
 from busigen.runtime.collection import (
     Sources,
     open_with_sources,
     part_name,
     write_collection,
 )
-from busigen.runtime.dataset import Dataset
-from busigen.runtime.finish import finish, run_of
-from busigen.runtime.layout import (
-    FINISHED_FILES,
-    LOCK_FILE,
-    MANIFEST_FILE,
-    RUN_FILE,
-    SHARD_FOLDER,
-    TEMPORARY_PREFIX,
-    Plan,
-    shard_path,
-)
-from busigen.runtime.lock import exclusive
+from busigen.runtime.dataset import Dataset, read_object
+from busigen.runtime.finish import dataset_info, finish, run_of
+from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, Plan, shard_path
 from busigen.runtime.progress import Progress
-from busigen.runtime.shards import ShardRecord
+from busigen.runtime.shards import FileRecord, ShardRecord
+from busigen.runtime.tables import read_table
 
-_TOLD = ("config", "options", "schema_version", "sources", "versions")
+_TOLD = ("config", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
 
 
@@ -86,12 +81,13 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
     datasets = sorted((dataset for dataset, _ in opened), key=lambda one: (one.plan.seed, one.plan.first))
     _refuse_misfits(datasets)
     runs = _runs(datasets)
+    records = {dataset.folder: _records(dataset) for dataset in datasets}
     try:
-        with output_errors(out), _appearing(out) as place:
+        with output_errors(out), atomic_folder(out) as place:
             progress.start("merging", sum(dataset.plan.shards for dataset in datasets), unit="shard")
             places = [place] if len(runs) == 1 else [place / part_name(number) for number in range(len(runs))]
             sources = [[source for one in run for source in origin[one.folder]] for run in runs]
-            copied = [_join(*job, progress) for job in zip(runs, places, sources, strict=True)]
+            copied = [_join(*job, records, progress) for job in zip(runs, places, sources, strict=True)]
             if len(runs) > 1:
                 write_collection(place, sources)
     finally:
@@ -137,100 +133,136 @@ def _runs(datasets: Sequence[Dataset]) -> list[list[Dataset]]:
     return runs
 
 
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes it in the end; what a killed merge left there is removed."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists.", fix="Choose an OUT that does not exist or is empty; merge changes none.")
-    # Of a fixed name, so that the next merge finds what this one leaves if it is killed.
-    place = out.absolute().with_name(f"{TEMPORARY_PREFIX}merge-{out.absolute().name}")
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive(place):
-            _empty(place)
-            try:
-                yield place
-                sync(place)
-                os.replace(place, out)
-            except BaseException:
-                _empty(place)
-                raise
-            (out / LOCK_FILE).unlink(missing_ok=True)
-            sync(out.absolute().parent)
-    finally:
-        with contextlib.suppress(OSError):
-            place.rmdir()
+def _records(dataset: Dataset) -> list[ShardRecord]:
+    """Every shard's record, where the plan, these records, ``run.json`` and all that ``dataset.json`` says agree.
+
+    Raises:
+        IntegrityError: they do not.
+        InputError: a file cannot be read.
+    """
+    run = read_object(dataset.folder / RUN_FILE)
+    if run is None or differences(run, run_of(dataset.info)):
+        raise _damaged(dataset, RUN_FILE)
+    with _reading(dataset):
+        records = [record.counted() for record in dataset.shards()]
+        manifest = FileRecord.of(dataset.folder, MANIFEST_FILE)
+    for record in records:
+        indices = dataset.plan.indices(record.number)
+        if (record.first, record.count) != (indices.start, len(indices)):
+            raise _damaged(dataset, shard_path(record.number, "json"))
+    changed = differences(dataset.info, dataset_info(run, records, {MANIFEST_FILE: manifest}))
+    if changed:
+        named = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _, _ in changed))
+        raise IntegrityError(
+            f"{dataset.folder / DATASET_FILE} differs from the shards' records or the manifest in: {named}.",
+            fix=_repair(dataset),
+        )
+    return records
 
 
-def _empty(place: Path) -> None:
-    for path in place.iterdir() if place.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK_FILE:
-            path.unlink()
+def _join(
+    run: Sequence[Dataset],
+    target: Path,
+    sources: Sources,
+    recorded: Mapping[Path, Sequence[ShardRecord]],
+    progress: Progress,
+) -> bool:
+    """Make one dataset of those that one run would have made; tell whether a file had to be copied.
 
-
-def _join(run: Sequence[Dataset], target: Path, sources: Sources, progress: Progress) -> bool:
-    """Make one dataset of those that one run would have made; tell whether a file had to be copied."""
+    Shards are theirs, by their hashes. Whatever no hash covers is made anew and not taken over.
+    """
     (target / SHARD_FOLDER).mkdir(parents=True)
     records, copied = [], False
     for dataset in run:
-        for entry in dataset.info["shards"]:
-            record = _listed(dataset, entry)
+        for record in recorded[dataset.folder]:
             for file in (record.tar, record.parquet):
-                copied |= _bring(dataset.folder, target, file.file)
+                copied |= _bring(dataset, target, file.file, file.size)
                 if sha256_of(target / file.file) != file.sha256:
                     raise _damaged(dataset, file.file)
-            copied |= _bring(dataset.folder, target, shard_path(record.number, "json"))
+            name = shard_path(record.number, "json")
+            copied |= _bring(dataset, target, name, MAX_BYTES)
+            if ShardRecord.read(target, record.number).counted() != record:
+                raise _damaged(dataset, name)
             records.append(record)
             progress.advance(1)
     sync(target / SHARD_FOLDER)
-    if len(run) == 1:
-        for name in FINISHED_FILES:
-            copied |= _bring(run[0].folder, target, name)
-        if sha256_of(target / MANIFEST_FILE) != run[0].info["files"][MANIFEST_FILE]["sha256"]:
-            raise _damaged(run[0], MANIFEST_FILE)
-        return copied
-    first, last = run[0].plan, run[-1].plan
-    plan = Plan(last.span.stop - first.first, first.seed, first.shard_size, first.first)
-    made = {
-        **run_of(run[0].info),
-        "schema_version": plan.schema_version,
-        "config": plan.config(),
-        "sources": sources,
-    }
+    made = run_of(run[0].info)
+    if len(run) > 1:
+        first, last = run[0].plan, run[-1].plan
+        plan = Plan(last.span.stop - first.first, first.seed, first.shard_size, first.first)
+        made |= {"schema_version": plan.schema_version, "config": plan.config(), "sources": sources}
     write_json(target / RUN_FILE, made)
     finish(target, made, records)
+    if len(run) == 1:
+        _refuse_other_rows(run[0], target)
     return copied
 
 
-def _listed(dataset: Dataset, entry: dict[str, Any]) -> ShardRecord:
-    """A shard's record, if it is what ``dataset.json`` lists."""
+def _refuse_other_rows(dataset: Dataset, target: Path) -> None:
+    """The manifest follows from the shards. Another version of polars packs the same rows into other bytes."""
+    if sha256_of(target / MANIFEST_FILE) == dataset.info["files"][MANIFEST_FILE]["sha256"]:
+        return
     try:
-        record = ShardRecord.read(dataset.folder, entry["number"])
-    except (FileNotFoundError, KeyError, TypeError) as error:
-        raise _damaged(dataset, "a shard's record") from error
-    if (entry.get("tar"), entry.get("parquet")) != (asdict(record.tar), asdict(record.parquet)):
-        raise _damaged(dataset, shard_path(record.number, "json"))
-    return record
+        same = dataset.manifest().equals(read_table(target / MANIFEST_FILE, dataset.plan.count))
+    except (OSError, IntegrityError, pl.exceptions.PolarsError):
+        same = False
+    if not same:
+        raise _damaged(dataset, MANIFEST_FILE)
 
 
-def _bring(source: Path, target: Path, name: str) -> bool:
-    """Link a file into the target, or copy it where that is not possible; tell whether it was copied."""
+def _bring(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
+    """Link a regular file of a dataset into the target, or copy it where that is not possible.
+
+    Args:
+        dataset: from anywhere, so none of its links is followed.
+        target: the folder to bring it to.
+        name: the file's path relative to either.
+        limit: most bytes that it may have.
+
+    Returns:
+        Whether it was copied.
+
+    Raises:
+        IntegrityError: it is missing, is no regular file, or is larger.
+        InputError: it cannot be read.
+    """
+    source, copied = dataset.folder / name, False
+    with _reading(dataset):
+        # Opened in any case, which refuses what is no file.
+        read = open_file(source, limit=limit, root=dataset.folder)
+    with read:
+        try:
+            os.link(source, target / name, follow_symlinks=False)
+        except (OSError, NotImplementedError):
+            # Another file system, or one without links.
+            with atomic_file(target / name) as file:
+                shutil.copyfileobj(read, file)
+            copied = True
+    # Of what is there now: whatever was linked is the file itself.
+    found = (target / name).lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+        raise _damaged(dataset, name)
+    return copied
+
+
+@contextmanager
+def _reading(dataset: Dataset) -> Iterator[None]:
+    """Tell what cannot be read of a dataset as a fault of that dataset, and not of what is written."""
     try:
-        os.link(source / name, target / name)
-        return False
-    except FileNotFoundError:
-        raise IntegrityError(f"{source / name} is missing.", fix=f"Run `busigen verify --repair {source}`.") from None
-    except OSError:
-        # Another file system, or one without links.
-        with (source / name).open("rb") as read, atomic_file(target / name) as file:
-            shutil.copyfileobj(read, file)
-        return True
+        yield
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{error.filename} is missing.", fix=_repair(dataset)) from error
+    except ForeignFileError as error:
+        raise IntegrityError(f"{error.filename} {error.strerror}.", fix=_repair(dataset)) from error
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
 
 
 def _damaged(dataset: Dataset, name: str) -> IntegrityError:
     return IntegrityError(
-        f"{dataset.folder}: {name} is not what {dataset.folder.name}/dataset.json records.",
-        fix=f"Run `busigen verify --repair {dataset.folder}`, then merge again.",
+        f"{dataset.folder}: {name} is not what {dataset.folder.name}/{DATASET_FILE} records.", fix=_repair(dataset)
     )
+
+
+def _repair(dataset: Dataset) -> str:
+    return f"Run `busigen verify --repair {dataset.folder}`, then merge again."

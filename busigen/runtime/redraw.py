@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import BusigenError, IntegrityError
+from busigen.foreign import refuse_links
 from busigen.records import checked
 from busigen.runtime.atomic import atomic_file, output_errors, sha256_of, write_json
 from busigen.runtime.layout import DATASET_FILE, FIRST_SCHEMA_VERSION, MANIFEST_FILE, SHARD_FOLDER, Plan, shard_path
@@ -37,8 +38,9 @@ class Repair:
 
 
 def standing_record(folder: Path, number: int) -> ShardRecord | None:
-    """A shard's own record; None if it is missing or damaged."""
+    """A shard's own record; None if it is missing, damaged or a link."""
     try:
+        refuse_links(folder / shard_path(number, "json"), folder)
         return ShardRecord.read(folder, number)
     except (OSError, IntegrityError):
         return None
@@ -163,8 +165,9 @@ def _put(folder: Path, name: str, source: Path) -> None:
 
 
 def hash_or_none(path: Path) -> str | None:
-    """A file's hash; None if it cannot be read."""
+    """A file's hash; None if it cannot be read, or is a link."""
     try:
+        refuse_links(path, path.parent)
         return sha256_of(path)
     except OSError:
         return None

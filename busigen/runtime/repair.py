@@ -13,18 +13,27 @@ from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, 
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, sha256_of, write_json
 from busigen.runtime.claim import differences
 from busigen.runtime.collection import COLLECTION_FILES, parts_of, recorded_sources, write_collection
-from busigen.runtime.dataset import plan_of, read_members
+from busigen.runtime.dataset import link_refused, plan_of, read_members, read_object
 from busigen.runtime.finish import finish, run_of
 from busigen.runtime.foresight import require_room
 from busigen.runtime.history import listed_shards
-from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, Plan, shard_path
+from busigen.runtime.layout import (
+    DATASET_FILE,
+    FINISHED_FILES,
+    MANIFEST_FILE,
+    RUN_FILE,
+    SHARD_FOLDER,
+    Plan,
+    shard_files,
+    shard_path,
+)
 from busigen.runtime.lock import exclusive, forget_tasks
 from busigen.runtime.redraw import Repair, draw_again, expected_files, hash_or_none, listed_files, standing_record
 from busigen.runtime.replay import Inputs, told
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
 from busigen.runtime.standing import complete_shards
 from busigen.runtime.tables import read_table
-from busigen.runtime.verify import VerifyReport, combined, has_run, read_object, read_run, types_of, verify
+from busigen.runtime.verify import VerifyReport, combined, has_run, read_run, types_of, verify
 from busigen.runtime.verify_parts import check_collection
 from busigen.runtime.verify_shard import LEAST_SAMPLE
 
@@ -75,8 +84,6 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
     places = parts_of(folder)
     if not places:
         return _repair_alone(folder, inputs)
-    for place in places:
-        _refuse_links(place.parent, place)
     reports = [_repair_alone(place, inputs) for place in places]
     names = [place.relative_to(folder).as_posix() for place in places]
     repaired = [f"{name}/{line}" for name, report in zip(names, reports, strict=True) for line in report.repaired]
@@ -92,20 +99,11 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
     return RepairReport(tuple(repaired), tuple(refused), after, error)
 
 
-def _refuse_links(*places: Path) -> None:
-    """A dataset may come from anywhere, and nothing is to be written outside of it."""
-    for place in places:
-        if place.is_symlink():
-            raise OutputError(
-                f"{place} is a link, and repair writes into the dataset's own folder alone.",
-                fix="Replace the link by the folder that it points to.",
-            )
-
-
 def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
     # Before the lock's file is written: a folder that is no dataset is left as it is.
     plan = plan_of(read_run(folder), folder / RUN_FILE)
-    _refuse_links(folder / SHARD_FOLDER)
+    if (folder / SHARD_FOLDER).is_symlink():  # A linked file is replaced; what lies in a linked folder is not ours.
+        raise link_refused(folder / SHARD_FOLDER, OutputError)
     missing = plan.count - _samples_there(folder, plan)
     if missing:
         require_room(folder, replace(plan, count=missing), {})
@@ -181,19 +179,15 @@ def _damaged(work: Repair, blamed: set[str]) -> list[int]:
     for number in work.plan.numbers:
         record = standing_record(work.folder, number)
         expected = listed_files(work, number)
-        if record is None or _files(number) & blamed or expected not in (None, (record.tar, record.parquet)):
+        if record is None or shard_files(number) & blamed or expected not in (None, (record.tar, record.parquet)):
             found.append(number)
     return found
-
-
-def _files(number: int) -> set[str]:
-    return {shard_path(number, suffix) for suffix in ("tar", "parquet", "json")}
 
 
 def _table_from_tar(work: Repair, number: int, blamed: set[str]) -> bool:
     """Write a shard's table from its tar if that table alone is damaged, and what is recorded of the two agrees."""
     record, expected = standing_record(work.folder, number), expected_files(work, number)
-    alone = _files(number) & blamed == {shard_path(number, "parquet")}
+    alone = shard_files(number) & blamed == {shard_path(number, "parquet")}
     if record is None or not alone or expected != [(record.tar, record.parquet)]:
         return False
     try:

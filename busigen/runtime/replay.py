@@ -139,7 +139,7 @@ def other_conditions(run: Mapping[str, Any], source: Source) -> list[tuple[str, 
         source: what would draw the samples again.
     """
     now = run_record(source, plan_of(dict(run), Path(RUN_FILE)))
-    return [change for change in differences(run, now) if not change[0].startswith("options.")]
+    return [change for change in differences(run, now) if not change[0].startswith(("options.", "unproven"))]
 
 
 def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:

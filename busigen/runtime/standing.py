@@ -9,7 +9,8 @@ from pathlib import Path
 
 from busigen.errors import IntegrityError
 from busigen.runtime.atomic import sha256_of
-from busigen.runtime.layout import SHARD_FOLDER, Plan
+from busigen.runtime.dataset import recorded_shards
+from busigen.runtime.layout import Plan
 from busigen.runtime.shards import ShardRecord
 
 _HASHERS = min(8, os.cpu_count() or 1)
@@ -62,5 +63,4 @@ def sound_shards(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
 
 def _recorded(folder: Path, plan: Plan) -> list[int]:
     """Numbers of the shards that have a record. Looking is cheaper than asking for each of ten million in turn."""
-    numbers = (int(path.stem) for path in (folder / SHARD_FOLDER).glob("*.json") if path.stem.isdecimal())
-    return sorted(number for number in numbers if number in plan.numbers)
+    return [number for number in recorded_shards(folder) if number in plan.numbers]

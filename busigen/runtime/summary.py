@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from busigen.runtime.wording import counted, disk_size
+from busigen.runtime.wording import counted, disk_size, unproven_line
 from busigen.text import printable
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def explained(told: Explanation) -> Iterator[str]:
     yield "  fingerprints"
     width = max(len(link["link"]) for link in past["chain"])
     yield from (f"    {link['link']:{width}}  {link['sha256']}" for link in past["chain"])
+    if past["unproven"]:
+        yield f"  unproven: {unproven_line(past['unproven'])}"
     yield from (f"  problem: {problem}" for problem in told.problems)
     replay = told.replay
     if replay is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,24 +14,27 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import InputError, IntegrityError
+from busigen.foreign import walk
 from busigen.records import checked, read_json
 from busigen.runtime.address import Address
 from busigen.runtime.backgrounds import Backgrounds
 from busigen.runtime.claim import differences
 from busigen.runtime.collection import parts_of
-from busigen.runtime.dataset import RunRecord, plan_of, recorded_shards
+from busigen.runtime.dataset import RunRecord, links, plan_of, read_object, recorded_shards, refuse_newer
 from busigen.runtime.finish import dataset_info, run_of
 from busigen.runtime.layout import (
     DATASET_FILE,
     FINISHED_FILES,
-    LOCK_FILE,
     MANIFEST_FILE,
+    OWN_FILE,
     RUN_FILE,
     SHARD_FOLDER,
-    TEMPORARY_PREFIX,
     Plan,
+    is_temporary,
+    shard_files,
     shard_path,
 )
+from busigen.runtime.lock import is_lock
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import COLUMN_TYPES, FileRecord, schema_of
 from busigen.runtime.tables import read_table
@@ -44,7 +46,6 @@ _DELETE = "Delete it, or move it out of the dataset."
 _LISTED, _LISTED_SHARDS = 8, 1000
 """Fields and missing shards that are named one by one."""
 
-_SHARD_FILE = re.compile(rf"{SHARD_FOLDER}/([0-9]{{6,10}})\.(tar|parquet|json)")
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -90,8 +91,8 @@ class View:
 
     def names(self) -> Iterator[str]:
         """Every file, relative to the dataset, with forward slashes."""
-        for path in self.folder.rglob("*"):
-            if not path.is_dir() or path.name.startswith(TEMPORARY_PREFIX):
+        for path in walk(self.folder):
+            if not path.is_dir():
                 yield path.relative_to(self.folder).as_posix()
 
     def shard(self, number: int) -> AbstractContextManager[None]:
@@ -151,16 +152,21 @@ def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyR
     run = read_run(folder)
     plan, schema = plan_of(run, folder / RUN_FILE), schema_of(types_of(run))
     backgrounds = Backgrounds.below(healthy) if healthy else None
+    linked = {path.relative_to(folder).as_posix() for path in links(folder)}
+    problems += [Problem(name, "is a link, and links are not followed.", REPAIR) for name in sorted(linked)]
     progress.start("verifying", plan.count)
 
     def check(number: int) -> ShardFindings:
+        if not linked.isdisjoint(shard_files(number)):
+            return ShardFindings(number)
         with view.shard(number):
             return check_shard(folder, plan, number, schema, backgrounds, progress)
 
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
             # Those that are there: how many there should be is a claim, which may be a billion.
-            numbers = [number for number in recorded_shards(folder) if number in plan.numbers]
+            there = [] if SHARD_FOLDER in linked else recorded_shards(folder)
+            numbers = [number for number in there if number in plan.numbers]
             shards = list(pool.map(check, numbers))
     finally:
         progress.stop()
@@ -233,15 +239,6 @@ def has_run(folder: Path) -> bool:
         return False
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON file's object; None if it is missing, damaged or anything else."""
-    try:
-        found = read_json(path, shards=len(recorded_shards(path.parent)), root=path.parent)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def types_of(run: dict[str, Any]) -> dict[str, type]:
     """Types of the columns that the source of a run, as :func:`read_run` read it, added to the fixed ones."""
     return {name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()}
@@ -249,13 +246,18 @@ def types_of(run: dict[str, Any]) -> dict[str, type]:
 
 def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
     """dataset.json and the manifest must follow from run.json and the shards."""
-    missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
-    yield from (Problem(name, "is missing.", FINISH) for name in missing)
+    linked = [name for name in FINISHED_FILES if (folder / name).is_symlink()]
+    missing = [name for name in FINISHED_FILES if name in linked or not (folder / name).is_file()]
+    yield from (Problem(name, "is missing.", FINISH) for name in missing if name not in linked)
     if RUN_FILE not in missing and not has_run(folder):
         yield Problem(RUN_FILE, "cannot be read as a run record.", REPAIR)
     yield from _missing(plan, shards)
+    if DATASET_FILE in linked:
+        return
     try:
         info = read_json(folder / DATASET_FILE, shards=len(shards), root=folder)
+        if isinstance(info, dict):
+            refuse_newer(info, folder / DATASET_FILE)
     except (OSError, ValueError):
         yield Problem(DATASET_FILE, "cannot be read as JSON.", MEND)
         return
@@ -346,19 +348,19 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
 def _strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Problem]:
     expected = set(FINISHED_FILES)
     for name in sorted(names):
-        if name.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
+        if is_temporary(name):
             if not finished:  # It goes when the same command continues.
                 continue
             yield Problem(name, "is a temporary file of a killed run.", FINISH)
-        elif name in expected or name.startswith(LOCK_FILE) or _is_of_shard(name, plan):
+        elif name in expected or is_lock(name) or _is_of_shard(name, plan):
             continue
         else:
             yield Problem(name, "is no part of the dataset.", _DELETE)
 
 
 def _is_of_shard(name: str, plan: Plan) -> bool:
-    found = _SHARD_FILE.fullmatch(name)
-    if found is None:
+    found = OWN_FILE.fullmatch(name)
+    if found is None or found["number"] is None:
         return False
-    number = int(found[1])
-    return number in plan.numbers and shard_path(number, found[2]) == name
+    number = int(found["number"])
+    return number in plan.numbers and shard_path(number, name.rpartition(".")[2]) == name

@@ -19,8 +19,9 @@ from busigen.runtime.collection import (
     part_name,
     recorded_sources,
 )
-from busigen.runtime.dataset import Dataset
-from busigen.runtime.layout import DATASET_FILE, LOCK_FILE, MANIFEST_FILE, TEMPORARY_PREFIX
+from busigen.runtime.dataset import Dataset, links
+from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, is_temporary
+from busigen.runtime.lock import is_lock
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.tables import read_table
 from busigen.runtime.verify_shard import REPAIR, Problem
@@ -28,8 +29,10 @@ from busigen.runtime.verify_shard import REPAIR, Problem
 
 def check_collection(folder: Path) -> list[Problem]:
     """What is wrong with the files beside the parts, whose own content is checked elsewhere."""
-    missing = [name for name in COLLECTION_FILES if not (folder / name).is_file()]
-    found = [Problem(name, "is missing.", REPAIR) for name in missing]
+    linked = [path.name for path in links(folder)]
+    missing = [name for name in COLLECTION_FILES if name in linked or not (folder / name).is_file()]
+    told = {name: "is a link, and links are not followed." if name in linked else "is missing." for name in missing}
+    found = [Problem(name, problem, REPAIR) for name, problem in told.items()]
     try:
         parts = open_parts(folder)
     except BusigenError:
@@ -86,6 +89,6 @@ def _check_manifest(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]
 
 def _strangers(folder: Path) -> Iterator[Problem]:
     for path in sorted(folder.iterdir()):
-        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or path.name.startswith((LOCK_FILE, TEMPORARY_PREFIX))
+        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name)
         if not known:
             yield Problem(path.name, "is no part of the dataset.", "Delete it, or move it out of the dataset.")

@@ -1,6 +1,8 @@
-"""Numbers as a person reads them: with a noun in the right form, as a length of time, or as disk space."""
+"""What several places say in the same words: numbers with a noun, lengths of time, disk space, a gap in the chain."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def counted(number: int, noun: str) -> str:
@@ -25,3 +27,9 @@ def disk_size(size: float) -> str:
         if size < 999.5 or unit == "TB":
             break
     return f"{size:.2f} {unit}" if size < 10 else f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"
+
+
+def unproven_line(missing: Sequence[str]) -> str:
+    """What it means that a bundle lacks links of the chain of fingerprints."""
+    named = " and no valid ".join(missing)
+    return f"the bundle records no valid {named}, so nothing proves what its weights were trained on."

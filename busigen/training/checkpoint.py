@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, Strict
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError
-from busigen.foreign import open_file
+from busigen.foreign import open_file, walk
 from busigen.records import Many, Number, Record, Text, Whole, checked, read_checked, read_given
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES, Preset
 from busigen.runtime.bundle import ImagesRecord
@@ -197,7 +197,8 @@ def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED
     Raises:
         InputError: a file cannot be read, is no regular one, or is larger than ``MAX_WEIGHTS_BYTES``.
     """
-    files = sorted(path for place in below for path in (folder / place).rglob("*.safetensors"))
+    places = [folder / place for place in below if (folder / place).is_dir()]
+    files = sorted(path for place in places for path in walk(place) if path.suffix == ".safetensors")
     found = {}
     for path in files:
         try:

@@ -46,6 +46,9 @@ def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = Non
                     f"{out} belongs to another run ({_difference(before, config)}).",
                     fix="Use another --out, or the same options.",
                 )
+            linked = next((place for place in out.rglob("*") if place.is_symlink()), None)
+            if linked is not None:
+                raise OutputError(f"{linked} is a link, and would be written through.", fix="Use another --out.")
             return
         if out.exists() and any(out.iterdir()):
             raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from busigen.data.geometry import Mask
 from busigen.data.outline import attributes, canonical_field, grid_positions
+from busigen.data.records import birads_category
 from busigen.registry import ATTRIBUTES, BIRADS, FIELD_EDGE, RESOLUTION
 
 COUNT = len(ATTRIBUTES)
@@ -182,5 +183,7 @@ def _components(
 
 
 def birads_flags(categories: Sequence[str | None]) -> NDArray[np.bool_]:
-    """BI-RADS categories one-hot, ``(N, 4)`` bool; all false where none is known."""
-    return np.array([[category == known for known in BIRADS] for category in categories]).reshape(-1, len(BIRADS))
+    """BI-RADS categories one-hot, ``(N, 4)`` bool; all false where none is known, or one that is not learnt."""
+    # Folders that were prepared earlier hold categories as their tables wrote them.
+    found = [birads_category(category) for category in categories]
+    return np.array([[category == known for known in BIRADS] for category in found]).reshape(-1, len(BIRADS))

@@ -27,8 +27,8 @@ MAX_WEIGHTS_BYTES = 4 << 30
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of either."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    temporary = _fresh(path)
+    with temporary.open("x", encoding="utf-8") as stream:
         json.dump(content, stream, indent=1, sort_keys=True)
         stream.flush()
         os.fsync(stream.fileno())
@@ -37,7 +37,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and their JSON metadata as one file, by rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _fresh(path)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {META_KEY: json.dumps(meta)})
     os.replace(temporary, path)
 
@@ -58,6 +58,13 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise IntegrityError(
             f"{path} cannot be read: {error}.", fix="Delete it; the same command makes it again."
         ) from error
+
+
+def _fresh(path: Path) -> Path:
+    """The temporary name of a file, at which nothing stands: a killed run's rest, or a link that leads elsewhere."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    return temporary
 
 
 @contextmanager

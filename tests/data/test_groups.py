@@ -6,10 +6,12 @@ import csv
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from busigen.data import groups
-from busigen.data.groups import class_conflicts, near_duplicate_groups
+from busigen.data.groups import class_conflicts, near_duplicate_groups, thumbnail
 from tests.conftest import Sources
+from tests.drawn import draw_frame
 
 
 def _noise(count: int, seed: int = 0) -> np.ndarray:
@@ -33,7 +35,9 @@ def test_groups_agree_with_the_published_list(any_sources: Sources) -> None:
 
     published, found = mates(listed), mates(ours)
     # Five of 623: as many as may flip where a correlation lies within rounding of the threshold.
-    assert sum(published[name] != found[name] for name in listed) <= 5
+    assert sum(not published[name] <= found[name] for name in listed) <= 5
+    # Copies that are cropped too much for the list's measure join groups: of BUSI four pairs, each one frame by eye.
+    assert len(set(published.values())) - len(set(found.values())) <= 4 + 2
 
 
 def test_the_same_frame_under_two_classes_is_flagged(any_sources: Sources) -> None:
@@ -59,6 +63,21 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "_BLOCK_ROWS", 7)
     np.testing.assert_array_equal(near_duplicate_groups(thumbnails, [None] * 90), whole)
     assert whole.max() < 20
+
+
+def test_copies_join_and_strangers_do_not() -> None:
+    pixels = draw_frame(np.random.default_rng(4), (420, 330), "benign").pixels
+    turned = [np.asarray(Image.fromarray(pixels).rotate(angle)) for angle in (-12, 7)]
+    copies = [pixels[:, ::-1], pixels[::-1], pixels[::-1, ::-1], pixels[20:-20, 25:-25], *turned, turned[0][:, ::-1]]
+    strangers = [draw_frame(np.random.default_rng(seed), (420, 330), "benign").pixels for seed in range(5, 17)]
+    images = [pixels, *copies, *strangers]
+    thumbnails = np.stack([thumbnail(np.ascontiguousarray(image)) for image in images])
+    aspects = [image.shape[1] / image.shape[0] for image in images]
+    groups_found = near_duplicate_groups(thumbnails, [None] * len(images), aspects)
+    assert groups_found.tolist() == [0] * 8 + list(range(1, 13))
+    conflicts = class_conflicts(thumbnails, ["benign"] * 7 + ["malignant"] * 13, aspects)
+    assert conflicts[[0, 7]].all()
+    assert not conflicts[8:].any()
 
 
 def test_flat_images_are_nobodys_duplicates() -> None:

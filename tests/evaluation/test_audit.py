@@ -25,6 +25,7 @@ from busigen.evaluation.sections import SECTIONS
 from busigen.runtime.install import install_command
 from tests.drawn import draw_busi, draw_pairs
 from tests.evaluation.planted import draw_set
+from tests.hashing import hashes
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "busigen.cli", "audit"]
@@ -319,6 +320,27 @@ def test_a_folder_with_other_content_is_left_alone(pairs: Path, busi: Path, tmp_
     with pytest.raises(OutputError, match=r"thesis\.docx"):
         audited(pairs, busi, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"report.json": '{"tests": 12}'},
+        {"report.json": "PDF"},
+        {"sections/chapter 1.tex": "mine"},
+        {"sections/integrity/table.csv": "mine", "thesis.tex": "mine"},
+    ],
+    ids=str,
+)
+def test_a_folder_that_only_looks_like_a_report_is_left_alone(
+    pairs: Path, busi: Path, tmp_path: Path, theirs: dict[str, str]
+) -> None:
+    for name, text in theirs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(OutputError, match="holds no report"):
+        audited(pairs, busi, tmp_path)
+    assert hashes(tmp_path).keys() == theirs.keys()
 
 
 def test_cuda_is_refused_where_there_is_none(pairs: Path, busi: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_source_folder_keeps_the_splits_of_its_files(drawn_busi: Path, drawn_p
     assert any(name.startswith("busbra/") for name in parted.train.table["id"])
 
 
-@pytest.mark.parametrize("change", ["saved again", "cropped and noisy"])
+@pytest.mark.parametrize("change", ["saved again", "cropped and noisy", "mirrored"])
 def test_copies_of_training_images_under_other_names_are_not_held_out(
     change: str, drawn_busi: Path, drawn_prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -42,7 +42,9 @@ def test_copies_of_training_images_under_other_names_are_not_held_out(
     training = drawn_prepared.table.filter((pl.col("split") == "train") & (pl.col("source") == "busi"))["image_file"]
     for number, file in enumerate(training[:4]):
         pixels = np.asarray(Image.open(drawn_busi.parent / file).convert("L"))
-        if change != "saved again":
+        if change == "mirrored":
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+        elif change != "saved again":
             pixels = np.clip(pixels[3:-2, 2:-3] + rng.normal(0, 3, pixels[3:-2, 2:-3].shape), 0, 255).astype(np.uint8)
         image = Image.fromarray(pixels)
         image.save(folder / "images" / "benign" / f"other{number}.png", optimize=True)

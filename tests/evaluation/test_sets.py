@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.data.records import Refusal
 from busigen.errors import InputError
@@ -67,6 +68,42 @@ def test_busi_with_all_its_quirks(drawn_busi: Path) -> None:
     assert rows["busi/malignant (3)"]["mode"] == "RGBA"
     assert rows["busi/normal (2)"]["mask_files"] == 0
     assert background_mode(found) == "unknown"
+
+
+def test_the_audit_names_what_prepare_names(drawn_busi: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(drawn_busi, tmp_path / "BUSI"))
+    with Image.open(folder / "benign" / "benign (8).png") as image:
+        turned = image.convert("L").transpose(Image.Transpose.ROTATE_180)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned.save(folder / "benign" / "benign (8).png", exif=exif)
+    with Image.open(folder / "benign" / "benign (9).png") as image:
+        black = Image.new("L", image.size)
+    black.save(folder / "benign" / "benign (9).png")
+    shutil.copy(folder / "benign" / "benign (10).png", folder / "benign" / "benign (10)_mask.png")
+    found = read_set(folder)
+    report = prepare([folder], tmp_path / "out")
+    assert sorted(found.refused, key=str) == sorted(report.refused, key=str)
+    assert [refusal.file[-14:] for refusal in found.refused] == ["benign (9).png", "enign (10).png"]
+    assert found.notes == report.notes
+    assert found.notes[-1].startswith("1 turned upright")
+
+
+def test_an_archive_is_read_upright_and_without_pictures_for_masks(tmp_path: Path) -> None:
+    image, mask = pair()
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    members = {"a.png": image, "a.mask.png": mask, "b.png": image, "b.mask.png": image}
+    for name in ("a.png", "a.mask.png"):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(members[name])).transpose(Image.Transpose.ROTATE_270).save(buffer, "PNG", exif=exif)
+        members[f"turned_{name}"] = buffer.getvalue()
+    found = read_set(write_tar(tmp_path / "set.tar", members))
+    assert found.table["id"].to_list() == ["a", "turned_a"]
+    np.testing.assert_array_equal(found.images[0], found.images[1])
+    np.testing.assert_array_equal(found.masks[0], found.masks[1])
+    assert found.notes == ("1 turned upright, as its EXIF orientation says: set.tar/turned_a.png",)
+    assert ["a picture" in refusal.problem for refusal in found.refused] == [True]
 
 
 def test_the_working_frame_is_that_of_prepare(drawn_busi: Path, drawn_busbra: Path, drawn_prepared: Prepared) -> None:
@@ -413,7 +450,7 @@ def test_what_is_no_set_is_refused_with_the_layouts_that_are(tmp_path: Path, kin
 def test_half_of_a_folder_of_pairs_is_told_what_it_lacks(tmp_path: Path, there: str, lacking: str) -> None:
     folder = draw_pairs(tmp_path / "set", count=3)
     shutil.rmtree(folder / lacking)
-    with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/\."):
+    with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/;"):
         read_set(folder)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.export.checks import check_opset, runs
-from busigen.export.exporter import export
+from busigen.export.exporter import _appearing, export
 from busigen.export.options import Options, batch_sizes
 from busigen.export.report import check_report
 from busigen.registry import OPSETS, PRECISIONS
@@ -31,7 +31,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refusal(checkpoint: Path, out: Path) -> BusigenError:
     with pytest.raises(BusigenError) as caught:
         export(checkpoint, out)
-    assert [path.name for path in out.parent.iterdir() if "bundle" in path.name] == []
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith((out.name, ".tmp-"))] == []
     return caught.value
 
 
@@ -130,6 +130,20 @@ def test_batches_are_read_as_they_are_listed() -> None:
     for text in ("", "4,", "4;8", "-4", "four", "4.0"):
         with pytest.raises(UsageError, match="whole numbers"):
             batch_sizes(text)
+
+
+def test_a_folder_beside_the_bundle_is_left_alone(tmp_path: Path) -> None:
+    mine, out, link = tmp_path / ".bundle.tmp", tmp_path / "bundle", tmp_path / "link"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("mine")
+    with _appearing(out) as folder:
+        (folder / "bundle.json").write_text("{}")
+    link.symlink_to(out)
+    with pytest.raises(OutputError, match="is a link"), _appearing(link):
+        pass
+    assert [path.name for path in out.iterdir()] == ["bundle.json"]
+    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, out.name, link.name}
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -13,12 +13,18 @@ import polars as pl
 import pytest
 
 from busigen.errors import OutputError, UsageError
+from busigen.runtime.explain import explain
 from busigen.runtime.factory import GenerationInterrupted, generate
 from busigen.runtime.layout import FINISHED_FILES
 from busigen.runtime.lock import exclusive
+from busigen.runtime.progress import Progress
+from busigen.runtime.share import Share
+from busigen.runtime.summary import explained
+from busigen.runtime.verify import verify
 from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource
 from tests.runtime.processes import ROOT, command
+from tests.runtime.replaying import NoiseInputs
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,97 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"thesis.docx"):
         generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=3)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+FOREIGN_RECORDS = [{}, [], {"schema_version": 1}, {"name": "another program", "config": {"seed": 7}}]
+
+
+@pytest.mark.parametrize("record", FOREIGN_RECORDS, ids=str)
+def test_a_run_record_of_another_program_has_its_folder_left_alone(tmp_path: Path, record: object) -> None:
+    theirs = {"run.json": json.dumps(record), ".lock-notes": "mine", ".tmp-1-0a1b2c3d-run.json": "mine", ".tmp-x": "y"}
+    for name, text in theirs.items():
+        (tmp_path / name).write_text(text)
+    for name in (".tmp-1-000000.tar", ".tmp-draft"):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        (tmp_path / "shards" / name).write_text("mine")
+    before = hashes(tmp_path)
+    for share in (None, Share(task=(1, 2))):
+        with pytest.raises(OutputError, match="is not a run record of busigen"):
+            generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=2, share=share)
+        assert hashes(tmp_path) == before
+
+
+def test_what_only_looks_like_a_leftover_stays(tmp_path: Path) -> None:
+    numbers = {"count": 4, "seed": 7, "shard_size": 3}
+    generate(NoiseSource(), tmp_path, **numbers)
+    before = hashes(tmp_path)
+    mine = [".tmp-notes", ".lock-notes", ".tmp-1-thesis.tar", "shards/.tmp-000001.tar", "shards/.tmp-1-000001.tar.xz"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    left = [".tmp-1-0a1b2c3d-run.json", "shards/.tmp-1-000001.tar", ".lock-task-0-1", ".lock-turn"]
+    for name in left:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "shards/.tmp-2-000001.tar").symlink_to(tmp_path / ".tmp-notes")
+    (tmp_path / ".tmp-3-run.json").mkdir()
+    with pytest.raises(OutputError, match=r"shards/.tmp-2-000001.tar is a link"):
+        generate(NoiseSource(), tmp_path, **numbers)
+    (tmp_path / "shards/.tmp-2-000001.tar").unlink()
+    generate(NoiseSource(), tmp_path, **numbers)
+    assert hashes(tmp_path).keys() == before.keys() | set(mine)
+    assert (tmp_path / ".tmp-3-run.json").is_dir()
+    assert {found.file for found in verify(tmp_path).problems} == set(mine)
+
+
+def test_a_lock_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("pid=12 of another program")
+    for share in (None, Share(task=(1, 2))):
+        with pytest.raises(OutputError, match=r"\.lock is another program's file"):
+            generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=2, share=share)
+    assert (tmp_path / ".lock").read_text() == "pid=12 of another program"
+
+
+@pytest.mark.parametrize("name", ["shards", "shards/000000.tar", "run.json", "manifest.parquet"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    out, away = tmp_path / "set", tmp_path / "away"
+    generate(NoiseSource(), out, count=4, seed=7, shard_size=3)
+    (out / name).rename(away)
+    (out / name).symlink_to(away)
+    (out / "shards/000001.tar").unlink()
+    before = hashes(tmp_path)
+    with pytest.raises(OutputError, match=rf"set/{name} is a link"):
+        generate(NoiseSource(), out, count=4, seed=7, shard_size=3)
+    assert hashes(tmp_path) == before
+
+
+def test_a_bundle_without_its_origin_is_called_unproven(tmp_path: Path) -> None:
+    class Notes(Progress):
+        def __init__(self) -> None:
+            super().__init__()
+            self.told: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.told.append(text)
+
+    known, numbers = {"checkpoint": "a" * 64, "split_hash": "b" * 64}, {"count": 2, "seed": 7, "shard_size": 2}
+    for place, changed, missing in (
+        ("proven", {}, None),
+        ("none", {"checkpoint": None, "split_hash": ""}, ["split_hash", "checkpoint"]),
+        ("one", {"split_hash": "unknown"}, ["split_hash"]),
+    ):
+        source, notes, out = NoiseSource(bundle="b", **{**known, **changed}), Notes(), tmp_path / place
+        generate(source, out, **numbers, progress=notes)
+        records = [json.loads((out / name).read_text()) for name in ("run.json", "dataset.json")]
+        assert [record.get("unproven") for record in records] == [missing, missing]
+        told = explain(out, "0", inputs=NoiseInputs(source=source))
+        assert told.error is None and told.history["unproven"] == (missing or [])
+        texts = ["\n".join(notes.told), (out / "README.md").read_text(), "\n".join(explained(told))]
+        named = f"records no valid {' and no valid '.join(missing)}, so nothing proves" if missing else "nproven"
+        assert [named in text for text in texts] == [bool(missing)] * 3
+        # A run that was begun before this was recorded goes on.
+        for name in ("run.json", "dataset.json"):
+            old = {key: value for key, value in json.loads((out / name).read_text()).items() if key != "unproven"}
+            (out / name).write_text(json.dumps(old))
+        assert generate(source, out, **numbers).already_complete
 
 
 def test_second_process_is_refused_and_a_killed_one_never_blocks(tmp_path: Path) -> None:

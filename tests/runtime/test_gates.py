@@ -125,6 +125,7 @@ def test_what_is_judged_in_the_lesions_box_is_what_the_whole_image_has() -> None
         (np.zeros((256, 256)), "background too dark or too bright"),
         (np.full((256, 256), 255), "background too dark or too bright"),
         (np.full((256, 256), 90), "flat background"),
+        (np.where(np.hypot(*np.mgrid[-128:128, -128:128]) < 60, 255, 0), "background of two grey levels"),
     ],
 )
 def test_broken_backgrounds_are_refused(image: NDArray[np.float64], reason: str) -> None:

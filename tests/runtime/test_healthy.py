@@ -17,8 +17,11 @@ from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.runtime import healthy as healthy_module
+from busigen.runtime.factory import generate
 from busigen.runtime.healthy import HealthyFolder, synthetic
+from tests.drawn import draw_frame
 from tests.hashing import hash_of
+from tests.runtime.noise_source import NoiseSource
 
 
 @pytest.fixture
@@ -64,6 +67,26 @@ def test_a_whole_folder_of_normals_is_read_without_a_complaint(
     assert len(folder) == len({hash_of(path) for path in (any_busi / "normal").glob("*).png")})
     assert not any("_mask" in path.name for _, path in folder.items)
     assert not caplog.records
+
+
+def test_images_stored_turned_are_painted_upright_and_drawings_are_left_out(
+    normal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sorted(normal.glob("normal (?).png"))[2]
+    with Image.open(path) as image:
+        upright = image.convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    drawing = Image.new("L", (300, 200))
+    drawing.paste(255, (80, 60, 220, 140))
+    drawing.save(normal / "drawing.png")
+    folder = HealthyFolder(normal)
+    number = next(n for n, (_, used) in enumerate(folder.items) if used == path)
+    picked = folder.pick((number + 0.5) / len(folder))
+    np.testing.assert_array_equal(picked.pixels, letterbox(np.asarray(upright))[0])
+    assert folder.left_out == {"background of two grey levels": 1}
+    assert f"1 turned upright, as its EXIF orientation says: {path.name}" in caplog.messages
 
 
 def test_every_image_can_be_picked_and_is_letterboxed(normal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,3 +341,107 @@ def test_a_synthetic_background_names_no_file() -> None:
         "letterbox_left",
         "letterbox_top",
     }
+
+
+def lesion(folder: Path, image: str, mask: str = "", seed: int = 3) -> Path:
+    """Draw an image with a lesion, and its mask if it is to have one."""
+    frame = draw_frame(np.random.default_rng(seed), (300, 280), "malignant")
+    for name, pixels in ((image, frame.pixels), (mask, frame.lesions[0].astype(np.uint8) * 255)):
+        if name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def with_table(folder: Path, image: str, table: str, rows: str) -> Path:
+    lesion(folder, image)
+    (folder / table).write_text(rows)
+    return folder
+
+
+LESIONS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "labels.csv": (lambda f: with_table(f, "images/m1.png", "labels.csv", "file,class\nm1.png,malignant\n"), "calls"),
+    "labels.csv beside": (lambda f: with_table(f, "m1.png", "labels.csv", "file,class\nm1.png,benign\n"), "calls"),
+    "labels.csv above": (
+        lambda f: with_table(f, "images/a/m1.png", "labels.csv", "file,class\nm1.png,benign\n") / "images" / "a",
+        "calls",
+    ),
+    "BUS-BRA's table": (
+        lambda f: with_table(f, "Images/bus_1.png", "bus_data.csv", "ID,Case,Pathology,BIRADS\nbus_1,1,benign,2\n"),
+        "calls",
+    ),
+    "two rows": (
+        lambda f: with_table(f, "images/m1.png", "labels.csv", "file,class\nm1.png,benign\nm1.png,normal\n"),
+        "nobody can tell",
+    ),
+    "BUSI's name": (lambda f: lesion(f, "malignant (3).png"), "calls"),
+    "other case": (lambda f: lesion(f, "IMG1.png", "img1_mask.png"), "mask file"),
+    "other Unicode form": (lambda f: lesion(f, "L\u00e4sion.png", "La\u0308sion_mask.png"), "mask file"),
+    "BrEaST": (lambda f: lesion(f, "case001.png", "case001_tumor.png"), "mask file"),
+    "USG Masks": (lambda f: lesion(f, "USG Images/case001.png", "USG Masks/case001_tumor.png"), "mask file"),
+    "GT": (lambda f: lesion(f, "original/0001.png", "GT/0001.png"), "mask file"),
+    "GT beside": (lambda f: lesion(f, "original/0001.png", "GT/0001.png") / "original", "mask file"),
+    "nnU-Net": (lambda f: lesion(f, "imagesTr/a_0000.png", "labelsTr/a.png"), "mask file"),
+    "masks elsewhere": (lambda f: lesion(f, "scans/0001.png", "drawn by hand/0001 outline.png"), "mask file"),
+}
+
+
+@pytest.mark.parametrize("kind", LESIONS)
+def test_what_anything_says_to_have_a_lesion_is_left_out(tmp_path: Path, kind: str) -> None:
+    make, reason = LESIONS[kind]
+    with pytest.raises(InputError, match="no healthy image that can be used") as caught:
+        HealthyFolder(make(tmp_path / "set"))
+    assert reason in caught.value.problem
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_masks_are_no_healthy_images(
+    normal: Path, tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sound = HealthyFolder(normal)
+    lesion(normal, "../spare.png", f"some drawing.{ending}")
+    folder = HealthyFolder(normal)
+    assert folder.fingerprint() == sound.fingerprint()
+    assert folder.left_out.total() == 1
+    assert f"some drawing.{ending}" in caplog.text
+
+
+def test_a_mask_of_another_class_marks_no_normal_image(drawn_busi: Path, tmp_path: Path) -> None:
+    lesion(tmp_path / "set", "images/benign/2.png", "masks/benign/2.png")
+    (tmp_path / "set" / "images" / "normal").mkdir()
+    shutil.copy(drawn_busi / "normal" / "normal (1).png", tmp_path / "set" / "images" / "normal" / "2.png")
+    for given in ("set", "set/images", "set/images/normal"):
+        assert len(HealthyFolder(tmp_path / given)) == 1
+
+
+def test_what_a_run_wrote_below_the_folder_is_no_healthy_image(normal: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sound = HealthyFolder(normal)
+    generate(NoiseSource(), normal / "out", count=2, seed=1, shard_size=2)
+    shutil.copy(normal / "normal (1).png", normal / "out" / "preview.png")
+    with caplog.at_level(logging.INFO, logger="busigen.runtime"):
+        assert HealthyFolder(normal).fingerprint() == sound.fingerprint()
+    assert "1 written by busigen, passed over: normal/out" in caplog.text
+    # Where a run has only begun, nothing tells its folder but the option.
+    begun = lesion(normal / "begun", "x.png").parent / "begun"
+    assert HealthyFolder(normal, out=begun).fingerprint() == sound.fingerprint()
+    assert len(HealthyFolder(normal)) == len(sound) + 1
+
+
+def test_where_nothing_says_healthy_a_line_says_that_nothing_was_checked(
+    normal: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    HealthyFolder(normal)
+    assert "not checked" not in caplog.text
+    for number in (1, 3):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        shutil.copy(normal / f"normal ({number}).png", tmp_path / "scans" / f"{number}.png")
+    HealthyFolder(tmp_path / "scans")
+    assert "nothing says that 2 of them are healthy" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.nii.gz", "a.webp"])
+def test_a_folder_that_others_can_read_is_not_called_empty(normal: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / name).write_bytes(b"-")
+    with pytest.raises(InputError, match=rf"it holds 1 {name[1:]}"):
+        HealthyFolder(tmp_path / "scans")

@@ -18,8 +18,8 @@ from tests.runtime.processes import PATIENCE, ROOT
 
 SEED, MUTATED = 5, 1000
 
-ROOM = 1 << 30
-"""Bytes that the reader may map beyond what it has after its imports; the largest image below would take twice that."""
+ROOM = 640 << 20
+"""Bytes that the reader may map beyond what it has after its imports: for 64 million pixels, ten bytes each."""
 
 LIMITED = f"""
 import json, logging, resource, sys
@@ -82,6 +82,18 @@ def header(width: int, height: int, depth: int = 8, kind: int = 0) -> tuple[byte
     return b"IHDR", size + bytes([depth, kind, 0, 0, 0])
 
 
+def large(kind: int, depth: int) -> bytes:
+    """A PNG of 64 million pixels, each row the same ramp of grey; in colour with alpha throughout."""
+    ramp = np.linspace(0.2, 0.8, 8000) * (2**depth - 1)
+    channels = 4 if kind == 6 else 1
+    row = np.repeat(ramp.astype(">u2")[:, None], channels, axis=1)
+    row[:, 3:] = 2**depth - 1
+    packer = zlib.compressobj(1)
+    rows = b"\0" + row.tobytes()
+    data = b"".join(packer.compress(rows) for _ in range(8000)) + packer.flush()
+    return png(header(8000, 8000, depth, kind), (b"IDAT", data), (b"IEND", b""))
+
+
 def special(grey: Image.Image) -> dict[str, tuple[bytes, bool]]:
     """Further files, and whether they are images that can be used."""
     whole = saved(grey)
@@ -100,6 +112,8 @@ def special(grey: Image.Image) -> dict[str, tuple[bytes, bool]]:
         "beyond any size": (png(header(2**31 - 1, 2**31 - 1), *body), False),
         "bomb": (png(header(60_000, 60_000), (b"IDAT", zeros), (b"IEND", b"")), False),
         "bomb within the limits": (png(header(8000, 8000, kind=6), (b"IDAT", zeros), (b"IEND", b"")), False),
+        "as large as may be": (large(0, 16), True),
+        "as large as may be, in colour": (large(6, 16), True),
         "text bomb": (png(head, (b"zTXt", b"a\0\0" + zeros), *body), False),
         "profile bomb": (png(head, (b"iCCP", b"a\0\0" + zeros), *body), False),
         "data beyond the end": (png(head, *body[:-1], (b"IDAT", zeros), body[-1]), True),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,17 @@ import pytest
 
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.evaluation.reading.sets import read_set
+from busigen.runtime.atomic import atomic_folder
 from busigen.runtime.collection import open_parts
 from busigen.runtime.dataset import Dataset
 from busigen.runtime.explain import explain
 from busigen.runtime.factory import generate
 from busigen.runtime.merge import merge
 from busigen.runtime.repair import repair
+from busigen.runtime.shards import FileRecord
 from busigen.runtime.verify import verify
 from tests.command import CLI, ROOT, error_line, run
-from tests.hashing import hashes
+from tests.hashing import hash_of, hashes
 from tests.runtime.noise_source import NoiseSource
 from tests.runtime.replaying import NoiseInputs, flip
 
@@ -144,6 +150,19 @@ def test_damage_is_found_and_repaired_in_its_part(parts: Path) -> None:
     assert hashes(parts) == sound
 
 
+@pytest.mark.parametrize("name", ["README.md", "manifest.parquet", "dataset.json"])
+def test_a_link_beside_the_parts_is_replaced(parts: Path, tmp_path: Path, name: str) -> None:
+    (parts / name).rename(tmp_path / "away")
+    before = hash_of(tmp_path / "away")
+    (parts / name).symlink_to(tmp_path / "away")
+    assert {(problem.file, problem.problem) for problem in verify(parts).problems} == {
+        (name, "is a link, and links are not followed.")
+    }
+    assert repair(parts, inputs=NoiseInputs()).error is None
+    assert verify(parts).ok and not (parts / name).is_symlink()
+    assert hash_of(tmp_path / "away") == before
+
+
 @pytest.mark.parametrize("name", ["manifest.parquet", "dataset.json"])
 def test_a_changed_summary_of_the_parts_is_written_again(parts: Path, name: str) -> None:
     sound = hashes(parts)
@@ -192,11 +211,127 @@ def test_a_damaged_dataset_is_refused_and_nothing_appears(made: dict[str, Path],
         assert list(tmp_path.iterdir()) == []
 
 
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file of a copy; the original may share its bytes."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.unlink()
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda info: info["shards"].pop(), "shards"),
+        (lambda info: info["shards"].clear(), "shards"),
+        (lambda info: info.pop("shards"), "shards"),
+        (lambda info: info["shards"].append(info["shards"][0]), "shards"),
+        (lambda info: info["shards"][0]["tar"].update(sha256="0" * 64), "shards"),
+        (lambda info: info["classes"].update(benign=99), "classes"),
+        (lambda info: info["fingerprint"].update(source=None), "run.json"),
+    ],
+)
+def test_a_list_that_does_not_fit_plan_and_records_is_refused(
+    made: dict[str, Path], tmp_path: Path, change: Callable[[dict[str, Any]], object], named: str
+) -> None:
+    fronts, others = Path(shutil.copytree(made["front"], tmp_path / "fronts")), [made["back"], made["other"]]
+    edit(fronts / "dataset.json", change)
+    if named == "run.json":
+        others = [Path(shutil.copytree(fronts, tmp_path / "same"))]
+        edit(others[0] / "dataset.json", lambda info: info["config"].update(seed=8))
+    assert not verify(fronts).ok
+    for other in others:
+        with pytest.raises(IntegrityError, match=named):
+            merge(tmp_path / "all", [fronts, other])
+        assert not (tmp_path / "all").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_record_of_other_samples_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
+    fronts = Path(shutil.copytree(made["front"], tmp_path / "fronts"))
+    for name, place in (("shards/000001.json", None), ("dataset.json", 1)):
+        edit(fronts / name, lambda record, at=place: (record if at is None else record["shards"][at]).update(first=0))
+    with pytest.raises(IntegrityError, match=r"shards/000001.json is not what"):
+        merge(tmp_path / "all", [fronts, made["other"]])
+
+
+def test_a_folder_of_the_same_name_is_left_alone(made: dict[str, Path], tmp_path: Path) -> None:
+    out, mine = tmp_path / "all", tmp_path / "mine"
+    (mine / "deep").mkdir(parents=True)
+    (mine / "thesis.tex").write_text("precious")
+    shutil.copytree(mine, tmp_path / ".tmp-merge-all")
+    (tmp_path / ".tmp-1-0a1b2c3d-all").symlink_to(mine)
+    before = hashes(mine)
+    merge(out, [made["front"], made["other"]])
+    assert hashes(mine) == before == hashes(tmp_path / ".tmp-merge-all")
+    assert out.is_dir() and not out.is_symlink() and verify(out).ok
+    assert {path.name for path in tmp_path.iterdir()} == {"all", "mine", ".tmp-merge-all", ".tmp-1-0a1b2c3d-all"}
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "mine" / "deep")
+    with pytest.raises(OutputError, match="is a link"):
+        merge(link, [made["front"], made["other"]])
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "croissant.json", "preview.png", "run.json", "dataset.json", "shards", "shards/000000.tar"]
+)
+def test_no_link_of_a_dataset_is_followed(made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    theirs, secret = Path(shutil.copytree(made["other"], tmp_path / "theirs")), tmp_path / "secret"
+    (theirs / name).rename(secret)  # So that what it points to is even what was recorded.
+    (theirs / name).symlink_to(secret)
+    with pytest.raises(InputError, match=rf"theirs/{name} is a link"):
+        merge(tmp_path / "all", [made["front"], theirs])
+    with pytest.raises(InputError, match="is a link"):
+        explain(theirs, "0", inputs=NoiseInputs(), replay=False)
+    with pytest.raises(InputError, match="is a link"):
+        read_set(theirs)
+    assert name in {problem.file for problem in verify(theirs).problems}
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_part_that_is_a_link_is_refused(parts: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    (parts / "parts/001").rename(tmp_path / "away")
+    (parts / "parts/001").symlink_to(tmp_path / "away")
+    for command in (verify, repair, read_set, lambda folder: merge(tmp_path / "more", [folder, made["whole"]])):
+        with pytest.raises(InputError, match=r"parts/001 is a link"):
+            command(parts)
+
+
+def test_files_that_no_hash_covers_are_made_anew(made: dict[str, Path], tmp_path: Path) -> None:
+    theirs = Path(shutil.copytree(made["other"], tmp_path / "theirs"))
+    for name in ("README.md", "croissant.json", "preview.png"):
+        (theirs / name).write_text("click here")
+    os.mkfifo(theirs / "pipe")
+    merge(tmp_path / "all", [made["front"], theirs])
+    assert hashes(tmp_path / "all/parts/001") == hashes(made["other"])
+    for name in ("README.md", "preview.png"):
+        (theirs / name).unlink()
+        os.mkfifo(theirs / name)
+    merge(tmp_path / "more", [made["front"], theirs])
+    assert hashes(tmp_path / "more/parts/001") == hashes(made["other"])
+
+
+def test_a_manifest_of_other_rows_is_refused_behind_a_hash_that_fits(made: dict[str, Path], tmp_path: Path) -> None:
+    theirs = Path(shutil.copytree(made["other"], tmp_path / "theirs"))
+    rows = pl.read_parquet(theirs / "manifest.parquet")
+    for table, refused in ((rows.reverse(), True), (rows, False)):
+        (theirs / "manifest.parquet").unlink()
+        table.write_parquet(theirs / "manifest.parquet", compression="snappy")
+        file = asdict(FileRecord.of(theirs, "manifest.parquet"))
+        edit(theirs / "dataset.json", lambda info, file=file: info["files"].update({"manifest.parquet": file}))
+        if refused:
+            with pytest.raises(IntegrityError, match=r"manifest.parquet is not what"):
+                merge(tmp_path / "all", [made["front"], theirs])
+        else:
+            # Another version packs the same rows otherwise.
+            merge(tmp_path / "all", [made["front"], theirs])
+            assert verify(tmp_path / "all").ok
+
+
 def test_killed_anywhere_a_merge_leaves_nothing_or_all(made: dict[str, Path], tmp_path: Path) -> None:
-    out, place = tmp_path / "all", tmp_path / ".tmp-merge-all"
+    out = tmp_path / "all"
     arguments = [*CLI, "merge", str(out), str(made["front"]), str(made["other"]), str(made["back"])]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (place / "parts").exists():
+    while process.poll() is None and not list(tmp_path.glob(".tmp-*/parts")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -207,5 +342,28 @@ def test_killed_anywhere_a_merge_leaves_nothing_or_all(made: dict[str, Path], tm
     assert done.returncode == 0, done.stderr
     assert "10 samples in" in done.stdout and "in 2 parts" in done.stdout
     assert verify(out).ok
-    assert not place.exists()
+    assert not list(tmp_path.glob(".tmp-*"))
     assert "exists" in error_line(run("merge", out, made["front"], made["other"]), 4)
+
+
+def test_what_a_killed_merge_left_is_known_by_its_lock(made: dict[str, Path], tmp_path: Path) -> None:
+    killed = """
+import os, sys
+from pathlib import Path
+from busigen.runtime.atomic import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as place:
+    (place / "half").write_text("torn")
+    os.kill(os.getpid(), 9)
+"""
+    out, beside = tmp_path / "all", tmp_path / "more"
+    for place in (out, beside):
+        subprocess.run([sys.executable, "-c", killed, str(place)], cwd=ROOT, check=False)
+    left = {path.name for path in tmp_path.glob(".tmp-*")}
+    assert len(left) == 4  # A folder and its lock, of each.
+    with atomic_folder(out) as place:
+        assert len(set(tmp_path.glob(".tmp-*"))) == 4
+        with pytest.raises(OutputError, match=rf"all is being written by process {os.getpid()}"):
+            merge(out, [made["front"], made["back"]])
+        (place / "whole").write_text("whole")
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    assert len({path.name for path in tmp_path.glob(".tmp-*")} & left) == 2

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from busigen.errors import MissingDependencyError, OutputError, UsageError
+from busigen.errors import InputError, MissingDependencyError, OutputError, UsageError
 from busigen.runtime.address import Address, place_of
 from busigen.runtime.factory import generate
 from busigen.runtime.finish import write_manifest
@@ -118,6 +118,58 @@ def test_foreign_files_are_left_alone(url: str, there: Path, tmp_path: Path) -> 
     with pytest.raises(OutputError, match=r"holds other files \(thesis.tex\) and no run.json"):
         write(url, tmp_path)
     assert [path.name for path in there.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("record", [{}, [], {"name": "another program"}], ids=str)
+def test_a_run_record_of_another_program_has_its_files_left_alone(
+    url: str, there: Path, tmp_path: Path, record: object
+) -> None:
+    (there / "shards").mkdir(parents=True)
+    (there / "run.json").write_text(json.dumps(record))
+    for name in (".tmp-0a1b2c3d-run.json", ".tmp-notes", "shards/.tmp-0a1b2c3d-000001.tar", "shards/.tmp-draft"):
+        (there / name).write_text("mine")
+    before = hashes(there)
+    with pytest.raises(OutputError, match="is not a run record of busigen"):
+        write(url, tmp_path)
+    assert hashes(there) == before
+
+
+def test_what_only_looks_like_a_leftover_stays(url: str, there: Path, tmp_path: Path, pristine: Path) -> None:
+    write(url, tmp_path)
+    (there / "shards/.tmp-draft").write_text("mine")
+    for name in (".tmp-0a1b2c3d-run.json", ".tmp-1-0a1b2c3d-.lock", "shards/.tmp-1-0a1b2c3d-000001.tar"):
+        (there / name).write_text("torn")
+    write(url, tmp_path)
+    assert hashes(there).keys() - hashes(pristine).keys() == {"shards/.tmp-draft"}
+
+
+def test_a_newer_dataset_is_not_made_again(url: str, there: Path, tmp_path: Path) -> None:
+    write(url, tmp_path)
+    for name in ("dataset.json", "run.json"):
+        content = json.loads((there / name).read_text())
+        (there / name).write_text(json.dumps({**content, "schema_version": 9}))
+        before = hashes(there)
+        for command in (lambda: write(url, tmp_path), lambda: verify_place(Address(url))):
+            with pytest.raises(InputError, match=rf"{name} has schema version 9"):
+                command()
+        assert hashes(there) == before
+
+
+def test_a_spool_is_emptied_of_its_own_files_alone(url: str, tmp_path: Path) -> None:
+    spool = RemoteShelf(Address(url), tmp_path / "spools").folder
+    (spool / "shards/deep").mkdir(parents=True)
+    mine = [spool / "thesis.tex", spool / "shards/notes.txt", spool / "shards/deep/notes.txt", spool / ".tmp-notes"]
+    for path in mine:
+        path.write_text("mine")
+    (spool / "shards/000009.tar").write_text("torn")
+    write(url, tmp_path)
+    assert hashes(tmp_path / "spools").keys() == {path.relative_to(tmp_path / "spools").as_posix() for path in mine}
+    spool.rename(tmp_path / "away")
+    spool.symlink_to(tmp_path / "away")
+    before = hashes(tmp_path / "away")
+    with pytest.raises(OutputError, match="is a link"):
+        write(url, tmp_path)
+    assert hashes(tmp_path / "away") == before
 
 
 def test_an_unsound_shard_is_made_again(url: str, there: Path, tmp_path: Path, pristine: Path) -> None:

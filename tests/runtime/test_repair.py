@@ -20,7 +20,7 @@ from busigen.runtime.repair import RepairInterrupted, RepairReport, repair
 from busigen.runtime.sample import Drawn
 from busigen.runtime.shards import write_shard
 from busigen.runtime.verify import verify
-from tests.hashing import hashes
+from tests.hashing import hash_of, hashes
 from tests.runtime.noise_source import NoiseSource
 from tests.runtime.replaying import NoiseInputs, flip, reseal, truncate
 
@@ -120,6 +120,19 @@ def test_a_killed_repair_is_continued(pristine: Path, dataset: Path) -> None:
     assert asked == [[6, 7]]
     assert any("temporary file removed" in line for line in report.repaired)
     assert hashes(dataset) == hashes(pristine)
+
+
+@pytest.mark.parametrize("name", ["README.md", "run.json", "dataset.json", "shards/000001.tar", "shards/000001.json"])
+def test_a_linked_file_is_replaced_and_what_it_points_to_stays(
+    pristine: Path, dataset: Path, tmp_path: Path, name: str
+) -> None:
+    (dataset / name).rename(tmp_path / "away")
+    (dataset / name).symlink_to(tmp_path / "away")
+    before = hash_of(tmp_path / "away")
+    assert {problem.file for problem in verify(dataset).problems} == {name}
+    report, _ = mend(dataset)
+    assert report.error is None and hashes(dataset) == hashes(pristine)
+    assert not (dataset / name).is_symlink() and hash_of(tmp_path / "away") == before
 
 
 def test_an_unfinished_run_is_completed(pristine: Path, tmp_path: Path) -> None:

@@ -18,13 +18,18 @@ from PIL import Image
 from busigen.data.geometry import edit_region
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
+from busigen.evaluation.reading.sets import read_set
 from busigen.runtime.dataset import Dataset, read_members
+from busigen.runtime.explain import explain
 from busigen.runtime.factory import GenerationInterrupted, generate
+from busigen.runtime.merge import merge
 from busigen.runtime.preview import contact_sheet, outline, pick_evenly
+from busigen.runtime.repair import repair
 from busigen.runtime.sample import Drawn
 from busigen.runtime.verify import verify
+from tests.hashing import hashes
 from tests.runtime.noise_source import NoiseSource, noise_sample
-from tests.runtime.replaying import flip, reseal
+from tests.runtime.replaying import NoiseInputs, flip, reseal
 
 
 def edit_record(folder: Path, number: int, name: str, value: object) -> None:
@@ -70,6 +75,56 @@ def test_damage_is_named(dataset: Path, damage: Callable[[Path], object], file: 
     report = verify(dataset)
     assert not report.ok
     assert any(found.file == file and problem in found.problem and found.fix for found in report.problems), report
+
+
+FUTURE = 9
+
+
+def of_the_future(folder: Path, *names: str) -> None:
+    for name in names:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "schema_version": FUTURE}))
+
+
+@pytest.mark.parametrize("names", [("run.json",), ("dataset.json",), ("run.json", "dataset.json")])
+def test_a_schema_of_the_future_is_read_by_nobody(dataset: Path, pristine: Path, tmp_path: Path, names: tuple) -> None:
+    of_the_future(dataset, *names)
+    (dataset / "README.md").unlink()  # So that there is something to repair.
+    before = hashes(dataset)
+    for command in (
+        verify,
+        repair,
+        read_set,
+        lambda folder: explain(folder, "0", inputs=NoiseInputs(), replay=False),
+        lambda folder: merge(tmp_path / "all", [folder, pristine]),
+        lambda folder: generate(NoiseSource(), folder, count=8, seed=7, shard_size=3),
+    ):
+        with pytest.raises(InputError, match=rf"{names[0]} has schema version 9; this busigen reads up to 2") as caught:
+            command(dataset)
+        assert "Upgrade" in caught.value.fix
+        assert hashes(dataset) == before and not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("command", [verify, repair, read_set, lambda folder: explain(folder, "000/0", replay=False)])
+def test_a_merged_dataset_of_the_future_is_read_by_nobody(
+    pristine: Path, tmp_path: Path, command: Callable[[Path], object]
+) -> None:
+    generate(NoiseSource(), tmp_path / "other", count=2, seed=8, shard_size=3)
+    merge(tmp_path / "all", [pristine, tmp_path / "other"])
+    of_the_future(tmp_path / "all", "dataset.json")
+    before = hashes(tmp_path / "all")
+    with pytest.raises(InputError, match=r"all/dataset.json has schema version 9"):
+        command(tmp_path / "all")
+    assert hashes(tmp_path / "all") == before
+
+
+@pytest.mark.parametrize("version", [None, 0, -1, True, "1", 1.0, [1]])
+def test_no_schema_at_all_is_damage(dataset: Path, pristine: Path, version: object) -> None:
+    content = json.loads((dataset / "run.json").read_text())
+    (dataset / "run.json").write_text(json.dumps({**content, "schema_version": version}))
+    assert "run.json" in {problem.file for problem in verify(dataset).problems}
+    assert repair(dataset, inputs=NoiseInputs()).error is None
+    assert hashes(dataset) == hashes(pristine)
 
 
 def test_a_changed_row_is_found_behind_fitting_hashes(dataset: Path) -> None:

@@ -15,6 +15,7 @@ from busigen.errors import OutputError
 from busigen.training.claim import claim
 from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
+from busigen.training.state import write_json
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,19 @@ def test_another_run_is_told_apart_by_its_options(
     assert caught.value.problem == f"{tmp_path} belongs to another run ({told})."
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_nothing_is_written_through_a_link(drawn_prepared: Prepared, tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    claim(run, recipe_for("tiny"), drawn_prepared)
+    mine.mkdir()
+    (run / "base").symlink_to(mine)
+    with pytest.raises(OutputError, match=r"run/base is a link"):
+        train(drawn_prepared.folder, run, recipe_for("tiny"), device="cpu")
+    (mine / "notes").write_text("mine")
+    (mine / "state.json.tmp").symlink_to(mine / "notes")
+    write_json(mine / "state.json", {"step": 1})
+    assert (mine / "notes").read_text() == "mine" and not (mine / "state.json").is_symlink()
 
 
 def test_other_data_is_another_run(drawn_prepared: Prepared, drawn_busi: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from busigen.training.adapters import merge, with_adapter
 from busigen.training.checkpoint import load_component, save_component
 from busigen.training.models import build
 from busigen.training.networks import Networks, Velocity
+from busigen.training.outline_space import birads_flags
 from busigen.training.recipe import LoraSpec, TaskSpec
 from busigen.training.setting import Setting
 from busigen.training.tasks import MaskTask
@@ -93,3 +94,9 @@ def test_stage_one_trains_and_its_adapter_keeps_the_bases_basis(setting: Setting
     assert (output - with_lora).abs().max() < 1e-5 * with_lora.abs().max().clamp(min=1.0)
     kept = {name for name, buffer in merged.named_buffers() if torch.equal(buffer, fitted[name])}
     assert kept == fitted.keys() - {"spectrum.spread"}
+
+
+def test_categories_of_folders_prepared_earlier_are_learnt_as_well() -> None:
+    flags = birads_flags(["4a", "4", "BI-RADS 5", "0", None, "4.0"])
+    assert flags.argmax(axis=1)[flags.any(axis=1)].tolist() == [2, 2, 3, 2]
+    assert flags.any(axis=1).tolist() == [True, True, True, False, False, True]

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from busigen.data.copies import copies_of
 from busigen.data.groups import NEAR_DUPLICATE, thumbnail
 from busigen.data.prepared import Prepared
 from busigen.evaluation.context import ImageSet
@@ -38,7 +39,8 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
 
     An image that the prepared folder knows by its file's sha256 keeps the split it has there, so that for the prepared
     folder itself the result is its splits. Any other image counts as training where its name is a training image's,
-    where it looks like one (thumbnail correlation above ``groups.NEAR_DUPLICATE``), or where one of its group does.
+    where it looks like one (thumbnail correlation above ``groups.NEAR_DUPLICATE``), is a copy that was mirrored, turned
+    or cropped, or where one of its group does.
 
     Args:
         real: The real set.
@@ -52,7 +54,9 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
     same = (splits == TRAINING) | (stranger & np.array([name in names for name in real.table["id"]], dtype=np.bool_))
     like = same.copy()
     if stranger.any():
-        like[stranger] |= _alike(thumbnails(real)[stranger], thumbnails(train))
+        unknown = real.take(stranger)
+        small, other = thumbnails(unknown), thumbnails(train)
+        like[stranger] |= _alike(small, other) | copies_of(small, _aspects(unknown), other, _aspects(train))
     related = like | (stranger & np.isin(real.groups, np.unique(real.groups[like])))
     # Images that the prepared folder excluded link its splits: they prove nothing on either side.
     held_out = ~related & ~np.isin(splits, [TRAINING, "excluded"])
@@ -80,6 +84,10 @@ def correlations(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDA
         return np.asarray(flat / np.where(length > 1e-3, length, np.inf), dtype=np.float32)
 
     return np.asarray(scores(first) @ scores(second).T)
+
+
+def _aspects(images: ImageSet) -> NDArray[np.float64]:
+    return (images.table["width"] / images.table["height"]).to_numpy()
 
 
 def _alike(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.bool_]:

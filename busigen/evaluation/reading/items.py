@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from busigen.data.cleaning import without_overlays
 from busigen.data.groups import thumbnail
-from busigen.data.images import MARK_SHARE, ImageFile
+from busigen.data.images import MARK_SHARE, ImageFile, refuse_fault
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_mask
 from busigen.data.letterbox import letterbox_coverage as coverage
 from busigen.data.overlays import find_overlays
@@ -49,7 +49,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image in the working frame: five ``(256, 256)`` arrays, a ``(64, 64)`` thumbnail, the table's row."""
+    """One image in the working frame: five ``(256, 256)`` arrays, a ``(64, 64)`` thumbnail, the table's row.
+
+    ``notes`` say how its files were read where that is not as stored.
+    """
 
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
@@ -58,6 +61,7 @@ class Frame:
     clean: NDArray[np.uint8]
     thumbnail: NDArray[np.float32]
     row: dict[str, object]
+    notes: tuple[str, ...] = ()
 
 
 def frame(item: Item) -> Frame:
@@ -67,10 +71,11 @@ def frame(item: Item) -> Frame:
     are what an audit looks for.
 
     Raises:
-        InputError: a file is missing, damaged or mismatched.
+        InputError: a file is missing, damaged or mismatched, or the image is none.
     """
     file, lesions, mask_files = item.read()
     image, box = letterbox(file.pixels)
+    refuse_fault(file.path.name, image, box.valid)
     mask = letterbox_mask(lesions, box)
     overlays = find_overlays(file.pixels)
     painted = overlays.mask if file.coloured is None else overlays.mask | file.coloured
@@ -90,7 +95,9 @@ def frame(item: Item) -> Frame:
         "mask_files": mask_files,
     }
     clean, _ = letterbox(without_overlays(file.pixels, suspect_mask(file.pixels, file.coloured, overlays.mask)))
-    return Frame(image, mask, _valid(image, box), coverage(painted, box) > 0, clean, thumbnail(file.pixels), row)
+    return Frame(
+        image, mask, _valid(image, box), coverage(painted, box) > 0, clean, thumbnail(file.pixels), row, file.notes
+    )
 
 
 def _valid(image: NDArray[np.uint8], box: Letterbox) -> NDArray[np.bool_]:

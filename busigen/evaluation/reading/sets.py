@@ -17,14 +17,15 @@ from busigen.data.groups import near_duplicate_groups
 from busigen.data.images import ImageFile, read_image, read_mask
 from busigen.data.letterbox import Letterbox
 from busigen.data.prepared import Prepared
-from busigen.data.records import Listing, Record, Refusal
-from busigen.data.sources import LAYOUTS, read_source
+from busigen.data.records import Listing, Record, Refusal, counted
+from busigen.data.sources import UnknownLayoutError, read_source
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet
 from busigen.evaluation.reading.archives import list_archives
 from busigen.evaluation.reading.items import Frame, Item, frame
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
 from busigen.runtime.collection import open_parts, parts_of
+from busigen.runtime.dataset import refuse_unreadable
 from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER
 from busigen.runtime.progress import Progress
 
@@ -83,6 +84,7 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
     layout, items = _list(path, refused, notes)
     drawn = [items[k] for k in _draw(len(items), limit, seed)]
     frames = _Stack(len(drawn))
+    readings: dict[str, list[str]] = {}
     progress = progress or Progress()
     progress.start(f"reading {path.name}", len(drawn), unit="image")
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -92,11 +94,14 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
                     refused.append(Refusal(item.file, result.problem, result.fix))
                 else:
                     frames.add(result, item.patient)
+                    for note in result.notes:
+                        readings.setdefault(note, []).append(item.file)
                 progress.advance(1)
     if not frames.rows:
         first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
         said = "".join(f" Of the rest: {note}." for note in notes)
         raise InputError(f"{path} holds no image that can be read.{first}{said}", fix="Give another folder.")
+    notes.extend(counted(note, files) for note, files in readings.items())
     return replace(frames.finish(path.resolve().name, layout, refused), notes=tuple(notes))
 
 
@@ -164,7 +169,10 @@ def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, li
         problem = "is a file, but no .tar" if path.exists() else "does not exist"
         raise InputError(f"{path} {problem}.", fix="Give the folder that holds the images and masks.")
     if any((path / name).is_file() for name in (DATASET_FILE, RUN_FILE)):
-        folders = [place / SHARD_FOLDER for place in parts_of(path) or [path]]
+        places = parts_of(path) or [path]
+        for place in places:
+            refuse_unreadable(place)
+        folders = [place / SHARD_FOLDER for place in places]
         items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused, notes)
         _check_count(path, len(items), refused)
         return DATASET_LAYOUT, items
@@ -173,26 +181,23 @@ def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, li
         return SHARDS_LAYOUT, list_archives(archives, refused, notes)
     try:
         listing = read_source(path, unlabelled=True)
-    except InputError as error:
-        layouts = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
-        if not any(layout.find(path) for layout in LAYOUTS):
-            halves = {"images": "masks", "masks": "images"}
-            lacks = [lack for have, lack in halves.items() if (path / have).is_dir() and not (path / lack).is_dir()]
-            raise InputError(
-                f"{path} has none of the layouts that are read{''.join(f': it lacks {lack}/' for lack in lacks)}.",
-                fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or one of these. {layouts}.",
-            ) from error
-        raise
+    except UnknownLayoutError as error:
+        raise InputError(
+            error.problem,
+            fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or a set. {error.fix}",
+        ) from error
     refused.extend(listing.refused)
+    notes.extend(listing.notes)
     return listing.layout, [_item(listing, record) for record in listing.records]
 
 
 def _item(listing: Listing, record: Record) -> Item:
     def read() -> tuple[ImageFile, NDArray[np.bool_], int]:
         image = read_image(record.image)
-        lesions = np.zeros(image.pixels.shape, np.bool_)
+        lesions, notes = np.zeros(image.pixels.shape, np.bool_), list(image.notes)
         for path in record.masks:
-            lesions |= read_mask(path, (image.width, image.height))
+            lesions |= read_mask(path, (image.width, image.height), notes=notes)
+        image = replace(image, notes=tuple(dict.fromkeys(notes)))
         return image, lesions, len(record.masks)
 
     return Item(record.id, listing.relative(record.image), record.image_class, read, record.patient)
@@ -244,7 +249,8 @@ class _Stack:
 
     def finish(self, name: str, layout: str, refused: Sequence[Refusal]) -> ImageSet:
         count = len(self.rows)
-        groups = near_duplicate_groups(np.stack(self.thumbnails), self.patients)
+        aspects = [float(str(row["width"])) / float(str(row["height"])) for row in self.rows]
+        groups = near_duplicate_groups(np.stack(self.thumbnails), self.patients, aspects)
         rows = [{**row, "group": int(group)} for row, group in zip(self.rows, groups, strict=True)]
         return ImageSet(
             name=name,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ VARIABLE = "BUSIGEN_CACHE"
 """Environment variable that names the cache folder."""
 
 CONTENT, RECORD = "content", "record.json"
+_NAMES = re.compile(f"{re.escape(CONTENT)}|{re.escape(RECORD)}")
 _MAX_CONTENT_BYTES = 8 << 30
 _POLL = 0.2
 """Seconds between looks at an entry that another process is making."""
@@ -141,7 +143,7 @@ class Cache:
                     raise error
             break
         try:
-            for path in leftovers(entry):  # Of a process that was killed: its lock died with it.
+            for path in leftovers(entry, _NAMES):  # Of a process that was killed: its lock died with it.
                 path.unlink(missing_ok=True)
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import json_bytes, output_errors, sha256_of
 from busigen.runtime.claim import checked_run, refuse_foreign, refuse_other
+from busigen.runtime.dataset import refuse_newer
 from busigen.runtime.finish import dataset_info, finish
 from busigen.runtime.layout import (
     CARD_FILE,
@@ -27,14 +29,15 @@ from busigen.runtime.layout import (
     MANIFEST_FILE,
     PREVIEW_FILE,
     RUN_FILE,
-    TEMPORARY_PREFIX,
+    SHARD_FOLDER,
     Plan,
+    is_temporary,
     shard_path,
 )
 from busigen.runtime.progress import Progress
 from busigen.runtime.remote.lease import Beat, Lease
 from busigen.runtime.remote.patience import Caller, Patience
-from busigen.runtime.remote.spool import default_spools, devote, held, spool_of
+from busigen.runtime.remote.spool import default_spools, devote, empty, held, spool_of
 from busigen.runtime.remote.store import Store, in_groups, record_number
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.shelf import Records, Shelf
@@ -100,18 +103,28 @@ class RemoteShelf(Shelf):
         if part is not None:
             raise tasks_refused(self.address)
         self.standing_run()  # Not even a lock is left among files that are not ours.
+        self._refuse_newer()
         with held(self.folder, self.address), self._lease:
             self._store.look()
-            for name in [name for name in self._store.sizes if name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)]:
-                self._store.remove(name)
             standing = self.standing_run()
+            if standing is not None:
+                refuse_other(self.address, standing, run)
+            for name in [name for name in self._store.sizes if is_temporary(name)]:
+                self._store.remove(name)
             if standing is None:
                 standing = dict(run)
                 self._store.write(RUN_FILE, json_bytes(standing))
-            refuse_other(self.address, standing, run)
             with output_errors(self.folder):
                 devote(self.folder, standing)
             yield standing
+
+    def _refuse_newer(self) -> None:
+        """See that nobody's newer dataset is made again."""
+        if 0 < self._store.sizes.get(DATASET_FILE, 0) <= MAX_BYTES:
+            with contextlib.suppress(ValueError):
+                info = parse_json(self._store.read(DATASET_FILE) or b"", DATASET_FILE)
+                if isinstance(info, dict):
+                    refuse_newer(info, self.address / DATASET_FILE)
 
     def sound(self, plan: Plan) -> dict[int, ShardRecord]:
         """The plan's shards whose record is at the URL, and whose files are there with their recorded sizes.
@@ -122,8 +135,7 @@ class RemoteShelf(Shelf):
         for number, record in sound_shards(self.folder, plan).items():
             if number not in self._complete:
                 self.keep(record, lambda record: None)
-        for path in self.folder.glob("shards/*"):
-            path.unlink()
+        empty(self.folder / SHARD_FOLDER)
         return self.complete(plan)
 
     def complete(self, plan: Plan) -> dict[int, ShardRecord]:

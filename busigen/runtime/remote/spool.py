@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ from busigen.errors import OutputError
 from busigen.records import read_json
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import leftovers, output_errors, write_json
-from busigen.runtime.layout import LOCK_FILE, RUN_FILE, SHARD_FOLDER
+from busigen.runtime.dataset import recorded_shards
+from busigen.runtime.layout import OWN_FILE, RUN_FILE, SHARD_FOLDER, is_temporary
 from busigen.runtime.lock import exclusive
 from busigen.runtime.remote.lease import MARKS_FILE
 
@@ -43,8 +43,11 @@ def held(spool: Path, address: Address) -> Iterator[None]:
     That may be shards, and the mark by which the next run knows a lock at the URL that could not be removed.
 
     Raises:
-        OutputError: another process holds it, or it cannot be written.
+        OutputError: another process holds it, it is a link, or it cannot be written.
     """
+    for path in (spool, spool / SHARD_FOLDER):
+        if path.is_symlink():
+            raise OutputError(f"{path} is a link.", fix="Remove it, or choose another --spool.")
     with output_errors(spool):
         (spool / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
         lock = exclusive(spool)
@@ -58,7 +61,7 @@ def held(spool: Path, address: Address) -> Iterator[None]:
                 path.unlink()
         yield
     finally:
-        if not any((spool / SHARD_FOLDER).glob("*.json")) and not (spool / MARKS_FILE).exists():
+        if not recorded_shards(spool) and not (spool / MARKS_FILE).exists():
             empty(spool)
         lock.__exit__(None, None, None)
         # One that holds shards stays, and so does one that another process has begun to use.
@@ -72,16 +75,17 @@ def devote(spool: Path, run: Mapping[str, Any]) -> None:
     with contextlib.suppress(OSError, ValueError):
         standing = read_json(spool / RUN_FILE)
     if standing != json.loads(json.dumps(run)):
-        shutil.rmtree(spool / SHARD_FOLDER, ignore_errors=True)
+        empty(spool / SHARD_FOLDER)
     (spool / SHARD_FOLDER).mkdir(exist_ok=True)
     write_json(spool / RUN_FILE, run)
 
 
-def empty(spool: Path) -> None:
-    """Remove all but the lock."""
-    for path in spool.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != LOCK_FILE:
-            with contextlib.suppress(OSError):
+def empty(folder: Path) -> None:
+    """Remove a spool's files, or those of its shards; what is none of this program's stays, and its folder with it."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if path.name == SHARD_FOLDER and not path.is_symlink():
+                empty(path)
+                path.rmdir()
+            elif OWN_FILE.fullmatch(path.name) or is_temporary(path.name):
                 path.unlink()

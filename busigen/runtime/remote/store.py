@@ -6,7 +6,6 @@ import base64
 import contextlib
 import errno
 import hashlib
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from busigen.registry import OBJECT_STORES, STORE_EXTRAS, STORE_OPTIONS
 from busigen.runtime.address import Address
 from busigen.runtime.atomic import sha256_of
 from busigen.runtime.install import install_command
-from busigen.runtime.layout import SHARD_FOLDER, TEMPORARY_PREFIX
+from busigen.runtime.layout import SHARD_FOLDER, temporary_name
 from busigen.runtime.remote.patience import Caller, Patience
 
 _FIRST = Patience(total=15.0)
@@ -162,7 +161,7 @@ class Store:
                 return
             self._make_folder(name)
             folder, _, last = path.rpartition("/")
-            temporary = f"{folder}/{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{last}"
+            temporary = f"{folder}/{temporary_name(last)}"
             try:
                 send(temporary)
                 self._check(temporary, size, md5, sha256)
