@@ -281,6 +281,7 @@ _OWN, _SYSTEM, _CHECKED = "made by this process", "the system's", "checked by op
 _BY_OTHERS = "to be moved to busigen.foreign"
 DIRECT = {
     "data/csvfile.py": ("read_csv", _BY_OTHERS),
+    "data/decoding.py": ("read_bytes", "its own, through the opener"),
     "data/images.py": ("read_bytes", _BY_OTHERS),
     "data/prepared.py": ("read_parquet", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
@@ -301,7 +302,6 @@ DIRECT = {
     "runtime/launch/worker.py": ("read_bytes", _OWN),
     "runtime/lock.py": ("open", "a lock that is opened to write to"),
     "runtime/machine.py": ("read_text", _SYSTEM),
-    "runtime/merge.py": ("open", _BY_OTHERS),
     "runtime/redraw.py": ("open read_parquet", _OWN),
     "runtime/remote/shelf.py": ("read_parquet", "from memory"),
     "runtime/remote/store.py": ("open", _OWN),
