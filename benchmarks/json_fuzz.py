@@ -1,6 +1,6 @@
 """What every reader of JSON answers to mutated files: counts by exit code, and what came out that is no answer.
 
-python -m benchmarks.json_fuzz [--times 400] [--only NAME] [--seed 5]
+python -m benchmarks.json_fuzz [--times 400] [--only NAME ...] [--seed 5]
 
 A reader is a command, or the part of one that reads: nothing is trained, traced or drawn by a bundle.
 """
@@ -27,7 +27,7 @@ def main() -> int:
     """Mutate, read and count; the exit code says whether anything came out that is no answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=400, help="mutations for each reader")
-    parser.add_argument("--only", default="", help="readers whose name has this in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="readers whose name has one of these in it")
     parser.add_argument("--seed", type=int, default=5)
     options = parser.parse_args()
     table = Table("reader", *(f"exit {code}" if code != BUG else code for code in CODES), "other")
@@ -36,7 +36,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="busigen-") as name:
         place = Path(name)
         for reader in [*readers(place), *training_readers(place)]:
-            if options.only not in reader.name:
+            if not any(part in reader.name for part in options.only):
                 continue
             counts: Counter[str] = Counter()
             for number in range(options.times):
@@ -45,7 +45,7 @@ def main() -> int:
                 if code == BUG or code not in CODES:
                     errors.print(f"{reader.name}, mutation {number}: {code}: {said}", markup=False)
             table.add_row(reader.name, *(str(counts[code]) for code in (*CODES, "other")))
-            errors.print(reader.name, dict(counts), markup=False)
+            errors.print(f"{reader.name}: {dict(counts)}", markup=False)
             total += counts
     table.add_row("all", *(str(total[code]) for code in (*CODES, "other")))
     console.print(table)

@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -113,10 +114,16 @@ class Reader:
 
 
 def answer(reader: Reader, place: Path, rng: random.Random) -> tuple[str, str]:
-    """Mutate one file of a copy at ``place`` and read it: the answer, an exit code or a bug, and what it said."""
-    shutil.rmtree(place, ignore_errors=True)
-    folder = Path(shutil.copytree(reader.folder, place / "it", symlinks=True))
-    _mutate(folder, rng.choice(reader.files), rng)
+    """Mutate one file of a copy below ``place`` and read it: the answer, an exit code or a bug, and what it said."""
+    place.mkdir(exist_ok=True)
+    # A lease may still be writing its last beat.
+    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as name:
+        folder = Path(shutil.copytree(reader.folder, Path(name) / "it", symlinks=True))
+        _mutate(folder, rng.choice(reader.files), rng)
+        return _answer(reader, folder)
+
+
+def _answer(reader: Reader, folder: Path) -> tuple[str, str]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -169,7 +170,8 @@ class Bundle:
         if set(record.graphs) != set(graph_names()):
             raise IntegrityError(f"{path} does not name the graphs of a bundle.", fix=_EXPORT)
         if record.styles and not are_styles(record.styles, record.latent_channels):
-            raise IntegrityError(f"{path} has no valid 'styles'.", fix=_EXPORT)
+            wrong = f"{reprlib.repr(record.styles)} are not those of {record.latent_channels} channels"
+            raise IntegrityError(f"{path} has no valid 'styles': {wrong}.", fix=_EXPORT)
         return cls(folder, info, hashlib.sha256(content).hexdigest())
 
     def graph(self, name: str) -> Path:

@@ -8,13 +8,13 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.foreign import looking, names_in
@@ -37,7 +37,7 @@ from busigen.runtime.layout import (
     shard_path,
 )
 from busigen.runtime.sample import Sample
-from busigen.runtime.shards import FIXED_COLUMNS, FileRecord, ShardRecord
+from busigen.runtime.shards import COLUMN_TYPES, FIXED_COLUMNS, FileRecord, ShardRecord, schema_of
 from busigen.runtime.tables import read_table
 from busigen.runtime.tar_headers import TarHeaders, open_headers
 
@@ -70,13 +70,18 @@ class SourceRecord(Record):
     folder: Text
 
 
+def _schematic(columns: dict[str, str]) -> dict[str, str]:
+    schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
+    return columns
+
+
 class RunRecord(Record):
     """Content of ``run.json``; `busigen.runtime.layout.Plan.of` says what its ``config`` is."""
 
     schema_version: Whole
     config: dict[Text, Any]
     busigen: Text
-    columns: dict[Text, Text]
+    columns: Annotated[dict[Text, Literal["str", "int", "float", "bool"]], AfterValidator(_schematic)]
     fingerprint: Fingerprint
     options: dict[Text, Text | None] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
@@ -93,13 +98,19 @@ class ListedShard(Record):
     parquet: FileRecord
 
 
+class FilesRecord(Record):
+    """The files that ``dataset.json`` vouches for."""
+
+    manifest: FileRecord = Field(alias="manifest.parquet")
+
+
 class DatasetRecord(RunRecord):
     """Content of ``dataset.json``: the run record, and what follows from the shards."""
 
     samples: Whole
     classes: dict[Text, Whole]
     rejected: dict[Text, Whole]
-    files: dict[Text, FileRecord]
+    files: FilesRecord
     shards: Many[ListedShard]
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from busigen.errors import OutputError, UsageError
+from busigen.foreign import read_file
 from busigen.runtime.layout import LOCK_FILE
 
 try:
@@ -239,6 +240,6 @@ def _overlapping(folder: Path, numbers: range, path: Path) -> OutputError:
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return read_file(path, 1 << 10).decode(errors="replace").strip()
     except OSError:
         return ""

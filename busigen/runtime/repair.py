@@ -33,7 +33,7 @@ from busigen.runtime.replay import Inputs, told
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
 from busigen.runtime.standing import complete_shards
 from busigen.runtime.tables import read_table
-from busigen.runtime.verify import VerifyReport, combined, has_run, read_run, read_types, verify
+from busigen.runtime.verify import VerifyReport, combined, has_run, read_run, types_of, verify
 from busigen.runtime.verify_parts import check_collection
 from busigen.runtime.verify_shard import LEAST_SAMPLE
 
@@ -167,7 +167,7 @@ def _opened(folder: Path) -> Repair:
         manifest = read_table(folder / MANIFEST_FILE, plan.count)
     except (OSError, pl.exceptions.PolarsError):
         manifest = None
-    return Repair(folder, run, plan, read_types(run, folder), listed_shards(info or {}), manifest)
+    return Repair(folder, run, plan, types_of(run), listed_shards(info or {}), manifest)
 
 
 def _damaged(work: Repair, blamed: set[str]) -> list[int]:

@@ -150,7 +150,7 @@ def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyR
     problems: list[Problem] = []
     folder = view.folder
     run = read_run(folder)
-    plan, schema = plan_of(run, folder / RUN_FILE), schema_of(read_types(run, folder))
+    plan, schema = plan_of(run, folder / RUN_FILE), schema_of(types_of(run))
     backgrounds = Backgrounds.below(healthy) if healthy else None
     linked = {path.relative_to(folder).as_posix() for path in links(folder)}
     problems += [Problem(name, "is a link, and links are not followed.", REPAIR) for name in sorted(linked)]
@@ -239,18 +239,9 @@ def has_run(folder: Path) -> bool:
         return False
 
 
-def read_types(run: dict[str, Any], folder: Path) -> dict[str, type]:
-    """Types of the columns that the run's source added to the fixed ones.
-
-    Raises:
-        InputError: the run record names none that a column can have.
-    """
-    try:
-        types = {name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()}
-        schema_of(types)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{folder / RUN_FILE} names no valid columns.", fix="Get the original file again.") from error
-    return types
+def types_of(run: dict[str, Any]) -> dict[str, type]:
+    """Types of the columns that the source of a run, as :func:`read_run` read it, added to the fixed ones."""
+    return {name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()}
 
 
 def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:

@@ -245,7 +245,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if {len(known.latents.mean), len(known.latents.std)} != {channels}:
         raise IntegrityError(f"{path} has no valid 'latents': not one mean of each of {channels} channels.", fix=_TRAIN)
     if known.styles and not are_styles(known.styles, channels):
-        raise IntegrityError(f"{path} has no valid 'styles'.", fix=_REFIT)
+        wrong = f"{reprlib.repr(known.styles)} are not those of {channels} channels"
+        raise IntegrityError(f"{path} has no valid 'styles': {wrong}.", fix=_REFIT)
     found, recorded = weight_hashes(folder), known.weights
     for name in sorted(set(found) | set(recorded)):
         if found.get(name) != recorded.get(name):
