@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from busigen.registry import RESOLUTION, SYNTHETIC
-from busigen.runtime.layout import MANIFEST_FILE, key_of
+from busigen.runtime.layout import MANIFEST_FILE, SHARD_FOLDER, key_of
 from busigen.runtime.options import command_line, decided
 from busigen.runtime.shards import FIXED_COLUMNS
 from busigen.runtime.wording import counted, unproven_line
@@ -88,18 +88,7 @@ def readme(info: Mapping[str, Any]) -> str:
     """
     refused, first = sum(info["rejected"].values()), info["shards"][0]
     shards = f"{{{first['number']:06d}..{info['shards'][-1]['number']:06d}}}"
-    return f"""---
-license: other
-task_categories:
-- image-segmentation
-- image-classification
-tags:
-- medical
-- ultrasound
-- synthetic
-- webdataset
----
-
+    return f"""{front_matter(f"{SHARD_FOLDER}/*.tar")}
 # Synthetic breast ultrasound, {counted(info["samples"], "sample")}
 
 Images with a synthetic {" or ".join(info["classes"])} lesion and that lesion's exact mask, made by busigen
@@ -157,6 +146,31 @@ with tarfile.open("{first["tar"]["file"]}") as shard:
 ## Privacy
 
 {privacy(info)}
+"""
+
+
+def front_matter(shards: str) -> str:
+    """The card's header, which the Hugging Face Hub and ``datasets.load_dataset`` read.
+
+    Args:
+        shards: which files hold the samples, as a pattern relative to the card. Without it they take all JSON files.
+    """
+    return f"""---
+license: other
+task_categories:
+- image-segmentation
+- image-classification
+tags:
+- medical
+- ultrasound
+- synthetic
+- webdataset
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "{shards}"
+---
 """
 
 

@@ -19,9 +19,9 @@ from busigen.errors import IntegrityError, UsageError
 from busigen.foreign import names_in
 from busigen.records import Many, Record, read_checked
 from busigen.runtime.atomic import atomic_file, atomic_path, sha256_of, write_json
-from busigen.runtime.card import LICENCE, privacy
+from busigen.runtime.card import LICENCE, front_matter, privacy
 from busigen.runtime.dataset import Dataset, SourceRecord, link_refused, read_object
-from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, key_of
+from busigen.runtime.layout import CARD_FILE, DATASET_FILE, MANIFEST_FILE, SCHEMA_VERSION, SHARD_FOLDER, key_of
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.tables import write_joined
 from busigen.runtime.wording import counted
@@ -208,7 +208,8 @@ def _readme(info: Mapping[str, Any]) -> str:
         for part in info["parts"]
     )
     title = f"{counted(info['samples'], 'sample')} in {counted(len(info['parts']), 'part')}"
-    return f"""# Synthetic breast ultrasound, {title}
+    return f"""{front_matter(f"{PARTS_FOLDER}/*/{SHARD_FOLDER}/*.tar")}
+# Synthetic breast ultrasound, {title}
 
 Merged by busigen. Each part is a dataset of its own, with the bytes it was made with; its README.md says how to read it
 and how it was made. For research; not for diagnosis.

@@ -14,6 +14,7 @@ from busigen.registry import SYNTHETIC
 from busigen.runtime.card import readme
 from busigen.runtime.dataset import Dataset
 from busigen.runtime.factory import generate
+from busigen.runtime.merge import merge
 from tests.runtime.noise_source import NoiseSource
 
 CLASSES = {"benign": 0.5, "malignant": 0.5}
@@ -93,3 +94,14 @@ def test_privacy_and_letterbox_fit_the_backgrounds(tmp_path: Path) -> None:
     assert "given no patient's image" in texts[SYNTHETIC]
     assert "letterbox_scale, y" not in texts[SYNTHETIC]
     assert "black bars" in texts[SYNTHETIC] and "black bars" not in texts["0123"]
+
+
+def test_the_header_names_the_shards_so_that_nothing_else_is_taken_for_samples(tmp_path: Path) -> None:
+    """Read by ``datasets.load_dataset``, which takes the most frequent kind of file where a card names none: JSON."""
+    for seed in (1, 2):
+        generate(NoiseSource(), tmp_path / str(seed), count=2, seed=seed, shard_size=2)
+    merge(tmp_path / "both", [tmp_path / "1", tmp_path / "2"])
+    for folder, count in ((tmp_path / "1", 1), (tmp_path / "both", 2)):
+        _, header, _ = (folder / "README.md").read_text().split("---\n", 2)
+        (pattern,) = re.findall(r'^    path: "(.*)"$', header, re.MULTILINE)
+        assert len(list(folder.glob(pattern))) == count
