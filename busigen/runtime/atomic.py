@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -19,8 +20,13 @@ import polars as pl
 
 from busigen.errors import OutputError
 from busigen.foreign import open_file
-from busigen.runtime.layout import TEMPORARY_PREFIX, is_temporary, temporary_name
 from busigen.runtime.lock import locked
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Start of the names of files that are still being written. No finished dataset holds one."""
+
+# Older versions gave a number or a token alone.
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:[0-9]+(?:-[0-9a-f]{{8}})?|[0-9a-f]{{8}})-(.+)", re.DOTALL)
 
 _AGAIN = "then run the same command again: what is complete is kept."
 _FULL = f"Free some space there or raise the quota, {_AGAIN}"
@@ -42,6 +48,24 @@ _FIXES = {
 def fix_of(number: int | None) -> str | None:
     """What helps against an operating-system error of this number; None for one that says little."""
     return _FIXES.get(number or 0)
+
+
+def temporary_name(name: str) -> str:
+    """A name for what becomes ``name`` once it is complete: nobody else has it, and nobody can guess it."""
+    return f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{name}"
+
+
+def is_temporary(path: str, names: re.Pattern[str]) -> bool:
+    """Whether a file is of this program's making and was to become another one, by its name.
+
+    A name that merely begins like one of these is somebody else's.
+
+    Args:
+        path: the file's name or path, with forward slashes.
+        names: of the files that are written in such a place, such as ``layout.WRITTEN``.
+    """
+    found = _TEMPORARY.fullmatch(path.rpartition("/")[2])
+    return found is not None and names.fullmatch(found[1]) is not None
 
 
 @contextmanager
@@ -160,15 +184,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def leftovers(folder: Path, *names: re.Pattern[str]) -> list[Path]:
+def leftovers(folder: Path, names: re.Pattern[str]) -> list[Path]:
     """Temporary files directly in ``folder`` that a killed process left behind, sorted; none if it does not exist.
 
     Args:
         folder: one of this program's.
-        names: see :func:`busigen.runtime.layout.is_temporary`.
+        names: see :func:`is_temporary`.
     """
     found = folder.glob(f"{TEMPORARY_PREFIX}*")
-    return sorted(path for path in found if is_temporary(path.name, *names) and stat.S_ISREG(path.lstat().st_mode))
+    return sorted(path for path in found if is_temporary(path.name, names) and stat.S_ISREG(path.lstat().st_mode))
 
 
 def sync(path: Path) -> None:

@@ -18,10 +18,10 @@ import busigen
 from busigen.errors import IntegrityError, OutputError
 from busigen.records import checked, read_json
 from busigen.runtime.address import Address
-from busigen.runtime.atomic import leftovers, output_errors, write_json
+from busigen.runtime.atomic import is_temporary, leftovers, output_errors, write_json
 from busigen.runtime.bundle import unproven
 from busigen.runtime.dataset import RunRecord, link_refused, links, read_object, refuse_newer
-from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER, Plan, is_temporary
+from busigen.runtime.layout import DATASET_FILE, RUN_FILE, SHARD_FOLDER, WRITTEN, Plan, differences
 from busigen.runtime.lock import exclusive, forget_tasks, is_lock, joined, living, turn
 from busigen.runtime.options import FIELDS, changed_options, decided
 from busigen.runtime.sample import Source
@@ -89,7 +89,7 @@ def claimed(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iter
                 refuse_other(out, standing, run)
             # A temporary file may be that of another task, as long as there is one.
             if part is None or len(living(out)) == 1:
-                for path in leftovers(out) + leftovers(out / SHARD_FOLDER):
+                for path in leftovers(out, WRITTEN) + leftovers(out / SHARD_FOLDER, WRITTEN):
                     path.unlink()
             if part is None:
                 forget_tasks(out)
@@ -135,16 +135,6 @@ def refuse_other_run(
     refuse_other(out, standing, run)
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields in which two JSON values differ, as (dotted name, old, new); a missing field counts as None."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-        return found
-    return [] if old == new and type(old) is type(new) else [(name, old, new)]
-
-
 def _refuse_foreign_folder(out: Path) -> None:
     if not out.is_dir():
         if out.exists():
@@ -171,7 +161,8 @@ def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
         OutputError: a file is none of those that a run which was killed before it could write ``run.json`` may leave.
     """
     foreign = sorted(
-        (name for name in names if not is_lock(name) and not is_temporary(name)), key=lambda name: ("/" in name, name)
+        (name for name in names if not is_lock(name) and not is_temporary(name, WRITTEN)),
+        key=lambda name: ("/" in name, name),
     )
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""

@@ -15,14 +15,14 @@ import numpy as np
 
 from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.runtime.atomic import atomic_file, output_errors
-from busigen.runtime.claim import differences
 from busigen.runtime.collection import find_sample
 from busigen.runtime.dataset import Member, decode_image, decode_mask, read_members
 from busigen.runtime.history import REPAIR_FIRST, Recorded, contents, history_of, read_recorded
-from busigen.runtime.layout import IMAGE_SUFFIX, MASK_SUFFIX, ROW_SUFFIX, SHARD_FOLDER, key_of
-from busigen.runtime.replay import Inputs, other_conditions, told
+from busigen.runtime.layout import IMAGE_SUFFIX, MASK_SUFFIX, ROW_SUFFIX, SHARD_FOLDER, differences, key_of
+from busigen.runtime.replay import Inputs, other_conditions
 from busigen.runtime.sample import Drawn, Source
 from busigen.runtime.shards import write_shard
+from busigen.runtime.wording import told
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,23 @@ import polars as pl
 from busigen.errors import IntegrityError, UsageError
 from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
 from busigen.runtime.bundle import unproven
-from busigen.runtime.claim import differences
 from busigen.runtime.dataset import Member, plan_of, read_members, read_object, refuse_unreadable
-from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, ROW_SUFFIX, RUN_FILE, Plan, key_of, shard_path
+from busigen.runtime.layout import (
+    DATASET_FILE,
+    MANIFEST_FILE,
+    ROW_SUFFIX,
+    RUN_FILE,
+    Plan,
+    differences,
+    key_of,
+    shard_path,
+)
 from busigen.runtime.options import as_typed
-from busigen.runtime.replay import told
 from busigen.runtime.sample import Rejection
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.tables import find_rows
 from busigen.runtime.verify import read_run
+from busigen.runtime.wording import told
 
 REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
 

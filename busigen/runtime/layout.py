@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from busigen.errors import UsageError
+from busigen.runtime.lock import LOCK_FILE
 
 SCHEMA_VERSION = 2
 """Newest version of the folder's layout and of its JSON files that this busigen reads. A file records the oldest one
@@ -24,7 +24,6 @@ MANIFEST_FILE = "manifest.parquet"
 PREVIEW_FILE = "preview.png"
 CARD_FILE = "README.md"
 CROISSANT_FILE = "croissant.json"
-LOCK_FILE = ".lock"
 SHARD_FOLDER = "shards"
 
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
@@ -44,13 +43,8 @@ OWN_FILE = re.compile(
 )
 """Files that a dataset consists of, by their names or paths: nothing else in its folder is this program's to remove."""
 
-TEMPORARY_PREFIX = ".tmp-"
-"""Start of the names of files that are still being written. No finished dataset holds one."""
-
-_WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
-
-# Older versions gave a number or a token alone.
-_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:[0-9]+(?:-[0-9a-f]{{8}})?|[0-9a-f]{{8}})-(.+)", re.DOTALL)
+WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
+"""Names of the files that are written into a dataset, its locks included."""
 
 DEFAULT_SHARD_SIZE = 100
 """Samples per shard. A shard is what an interruption loses, so on a CPU it has to be minutes of work and not hours."""
@@ -69,24 +63,6 @@ def key_of(index: int) -> str:
 def shard_path(number: int, suffix: str) -> str:
     """Path of one of a shard's files relative to the dataset, with forward slashes; ``suffix`` has no dot."""
     return f"{SHARD_FOLDER}/{number:06d}.{suffix}"
-
-
-def temporary_name(name: str) -> str:
-    """A name for what becomes ``name`` once it is complete: nobody else has it, and nobody can guess it."""
-    return f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{name}"
-
-
-def is_temporary(path: str, names: re.Pattern[str] = _WRITTEN) -> bool:
-    """Whether a file is of this program's making and was to become another one, by its name.
-
-    A name that merely begins like one of these is somebody else's.
-
-    Args:
-        path: the file's name or path, with forward slashes.
-        names: of the files that are written in such a place; those of a dataset and its locks unless told otherwise.
-    """
-    found = _TEMPORARY.fullmatch(path.rpartition("/")[2])
-    return found is not None and names.fullmatch(found[1]) is not None
 
 
 def shard_files(number: int) -> set[str]:
@@ -189,3 +165,21 @@ class Plan:
 def _require(option: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two JSON values differ, as (dotted name, old, new); a missing field counts as None."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    return [] if old == new and type(old) is type(new) else [(name, old, new)]
+
+
+def record_number(name: str) -> int | None:
+    """The number of the shard whose record has this name; None for any other file."""
+    folder, _, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    fits = folder == SHARD_FOLDER and suffix == "json" and stem.isascii() and stem.isdecimal() and 6 <= len(stem) <= 10
+    return int(stem) if fits and dot else None

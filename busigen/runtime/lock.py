@@ -21,12 +21,14 @@ from pathlib import Path
 
 from busigen.errors import OutputError, UsageError
 from busigen.foreign import read_file
-from busigen.runtime.layout import LOCK_FILE
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+"""Name of the file by which a process holds a folder."""
 
 _TASK = f"{LOCK_FILE}-task-"
 _TURN = f"{LOCK_FILE}-turn"

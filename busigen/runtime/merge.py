@@ -18,7 +18,7 @@ from busigen.errors import InputError, IntegrityError, UsageError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.records import MAX_BYTES
 from busigen.runtime.atomic import atomic_file, atomic_folder, output_errors, sha256_of, sync, write_json
-from busigen.runtime.claim import differences, shown_changes
+from busigen.runtime.claim import shown_changes
 from busigen.runtime.collection import (
     Sources,
     open_with_sources,
@@ -27,7 +27,7 @@ from busigen.runtime.collection import (
 )
 from busigen.runtime.dataset import Dataset, read_object
 from busigen.runtime.finish import dataset_info, finish, run_of
-from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, Plan, shard_path
+from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER, Plan, differences, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.tables import read_table

@@ -16,11 +16,11 @@ from busigen.foreign import refuse_links
 from busigen.records import checked
 from busigen.runtime.atomic import atomic_file, output_errors, sha256_of, write_json
 from busigen.runtime.layout import DATASET_FILE, FIRST_SCHEMA_VERSION, MANIFEST_FILE, SHARD_FOLDER, Plan, shard_path
-from busigen.runtime.replay import BYTES_ONLY, Inputs, other_conditions, refuse_other_samples, told
+from busigen.runtime.replay import BYTES_ONLY, Inputs, other_conditions, refuse_other_samples
 from busigen.runtime.sample import Source
 from busigen.runtime.shards import FileRecord, ShardRecord, write_shard
 from busigen.runtime.tables import read_table
-from busigen.runtime.wording import counted
+from busigen.runtime.wording import counted, told
 
 
 @dataclass

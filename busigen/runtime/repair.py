@@ -11,7 +11,6 @@ import polars as pl
 
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
 from busigen.runtime.atomic import atomic_file, leftovers, output_errors, sha256_of, write_json
-from busigen.runtime.claim import differences
 from busigen.runtime.collection import COLLECTION_FILES, parts_of, recorded_sources, write_collection
 from busigen.runtime.dataset import link_refused, plan_of, read_members, read_object
 from busigen.runtime.finish import finish, run_of
@@ -23,19 +22,22 @@ from busigen.runtime.layout import (
     MANIFEST_FILE,
     RUN_FILE,
     SHARD_FOLDER,
+    WRITTEN,
     Plan,
+    differences,
     shard_files,
     shard_path,
 )
 from busigen.runtime.lock import exclusive, forget_tasks
 from busigen.runtime.redraw import Repair, draw_again, expected_files, hash_or_none, listed_files, standing_record
-from busigen.runtime.replay import Inputs, told
+from busigen.runtime.replay import Inputs
 from busigen.runtime.shards import ShardRecord, schema_of, write_table
 from busigen.runtime.standing import complete_shards
 from busigen.runtime.tables import read_table
 from busigen.runtime.verify import VerifyReport, combined, has_run, read_run, types_of, verify
 from busigen.runtime.verify_parts import check_collection
 from busigen.runtime.verify_shard import LEAST_SAMPLE
+from busigen.runtime.wording import told
 
 
 class RepairInterrupted(BusigenError):
@@ -125,7 +127,7 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
     with output_errors(folder):
         (folder / SHARD_FOLDER).mkdir(exist_ok=True)
         forget_tasks(folder)
-        for path in leftovers(folder) + leftovers(folder / SHARD_FOLDER):
+        for path in leftovers(folder, WRITTEN) + leftovers(folder / SHARD_FOLDER, WRITTEN):
             path.unlink()
             work.repaired.append(f"{path.relative_to(folder).as_posix()}: a killed run's temporary file removed")
         if not has_run(folder):

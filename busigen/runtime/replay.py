@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +13,16 @@ from busigen.runtime.asking import parse_asked
 from busigen.runtime.backend import Backend, EngineOptions, open_backend
 from busigen.runtime.batches import DEFAULT_BATCH
 from busigen.runtime.bundle import RECORD, Bundle, default_bundle
-from busigen.runtime.claim import differences, run_record
+from busigen.runtime.claim import run_record
 from busigen.runtime.classes import parse_classes
 from busigen.runtime.dataset import plan_of
 from busigen.runtime.healthy import HealthyFolder
-from busigen.runtime.layout import RUN_FILE
+from busigen.runtime.layout import RUN_FILE, differences
 from busigen.runtime.options import as_typed
 from busigen.runtime.progress import Progress
 from busigen.runtime.sample import Source
 from busigen.runtime.sampler import Sampler
+from busigen.runtime.wording import told
 
 BYTES_ONLY = ("busigen", "fingerprint.engine_version", "versions.")
 """Fields of a run record whose change leaves which samples exist alone, but may change a sample's bytes."""
@@ -155,12 +155,6 @@ def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:
             f"this busigen would draw other samples than the dataset's ({named}).",
             fix=f"Use the version that made it: busigen {run.get('busigen')}, with the run's own provider.",
         )
-
-
-def told(value: Any) -> str:
-    """A JSON value in a message, cut where it is long."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _asked_of(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from busigen.runtime.atomic import TEMPORARY_PREFIX
 from busigen.runtime.backend import Backend, Feed
 from busigen.runtime.factory import GenerateReport, generate
-from busigen.runtime.layout import MANIFEST_FILE, SHARD_FOLDER, TEMPORARY_PREFIX, Plan
+from busigen.runtime.layout import MANIFEST_FILE, SHARD_FOLDER, Plan
 from busigen.runtime.machine import peak_memory, reset_peak_memory
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampler import Sampler

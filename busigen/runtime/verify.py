@@ -17,8 +17,8 @@ from busigen.errors import InputError, IntegrityError
 from busigen.foreign import walk
 from busigen.records import checked, read_json
 from busigen.runtime.address import Address
+from busigen.runtime.atomic import is_temporary
 from busigen.runtime.backgrounds import Backgrounds
-from busigen.runtime.claim import differences
 from busigen.runtime.collection import parts_of
 from busigen.runtime.dataset import RunRecord, links, plan_of, read_object, recorded_shards, refuse_newer
 from busigen.runtime.finish import dataset_info, run_of
@@ -29,8 +29,9 @@ from busigen.runtime.layout import (
     OWN_FILE,
     RUN_FILE,
     SHARD_FOLDER,
+    WRITTEN,
     Plan,
-    is_temporary,
+    differences,
     shard_files,
     shard_path,
 )
@@ -348,7 +349,7 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
 def _strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Problem]:
     expected = set(FINISHED_FILES)
     for name in sorted(names):
-        if is_temporary(name):
+        if is_temporary(name, WRITTEN):
             if not finished:  # It goes when the same command continues.
                 continue
             yield Problem(name, "is a temporary file of a killed run.", FINISH)

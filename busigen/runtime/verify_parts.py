@@ -10,7 +10,7 @@ import polars as pl
 
 from busigen.errors import BusigenError
 from busigen.records import read_json
-from busigen.runtime.claim import differences
+from busigen.runtime.atomic import is_temporary
 from busigen.runtime.collection import (
     COLLECTION_FILES,
     PARTS_FOLDER,
@@ -20,7 +20,7 @@ from busigen.runtime.collection import (
     recorded_sources,
 )
 from busigen.runtime.dataset import Dataset, links
-from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, is_temporary
+from busigen.runtime.layout import DATASET_FILE, MANIFEST_FILE, WRITTEN, differences
 from busigen.runtime.lock import is_lock
 from busigen.runtime.shards import FileRecord
 from busigen.runtime.tables import read_table
@@ -89,6 +89,6 @@ def _check_manifest(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]
 
 def _strangers(folder: Path) -> Iterator[Problem]:
     for path in sorted(folder.iterdir()):
-        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name)
+        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name, WRITTEN)
         if not known:
             yield Problem(path.name, "is no part of the dataset.", "Delete it, or move it out of the dataset.")

@@ -15,9 +15,8 @@ import polars as pl
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.runtime.backgrounds import Backgrounds
-from busigen.runtime.claim import differences
 from busigen.runtime.dataset import Member, decode_image, decode_mask, read_members
-from busigen.runtime.layout import SHARD_FOLDER, Plan, key_of, shard_path
+from busigen.runtime.layout import SHARD_FOLDER, Plan, differences, key_of, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.shards import FileRecord, ShardRecord, lesion_box
 from busigen.runtime.tables import read_table

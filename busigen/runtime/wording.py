@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 
 def counted(number: int, noun: str) -> str:
@@ -40,3 +42,9 @@ def shell_word(place: object) -> str:
     """A path or URL as one types it after a command: quoted where a shell needs that, and never taken for an option."""
     text = str(place)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def told(value: Any) -> str:
+    """A JSON value in a message, cut where it is long."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

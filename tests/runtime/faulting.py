@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from busigen.runtime.layout import TEMPORARY_PREFIX
+from busigen.runtime.atomic import TEMPORARY_PREFIX
 from busigen.runtime.repair import repair
 from tests.hashing import hashes
 from tests.runtime.happening import Happening, Painting, another_image, clock_library, die, fill_up, mount, small_disk

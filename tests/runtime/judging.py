@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from busigen.errors import BusigenError
+from busigen.runtime.atomic import TEMPORARY_PREFIX
 from busigen.runtime.factory import generate
-from busigen.runtime.layout import TEMPORARY_PREFIX
 from busigen.runtime.repair import repair
 from busigen.runtime.sample import Source
 from busigen.runtime.supervise import supervised

@@ -20,8 +20,9 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from busigen.runtime.address import Address
+from busigen.runtime.atomic import TEMPORARY_PREFIX
 from busigen.runtime.factory import generate
-from busigen.runtime.layout import LOCK_FILE, TEMPORARY_PREFIX
+from busigen.runtime.lock import LOCK_FILE
 from busigen.runtime.remote.reading import verify_place
 from busigen.runtime.remote.shelf import RemoteShelf
 from tests.hashing import hashes

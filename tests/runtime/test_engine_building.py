@@ -29,7 +29,7 @@ from busigen.runtime.engines.loop_conditions import with_conditions
 from busigen.runtime.engines.making import KIND, Workshop, kept_batches, key_of
 from busigen.runtime.engines.profiles import Batches, Profile
 from busigen.runtime.engines.trial import trial_engine
-from busigen.runtime.layout import LOCK_FILE
+from busigen.runtime.lock import LOCK_FILE
 from busigen.runtime.nvidia import driver_cuda
 from tests.command import CLI, ROOT, error_line, run
 from tests.export.checkpoints import untrained

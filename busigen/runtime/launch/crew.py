@@ -9,17 +9,15 @@ from typing import Protocol, Self
 
 from busigen.errors import InputError, WorkerError
 from busigen.runtime.atomic import output_errors
-from busigen.runtime.claim import differences
 from busigen.runtime.foresight import Foresight, told_when_full
 from busigen.runtime.launch.worker import Begun, Described, Ended, Identity, News, Packed, record_of
-from busigen.runtime.layout import Plan
+from busigen.runtime.layout import Plan, differences
 from busigen.runtime.progress import Progress
-from busigen.runtime.replay import told
 from busigen.runtime.sample import Source
 from busigen.runtime.shards import ShardRecord
 from busigen.runtime.shelf import Shelf, hurried
 from busigen.runtime.stopping import Stopping
-from busigen.runtime.wording import counted
+from busigen.runtime.wording import counted, told
 
 _PATIENCE = 0.5
 """Seconds between two looks at whether to stop."""

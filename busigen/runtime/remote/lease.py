@@ -24,7 +24,7 @@ from typing import Any, Self
 from busigen.errors import IntegrityError, OutputError
 from busigen.records import Record, Text, Whole, checked, parse_json, read_json
 from busigen.runtime.atomic import json_bytes, write_json
-from busigen.runtime.layout import LOCK_FILE
+from busigen.runtime.lock import LOCK_FILE
 from busigen.runtime.remote.patience import Patience
 from busigen.runtime.remote.store import Store
 from busigen.runtime.wording import duration

@@ -16,10 +16,10 @@ from busigen.runtime.collection import PARTS_FOLDER
 from busigen.runtime.dataset import plan_of
 from busigen.runtime.explain import Explanation, explain
 from busigen.runtime.history import parse_key
-from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, RUN_FILE, SHARD_FOLDER, shard_path
+from busigen.runtime.layout import DATASET_FILE, FINISHED_FILES, RUN_FILE, SHARD_FOLDER, record_number, shard_path
 from busigen.runtime.progress import Progress
 from busigen.runtime.remote.patience import Caller
-from busigen.runtime.remote.store import Store, in_groups, record_number
+from busigen.runtime.remote.store import Store, in_groups
 from busigen.runtime.replay import Inputs
 from busigen.runtime.verify import VerifyReport, View, read_run, verify
 from busigen.runtime.verify_shard import FINISH, MEND, REPAIR, Problem

@@ -16,7 +16,7 @@ import polars as pl
 from busigen.errors import IntegrityError, UsageError
 from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json
 from busigen.runtime.address import Address
-from busigen.runtime.atomic import json_bytes, output_errors, sha256_of
+from busigen.runtime.atomic import is_temporary, json_bytes, output_errors, sha256_of
 from busigen.runtime.claim import checked_run, refuse_foreign, refuse_other
 from busigen.runtime.dataset import refuse_newer
 from busigen.runtime.finish import dataset_info, finish
@@ -29,15 +29,16 @@ from busigen.runtime.layout import (
     PREVIEW_FILE,
     RUN_FILE,
     SHARD_FOLDER,
+    WRITTEN,
     Plan,
-    is_temporary,
+    record_number,
     shard_path,
 )
 from busigen.runtime.progress import Progress
 from busigen.runtime.remote.lease import Beat, Lease
 from busigen.runtime.remote.patience import Caller, Patience
 from busigen.runtime.remote.spool import default_spools, devote, empty, held, spool_of
-from busigen.runtime.remote.store import Store, in_groups, record_number
+from busigen.runtime.remote.store import Store, in_groups
 from busigen.runtime.shards import FileRecord, ShardRecord
 from busigen.runtime.shelf import Records, Shelf
 from busigen.runtime.standing import is_complete, sound_shards
@@ -108,7 +109,7 @@ class RemoteShelf(Shelf):
             standing = self.standing_run()
             if standing is not None:
                 refuse_other(self.address, standing, run)
-            for name in [name for name in self._store.sizes if is_temporary(name)]:
+            for name in [name for name in self._store.sizes if is_temporary(name, WRITTEN)]:
                 self._store.remove(name)
             if standing is None:
                 standing = dict(run)

@@ -16,9 +16,9 @@ from typing import Any
 from busigen.errors import OutputError
 from busigen.records import read_json
 from busigen.runtime.address import Address
-from busigen.runtime.atomic import leftovers, output_errors, write_json
+from busigen.runtime.atomic import is_temporary, leftovers, output_errors, write_json
 from busigen.runtime.dataset import recorded_shards
-from busigen.runtime.layout import OWN_FILE, RUN_FILE, SHARD_FOLDER, is_temporary
+from busigen.runtime.layout import OWN_FILE, RUN_FILE, SHARD_FOLDER, WRITTEN
 from busigen.runtime.lock import exclusive
 from busigen.runtime.remote.lease import MARKS_FILE
 
@@ -57,7 +57,7 @@ def held(spool: Path, address: Address) -> Iterator[None]:
             raise OutputError(error.problem.replace(str(spool), str(address)), fix=error.fix) from None
     try:
         with output_errors(spool):
-            for path in leftovers(spool) + leftovers(spool / SHARD_FOLDER):
+            for path in leftovers(spool, WRITTEN) + leftovers(spool / SHARD_FOLDER, WRITTEN):
                 path.unlink()
         yield
     finally:
@@ -87,5 +87,5 @@ def empty(folder: Path) -> None:
             if path.name == SHARD_FOLDER and not path.is_symlink():
                 empty(path)
                 path.rmdir()
-            elif OWN_FILE.fullmatch(path.name) or is_temporary(path.name):
+            elif OWN_FILE.fullmatch(path.name) or is_temporary(path.name, WRITTEN):
                 path.unlink()

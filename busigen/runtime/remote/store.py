@@ -13,9 +13,8 @@ from typing import Any
 from busigen.errors import MissingDependencyError, UsageError
 from busigen.registry import OBJECT_STORES, STORE_EXTRAS, STORE_OPTIONS
 from busigen.runtime.address import Address
-from busigen.runtime.atomic import sha256_of
+from busigen.runtime.atomic import sha256_of, temporary_name
 from busigen.runtime.install import install_command
-from busigen.runtime.layout import SHARD_FOLDER, temporary_name
 from busigen.runtime.remote.patience import Caller, Patience
 
 _FIRST = Patience(total=15.0)
@@ -245,14 +244,6 @@ def _told_md5(info: Mapping[str, Any]) -> str | None:
         with contextlib.suppress(ValueError):
             return base64.b64decode(coded).hex()
     return bytes(coded).hex() if isinstance(coded, (bytes, bytearray)) else None
-
-
-def record_number(name: str) -> int | None:
-    """The number of the shard whose record has this name; None for any other file."""
-    folder, _, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    fits = folder == SHARD_FOLDER and suffix == "json" and stem.isascii() and stem.isdecimal() and 6 <= len(stem) <= 10
-    return int(stem) if fits and dot else None
 
 
 def in_groups(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
