@@ -7,19 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import busigen
 from busigen.errors import BusigenError
-from busigen.registry import LESION_CLASSES, PROVIDERS, SYNTHETIC, Provider
+from busigen.registry import PROVIDERS, Provider
 from busigen.runtime.backend import FALLBACK, engine_of, provider_named
 from busigen.runtime.install import install_command
 from busigen.runtime.nvidia import driver_cuda
-from busigen.runtime.progress import Progress
-from busigen.runtime.wording import counted
 
 PATIENCE = 120.0
 """Seconds that a provider may take for a network of one node: loading CUDA's libraries from a cold disk is slow."""
@@ -61,21 +58,17 @@ def probe(provider: Provider) -> Probe:
             "no NVIDIA driver is loaded",
             "It needs an NVIDIA card with its driver; in a container, one that was started with the card (--gpus all).",
         )
-    return _tried_apart(provider, "probe")
+    return tried_apart(provider, __name__)
 
 
-def rehearse(provider: Provider) -> Probe:
-    """Draw a sample of each class with the shipped bundle as ``generate`` does, in a process of its own."""
-    return _tried_apart(provider, "rehearse")
-
-
-def _tried_apart(provider: Provider, what: str) -> Probe:
+def tried_apart(provider: Provider, module: str) -> Probe:
+    """What a module says of a provider in a process of its own: run with ``python -m``, it calls `answer`."""
     # As in this process, wherever busigen was imported from.
     package = str(Path(busigen.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "busigen.runtime.probing", provider.name, what],
+            [sys.executable, "-m", module, provider.name],
             capture_output=True,
             text=True,
             errors="replace",
@@ -134,40 +127,23 @@ def _reinstall(provider: Provider) -> str:
     )
 
 
-def _answer(name: str, what: str) -> Probe:
-    """Try it in this process."""
+def answer(name: str, attempt: Callable[[Provider], str]) -> None:
+    """Try a provider in this process, and print what came of it as JSON for `tried_apart`.
+
+    Args:
+        name: the provider's.
+        attempt: what is tried; it says in a few words what came of it.
+    """
     provider = provider_named(name)
     try:
-        told = _draw(provider) if what == "rehearse" else engine_of(provider).probe(provider)
-        return Probe(name, True, told)
+        found = Probe(name, True, attempt(provider))
     except BusigenError as error:
-        return Probe(name, False, error.problem.rstrip("."), error.fix)
+        found = Probe(name, False, error.problem.rstrip("."), error.fix)
     except Exception as error:  # Whatever a broken installation raises, told as it is.
         reason = (str(error).splitlines() or [""])[0]
-        return Probe(name, False, f"{type(error).__name__}: {reason}", _reinstall(provider))
-
-
-def _draw(provider: Provider) -> str:
-    from busigen.runtime.job import Job  # It asks this module for its provider.
-
-    count = len(LESION_CLASSES)
-    job = Job(
-        count=count,
-        out=Path(),
-        bundle=None,
-        healthy=SYNTHETIC,
-        classes=",".join(LESION_CLASSES),
-        seed=0,
-        batch_size=count,
-        shard_size=count,
-        provider=provider.name,
-        threads=None,
-    )
-    started = time.perf_counter()
-    drawn = job.source(Progress()).draw(0, range(count), lambda number: None)
-    return f"{counted(len(drawn.samples), 'sample')} drawn in {time.perf_counter() - started:.1f} s"
+        found = Probe(name, False, f"{type(error).__name__}: {reason}", _reinstall(provider))
+    print(json.dumps({"works": found.works, "told": found.told, "fix": found.fix}))
 
 
 if __name__ == "__main__":
-    found = _answer(*sys.argv[1:])
-    print(json.dumps({"works": found.works, "told": found.told, "fix": found.fix}))
+    answer(sys.argv[1], lambda provider: engine_of(provider).probe(provider))

@@ -18,7 +18,7 @@ from busigen.runtime.doctor.finding import Finding, State
 from busigen.runtime.doctor.installs import cuda_libraries, installed, onnxruntimes, reporting, tensorrts, torch_build
 from busigen.runtime.doctor.surroundings import disk, driver, memory, processor
 from busigen.runtime.nvidia import cards, driver_cuda
-from busigen.runtime.probing import probe, rehearse
+from busigen.runtime.probing import probe, tried_apart
 
 __all__ = ["Finding", "State", "can_generate", "examine", "to_json"]
 
@@ -82,7 +82,7 @@ def _bundle() -> Finding:
 
 def _generate() -> Finding:
     """What no hash and no network of one node tells: whether the shipped bundle's graphs can be loaded and run here."""
-    found = rehearse(PROVIDERS[FALLBACK])
+    found = tried_apart(PROVIDERS[FALLBACK], "busigen.runtime.doctor.rehearsal")
     told = f"{found.told} on the processor, with the shipped bundle" if found.works else found.told
     return Finding("generate", State.OK if found.works else State.PROBLEM, told, found.fix)
 
