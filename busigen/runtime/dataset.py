@@ -258,6 +258,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and refuse_newer(found, path) else None
 
 
+@looking()
 def links(folder: Path) -> list[Path]:
     """What of a dataset is a link, which may lead out of it, in order. Its own folder may be one."""
     shards = folder / SHARD_FOLDER

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -22,7 +23,10 @@ _SIGNALS = {
 
 
 _GRACE = 2.0
-"""Seconds that the process has after a second signal to end in good order."""
+"""Seconds in which the main thread has to hear a second signal, and in which the process has to be gone afterwards."""
+
+_ENDING = 10.0
+"""Seconds that the main thread has to end in good order once it has heard it: an attempt at a network takes five."""
 
 
 class GenerationInterrupted(BusigenError):
@@ -48,7 +52,8 @@ class Stopping:
     ``GenerationInterrupted``. A signal that the process was started to ignore stays ignored.
 
     The main thread may be inside an engine, or wait for a thread that is, and neither can be interrupted. So the
-    process is ended where a second signal has not ended the block within two seconds, and on a third one at once.
+    process is ended where the main thread does not hear a second signal within two seconds, or does not come to an end
+    ten seconds later, and on a third one at once. Nor does it wait for such threads once the block has ended.
 
     An object whose block was never entered listens to nothing and never asks to stop.
 
@@ -85,6 +90,8 @@ class Stopping:
             self._writer.close()
             self._thread.join()
             self._reader.close()
+            if self._received >= 2:
+                threading.Thread(target=self._end_late, daemon=True).start()
         if kind is KeyboardInterrupt:
             raise self.interruption() from None
 
@@ -150,17 +157,25 @@ class Stopping:
         try:
             return next(iter(self._reader.recv(1)), 0)
         except TimeoutError:
-            self._end()
+            if self._raise or self._reader.gettimeout() == _ENDING:
+                self._end()
+            self._reader.settimeout(_ENDING)
+            return self._next()
 
     def _end(self) -> NoReturn:
         """End the process, whatever its other threads do; what is complete on disk is whole, as after any kill."""
-        error = self.interruption("while an engine was at work; complete shards are kept")
+        error = self.interruption("while work was under way; complete shards are kept")
         # From a thread of its own, because it may be standard error that nobody reads from. The bar hid the cursor.
         last = f"\r\x1b[?25h{error}\n" if sys.stderr.isatty() else f"{error}\n"
         words = threading.Thread(target=os.write, args=(2, last.encode(errors="replace")), daemon=True)
         words.start()
         words.join(_GRACE)
         os._exit(error.exit_code)
+
+    def _end_late(self) -> None:
+        """End a process that Python keeps for the sake of threads inside an engine, which it would wait for."""
+        time.sleep(_GRACE)
+        os._exit(self.interruption().exit_code)
 
     def _wake(self, number: int) -> None:
         """Have the main thread raise, even where it waits for a lock or sleeps."""
