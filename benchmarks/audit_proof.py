@@ -31,7 +31,7 @@ from busigen.evaluation.sections import SECTIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.evaluation.planted import DEFECTS, halved, with_copies
+from tests.harness.planted_defects import DEFECTS, halved, with_copies
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "audit_proof.json"

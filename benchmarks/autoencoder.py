@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.comparing.statistics import halves
 from busigen.evaluation.context import ImageSet
 from busigen.evaluation.physics import speckle
 from busigen.evaluation.reading.sets import from_prepared
+from busigen.evaluation.statistics.grouped import halves
 from busigen.training.checkpoint import load_component
 
 RESULTS = Path(__file__).parent / "results" / "autoencoder.json"

@@ -30,7 +30,7 @@ import busigen
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-TOLD = {
+MESSAGES = {
     "kill": "SIGKILL at a random instant",
     "terminate": "SIGTERM at a random instant",
     "mending": "SIGKILL at a random instant of `verify --repair`",
@@ -59,7 +59,15 @@ SEED = 5
 
 def tally_of(fault: str, times: int, seed: int, folder: Path, bundle: str | None) -> dict[str, int]:
     """What a process of its own counts."""
-    command = [sys.executable, "-m", "tests.runtime.faulting", fault, str(folder / str(seed)), str(times), str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.harness.fault_injection",
+        fault,
+        str(folder / str(seed)),
+        str(times),
+        str(seed),
+    ]
     command += [bundle] if bundle else []
     # A session of its own, so that signals and the scheduler tell the processes apart.
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, start_new_session=True)
@@ -72,7 +80,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, help="200; with --bundle 6")
     parser.add_argument("--jobs", type=int, default=4, help="processes that share the kills; with --bundle 1")
-    parser.add_argument("--only", nargs="+", choices=TOLD, default=list(TOLD), help="the others keep their results")
+    parser.add_argument(
+        "--only", nargs="+", choices=MESSAGES, default=list(MESSAGES), help="the others keep their results"
+    )
     parser.add_argument("--bundle", choices=["default"], help="the shipped one in the place of noise, fewer times")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -96,8 +106,8 @@ def main() -> None:
         options.results.write_text(json.dumps({**record, "seed": SEED}, indent=2) + "\n")
     columns = [column for column in next(iter(faults.values())) if column != "seconds"]
     table = Table("fault", *columns)
-    for name in filter(faults.__contains__, TOLD):
-        table.add_row(TOLD[name], *(str(faults[name][column]) for column in columns))
+    for name in filter(faults.__contains__, MESSAGES):
+        table.add_row(MESSAGES[name], *(str(faults[name][column]) for column in columns))
     Console(width=130).print(table)
 
 

@@ -10,12 +10,12 @@ from diffusers import ModelMixin
 
 from busigen.data.prepared import Prepared
 from busigen.training.checkpoint import BASE, load_component, load_networks
-from busigen.training.denoiser_task import DenoiserTask
-from busigen.training.heal import healed_reader
+from busigen.training.healing import healed_reader
 from busigen.training.pipeline import CACHE, HEALED
 from busigen.training.recipe import TaskSpec, recipe_for
-from busigen.training.setting import Setting
-from busigen.training.tasks import KINDS
+from busigen.training.tasks.base import TaskContext
+from busigen.training.tasks.denoiser import DenoiserTask
+from busigen.training.tasks.registry import KINDS
 
 
 class FinishedRun:
@@ -25,7 +25,7 @@ class FinishedRun:
         networks, record = load_networks(folder)
         self.folder, self.seed = folder, int(record["recipe"]["seed"])
         self.specs = {task.name: task for task in recipe_for(record["preset"]).tasks}
-        self.setting = Setting(
+        self.setting = TaskContext(
             prepared=Prepared.open(data),
             networks=networks,
             device=torch.device("cpu"),

@@ -30,11 +30,11 @@ from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.sections import SECTIONS
 from busigen.registry import LESION_CLASSES, SYNTHETIC
-from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.drafts import Draft, cut, to_unit
-from busigen.runtime.engines.on_onnxruntime import OnnxBackend
-from busigen.runtime.healthy import Healthy
-from busigen.runtime.sampler import Sampler
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.onnxruntime import OnnxBackend
+from busigen.runtime.sampling.draft import Draft, cut, to_unit
+from busigen.runtime.sampling.healthy_images import Healthy
+from busigen.runtime.sampling.sampler import Sampler
 
 RESULTS = Path(__file__).parent / "results" / "gap.json"
 BATCH = 8

@@ -26,8 +26,8 @@ from typing import Any
 from gpu_parts import PARTS
 from measuring import RESULTS, about, show, write
 
-from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.nvidia import cards, driver_cuda
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.probe import driver_cuda, gpus
 
 SLICES = {
     "doctor": 0.04,
@@ -69,7 +69,7 @@ def main() -> None:
         "dry_run": options.dry_run,
         "minutes": round((time.monotonic() - began) / 60, 2),
         "machine": about("torch", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13", "nvidia-cudnn-cu13"),
-        "cards": [vars(card) for card in cards()],
+        "cards": [vars(card) for card in gpus()],
         "bundle": Bundle.recorded(options.bundle).sha256,
         "goals": GOALS,
         # On the processor the figures say nothing of the goals.
@@ -185,8 +185,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> None:
     )
     for row in found.get("whole", []):
         if "pairs_per_second" in row:
-            told = f"{row['pairs_per_second']:.1f} pairs/s, {GOALS['pairs']:,} in {row['seconds_for_goal']:.0f} s"
-            print(f"generate --provider {row['provider']}: {told}")
+            described = f"{row['pairs_per_second']:.1f} pairs/s, {GOALS['pairs']:,} in {row['seconds_for_goal']:.0f} s"
+            print(f"generate --provider {row['provider']}: {described}")
 
 
 if __name__ == "__main__":

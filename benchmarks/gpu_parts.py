@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from busigen.errors import BusigenError, CapacityError
 from busigen.registry import LATENT_FACTOR, PROVIDERS, RESOLUTION
-from busigen.runtime.backend import Backend, EngineOptions, open_backend
-from busigen.runtime.bundle import Bundle
-from busigen.runtime.probing import probe
-from busigen.runtime.sampler import MIN_BATCH, Sampler
+from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
+from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.backends.probe import probe
+from busigen.runtime.sampling.sampler import MIN_BATCH, Sampler
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (64, 256, 16, 1, 128, 4, 32, 2, 8)
@@ -32,7 +32,7 @@ BATCHES = (64, 256, 16, 1, 128, 4, 32, 2, 8)
 ENGINE_BATCHES = (256, 64, 16, 4)
 """What TensorRT's engines are built for: each more makes each of them larger, and the batches in between are padded."""
 
-TESTS = ("tests/gpu", "tests/runtime/test_engine_backend.py")
+TESTS = ("tests/gpu", "tests/runtime/backends/test_engine_backend.py")
 """Where the tests marked ``gpu`` are; the second builds all engines first, which takes minutes."""
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
@@ -142,7 +142,7 @@ def _torch_rates(options: argparse.Namespace, engine: str, prepared: Callable[[A
         return
     from torch.utils.flop_counter import FlopCounterMode
 
-    from busigen.export.restore import restore
+    from busigen.export.import_bundle import restore
     from busigen.training.checkpoint import load_networks
 
     folder = options.checkpoint or options.work / f"checkpoint-{options.part}"
@@ -185,8 +185,8 @@ def engine_rates(options: argparse.Namespace) -> Found:
                     break
                 inputs = _inputs(options.bundle, batch)
                 call = partial(_run_denoisers, backend, inputs)
-                told = "tf32" if name == "cuda-tf32" and precision == "fp32" else precision
-                yield from _rate(call, "engine", name, told, batch, options, lambda: None)
+                described = "tf32" if name == "cuda-tf32" and precision == "fp32" else precision
+                yield from _rate(call, "engine", name, described, batch, options, lambda: None)
 
 
 def whole(options: argparse.Namespace) -> Found:
@@ -258,7 +258,7 @@ class Noted:
         self.seen: dict[str, tuple[dict[str, NDArray[Any]], NDArray[np.float32]]] = {}
 
     def run(self, graph: str, inputs: Any) -> NDArray[np.float32]:
-        """See :class:`busigen.runtime.backend.Backend`."""
+        """See :class:`busigen.runtime.backends.base.Backend`."""
         output = self._backend.run(graph, inputs)
         self.seen[graph] = ({name: array.copy() for name, array in inputs.items()}, output)
         return output
@@ -344,8 +344,8 @@ def _denoise(
     torch: Any, networks: Any, inputs: dict[str, NDArray[np.float32]], device: str, dtype: Any
 ) -> Callable[[], Any]:
     """A call of stages 2 and 3 in PyTorch, on inputs that lie on the device already."""
-    from busigen.training.models import region_condition
-    from busigen.training.networks import blend_input, window_condition
+    from busigen.training.networks.build import region_condition
+    from busigen.training.networks.inference import blend_input, window_condition
 
     v = {name: torch.from_numpy(array).to(device, dtype) for name, array in inputs.items()}
 

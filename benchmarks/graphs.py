@@ -35,7 +35,7 @@ from measuring import RESULTS, about, in_turns, median, run, show, write
 from onnx import ModelProto
 
 from busigen.registry import BUCKETS, LOOPS, OPSETS, PROVIDERS, RESOLUTION
-from busigen.runtime.backend import usable_cores
+from busigen.runtime.backends.base import usable_cores
 from busigen.solver import solver_steps
 
 FORMS = (*LOOPS, "steps", "torch")
@@ -114,7 +114,7 @@ def measured(form: str, graph: str, options: argparse.Namespace) -> dict[str, An
     given = [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
     given += ["--graphs", *options.graphs]
     process = run([sys.executable, __file__, "--measure", form, graph, *given])
-    return {**process.told, "peak_mb": process.peak_memory / 1e6}
+    return {**process.described, "peak_mb": process.peak_memory / 1e6}
 
 
 def measure(form: str, graph: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _whole(form: str, graph: str, options: argparse.Namespace, inputs: dict[str,
 def _torch(form: str, graph: str, options: argparse.Namespace, inputs: dict[str, Any]) -> Call:
     import torch
 
-    from busigen.export.reference import TorchBackend
+    from busigen.export.parity import TorchBackend
     from busigen.training.checkpoint import load_networks
 
     torch.set_num_threads(options.threads)
@@ -221,7 +221,7 @@ def _steps(form: str, graph: str, options: argparse.Namespace, inputs: dict[str,
 def prepare(options: argparse.Namespace) -> None:
     """Write every graph in every form, and what it is asked with PyTorch's answer."""
     from busigen.export.components import components
-    from busigen.export.reference import TorchBackend
+    from busigen.export.parity import TorchBackend
     from busigen.training.checkpoint import load_networks
 
     networks, _ = load_networks(options.checkpoint)
@@ -259,10 +259,10 @@ def _write_steps(folder: Path, graph: str, part: Any) -> None:
     from onnx import TensorProto, helper
 
     from busigen.export.assembly import Assembly, constants_of
-    from busigen.export.reductions import steady
+    from busigen.export.deterministic_sums import make_sums_deterministic
     from busigen.registry import CLASSES
 
-    step: ModelProto = steady(part.evaluation)
+    step: ModelProto = make_sums_deterministic(part.evaluation)
     assembly = Assembly(step.opset_import, step.ir_version)
     names = assembly.paste(step, "", {}, "")
     now = {name: name for name in constants_of(part.update)}
@@ -281,8 +281,8 @@ def _write_steps(folder: Path, graph: str, part: Any) -> None:
 def opsets(options: argparse.Namespace) -> dict[str, Any]:
     """Count what ONNX Runtime's CPU provider fuses of one evaluation, per opset, and whether it runs at all."""
     from busigen.export.components import components
-    from busigen.export.counts import KINDS, fused
-    from busigen.export.reductions import steady
+    from busigen.export.deterministic_sums import make_sums_deterministic
+    from busigen.export.report import KINDS, fused
     from busigen.training.checkpoint import load_networks
 
     networks, _ = load_networks(options.checkpoint)
@@ -291,7 +291,7 @@ def opsets(options: argparse.Namespace) -> dict[str, Any]:
     for opset in OPSETS:
         for component in components(networks, opset=opset, loop="loop"):
             graph, part = next(iter(component.parts.items()))
-            model = steady(part.evaluation)
+            model = make_sums_deterministic(part.evaluation)
             counts: dict[str, Any] = fused(model.SerializeToString())
             counts["runs"] = _runs(model)
             found.setdefault(graph, {})[str(opset)] = counts
@@ -323,10 +323,9 @@ def _runs(model: ModelProto) -> str:
 def int8(options: argparse.Namespace) -> dict[str, Any]:
     """Quantise the context encoder and one evaluation of stage 2, and time them in turns with fp32."""
     from busigen.export.components import components
-    from busigen.export.int8 import quantised
-    from busigen.export.reductions import steady
-    from busigen.export.reference import Asked
-    from busigen.export.similarity import relative_error
+    from busigen.export.deterministic_sums import make_sums_deterministic
+    from busigen.export.parity import RecordedCall, relative_error
+    from busigen.export.precision_search import quantised
     from busigen.training.checkpoint import load_networks
 
     networks, _ = load_networks(options.checkpoint)
@@ -336,11 +335,11 @@ def int8(options: argparse.Namespace) -> dict[str, Any]:
     for component in components(networks, opset=OPSETS[0], loop="loop", only=tried):
         graph, part = next(iter(component.parts.items()))
         for operators in tried[component.name]:
-            model = steady(part.evaluation)
+            model = make_sums_deterministic(part.evaluation)
             inputs = _asked(model, options.batch)
             sessions = {"fp32": _in_memory(model, options.threads)}
             (expected,) = sessions["fp32"].run(None, inputs)
-            low = quantised({graph: model}, {graph: [Asked(inputs, expected)]}, operators)[graph]
+            low = quantised({graph: model}, {graph: [RecordedCall(inputs, expected)]}, operators)[graph]
             sessions["int8"] = _in_memory(low, options.threads)
             error = relative_error(sessions["int8"].run(None, inputs)[0], expected)
             seconds = {name: _seconds(session, inputs, options) for name, session in sessions.items()}

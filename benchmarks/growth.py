@@ -20,8 +20,10 @@ from typing import Any
 import ready_made
 from measuring import about, run, show, write
 
-from busigen.runtime import factory, finish, shards
-from busigen.runtime.machine import peak_memory, reset_peak_memory
+from busigen.runtime.dataset import finalize as finish
+from busigen.runtime.dataset import shards
+from busigen.runtime.diagnostics.bench import peak_memory, reset_peak_memory
+from busigen.runtime.execution import factory
 
 PHASES = ((factory, "draw_missing"), (finish, "write_manifest"), (finish, "contact_sheet"), (finish, "write_json"))
 
@@ -41,7 +43,7 @@ def main() -> None:
     found = {}
     for count in options.counts:
         worker = [sys.executable, __file__, "--worker", "--counts", str(count), "--refused", str(options.refused)]
-        found[count] = run(worker).told
+        found[count] = run(worker).described
     names = [name for _, name in PHASES]
     rows = [[f"{count:,}", *(f"{peaks[name] / 1e6:.1f}" for name in names)] for count, peaks in found.items()]
     show("Peak MB by phase, null engine without PNG", ["samples", *names], rows)

@@ -28,9 +28,9 @@ from rich.console import Console
 from windows import CPU, held_out
 
 from busigen.registry import LESION_CLASSES
-from busigen.training.adapters import with_adapter
+from busigen.training.checkpoint import with_adapter
 from busigen.training.examples import Frames, save_examples, select, window_examples
-from busigen.training.models import build
+from busigen.training.networks.build import build
 from busigen.training.recipe import LoraSpec, TaskSpec
 from busigen.training.trainer import Trainer
 

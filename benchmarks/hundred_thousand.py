@@ -25,12 +25,12 @@ from typing import Any
 from measuring import RESULTS, about, run, show, size_of, write
 from ready_made import ReadyMade
 
-from busigen.runtime.factory import generate
-from busigen.runtime.foresight import Forecast
-from busigen.runtime.layout import DEFAULT_SHARD_SIZE
-from busigen.runtime.machine import peak_memory, reset_peak_memory
+from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
+from busigen.runtime.dataset.shards import ShardRecord
+from busigen.runtime.diagnostics.bench import peak_memory, reset_peak_memory
+from busigen.runtime.execution.estimate import Forecast
+from busigen.runtime.execution.factory import generate
 from busigen.runtime.progress import Progress
-from busigen.runtime.shards import ShardRecord
 
 SEED = 7
 
@@ -97,14 +97,14 @@ def measure(count: int, out: Path) -> dict[str, Any]:
     """Generate and verify one dataset, each in a process of its own."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     made = run([sys.executable, __file__, "--worker", "--counts", str(count), "--out", str(out)])
-    print(f"  {count} generated: {made.told['seconds']:.1f} s", file=sys.stderr)
+    print(f"  {count} generated: {made.described['seconds']:.1f} s", file=sys.stderr)
     files, size = size_of(out)
     verified = run([sys.executable, "-m", "busigen.cli", "verify", str(out)])
     print(f"  {count} verified: {verified.seconds:.1f} s", file=sys.stderr)
     return {
         "count": count,
         "load_before": load and round(load, 2),
-        **made.told,
+        **made.described,
         "cpu_seconds": made.cpu_seconds,
         "files": files,
         "bytes": size,

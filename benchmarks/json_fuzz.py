@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.json_fuzz import BUG, answer, readers, training_readers
+from tests.harness.json_fuzz import BUG, answer, readers, training_readers
 
 CODES = ("0", "3", "4", "5", BUG)
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from torch import Generator
 
 from busigen.registry import LESION_CLASSES
-from busigen.training.adapters import merge, save_adapter, with_adapter
-from busigen.training.denoiser_task import DenoiserTask
+from busigen.training.checkpoint import merge, save_adapter, with_adapter
 from busigen.training.recipe import LoraSpec
+from busigen.training.tasks.denoiser import DenoiserTask
 from busigen.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "lora.json"

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import busigen
-from busigen.runtime.machine import machine
+from busigen.runtime.diagnostics.bench import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,13 +33,13 @@ class Process:
         seconds: wall clock, from start to exit.
         cpu_seconds: of all its threads and children, in the user's and the system's name.
         peak_memory: most bytes of resident memory.
-        told: the JSON object that it printed last; empty if it printed none.
+        described: the JSON object that it printed last; empty if it printed none.
     """
 
     seconds: float
     cpu_seconds: float
     peak_memory: int
-    told: dict[str, Any]
+    described: dict[str, Any]
 
 
 def run(command: Sequence[str]) -> Process:
@@ -61,13 +61,13 @@ def run(command: Sequence[str]) -> Process:
             sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{errors.read().decode()[-4000:]}")
         output.seek(0)
         lines = output.read().decode().splitlines()
-    told: dict[str, Any] = {}
+    described: dict[str, Any] = {}
     with contextlib.suppress(ValueError, IndexError):
         last = json.loads(lines[-1])
-        told = last if isinstance(last, dict) else {}
+        described = last if isinstance(last, dict) else {}
     # Linux counts kilobytes, macOS bytes.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Process(seconds, usage.ru_utime + usage.ru_stime, peak, told)
+    return Process(seconds, usage.ru_utime + usage.ru_stime, peak, described)
 
 
 def in_turns(names: Sequence[str], repeat: int, measure: Callable[[str, int], dict[str, Any]]) -> list[dict[str, Any]]:

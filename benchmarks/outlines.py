@@ -28,16 +28,16 @@ from scipy import stats
 
 from busigen.data.geometry import largest_component
 from busigen.data.prepared import Prepared
-from busigen.evaluation.physics.shape import outline
+from busigen.evaluation.physics.features import outline
 from busigen.registry import LESION_CLASSES
-from busigen.runtime.asking import Asked, measured, parse_asked
-from busigen.runtime.backend import EngineOptions, open_backend
-from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.drafts import Draft, Job
-from busigen.runtime.healthy import HealthyFolder
-from busigen.runtime.sample import Rejection
-from busigen.runtime.sampler import Sampler
-from busigen.runtime.streaming import Outcome
+from busigen.runtime.backends.base import EngineOptions, open_backend
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.dataset.sample import Rejection
+from busigen.runtime.sampling.batching import Outcome
+from busigen.runtime.sampling.conditions import SampleConditions, measured, parse_conditions
+from busigen.runtime.sampling.draft import Draft, DrawRequest
+from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.examples import Frames, random_lesion
 
 RESULTS = Path(__file__).parent / "results" / "outlines.json"
@@ -53,7 +53,7 @@ class Outliner(Sampler):
 
     outlined: list[Draft]
 
-    def _paint(self, seed: int, batch: Sequence[Job]) -> Sequence[Outcome]:
+    def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         self.outlined += [draft for draft in batch if isinstance(draft, Draft)]
         return [Rejection(item.index, item.attempt, "", UNPAINTED) for item in batch]
 
@@ -128,31 +128,31 @@ def main() -> None:
     report: dict[str, Any] = {"bundle": bundle.sha256, "split_hash": prepared.split_hash, "seed": options.seed}
     for label in LESION_CLASSES:
 
-        def sampler(asked: Asked, label: str = label) -> Outliner:
+        def sampler(asked: SampleConditions, label: str = label) -> Outliner:
             return Outliner(bundle, backend, classes={label: 1.0}, healthy=healthy, asked=asked)
 
         refused: Counter[str] = Counter()
         sets = []
         for seed in range(options.seed, options.seed + options.seeds):
-            free, reasons = draw(sampler(Asked()), seed, options.count)
+            free, reasons = draw(sampler(SampleConditions()), seed, options.count)
             refused.update(reasons)
             sets.append([outline(draft.mask, draft.healthy.valid) for draft in free if draft.mask is not None])
-        drawn = sum(len(part) for part in sets)
+        generated = sum(len(part) for part in sets)
         tables = {
             name: compared(real_outlines(prepared, label, sources), sets)
             for name, sources in {"all": every, "busi": ("busi",)}.items()
             if set(sources) <= set(every)
         }
-        asked, refused_asked = draw(sampler(parse_asked(**ASKED)), options.seed, options.count)
+        asked, refused_asked = draw(sampler(parse_conditions(**ASKED)), options.seed, options.count)
         report[label] = {
-            "drawn": drawn,
+            "drawn": generated,
             "refused": dict(refused),
             "compared": tables,
             "asked": len(asked),
             "refused_asked": dict(refused_asked),
             "missed": missed(asked),
         }
-        print(f"\n{label}: {drawn} outlines, refused {dict(refused) or 'none'}")
+        print(f"\n{label}: {generated} outlines, refused {dict(refused) or 'none'}")
         for against, table in tables.items():
             print(f"{'against ' + against:16}{'real':>9}{'drawn':>9}{'KS':>9}    p of each seed's {options.count}")
             for name, row in table.items():

@@ -15,18 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
-from busigen.registry import (
-    ASKED_LENGTH,
-    CLASSES,
-    LATENT_FACTOR,
-    LESION_CLASSES,
-    RESOLUTION,
-    SOLVER_SHIFT,
-    STAGES,
-)
+from busigen.registry import ASKED_LENGTH, CLASSES, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, SOLVER_SHIFT, STAGES
 from busigen.solver import TIME_SCALE
-from busigen.training.models import region_condition
-from busigen.training.networks import Networks, Velocity, blend_input, window_condition
+from busigen.training.networks.build import region_condition
+from busigen.training.networks.inference import Networks, Velocity, blend_input, window_condition
 
 NORMAL = CLASSES.index("normal")
 """The class of the evaluation that guidance leads away from."""

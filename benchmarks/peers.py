@@ -33,14 +33,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
-from busigen.runtime.backend import Backend, EngineOptions, open_backend
-from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.dataset import Dataset
-from busigen.runtime.factory import generate
-from busigen.runtime.healthy import HealthyFolder
-from busigen.runtime.machine import peak_memory
-from busigen.runtime.noise import normal
-from busigen.runtime.sampler import Sampler
+from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.dataset.reader import Dataset
+from busigen.runtime.diagnostics.bench import peak_memory
+from busigen.runtime.execution.factory import generate
+from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.noise import normal
+from busigen.runtime.sampling.sampler import Sampler
 
 SEED, WARM_SEED = 7, 8
 PICTURES = 32
@@ -122,7 +122,7 @@ def prepare(options: argparse.Namespace) -> None:
     """Restore the checkpoint and draw the healthy images, before anything is measured."""
     bundle = Bundle.open(options.bundle)
     if options.checkpoint is None:
-        from busigen.export.restore import restore
+        from busigen.export.import_bundle import restore
 
         options.checkpoint = options.work / "checkpoint"
         restore(bundle, options.checkpoint)
@@ -152,10 +152,10 @@ def measure(name: str, turn: int, options: argparse.Namespace) -> dict[str, Any]
         command += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
     done = run(command)
     return {
-        **done.told,
-        "seconds_per_pair": done.told["seconds"] / done.told["pairs"],
-        "cpu_seconds_per_pair": done.told["cpu_seconds"] / done.told["pairs"],
-        "outside_seconds": done.seconds - done.told["seconds"],
+        **done.described,
+        "seconds_per_pair": done.described["seconds"] / done.described["pairs"],
+        "cpu_seconds_per_pair": done.described["cpu_seconds"] / done.described["pairs"],
+        "outside_seconds": done.seconds - done.described["seconds"],
         "grey_difference": difference(options.work, name, turn, options.count),
     }
 
@@ -195,7 +195,7 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         self.seconds, self.cpu_seconds = time.perf_counter() - self._wall, time.process_time() - self._cpu
 
-    def told(self, pairs: int, draws: int) -> dict[str, Any]:
+    def described(self, pairs: int, draws: int) -> dict[str, Any]:
         """What a worker prints."""
         return {"pairs": pairs, "draws": draws, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
@@ -216,7 +216,7 @@ def busigen(options: argparse.Namespace) -> dict[str, Any]:
     sampler = sampler_on(open_backend(bundle, options=EngineOptions(options.threads)), options)
     with Clock() as clock:
         report = generate(sampler, folder(options), count=options.count, seed=SEED)
-    return clock.told(options.count, options.count + sum(report.rejected.values()))
+    return clock.described(options.count, options.count + sum(report.rejected.values()))
 
 
 def stepwise(options: argparse.Namespace) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def stepwise(options: argparse.Namespace) -> dict[str, Any]:
 
 def eager(options: argparse.Namespace) -> dict[str, Any]:
     """PyTorch, the loop in Python."""
-    from busigen.export.reference import TorchBackend
+    from busigen.export.parity import TorchBackend
 
     return few_steps(TorchBackend(networks(options)), options)
 
@@ -238,9 +238,9 @@ def few_steps(backend: Backend, options: argparse.Namespace) -> dict[str, Any]:
     """The same draws on another backend, saved one by one."""
     sampler = sampler_on(backend, options)
     with Clock() as clock:
-        drawn = sampler.draw(SEED, range(options.count), lambda samples: None)
-        save(((sample.index, sample.image, sample.mask) for sample in drawn.samples), folder(options))
-    return clock.told(options.count, options.count + len(drawn.rejections))
+        generated = sampler.draw(SEED, range(options.count), lambda samples: None)
+        save(((sample.index, sample.image, sample.mask) for sample in generated.samples), folder(options))
+    return clock.described(options.count, options.count + len(generated.rejections))
 
 
 def paper(options: argparse.Namespace, side: int = 256) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def paper(options: argparse.Namespace, side: int = 256) -> dict[str, Any]:
                 healthy = [pictures[(first + k) % PICTURES] for k in range(min(batch, share - first))]
                 pairs += pipeline(healthy, label, generator, side=side)
         save(((number, *pair) for number, pair in enumerate(pairs)), folder(options))
-    return clock.told(len(pairs), len(pairs))
+    return clock.described(len(pairs), len(pairs))
 
 
 def networks(options: argparse.Namespace) -> Any:

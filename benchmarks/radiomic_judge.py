@@ -18,10 +18,10 @@ from scipy.stats import norm, rankdata
 
 from busigen.data.prepared import Prepared
 from busigen.evaluation.context import ImageSet
-from busigen.evaluation.physics import radiomics
+from busigen.evaluation.physics import features as radiomics
 from busigen.evaluation.reading.sets import from_prepared, read_set
+from busigen.evaluation.realness.classifiers import Ridge, auc, folds
 from busigen.evaluation.realness.section import FOLDS, _synthetic_groups, _task
-from busigen.evaluation.realness.separation import Ridge, auc, folds
 
 LIMIT = 500
 

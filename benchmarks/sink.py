@@ -26,9 +26,9 @@ from measuring import RESULTS, about, in_turns, median, ratios, run, show, size_
 from PIL import Image
 from ready_made import ReadyMade
 
-from busigen.runtime.factory import generate
-from busigen.runtime.layout import DEFAULT_SHARD_SIZE, key_of
-from busigen.runtime.machine import peak_memory
+from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, key_of
+from busigen.runtime.diagnostics.bench import peak_memory
+from busigen.runtime.execution.factory import generate
 
 SEED = 7
 
@@ -88,7 +88,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, __file__, "--worker", name, "--count", str(options.count), "--out", str(out)]
         done = run(command)
         files, size = size_of(out)
-    return {**done.told, "peak_memory": done.peak_memory, "files": files, "bytes": size}
+    return {**done.described, "peak_memory": done.peak_memory, "files": files, "bytes": size}
 
 
 def summary(name: str, runs: list[dict[str, Any]], count: int) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from busigen.data.prepared import Prepared
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.sections import SECTIONS
-from busigen.export.reference import TorchBackend
+from busigen.export.parity import TorchBackend
 from busigen.registry import LESION_CLASSES, RESOLUTION
-from busigen.runtime.bundle import Bundle
-from busigen.runtime.sample import Sample
-from busigen.runtime.sampler import Sampler
+from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.dataset.sample import Sample
+from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.checkpoint import load_networks
 
 RESULTS = Path(__file__).parent / "results" / "steps.json"
@@ -55,9 +55,9 @@ def main() -> None:
     for steps in map(int, options.steps.split(",")):
         networks.steps |= {"lesion": steps, "blend": steps}
         started = time.perf_counter()
-        drawn = sampler.draw(0, range(options.count), lambda accepted: None)
+        generated = sampler.draw(0, range(options.count), lambda accepted: None)
         seconds = (time.perf_counter() - started) / options.count
-        figures = judged(labelled(drawn.samples), real, options, headline=False)
+        figures = judged(labelled(generated.samples), real, options, headline=False)
         report[str(steps)] = {"seconds_per_pair": round(seconds, 3), **figures}
         print(steps, seconds, {name: value for name, value in figures.items() if "distance" in name}, flush=True)
         options.results.parent.mkdir(exist_ok=True)

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from busigen.export.bundle_writer import weights_of
-from busigen.runtime.backend import usable_cores
-from busigen.runtime.bundle import Bundle, graph_names
+from busigen.runtime.backends.base import usable_cores
+from busigen.runtime.backends.bundle import Bundle, graph_names
 from busigen.solver import solver_steps
 
 X, RESULT = "solver/x", "solver/result"
@@ -46,7 +46,7 @@ class Parts:
 
 
 class StepwiseBackend:
-    """A :class:`busigen.runtime.backend.Backend` with ONNX Runtime's default session and the loop in Python.
+    """A :class:`busigen.runtime.backends.base.Backend` with ONNX Runtime's default session and the loop in Python.
 
     Args:
         bundle: an opened bundle.
@@ -66,7 +66,7 @@ class StepwiseBackend:
             cut(bundle, folder)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> Floats:
-        """See :class:`busigen.runtime.backend.Backend`."""
+        """See :class:`busigen.runtime.backends.base.Backend`."""
         stage = graph.partition("@")[0].partition("-")[0]
         if stage not in self._bundle.info["solver_steps"]:
             (output,) = self._call(graph, inputs).values()

@@ -20,7 +20,7 @@ from finished_run import FinishedRun
 from torch import Generator, Tensor
 
 from busigen.registry import STAGES
-from busigen.training.denoiser_task import DenoiserTask
+from busigen.training.tasks.denoiser import DenoiserTask
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 Batch = dict[str, Tensor]

@@ -22,7 +22,8 @@ from busigen.data.prepared import Prepared
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.reading.sets import from_prepared, read_set
 from busigen.evaluation.results import Figure
-from busigen.evaluation.utility import arms, segmentation
+from busigen.evaluation.utility import training as arms
+from busigen.evaluation.utility import training as segmentation
 from busigen.evaluation.utility.section import run
 
 RESULTS = Path(__file__).parent / "results" / "utility.json"

@@ -32,12 +32,12 @@ from busigen.data.geometry import edit_region
 from busigen.evaluation.context import ImageSet
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.registry import BUCKETS, CLASSES, LESION_CLASSES, SOLVER_STEPS
-from busigen.training.denoiser_task import DenoiserTask
 from busigen.training.examples import Frames, load_examples, random_lesion, save_examples, select, window_examples
-from busigen.training.heal import Repaint, repaint
-from busigen.training.models import build
-from busigen.training.networks import Networks
+from busigen.training.healing import Repaint, repaint
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Networks
 from busigen.training.recipe import TaskSpec
+from busigen.training.tasks.denoiser import DenoiserTask
 from busigen.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "windows.json"

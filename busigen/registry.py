@@ -79,7 +79,7 @@ class UNetShape:
 
 @dataclass(frozen=True)
 class OutlineShape:
-    """Size of stage 1 (:class:`busigen.training.outline.OutlineTransformer`).
+    """Size of stage 1 (:class:`busigen.training.networks.outline.OutlineTransformer`).
 
     ``coefficients`` of an outline's form are read in tokens of ``group``; its field has ``grid`` samples a side (even).
     """
@@ -165,8 +165,9 @@ SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}
 """Network evaluations per denoiser. Fixed at export."""
 
 SOLVER_SPREAD = {"lesion": 0.85, "blend": 0.7, "prior": 1.0}
-"""Deviation of what a denoiser leaves open, as its solver assumes it until it is measured (busigen.training.spectrum,
-busigen.training.wavelets), and for ever in bundles of before it was measured."""
+"""Deviation of what a denoiser leaves open, as its solver assumes it until it is measured
+(busigen.training.networks.variance,
+busigen.training.networks.variance), and for ever in bundles of before it was measured."""
 
 SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
 """How much denser a denoiser's steps sit near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2). What
@@ -215,7 +216,7 @@ class Provider:
     Attributes:
         name: on the command line, and in a dataset's record.
         about: in a few words, for people.
-        module: holds its ``ENGINE`` (:class:`busigen.runtime.backend.Engine`), imported when it is asked for.
+        module: holds its ``ENGINE`` (:class:`busigen.runtime.backends.base.Engine`), imported when it is asked for.
         gpu: whether it needs an NVIDIA card.
         extra: of pyproject.toml, which installs what it needs; empty where the core does.
         onnxruntime: ONNX Runtime's name for it; empty where it is run without ONNX Runtime.
@@ -245,13 +246,13 @@ PROVIDERS = {
         Provider(
             name="cpu",
             about="ONNX Runtime on the processor; runs everywhere",
-            module="busigen.runtime.engines.on_onnxruntime",
+            module="busigen.runtime.backends.onnxruntime",
             onnxruntime="CPUExecutionProvider",
         ),
         Provider(
             name="cuda-tf32",
             about="cuda, with matrix products in TF32: faster, less exact, and never chosen by auto before cuda",
-            module="busigen.runtime.engines.on_onnxruntime",
+            module="busigen.runtime.backends.onnxruntime",
             gpu=True,
             extra="cuda",
             onnxruntime="CUDAExecutionProvider",
@@ -260,7 +261,7 @@ PROVIDERS = {
         Provider(
             name="cuda",
             about="ONNX Runtime on an NVIDIA card, in fp32 where the graph says fp32",
-            module="busigen.runtime.engines.on_onnxruntime",
+            module="busigen.runtime.backends.onnxruntime",
             gpu=True,
             extra="cuda",
             onnxruntime="CUDAExecutionProvider",
@@ -269,14 +270,14 @@ PROVIDERS = {
         Provider(
             name="tensorrt-rtx",
             about="TensorRT for RTX: engines that are finished on the card that runs them",
-            module="busigen.runtime.engines.on_tensorrt",
+            module="busigen.runtime.backends.tensorrt.backend",
             gpu=True,
             extra="tensorrt-rtx",
         ),
         Provider(
             name="tensorrt",
             about="TensorRT: engines that are built for the card that runs them",
-            module="busigen.runtime.engines.on_tensorrt",
+            module="busigen.runtime.backends.tensorrt.backend",
             gpu=True,
             extra="tensorrt",
         ),
@@ -314,9 +315,9 @@ ENGINE_TARGETS = {
 """What ``export --target`` and ``build-engines`` make, beside the ONNX graphs that every bundle has."""
 
 LAUNCHERS = {
-    "local": "busigen.runtime.launch.local",
-    "ray": "busigen.runtime.launch.on_ray",
-    "slurm": "busigen.runtime.launch.slurm",
+    "local": "busigen.runtime.execution.local_workers",
+    "ray": "busigen.runtime.execution.ray_workers",
+    "slurm": "busigen.runtime.execution.local_workers",
 }
 """Names of ``generate --launcher`` and the modules that hold each one's ``LAUNCHER``, imported when it is asked for."""
 

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
-from tests.drawn import draw_busbra, draw_busi
+from tests.harness.synthetic_datasets import draw_busbra, draw_busi
 
 _BESIDE_THE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -34,22 +34,24 @@ _KINDS = ["drawn"] if _real_folder() is None else ["drawn", "real"]
 
 
 @pytest.fixture(scope="session")
-def drawn_busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synthetic_busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BUSI-like set; treat it as read-only."""
     return draw_busi(tmp_path_factory.mktemp("drawn") / "Dataset_BUSI_with_GT")
 
 
 @pytest.fixture(scope="session")
-def drawn_busbra(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synthetic_busbra(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BUS-BRA-like set; treat it as read-only."""
     return draw_busbra(tmp_path_factory.mktemp("drawn") / "BUSBRA")
 
 
 @pytest.fixture(scope="session")
-def drawn_prepared(drawn_busi: Path, drawn_busbra: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def synthetic_prepared(
+    synthetic_busi: Path, synthetic_busbra: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Prepared:
     """Both drawn sets, prepared with seed 0; treat it as read-only."""
     out = tmp_path_factory.mktemp("prepared") / "drawn"
-    prepare([drawn_busi, drawn_busbra], out)
+    prepare([synthetic_busi, synthetic_busbra], out)
     return Prepared.open(out)
 
 
@@ -63,7 +65,7 @@ def real_data() -> Path | None:
 def any_sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sources:
     """The drawn sets and, where present, the real ones."""
     if request.param == "drawn":
-        return Sources(*(request.getfixturevalue(f"drawn_{name}") for name in ("busi", "busbra", "prepared")))
+        return Sources(*(request.getfixturevalue(f"synthetic_{name}") for name in ("busi", "busbra", "prepared")))
     folder = request.getfixturevalue("real_data")
     busi, busbra = folder / "Dataset_BUSI_with_GT", folder / "BUSBRA"
     return Sources(busi, busbra, Prepared.open(_real_prepared(busi, busbra, tmp_path_factory)))

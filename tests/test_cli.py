@@ -23,18 +23,18 @@ from PIL import Image
 
 from busigen.data.geometry import edit_region
 from busigen.data.letterbox import fit
-from busigen.runtime.bundle import default_bundle
-from busigen.runtime.dataset import Dataset
-from busigen.runtime.layout import FINISHED_FILES
-from busigen.runtime.sample import Drawn
-from busigen.runtime.shards import write_shard
-from tests.command import CLI, ROOT, SMALL, Done, error_line, run
-from tests.hashing import hash_of, hashes
+from busigen.runtime.backends.bundle import default_bundle
+from busigen.runtime.dataset.format import FINISHED_FILES
+from busigen.runtime.dataset.reader import Dataset
+from busigen.runtime.dataset.sample import SampleBatch
+from busigen.runtime.dataset.shards import write_shard
+from tests.harness.command import CLI, ROOT, SMALL, Done, error_line, run
+from tests.harness.hashing import hash_of, hashes
 
 
 @pytest.fixture(scope="module")
-def healthy(drawn_busi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(drawn_busi / "normal", tmp_path_factory.mktemp("healthy") / "normal"))
+def healthy(synthetic_busi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(synthetic_busi / "normal", tmp_path_factory.mktemp("healthy") / "normal"))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_verify_finds_one_changed_pixel_behind_fitting_hashes(dataset: Path, hea
     image = samples[1].image.copy()
     image[tuple(np.argwhere(~edit)[0])] ^= 1
     types = {name: {"str": str, "int": int, "float": float}[kind] for name, kind in opened.info["columns"].items()}
-    write_shard(dataset, 1, Drawn([samples[0], replace(samples[1], image=image)], []), types)
+    write_shard(dataset, 1, SampleBatch([samples[0], replace(samples[1], image=image)], []), types)
     done = run("verify", dataset, "--healthy", healthy)
     assert done.returncode == 5
     assert "sample 000000003: 1 pixels outside its edit region differ" in done.stdout
@@ -275,8 +275,8 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     assert process.stderr is not None
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    told = next(line for line in process.stderr if "Ctrl-C: " in line)
-    assert told.startswith("generating: Ctrl-C: finishing the open shard (")
+    described = next(line for line in process.stderr if "Ctrl-C: " in line)
+    assert described.startswith("generating: Ctrl-C: finishing the open shard (")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     line = error_line(subprocess.CompletedProcess(command, process.returncode, output, errors), 130)
@@ -284,8 +284,10 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     assert "same command" in line
 
 
-def test_ctrl_c_leaves_a_line_where_a_command_has_nothing_of_its_own_to_say(drawn_busi: Path, tmp_path: Path) -> None:
-    process = begun([*CLI, "prepare", str(drawn_busi), "--out", str(tmp_path / "prepared")], "preparing: 0/")
+def test_ctrl_c_leaves_a_line_where_a_command_has_nothing_of_its_own_to_say(
+    synthetic_busi: Path, tmp_path: Path
+) -> None:
+    process = begun([*CLI, "prepare", str(synthetic_busi), "--out", str(tmp_path / "prepared")], "preparing: 0/")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert errors.splitlines()[-1] == "error: Interrupted."

@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from busigen.registry import LESION_CLASSES
-from busigen.runtime.bundle import default_bundle
-from busigen.runtime.dataset import Dataset, read_members
-from tests.command import SMALL, run
-from tests.hashing import hashes
-from tests.runtime.replaying import flip, truncate
+from busigen.runtime.backends.bundle import default_bundle
+from busigen.runtime.dataset.reader import Dataset, read_members
+from tests.harness.command import SMALL, run
+from tests.harness.hashing import hashes
+from tests.harness.replaying import flip, truncate
 
 
 @pytest.fixture(scope="module")
-def healthy(drawn_busi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(drawn_busi / "normal", tmp_path_factory.mktemp("healthy") / "normal"))
+def healthy(synthetic_busi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(synthetic_busi / "normal", tmp_path_factory.mktemp("healthy") / "normal"))
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +53,21 @@ def test_every_sample_replays_alone_to_the_bytes_of_its_batch(generated: Path, h
     for key in (f"{often:09d}", str(next(index for index in attempts if index != often))):
         done = run("explain", generated, key, "--healthy", healthy, "--out", tmp_path / key, "--json")
         assert done.returncode == 0, done.stderr
-        told = json.loads(done.stdout)
-        assert told["replay"]["image_agrees"] and told["replay"]["mask_agrees"]
-        assert told["replay"]["conditions"] == told["problems"] == []
-        assert told["background"]["folder"] == "normal"
-        assert told["class"] in LESION_CLASSES
-        assert 0.151 < told["asked"]["size"] < 0.25
-        assert len(told["refused"]) == told["attempt"]
-        links = [link["link"] for link in told["chain"]]
+        described = json.loads(done.stdout)
+        assert described["replay"]["image_agrees"] and described["replay"]["mask_agrees"]
+        assert described["replay"]["conditions"] == described["problems"] == []
+        assert described["background"]["folder"] == "normal"
+        assert described["class"] in LESION_CLASSES
+        assert 0.151 < described["asked"]["size"] < 0.25
+        assert len(described["refused"]) == described["attempt"]
+        links = [link["link"] for link in described["chain"]]
         assert links[:3] == ["training split", "checkpoint (base, LoRA, merged)", "bundle"]
-        assert f"ONNX mask-{told['class']}" in links
-        number = told["shard"]["number"]
-        tar = generated / told["shard"]["file"]
-        (member,) = read_members(tar, range(2 * number, 2 * number + 2), only=[told["index"]])
-        assert (tmp_path / key / f"{told['key']}.image.png").read_bytes() == member.image
-        assert (tmp_path / key / f"{told['key']}.mask.png").read_bytes() == member.mask
+        assert f"ONNX mask-{described['class']}" in links
+        number = described["shard"]["number"]
+        tar = generated / described["shard"]["file"]
+        (member,) = read_members(tar, range(2 * number, 2 * number + 2), only=[described["index"]])
+        assert (tmp_path / key / f"{described['key']}.image.png").read_bytes() == member.image
+        assert (tmp_path / key / f"{described['key']}.mask.png").read_bytes() == member.mask
 
 
 def test_explain_tells_the_history_even_where_it_cannot_replay(generated: Path, healthy: Path, tmp_path: Path) -> None:

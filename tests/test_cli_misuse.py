@@ -16,8 +16,8 @@ from PIL import Image
 
 import busigen
 from busigen.registry import LESION_CLASSES
-from busigen.runtime.bundle import default_bundle
-from tests.command import CLI, ROOT, error_line, run
+from busigen.runtime.backends.bundle import default_bundle
+from tests.harness.command import CLI, ROOT, error_line, run
 
 COMMANDS = ("prepare", "train", "export", "generate", "verify", "audit", "doctor")
 

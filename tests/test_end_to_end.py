@@ -17,8 +17,8 @@ import pytest
 from busigen.data.prepared import Prepared
 from busigen.errors import IntegrityError, ParityError
 from busigen.registry import LESION_CLASSES, STAGES
-from busigen.runtime.bundle import graph_names
-from tests.runtime.engine_library import TARGET, rtx
+from busigen.runtime.backends.bundle import graph_names
+from tests.harness.engine_library import TARGET, rtx
 
 SCALE = "0.1"
 
@@ -35,10 +35,10 @@ def succeed(*arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(drawn_prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(synthetic_prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint whose training was killed by SIGKILL in the middle of a task and then resumed."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    options = ["train", "--data", drawn_prepared.folder, "--out", out, "--preset", "tiny", "--scale", SCALE]
+    options = ["train", "--data", synthetic_prepared.folder, "--out", out, "--preset", "tiny", "--scale", SCALE]
     command = [sys.executable, "-m", "busigen.cli", *map(str, options)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 600
@@ -97,7 +97,7 @@ def test_export_refuses_graphs_that_do_not_reproduce_the_checkpoint(checkpoint: 
     import torch
 
     from busigen.export.parity import compare
-    from busigen.runtime.bundle import Bundle
+    from busigen.runtime.backends.bundle import Bundle
     from busigen.training.checkpoint import load_networks
 
     networks, _ = load_networks(checkpoint)
@@ -123,8 +123,10 @@ def test_a_changed_weight_file_is_refused_by_export(checkpoint: Path, tmp_path: 
     assert result.returncode == 5 and not (tmp_path / "bundle").exists()
 
 
-def test_a_run_with_other_options_is_refused_with_the_difference(checkpoint: Path, drawn_prepared: Prepared) -> None:
-    result = busigen("train", "--data", drawn_prepared.folder, "--out", checkpoint, "--preset", "tiny", "--seed", 7)
+def test_a_run_with_other_options_is_refused_with_the_difference(
+    checkpoint: Path, synthetic_prepared: Prepared
+) -> None:
+    result = busigen("train", "--data", synthetic_prepared.folder, "--out", checkpoint, "--preset", "tiny", "--seed", 7)
     assert result.returncode == 4
     assert "--seed: 0 there, 7 now" in result.stderr
 
@@ -136,9 +138,9 @@ def test_an_unfinished_checkpoint_cannot_be_exported(tmp_path: Path) -> None:
 
 def test_in_graph_loop_equals_the_reference_sampler(checkpoint: Path, bundle: Path) -> None:
     """One stage alone, on noise: the graph must be the solver's loop and not merely something close to it."""
-    from busigen.export.reference import TorchBackend
-    from busigen.runtime.bundle import Bundle
-    from busigen.runtime.engines.on_onnxruntime import OnnxBackend
+    from busigen.export.parity import TorchBackend
+    from busigen.runtime.backends.bundle import Bundle
+    from busigen.runtime.backends.onnxruntime import OnnxBackend
     from busigen.training.checkpoint import load_networks
 
     networks, _ = load_networks(checkpoint)
@@ -154,9 +156,9 @@ def test_in_graph_loop_equals_the_reference_sampler(checkpoint: Path, bundle: Pa
     assert not np.allclose(whole[0], found[0]), "the prior paints for the frame that it is told"
 
 
-def test_generate_from_the_new_bundle_and_verify(bundle: Path, drawn_busi: Path, tmp_path: Path) -> None:
+def test_generate_from_the_new_bundle_and_verify(bundle: Path, synthetic_busi: Path, tmp_path: Path) -> None:
     """A barely trained model draws poor outlines, so the gates may refuse the run: then it must say so, and cleanly."""
-    healthy = drawn_busi / "normal"
+    healthy = synthetic_busi / "normal"
     out = tmp_path / "data"
     result = busigen(
         "generate", "--count", 6, "--out", out, "--bundle", bundle, "--healthy", healthy, "--shard-size", 4

@@ -19,16 +19,16 @@ import pytest
 from numpy.lib import format as npy
 
 import busigen
-from busigen.data import schema
+from busigen.data import prepared as schema
 from busigen.data.prepared import Prepared
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.evaluation.reading.sets import read_set
 from busigen.foreign import ForeignFileError, open_file, read_file
-from busigen.runtime.engines.cache import CONTENT, RECORD, Cache
-from busigen.runtime.explain import explain
-from busigen.runtime.factory import generate
-from tests.command import error_line, run
-from tests.runtime.noise_source import NoiseSource
+from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache
+from busigen.runtime.execution.factory import generate
+from busigen.runtime.maintenance.explain import explain
+from tests.harness.command import error_line, run
+from tests.harness.noise_source import NoiseSource
 
 
 def test_a_file_within_its_limit_is_read(tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_the_audit_names_a_shard_that_is_none(made: Path, tmp_path: Path, become
 @ODD
 @pytest.mark.parametrize("file", [schema.TABLE, *schema.ARRAYS.values()])
 def test_prepared_folders_are_refused(
-    drawn_prepared: Prepared, tmp_path: Path, file: str, become: Callable[[Path], None]
+    synthetic_prepared: Prepared, tmp_path: Path, file: str, become: Callable[[Path], None]
 ) -> None:
-    folder = Path(shutil.copytree(drawn_prepared.folder, tmp_path / "prepared"))
+    folder = Path(shutil.copytree(synthetic_prepared.folder, tmp_path / "prepared"))
     _replaced(folder / file, become)
     with pytest.raises(IntegrityError, match=file):
         Prepared.open(folder)
@@ -172,8 +172,8 @@ def test_a_cached_engine_that_is_none_is_made_again(tmp_path: Path, file: str, b
 def test_weights_and_healed_images_that_are_none_are_refused(tmp_path: Path, become: Callable[[Path], None]) -> None:
     pytest.importorskip("torch")
     from busigen.training.checkpoint import load_component, weight_hashes
-    from busigen.training.heal import healed_reader
-    from busigen.training.state import load_state
+    from busigen.training.healing import healed_reader
+    from busigen.training.trainer import load_state
 
     folder = tmp_path / "base" / "mask"
     folder.mkdir(parents=True)
@@ -192,7 +192,7 @@ def test_weights_and_healed_images_that_are_none_are_refused(tmp_path: Path, bec
 
 def test_healed_images_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from busigen.training.heal import healed_reader, save_healed
+    from busigen.training.healing import healed_reader, save_healed
 
     images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 2, 2)
     save_healed(tmp_path / "healed.npz", [7, 9], images)
@@ -221,7 +221,7 @@ def test_a_log_into_a_pipe_is_read_while_the_run_goes_on(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "log")
     reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
     try:
-        command = [sys.executable, "-m", "tests.runtime.noise_source", tmp_path / "set", "4", "2", "7", "0"]
+        command = [sys.executable, "-m", "tests.harness.noise_source", tmp_path / "set", "4", "2", "7", "0"]
         root = Path(__file__).parents[1]
         subprocess.run([*map(str, command), str(tmp_path / "log")], cwd=root, check=True, capture_output=True)
         events = [json.loads(line)["event"] for line in os.read(reader, 1 << 20).splitlines()]
@@ -232,7 +232,7 @@ def test_a_log_into_a_pipe_is_read_while_the_run_goes_on(tmp_path: Path) -> None
 
 @POSIX
 def test_a_log_into_a_pipe_that_nobody_empties_holds_nothing_up(tmp_path: Path) -> None:
-    from busigen.runtime.events import EventLog
+    from busigen.runtime.execution.events import EventLog
 
     os.mkfifo(tmp_path / "log")
     reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
@@ -250,7 +250,7 @@ def _table_of(rows: int) -> pl.DataFrame:
 
 
 def test_a_table_is_bounded_by_what_its_rows_have_on_disk(tmp_path: Path) -> None:
-    from busigen.data.parquetfile import refuse_costly
+    from busigen.foreign import refuse_costly
 
     path = tmp_path / "table.parquet"
     _table_of(12_000).write_parquet(path)
@@ -278,35 +278,32 @@ _LOAD = {"jit", "np", "onnx", "torch"}
 """Modules whose ``load`` opens a file."""
 
 _OWN, _SYSTEM, _CHECKED = "made by this process", "the system's", "checked by open_file or by its hash before"
-_BY_OTHERS = "to be moved to busigen.foreign"
 DIRECT = {
     "cli/__init__.py": ("open", "a device to write to"),
-    "data/csvfile.py": ("read_csv", _CHECKED),
     "data/decoding.py": ("read_bytes", _CHECKED),
     "data/images.py": ("read_bytes", _CHECKED),
     "data/prepared.py": ("read_parquet", _CHECKED),
+    "data/sources/csvfile.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
-    "evaluation/physics/radiomics.py": ("read_parquet", _CHECKED),
+    "evaluation/physics/features.py": ("read_parquet", _CHECKED),
     "export/bundle_writer.py": ("read_bytes", _OWN),
-    "export/counts.py": ("load", _OWN),
-    "export/int8.py": ("load", _OWN),
-    "export/restore.py": ("load", _CHECKED),
+    "export/import_bundle.py": ("load", _CHECKED),
+    "export/precision_search.py": ("load", _OWN),
+    "export/report.py": ("load", _OWN),
     "foreign.py": ("open", "the opener"),
-    "runtime/atomic.py": ("open", "to have a written file on the disk"),
-    "runtime/bench.py": ("open", "to write"),
-    "runtime/bench_report.py": ("open", "to write"),
-    "runtime/doctor/surroundings.py": ("read_text", _SYSTEM),
-    "runtime/events.py": ("open", "to write"),
-    "runtime/finish.py": ("read_parquet", _OWN),
-    "runtime/launch/worker.py": ("read_bytes", _OWN),
-    "runtime/lock.py": ("open", "a lock that is opened to write to"),
-    "runtime/machine.py": ("read_text", _SYSTEM),
-    "runtime/redraw.py": ("open", _OWN),
-    "runtime/remote/shelf.py": ("read_parquet", "from memory"),
-    "runtime/remote/store.py": ("open", _OWN),
-    "runtime/tables.py": ("read_parquet scan_parquet", _CHECKED),
+    "runtime/dataset/finalize.py": ("read_parquet", _OWN),
+    "runtime/dataset/untrusted.py": ("read_parquet scan_parquet", _CHECKED),
+    "runtime/diagnostics/bench.py": ("open read_text", "to write; the system's"),
+    "runtime/diagnostics/doctor.py": ("read_text", _SYSTEM),
+    "runtime/execution/events.py": ("open", "to write"),
+    "runtime/execution/worker.py": ("read_bytes", _OWN),
+    "runtime/maintenance/repair.py": ("open", _OWN),
+    "runtime/output/remote.py": ("read_parquet", "from memory"),
+    "runtime/storage/files.py": ("open", "to have a written file on the disk"),
+    "runtime/storage/lock.py": ("open", "a lock that is opened to write to"),
+    "runtime/storage/object_store.py": ("open", _OWN),
     "training/checkpoint.py": ("from_pretrained", _CHECKED),
-    "training/state.py": ("load_file safe_open", _CHECKED),
+    "training/trainer.py": ("load_file safe_open", _CHECKED),
 }
 """What opens files itself, with the reason why it may."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.json_fuzz import BUG, answer, readers, training_readers
+from tests.harness.json_fuzz import BUG, answer, readers, training_readers
 
 TIMES = 8
 

@@ -24,10 +24,10 @@ from busigen.records import (
     read_given,
     read_json,
 )
-from tests.runtime.processes import ROOT
+from tests.harness.processes import ROOT
 
 
-class Shelf(Record):
+class Shop(Record):
     name: Text
     width: Whole
     load: Number = 0.0
@@ -54,9 +54,9 @@ GOOD: dict[str, Any] = {"name": "top", "width": 3, "load": 1, "books": {"a": 1},
     ],
 )
 def test_what_is_wrong_is_named_in_a_short_line(change: dict[str, Any], said: str) -> None:
-    checked(Shelf, GOOD, "shelf.json", fix="")
+    checked(Shop, GOOD, "shelf.json", fix="")
     with pytest.raises(IntegrityError) as caught:
-        checked(Shelf, GOOD | change, "shelf.json", fix="Get another.")
+        checked(Shop, GOOD | change, "shelf.json", fix="Get another.")
     assert said in caught.value.problem
     assert str(caught.value).startswith("shelf.json ") and str(caught.value).endswith("Get another.")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400
@@ -64,9 +64,9 @@ def test_what_is_wrong_is_named_in_a_short_line(change: dict[str, Any], said: st
 
 def test_what_is_missing_or_no_object_is_named() -> None:
     with pytest.raises(IntegrityError, match=r"shelf\.json lacks 'width'"):
-        checked(Shelf, {"name": "top"}, "shelf.json", fix="")
+        checked(Shop, {"name": "top"}, "shelf.json", fix="")
     with pytest.raises(IntegrityError, match=r"shelf\.json is no record: \[\] should be"):
-        checked(Shelf, [], "shelf.json", fix="")
+        checked(Shop, [], "shelf.json", fix="")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_only_regular_files_of_the_folder_are_read(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             read_json(tmp_path / name, root=tmp_path)
         with pytest.raises(IntegrityError, match=said):
-            read_checked(Shelf, tmp_path / name, fix="", root=tmp_path)
+            read_checked(Shop, tmp_path / name, fix="", root=tmp_path)
         with pytest.raises(InputError, match=said):
             read_given(tmp_path / name, "shelf", schemas=(3,), fix="")
     with pytest.raises(InputError, match=r"has schema 3; this busigen reads 1 or 2"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import CLI, ROOT, Done
+from tests.harness.command import CLI, ROOT, Done
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="network namespaces and home folders as Linux has them")
 
@@ -113,7 +113,7 @@ def test_training_export_and_audit_with_all_that_they_import(tmp_path: Path) -> 
     pytest.importorskip("monai", reason="needs the extra 'eval'")
     program = """
 import importlib
-import busigen.training.pipeline, busigen.export.exporter, busigen.export.restore, busigen.evaluation.audit
+import busigen.training.pipeline, busigen.export.exporter, busigen.export.import_bundle, busigen.evaluation.audit
 for section in busigen.evaluation.audit.SECTIONS:
     importlib.import_module(f"busigen.evaluation.{section}.section")
 """

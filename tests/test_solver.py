@@ -35,7 +35,7 @@ def test_a_constant_velocity_is_integrated_exactly(count: int) -> None:
     np.testing.assert_allclose(x, noise - velocity, rtol=0, atol=1e-14 * count)
 
 
-def drawn(noise: float, mean: float, deviation: float, steps: list[SolverStep], assumed: float) -> float:
+def generated(noise: float, mean: float, deviation: float, steps: list[SolverStep], assumed: float) -> float:
     """Where a noise ends under the exact velocity of normal data, with steps that assume a deviation."""
     x = noise
     for step in steps:
@@ -51,18 +51,18 @@ def drawn(noise: float, mean: float, deviation: float, steps: list[SolverStep], 
 def test_normal_data_come_out_exactly_in_any_number_of_steps(mean: float, deviation: float, count: int) -> None:
     steps = solver_steps("prior", count)
     for noise in (-1.0, 0.0, 2.0):
-        assert drawn(noise, mean, deviation, steps, deviation) == pytest.approx(mean + deviation * noise, abs=1e-10)
+        assert generated(noise, mean, deviation, steps, deviation) == pytest.approx(mean + deviation * noise, abs=1e-10)
 
 
 def test_with_many_steps_any_assumed_spread_ends_at_the_same_data() -> None:
     for assumed in (0.0, 0.5, 1.0, 1.5):
         # First order: 4,000 steps leave an error of about a thousandth.
-        assert drawn(1.0, 0.5, 0.8, solver_steps("mask", 4000), assumed) == pytest.approx(1.3, abs=3e-3)
+        assert generated(1.0, 0.5, 0.8, solver_steps("mask", 4000), assumed) == pytest.approx(1.3, abs=3e-3)
 
 
 def test_eight_steps_lose_less_spread_than_by_euler() -> None:
     def spread(assumed: float) -> float:
-        return drawn(1.0, 0.0, 1.0, solver_steps("mask", 8), assumed)
+        return generated(1.0, 0.0, 1.0, solver_steps("mask", 8), assumed)
 
     assert spread(0.0) < 0.85
     assert abs(spread(0.8) - 1.0) < abs(spread(0.0) - 1.0) / 2

@@ -15,7 +15,7 @@ import typer
 
 # Importing the modules adds their commands, in the order of --help.
 # isort: off
-from busigen.cli import datasets, judging, models, engines, machines  # noqa: F401
+from busigen.cli import generate, audit, train_export, doctor  # noqa: F401
 
 # isort: on
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
@@ -44,8 +44,8 @@ def main() -> None:
         # Where nobody reads from the pipe that standard output is, rich and click end like this.
         _fail(_unheard(os.strerror(errno.EPIPE)), debug) if end.code == 1 else sys.exit(end.code)
     except Exception as error:
-        if isinstance(error, OSError) and (told := _of_system(error)):
-            _fail(told, debug)
+        if isinstance(error, OSError) and (described := _of_system(error)):
+            _fail(described, debug)
         if debug:
             _print_traceback()
         else:

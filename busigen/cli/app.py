@@ -11,8 +11,8 @@ import typer
 
 from busigen import __version__
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, MissingDependencyError
-from busigen.runtime.install import install_command
 from busigen.terminal import Terminal, log_to_stderr
+from busigen.text import install_command
 
 app = typer.Typer(
     name="busigen",

@@ -1,8 +1,10 @@
-"""Opening a prepared folder, and checking that it is what its record says."""
+"""What a prepared folder holds: file names, columns and the version of both."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +15,73 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from pydantic import Strict
 
-from busigen.data import schema
-from busigen.data.parquetfile import refuse_costly
 from busigen.errors import IntegrityError
-from busigen.foreign import looking, open_file
+from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Record, Text, Whole, checked, read_given
 from busigen.registry import RESOLUTION
+
+SCHEMA_VERSION = 2
+"""Raised whenever a column or an array changes meaning."""
+
+INFO = "prepared.json"
+TABLE = "table.parquet"
+ARRAYS = {
+    "images": "images.npy",
+    "masks": "masks.npy",
+    "overlays": "overlays.npy",
+    "clean": "clean.npy",
+    "suspects": "suspects.npy",
+}
+"""Array names and their files. The first three are what the audit measures on, the last two what training reads."""
+
+PARTIAL = ".partial"
+"""Ending of a file that is still being written."""
+
+COLUMNS: dict[str, pl.DataType] = {
+    "row": pl.Int64(),
+    "id": pl.String(),
+    "class": pl.String(),
+    "source": pl.String(),
+    "patient": pl.String(),
+    "group": pl.Int64(),
+    "split": pl.String(),
+    "image_file": pl.String(),
+    "mask_files": pl.List(pl.String()),
+    "sha256": pl.String(),
+    "width": pl.Int64(),
+    "height": pl.Int64(),
+    "scale": pl.Float64(),
+    "left": pl.Int64(),
+    "top": pl.Int64(),
+    "inner_width": pl.Int64(),
+    "inner_height": pl.Int64(),
+    "mask_area": pl.Float64(),
+    "lesions": pl.Int64(),
+    "overlay_colour": pl.Boolean(),
+    "overlay_text": pl.Boolean(),
+    "overlay_calipers": pl.Boolean(),
+    "birads": pl.String(),
+    "class_conflict": pl.Boolean(),
+}
+"""The table's columns. ``mask_area`` is a fraction of the native image; ``lesions`` is the largest value in the row's
+label mask; file names begin with the source folder's name."""
+
+
+def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
+    """Fingerprint of who is in which split: hex sha256 over the sorted (image hash, split) pairs."""
+    lines = sorted(f"{digest} {split}\n" for digest, split in zip(sha256, splits, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: Path, limit: int | None = None) -> str:
+    """Hex sha256 of a file's bytes.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or has more than ``limit`` bytes.
+    """
+    with open_file(path, limit=limit) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
 _LARGEST_TABLE = 4 << 30
@@ -77,7 +140,7 @@ class Prepared:
         folder = Path(folder)
         info = _read_info(folder)
         prepared = cls(folder, info, _read_table(folder, info))
-        for name, file in schema.ARRAYS.items():
+        for name, file in ARRAYS.items():
             prepared._load(name)
             if check:
                 _check_hash(folder, info, file)
@@ -118,7 +181,7 @@ class Prepared:
         return self.table.height
 
     def _load(self, name: str) -> NDArray[Any]:
-        path = self.folder / schema.ARRAYS[name]
+        path = self.folder / ARRAYS[name]
         expected = (self.table.height, RESOLUTION, RESOLUTION)
         try:
             with looking(path), open_file(path) as file:
@@ -136,8 +199,8 @@ class Prepared:
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / schema.INFO
-    info, _ = read_given(path, "prepared folder", schemas=(schema.SCHEMA_VERSION,), fix=_PREPARE)
+    path = folder / INFO
+    info, _ = read_given(path, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
     checked(PreparedRecord, info, path, fix=_PREPARE)
     return info
 
@@ -145,7 +208,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
 def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:
     path = folder / name
     try:
-        found = schema.file_sha256(path, limit)
+        found = file_sha256(path, limit)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}.", fix=_PREPARE) from error
     if found != info["files"].get(name):
@@ -153,8 +216,8 @@ def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | N
 
 
 def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
-    path = folder / schema.TABLE
-    _check_hash(folder, info, schema.TABLE, limit=_LARGEST_TABLE)
+    path = folder / TABLE
+    _check_hash(folder, info, TABLE, limit=_LARGEST_TABLE)
     try:
         refuse_costly(path, info["images"], lists=True)
         # An open file, because polars takes a path for a pattern.
@@ -162,8 +225,8 @@ def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
             table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error
-    if dict(table.schema) != schema.COLUMNS or table.height != info["images"]:
-        raise IntegrityError(f"{path} has other columns or rows than {schema.INFO} says.", fix=_PREPARE)
-    if schema.split_hash(table["sha256"], table["split"]) != info["split_hash"]:
-        raise IntegrityError(f"{path} and {schema.INFO} disagree about the splits.", fix=_PREPARE)
+    if dict(table.schema) != COLUMNS or table.height != info["images"]:
+        raise IntegrityError(f"{path} has other columns or rows than {INFO} says.", fix=_PREPARE)
+    if split_hash(table["sha256"], table["split"]) != info["split_hash"]:
+        raise IntegrityError(f"{path} and {INFO} disagree about the splits.", fix=_PREPARE)
     return table

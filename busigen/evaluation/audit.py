@@ -1,12 +1,14 @@
-"""The whole audit: reads the sets, runs the sections, keeps their results for a later run, writes the report."""
+"""Versions of what a report rests on."""
 
 from __future__ import annotations
 
 import logging
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,40 @@ from busigen.errors import BusigenError, InputError, OutputError, UsageError
 from busigen.evaluation.cache import jsonable, key_of, load, store
 from busigen.evaluation.context import AuditContext, Effort
 from busigen.evaluation.reading.inputs import read_inputs
+from busigen.evaluation.report.text import sentence
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS, Section
-from busigen.evaluation.versions import library_versions
 from busigen.records import read_json
-from busigen.runtime.atomic import output_errors, write_json
-from busigen.runtime.install import install_command
 from busigen.runtime.progress import Progress
+from busigen.runtime.storage.files import output_errors, write_json
+from busigen.text import install_command
+
+LIBRARIES = (
+    "numpy",
+    "scipy",
+    "polars",
+    "pillow",
+    "scikit-image",
+    "scikit-learn",
+    "torch",
+    "torchmetrics",
+    "torch-fidelity",
+    "monai",
+    "matplotlib",
+)
+"""Distributions whose version a report names, where they are installed."""
+
+
+def library_versions() -> dict[str, str]:
+    """Version of Python and of every installed library of ``LIBRARIES``."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
 
 log = logging.getLogger("busigen.evaluation")
 
@@ -115,7 +144,7 @@ def audit(
             left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
-    from busigen.evaluation.report.contact_sheet import CONTACT_SHEET, contact_sheet
+    from busigen.evaluation.report.charts import CONTACT_SHEET, contact_sheet
     from busigen.evaluation.report.page import write_html
 
     started = time.perf_counter()
@@ -182,7 +211,7 @@ def check_libraries() -> None:
     Raises:
         ModuleNotFoundError: the extra ``eval`` is not installed.
     """
-    from busigen.evaluation.report import contact_sheet  # noqa: F401
+    from busigen.evaluation.report import charts as contact_sheet  # noqa: F401
     from busigen.evaluation.report import page as report  # noqa: F401
 
 
@@ -282,7 +311,7 @@ def _claim(out: Path) -> None:
     Raises:
         OutputError: it does.
     """
-    from busigen.evaluation.report.contact_sheet import CONTACT_SHEET
+    from busigen.evaluation.report.charts import CONTACT_SHEET
 
     sections = out / "sections"
     if out.exists() and not out.is_dir():
@@ -306,3 +335,32 @@ def _is_report(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.keys() >= {"busigen", "schema_version", "sections"}
+
+
+def audited(report: Report) -> Iterator[str]:
+    """The sets, what became of each section with its headline figures and flags, and where the report is."""
+    for name, text in report.content["counts"].items():
+        yield f"{name:10} {text}"
+    for note in report.content["notes"]:
+        yield f"  {note}"
+    for name, outcome in report.outcomes.items():
+        # A page ties numbers to their units; a terminal is shown plain spaces.
+        yield from (line.replace("\N{NO-BREAK SPACE}", " ") for line in _section(name, outcome))
+    yield f"Report: {report.html}"
+
+
+def _section(name: str, outcome: Outcome) -> Iterator[str]:
+    result = outcome.result
+    silent = "nothing flagged" if result.figures else "nothing measured"
+    verdict = "NOT RUN" if outcome.error else "FLAGGED" if result.flagged else silent
+    kept = " (kept from an earlier run)" if outcome.cached else ""
+    yield f"{name:10} {verdict}, {result.seconds:.0f} s{kept}"
+    for figure in result.figures:
+        if figure.headline:
+            yield f"  {figure.label}: {sentence(figure)}{'  FLAGGED' if figure.flagged else ''}"
+    for finding in result.findings:
+        if finding.level == "flag" or outcome.error:
+            yield f"  ! {finding.text}"
+        elif not result.flagged:
+            # Why nothing is flagged, or could be: a silent section would otherwise look like a clean one.
+            yield f"    {finding.text}"

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from busigen import __version__
-from busigen.data.files import find_images
+from busigen.data.sources.files import find_images
 from busigen.errors import IntegrityError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import Section
 from busigen.records import Record, Text, read_checked
-from busigen.runtime.atomic import sha256_of, write_json
+from busigen.runtime.storage.files import sha256_of, write_json
 
 RESULT_FILE = "result.json"
 

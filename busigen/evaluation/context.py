@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from busigen.data.records import Refusal
+from busigen.data.sources.records import Refusal
 from busigen.evaluation.results import section_folder
 from busigen.runtime.progress import Progress
 

@@ -12,8 +12,8 @@ from onnx import ModelProto
 
 from busigen.export import trace
 from busigen.export.assembly import with_solver, with_weights
+from busigen.export.deterministic_sums import make_sums_deterministic
 from busigen.export.precision import TYPES, emulated, lowered
-from busigen.export.reductions import steady
 from busigen.registry import (
     BUCKETS,
     CLASSES,
@@ -24,9 +24,9 @@ from busigen.registry import (
     PLACE_CHANNELS,
     RESOLUTION,
 )
-from busigen.runtime.bundle import graphs_of
+from busigen.runtime.backends.bundle import graphs_of
 from busigen.solver import solver_steps
-from busigen.training.networks import Networks
+from busigen.training.networks.inference import Networks
 
 Graphs = dict[str, ModelProto]
 
@@ -63,7 +63,9 @@ class Component:
         """
         found = {}
         for name, part in self.parts.items():
-            model = steady(lowered(part.evaluation, precision) if precision in TYPES else part.evaluation)
+            model = make_sums_deterministic(
+                lowered(part.evaluation, precision) if precision in TYPES else part.evaluation
+            )
             found[name] = part.finish(emulated(model) if rounded else model, self.loop)
         return found
 
@@ -116,8 +118,10 @@ Steps = dict[str, list[ModelProto]]
 def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     cells = RESOLUTION // LATENT_FACTOR
     step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
-    before = steady(tracing.prior_condition(networks, cells))
-    update = steady(tracing.update(networks.denoisers["prior"].spectrum, networks.preset.latent_channels, cells, cells))
+    before = make_sums_deterministic(tracing.prior_condition(networks, cells))
+    update = make_sums_deterministic(
+        tracing.update(networks.denoisers["prior"].spectrum, networks.preset.latent_channels, cells, cells)
+    )
     part = _part(step, "prior", "normal", networks, "latents", before, update)
     return Component("prior", {"prior": part}, loop)
 
@@ -126,11 +130,14 @@ def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
     """Stage 1 of each class; the classes' adapters share the base's outline space, but not its spread."""
     first = networks.denoiser("mask", LESION_CLASSES[0])
     step = tracing.outline_step(first, networks.preset.tokens)
-    before, after = steady(tracing.asked(first.space)), steady(tracing.distance(first.space, first.length))
+    before, after = (
+        make_sums_deterministic(tracing.asked(first.space)),
+        make_sums_deterministic(tracing.distance(first.space, first.length)),
+    )
     parts = {}
     for label in LESION_CLASSES:
         unet = networks.denoisers[f"mask-{label}"]
-        update = steady(tracing.update(unet.spectrum, unet.length))
+        update = make_sums_deterministic(tracing.update(unet.spectrum, unet.length))
         weighted = with_weights(step, _weights(unet))
         parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, update, after)
     return Component("mask", parts, loop)
@@ -151,14 +158,14 @@ def _staged(
     key = str(sorted((name, value) for name, value in first.config.items() if not name.startswith("_")))
     if key not in steps:
         steps[key] = [tracing.step(first, size, networks.preset.tokens, conditions) for size in sizes]
-    before = [steady(tracing.condition(*_CONDITIONS[stage], channels, side)) for side in BUCKETS]
+    before = [make_sums_deterministic(tracing.condition(*_CONDITIONS[stage], channels, side)) for side in BUCKETS]
     traced = list(zip(steps[key], before, strict=True))
     parts = {}
     for label in LESION_CLASSES:
         unet = networks.denoisers[f"{stage}-{label}"]
         weights = _weights(unet)
         for name, size, (step, known) in zip(graphs_of(f"{stage}-{label}"), sizes, traced, strict=True):
-            update = steady(tracing.update(unet.spectrum, channels, size, size, conditions=conditions))
+            update = make_sums_deterministic(tracing.update(unet.spectrum, channels, size, size, conditions=conditions))
             weighted = with_weights(step, weights)
             parts[name] = _part(weighted, stage, label, networks, "latents", known, update)
     return Component(stage, parts, loop)

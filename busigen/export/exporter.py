@@ -1,4 +1,4 @@
-"""A finished checkpoint to a bundle: trace, lay out, write, prove; nothing is left behind where a proof fails."""
+"""How a checkpoint is exported."""
 
 from __future__ import annotations
 
@@ -6,34 +6,241 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
+import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from busigen import __version__
-from busigen.errors import BusigenError, IntegrityError, OutputError, UsageError
+from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.export.bundle_writer import write_graphs
-from busigen.export.card import card
-from busigen.export.checks import check_finite, check_layout, check_opset, runs
-from busigen.export.choosing import Choice, ModelBackend, choose, raised
 from busigen.export.components import COMPONENTS, Component, components
-from busigen.export.counts import fused
-from busigen.export.options import Options
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision import TYPES
-from busigen.registry import BACKGROUND_SPECKLE, ENGINE_TARGETS, LESION_CLASSES, PRECISIONS, PROVIDERS, RESOLUTION
-from busigen.runtime.atomic import atomic_folder, sha256_of
-from busigen.runtime.backend import Backend, EngineOptions, engine_of, open_backend
-from busigen.runtime.batches import DEFAULT_BATCH
-from busigen.runtime.bundle import RECORD, SCHEMA, Bundle
+from busigen.export.precision_search import Choice, ModelBackend, choose, escalate
+from busigen.export.report import fused, model_card
+from busigen.foreign import open_file
+from busigen.records import parse_json
+from busigen.registry import (
+    BACKGROUND_SPECKLE,
+    ENGINE_TARGETS,
+    LESION_CLASSES,
+    LOOPS,
+    OPSETS,
+    PARITY_DRAWS,
+    PRECISIONS,
+    PROVIDERS,
+    RESOLUTION,
+    STAGES,
+)
+from busigen.runtime.backends.base import DEFAULT_BATCH, Backend, EngineOptions, engine_of, open_backend
+from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
+from busigen.runtime.storage.files import atomic_folder, sha256_of
+from busigen.training import trainer as state
+from busigen.training.checkpoint import ADAPTERS, BASE, MERGED, load_networks, read_record
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
-from busigen.training.checkpoint import load_networks, read_record
-from busigen.training.networks import Networks
-from busigen.training.state import write_json
+from busigen.training.networks.inference import Networks
+from busigen.training.trainer import write_json
+
+TARGETS = ("onnx",)
+LARGEST_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint is exported.
+
+    Attributes:
+        target: a name in ``TARGETS``.
+        precision: a name in ``registry.PRECISIONS``; components that fail in it get the next higher one.
+        opset: one of ``registry.OPSETS``.
+        loop: a name in ``registry.LOOPS``.
+        batch_sizes: batches, 1 to ``LARGEST_BATCH``, that the bundle is made for: engines with static shapes are built
+            for these. The ONNX graphs take any batch.
+        draws: draws per class over which every target is compared with PyTorch.
+        engines: names in ``registry.ENGINE_TARGETS``, on which the bundle is proved, too, where this machine can.
+
+    Raises:
+        UsageError: a value is not one of these.
+    """
+
+    target: str = "onnx"
+    precision: str = next(iter(PRECISIONS))
+    opset: int = OPSETS[0]
+    loop: str = next(iter(LOOPS))
+    batch_sizes: tuple[int, ...] = ()
+    draws: int = PARITY_DRAWS
+    engines: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        for name, allowed in (
+            ("target", TARGETS),
+            ("precision", tuple(PRECISIONS)),
+            ("opset", OPSETS),
+            ("loop", tuple(LOOPS)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UsageError(f"unknown {name} {value!r}.", fix=f"Choose one of: {', '.join(map(str, allowed))}.")
+        for name in self.engines:
+            if name not in ENGINE_TARGETS:
+                raise UsageError(f"unknown target {name!r}.", fix=f"Choose from: onnx, {', '.join(ENGINE_TARGETS)}.")
+        for size in self.batch_sizes:
+            if not 1 <= size <= LARGEST_BATCH:
+                raise UsageError(f"--batch-size {size}.", fix=f"Give whole numbers from 1 to {LARGEST_BATCH}.")
+        if self.draws < 1:
+            raise UsageError(f"--draws is {self.draws}.", fix="Give 1 or more.")
+
+
+def batch_sizes(text: str | None) -> tuple[int, ...]:
+    """Batches as a person lists them, ``4,16``; none where nothing is said.
+
+    Raises:
+        UsageError: a part is no whole number.
+    """
+    parts = [part.strip() for part in (text or "").split(",")] if text is not None else []
+    for part in parts:
+        if not part.isascii() or not part.isdigit():
+            raise UsageError(f"--batch-size {text!r} holds {part!r}.", fix="Give whole numbers, such as 4,16.")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+_TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
+
+_MERGED = tuple(f"{stage}-{label}" for stage in STAGES for label in LESION_CLASSES)
+_EXPECTED = {
+    BASE: ("autoencoder", "context", "prior", *STAGES),
+    ADAPTERS: _MERGED,
+    MERGED: _MERGED,
+}
+_NEEDED = {BASE: ("autoencoder", "context", "prior"), MERGED: _MERGED}
+"""What is exported; the stages' bases and adapters are in what was merged."""
+
+_MAX_HEADER_BYTES = 16 << 20
+"""Largest header of a safetensors file that is read; it takes some 100 bytes for each weight."""
+
+
+def check_layout(checkpoint: Path) -> None:
+    """Refuse a checkpoint that lacks a component, has one too many, or has adapters that were not merged.
+
+    Raises:
+        InputError: the message names the folder.
+    """
+    for place, needed in _NEEDED.items():
+        for name in needed:
+            if not (checkpoint / place / name / "config.json").is_file():
+                unmerged = place == MERGED and (checkpoint / ADAPTERS / name).is_dir()
+                problem = "has an adapter that was not merged" if unmerged else "is missing"
+                raise InputError(f"{checkpoint / place / name} {problem}.", fix=_TRAIN)
+    for place, expected in _EXPECTED.items():
+        found = sorted(path.name for path in (checkpoint / place).glob("*") if path.is_dir())
+        for name in found:
+            if name not in expected:
+                raise InputError(
+                    f"{checkpoint / place / name} is no component; known: {', '.join(expected)}.",
+                    fix="Move it out of the checkpoint.",
+                )
+    for path in sorted(checkpoint.glob(f"{MERGED}/*/*.safetensors")):
+        adapted = next((name for name in _names(path) if "lora_" in name), None)
+        if adapted is not None:
+            raise InputError(f"{path} holds an adapter that was not merged: {adapted}.", fix=_TRAIN)
+
+
+def _names(weights: Path) -> list[str]:
+    """The names in a safetensors file: its header is JSON, after eight bytes that say how long it is."""
+    try:
+        with open_file(weights) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            return list(parse_json(stream.read(length), "the header"))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{weights} is no safetensors file.", fix=_TRAIN) from error
+
+
+def check_finite(networks: Networks) -> None:
+    """Refuse weights that are no numbers: every image would be NaN, or refused by a gate that says nothing of why.
+
+    Raises:
+        InputError: names component and weight.
+    """
+    for component, module in _modules(networks):
+        state.check_finite(component, module)
+    for name in ("latents_mean", "latents_std"):
+        value = getattr(networks, name)
+        if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):
+            raise InputError(f"the checkpoint's {name} is {value.tolist()}.", fix=_TRAIN)
+
+
+def _modules(networks: Networks) -> Iterator[tuple[str, nn.Module]]:
+    yield "autoencoder", networks.autoencoder
+    assert networks.context is not None
+    yield "context", networks.context
+    yield from networks.denoisers.items()
+
+
+def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
+    """Why an ONNX Runtime provider cannot run a convolution and a product in a precision; empty if it can.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+        precision: a name in ``registry.PRECISIONS``.
+        opset: ONNX's.
+    """
+    kind, number = TYPES.get(precision, (TensorProto.FLOAT, np.dtype(np.float32)))
+    opset = max(opset, 22) if precision == "bf16" else opset
+    nodes = [
+        helper.make_node("Cast", ["x"], ["low"], to=kind),
+        helper.make_node("Conv", ["low", "kernel"], ["seen"]),
+        helper.make_node("MatMul", ["seen", "matrix"], ["product"]),
+        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
+        [
+            numpy_helper.from_array(np.ones((1, 1, 1, 1)).astype(number), "kernel"),
+            numpy_helper.from_array(np.ones((4, 4)).astype(number), "matrix"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    ort.set_default_logger_severity(4)
+    options = ort.SessionOptions()
+    # What cannot be loaded is said by the exception; ONNX Runtime would say it again on the terminal.
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider], enable_fallback=False)
+        if provider not in session.get_providers():
+            return f"{provider} cannot be loaded here"
+        session.run(None, {"x": np.ones((1, 1, 4, 4), dtype=np.float32)})
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        return str(error).splitlines()[0][:200]
+    return ""
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an opset that this ONNX Runtime does not know.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if problem := runs("CPUExecutionProvider", "fp32", opset):
+        raise UsageError(
+            f"ONNX Runtime {ort.__version__} cannot run opset {opset}: {problem}.",
+            fix=f"Choose one of: {', '.join(map(str, OPSETS))}; or install a newer onnxruntime.",
+        )
+
 
 log = logging.getLogger("busigen.export")
 
@@ -78,7 +285,7 @@ def export(
     with _appearing(out) as folder:
         exporter = _Exporter(folder, networks, options, providers, unproved, progress or Progress())
         info = exporter.run(_info(networks, record, checkpoint, options))
-        (folder / CARD).write_text(card(record, info), encoding="utf-8")
+        (folder / CARD).write_text(model_card(record, info), encoding="utf-8")
         write_json(folder / RECORD, info)
         last(Bundle.open(folder))
     return Bundle.open(out)
@@ -107,9 +314,9 @@ def _provers(precision: str) -> list[str]:
     }
     able = [name for name, reason in reasons.items() if not reason]
     if not able:
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        described = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UsageError(
-            f"--precision {precision} cannot be proved on this machine, so it is not exported ({told}).",
+            f"--precision {precision} cannot be proved on this machine, so it is not exported ({described}).",
             fix="Export on a machine with an NVIDIA GPU, or with another --precision.",
         )
     return able
@@ -223,7 +430,7 @@ class _Exporter:
             if not lowest:
                 raise refused(target, missed)
             worst = max(lowest, key=lambda choice: choice.tried[-1].error)
-            self._take(raised(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.asked))
+            self._take(escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.asked))
 
     def _targets(self, bundle: Bundle) -> Iterator[tuple[str, Backend]]:
         """What the bundle is proved on, by name, each opened when its turn comes."""

@@ -1,23 +1,220 @@
-"""Parity: the same draws through PyTorch and a bundle's graphs, over the whole trajectory, on image and mask."""
+"""The checkpoint's networks as the reference that graphs are held against, and what they were asked and answered."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
 
-from busigen.data.geometry import Mask
+from busigen.data.geometry import Mask, largest_component
 from busigen.errors import ParityError
-from busigen.export.reference import BATCH, Recorder, TorchBackend, Witness
-from busigen.export.similarity import boundary_distance, dice, grey_difference, psnr, ssim
-from busigen.registry import LESION_CLASSES, PARITY_DRAWS
-from busigen.runtime.backend import Backend, open_backend
-from busigen.runtime.bundle import Bundle
+from busigen.registry import LESION_CLASSES, PARITY_DRAWS, RESOLUTION
+from busigen.runtime.backends.base import Backend, open_backend
+from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.progress import Progress
-from busigen.training.networks import Networks
+from busigen.runtime.sampling import quality_gates
+from busigen.runtime.sampling.draft import Draft
+from busigen.runtime.sampling.sampler import Sampler
+from busigen.training.networks.build import region_condition
+from busigen.training.networks.inference import Networks, blend_input, window_condition
+
+BATCH = 16
+"""Draws that are computed together."""
+
+ROWS = 16
+"""Rows per graph that are kept of what the reference was asked: as many as one batch of small windows."""
+
+
+class TorchBackend:
+    """The checkpoint's networks behind the runtime's interface: the reference that a bundle is held against."""
+
+    name = "torch"
+    version = str(torch.__version__)
+
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+
+    @torch.no_grad()
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """See :class:`busigen.runtime.backends.base.Backend`."""
+        component = graph.partition("@")[0]
+        values = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        result: NDArray[np.float32] = self._evaluate(component, values).numpy()
+        return result
+
+    def _evaluate(self, component: str, v: dict[str, Tensor]) -> Tensor:
+        networks = self._networks
+        if component == "context":
+            return networks.tokens(v["image"], v["keep"])
+        if component == "encoder":
+            return networks.encoder(v["pixels"])
+        if component == "decoder":
+            return networks.decoder(v["latents"], v["noise"], v["mask"])
+        if component == "prior":
+            return networks.background(v["noise"], v["frame"])
+        stage, _, label = component.partition("-")
+        context = (v["tokens"], v["keep"])
+        if stage == "mask":
+            return networks.outline(v["noise"], label, *context, v["asked"])
+        if stage == "lesion":
+            condition = window_condition(v["known"], v["mask"], v["edit"])
+        else:
+            edit, ring = region_condition(v["edit"]), region_condition(v["ring"])
+            condition = window_condition(blend_input(v["known"], v["painted"], edit, ring), v["mask"], v["ring"])
+        return networks.sample(stage, v["noise"], label, *context, *condition)
+
+
+@dataclass
+class RecordedCall:
+    """Some of what one graph was asked, and what the reference answered."""
+
+    inputs: dict[str, NDArray[Any]]
+    output: NDArray[np.float32]
+
+
+class CallRecorder:
+    """A backend that keeps up to ``ROWS`` rows of what each graph was asked, those that fill up a batch among them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.name, self.version, self.backend = backend.name, backend.version, backend
+        self.asked: dict[str, list[RecordedCall]] = {}
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """See :class:`busigen.runtime.backends.base.Backend`."""
+        output = self.backend.run(graph, inputs)
+        kept = self.asked.setdefault(graph, [])
+        room = ROWS - sum(len(found.output) for found in kept)
+        if room > 0:
+            kept.append(
+                RecordedCall({name: value[:room].copy() for name, value in inputs.items()}, output[:room].copy())
+            )
+        return output
+
+
+class RecordingSampler(Sampler):
+    """The runtime's sampler, with every draw carried to its end and what it made on the way kept.
+
+    A draw whose outline the gates refuse would leave stages 2 and 3 unproved, so it is painted with a fixed ellipse;
+    so are two draws in eight, because a model may draw lesions of one window size alone.
+
+    With ``forced`` outlines, all draws are painted with those instead of their own.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, label: str, forced: Mapping[int, Mask] | None = None) -> None:
+        super().__init__(bundle, backend, classes={label: 1.0}, batch_size=BATCH)
+        self.forced = forced or {}
+        self.painted: dict[int, Mask] = {}
+        self.outlines: dict[int, Mask] = {}
+        self.images: dict[int, NDArray[np.uint8]] = {}
+        self.edits: dict[int, Mask] = {}
+        self.refused: dict[int, str | None] = {}
+
+    def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
+        for draft, raw in zip(batch, super()._outlines(seed, batch), strict=True):
+            valid = draft.healthy.valid
+            self.outlines[draft.index] = raw
+            self.refused[draft.index] = quality_gates.mask_reason(raw, largest_component(raw & valid), valid)
+            generated = self.refused[draft.index] is None and draft.index % 8 < 6
+            own = raw if generated else _ellipse(draft.index)
+            self.painted[draft.index] = self.forced.get(draft.index, own)
+        return [self.painted[draft.index] for draft in batch]
+
+    def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
+        images = super()._images(seed, batch)
+        for draft, image in zip(batch, images, strict=True):
+            assert draft.mask is not None and draft.edit is not None
+            self.images[draft.index], self.edits[draft.index] = image, draft.edit
+            reason = quality_gates.image_reason(image, draft.mask, draft.healthy.valid)
+            self.refused[draft.index] = self.refused[draft.index] or reason
+        return images
+
+
+def _ellipse(index: int) -> Mask:
+    """A lesion-sized ellipse, small for even and large for odd indices, so that both windows are proved."""
+    rows, columns = np.ogrid[:RESOLUTION, :RESOLUTION]
+    height, width = (18, 26) if index % 2 == 0 else (45, 60)
+    result: Mask = ((rows - 110) / height) ** 2 + ((columns - 128) / width) ** 2 <= 1.0
+    return result
+
+
+Image = NDArray[np.uint8]
+
+MAX_PSNR = 99.0
+"""Reported for images that are equal to the byte."""
+
+_SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 1.5, 0.01, 0.03
+"""Of Wang et al. 2004 (IEEE Trans. Image Process. 13(4)), section III.C."""
+
+
+def psnr(image: Image, other: Image, region: Mask) -> float:
+    """Peak signal-to-noise ratio in decibels over a region that is not empty."""
+    error = float(((image.astype(np.float64) - other)[region] ** 2).mean())
+    return min(MAX_PSNR, 10.0 * float(np.log10(255.0**2 / error))) if error else MAX_PSNR
+
+
+def ssim(image: Image, other: Image, region: Mask) -> float:
+    """Structural similarity, -1 to 1, averaged over a region that is not empty (Wang et al. 2004, Gaussian window)."""
+    x, y = image.astype(np.float64), other.astype(np.float64)
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(ndimage.gaussian_filter(values, _SSIM_SIGMA, truncate=3.5))
+
+    small, smaller = (_SSIM_K1 * 255.0) ** 2, (_SSIM_K2 * 255.0) ** 2
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, both = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2, mean(x * y) - mean_x * mean_y
+    luminance = (2.0 * mean_x * mean_y + small) / (mean_x**2 + mean_y**2 + small)
+    structure = (2.0 * both + smaller) / (var_x + var_y + smaller)
+    return float((luminance * structure)[region].mean())
+
+
+def grey_difference(image: Image, other: Image) -> int:
+    """Largest difference of two images in grey levels."""
+    return int(np.abs(image.astype(np.int64) - other).max())
+
+
+def dice(mask: Mask, other: Mask) -> float:
+    """Overlap of two masks, 0 to 1; two empty ones are equal."""
+    total = int(mask.sum() + other.sum())
+    return 2.0 * float((mask & other).sum()) / total if total else 1.0
+
+
+def boundary_distance(mask: Mask, other: Mask) -> float:
+    """95th percentile of the distances in pixels from each mask's outline to the other's; infinite if one is empty."""
+    edges = [found & ~ndimage.binary_erosion(found) for found in (mask, other)]
+    if not (edges[0].any() and edges[1].any()):
+        return 0.0 if edges[0].any() == edges[1].any() else float("inf")
+    there, back = (
+        ndimage.distance_transform_edt(~edges[1])[edges[0]],
+        ndimage.distance_transform_edt(~edges[0])[edges[1]],
+    )
+    return float(np.percentile(np.concatenate((there, back)), 95))
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Root mean square of the differences over that of what was expected, of the worst row; infinite if any is NaN."""
+    if not np.isfinite(found).all():
+        return float("inf")
+    rows = (len(expected), -1)
+    error = ((found.astype(np.float64) - expected) ** 2).reshape(rows).mean(axis=1)
+    size = (expected.astype(np.float64) ** 2).reshape(rows).mean(axis=1)
+    return float(np.sqrt(error / np.maximum(size, 1e-12)).max())
+
+
+def pixels_off(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Root mean square error in pixels of signed distances within five pixels of the outline, of the worst row."""
+    if not np.isfinite(found).all():
+        return float("inf")
+    near = np.abs(expected) < 5.0
+    errors = [float(((f - e)[n] ** 2).mean()) for f, e, n in zip(found, expected, near, strict=True) if n.any()]
+    return float(np.sqrt(max(errors, default=0.0)))
+
 
 PARITY_SEED = 20_240_02
 """Seed of the compared draws; fixed, so that two exports of one checkpoint report the same figures."""
@@ -80,7 +277,7 @@ class Reference:
         self, networks: Networks, bundle: Bundle, *, draws: int = PARITY_DRAWS, progress: Progress | None = None
     ) -> None:
         self.draws, self.progress = draws, progress or Progress()
-        recorder = Recorder(TorchBackend(networks))
+        recorder = CallRecorder(TorchBackend(networks))
         self.witnesses = {label: self._witness(bundle, recorder, label) for label in LESION_CLASSES}
         self.asked = recorder.asked
 
@@ -96,8 +293,8 @@ class Reference:
 
     def _witness(
         self, bundle: Bundle, backend: Backend, label: str, forced: Mapping[int, Mask] | None = None
-    ) -> Witness:
-        sampler = Witness(bundle, backend, label, forced)
+    ) -> RecordingSampler:
+        sampler = RecordingSampler(bundle, backend, label, forced)
         for first in range(0, self.draws, BATCH):
             jobs = [(index, 0) for index in range(first, min(first + BATCH, self.draws))]
             sampler.attempt(PARITY_SEED, jobs)

@@ -1,17 +1,66 @@
-"""What an export proved, as tables: for a model card, and for a file of its own."""
+"""What ONNX Runtime makes of a graph: how many nodes are left, and how many of them are fused kernels."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as ort
+from onnx import GraphProto, NodeProto
+
 from busigen.errors import OutputError, UsageError
-from busigen.export.counts import KINDS
 from busigen.export.parity import LIMITS
 from busigen.registry import LESION_CLASSES
-from busigen.runtime.atomic import atomic_path
+from busigen.runtime.storage.files import atomic_path
+
+KINDS = {
+    "attention": frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention", "QAttention"}),
+    "normalisation": frozenset(
+        {
+            *("GroupNorm", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization"),
+            *("SimplifiedLayerNormalization", "SkipGroupNorm", "SkipLayerNormalization"),
+        }
+    ),
+    "activation": frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"}),
+    "product": frozenset({"FusedConv", "FusedGemm", "FusedMatMul"}),
+    "softmax": frozenset({"Softmax"}),
+}
+"""Operators that count as one kernel for what PyTorch has several of; ``QuickGelu`` is ONNX Runtime's SiLU, too."""
+
+
+def fused(graph: Path | bytes, provider: str = "CPUExecutionProvider") -> dict[str, int]:
+    """Count the nodes of a graph as ONNX Runtime optimises it, those of a loop's body among them.
+
+    Args:
+        graph: a file, or a graph with its weights.
+        provider: ONNX Runtime's name of it.
+
+    Returns:
+        ``nodes`` in all, and as many as there are of each of ``KINDS``. A solver's loop counts once.
+    """
+    with tempfile.TemporaryDirectory(prefix="busigen-") as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(optimised)
+        # It warns that what it writes is for this machine, which is where it is counted.
+        options.log_severity_level = 4
+        ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=[provider])
+        nodes = Counter(node.op_type for node in _nodes(onnx.load(str(optimised), load_external_data=False).graph))
+    return {"nodes": nodes.total(), **{kind: sum(nodes[name] for name in names) for kind, names in KINDS.items()}}
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
 
 ENDINGS = (".md", ".json")
 """Kinds of reports, by the file's ending."""
@@ -95,8 +144,8 @@ def parity_table(parity: Mapping[str, Any]) -> str:
 
 def unproved(parity: Mapping[str, Any]) -> str:
     """Which targets were not compared, and why; empty where all were, or an older export did not record it."""
-    told = "; ".join(f"{name} ({reason})" for name, reason in parity.get("unproved", {}).items())
-    return told and f"Not compared: {told}."
+    described = "; ".join(f"{name} ({reason})" for name, reason in parity.get("unproved", {}).items())
+    return described and f"Not compared: {described}."
 
 
 def limits_table() -> str:
@@ -127,3 +176,55 @@ def counts_table(fused: Mapping[str, Mapping[str, int]]) -> str:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def model_card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    """A model card in Markdown.
+
+    Args:
+        record: the checkpoint's ``busigen.json``.
+        info: the bundle's ``bundle.json``.
+    """
+    tasks = "\n".join(
+        f"| {name} | {task.get('steps', '')} | {_held_out(task)} | {task['seconds']:.0f} |"
+        for name, task in record["tasks"].items()
+    )
+    return f"""# Model card
+
+Preset `{info["preset"]}`, trained on {record["device"]} on the training split of {record["data"]["images"]} images
+(split hash `{info["split_hash"]}`).
+{_origin(record.get("base"))}
+Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].items())}.
+
+| task | steps | held-out loss | seconds (of the last sitting) |
+| --- | --- | --- | --- |
+{tasks}
+
+PyTorch against the exported graphs over the whole trajectory, same draws:
+
+{parity_table(info["parity"])}
+
+{unproved(info["parity"])}
+
+What each component computes in:
+
+{precision_table(info["components"])}
+
+Not for diagnosis. Lesions painted into a patient's image still hold that patient's pixels.
+"""
+
+
+def _held_out(task: Mapping[str, Any]) -> str:
+    """The loss of the weights that were kept; nothing for a task that trains none."""
+    losses = [loss for _, loss in task.get("validation", ())]
+    return f"{min(losses):.4f}" if losses else ""
+
+
+def _origin(base: Mapping[str, str] | None) -> str:
+    """Where the base comes from, if not from the same run: what its images taught it is in the bundle, too."""
+    if base is None:
+        return ""
+    return f"""
+These images trained the tasks below. All else is the base's, unchanged: it was trained on the training split with hash
+`{base["split_hash"]}`, and its weights have the digest `{base["weights"]}`.
+"""

@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from busigen.runtime.wording import duration
 from busigen.terminal import Terminal, shown
+from busigen.text import duration
 
 if TYPE_CHECKING:
-    from busigen.runtime.factory import GenerateReport
-    from busigen.runtime.foresight import Forecast
-    from busigen.runtime.shards import ShardRecord
+    from busigen.runtime.dataset.shards import ShardRecord
+    from busigen.runtime.execution.estimate import Forecast
+    from busigen.runtime.execution.factory import GenerateReport
 
 LINE_SECONDS = 10.0
 """Seconds between two lines where no terminal shows a bar."""

@@ -1,11 +1,12 @@
-"""A recipe from its first task to a finished checkpoint, resumable after a kill at any moment."""
+"""Making a folder a training run's own, or saying by which options it differs from the run that it belongs to."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,124 @@ from diffusers import ModelMixin
 from rich.console import Console
 
 from busigen.data.prepared import Prepared
-from busigen.errors import InputError, UsageError
-from busigen.records import Many, Number, read_checked
+from busigen.errors import InputError, IntegrityError, OutputError, UsageError
+from busigen.records import Many, Number, Record, Text, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
-from busigen.training import adapters, checkpoint
-from busigen.training.base import Base
-from busigen.training.claim import claim
-from busigen.training.drawn import Drawer
+from busigen.training import checkpoint
+from busigen.training import checkpoint as adapters
+from busigen.training.checkpoint import Base, Origin, RecipeRecord
 from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
-from busigen.training.heal import heal, healed_reader, save_healed
-from busigen.training.models import build
-from busigen.training.networks import Networks
+from busigen.training.healing import healed_reader, remove_lesion, save_healed
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
-from busigen.training.setting import Setting
-from busigen.training.state import check_finite, fresh_folder, write_json
-from busigen.training.tasks import KINDS
-from busigen.training.trainer import Trainer
+from busigen.training.rollouts import Drawer
+from busigen.training.tasks.base import TaskContext
+from busigen.training.tasks.registry import KINDS
+from busigen.training.trainer import Trainer, check_finite, fresh_folder, write_json
+
+RUN = "run.json"
+
+_SHOWN = 3
+
+
+class _RunRecord(Record):
+    """Content of a training run's ``run.json``."""
+
+    recipe: RecipeRecord
+    split_hash: Text
+    base: Origin | None = None
+
+
+def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None) -> None:
+    """Record recipe, data and base in a new folder, or check that they are those of the run in it.
+
+    Raises:
+        OutputError: ``out`` belongs to a run with another recipe, other data or another base, or cannot be written.
+    """
+    config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
+    if base is not None:
+        config["base"] = base.identity
+    path = out / RUN
+    try:
+        if path.exists():
+            before = read_checked(_RunRecord, path, fix="", root=out)
+            if before != config:
+                raise OutputError(
+                    f"{out} belongs to another run ({_difference(before, config)}).",
+                    fix="Use another --out, or the same options.",
+                )
+            linked = next((place for place in out.rglob("*") if place.is_symlink()), None)
+            if linked is not None:
+                raise OutputError(f"{linked} is a link, and would be written through.", fix="Use another --out.")
+            return
+        if out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+    except IntegrityError as error:
+        raise OutputError(
+            f"{out} holds no run of `busigen train`: {error.problem}", fix="Use another --out."
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
+        ) from error
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a person changed, in terms of options; fields of the recipe only where no option explains them."""
+    old, new = before.get("recipe", {}), now["recipe"]
+    shown = [
+        f"--{name}: {old.get(name)!r} there, {new[name]!r} now"
+        for name in ("preset", "seed")
+        if old.get(name) != new[name]
+    ]
+    if before.get("split_hash") != now["split_hash"]:
+        shown.append("--data: other images or splits")
+    there, here = _base(before), _base(now)
+    if there != here:
+        shown.append(f"--base: {there} there, {here} now")
+    # A run with a base has fewer tasks than one without: that says nothing of what a person changed.
+    if old.get("preset") == new["preset"] and ("base" in before) == ("base" in now):
+        fields = _fields(old, new)
+        # Steps and the warm-ups that follow from them are all that --scale changes.
+        scaled = [field for field in fields if field[0].endswith((".steps", ".warmup"))]
+        if scaled:
+            name, there, here = scaled[0]
+            shown.append(f"--scale: {name} {there} there, {here} now")
+        rest = [field for field in fields if field not in scaled and field[0] != "seed"]
+        shown += [f"recipe.{name}: {there!r} there, {here!r} now" for name, there, here in rest[:_SHOWN]]
+        shown += [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
+    return "; ".join(shown)
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    base = config.get("base")
+    return f"one with weights {base['weights'][:12]}..." if base else "none"
+
+
+def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two recipes differ, as (dotted name, old, new); a list's items go by their own name or place."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(_name(b, number)), a, b) for number, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [(at, old, new)]
+    return [field for key, a, b in pairs for field in _fields(a, b, f"{at}.{key}".strip("."))]
+
+
+def _name(item: Any, number: int) -> Any:
+    return item.get("name", number) if isinstance(item, dict) else number
+
 
 log = logging.getLogger("busigen.training")
 
 HEALED = "healed.npz"
 CACHE = "cache"
 
-DRAWN_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
+GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
 """Kinds of tasks, and the component that they train, that look at backgrounds of the prior and at what stages paint."""
 
 
@@ -263,7 +359,7 @@ class _Run:
         limit = self.recipe.max_images
         rows = pl.concat([select(self.prepared, split, limit=limit) for split in ("train", "val")])
         frames = Frames(self.prepared, rows)
-        images = heal(
+        images = remove_lesion(
             frames,
             self._networks("lesion"),
             variants=self.recipe.heal_variants,
@@ -286,11 +382,11 @@ class _Run:
             denoisers={name: loaded[name] for name in denoisers},
         )
 
-    def _setting(self, spec: TaskSpec) -> Setting:
+    def _setting(self, spec: TaskSpec) -> TaskContext:
         ready = self.start is not None or ("autoencoder" in self.figures and "context" in self.figures)
         healed = self.out / HEALED
-        stages = DRAWN_FOR.get((spec.kind, spec.component))
-        return Setting(
+        stages = GENERATED_FOR.get((spec.kind, spec.component))
+        return TaskContext(
             prepared=self.prepared,
             networks=self._networks() if ready else None,  # type: ignore[arg-type]
             device=self.device,

@@ -17,7 +17,7 @@ LEARN_FROM_HEALED = ("mask", "prior")
 class TaskSpec:
     """One step of a recipe.
 
-    ``kind`` names the task class (:data:`busigen.training.tasks.KINDS`); ``component`` the network it trains; ``start``
+    ``kind`` names the task class (:data:`busigen.training.tasks.registry.KINDS`); ``component`` its network; ``start``
     the component of the same shape whose weights it begins with; ``label`` an adapter's class. ``variants`` counts
     encodings per image, ``batch`` 128-pixel windows (or images). ``keep`` says which weights stay: the ``best`` on
     held-out images, or the ``last``, where an opponent finds more than the held-out loss measures.

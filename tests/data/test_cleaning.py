@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from busigen.data.cleaning import without_overlays
-from busigen.data.suspects import suspect_mask
-from tests.drawn import draw_frame
+from busigen.data.inpainting import without_overlays
+from busigen.data.overlays import suspect_mask
+from tests.harness.synthetic_datasets import draw_frame
 
 
 def _speckle(seed: int = 0, shape: tuple[int, int] = (200, 240)) -> np.ndarray:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from busigen.data.files import Tree, find_images, name_key
-from busigen.data.sources import read_images, read_source
+from busigen.data.sources.files import Tree, find_images, name_key
+from busigen.data.sources.read import read_images, read_source
 from busigen.errors import InputError
 from busigen.foreign import walk
-from tests.drawn import draw_pairs
+from tests.harness.synthetic_datasets import draw_pairs
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_a_link_that_stays_inside_is_read(tmp_path: Path) -> None:
     assert find_images(tmp_path) == [tmp_path / "x.png"]
 
 
-def test_a_linked_class_folder_is_named(drawn_busi: Path, tmp_path: Path) -> None:
+def test_a_linked_class_folder_is_named(synthetic_busi: Path, tmp_path: Path) -> None:
     folder = tmp_path / "BUSI"
     folder.mkdir()
     for name in ("benign", "malignant"):
-        link(folder / name, drawn_busi / name)
+        link(folder / name, synthetic_busi / name)
     with pytest.raises(InputError, match="2 links, which are not followed"):
         read_source(folder)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from busigen.data import groups
-from busigen.data.groups import class_conflicts, near_duplicate_groups, thumbnail
+from busigen.data import splits as groups
+from busigen.data.splits import class_conflicts, near_duplicate_groups, thumbnail
 from tests.conftest import Sources
-from tests.drawn import draw_frame
+from tests.harness.synthetic_datasets import draw_frame
 
 
 def _noise(count: int, seed: int = 0) -> np.ndarray:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from busigen.data.files import Tree
-from busigen.data.masks import MaskFiles, Match, mask_of, masks_beside
+from busigen.data.sources.files import Tree
+from busigen.data.sources.masks import MaskFiles, Match, mask_of, masks_beside
 
 IMAGES, MASKS = Path("images"), Path("masks")
 

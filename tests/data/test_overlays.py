@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from busigen.data.overlays import find_overlays, overlay_mask
 from tests.conftest import Sources
-from tests.drawn import draw_frame
+from tests.harness.synthetic_datasets import draw_frame
 
 
 def _tissue(seed: int = 0) -> np.ndarray:

@@ -15,17 +15,16 @@ from PIL import Image
 from scipy import ndimage
 
 from busigen.data.prepare import prepare
-from busigen.data.prepared import Prepared
-from busigen.data.schema import COLUMNS, file_sha256, split_hash
+from busigen.data.prepared import COLUMNS, Prepared, file_sha256, split_hash
 from busigen.errors import InputError, OutputError
 from tests.conftest import Sources
-from tests.drawn import draw_pairs
+from tests.harness.synthetic_datasets import draw_pairs
 
 
 @pytest.fixture
-def busi(drawn_busi: Path, tmp_path: Path) -> Path:
+def busi(synthetic_busi: Path, tmp_path: Path) -> Path:
     """A copy of the drawn set, to be damaged."""
-    return Path(shutil.copytree(drawn_busi, tmp_path / "BUSI"))
+    return Path(shutil.copytree(synthetic_busi, tmp_path / "BUSI"))
 
 
 def test_every_image_of_both_sets_is_prepared(any_sources: Sources) -> None:
@@ -61,8 +60,8 @@ def test_lesions_are_darker_than_what_surrounds_them(any_sources: Sources) -> No
     assert np.mean(darker) > 0.85
 
 
-def test_the_same_input_gives_the_same_bytes(drawn_busi: Path, tmp_path: Path) -> None:
-    reports = [prepare([drawn_busi], tmp_path / name) for name in "ab"]
+def test_the_same_input_gives_the_same_bytes(synthetic_busi: Path, tmp_path: Path) -> None:
+    reports = [prepare([synthetic_busi], tmp_path / name) for name in "ab"]
     assert reports[0].split_hash == reports[1].split_hash
     for file in (
         "table.parquet",
@@ -75,7 +74,7 @@ def test_the_same_input_gives_the_same_bytes(drawn_busi: Path, tmp_path: Path) -
     ):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     assert str(tmp_path) not in (tmp_path / "a" / "prepared.json").read_text()
-    assert prepare([drawn_busi], tmp_path / "c", seed=1).split_hash != reports[0].split_hash
+    assert prepare([synthetic_busi], tmp_path / "c", seed=1).split_hash != reports[0].split_hash
 
 
 def _empty(path: Path) -> None:
@@ -213,14 +212,14 @@ def test_categories_that_are_not_learnt_are_counted(tmp_path: Path) -> None:
     )
 
 
-def test_copies_of_a_test_image_are_not_trained_on(drawn_busi: Path, tmp_path: Path) -> None:
+def test_copies_of_a_test_image_are_not_trained_on(synthetic_busi: Path, tmp_path: Path) -> None:
     """As augmented downloads hold them: mirrored, turned, cropped."""
     folder = tmp_path / "augmented"
     for name in ("images", "masks"):
         (folder / name / "benign").mkdir(parents=True)
     for number in range(2, 17):
         for kind, ending in (("images", ""), ("masks", "_mask")):
-            with Image.open(drawn_busi / "benign" / f"benign ({number}){ending}.png") as image:
+            with Image.open(synthetic_busi / "benign" / f"benign ({number}){ending}.png") as image:
                 whole = image.convert("RGBA").getchannel("A") if (kind, number) == ("masks", 5) else image.convert("L")
             width, height = whole.size
             edge = round(0.06 * width), round(0.06 * height)
@@ -260,47 +259,47 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         prepare([], tmp_path / "out")
 
 
-def test_a_source_given_twice_is_an_error(drawn_busi: Path, tmp_path: Path) -> None:
+def test_a_source_given_twice_is_an_error(synthetic_busi: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="given twice"):
-        prepare([drawn_busi, drawn_busi.parent], tmp_path / "out")
-    again = Path(shutil.copytree(drawn_busi, tmp_path / "other"))
+        prepare([synthetic_busi, synthetic_busi.parent], tmp_path / "out")
+    again = Path(shutil.copytree(synthetic_busi, tmp_path / "other"))
     with pytest.raises(InputError, match="Two sources name"):
-        prepare([drawn_busi, again], tmp_path / "out")
+        prepare([synthetic_busi, again], tmp_path / "out")
 
 
-def test_an_output_that_is_something_else_is_left_alone(drawn_busi: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_something_else_is_left_alone(synthetic_busi: Path, tmp_path: Path) -> None:
     thesis = tmp_path / "work" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("chapter 1")
     for out in (thesis.parent, thesis):
         with pytest.raises(OutputError):
-            prepare([drawn_busi], out)
+            prepare([synthetic_busi], out)
     assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"]
 
 
-def test_arrays_of_somebody_else_are_left_alone(drawn_busi: Path, tmp_path: Path) -> None:
+def test_arrays_of_somebody_else_are_left_alone(synthetic_busi: Path, tmp_path: Path) -> None:
     for name in ("images.npy", "masks.npy", "table.parquet"):
         (tmp_path / name).write_text("mine")
     with pytest.raises(OutputError, match="holds no prepared data"):
-        prepare([drawn_busi], tmp_path)
+        prepare([synthetic_busi], tmp_path)
     assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images.npy.partial").symlink_to(tmp_path / "images.npy")
     with pytest.raises(OutputError, match=r"images\.npy\.partial is a link"):
-        prepare([drawn_busi], tmp_path / "out")
+        prepare([synthetic_busi], tmp_path / "out")
     assert (tmp_path / "images.npy").read_text() == "mine"
 
 
-def test_the_rest_of_a_killed_run_is_replaced(drawn_busi: Path, tmp_path: Path) -> None:
+def test_the_rest_of_a_killed_run_is_replaced(synthetic_busi: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images.npy.partial").write_bytes(b"half")
     (tmp_path / "out" / "masks.npy").write_bytes(b"half")
-    prepare([drawn_busi], tmp_path / "out")
+    prepare([synthetic_busi], tmp_path / "out")
     assert len(Prepared.open(tmp_path / "out", check=True)) == 32
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_adding_images_moves_nobody(busi: Path, drawn_busi: Path, tmp_path: Path) -> None:
+def test_adding_images_moves_nobody(busi: Path, synthetic_busi: Path, tmp_path: Path) -> None:
     for number in range(2, 17, 3):
         for path in (busi / "benign").glob(f"benign ({number})*"):
             path.unlink()
@@ -308,7 +307,7 @@ def test_adding_images_moves_nobody(busi: Path, drawn_busi: Path, tmp_path: Path
     (busi / "malignant" / "malignant (1)_mask.png").unlink()
     first = prepare([busi], tmp_path / "out")
     before = dict(Prepared.open(tmp_path / "out").table.select("id", "split").iter_rows())
-    second = prepare([drawn_busi], tmp_path / "out")
+    second = prepare([synthetic_busi], tmp_path / "out")
     table = Prepared.open(tmp_path / "out", check=True).table
     after = dict(table.select("id", "split").iter_rows())
     assert first.images < second.images == 32
@@ -359,15 +358,15 @@ def test_file_names_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
     assert "clinic/normal/M\\udcfcller" in Prepared.open(tmp_path / "out").table["id"]
 
 
-def test_another_seed_over_the_same_folder_is_refused(drawn_busi: Path, tmp_path: Path) -> None:
-    prepare([drawn_busi], tmp_path / "out")
+def test_another_seed_over_the_same_folder_is_refused(synthetic_busi: Path, tmp_path: Path) -> None:
+    prepare([synthetic_busi], tmp_path / "out")
     with pytest.raises(OutputError, match="seed 0, not 7"):
-        prepare([drawn_busi], tmp_path / "out", seed=7)
+        prepare([synthetic_busi], tmp_path / "out", seed=7)
 
 
-def test_progress_counts_every_image_and_pairs_join_in(drawn_busi: Path, tmp_path: Path) -> None:
+def test_progress_counts_every_image_and_pairs_join_in(synthetic_busi: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    sources = [drawn_busi, draw_pairs(tmp_path / "clinic", labels=True)]
+    sources = [synthetic_busi, draw_pairs(tmp_path / "clinic", labels=True)]
     report = prepare(sources, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
     assert calls == [(done, 38) for done in range(1, 39)]
     assert report.by_source == {"busi": 32, "clinic": 6}

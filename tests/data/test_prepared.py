@@ -15,20 +15,24 @@ from busigen.errors import BusigenError, InputError, IntegrityError
 
 
 @pytest.fixture
-def folder(drawn_prepared: Prepared, tmp_path: Path) -> Path:
+def folder(synthetic_prepared: Prepared, tmp_path: Path) -> Path:
     """A copy of the drawn prepared folder, to be damaged."""
-    return Path(shutil.copytree(drawn_prepared.folder, tmp_path / "prepared"))
+    return Path(shutil.copytree(synthetic_prepared.folder, tmp_path / "prepared"))
 
 
-def test_arrays_are_read_only_and_match_the_table(drawn_prepared: Prepared) -> None:
-    shape = (drawn_prepared.table.height, 256, 256)
-    assert drawn_prepared.images.shape == drawn_prepared.masks.shape == drawn_prepared.overlays.shape == shape
-    assert drawn_prepared.clean.shape == drawn_prepared.suspects.shape == shape
-    assert drawn_prepared.images.dtype == drawn_prepared.masks.dtype == drawn_prepared.clean.dtype == np.uint8
-    assert drawn_prepared.overlays.dtype == drawn_prepared.suspects.dtype == np.bool_
+def test_arrays_are_read_only_and_match_the_table(synthetic_prepared: Prepared) -> None:
+    shape = (synthetic_prepared.table.height, 256, 256)
+    assert (
+        synthetic_prepared.images.shape == synthetic_prepared.masks.shape == synthetic_prepared.overlays.shape == shape
+    )
+    assert synthetic_prepared.clean.shape == synthetic_prepared.suspects.shape == shape
+    assert (
+        synthetic_prepared.images.dtype == synthetic_prepared.masks.dtype == synthetic_prepared.clean.dtype == np.uint8
+    )
+    assert synthetic_prepared.overlays.dtype == synthetic_prepared.suspects.dtype == np.bool_
     with pytest.raises(ValueError, match="read-only"):
-        drawn_prepared.images[0, 0, 0] = 1
-    assert drawn_prepared.split_hash == drawn_prepared.info["split_hash"]
+        synthetic_prepared.images[0, 0, 0] = 1
+    assert synthetic_prepared.split_hash == synthetic_prepared.info["split_hash"]
 
 
 def test_other_folders_are_not_prepared_folders(tmp_path: Path) -> None:

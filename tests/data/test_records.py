@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from busigen.data.records import Refusal
+from busigen.data.sources.records import Refusal
 from busigen.text import printable
 
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from busigen.data.prepare import prepare
-from busigen.data.sources import LAYOUTS, Listing, read_source
+from busigen.data.sources.read import LAYOUTS, Listing, read_source
 from busigen.errors import InputError
 from tests.conftest import Sources
-from tests.drawn import draw_frame, draw_pairs
+from tests.harness.synthetic_datasets import draw_frame, draw_pairs
 
 
 def test_busi_is_found_in_its_folder_and_from_above(any_sources: Sources) -> None:
@@ -27,8 +27,8 @@ def test_busi_is_found_in_its_folder_and_from_above(any_sources: Sources) -> Non
     assert not listing.refused
 
 
-def test_busi_from_its_parent_folder(drawn_busi: Path) -> None:
-    assert read_source(drawn_busi.parent).records == read_source(drawn_busi).records
+def test_busi_from_its_parent_folder(synthetic_busi: Path) -> None:
+    assert read_source(synthetic_busi.parent).records == read_source(synthetic_busi).records
 
 
 def test_busbra_has_patients_and_birads(any_sources: Sources) -> None:
@@ -81,8 +81,8 @@ def test_two_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert len(listing.records) == 6
 
 
-def test_busbra_names_rows_and_images_that_do_not_match(drawn_busbra: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(drawn_busbra, tmp_path / "BUSBRA"))
+def test_busbra_names_rows_and_images_that_do_not_match(synthetic_busbra: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(synthetic_busbra, tmp_path / "BUSBRA"))
     table = (folder / "bus_data.csv").read_text().splitlines()
     table[1] = table[1].replace("benign", "unclear")
     del table[2]
@@ -95,15 +95,15 @@ def test_busbra_names_rows_and_images_that_do_not_match(drawn_busbra: Path, tmp_
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\x00", b"ID;Case\n1;2\n", b"ID,Case\n1\n2,3,4\n"])
-def test_a_broken_table_is_named(drawn_busbra: Path, tmp_path: Path, content: bytes) -> None:
-    folder = Path(shutil.copytree(drawn_busbra, tmp_path / "BUSBRA"))
+def test_a_broken_table_is_named(synthetic_busbra: Path, tmp_path: Path, content: bytes) -> None:
+    folder = Path(shutil.copytree(synthetic_busbra, tmp_path / "BUSBRA"))
     (folder / "bus_data.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"bus_data\.csv"):
         read_source(folder)
 
 
-def test_orphan_masks_and_misnamed_images_are_named(drawn_busi: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(drawn_busi, tmp_path / "BUSI"))
+def test_orphan_masks_and_misnamed_images_are_named(synthetic_busi: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(synthetic_busi, tmp_path / "BUSI"))
     (folder / "benign" / "benign (9).png").unlink()
     (folder / "benign" / "benign (10).png").rename(folder / "benign" / "malignant (99).png")
     files = {refusal.file for refusal in read_source(folder).refused}
@@ -200,8 +200,8 @@ def test_masks_that_a_name_alone_joins_are_counted(tmp_path: Path) -> None:
     assert "joined by name alone" in listing.notes[0]
 
 
-def test_busi_in_parts_is_read_whole(drawn_busi: Path, tmp_path: Path) -> None:
-    whole = read_source(drawn_busi)
+def test_busi_in_parts_is_read_whole(synthetic_busi: Path, tmp_path: Path) -> None:
+    whole = read_source(synthetic_busi)
     for number, record in enumerate(whole.records):
         place = tmp_path / "set" / ("train", "val", "test")[number % 3] / record.image_class
         place.mkdir(parents=True, exist_ok=True)
@@ -213,14 +213,15 @@ def test_busi_in_parts_is_read_whole(drawn_busi: Path, tmp_path: Path) -> None:
     assert listing.notes[0].startswith("3 sets are read as one") and "train (BUSI, " in listing.notes[0]
 
 
-def test_sets_side_by_side_are_all_read(drawn_busi: Path, drawn_busbra: Path, tmp_path: Path) -> None:
-    shutil.copytree(drawn_busi, tmp_path / "data" / "ultrasound" / "BUSI")
-    shutil.copytree(drawn_busbra, tmp_path / "data" / "BUSBRA")
+def test_sets_side_by_side_are_all_read(synthetic_busi: Path, synthetic_busbra: Path, tmp_path: Path) -> None:
+    shutil.copytree(synthetic_busi, tmp_path / "data" / "ultrasound" / "BUSI")
+    shutil.copytree(synthetic_busbra, tmp_path / "data" / "BUSBRA")
     for name in ("north", "south"):
         draw_pairs(tmp_path / "data" / name, seed=len(name))
     listing = read_source(tmp_path / "data")
     apart = [
-        read_source(path) for path in (drawn_busi, drawn_busbra, *(tmp_path / "data" / n for n in ("north", "south")))
+        read_source(path)
+        for path in (synthetic_busi, synthetic_busbra, *(tmp_path / "data" / n for n in ("north", "south")))
     ]
     assert {r.id for r in listing.records} == {r.id for one in apart for r in one.records}
     assert listing.layout == "BUS-BRA, pairs, BUSI"
@@ -236,8 +237,8 @@ def test_images_of_one_name_in_two_parts_are_both_kept(tmp_path: Path) -> None:
     assert {record.patient for record in listing.records} == {"set/7"}, "a patient is one, in whichever part"
 
 
-def test_images_that_belong_to_no_set_are_named(drawn_busi: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(drawn_busi, tmp_path / "data" / "BUSI"))
+def test_images_that_belong_to_no_set_are_named(synthetic_busi: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(synthetic_busi, tmp_path / "data" / "BUSI"))
     for name in ("figure.png", "data/figure.png", "data/BUSI/benign/more/x.png", "data/BUSI/figure.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(folder / "benign" / "benign (1).png", tmp_path / name)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from busigen.data.groups import near_duplicate_groups, thumbnail
-from busigen.data.splits import EXCLUDED, assign_splits, draw_split
+from busigen.data.splits import EXCLUDED, assign_splits, draw_split, near_duplicate_groups, thumbnail
 from busigen.registry import SPLITS
 from tests.conftest import Sources
 
@@ -20,11 +19,11 @@ def test_no_group_and_no_patient_is_in_two_splits(any_sources: Sources) -> None:
 
 
 def test_shares_are_as_promised() -> None:
-    drawn = [draw_split(0, f"group {number}") for number in range(4000)]
+    generated = [draw_split(0, f"group {number}") for number in range(4000)]
     for name, share in SPLITS.items():
         # Four standard deviations of a binomial draw.
-        assert drawn.count(name) / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
-    assert drawn != [draw_split(1, f"group {number}") for number in range(4000)]
+        assert generated.count(name) / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+    assert generated != [draw_split(1, f"group {number}") for number in range(4000)]
 
 
 def test_adding_a_third_of_the_images_moves_nobody(any_sources: Sources) -> None:

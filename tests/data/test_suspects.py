@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from busigen.data.overlays import find_overlays
-from busigen.data.suspects import suspect_mask
+from busigen.data.overlays import find_overlays, suspect_mask
 from tests.conftest import Sources
-from tests.drawn import draw_frame
+from tests.harness.synthetic_datasets import draw_frame
 
 Pixels = np.ndarray
 
@@ -89,14 +88,14 @@ def test_what_is_painted_is_suspected(mark: Callable[[Pixels], None], seed: int)
     before = pixels.copy()
     mark(pixels)
     # The dark caliper needs bright ground, which is drawn with it: its own pixels are the darkest there.
-    drawn = pixels < 10 if mark is _dark_caliper else pixels.astype(int) - before > 50
+    generated = pixels < 10 if mark is _dark_caliper else pixels.astype(int) - before > 50
     if mark is _dark_caliper:
-        drawn[:130], drawn[260:], drawn[:, :120], drawn[:, 300:] = False, False, False, False
+        generated[:130], generated[260:], generated[:, :120], generated[:, 300:] = False, False, False, False
     if mark is _faint_caliper:
-        drawn = pixels != before
+        generated = pixels != before
     suspects = suspect_mask(pixels)
     # The ends of thin marks may be lost in speckle of the same brightness.
-    assert suspects[drawn].mean() > 0.9
+    assert suspects[generated].mean() > 0.9
     assert suspects.mean() < 0.08
 
 

@@ -22,10 +22,10 @@ from busigen.evaluation.audit import Report, audit
 from busigen.evaluation.cache import key_of
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.sections import SECTIONS
-from busigen.runtime.install import install_command
-from tests.drawn import draw_busi, draw_pairs
-from tests.evaluation.planted import draw_set
-from tests.hashing import hashes
+from busigen.text import install_command
+from tests.harness.hashing import hashes
+from tests.harness.planted_defects import draw_set
+from tests.harness.synthetic_datasets import draw_busi, draw_pairs
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "busigen.cli", "audit"]
@@ -176,10 +176,10 @@ def test_interrupted_it_keeps_the_finished_sections(
     assert any(line.startswith("physics") and "kept" not in line for line in lines)
 
 
-def test_training_images_judge_nothing(pairs: Path, drawn_prepared: Prepared, tmp_path: Path) -> None:
-    folder = drawn_prepared.folder
+def test_training_images_judge_nothing(pairs: Path, synthetic_prepared: Prepared, tmp_path: Path) -> None:
+    folder = synthetic_prepared.folder
     report = audited(pairs, folder, tmp_path / "report", train_split=folder)
-    by_split = drawn_prepared.table["split"].value_counts()
+    by_split = synthetic_prepared.table["split"].value_counts()
     counts = dict(by_split.iter_rows())
     assert report.content["sets"]["real"]["images"] == counts["val"] + counts["test"]
     assert report.content["sets"]["train"]["images"] == counts["train"]
@@ -187,30 +187,32 @@ def test_training_images_judge_nothing(pairs: Path, drawn_prepared: Prepared, tm
 
 
 def test_a_real_set_of_training_images_alone_is_refused(
-    pairs: Path, drawn_busi: Path, drawn_prepared: Prepared, tmp_path: Path
+    pairs: Path, synthetic_busi: Path, synthetic_prepared: Prepared, tmp_path: Path
 ) -> None:
-    table = drawn_prepared.table
-    folder = Path(shutil.copytree(drawn_busi, tmp_path / "real"))
+    table = synthetic_prepared.table
+    folder = Path(shutil.copytree(synthetic_busi, tmp_path / "real"))
     for row in table.iter_rows(named=True):
         if row["split"] != "train" and row["source"] == "busi":
-            (tmp_path / "real" / Path(row["image_file"]).relative_to(drawn_busi.name)).unlink()
+            (tmp_path / "real" / Path(row["image_file"]).relative_to(synthetic_busi.name)).unlink()
     with pytest.raises(InputError, match=r"every image of .* trained the generator"):
-        audited(pairs, folder, tmp_path / "report", train_split=drawn_prepared.folder)
+        audited(pairs, folder, tmp_path / "report", train_split=synthetic_prepared.folder)
 
 
 def test_training_images_test_no_utility(
-    pairs: Path, drawn_busi: Path, drawn_busbra: Path, drawn_prepared: Prepared, tmp_path: Path
+    pairs: Path, synthetic_busi: Path, synthetic_busbra: Path, synthetic_prepared: Prepared, tmp_path: Path
 ) -> None:
     """An external folder with images of the training set, as they are and saved again under another name."""
-    table = drawn_prepared.table.filter(pl.col("split") == "train")
+    table = synthetic_prepared.table.filter(pl.col("split") == "train")
     ours = draw_pairs(tmp_path / "elsewhere", count=6)
-    for number, (source, root) in enumerate((("busi", drawn_busi), ("busbra", drawn_busbra), ("busbra", drawn_busbra))):
+    for number, (source, root) in enumerate(
+        (("busi", synthetic_busi), ("busbra", synthetic_busbra), ("busbra", synthetic_busbra))
+    ):
         file = root.parent / table.filter(pl.col("source") == source)["image_file"][number]
         if number == 0:
             shutil.copy(file, ours / "images" / "benign" / "copied.png")
         else:
             Image.open(file).convert("L").save(ours / "images" / "benign" / f"again{number}.png", optimize=True)
-    report = audited(pairs, drawn_busi, tmp_path / "r", train_split=drawn_prepared.folder, external=ours)
+    report = audited(pairs, synthetic_busi, tmp_path / "r", train_split=synthetic_prepared.folder, external=ours)
     assert report.content["sets"]["external"]["images"] == 6
     assert any(
         "3 were left out (1 trained the generator, 2 resemble a training image or share its patient); 6 are tested on."
@@ -221,7 +223,7 @@ def test_training_images_test_no_utility(
         for file in folder.rglob("scan*.png"):
             file.unlink()
     with pytest.raises(InputError, match=r"--external .*elsewhere: every image trained the generator"):
-        audited(pairs, drawn_busi, tmp_path / "r", train_split=drawn_prepared.folder, external=ours)
+        audited(pairs, synthetic_busi, tmp_path / "r", train_split=synthetic_prepared.folder, external=ours)
 
 
 def test_a_set_is_not_judged_by_itself(pairs: Path, busi: Path, tmp_path: Path) -> None:

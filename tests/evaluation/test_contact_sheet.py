@@ -10,8 +10,8 @@ from PIL import Image
 
 from busigen.errors import InputError
 from busigen.evaluation.context import ImageSet
-from busigen.evaluation.report.contact_sheet import contact_sheet
-from tests.drawn import Frame, draw_frame
+from busigen.evaluation.report.charts import contact_sheet
+from tests.harness.synthetic_datasets import Frame, draw_frame
 
 
 @cache

@@ -10,18 +10,18 @@ import polars as pl
 import pytest
 from scipy import ndimage
 
-from busigen.evaluation.comparing.statistics import halves
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity import section as fidelity
 from busigen.evaluation.results import SectionResult
-from tests.evaluation.drawn_sets import drawn_set
+from busigen.evaluation.statistics.grouped import halves
+from tests.harness.synthetic_sets import synthetic_set
 
 KEYS = ("frechet", "mmd", "precision", "recall", "density", "coverage")
 
 
 @pytest.fixture(scope="module")
 def real() -> ImageSet:
-    return drawn_set(60, seed=1)
+    return synthetic_set(60, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def _audit(synthetic: ImageSet, real: ImageSet, out: Path, seed: int = 0) -> Sec
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_halves_of_one_set_are_alike(seed: int, out: Path) -> None:
-    images = drawn_set(120, seed=2)
+    images = synthetic_set(120, seed=2)
     first, second = halves(images.groups, np.random.default_rng(seed))
     result = _audit(images.take(first), images.take(second), out, seed)
     assert not result.flagged, result.findings
@@ -51,7 +51,7 @@ def test_halves_of_one_set_are_alike(seed: int, out: Path) -> None:
 
 
 def test_blurred_images_are_far_from_real_ones(real: ImageSet, out: Path) -> None:
-    images = drawn_set(60, seed=3)
+    images = synthetic_set(60, seed=3)
     blurred = ndimage.gaussian_filter(images.images, (0, 1.5, 1.5))
     result = _audit(replace(images, images=blurred), real, out)
     for key in ("frechet", "mmd", "precision", "coverage"):
@@ -59,7 +59,7 @@ def test_blurred_images_are_far_from_real_ones(real: ImageSet, out: Path) -> Non
 
 
 def test_one_image_repeated_loses_the_variety(real: ImageSet, out: Path) -> None:
-    images = drawn_set(60, seed=3)
+    images = synthetic_set(60, seed=3)
     repeated = images.take(np.arange(4).repeat(10))
     # Where the reader sees the repeats they are one group, and a test cannot tell: here each passes for a patient.
     alone = replace(repeated, table=repeated.table.with_columns(pl.Series("group", np.arange(40))))
@@ -70,7 +70,7 @@ def test_one_image_repeated_loses_the_variety(real: ImageSet, out: Path) -> None
 
 
 def test_shares_of_classes_are_no_difference_but_swapped_classes_are(out: Path) -> None:
-    real, images = drawn_set(100, seed=4), drawn_set(140, seed=5)
+    real, images = synthetic_set(100, seed=4), synthetic_set(140, seed=5)
     malignant = np.flatnonzero(images.classes == "malignant")
     fewer = np.setdiff1d(np.arange(len(images)), malignant[20:])
     result = _audit(images.take(fewer), real, out)
@@ -84,7 +84,7 @@ def test_shares_of_classes_are_no_difference_but_swapped_classes_are(out: Path) 
 
 
 def test_the_bias_of_a_frechet_distance_is_explained_in_figures(real: ImageSet, out: Path) -> None:
-    result = _audit(drawn_set(60, seed=3), real, out)
+    result = _audit(synthetic_set(60, seed=3), real, out)
     bias = result.details["frechet_bias"]
     # First order only, and with fewer images than features far from exact; but not another order of magnitude.
     assert bias["simulated"] == pytest.approx(bias["closed_form"], rel=0.5)
@@ -95,7 +95,7 @@ def test_the_bias_of_a_frechet_distance_is_explained_in_figures(real: ImageSet, 
 
 
 def test_a_missing_class_and_too_few_images_are_said(real: ImageSet, out: Path) -> None:
-    images = drawn_set(60, seed=3)
+    images = synthetic_set(60, seed=3)
     result = _audit(images.of_class("benign"), real, out)
     assert any("holds none: malignant" in finding.text for finding in result.findings)
     assert {figure.key.split(".")[2] for figure in result.figures} == {"all"}
@@ -108,7 +108,7 @@ def test_a_missing_class_and_too_few_images_are_said(real: ImageSet, out: Path) 
 
 
 def test_a_set_without_class_names_is_compared_as_a_whole(real: ImageSet, out: Path) -> None:
-    images = drawn_set(60, seed=3)
+    images = synthetic_set(60, seed=3)
     unknown = replace(images, table=images.table.with_columns(pl.lit("unknown").alias("class")))
     result = _audit(unknown, real, out)
     assert {figure.key.split(".")[2] for figure in result.figures} == {"all"}
@@ -119,7 +119,7 @@ def test_without_inception_the_section_says_how_to_bring_it(
     real: ImageSet, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(out))
-    result = _audit(real.take(np.arange(20)), drawn_set(20, seed=3), out)
+    result = _audit(real.take(np.arange(20)), synthetic_set(20, seed=3), out)
     assert any("--inception PATH" in finding.text for finding in result.findings)
 
 
@@ -130,15 +130,15 @@ def _grouped(images: ImageSet, sizes: list[int]) -> ImageSet:
 
 @pytest.mark.parametrize("sizes", [[20], [17, 1, 1, 1]])
 def test_too_few_groups_are_said_and_not_compared(sizes: list[int], out: Path) -> None:
-    images = drawn_set(20, seed=6, classes=("benign",))
-    result = _audit(drawn_set(20, seed=7, classes=("benign",)), _grouped(images, sizes), out)
+    images = synthetic_set(20, seed=6, classes=("benign",))
+    result = _audit(synthetic_set(20, seed=7, classes=("benign",)), _grouped(images, sizes), out)
     assert not result.figures
     assert any("Too few independent images to compare (all: 20" in finding.text for finding in result.findings)
 
 
 def test_one_large_group_among_many_is_dealt_around(out: Path) -> None:
-    images = drawn_set(24, seed=6, classes=("benign",))
-    result = _audit(drawn_set(24, seed=7, classes=("benign",)), _grouped(images, [10, *[1] * 14]), out)
+    images = synthetic_set(24, seed=6, classes=("benign",))
+    result = _audit(synthetic_set(24, seed=7, classes=("benign",)), _grouped(images, [10, *[1] * 14]), out)
     assert len(result.figures) == 6
 
 
@@ -147,8 +147,8 @@ def _classes(images: ImageSet, names: list[str]) -> ImageSet:
 
 
 def test_a_rare_class_does_not_thin_the_others(out: Path) -> None:
-    real = _classes(drawn_set(60, seed=1), ["benign"] * 24 + ["malignant"] * 20 + ["normal"] * 16)
-    images = _classes(drawn_set(60, seed=3), ["benign"] * 30 + ["malignant"] * 28 + ["normal"] * 2)
+    real = _classes(synthetic_set(60, seed=1), ["benign"] * 24 + ["malignant"] * 20 + ["normal"] * 16)
+    images = _classes(synthetic_set(60, seed=3), ["benign"] * 30 + ["malignant"] * 28 + ["normal"] * 2)
     result = _audit(images, real, out)
     figure = result.figure("fidelity.radiomic.all.frechet.value")
     assert (figure.synthetic, figure.real) == (55, 44)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from busigen.evaluation.comparing.grouped import PERMUTATIONS, Groups, compare_distributions, compare_means
+from busigen.evaluation.statistics.grouped import PERMUTATIONS, Groups, compare_distributions, compare_means
 
 
 def groups_of(first: int, second: int, size: int = 1, seed: int = 0) -> Groups:

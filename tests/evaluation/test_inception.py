@@ -17,7 +17,7 @@ from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity import inception
 from busigen.evaluation.fidelity import section as fidelity
 from busigen.evaluation.fidelity.metrics import frechet_distance, mmd2, polynomial_kernel
-from tests.evaluation.drawn_sets import drawn_set
+from tests.harness.synthetic_sets import synthetic_set
 
 
 class _Small(torch.nn.Module):
@@ -74,7 +74,7 @@ def test_mmd_is_kid_of_torchmetrics() -> None:
 
 
 def test_a_torchscript_network_gives_fid_and_inception_score(network: Path, tmp_path: Path) -> None:
-    synthetic, real = drawn_set(30, seed=1), drawn_set(40, seed=2)
+    synthetic, real = synthetic_set(30, seed=1), synthetic_set(40, seed=2)
     context = _context(synthetic, real, tmp_path, network)
     found = _features(context)
     assert found.source == "small.pt"
@@ -89,7 +89,7 @@ def test_a_torchscript_network_gives_fid_and_inception_score(network: Path, tmp_
 
 
 def test_one_image_has_the_same_features_in_any_batch(network: Path, tmp_path: Path) -> None:
-    images = drawn_set(inception.BATCH + 3, seed=3)
+    images = synthetic_set(inception.BATCH + 3, seed=3)
     whole = _features(_context(images, images.take(np.arange(5)), tmp_path, network))
     assert whole.synthetic is not None and whole.real is not None
     # Single precision; batches of other sizes may sum in another order.
@@ -101,7 +101,7 @@ def test_a_network_that_only_gives_features_has_no_inception_score(tmp_path: Pat
     torch.jit.trace(lambda x: x.float().mean(dim=(2, 3)), torch.zeros((2, 3, 299, 299), dtype=torch.uint8)).save(
         str(path)
     )
-    context = _context(drawn_set(12, seed=4), drawn_set(12, seed=5), tmp_path, path)
+    context = _context(synthetic_set(12, seed=4), synthetic_set(12, seed=5), tmp_path, path)
     found = _features(context)
     figures = inception.library_figures(found, np.arange(12), np.arange(12), context)
     assert [figure.label for figure in figures] == ["FID over all images"]
@@ -111,14 +111,14 @@ def test_without_weights_the_report_names_both_ways_to_provide_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    found = _features(_context(drawn_set(4, seed=6), drawn_set(4, seed=7), tmp_path, None))
+    found = _features(_context(synthetic_set(4, seed=6), synthetic_set(4, seed=7), tmp_path, None))
     assert found.synthetic is None
     assert "--inception PATH" in found.text
     assert inception.CACHED_WEIGHTS in found.text
 
 
 def test_what_is_no_inception_is_refused_with_a_fix(tmp_path: Path, network: Path) -> None:
-    sets = drawn_set(4, seed=8), drawn_set(4, seed=9)
+    sets = synthetic_set(4, seed=8), synthetic_set(4, seed=9)
     text = tmp_path / "weights.pt"
     text.write_text("no network")
     maps = tmp_path / "maps.pt"
@@ -159,7 +159,7 @@ class _Plain(torch.nn.Module):
 def test_a_network_that_reads_files_is_refused_before_it_runs(tmp_path: Path) -> None:
     path = tmp_path / "reading.pt"
     torch.jit.script(_Outer()).save(str(path))
-    context = _context(drawn_set(2, seed=1), drawn_set(2, seed=2), tmp_path, path)
+    context = _context(synthetic_set(2, seed=1), synthetic_set(2, seed=2), tmp_path, path)
     with pytest.raises(InputError, match=r"reading\.pt is refused.*from_file"):
         inception.load(context)
 
@@ -179,12 +179,12 @@ def test_a_network_that_writes_files_is_refused_before_it_runs(call: str, tmp_pa
             if not item.filename.endswith(".debug_pkl"):
                 new.writestr(item.filename, data)
     with pytest.raises(InputError, match=r"writing\.pt is refused.*save"):
-        inception.load(_context(drawn_set(2, seed=1), drawn_set(2, seed=2), tmp_path, path))
+        inception.load(_context(synthetic_set(2, seed=1), synthetic_set(2, seed=2), tmp_path, path))
     assert not written.exists()
 
 
 def test_the_inception_score_does_not_depend_on_the_processs_generator(network: Path, tmp_path: Path) -> None:
-    context = _context(drawn_set(30, seed=1), drawn_set(40, seed=2), tmp_path, network)
+    context = _context(synthetic_set(30, seed=1), synthetic_set(40, seed=2), tmp_path, network)
     found = _features(context)
     scores = []
     for seed in (1, 2):
@@ -201,7 +201,7 @@ def test_bad_weights_are_said_early_and_cost_no_other_figure(
     path = tmp_path / "weights.pt"
     path.write_text("no network")
     monkeypatch.setattr(fidelity, "PERMUTATIONS", {"quick": 19})
-    result = fidelity.run(_context(drawn_set(16, seed=1), drawn_set(16, seed=2), tmp_path, path))
+    result = fidelity.run(_context(synthetic_set(16, seed=1), synthetic_set(16, seed=2), tmp_path, path))
     assert result.figure("fidelity.radiomic.all.frechet.value")
     assert result.details["inception"] is None
     assert any("not computed" in finding.text and "weights.pt" in finding.text for finding in result.findings)
@@ -213,6 +213,6 @@ def test_damaged_weights_in_the_librarys_cache_are_a_note(tmp_path: Path, monkey
     monkeypatch.setattr(inception, "find_spec", lambda name: name)
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     (tmp_path / "hub/checkpoints" / inception.CACHED_WEIGHTS).write_bytes(b"damaged")
-    network = inception.try_load(_context(drawn_set(2, seed=1), drawn_set(2, seed=2), tmp_path, None))
+    network = inception.try_load(_context(synthetic_set(2, seed=1), synthetic_set(2, seed=2), tmp_path, None))
     assert network.extract is None
     assert "not computed" in network.text

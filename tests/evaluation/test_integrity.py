@@ -17,16 +17,16 @@ from PIL import Image
 from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
-from busigen.evaluation.comparing.statistics import ALPHA
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.integrity.mask_edges import edge_fit
+from busigen.evaluation.integrity.measures import edge_fit
 from busigen.evaluation.integrity.section import run
 from busigen.evaluation.reading.inputs import draw
 from busigen.evaluation.reading.sets import from_prepared, read_set
 from busigen.evaluation.results import SectionResult
+from busigen.evaluation.statistics.grouped import ALPHA
 from tests.conftest import Sources
-from tests.drawn import draw_frame, draw_pairs
-from tests.evaluation.planted import halved, repeated, with_calipers
+from tests.harness.planted_defects import halved, repeated, with_calipers
+from tests.harness.synthetic_datasets import draw_frame, draw_pairs
 
 
 @pytest.fixture(scope="module")

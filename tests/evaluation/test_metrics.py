@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from prdc import compute_prdc
 
-from busigen.evaluation.comparing.matched import disjoint_draws, draws, matched_size, permutations
 from busigen.evaluation.fidelity.metrics import (
     CLIP,
     MEASURES,
@@ -22,13 +21,14 @@ from busigen.evaluation.fidelity.metrics import (
     polynomial_kernel,
     simulated_frechet_bias,
 )
+from busigen.evaluation.statistics.grouped import disjoint_draws, draws, matched_size, permutations
 
 
 def _exactly(rng: np.random.Generator, count: int, mean: np.ndarray, root: np.ndarray) -> np.ndarray:
     """A sample whose estimated mean and covariance are exactly these."""
-    drawn = rng.normal(size=(count, len(mean)))
-    drawn -= drawn.mean(axis=0)
-    whitened = drawn @ np.linalg.inv(np.linalg.cholesky(np.cov(drawn, rowvar=False))).T
+    generated = rng.normal(size=(count, len(mean)))
+    generated -= generated.mean(axis=0)
+    whitened = generated @ np.linalg.inv(np.linalg.cholesky(np.cov(generated, rowvar=False))).T
     return whitened @ root.T + mean
 
 

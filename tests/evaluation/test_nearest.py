@@ -8,12 +8,12 @@ import pytest
 
 from busigen.evaluation.context import ImageSet
 from busigen.evaluation.privacy.nearest import SHIFT, SIDE, align, correlations, crop_box, lesion_views, whole_views
-from tests.evaluation.drawn_sets import drawn_set
+from tests.harness.synthetic_sets import synthetic_set
 
 
 @pytest.fixture(scope="module")
 def originals() -> ImageSet:
-    return drawn_set(24, seed=0)
+    return synthetic_set(24, seed=0)
 
 
 def test_a_mirrored_shifted_view_is_found_exactly() -> None:

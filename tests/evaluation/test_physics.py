@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 
 from busigen.evaluation.physics import section as physics
-from busigen.evaluation.physics.radiomics import NAMES, features, for_set, matrix
-from tests.evaluation.planted import DEFECTS, audit_of, draw_set
+from busigen.evaluation.physics.features import NAMES, features, for_set, matrix
+from tests.harness.planted_defects import DEFECTS, audit_of, draw_set
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from busigen.evaluation.physics import section as physics
 from busigen.evaluation.reading.sets import from_prepared
 from tests.conftest import Sources
-from tests.evaluation.planted import DEFECTS, audit_of, draw_set, halved
+from tests.harness.planted_defects import DEFECTS, audit_of, draw_set, halved
 
 pytestmark = pytest.mark.slow
 

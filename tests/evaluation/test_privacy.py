@@ -12,15 +12,15 @@ from PIL import Image
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
-from busigen.evaluation.comparing.statistics import halves
 from busigen.evaluation.context import AuditContext, Backgrounds, ImageSet
 from busigen.evaluation.privacy import memorisation as memory
 from busigen.evaluation.privacy import section as privacy
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.results import SectionResult
+from busigen.evaluation.statistics.grouped import halves
 from busigen.runtime.progress import Progress
-from tests.evaluation.drawn_sets import drawn_set
-from tests.evaluation.planted import with_copies
+from tests.harness.planted_defects import with_copies
+from tests.harness.synthetic_sets import synthetic_set
 
 
 def _audit(
@@ -34,26 +34,26 @@ class Passes(Progress):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
+        self.described: list[str] = []
 
     def start(self, what, total, done=0, **more):
-        self.told.append(what)
+        self.described.append(what)
         super().start(what, total, done, **more)
 
 
 @pytest.fixture(scope="module")
 def train() -> ImageSet:
-    return drawn_set(80, seed=1)
+    return synthetic_set(80, seed=1)
 
 
 @pytest.fixture(scope="module")
 def held() -> ImageSet:
-    return drawn_set(50, seed=2)
+    return synthetic_set(50, seed=2)
 
 
 @pytest.fixture(scope="module")
 def fresh() -> ImageSet:
-    return drawn_set(50, seed=3)
+    return synthetic_set(50, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_nearest_pairs_are_shown_in_small_pictures(
     passes = Passes()
     context = AuditContext(fresh, held, train, tmp_path, progress=passes)
     result = privacy.run(context)
-    compared = [what for what in passes.told if what.startswith("comparing")]
+    compared = [what for what in passes.described if what.startswith("comparing")]
     assert len(compared) == len(set(compared)) == 6, "each pass over the images says what it compares"
     assert [picture.file for picture in result.pictures] == ["nearest-crop.png", "nearest-whole.png"]
     for picture in result.pictures:
@@ -92,8 +92,8 @@ def test_the_nearest_pairs_are_shown_in_small_pictures(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_images_of_other_patients_are_no_copies(train: ImageSet, seed: int, tmp_path: Path) -> None:
-    first, second = halves(drawn_set(100, seed=4).groups, np.random.default_rng(seed))
-    real = drawn_set(100, seed=4)
+    first, second = halves(synthetic_set(100, seed=4).groups, np.random.default_rng(seed))
+    real = synthetic_set(100, seed=4)
     result = _audit(real.take(first), real.take(second), train, tmp_path)
     assert not result.flagged, result.findings
     assert len(result.figures) == 15
@@ -159,7 +159,7 @@ def test_training_images_of_unknown_class_are_compared(
 
 def test_normals_without_lesions_are_compared_as_whole_images_only(tmp_path: Path) -> None:
     def normals(seed: int) -> ImageSet:
-        return drawn_set(24, seed, classes=("normal",))
+        return synthetic_set(24, seed, classes=("normal",))
 
     result = _audit(normals(5), normals(6), normals(7), tmp_path)
     assert {figure.key.split(".")[1] for figure in result.figures} == {"whole"}
@@ -199,7 +199,7 @@ def test_authenticity_asks_whether_another_patients_training_image_is_as_near() 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_real_images(real_data: Path | None, seed: int, tmp_path: Path) -> None:
     if real_data is None:
-        train, real = drawn_set(300, seed=10), drawn_set(200, seed=11)
+        train, real = synthetic_set(300, seed=10), synthetic_set(200, seed=11)
     else:
         prepare([real_data / "Dataset_BUSI_with_GT", real_data / "BUSBRA"], tmp_path / "prepared")
         prepared = Prepared.open(tmp_path / "prepared")

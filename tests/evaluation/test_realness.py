@@ -8,22 +8,21 @@ from scipy import ndimage
 
 from busigen.evaluation.cache import fingerprint
 from busigen.evaluation.context import AuditContext
-from busigen.evaluation.realness.discriminator import resnet_scores
+from busigen.evaluation.realness.classifiers import Task, auc, folds, resnet_scores
 from busigen.evaluation.realness.section import run
-from busigen.evaluation.realness.separation import Task, auc, folds
-from tests.evaluation.drawn_sets import drawn_set
+from tests.harness.synthetic_sets import synthetic_set
 
 COUNT = 32
 
 
 @pytest.fixture(scope="module")
 def real():
-    return drawn_set(COUNT, 1)
+    return synthetic_set(COUNT, 1)
 
 
 @pytest.fixture(scope="module")
 def others():
-    return drawn_set(COUNT, 2)
+    return synthetic_set(COUNT, 2)
 
 
 def _audit(synthetic, real, out, **others):
@@ -46,8 +45,8 @@ def test_two_draws_of_one_kind_are_not_told_apart(real, others, tmp_path):
 
 
 def test_synthetic_backgrounds_do_not_make_one_group_of_all_images(real, others, tmp_path):
-    told = replace(others, table=others.table.with_columns(background=pl.lit("synthetic")))
-    result = _audit(told, real, tmp_path)
+    described = replace(others, table=others.table.with_columns(background=pl.lit("synthetic")))
+    result = _audit(described, real, tmp_path)
     assert [figure.synthetic for figure in result.figures] == [COUNT] * 3
 
 

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from busigen.evaluation.report.contact_sheet import CONTACT_SHEET
+from busigen.evaluation.report.charts import CONTACT_SHEET, LARGEST, inline
 from busigen.evaluation.report.page import write_html
-from busigen.evaluation.report.pictures import LARGEST, inline
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
 from busigen.text import printable

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from busigen.evaluation.report import words
-from busigen.evaluation.report.chart import chosen, panels
+from busigen.evaluation.report import text as words
+from busigen.evaluation.report.charts import chosen, panels
 from busigen.evaluation.results import Figure, Interval
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from busigen.evaluation.utility.segmentation import (
+from busigen.evaluation.utility.training import (
     RECIPES,
     Examples,
     centroid_offsets,
@@ -14,7 +14,7 @@ from busigen.evaluation.utility.segmentation import (
     predict,
     train,
 )
-from tests.evaluation.drawn_sets import drawn_set
+from tests.harness.synthetic_sets import synthetic_set
 
 SMALL = replace(RECIPES["quick"], side=64, channels=(8, 16, 32, 32), steps=60)
 
@@ -51,7 +51,7 @@ def test_offsets_are_in_pixels_of_the_working_frame():
 
 
 def test_shrinking_averages_images_and_keeps_the_majority_of_masks():
-    images = drawn_set(2, 0)
+    images = synthetic_set(2, 0)
     small = examples(images, 64)
     assert small.images.shape == small.masks.shape == (2, 64, 64)
     assert abs(small.images.mean() - images.images.mean()) < 0.5  # rounding to whole grey levels
@@ -60,7 +60,7 @@ def test_shrinking_averages_images_and_keeps_the_majority_of_masks():
 
 @pytest.mark.parametrize("options", [{}, {"classic": True}, {"paste": True}])
 def test_a_small_network_learns_drawn_lesions(options):
-    data, test = (examples(drawn_set(count, seed), 64) for count, seed in ((32, 1), (12, 2)))
+    data, test = (examples(synthetic_set(count, seed), 64) for count, seed in ((32, 1), (12, 2)))
     network = train([data], SMALL, seed=0, device="cpu", **{"classic": False, "paste": False, **options})
     nothing = dice(overlap(np.ones_like(test.masks), test.masks)).mean()
     # Marking everything scores about 0.15; a network that ignores images or misplaces masks while augmenting does too.
@@ -68,7 +68,7 @@ def test_a_small_network_learns_drawn_lesions(options):
 
 
 def test_training_is_a_function_of_its_seed():
-    data = Examples(*(part[:4] for part in vars(examples(drawn_set(4, 1), 64)).values()))
+    data = Examples(*(part[:4] for part in vars(examples(synthetic_set(4, 1), 64)).values()))
     short = replace(SMALL, steps=3)
     runs = [train([data], short, seed=seed, device="cpu", classic=True, paste=True) for seed in (0, 0, 1)]
     weights = [np.concatenate([w.detach().numpy().ravel() for w in run.parameters()]) for run in runs]
@@ -77,7 +77,7 @@ def test_training_is_a_function_of_its_seed():
 
 
 def test_phases_train_one_after_the_other():
-    data = examples(drawn_set(32, 1), 64)
+    data = examples(synthetic_set(32, 1), 64)
     # One phase's masks lie beside the lesions: where a network looks for lesions tells which phase trained it last.
     beside = Examples(data.images, np.roll(data.masks, 20, axis=1))
     found = [

@@ -3,8 +3,8 @@ import pytest
 from sklearn.linear_model import Ridge as ReferenceRidge
 from sklearn.metrics import roc_auc_score
 
-from busigen.evaluation.realness import separation
-from busigen.evaluation.realness.separation import Ridge, Task, auc, bootstrap_auc, folds, shuffled_sides
+from busigen.evaluation.realness import classifiers as separation
+from busigen.evaluation.realness.classifiers import Ridge, Task, auc, bootstrap_auc, folds, shuffled_sides
 
 
 def _task(count, classes=2, per_group=2):

@@ -16,14 +16,14 @@ from PIL import Image
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
-from busigen.data.records import Refusal
+from busigen.data.sources.records import Refusal
 from busigen.errors import InputError
-from busigen.evaluation.reading import archives
+from busigen.evaluation.reading import sets as archives
 from busigen.evaluation.reading.sets import background_mode, read_set
-from busigen.runtime.factory import generate
-from busigen.runtime.layout import DATASET_FILE
-from tests.drawn import draw_frame, draw_pairs
-from tests.runtime.noise_source import NoiseSource, noise_sample
+from busigen.runtime.dataset.format import DATASET_FILE
+from busigen.runtime.execution.factory import generate
+from tests.harness.noise_source import NoiseSource, noise_sample
+from tests.harness.synthetic_datasets import draw_frame, draw_pairs
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -54,8 +54,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_busi_with_all_its_quirks(drawn_busi: Path) -> None:
-    found = read_set(drawn_busi)
+def test_busi_with_all_its_quirks(synthetic_busi: Path) -> None:
+    found = read_set(synthetic_busi)
     rows = {row["id"]: row for row in found.table.iter_rows(named=True)}
     assert found.layout == "BUSI"
     assert len(found) == 32
@@ -70,8 +70,8 @@ def test_busi_with_all_its_quirks(drawn_busi: Path) -> None:
     assert background_mode(found) == "unknown"
 
 
-def test_the_audit_names_what_prepare_names(drawn_busi: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(drawn_busi, tmp_path / "BUSI"))
+def test_the_audit_names_what_prepare_names(synthetic_busi: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(synthetic_busi, tmp_path / "BUSI"))
     with Image.open(folder / "benign" / "benign (8).png") as image:
         turned = image.convert("L").transpose(Image.Transpose.ROTATE_180)
     exif = Image.Exif()
@@ -106,10 +106,12 @@ def test_an_archive_is_read_upright_and_without_pictures_for_masks(tmp_path: Pat
     assert ["a picture" in refusal.problem for refusal in found.refused] == [True]
 
 
-def test_the_working_frame_is_that_of_prepare(drawn_busi: Path, drawn_busbra: Path, drawn_prepared: Prepared) -> None:
-    prepared = read_set(drawn_prepared.folder)
+def test_the_working_frame_is_that_of_prepare(
+    synthetic_busi: Path, synthetic_busbra: Path, synthetic_prepared: Prepared
+) -> None:
+    prepared = read_set(synthetic_prepared.folder)
     by_id = {name: row for row, name in enumerate(prepared.table["id"])}
-    for folder in (drawn_busi, drawn_busbra):
+    for folder in (synthetic_busi, synthetic_busbra):
         found = read_set(folder)
         for row, name in enumerate(found.table["id"]):
             if name not in by_id:  # Left out of every split.
@@ -123,8 +125,8 @@ def test_the_working_frame_is_that_of_prepare(drawn_busi: Path, drawn_busbra: Pa
             assert found.table["sha256"][row] == prepared.table["sha256"][other]
 
 
-def test_bus_bra_groups_are_patients(drawn_busbra: Path) -> None:
-    found = read_set(drawn_busbra)
+def test_bus_bra_groups_are_patients(synthetic_busbra: Path) -> None:
+    found = read_set(synthetic_busbra)
     patients = [name.split("_")[1].split("-")[0] for name in found.table["id"]]
     assert found.layout == "BUS-BRA"
     assert len(set(zip(patients, found.groups.tolist(), strict=True))) == len(set(patients)) == 8
@@ -306,9 +308,9 @@ def test_nothing_but_members_of_unknown_role_says_so(tmp_path: Path) -> None:
         (b"\xff", "unknown", "name no known class"),
     ],
 )
-def test_cls_gives_the_class(tmp_path: Path, told: bytes, label: str, said: str) -> None:
+def test_cls_gives_the_class(tmp_path: Path, described: bytes, label: str, said: str) -> None:
     picture, mask = pair()
-    found = read_set(write_tar(tmp_path / "a.tar", {"a.png": picture, "a.mask.png": mask, "a.cls": told}))
+    found = read_set(write_tar(tmp_path / "a.tar", {"a.png": picture, "a.mask.png": mask, "a.cls": described}))
     assert found.classes.tolist() == [label]
     assert said in "".join(found.notes) if said else found.notes == ()
 
@@ -422,8 +424,8 @@ def test_bars_that_a_square_file_brought_along_are_no_image(tmp_path: Path) -> N
     assert np.array_equal(found.images[0], boxed)
 
 
-def test_a_limit_draws_the_same_images_again(drawn_busi: Path) -> None:
-    first, second, other = (read_set(drawn_busi, limit=10, seed=seed).table["id"].to_list() for seed in (1, 1, 2))
+def test_a_limit_draws_the_same_images_again(synthetic_busi: Path) -> None:
+    first, second, other = (read_set(synthetic_busi, limit=10, seed=seed).table["id"].to_list() for seed in (1, 1, 2))
     assert first == second
     assert len(first) == len(set(first)) == 10
     assert first != other

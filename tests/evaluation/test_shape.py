@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from busigen.evaluation.physics import shape
-from busigen.evaluation.physics.regions import RING, find_regions
-from busigen.evaluation.physics.speckle import DYNAMIC_RANGE
+from busigen.evaluation.physics import features as shape
+from busigen.evaluation.physics.speckle import DYNAMIC_RANGE, RING, find_regions
 
 VALID = np.zeros((256, 256), dtype=np.bool_)
 VALID[28:228] = True
@@ -149,9 +148,9 @@ def test_bars_and_overlays_are_no_margin(grey):
     overlays[70:80, 100:140] = True  # Across the lower outline.
     regions = find_regions(mask, VALID, overlays)
     image = _scene(mask)
-    drawn = np.where(overlays | ~VALID, grey, image).astype(np.float32)
+    generated = np.where(overlays | ~VALID, grey, image).astype(np.float32)
     plain = np.where(VALID, image, 95.0).astype(np.float32)
-    found, expected = shape.margin(drawn, regions), shape.margin(plain, regions)
+    found, expected = shape.margin(generated, regions), shape.margin(plain, regions)
     assert found == pytest.approx(expected, rel=1e-3)
     assert found["offset"] == 0.0
     # The lesion's inner band runs along the bar, too, at the lesion's own grey.

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from busigen.evaluation.comparing.statistics import adjusted
-from busigen.evaluation.comparing.two_sample import Sample, compare, tail_p
+from busigen.evaluation.statistics.grouped import adjusted
+from busigen.evaluation.statistics.two_sample import Sample, compare, tail_p
 
 
 def _sample(values, classes=None, groups=None):

@@ -5,14 +5,11 @@ import pytest
 
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.results import SectionResult
-from busigen.evaluation.utility import arms as utility_arms
-from busigen.evaluation.utility import segmentation
-from busigen.evaluation.utility.arms import Outcome, Split
-from busigen.evaluation.utility.figures import flagged, grouped_wilcoxon
-from busigen.evaluation.utility.probe import probe_figures
-from busigen.evaluation.utility.section import run
-from busigen.evaluation.utility.segmentation import RECIPES
-from tests.evaluation.drawn_sets import drawn_set
+from busigen.evaluation.utility import training as segmentation
+from busigen.evaluation.utility import training as utility_arms
+from busigen.evaluation.utility.section import flagged, grouped_wilcoxon, probe_figures, run
+from busigen.evaluation.utility.training import RECIPES, Outcome, Split
+from tests.harness.synthetic_sets import synthetic_set
 
 TINY = replace(RECIPES["quick"], side=32, channels=(4, 8, 8), steps=4, batch=4)
 
@@ -26,7 +23,11 @@ def tiny(monkeypatch):
 
 
 def _context(out, **others):
-    sets = {"synthetic": drawn_set(12, 2), "real": drawn_set(12, 1, ("benign", "malignant", "normal")), "train": None}
+    sets = {
+        "synthetic": synthetic_set(12, 2),
+        "real": synthetic_set(12, 1, ("benign", "malignant", "normal")),
+        "train": None,
+    }
     return AuditContext(out=out, **{**sets, **others})
 
 
@@ -35,7 +36,7 @@ def _trainings(out):
 
 
 def test_every_arm_is_tested_on_all_held_out_images(tiny, tmp_path):
-    result = run(_context(tmp_path, train=drawn_set(10, 3), external=drawn_set(6, 4)))
+    result = run(_context(tmp_path, train=synthetic_set(10, 3), external=synthetic_set(6, 4)))
     for arm in ("real", "classic", "synthetic_1", "synthetic_only"):
         for measure in ("dice", "f1", "benign.dice", "malignant.dice", "small_lesions.dice", "large_lesions.dice"):
             figure = result.figure(f"utility.{arm}.{measure}")
@@ -55,7 +56,7 @@ def test_every_arm_is_tested_on_all_held_out_images(tiny, tmp_path):
 
 
 def test_full_effort_has_all_arms_that_the_set_is_large_enough_for(tiny, tmp_path):
-    result = run(_context(tmp_path, train=drawn_set(6, 3), effort="full"))
+    result = run(_context(tmp_path, train=synthetic_set(6, 3), effort="full"))
     keys = {figure.key for figure in result.figures}
     assert {"utility.paste.dice", "utility.synthetic_half.dice", "utility.synthetic_2.dice"} <= keys
     assert "utility.synthetic_4.dice" not in keys
@@ -78,21 +79,21 @@ def test_a_torn_file_or_another_pixel_is_trained_again(tiny, tmp_path):
     torn = next((tmp_path / "sections" / "utility" / "trainings").glob("synthetic_only-*.json"))
     torn.write_text(torn.read_text()[:40])
     assert run(_context(tmp_path)).figures == first.figures
-    other = drawn_set(12, 2)
+    other = synthetic_set(12, 2)
     other.images[:, 100:140] = 0
     run(_context(tmp_path, synthetic=other))
     assert len(set(_trainings(tmp_path)) - names) == len(names)
 
 
 def test_sets_without_lesions_are_said(tmp_path):
-    result = run(_context(tmp_path, synthetic=drawn_set(6, 2, ("normal",))))
+    result = run(_context(tmp_path, synthetic=synthetic_set(6, 2, ("normal",))))
     assert not result.figures
     assert "Not run" in result.findings[0].text
 
 
 @pytest.fixture(scope="module")
 def pair():
-    return drawn_set(60, 1), drawn_set(60, 2)
+    return synthetic_set(60, 1), synthetic_set(60, 2)
 
 
 def _probed(pair, real_dice, synthetic_dice, offset=(0.0, 0.0), seed=0):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from busigen.evaluation.realness.views import BAND, VIEWS, lesion, ring, whole
-from tests.evaluation.drawn_sets import BAR, drawn_set
+from busigen.evaluation.realness.classifiers import BAND, VIEWS, lesion, ring, whole
+from tests.harness.synthetic_sets import BAR, synthetic_set
 
 Y, X = np.mgrid[:256, :256]
 FULL = np.ones((256, 256), np.bool_)
@@ -30,7 +30,7 @@ def test_the_ring_sees_nothing_beyond_its_band():
 
 @pytest.mark.parametrize("name", list(VIEWS))
 def test_letterbox_bars_are_never_seen(name):
-    images = drawn_set(4, 0)
+    images = synthetic_set(4, 0)
     before = VIEWS[name].of(images)
     images.images[~images.valid] = 255
     assert np.array_equal(before, VIEWS[name].of(images))

@@ -11,15 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
-from busigen.export.checks import check_opset, runs
-from busigen.export.exporter import _appearing, export
-from busigen.export.options import Options, batch_sizes
+from busigen.export.exporter import Options, _appearing, batch_sizes, check_opset, export, runs
 from busigen.export.report import check_report
+from busigen.mtf import Transfer
 from busigen.registry import OPSETS, PRECISIONS
 from busigen.training.checkpoint import RECORD
-from busigen.transfer import Transfer
-from tests.command import error_line, run
-from tests.export.checkpoints import changed, rehashed, untrained
+from tests.harness.checkpoints import changed, rehashed, untrained
+from tests.harness.command import error_line, run
 
 
 @pytest.fixture(scope="module")

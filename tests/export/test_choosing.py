@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 
 from busigen.errors import ParityError
-from busigen.export.choosing import choose, raised
 from busigen.export.components import Component, Part
-from busigen.export.exporter import export
-from busigen.export.options import Options
-from busigen.export.parity import LIMITS
-from busigen.export.reference import Asked, TorchBackend
+from busigen.export.exporter import Options, export
+from busigen.export.import_bundle import restore
+from busigen.export.parity import LIMITS, RecordedCall, TorchBackend
+from busigen.export.precision_search import choose, escalate
 from busigen.export.report import report
-from busigen.export.restore import restore
 from busigen.export.trace import Tracer
 from busigen.registry import LESION_CLASSES, OPSETS
-from busigen.runtime.backend import open_backend
+from busigen.runtime.backends.base import open_backend
 from busigen.training.checkpoint import load_component, load_networks
-from tests.export.checkpoints import TINY, changed, untrained
+from tests.harness.checkpoints import TINY, changed, untrained
 
 FIRST, SECOND = "decoder.levels.0.0.conv1", "decoder.levels.0.0.conv2"
 
@@ -42,7 +40,7 @@ def overflowing(state: dict[str, Tensor]) -> None:
     state[f"{SECOND}.weight"].mul_(1e-6)
 
 
-def decoder(checkpoint: Path) -> tuple[Component, dict[str, list[Asked]]]:
+def decoder(checkpoint: Path) -> tuple[Component, dict[str, list[RecordedCall]]]:
     """The traced decoder of the small window, and what it was asked and answered."""
     networks, _ = load_networks(checkpoint)
     component = Component("decoder", {"decoder@128": Part(Tracer(OPSETS[0]).decoder(networks, 128))})
@@ -52,7 +50,7 @@ def decoder(checkpoint: Path) -> tuple[Component, dict[str, list[Asked]]]:
         "noise": rng.standard_normal((4, 1, 128, 128)).astype(np.float32),
         "mask": np.zeros((4, 1, 128, 128), np.float32),
     }
-    return component, {"decoder@128": [Asked(inputs, TorchBackend(networks).run("decoder@128", inputs))]}
+    return component, {"decoder@128": [RecordedCall(inputs, TorchBackend(networks).run("decoder@128", inputs))]}
 
 
 def test_a_component_gets_what_was_asked_for_where_it_holds(sound: Path) -> None:
@@ -63,7 +61,7 @@ def test_a_component_gets_what_was_asked_for_where_it_holds(sound: Path) -> None
     # int8 is for the context encoder: nothing is tried here that would not be taken.
     assert choose(component, "int8", asked).precision == "fp32"
 
-    later = raised(chosen, "over the whole trajectory: dice", asked)
+    later = escalate(chosen, "over the whole trajectory: dice", asked)
     assert later.precision == "fp32"
     assert [(tried.precision, tried.refused) for tried in later.tried] == [
         ("fp16", "over the whole trajectory: dice"),
@@ -84,7 +82,7 @@ def test_weights_that_overflow_fp16_are_exported_in_fp32(sound: Path, tmp_path: 
 def test_another_networks_answers_are_refused_in_every_precision(sound: Path) -> None:
     component, asked = decoder(sound)
     (call,) = asked["decoder@128"]
-    wrong = {"decoder@128": [Asked(call.inputs, call.output + 0.1)]}
+    wrong = {"decoder@128": [RecordedCall(call.inputs, call.output + 0.1)]}
     with pytest.raises(ParityError, match=r"decoder.*fp16: .*times the error allowed.*fp32: "):
         choose(component, "fp16", wrong)
     with pytest.raises(ParityError, match="never asked"):
@@ -100,7 +98,7 @@ def test_an_opset_whose_operators_do_not_run_here_is_refused_with_the_providers_
         "image": rng.uniform(-1, 1, (2, 1, 256, 256)).astype(np.float32),
         "keep": np.ones((2, TINY.tokens), dtype=np.float32),
     }
-    asked = {"context": [Asked(inputs, TorchBackend(networks).run("context", inputs))]}
+    asked = {"context": [RecordedCall(inputs, TorchBackend(networks).run("context", inputs))]}
     try:
         assert choose(component, "fp32", asked).tried[-1].error <= 1
     except ParityError as error:
@@ -116,7 +114,9 @@ def test_int8_is_taken_only_where_it_is_faster(sound: Path) -> None:
         "image": rng.uniform(-1, 1, (4, 1, 256, 256)).astype(np.float32),
         "keep": np.ones((4, TINY.tokens), dtype=np.float32),
     }
-    chosen = choose(component, "int8", {"context": [Asked(inputs, TorchBackend(networks).run("context", inputs))]})
+    chosen = choose(
+        component, "int8", {"context": [RecordedCall(inputs, TorchBackend(networks).run("context", inputs))]}
+    )
     first = chosen.tried[0]
     assert first.precision == "int8" and np.isfinite(first.error)
     kinds = {node.op_type for node in chosen.graphs["context"].graph.node}
@@ -145,8 +145,11 @@ def test_a_bundle_in_fp16_is_proved_falls_back_and_is_restored(sound: Path, tmp_
     for figures in bundle.info["parity"]["targets"].values():
         for label in LESION_CLASSES:
             assert all(limit.holds(figures[label][name]) for name, limit in LIMITS.items())
-    told = report(bundle.info)
-    assert "| decoder | fp16 |  | decoder@128 yields NaN or infinity |" in told and "| emulated | benign |" in told
+    described = report(bundle.info)
+    assert (
+        "| decoder | fp16 |  | decoder@128 yields NaN or infinity |" in described
+        and "| emulated | benign |" in described
+    )
     assert "yields NaN or infinity" in (bundle.folder / "MODEL_CARD.md").read_text()
     json.dumps(bundle.info, allow_nan=False)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import onnxruntime as ort
 
-from busigen.export.counts import KINDS, fused
-from busigen.export.report import counts_table
-from busigen.runtime.bundle import Bundle, default_bundle, graph_names
+from busigen.export.report import KINDS, counts_table, fused
+from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 
 
 def test_the_shipped_bundle_keeps_the_counts_of_every_graph() -> None:

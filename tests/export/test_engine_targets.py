@@ -11,14 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from busigen.errors import OutputError, ParityError, UsageError
-from busigen.export.exporter import export
-from busigen.export.options import Options
+from busigen.export.exporter import Options, export
 from busigen.export.report import unproved
 from busigen.registry import ENGINE_TARGETS, LESION_CLASSES
-from busigen.runtime.bundle import Bundle
-from busigen.runtime.engines.on_onnxruntime import OnnxBackend
-from tests.export.checkpoints import untrained
-from tests.runtime.static_engine import NAME, static_engines
+from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.backends.onnxruntime import OnnxBackend
+from tests.harness.checkpoints import untrained
+from tests.harness.static_engine import NAME, static_engines
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from busigen.export.bundle_writer import write_graphs
 from busigen.export.components import Component, outlines
 from busigen.export.trace import Tracer
 from busigen.registry import ASKED_LENGTH, LESION_CLASSES, LOOPS, OPSETS, PRESETS
-from busigen.training.models import build
-from busigen.training.networks import Networks
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Networks
 from tests.training.test_outline import blob
 
 TINY = PRESETS["tiny"]

@@ -15,15 +15,15 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from busigen.export import trace
-from busigen.export.reductions import steady
+from busigen.export.deterministic_sums import make_sums_deterministic
 from busigen.registry import OPSETS, PRESETS
-from busigen.runtime.backend import EngineOptions
-from busigen.runtime.bundle import RECORD, Bundle, default_bundle
-from busigen.runtime.engines.on_onnxruntime import OnnxBackend
-from busigen.runtime.sample import Sample
-from busigen.runtime.sampler import Sampler
-from busigen.training.models import build
-from busigen.training.networks import Networks
+from busigen.runtime.backends.base import EngineOptions
+from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
+from busigen.runtime.backends.onnxruntime import OnnxBackend
+from busigen.runtime.dataset.sample import Sample
+from busigen.runtime.sampling.sampler import Sampler
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Networks
 
 TINY = PRESETS["tiny"]
 
@@ -70,7 +70,7 @@ def test_neither_threads_nor_batch_change_a_bit(
     op: str, sizes: list[int], axes: list[int], keepdims: int, order: list[int] | None
 ) -> None:
     model = reduction(op, sizes, axes, keepdims, order)
-    rewritten = steady(model)
+    rewritten = make_sums_deterministic(model)
     x = np.random.default_rng(0).standard_normal((7, *sizes), dtype=np.float32)
     expected = run(rewritten, 1, x)
     for threads in (1, 2, 5):
@@ -83,20 +83,20 @@ def test_neither_threads_nor_batch_change_a_bit(
 def test_sums_that_have_one_order_are_left_alone() -> None:
     for sizes, axes in (([16, 16], [2]), ([16, 2, 16], [2]), ([16, 16], [1, 2])):
         model = reduction("ReduceMean", sizes, axes, 0, None)
-        assert steady(model) == model
+        assert make_sums_deterministic(model) == model
 
 
 def test_a_sum_that_cannot_be_mended_is_named() -> None:
     model = reduction("ReduceSum", [4, 5, 6, 7], [1, 3], 1, None)
     with pytest.raises(ValueError, match=r"y is over axes \[1, 3\]"):
-        steady(model)
+        make_sums_deterministic(model)
 
 
 def test_an_exported_encoder_is_steady() -> None:
     torch.manual_seed(0)
     channels = TINY.latent_channels
     networks = Networks(TINY, build("autoencoder", TINY), torch.zeros(channels), torch.ones(channels))
-    model = steady(trace.Tracer(OPSETS[0]).encoder(networks, 128))
+    model = make_sums_deterministic(trace.Tracer(OPSETS[0]).encoder(networks, 128))
     x = np.random.default_rng(0).standard_normal((2, 1, 128, 128), dtype=np.float32)
     assert np.array_equal(run(model, 1, x), run(model, 5, x))
 
@@ -107,7 +107,7 @@ def steady_bundle(folder: Path) -> Bundle:
     info = json.loads((folder / RECORD).read_text())
     for record in info["graphs"].values():
         path = folder / record["file"]
-        data = steady(onnx.load(path, load_external_data=False)).SerializeToString(deterministic=True)
+        data = make_sums_deterministic(onnx.load(path, load_external_data=False)).SerializeToString(deterministic=True)
         path.write_bytes(data)
         record["files"][path.name] = hashlib.sha256(data).hexdigest()
     (folder / RECORD).write_text(json.dumps(info))

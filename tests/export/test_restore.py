@@ -15,12 +15,12 @@ import torch
 from onnx.external_data_helper import load_external_data_for_model
 
 from busigen.errors import IntegrityError, OutputError
-from busigen.export.reference import TorchBackend
-from busigen.export.restore import opened_base, restore
+from busigen.export.import_bundle import opened_base, restore
+from busigen.export.parity import TorchBackend
 from busigen.registry import LESION_CLASSES, STAGES
-from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.engines.on_onnxruntime import OnnxBackend
-from busigen.runtime.sampler import Sampler
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.onnxruntime import OnnxBackend
+from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.checkpoint import load_component, load_networks, read_record
 
 
@@ -42,13 +42,13 @@ def test_the_restored_networks_draw_what_the_bundle_draws(restored: Path) -> Non
     networks, record = load_networks(restored)
     assert record["restored"] == bundle.sha256
     assert record["data"]["split_hash"] == bundle.info["split_hash"]
-    drawn = [
+    generated = [
         Sampler(bundle, backend, classes=dict.fromkeys(LESION_CLASSES, 0.5), batch_size=2)
         .draw(3, range(2), lambda accepted: None)
         .samples
         for backend in (OnnxBackend(bundle), TorchBackend(networks))
     ]
-    for ours, theirs in zip(*drawn, strict=True):
+    for ours, theirs in zip(*generated, strict=True):
         # Two engines round differently in the sixth decimal: a pixel on the outline's edge, a grey level on .5.
         assert int((ours.mask ^ theirs.mask).sum()) <= 0.02 * ours.mask.sum()
         near = np.abs(ours.image.astype(int) - theirs.image) <= 2

@@ -13,12 +13,12 @@ from onnx import ModelProto
 
 from busigen.export.assembly import with_solver
 from busigen.export.bundle_writer import weights_of
-from busigen.export.reductions import steady
+from busigen.export.deterministic_sums import make_sums_deterministic
 from busigen.export.trace import Tracer
 from busigen.registry import CLASSES, LOOPS, OPSETS, PRESETS
 from busigen.solver import solver_steps
-from busigen.training.models import build
-from busigen.training.networks import Velocity, integrate
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Velocity, integrate
 
 TINY = PRESETS["tiny"]
 CHANNELS = TINY.latent_channels
@@ -39,12 +39,12 @@ def unet() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def step(unet: torch.nn.Module) -> ModelProto:
-    return steady(Tracer(OPSETS[0]).step(unet, 16, TINY.tokens, CONDITIONS))
+    return make_sums_deterministic(Tracer(OPSETS[0]).step(unet, 16, TINY.tokens, CONDITIONS))
 
 
 @pytest.fixture(scope="module")
 def graphs(unet: torch.nn.Module, step: ModelProto) -> dict[str, ModelProto]:
-    update = steady(Tracer(OPSETS[0]).update(unet.spectrum, CHANNELS, 16, 16, conditions=CONDITIONS))
+    update = make_sums_deterministic(Tracer(OPSETS[0]).update(unet.spectrum, CHANNELS, 16, 16, conditions=CONDITIONS))
     label = CLASSES.index("benign")
     return {loop: with_solver(step, STEPS, label, loop=loop, name="s", output="o", update=update) for loop in LOOPS}
 

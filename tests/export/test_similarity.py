@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from busigen.export.similarity import (
-    MAX_PSNR,
-    boundary_distance,
-    dice,
-    pixels_off,
-    psnr,
-    relative_error,
-    ssim,
-)
+from busigen.export.parity import MAX_PSNR, boundary_distance, dice, pixels_off, psnr, relative_error, ssim
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from PIL import Image
 
 import busigen.cli  # noqa: F401  # adds the commands to the app
 from busigen.cli.app import app
-from busigen.runtime.factory import generate
-from busigen.runtime.layout import CROISSANT_FILE, DATASET_FILE, RUN_FILE
-from tests.command import run
-from tests.runtime.noise_source import NoiseSource
+from busigen.runtime.dataset.format import CROISSANT_FILE, DATASET_FILE, RUN_FILE
+from busigen.runtime.execution.factory import generate
+from tests.harness.command import run
+from tests.harness.noise_source import NoiseSource
 
 HERE = Path(__file__).parent
 BLOCK = 16

@@ -9,13 +9,12 @@ import pytest
 
 from busigen.errors import CapacityError
 from busigen.registry import PROVIDERS
-from busigen.runtime.backend import EngineOptions, open_backend
-from busigen.runtime.bundle import Bundle, default_bundle
-from busigen.runtime.nvidia import driver_cuda
-from busigen.runtime.probing import choose, probe
-from busigen.runtime.sampler import Sampler
-from tests.command import run
-from tests.hashing import hashes
+from busigen.runtime.backends.base import EngineOptions, open_backend
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.probe import choose, driver_cuda, probe
+from busigen.runtime.sampling.sampler import Sampler
+from tests.harness.command import run
+from tests.harness.hashing import hashes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +35,7 @@ def bundle() -> Bundle:
 def working(name: str) -> None:
     found = probe(PROVIDERS[name])
     if not found.works:
-        pytest.skip(f"{name}: {found.told}")
+        pytest.skip(f"{name}: {found.described}")
 
 
 def test_auto_takes_the_card() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from busigen.runtime.factory import generate
-from tests.runtime.noise_source import NoiseSource
+from busigen.runtime.execution.factory import generate
+from tests.harness.noise_source import NoiseSource
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 
 from busigen.registry import PRESETS
-from busigen.training.adapters import merge, save_adapter, with_adapter
-from busigen.training.models import build
-from busigen.training.networks import Velocity
+from busigen.training.checkpoint import merge, save_adapter, with_adapter
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Velocity
 from busigen.training.recipe import LoraSpec
 
 TINY = PRESETS["tiny"]

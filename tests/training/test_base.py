@@ -19,18 +19,24 @@ from safetensors.torch import load_file
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, IntegrityError, OutputError, UsageError
-from busigen.export.card import card
 from busigen.export.parity import LIMITS
+from busigen.export.report import model_card
 from busigen.registry import LESION_CLASSES, STAGES
-from busigen.training.base import RETRAIN_RATE, RETRAINABLE, Base
-from busigen.training.checkpoint import load_component, load_networks, weight_hashes, write_record
-from busigen.training.examples import Frames, load_examples, select
-from busigen.training.heal import healed_reader
-from busigen.training.outline_examples import outline_examples
+from busigen.training.checkpoint import (
+    RETRAIN_RATE,
+    RETRAINABLE,
+    Base,
+    load_component,
+    load_networks,
+    weight_hashes,
+    write_record,
+)
+from busigen.training.examples import Frames, load_examples, outline_examples, select
+from busigen.training.healing import healed_reader
 from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
-from busigen.training.setting import Setting
-from tests.drawn import draw_pairs
+from busigen.training.tasks.base import TaskContext
+from tests.harness.synthetic_datasets import draw_pairs
 
 SHORTEST = 1e-9
 """Two steps a task."""
@@ -51,10 +57,10 @@ class Hospital:
 
 
 @pytest.fixture(scope="module")
-def base(drawn_prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(synthetic_prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny checkpoint; treat it as read-only."""
     out = tmp_path_factory.mktemp("runs") / "base"
-    train(drawn_prepared.folder, out, recipe_for("tiny", scale=SHORTEST), device="cpu", console=quiet())
+    train(synthetic_prepared.folder, out, recipe_for("tiny", scale=SHORTEST), device="cpu", console=quiet())
     return out
 
 
@@ -84,11 +90,11 @@ def test_the_bases_components_are_taken_over_bit_for_bit_and_without_its_adapter
 
 
 def test_the_record_names_the_base_and_the_data_that_the_adapters_learnt_from(
-    base: Path, hospital: Hospital, drawn_prepared: Prepared
+    base: Path, hospital: Hospital, synthetic_prepared: Prepared
 ) -> None:
     record = json.loads((hospital.run / "busigen.json").read_text())
     assert record["data"]["split_hash"] == hospital.prepared.split_hash
-    assert record["base"]["split_hash"] == drawn_prepared.split_hash != hospital.prepared.split_hash
+    assert record["base"]["split_hash"] == synthetic_prepared.split_hash != hospital.prepared.split_hash
     # The same components are the same base, wherever they lie and whatever was adapted to them.
     assert Base.open(hospital.run).identity == Base.open(base).identity == record["base"]
 
@@ -100,7 +106,7 @@ def test_the_model_card_says_what_was_trained_on_which_images(base: Path, hospit
         record = json.loads((folder / "busigen.json").read_text())
         split_hash = record["data"]["split_hash"]
         info = {"preset": "tiny", "split_hash": split_hash, "solver_steps": {}, "parity": parity, "components": {}}
-        text = card(record, info)
+        text = model_card(record, info)
         assert split_hash in text
         assert ("All else is the base's" in text) == adapted
         assert all(value in text for value in record.get("base", {}).values())
@@ -168,14 +174,14 @@ def test_an_own_folders_adapters_are_validated_on_its_held_out_images(tmp_path: 
     prepared = Prepared.open(tmp_path / "prepared")
     spec = next(task for task in recipe_for("tiny").tasks if task.name == f"lesion-{label}")
     assert spec.sources == ("busi",)
-    setting = Setting(prepared, None, torch.device("cpu"), 0, lambda what: lambda done, total: None, tmp_path)
+    setting = TaskContext(prepared, None, torch.device("cpu"), 0, lambda what: lambda done, total: None, tmp_path)
     for split in ("train", "val"):
         rows = setting.frames(split, spec).table
         assert rows.height and set(rows["split"]) == {split} and set(rows["class"]) == {label}
 
 
 def test_a_rerun_goes_on_where_it_was_and_another_base_is_refused(
-    base: Path, drawn_prepared: Prepared, hospital: Hospital, tmp_path: Path
+    base: Path, synthetic_prepared: Prepared, hospital: Hospital, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(hospital.run, run)
@@ -198,7 +204,7 @@ def test_a_rerun_goes_on_where_it_was_and_another_base_is_refused(
     with pytest.raises(OutputError, match=r"another run \(--base: one with weights \w{12}\.\.\. there, none now\)"):
         train(hospital.prepared.folder, run, recipe_for("tiny", scale=SHORTEST), **options)
     with pytest.raises(OutputError, match=r"another run \(--base: none there, one with weights \w{12}\.\.\. now\)"):
-        train(drawn_prepared.folder, base, start.recipe(scale=SHORTEST), base=start, **options)
+        train(synthetic_prepared.folder, base, start.recipe(scale=SHORTEST), base=start, **options)
     assert weight_hashes(run) == finished
 
 
@@ -215,7 +221,7 @@ def _another(base: Path, folder: Path) -> Base:
 
 
 def test_a_retrained_stage_is_new_and_all_else_is_the_bases(
-    base: Path, drawn_prepared: Prepared, tmp_path: Path
+    base: Path, synthetic_prepared: Prepared, tmp_path: Path
 ) -> None:
     start = Base.open(base)
     recipe = start.recipe(scale=SHORTEST, seed=1, retrain=["mask"])
@@ -225,7 +231,7 @@ def test_a_retrained_stage_is_new_and_all_else_is_the_bases(
     changed = {task.name: task.lr / rates[task.name] for task in recipe.tasks if task.steps}
     assert changed == pytest.approx({"mask": RETRAIN_RATE, "mask-benign": 1.0, "mask-malignant": 1.0})
     run = tmp_path / "run"
-    train(drawn_prepared.folder, run, recipe, base=start, device="cpu", console=quiet())
+    train(synthetic_prepared.folder, run, recipe, base=start, device="cpu", console=quiet())
     before, after = weight_hashes(base), weight_hashes(run)
     assert set(after) == set(before)
     anew = {name for name in after if after[name] != before[name]}
@@ -238,17 +244,17 @@ def test_a_retrained_stage_is_new_and_all_else_is_the_bases(
     assert not torch.allclose(benign, malignant), "each class has the spread of its own outlines"
 
 
-def test_a_retrained_decoder_reads_the_same_latents(base: Path, drawn_prepared: Prepared, tmp_path: Path) -> None:
+def test_a_retrained_decoder_reads_the_same_latents(base: Path, synthetic_prepared: Prepared, tmp_path: Path) -> None:
     """The encoder stays what all stages learnt their latents from, bit for bit; so does all else."""
     start = Base.open(base)
     recipe = start.recipe(scale=SHORTEST, seed=1, retrain=["decoder"])
     assert [task.name for task in recipe.tasks] == ["decoder"]
     run = tmp_path / "run"
-    train(drawn_prepared.folder, run, recipe, base=start, device="cpu", console=quiet())
+    train(synthetic_prepared.folder, run, recipe, base=start, device="cpu", console=quiet())
     before, after = weight_hashes(base), weight_hashes(run)
     assert {name.split("/")[1] for name in after if after[name] != before[name]} == {"autoencoder"}
-    (old, told), (new, record) = load_networks(base), load_networks(run)
-    assert record["latents"] == told["latents"]
+    (old, described), (new, record) = load_networks(base), load_networks(run)
+    assert record["latents"] == described["latents"]
     changed = {
         name.partition(".")[0]
         for name, value in new.autoencoder.state_dict().items()

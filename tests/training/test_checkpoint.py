@@ -14,12 +14,12 @@ from rich.console import Console
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
 from busigen.registry import RESOLUTION
-from busigen.runtime.bundle import LEAST_FRAME
+from busigen.runtime.backends.bundle import LEAST_FRAME
 from busigen.training.checkpoint import RECORD, write_record
 from busigen.training.examples import frames_of
 from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
-from tests.export.checkpoints import untrained
+from tests.harness.checkpoints import untrained
 
 
 def test_a_record_that_export_would_refuse_is_not_left_as_one_of_a_finished_run(tmp_path: Path) -> None:
@@ -38,14 +38,16 @@ def test_strips_get_frames_that_a_bundle_may_have(caplog: pytest.LogCaptureFixtu
     assert "2 of 3 images are strips" in caplog.text
 
 
-def test_weights_that_are_no_numbers_end_training_after_their_task(drawn_prepared: Prepared, tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_end_training_after_their_task(
+    synthetic_prepared: Prepared, tmp_path: Path
+) -> None:
     recipe = recipe_for("tiny", scale=1e-9)
     first, *others = recipe.tasks
     # AdamW takes steps of about the rate, whatever the gradient.
     diverging = replace(recipe, tasks=(replace(first, lr=1e30, warmup=0), *others))
     run = tmp_path / "run"
     with pytest.raises(InputError, match=f"in {first.name} are NaN or infinite") as error:
-        train(drawn_prepared.folder, run, diverging, device="cpu", console=Console(file=io.StringIO()))
+        train(synthetic_prepared.folder, run, diverging, device="cpu", console=Console(file=io.StringIO()))
     assert "diverged" in error.value.fix
     assert not (run / RECORD).exists()
     assert not list((run / "done").iterdir())

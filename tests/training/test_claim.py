@@ -12,10 +12,9 @@ import pytest
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.errors import OutputError
-from busigen.training.claim import claim
-from busigen.training.pipeline import train
+from busigen.training.pipeline import claim, train
 from busigen.training.recipe import recipe_for
-from busigen.training.state import write_json
+from busigen.training.trainer import write_json
 
 
 @pytest.mark.parametrize(
@@ -28,40 +27,40 @@ from busigen.training.state import write_json
     ],
 )
 def test_another_run_is_told_apart_by_its_options(
-    drawn_prepared: Prepared, tmp_path: Path, other: dict[str, object], told: str
+    synthetic_prepared: Prepared, tmp_path: Path, other: dict[str, object], described: str
 ) -> None:
-    claim(tmp_path, recipe_for("tiny"), drawn_prepared)
+    claim(tmp_path, recipe_for("tiny"), synthetic_prepared)
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(OutputError) as caught:
-        train(drawn_prepared.folder, tmp_path, recipe_for(**other), device="cpu")
-    assert caught.value.problem == f"{tmp_path} belongs to another run ({told})."
+        train(synthetic_prepared.folder, tmp_path, recipe_for(**other), device="cpu")
+    assert caught.value.problem == f"{tmp_path} belongs to another run ({described})."
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_nothing_is_written_through_a_link(drawn_prepared: Prepared, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(synthetic_prepared: Prepared, tmp_path: Path) -> None:
     run, mine = tmp_path / "run", tmp_path / "mine"
-    claim(run, recipe_for("tiny"), drawn_prepared)
+    claim(run, recipe_for("tiny"), synthetic_prepared)
     mine.mkdir()
     (run / "base").symlink_to(mine)
     with pytest.raises(OutputError, match=r"run/base is a link"):
-        train(drawn_prepared.folder, run, recipe_for("tiny"), device="cpu")
+        train(synthetic_prepared.folder, run, recipe_for("tiny"), device="cpu")
     (mine / "notes").write_text("mine")
     (mine / "state.json.tmp").symlink_to(mine / "notes")
     write_json(mine / "state.json", {"step": 1})
     assert (mine / "notes").read_text() == "mine" and not (mine / "state.json").is_symlink()
 
 
-def test_other_data_is_another_run(drawn_prepared: Prepared, drawn_busi: Path, tmp_path: Path) -> None:
-    claim(tmp_path / "run", recipe_for("tiny"), drawn_prepared)
-    prepare([drawn_busi], tmp_path / "other")
+def test_other_data_is_another_run(synthetic_prepared: Prepared, synthetic_busi: Path, tmp_path: Path) -> None:
+    claim(tmp_path / "run", recipe_for("tiny"), synthetic_prepared)
+    prepare([synthetic_busi], tmp_path / "other")
     with pytest.raises(OutputError, match=r"\(--data: other images or splits\)"):
         train(tmp_path / "other", tmp_path / "run", recipe_for("tiny"), device="cpu")
 
 
-def test_a_run_says_what_it_will_do_before_it_starts(drawn_prepared: Prepared, tmp_path: Path) -> None:
+def test_a_run_says_what_it_will_do_before_it_starts(synthetic_prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "busigen.cli", "train", "--data", drawn_prepared.folder, "--out", out]
+    command = [sys.executable, "-m", "busigen.cli", "train", "--data", synthetic_prepared.folder, "--out", out]
     process = subprocess.Popen(
         [*map(str, command), "--preset", "tiny", "--device", "cpu"], stderr=subprocess.PIPE, text=True
     )
@@ -71,7 +70,7 @@ def test_a_run_says_what_it_will_do_before_it_starts(drawn_prepared: Prepared, t
         process.kill()
         process.communicate()
     steps = sum(task.steps for task in recipe_for("tiny").tasks)
-    splits = drawn_prepared.info["splits"]
+    splits = synthetic_prepared.info["splits"]
     said = re.fullmatch(
         r"\S+ training tiny on cpu: images train (\d+), val (\d+), test (\d+) \(at most 160 of a split are used\); "
         r"15 tasks, (\d+) steps; pictures in (\S+), curves in (\S+)\n",

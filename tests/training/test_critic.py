@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from busigen.training.critic import Critic
+from busigen.training.networks.autoencoder import Critic
 
 CHANNELS = (4, 8, 8, 8)
 
@@ -13,8 +13,8 @@ CHANNELS = (4, 8, 8, 8)
 def textures(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Grainy pixels, the same as a blur would draw them, and latents of the same place."""
     real = torch.randn(8, 1, 48, 48, generator=generator)
-    drawn = torch.nn.functional.avg_pool2d(real, 3, stride=1, padding=1) * 2.5
-    return drawn, real, torch.randn(8, 4, 6, 6, generator=generator)
+    generated = torch.nn.functional.avg_pool2d(real, 3, stride=1, padding=1) * 2.5
+    return generated, real, torch.randn(8, 4, 6, 6, generator=generator)
 
 
 def test_it_learns_to_tell_a_blur_from_grains_of_the_same_contrast() -> None:
@@ -26,17 +26,17 @@ def test_it_learns_to_tell_a_blur_from_grains_of_the_same_contrast() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    drawn, real, latents = textures(generator)
+    generated, real, latents = textures(generator)
     critic.eval()
-    assert (critic(real, latents) > critic(drawn, latents)).float().mean() > 0.9
+    assert (critic(real, latents) > critic(generated, latents)).float().mean() > 0.9
 
 
 def test_each_side_is_trained_by_its_own_loss_alone() -> None:
     torch.manual_seed(0)
     critic = Critic(4, CHANNELS)
-    drawn, real, latents = textures(torch.Generator().manual_seed(0))
+    generated, real, latents = textures(torch.Generator().manual_seed(0))
     gain = torch.ones((), requires_grad=True)
-    ours, critics = critic.contest(gain * drawn, real, latents)
+    ours, critics = critic.contest(gain * generated, real, latents)
     assert gain.grad is None
     ours.backward()
     assert gain.grad is not None and gain.grad.abs() > 0

@@ -20,8 +20,8 @@ from busigen.training.examples import (
     to_tensor,
     window_examples,
 )
-from busigen.training.models import build, place_condition
-from busigen.training.networks import Networks
+from busigen.training.networks.build import build, place_condition
+from busigen.training.networks.inference import Networks
 
 TINY = PRESETS["tiny"]
 
@@ -35,8 +35,8 @@ def networks() -> Networks:
 
 
 @pytest.fixture(scope="module")
-def frames(drawn_prepared: Prepared) -> Frames:
-    return Frames(drawn_prepared, select(drawn_prepared, "train"))
+def frames(synthetic_prepared: Prepared) -> Frames:
+    return Frames(synthetic_prepared, select(synthetic_prepared, "train"))
 
 
 def _lesion_frame(frames: Frames) -> Frame:
@@ -59,15 +59,15 @@ def test_nothing_of_the_edit_region_reaches_the_condition(frames: Frames, networ
     assert torch.equal(tokens[0, seen], tokens_without[0, seen])
 
 
-def test_training_sees_no_overlay_and_counts_what_replaced_a_small_one(drawn_prepared: Prepared) -> None:
-    rows = drawn_prepared.table.filter(drawn_prepared.table["id"].is_in(["busi/benign (6)", "busi/benign (7)"]))
-    doppler, calipers = (Frames(drawn_prepared, rows)[k] for k in range(2))
+def test_training_sees_no_overlay_and_counts_what_replaced_a_small_one(synthetic_prepared: Prepared) -> None:
+    rows = synthetic_prepared.table.filter(synthetic_prepared.table["id"].is_in(["busi/benign (6)", "busi/benign (7)"]))
+    doppler, calipers = (Frames(synthetic_prepared, rows)[k] for k in range(2))
     assert doppler.overlay.any(), "what lies under a Doppler box is guesswork"
     row = rows["row"][1]
-    assert drawn_prepared.suspects[row].any() and not calipers.overlay.any()
-    assert (calipers.image == drawn_prepared.clean[row]).all()
+    assert synthetic_prepared.suspects[row].any() and not calipers.overlay.any()
+    assert (calipers.image == synthetic_prepared.clean[row]).all()
     # Two white crosses with arms of 4 pixels, half a pixel thin in this frame, on tissue of a third of their level.
-    assert (drawn_prepared.images[row].astype(int) - calipers.image > 30).sum() >= 8
+    assert (synthetic_prepared.images[row].astype(int) - calipers.image > 30).sum() >= 8
 
 
 def test_a_flip_turns_image_mask_and_overlay_alike(frames: Frames) -> None:

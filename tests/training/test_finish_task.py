@@ -15,13 +15,13 @@ from busigen.data.geometry import edit_region, feather, paste, window_for
 from busigen.data.prepared import Prepared
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.training.checkpoint import load_component
-from busigen.training.drawn import SIDE, ZONES, Drawer, background_images, drawn_windows
 from busigen.training.examples import Frames, select
-from busigen.training.finish_task import FinishTask, pasted_into
-from busigen.training.models import build
-from busigen.training.networks import Networks
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Networks
 from busigen.training.recipe import TaskSpec
-from busigen.training.setting import Setting
+from busigen.training.rollouts import SIDE, ZONES, Drawer, background_images, rollout_windows
+from busigen.training.tasks.autoencoder import FinishTask, pasted_into
+from busigen.training.tasks.base import TaskContext
 from busigen.training.trainer import Trainer
 
 TINY = PRESETS["tiny"]
@@ -45,9 +45,9 @@ def drawer() -> Drawer:
 
 
 @pytest.fixture
-def setting(drawn_prepared: Prepared, drawer: Drawer, tmp_path: Path) -> Setting:
-    return Setting(
-        prepared=drawn_prepared,
+def setting(synthetic_prepared: Prepared, drawer: Drawer, tmp_path: Path) -> TaskContext:
+    return TaskContext(
+        prepared=synthetic_prepared,
         networks=drawer.networks,
         device=torch.device("cpu"),
         seed=0,
@@ -57,7 +57,7 @@ def setting(drawn_prepared: Prepared, drawer: Drawer, tmp_path: Path) -> Setting
     )
 
 
-def test_the_decoder_learns_and_the_encoder_stays(setting: Setting, tmp_path: Path) -> None:
+def test_the_decoder_learns_and_the_encoder_stays(setting: TaskContext, tmp_path: Path) -> None:
     torch.manual_seed(1)
     module = build("autoencoder", TINY)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -68,14 +68,14 @@ def test_the_decoder_learns_and_the_encoder_stays(setting: Setting, tmp_path: Pa
     changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
     # The outline is told for the first time here: it starts at nothing, and is learnt.
-    told = {name for name in before if name.startswith("decoder.outlines.")}
-    assert told and not any(before[name].any() for name in told)
-    assert told <= changed
+    described = {name for name in before if name.startswith("decoder.outlines.")}
+    assert described and not any(before[name].any() for name in described)
+    assert described <= changed
     assert set(task.findings()["texture"]) == {"image", "background", "profile", *ZONES}
     assert (tmp_path / "run" / "samples" / "finish" / "000004.png").is_file()
 
 
-def test_what_was_drawn_is_kept_and_not_drawn_again(setting: Setting) -> None:
+def test_what_was_drawn_is_kept_and_not_drawn_again(setting: TaskContext) -> None:
     first = FinishTask(SPEC, setting, build("autoencoder", TINY))
     setting.drawer = None
     again = FinishTask(SPEC, setting, build("autoencoder", TINY))
@@ -83,9 +83,9 @@ def test_what_was_drawn_is_kept_and_not_drawn_again(setting: Setting) -> None:
     assert torch.equal(first.backgrounds["latents"], again.backgrounds["latents"])
 
 
-def test_a_window_knows_what_the_image_shows_and_what_may_change(setting: Setting, drawer: Drawer) -> None:
+def test_a_window_knows_what_the_image_shows_and_what_may_change(setting: TaskContext, drawer: Drawer) -> None:
     frames = Frames(setting.prepared, select(setting.prepared, "train"))
-    found = drawn_windows(
+    found = rollout_windows(
         frames, drawer, variants=1, seed=0, device=torch.device("cpu"), progress=lambda done, total: None
     )
     count = len(found["latents"])

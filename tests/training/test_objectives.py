@@ -4,8 +4,8 @@ import torch
 from torch import Generator, Tensor
 
 from busigen.registry import PRESETS
-from busigen.training.models import build
-from busigen.training.objectives import energy, lattice, noisy
+from busigen.training.losses import energy, lattice, noisy
+from busigen.training.networks.build import build
 
 
 def texture(seed: int, deviation: float = 0.2) -> Tensor:
@@ -52,12 +52,12 @@ def test_seams_between_cells_are_seen_and_seams_anywhere_else_are_not() -> None:
 
     plain = texture(3)
     # Every seventh pixel is in another place of the eight-pixel cells each time.
-    drawn = texture(4)
-    clean, cells, elsewhere = (float(lattice(drawn + offset, plain)) for offset in (0.0, seams(8), seams(7)))
+    generated = texture(4)
+    clean, cells, elsewhere = (float(lattice(generated + offset, plain)) for offset in (0.0, seams(8), seams(7)))
     assert cells > 5 * clean
     assert cells > 5 * elsewhere
     # Edges that the target has in the same places are none of the decoder's doing.
-    assert float(lattice(drawn + seams(8), plain + seams(8))) < 0.2 * cells
+    assert float(lattice(generated + seams(8), plain + seams(8))) < 0.2 * cells
 
 
 def test_half_of_the_training_times_are_those_at_which_the_solver_asks() -> None:

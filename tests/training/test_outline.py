@@ -11,10 +11,10 @@ from scipy import ndimage
 from busigen.data.geometry import largest_component
 from busigen.data.outline import attributes
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES, LESION_CLASSES, PRESETS
-from busigen.training.models import build
-from busigen.training.networks import Velocity
-from busigen.training.outline_examples import random_asking
-from busigen.training.outline_space import OutlineSpace
+from busigen.training.examples import random_asking
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Velocity
+from busigen.training.networks.outline import OutlineSpace
 from tests.conftest import Sources
 
 TINY = PRESETS["tiny"]

@@ -10,9 +10,8 @@ from scipy import stats
 from busigen.data.geometry import Mask, largest_component
 from busigen.data.outline import circularity
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES
-from busigen.training import outline_spread
-from busigen.training.outline_space import OutlineSpace
-from busigen.training.outline_spread import OutlineSpread
+from busigen.training.networks import outline as outline_spread
+from busigen.training.networks.outline import OutlineSpace, OutlineSpread
 from tests.training.test_outline import blob
 
 COUNT = len(ATTRIBUTES)
@@ -26,8 +25,8 @@ def codes(count: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torc
 
 
 def test_unmeasured_draws_stay_as_they_are() -> None:
-    drawn = codes(200, 0, scale=1.5)
-    torch.testing.assert_close(OutlineSpread(LENGTH).calibrated(drawn), drawn)
+    generated = codes(200, 0, scale=1.5)
+    torch.testing.assert_close(OutlineSpread(LENGTH).calibrated(generated), generated)
 
 
 def test_only_the_last_step_is_calibrated() -> None:
@@ -76,16 +75,16 @@ def test_outlines_that_are_too_smooth_become_as_ragged_as_real_ones(monkeypatch:
 
     ragged = codes(72, 1, scale=0.6)
     ragged[:, COUNT + 4 :] *= 3.0
-    drawn, real = codes(72, 2, scale=0.6), outlined(ragged)
+    generated, real = codes(72, 2, scale=0.6), outlined(ragged)
     spread = OutlineSpread(LENGTH)
 
     def distance(found: torch.Tensor) -> float:
         first, second = ([circularity(mask) for mask in masks] for masks in (outlined(found), real))
         return float(stats.wasserstein_distance(first, second))
 
-    before = distance(drawn)
-    spread.fit_form(drawn, outlined, real)
-    assert distance(spread.calibrated(drawn)) < 0.6 * before
+    before = distance(generated)
+    spread.fit_form(generated, outlined, real)
+    assert distance(spread.calibrated(generated)) < 0.6 * before
     # Draws that were not measured gain as well, and the broad shape is left as it is.
     fresh = codes(72, 3, scale=0.6)
     assert distance(spread.calibrated(fresh)) < 0.8 * distance(fresh)

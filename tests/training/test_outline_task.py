@@ -11,14 +11,13 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.registry import ASKED_LENGTH, PRESETS
-from busigen.training.adapters import merge, with_adapter
-from busigen.training.checkpoint import load_component, save_component
-from busigen.training.models import build
-from busigen.training.networks import Networks, Velocity
-from busigen.training.outline_space import birads_flags
+from busigen.training.checkpoint import load_component, merge, save_component, with_adapter
+from busigen.training.networks.build import build
+from busigen.training.networks.inference import Networks, Velocity
+from busigen.training.networks.outline import birads_flags
 from busigen.training.recipe import LoraSpec, TaskSpec
-from busigen.training.setting import Setting
-from busigen.training.tasks import MaskTask
+from busigen.training.tasks.base import TaskContext
+from busigen.training.tasks.registry import MaskTask
 from busigen.training.trainer import Trainer
 
 TINY = PRESETS["tiny"]
@@ -29,19 +28,19 @@ ADAPTER = TaskSpec(
 
 
 @pytest.fixture(scope="module")
-def setting(drawn_prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def setting(synthetic_prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> TaskContext:
     torch.manual_seed(0)
     channels = TINY.latent_channels
     autoencoder, context = build("autoencoder", TINY).eval(), build("context", TINY).eval()
     networks = Networks(TINY, autoencoder, torch.zeros(channels), torch.ones(channels), context)
-    return Setting(
-        prepared=drawn_prepared,
+    return TaskContext(
+        prepared=synthetic_prepared,
         networks=networks,
         device=torch.device("cpu"),
         seed=0,
         report=lambda what: lambda done, total: None,
         cache=tmp_path_factory.mktemp("cache"),
-        healed=lambda row, variant: drawn_prepared.images[row],
+        healed=lambda row, variant: synthetic_prepared.images[row],
     )
 
 
@@ -51,7 +50,7 @@ def training_loss(task: MaskTask) -> float:
     return sum(float(task.loss(torch.Generator().manual_seed(k))) for k in range(20))
 
 
-def train(spec: TaskSpec, setting: Setting, module: torch.nn.Module, folder: Path) -> MaskTask:
+def train(spec: TaskSpec, setting: TaskContext, module: torch.nn.Module, folder: Path) -> MaskTask:
     task = MaskTask(spec, setting, module)
     untrained = training_loss(task)
     Trainer(task, seed=0, folder=folder, device=torch.device("cpu"), console=Console(file=io.StringIO())).run()
@@ -60,7 +59,7 @@ def train(spec: TaskSpec, setting: Setting, module: torch.nn.Module, folder: Pat
     return task
 
 
-def test_stage_one_trains_and_its_adapter_keeps_the_bases_basis(setting: Setting, tmp_path: Path) -> None:
+def test_stage_one_trains_and_its_adapter_keeps_the_bases_basis(setting: TaskContext, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = build("mask", TINY)
     task = train(BASE, setting, base, tmp_path / "run")

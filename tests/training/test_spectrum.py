@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from busigen.solver import solver_steps
-from busigen.training.spectrum import Spectrum, Spread, cosines
+from busigen.training.networks.variance import Spectrum, Spread, cosines
 
 CELLS = 8
 STEPS = 3
@@ -21,8 +21,8 @@ def spread() -> torch.Tensor:
 
 def normal_latents(count: int, spread: torch.Tensor) -> torch.Tensor:
     basis = cosines(CELLS)
-    drawn = torch.randn(count, *spread.shape, generator=torch.Generator().manual_seed(1))
-    return 0.7 + basis.T @ (spread * drawn) @ basis
+    generated = torch.randn(count, *spread.shape, generator=torch.Generator().manual_seed(1))
+    return 0.7 + basis.T @ (spread * generated) @ basis
 
 
 def sampled(spectrum: Spectrum, spread: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -71,8 +71,8 @@ def test_what_shows_in_two_channels_at_once_is_drawn_in_both(spread: torch.Tenso
     noise = torch.randn(500, 2, CELLS, CELLS, generator=torch.Generator().manual_seed(5))
     # The first of one step, where a network knows nothing of the image: its best answer is noise - mean.
     mean = clean.mean(0)
-    drawn = spectrum(noise, noise - mean, torch.ones(1), torch.zeros(1)) - mean
-    brightness = drawn.mean(dim=(2, 3))
+    generated = spectrum(noise, noise - mean, torch.ones(1), torch.zeros(1)) - mean
+    brightness = generated.mean(dim=(2, 3))
     # Of 500 pairs with a true correlation above 0.99, one sigma is below 0.001.
     assert torch.corrcoef(brightness.T)[0, 1] > 0.98
     torch.testing.assert_close(brightness.std(0), (clean - mean).mean(dim=(2, 3)).std(0), rtol=0.15, atol=0)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from busigen.styles import EDGES, LARGEST, are_styles, bands, powers, styled
-from busigen.training.spectrum import Spectrum
-from busigen.training.style_fit import COUNT, LESIONS, fit_lesion_styles, fit_styles
+from busigen.noise_styles import EDGES, LARGEST_FACTOR, are_styles, bands, powers, styled
+from busigen.training.fitting import COUNT, LESIONS, fit_lesion_styles, fit_styles
+from busigen.training.networks.variance import Spectrum
 
 CHANNELS, CELLS = 2, 32
 
@@ -26,9 +26,9 @@ def latents(noise: Tensor) -> Tensor:
     return 0.3 + known.sample(known.spread * noise)
 
 
-def variation(drawn: Tensor) -> float:
+def variation(generated: Tensor) -> float:
     known = spectrum()
-    found = powers((known.coefficients(drawn - 0.3) / known.spread).numpy())
+    found = powers((known.coefficients(generated - 0.3) / known.spread).numpy())
     return float(found.reshape(len(found), -1).var(axis=0).sum())
 
 
@@ -76,8 +76,8 @@ def test_images_that_differ_without_bounds_get_styles_that_a_bundle_may_hold(cap
 
     styles = fit_styles(spectrum(), clean, draw, seed=0)
     assert are_styles(styles, CHANNELS)
-    assert np.abs(styles).max() == LARGEST
-    assert f"clipped to {LARGEST:g}" in caplog.text
+    assert np.abs(styles).max() == LARGEST_FACTOR
+    assert f"clipped to {LARGEST_FACTOR:g}" in caplog.text
 
 
 def test_too_few_images_say_nothing_of_styles() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from busigen.training.texture import ENOUGH, Discriminant, Texture, believed
+from busigen.training.losses import ENOUGH, Discriminant, Texture, believed
 
 SIDE = 64
 
@@ -49,7 +49,7 @@ def test_textures_of_one_spectrum_are_told_apart() -> None:
 
 def test_the_discriminant_leads_a_drawer_to_the_real_texture(monkeypatch: pytest.MonkeyPatch) -> None:
     # Ten batches of memory instead of a hundred: a drawer of one number needs no more, and is there sooner.
-    monkeypatch.setattr("busigen.training.texture.MEMORY", 0.9)
+    monkeypatch.setattr("busigen.training.losses.MEMORY", 0.9)
     torch.manual_seed(0)
     texture, generator = Texture(), torch.Generator().manual_seed(0)
     opponent = Discriminant(texture.features)
@@ -57,8 +57,8 @@ def test_the_discriminant_leads_a_drawer_to_the_real_texture(monkeypatch: pytest
     optimizer = torch.optim.Adam([amplitude], 1e-2)
     zone = torch.ones(6, 1, SIDE, SIDE)
     for _ in range(70):
-        drawn, real = grains(6, generator, amplitude), grains(6, generator, 0.3)
-        loss = opponent(texture(drawn, zone)[:, 0], texture(real, zone)[:, 0])
+        generated, real = grains(6, generator, amplitude), grains(6, generator, 0.3)
+        loss = opponent(texture(generated, zone)[:, 0], texture(real, zone)[:, 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from busigen.solver import solver_steps
-from busigen.training.wavelets import FEWEST, Wavelets, amplitudes, haar, squares
+from busigen.training.networks.variance import FEWEST, Wavelets, amplitudes, haar, squares
 
 CELLS, CHANNELS = 16, 2
 NO_LESION = torch.zeros(1, 4, CELLS, CELLS)
@@ -40,7 +40,7 @@ def fitted(region: Tensor, count: int = 400) -> Wavelets:
     return steps
 
 
-def drawn(steps: Wavelets, mean: Tensor, noise: Tensor, region: Tensor) -> Tensor:
+def generated(steps: Wavelets, mean: Tensor, noise: Tensor, region: Tensor) -> Tensor:
     """One step from pure noise, where the best that a network can answer is ``noise - mean``."""
     return steps(noise, noise - mean, torch.ones(1), torch.zeros(1), NO_LESION, region)
 
@@ -59,8 +59,8 @@ def by_block(latents: Tensor, region: Tensor, side: int) -> Tensor:
 def test_what_is_painted_varies_as_real_windows_do_in_every_size_of_detail(region: Tensor) -> None:
     noise = torch.randn(400, CHANNELS, CELLS, CELLS, generator=generator(1))
     mean = torch.randn(400, CHANNELS, CELLS, CELLS, generator=generator(2))
-    found = drawn(fitted(region), mean, noise, region) - mean
-    real, plain = fields(400, 3), drawn(Wavelets(CHANNELS, (CELLS,)), mean, noise, region) - mean
+    found = generated(fitted(region), mean, noise, region) - mean
+    real, plain = fields(400, 3), generated(Wavelets(CHANNELS, (CELLS,)), mean, noise, region) - mean
     for side in (1, 2, 4):
         wanted = by_block(real, region, side)
         # Wavelets stand for neighbours' correlation only roughly; one spread for all is off by nearly two.
@@ -74,7 +74,7 @@ def test_what_is_painted_varies_as_real_windows_do_in_every_size_of_detail(regio
 def test_what_is_not_painted_becomes_what_the_network_knows_of_it(region: Tensor) -> None:
     mean = torch.randn(3, CHANNELS, CELLS, CELLS, generator=generator(2))
     noise = torch.randn(3, CHANNELS, CELLS, CELLS, generator=generator(1))
-    found = drawn(fitted(region), mean, noise, region)
+    found = generated(fitted(region), mean, noise, region)
     outside = (region == 0).expand_as(found)
     # One subtraction and one addition in fp32.
     torch.testing.assert_close(found[outside], mean[outside], rtol=0, atol=1e-5)
@@ -115,7 +115,7 @@ def test_what_few_steps_lose_is_made_up_for(region: Tensor) -> None:
 
     def lossy() -> Tensor:
         """What is drawn about a mean of 0 by a network that holds back a fifth of what varies."""
-        return 0.8 * drawn(steps, torch.zeros_like(noise), noise, region)
+        return 0.8 * generated(steps, torch.zeros_like(noise), noise, region)
 
     wanted = by_block(fields(400, 3), region[:1], 2)
     before = by_block(lossy(), region[:1], 2)
@@ -148,14 +148,14 @@ def test_a_style_makes_lesions_differ_in_their_detail_and_touches_nothing_else(r
     lesion[:, :, 5:11, 4:12] = 1.0
     region = region.expand(count, -1, -1, -1)
 
-    def drawn_at(time: float, by: Wavelets) -> Tensor:
+    def generated_at(time: float, by: Wavelets) -> Tensor:
         """One step to data of mean 0, in which the sample is all noise."""
         return by(noise, noise, torch.full((1,), time), torch.zeros(1), lesion, region)
 
-    found, expected = drawn_at(1.0, steps), drawn_at(1.0, plain)
+    found, expected = generated_at(1.0, steps), generated_at(1.0, plain)
     # Of 48 cells, the logarithm of the deviation is known to 0.1; the style adds one of 0.5.
     assert (amplitudes(found, lesion).std(0) > 0.4).all()
     assert (amplitudes(expected, lesion).std(0) < 0.15).all()
     beside = (region == 0).expand_as(found)
     assert torch.equal(found[beside], expected[beside])
-    assert torch.equal(drawn_at(0.8, steps), drawn_at(0.8, plain)), "a style is drawn once, at pure noise"
+    assert torch.equal(generated_at(0.8, steps), generated_at(0.8, plain)), "a style is drawn once, at pure noise"

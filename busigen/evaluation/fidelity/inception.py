@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import BusigenError, InputError, MissingDependencyError
-from busigen.evaluation.comparing import matched
-from busigen.evaluation.comparing.statistics import Rows
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval
+from busigen.evaluation.statistics import grouped as matched
+from busigen.evaluation.statistics.grouped import Rows
 from busigen.foreign import open_file
-from busigen.runtime.install import install_command
+from busigen.text import install_command
 
 log = logging.getLogger("busigen.evaluation")
 

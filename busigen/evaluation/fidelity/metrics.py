@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy import linalg
 from sklearn.metrics import pairwise
 
-from busigen.evaluation.comparing.statistics import Rows
 from busigen.evaluation.results import Better
+from busigen.evaluation.statistics.grouped import Rows
 
 Array = NDArray[np.float64]
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from busigen.errors import BusigenError
-from busigen.evaluation.comparing import matched
-from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, Rows, adjusted
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.fidelity import inception
 from busigen.evaluation.fidelity.metrics import (
@@ -31,8 +29,10 @@ from busigen.evaluation.fidelity.metrics import (
     polynomial_kernel,
     simulated_frechet_bias,
 )
-from busigen.evaluation.physics import radiomics
+from busigen.evaluation.physics import features as radiomics
 from busigen.evaluation.results import Figure, Interval, SectionResult
+from busigen.evaluation.statistics import grouped as matched
+from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted
 from busigen.registry import LESION_CLASSES
 
 DRAWS = 100
@@ -230,7 +230,7 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[tuple[
     comparison = Comparison(np.concatenate([space.synthetic[scope.synthetic], space.real[scope.real]]), space.kernel)
     size = matched.matched_size(*groups)
     rng = context.rng("fidelity", space.name, scope.name)
-    drawn = [comparison(a, b + count) for a, b in matched.draws(*groups, size, rng, DRAWS)]
+    generated = [comparison(a, b + count) for a, b in matched.draws(*groups, size, rng, DRAWS)]
     # Smaller samples hold no neighbourhood.
     least = NEAREST_DENSITY + 1
     halves = matched.disjoint_draws(groups[1], size, rng, DRAWS, least)
@@ -242,7 +242,7 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[tuple[
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
         beyond += signs * comparison(a, b) >= signs * observed
     p_values = (beyond + 1) / (space.permutations + 1)
-    values, lower = _intervals(np.array(drawn)), _intervals(np.array(floors))
+    values, lower = _intervals(np.array(generated)), _intervals(np.array(floors))
     return [
         (
             measure,
@@ -263,9 +263,9 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[tuple[
     ]
 
 
-def _intervals(drawn: Array) -> list[Interval]:
-    low, middle, high = np.percentile(drawn, [2.5, 50.0, 97.5], axis=0)
-    return [Interval(float(middle[k]), float(low[k]), float(high[k])) for k in range(drawn.shape[1])]
+def _intervals(generated: Array) -> list[Interval]:
+    low, middle, high = np.percentile(generated, [2.5, 50.0, 97.5], axis=0)
+    return [Interval(float(middle[k]), float(low[k]), float(high[k])) for k in range(generated.shape[1])]
 
 
 def _explain_bias(

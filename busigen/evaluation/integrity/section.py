@@ -1,29 +1,121 @@
-"""Integrity and masks: whether files, grey levels, masks, overlays and repeats are like those of real images.
-
-A share of images counts against the share among real images, and is never a defect by itself: real images, too, have
-calipers, masks that touch the border, and near-duplicates. No comparison is needed for files that cannot be read,
-lesion images without a lesion in their mask, and normal images with one.
-"""
+"""Proof that a set painted into real images left them as they were outside the edit regions."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
-from busigen.evaluation.comparing.grouped import Comparison, Groups, compare_distributions, compare_means
-from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG, adjusted
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.integrity.duplicates import Duplicates, find_duplicates
-from busigen.evaluation.integrity.image_facts import image_facts
-from busigen.evaluation.integrity.measures import MEASURES, Measure
-from busigen.evaluation.integrity.proof import prove_backgrounds
-from busigen.evaluation.integrity.tiles import Tile, write_tiles
+from busigen.evaluation.integrity.measures import MEASURES, Duplicates, Measure, find_duplicates, image_facts
 from busigen.evaluation.results import Better, Figure, Interval, Picture, SectionResult
+from busigen.evaluation.statistics.grouped import (
+    ALPHA,
+    FEWEST_TO_FLAG,
+    Comparison,
+    Groups,
+    adjusted,
+    compare_distributions,
+    compare_means,
+)
+from busigen.registry import SYNTHETIC
+from busigen.runtime.dataset.finalize import outline
+from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.storage.files import atomic_file
+
+KEY = "integrity.background.unproven"
+
+
+def prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
+    """Compare every sample that names its healthy image with it, bit for bit outside the edit region.
+
+    Adds one figure, and a flag where a background is not its healthy image's; a note where nothing can be proven.
+    """
+    images = context.synthetic
+    named = [
+        (row, str(name)) for row, name in enumerate(images.table["background"]) if name not in (None, SYNTHETIC, "real")
+    ]
+    if context.healthy is None:
+        if named:
+            result.note("The set was painted into real images; --healthy DIR proves that it left them as they were.")
+        return
+    if not named:
+        result.note("--healthy was given, but no sample names a healthy image: nothing can be proven.")
+        return
+    backgrounds = Backgrounds.below(context.healthy)
+    problems = []
+    for row, sha256 in context.track("proving backgrounds", named, len(named)):
+        if sha256 not in backgrounds.paths:
+            # Whatever wrote the set's rows may name anything; what is not there proves nothing.
+            problems.append(f"{images.table['id'][row]} names a healthy image that is not below --healthy.")
+            continue
+        problem = backgrounds.difference(sha256, images.images[row], images.masks[row])
+        if problem is not None:
+            problems.append(f"{images.table['id'][row]}: {problem.problem}")
+    share = 100 * len(problems) / len(named)
+    result.figures.append(
+        Figure(
+            key=KEY,
+            label="Backgrounds that are not their healthy image's",
+            value=Interval(share),
+            floor=None,
+            synthetic=len(named),
+            real=len(backgrounds.paths),
+            unit="%",
+            flagged=bool(problems),
+            note="Every pixel outside the edit region is compared; there is nothing to estimate, hence no interval.",
+        )
+    )
+    if problems:
+        result.flag(f"{len(problems)} of {len(named)} backgrounds are not proven. The first: {problems[0]}", KEY)
+    else:
+        result.note(
+            f"All {len(named)} backgrounds equal their healthy image outside the edit region, bit for bit.", KEY
+        )
+
+
+_SIDE = 192
+_LABEL = 18
+_CONTOUR = (0, 200, 255)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image of ``uint8 (256, 256)``, the mask whose contour is drawn, and a short caption."""
+
+    image: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    caption: str
+
+
+def write_tiles(tiles: Sequence[Tile], path: Path, columns: int = 4) -> None:
+    """Draw images row by row into a PNG.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there is no tile.
+    """
+    if not tiles:
+        raise ValueError("a sheet needs at least one tile, got none")
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (_SIDE * columns, (_SIDE + _LABEL) * rows))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for place, tile in enumerate(tiles):
+        left, top = place % columns * _SIDE, place // columns * (_SIDE + _LABEL)
+        painted = Image.fromarray(outline(tile.image, tile.mask, _CONTOUR))
+        sheet.paste(painted.resize((_SIDE - 2, _SIDE - 2), Image.Resampling.BILINEAR), (left, top))
+        draw.text((left + 3, top + _SIDE), tile.caption[:28], fill=(255, 255, 255), font=font)
+    with atomic_file(path) as file:
+        sheet.save(file, "PNG")
+
 
 SHOWN = 12
 _NAMED = 50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from busigen.evaluation.physics.feature_table import Feature
+from busigen.evaluation.physics.features import Feature
 from busigen.evaluation.results import Figure, SectionResult
 
 CLEAR_SHIFT = 0.1

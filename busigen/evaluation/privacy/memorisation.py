@@ -13,8 +13,15 @@ from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from busigen.evaluation.comparing.matched import Groups, permutations
-from busigen.evaluation.comparing.statistics import deal, joint_groups, resample, rows_by_group, sizes_of
+from busigen.evaluation.statistics.grouped import (
+    MatchedGroups,
+    deal,
+    joint_groups,
+    permutations,
+    resample,
+    rows_by_group,
+    sizes_of,
+)
 
 Values = NDArray[np.float64]
 
@@ -60,7 +67,7 @@ def detected(members: Values, others: Values) -> float:
 
 
 def permuted_p(
-    measure: Measure, first: Values, first_groups: Groups, second: Values, second_groups: Groups,
+    measure: Measure, first: Values, first_groups: MatchedGroups, second: Values, second_groups: MatchedGroups,
     rng: np.random.Generator, count: int,
 ) -> float:  # fmt: skip
     """P-value of "both samples are one", groups exchanged; greater values of the measure speak against it."""
@@ -73,18 +80,23 @@ def permuted_p(
 
 
 def interval(
-    measure: Measure, first: Values, first_groups: Groups, second: Values, second_groups: Groups,
+    measure: Measure, first: Values, first_groups: MatchedGroups, second: Values, second_groups: MatchedGroups,
     rng: np.random.Generator, count: int,
 ) -> tuple[float, float]:  # fmt: skip
     """95 % bootstrap interval by group. Neighbours are found before any image is repeated, so repeats do no harm."""
     sides = [(values, rows_by_group(groups)) for values, groups in ((first, first_groups), (second, second_groups))]
-    drawn = [measure(*(values[resample(parts, rng)] for values, parts in sides)) for _ in range(count)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    generated = [measure(*(values[resample(parts, rng)] for values, parts in sides)) for _ in range(count)]
+    low, high = np.percentile(generated, [2.5, 97.5])
     return float(low), float(high)
 
 
 def training_preference(
-    to_train: Values, to_held: Values, train_groups: Groups, held_groups: Groups, rng: np.random.Generator, count: int
+    to_train: Values,
+    to_held: Values,
+    train_groups: MatchedGroups,
+    held_groups: MatchedGroups,
+    rng: np.random.Generator,
+    count: int,
 ) -> tuple[float, Values]:
     """How much more often a synthetic image's nearest real neighbour is a training image than chance would have it.
 
@@ -118,7 +130,7 @@ def training_preference(
     return float(hits[:total].sum() / len(neighbour) - total / len(joint)), exchanged
 
 
-def authentic(to_train: Values, within_train: Values, train_groups: Groups) -> NDArray[np.bool_]:
+def authentic(to_train: Values, within_train: Values, train_groups: MatchedGroups) -> NDArray[np.bool_]:
     """Which images are not nearer to their nearest training image than that is to any other group's training image.
 
     Alaa et al. 2022, section 3.3. Training images of the same patient do not count as another, because a held-out image
@@ -134,7 +146,7 @@ def authentic(to_train: Values, within_train: Values, train_groups: Groups) -> N
     return np.asarray(to_train.max(axis=1) <= others[nearest])
 
 
-def joined(groups: Groups, alike: NDArray[np.bool_]) -> Groups:
+def joined(groups: MatchedGroups, alike: NDArray[np.bool_]) -> MatchedGroups:
     """Groups, merged where images are alike: an image that a set repeats is one piece of evidence, not many.
 
     Args:

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.cleaning import without_overlays
-from busigen.data.groups import thumbnail
 from busigen.data.images import MARK_SHARE, ImageFile, refuse_fault
+from busigen.data.inpainting import without_overlays
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_mask
 from busigen.data.letterbox import letterbox_coverage as coverage
-from busigen.data.overlays import find_overlays
-from busigen.data.suspects import suspect_mask
+from busigen.data.overlays import find_overlays, suspect_mask
+from busigen.data.splits import thumbnail
 
 BAR_LEVEL = 6
 """Grey level that no pixel of a letterbox bar exceeds; compression and networks leave a few levels in them."""

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from busigen.evaluation.comparing.statistics import (
+from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
+from busigen.evaluation.realness.classifiers import (
+    BAND,
+    MARGIN,
+    VIEWS,
+    Ints,
+    Ridge,
+    Task,
+    View,
+    auc,
+    bootstrap_auc,
+    folds,
+    shuffled_sides,
+)
+from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
+from busigen.evaluation.statistics.grouped import (
     ALPHA,
     FEWEST_TO_FLAG,
     HALVINGS,
@@ -20,10 +38,6 @@ from busigen.evaluation.comparing.statistics import (
     halves,
     joint_groups,
 )
-from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
-from busigen.evaluation.realness.separation import Ints, Ridge, Task, auc, bootstrap_auc, folds, shuffled_sides
-from busigen.evaluation.realness.views import BAND, MARGIN, VIEWS, View
-from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
 from busigen.registry import SYNTHETIC
 
 SECTION = "realness"
@@ -135,7 +149,7 @@ def _fold_count(task: Task) -> int:
 def _separations(
     context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
 ) -> list[_Separation]:
-    from busigen.evaluation.realness.scattering import scattering_features
+    from busigen.evaluation.realness.classifiers import scattering_features
 
     pixels = view.of(real), view.of(synthetic)
     task = _task(real, synthetic, (real.groups, _synthetic_groups(synthetic)))
@@ -220,7 +234,7 @@ def _trained_separation(
     rng: np.random.Generator,
 ) -> _Separation:
     """A ResNet's: its null shuffles labels under fixed scores, its floor is one halving; more would take trainings."""
-    from busigen.evaluation.realness.discriminator import network_name, resnet_scores
+    from busigen.evaluation.realness.classifiers import network_name, resnet_scores
 
     scores = resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
     nulls = [auc(scores, replace(task, side=shuffled_sides(task, rng)), fold) for _ in range(PERMUTATIONS)]
@@ -266,7 +280,6 @@ def _report(context: AuditContext, found: list[_Separation], result: SectionResu
                 f"labels reach {one.null[1]:.2f}.",
                 one.key,
             )
-    from busigen.evaluation.realness.plot import plot
 
     plot(context.folder(SECTION) / "auc.svg", [(o.label, o.value, o.null, o.floor) for o in found])
     result.pictures.append(
@@ -295,3 +308,25 @@ def _sheet(crops: NDArray[np.uint8], columns: int = 5) -> Image.Image:
     for k, crop in enumerate(crops):
         sheet.paste(Image.fromarray(crop), (k % columns * side, k // columns * side))
     return sheet
+
+
+Row = tuple[str, Interval, tuple[float, float], Interval | None]
+"""Label, AUC, null band, floor."""
+
+
+def plot(file: Path, rows: Sequence[Row]) -> None:
+    """Draw one line per classifier and view as SVG: AUC with interval, null band as a bar, floor as a thin line."""
+    canvas = Canvas(figsize=(6.4, 0.9 + 0.45 * len(rows)), layout="constrained")
+    axes = canvas.subplots()
+    for y, (_, value, null, floor) in enumerate(rows):
+        axes.barh(y, null[1] - null[0], left=null[0], height=0.5, color="0.85")
+        if floor is not None and floor.low is not None and floor.high is not None:
+            axes.plot([floor.low, floor.high], [y + 0.32] * 2, color="0.45", linewidth=1)
+        if value.low is not None and value.high is not None:
+            axes.plot([value.low, value.high], [y, y], color="C0", linewidth=2)
+        axes.plot(value.value, y, "o", color="C0")
+    axes.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
+    axes.set(xlim=(0.3, 1.01), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), xlabel="AUC")
+    axes.set_yticklabels([row[0] for row in rows])
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.savefig(file, format="svg", metadata={"Date": None})

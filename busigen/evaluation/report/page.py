@@ -12,15 +12,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from busigen.evaluation.comparing.statistics import ALPHA, FEWEST_TO_FLAG
-from busigen.evaluation.report import words
-from busigen.evaluation.report.chart import Panel, chosen, panels
-from busigen.evaluation.report.contact_sheet import CONTACT_SHEET
-from busigen.evaluation.report.pictures import Inlined, inline
-from busigen.evaluation.report.texts import CANNOT_SAY, NO_TRAIN, PRIVACY, QUICK, SMALL, SMALL_SET, TINY_SET, UNANSWERED
+from busigen.evaluation.report import text as words
+from busigen.evaluation.report.charts import CONTACT_SHEET, Inlined, Panel, chosen, inline, panels
+from busigen.evaluation.report.text import CANNOT_SAY, NO_TRAIN, PRIVACY, QUICK, SMALL, SMALL_SET, TINY_SET, UNANSWERED
 from busigen.evaluation.results import Figure, Finding, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
-from busigen.runtime.atomic import atomic_file, output_errors
+from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG
+from busigen.runtime.storage.files import atomic_file, output_errors
 from busigen.text import printable
 
 REPORT = "report.html"

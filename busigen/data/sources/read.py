@@ -1,0 +1,260 @@
+"""The layouts of labelled folders that busigen reads, found by looking at the folder.
+
+`read_source` lists labelled sets, for preparing and judging; `read_images` lists any images with what is known of them,
+for folders of healthy ones. Both look at the same files, through the same layouts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from busigen.data.sources import breast, busbra, busi, pairs
+from busigen.data.sources.files import Place, Tree, is_mask_folder, name_key, natural_key
+from busigen.data.sources.masks import masks_beside
+from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, counted, named
+from busigen.errors import InputError
+from busigen.registry import CLASSES, LESION_CLASSES
+from busigen.text import printable
+
+__all__ = ["LAYOUTS", "Layout", "Listing", "Record", "Refusal", "UnknownLayoutError", "read_images", "read_source"]
+
+LAYOUTS: tuple[Layout, ...] = (
+    busbra.LAYOUT,
+    pairs.LAYOUT,
+    pairs.UDIAT,
+    pairs.NNUNET,
+    busi.LAYOUT,
+    breast.LAYOUT,
+)
+"""Every layout. BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has, too; and pairs before BUSI, whose
+file names they may have."""
+
+_ABOVE = 4
+"""Folders above one of healthy images in which its set's masks and table are looked for."""
+
+_WORDS = re.compile(r"[^\W\d_]+")
+
+
+class UnknownLayoutError(InputError):
+    """A folder is laid out in no way that busigen knows."""
+
+
+def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = None) -> Listing:
+    """List a labelled folder in whichever layout it has.
+
+    Args:
+        folder: A set's folder, or one that holds sets at any depth; all of them are listed then.
+        unlabelled: List images that have no known class, too, as class ``unknown``.
+        skip: A folder below that is passed over, where the command writes to.
+
+    Returns:
+        Its records in natural order, what is refused without opening an image, and what else was passed over, joined
+        or guessed.
+
+    Raises:
+        InputError: The folder is missing, unreadable or laid out in no way that busigen knows.
+    """
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
+        raise InputError(f"{folder} {problem}.", fix="Give the folder that holds the images and masks.")
+    # A root given as "." has no name, and names are what the table records.
+    tree = Tree(Path(os.path.realpath(folder)), skip)
+    _refuse_half(folder, tree.root)
+    sets = list(_sets(tree, unlabelled=unlabelled))
+    if not sets:
+        accepted = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
+        raise UnknownLayoutError(
+            f"{folder} has none of the layouts that are read{_lacking(tree)}; it holds {tree.found()}.",
+            fix=f"Arrange it as one of these. {accepted}.",
+        )
+    for one in sets:
+        _refuse_namesakes(one)
+    listing = sets[0] if len(sets) == 1 else _joined(tree, sets)
+    _tell(listing, sets)
+    return listing
+
+
+def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
+    """List every image below a folder, whatever its layout, with the class and the masks that anything there names.
+
+    The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too.
+
+    Args:
+        folder: The folder.
+        skip: A folder below that is passed over, where the command writes to.
+
+    Returns:
+        Its records in natural order, whose paths begin with ``folder``, of class ``unknown`` where nothing says one;
+        what was passed over; and which images are doubtful, and why.
+
+    Raises:
+        InputError: The folder cannot be read, or a table of its set cannot.
+    """
+    tree = Tree(folder, skip)
+    listing = Listing("images", folder, tree, unlabelled=True, loose=True)
+    here = Path(os.path.realpath(folder))
+    said: dict[Path, list[Record]] = {}
+    for part in (*_sets_above(here), *_sets(tree, unlabelled=True, loose=True)):
+        named_as_given = _as_is if part.tree is tree else partial(_moved, here, folder)
+        for record in part.records:
+            masks = tuple(map(named_as_given, record.masks))
+            said.setdefault(named_as_given(record.image), []).append(replace(record, masks=masks))
+        listing.doubtful.update({named_as_given(path): problem for path, problem in part.doubtful.items()})
+    own_words = _classes_named(here.name)
+    strangers: list[Path] = []
+    for place in tree.below():
+        inner = place.path.relative_to(folder).parts
+        if any(map(is_mask_folder, inner)):
+            strangers.extend(place.images)
+            continue
+        files, images = masks_beside(place)
+        strangers.extend(files.all)
+        words = own_words.union(*map(_classes_named, inner))
+        for image, match in images.items():
+            if match.rivals:
+                listing.doubtful[image] = "Nobody can tell which of several masks is its own."
+            name = "/".join((*inner, image.name))
+            listing.records.append(_whatever_is_said(image, name, words, said.get(image, ()), match.masks))
+    listing.records.sort(key=lambda record: natural_key(record.id))
+    listing.refused.extend(tree.refused())
+    listing.notes.extend(tree.notes())
+    marking = {mask for record in listing.records for mask in record.masks}
+    if others := [tree.name(path) for path in strangers if path not in marking]:
+        listing.notes.append(counted("masks by name, but of no image here, passed over", others))
+    return listing
+
+
+def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[Listing]:
+    """The sets below a folder; loosely also those that lack masks, and sets within sets."""
+    layouts = (*LAYOUTS, pairs.BESIDE) if loose else LAYOUTS
+    waiting = [tree.root]
+    while waiting:
+        place = tree.at(waiting.pop())
+        layout = _layout_of(tree, place, layouts, loose=loose)
+        if layout is not None:
+            listing = Listing(layout.name, place.path, tree, unlabelled=unlabelled, loose=loose)
+            layout.read(listing)
+            yield listing
+        if layout is None or loose:
+            waiting.extend(reversed(place.folders))
+
+
+def _layout_of(tree: Tree, place: Place, layouts: Iterable[Layout], *, loose: bool) -> Layout | None:
+    return next((layout for layout in layouts if layout.is_root(tree, place, loose)), None)
+
+
+def _sets_above(folder: Path) -> Iterator[Listing]:
+    """The sets near above a folder, of which it may be a part."""
+    for above in folder.parents[:_ABOVE]:
+        tree = Tree(above)
+        try:
+            layout = _layout_of(tree, tree.at(above), LAYOUTS, loose=True)
+        except InputError:  # There is nothing above that busigen may look at.
+            return
+        if layout is not None:
+            listing = Listing(layout.name, above, tree, unlabelled=True, loose=True)
+            layout.read(listing)
+            yield listing
+
+
+def _whatever_is_said(
+    image: Path, name: str, words: set[str], said: Iterable[Record], beside: Iterable[Path]
+) -> Record:
+    """An image with the masks of all that lists it, and the worst class."""
+    classes = {record.image_class for record in said} | words | _classes_named(image.stem)
+    lesion = next((name for name in LESION_CLASSES if name in classes), None)
+    known = "normal" if "normal" in classes else UNKNOWN_CLASS
+    masks = (*beside, *(mask for record in said for mask in record.masks if mask.is_file()))
+    return Record(name, lesion or known, "images", image, tuple(dict.fromkeys(masks)))
+
+
+def _classes_named(name: str) -> set[str]:
+    """The class that a file's or a folder's name says; none for "benign or normal"."""
+    words = {word.lower() for word in _WORDS.findall(name)} & set(CLASSES)
+    return words if len(words) == 1 else set()
+
+
+def _as_is(path: Path) -> Path:
+    return path
+
+
+def _moved(here: Path, folder: Path, path: Path) -> Path:
+    """The path below ``folder`` of one below its real place; any other path as it is."""
+    return folder / path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _lacking(tree: Tree) -> str:
+    """Which half of the plain layout is missing, as the end of a clause."""
+    names = {name_key(folder.name) for folder in tree.at(tree.root).folders}
+    lacks = [lack for have, lack in (("images", "masks"), ("masks", "images")) if have in names and lack not in names]
+    return "".join(f": it lacks {lack}/" for lack in lacks)
+
+
+def _refuse_half(given: Path, folder: Path) -> None:
+    """Refuse the folder of images alone of a set, whose masks would all be missed."""
+    try:
+        place = Tree(folder.parent).at(folder.parent)
+    except InputError:
+        return
+    if folder in pairs.images_of(place):
+        raise InputError(
+            f"{given} holds the images of a set whose masks lie beside it.", fix=f"Give the set: {folder.parent}."
+        )
+
+
+def _joined(tree: Tree, sets: list[Listing]) -> Listing:
+    """Several sets as one listing. Images of one name in two of them get their set's folder into their id."""
+    times = Counter(record.id for one in sets for record in one.records)
+    listing = Listing(", ".join(dict.fromkeys(one.layout for one in sets)), tree.root, tree)
+    for one in sets:
+        part = one.folder.relative_to(tree.root).as_posix()
+        for record in one.records:
+            name = record.id.removeprefix(f"{record.source}/")
+            unique = record.id if times[record.id] == 1 else f"{record.source}/{part}/{name}"
+            listing.records.append(replace(record, id=unique))
+        listing.refused.extend(one.refused)
+        listing.notes.extend(one.notes)
+        listing.doubtful.update(one.doubtful)
+    parts = "; ".join(
+        f"{one.folder.relative_to(tree.root).as_posix()} ({one.layout}, {len(one.records):,} images)" for one in sets
+    )
+    listing.notes.insert(0, printable(f"{len(sets)} sets are read as one, and splits are made anew: {parts}"))
+    return listing
+
+
+def _tell(listing: Listing, sets: list[Listing]) -> None:
+    """Add what no layout says: what was passed over below the folder that was given, and which masks were joined."""
+    tree = listing.tree
+    images = [path for place in tree.below() for path in place.images]
+    known = set().union(*(one.knows() for one in sets))
+    if strangers := [path for path in images if path not in known]:
+        layouts = ", ".join(dict.fromkeys(one.layout for one in sets))
+        listing.refused.append(
+            Refusal(
+                named(map(tree.name, strangers)),
+                f"They are no images or masks of the layout that was found here ({layouts}).",
+                "Give each set's own folder, or move them to where the layout has them.",
+                count=len(strangers),
+            )
+        )
+    listing.refused.extend(tree.refused())
+    listing.notes.extend(tree.notes())
+    several = [record.image for record in listing.records if len(record.masks) > 1]
+    listing.note(several, "with several masks, which are joined")
+
+
+def _refuse_namesakes(listing: Listing) -> None:
+    """Keep the first of the images that share an id, such as ``scan1.png`` and ``scan1.jpg``."""
+    first: dict[str, Record] = {}
+    for record in listing.records:
+        if first.setdefault(record.id, record) is not record:
+            twin = listing.relative(first[record.id].image)
+            listing.refuse(record.image, f"It has the same name as {twin}.", "Rename it and its mask.")
+    listing.records = list(first.values())

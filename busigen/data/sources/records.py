@@ -1,0 +1,173 @@
+"""What a source folder says about its images, before any of them is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from busigen.errors import InputError
+from busigen.text import printable
+
+if TYPE_CHECKING:
+    from busigen.data.sources.files import Place, Tree
+
+UNKNOWN_CLASS = "unknown"
+"""The class of an image that nobody classified."""
+
+# Names that stand for more files of their kind.
+_NAMED = 3
+_BIRADS = re.compile(
+    r"(?:bi-?rads)?[ :_-]*(?:cat(?:egory|\.)?)?[ :_-]*([0-6]|vi|iv|v|i{1,3})(?:\.0|(?:(?<=4)|(?<=iv))[ -]?[abc])?"
+)
+_ROMAN = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "v": "5", "vi": "6"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image that a source lists.
+
+    Attributes:
+        id: Unique name, such as ``busi/benign (1)``; it does not depend on where the source lies.
+        image_class: One of ``registry.CLASSES``.
+        source: Short name of the source.
+        image: The image file, which may turn out to be missing.
+        masks: Its mask files, one or more lesions each; empty if there are none.
+        patient: Patient name, unique across sources, or None.
+        birads: BI-RADS category as text, or None; as `birads_category` writes it.
+    """
+
+    id: str
+    image_class: str
+    source: str
+    image: Path
+    masks: tuple[Path, ...]
+    patient: str | None = None
+    birads: str | None = None
+
+    def __post_init__(self) -> None:
+        """Write the category as it is learnt from."""
+        object.__setattr__(self, "birads", birads_category(self.birads))
+
+
+def birads_category(text: str | None) -> str | None:
+    """A BI-RADS category as one digit: 4 for ``4a``, ``4.0`` (as pandas writes it), ``BI-RADS 4B`` or ``IV``.
+
+    What is no category stays as it is.
+    """
+    found = _BIRADS.fullmatch((text or "").strip().lower())
+    return text if found is None else _ROMAN.get(found[1], found[1])
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What is left out, why, and what to do about it.
+
+    ``file`` begins with the source folder's name. Where ``count`` files are left out for one reason, it names some of
+    them and how many there are besides.
+    """
+
+    file: str
+    problem: str
+    fix: str
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        """Make the texts printable: they quote file names."""
+        for name in ("file", "problem", "fix"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
+    def to_error(self) -> InputError:
+        """The same as an error, for strict runs."""
+        return InputError(f"{self.file}: {self.problem}", fix=self.fix)
+
+    def to_dict(self) -> dict[str, str]:
+        """The three texts, for JSON."""
+        return {"file": self.file, "problem": self.problem, "fix": self.fix}
+
+
+def counted(what: str, files: Sequence[str]) -> str:
+    """One line of notes: how many files, what became of them, and the names of some."""
+    return f"{len(files):,} {what}: {named(files)}"
+
+
+def named(files: Iterable[str]) -> str:
+    """The first few names, and how many there are besides: ``a.png, b.png, c.png and 12 more``."""
+    names = list(files)
+    shown = ", ".join(names[:_NAMED])
+    return printable(f"{shown} and {len(names) - _NAMED:,} more" if len(names) > _NAMED else shown)
+
+
+@dataclass
+class Listing:
+    """All that a source folder lists, what it lists in vain, and what else a person should know of it.
+
+    Attributes:
+        layout: Name of the layout.
+        folder: The set's folder, in which the layout was found.
+        tree: The files, as they were looked at.
+        unlabelled: Images of no class are listed, too, under class `UNKNOWN_CLASS`.
+        loose: Images are listed even where nothing else of the layout is there, as for a folder of healthy images.
+        records: The images, in natural order.
+        refused: What is left out and should not be.
+        notes: What was passed over, joined or guessed as it should be, one line a kind.
+        doubtful: Why, by file, of all that the layout refused.
+    """
+
+    layout: str
+    folder: Path
+    tree: Tree
+    unlabelled: bool = False
+    loose: bool = False
+    records: list[Record] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    doubtful: dict[Path, str] = field(default_factory=dict)
+    _noted: set[Path] = field(default_factory=set)
+
+    def relative(self, path: Path) -> str:
+        """A path as it is recorded: below the source folder's name, with forward slashes."""
+        return printable(f"{self.folder.name}/{path.relative_to(self.folder).as_posix()}")
+
+    def refuse(self, path: Path, problem: str, fix: str, masks: Iterable[Path] = ()) -> None:
+        """Note a file that is left out, its masks with it."""
+        self.doubtful[path] = problem
+        self._noted.update(masks)
+        self.refused.append(Refusal(file=self.relative(path), problem=problem, fix=fix))
+
+    def refuse_all(self, paths: Sequence[Path], problem: str, fix: str, masks: Iterable[Path] = ()) -> None:
+        """Note files that are left out for one reason, their masks with them; none are no reason."""
+        self._noted.update(masks)
+        if paths:
+            self.doubtful.update(dict.fromkeys(paths, problem))
+            self.refused.append(Refusal(named(map(self.relative, paths)), problem, fix, count=len(paths)))
+
+    def note(self, paths: Sequence[Path], what: str) -> None:
+        """Note what became of some files, as a clause that follows their number; none are no note."""
+        if paths:
+            self._noted.update(paths)
+            self.notes.append(counted(what, [self.relative(path) for path in paths]))
+
+    def knows(self) -> set[Path]:
+        """All files that it lists, refuses or notes."""
+        listed = {path for record in self.records for path in (record.image, *record.masks)}
+        return listed | self.doubtful.keys() | self._noted
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of laying out a labelled folder.
+
+    Attributes:
+        name: Short name.
+        looks_like: What such a folder holds, for messages.
+        is_root: Whether a place is the root of a set in this layout; asked loosely for a folder of healthy images.
+        read: Fills a listing whose ``folder`` is that root.
+    """
+
+    name: str
+    looks_like: str
+    is_root: Callable[[Tree, Place, bool], bool]
+    read: Callable[[Listing], None]

@@ -1,1 +1,0 @@
-"""Intervals, floors and tests between two sets of images that come in groups."""

@@ -1,0 +1,1 @@
+"""Statistics of grouped images: intervals, floors, two-sample tests."""

@@ -1,0 +1,483 @@
+"""A small segmentation network, its training, and how its predictions are scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from numpy.typing import NDArray
+from pydantic import Field
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from busigen.errors import IntegrityError
+from busigen.evaluation.context import AuditContext, Effort, ImageSet
+from busigen.records import Many, Number, Record, Text, Whole, read_checked
+from busigen.registry import RESOLUTION
+from busigen.runtime.storage.files import write_json
+
+Pixels = NDArray[np.uint8]
+Masks = NDArray[np.bool_]
+Counts = NDArray[np.int64]
+"""``(N, 3)``: pixels of each image that are true positive, false positive, false negative."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is built and trained: the same in every arm.
+
+    Attributes:
+        side: Pixels of the square input; divides 256.
+        channels: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
+            work at half resolution from the first layer on).
+        steps: Optimiser steps.
+        batch: Images per step.
+        rate: Largest learning rate of AdamW's one-cycle schedule.
+    """
+
+    side: int
+    channels: tuple[int, ...]
+    steps: int
+    batch: int
+    rate: float
+
+
+RECIPES: dict[Effort, Recipe] = {
+    "quick": Recipe(side=128, channels=(16, 32, 64, 128, 128), steps=500, batch=16, rate=4e-3),
+    "full": Recipe(side=256, channels=(32, 64, 128, 256, 256), steps=4000, batch=16, rate=2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """``uint8`` images and ``bool`` masks, both ``(N, side, side)``."""
+
+    images: Pixels
+    masks: Masks
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, rows: NDArray[Any]) -> Examples:
+        """Those of these rows."""
+        return Examples(self.images[rows], self.masks[rows])
+
+    def plus(self, other: Examples) -> Examples:
+        """These and the others."""
+        return Examples(np.concatenate([self.images, other.images]), np.concatenate([self.masks, other.masks]))
+
+
+def examples(images: ImageSet, side: int) -> Examples:
+    """A set at the network's resolution: blocks of pixels averaged, masks by majority."""
+    block = RESOLUTION // side
+    shape = (len(images), side, block, side, block)
+    grey = images.images.reshape(shape).mean(axis=(2, 4), dtype=np.float32)
+    return Examples(np.rint(grey).astype(np.uint8), images.masks.reshape(shape).mean(axis=(2, 4)) >= 0.5)
+
+
+def train(
+    phases: Sequence[Examples],
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str,
+    classic: bool,
+    paste: bool,
+    done: Callable[[int], None] = lambda steps: None,
+) -> nn.Module:
+    """Train a U-Net on Dice and cross-entropy for a fixed number of steps.
+
+    Args:
+        phases: What trains one after the other, each for as many of the steps; at least one example in each.
+        recipe: The network and its schedule.
+        seed: Seeds weights, order and augmentation.
+        device: Where to train.
+        classic: Mirror, rotate, scale and shift images, and change their gain and gamma.
+        paste: Paste the lesion of another image into every second one (Ghiasi et al., "Simple copy-paste is a strong
+            data augmentation method", CVPR 2021), edges blurred.
+        done: Called with 1 after every step.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # No residual units: with them MONAI's network normalises its one output channel per image, and trainings stuck
+        # at a Dice of 0.04 to 0.27 with seeds and rates with which this one reaches 0.58 (64 pixels, 150 steps).
+        norm = ("instance", {"affine": True})
+        network = UNet(2, 1, 1, recipe.channels, (2,) * (len(recipe.channels) - 1), num_res_units=0, norm=norm)
+        network.to(device).train()
+        loss_of = DiceCELoss(sigmoid=True, batch=True)
+        optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=recipe.steps)
+        order, last = torch.empty(0, dtype=torch.int64), phases[0]
+        for step in range(recipe.steps):
+            data = phases[step * len(phases) // recipe.steps]
+            if data is not last:
+                order, last = order[:0], data
+            while len(order) < recipe.batch:
+                order = torch.cat([order, torch.randperm(len(data))])
+            rows, order = order[: recipe.batch].numpy(), order[recipe.batch :]
+            images, masks = _tensors(data.take(rows), device)
+            if paste:
+                images, masks = _pasted(images, masks)
+            if classic:
+                images, masks = _augmented(images, masks)
+            loss = loss_of(network(_standardised(images)), masks)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            done(1)
+    return network.eval()
+
+
+def predict(network: nn.Module, images: Pixels, device: str, batch: int = 32) -> Masks:
+    """``bool (N, side, side)``: where the network sees a lesion with a probability above one half."""
+    parts = [np.zeros((0, *images.shape[1:]), np.bool_)]
+    for start in range(0, len(images), batch):
+        block = torch.from_numpy(images[start : start + batch].astype(np.float32) / 255.0).unsqueeze(1).to(device)
+        with torch.inference_mode():
+            parts.append((network(_standardised(block)).squeeze(1) > 0).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def overlap(predicted: Masks, masks: Masks) -> Counts:
+    """True-positive, false-positive and false-negative pixels of each image."""
+    pairs = (predicted & masks, predicted & ~masks, ~predicted & masks)
+    return np.stack([pair.reshape(len(masks), -1).sum(axis=1) for pair in pairs], axis=1).astype(np.int64)
+
+
+def dice(counts: Counts) -> NDArray[np.float64]:
+    """N Dice coefficients in [0, 1]; 1 where prediction and mask are both empty."""
+    true, total = 2.0 * counts[:, 0], 2.0 * counts[:, 0] + counts[:, 1] + counts[:, 2]
+    return np.where(total > 0, true / np.maximum(total, 1), 1.0)
+
+
+def pooled_f1(counts: Counts) -> float:
+    """F1 over the pixels of all images taken together, as in Wen et al. 2026; NaN where there is nothing to find."""
+    return float(dice(counts.sum(axis=0, keepdims=True))[0]) if counts.any() else float("nan")
+
+
+def centroid_offsets(predicted: Masks, masks: Masks) -> NDArray[np.float64]:
+    """``(N, 2)``: rows and columns from the mask's centroid to the prediction's, in pixels of the working frame.
+
+    NaN where either is empty.
+    """
+    unit = RESOLUTION / masks.shape[1]
+    return (_centroids(predicted) - _centroids(masks)) * unit
+
+
+def _centroids(masks: Masks) -> NDArray[np.float64]:
+    area = masks.sum(axis=(1, 2)).astype(np.float64)
+    area[area == 0] = np.nan
+    place = np.arange(masks.shape[1])
+    return np.stack([(masks.sum(axis=2) @ place) / area, (masks.sum(axis=1) @ place) / area], axis=1)
+
+
+def _tensors(data: Examples, device: str) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(data.images.astype(np.float32) / 255.0).unsqueeze(1).to(device)
+    return images, torch.from_numpy(data.masks.astype(np.float32)).unsqueeze(1).to(device)
+
+
+def _standardised(images: Tensor) -> Tensor:
+    """Zero mean and unit variance per image: gain is a knob."""
+    mean, std = images.mean((1, 2, 3), keepdim=True), images.std((1, 2, 3), keepdim=True)
+    return (images - mean) / (std + 1e-3)
+
+
+def _pasted(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    partner = torch.randperm(len(images)).to(images.device)
+    chosen = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+    lesion = masks[partner] * chosen
+    soft = torch.maximum(F.avg_pool2d(F.max_pool2d(lesion, 5, 1, 2), 5, 1, 2), lesion)
+    return images * (1 - soft) + images[partner] * soft, torch.maximum(masks, lesion)
+
+
+def _augmented(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    count = len(images)
+    angle = (torch.rand(count) - 0.5) * 0.35
+    scale = 1.0 + (torch.rand(count) - 0.5) * 0.4
+    mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    shift = (torch.rand(count, 2) - 0.5) * 0.2
+    cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
+    rows = [torch.stack([cosine * mirror, -sine, shift[:, 0]], 1), torch.stack([sine * mirror, cosine, shift[:, 1]], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1).to(images.device), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)
+    masks = (F.grid_sample(masks, grid, align_corners=False) > 0.5).float()
+    gamma = torch.exp((torch.rand(count, 1, 1, 1) - 0.5) * 0.8).to(images.device)
+    noise = torch.randn(count, 1, 1, 1).to(images.device) * 0.05
+    return images.clamp(0, 1) ** gamma + noise, masks
+
+
+VERSION = 1
+"""Part of every kept training's key: raise it whenever training changes."""
+
+
+_Overlaps = Many[tuple[Whole, Whole, Whole]]
+_Offsets = Many[tuple[Number, Number] | None]
+
+
+class _Kept(Record):
+    """A kept training's scores, by the set that they were measured on."""
+
+    key: Text
+    test: _Overlaps
+    test_offsets: _Offsets
+    synthetic: _Overlaps = Field(default_factory=list)
+    synthetic_offsets: _Offsets = Field(default_factory=list)
+    external: _Overlaps = Field(default_factory=list)
+    external_offsets: _Offsets = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm trains on.
+
+    Attributes:
+        name: Part of a figure's key.
+        label: For people.
+        real: The real training images are in it.
+        classic: Geometric and intensity augmentation.
+        paste: Lesions of real training images pasted into others.
+        synthetic: Synthetic images, as a multiple of the number of real training images.
+        first: The synthetic images train alone for the first half of the steps, the real ones for the second.
+        quick: The quick mode trains it as well.
+    """
+
+    name: str
+    label: str
+    real: bool = True
+    classic: bool = False
+    paste: bool = False
+    synthetic: float = 0.0
+    first: bool = False
+    quick: bool = False
+
+
+REAL, CLASSIC, ADDED, ALONE = "real", "classic", "synthetic_1", "synthetic_only"
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(REAL, "real", quick=True),
+        Arm(CLASSIC, "real + classic augmentation", classic=True, quick=True),
+        Arm("paste", "real + lesion copy-paste", paste=True),
+        Arm("synthetic_half", "real + 0.5 x synthetic", synthetic=0.5),
+        Arm(ADDED, "real + 1 x synthetic", synthetic=1.0, quick=True),
+        Arm("synthetic_2", "real + 2 x synthetic", synthetic=2.0),
+        Arm("synthetic_4", "real + 4 x synthetic", synthetic=4.0),
+        Arm("classic_synthetic_1", "real + 1 x synthetic + classic augmentation", classic=True, synthetic=1.0),
+        Arm("classic_synthetic_2", "real + 2 x synthetic + classic augmentation", classic=True, synthetic=2.0),
+        Arm("classic_after_2", "2 x synthetic, then real, + classic", classic=True, synthetic=2.0, first=True),
+        Arm(ALONE, "synthetic only", real=False, synthetic=1.0, quick=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much one effort does.
+
+    Attributes:
+        seeds: Seeds per arm.
+        real_seeds: Seeds of the arm ``real``: two at least, for the floor.
+        folds: Group folds of the real images where nobody named those that trained the generator.
+        folds_run: How many of these folds are tested.
+        limit: Most real training images; None for all.
+    """
+
+    seeds: int
+    real_seeds: int
+    folds: int
+    folds_run: int
+    limit: int | None
+
+
+EXTENTS: dict[Effort, Extent] = {"quick": Extent(1, 2, 3, 1, 400), "full": Extent(3, 3, 5, 5, None)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One division of the real images: what trains, and which rows of ``context.real`` test."""
+
+    name: str
+    train: ImageSet
+    test: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training's scores: ``test`` on the split's test rows, ``synthetic`` and ``external`` on those whole sets.
+
+    ``offsets`` and ``synthetic_offsets`` are ``(N, 2)`` of `centroid_offsets`.
+    """
+
+    arm: str
+    seed: int
+    split: str
+    test: Counts
+    offsets: NDArray[np.float64]
+    synthetic: Counts
+    synthetic_offsets: NDArray[np.float64]
+    external: Counts
+
+
+def splits(context: AuditContext, synthetic: int) -> tuple[list[Split], list[str]]:
+    """How real images are divided, and what a reader should know about it.
+
+    The generator's own training images train and ``context.real`` tests, where those are known: then the synthetic
+    images add nothing that the arm ``real`` could not have seen. Else group folds of ``context.real``.
+    """
+    extent = EXTENTS[context.effort]
+    everything = np.arange(len(context.real))
+    notes = []
+    if context.train is not None and len(context.train):
+        parts = [("held_out", context.train, everything)]
+    else:
+        notes.append(
+            "Nobody said which images trained the generator, so real images were divided into group folds. If the "
+            "generator saw test images, figures with synthetic images are too good."
+        )
+        groups = len(np.unique(context.real.groups))
+        count = min(extent.folds, groups)
+        if count < 2:
+            return [], ["Too few groups of real images to train and test a network."]
+        folder = StratifiedGroupKFold(count, shuffle=True, random_state=context.seed)
+        pairs = list(folder.split(everything, context.real.classes, context.real.groups))[: extent.folds_run]
+        parts = [(f"fold_{k}", context.real.take(rows), test) for k, (rows, test) in enumerate(pairs)]
+    result = []
+    for name, pool, test in parts:
+        limit = len(pool) if extent.limit is None else min(extent.limit, max(synthetic, 1), len(pool))
+        rows = np.sort(context.rng("utility", "real", name).permutation(len(pool))[:limit])
+        result.append(Split(name, pool.take(rows), test))
+    return result, notes
+
+
+def arms_for(context: AuditContext, real: int, synthetic: int) -> tuple[list[Arm], list[str]]:
+    """The arms of this effort that the set is large enough for, and a note for each that is left out."""
+    chosen, notes = [], []
+    for arm in ARMS.values():
+        if context.effort == "quick" and not arm.quick:
+            continue
+        wanted = round(arm.synthetic * real)
+        if arm.synthetic > 1 and synthetic < wanted:
+            notes.append(f"'{arm.label}' is left out: it takes {wanted} synthetic images, and there are {synthetic}.")
+            continue
+        if arm.synthetic and synthetic < wanted:
+            notes.append(f"'{arm.label}' has {synthetic} synthetic images, of {wanted} that its name promises.")
+        chosen.append(arm)
+    return chosen, notes
+
+
+def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list[Outcome]:
+    """Train every arm, seed and split that is not kept already in the section's folder."""
+    recipe, extent = RECIPES[context.effort], EXTENTS[context.effort]
+    synthetic = examples(context.synthetic.with_lesions(), recipe.side)
+    external = examples(context.external, recipe.side) if context.external is not None else None
+    order = context.rng("utility", "synthetic").permutation(len(synthetic))
+    jobs = [
+        (part, arm, seed)
+        for part in parts
+        for arm in arms
+        for seed in range(extent.real_seeds if arm.name == REAL else extent.seeds)
+    ]
+    folder = context.folder("utility") / "trainings"
+    folder.mkdir(exist_ok=True)
+    result = []
+    context.progress.start(f"{len(jobs)} trainings", len(jobs) * recipe.steps, unit="step")
+    for part, arm, seed in jobs:
+        sources = _sources(examples(part.train, recipe.side), synthetic, order, arm)
+        test = examples(context.real.take(part.test), recipe.side)
+        key = _key(recipe, arm, seed, context, (*sources, test, *([external] if external else []), synthetic))
+        path = folder / f"{arm.name}-{part.name}-{seed}-{key[:12]}.json"
+        kept = _kept(path, key)
+        if kept is None:
+            run_seed = 1000 * context.seed + seed
+            advance = context.progress.advance
+            kept = _trained(sources, recipe, arm, run_seed, context.device, test, synthetic, external, advance)
+            write_json(path, {"key": key, **kept})
+        else:
+            context.progress.advance(recipe.steps)
+        result.append(_outcome(arm.name, seed, part.name, kept))
+    return result
+
+
+def _sources(real: Examples, synthetic: Examples, order: NDArray[np.int64], arm: Arm) -> list[Examples]:
+    # Larger arms hold the synthetic images of smaller ones, so that arms differ in number and not in luck.
+    added = synthetic.take(order[: round(arm.synthetic * len(real))])
+    return [part for part, used in ((real, arm.real), (added, arm.synthetic > 0)) if used]
+
+
+def _trained(
+    sources: list[Examples],
+    recipe: Recipe,
+    arm: Arm,
+    seed: int,
+    device: str,
+    test: Examples,
+    synthetic: Examples,
+    external: Examples | None,
+    done: Callable[[int], None],
+) -> dict[str, Any]:
+    if arm.first:
+        real, added = sources
+        phases = [added, real]
+    else:
+        phases = [sources[0] if len(sources) == 1 else sources[0].plus(sources[1])]
+    network = train(phases, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
+    content: dict[str, Any] = {}
+    for name, part in (("test", test), ("synthetic", synthetic if arm.name == REAL else None), ("external", external)):
+        if part is None:
+            continue
+        predicted = predict(network, part.images, device)
+        content[name] = overlap(predicted, part.masks).tolist()
+        offsets = centroid_offsets(predicted, part.masks)
+        content[f"{name}_offsets"] = [None if np.isnan(row).any() else row.tolist() for row in offsets]
+    return content
+
+
+def _outcome(arm: str, seed: int, split: str, content: dict[str, Any]) -> Outcome:
+    def counts(name: str) -> Counts:
+        return np.array(content.get(name, []), np.int64).reshape(-1, 3)
+
+    def offsets(name: str) -> NDArray[np.float64]:
+        rows = [[np.nan] * 2 if row is None else row for row in content.get(name, [])]
+        return np.array(rows, np.float64).reshape(-1, 2)
+
+    return Outcome(
+        arm,
+        seed,
+        split,
+        counts("test"),
+        offsets("test_offsets"),
+        counts("synthetic"),
+        offsets("synthetic_offsets"),
+        counts("external"),
+    )
+
+
+def _key(recipe: Recipe, arm: Arm, seed: int, context: AuditContext, parts: tuple[Examples, ...]) -> str:
+    """Names everything that a training's scores depend on, pixels included."""
+    about = {"version": VERSION, "recipe": asdict(recipe), "arm": asdict(arm), "seed": [context.seed, seed]}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for part in parts:
+        digest.update(f"|{len(part)}|".encode())
+        digest.update(np.ascontiguousarray(part.images).tobytes())
+        digest.update(np.packbits(part.masks).tobytes())
+    return digest.hexdigest()
+
+
+def _kept(path: Path, key: str) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = read_checked(_Kept, path, fix="")
+    except (OSError, IntegrityError):
+        return None
+    return content if content["key"] == key else None

@@ -1,0 +1,248 @@
+"""A bundle back to a checkpoint: what ships can be trained on, measured, and exported with other settings.
+
+Graphs keep their parameters under the names that PyTorch gave them (:mod:`busigen.export.trace`), so the weights are
+read off the graphs, with the precision that the bundle stores.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.external_data_helper
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor
+
+from busigen.errors import InputError, IntegrityError, OutputError
+from busigen.export.bundle_writer import weights_of
+from busigen.export.precision import TYPES
+from busigen.registry import LESION_CLASSES, PRESETS, STAGES
+from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, graphs_of, openable
+from busigen.training import checkpoint
+from busigen.training.checkpoint import Base
+from busigen.training.networks.build import build
+from busigen.training.recipe import recipe_for
+
+_EXPORT = "Use a bundle that this busigen exported, or train again."
+
+VELOCITY = "velocity.unet."
+"""What a traced evaluation puts before its denoiser's names (:class:`busigen.export.trace.Step`)."""
+
+UPDATE = "update/"
+"""What a graph puts before the names of what the solver steps of a denoiser with a spread are made of."""
+
+SPREAD = "spectrum.spread"
+"""What of them every bundle has; without the others, a network works with those that it is built with."""
+
+Weights = dict[str, Tensor]
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+DEFAULT = "default"
+"""The ``train --base`` that stands for the shipped bundle, unless a folder has that name."""
+
+
+@contextmanager
+def opened_base(folder: Path | None) -> Iterator[Base | None]:
+    """The base to train on: a checkpoint, or a bundle, which is restored for as long as it is needed.
+
+    Raises:
+        InputError: ``folder`` is neither.
+        IntegrityError: a file of it is not the one that was recorded.
+    """
+    if folder is not None and not folder.exists() and str(folder) == DEFAULT:
+        folder = default_bundle()
+    if folder is None:
+        yield None
+    elif (folder / RECORD).is_file():
+        with tempfile.TemporaryDirectory(prefix="busigen-") as place:
+            restore(Bundle.open(folder), Path(place))
+            yield Base.open(Path(place))
+    else:
+        yield Base.open(folder)
+
+
+def restore(bundle: Bundle, out: Path) -> dict[str, Any]:
+    """Write the checkpoint whose merged stages are those of a bundle.
+
+    A bundle holds each class's merged weights, not base and adapters apart. The mean of the two classes' weights takes
+    the base's place: it is the base plus the mean of the two adapters. Exported again, the checkpoint gives the same
+    weights.
+
+    Args:
+        bundle: as :meth:`Bundle.open` checked it.
+        out: the checkpoint's folder; must not exist yet, or be empty.
+
+    Returns:
+        The content of the checkpoint's ``busigen.json``. ``restored`` in it names the bundle by its sha256.
+
+    Raises:
+        InputError: the bundle has a preset that this busigen does not know.
+        IntegrityError: its graphs do not hold the weights of that preset's networks.
+        OutputError: ``out`` is taken or cannot be written.
+    """
+    preset = bundle.info.get("preset")
+    if preset not in PRESETS:
+        raise InputError(f"{bundle.folder} has preset {preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out} exists and is not empty.", fix="Use another --out, or delete it first.")
+        latents = _write_components(bundle, preset, out)
+        return checkpoint.write_record(out, {**_origin(bundle, preset), "latents": latents})
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
+        ) from error
+
+
+def _write_components(bundle: Bundle, preset: str, out: Path) -> dict[str, list[float]]:
+    """Save every component, and return the latents' mean and deviation per channel."""
+    encoder, decoder = (_weights(bundle, graphs_of(half)[0]) for half in ("encoder", "decoder"))
+    autoencoder = {
+        name.replace("network.", f"{half}.", 1): value
+        for half, weights in (("encoder", encoder), ("decoder", decoder))
+        for name, value in weights.items()
+        if name.startswith("network.")
+    }
+    base: dict[str, Weights] = {
+        "autoencoder": autoencoder,
+        "context": _weights(bundle, "context"),
+        "prior": _prior(_weights(bundle, "prior")),
+    }
+    for stage in STAGES:
+        classes = []
+        for label in LESION_CLASSES:
+            name = f"{stage}-{label}"
+            # All of a stage's graphs hold the same weights, but each has solver steps for windows of its own size.
+            weights = {key: v for graph in graphs_of(name) for key, v in _denoiser(_weights(bundle, graph)).items()}
+            _save(stage, preset, weights, out / checkpoint.MERGED / name)
+            classes.append(weights)
+        base[stage] = _between(classes)
+    for name, weights in base.items():
+        _save(name, preset, weights, out / checkpoint.BASE / name)
+    return {key: _found(encoder, f"latents_{key}").flatten().tolist() for key in ("mean", "std")}
+
+
+def _between(classes: Sequence[Weights]) -> Weights:
+    """What stands for a stage's base, which a bundle does not hold: the mean of its classes' weights.
+
+    What the solver's steps know of the spread is measured and not trained, and is the first class's: it holds axes,
+    and the mean of two sets of axes is none.
+    """
+    first, *_ = classes
+    return {
+        name: value if name.startswith("spectrum.") else torch.stack([weights[name] for weights in classes]).mean(0)
+        for name, value in first.items()
+    }
+
+
+def _denoiser(weights: Mapping[str, Tensor]) -> Weights:
+    """A denoiser's own names: its parameters as traced, and from around the loop its outline space and its spread."""
+    own = {name.removeprefix(VELOCITY): value for name, value in weights.items() if name.startswith(VELOCITY)}
+    space = {name.removeprefix("after/"): v for name, v in weights.items() if name.startswith("after/space.")}
+    spectrum = {name.replace(UPDATE, "spectrum.", 1): v for name, v in weights.items() if name.startswith(UPDATE)}
+    return own | space | spectrum
+
+
+def _prior(weights: Mapping[str, Tensor]) -> Weights:
+    """The prior's own names, with the bias that export folded its cross-attention into back in its place."""
+    return {name.replace(".attn2.bias", ".attn2.to_out.0.bias"): v for name, v in _denoiser(weights).items()}
+
+
+def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Path) -> None:
+    model = build(component, PRESETS[preset])
+    own = model.state_dict()
+    silent = _silent(component)
+
+    def filling(name: str, value: Tensor) -> Tensor:
+        if name not in weights and silent(name):
+            return torch.zeros_like(value)
+        if name not in weights and name.startswith("spectrum.") and name != SPREAD:
+            return value
+        return _found(weights, name)
+
+    filled = {name: filling(name, value) for name, value in own.items()}
+    wrong = next((name for name, value in own.items() if filled[name].shape != value.shape), None)
+    if wrong is not None:
+        raise IntegrityError(
+            f"weight {wrong} of the bundle's {component} has shape {tuple(filled[wrong].shape)}, "
+            f"preset {preset} has {tuple(own[wrong].shape)}.",
+            fix=_EXPORT,
+        )
+    model.load_state_dict(filled)
+    checkpoint.save_component(model, folder)
+
+
+def _silent(component: str) -> Callable[[str], bool]:
+    """Tells the weights of a component that have no say in what it computes, and that export leaves out therefore.
+
+    What the prior attends to is zero, and so is its value (:func:`busigen.export.trace.without_context`).
+    """
+    if component != "prior":
+        return lambda name: False
+    return lambda name: ".norm2." in name or ".attn2." in name
+
+
+def _weights(bundle: Bundle, graph: str) -> Weights:
+    """A graph's initialisers by the name that they were traced under, in fp32.
+
+    Raises:
+        InputError: they are quantised, which keeps too little of them to train on.
+        IntegrityError: the graph reads a file that the bundle does not record.
+    """
+    path = bundle.graph(graph)
+    if bundle.info["graphs"][graph].get("precision") == "int8":
+        raise InputError(
+            f"{path} is quantised to int8, which is not undone.", fix="Restore a bundle of the same model without int8."
+        )
+    # Only its own folder is read: the bundle's check has refused names that leave it, but not what graphs say.
+    recorded = set(bundle.info["graphs"][graph]["files"])
+    found = {}
+    with openable(path, recorded) as opened:
+        for tensor in weights_of(onnx.load(str(opened), load_external_data=False)):
+            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+            if place is not None and place not in recorded:
+                raise IntegrityError(
+                    f"{path} reads weights from {place!r}, which bundle.json does not record.", fix=_EXPORT
+                )
+            if place is not None:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(opened.parent))
+            value = numpy_helper.to_array(tensor)
+            if tensor.data_type in _FLOATS:
+                name = tensor.name
+                for ending in ("/fp16", *(f"/as-{precision}" for precision in TYPES)):
+                    name = name.removesuffix(ending)
+                # A weight that is read in two precisions is there twice.
+                if name not in found or tensor.data_type == TensorProto.FLOAT:
+                    found[name] = torch.from_numpy(value.astype("float32"))
+    return found
+
+
+def _found(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        return weights[name]
+    except KeyError as error:
+        raise IntegrityError(f"the bundle's graphs do not hold the weight {name}.", fix=_EXPORT) from error
+
+
+def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
+    """What the record says of how the weights were trained: what the bundle knows of it."""
+    known = bundle.info.get("training") or {}
+    return {
+        "restored": bundle.sha256,
+        "preset": preset,
+        "recipe": known.get("recipe", recipe_for(preset).to_dict()),
+        "data": {"images": "unrecorded", **known.get("data", {}), "split_hash": bundle.info.get("split_hash")},
+        "frames": [list(frame) for frame in bundle.frames],
+        "styles": bundle.info.get("styles", []),
+        "transfer": bundle.info.get("transfer"),
+        "tasks": known.get("tasks", {}),
+        "device": known.get("device", "unrecorded"),
+        "versions": checkpoint.versions(),
+    }

@@ -1,0 +1,238 @@
+"""Quantised graphs: the context encoder's matrix products in int8, with Q/DQ nodes, calibrated on the draws' images.
+
+Only those, because only there int8 may pay: the denoisers and the autoencoder are convolutions, which ONNX Runtime's
+CPU provider computes in its own layout in fp32 and as plain ones in int8. ``docs/export.md`` has the figures.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from busigen.export.components import Component, Graphs
+from busigen.export.parity import RecordedCall, pixels_off, refused, relative_error
+from busigen.export.precision import TYPES
+from busigen.registry import PRECISIONS
+from busigen.runtime.backends.base import usable_cores
+
+QUANTISED = ("context",)
+"""Components, and their only graphs, that int8 is for."""
+
+OPERATORS = ("MatMul",)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without the warning that a model was not pre-processed, which busigen's own folding has done."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class _Calls(CalibrationDataReader):
+    """What a graph was asked, for calibration."""
+
+    def __init__(self, asked: Sequence[RecordedCall]) -> None:
+        self._calls: Iterator[dict[str, NDArray[Any]]] = iter([call.inputs for call in asked])
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        """The next call's inputs."""
+        return next(self._calls, None)
+
+
+def quantised(
+    graphs: Mapping[str, ModelProto], asked: Mapping[str, Sequence[RecordedCall]], operators: Sequence[str] = OPERATORS
+) -> dict[str, ModelProto]:
+    """Graphs with operators of some kinds in int8: weights per channel, activations by the range they were seen in.
+
+    Args:
+        graphs: fp32.
+        asked: calibration inputs per graph; none of them may be empty.
+        operators: kinds of nodes that are quantised.
+    """
+    found = {}
+    for name, model in graphs.items():
+        with _unwarned(), tempfile.TemporaryDirectory(prefix="busigen-") as folder:
+            source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+            onnx.save(model, str(source))
+            quantize_static(
+                str(source),
+                str(target),
+                _Calls(asked[name]),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(operators),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            found[name] = onnx.load(str(target))
+        del found[name].graph.value_info[:]
+    return found
+
+
+log = logging.getLogger("busigen.export")
+
+ERROR_LIMIT = 0.02
+"""Largest error of a component's output, relative to the output's own size: four of these in a row (encoder, lesion,
+blend, decoder), independent of each other, are 4 %, and 35 dB of an image whose values deviate by 0.35 are 10 %."""
+
+PIXEL_LIMIT = 0.5
+"""Largest error of stage 1's distances near the outline, in pixels: no pixel's centre is passed by a whole pixel."""
+
+_TIMED_CALLS = 7
+
+
+@dataclass(frozen=True)
+class PrecisionAttempt:
+    """One precision that was tried: the error as a multiple of its limit, and why it was not taken (empty: it was)."""
+
+    precision: str
+    error: float
+    refused: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a record; an error that is no number is ``None``, because JSON has none."""
+        return {
+            "precision": self.precision,
+            "error": round(self.error, 4) if np.isfinite(self.error) else None,
+            "refused": self.refused,
+        }
+
+
+@dataclass
+class Choice:
+    """A component's precision, its graphs, and what was tried."""
+
+    component: Component
+    precision: str
+    graphs: Graphs
+    tried: list[PrecisionAttempt] = field(default_factory=list)
+
+    @property
+    def rounded(self) -> Graphs:
+        """The graphs for a processor without half precision."""
+        if self.precision not in TYPES:
+            return self.graphs
+        return self.component.graphs(self.precision, rounded=True)
+
+
+class ModelBackend:
+    """Graphs in memory behind the runtime's interface."""
+
+    name = "emulated"
+    version = str(ort.__version__)
+
+    def __init__(self, graphs: Mapping[str, ModelProto]) -> None:
+        self._graphs = graphs
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """See :class:`busigen.runtime.backends.base.Backend`."""
+        if graph not in self._sessions:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = usable_cores()
+            options.log_severity_level = 4
+            model = self._graphs[graph].SerializeToString()
+            self._sessions[graph] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        wanted = {value.name for value in self._sessions[graph].get_inputs()}
+        (output,) = self._sessions[graph].run(None, {name: inputs[name] for name in wanted})
+        return np.asarray(output, dtype=np.float32)
+
+
+def choose(component: Component, wanted: str, asked: Mapping[str, Sequence[RecordedCall]]) -> Choice:
+    """Lay a component out in the wanted precision, or in the next higher one that reproduces the checkpoint.
+
+    Args:
+        component: as traced.
+        wanted: a name in ``registry.PRECISIONS``.
+        asked: what each graph is asked and what PyTorch answers.
+
+    Raises:
+        ParityError: not even fp32 reproduces it.
+    """
+    tried: list[PrecisionAttempt] = []
+    precision = wanted if wanted != "int8" or component.name in QUANTISED else PRECISIONS[wanted].above
+    while precision:
+        graphs, error, reason = _attempt(component, precision, asked)
+        tried.append(PrecisionAttempt(precision, error, reason))
+        if not reason:
+            return Choice(component, precision, graphs, tried)
+        _fall_back(component.name, tried)
+        precision = PRECISIONS[precision].above
+    raise refused(component.name, [f"{attempt.precision}: {attempt.refused}" for attempt in tried])
+
+
+def escalate(choice: Choice, reason: str, asked: Mapping[str, Sequence[RecordedCall]]) -> Choice:
+    """A component's choice once more, above the precision that failed for ``reason`` over the whole trajectory."""
+    last = choice.tried[-1]
+    tried = [*choice.tried[:-1], PrecisionAttempt(last.precision, last.error, reason)]
+    _fall_back(choice.component.name, tried)
+    again = choose(choice.component, PRECISIONS[choice.precision].above, asked)
+    return Choice(again.component, again.precision, again.graphs, [*tried, *again.tried])
+
+
+def _fall_back(component: str, tried: Sequence[PrecisionAttempt]) -> None:
+    last = tried[-1]
+    if above := PRECISIONS[last.precision].above:
+        log.warning("%s: %s fails (%s); %s is tried", component, last.precision, last.refused, above)
+
+
+def _attempt(
+    component: Component, precision: str, asked: Mapping[str, Sequence[RecordedCall]]
+) -> tuple[Graphs, float, str]:
+    """The graphs, their error as a multiple of its limit, and why they cannot be taken."""
+    whole = component.graphs("fp32" if precision == "int8" else precision)
+    graphs = quantised(whole, asked) if precision == "int8" else whole
+    proved = component.graphs(precision, rounded=True) if precision in TYPES else graphs
+    backend = ModelBackend(proved)
+    try:
+        errors = {graph: _error(component.name, backend, graph, asked.get(graph, ())) for graph in proved}
+    except Exception as problem:  # ONNX Runtime's exceptions share no public base class
+        return graphs, float("inf"), f"cannot be run: {str(problem).splitlines()[0][:200]}"
+    worst = max(errors, key=lambda graph: errors[graph])
+    error = errors[worst]
+    if not error <= 1.0:
+        found = f"has {error:.3g} times the error allowed" if np.isfinite(error) else "yields NaN or infinity"
+        found = found if asked.get(worst) else "was never asked in the draws: compare more of them"
+        return graphs, error, f"{worst} {found}"
+    if precision == "int8":
+        slower = _slower(backend, ModelBackend(whole), asked)
+        if slower >= 1.0:
+            return graphs, error, f"it does not pay: {slower:.2f} times the time of fp32"
+    return graphs, error, ""
+
+
+def _error(component: str, backend: ModelBackend, graph: str, asked: Sequence[RecordedCall]) -> float:
+    measure, limit = (pixels_off, PIXEL_LIMIT) if component == "mask" else (relative_error, ERROR_LIMIT)
+    return max((measure(backend.run(graph, call.inputs), call.output) / limit for call in asked), default=float("inf"))
+
+
+def _slower(quick: ModelBackend, whole: ModelBackend, asked: Mapping[str, Sequence[RecordedCall]]) -> float:
+    """Time of one set of graphs as a multiple of the other's, taken in turns."""
+    calls = [(graph, call.inputs) for graph in QUANTISED for call in asked.get(graph, ())]
+    seconds: dict[str, list[float]] = {"quick": [], "whole": []}
+    for turn in range(_TIMED_CALLS + 1):
+        for name, backend in (("quick", quick), ("whole", whole)):
+            started = time.perf_counter()
+            for graph, inputs in calls:
+                backend.run(graph, inputs)
+            # The first turn opens sessions and takes memory.
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return statistics.median(seconds["quick"]) / statistics.median(seconds["whole"])

@@ -1,0 +1,170 @@
+"""How sharp an image is as a whole, along its depth and across: what scanners, settings and zoom differ by.
+
+A decoder draws speckle of one width from white noise, give or take what the latents tell it. Real sets hold images of
+many scanners, at many zooms, and the width of a speckle differs between them more than within any. What a scanner does
+to detail is to first order a filter, and one that can be taken apart into an axial and a lateral one (Wagner et al.
+1983, IEEE Trans. Sonics Ultrasonics 30). So pairs on synthetic backgrounds pass through such a filter last: each pair
+through its own, drawn from how real images' detail is distributed and drawn images' is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+
+from busigen.data.geometry import Mask, around
+from busigen.noise_styles import LIMIT
+from busigen.text import printable
+
+REFERENCE = 0.03
+"""Frequency in cycles per pixel up to which filters pass everything as it is: below lies anatomy."""
+
+KNOTS = (0.08, 0.13, 0.18, 0.24, 0.31, 0.39, 0.46)
+"""Frequencies in cycles per pixel, on each axis, at which a filter's gain is known; between them it is interpolated."""
+
+RADIUS = 10
+"""Pixels that a filter reaches to either side."""
+
+TILE = 32
+"""Side in pixels of the tiles whose spectra are measured; they overlap by half (Welch 1967)."""
+
+FLOOR = 0.02
+"""Added to a band's power in grey levels squared, of which rounding to grey levels leaves a twelfth."""
+
+FEWEST_TILES = 4
+"""Tiles from which an image's detail is believed."""
+
+LARGEST_GAIN = 3.0
+"""Greatest magnitude of a number in a bundle's ``transfer``: a gain of 26 dB."""
+
+Floats = NDArray[Any]
+Kernels = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Taps along columns (axial) and along rows (lateral), ``(2 * RADIUS + 1,)`` each; they add up to 1."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How images' filters are distributed: logarithms of gains at the axial ``KNOTS``, then at the lateral ones.
+
+    Attributes:
+        mean: ``(2 * len(KNOTS),)``.
+        factor: ``(2 * len(KNOTS), K)``, how ``K`` independent normals make what is added to the mean.
+    """
+
+    mean: Floats
+    factor: Floats
+
+    def kernels(self, normals: Floats) -> Kernels:
+        """The filter of an image, from its ``(K,)`` standard normals."""
+        return kernels(self.mean + self.factor @ np.clip(normals, -LIMIT, LIMIT))
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``busigen.json`` and ``bundle.json``."""
+        rounded = [np.round(part, 4).tolist() for part in (self.mean, self.factor)]
+        return dict(zip(("mean", "factor"), rounded, strict=True))
+
+    @classmethod
+    def from_json(cls, found: Any) -> Self:
+        """Read what :meth:`to_json` gave.
+
+        Raises:
+            ValueError: it is anything else, or holds a number that is not finite or larger than ``LARGEST``.
+        """
+        if not isinstance(found, dict) or found.keys() != {"mean", "factor"} or not isinstance(found["factor"], list):
+            raise ValueError("no mapping of 'mean' and 'factor'")
+        rows = [found["mean"], *found["factor"]]
+        if not all(isinstance(row, list) for row in rows):
+            raise ValueError("'mean' or a row of 'factor' is no list")
+        for value in (value for row in rows for value in row):
+            if type(value) not in (int, float) or not abs(value) <= LARGEST_GAIN:
+                raise ValueError(f"{printable(str(value))[:20]} is no number from {-LARGEST_GAIN} to {LARGEST_GAIN}")
+        length = 2 * len(KNOTS)
+        widths = {len(row) for row in rows[1:]}
+        if len(rows[0]) != length or len(rows) != length + 1 or len(widths) != 1 or not 1 <= min(widths) <= length:
+            raise ValueError(f"not {length} means and as many rows of up to {length} factors")
+        return cls(np.array(rows[0], np.float64), np.array(rows[1:], np.float64))
+
+
+def kernels(gains: Floats) -> Kernels:
+    """Filters of zero phase whose gains have these logarithms, ``(2 * len(KNOTS),)``; brightness passes as it is."""
+    axial, lateral = (_kernel(part) for part in np.split(np.asarray(gains, np.float64), 2))
+    return axial, lateral
+
+
+def _kernel(gains: Floats) -> NDArray[np.float64]:
+    frequencies = np.linspace(0.0, 0.5, 2 * TILE + 1)
+    response = np.exp(np.interp(frequencies, (REFERENCE, *KNOTS), (0.0, *gains)))
+    taps = np.roll(np.fft.irfft(response), RADIUS)[: 2 * RADIUS + 1]
+    taps *= np.hanning(2 * RADIUS + 3)[1:-1]
+    return np.asarray(taps / taps.sum())
+
+
+def passed(image: NDArray[np.uint8], filters: Kernels) -> NDArray[np.uint8]:
+    """An image ``(H, W)`` after its filters; it is mirrored at its borders."""
+    result = image.astype(np.float32)
+    for axis, taps in enumerate(filters):
+        result = ndimage.correlate1d(result, taps, axis=axis, mode="reflect")
+    return np.clip(np.rint(result), 0, 255).astype(np.uint8)
+
+
+def apply_to_pair(
+    image: NDArray[np.uint8], background: NDArray[np.uint8], edit: Mask, valid: Mask, filters: Kernels
+) -> NDArray[np.uint8]:
+    """A pair's image after its filters, and outside the edit region just what its background is after them.
+
+    Args:
+        image: with its lesion, ``(256, 256)``.
+        background: the same without it.
+        edit: where they differ.
+        valid: pixels that are image rather than letterbox bars.
+        filters: as :meth:`Transfer.kernels` gives them.
+    """
+    frame = around(valid, 0)
+    result = background.copy()
+    result[frame] = passed(background[frame], filters)
+    rows, columns = (
+        slice(max(part.start, whole.start), min(part.stop, whole.stop))
+        for part, whole in zip(around(edit, RADIUS), frame, strict=True)
+    )
+    result[rows, columns] = np.where(edit[rows, columns], passed(image[rows, columns], filters), result[rows, columns])
+    return result
+
+
+def detail(image: NDArray[np.uint8], usable: Mask) -> Floats | None:
+    """Half the logarithm of an image's power at the axial ``KNOTS``, then at the lateral ones, over ``REFERENCE``'s.
+
+    A frequency of one axis is seen at all of the other's: logarithms of powers at pairs of frequencies are averaged.
+
+    Args:
+        image: ``(H, W)``.
+        usable: which pixels count, ``(H, W)``.
+
+    Returns:
+        ``(2 * len(KNOTS),)``, or None of an image with fewer than ``FEWEST_TILES`` tiles that count wholly.
+    """
+    tiles = _tiles(image)[_tiles(usable).all(axis=(1, 2))].astype(np.float64)
+    tiles = tiles[tiles.std(axis=(1, 2)) > 1.0]
+    if len(tiles) < FEWEST_TILES:
+        return None
+    window = np.hanning(TILE + 1)[:-1]
+    tapered = (tiles - tiles.mean(axis=(1, 2), keepdims=True)) * np.outer(window, window)
+    power = (np.abs(fft.rfft2(tapered)) ** 2).mean(axis=0) / np.square(window).sum() ** 2
+    axial, lateral = (_weights(np.abs(parts)) for parts in (fft.fftfreq(TILE), fft.rfftfreq(TILE)))
+    bands = axial.T @ power @ lateral / np.outer(axial.sum(axis=0), lateral.sum(axis=0))
+    logarithms = 0.5 * np.log(bands + FLOOR)
+    return np.concatenate([part[1:] - part[0] for part in (logarithms.mean(axis=1), logarithms.mean(axis=0))])
+
+
+def _tiles(values: NDArray[Any]) -> NDArray[Any]:
+    views = np.lib.stride_tricks.sliding_window_view(values, (TILE, TILE))[:: TILE // 2, :: TILE // 2]
+    return views.reshape(-1, TILE, TILE)
+
+
+def _weights(frequencies: Floats) -> Floats:
+    """How much each frequency counts for ``REFERENCE`` and each of ``KNOTS``: as linear interpolation has it."""
+    knots = (REFERENCE, *KNOTS)
+    return np.stack([np.interp(frequencies, knots, row) for row in np.eye(len(knots))], axis=1)

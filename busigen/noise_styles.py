@@ -1,0 +1,114 @@
+"""How strongly each image's detail varies as a whole: what scanners and settings differ by.
+
+A few solver steps leave what is normal, and normal latents all have about the same power in every band of spatial
+frequencies. Real ones do not: from scanner to scanner speckle is coarse or fine, contrast high or low, everywhere in an
+image at once. A scale mixture of normals (Wainwright and Simoncelli 2000) is the plainest model of that: each image's
+noise is multiplied by factors of its own, one per channel and band. Training fits how they vary together; the
+runtime draws them, and the prior's solver carries them on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.fft import dctn, idctn
+
+log = logging.getLogger("busigen.training")
+
+EDGES = (3.0, 8.0, 16.0, math.inf)
+"""Upper ends of the bands, in half periods per image side. The mean over the image is in none: its spread is known."""
+
+LIMIT = 2.5
+"""Deviations at which a drawn style is clipped: factors are exponentials."""
+
+LARGEST_FACTOR = 4.0
+"""Greatest magnitude of a number in a bundle's ``styles``: no band's power varies by more than e to the fourth."""
+
+Floats = NDArray[Any]
+
+
+def bands(cells: int) -> NDArray[np.int64]:
+    """The band of every coefficient of a cosine transform, ``(cells, cells)``; that of the mean is ``len(EDGES)``."""
+    frequency = np.arange(cells, dtype=np.float64)
+    radius = np.hypot(frequency[:, None], frequency[None, :])
+    found = np.searchsorted(np.array(EDGES), radius, side="left")
+    found[0, 0] = len(EDGES)
+    return found
+
+
+def powers(latents: Floats) -> Floats:
+    """Half the logarithm of the power in every channel and band, ``(N, C, len(EDGES))``, of latents ``(N, C, s, s)``.
+
+    The latents are standardised: mean and deviation of every cosine coefficient are taken out by whoever knows them.
+    """
+    band = bands(latents.shape[-1])
+    squares: Floats = np.square(latents, dtype=np.float64)
+    means = [squares[..., band == number].mean(axis=-1) for number in range(len(EDGES))]
+    return np.asarray(0.5 * np.log(np.maximum(np.stack(means, axis=-1), 1e-6)))
+
+
+def styled(noise: NDArray[np.float32], factor: Floats, generated: Floats) -> NDArray[np.float32]:
+    """Noise with a style.
+
+    Args:
+        noise: ``(B, C, s, s)`` standard normal.
+        factor: ``(C * len(EDGES), K)``, how ``K`` independent normals make the logarithms of a style's factors.
+        generated: ``(B, K)`` standard normal.
+
+    Returns:
+        ``float32 (B, C, s, s)``.
+    """
+    count, channels, cells, _ = noise.shape
+    logarithms = (np.clip(generated, -LIMIT, LIMIT) @ factor.T).reshape(count, channels, len(EDGES))
+    scales = np.concatenate((np.exp(logarithms), np.ones((count, channels, 1))), axis=2)[:, :, bands(cells)]
+    axes = (2, 3)
+    return np.asarray(idctn(dctn(noise, axes=axes, norm="ortho") * scales, axes=axes, norm="ortho"), np.float32)
+
+
+def bounded(numbers: Floats, largest: float, name: str) -> Floats:
+    """Fitted numbers, clipped to the greatest magnitude that their readers take; a warning says where they were.
+
+    Args:
+        numbers: of any shape.
+        largest: the readers' bound.
+        name: what records call them.
+    """
+    sizes = np.abs(numbers)
+    if beyond := int((sizes > largest).sum()):
+        log.warning(
+            "%s: %d of %d fitted numbers are clipped to %g, the largest was %.2f: what is drawn has far other detail "
+            "than the training images, as after a short training",
+            *(name, beyond, sizes.size, largest, sizes.max()),
+        )
+    return np.clip(numbers, -largest, largest)
+
+
+def are_styles(found: Any, channels: int) -> bool:
+    """Whether this is a ``factor`` as JSON holds it: rows of finite numbers, none larger than ``LARGEST``."""
+    rows = channels * len(EDGES)
+    if not isinstance(found, list) or len(found) != rows or not all(isinstance(row, list) for row in found):
+        return False
+    numbers = [value for row in found for value in row]
+    plain = all(type(value) in (int, float) and abs(value) <= LARGEST_FACTOR for value in numbers)
+    return plain and len({len(row) for row in found}) == 1 and len(found[0]) <= rows
+
+
+def fitted(real: Floats, generated: Floats, least: float = 0.01) -> Floats:
+    """The factor of what real images vary by and drawn ones do not.
+
+    Args:
+        real: :func:`powers` of training latents.
+        generated: the same of drawn ones.
+        least: components with less than this share of the largest one's variance are left out.
+
+    Returns:
+        ``(C * len(EDGES), K)``, its first columns the strongest.
+    """
+    missing = [np.cov(values.reshape(len(values), -1), rowvar=False) for values in (real, generated)]
+    variance, vectors = np.linalg.eigh(missing[0] - missing[1])
+    kept = np.flatnonzero(variance > least * max(variance[-1], 0.0))[::-1]
+    return np.asarray(vectors[:, kept] * np.sqrt(variance[kept]))

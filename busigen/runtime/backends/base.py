@@ -1,0 +1,310 @@
+"""Batches that are too large for the memory there is: telling that from other failures, and what would fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.errors import ProviderError, UsageError
+from busigen.registry import AUTO, BUCKETS, PROVIDERS, Provider
+from busigen.runtime.backends.bundle import Bundle
+from busigen.text import install_command
+
+SMALLEST = 2
+"""Rows that a batch has at least (:data:`busigen.runtime.sampling.sampler.MIN_BATCH`)."""
+
+_SIGNS = (
+    "out of memory",  # CUDA's own words, and TensorRT's
+    "outofmemory",
+    "memory allocation",  # TensorRT's builder
+    "insufficient memory",
+    "cudaerror 2:",
+    "failed to allocate memory",  # ONNX Runtime's arena, on the processor and on a card
+    "bad_alloc",
+    "bad allocation",
+    "available memory of",  # ONNX Runtime's arena under gpu_mem_limit
+    "cudaerrormemoryallocation",
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an engine's error says that there was too little memory."""
+    return isinstance(error, MemoryError) or says_ran_out(str(error))
+
+
+def says_ran_out(account: str) -> bool:
+    """Whether a library's own words say that there was too little memory."""
+    described = account.lower()
+    return any(sign in described for sign in _SIGNS)
+
+
+def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
+    """The first of a half, a quarter, an eighth... of ``rows`` that fits; 0 if not even ``SMALLEST`` do.
+
+    Args:
+        rows: of the batch that did not fit.
+        fits: tries so many rows.
+    """
+    while (rows := rows // 2) >= SMALLEST:
+        if fits(rows):
+            return rows
+    return 0
+
+
+MIN_BATCH = 2
+"""Rows that every engine call has at least: ONNX Runtime adds up a batch of one in another order than a larger one's
+rows, and the bytes of a sample must not depend on the batch size."""
+
+
+DEFAULT_BATCH = 16
+"""Images per engine call where nobody says otherwise."""
+
+
+def rows_per_call(side: int, batch_size: int) -> int:
+    """Rows of a full call on windows of ``side`` pixels: ``batch_size`` at the smallest, fewer of the larger ones."""
+    return max(MIN_BATCH, batch_size * BUCKETS[0] ** 2 // side**2)
+
+
+FALLBACK = "cpu"
+"""The provider that ``--allow-fallback`` goes on with: the one that needs nothing."""
+
+_log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Backend(Protocol):
+    """Runs graphs. ``name`` and ``version`` become part of a dataset's record.
+
+    One that takes several calls at once says how many in an attribute ``lanes``; one whose calls have a fixed size says
+    in an attribute ``batch_size`` which ``--batch-size`` fills them.
+    """
+
+    name: str
+    version: str
+
+    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
+        """Run one graph on a batch and return its single output."""
+        ...
+
+
+Feed = Mapping[str, Any]
+"""Inputs of a graph: arrays, or what :meth:`Resident.keep` handed back."""
+
+
+@runtime_checkable
+class Resident(Backend, Protocol):
+    """A backend that can leave a graph's output where it was computed, for the graphs that read it next.
+
+    What it hands back has a length, the rows of its batch, and becomes an array by ``numpy.asarray``; only the same
+    backend's methods read it without that.
+    """
+
+    def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
+        """See :class:`Backend`; some of the inputs may have been kept."""
+        ...
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """Run one graph, and keep its output."""
+        ...
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """``numpy.where`` of two kept outputs of four dimensions, kept."""
+        ...
+
+
+class OnHost:
+    """Any backend as a :class:`Resident` one: what is kept are arrays."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.name, self.version, self.run = backend.name, backend.version, backend.run
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """See :class:`Resident`."""
+        return self.run(graph, inputs)
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """See :class:`Resident`."""
+        return np.where(where, chosen, other)
+
+
+def resident(backend: Backend) -> Resident:
+    """The backend itself where it can keep outputs, else one that keeps them as arrays."""
+    return backend if isinstance(backend, Resident) else OnHost(backend)
+
+
+class OpenedBackend(Backend, Protocol):
+    """What an engine opens."""
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """What the engine's library calls what really runs the graphs, the one that is asked first in front."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How graphs are to be run. An engine reads what concerns it.
+
+    Attributes:
+        threads: compute threads on the processor; ``None`` takes one per core that this process may use.
+        bound: keep inputs and outputs in fixed buffers on the device; ``None`` does so on a card.
+        batch_sizes: that engines with fixed batches are made for, the full one first (``generate --batch-size``).
+        again: ``version`` of the backend that drew samples which are to be drawn again. Engines with fixed batches then
+            take the batches that it tells, in place of ``batch_sizes``: other batches may round otherwise.
+    """
+
+    threads: int | None = None
+    bound: bool | None = None
+    batch_sizes: tuple[int, ...] = (DEFAULT_BATCH,)
+    again: str = ""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads is {self.threads}.", fix="Give 1 or more, or leave it out for one per core.")
+
+
+class Engine(Protocol):
+    """What a module of ``registry.PROVIDERS`` holds as ``ENGINE``."""
+
+    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> OpenedBackend:
+        """A backend on an opened, checked bundle, that is known to work: the first graph is loaded.
+
+        Raises:
+            ProviderError: the provider cannot be used here.
+            IntegrityError: a graph cannot be loaded.
+        """
+        ...
+
+    def probe(self, provider: Provider) -> str:
+        """Run a network of one node, and say in a few words on what it ran.
+
+        Libraries of a broken installation may end the process:
+        :func:`busigen.runtime.backends.probe.probe` calls this in one of its own.
+
+        Raises:
+            ProviderError: the provider cannot be used here.
+        """
+        ...
+
+
+def open_backend(
+    bundle: Bundle,
+    provider: str = FALLBACK,
+    options: EngineOptions | None = None,
+    *,
+    allow_fallback: bool = False,
+) -> OpenedBackend:
+    """A backend of that name.
+
+    Args:
+        bundle: an opened, checked bundle.
+        provider: a name in ``registry.PROVIDERS``.
+        options: how to run the graphs.
+        allow_fallback: where the provider cannot be used, go on with the processor. The backend then says ``cpu``, as
+            the dataset's record will.
+
+    Raises:
+        UsageError: there is no such provider, or, a :class:`busigen.errors.ProviderError`, it is not usable here.
+        IntegrityError: a graph cannot be loaded.
+    """
+    chosen, options = provider_named(provider), options or EngineOptions()
+    try:
+        return engine_of(chosen).open(bundle, chosen, options)
+    except ProviderError as error:
+        if not allow_fallback or provider == FALLBACK:
+            raise
+        _log.warning("provider: %s, because of --allow-fallback: %s", FALLBACK, error.problem)
+    return open_backend(bundle, FALLBACK, options)
+
+
+def provider_named(name: str) -> Provider:
+    """The provider of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PROVIDERS:
+        raise UsageError(f"unknown provider {name!r}.", fix=f"Choose one of: {', '.join((AUTO, *PROVIDERS))}.")
+    return PROVIDERS[name]
+
+
+def engine_of(provider: Provider) -> Engine:
+    """The engine that runs a provider's graphs.
+
+    Raises:
+        ProviderError: a module that it needs is not installed.
+    """
+    try:
+        return cast(Engine, import_module(provider.module).ENGINE)
+    except ModuleNotFoundError as error:
+        raise ProviderError(
+            f"--provider {provider.name} needs {error.name}, which is not installed.",
+            fix=f"On a machine with an NVIDIA GPU run {install_command(provider.extra)}, or use --provider {FALLBACK}.",
+        ) from error
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; where the system does not say, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class TimedBackend:
+    """A :class:`busigen.runtime.backends.base.Backend` that runs another one and keeps count of the time.
+
+    A graph's first call includes what loading it takes. It takes as many calls at once as the backend that it wraps.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.name, self.version = backend, backend.name, backend.version
+        self.lanes: int = getattr(backend, "lanes", 1)
+        self._resident = resident(backend)
+        self._seconds: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """See :class:`busigen.runtime.backends.base.Backend`."""
+        output: NDArray[np.float32] = self._timed(self.backend.run, graph, inputs)
+        return output
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """See :class:`busigen.runtime.backends.base.Resident`."""
+        return self._timed(self._resident.keep, graph, inputs)
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """See :class:`busigen.runtime.backends.base.Resident`."""
+        return self._resident.select(where, chosen, other)
+
+    def _timed(self, run: Callable[[str, Feed], Any], graph: str, inputs: Feed) -> Any:
+        began = time.perf_counter()
+        output = run(graph, inputs)
+        self.called(graph, inputs, output, began, time.perf_counter())
+        return output
+
+    def called(self, graph: str, inputs: Feed, output: Any, began: float, ended: float) -> None:
+        """Take note of a call that ended; may come from any thread."""
+        with self._lock:
+            # Counter's type knows whole numbers only; its arithmetic takes seconds just as well.
+            self._seconds[stage_of(graph)] += ended - began  # type: ignore[assignment]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage so far, the longest first."""
+        with self._lock:
+            return dict(self._seconds.most_common())
+
+
+def stage_of(graph: str) -> str:
+    """A graph's stage, over all classes and window sizes: ``lesion`` for ``lesion-benign@128``."""
+    return graph.partition("@")[0].partition("-")[0]

@@ -1,0 +1,459 @@
+"""What an ONNX graph from anywhere would do if it were loaded: which files it would read, and whether it would end.
+
+A graph names its weights' files itself, anywhere in its nested graphs. ONNX Runtime opens what is named, so a graph
+that names a file which nobody hashed would run weights that nobody proved. And a loop takes as many turns as the graph
+says, where no signal reaches. The graph is walked here as the plain protobuf message that it is: the runtime has no
+onnx package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import reprlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, Strict
+
+from busigen.errors import IntegrityError
+from busigen.foreign import open_file, read_file
+from busigen.mtf import Transfer
+from busigen.noise_styles import are_styles
+from busigen.records import FileName, Many, Number, Record, Text, checked, read_given
+from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
+
+MAX_GRAPH_BYTES = 8 << 20
+"""Largest graph that is read. Its weights lie in files beside it; what is left is some 200 KB."""
+
+# Fields, by number, through which a tensor can be reached from each message of ONNX's schema (onnx.proto).
+_FIELDS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external"},
+    "external": {1: "key", 2: "value"},
+}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def external_files(path: Path) -> set[str]:
+    """Every file name that a graph's tensors are said to lie in.
+
+    Args:
+        path: an ONNX graph.
+
+    Raises:
+        ValueError: the file is no protobuf message, or a name in it is no text.
+        OSError: the file cannot be read, or is larger than ``MAX_GRAPH_BYTES``.
+    """
+    data = read_file(path, MAX_GRAPH_BYTES)
+    found: set[bytes] = set()
+    # A stack of its own, because graphs may be nested deeper than Python's.
+    stack = [("model", 0, len(data))]
+    while stack:
+        kind, start, end = stack.pop()
+        inner = _FIELDS[kind]
+        fields = [
+            (inner[number], first, last) for number, first, last in _messages(data, start, end) if number in inner
+        ]
+        if kind != "external":
+            stack += fields
+        # Where a field is given twice, readers differ in which one counts.
+        elif any(name == "key" and data[first:last] == b"location" for name, first, last in fields):
+            found.update(data[first:last] for name, first, last in fields if name == "value")
+    return {name.decode() for name in found}
+
+
+def operators(path: Path) -> set[str]:
+    """The operators of a graph's own nodes; what loops and branches hold inside is not looked at.
+
+    Args:
+        path: an ONNX graph.
+
+    Raises:
+        ValueError: the file is no protobuf message, or a name in it is no text.
+        OSError: the file cannot be read, or is larger than ``MAX_GRAPH_BYTES``.
+    """
+    data = read_file(path, MAX_GRAPH_BYTES)
+    level = [(0, len(data))]
+    # Model, graph, node, operator, by the fields' numbers in onnx.proto.
+    for field in (7, 1, 4):
+        found = [message for start, end in level for message in _messages(data, start, end)]
+        level = [(start, end) for number, start, end in found if number == field]
+    return {data[start:end].decode() for start, end in level}
+
+
+def refuse_endless(path: Path, most: int) -> None:
+    """Refuse a graph that may compute for longer than its nodes and a bounded number of turns account for.
+
+    What export writes has one ``Loop`` at most, whose number of turns is a constant and whose body holds no further
+    graph. All else that repeats nodes is refused: other operators that hold graphs, loops in loops, and functions,
+    of which each may call the one before it twice.
+
+    Args:
+        path: an ONNX graph.
+        most: turns that a loop may take.
+
+    Raises:
+        ValueError: it is refused, or no protobuf message.
+        OSError: the file cannot be read, or is larger than ``MAX_GRAPH_BYTES``.
+    """
+    data = read_file(path, MAX_GRAPH_BYTES)
+    # ONNX Runtime tells its own format by these letters, and would read another graph than the one walked here.
+    if data[4:8] == b"ORTM":
+        raise ValueError("it is in ONNX Runtime's own format")
+    model = _messages(data, 0, len(data))
+    if any(number == 25 for number, _, _ in model):
+        raise ValueError("it defines functions, which may call one another without end")
+    # A graph that is given in several pieces is the sum of them.
+    graph = [field for piece in _of(model, 7) for field in _messages(data, *piece)]
+    turns: set[bytes] = set()
+    # Names that get their value while the graph runs.
+    computed = {data[a:b] for value in _of(graph, 11) for a, b in _of(_messages(data, *value), 1)}
+    for node in _of(graph, 1):
+        fields = _messages(data, *node)
+        inputs, outputs, kinds, domains = ([data[a:b] for a, b in _of(fields, number)] for number in (1, 2, 4, 7))
+        computed.update(outputs)
+        if bodies := _graphs(data, fields):
+            if kinds != [b"Loop"] or any(domains):
+                raise ValueError(f"its operator {b''.join(kinds).decode(errors='replace')!r} repeats other nodes")
+            if any(_graphs(data, _messages(data, *inner)) for body in bodies for inner in _of(body, 1)):
+                raise ValueError("one of its loops holds another graph")
+            turns.add(inputs[0] if inputs else b"")
+    tensors = [_messages(data, *tensor) for tensor in _of(graph, 5)]
+    sparse = [_messages(data, *values) for tensor in _of(graph, 15) for values in _of(_messages(data, *tensor), 1)]
+    for name in turns:
+        # All that anybody could take for this one, where one may be given twice, or with two names.
+        found = [tensor for tensor in tensors + sparse if name in (data[a:b] for a, b in _of(tensor, 8))]
+        if not name or name in computed or len(found) != 1 or (count := _number(data, found[0])) is None:
+            raise ValueError("one of its loops has no fixed number of turns")
+        if count > most:
+            raise ValueError(f"one of its loops takes {count} turns; at most {most} are run")
+
+
+def _of(fields: list[tuple[int, int, int]], wanted: int) -> list[tuple[int, int]]:
+    return [(first, last) for number, first, last in fields if number == wanted]
+
+
+def _graphs(data: bytes, node: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """The graphs that a node holds as attributes, as their fields."""
+    attributes = [field for attribute in _of(node, 5) for field in _messages(data, *attribute)]
+    return [_messages(data, *graph) for graph in _of(attributes, 6) + _of(attributes, 11)]
+
+
+def _number(data: bytes, tensor: list[tuple[int, int, int]]) -> int | None:
+    """The value of a tensor of one integer that is stored as eight bytes; None for any other tensor."""
+    raw = [data[first:last] for first, last in _of(tensor, 9)]
+    # But for dimensions and a comment, one name and the bytes are all that it has.
+    others = [number for number, _, _ in tensor if number not in (1, 9, 12)]
+    if len(raw) != 1 or len(raw[0]) != 8 or others != [8]:
+        return None
+    return int.from_bytes(raw[0], "little", signed=True)
+
+
+def _messages(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
+    """Number, first and last byte of all fields of a message that have a length."""
+    found = []
+    while at < end:
+        # Nearly every tag and size is one byte, and a call for each would take most of the time.
+        tag, at = (data[at], at + 1) if data[at] < 128 else read_varint(data, at, end)
+        wire = tag & 7
+        if tag >> 32:  # Some readers would drop the bits beyond, and see another field.
+            raise ValueError("it is no protobuf message")
+        if wire == _BYTES:
+            size, at = (data[at], at + 1) if at < end and data[at] < 128 else read_varint(data, at, end)
+            found.append((tag >> 3, at, at + size))
+            at += size
+        elif wire == _VARINT:
+            _, at = read_varint(data, at, end)
+        elif wire in (_FIXED64, _FIXED32):
+            at += 8 if wire == _FIXED64 else 4
+        else:
+            raise ValueError("it is no protobuf message")
+        if at > end:
+            raise ValueError("it is cut short")
+    return found
+
+
+def read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """A number, and where what follows it begins."""
+    value = shift = 0
+    while at < end and shift < 64:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+    raise ValueError("it is cut short")
+
+
+@contextmanager
+def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
+    """A graph's path as ONNX and ONNX Runtime open it, for as long as the block runs.
+
+    Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
+    conda) leave them so. Then the graph's files are copied for the block. Weights handed over in memory are no way out:
+    ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
+
+    Args:
+        graph: the graph's file.
+        files: names of the files that it needs, itself among them, all in its folder.
+
+    Raises:
+        OSError: there is no room for a copy, or a file cannot be read.
+    """
+    if all((graph.parent / name).stat().st_nlink == 1 for name in files):
+        yield graph
+        return
+    # On Windows, what a session has mapped into its memory cannot be removed before that ends.
+    with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
+        for name in files:
+            shutil.copyfile(graph.parent / name, Path(folder) / name)
+        yield Path(folder) / graph.name
+
+
+RECORD = "bundle.json"
+SCHEMA, READABLE = 5, (4, 5)
+"""What export writes, and what can be read: 4 differs in that nothing of it is filtered last (busigen.mtf)."""
+
+MAX_RECORD_BYTES = 4 << 20
+MAX_WEIGHTS_BYTES = 4 << 30
+
+MAX_TURNS = 1000
+"""Turns that the loop of a graph may take: as many as diffusion has steps in training, where those in use have ten."""
+
+LEAST_FRAME, MAX_FRAMES = 32, 1024
+"""Shortest side in pixels, and number, of the frames that a bundle may record."""
+
+LARGEST_SPECKLE = 4.0
+"""Greatest deviation of the noise that a bundle may ask to decode backgrounds with."""
+
+_EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
+
+
+_CHAIN = ("split_hash", "checkpoint")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def unproven(record: Mapping[str, Any]) -> list[str]:
+    """Links of the chain of fingerprints that a ``bundle.json``, or a run's fingerprint, has no sha256 of."""
+    return [name for name in _CHAIN if not _SHA256.fullmatch(str(record.get(name)))]
+
+
+def graph_names() -> tuple[str, ...]:
+    """Every graph that a bundle holds."""
+    components = ("context", "prior", *(f"{stage}-{label}" for stage in STAGES for label in LESION_CLASSES))
+    return tuple(name for component in ("encoder", "decoder", *components) for name in graphs_of(component))
+
+
+def graphs_of(component: str) -> tuple[str, ...]:
+    """The graphs of one component: one, or one per window size (``<component>@<side>``) for what works on windows."""
+    if component in ("encoder", "decoder") or component.partition("-")[0] in ("lesion", "blend"):
+        return tuple(f"{component}@{side}" for side in BUCKETS)
+    return (component,)
+
+
+def default_bundle() -> Path:
+    """The bundle that ships inside the package."""
+    return Path(str(files("busigen"))) / "bundles" / "default"
+
+
+def _framed(sides: list[int]) -> list[int]:
+    if max(sides) != RESOLUTION:
+        raise ValueError(f"should have a side of {RESOLUTION}")
+    return sides
+
+
+def _transfer(found: Any) -> Any:
+    if found is not None:
+        Transfer.from_json(found)
+    return found
+
+
+Side = Annotated[int, Strict(), Field(ge=LEAST_FRAME, le=RESOLUTION)]
+Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_framed)]
+
+
+class ImagesRecord(Record):
+    """What bundle and checkpoint record of whole images; `busigen.noise_styles.are_styles` says more of ``styles``."""
+
+    frames: Annotated[Many[Frame], Field(min_length=1, max_length=MAX_FRAMES)] = Field(
+        default_factory=lambda: [[RESOLUTION, RESOLUTION]]
+    )
+    styles: Many[Many[Number]] = Field(default_factory=list)
+    transfer: Annotated[Any, AfterValidator(_transfer)] = None
+
+
+class GraphRecord(Record):
+    """A graph of a bundle: its file, and the sha256 of all that it reads."""
+
+    file: FileName
+    files: dict[FileName, Text]
+    precision: Text = ""
+
+
+class TrainingRecord(Record):
+    """What a bundle knows of the training of its checkpoint."""
+
+    recipe: dict[Text, Any] = Field(default_factory=dict)
+    data: dict[Text, Any] = Field(default_factory=dict)
+    tasks: dict[Text, Any] = Field(default_factory=dict)
+    device: Text = ""
+
+
+class BundleRecord(ImagesRecord):
+    """Content of ``bundle.json``, as far as it is used.
+
+    Sizes are bounded: a damaged record is not to ask noise and inputs of all memory.
+    """
+
+    graphs: dict[Text, GraphRecord]
+    latent_channels: Annotated[int, Strict(), Field(ge=1, le=256)]
+    code_length: Annotated[int, Strict(), Field(ge=1, le=4096)]
+    patch: Annotated[int, Strict(), Field(ge=1, le=RESOLUTION)]
+    background_speckle: Annotated[Number, Field(ge=0, le=LARGEST_SPECKLE)] = 1.0
+    preset: Text | None = None
+    precision: Text = ""
+    split_hash: Text | None = None
+    checkpoint: Text | None = None
+    training: TrainingRecord | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        folder: where it lies.
+        info: the content of ``bundle.json``.
+        sha256: of ``bundle.json``; since that names every file's hash, it stands for the whole bundle.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    sha256: str
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Open a bundle and check every file against its recorded hash.
+
+        Raises:
+            InputError: no bundle is there, or one that this busigen does not read.
+            IntegrityError: a file is missing or changed, or a recorded path leaves the folder.
+        """
+        bundle = cls.recorded(folder)
+        bundle._check()
+        return bundle
+
+    @classmethod
+    def recorded(cls, folder: Path) -> Bundle:
+        """Read a bundle's record and none of its other files: what it says, not whether they are what it says.
+
+        Raises:
+            InputError: no bundle is there, or one that this busigen does not read.
+            IntegrityError: the record is invalid.
+        """
+        path = folder / RECORD
+        info, content = read_given(path, "bundle", schemas=READABLE, fix=_EXPORT, limit=MAX_RECORD_BYTES)
+        record = checked(BundleRecord, info, path, fix=_EXPORT)
+        if set(record.graphs) != set(graph_names()):
+            raise IntegrityError(f"{path} does not name the graphs of a bundle.", fix=_EXPORT)
+        if record.styles and not are_styles(record.styles, record.latent_channels):
+            wrong = f"{reprlib.repr(record.styles)} are not those of {record.latent_channels} channels"
+            raise IntegrityError(f"{path} has no valid 'styles': {wrong}.", fix=_EXPORT)
+        return cls(folder, info, hashlib.sha256(content).hexdigest())
+
+    def graph(self, name: str) -> Path:
+        """Path of a graph's file."""
+        return self.folder / str(self.info["graphs"][name]["file"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Latents of a whole image: channels, rows, columns."""
+        cells = RESOLUTION // LATENT_FACTOR
+        return int(self.info["latent_channels"]), cells, cells
+
+    @property
+    def code_length(self) -> int:
+        """Numbers in the outline code that stage 1 starts from."""
+        return int(self.info["code_length"])
+
+    @property
+    def patch(self) -> int:
+        """Side of a context patch in pixels."""
+        return int(self.info["patch"])
+
+    @property
+    def frames(self) -> list[tuple[int, int]]:
+        """Heights and widths of training images in the working frame; without a record, they fill it."""
+        return [(height, width) for height, width in self.info.get("frames", [[RESOLUTION, RESOLUTION]])]
+
+    @property
+    def styles(self) -> NDArray[np.float64] | None:
+        """What styles the prior's noise (:func:`busigen.noise_styles.styled`), ``(rows, K)``; None for nothing."""
+        found = self.info.get("styles", [])
+        return np.array(found) if found else None
+
+    @property
+    def transfer(self) -> Transfer | None:
+        """What pairs on synthetic backgrounds are filtered with last; None for nothing."""
+        found = self.info.get("transfer")
+        return None if found is None else Transfer.from_json(found)
+
+    @property
+    def background_speckle(self) -> float:
+        """Deviation of the noise that synthetic backgrounds are decoded with; 1 in bundles that do not say."""
+        return float(self.info.get("background_speckle", 1.0))
+
+    def _check(self) -> None:
+        expected: dict[str, str] = {}
+        for name, record in self.info["graphs"].items():
+            hashes = record["files"]
+            if record["file"] not in hashes:
+                raise IntegrityError(f"{self.folder / RECORD} records no files for graph {name}.", fix=_EXPORT)
+            for file, sha256 in hashes.items():
+                if file not in expected:
+                    limit = MAX_GRAPH_BYTES if file == record["file"] else MAX_WEIGHTS_BYTES
+                    _check_file(self.folder / file, sha256, limit)
+                if expected.setdefault(file, sha256) != sha256:
+                    raise IntegrityError(f"{self.folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
+            _check_graph(self.folder / record["file"], set(hashes))
+
+
+def _check_file(path: Path, expected: str, limit: int) -> None:
+    try:
+        # No link: it may point anywhere, and what it points to may change after the check.
+        with open_file(path, limit=limit, root=path.parent) as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise IntegrityError(f"{str(path)!r} cannot be read: {reason}.", fix=_EXPORT) from error
+    if found != expected:
+        raise IntegrityError(f"{path} is not the file that was exported: its sha256 is {found[:12]}....", fix=_EXPORT)
+
+
+def _check_graph(graph: Path, recorded: set[str]) -> None:
+    """Refuse a graph that may never end, or reads weights from a file which its record gives no hash of."""
+    try:
+        if others := sorted(external_files(graph) - recorded):
+            problem = f"reads weights from {others[0]!r}, which {RECORD} does not record"
+            raise IntegrityError(f"{graph} {problem}.", fix=_EXPORT)
+        refuse_endless(graph, MAX_TURNS)
+    except OSError as error:  # Recorded as another graph's weights, and allowed more room as such.
+        raise IntegrityError(f"{graph} cannot be read: {error.strerror}.", fix=_EXPORT) from error
+    except ValueError as error:
+        raise IntegrityError(f"{graph} is no ONNX graph of a bundle: {error}.", fix=_EXPORT) from error

@@ -1,0 +1,409 @@
+"""Sessions whose inputs and outputs stay in buffers of their own on the device: IO binding, with CUDA graphs.
+
+A graph is run in buffers of one shape each, made once per shape: what comes from the host is copied into them, what a
+graph before it has left on the device is copied there. CUDA graphs need that, because they replay addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import DTypeLike, NDArray
+
+from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
+from busigen.registry import PROVIDERS, Provider
+from busigen.runtime.backends.base import EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
+from busigen.runtime.backends.bundle import Bundle, default_bundle, openable, operators
+from busigen.runtime.backends.onnx_edit import BOOL, FLOAT, one_node
+from busigen.runtime.backends.probe import driver_cuda
+from busigen.text import install_command
+
+_NO_CAPTURE = "-1"
+"""ONNX Runtime's ``gpu_graph_id`` of a run that is neither captured nor replayed."""
+
+
+class OnDevice:
+    """A graph's output that stays where it was computed."""
+
+    def __init__(self, value: ort.OrtValue) -> None:
+        self.value = value
+
+    def __len__(self) -> int:
+        return int(self.value.shape()[0])
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.value.numpy(), dtype=dtype)
+
+
+@dataclass
+class _Buffers:
+    """What one shape of inputs is run in."""
+
+    binding: ort.IOBinding
+    inputs: dict[str, ort.OrtValue]
+    output: ort.OrtValue
+    options: ort.RunOptions = field(default_factory=ort.RunOptions)
+
+
+class BoundSession:
+    """A session that is fed through fixed buffers on its device.
+
+    Args:
+        session: of one output.
+        device: ``cpu`` or ``cuda``.
+        capture: the session records CUDA graphs, one per shape.
+    """
+
+    def __init__(self, session: ort.InferenceSession, device: str, *, capture: bool = False) -> None:
+        self._session, self._device, self._capture = session, device, capture
+        (output,) = session.get_outputs()
+        self._output = output.name
+        self._buffers: dict[tuple[Any, ...], _Buffers] = {}
+
+    def run(self, inputs: Feed) -> ort.OrtValue:
+        """Run on a batch; the output lies in a buffer that the next run on the same shapes overwrites."""
+        shapes = tuple(sorted((name, _shape(array)) for name, array in inputs.items()))
+        if shapes not in self._buffers:
+            self._buffers[shapes] = self._made(inputs)
+        buffers = self._buffers[shapes]
+        for name, array in inputs.items():
+            buffers.inputs[name].update_inplace(array.value if isinstance(array, OnDevice) else array)
+        buffers.binding.synchronize_inputs()
+        self._session.run_with_iobinding(buffers.binding, buffers.options)
+        buffers.binding.synchronize_outputs()
+        return buffers.output
+
+    def kept(self, output: ort.OrtValue) -> OnDevice:
+        """A copy of an output that no later run overwrites."""
+        copy = self._empty(output.shape(), np.float32)
+        copy.update_inplace(output)
+        return OnDevice(copy)
+
+    def _made(self, inputs: Feed) -> _Buffers:
+        binding = self._session.io_binding()
+        fed = {name: self._empty(_shape(array), _dtype(array)) for name, array in inputs.items()}
+        for name, value in fed.items():
+            value.update_inplace(np.zeros(value.shape(), _dtype(inputs[name])))
+            binding.bind_ortvalue_input(name, value)
+        # What shape comes out is found by a run: graphs do not always say.
+        binding.bind_output(self._output, self._device)
+        self._session.run_with_iobinding(binding, self._numbered(_NO_CAPTURE))
+        output = self._empty(binding.get_outputs()[0].shape(), np.float32)
+        binding.clear_binding_outputs()
+        binding.bind_ortvalue_output(self._output, output)
+        return _Buffers(binding, fed, output, self._numbered(str(len(self._buffers))))
+
+    def _numbered(self, number: str) -> ort.RunOptions:
+        options = ort.RunOptions()
+        if self._capture:
+            options.add_run_config_entry("gpu_graph_id", number)
+        return options
+
+    def _empty(self, shape: Any, dtype: DTypeLike) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self._device, 0)
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    return tuple(array.value.shape()) if isinstance(array, OnDevice) else tuple(array.shape)
+
+
+def _dtype(array: Any) -> DTypeLike:
+    return np.float32 if isinstance(array, OnDevice) else array.dtype
+
+
+_SHOWN = 200
+"""Characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes."""
+
+_CONTROL_FLOW = {"If", "Loop", "Scan"}
+"""What a CUDA graph cannot hold."""
+
+_HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedConv", "FusedMatMul", "Gemm", "MatMul"}
+"""Operators that do the work: what else a card leaves to the processor are shapes and counters."""
+
+
+class OnnxBackend:
+    """ONNX Runtime sessions, all but the first opened when first needed.
+
+    Args:
+        bundle: an opened, checked bundle.
+        provider: one of ``registry.PROVIDERS`` that ONNX Runtime has a name for; left out, the processor.
+        options: how to run the graphs.
+
+    Raises:
+        ProviderError: the provider is not usable here.
+        IntegrityError: a graph cannot be loaded.
+    """
+
+    def __init__(
+        self, bundle: Bundle, provider: Provider = PROVIDERS["cpu"], options: EngineOptions | None = None
+    ) -> None:
+        options = options or EngineOptions()
+        self.name = provider.name
+        self.version = str(ort.__version__)
+        self._bundle = bundle
+        self._provider = provider
+        self._threads = options.threads or usable_cores()
+        self._device = "cuda" if provider.gpu else "cpu"
+        self._is_bound = provider.gpu if options.bound is None else options.bound
+        self._bound: dict[str, BoundSession] = {}
+        self._captured: set[str] = set()
+        self._select: BoundSession | None = None
+        if provider.gpu:
+            prepare_cuda(provider)
+        # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
+        self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
+
+    def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
+        """See :class:`busigen.runtime.backends.base.Backend`.
+
+        Raises:
+            CapacityError: the batch needs more memory than there is.
+            IntegrityError: the graph cannot be run, or what it yields is no batch of numbers.
+        """
+        result = np.asarray(self._output(graph, inputs, kept=False), dtype=np.float32)
+        # A NaN has no grey level: what a cast makes of it depends on the processor, and some of it passes the gates.
+        if not np.isfinite(result).all():
+            raise self._useless(graph, "yields NaN or infinity, which is no image: its weights are damaged")
+        return result
+
+    def keep(self, graph: str, inputs: Feed) -> Any:
+        """See :class:`busigen.runtime.backends.base.Resident`; raises what :meth:`run` does.
+
+        On a card nobody looks for NaN here: the last graph of the chain would hand it on to :meth:`run`.
+        """
+        return self._output(graph, inputs, kept=True) if self._is_bound else self.run(graph, inputs)
+
+    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
+        """See :class:`busigen.runtime.backends.base.Resident`."""
+        if not self._is_bound:
+            return np.where(where, chosen, other)
+        if self._select is None:
+            dimensions = ["n", "c", "h", "w"]
+            types = {"where": (BOOL, dimensions), "chosen": (FLOAT, dimensions), "other": (FLOAT, dimensions)}
+            self._select = BoundSession(self._session(one_node("Where", types, (FLOAT, dimensions))), self._device)
+        return self._select.kept(self._select.run({"where": where, "chosen": chosen, "other": other}))
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """ONNX Runtime's names of the providers that really loaded, the one that is asked first in front."""
+        return tuple(self._sessions["context"].get_providers())
+
+    def _output(self, graph: str, inputs: Feed, *, kept: bool) -> Any:
+        rows = len(next(iter(inputs.values())))
+        try:
+            result = self._evaluate(graph, inputs, kept=kept)
+            found = len(result)
+        except (IntegrityError, ProviderError):
+            raise
+        except Exception as error:  # ONNX Runtime's share no public base class; the rest is a graph of another make
+            if ran_out(error):
+                raise self._too_large(graph, inputs, rows) from error
+            raise self._useless(graph, f"cannot be run: {_first_line(error)}") from error
+        if found != rows:
+            raise self._useless(graph, f"answers a batch of {rows} with {found} rows")
+        return result
+
+    def _evaluate(self, graph: str, inputs: Feed, *, kept: bool) -> Any:
+        if graph not in self._sessions:
+            self._sessions[graph] = self._open(graph)
+        session = self._sessions[graph]
+        if not self._is_bound:
+            (output,) = session.run(None, dict(inputs))
+            return output
+        if graph not in self._bound:
+            self._bound[graph] = BoundSession(session, self._device, capture=graph in self._captured)
+        bound = self._bound[graph]
+        output = bound.run(inputs)
+        # Copied, because on the processor it is a view of the buffer.
+        return bound.kept(output) if kept else np.array(output.numpy())
+
+    def _open(self, graph: str) -> ort.InferenceSession:
+        path = self._bundle.graph(graph)
+        try:
+            with openable(path, self._bundle.info["graphs"][graph]["files"]) as place:
+                if self._provider.gpu and self._is_bound and not operators(path) & _CONTROL_FLOW:
+                    # Refused where a single node is left to the processor, which for a shape is no harm otherwise.
+                    with contextlib.suppress(Exception):
+                        session = self._session(str(place), capture=True)
+                        self._captured.add(graph)
+                        return session
+                return self._session(str(place))
+        except ProviderError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"{path} needs a copy of its weights in {tempfile.gettempdir()}, because they have other hard links, "
+                f"and that failed: {error.strerror or error}.",
+                fix="Free some space there, or name another folder with the environment variable TMPDIR.",
+            ) from error
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            if self._provider.gpu:
+                raise unusable(self._provider, f": {_first_line(error)}") from error
+            raise IntegrityError(
+                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {_first_line(error)}.", fix=self._fix
+            ) from error
+
+    def _session(self, model: str | bytes, *, capture: bool = False) -> ort.InferenceSession:
+        options = _session_options(self._threads)
+        given = dict(self._provider.options)
+        if self._provider.gpu:
+            options.use_deterministic_compute = True
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            given["enable_cuda_graph"] = str(int(capture))
+        name = self._provider.onnxruntime
+        # With fallback, ONNX Runtime prints a banner of its own and goes on with the CPU.
+        session = ort.InferenceSession(model, options, providers=[(name, given)], enable_fallback=False)
+        # A provider whose libraries are missing is replaced by the CPU's without an error; a slow night is worse than
+        # a clear refusal.
+        if name not in session.get_providers():
+            raise unusable(self._provider)
+        if self._provider.gpu and (left := left_to_others(session, name)):
+            described = ", ".join(f"{count} {operator}" for operator, count in left.most_common())
+            raise unusable(self._provider, f": it would leave work to the processor ({described})")
+        return session
+
+    def _too_large(self, graph: str, inputs: Feed, rows: int) -> CapacityError:
+        """The error for a batch that does not fit, with what does: half of it is tried, and half of that."""
+
+        def fits(fewer: int) -> bool:
+            try:
+                self._evaluate(graph, {name: np.asarray(array)[:fewer] for name, array in inputs.items()}, kept=False)
+            except Exception as error:  # As above.
+                if ran_out(error):
+                    return False
+                raise
+            return True
+
+        self._bound.pop(graph, None)
+        fitting = largest_that_fits(rows, fits)
+        where = "the card" if self._provider.gpu else "this machine"
+        return CapacityError(
+            f"{graph} needs more memory for {rows} images at a time than {where} has free"
+            + (f"; {fitting} fit." if fitting else "."),
+            fix="Free some memory (nvidia-smi shows what holds a card's), or use another --provider.",
+            rows=rows,
+            fits=fitting,
+        )
+
+    def _useless(self, graph: str, reason: str) -> IntegrityError:
+        return IntegrityError(f"{self._bundle.graph(graph)} {reason}.", fix=self._fix)
+
+    @property
+    def _fix(self) -> str:
+        shipped = self._bundle.folder == default_bundle()
+        return "Install busigen again." if shipped else "Export the bundle again with 'busigen export'."
+
+
+class _Onnxruntime:
+    """See :class:`busigen.runtime.backends.base.Engine`."""
+
+    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> OnnxBackend:
+        """See :class:`busigen.runtime.backends.base.Engine`."""
+        return OnnxBackend(bundle, provider, options)
+
+    def probe(self, provider: Provider) -> str:
+        """See :class:`busigen.runtime.backends.base.Engine`. A convolution, which on a card takes cuDNN."""
+        if provider.gpu:
+            prepare_cuda(provider)
+        options = _session_options(1)
+        if provider.gpu:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        model = one_node("Conv", {"x": (FLOAT, [1, 1, 4, 4]), "w": (FLOAT, [1, 1, 3, 3])}, (FLOAT, [1, 1, 2, 2]))
+        chosen = (provider.onnxruntime, dict(provider.options))
+        try:
+            session = ort.InferenceSession(model, options, providers=[chosen], enable_fallback=False)
+            ones = {"x": np.ones((1, 1, 4, 4), np.float32), "w": np.ones((1, 1, 3, 3), np.float32)}
+            (found,) = session.run(None, ones)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise unusable(provider, f": {_first_line(error)}") from error
+        if provider.onnxruntime not in session.get_providers() or not (found == 9).all():
+            raise unusable(provider)
+        return f"ONNX Runtime {ort.__version__}" + (f" with CUDA {ort.cuda_version}" if provider.gpu else "")
+
+
+ENGINE = _Onnxruntime()
+
+
+def unusable(provider: Provider, reason: str = "") -> ProviderError:
+    """The error for a provider that ONNX Runtime cannot use here; ``reason`` begins with a colon."""
+    return ProviderError(
+        f"--provider {provider.name}: ONNX Runtime cannot use {provider.onnxruntime} here{reason}.",
+        fix=f"On a machine with an NVIDIA GPU run {install_command(provider.extra)}, or use --provider cpu; "
+        "`busigen doctor` says more.",
+    )
+
+
+def left_to_others(session: ort.InferenceSession, provider: str) -> Counter[str]:
+    """Operators that do the work and were given to another provider, counted; the session has to record assignments."""
+    return Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type in _HEAVY
+    )
+
+
+def prepare_cuda(provider: Provider) -> None:
+    """Refuse a driver that is too old for this ONNX Runtime, and load the CUDA libraries that pip installed.
+
+    Raises:
+        ProviderError: the driver is too old, by its version and the one that is needed.
+    """
+    _preload()
+    needed, found = str(getattr(ort, "cuda_version", "") or ""), driver_cuda()
+    if found is not None and needed and found[0] < int(needed.partition(".")[0]):
+        raise unusable(
+            provider,
+            f": the NVIDIA driver runs CUDA {found[0]}.{found[1]} at most, and ONNX Runtime {ort.__version__} is built "
+            f"for CUDA {needed}; update the driver (CUDA 13 needs 580 or newer)",
+        )
+
+
+@cache
+def _preload() -> None:
+    # ONNX Runtime's library for CUDA does not look into pip's packages by itself. It prints what it does not find, and
+    # the session that is opened next says the same as an error.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+@cache
+def _prepare_runtime() -> None:
+    """Give all sessions of the process one memory arena, and have ONNX Runtime neither print nor report.
+
+    Graphs run one after the other, but an arena keeps the most its session ever used: sixteen of them hold several
+    times what the largest graph needs.
+    """
+    # What goes wrong is raised and told in one line; ONNX Runtime would dump its own account of it beside that.
+    ort.set_default_logger_severity(4)
+    # Builds for Windows that trace to the system instead of posting do not read the variable that busigen sets.
+    ort.disable_telemetry_events()
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, None)
+
+
+def _session_options(threads: int) -> ort.SessionOptions:
+    _prepare_runtime()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Spinning threads would take the cores from the thread that compresses the previous shard's PNGs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # As above: it would print names from the bundle as they are.
+    return options
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # What is wrong stands at the end, behind where it is wrong.
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} ... {line[-_SHOWN:]}"

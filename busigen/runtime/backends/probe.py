@@ -1,0 +1,203 @@
+"""What this machine's NVIDIA driver and cards are, without any CUDA library being installed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import busigen
+from busigen.errors import BusigenError
+from busigen.registry import PROVIDERS, Provider
+from busigen.runtime.backends.base import FALLBACK, engine_of, provider_named
+from busigen.text import install_command
+
+_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_QUERY = ("name", "driver_version", "memory.total", "memory.free", "compute_cap")
+_QUERY_SECONDS = 20.0
+"""Seconds for nvidia-smi, which may have to wake a sleeping card."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA card: memory in bytes, compute capability such as ``9.0``."""
+
+    name: str
+    driver: str
+    memory: int
+    free: int
+    capability: str
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA version, major and minor, that the installed driver runs; ``None`` where there is no driver."""
+    try:
+        library = ctypes.CDLL(_DRIVER)
+        found = ctypes.c_int(0)
+        # Needs no initialisation, and therefore no card that answers.
+        if library.cuDriverGetVersion(ctypes.byref(found)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return found.value // 1000, found.value % 1000 // 10
+
+
+def gpus() -> list[Gpu]:
+    """The cards that nvidia-smi lists; none where there is no such program or it fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [card for line in done.stdout.splitlines() if (card := _card(line)) is not None]
+
+
+def _card(line: str) -> Gpu | None:
+    parts = [part.strip() for part in line.split(",")]
+    if len(parts) != len(_QUERY):
+        return None
+    name, driver, memory, free, capability = parts
+    # A card whose memory is the machine's own says "[N/A]".
+    sizes = [int(text) << 20 if text.isdecimal() else 0 for text in (memory, free)]
+    return Gpu(name, driver, sizes[0], sizes[1], capability)
+
+
+PROBE_SECONDS = 120.0
+"""Seconds that a provider may take for a network of one node: loading CUDA's libraries from a cold disk is slow."""
+
+_SHOWN = 300
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What came of trying a provider.
+
+    Attributes:
+        provider: its name.
+        works: whether it ran a network of one node.
+        described: on what it ran, or why not.
+        fix: what would help; empty where it works.
+    """
+
+    provider: str
+    works: bool
+    described: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The provider of a run, and why it is that one."""
+
+    provider: str
+    why: str
+
+
+def probe(provider: Provider) -> Probe:
+    """Try a provider in a process of its own, because a library that does not fit this machine may end it."""
+    if provider.gpu and driver_cuda() is None:
+        return Probe(
+            provider.name,
+            False,
+            "no NVIDIA driver is loaded",
+            "It needs an NVIDIA card with its driver; in a container, one that was started with the card (--gpus all).",
+        )
+    return tried_apart(provider, __name__)
+
+
+def tried_apart(provider: Provider, module: str) -> Probe:
+    """What a module says of a provider in a process of its own: run with ``python -m``, it calls `answer`."""
+    # As in this process, wherever busigen was imported from.
+    package = str(Path(busigen.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, provider.name],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_SECONDS,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Probe(provider.name, False, f"it did not answer within {PROBE_SECONDS:.0f} s", _reinstall(provider))
+    except OSError as error:
+        return Probe(provider.name, False, f"no process could be started: {error}", "Free memory, then try again.")
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+        return Probe(provider.name, bool(answer["works"]), str(answer["told"])[:_SHOWN], str(answer["fix"]))
+    except (ValueError, IndexError, KeyError, TypeError):
+        return Probe(provider.name, False, f"its libraries ended the process ({_ending(done)})", _reinstall(provider))
+
+
+def choose(begun_with: str | None = None) -> Choice:
+    """What ``--provider auto`` is on this machine.
+
+    Args:
+        begun_with: the provider that an unfinished dataset was begun with: going on with another would change bytes.
+
+    Returns:
+        That one, where it is given and known; else the last of ``registry.PROVIDERS`` that works here.
+    """
+    if begun_with in PROVIDERS:
+        return Choice(str(begun_with), "this dataset was begun with it")
+    failed: dict[str, list[str]] = {}
+    for provider in reversed(PROVIDERS.values()):
+        # Nothing stands behind the processor's: trying it first would only take time.
+        if provider.name == FALLBACK:
+            break
+        found = probe(provider)
+        if found.works:
+            return Choice(provider.name, f"it works here, on {found.described}{_but(failed)}")
+        failed.setdefault(found.described, []).append(provider.name)
+    return Choice(FALLBACK, f"the best that works here{_but(failed)}")
+
+
+def _but(failed: Mapping[str, list[str]]) -> str:
+    return "".join(f"; {', '.join(names)}: {reason}" for reason, names in failed.items())
+
+
+def _ending(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return signal.Signals(-done.returncode).name
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return said[-1][:_SHOWN] if said else f"code {done.returncode}"
+
+
+def _reinstall(provider: Provider) -> str:
+    return (
+        f"Install its libraries again: {install_command(provider.extra)}." if provider.extra else "Reinstall busigen."
+    )
+
+
+def answer(name: str, attempt: Callable[[Provider], str]) -> None:
+    """Try a provider in this process, and print what came of it as JSON for `tried_apart`.
+
+    Args:
+        name: the provider's.
+        attempt: what is tried; it says in a few words what came of it.
+    """
+    provider = provider_named(name)
+    try:
+        found = Probe(name, True, attempt(provider))
+    except BusigenError as error:
+        found = Probe(name, False, error.problem.rstrip("."), error.fix)
+    except Exception as error:  # Whatever a broken installation raises, told as it is.
+        reason = (str(error).splitlines() or [""])[0]
+        found = Probe(name, False, f"{type(error).__name__}: {reason}", _reinstall(provider))
+    print(json.dumps({"works": found.works, "told": found.described, "fix": found.fix}))
+
+
+if __name__ == "__main__":
+    answer(sys.argv[1], lambda provider: engine_of(provider).probe(provider))

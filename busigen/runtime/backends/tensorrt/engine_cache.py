@@ -1,0 +1,522 @@
+"""Where engines are kept: an entry is found by everything that it depends on, and believed by its hash alone.
+
+``<cache>/<kind>/<digest>/content`` with ``record.json`` beside it, which holds the key that the digest is of and the
+content's sha256. Both appear by rename, the record last: content without a record is no entry. Whoever can write to the
+folder can put an engine there, and an engine is code: the hashes are for damage and mistakes, not against malice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
+from busigen.foreign import read_file
+from busigen.records import Record, Text, read_checked
+from busigen.registry import ENGINE_TARGETS
+from busigen.runtime.backends.base import largest_that_fits, usable_cores
+from busigen.runtime.backends.bundle import MAX_GRAPH_BYTES, Bundle, graph_names
+from busigen.runtime.backends.tensorrt.build import (
+    REVISION,
+    BuildSpec,
+    Library,
+    build,
+    check_capability,
+    check_operators,
+    target_named,
+)
+from busigen.runtime.backends.tensorrt.device import Device, answered, cuda, open_device
+from busigen.runtime.backends.tensorrt.profiles import Batches
+from busigen.runtime.storage.files import atomic_file, leftovers, output_errors, write_json
+from busigen.runtime.storage.lock import exclusive
+
+VARIABLE = "BUSIGEN_CACHE"
+"""Environment variable that names the cache folder."""
+
+CONTENT, RECORD = "content", "record.json"
+_NAMES = re.compile(f"{re.escape(CONTENT)}|{re.escape(RECORD)}")
+_MAX_CONTENT_BYTES = 8 << 30
+_POLL = 0.2
+"""Seconds between looks at an entry that another process is making."""
+
+_log = logging.getLogger(__name__)
+
+Key = Mapping[str, Any]
+"""All that an entry depends on, as JSON has it: texts, numbers, booleans, and lists of those."""
+
+
+class _Record(Record):
+    """What stands beside an entry's content."""
+
+    key: dict[Text, Any]
+    sha256: Text
+
+
+def default_folder() -> Path:
+    """What ``BUSIGEN_CACHE`` names, else the folder for ``busigen`` where this system keeps caches."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "busigen" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "busigen"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "busigen"
+
+
+def digest_of(key: Key) -> str:
+    """Hexadecimal sha256 of a key, whatever the order of its parts."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Cache:
+    """A folder of entries, shared by processes.
+
+    Args:
+        folder: need not exist yet.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or default_folder()
+
+    def entry(self, kind: str, key: Key) -> Path:
+        """The folder of an entry, whether or not it is there. Its name proves nothing."""
+        return self.folder / kind / digest_of(key)[:32]
+
+    def read(self, kind: str, key: Key) -> bytes | None:
+        """An entry's content; ``None`` where there is none or, which is logged, it is not what its record says."""
+        entry = self.entry(kind, key)
+        try:
+            record = read_checked(_Record, entry / RECORD, fix="")
+            # Read once and used as read: what is hashed is what runs.
+            content = read_file(entry / CONTENT, _MAX_CONTENT_BYTES)
+        except FileNotFoundError:
+            return None
+        except (OSError, IntegrityError) as error:
+            _log.warning("%s cannot be used and is made again: %s", entry, error)
+            return None
+        # Through JSON, as the recorded one: a tuple comes back as a list.
+        if record["key"] != json.loads(json.dumps(key)):
+            _log.warning("%s is the entry of something else and is made again", entry)
+            return None
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            _log.warning("%s is not what was kept there, by its sha256, and is made again", entry / CONTENT)
+            return None
+        return content
+
+    def write(self, kind: str, key: Key, content: bytes, **facts: Any) -> None:
+        """Keep content under its key, in place of what is there.
+
+        Args:
+            kind: of the entry.
+            key: what the content depends on.
+            content: what is kept.
+            facts: recorded with it, for people.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        entry = self._made(kind, key)
+        with output_errors(entry):
+            # Gone before its content changes: a kill in between must not leave the old record beside the new content.
+            (entry / RECORD).unlink(missing_ok=True)
+            with atomic_file(entry / CONTENT) as file:
+                file.write(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            write_json(entry / RECORD, {"key": key, "sha256": sha256, "bytes": len(content), **facts})
+
+    @contextmanager
+    def making(self, kind: str, key: Key) -> Iterator[None]:
+        """Be the only process that makes an entry until the block ends, after any that does now.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        entry, said = self._made(kind, key), False
+        while True:
+            lock = exclusive(entry)
+            try:
+                lock.__enter__()
+            except OutputError:
+                if not said:
+                    _log.info("%s is being made by another process; waiting for it", entry)
+                said = True
+                time.sleep(_POLL)
+                continue
+            except OSError as error:
+                with output_errors(entry):
+                    raise error
+            break
+        try:
+            for path in leftovers(entry, _NAMES):  # Of a process that was killed: its lock died with it.
+                path.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    def keys(self, kind: str) -> list[dict[str, Any]]:
+        """The keys of all entries of a kind that have a readable record."""
+        found = []
+        for path in sorted((self.folder / kind).glob(f"*/{RECORD}")):
+            with contextlib.suppress(OSError, IntegrityError):
+                found.append(read_checked(_Record, path, fix="")["key"])
+        return found
+
+    def _made(self, kind: str, key: Key) -> Path:
+        entry = self.entry(kind, key)
+        with output_errors(entry):
+            # For this user alone: what lies here runs.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            entry.mkdir(parents=True, exist_ok=True)
+        return entry
+
+
+KIND, TIMINGS = "engines", "timings"
+"""Kinds of the cache's entries: engines, and what kernels were measured to take on a card."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """An engine that is in the cache now.
+
+    Attributes:
+        graph: its name.
+        capability: that it was built for; empty for the library's own choice.
+        size: of the serialised engine, in bytes.
+        sha256: of it.
+        key: that it is kept under.
+        seconds: that its building took; 0 where the cache had it.
+        cached: whether the cache had it.
+    """
+
+    graph: str
+    capability: str
+    size: int
+    sha256: str
+    key: Key
+    seconds: float
+    cached: bool
+
+
+def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capability: str) -> Key:
+    """All that an engine depends on. The hashes are those that the bundle was checked against."""
+    record = bundle.info["graphs"][graph]
+    return {
+        "target": library.name,
+        "version": library.version,
+        "system": library.system,
+        "capability": capability,
+        "onnx": record["files"][record["file"]],
+        "files": sorted(record["files"].values()),
+        "precision": str(record.get("precision", bundle.info.get("precision", "fp32"))),
+        "profiles": [list(profile) for profile in batches.profiles(graph)],
+        "revision": REVISION,
+    }
+
+
+class EngineBuilder:
+    """Makes engines of one bundle for one library and one kind of card.
+
+    Args:
+        library: what builds.
+        bundle: an opened, checked bundle.
+        batches: what to build for.
+        cache: where engines are kept.
+        capability: of the card, such as ``8.9``; empty for the library's own choice.
+        device: the card of this machine, where there is one and the library measures kernels on it.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        bundle: Bundle,
+        batches: Batches,
+        cache: Cache,
+        *,
+        capability: str = "",
+        device: Device | None = None,
+    ) -> None:
+        self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
+        self._capability, self._device = capability, device
+        self._timings = None if device is None or library.target.ahead else KeptTimings(library, device, cache)
+        self._reported = False
+
+    def has_all(self) -> bool:
+        """Whether the cache has an engine of every graph, as far as names tell; ``make`` looks at the hashes."""
+        return not self._lacking()
+
+    def _lacking(self) -> list[str]:
+        keys = {
+            name: key_of(self._library, self._bundle, name, self._batches, self._capability) for name in graph_names()
+        }
+        return [name for name, key in keys.items() if not (self._cache.entry(KIND, key) / RECORD).is_file()]
+
+    def make(self, graph: str) -> tuple[EngineInfo, bytes]:
+        """A graph's engine, serialised, from the cache or built and put there.
+
+        Raises:
+            BusigenError: it cannot be built (:func:`busigen.runtime.backends.tensorrt.build.build`) or kept.
+        """
+        key = key_of(self._library, self._bundle, graph, self._batches, self._capability)
+        seconds = 0.0
+        if (content := self._cache.read(KIND, key)) is None:
+            with self._cache.making(KIND, key):
+                # Another process may have made it while this one waited.
+                if (content := self._cache.read(KIND, key)) is None:
+                    content, seconds = self._build(graph, key)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return EngineInfo(graph, self._capability, len(content), sha256, key, seconds, cached=not seconds), content
+
+    def _build(self, graph: str, key: Key) -> tuple[bytes, float]:
+        self._tell_of_others(key)
+        started = time.perf_counter()
+        blueprint = self._blueprint(graph)
+        try:
+            content = build(self._library, blueprint, self._timings)
+        except CapacityError as error:
+            raise self._too_large(blueprint, error) from error
+        seconds = time.perf_counter() - started
+        self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
+        return content, seconds
+
+    def _blueprint(self, graph: str) -> BuildSpec:
+        profiles = self._batches.profiles(graph)
+        return BuildSpec(graph, self._bundle.graph(graph), self._read(graph), profiles, self._aimed_at())
+
+    def _too_large(self, blueprint: BuildSpec, error: CapacityError) -> CapacityError:
+        """The error for a batch that cannot be built for, with one that can: half of it is tried, and half of that."""
+
+        def builds(size: int) -> bool:
+            profiles = replace(self._batches, sizes=(size,)).profiles(blueprint.name)
+            try:
+                build(self._library, replace(blueprint, profiles=profiles), self._timings)
+            except CapacityError:
+                return False
+            return True
+
+        full = self._batches.sizes[0]
+        fitting = largest_that_fits(full, builds)
+        end = "end what else uses the memory (nvidia-smi shows what holds a card's)"
+        fix = f"Give --batch-size {fitting}, for which it was built, or {end}." if fitting else f"No batch fits: {end}."
+        return CapacityError(error.problem, fix=fix, rows=full, fits=fitting)
+
+    def make_all(self, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
+        """The engines of all graphs, in the bundle's order.
+
+        Args:
+            done: told of each as it is finished.
+
+        Raises:
+            BusigenError: one of them cannot be made; those that were finished stay in the cache.
+        """
+        # All are parsed first: what cannot be built is refused before minutes have gone into the others.
+        for graph in self._lacking():
+            check_operators(self._library, self._blueprint(graph))
+        # Kernels are timed on the card, where two builds would disturb each other. Ahead of time nothing is timed.
+        workers = usable_cores() if self._library.target.ahead else 1
+        pool = ThreadPoolExecutor(workers, "engine", self._enter_thread)
+        try:
+            # Without their contents, which come to half a gigabyte.
+            waiting = [pool.submit(lambda name: self.make(name)[0], graph) for graph in graph_names()]
+            for future in as_completed(waiting):
+                done(future.result())
+            return [future.result() for future in waiting]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _enter_thread(self) -> None:
+        # The current card is each thread's own, and threads begin with the first one.
+        if self._device is not None:
+            answered(cuda().cudaSetDevice(self._device.number))
+
+    def _aimed_at(self) -> str:
+        # A library that builds on the card knows it; the capability is then part of the key alone.
+        return self._capability if self._library.target.ahead else ""
+
+    def _read(self, graph: str) -> bytes:
+        record = self._bundle.info["graphs"][graph]
+        path = self._bundle.graph(graph)
+        model = read_file(path, MAX_GRAPH_BYTES)
+        if hashlib.sha256(model).hexdigest() != record["files"][record["file"]]:
+            raise IntegrityError(f"{path} has changed since the bundle was opened.", fix="Run the same command again.")
+        return model
+
+    def _tell_of_others(self, key: Key) -> None:
+        """Say once why engines that seem to be there are built again."""
+        if self._reported:
+            return
+        differences = set(_differences(key, self._cache))
+        if differences:
+            self._reported = True
+            _log.info("engines are built again: those kept are for %s", "; ".join(sorted(differences)))
+
+
+def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> list[Batches]:
+    """Other batches with this full one that the cache has engines for, those with the most profiles first.
+
+    Whoever built for 16 and 4 ahead of a run wants these used, although the run asks for 16 alone.
+    """
+    # Its rows are the batch sizes themselves.
+    graph = "context"
+    own = key_of(library, bundle, graph, Batches((size,)), "")
+    same = set(own) - {"profiles", "capability"}
+    found = set()
+    for key in cache.keys(KIND):
+        if all(key.get(part) == own[part] for part in same) and isinstance(key.get("profiles"), list):
+            profiles = [tuple(profile) for profile in key["profiles"]]
+            dynamic = len(profiles) == 1 and profiles[0][0] != profiles[0][2]
+            batches = Batches(tuple(most for _, _, most in profiles), dynamic)
+            if batches.sizes[0] == size:
+                found.add(batches)
+    return sorted(found, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
+
+
+class KeptTimings:
+    """See :class:`busigen.runtime.backends.tensorrt.build.Timings`: kept by library version, card and driver.
+
+    Args:
+        library: that measured.
+        device: the card that it measured on.
+        cache: where they are kept, with their hash.
+    """
+
+    def __init__(self, library: Library, device: Device, cache: Cache) -> None:
+        self._cache = cache
+        self._key = {
+            "target": library.name,
+            "version": library.version,
+            "system": library.system,
+            "device": device.name,
+            "capability": device.capability,
+            "driver": device.driver,
+        }
+
+    def read(self) -> bytes:
+        """See :class:`busigen.runtime.backends.tensorrt.build.Timings`."""
+        return self._cache.read(TIMINGS, self._key) or b""
+
+    def write(self, content: bytes) -> None:
+        """See :class:`busigen.runtime.backends.tensorrt.build.Timings`."""
+        with self._cache.making(TIMINGS, self._key):
+            self._cache.write(TIMINGS, self._key, content)
+
+
+def _differences(key: Key, cache: Cache) -> Iterator[str]:
+    """What other entries of the same graph, target and batches were made for."""
+    said = {"version": "version {}", "capability": "compute capability {}", "system": "{}"}
+    same = set(key) - set(said)
+    for other in cache.keys(KIND):
+        if all(other.get(part) == key[part] for part in same):
+            parts = [
+                text.format(other.get(part) or "any") for part, text in said.items() if other.get(part) != key[part]
+            ]
+            if parts:
+                yield ", ".join(parts)
+
+
+def summary(made: list[EngineInfo]) -> dict[str, Any]:
+    """Figures of engines, as JSON has them."""
+    return {
+        "engines": [
+            {
+                "graph": one.graph,
+                "compute_capability": one.capability or None,
+                "seconds": round(one.seconds, 2),
+                "bytes": one.size,
+                "sha256": one.sha256,
+                "cached": one.cached,
+                **{name: one.key[name] for name in ("target", "version", "precision", "profiles", "onnx")},
+            }
+            for one in made
+        ],
+        "seconds": round(sum(one.seconds for one in made), 2),
+        "bytes": sum(one.size for one in made),
+    }
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Engines to be made.
+
+    Attributes:
+        targets: names in ``registry.ENGINE_TARGETS``.
+        batches: to build for.
+        capabilities: compute capabilities to build for, each engine for one; none for the library's own choice.
+        folder: the cache's; ``None`` for this user's.
+
+    Raises:
+        UsageError: a target is unknown.
+    """
+
+    targets: Sequence[str]
+    batches: Batches = Batches()  # noqa: RUF009  # It is frozen.
+    capabilities: Sequence[str] = ()
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.targets:
+            target_named(name)
+
+    @property
+    def count(self) -> int:
+        """Engines that it asks for."""
+        ahead = sum(ENGINE_TARGETS[name].ahead for name in self.targets)
+        return len(graph_names()) * (ahead * max(1, len(self.capabilities)) + len(self.targets) - ahead)
+
+    def check(self) -> list[tuple[Library, str, Device | None]]:
+        """What builds, for which compute capability and on which card: all that can be wrong before a bundle is read.
+
+        Raises:
+            MissingDependencyError: a library is not installed.
+            UsageError: a library does not build for a capability.
+            ProviderError: a library builds on the card that runs the engines, and there is none.
+        """
+        jobs: list[tuple[Library, str, Device | None]] = []
+        for name in dict.fromkeys(self.targets):
+            library = Library.load(name)
+            for capability in self.capabilities:
+                check_capability(library, capability)
+            if library.target.ahead:
+                jobs += [(library, capability, None) for capability in dict.fromkeys(self.capabilities or ("",))]
+            else:
+                device = _card(name)
+                jobs.append((library, device.capability, device))
+        return jobs
+
+    def fill(self, bundle: Bundle, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
+        """Make every engine that the cache lacks.
+
+        Args:
+            bundle: an opened, checked bundle.
+            done: told of each as it is finished.
+
+        Raises:
+            BusigenError: what ``check`` says, or an engine cannot be made; those that were finished stay in the cache.
+        """
+        cache, made = Cache(self.folder), []
+        for library, capability, device in self.check():
+            workshop = EngineBuilder(library, bundle, self.batches, cache, capability=capability, device=device)
+            made += workshop.make_all(done)
+        return made
+
+
+def _card(target: str) -> Device:
+    try:
+        return open_device(target)
+    except ProviderError as error:
+        # It speaks of a provider, which is what this target's engines are run by.
+        raise ProviderError(
+            error.problem.replace("--provider", "--target", 1),
+            fix="Build on the kind of machine that is to run the engines, or choose --target tensorrt-rtx.",
+        ) from error

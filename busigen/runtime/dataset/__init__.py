@@ -1,0 +1,1 @@
+"""The dataset's format: samples, shards, records, cards; reading what may come from anywhere."""

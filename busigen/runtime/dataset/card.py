@@ -1,0 +1,312 @@
+"""The texts that travel with a dataset: README.md for people, croissant.json for catalogues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from busigen.registry import RESOLUTION, SYNTHETIC
+from busigen.runtime.dataset.format import MANIFEST_FILE, SHARD_FOLDER, command_line, decided, key_of
+from busigen.runtime.dataset.shards import FIXED_COLUMNS
+from busigen.text import counted, unproven_line
+
+_PRIVACY_REAL = (
+    "Lesions were painted into the healthy images given to the run. Where these show real patients, every pixel "
+    "outside the painted region is still those patients' own: such a dataset is not anonymous, and may be passed on "
+    "only as the healthy images themselves may."
+)
+
+_PRIVACY_SYNTHETIC = (
+    "The backgrounds are synthetic like the lesions: the run was given no patient's image, and no sample holds a "
+    "patient's pixels. How much of its training images the model reproduces is what `busigen audit` measures."
+)
+
+_LETTERBOX = f"""
+Images are letterboxed to {RESOLUTION} x {RESOLUTION}. Outside the edit region, a sample's pixels equal those of its
+healthy image, resized in the same way, bit for bit. A pixel (X, Y) of a sample lies in the healthy image's own file at
+x = (X - letterbox_left) / letterbox_scale, y = (Y - letterbox_top) / letterbox_scale.
+"""
+
+_FRAMES = f"""
+A sample is {RESOLUTION} x {RESOLUTION}. Its background has the shape of a training image, with black bars around it:
+`letterbox_left` columns and `letterbox_top` rows of bar come before the image.
+"""
+
+LICENCE = (
+    "The samples inherit the terms of what they were made from: the bundle's training data and the healthy images. "
+    "Check both before you publish or sell."
+)
+
+_CROISSANT_TYPES = {"str": "sc:Text", "int": "sc:Integer", "float": "sc:Float", "bool": "sc:Boolean"}
+
+_CONTEXT = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "citeAs": "cr:citeAs",
+    "column": "cr:column",
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "extract": "cr:extract",
+    "field": "cr:field",
+    "fileObject": "cr:fileObject",
+    "fileProperty": "cr:fileProperty",
+    "fileSet": "cr:fileSet",
+    "format": "cr:format",
+    "includes": "cr:includes",
+    "isLiveDataset": "cr:isLiveDataset",
+    "jsonPath": "cr:jsonPath",
+    "key": "cr:key",
+    "md5": "cr:md5",
+    "parentField": "cr:parentField",
+    "path": "cr:path",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "recordSet": "cr:recordSet",
+    "references": "cr:references",
+    "regex": "cr:regex",
+    "repeated": "cr:repeated",
+    "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
+    "sc": "https://schema.org/",
+    "separator": "cr:separator",
+    "source": "cr:source",
+    "subField": "cr:subField",
+    "transform": "cr:transform",
+}
+
+
+def dataset_card(info: Mapping[str, Any]) -> str:
+    """The dataset card in Markdown.
+
+    Args:
+        info: content of ``dataset.json``.
+    """
+    refused, first = sum(info["rejected"].values()), info["shards"][0]
+    shards = f"{{{first['number']:06d}..{info['shards'][-1]['number']:06d}}}"
+    return f"""{front_matter(f"{SHARD_FOLDER}/*.tar")}
+# Synthetic breast ultrasound, {counted(info["samples"], "sample")}
+
+Images with a synthetic {" or ".join(info["classes"])} lesion and that lesion's exact mask, made by busigen
+{info["busigen"]} with
+
+```sh
+{command_line(info)}
+```
+
+where folders stand by their names alone. For research; not for diagnosis.
+
+![samples](preview.png)
+
+| class | samples |
+|---|---:|
+{_table(info["classes"])}
+
+{_refusals(refused, info["rejected"])}
+
+## Content
+
+- `shards/*.tar`: [WebDataset](https://github.com/webdataset/webdataset) shards. A sample is three files:
+  `<key>.image.png` ({RESOLUTION} x {RESOLUTION}, 8-bit grey), `<key>.mask.png` (1 bit, white on the lesion),
+  `<key>.json` (its row).
+- `manifest.parquet`: one row per sample: {", ".join(f"`{name}`" for name in (*FIXED_COLUMNS, *info["columns"]))}.
+  Boxes are in pixels, right and bottom exclusive. `shards/*.parquet` hold the same rows per shard.
+- `dataset.json`: options, fingerprints, counts, and the sha256 of every shard. `run.json`: the same before the run.
+- `croissant.json`: [Croissant](https://mlcommons.org/croissant) metadata.
+{_gap(info)}{_bars(info)}
+## Reading it
+
+```python
+import webdataset as wds  # pip install webdataset
+
+dataset = wds.WebDataset("shards/{shards}.tar", shardshuffle=False).decode("l8")
+for image, mask, row in dataset.to_tuple("image.png", "mask.png", "json"):
+    mask = mask > 0  # ({RESOLUTION}, {RESOLUTION}) bool; image is ({RESOLUTION}, {RESOLUTION}) uint8, row a dict
+```
+
+or with the standard library alone:
+
+```python
+import tarfile
+
+with tarfile.open("{first["tar"]["file"]}") as shard:
+    png = shard.extractfile("{key_of(first["first"])}.image.png").read()
+```
+
+`busigen verify` checks every file, hash, pair and row.
+
+## Licence
+
+{LICENCE}
+
+## Privacy
+
+{privacy(info)}
+"""
+
+
+def front_matter(shards: str) -> str:
+    """The card's header, which the Hugging Face Hub and ``datasets.load_dataset`` read.
+
+    Args:
+        shards: which files hold the samples, as a pattern relative to the card. Without it they take all JSON files.
+    """
+    return f"""---
+license: other
+task_categories:
+- image-segmentation
+- image-classification
+tags:
+- medical
+- ultrasound
+- synthetic
+- webdataset
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "{shards}"
+---
+"""
+
+
+def privacy(info: Mapping[str, Any]) -> str:
+    """What the run's backgrounds mean for patients; a source that does not say is taken to have used real images."""
+    return _PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL
+
+
+def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The dataset as MLCommons Croissant 1.0 JSON-LD.
+
+    Args:
+        info: content of ``dataset.json``.
+    """
+    manifest = info["files"][MANIFEST_FILE]
+    shards = [
+        _file_object(f"shard-{shard['number']:06d}", "WebDataset shard.", shard["tar"], "application/x-tar")
+        for shard in info["shards"]
+    ]
+    columns = {name: kind.__name__ for name, kind in FIXED_COLUMNS.items()} | dict(info["columns"])
+    return {
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": "busigen-dataset",
+        "description": f"{info['samples']} synthetic breast ultrasound images with lesion masks. {privacy(info)}",
+        "version": f"{info['schema_version']}.0.0",
+        "keywords": ["breast", "ultrasound", "synthetic", "segmentation"],
+        "usageInfo": LICENCE,
+        "distribution": [
+            _file_object("manifest", "One row per sample, in index order.", manifest, "application/x-parquet"),
+            *shards,
+            _file_set("images", "Images, 8-bit grey.", "*.image.png", shards),
+            _file_set("masks", "Lesion masks, 1 bit.", "*.mask.png", shards),
+        ],
+        "recordSet": [
+            {
+                "@type": "cr:RecordSet",
+                "@id": "samples",
+                "name": "samples",
+                "description": "The manifest's rows.",
+                "key": {"@id": "samples/key"},
+                "field": [_column(name, kind) for name, kind in columns.items()],
+            },
+            _pictures("images"),
+            _pictures("masks"),
+        ],
+    }
+
+
+def _bars(info: Mapping[str, Any]) -> str:
+    """Where an image lies among its bars; nothing for sources without them."""
+    if "letterbox_scale" not in info["columns"]:
+        return ""
+    return _FRAMES if _is_synthetic(info) else _LETTERBOX
+
+
+def _is_synthetic(info: Mapping[str, Any]) -> bool:
+    return bool(decided(info, "--healthy") == SYNTHETIC)
+
+
+def _gap(info: Mapping[str, Any]) -> str:
+    return f"\nUnproven: {unproven_line(info['unproven'])}\n" if info.get("unproven") else ""
+
+
+def _table(classes: Mapping[str, int]) -> str:
+    return "\n".join(f"| {name} | {count} |" for name, count in classes.items())
+
+
+def _refusals(refused: int, reasons: Mapping[str, int]) -> str:
+    if not refused:
+        return "The quality gates refused no draw."
+    listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    return f"The quality gates refused {counted(refused, 'draw')}, drawn again since ({listed})."
+
+
+def _file_object(name: str, about: str, record: Mapping[str, Any], encoding: str) -> dict[str, Any]:
+    return {
+        "@type": "cr:FileObject",
+        "@id": name,
+        "name": name,
+        "description": about,
+        "contentUrl": record["file"],
+        "contentSize": f"{record['size']} B",
+        "encodingFormat": encoding,
+        "sha256": record["sha256"],
+    }
+
+
+def _file_set(name: str, about: str, includes: str, archives: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "@type": "cr:FileSet",
+        "@id": name,
+        "name": name,
+        "description": about,
+        "containedIn": [{"@id": archive["@id"]} for archive in archives],
+        "encodingFormat": "image/png",
+        "includes": includes,
+    }
+
+
+def _column(name: str, kind: str) -> dict[str, Any]:
+    return {
+        "@type": "cr:Field",
+        "@id": f"samples/{name}",
+        "name": name,
+        "dataType": _CROISSANT_TYPES[kind],
+        "source": {"fileObject": {"@id": "manifest"}, "extract": {"column": name}},
+    }
+
+
+def _pictures(name: str) -> dict[str, Any]:
+    source = {"fileSet": {"@id": name}}
+    return {
+        "@type": "cr:RecordSet",
+        "@id": f"{name}_content",
+        "name": f"{name}_content",
+        "description": f"The {name}, joined to the rows by key.",
+        "field": [
+            {
+                "@type": "cr:Field",
+                "@id": f"{name}_content/key",
+                "name": "key",
+                "dataType": "sc:Text",
+                "references": {"field": {"@id": "samples/key"}},
+                "source": {
+                    **source,
+                    "extract": {"fileProperty": "filename"},
+                    "transform": {"regex": r"^(\d{9})"},
+                },
+            },
+            {
+                "@type": "cr:Field",
+                "@id": f"{name}_content/pixels",
+                "name": "pixels",
+                "dataType": "sc:ImageObject",
+                "source": {**source, "extract": {"fileProperty": "content"}},
+            },
+        ],
+    }

@@ -1,0 +1,238 @@
+"""Names, versions and limits of the dataset folder: the one place where they are written down."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from busigen.errors import UsageError
+from busigen.runtime.storage.lock import LOCK_FILE
+
+SCHEMA_VERSION = 2
+"""Newest version of the folder's layout and of its JSON files that this busigen reads. A file records the oldest one
+that describes it, so that older readers read what they can: 2 stands for datasets that do not begin at index 0 and for
+those that consist of several parts."""
+
+FIRST_SCHEMA_VERSION = 1
+"""What every other file records."""
+
+RUN_FILE = "run.json"
+DATASET_FILE = "dataset.json"
+MANIFEST_FILE = "manifest.parquet"
+PREVIEW_FILE = "preview.png"
+CARD_FILE = "README.md"
+CROISSANT_FILE = "croissant.json"
+SHARD_FOLDER = "shards"
+
+FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
+"""Top-level files of a finished dataset."""
+
+IMAGE_SUFFIX = "image.png"
+MASK_SUFFIX = "mask.png"
+ROW_SUFFIX = "json"
+MEMBER_SUFFIXES = (IMAGE_SUFFIX, MASK_SUFFIX, ROW_SUFFIX)
+"""What follows ``<key>.`` in a shard's tar, in the order in which a sample's members are stored."""
+
+MEMBER_LIMIT = 1 << 20
+"""Largest tar member in bytes that a reader accepts; an honest one holds less than a tenth of this."""
+
+OWN_FILE = re.compile(
+    "|".join(map(re.escape, FINISHED_FILES)) + rf"|(?:{SHARD_FOLDER}/)?(?P<number>[0-9]{{6,10}})\.(?:tar|parquet|json)"
+)
+"""Files that a dataset consists of, by their names or paths: nothing else in its folder is this program's to remove."""
+
+WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
+"""Names of the files that are written into a dataset, its locks included."""
+
+DEFAULT_SHARD_SIZE = 100
+"""Samples per shard. A shard is what an interruption loses, so on a CPU it has to be minutes of work and not hours."""
+
+MAX_COUNT = 10**9
+"""Keys have nine digits; beyond them their order as text would no longer be the order of the indices."""
+
+MAX_SEED = 2**64 - 1
+
+
+def key_of(index: int) -> str:
+    """WebDataset key of a sample: its index in nine digits."""
+    return f"{index:09d}"
+
+
+def shard_path(number: int, suffix: str) -> str:
+    """Path of one of a shard's files relative to the dataset, with forward slashes; ``suffix`` has no dot."""
+    return f"{SHARD_FOLDER}/{number:06d}.{suffix}"
+
+
+def shard_files(number: int) -> set[str]:
+    """Paths of a shard's files relative to the dataset."""
+    return {shard_path(number, suffix) for suffix in ("tar", "parquet", "json")}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples a dataset, or one task's part of it, holds and how they are cut into shards.
+
+    Shards are numbered from index 0 whatever the first sample is, so the same samples lie in the same shards, byte for
+    byte, whether one run makes them or several.
+
+    Attributes:
+        count: number of samples.
+        seed: of the noise.
+        shard_size: samples per shard; the last one may be short.
+        first: index of the first sample, a multiple of the shard size.
+    """
+
+    count: int
+    seed: int
+    shard_size: int
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no dataset can have.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        _require("--count", self.count, 1, MAX_COUNT)
+        _require("--seed", self.seed, 0, MAX_SEED)
+        _require("--shard-size", self.shard_size, 1, MAX_COUNT)
+        if self.first % self.shard_size or not 0 <= self.first <= MAX_COUNT - self.count:
+            raise UsageError(
+                f"--index-range begins at {self.first}.",
+                fix=f"Begin at a multiple of --shard-size ({self.shard_size}) and end at {MAX_COUNT} at most.",
+            )
+
+    @property
+    def span(self) -> range:
+        """Indices of all samples."""
+        return range(self.first, self.first + self.count)
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of all shards."""
+        return range(self.first // self.shard_size, -(-self.span.stop // self.shard_size))
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return len(self.numbers)
+
+    @property
+    def schema_version(self) -> int:
+        """What a dataset of this plan records as its version."""
+        return SCHEMA_VERSION if self.first else FIRST_SCHEMA_VERSION
+
+    def indices(self, number: int) -> range:
+        """Sample indices of one shard."""
+        first = number * self.shard_size
+        return range(first, min(first + self.shard_size, self.span.stop))
+
+    def part(self, numbers: range) -> Plan:
+        """The plan of some consecutive shards, of which there must be one at least."""
+        first, last = self.indices(numbers[0]), self.indices(numbers[-1])
+        return replace(self, first=first.start, count=last.stop - first.start)
+
+    def config(self) -> dict[str, Any]:
+        """The plan as JSON, for ``run.json``."""
+        # An older reader that found a count would look for such a dataset's samples from 0 on.
+        samples = {"index_range": f"{self.first}:{self.span.stop}"} if self.first else {"count": self.count}
+        return {**samples, "seed": self.seed, "shard_size": self.shard_size}
+
+    @classmethod
+    def of(cls, config: object) -> Plan:
+        """The plan that ``config`` made this JSON of.
+
+        Raises:
+            ValueError: it is of none.
+        """
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+        values: dict[str, Any] = {name: config.get(name) for name in ("count", "seed", "shard_size")}
+        if isinstance(config.get("index_range"), str):
+            first, stop = map(int, config["index_range"].split(":"))
+            values |= {"first": first, "count": stop - first}
+        for name, value in values.items():
+            if type(value) is not int:
+                raise ValueError(f"{name} is {value!r}")
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise ValueError(error.problem) from error
+
+
+def _require(option: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two JSON values differ, as (dotted name, old, new); a missing field counts as None."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    return [] if old == new and type(old) is type(new) else [(name, old, new)]
+
+
+def record_number(name: str) -> int | None:
+    """The number of the shard whose record has this name; None for any other file."""
+    folder, _, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    fits = folder == SHARD_FOLDER and suffix == "json" and stem.isascii() and stem.isdecimal() and 6 <= len(stem) <= 10
+    return int(stem) if fits and dot else None
+
+
+FIELDS = {
+    "--count": ("config", "count"),
+    "--index-range": ("config", "index_range"),
+    "--bundle": ("fingerprint", "bundle"),
+    "--healthy": ("fingerprint", "healthy"),
+    "--classes": ("fingerprint", "classes"),
+    "--seed": ("config", "seed"),
+    "--shard-size": ("config", "shard_size"),
+    "--size": ("fingerprint", "size"),
+    "--depth": ("fingerprint", "depth"),
+    "--across": ("fingerprint", "across"),
+    "--height-width": ("fingerprint", "height_width"),
+    "--birads": ("fingerprint", "birads"),
+    "--provider": ("fingerprint", "provider"),
+}
+"""Where a run record keeps what each option decides. For a folder that is a hash; ``options`` holds its name."""
+
+
+def decided(record: Mapping[str, Any], option: str) -> Any:
+    """What the option decides in a run record; None if the record's source has no such thing."""
+    section, name = FIELDS[option]
+    return record.get(section, {}).get(name)
+
+
+def as_typed(record: Mapping[str, Any], option: str) -> str | None:
+    """The option's value as one would type it, folders by name alone; None where it is left out or unknown."""
+    names = record.get("options") or {}
+    value = names[option] if option in names else decided(record, option)
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={weight:g}" for name, weight in value.items())
+    return None if value is None else str(value)
+
+
+def command_line(record: Mapping[str, Any]) -> str:
+    """The command that makes a dataset again, without ``--out`` and with folders by name alone.
+
+    All options that decide which samples exist are named: a default may be another one in another version.
+    """
+    typed = ((option, as_typed(record, option)) for option in FIELDS)
+    return " ".join(["busigen generate", *(f"{option} {shlex.quote(value)}" for option, value in typed if value)])
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """How two run records differ, as ``old -> new`` per option; the options that agree are absent."""
+    changed = {}
+    for option in FIELDS:
+        if decided(old, option) != decided(new, option):
+            before, now = (as_typed(record, option) or "the default" for record in (old, new))
+            changed[option] = f"{before} -> {now}" if before != now else f"{now}, but its content is another"
+    return changed

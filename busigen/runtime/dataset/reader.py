@@ -1,0 +1,425 @@
+"""Reading a dataset folder that may have come from anywhere; nothing in it is believed or unpacked to disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import AfterValidator, Field
+
+from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.foreign import looking, names_in
+from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
+from busigen.registry import RESOLUTION
+from busigen.runtime.dataset.format import (
+    DATASET_FILE,
+    FINISHED_FILES,
+    FIRST_SCHEMA_VERSION,
+    MANIFEST_FILE,
+    MEMBER_LIMIT,
+    MEMBER_SUFFIXES,
+    OWN_FILE,
+    RUN_FILE,
+    SCHEMA_VERSION,
+    SHARD_FOLDER,
+    Plan,
+    key_of,
+    shard_path,
+)
+from busigen.runtime.dataset.sample import Sample
+from busigen.runtime.dataset.shards import COLUMN_TYPES, FIXED_COLUMNS, FileRecord, ShardRecord, schema_of
+from busigen.runtime.dataset.untrusted import TarHeaders, open_headers, read_table
+from busigen.runtime.storage.url import Address
+
+_VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
+
+
+class Fingerprint(Record):
+    """What a run record holds of what decided its samples, as far as it is used; None where a source has no such thing.
+
+    Ranges stand as they were typed.
+    """
+
+    bundle: Text | None = None
+    checkpoint: Text | None = None
+    split_hash: Text | None = None
+    provider: Text | None = None
+    engine_version: Text | None = None
+    classes: dict[Text, Number] | None = None
+    healthy: Text | None = None
+    size: Text | None = None
+    depth: Text | None = None
+    across: Text | None = None
+    height_width: Text | None = None
+    birads: Text | None = None
+
+
+class SourceRecord(Record):
+    """A dataset that another one was merged from."""
+
+    folder: Text
+
+
+def _schematic(columns: dict[str, str]) -> dict[str, str]:
+    schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
+    return columns
+
+
+class RunRecord(Record):
+    """Content of ``run.json``; `busigen.runtime.dataset.format.Plan.of` says what its ``config`` is."""
+
+    schema_version: Whole
+    config: dict[Text, Any]
+    busigen: Text
+    columns: Annotated[dict[Text, Literal["str", "int", "float", "bool"]], AfterValidator(_schematic)]
+    fingerprint: Fingerprint
+    options: dict[Text, Text | None] | None = None
+    versions: dict[Text, Text] = Field(default_factory=dict)
+    sources: Many[SourceRecord] = Field(default_factory=list)
+
+
+class ListedShard(Record):
+    """A shard as ``dataset.json`` lists it."""
+
+    number: Whole
+    first: Whole
+    count: Whole
+    tar: FileRecord
+    parquet: FileRecord
+
+
+class FilesRecord(Record):
+    """The files that ``dataset.json`` vouches for."""
+
+    manifest: FileRecord = Field(alias="manifest.parquet")
+
+
+class DatasetRecord(RunRecord):
+    """Content of ``dataset.json``: the run record, and what follows from the shards."""
+
+    samples: Whole
+    classes: dict[Text, Whole]
+    rejected: dict[Text, Whole]
+    files: FilesRecord
+    shards: Many[ListedShard]
+
+
+class SampleRow(Record):
+    """A sample's row in its shard, as far as it is used for the sample itself."""
+
+    index: Whole
+    attempt: Whole
+    label: Text = Field(alias="class")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sample as it lies in a shard's tar: key, two PNG files' bytes and the decoded row."""
+
+    key: str
+    image: bytes
+    mask: bytes
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset folder. ``info`` is the content of ``dataset.json``."""
+
+    folder: Path
+    info: dict[str, Any]
+    plan: Plan
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """Open a finished dataset.
+
+        Raises:
+            InputError: the folder is missing, unfinished, no dataset, newer than this busigen, or has links.
+            IntegrityError: ``dataset.json`` is damaged.
+        """
+        path = folder / DATASET_FILE
+        if linked := links(folder):
+            raise link_refused(linked[0])
+        read_object(folder / RUN_FILE)  # For its schema alone.
+        try:
+            info = read_json(path, shards=len(recorded_shards(folder)), root=folder)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _not_finished(folder) from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
+        except ValueError as error:
+            raise _damaged(path) from error
+        if not isinstance(info, dict) or not refuse_newer(info, path):
+            raise _damaged(path)
+        checked(DatasetRecord, info, path, fix=_VERIFY)
+        return cls(folder=folder, info=info, plan=plan_of(info, path))
+
+    def shards(self) -> list[ShardRecord]:
+        """Every shard's record, in order.
+
+        Raises:
+            IntegrityError: a record is missing or damaged.
+        """
+        try:
+            return [ShardRecord.read(self.folder, number) for number in self.plan.numbers]
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{error.filename} is missing.", fix=_VERIFY) from error
+
+    def manifest(self) -> pl.DataFrame:
+        """All rows in index order; columns are ``shards.FIXED_COLUMNS`` and the source's own.
+
+        Raises:
+            IntegrityError: the file is missing or damaged.
+        """
+        path = self.folder / MANIFEST_FILE
+        try:
+            return read_table(path, self.plan.count)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
+
+    def iter_samples(self) -> Iterator[Sample]:
+        """Every sample in index order, one shard's file open at a time.
+
+        Raises:
+            IntegrityError: a shard is missing or holds anything but its samples.
+        """
+        for number in self.plan.numbers:
+            indices = self.plan.indices(number)
+            for member in read_members(self.folder / shard_path(number, "tar"), indices):
+                yield to_sample(member)
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices, in the order asked for.
+
+        Raises:
+            IndexError: an index is not in the dataset.
+            IntegrityError: as for ``iter_samples``.
+        """
+        outside = [index for index in indices if index not in self.plan.span]
+        if outside:
+            raise IndexError(f"index {outside[0]} is outside {self.plan.span[0]} to {self.plan.span[-1]}")
+        found: dict[int, Sample] = {}
+        for number in sorted({index // self.plan.shard_size for index in indices}):
+            inside = self.plan.indices(number)
+            wanted = [index for index in indices if index in inside]
+            for member in read_members(self.folder / shard_path(number, "tar"), inside, only=wanted):
+                found[int(member.key)] = to_sample(member)
+        return [found[index] for index in indices]
+
+
+def recorded_shards(folder: Path) -> list[int]:
+    """Numbers of the shards that have a record, in order.
+
+    What a file claims their number to be must not decide how much is read or listed.
+    """
+    found = map(OWN_FILE.fullmatch, names_in(folder / SHARD_FOLDER))
+    return sorted(int(name["number"]) for name in found if name and name["number"] and name[0].endswith(".json"))
+
+
+def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
+    """Refuse a ``run.json`` or ``dataset.json`` of the future, wherever one is read.
+
+    Returns:
+        Whether it names a schema at all.
+
+    Raises:
+        InputError: its schema is newer than this busigen.
+    """
+    version = record.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}.",
+            fix="Upgrade: `pip install --upgrade busigen`.",
+        )
+    return type(version) is int and version >= FIRST_SCHEMA_VERSION
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A ``run.json``'s or ``dataset.json``'s object; None if it is missing, damaged, a link or anything else.
+
+    Raises:
+        InputError: its schema is newer than this busigen.
+    """
+    try:
+        found = read_json(path, shards=len(recorded_shards(path.parent)), root=path.parent)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and refuse_newer(found, path) else None
+
+
+@looking()
+def links(folder: Path) -> list[Path]:
+    """What of a dataset is a link, which may lead out of it, in order. Its own folder may be one."""
+    shards = folder / SHARD_FOLDER
+    found = [path for path in (*(folder / name for name in FINISHED_FILES), shards) if path.is_symlink()]
+    if shards in found or not shards.is_dir():
+        return found
+    with os.scandir(shards) as entries:
+        return found + sorted(shards / entry.name for entry in entries if entry.is_symlink())
+
+
+def refuse_unreadable(folder: Path) -> None:
+    """Refuse a dataset, whole or not, that has links or is newer than this busigen.
+
+    Raises:
+        InputError: it is.
+    """
+    if linked := links(folder):
+        raise link_refused(linked[0])
+    for name in (RUN_FILE, DATASET_FILE):
+        read_object(folder / name)
+
+
+def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenError:
+    """The error where a dataset with a link is to be read or written."""
+    return kind(
+        f"{path} is a link, and links in a dataset are not followed.",
+        fix="Replace it by what it points to, if that is what you expect there.",
+    )
+
+
+def plan_of(info: dict[str, Any], path: Path) -> Plan:
+    """The plan that a ``run.json`` or ``dataset.json`` was made for.
+
+    Raises:
+        IntegrityError: it names none.
+    """
+    try:
+        return Plan.of(info.get("config"))
+    except ValueError as error:
+        raise _damaged(path) from error
+
+
+def read_members(path: Path, indices: range, only: Sequence[int] | None = None) -> Iterator[Member]:
+    """Read a shard's tar, whose members must be exactly those of ``indices``, in order.
+
+    Args:
+        path: the tar file.
+        indices: the shard's sample indices.
+        only: yield these alone; the names of all others are checked, their content is skipped.
+
+    Raises:
+        IntegrityError: the file is missing, is no tar, or a member has an unexpected name, kind, size or content.
+    """
+    wanted = None if only is None else set(only)
+    try:
+        with open_headers(path) as tar:
+            for index in indices:
+                key = key_of(index)
+                members = [_next_member(path, tar, f"{key}.{suffix}") for suffix in MEMBER_SUFFIXES]
+                if wanted is not None and index not in wanted:
+                    continue
+                image, mask, text = (_content(path, tar, member) for member in members)
+                yield Member(key=key, image=image, mask=mask, row=_parse_row(path, key, text))
+            extra = tar.next()
+            if extra is not None:
+                raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
+    except (OSError, tarfile.TarError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
+
+
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """Decode a shard's image PNG to (256, 256) uint8.
+
+    Raises:
+        ValueError: the bytes are not an 8-bit grey PNG of that size.
+    """
+    return np.asarray(_decode(data, "L"), dtype=np.uint8)
+
+
+def decode_mask(data: bytes) -> NDArray[np.bool_]:
+    """Decode a shard's mask PNG to (256, 256) bool.
+
+    Raises:
+        ValueError: the bytes are not a 1-bit PNG of that size.
+    """
+    return np.asarray(_decode(data, "1"), dtype=np.bool_)
+
+
+def to_sample(member: Member) -> Sample:
+    """Decode one member.
+
+    Raises:
+        IntegrityError: a PNG or the row is damaged.
+    """
+    row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
+    try:
+        return Sample(
+            index=row.index,
+            attempt=row.attempt,
+            label=row.label,
+            image=decode_image(member.image),
+            mask=decode_mask(member.mask),
+            row={name: value for name, value in member.row.items() if name not in FIXED_COLUMNS},
+        )
+    except ValueError as error:
+        raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
+
+
+def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
+    member = tar.next()
+    if member is None:
+        raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
+    # Names are compared, never used: an absolute path, a "..", a link or a device can only fail here.
+    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if member.name != expected or not plain:
+        raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
+    if not 0 < member.size <= MEMBER_LIMIT:
+        raise IntegrityError(
+            f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed.", fix=_VERIFY
+        )
+    return member
+
+
+def _content(path: Path, tar: TarHeaders, member: tarfile.TarInfo) -> bytes:
+    data = tar.read(member)
+    if len(data) != member.size:
+        raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
+    return data
+
+
+def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
+    try:
+        row = parse_json(text, key)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or row.get("key") != key:
+        raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
+    return row
+
+
+def _decode(data: bytes, mode: str) -> Image.Image:
+    try:
+        # Pillow opens files of its own, for the code that reads the format.
+        with looking(), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
+                raise ValueError(
+                    f"a PNG of mode {image.mode} and size {image.size}, not {mode} and {RESOLUTION} squared"
+                )
+            image.load()
+            return image.copy()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable PNG ({error})") from error
+
+
+def _not_finished(folder: Path) -> InputError:
+    if (folder / RUN_FILE).is_file():
+        return InputError(
+            f"{folder} is not finished: it has {RUN_FILE} but no {DATASET_FILE}.",
+            fix="Run `busigen generate` with the same options again to finish it.",
+        )
+    return InputError(f"{folder} is no busigen dataset: it has no {DATASET_FILE}.", fix="Give the folder of `--out`.")
+
+
+def _damaged(path: Path | Address) -> IntegrityError:
+    return IntegrityError(f"{path} is damaged: it is not what busigen writes.", fix=_VERIFY)

@@ -1,0 +1,309 @@
+"""Writing one shard: a WebDataset tar, a table of its rows, and the record that says both are complete."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import ConfigDict
+
+from busigen.errors import IntegrityError
+from busigen.records import Many, Text, Whole, checked, read_json
+from busigen.registry import LESION_CLASSES, RESOLUTION
+from busigen.runtime.dataset.format import (
+    FIRST_SCHEMA_VERSION,
+    IMAGE_SUFFIX,
+    MASK_SUFFIX,
+    ROW_SUFFIX,
+    SHARD_FOLDER,
+    key_of,
+    shard_path,
+)
+from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.storage.files import atomic_file, sha256_of, write_json
+from busigen.runtime.storage.url import Address
+
+FIXED_COLUMNS: dict[str, type] = {
+    "key": str,
+    "index": int,
+    "attempt": int,
+    "class": str,
+    "shard": str,
+    "image_sha256": str,
+    "mask_sha256": str,
+    "lesion_pixels": int,
+    "box_left": int,
+    "box_top": int,
+    "box_right": int,
+    "box_bottom": int,
+}
+"""Columns of every manifest. Box edges are pixels, right and bottom exclusive, None for an empty mask. The hashes are
+of the PNG files' bytes."""
+
+COLUMN_TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, float, bool)}
+"""Types that a column can have, by the names that ``run.json`` stores."""
+
+_POLARS_TYPES: dict[type, type[pl.DataType]] = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
+
+# Speckle has no repeats worth the search: run lengths alone give files of the same size in half the time.
+_PNG_OPTIONS = {"compress_level": 6, "compress_type": zlib.Z_RLE}
+# Pillow compresses outside the interpreter lock, so threads help; more than this only steals cores from the source.
+_ENCODERS = min(4, os.cpu_count() or 1)
+_REMAKE = "Delete it and run `busigen generate` with the same options again: that shard is made anew."
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's name relative to the dataset, its sha256 and its size in bytes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    file: Text
+    sha256: Text
+    size: Whole
+
+    @classmethod
+    def of(cls, folder: Path, file: str) -> FileRecord:
+        """Measure a file that exists."""
+        path = folder / file
+        return cls(file=file, sha256=sha256_of(path), size=path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """Content of a shard's JSON file, whose presence means that the shard is complete."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    number: Whole
+    first: Whole
+    count: Whole
+    classes: dict[Text, Whole]
+    rejected: dict[Text, Whole]
+    rejections: Many[Rejection]
+    tar: FileRecord
+    parquet: FileRecord
+
+    @classmethod
+    def read(cls, folder: Path, number: int) -> ShardRecord:
+        """Read a shard's record.
+
+        Raises:
+            FileNotFoundError: the shard is not complete.
+            IntegrityError: the file is not a record of this shard.
+        """
+        path = folder / shard_path(number, "json")
+        try:
+            fields = read_json(path, root=folder)
+        except ValueError as error:
+            raise _damaged(path) from error
+        return cls.of(fields, number, path)
+
+    @classmethod
+    def of(cls, fields: Any, number: int, path: Path | Address) -> ShardRecord:
+        """What a shard's record says that was read from ``path``.
+
+        Raises:
+            IntegrityError: it is not a record of this shard.
+        """
+        version = fields.pop("schema_version", None) if isinstance(fields, dict) else None
+        record = checked(cls, fields, path, fix=_REMAKE)
+        named = (record.number, record.tar.file, record.parquet.file)
+        fits = version == FIRST_SCHEMA_VERSION and sum(record.classes.values()) == record.count
+        if not fits or named != (number, shard_path(number, "tar"), shard_path(number, "parquet")):
+            raise _damaged(path)
+        return record
+
+    def counted(self) -> ShardRecord:
+        """This record without its refused draws, of which ``rejected`` holds how many.
+
+        It is for who keeps the records of all shards: at a third of all draws refused, 100,000 samples' refused draws
+        take 11 MB.
+        """
+        return replace(self, rejections=[])
+
+
+def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[str, type]) -> ShardRecord:
+    """Write one shard into the dataset ``folder``; equal samples give equal bytes.
+
+    Args:
+        folder: the dataset's folder; its ``shards`` folder must exist.
+        number: the shard's number, from 0.
+        batch: the samples in index order with nothing missing, and the refused draws.
+        types: type of each field of the samples' rows.
+
+    Returns:
+        The record that now stands in the shard's JSON file.
+
+    Raises:
+        OSError: the disk refused.
+        ValueError: the source broke its contract: shapes, classes, order or fields.
+    """
+    check_samples(batch.samples, types)
+    record_path = folder / shard_path(number, "json")
+    record_path.unlink(missing_ok=True)
+
+    rows = _write_tar(folder, number, batch.samples, types)
+    # Through memory, so that a full disk is an OSError of ours and not a message of the parquet writer's.
+    table = io.BytesIO()
+    write_table(pl.DataFrame(rows, schema=schema_of(types)), table)
+    with atomic_file(folder / shard_path(number, "parquet")) as file:
+        file.write(table.getbuffer())
+
+    rejections = sorted(batch.rejections, key=lambda rejection: (rejection.index, rejection.attempt))
+    record = ShardRecord(
+        number=number,
+        first=batch.samples[0].index,
+        count=len(batch.samples),
+        classes=count_sorted([sample.label for sample in batch.samples]),
+        rejected=count_sorted([rejection.reason for rejection in rejections]),
+        rejections=rejections,
+        tar=FileRecord.of(folder, shard_path(number, "tar")),
+        parquet=FileRecord.of(folder, shard_path(number, "parquet")),
+    )
+    write_json(record_path, {"schema_version": FIRST_SCHEMA_VERSION, **asdict(record)})
+    return record
+
+
+def check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
+    """Hold a source to its contract.
+
+    Raises:
+        ValueError: a sample has a wrong shape, dtype, class, index or set of fields.
+    """
+    if not samples:
+        raise ValueError("a shard needs at least one sample, got none")
+    for index, sample in enumerate(samples, start=samples[0].index):
+        if sample.index != index:
+            raise ValueError(f"expected the sample of index {index}, got index {sample.index}")
+        for name, array, dtype in (("image", sample.image, np.uint8), ("mask", sample.mask, np.bool_)):
+            if array.shape != (RESOLUTION, RESOLUTION) or array.dtype != dtype:
+                wanted = f"({RESOLUTION}, {RESOLUTION}) {np.dtype(dtype)}"
+                raise ValueError(f"sample {index}: {name} must be {wanted}, got {array.shape} {array.dtype}")
+        if sample.label not in LESION_CLASSES:
+            raise ValueError(f"sample {index}: label must be one of {LESION_CLASSES}, got {sample.label!r}")
+        if sample.row.keys() != types.keys():
+            raise ValueError(f"sample {index}: row must have fields {sorted(types)}, got {sorted(sample.row)}")
+
+
+def schema_of(types: Mapping[str, type]) -> pl.Schema:
+    """Table schema of a dataset whose rows carry these further fields.
+
+    Raises:
+        ValueError: a field has the name of a fixed column or a type that no column can have.
+    """
+    for name, kind in types.items():
+        if name in FIXED_COLUMNS:
+            raise ValueError(f"row field {name!r} has the name of a fixed column")
+        if kind not in _POLARS_TYPES:
+            raise ValueError(f"row field {name!r} must be str, int, float or bool, got {kind!r}")
+    return pl.Schema({name: _POLARS_TYPES[kind] for name, kind in (FIXED_COLUMNS | dict(types)).items()})
+
+
+def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
+    """Write parquet with every choice that decides its bytes pinned."""
+    table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)
+
+
+def lesion_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of a (256, 256) mask in pixels, right and bottom exclusive; None if it is empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if rows.size == 0:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def count_sorted(names: list[str]) -> dict[str, int]:
+    """Occurrences per name, by name, so that equal counts are equal bytes."""
+    return dict(sorted(Counter(names).items()))
+
+
+def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[str, type]) -> list[dict[str, Any]]:
+    tar_name = shard_path(number, "tar")
+    rows = []
+    with (
+        atomic_file(folder / tar_name) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for sample, (image, mask) in zip(samples, _encoders().map(_encode, samples), strict=True):
+            row = _row(sample, tar_name, image, mask, types)
+            text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+            for suffix, content in ((IMAGE_SUFFIX, image), (MASK_SUFFIX, mask), (ROW_SUFFIX, text)):
+                # A fresh TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names: nothing of this machine.
+                member = tarfile.TarInfo(f"{row['key']}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            rows.append(row)
+    return rows
+
+
+@cache
+def _encoders() -> ThreadPoolExecutor:
+    """The threads that compress, the same ones for all shards of the process.
+
+    New ones for every shard would scatter their buffers over ever more of the allocator's arenas: over 5,000 samples
+    that held 25 MB which nothing used.
+    """
+    return ThreadPoolExecutor(_ENCODERS, thread_name_prefix="png-encoder")
+
+
+def _encode(sample: Sample) -> tuple[bytes, bytes]:
+    # A bool array becomes a 1-bit image, a uint8 array an 8-bit grey one; neither carries metadata.
+    return _png(sample.image), _png(sample.mask)
+
+
+def _png(pixels: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", **_PNG_OPTIONS)
+    return buffer.getvalue()
+
+
+def _row(sample: Sample, tar_name: str, image: bytes, mask: bytes, types: Mapping[str, type]) -> dict[str, Any]:
+    box = lesion_box(sample.mask) or (None, None, None, None)
+    return {
+        "key": key_of(sample.index),
+        "index": sample.index,
+        "attempt": sample.attempt,
+        "class": sample.label,
+        "shard": tar_name,
+        "image_sha256": hashlib.sha256(image).hexdigest(),
+        "mask_sha256": hashlib.sha256(mask).hexdigest(),
+        "lesion_pixels": int(sample.mask.sum()),
+        **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
+        **{name: _scalar(sample, name, kind) for name, kind in types.items()},
+    }
+
+
+def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool | None:
+    value = sample.row[name]
+    if value is None:
+        return None
+    plain: Any = value.item() if isinstance(value, np.generic) else value
+    # A whole number is a fine float, but 2.5 is no int and True is neither: a silent cast would hide a source's slip.
+    if kind is float and type(plain) is int:
+        plain = float(plain)
+    if type(plain) is not kind:
+        raise ValueError(f"sample {sample.index}: {name} must be {kind.__name__} or None, got {value!r}")
+    if isinstance(plain, float) and not math.isfinite(plain):
+        raise ValueError(f"sample {sample.index}: {name} must be finite or None, got {value!r}")
+    return cast("str | int | float | bool", plain)
+
+
+def _damaged(path: Path | Address) -> IntegrityError:
+    return IntegrityError(f"{path} is not the record of a shard in {SHARD_FOLDER}.", fix=_REMAKE)

@@ -1,0 +1,704 @@
+"""What ``busigen bench`` leaves behind: the table on the terminal, ``bench.json``, ``bench.svg``, the ledger's line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from html import escape as xml
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+import busigen
+from busigen.errors import UsageError
+from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
+from busigen.runtime.backends.base import (
+    Backend,
+    EngineOptions,
+    Feed,
+    OpenedBackend,
+    TimedBackend,
+    open_backend,
+    usable_cores,
+)
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.probe import choose
+from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, MANIFEST_FILE, MAX_COUNT, SHARD_FOLDER, Plan
+from busigen.runtime.execution.factory import GenerateReport, generate
+from busigen.runtime.execution.signals import GenerationInterrupted
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.sampler import Sampler
+from busigen.runtime.storage.files import TEMPORARY_PREFIX, atomic_file, output_errors, write_json
+from busigen.text import duration
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+JSON_FILE, PLOT_FILE, LEDGER_FILE = "bench.json", "bench.svg", "ledger.jsonl"
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; grey is no engine.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")
+_IDLE, _IDLE_COLOUR = "no engine", "#bbbbbb"
+_LEFT, _WIDTH, _BAR, _GAP, _TOP = 130, 560, 26, 14, 74
+
+Record = Mapping[str, Any]
+
+
+def write(record: Record, out: Path, ledger: Path) -> None:
+    """Write ``bench.json`` and the plot into ``out`` and append a line without the single runs to the ledger.
+
+    Raises:
+        OutputError: the disk refused.
+    """
+    with output_errors(out):
+        write_json(out / JSON_FILE, record)
+        with atomic_file(out / PLOT_FILE) as file:
+            file.write(plot(record).encode())
+    results = [{key: value for key, value in result.items() if key != "runs"} for result in record["results"]]
+    with output_errors(ledger):
+        append_line(ledger, {**record, "results": results})
+
+
+def append_line(ledger: Path, value: Mapping[str, Any]) -> None:
+    """Append one line of JSON, whole or not at all, whatever other processes append to the same file meanwhile.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    line = f"{json.dumps(value, ensure_ascii=False, allow_nan=False)}\n".encode()
+    handle = os.open(ledger, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        # One write to a file opened for appending lands in one piece; the lock is for taking back a part of a line.
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        before = os.fstat(handle).st_size
+        try:
+            if os.write(handle, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
+        except OSError:
+            if fcntl:
+                os.ftruncate(handle, before)
+            raise
+    finally:
+        os.close(handle)
+
+
+def show(record: Record, console: Console) -> None:
+    """Print the tables: with lines on a terminal, as plain columns elsewhere."""
+    for title, header, rows in (_overview(record), _stages(record)):
+        if console.is_terminal:
+            table = Table(*header, title=title, title_justify="left")
+            for column in table.columns[1:]:
+                column.justify = "right"
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+            continue
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        console.print(title)
+        for row in (header, *rows):
+            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            console.print("  ".join(["", row[0].ljust(widths[0]), *cells]))
+    for note in record["notes"]:
+        console.print(f"Note: {note}")
+
+
+def plot(record: Record) -> str:
+    """An SVG with a bar per provider and batch size: milliseconds per image by stage, and those without an engine.
+
+    Drawn here and not with matplotlib, which only the extra ``eval`` brings.
+    """
+    bars = [_bar_parts(result) for result in record["results"]]
+    names = [name for name in dict.fromkeys(name for parts in bars for name in parts) if name != _IDLE]
+    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)} | {_IDLE: _IDLE_COLOUR}
+    scale = _WIDTH / max(sum(parts.values()) for parts in bars)
+    shapes = []
+    for number, (result, parts) in enumerate(zip(record["results"], bars, strict=True)):
+        top, left = _TOP + number * (_BAR + _GAP), float(_LEFT)
+        shapes.append(_text(_LEFT - 8, top + 18, _name(result), anchor="end"))
+        for name, value in parts.items():
+            about = xml(f"{name}: {value:.1f} ms per image")
+            shapes.append(
+                f'<rect x="{left:.1f}" y="{top}" width="{value * scale:.1f}" height="{_BAR}" fill="{colours[name]}">'
+                f"<title>{about}</title></rect>"
+            )
+            left += value * scale
+        rate = f"{result['ms_per_image']:.0f} ms, {result['images_per_second']:.2f} images/s"
+        shapes.append(_text(left + 6, top + 18, rate))
+    width, height = _LEFT + _WIDTH + 190, _TOP + len(bars) * (_BAR + _GAP) + 10
+    for number, (name, colour) in enumerate(colours.items()):
+        left = 16 + number * (width - 32) // len(colours)
+        shapes.append(f'<rect x="{left}" y="42" width="12" height="12" fill="{colour}"/>{_text(left + 17, 53, name)}')
+    cpu = f"{record['machine']['cpu']}, {record['machine']['cores']} cores"
+    title = _text(16, 24, f"busigen bench: milliseconds per image ({cpu})", size=15)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n{title}\n'
+        + "\n".join(shapes)
+        + "\n</svg>\n"
+    )
+
+
+def _overview(record: Record) -> tuple[str, list[str], list[list[str]]]:
+    predicted = f"{record['options']['count_for']:,} images"
+    header = ["provider, batch", "images/s", "engines alone", "of engines", "idle", "accepted", "peak MB", predicted]
+    rows = []
+    for result in record["results"]:
+        rate, alone, peak = (
+            result[key] for key in ("images_per_second", "engines_alone_images_per_second", "peak_memory")
+        )
+        described = f"{duration(result['predicted']['seconds'])}, {result['predicted']['bytes'] / 1e9:.2f} GB"
+        rows.append(
+            [
+                _name(result),
+                f"{rate:.2f}",
+                f"{alone:.2f}",
+                f"{rate / alone:.0%}",
+                f"{result['idle_share']:.1%}",
+                f"{result['acceptance']:.1%}",
+                "-" if peak is None else f"{peak / 1e6:.0f}",
+                described,
+            ]
+        )
+    options = record["options"]
+    title = f"Whole pipeline: median of {options['repeat']} x {options['count']} images"
+    return title, header, rows
+
+
+def _stages(record: Record) -> tuple[str, list[str], list[list[str]]]:
+    results: Sequence[Record] = record["results"]
+    names = dict.fromkeys(name for result in results for name in result["stages"])
+    rows = [[name, *(_stage_cell(result["stages"].get(name)) for result in results)] for name in names]
+    rows.append([_IDLE, *(_cell(_idle_ms(result), result["idle_share"]) for result in results)])
+    rows.append(["all", *(_cell(result["ms_per_image"], 1.0) for result in results)])
+    return "Milliseconds per image, and share of the wall time", ["stage", *map(_name, results)], rows
+
+
+def _stage_cell(stage: Record | None) -> str:
+    return _cell(stage["ms_per_image"], stage["share"]) if stage else "-"
+
+
+def _cell(milliseconds: float, share: float) -> str:
+    return f"{milliseconds:.1f} ({share:.1%})"
+
+
+def _idle_ms(result: Record) -> float:
+    return float(result["idle_share"] * result["ms_per_image"])
+
+
+def _name(result: Record) -> str:
+    return f"{result['provider']}, {result['batch_size']}"
+
+
+def _bar_parts(result: Record) -> dict[str, float]:
+    """Milliseconds per image by stage, all window sizes of a stage together, and the time without an engine last."""
+    parts: dict[str, float] = {}
+    for name, stage in result["stages"].items():
+        component = name.partition("@")[0]
+        parts[component] = parts.get(component, 0.0) + stage["ms_per_image"]
+    return {**parts, _IDLE: _idle_ms(result)}
+
+
+def _text(left: float, top: float, text: str, *, size: int = 13, anchor: str = "start") -> str:
+    return f'<text x="{left:.1f}" y="{top}" font-size="{size}" text-anchor="{anchor}">{xml(text)}</text>'
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "polars", "scipy")
+"""Distributions that decide how fast samples are made and written; named where they are installed."""
+
+_PROCESS = Path("/proc/self")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, graphics cards, system and versions, JSON-able.
+
+    ``load`` is the machine's load average over the last minute, ``None`` where the system does not tell: figures taken
+    beside other work can be told from others by it.
+    """
+    return {
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "gpus": _gpus(),
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def reset_peak_memory() -> None:
+    """Begin to measure anew, where the system can (Linux); elsewhere the peak stays that of the whole process."""
+    with contextlib.suppress(OSError):
+        (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory() -> int | None:
+    """Most memory in bytes that the process held since the last reset; ``None`` where the system does not tell."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", (_PROCESS / "status").read_text(encoding="ascii"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    if not resource:
+        return None
+    # Linux counts kilobytes, macOS bytes.
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _gpus() -> list[str]:
+    """Name and driver of every NVIDIA card; empty where there is none or no driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+WARM_SECONDS = 5.0
+"""A warm-up takes all samples where that takes no longer than this, so that a fast engine has seen every shape."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One engine call: the graph's name, the rows of its batch, and when it began and ended, in seconds."""
+
+    graph: str
+    rows: int
+    began: float
+    ended: float
+
+
+class CallRecorder(TimedBackend):
+    """A timed backend that keeps every call, so that all of them can be made again."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.calls: list[Call] = []
+        self._row_of: dict[str, dict[str, NDArray[Any]]] = {}
+
+    def called(self, graph: str, inputs: Feed, output: Any, began: float, ended: float) -> None:
+        """Keep the call."""
+        self.calls.append(Call(graph, len(output), began, ended))
+        if graph not in self._row_of:
+            # One row, not the batch: what is kept must not show in the memory that is measured.
+            self._row_of[graph] = {name: np.asarray(array)[-1:].copy() for name, array in inputs.items()}
+
+    def alone(self, done: Callable[[float], None] = lambda share: None) -> float:
+        """Seconds that the noted calls take when they are made again, in their order, with nothing beside them.
+
+        What they took the first time is no measure of that: the thread that writes shards shares their cores.
+        ``done`` is told after each call which share of them has been made, 0 to 1.
+        """
+        seconds = 0.0
+        for number, call in enumerate(self.calls, start=1):
+            inputs = {name: np.repeat(row, call.rows, axis=0) for name, row in self._row_of[call.graph].items()}
+            began = time.perf_counter()
+            self.backend.run(call.graph, inputs)
+            seconds += time.perf_counter() - began
+            done(number / len(self.calls))
+        return seconds
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All engine calls of one stage in a run: how many, the rows of their batches, and the seconds they took."""
+
+    calls: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run.
+
+    Attributes:
+        seconds: wall-clock time of ``generate``, from an empty folder to a finished dataset.
+        engine_seconds: sum over all engine calls, which is the sum over ``stages``.
+        busy_seconds: time in which at least one engine call ran.
+        alone_seconds: what the same engine calls take with nothing beside them.
+        draws: accepted and refused.
+        size: bytes of shards and manifest.
+        peak_memory: most bytes of memory held during the run; ``None`` where the system does not tell.
+        stages: by name (:func:`stage_of`), in the order in which they first ran.
+    """
+
+    seconds: float
+    engine_seconds: float
+    busy_seconds: float
+    alone_seconds: float
+    draws: int
+    size: int
+    peak_memory: int | None
+    stages: dict[str, Stage]
+
+
+def measure(samplers: Sequence[Sampler], plan: Plan, repeat: int, folder: Path, progress: Progress) -> list[list[Run]]:
+    """Make the same run ``repeat`` times per sampler, each into a temporary folder in ``folder``, engines warmed up.
+
+    Samplers take turns, so that other work on the machine hits all of them alike.
+
+    Args:
+        samplers: each on a :class:`CallRecorder` of its own.
+        plan: of every run.
+        repeat: runs per sampler.
+        folder: where the temporary folders are made.
+        progress: told of every sample of :func:`samples_to_make`.
+
+    Returns:
+        The runs of each sampler, in their order.
+    """
+    runs: list[list[Run]] = [[] for _ in samplers]
+    for _ in range(repeat):
+        for sampler, mine in zip(samplers, runs, strict=True):
+            if not mine:
+                _warm_up(sampler, plan, folder, progress)
+            mine.append(_run(sampler, plan, folder, progress))
+    return runs
+
+
+def samples_to_make(sampler: Sampler, plan: Plan, repeat: int) -> int:
+    """Samples that :func:`measure` counts: the warm-up's, and each run's twice, because its calls are replayed."""
+    return _warm_count(sampler, plan) + repeat * 2 * plan.count
+
+
+def stage_of(graph: str) -> str:
+    """A graph's stage, with the window's side where it works on windows: ``lesion-benign@128`` is ``lesion@128``."""
+    component, at, side = graph.partition("@")
+    return f"{component.partition('-')[0]}{at}{side}"
+
+
+def _warm_count(sampler: Sampler, plan: Plan) -> int:
+    return min(plan.count, 2 * sampler.batch_size)
+
+
+def _warm_up(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> None:
+    warm = Plan(count=_warm_count(sampler, plan), seed=plan.seed, shard_size=plan.shard_size)
+    seconds = _generate(sampler, warm, folder, progress).seconds
+    if seconds / warm.count * plan.count <= WARM_SECONDS and warm.count < plan.count:
+        _generate(sampler, plan, folder, Progress())
+
+
+class _Part(Progress):
+    """Passes on what one run of many counts, so that all of them have one bar and one remaining time."""
+
+    def __init__(self, whole: Progress) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def advance(self, samples: int) -> None:
+        self._whole.advance(samples)
+
+    def rejected(self, draws: int) -> None:
+        self._whole.rejected(draws)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One call of ``generate``: its report, and what :class:`Run` says of the whole."""
+
+    report: GenerateReport
+    seconds: float
+    size: int
+    peak_memory: int | None
+
+
+def _generate(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> _Made:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as temporary:
+        out = Path(temporary) / "dataset"
+        reset_peak_memory()
+        began = time.perf_counter()
+        try:
+            report = generate(
+                sampler, out, count=plan.count, seed=plan.seed, shard_size=plan.shard_size, progress=_Part(progress)
+            )
+        except GenerationInterrupted as error:
+            # Its advice is to continue in a folder that is about to be removed.
+            raise KeyboardInterrupt from error
+        seconds, peak = time.perf_counter() - began, peak_memory()
+        files = [out / MANIFEST_FILE, *(out / SHARD_FOLDER).iterdir()]
+        return _Made(report, seconds, sum(path.stat().st_size for path in files), peak)
+
+
+def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
+    backend = sampler.backend
+    assert isinstance(backend, CallRecorder)
+    backend.calls.clear()
+    made = _generate(sampler, plan, folder, progress)
+    described = 0
+
+    def replayed(share: float) -> None:
+        nonlocal described
+        whole = int(share * plan.count)
+        if whole > described:
+            progress.advance(whole - described)
+            described = whole
+
+    stages: dict[str, list[Call]] = {}
+    for call in backend.calls:
+        stages.setdefault(stage_of(call.graph), []).append(call)
+    return Run(
+        seconds=made.seconds,
+        engine_seconds=sum(call.ended - call.began for call in backend.calls),
+        busy_seconds=covered((call.began, call.ended) for call in backend.calls),
+        alone_seconds=backend.alone(replayed),
+        draws=plan.count + sum(made.report.rejected.values()),
+        size=made.size,
+        peak_memory=made.peak_memory,
+        stages={
+            name: Stage(len(calls), sum(call.rows for call in calls), sum(call.ended - call.began for call in calls))
+            for name, calls in stages.items()
+        },
+    )
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for began, ended in sorted(spans):
+        total += max(0.0, ended - max(began, reached))
+        reached = max(reached, ended)
+    return total
+
+
+SCHEMA = 1
+"""Version of ``bench.json`` and of the ledger's lines."""
+
+_BUSY = 0.25
+"""Load per core from which on the machine counts as busy with other work."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The options of ``busigen bench``, unchecked and as they were typed.
+
+    Attributes:
+        out: folder for what is written; runs go into a temporary folder in it, so that it is this disk that counts.
+        ledger: file that a line is appended to.
+        bundle: a bundle's folder; ``None`` for the shipped one.
+        providers: names in ``registry.PROVIDERS`` or ``auto``, separated by commas.
+        batch_sizes: images per engine call, separated by commas.
+        count: accepted samples per run.
+        count_for: number of samples to predict time and size for.
+        repeat: runs per provider and batch size.
+        healthy: a folder of healthy images, or ``synthetic``.
+        threads: compute threads; ``None`` for one per core.
+        allow_fallback: where a provider cannot be used, measure the processor.
+    """
+
+    out: Path
+    ledger: Path
+    bundle: Path | None
+    providers: str
+    batch_sizes: str
+    count: int
+    count_for: int
+    repeat: int
+    healthy: str
+    threads: int | None
+    allow_fallback: bool = False
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Measure, and write the results.
+
+        Returns:
+            The content of ``bench.json``: date, machine, bundle, options, one entry of ``results`` per provider and
+            batch size (medians, shares from 0 to 1, times in seconds unless named ``ms``, sizes in bytes), ``notes``.
+
+        Raises:
+            UsageError: an option's value is out of range, or a provider cannot be used here.
+            InputError: the bundle or the healthy images cannot be used.
+            IntegrityError: a file of the bundle is not the one that was exported.
+            OutputError: ``out`` or the ledger cannot be written.
+            AcceptanceError: the gates refuse too much.
+            KeyboardInterrupt: on Ctrl-C; no result is kept.
+        """
+        for option, value in (("--count-for", self.count_for), ("--repeat", self.repeat)):
+            if not 1 <= value <= MAX_COUNT:
+                raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from 1 to {MAX_COUNT}.")
+        plan = Plan(count=self.count, seed=0, shard_size=DEFAULT_SHARD_SIZE)
+        # Ascending, for the sake of the memory that is measured: see summary.
+        batch_sizes = sorted({_whole_number("--batch-sizes", text) for text in _listed(self.batch_sizes)})
+        classes = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
+        bundle = Bundle.open(self.bundle or default_bundle())
+        backends = self._backends(bundle, batch_sizes, progress)
+        samplers = [
+            Sampler(bundle, CallRecorder(backend), classes=classes, batch_size=size)
+            for (_, size), backend in backends.items()
+        ]
+        if self.healthy != SYNTHETIC:
+            healthy = HealthyFolder(Path(self.healthy), progress)
+            for sampler in samplers:
+                sampler.healthy = healthy
+        _writable(self.out, self.ledger)
+        about = machine()
+        progress.start("measuring", sum(samples_to_make(s, plan, self.repeat) for s in samplers), unit="image")
+        measured = measure(samplers, plan, self.repeat, self.out, progress)
+        results = [
+            summary(sampler, self.count, self.count_for, runs) for sampler, runs in zip(samplers, measured, strict=True)
+        ]
+        record = {
+            "schema": SCHEMA,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "busigen": busigen.__version__,
+            "machine": about,
+            "bundle": {"sha256": bundle.sha256, "preset": bundle.info.get("preset")},
+            "providers": {backend.name: list(backend.providers) for backend in backends.values()},
+            "options": {
+                "count": self.count,
+                "count_for": self.count_for,
+                "repeat": self.repeat,
+                "batch_sizes": batch_sizes,
+                "threads": self.threads or usable_cores(),
+                "backgrounds": SYNTHETIC if self.healthy == SYNTHETIC else "real",
+                "shard_size": plan.shard_size,
+            },
+            "results": results,
+            "notes": list(_notes(plan, about, results)),
+        }
+        write(record, self.out, self.ledger)
+        return record
+
+    def _backends(
+        self, bundle: Bundle, batch_sizes: Sequence[int], progress: Progress
+    ) -> dict[tuple[str, int], OpenedBackend]:
+        """By name and batch size: one per provider that really runs, as several may come down to the same.
+
+        Engines are built for a batch, so their providers have one for each, as a run with that ``--batch-size`` would.
+        """
+        opened: dict[tuple[str, int], OpenedBackend] = {}
+        for name in _listed(self.providers):
+            if name == AUTO:
+                choice = choose()
+                progress.note(f"provider: {choice.provider} ({choice.why})")
+                name = choice.provider
+            backend: OpenedBackend | None = None
+            for size in batch_sizes:
+                if backend is None or backend.name in ENGINE_TARGETS:
+                    options = EngineOptions(self.threads, batch_sizes=(size,))
+                    backend = open_backend(bundle, name, options, allow_fallback=self.allow_fallback)
+                opened.setdefault((backend.name, size), backend)
+        return opened
+
+
+def summary(sampler: Sampler, count: int, count_for: int, runs: Sequence[Run]) -> dict[str, Any]:
+    """Medians over the runs of one provider and batch size, what they predict, and the runs themselves."""
+    seconds = statistics.median(run.seconds for run in runs)
+    per_image = statistics.median(run.size for run in runs) / count
+    return {
+        "provider": sampler.backend.name,
+        "batch_size": sampler.batch_size,
+        "images_per_second": count / seconds,
+        "engines_alone_images_per_second": count / statistics.median(run.alone_seconds for run in runs),
+        "ms_per_image": 1000 * seconds / count,
+        "engine_ms_per_image": 1000 * statistics.median(run.engine_seconds for run in runs) / count,
+        "idle_share": statistics.median(1 - run.busy_seconds / run.seconds for run in runs),
+        "acceptance": count / statistics.median(run.draws for run in runs),
+        # Later runs come after those with larger batches, whose memory the engines' arena keeps.
+        "peak_memory": runs[0].peak_memory,
+        "bytes_per_image": per_image,
+        "stages": {name: _stage_medians(name, count, runs) for name in _names(runs)},
+        "predicted": {"count": count_for, "seconds": count_for * seconds / count, "bytes": count_for * per_image},
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def _stage_medians(name: str, count: int, runs: Sequence[Run]) -> dict[str, float | int]:
+    found = [(run, run.stages.get(name, Stage(0, 0, 0.0))) for run in runs]
+    return {
+        "ms_per_image": 1000 * statistics.median(stage.seconds for _, stage in found) / count,
+        "ms_per_row": 1000 * statistics.median(stage.seconds / max(stage.rows, 1) for _, stage in found),
+        "share": statistics.median(stage.seconds / run.seconds for run, stage in found),
+        "calls": found[0][1].calls,
+        "rows": found[0][1].rows,
+    }
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.stages))
+
+
+def _listed(text: str) -> list[str]:
+    """Entries of a comma-separated option, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _whole_number(option: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"{option} names {text!r}.", fix=f"Give whole numbers separated by commas: {option} 4,16.")
+    return int(text)
+
+
+def _writable(out: Path, ledger: Path) -> None:
+    """Find out now, not after the measurement, whether the results can be kept."""
+    for folder in (out, ledger.parent):
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with output_errors(out):
+        tempfile.TemporaryFile(dir=out).close()
+    with output_errors(ledger):
+        os.close(os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+
+
+def _notes(plan: Plan, about: dict[str, Any], results: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if about["load"] is not None and about["load"] > _BUSY * about["cores"]:
+        yield (
+            f"The machine was busy when this began (load {about['load']:.1f} on {about['cores']} cores): the same "
+            "without other work is faster."
+        )
+    if any(result["images_per_second"] > result["engines_alone_images_per_second"] for result in results):
+        yield (
+            "A pipeline was faster than its engines alone, which is noise: measure on an idle machine, or with a "
+            "larger --repeat."
+        )
+    if plan.shards == 1:
+        yield (
+            f"All {plan.count} samples fit in one shard, so none was written while another was drawn, and what a run "
+            f"does once weighs more: a --count above {plan.shard_size} predicts a long run better."
+        )

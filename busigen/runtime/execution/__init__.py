@@ -1,0 +1,1 @@
+"""A run of `generate`: options, partition, workers, signals, events."""

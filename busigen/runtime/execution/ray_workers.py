@@ -1,0 +1,219 @@
+"""Workers as Ray actors, on this machine or on a cluster's."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Self
+
+from busigen.errors import BusigenError, InputError, MissingDependencyError, UsageError
+from busigen.runtime.backends.base import provider_named, usable_cores
+from busigen.runtime.dataset.format import Plan
+from busigen.runtime.execution.coordinator import Event
+from busigen.runtime.execution.launchers import WorkerOptions
+from busigen.runtime.execution.local_workers import require_workers
+from busigen.runtime.execution.worker import Identity, News, SourceMaker, Worker, WorkerStopped
+from busigen.text import counted, install_command, without_credentials
+
+_THREADS = 2
+"""Cores per actor, where nothing else is asked for."""
+
+
+class OnRay:
+    """One actor per so many cores, or per GPU, wherever Ray finds them."""
+
+    def task(self, asked: str | None) -> str | None:
+        """See :class:`busigen.runtime.execution.launchers.Launcher`."""
+        return asked
+
+    def worker_pool(self, make: Callable[[int | None], SourceMaker], wanted: WorkerOptions) -> RayWorkerPool:
+        """See :class:`busigen.runtime.execution.launchers.Launcher`."""
+        if wanted.workers is not None:
+            require_workers(wanted.workers)
+        threads = wanted.threads or (min(_THREADS, usable_cores()) if wanted.ray_address is None else _THREADS)
+        resources = {"num_cpus": threads, "num_gpus": int(provider_named(wanted.provider).gpu)}
+        return RayWorkerPool(make(threads), wanted.workers, resources, wanted.ray_address)
+
+
+LAUNCHER = OnRay()
+
+
+_ORDERS = "orders"
+"""What an actor does in a thread of its own, so that it can be told something while it makes a shard."""
+
+
+class _Actor:
+    """A worker inside of Ray. Opening its source is a call of its own, so that an error there comes back as it is."""
+
+    def open(self, make: SourceMaker) -> Identity | Exception:
+        try:
+            self._worker = Worker(make)
+        except BusigenError as error:
+            return error
+        return self._worker.identity()
+
+    def news(self) -> Iterator[News | Exception]:
+        try:
+            yield from self._worker.news()
+        except BusigenError as error:
+            yield error
+
+    def hand(self, plan: Plan, number: int) -> None:
+        self._worker.hand(plan, number)
+
+    def end(self) -> None:
+        self._worker.end()
+
+
+class RayWorkerPool:
+    """Ray actors. One that is lost, with its machine or without, is replaced wherever Ray has room.
+
+    Args:
+        make: opens a worker's source; its paths have to hold on every machine.
+        size: number of workers; None for as many as the cluster has room for.
+        resources: cores and GPUs of each worker, as Ray names them.
+        address: of a cluster that runs; None for one that begins and ends with this crew.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+    """
+
+    def __init__(self, make: SourceMaker, size: int | None, resources: dict[str, int], address: str | None) -> None:
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                f"--launcher ray needs {error.name}, which is not installed.", fix=f"Run {install_command('ray')}."
+            ) from error
+        self._ray = ray
+        self.where = "a Ray cluster" if address else "Ray on this machine"
+        self._make, self._size, self._resources, self._address = make, size, resources, address
+        self.size = size or 0
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, int] = {}
+        self._next = 0
+
+    def __enter__(self) -> Self:
+        with _handlers_kept():
+            try:
+                self._ray.init(
+                    address=self._address or "local",
+                    log_to_driver=False,
+                    configure_logging=False,
+                    **({} if self._address else {"include_dashboard": False, "num_cpus": self._cores()}),
+                )
+            except Exception as error:  # Ray's have no base class: a node that comes up too slowly raises a plain one.
+                with suppress(Exception):
+                    self._ray.shutdown()
+                raise self._unreachable(str(error)) from error
+        try:
+            self._hire_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for actor in self._actors.values():
+            with suppress(Exception):
+                self._ray.kill(actor)
+        with _handlers_kept():
+            self._ray.shutdown()
+
+    def hand(self, worker: int, plan: Plan, number: int) -> None:
+        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        self._actors[worker].hand.options(concurrency_group=_ORDERS).remote(plan, number)
+
+    def end(self, worker: int) -> None:
+        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        self._actors[worker].end.options(concurrency_group=_ORDERS).remote()
+
+    def events(self, timeout: float) -> list[Event]:
+        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        if not self._calls:
+            return []
+        ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout, fetch_local=True)
+        return [event for call in ready if (event := self._heard(call)) is not None]
+
+    def _heard(self, call: Any) -> Event | None:
+        worker = self._calls[call]
+        try:
+            # What a worker makes is a stream of news; what opens its source is one piece of it.
+            news = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
+        except StopIteration:
+            del self._calls[call]
+            return None
+        except self._ray.exceptions.RayTaskError as error:
+            raise RuntimeError(str(error)) from error  # A bug: what is the user's own comes back as a value.
+        except self._ray.exceptions.RayError as error:
+            del self._calls[call]
+            self._replace(worker)
+            return Event(worker, str(error).splitlines()[0].rstrip(":. "))
+        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(news, WorkerStopped):
+            del self._calls[call]
+        if isinstance(news, Identity):
+            self._calls[self._actors[worker].news.options(num_returns="streaming").remote()] = worker
+        return Event(worker, news)
+
+    def _replace(self, worker: int) -> None:
+        with suppress(Exception):
+            self._ray.kill(self._actors[worker])
+        del self._actors[worker]
+        self._hire()
+
+    def _hire_all(self) -> None:
+        total = self._ray.cluster_resources()
+        room = int(total.get("CPU", 0) // self._resources["num_cpus"])
+        if self._resources["num_gpus"]:
+            room = min(room, int(total.get("GPU", 0)))
+        self.size = size = self._size or room
+        if room < max(1, size):
+            raise UsageError(
+                f"{self.where} has room for {room} workers of {self._reported()} each, not for {max(1, size)}.",
+                fix="Give fewer --workers or --threads.",
+            )
+        self.where += f": {counted(size, 'worker')} of {self._reported()}"
+        for _ in range(size):
+            self._hire()
+
+    def _hire(self) -> None:
+        options = {**self._resources, "max_restarts": 0, "concurrency_groups": {_ORDERS: 1}}
+        actor = self._ray.remote(**options)(_Actor).remote()
+        self._actors[self._next] = actor
+        self._calls[actor.open.remote(self._make)] = self._next
+        self._next += 1
+
+    def _unreachable(self, reason: str) -> InputError:
+        described = without_credentials((reason.splitlines() or ["it does not say why"])[0].rstrip("."))
+        if self._address:
+            return InputError(
+                f"Ray cannot be reached at {without_credentials(self._address)}: {described}.",
+                fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine.",
+            )
+        return InputError(
+            f"Ray cannot be started on this machine: {described}.",
+            fix="Try again when the machine has less to do, or use --launcher local with --workers, without Ray.",
+        )
+
+    def _reported(self) -> str:
+        return "a GPU" if self._resources["num_gpus"] else counted(self._resources["num_cpus"], "core")
+
+    def _cores(self) -> int:
+        """Cores of a cluster of our own: as many as there are, or as the workers that were asked for need."""
+        return max(usable_cores(), (self._size or 1) * self._resources["num_cpus"])
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep Ray from taking over what Ctrl-C and SIGTERM do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

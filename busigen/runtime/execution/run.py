@@ -1,0 +1,236 @@
+"""``busigen generate`` from options to report: cheap checks first, so that nobody waits for a folder to be read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import busigen
+from busigen.errors import BusigenError, ProviderError, UsageError
+from busigen.registry import AUTO, SYNTHETIC
+from busigen.runtime.backends.base import EngineOptions, OpenedBackend, TimedBackend, open_backend
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.probe import choose
+from busigen.runtime.dataset.format import Plan, decided
+from busigen.runtime.execution.coordinator import Coordinator
+from busigen.runtime.execution.factory import GenerateReport, generate, refuse_small_disk
+from busigen.runtime.execution.launchers import WorkerOptions, launcher
+from busigen.runtime.execution.partition import planned
+from busigen.runtime.execution.signals import Stopping
+from busigen.runtime.execution.worker import SourceMaker
+from busigen.runtime.output.local import LocalOutput, refuse_other_run
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
+from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.sampler import Sampler
+from busigen.runtime.storage.url import Address
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The options of ``busigen generate``, unchecked and as they were typed.
+
+    Attributes:
+        count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
+        out: the dataset's folder or URL.
+        bundle: a bundle's folder; ``None`` for the shipped one.
+        healthy: a folder of healthy images, or ``synthetic``.
+        classes: class weights.
+        seed: of the noise.
+        batch_size: images per engine call.
+        shard_size: samples per shard.
+        provider: a name in ``registry.PROVIDERS``, or ``auto``: the one that ``out`` was begun with, else the best that
+            works here.
+        threads: compute threads; ``None`` for one per core.
+        size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
+        taller_than_wide: short for a ``height_width`` above 1.
+        birads: BI-RADS category.
+        index_range: ``first:end``, the samples that this command makes.
+        array_task: ``K/N``, the part of these that it makes.
+        launcher: a name in ``registry.LAUNCHERS``.
+        workers: processes that make shards; ``None`` for what the launcher takes by itself.
+        ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
+        allow_fallback: where the provider cannot be used, go on with the processor.
+        spool: folder for shards on their way to a URL; ``None`` for one among this user's caches.
+    """
+
+    count: int | None
+    out: Path | Address
+    bundle: Path | None
+    healthy: str
+    classes: str
+    seed: int
+    batch_size: int
+    shard_size: int
+    provider: str
+    threads: int | None
+    size: str | None = None
+    depth: str | None = None
+    across: str | None = None
+    height_width: str | None = None
+    taller_than_wide: bool = False
+    birads: str | None = None
+    index_range: str | None = None
+    array_task: str | None = None
+    launcher: str = "local"
+    workers: int | None = None
+    ray_address: str | None = None
+    allow_fallback: bool = False
+    spool: Path | None = None
+
+    def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
+        """Generate the dataset, or finish one that the same options began.
+
+        Args:
+            progress: told of all that happens.
+            stop: asked after each shard whether to end here; None never ends early.
+
+        Raises:
+            BusigenError: as for what it calls: an option, an input or the output is not usable.
+        """
+        begun_with = self._begun_with(progress) if self.provider == AUTO else None
+        choice = choose(begun_with) if self.provider == AUTO else None
+        job = replace(self, provider=choice.provider) if choice else self
+        progress.began(job._facts())
+        if choice:
+            progress.note(f"provider: {choice.provider} ({choice.why})")
+        try:
+            return job._run(progress, stop or Stopping())
+        except ProviderError as error:
+            if not begun_with:
+                raise
+            raise ProviderError(
+                f"{self.out} was begun with --provider {begun_with}, which cannot be used here. {error.problem}",
+                fix="Continue it on a machine like the first one, or choose another --out.",
+            ) from error
+
+    def _run(self, progress: Progress, stop: Stopping) -> GenerateReport:
+        """All of :meth:`run`, with a provider that has a name."""
+        chosen = launcher(self.launcher)
+        plan, share = planned(
+            self.count,
+            self.index_range,
+            chosen.task(self.array_task),
+            seed=self.seed,
+            shard_size=self.shard_size,
+        )
+        classes, asked = self._wanted()
+        for line in hardly_known(classes, asked) if self.bundle is None else ():
+            progress.note(line)
+        destination = self._destination(progress, share.of(plan))
+        refuse_small_disk(destination, plan)
+        worker_pool = chosen.worker_pool(
+            self._maker, WorkerOptions(self.workers, self.threads, self.provider, self.ray_address)
+        )
+        run = partial(
+            generate,
+            out=destination,
+            count=plan.count,
+            seed=plan.seed,
+            shard_size=plan.shard_size,
+            first=plan.first,
+            share=share,
+            progress=progress,
+            stop=stop,
+        )
+        if worker_pool is None:
+            return run(self.source(progress, plan, destination))
+        with worker_pool:
+            coordinator = Coordinator(worker_pool, progress)
+            return run(coordinator.source(), make=coordinator.make)
+
+    def source(self, progress: Progress, plan: Plan | None = None, destination: LocalOutput | None = None) -> Sampler:
+        """Where the samples come from.
+
+        Args:
+            progress: told of healthy images that are read, and who knows the engine's time.
+            plan: of a run in this process: whatever ``destination`` holds is then refused early where it is another's.
+            destination: of that run.
+
+        Raises:
+            BusigenError: an option or an input is not usable.
+        """
+        classes, asked = self._wanted()
+        bundle = Bundle.open(self.bundle or default_bundle())
+        backend = TimedBackend(self._backend(bundle))
+        progress.engine(backend.seconds)
+        sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
+        if self.healthy != SYNTHETIC:
+            # All but the healthy images is known already, and reading those may take minutes.
+            existing = destination.stored_run() if destination else None
+            if destination and plan and existing:
+                refuse_other_run(destination.name, existing, sampler, plan, healthy=Path(self.healthy))
+            out = self.out if isinstance(self.out, Path) else None
+            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out)
+        return sampler
+
+    def _backend(self, bundle: Bundle) -> OpenedBackend:
+        name = choose().provider if self.provider == AUTO else self.provider
+        return open_backend(
+            bundle,
+            name,
+            EngineOptions(self.threads, batch_sizes=(self.batch_size,)),
+            allow_fallback=self.allow_fallback,
+        )
+
+    def _begun_with(self, progress: Progress) -> str | None:
+        """The provider of the run that already stands where this one is to go; ``None`` where none does."""
+        try:
+            existing = self._destination(progress, None).stored_run()
+            found = decided(existing, "--provider") if existing else None
+        except (BusigenError, ValueError, AttributeError):
+            # Whatever is wrong there is told when the run claims the place.
+            return None
+        return found if isinstance(found, str) else None
+
+    def _destination(self, progress: Progress, part: Plan | None) -> LocalOutput:
+        """Where the dataset goes.
+
+        Raises:
+            BusigenError: a URL that cannot be used, or not in this way.
+        """
+        if isinstance(self.out, Path):
+            if self.spool is not None:
+                raise UsageError(
+                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
+                )
+            return LocalOutput(self.out)
+        from busigen.runtime.output.remote import RemoteOutput, tasks_refused
+
+        if part is not None:
+            raise tasks_refused(self.out)
+        return RemoteOutput(self.out, self.spool, progress=progress)
+
+    def _maker(self, threads: int | None) -> SourceMaker:
+        """What a worker opens its source with; its folders hold wherever that is."""
+        healthy = self.healthy if self.healthy == SYNTHETIC else str(Path(self.healthy).absolute())
+        bundle = self.bundle.absolute() if self.bundle else None
+        return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
+
+    def _wanted(self) -> tuple[dict[str, float], SampleConditions]:
+        return parse_shares(self.classes), parse_conditions(
+            size=self.size,
+            depth=self.depth,
+            across=self.across,
+            height_width=self.height_width,
+            taller_than_wide=self.taller_than_wide,
+            birads=self.birads,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "busigen": busigen.__version__,
+            "process": os.getpid(),
+            "out": str(self.out.absolute() if isinstance(self.out, Path) else self.out),
+            "count": self.count,
+            "seed": self.seed,
+            "shard_size": self.shard_size,
+            "provider": self.provider,
+            "index_range": self.index_range,
+            "array_task": self.array_task,
+            "launcher": self.launcher,
+            "workers": self.workers,
+        }

@@ -1,0 +1,229 @@
+"""What a worker does, wherever it runs: it opens a source of its own and makes the shards that it is handed.
+
+It hands over their bytes, and only the process that started it writes to the dataset: a worker may be lost any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from busigen.errors import IntegrityError
+from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, SHARD_FOLDER, Plan, shard_path
+from busigen.runtime.dataset.sample import SampleBatch, Source, batches_of
+from busigen.runtime.dataset.shards import ShardRecord, write_shard
+from busigen.runtime.output.local import run_record
+from busigen.runtime.progress import Progress
+from busigen.runtime.storage.files import atomic_file, output_errors, write_json
+
+SourceMaker = Callable[[Progress], Source]
+"""Opens a worker's source. It is sent to the worker, so it has to be picklable; paths in it have to hold there."""
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard as bytes.
+
+    Attributes:
+        record: of the shard.
+        files: content of its tar and its table, by their names in the dataset.
+        stages: seconds that the worker has spent in each stage's engine so far.
+    """
+
+    record: ShardRecord
+    files: Mapping[str, bytes]
+    stages: Mapping[str, float] = field(default_factory=dict)
+
+    def put(self, folder: Path) -> None:
+        """Write the shard into the dataset, its record last.
+
+        Raises:
+            OSError: the disk refused.
+            IntegrityError: the bytes are not those that the worker wrote.
+        """
+        record = folder / shard_path(self.record.number, "json")
+        record.unlink(missing_ok=True)
+        for file in (self.record.tar, self.record.parquet):
+            content = self.files[file.file]
+            if hashlib.sha256(content).hexdigest() != file.sha256:
+                raise IntegrityError(
+                    f"{file.file} came damaged from its worker.", fix="Check memory and network, then run again."
+                )
+            with atomic_file(folder / file.file) as target:
+                target.write(content)
+        write_json(record, {"schema_version": FIRST_SCHEMA_VERSION, **asdict(self.record)})
+
+
+@dataclass(frozen=True)
+class ShardStarted:
+    """A shard is being drawn, so that another one may wait for its turn."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class WorkerStopped:
+    """A worker that was told to end has done so; what it had drawn ahead is dropped."""
+
+
+News = int | ShardStarted | ShardDone | WorkerStopped
+"""What a worker tells: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a worker says of its source: all that :class:`busigen.runtime.dataset.sample.Source` tells without drawing.
+
+    Attributes:
+        fingerprint, options, row_types: as a source tells them.
+        record: the run record that this worker would write.
+    """
+
+    fingerprint: dict[str, Any]
+    options: Mapping[str, str | None]
+    row_types: Mapping[str, type]
+    record: dict[str, Any]
+
+
+class RemoteSourceInfo:
+    """A source that is elsewhere: it says what it is and cannot draw."""
+
+    def __init__(self, identity: Identity) -> None:
+        self.identity = identity
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        return self.identity.fingerprint
+
+    def options(self) -> Mapping[str, str | None]:
+        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        return self.identity.options
+
+    def row_types(self) -> Mapping[str, type]:
+        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        return self.identity.row_types
+
+    def draw(self, seed: int, indices: Any, done: Callable[[int], None]) -> SampleBatch:
+        """Not here.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("the source is in the workers")
+
+
+def record_of(source: Source) -> dict[str, Any]:
+    """What a run with this source would record of it, and of this process's versions."""
+    return run_record(source, Plan(count=1, seed=0, shard_size=1))
+
+
+class Worker:
+    """Makes shards of one source, drawing ahead of the oldest one where the source can, so that batches fill.
+
+    Shards may be handed over from any thread, at any time.
+
+    Args:
+        make: opens the source.
+        scratch: existing folder for shards that are being made; None for the system's.
+
+    Raises:
+        BusigenError: the source cannot be opened.
+    """
+
+    def __init__(self, make: SourceMaker, scratch: Path | None = None) -> None:
+        self._progress, self._scratch = Progress(), scratch
+        self._source = make(self._progress)
+        self._orders: queue.SimpleQueue[tuple[Plan, int] | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[News | BaseException] = queue.SimpleQueue()
+        self._opened: deque[int] = deque()
+        self._ending = threading.Event()
+
+    def identity(self) -> Identity:
+        """What the source is."""
+        source = self._source
+        return Identity(source.fingerprint(), source.options(), source.row_types(), record_of(source))
+
+    def hand(self, plan: Plan, number: int) -> None:
+        """Have a shard wait until those before it leave room to begin it. All of them are of one plan."""
+        self._orders.put((plan, number))
+
+    def end(self) -> None:
+        """Finish the oldest shard that was begun, and nothing else."""
+        self._ending.set()
+        self._orders.put(None)
+
+    def news(self) -> Iterator[News]:
+        """Make what is handed over, until told to end; to be called once.
+
+        Raises:
+            BusigenError: whatever the source raises, or the machine has no room for one shard.
+        """
+        threading.Thread(target=self._work, name="shards", daemon=True).start()
+        while not isinstance(news := self._messages.get(), WorkerStopped):
+            if isinstance(news, BaseException):
+                raise news
+            yield news
+        yield news
+
+    def _work(self) -> None:
+        try:
+            self._make()
+            self._messages.put(WorkerStopped())
+        except BaseException as error:
+            self._messages.put(error)
+
+    def _make(self) -> None:
+        order = self._orders.get()
+        if order is None:
+            return
+        requests = self._requests(*order)
+        stream = batches_of(self._source, order[0].seed, requests, self._messages.put, self._ending.is_set)
+        pending: Future[None] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer, closing(stream):
+            for batch in stream:
+                # One shard is packed while the next ones are drawn; no more than one waits for that.
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(self._pack, self._opened.popleft(), batch)
+
+    def _requests(self, plan: Plan, number: int) -> Iterator[range]:
+        """The indices of one shard after the other; an empty range where none waits but some are unfinished."""
+        while not self._ending.is_set():
+            self._opened.append(number)
+            self._messages.put(ShardStarted(number))
+            yield plan.indices(number)
+            while (order := self._next_order()) is None:
+                if self._ending.is_set():
+                    return
+                yield range(0)
+            plan, number = order
+
+    def _next_order(self) -> tuple[Plan, int] | None:
+        try:
+            return self._orders.get(block=not self._opened)
+        except queue.Empty:
+            return None
+
+    def _pack(self, number: int, batch: SampleBatch) -> None:
+        try:
+            self._messages.put(self._packed(number, batch))
+        except BaseException as error:
+            # The next shard may be far off, and so may be who asks for this one's outcome.
+            self._messages.put(error)
+
+    def _packed(self, number: int, batch: SampleBatch) -> ShardDone:
+        with tempfile.TemporaryDirectory(prefix="busigen-", dir=self._scratch) as name, output_errors(Path(name)):
+            folder = Path(name)
+            (folder / SHARD_FOLDER).mkdir()
+            record = write_shard(folder, number, batch, self._source.row_types())
+            files = {file.file: (folder / file.file).read_bytes() for file in (record.tar, record.parquet)}
+        return ShardDone(record, files, dict(self._progress.stage_seconds))

@@ -1,0 +1,166 @@
+"""Drawing samples of an existing dataset again: its run's source, opened from what the run recorded about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from busigen.errors import InputError, IntegrityError, UsageError
+from busigen.registry import ATTRIBUTES, AUTO, SYNTHETIC
+from busigen.runtime.backends.base import DEFAULT_BATCH, Backend, EngineOptions, open_backend
+from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
+from busigen.runtime.dataset.format import RUN_FILE, as_typed, differences
+from busigen.runtime.dataset.reader import plan_of
+from busigen.runtime.dataset.sample import Source
+from busigen.runtime.output.local import run_record
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.conditions import parse_classes, parse_conditions
+from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.sampler import Sampler
+from busigen.text import describe
+
+BYTES_ONLY = ("busigen", "fingerprint.engine_version", "versions.")
+"""Fields of a run record whose change leaves which samples exist alone, but may change a sample's bytes."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the inputs of a dataset's run lie now: a dataset holds their hashes, not their paths.
+
+    Attributes:
+        bundle: a bundle's folder; ``None`` for the shipped one.
+        healthy: the folder with the run's healthy images; not needed where backgrounds are synthetic.
+        provider: a name in ``registry.PROVIDERS``; ``None`` for the run's own.
+        threads: compute threads; ``None`` for one per core.
+        progress: told of healthy images that are read and of samples that are drawn.
+    """
+
+    bundle: Path | None = None
+    healthy: Path | None = None
+    provider: str | None = None
+    threads: int | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def open(self, run: Mapping[str, Any], *, other_bundle: bool = False) -> Source:
+        """The source that made the dataset, with the same healthy images.
+
+        Args:
+            run: content of ``run.json``.
+            other_bundle: take a bundle that was given by name even if it is not the run's.
+
+        Raises:
+            InputError: bundle or healthy images are not given or not those of the run, or its provider is not usable.
+            IntegrityError: the run record is no record of a sampler, or the bundle is damaged.
+            UsageError: an option has a value that cannot be used.
+        """
+        recorded = run.get("fingerprint")
+        if not isinstance(recorded, Mapping) or "bundle" not in recorded:
+            raise IntegrityError(f"{RUN_FILE} names no bundle.", fix="Get the original dataset again.")
+        bundle = self._bundle(run, other_bundle)
+        backend = self._backend(bundle, recorded)
+        # Calls of a fixed size are filled: a smaller batch would be padded to it.
+        batch_size = getattr(backend, "batch_size", DEFAULT_BATCH)
+        sampler = Sampler(bundle, backend, **_asked_of(run), batch_size=batch_size)
+        # What a hash of the folder decides comes last: reading its images may take minutes.
+        if recorded.get("healthy") != SYNTHETIC:
+            sampler.healthy = self._healthy(run)
+        return sampler
+
+    def graphs(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """The graphs that the run's bundle records, by name; empty where that bundle is not at hand.
+
+        Reads the bundle's record alone, so that telling a sample's history stays quick. Its hash, which the run
+        recorded, vouches for it.
+        """
+        try:
+            bundle = Bundle.recorded(self.bundle or default_bundle())
+        except (InputError, IntegrityError):
+            return {}
+        return bundle.info.get("graphs", {}) if bundle.sha256 == run["fingerprint"].get("bundle") else {}
+
+    def _bundle(self, run: Mapping[str, Any], other: bool) -> Bundle:
+        folder = self.bundle or default_bundle()
+        recorded = str(run["fingerprint"]["bundle"])
+        found = Bundle.recorded(folder).sha256
+        if found != recorded and not (other and self.bundle):
+            name = as_typed(run, "--bundle") or "the one that came with it"
+            given = f"{folder} is" if self.bundle else "the shipped one is"
+            raise InputError(
+                f"the dataset was made with another bundle ({name}, {RECORD} {recorded[:12]}...): {given} "
+                f"{found[:12]}..., which draws other samples.",
+                fix="Give the run's own bundle with --bundle"
+                + ("." if options_name_bundle(run) else f", or use busigen {run.get('busigen')}, which ships it."),
+            )
+        return Bundle.open(folder)
+
+    def _backend(self, bundle: Bundle, recorded: Mapping[str, Any]) -> Backend:
+        try:
+            # What auto takes where a run stands already: that run's.
+            name = self.provider if self.provider not in (None, AUTO) else recorded.get("provider")
+            again = str(recorded.get("engine_version") or "")
+            return open_backend(bundle, str(name), EngineOptions(self.threads, again=again))
+        except UsageError as error:
+            if self.provider or self.threads is not None:
+                raise
+            raise InputError(f"the run's provider cannot be used here: {error.problem}", fix=error.fix) from error
+
+    def _healthy(self, run: Mapping[str, Any]) -> HealthyFolder:
+        name, recorded = as_typed(run, "--healthy"), str(run["fingerprint"]["healthy"])
+        if self.healthy is None:
+            raise InputError(
+                f"the dataset was painted into the healthy images of a folder named {name!r}, which is not given.",
+                fix="Give that folder with --healthy.",
+            )
+        folder = HealthyFolder(self.healthy, self.progress)
+        if folder.fingerprint() != recorded:
+            raise InputError(
+                f"--healthy {self.healthy} holds other images than the run's {name!r} did: {len(folder)} images of "
+                f"fingerprint {folder.fingerprint()[:12]}... instead of {recorded[:12]}....",
+                fix="Give the folder as it was: with one image more or less, every sample gets another one.",
+            )
+        return folder
+
+
+def options_name_bundle(run: Mapping[str, Any]) -> bool:
+    """Whether the run was told its bundle, rather than taking the one that shipped with it."""
+    return bool((run.get("options") or {}).get("--bundle"))
+
+
+def other_conditions(run: Mapping[str, Any], source: Source) -> list[tuple[str, Any, Any]]:
+    """In what a source differs from the run that made a dataset, as (dotted field, then, now).
+
+    Args:
+        run: content of ``run.json``.
+        source: what would draw the samples again.
+    """
+    now = run_record(source, plan_of(dict(run), Path(RUN_FILE)))
+    return [change for change in differences(run, now) if not change[0].startswith(("options.", "unproven"))]
+
+
+def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:
+    """Refuse a source that would draw other samples than those of the dataset.
+
+    Raises:
+        InputError: it differs in more than what changes bytes alone.
+    """
+    changed = [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]
+    if changed:
+        named = "; ".join(f"{name}: {describe(then)} -> {describe(now)}" for name, then, now in changed[:3])
+        raise InputError(
+            f"this busigen would draw other samples than the dataset's ({named}).",
+            fix=f"Use the version that made it: busigen {run.get('busigen')}, with the run's own provider.",
+        )
+
+
+def _asked_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    recorded = run["fingerprint"]
+    try:
+        classes = parse_classes(",".join(f"{name}={weight!r}" for name, weight in recorded["classes"].items()))
+        asked = parse_conditions(**{name: recorded.get(name) for name in (*ATTRIBUTES, "birads")})
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise IntegrityError(
+            f"{RUN_FILE} does not say what was asked for: {error}.", fix="Get the original dataset again."
+        ) from error
+    return {"classes": classes, "asked": asked}

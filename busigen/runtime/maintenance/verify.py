@@ -1,0 +1,452 @@
+"""Checking what a merged dataset in parts holds beside its parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.foreign import walk
+from busigen.records import checked, read_json
+from busigen.runtime.dataset.collection import (
+    COLLECTION_FILES,
+    PARTS_FOLDER,
+    collection_info,
+    open_parts,
+    part_name,
+    parts_of,
+    recorded_sources,
+)
+from busigen.runtime.dataset.finalize import dataset_info, run_of
+from busigen.runtime.dataset.format import (
+    DATASET_FILE,
+    FINISHED_FILES,
+    MANIFEST_FILE,
+    OWN_FILE,
+    RUN_FILE,
+    SHARD_FOLDER,
+    WRITTEN,
+    Plan,
+    differences,
+    shard_files,
+    shard_path,
+)
+from busigen.runtime.dataset.reader import (
+    Dataset,
+    RunRecord,
+    links,
+    plan_of,
+    read_object,
+    recorded_shards,
+    refuse_newer,
+)
+from busigen.runtime.dataset.shards import COLUMN_TYPES, FileRecord, schema_of
+from busigen.runtime.dataset.untrusted import read_table
+from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.storage.files import is_temporary
+from busigen.runtime.storage.lock import is_lock
+from busigen.runtime.storage.url import Address
+from busigen.text import counted
+
+
+def check_collection(folder: Path) -> list[Problem]:
+    """What is wrong with the files beside the parts, whose own content is checked elsewhere."""
+    linked = [path.name for path in links(folder)]
+    missing = [name for name in COLLECTION_FILES if name in linked or not (folder / name).is_file()]
+    described = {
+        name: "is a link, and links are not followed." if name in linked else "is missing." for name in missing
+    }
+    found = [Problem(name, problem, REPAIR) for name, problem in described.items()]
+    try:
+        parts = open_parts(folder)
+    except BusigenError:
+        return found  # What its own check tells comes first; without it, nothing follows from the parts.
+    found += _strangers(folder)
+    if not missing:
+        found += _check_record(folder, parts)
+        found += _check_manifest(folder, parts)
+    return found
+
+
+def _check_record(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
+    sources = recorded_sources(folder)
+    if sources is None:
+        yield Problem(DATASET_FILE, "does not list the parts that are there.", REPAIR)
+        return
+    info = read_json(folder / DATASET_FILE)
+    wanted = collection_info(folder, parts, sources)
+    file = asdict(FileRecord.of(folder, MANIFEST_FILE))
+    if info.get("files") != {MANIFEST_FILE: file}:
+        yield Problem(MANIFEST_FILE, f"has another sha256 or size than {DATASET_FILE} records.", REPAIR)
+        wanted["files"] = info.get("files")
+    changed = differences(info, wanted)
+    if changed:
+        named = ", ".join(name for name, _, _ in changed)
+        yield Problem(DATASET_FILE, f"differs from the parts in: {named}.", REPAIR)
+
+
+def _check_manifest(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
+    try:
+        rows = read_table(folder / MANIFEST_FILE, sum(part.plan.count for part in parts))
+        wanted = pl.concat(
+            part.manifest().select(pl.lit(part_name(number)).alias("part"), pl.all())
+            for number, part in enumerate(parts)
+        )
+    except (OSError, pl.exceptions.PolarsError) as error:
+        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", REPAIR)
+        return
+    except BusigenError:
+        return  # A part's own table, which its check has named.
+    if not rows.equals(wanted):
+        yield Problem(MANIFEST_FILE, "does not equal the parts' rows.", REPAIR)
+        return
+    repeated = rows.filter(pl.col("part").n_unique().over("image_sha256") > 1)
+    for group in repeated.partition_by("image_sha256", maintain_order=True):
+        one, *others = (f"{row['part']}/{row['key']}" for row in group.iter_rows(named=True))
+        for other in others:
+            yield Problem(
+                MANIFEST_FILE,
+                f"sample {other}: its image equals that of sample {one}.",
+                "Report it: every seed has noise of its own.",
+            )
+
+
+def _strangers(folder: Path) -> Iterator[Problem]:
+    for path in sorted(folder.iterdir()):
+        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name, WRITTEN)
+        if not known:
+            yield Problem(path.name, "is no part of the dataset.", "Delete it, or move it out of the dataset.")
+
+
+_DELETE = "Delete it, or move it out of the dataset."
+_LISTED, _LISTED_SHARDS = 8, 1000
+"""Fields and missing shards that are named one by one."""
+
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Outcome of ``verify``.
+
+    Attributes:
+        folder: the dataset, a folder or a URL.
+        samples: samples that were read.
+        shards: shards that the dataset should have.
+        problems: everything found wrong.
+        duplicates: samples whose image equals an earlier one's.
+        backgrounds_proven: samples whose pixels outside the edit region equal their healthy image, bit for bit.
+        backgrounds_unproven: samples with a real healthy image for which that was not shown.
+        backgrounds_synthetic: samples with a synthetic background, for which there is nothing to show.
+    """
+
+    folder: Path | Address
+    samples: int
+    shards: int
+    problems: tuple[Problem, ...]
+    duplicates: int
+    backgrounds_proven: int
+    backgrounds_unproven: int
+    backgrounds_synthetic: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+class View:
+    """The files of a dataset as the check sees them. This one: all of them, in their folder.
+
+    Attributes:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def names(self) -> Iterator[str]:
+        """Every file, relative to the dataset, with forward slashes."""
+        for path in walk(self.folder):
+            if not path.is_dir():
+                yield path.relative_to(self.folder).as_posix()
+
+    def shard(self, number: int) -> AbstractContextManager[None]:
+        """Have a shard's files in the folder while the block runs; its record is there in any case."""
+        return nullcontext()
+
+
+def verify(
+    folder: Path, *, healthy: Path | None = None, progress: Progress | None = None, view: View | None = None
+) -> VerifyReport:
+    """Check a whole dataset; nothing is changed.
+
+    Args:
+        folder: the dataset.
+        healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
+        progress: told of every sample; None shows nothing.
+        view: brings the files; None where they are all in ``folder``.
+
+    Raises:
+        InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
+    """
+    progress = progress or Progress()
+    places = parts_of(folder)
+    if places:
+        return combined(folder, [_verify_one(View(place), healthy, progress) for place in places])
+    return _verify_one(view or View(folder), healthy, progress)
+
+
+def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
+    """What is to be said of a merged dataset.
+
+    Args:
+        folder: the dataset.
+        reports: on its parts, in order.
+    """
+    own = check_collection(folder)
+    inside = [
+        replace(problem, file=f"{place.relative_to(folder).as_posix()}/{problem.file}")
+        for place, report in zip(parts_of(folder), reports, strict=True)
+        for problem in report.problems
+    ]
+    return VerifyReport(
+        folder=folder,
+        samples=sum(report.samples for report in reports),
+        shards=sum(report.shards for report in reports),
+        problems=(*inside, *own),
+        duplicates=sum(report.duplicates for report in reports) + sum("equals that of" in p.problem for p in own),
+        backgrounds_proven=sum(report.backgrounds_proven for report in reports),
+        backgrounds_unproven=sum(report.backgrounds_unproven for report in reports),
+        backgrounds_synthetic=sum(report.backgrounds_synthetic for report in reports),
+    )
+
+
+def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyReport:
+    problems: list[Problem] = []
+    folder = view.folder
+    run = read_run(folder)
+    plan, schema = plan_of(run, folder / RUN_FILE), schema_of(types_of(run))
+    backgrounds = Backgrounds.below(healthy) if healthy else None
+    linked = {path.relative_to(folder).as_posix() for path in links(folder)}
+    problems += [Problem(name, "is a link, and links are not followed.", REPAIR) for name in sorted(linked)]
+    progress.start("verifying", plan.count)
+
+    def check(number: int) -> ShardFindings:
+        if not linked.isdisjoint(shard_files(number)):
+            return ShardFindings(number)
+        with view.shard(number):
+            return check_shard(folder, plan, number, schema, backgrounds, progress)
+
+    try:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            # Those that are there: how many there should be is a claim, which may be a billion.
+            there = [] if SHARD_FOLDER in linked else recorded_shards(folder)
+            numbers = [number for number in there if number in plan.numbers]
+            shards = list(pool.map(check, numbers))
+    finally:
+        progress.stop()
+    for shard in shards:
+        problems += shard.problems
+    if healthy:
+        problems += _absent(healthy, shards)
+    # Without it the run has not been finished, and what it would have written last is not missing but still to come.
+    finished = (folder / DATASET_FILE).exists()
+    problems += _check_dataset(folder, run, plan, shards) if finished else [_unfinished(plan, shards)]
+    duplicates = list(_duplicates(shards))
+    problems += duplicates
+    problems += _verify_strangers(view.names(), plan, finished)
+    return VerifyReport(
+        folder=folder,
+        samples=sum(shard.samples for shard in shards),
+        shards=plan.shards,
+        problems=tuple(problems),
+        duplicates=len(duplicates),
+        backgrounds_proven=sum(shard.proven for shard in shards),
+        backgrounds_unproven=sum(shard.unproven for shard in shards),
+        backgrounds_synthetic=sum(shard.synthetic for shard in shards),
+    )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A dataset's run record: ``run.json``, or what ``dataset.json`` says of it where that cannot be read.
+
+    Raises:
+        InputError: ``folder`` is no busigen dataset.
+        IntegrityError: neither is a run record, and one of them nearly is.
+    """
+    wrong: list[IntegrityError] = []
+    for name in (RUN_FILE, DATASET_FILE):
+        try:
+            run = read_run_record(folder / name)
+        except IntegrityError as error:
+            wrong.append(error)
+            continue
+        if run is not None:
+            return run
+    if wrong:
+        raise wrong[0]
+    raise InputError(
+        f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read.",
+        fix="Give the folder that was the `--out` of `busigen generate`.",
+    )
+
+
+def read_run_record(path: Path) -> dict[str, Any] | None:
+    """The run record in a ``run.json`` or ``dataset.json``; None if the file is missing or no JSON object.
+
+    Raises:
+        IntegrityError: it is no run record.
+    """
+    found = read_object(path)
+    if found is None:
+        return None
+    run = run_of(found) if path.name == DATASET_FILE else found
+    checked(RunRecord, run, path, fix="Get the original file again.")
+    plan_of(run, path)
+    return run
+
+
+def has_run(folder: Path) -> bool:
+    """Whether ``run.json`` is there and a run record."""
+    try:
+        return read_run_record(folder / RUN_FILE) is not None
+    except IntegrityError:
+        return False
+
+
+def types_of(run: dict[str, Any]) -> dict[str, type]:
+    """Types of the columns that the source of a run, as :func:`read_run` read it, added to the fixed ones."""
+    return {name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()}
+
+
+def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
+    """dataset.json and the manifest must follow from run.json and the shards."""
+    linked = [name for name in FINISHED_FILES if (folder / name).is_symlink()]
+    missing = [name for name in FINISHED_FILES if name in linked or not (folder / name).is_file()]
+    yield from (Problem(name, "is missing.", FINISH) for name in missing if name not in linked)
+    if RUN_FILE not in missing and not has_run(folder):
+        yield Problem(RUN_FILE, "cannot be read as a run record.", REPAIR)
+    yield from _missing(plan, shards)
+    if DATASET_FILE in linked:
+        return
+    try:
+        info = read_json(folder / DATASET_FILE, shards=len(shards), root=folder)
+        if isinstance(info, dict):
+            refuse_newer(info, folder / DATASET_FILE)
+    except (OSError, ValueError):
+        yield Problem(DATASET_FILE, "cannot be read as JSON.", MEND)
+        return
+    records = [shard.record for shard in shards if shard.record is not None]
+    files = {name: FileRecord.of(folder, name) for name in (MANIFEST_FILE,) if name not in missing}
+    recorded = info.get("files") if isinstance(info, dict) else None
+    # A changed manifest is the manifest's problem; dataset.json is judged by all the rest of what it says.
+    blamed = [name for name, file in files.items() if isinstance(recorded, dict) and recorded.get(name) != asdict(file)]
+    for name in blamed:
+        problem = f"has another sha256 or size than {DATASET_FILE} records: its content was changed or damaged."
+        yield Problem(name, problem, MEND)
+    if len(records) == plan.shards:
+        wanted = dataset_info(run, records, files)
+        if isinstance(info, dict) and (blamed or missing):
+            wanted["files"] = recorded
+        changed = differences(info, wanted)
+        if changed:
+            names = [name[:80] for name, _, _ in changed if name]
+            named = ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED)) or "everything"
+            problem = f"differs from {RUN_FILE}, the shards' records or the manifest in: {named}."
+            yield Problem(DATASET_FILE, problem, MEND)
+    # What its hash gives away is named already, and damaged bytes are nothing to hand to a parser.
+    if files and not blamed:
+        yield from _verify_check_manifest(folder, plan, shards)
+
+
+def _missing(plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
+    """A problem for each missing shard, and one for all that are too many to be listed."""
+    there = {shard.number for shard in shards if shard.started}
+    absent = plan.shards - len(there)
+    for number in islice((number for number in plan.numbers if number not in there), min(absent, _LISTED_SHARDS)):
+        yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
+    if absent > _LISTED_SHARDS:
+        yield Problem(SHARD_FOLDER, f"lacks {counted(absent - _LISTED_SHARDS, 'more shard')}.", FINISH)
+
+
+def _unfinished(plan: Plan, shards: list[ShardFindings]) -> Problem:
+    complete = sum(shard.started for shard in shards)
+    return Problem(
+        DATASET_FILE,
+        f"is missing, the run is unfinished: {complete} of {counted(plan.shards, 'shard')}.",
+        "The same `busigen generate` command continues it.",
+    )
+
+
+def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
+    """One problem for all healthy images that are not where they were looked for: the folder is wrong, not each one."""
+    needed = set().union(*(shard.needed for shard in shards))
+    absent = {sha256: row for shard in reversed(shards) for sha256, row in shard.absent.items()}
+    if not absent:
+        return
+    row = min(absent.values(), key=lambda row: row["index"])
+    yield Problem(
+        row["shard"],
+        f"{len(absent)} of {len(needed)} healthy images are not below {healthy}; for example sample "
+        f"{row['key']} needs {row.get('healthy_file') or 'the image'} (sha256 {row['healthy_sha256'][:12]}...).",
+        "Give the folder that `busigen generate --healthy` was given.",
+    )
+
+
+def _verify_check_manifest(folder: Path, plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
+    tables = [shard.rows for shard in shards if shard.rows is not None]
+    if len(tables) != plan.shards:
+        return
+    try:
+        manifest = read_table(folder / MANIFEST_FILE, plan.count)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", MEND)
+        return
+    try:
+        equal = manifest.equals(pl.concat(tables))
+    except pl.exceptions.PolarsError:
+        equal = False
+    if not equal:
+        yield Problem(MANIFEST_FILE, "does not equal the shards' rows.", f"Delete it. {FINISH}")
+
+
+def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
+    first: dict[str, str] = {}
+    for shard in shards:
+        for digest, key in shard.hashes:
+            if digest in first:
+                problem = f"sample {key}: its image equals that of sample {first[digest]}."
+                yield Problem(shard_path(shard.number, "tar"), problem, "Report it: every sample has noise of its own.")
+            first.setdefault(digest, key)
+
+
+def _verify_strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Problem]:
+    expected = set(FINISHED_FILES)
+    for name in sorted(names):
+        if is_temporary(name, WRITTEN):
+            if not finished:  # It goes when the same command continues.
+                continue
+            yield Problem(name, "is a temporary file of a killed run.", FINISH)
+        elif name in expected or is_lock(name) or _is_of_shard(name, plan):
+            continue
+        else:
+            yield Problem(name, "is no part of the dataset.", _DELETE)
+
+
+def _is_of_shard(name: str, plan: Plan) -> bool:
+    found = OWN_FILE.fullmatch(name)
+    if found is None or found["number"] is None:
+        return False
+    number = int(found["number"])
+    return number in plan.numbers and shard_path(number, name.rpartition(".")[2]) == name

@@ -1,0 +1,255 @@
+"""Checking one shard of a dataset: its record, its table, its tar, and what each says about the others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from busigen.errors import IntegrityError
+from busigen.foreign import ForeignFileError, open_file
+from busigen.runtime.dataset.format import SHARD_FOLDER, Plan, differences, key_of, shard_path
+from busigen.runtime.dataset.reader import Member, decode_image, decode_mask, read_members
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box
+from busigen.runtime.dataset.untrusted import read_table
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.text import printable
+
+REPAIR = "Run `busigen verify --repair`."
+"""What helps where ``generate`` cannot know that the folder is its own."""
+
+FINISH = "Run `busigen verify --repair`, or `busigen generate` with the same options again, to finish the dataset."
+"""What helps wherever a file is missing."""
+
+MEND = (
+    "Run `busigen verify --repair`, or `busigen generate` with the same options again: it makes anew what differs from "
+    "its record, and no more."
+)
+"""What helps wherever a hash gives the damage away, because ``generate`` checks them as well."""
+
+_REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
+"""What helps against content that is wrong behind hashes that fit."""
+
+LEAST_SAMPLE = 3 * 1024
+"""Bytes in a tar that a sample takes at least: a header and a block for each of its members."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, the file (relative to the dataset) it is wrong with, and what to do about it."""
+
+    file: str
+    problem: str
+    fix: str
+
+    @property
+    def finding(self) -> str:
+        """File and problem, without what to do about it."""
+        return printable(f"{self.file}: {self.problem}")
+
+    def __str__(self) -> str:
+        return f"{self.finding} {printable(self.fix)}"
+
+
+@dataclass
+class ShardFindings:
+    """What the check of one shard found.
+
+    Attributes:
+        number: the shard's number.
+        record: the shard's record; None if it is missing or damaged.
+        rows: the shard's table; None if it is missing or damaged.
+        samples: samples read.
+        synthetic: of these, samples with a synthetic background.
+        proven: samples that equal their healthy image outside the edit region.
+        unproven: samples with a healthy image for which that was not shown.
+        started: whether the shard is there at all: a run that was interrupted lacks whole shards.
+        needed: sha256 of every healthy image that a sample was painted into.
+        absent: of these, the ones that are not among the healthy images given, with the first sample of each.
+        hashes: each image's sha256 with its sample's key.
+        problems: everything else found wrong.
+    """
+
+    number: int
+    record: ShardRecord | None = None
+    rows: pl.DataFrame | None = None
+    samples: int = 0
+    synthetic: int = 0
+    proven: int = 0
+    unproven: int = 0
+    started: bool = True
+    needed: set[str] = field(default_factory=set)
+    absent: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hashes: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def report(self, file: str, problem: str, remake: str | None = None) -> None:
+        """Add a problem that a rerun solves, after deleting the record ``remake`` where one is named."""
+        self.problems.append(Problem(file, problem, _REMAKE.format(file=remake) if remake else MEND))
+
+
+def check_shard(
+    folder: Path, plan: Plan, number: int, schema: pl.Schema, backgrounds: Backgrounds | None, progress: Progress
+) -> ShardFindings:
+    """Check one shard and everything in it.
+
+    Args:
+        folder: the dataset.
+        plan: which samples the dataset should hold.
+        number: the shard's number.
+        schema: columns that its table must have.
+        backgrounds: healthy images to compare with; None compares none.
+        progress: told of every sample.
+    """
+    found = ShardFindings(number)
+    indices = plan.indices(number)
+    names = {suffix: shard_path(number, suffix) for suffix in ("json", "tar", "parquet")}
+    try:
+        record = found.record = ShardRecord.read(folder, number)
+    except FileNotFoundError:
+        found.started = False
+        return found
+    except (OSError, IntegrityError):
+        found.report(names["json"], "is not the record of its shard.")
+        return found
+    if (record.first, record.count) != (indices.start, len(indices)):
+        held = f"{record.first} to {record.first + record.count - 1}"
+        found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.")
+    if Counter(rejection.reason for rejection in record.rejections) != Counter(record.rejected):
+        found.report(names["json"], "lists other rejections than it counts.", names["json"])
+    if record.tar.size < LEAST_SAMPLE * len(indices):
+        # How many rows a table may have follows from the plan, which may be made up; so large a tar may not.
+        found.report(names["json"], f"records a tar too small for {len(indices)} samples.")
+        return found
+    if _check_file(folder, record.parquet, found):
+        found.rows = _read_rows(folder, names["parquet"], indices, schema, found)
+    tar_is_whole = _check_file(folder, record.tar, found)
+    if found.rows is None or not (folder / names["tar"]).is_file():
+        return found
+    try:
+        # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
+        remake = names["json"] if tar_is_whole else None
+        _check_members(folder / names["tar"], indices, found.rows, found, backgrounds, progress, remake)
+    except IntegrityError as error:
+        # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
+        if tar_is_whole:
+            found.report(names["tar"], error.problem, names["json"])
+    if Counter(found.rows["class"].to_list()) != Counter(record.classes):
+        found.report(names["json"], "counts other classes than the shard's rows hold.", names["json"])
+    if not _refusals_fit(record, found.rows):
+        found.report(names["json"], "lists other refused draws than the shard's rows count.", names["json"])
+    return found
+
+
+def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
+    """Whether the refused draws are those before each row's attempt. No hash covers them, so this is what does."""
+    attempts, refused = rows["attempt"].to_list(), len(record.rejections)
+    # A row may claim any number of attempts, and the list below would be as long.
+    if any(attempt is None or not 0 <= attempt <= refused for attempt in attempts) or sum(attempts) != refused:
+        return False
+    before = [
+        (index, attempt, label)
+        for index, attempts, label in rows.select("index", "attempt", "class").iter_rows()
+        for attempt in range(attempts)
+    ]
+    return [(draw.index, draw.attempt, draw.label) for draw in record.rejections] == before
+
+
+def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
+    try:
+        with open_file(folder / record.file) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.size:
+                found.report(record.file, f"has {size} bytes instead of {record.size}.")
+            elif hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.")
+            else:
+                return True
+    except FileNotFoundError:
+        found.report(record.file, "is missing.")
+    except (ForeignFileError, IsADirectoryError) as error:
+        found.report(record.file, f"{error.strerror}.")
+    except OSError as error:
+        found.report(record.file, f"cannot be read: {error.strerror}.")
+    return False
+
+
+def _read_rows(folder: Path, name: str, indices: range, schema: pl.Schema, found: ShardFindings) -> pl.DataFrame | None:
+    remake = name.replace(".parquet", ".json")
+    try:
+        rows = read_table(folder / name, len(indices))
+        fits = (
+            rows.schema == schema
+            and rows["index"].to_list() == list(indices)
+            and rows["key"].to_list() == [key_of(n) for n in indices]
+        )
+    except (OSError, pl.exceptions.PolarsError) as error:
+        found.report(name, f"cannot be read as a table: {error}.", remake)
+        return None
+    if not fits:
+        found.report(name, f"does not hold the rows {indices.start} to {indices[-1]} once each, in order.", remake)
+        return None
+    return rows
+
+
+def _check_members(
+    tar: Path,
+    indices: range,
+    rows: pl.DataFrame,
+    found: ShardFindings,
+    backgrounds: Backgrounds | None,
+    progress: Progress,
+    remake: str | None,
+) -> None:
+    name = f"{SHARD_FOLDER}/{tar.name}"
+    for member, row in zip(read_members(tar, indices), rows.iter_rows(named=True), strict=True):
+        found.samples += 1
+        progress.advance(1)
+        found.hashes.append((row["image_sha256"], member.key))
+        wrong = list(_member_problems(member, row))
+        for problem in wrong:
+            found.report(name, f"sample {member.key}: {problem}", remake)
+        healthy = row.get("healthy_sha256")
+        if healthy is None:
+            found.synthetic += 1
+            continue
+        found.needed.add(healthy)
+        if backgrounds is not None and healthy not in backgrounds.paths:
+            found.absent.setdefault(healthy, row)
+            found.unproven += 1
+            continue
+        if backgrounds is None or wrong:
+            found.unproven += 1
+            continue
+        reason = backgrounds.difference(healthy, decode_image(member.image), decode_mask(member.mask))
+        if reason is None:
+            found.proven += 1
+        else:
+            found.unproven += 1
+            found.problems.append(Problem(name, f"sample {member.key}: {reason.problem}", reason.fix))
+
+
+def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
+    if member.row != row:
+        changed = ", ".join(name for name, _, _ in differences(member.row, row))
+        yield f"its json differs from its row in the table ({changed})."
+    for kind, content in (("image", member.image), ("mask", member.mask)):
+        if hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
+            yield f"its {kind} has another sha256 than its row says."
+    try:
+        decode_image(member.image)
+        mask = decode_mask(member.mask)
+    except ValueError as error:
+        yield f"its image or mask is {error}."
+        return
+    box = lesion_box(mask) or (None, None, None, None)
+    recorded = tuple(row[f"box_{side}"] for side in ("left", "top", "right", "bottom"))
+    if int(mask.sum()) != row["lesion_pixels"] or box != recorded:
+        yield "its mask has another area or bounding box than its row says."

@@ -1,0 +1,1 @@
+"""Where a dataset's shards go: a local folder or a URL."""

@@ -1,0 +1,237 @@
+"""What a user asks of the lesions: parsing, the values of each sample, and what of them came out.
+
+Shares are of the *valid* image, without letterbox bars: what a person sees as the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.data.geometry import Mask
+from busigen.data.outline import attributes
+from busigen.errors import UsageError
+from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, TALLER_THAN_WIDE
+from busigen.runtime.sampling.noise import uniforms
+
+BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "height_width": (0.25, 1.7)}
+"""Least and greatest value that can be asked for: beyond lie at most 1 in 100 of BUSI's and BUS-BRA's 1,644 lesions by
+any of them, too few to learn from."""
+
+FEW_IMAGES = 20
+"""Fewer images than this of a category are next to nothing to learn it from."""
+
+MEANINGS = {
+    "across": "the share of the image's width left of the lesion's centre",
+    "depth": "the share of the image's height above the lesion's centre",
+    "size": "the lesion's area as a share of the image's",
+    "height_width": "the lesion's height over its width",
+}
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SampleConditions:
+    """What was asked for: a range per attribute (equal ends for a single value) and a BI-RADS category or ``None``."""
+
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    birads: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.ranges) or self.birads is not None
+
+    def typed(self) -> dict[str, str | None]:
+        """Each option's value as one would type it; ``None`` where nothing was asked."""
+        texts = {
+            name: None if name not in self.ranges else ":".join(map(_shortest, sorted(set(self.ranges[name]))))
+            for name in ATTRIBUTES
+        }
+        return {**texts, "birads": self.birads}
+
+    def values(self, seed: int, index: int) -> dict[str, float]:
+        """One sample's values, uniform in their ranges. The same for every attempt, or the gates would choose them."""
+        shares = dict(zip(ATTRIBUTES, uniforms(seed, index, 0, "asked", len(ATTRIBUTES)), strict=True))
+        return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
+
+    def vector(self, values: Values, valid: Mask) -> NDArray[np.float32]:
+        """Stage 1's input: attributes as :mod:`busigen.data.outline` counts them, their flags, BI-RADS one-hot.
+
+        Args:
+            values: this sample's.
+            valid: ``(256, 256)`` bool, the pixels that are image.
+
+        Returns:
+            ``(ASKED_LENGTH,)`` float32.
+        """
+        rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
+        found = dict.fromkeys(ATTRIBUTES, 0.0)
+        if "across" in values:
+            found["across"] = (columns[0] + values["across"] * columns.size) / valid.shape[1]
+        if "depth" in values:
+            found["depth"] = (rows[0] + values["depth"] * rows.size) / valid.shape[0]
+        if "size" in values:
+            found["size"] = 0.5 * np.log(values["size"] * valid.sum())
+        if "height_width" in values:
+            found["height_width"] = np.log(values["height_width"])
+        result = np.zeros(ASKED_LENGTH, dtype=np.float32)
+        result[: len(ATTRIBUTES)] = [found[name] for name in ATTRIBUTES]
+        result[len(ATTRIBUTES) : 2 * len(ATTRIBUTES)] = [name in values for name in ATTRIBUTES]
+        result[2 * len(ATTRIBUTES) :] = [known == self.birads for known in BIRADS]
+        return result
+
+
+def measured(mask: Mask, valid: Mask) -> dict[str, float]:
+    """What a lesion's mask has of each attribute, in the units of ``BOUNDS``.
+
+    Args:
+        mask: ``(256, 256)`` bool, not empty.
+        valid: ``(256, 256)`` bool, the pixels that are image.
+    """
+    rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
+    across, depth, _, ratio = attributes(mask)
+    return {
+        "across": float((across * valid.shape[1] - columns[0]) / columns.size),
+        "depth": float((depth * valid.shape[0] - rows[0]) / rows.size),
+        "size": float(mask.sum() / valid.sum()),
+        "height_width": float(np.exp(ratio)),
+    }
+
+
+def parse_conditions(
+    *,
+    size: str | None = None,
+    depth: str | None = None,
+    across: str | None = None,
+    height_width: str | None = None,
+    taller_than_wide: bool = False,
+    birads: str | None = None,
+) -> SampleConditions:
+    """Read the options as they were typed: a number, or ``low:high``.
+
+    Raises:
+        UsageError: a value is no number or range, or lies outside ``BOUNDS``; an unknown BI-RADS category; both
+            ``--height-width`` and ``--taller-than-wide``.
+    """
+    if taller_than_wide and height_width is not None:
+        raise UsageError(
+            f"--height-width {height_width} and --taller-than-wide are both given.",
+            fix=f"Give one of them; --taller-than-wide is short for --height-width {TALLER_THAN_WIDE}.",
+        )
+    texts = {
+        "across": across,
+        "depth": depth,
+        "size": size,
+        "height_width": TALLER_THAN_WIDE if taller_than_wide else height_width,
+    }
+    if birads is not None and birads not in BIRADS:
+        raise UsageError(f"--birads is {birads!r}.", fix=f"Choose one of: {', '.join(BIRADS)}.")
+    ranges = {name: _range(name, text) for name, text in texts.items() if text is not None}
+    return SampleConditions(MappingProxyType(ranges), birads)
+
+
+def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[str]:
+    """A line for each class of which the shipped bundle has seen next to nothing in the BI-RADS category asked for."""
+    for label in classes:
+        seen = BIRADS_IMAGES[label].get(asked.birads or "", FEW_IMAGES)
+        if seen < FEW_IMAGES:
+            yield (
+                f"--birads {asked.birads} with {label}: the shipped bundle learned it from {seen} images, so it "
+                f"hardly knows what such lesions look like"
+            )
+
+
+def _shortest(value: float) -> str:
+    """The number as one would type it, and never another one: what is recorded has to draw the same samples again."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def _range(name: str, text: str) -> tuple[float, float]:
+    option, (least, greatest) = f"--{name.replace('_', '-')}", BOUNDS[name]
+    fix = f"Give {MEANINGS[name]}, from {least:g} to {greatest:g}, as one number or a range such as "
+    fix += f"{least:g}:{greatest:g}."
+    parts = text.split(":")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 2:
+        raise UsageError(f"{option} is {text!r}, which is neither a number nor a range.", fix=fix)
+    low, high = numbers[0], numbers[-1]
+    if least <= high < low <= greatest:
+        raise UsageError(f"{option} is {text!r}.", fix=f"{fix} The smaller number comes first: {parts[1]}:{parts[0]}.")
+    # Written so that "nan" fails, too.
+    if not least <= low <= high <= greatest:
+        raise UsageError(f"{option} is {text!r}.", fix=fix)
+    return low, high
+
+
+_EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
+
+
+_ROUNDED = 1e-3
+"""By how much shares may miss 1, because a third has no end of digits."""
+
+
+def parse_classes(text: str) -> dict[str, float]:
+    """Read weights, as a dataset may record them; a name alone weighs 1, and case is ignored.
+
+    Raises:
+        UsageError: unknown or repeated class, or a weight that is not a positive finite number.
+    """
+    weights: dict[str, float] = {}
+    for part in (piece.strip() for piece in text.split(",")):
+        given, _, value = part.partition("=")
+        name = given.strip().lower()
+        if name not in LESION_CLASSES:
+            raise UsageError(f"--classes names {given!r}, which is no lesion class.", fix=_EXAMPLE)
+        if name in weights:
+            raise UsageError(f"--classes names {name!r} twice.", fix=_EXAMPLE)
+        try:
+            weight = float(value or "1")
+        except ValueError:
+            weight = -1.0
+        if not 0.0 < weight < float("inf"):
+            raise UsageError(f"--classes gives {name!r} the weight {value!r}.", fix=f"Weights are above 0. {_EXAMPLE}")
+        weights[name] = weight
+    return weights
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """Read shares that sum to 1, or whole numbers as weights, as a run may be asked for them.
+
+    Raises:
+        UsageError: as for :func:`parse_classes`; or shares do not sum to 1, so that one is not what was meant.
+    """
+    weights = parse_classes(text)
+    total = sum(weights.values())
+    if not all(weight.is_integer() for weight in weights.values()) and abs(total - 1) > _ROUNDED:
+        raise UsageError(
+            f"--classes is {text!r}, whose shares sum to {total:g}.",
+            fix="Give shares that sum to 1, or whole numbers as weights, such as benign=2,malignant=1.",
+        )
+    return weights
+
+
+def class_at(index: int, weights: Mapping[str, float]) -> str:
+    """The class of a sample: among the first n, each class has its share of n to within one per class.
+
+    A pure function of index and weights. Each class in turn takes its share of what the classes before it left, spread
+    evenly (Bresenham's line), computed in fractions of the weights' decimals so that no platform rounds differently.
+    """
+    names = sorted(weights)
+    rest = sum((Fraction(str(weights[name])) for name in names), start=Fraction(0))
+    for name in names[:-1]:
+        weight = Fraction(str(weights[name]))
+        share = weight / rest
+        before, after = int(index * share), int((index + 1) * share)
+        if after > before:
+            return name
+        index -= before
+        rest -= weight
+    return names[-1]

@@ -1,0 +1,383 @@
+"""Where healthy images come from: a folder of the user's, or the model's own prior."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.data.geometry import Mask, edit_region
+from busigen.data.images import has_two_levels, read_image, read_mask
+from busigen.data.letterbox import Letterbox, fit, letterbox
+from busigen.data.sources.files import find_images
+from busigen.data.sources.masks import mask_of
+from busigen.data.sources.read import read_images
+from busigen.data.sources.records import Listing, Record, counted
+from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.foreign import open_file
+from busigen.registry import CLASSES, LESION_CLASSES, RESOLUTION, SYNTHETIC
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampling import quality_gates
+from busigen.runtime.storage.files import sha256_of
+from busigen.text import printable
+
+log = logging.getLogger("busigen.runtime")
+
+CACHED_IMAGES = 512
+"""Images that are kept, letterboxed: 67 MB. Of a folder with more, those used last; the others are read again."""
+
+_LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
+_LESION_MASK = "with a lesion in its mask file"
+_LESION_SAID = "that its set or its name calls one of a lesion"
+_DOUBTFUL = "whose mask or class nobody can tell"
+_UNREADABLE = "unreadable"
+_REPEATED = "the same file again"
+_WITH_LESION = (_LESION_FOLDER, _LESION_MASK, _LESION_SAID, _DOUBTFUL)
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """One healthy image on the working grid.
+
+    Attributes:
+        pixels: ``(256, 256)`` uint8.
+        valid: pixels that are image rather than letterbox bars, ``(256, 256)`` bool.
+        row: manifest fields: background, healthy_file, healthy_sha256, letterbox_scale, letterbox_left, letterbox_top.
+    """
+
+    pixels: NDArray[np.uint8]
+    valid: Mask
+    row: dict[str, Any]
+
+
+def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where in what the prior paints an image lies: top, left, height and width in pixels.
+
+    It begins at the top, as skin does, and as much is left out on the left as on the right.
+
+    Args:
+        frame: height and width of the image, the longer one 256.
+    """
+    box = fit(width=frame[1], height=frame[0])
+    return 0, box.left, box.height, box.width
+
+
+def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Healthy:
+    """A background that the prior painted, in a frame of the shape that a real image might have.
+
+    Args:
+        pixels: ``(256, 256)`` uint8.
+        frame: as for :func:`place_of`.
+    """
+    box = fit(width=frame[1], height=frame[0])
+    top, left, height, width = place_of(frame)
+    framed = np.zeros_like(pixels)
+    framed[box.rows, box.columns] = pixels[top : top + height, left : left + width]
+    row = {
+        "background": SYNTHETIC,
+        "healthy_file": None,
+        "healthy_sha256": None,
+        "letterbox_scale": box.scale,
+        "letterbox_left": box.left,
+        "letterbox_top": box.top,
+    }
+    return Healthy(framed, box.valid, row)
+
+
+class HealthyFolder:
+    """A folder of healthy images, in the order of their content's hash, so that renaming them changes nothing.
+
+    Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
+    image's own name say (:func:`busigen.data.sources.read.read_images`), pictures of two grey levels, which are masks,
+    and the images that are named like them, and repetitions. Files that cannot be read, those of which nobody can tell,
+    and black, white or flat images
+    (:func:`busigen.runtime.sampling.quality_gates.background_reason`, on the image without its letterbox
+    bars), are also named one by one. Whatever else was passed over is logged, and so is how many images nothing says
+    to be healthy.
+
+    Args:
+        folder: The folder.
+        progress: Told of every image.
+        out: A folder that is passed over: where the run writes to. Datasets are passed over anyhow.
+
+    Attributes:
+        left_out: number of files left out, by reason.
+        refused: files that are not read although they may be images.
+        notes: what else was passed over, one line a kind.
+
+    Raises:
+        InputError: the folder is missing, or holds no healthy image.
+    """
+
+    def __init__(self, folder: Path, progress: Progress | None = None, *, out: Path | None = None) -> None:
+        if not os.path.isdir(folder):
+            raise InputError(f"--healthy {folder} is no folder.", fix="Give a folder of images, or 'synthetic'.")
+        self.folder = folder
+        self.out = out
+        self.left_out: Counter[str] = Counter()
+        self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
+        listing = read_images(folder, skip=out)
+        self.refused, self.notes = tuple(listing.refused), tuple(listing.notes)
+        found, self._kept, problems = self._find(listing, progress or Progress())
+        for refusal in self.refused:
+            log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
+        if not found:
+            raise self._nothing_left(problems, listing)
+        for problem in problems:
+            log.warning("left out: %s", printable(problem))
+        for note in self.notes:
+            log.info("healthy images: %s", note)
+        for note, files in self._readings.items():
+            log.warning("%s", counted(note, files))
+        lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
+        log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._reported())
+        self._tell_of_trust(listing, set(found.values()))
+        self.items = sorted(found.items())
+        self._stamps = self._stamped()
+
+    def _find(self, listing: Listing, progress: Progress) -> tuple[dict[str, Path], dict[str, Healthy], list[str]]:
+        """The images that count as healthy by their hash, and what is wrong with those that are named one by one.
+
+        In between, the images themselves; none where they are too many to be kept.
+        """
+        found: dict[str, Path] = {}
+        read: dict[str, Healthy] = {}
+        problems: list[str] = []
+        masks: list[Path] = []
+        self._readings: dict[str, list[str]] = {}
+        progress.start("reading healthy images", len(listing.records), unit="image")
+        try:
+            for record in listing.records:
+                path = record.image
+                try:
+                    reason = self._lesion_reason(record, listing.doubtful)
+                    if reason is _DOUBTFUL:
+                        problems.append(f"{path.name}: {listing.doubtful[path]}")
+                    if reason is None:
+                        image = read_image(path)
+                        pixels, box = letterbox(image.pixels)
+                        reason = quality_gates.background_reason(pixels, box.valid)
+                        if reason is not None:
+                            problems.append(f"{path.name}: {reason}.")
+                            masks.extend([path] if has_two_levels(pixels[box.valid]) else [])
+                        elif found.setdefault(image.sha256, path) != path:
+                            reason = _REPEATED
+                        else:
+                            for note in image.notes:
+                                self._readings.setdefault(note, []).append(path.name)
+                        if reason is None and len(found) <= CACHED_IMAGES:
+                            read[image.sha256] = self._healthy(path, image.sha256, pixels, box)
+                except InputError as error:
+                    reason = _UNREADABLE
+                    problems.append(str(error))
+                if reason is not None:
+                    self.left_out[reason] += 1
+                progress.advance(1)
+        finally:
+            progress.stop()
+        if masks:
+            self._leave_out_marked(found, masks, problems)
+        return found, read if len(found) <= CACHED_IMAGES else {}, problems
+
+    def _lesion_reason(self, record: Record, doubtful: Mapping[Path, str]) -> str | None:
+        if any(part.lower() in LESION_CLASSES for part in record.image.relative_to(self.folder).parts[:-1]):
+            return _LESION_FOLDER
+        if any(read_mask(mask, None).any() for mask in record.masks):
+            return _LESION_MASK
+        if record.image_class in LESION_CLASSES:
+            return _LESION_SAID
+        return _DOUBTFUL if record.image in doubtful else None
+
+    def _leave_out_marked(self, found: dict[str, Path], masks: list[Path], problems: list[str]) -> None:
+        """Take out the images that pictures of two grey levels are named like: these are their masks."""
+        marked = mask_of(masks, list(found.values()))
+        for sha256, path in list(found.items()):
+            if path in marked:
+                del found[sha256]
+                problems.append(f"{path.name}: {marked[path].name} is named like a mask of it, and looks like one.")
+                self.left_out[_LESION_MASK] += 1
+
+    def _tell_of_trust(self, listing: Listing, used: set[Path]) -> None:
+        """Say how many of the images nothing says to be healthy, neither a name, nor a table, nor an empty mask."""
+        unsaid = sum(
+            record.image_class not in CLASSES and not record.masks for record in listing.records if record.image in used
+        )
+        if unsaid:
+            log.warning(
+                "healthy images: nothing says that %d of them are healthy (no mask, no table, no folder 'normal'), and "
+                "whether they are was not checked",
+                unsaid,
+            )
+
+    def _reported(self) -> str:
+        if not self.left_out:
+            return ""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+        return f", {self.left_out.total()} left out ({reasons})"
+
+    def _nothing_left(self, problems: list[str], listing: Listing) -> InputError:
+        normal = next((place / "normal" for place in (self.folder, self.folder.parent) if _is_normal(place)), None)
+        if normal is not None and normal != self.folder:
+            fix = f"Did you mean {normal}?"
+        else:
+            fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
+        # A folder of files that others can read is not empty.
+        holds = f"; it holds {listing.tree.found()}" if not listing.records else ""
+        first = f" For example: {problems[0]}" if problems else ""
+        return InputError(
+            f"--healthy {self.folder} holds no healthy image that can be used{self._reported()}{holds}.{first}", fix=fix
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """One hash over the contents of all images."""
+        return hashlib.sha256("\n".join(sha256 for sha256, _ in self.items).encode()).hexdigest()
+
+    def pick(self, position: float) -> Healthy:
+        """The image at a position in [0, 1) of the folder.
+
+        Raises:
+            IntegrityError: the image is not kept, and its file has changed since the run began or cannot be read any
+                more.
+        """
+        number = int(position * len(self.items))
+        return self._kept.get(self.items[number][0]) or self._load(number)
+
+    def refuse_changes(self) -> None:
+        """Refuse a folder that does not hold the same images as when the run began.
+
+        Images that were picked before are remembered, so the samples stay sound; but a run whose images are gone can
+        be neither continued nor replayed, and the sooner somebody hears of it the better. Times and sizes are looked
+        at; only where one differs, everything is read again.
+
+        Raises:
+            IntegrityError: an image was changed, removed or added.
+        """
+        stamps = self._stamped()
+        if stamps == self._stamps:
+            return
+        for sha256, path in self.items:
+            if stamps.get(path) is None or stamps[path] != self._stamps[path]:
+                self._unchanged(path, sha256)
+        counted = Counter(self.left_out)
+        now, _, _ = self._find(read_images(self.folder, skip=self.out), Progress())
+        self.left_out = counted
+        if now.keys() != {sha256 for sha256, _ in self.items}:
+            added = next((path for sha256, path in now.items() if (sha256, path) not in self.items), self.folder)
+            raise _changed(added, "is new among the healthy images of this run")
+        self._stamps = stamps
+
+    def _stamped(self) -> dict[Path, tuple[int, int] | None]:
+        """Time and size of every image in use and of the folders they lie in; None for what is not there."""
+        places = {self.folder, *(place for _, path in self.items for place in (path, path.parent))}
+        return {place: _stamp(place) for place in places}
+
+    def _unchanged(self, path: Path, sha256: str) -> bytes:
+        """The content of a file; one that is not as it was when the run began is refused."""
+        try:
+            with open_file(path) as file:
+                data = file.read()
+        except OSError as error:
+            raise _changed(path, f"cannot be read any more ({error.strerror})") from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise _changed(path, "has changed since the run began")
+        return data
+
+    def _read(self, number: int) -> Healthy:
+        sha256, path = self.items[number]
+        pixels, box = letterbox(read_image(path, self._unchanged(path, sha256)).pixels)
+        return self._healthy(path, sha256, pixels, box)
+
+    def _healthy(self, path: Path, sha256: str, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
+        row = {
+            "background": "real",
+            # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.
+            "healthy_file": path.relative_to(self.folder).as_posix().encode("utf-8", "replace").decode(),
+            "healthy_sha256": sha256,
+            "letterbox_scale": box.scale,
+            "letterbox_left": box.left,
+            "letterbox_top": box.top,
+        }
+        return Healthy(pixels, box.valid, row)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _changed(path: Path, how: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} {how}.",
+        fix="Put the folder back as it was and give the same command again to continue, or start a run of its own.",
+    )
+
+
+def _is_normal(place: Path) -> bool:
+    return (place / "normal").is_dir()
+
+
+@lru_cache(maxsize=64)
+def _frame(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    pixels, box = letterbox(read_image(path).pixels)
+    return pixels, box.valid
+
+
+@dataclass(frozen=True)
+class Backgrounds:
+    """Healthy images by the sha256 of their files."""
+
+    folder: Path
+    paths: dict[str, Path]
+
+    @classmethod
+    def below(cls, folder: Path) -> Backgrounds:
+        """Hash every image below a folder.
+
+        Raises:
+            InputError: the folder does not exist or an image cannot be read.
+        """
+        try:
+            return cls(folder=folder, paths={sha256_of(path): path for path in find_images(folder)})
+        except OSError as error:
+            raise InputError(
+                f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions."
+            ) from error
+
+    def difference(self, sha256: str, image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> BusigenError | None:
+        """Compare a sample with its healthy image outside the edit region, which follows from the mask alone.
+
+        Args:
+            sha256: of the healthy image's file, which must be among ``paths``.
+            image: (256, 256) uint8.
+            mask: (256, 256) bool.
+
+        Returns:
+            None where every such pixel is equal, else what is wrong.
+        """
+        path = self.paths[sha256]
+        try:
+            healthy, valid = _frame(path)
+        except BusigenError as error:
+            return error
+        changed = int(((image != healthy) & ~edit_region(mask, valid)).sum())
+        if changed == 0:
+            return None
+        return InputError(
+            f"{changed} pixels outside its edit region differ from its healthy image {path.name}.",
+            fix="Use the busigen version that made the dataset; if they still differ, the dataset was altered.",
+        )

@@ -1,0 +1,115 @@
+"""Quality gates: why a draw is refused before it reaches a shard. Each returns a reason, or ``None`` to let it pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from busigen.data.geometry import Mask, around
+from busigen.data.images import (
+    BACKGROUND_DEVIATION,  # Recorded with the gates of every run.
+    BACKGROUND_MEAN,
+    picture_fault,
+)
+
+AREA_RANGE = (0.002, 0.45)
+"""Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
+
+CRUMB_SHARE = 0.10
+"""Share of the outline's area that may lie outside its largest part before the mask counts as crumbling."""
+
+BORDER_SHARE = 0.02
+"""Share of the lesion's outline that may run along the image's border before the lesion counts as cut off. Annotators,
+too, let an outline graze the border: 11 of the 1,234 training lesions touch it, 9 with more than this share."""
+
+MIN_CONTRAST = 4.0
+"""Least difference in mean grey levels between the lesion and the band around it."""
+
+ASKED_TOLERANCE = {"across": 0.02, "depth": 0.02, "size": 0.1, "height_width": 0.12}
+"""How far a mask may be from what was asked for: places as a share of the image's side, the rest relative to what was
+asked. A lesion of the least size is 14 pixels wide: a pixel more or less of its height and width makes a tenth."""
+
+
+def limits() -> dict[str, object]:
+    """The limits that decide which draws pass, by name, as a run's record holds them.
+
+    The list is written out: a constant that joins this module, or gets another name, must not make today's datasets
+    another run's.
+    """
+    return {
+        "AREA_RANGE": AREA_RANGE,
+        "ASKED_TOLERANCE": ASKED_TOLERANCE,
+        "BACKGROUND_DEVIATION": BACKGROUND_DEVIATION,
+        "BACKGROUND_MEAN": BACKGROUND_MEAN,
+        "BORDER_SHARE": BORDER_SHARE,
+        "CRUMB_SHARE": CRUMB_SHARE,
+        "MIN_CONTRAST": MIN_CONTRAST,
+    }
+
+
+def asked_reason(found: Mapping[str, float], wanted: Mapping[str, float]) -> str | None:
+    """Judge a mask by what was asked for: attributes found and wanted, by name, in the user's units."""
+    for name, value in wanted.items():
+        scale = 1.0 if name in ("across", "depth") else value
+        if abs(found[name] - value) > ASKED_TOLERANCE[name] * scale:
+            return "not as asked"
+    return None
+
+
+def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
+    """Judge stage 1's outline.
+
+    Args:
+        raw: where the predicted distance is positive, ``(256, 256)`` bool.
+        mask: its largest part with holes filled and cut to ``valid``.
+        valid: pixels that are image rather than letterbox bars.
+    """
+    if not mask.any():
+        return "empty mask"
+    share = mask.sum() / max(int(valid.sum()), 1)
+    if share < AREA_RANGE[0]:
+        return "tiny mask"
+    if share > AREA_RANGE[1]:
+        return "huge mask"
+    inside = raw & valid
+    if (inside & ~mask).sum() > CRUMB_SHARE * inside.sum():
+        return "crumbling mask"
+    box = around(mask, 1)
+    outline = mask[box] & ~ndimage.binary_erosion(mask[box], border_value=1)
+    if cut_pixels(mask, valid) > BORDER_SHARE * max(int(outline.sum()), 1):
+        return "mask cut by the border"
+    return None
+
+
+def cut_pixels(mask: Mask, valid: Mask) -> int:
+    """Lesion pixels on the outermost line of the valid image; the mask is not empty."""
+    box = around(mask, 1)
+    inner: Mask = ndimage.binary_erosion(valid[box], structure=np.ones((3, 3)))
+    return int((mask[box] & ~inner).sum())
+
+
+def image_reason(image: NDArray[np.uint8], mask: Mask, valid: Mask) -> str | None:
+    """Judge the painted image: the lesion must differ from the band of 8 pixels around it."""
+    width = 8
+    box = around(mask, width)
+    pixels, lesion = image[box], mask[box]
+    band = ndimage.binary_dilation(lesion, iterations=width) & ~lesion & valid[box]
+    if not band.any():
+        return "no surroundings"
+    if abs(float(pixels[lesion].mean()) - float(pixels[band].mean())) < MIN_CONTRAST:
+        return "no contrast"
+    return None
+
+
+def background_reason(image: NDArray[np.uint8], valid: Mask | None = None) -> str | None:
+    """Judge a background: neither black, nor white, nor flat, nor of two grey levels.
+
+    Args:
+        image: ``(256, 256)`` uint8.
+        valid: pixels that are image rather than letterbox bars; ``None`` if there are no bars.
+    """
+    fault = picture_fault(image, valid)
+    return "flat background" if fault == "flat" else None if fault is None else f"background {fault}"

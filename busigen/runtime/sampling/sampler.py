@@ -1,0 +1,431 @@
+"""The three-stage sampler: (seed, index) in, accepted pair of image and mask out.
+
+Everything a sample depends on is keyed by its index, so draws can be regrouped by stage, class and window size to fill
+batches without changing what any of them is. Batches are padded to powers of two, so that the engines see few shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
+from busigen.errors import AcceptanceError, CapacityError, UsageError
+from busigen.mtf import apply_to_pair
+from busigen.noise_styles import styled
+from busigen.registry import ATTRIBUTES, BUCKETS, LATENT_FACTOR, RESOLUTION, SYNTHETIC
+from busigen.runtime.backends.base import DEFAULT_BATCH, MIN_BATCH, Backend, resident, rows_per_call
+from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
+from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.sampling import quality_gates
+from busigen.runtime.sampling.batching import BatchScheduler, Outcome, in_order
+from busigen.runtime.sampling.conditions import SampleConditions, class_at
+from busigen.runtime.sampling.draft import (
+    Draft,
+    DrawRequest,
+    Floats,
+    background_reason,
+    cells_of,
+    cut,
+    mask_reason,
+    padded_to,
+    pictures,
+    sample_of,
+    to_grey,
+    to_unit,
+)
+from busigen.runtime.sampling.healthy_images import HealthyFolder, place_of, synthetic
+from busigen.runtime.sampling.noise import normal, uniform
+
+MAX_ATTEMPTS = 64
+"""Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
+
+WINDOW_BATCHES = 8
+"""Batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill."""
+
+LANES = 2
+"""Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
+
+CACHED_TOKENS = 256
+"""Healthy images whose context tokens are kept, those used last."""
+
+
+class Kind(NamedTuple):
+    """What draws must share to make a batch: the stage that comes next, and class and window where they matter."""
+
+    stage: int
+    label: str = ""
+    side: int = 0
+
+
+BEGIN, OUTLINE, PAINT = range(3)
+
+
+class Sampler:
+    """A :class:`busigen.runtime.dataset.sample.Source` on top of a bundle's graphs.
+
+    Args:
+        bundle: says what the graphs are.
+        backend: runs them.
+        classes: class weights (:func:`busigen.runtime.sampling.conditions.parse_classes`).
+        healthy: a folder of healthy images, or ``None`` for synthetic backgrounds.
+        asked: what the outlines are asked to be.
+        batch_size: images per engine call at the smallest window; larger windows use fewer, none fewer than
+            ``MIN_BATCH``.
+
+    Raises:
+        UsageError: ``batch_size`` is not between 1 and 4096.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        classes: Mapping[str, float],
+        healthy: HealthyFolder | None = None,
+        asked: SampleConditions | None = None,
+        batch_size: int = DEFAULT_BATCH,
+    ) -> None:
+        if not 1 <= batch_size <= 4096:
+            raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
+        self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
+        self._resident = resident(backend)
+        self._transfer = bundle.transfer
+        self.asked = asked or SampleConditions()
+        self.batch_size = batch_size
+        self._graphs = frozenset(graph_names())
+        # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
+        # A card takes the next call's inputs while it computes.
+        self._engine = threading.Semaphore(getattr(backend, "lanes", 1))
+        self._known: OrderedDict[Hashable, Floats] = OrderedDict()
+        self._knowing = threading.Lock()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See :class:`busigen.runtime.dataset.sample.Source`. The batch size is absent: it changes no sample."""
+        return {
+            "bundle": self.bundle.sha256,
+            "checkpoint": self.bundle.info.get("checkpoint"),
+            "split_hash": self.bundle.info.get("split_hash"),
+            "preset": self.bundle.info.get("preset"),
+            "provider": self.backend.name,
+            "engine_version": self.backend.version,
+            "classes": self.classes,
+            "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
+            **self.asked.typed(),
+            "gates": quality_gates.limits(),
+        }
+
+    def options(self) -> Mapping[str, str | None]:
+        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        return {
+            "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
+            "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
+        }
+
+    def row_types(self) -> Mapping[str, type]:
+        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        return {
+            "background": str,
+            "healthy_file": str,
+            "healthy_sha256": str,
+            "letterbox_scale": float,
+            "letterbox_left": int,
+            "letterbox_top": int,
+            "window_top": int,
+            "window_left": int,
+            "window_side": int,
+            "edit_pixels": int,
+            "area_share": float,
+            **{name: float for name in ATTRIBUTES if name != "size"},
+            **{f"asked_{name}": float for name in ATTRIBUTES},
+            "asked_birads": str,
+        }
+
+    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
+        """Draw until every index has an accepted sample.
+
+        Raises:
+            AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
+            IntegrityError: the healthy images are no longer those that the run began with.
+        """
+        with closing(self.stream(seed, [indices], done)) as drawings:
+            return next(drawings, SampleBatch([], []))
+
+    def stream(
+        self,
+        seed: int,
+        requests: Iterable[Sequence[int]],
+        done: Callable[[int], None],
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Generator[SampleBatch, None, None]:
+        """See :class:`busigen.runtime.dataset.sample.Stream`.
+
+        Raises:
+            AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
+            IntegrityError: the healthy images are no longer those that the run began with.
+        """
+        reasons: Counter[str] = Counter()
+
+        def refused(rejection: Rejection) -> None:
+            reasons[rejection.reason] += 1
+            if rejection.attempt + 1 >= MAX_ATTEMPTS:
+                raise AcceptanceError(
+                    f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
+                    fix=f"Use another bundle or other healthy images{', or ask for less' if self.asked else ''}. "
+                    f"Refused so far: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}.",
+                )
+
+        window = self.batch_size * WINDOW_BATCHES
+        with self._stages(seed) as stages:
+            answers = in_order(stages, requests, window=window, done=done, refused=refused, stopping=stopping)
+            with closing(answers):
+                for generated in answers:
+                    # Before a shard is written: what it was drawn from is still what the run says it was drawn from.
+                    if self.healthy is not None:
+                        self.healthy.refuse_changes()
+                    yield generated
+
+    def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
+        """Make one draw per (index, attempt) and judge each by the gates."""
+        ended: dict[int, Sample | Rejection] = {}
+        with self._stages(seed) as stages:
+            for position, (index, attempt) in enumerate(jobs):
+                stages.put(DrawRequest(index=index, attempt=attempt, position=position))
+            while len(ended) < len(jobs):
+                for item, outcome in stages.finished():
+                    if isinstance(outcome, Draft):
+                        stages.put(outcome)
+                    else:
+                        ended[item.position] = outcome
+        outcomes = [ended[position] for position in sorted(ended)]
+        return (
+            [outcome for outcome in outcomes if isinstance(outcome, Sample)],
+            [outcome for outcome in outcomes if isinstance(outcome, Rejection)],
+        )
+
+    def _stages(self, seed: int) -> BatchScheduler[Kind, DrawRequest, Outcome]:
+        steps = {BEGIN: self._begin, OUTLINE: self._outline, PAINT: self._paint}
+
+        def work(batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
+            return steps[_kind(batch[0]).stage](seed, batch)
+
+        return BatchScheduler(
+            LANES,
+            kind=_kind,
+            size=self._full,
+            # What is nearest to its end comes first: it is what memory is held for.
+            rank=lambda kind: kind.stage,
+            age=lambda item: item.position,
+            work=work,
+        )
+
+    def _full(self, kind: Kind) -> int:
+        if kind.stage == PAINT:
+            return self._size(kind.side)
+        # Where whole images are synthesised, the prior's batch is that of the large windows.
+        return self._size(BUCKETS[-1] if kind.stage == BEGIN and self.healthy is None else BUCKETS[0])
+
+    def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
+        """Pick or synthesise each draw's healthy image."""
+        if self.healthy is not None:
+            picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
+        else:
+            frames = [self._frame(seed, job) for job in batch]
+            latents = self._run(
+                "prior",
+                BUCKETS[-1],
+                len(batch),
+                noise=self._prior_noise(seed, batch),
+                frame=np.array([place_of(frame) for frame in frames], np.float32),
+            )
+            speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
+            speckle *= np.float32(self.bundle.background_speckle)
+            nothing = np.zeros_like(speckle)
+            pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle, mask=nothing)
+            picked = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
+        drafts = [
+            Draft(
+                index=job.index,
+                attempt=job.attempt,
+                position=job.position,
+                label=class_at(job.index, self.classes),
+                healthy=picture,
+                wanted=self.asked.values(seed, job.index),
+            )
+            for job, picture in zip(batch, picked, strict=True)
+        ]
+        return [_refused(draft, reason) if (reason := background_reason(draft)) else draft for draft in drafts]
+
+    def _prior_noise(self, seed: int, batch: Sequence[DrawRequest]) -> NDArray[np.float32]:
+        noise, factor = _noise(seed, batch, "prior", self.bundle.latent_shape), self.bundle.styles
+        return noise if factor is None else styled(noise, factor, _noise(seed, batch, "style", factor.shape[1:]))
+
+    def _frame(self, seed: int, job: DrawRequest) -> tuple[int, int]:
+        frames = self.bundle.frames
+        return frames[int(uniform(seed, job.index, job.attempt, "frame") * len(frames))]
+
+    def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
+        """Stage 1, judged: the draws whose outline passes the gates go on with mask, edit region and window."""
+        drafts = [draft for draft in batch if isinstance(draft, Draft)]
+        outcomes: list[Outcome] = []
+        for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
+            mask = largest_component(raw & draft.healthy.valid)
+            if reason := mask_reason(draft, raw, mask):
+                outcomes.append(_refused(draft, reason))
+            else:
+                edit = edit_region(mask, draft.healthy.valid)
+                outcomes.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
+        return outcomes
+
+    def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
+        """Stages 2 and 3, the paste into the healthy image, and the last gate."""
+        drafts = [draft for draft in batch if isinstance(draft, Draft)]
+        outcomes: list[Outcome] = []
+        for draft, image in zip(drafts, self._images(seed, drafts), strict=True):
+            assert draft.mask is not None
+            picture = self._shown(seed, draft, image)
+            reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
+            outcomes.append(_refused(draft, reason) if reason else sample_of(draft, picture, self.asked.birads))
+        return outcomes
+
+    def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image as sharp as one scanner or another would show it."""
+        # A user's image is as sharp as it is, and its lesion with it.
+        if self._transfer is None or draft.healthy.row["background"] != SYNTHETIC:
+            return image
+        assert draft.edit is not None
+        filters = self._transfer.kernels(_noise(seed, [draft], "transfer", self._transfer.factor.shape[1:])[0])
+        return apply_to_pair(image, draft.healthy.pixels, draft.edit, draft.healthy.valid, filters)
+
+    def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
+        """Stage 1: where the lesion goes and what outline it has."""
+        keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
+        inputs = {
+            "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
+            "tokens": self._whole_tokens(batch, keep),
+            "keep": keep,
+            "asked": np.stack([self.asked.vector(draft.wanted, draft.healthy.valid) for draft in batch]),
+        }
+        distance = self._run(f"mask-{batch[0].label}", None, len(batch), **inputs)
+        return [field[0] > 0 for field in distance]
+
+    def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
+        """Stages 2 and 3 of drafts of one class and window side."""
+        count, (_, label, side) = len(batch), _kind(batch[0])
+        shape = (self.bundle.latent_shape[0], side // LATENT_FACTOR, side // LATENT_FACTOR)
+        masks = [draft.mask for draft in batch if draft.mask is not None]
+        edits = [draft.edit for draft in batch if draft.edit is not None]
+        windows = [draft.window for draft in batch if draft.window is not None]
+        keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
+        grey = [np.where(e, 0.0, to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
+        common = {
+            "tokens": self._keep("context", side, count, image=pictures(batch), keep=keep),
+            "keep": keep,
+            "known": self._keep("encoder", side, count, pixels=cut(grey, windows)),
+            "mask": cut(masks, windows),
+            "edit": cut(edits, windows),
+        }
+        noise = _noise(seed, batch, "lesion", shape)
+        painted = self._keep(f"lesion-{label}", side, count, noise=noise, **common)
+        ring = cut([ring_region(edit) for edit in edits], windows)
+        noise = _noise(seed, batch, "blend", shape)
+        blended = self._keep(f"blend-{label}", side, count, noise=noise, painted=painted, ring=ring, **common)
+        # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
+        inside = cells_of(common["edit"]) & ~cells_of(ring)
+        blended = self._resident.select(padded_to(inside, len(painted)), painted, blended)
+        speckle = _noise(seed, batch, "speckle", (1, side, side))
+        mask = common["mask"]
+        pixels = self._run("decoder", side, count, latents=blended, noise=speckle, mask=mask)
+        return [
+            paste(draft.healthy.pixels, new[0], edit, window)
+            for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)
+        ]
+
+    def _tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
+        return self._run("context", None, len(batch), image=pictures(batch), keep=keep)
+
+    def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
+        """Tokens of whole healthy images, computed once for a real one: many lesions are painted into few of those."""
+        keys: list[Hashable] = [draft.healthy.row["healthy_sha256"] or draft.position for draft in batch]
+        with self._knowing:
+            found = {key: self._known[key] for key in keys if key in self._known}
+        # By key, so that an image that several draws of a batch share is computed once, too.
+        fresh = {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}
+        if fresh:
+            tokens = self._tokens(list(fresh.values()), keep[: len(fresh)])
+            # Copies: a row on its own would keep its whole batch in memory.
+            found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
+        with self._knowing:
+            for key in dict.fromkeys(keys):
+                if isinstance(key, str):
+                    self._known[key] = found[key]
+                    self._known.move_to_end(key)
+            while len(self._known) > CACHED_TOKENS:
+                self._known.popitem(last=False)
+        return np.stack([found[key] for key in keys])
+
+    def _size(self, side: int) -> int:
+        return rows_per_call(side, self.batch_size)
+
+    def _run(self, graph: str, side: int | None, count: int, **inputs: Any) -> Floats:
+        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
+        result: Floats = self._call(self._resident.run, graph, side, count, inputs)
+        return result[:count]
+
+    def _keep(self, graph: str, side: int, count: int, **inputs: Any) -> Any:
+        """Run a graph, and leave what comes out, padding and all, where it was computed."""
+        return self._call(self._resident.keep, graph, side, count, inputs)
+
+    def _call(
+        self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, side: int | None, count: int, inputs: Any
+    ) -> Any:
+        """Pad, to a power of two, and call the engine.
+
+        Few shapes for the engine to plan, and a tail of three rows does not pay for sixteen.
+        """
+        full = max(count, self._size(side or BUCKETS[0]))
+        size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
+        # What was kept is padded already, and may lie elsewhere.
+        padded = {
+            name: array if len(array) == size else padded_to(array, size).astype(np.float32, copy=False)
+            for name, array in inputs.items()
+        }
+        name = graph if graph in self._graphs else f"{graph}@{side}"
+        try:
+            with self._engine:
+                return run(name, padded)
+        except CapacityError as error:
+            raise self._too_large(error) from error
+
+    def _too_large(self, error: CapacityError) -> CapacityError:
+        fitting = self.batch_size * error.fits // max(1, error.rows)
+        if not fitting:
+            return error
+        return CapacityError(
+            f"--batch-size is {self.batch_size}: {error.problem}",
+            fix=f"Run the same command with --batch-size {fitting}, which changes no sample.",
+            rows=error.rows,
+            fits=error.fits,
+        )
+
+
+def _kind(item: DrawRequest) -> Kind:
+    if not isinstance(item, Draft):
+        return Kind(BEGIN)
+    return Kind(PAINT, item.label, item.window.side) if item.window else Kind(OUTLINE, item.label)
+
+
+def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:
+    return np.stack([normal(seed, item.index, item.attempt, stream, shape) for item in batch])
+
+
+def _refused(draft: Draft, reason: str) -> Rejection:
+    return Rejection(draft.index, draft.attempt, draft.label, reason)

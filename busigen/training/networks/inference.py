@@ -1,0 +1,188 @@
+"""The trained networks behind one interface: what is fed to them, how latents are normalised, how a stage is sampled.
+
+This is the reference that the exported graphs must reproduce (:mod:`busigen.export.parity`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from busigen.registry import CLASSES, SOLVER_STEPS, SPECKLE_GAIN, Preset
+from busigen.solver import TIME_SCALE, SolverStep, solver_steps
+from busigen.training.networks.build import mask_condition, place_condition, region_condition
+
+
+class Encoder(nn.Module):
+    """Pixels to normalised latents: ``(B, 1, S, S)`` in [-1, 1] to ``(B, C, S/8, S/8)`` of zero mean, unit variance."""
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = autoencoder.encoder
+        self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("latents_std", std.view(1, -1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode."""
+        return (self.network(pixels) - self.latents_mean) / self.latents_std
+
+
+class Decoder(nn.Module):
+    """Normalised latents, white noise and a mask to pixels in [-1, 1]; the noise decides the speckle's grains."""
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = autoencoder.decoder
+        self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("latents_std", std.view(1, -1, 1, 1))
+
+    def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise and the lesion's mask, ``(B, 1, S, S)``."""
+        raw = latents * self.latents_std + self.latents_mean
+        return self.network(raw, SPECKLE_GAIN * noise, mask).clamp(-1.0, 1.0)
+
+
+class Velocity(nn.Module):
+    """One evaluation of a denoiser: ``(x, t, label, tokens, keep, *condition)`` to the velocity, shaped like ``x``."""
+
+    def __init__(self, unet: ModelMixin) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
+        """Evaluate; ``t`` is ``(B,)`` in [0, 1], ``label`` ``(B,)`` int64, ``condition`` joins the channels."""
+        return self.unet(
+            torch.cat((x, *condition), dim=1) if condition else x,
+            t * TIME_SCALE,
+            tokens,
+            class_labels=label,
+            encoder_attention_mask=keep,
+        ).sample
+
+    def follow(self, x: Tensor, velocity: Tensor, step: SolverStep, *condition: Tensor) -> Tensor:
+        """Take one solver step, by what the denoiser knows of its data's spread."""
+        t, s = (torch.full((1,), time, dtype=x.dtype, device=x.device) for time in (step.t, step.s))
+        moved: Tensor = self.unet.spectrum(x, velocity, t, s, *condition)
+        return moved
+
+
+def window_condition(known: Tensor, mask: Tensor, region: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stages 2 and 3 see besides noise: latents ``(B, C, s, s)``, window mask and region ``(B, 1, S, S)``."""
+    return known, mask_condition(mask), region_condition(region)
+
+
+def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> Tensor:
+    """Stage 3's known latents: the painted ones inside the edit region, the image's outside, nothing in the ring.
+
+    ``edit`` and ``ring`` are the cell masks ``(B, 1, s, s)`` of :func:`region_condition`.
+    """
+    return (known * (1.0 - edit) + painted * edit) * (1.0 - ring)
+
+
+@torch.no_grad()
+def integrate(
+    velocity: Velocity,
+    noise: Tensor,
+    label: Tensor,
+    tokens: Tensor,
+    keep: Tensor,
+    steps: Sequence[SolverStep],
+    *condition: Tensor,
+) -> Tensor:
+    """Run the few-step solver from ``noise``; the exported graphs hold exactly this loop."""
+    x = noise
+    for step in steps:
+        t = torch.full((x.shape[0],), step.t, dtype=x.dtype, device=x.device)
+        x = velocity.follow(x, velocity(x, t, label, tokens, keep, *condition), step, *condition)
+    return x
+
+
+@dataclass
+class Networks:
+    """The networks of one checkpoint, in evaluation mode, with the samplers of each stage.
+
+    ``denoisers`` is keyed by stage or by ``<stage>-<class>`` where adapters are merged; ``steps`` are the network
+    evaluations per stage, those of ``registry.SOLVER_STEPS`` unless an experiment sets others.
+    """
+
+    preset: Preset
+    autoencoder: ModelMixin
+    latents_mean: Tensor
+    latents_std: Tensor
+    context: ModelMixin | None = None
+    denoisers: dict[str, ModelMixin] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=lambda: dict(SOLVER_STEPS))
+
+    def __post_init__(self) -> None:
+        """Wrap the halves of the autoencoder once."""
+        self.encoder = Encoder(self.autoencoder, self.latents_mean, self.latents_std).eval()
+        self.decoder = Decoder(self.autoencoder, self.latents_mean, self.latents_std).eval()
+
+    @torch.no_grad()
+    def tokens(self, image: Tensor, keep: Tensor) -> Tensor:
+        """Context tokens of images ``(B, 1, 256, 256)``."""
+        assert self.context is not None
+        return self.context.eval()(image, keep)
+
+    def sample(
+        self,
+        name: str,
+        noise: Tensor,
+        label: str,
+        tokens: Tensor,
+        keep: Tensor,
+        *condition: Tensor,
+        steps: int | None = None,
+    ) -> Tensor:
+        """Sample one denoiser for one class, in ``self.steps`` steps unless told otherwise.
+
+        Raises:
+            KeyError: there is no such denoiser.
+        """
+        labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
+        velocity = Velocity(self.denoiser(name, label)).eval()
+        table = solver_steps(name, steps or self.steps[name])
+        return integrate(velocity, noise, labels, tokens, keep, table, *condition)
+
+    def denoiser(self, name: str, label: str) -> ModelMixin:
+        """The denoiser of a stage: the class's own where there is one, else the base.
+
+        Raises:
+            KeyError: there is neither.
+        """
+        unet = self.denoisers.get(f"{name}-{label}", self.denoisers.get(name))
+        if unet is None:
+            raise KeyError(f"no denoiser {name!r} for class {label!r}")
+        return unet
+
+    @torch.no_grad()
+    def outline(self, noise: Tensor, label: str, tokens: Tensor, keep: Tensor, asked: Tensor) -> Tensor:
+        """Sample stage 1: ``noise`` ``(B, D)`` and what is asked for to ``(B, 1, 256, 256)`` signed distances.
+
+        See :meth:`busigen.training.networks.outline.OutlineSpace.distance`.
+        """
+        space = self.denoiser("mask", label).space
+        code = self.sample("mask", noise, label, tokens, keep, space.condition(asked))
+        return space.distance(code, asked)
+
+    def background(self, noise: Tensor, frame: Tensor) -> Tensor:
+        """Sample the healthy prior: ``noise`` ``(B, C, s, s)`` to a whole image's latents.
+
+        ``frame`` is where the image lies in them, as for :func:`place_condition`.
+        """
+        context = self.no_context(noise.shape[0], noise.device)
+        return self.sample("prior", noise, "normal", *context, place_condition(noise, frame))
+
+    def no_context(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The single empty token that the prior, which has no image to look at, attends to."""
+        return torch.zeros(batch, 1, self.preset.context_dim, device=device), torch.ones(batch, 1, device=device)

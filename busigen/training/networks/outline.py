@@ -1,0 +1,469 @@
+"""Between a lesion's mask and its code: attributes, and principal components of its form.
+
+A code is the lesion's four attributes (place, size, slenderness) and its form's principal components in the canonical
+frame (:mod:`busigen.data.outline`), all standardised. Every way back from a code is in torch, so that it is exported
+with the network, and puts in place exactly what a user asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.linalg import eigh
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from busigen.data.geometry import Mask, around
+from busigen.data.outline import attributes, canonical_field, circularity, grid_positions, solidity
+from busigen.data.sources.records import birads_category
+from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS, CLASSES, FIELD_EDGE, RESOLUTION, Preset
+from busigen.solver import TIME_SCALE
+from busigen.training.networks.attention import keep_bias
+from busigen.training.networks.variance import Spread
+
+COUNT = len(ATTRIBUTES)
+
+CODE_LIMIT = 8.0
+"""Deviations at which a sampled code is clipped, because areas grow as an attribute's exponential. One in a hundred
+held-out lesions has a single component beyond 6, and next to none one beyond this."""
+
+
+class OutlineSpace(nn.Module):
+    """Between masks and standardised codes. The basis is fitted once, on the base's training lesions.
+
+    An outline is as likely as its mirror image, so every component is symmetric or antisymmetric, and its left half is
+    all that is kept.
+
+    Args:
+        coefficients: principal components of the form.
+        grid: samples a side of the canonical field.
+    """
+
+    attribute_mean: Tensor
+    attribute_std: Tensor
+    field: Tensor
+    left: Tensor
+    parity: Tensor
+
+    def __init__(self, coefficients: int, grid: int) -> None:
+        super().__init__()
+        self.grid, self.coefficients = grid, coefficients
+        self.register_buffer("attribute_mean", torch.zeros(COUNT))
+        self.register_buffer("attribute_std", torch.ones(COUNT))
+        self.register_buffer("field", torch.zeros(grid * grid))
+        # Left half of each component times its deviation over the training lesions; 1 if symmetric, -1 if not.
+        self.register_buffer("left", torch.zeros(coefficients, grid, grid // 2))
+        self.register_buffer("parity", torch.ones(coefficients))
+
+    def fit(self, masks: Iterable[Mask]) -> None:
+        """Fit mean, deviations and principal components on lesions and their mirror images.
+
+        Args:
+            masks: ``(256, 256)`` bool each, one lesion, not empty.
+        """
+        described = [(attributes(mask), canonical_field(mask, self.grid)) for mask in masks]
+        values = np.stack([found for found, _ in described])
+        values = np.concatenate((values, values * [-1.0, 1.0, 1.0, 1.0] + [1.0, 0.0, 0.0, 0.0]))
+        fields = np.stack([field for _, field in described]).astype(np.float64)
+        mean = 0.5 * (fields + fields[:, :, ::-1]).mean(axis=0)
+        parts = [_components(fields - mean, parity, self.coefficients) for parity in (1.0, -1.0)]
+        power, left, parity = (np.concatenate(found) for found in zip(*parts, strict=True))
+        order = np.argsort(-power, kind="stable")[: self.coefficients]
+        # A handful of lesions spans fewer components than asked for; the rest stay at next to nothing, but not so near
+        # it that another lesion's code would be astronomical.
+        deviation = np.sqrt(np.maximum(power[order], 1e-5 * power.max() + 1e-12))
+        for name, value in (
+            ("attribute_mean", values.mean(axis=0)),
+            ("attribute_std", np.maximum(values.std(axis=0), 1e-3)),
+            ("field", mean.ravel()),
+            ("left", left[order] * deviation[:, None, None]),
+            ("parity", parity[order]),
+        ):
+            getattr(self, name).copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+    def basis(self) -> Tensor:
+        """The components times their deviations, ``(coefficients, grid * grid)``."""
+        right = self.left.flip(2) * self.parity[:, None, None]
+        return torch.cat((self.left, right), dim=2).flatten(1)
+
+    def encode(self, masks: Sequence[Mask]) -> Tensor:
+        """Codes of lesions, ``(B, 4 + coefficients)`` float32, standardised; masks as for :meth:`fit`."""
+        device = self.field.device
+        found = torch.from_numpy(np.stack([attributes(mask) for mask in masks])).float().to(device)
+        fields = torch.from_numpy(np.stack([canonical_field(mask, self.grid) for mask in masks])).to(device)
+        basis = self.basis()
+        forms = (fields.flatten(1) - self.field) @ basis.T / basis.pow(2).sum(dim=1)
+        return torch.cat(((found - self.attribute_mean) / self.attribute_std, forms), dim=1)
+
+    def asked_attributes(self, values: Tensor) -> Tensor:
+        """Standardised attributes ``(B, 4)`` in the units of :func:`busigen.data.outline.attributes`."""
+        return values * self.attribute_std + self.attribute_mean
+
+    def condition(self, asked: Tensor) -> Tensor:
+        """What was asked for, as the network sees it.
+
+        Args:
+            asked: ``(B, ASKED_LENGTH)``: attributes in their own units, their flags (1 asked, 0 not), BI-RADS one-hot.
+
+        Returns:
+            ``(B, ASKED_LENGTH)``: the attributes standardised, and 0 where they are not asked for.
+        """
+        values, flags, birads = asked.split([COUNT, COUNT, len(BIRADS)], dim=1)
+        return torch.cat(((values - self.attribute_mean) / self.attribute_std * flags, flags, birads), dim=1)
+
+    def distance(self, sample: Tensor, asked: Tensor) -> Tensor:
+        """A code as a signed distance per pixel, with the asked-for attributes put in place of the sampled ones.
+
+        Args:
+            sample: ``(B, 4 + coefficients)``.
+            asked: as for :meth:`condition`.
+
+        Returns:
+            ``(B, 1, 256, 256)``, about pixels near the outline, inside > 0, negative far outside.
+        """
+        code = sample.clamp(-CODE_LIMIT, CODE_LIMIT)
+        values, flags = asked[:, :COUNT], asked[:, COUNT : 2 * COUNT]
+        found = self.asked_attributes(code[:, :COUNT]) * (1.0 - flags) + values * flags
+        across, down, size, ratio = (part[:, 0] for part in found.split(1, dim=1))
+        at = torch.from_numpy(grid_positions(self.grid)).to(code)
+        step = 2.0 * FIELD_EDGE / self.grid
+        far = torch.maximum(at.abs()[:, None], at.abs()[None, :])
+        field = (self.field + code[:, COUNT:] @ self.basis()).view(-1, self.grid, self.grid)
+        # Nothing reaches the frame's edge, whatever the components add up to.
+        field = torch.minimum(field, FIELD_EDGE - step - far)
+
+        # A sampled form has only about the area, centre and proportions that the frame promises; what it lacks is made
+        # up for here, so that the attributes come out as they are.
+        cover = (field / step + 0.5).clamp(0.0, 1.0)
+        total = cover.sum(dim=(1, 2)).clamp(min=1.0)
+        centre_x = (cover.sum(dim=1) * at).sum(dim=1) / total
+        centre_y = (cover.sum(dim=2) * at).sum(dim=1) / total
+        height = cover.amax(dim=2).sum(dim=1).clamp(min=1.0)
+        width = cover.amax(dim=1).sum(dim=1).clamp(min=1.0)
+        slender = torch.exp(ratio) * width / height
+        scale = torch.exp(size) / (total.sqrt() * step)
+        scale_x, scale_y = scale / slender.sqrt(), scale * slender.sqrt()
+
+        columns = self._weights(across, scale_x, centre_x, step)
+        rows = self._weights(down, scale_y, centre_y, step)
+        pixels = rows @ field @ columns.transpose(1, 2)
+        return (pixels * scale[:, None, None]).unsqueeze(1)
+
+    def _weights(self, place: Tensor, scale: Tensor, centre: Tensor, step: float) -> Tensor:
+        """Cubic interpolation (Keys 1981) along one axis as matrices ``(B, 256, grid)``; beyond the edge, the edge."""
+        pixels = torch.arange(RESOLUTION, device=place.device, dtype=place.dtype) + 0.5
+        canonical = (pixels[None] - RESOLUTION * place[:, None]) / scale[:, None] + centre[:, None]
+        index = ((canonical + FIELD_EDGE) / step - 0.5).clamp(0.0, self.grid - 1.0)
+        cells = torch.arange(self.grid, device=place.device, dtype=place.dtype)
+        d = (index[:, :, None] - cells).abs()
+        near = (1.5 * d - 2.5) * d * d + 1.0
+        beyond = ((2.5 - 0.5 * d) * d - 4.0) * d + 2.0
+        weights = torch.where(d < 1.0, near, torch.where(d < 2.0, beyond, torch.zeros_like(d)))
+        return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _components(
+    fields: NDArray[np.float64], parity: float, count: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Principal components among the symmetric (``parity`` 1) or antisymmetric (-1) parts of fields.
+
+    Returns:
+        Power over the fields and their mirror images ``(k,)``, left halves of the components ``(k, grid, grid / 2)``,
+        each of norm 1 when whole, and ``parity`` ``(k,)``; ``k`` is ``count``, or fewer where the halves are smaller.
+    """
+    half = fields.shape[2] // 2
+    left = 0.5 * (fields + parity * fields[:, :, ::-1])[:, :, :half].reshape(len(fields), -1)
+    # A whole component has twice the power of its half.
+    covariance = 2.0 * left.T @ left / len(left)
+    last = len(covariance) - 1
+    power, vectors = eigh(covariance, subset_by_index=(max(0, last - count + 1), last))
+    basis = vectors.T * np.sqrt(0.5)
+    # The larger side is positive: the same lesions give the same basis every time.
+    basis *= np.sign((basis**3).sum(axis=1, keepdims=True) + 1e-30)
+    return power, basis.reshape(-1, fields.shape[1], half), np.full(len(power), parity)
+
+
+def birads_flags(categories: Sequence[str | None]) -> NDArray[np.bool_]:
+    """BI-RADS categories one-hot, ``(N, 4)`` bool; all false where none is known, or one that is not learnt."""
+    # Folders that were prepared earlier hold categories as their tables wrote them.
+    found = [birads_category(category) for category in categories]
+    return np.array([[category == known for known in BIRADS] for category in found]).reshape(-1, len(BIRADS))
+
+
+LEVELS = (0.02, *(k / 16 for k in range(1, 16)), 0.98)
+"""Quantiles at which an attribute's drawn and real distributions are matched."""
+
+EDGES = (4, 36)
+"""Components of the form at which its two bands begin: lobes, and what is finer. Before them lie broad shapes."""
+
+LEAST_AMPLITUDE = 1e-3
+"""Below it, a band holds nothing to amplify."""
+
+FEWEST = 64
+"""Lesions, real and drawn, from which a distribution is believed."""
+
+EVALUATIONS = 100
+"""Sets of drawn outlines that the search for the bands' gains looks at, each a second or so."""
+
+FINE = 2.0
+"""Deviation in pixels of the filter that takes the finest of an outline away."""
+
+RELUCTANCE = 0.03
+"""What a gain costs, against distances in deviations: of gains that do as well, the smallest are taken."""
+
+Floats = NDArray[np.float64]
+
+
+class OutlineSpread(Spread):
+    """A spread for each number of a code, and after the last step the class's own distributions.
+
+    A network that has seen a few hundred lesions draws their places and sizes about right, and its outlines are too
+    regular: a code leaves out the finest of a contour, and lesions differ in how ragged they are more than its draws
+    do. So attributes are carried over quantile by quantile, and the deviation of each of two bands of the form by a
+    power law, ``a' = exp(gain) a^(1 + power)``. What a user asks for replaces its attribute afterwards.
+
+    Args:
+        length: numbers in a code.
+    """
+
+    drawn: Tensor
+    wanted: Tensor
+    gains: Tensor
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.bands = [(COUNT + a, b) for a, b in zip(EDGES, (COUNT + EDGES[1], length), strict=True) if COUNT + a < b]
+        self.register_buffer("drawn", torch.zeros(COUNT, len(LEVELS)))
+        self.register_buffer("wanted", torch.zeros(COUNT, len(LEVELS)))
+        self.register_buffer("gains", torch.zeros(len(EDGES), 2))
+        self.forget()
+
+    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *_: Tensor) -> Tensor:
+        """Go from time ``t`` to ``s``; see :meth:`Spread.forward`."""
+        moved = super().forward(x, velocity, t, s)
+        return torch.where(s <= 0.0, self.calibrated(moved), moved)
+
+    def calibrated(self, code: Tensor) -> Tensor:
+        """Codes ``(B, length)`` as they are drawn, distributed as real ones."""
+        values = code[:, :COUNT, None]
+        widths = self.drawn.diff(dim=1)
+        slopes = self.wanted.diff(dim=1) / widths
+        within = torch.minimum((values - self.drawn[:, :-1]).clamp(min=0.0), widths)
+        # Beyond the outermost quantiles, distances are kept.
+        beyond = values[..., 0] - values[..., 0].clamp(self.drawn[:, 0], self.drawn[:, -1])
+        parts = [self.wanted[:, 0] + (within * slopes).sum(dim=2) + beyond]
+        start = COUNT
+        for (first, last), (gain, power) in zip(self.bands, self.gains.unbind(), strict=False):
+            band = code[:, first:last]
+            amplitude = band.square().mean(dim=1, keepdim=True).sqrt().clamp(min=LEAST_AMPLITUDE)
+            parts += [code[:, start:first], band * torch.exp(gain + power * amplitude.log())]
+            start = last
+        return torch.cat((*parts, code[:, start:]), dim=1)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Take draws as they are, until they are measured."""
+        identity = torch.linspace(-2.0, 2.0, len(LEVELS)).expand(COUNT, -1)
+        self.drawn.copy_(identity)
+        self.wanted.copy_(identity)
+        self.gains.zero_()
+
+    @torch.no_grad()
+    def fit_attributes(self, drawn: Tensor, real: Tensor) -> None:
+        """Match the attributes' quantiles.
+
+        Args:
+            drawn: codes ``(N, length)`` as the solver draws them without this.
+            real: codes of the class's lesions.
+        """
+        if min(len(drawn), len(real)) < FEWEST:
+            return
+        levels = torch.tensor(LEVELS, dtype=torch.float32)
+        for table, codes in ((self.drawn, drawn), (self.wanted, real)):
+            quantiles = torch.quantile(codes[:, :COUNT].float().cpu(), levels, dim=0).T
+            # No two alike: between them, a line must have a slope.
+            steps = quantiles.diff(dim=1).clamp(min=1e-3).cumsum(dim=1)
+            table.copy_(torch.cat((quantiles[:, :1], quantiles[:, :1] + steps), dim=1))
+
+    @torch.no_grad()
+    def fit_form(self, codes: Tensor, outlined: Callable[[Tensor], Sequence[Mask]], real: Sequence[Mask]) -> None:
+        """Find the bands' gains with which outlines are as irregular, and as variously so, as real ones.
+
+        Args:
+            codes: as the solver draws them without this.
+            outlined: draws the outlines of codes that are calibrated; those that are no lesion are left out.
+            real: lesions of the class.
+        """
+        if min(len(codes), len(real)) < FEWEST or not self.bands:
+            return
+        target = _irregularity(real)
+        scale = target.std(axis=0)
+
+        def missed(gains: Floats) -> float:
+            self.gains.view(-1)[: gains.size] = torch.from_numpy(gains).to(self.gains)
+            found = _irregularity(outlined(self.calibrated(codes)))
+            if len(found) < FEWEST // 2:
+                return float("inf")
+            distance = (np.abs(_quantiles(found) - _quantiles(target)).mean(axis=0) / scale).sum()
+            return float(distance + RELUCTANCE * np.abs(gains).sum())
+
+        start = np.zeros(2 * len(self.bands))
+        simplex = np.vstack([start, start + 0.4 * np.eye(start.size)])
+        options = {"maxfev": EVALUATIONS, "initial_simplex": simplex, "xatol": 0.02, "fatol": 0.005}
+        best = minimize(missed, start, method="Nelder-Mead", options=options)
+        missed(best.x)
+
+
+def _irregularity(masks: Sequence[Mask]) -> Floats:
+    """Circularity and solidity of lesions, and their circularity without what is finer than ``FINE``: ``(N, 3)``."""
+    found = [(circularity(mask), solidity(mask), circularity(_smoothed(mask))) for mask in masks]
+    return np.array(found, dtype=np.float64).reshape(-1, 3)
+
+
+def _smoothed(mask: Mask) -> Mask:
+    """A lesion without the finest of its outline; it stays one that has pixels."""
+    part = np.pad(mask[around(mask, 0)], 4 * round(FINE))
+    smooth: Mask = ndimage.gaussian_filter(part.astype(np.float32), FINE) >= 0.5
+    return smooth if smooth.any() else mask
+
+
+def _quantiles(values: Floats) -> Floats:
+    return np.asarray(np.quantile(values, np.linspace(0.02, 0.98, 49), axis=0))
+
+
+CONTEXT_SIDE = 8
+"""Side of the grid of context tokens that stage 1 looks at; finer tokens are averaged to it, because where a lesion
+goes is not decided by single patches, and reading 256 tokens would cost more than all the rest."""
+
+
+DROPOUT = 0.1
+"""In training only. A thousand outlines are few: without it, held-out loss rises after a thousand steps."""
+
+
+class OutlineTransformer(ModelMixin, ConfigMixin):
+    """Denoises codes: tokens of the code attend to each other and to the image's context tokens.
+
+    Called as diffusers' UNets are. The code's attributes are one token and its components one per ``group``.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        coefficients: int,
+        grid: int,
+        group: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        cross_attention_dim: int,
+    ) -> None:
+        super().__init__()
+        self.space = OutlineSpace(coefficients, grid)
+        self.spectrum = OutlineSpread(self.length)
+        self.sizes = [COUNT, *(min(group, coefficients - k) for k in range(0, coefficients, group))]
+        self.read = nn.ModuleList(nn.Linear(size, dim) for size in self.sizes)
+        self.write = nn.ModuleList(_silent(nn.Linear(dim, size)) for size in self.sizes)
+        self.position = nn.Parameter(torch.randn(1, len(self.sizes), dim) * 0.02)
+        self.context_position = nn.Parameter(torch.randn(1, CONTEXT_SIDE**2, cross_attention_dim) * 0.02)
+        self.time = Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(dim, dim)
+        self.class_embedding = nn.Embedding(len(CLASSES), dim)
+        self.asked = nn.Linear(ASKED_LENGTH, dim)
+        self.shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                dim,
+                heads,
+                dim // heads,
+                dropout=DROPOUT,
+                cross_attention_dim=cross_attention_dim,
+                activation_fn="gelu",
+                attention_bias=True,
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    @property
+    def length(self) -> int:
+        """Numbers in a code."""
+        return COUNT + self.space.coefficients
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor,
+        encoder_attention_mask: Tensor,
+    ) -> Transformer2DModelOutput:
+        """Predict the velocity.
+
+        Args:
+            sample: ``(B, length + ASKED_LENGTH)``: the noisy code and :meth:`OutlineSpace.condition`'s output.
+            timestep: ``(B,)`` in [0, 1000].
+            encoder_hidden_states: context tokens ``(B, N, cross_attention_dim)`` of a square grid of patches.
+            class_labels: ``(B,)`` int64.
+            encoder_attention_mask: ``(B, N)``, 1 for tokens to see.
+        """
+        code, asked = sample.split([self.length, ASKED_LENGTH], dim=1)
+        tokens, keep = _pooled(encoder_hidden_states, encoder_attention_mask)
+        tokens = tokens + self.context_position
+        bias = keep_bias(keep)
+        time = self.time_embedding(self.time(timestep).to(code.dtype))
+        state = F.silu(time + self.class_embedding(class_labels) + self.asked(asked))
+        parts = code.split(self.sizes, dim=1)
+        hidden = torch.stack([read(part) for read, part in zip(self.read, parts, strict=True)], dim=1) + self.position
+        for shift, block in zip(self.shifts, self.blocks, strict=True):
+            hidden = hidden + shift(state)[:, None]
+            hidden = block(hidden, encoder_hidden_states=tokens, encoder_attention_mask=bias)
+        hidden = self.norm(hidden)
+        output = [write(part[:, 0]) for write, part in zip(self.write, hidden.split(1, dim=1), strict=True)]
+        # Standardised codes are nearly normal, and for normal ones the best velocity is known: the network adds to it
+        # what makes them lesions (preconditioning, Karras et al. 2022, section 5).
+        t = timestep[:, None].to(code.dtype) / TIME_SCALE
+        normal = (2.0 * t - 1.0) / ((1.0 - t) ** 2 + t**2)
+        return Transformer2DModelOutput(sample=normal * code + torch.cat(output, dim=1))
+
+
+def _silent(layer: nn.Linear) -> nn.Linear:
+    """A layer that says nothing until it is trained."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _pooled(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Average a square grid of tokens to ``CONTEXT_SIDE`` a side, over the kept ones alone."""
+    side = round(tokens.shape[1] ** 0.5)
+    factor = side // CONTEXT_SIDE
+    if factor == 1:
+        return tokens, keep
+    seen = F.avg_pool2d(keep.view(-1, 1, side, side), factor)
+    grid = (tokens * keep[..., None]).transpose(1, 2).reshape(-1, tokens.shape[2], side, side)
+    mean = F.avg_pool2d(grid, factor) / seen.clamp(min=1e-6)
+    return mean.flatten(2).transpose(1, 2), (seen > 0).to(keep).flatten(1)
+
+
+def outline_transformer(preset: Preset) -> OutlineTransformer:
+    """Stage 1 with fresh weights and an unfitted basis."""
+    shape = preset.outline
+    return OutlineTransformer(
+        coefficients=shape.coefficients,
+        grid=shape.grid,
+        group=shape.group,
+        dim=shape.dim,
+        layers=shape.layers,
+        heads=shape.heads,
+        cross_attention_dim=preset.context_dim,
+    )

@@ -1,0 +1,344 @@
+"""How much samples differ in each coefficient, and the solver step that makes use of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from busigen.noise_styles import LIMIT
+from busigen.solver import gaussian_constants
+
+LEAST = 0.05
+"""Smallest deviation that is believed: a frequency in which no training image differs from the others would freeze."""
+
+
+class Spread(nn.Module):
+    """Solver steps whose spread is each coefficient's own instead of one number.
+
+    Stage 1's codes are standardised over all lesions, and those of one class are not: malignant outlines vary half as
+    much again in their fine components as benign ones do. With one spread for all, eight steps made malignant outlines
+    too smooth.
+
+    Args:
+        shape: of one sample.
+    """
+
+    spread: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.ones(shape))
+
+    @torch.no_grad()
+    def assume(self, spread: float) -> None:
+        """Take one deviation for everything, until :meth:`fit` measures it."""
+        self.spread.fill_(spread)
+
+    def coefficients(self, sample: Tensor) -> Tensor:
+        """What of a sample varies independently of the rest, as far as is known; linear."""
+        return sample
+
+    def sample(self, coefficients: Tensor) -> Tensor:
+        """The way back from :meth:`coefficients`."""
+        return coefficients
+
+    @torch.no_grad()
+    def fit(self, clean: Tensor) -> None:
+        """Measure the spread on training samples ``(N, ...)``; of fewer than two, there is none to measure."""
+        if len(clean) < 2:
+            return
+        # In parts: the training split's coefficients all at once would be as large as the split itself.
+        total = torch.zeros_like(self.spread, dtype=torch.float64)
+        mean = clean.double().mean(0).float()
+        for part in clean.split(64):
+            total += self.coefficients(part.float() - mean).double().square().sum(0)
+        self.spread.copy_((total / (len(clean) - 1)).sqrt().clamp(min=LEAST).float())
+
+    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *_: Tensor) -> Tensor:
+        """Go from time ``t`` to ``s``.
+
+        Args:
+            x: noisy samples ``(B, ...)``.
+            velocity: the network's answer to them, of the same shape.
+            t: time of ``x``, ``(1,)`` in (0, 1].
+            s: time to go to, ``(1,)`` in [0, t).
+        """
+        a, b = gaussian_constants(t, s, self.spread)
+        return self.sample(a * self.coefficients(x) + b * self.coefficients(velocity))
+
+
+class Spectrum(Spread):
+    """Solver steps whose spread is that of each spatial frequency, along axes of its own among the channels.
+
+    Latents are standardised cell by cell, but neighbouring cells vary together: the mean of a whole image's latents
+    varies up to eighteen times as much as independent cells would let it, their finest detail less than half as much.
+    With one spread for all, ten steps lost a third of what images differ by in brightness and overdid the detail. In
+    the basis of the discrete cosine transform the coefficients of natural images are nearly uncorrelated (Ahmed et al.
+    1974), so each can have a step of its own (:func:`busigen.solver.gaussian_constants`). The channels of one frequency
+    are not: an image's brightness shows in several of them at once. They are turned to the axes on which they are.
+
+    Args:
+        channels: of the latents.
+        cells: their rows and columns.
+    """
+
+    axes: Tensor
+
+    def __init__(self, channels: int, cells: int) -> None:
+        super().__init__(channels, cells, cells)
+        # Alike for all directions of one frequency: a matrix for each pair of row and column would be half of what the
+        # prior's largest layer takes in a bundle.
+        self.register_buffer("axes", torch.eye(channels).repeat(int(_radius(cells).max()) + 1, 1, 1))
+
+    def coefficients(self, sample: Tensor) -> Tensor:
+        """Latents ``(B, C, s, s)`` by frequency, ``(B, K, s, s)``: along the ``K = C`` axes of each."""
+        return turned(transformed(sample), self._axes())
+
+    def sample(self, coefficients: Tensor) -> Tensor:
+        """Its inverse."""
+        found = turned(coefficients, self._axes().transpose(2, 3))
+        basis = cosines(found.shape[-1]).to(found)
+        return basis.T @ found @ basis
+
+    @property
+    def marginal(self) -> Tensor:
+        """The deviation of each channel's cosine coefficients, ``(C, s, s)``."""
+        squares = self._axes().square() @ self.spread.permute(1, 2, 0)[..., None].square()
+        return squares[..., 0].permute(2, 0, 1).sqrt()
+
+    @torch.no_grad()
+    def fit(self, clean: Tensor) -> None:
+        """Measure axes and spread on training latents ``(N, C, s, s)``; of fewer than two, there is none to measure."""
+        if len(clean) < 2:
+            return
+        total = torch.zeros_like(self._axes(), dtype=torch.float64)
+        mean = clean.double().mean(0).float().to(total.device)
+        for part in clean.split(64):
+            found = transformed(part.float().to(total.device) - mean).permute(2, 3, 1, 0)
+            total += (found @ found.transpose(2, 3)).double()
+        total /= len(clean) - 1
+        radius = _radius(total.shape[0]).flatten().to(total.device)
+        pooled = total.new_zeros(self.axes.shape).index_add_(0, radius, total.flatten(0, 1))
+        self.axes.copy_(torch.linalg.eigh(pooled)[1].float())
+        axes = self._axes().double()
+        variance = torch.einsum("uvck,uvcd,uvdk->kuv", axes, total, axes)
+        self.spread.copy_(variance.clamp(min=LEAST**2).sqrt().float())
+
+    def _axes(self) -> Tensor:
+        """The axes of every frequency, ``(s, s, C, K)``."""
+        cells = self.spread.shape[-1]
+        radius = _radius(cells).flatten().to(self.axes.device)
+        return self.axes.index_select(0, radius).view(cells, cells, *self.axes.shape[1:])
+
+
+def _radius(cells: int) -> Tensor:
+    """Each coefficient's frequency whatever its direction, in half periods per side, to the next whole number."""
+    frequency = torch.arange(cells, dtype=torch.float64)
+    return (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().round().long()
+
+
+def transformed(sample: Tensor) -> Tensor:
+    """The cosine transform of latents ``(B, C, s, s)``."""
+    basis = cosines(sample.shape[-1]).to(sample)
+    return basis @ sample @ basis.T
+
+
+def turned(coefficients: Tensor, axes: Tensor) -> Tensor:
+    """Coefficients ``(B, C, s, s)`` along the axes ``(s, s, C, K)`` of each frequency, ``(B, K, s, s)``."""
+    return (coefficients.permute(2, 3, 0, 1) @ axes).permute(2, 3, 0, 1)
+
+
+def cosines(size: int) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) of ``size`` samples as a matrix ``(frequency, sample)``."""
+    places = (torch.arange(size, dtype=torch.float64) + 0.5) * math.pi / size
+    basis = torch.cos(torch.arange(size, dtype=torch.float64)[:, None] * places[None]) * math.sqrt(2.0 / size)
+    basis[0] /= math.sqrt(2.0)
+    return basis.float()
+
+
+Missed = tuple[Tensor, Tensor, Tensor]
+"""What two answers to pure noise miss of the same windows, ``(B, C, n, n)``, and the region to paint ``(B, 1, n, n)``.
+
+A network that is asked at pure noise should answer with the mean of all that may be painted; trained for any finite
+time, it is swayed by the noise. What two answers miss in common is the windows' own."""
+
+MOST_MADE_UP = 1.5
+"""Greatest factor by which :meth:`Wavelets.make_up` changes a deviation."""
+
+LEAST_CELLS = 6
+"""Cells of a lesion from which its power is believed."""
+
+FEWEST = 24
+"""Windows from which a spread is believed; with fewer, that of the base stays."""
+
+
+class Wavelets(nn.Module):
+    """Solver steps whose spread is that of each size of Haar wavelet, in the region that is painted.
+
+    What stages 2 and 3 leave open once they have seen the surroundings and the outline is not white: brightness varies
+    more over blocks of four cells than cells that are independent would let it, and from cell to cell half as much.
+    Steps with one spread for all paint lesions that are too much alike as a whole and too grainy within. Cosines know
+    no place, and the region to paint is one; wavelets have both a place and a scale (Mallat 1989). Channels are turned
+    to axes on which they are uncorrelated, as in :class:`busigen.training.networks.variance.Spectrum`.
+
+    Args:
+        channels: of the latents.
+        sizes: rows (and columns) of cells that windows have, powers of two.
+    """
+
+    styles: Tensor
+
+    def __init__(self, channels: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        for size in sizes:
+            scales = len(_counts(size))
+            # Scales by row and by column; the first is that of the mean.
+            self.register_buffer(f"spread_{size}", torch.ones(scales, scales, channels))
+            self.register_buffer(f"axes_{size}", torch.eye(channels).repeat(scales, scales, 1, 1))
+        self.register_buffer("styles", torch.zeros(channels, channels))
+
+    @torch.no_grad()
+    def assume(self, spread: float) -> None:
+        """Take one deviation for everything, until :meth:`fit` measures it."""
+        for name, table in self.named_buffers():
+            if name.startswith("spread"):
+                table.fill_(spread)
+
+    def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *condition: Tensor) -> Tensor:
+        """Go from time ``t`` to ``s``.
+
+        Args:
+            x: noisy latents ``(B, C, n, n)``.
+            velocity: the network's answer to them, of the same shape.
+            t: time of ``x``, ``(1,)`` in (0, 1].
+            s: time to go to, ``(1,)`` in [0, t).
+            condition: the stage's condition channels, of which the last is the region to paint, ``(B, 1, n, n)``, and
+                the one before it the lesion's mask, ``(B, 4, n, n)`` in [0, 1].
+        """
+        *_, mask, region = condition
+        change = self._style(x, mask, region) * (t >= 1.0).to(x)
+        x, velocity = x + change, velocity + change
+        size = x.shape[-1]
+        basis = haar(size).to(x)
+        axes, spread = (_by_wavelet(self.get_buffer(f"{name}_{size}"), size) for name in ("axes", "spread"))
+        a, b = gaussian_constants(t, s, spread.permute(2, 0, 1))
+        moved = a * turned(basis @ x @ basis.T, axes) + b * turned(basis @ velocity @ basis.T, axes)
+        inside = basis.T @ turned(moved, axes.transpose(2, 3)) @ basis
+        # What is not to be painted is known, and goes there straight.
+        return inside * region + (x + (s - t) * velocity) * (1.0 - region)
+
+    def _style(self, noise: Tensor, mask: Tensor, region: Tensor) -> Tensor:
+        """What a window's style changes of pure noise: within the lesion, every channel gets a factor.
+
+        Some lesions are empty and some are coarse as a whole. A few steps leave what is normal, and do not draw that
+        (:mod:`busigen.noise_styles`). The noise beside the region to paint decides nothing but the style.
+        """
+        beside = 1.0 - region
+        normals = (noise * beside).sum(dim=(2, 3)) / beside.sum(dim=(2, 3)).clamp(min=1.0).sqrt()
+        logarithms = normals.clamp(-LIMIT, LIMIT) @ self.styles.T
+        return noise * (logarithms.exp()[:, :, None, None] - 1.0) * mask.mean(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def fit(self, size: int, parts: Sequence[Missed], factor: float = 1.0) -> None:
+        """Measure what is left open of windows of one size.
+
+        Args:
+            size: rows of cells.
+            parts: training windows of that size, on the CPU; outside of the region to paint, nothing is looked at.
+            factor: on the variances.
+        """
+        if sum(len(first) for first, _, _ in parts) < FEWEST:
+            return
+        axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
+        variance, vectors = torch.linalg.eigh(factor * _covariances(size, parts))
+        axes.copy_(vectors.view(axes.shape).float())
+        spread.copy_(variance.clamp(min=LEAST**2).sqrt().view(spread.shape).float())
+
+    @torch.no_grad()
+    def make_up(self, size: int, parts: Sequence[Missed]) -> None:
+        """Change the spread by what a trained network's few steps make of it.
+
+        Its first answer is swayed by the noise, which adds to what is drawn, and later ones take back a part of that.
+
+        Args:
+            size: rows of cells.
+            parts: windows that were drawn with the spread as it is.
+        """
+        if sum(len(first) for first, _, _ in parts) < FEWEST:
+            return
+        axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
+        vectors = axes.double().cpu().flatten(0, 1)
+        found = torch.einsum("pck,pcd,pdk->pk", vectors, _covariances(size, parts), vectors)
+        found = found.clamp(min=LEAST**2).sqrt().view(spread.shape).to(spread)
+        spread.mul_((spread / found).clamp(1.0 / MOST_MADE_UP, MOST_MADE_UP))
+
+
+def _covariances(size: int, parts: Sequence[Missed]) -> Tensor:
+    """Covariance of the channels for each pair of scales, by row and by column, ``(S * S, C, C)``."""
+    basis = haar(size)
+    counts = _counts(size)
+    scale_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    pair = (scale_of[:, None] * len(counts) + scale_of[None]).flatten()
+    channels = parts[0][0].shape[1]
+    weights = torch.zeros(len(counts) ** 2, dtype=torch.float64)
+    moments = torch.zeros(len(counts) ** 2, channels, channels, dtype=torch.float64)
+    for first, second, region in parts:
+        share = shares(region, basis).double().flatten(2)[:, 0]
+        one, other = ((basis @ (part * region) @ basis.T).double().flatten(2) for part in (first, second))
+        # Of a wavelet that lies in the region in part, a part is seen; those that lie in it as a whole count most.
+        both = torch.einsum("bcp,bdp,bp->pcd", one, other, share**4)
+        moments.index_add_(0, pair, 0.5 * (both + both.transpose(1, 2)))
+        weights.index_add_(0, pair, (share**5).sum(0))
+    return moments / weights.clamp(min=1e-9)[:, None, None]
+
+
+def amplitudes(latents: Tensor, mask: Tensor) -> Tensor:
+    """Half the logarithm of the power within each lesion, ``(N, C)``, of the windows with enough of one.
+
+    Args:
+        latents: ``(B, C, n, n)``.
+        mask: as for :meth:`Wavelets.forward`.
+    """
+    within = (mask.mean(dim=1, keepdim=True) > 0.9).to(latents)
+    latents, within = (part[within.sum(dim=(1, 2, 3)) >= LEAST_CELLS] for part in (latents, within))
+    cells = within.sum(dim=(2, 3), keepdim=True)
+    mean = (latents * within).sum(dim=(2, 3), keepdim=True) / cells
+    power = ((latents - mean).square() * within).sum(dim=(2, 3)) / (cells[:, :, 0, 0] - 1.0)
+    return 0.5 * power.clamp(min=1e-6).log()
+
+
+def squares(parts: Sequence[Missed]) -> float:
+    """Mean square in the region to paint of what both of two answers miss: what the noise sways them by is no part."""
+    total = sum(float((first * second * region).sum()) for first, second, region in parts)
+    cells = sum(float(region.sum()) * first.shape[1] for first, _, region in parts)
+    return max(total, 0.0) / max(cells, 1.0)
+
+
+def shares(region: Tensor, basis: Tensor) -> Tensor:
+    """The share of every wavelet that lies in a region, ``(B, 1, n, n)`` both."""
+    squares = basis.square()
+    return (squares @ region @ squares.T).clamp(0.0, 1.0)
+
+
+def _by_wavelet(table: Tensor, size: int) -> Tensor:
+    """A table by scales ``(S, S, ...)`` as one by wavelets ``(n, n, ...)``."""
+    scale_of = torch.arange(table.shape[0]).repeat_interleave(torch.tensor(_counts(size))).to(table.device)
+    return table.index_select(0, scale_of).index_select(1, scale_of)
+
+
+def _counts(size: int) -> list[int]:
+    """Wavelets of each scale among ``size`` samples: the mean, and then from the widest to the finest."""
+    return [1, *(2**k for k in range(round(math.log2(size))))]
+
+
+def haar(size: int) -> Tensor:
+    """The orthonormal Haar transform of ``size`` samples (a power of two) as a matrix ``(wavelet, sample)``."""
+    rows = [torch.full((1, size), size**-0.5)]
+    for count in _counts(size)[1:]:
+        width = size // count
+        wavelet = torch.cat((torch.ones(width // 2), -torch.ones(width // 2))) * width**-0.5
+        rows.append(torch.block_diag(*[wavelet[None]] * count))
+    return torch.cat(rows)

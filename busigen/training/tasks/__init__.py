@@ -1,0 +1,1 @@
+"""What each component learns, and from what."""

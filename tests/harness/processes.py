@@ -1,0 +1,61 @@
+"""The factory as a process of its own, with a source that costs nothing, and the signals that end it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+GUARD_SECONDS = 240.0
+"""Seconds after which a test gives up waiting; a machine with much else to do may need minutes."""
+
+
+def command(out: Path, count: int, shard_size: int, *more: object) -> list[str]:
+    """``more``: seed, seconds per sample, log."""
+    return [sys.executable, "-m", "tests.harness.noise_source", *map(str, (out, count, shard_size, *more))]
+
+
+def listening() -> None:
+    """To be called in the child: a test run in a shell's background inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def started(out: Path, count: int, shard_size: int, *more: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(out, count, shard_size, *more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listening,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], seen: Callable[[], Any]) -> None:
+    """Wait until ``seen`` is true; fail if the process ends before."""
+    deadline = time.monotonic() + GUARD_SECONDS
+    while not seen():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.01)
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
+    """Lines of stderr up to the first one that holds ``text``."""
+    lines = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} never came: {lines}")
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]

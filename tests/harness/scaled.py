@@ -1,0 +1,67 @@
+"""The factory with a source that costs nothing, as one of several tasks or with a crew.
+
+``python -m tests.harness.scaled OUT COUNT SHARD_SIZE SECONDS_PER_SAMPLE HOW``, where HOW is ``K/N``, ``first:end``, or
+``local:N`` and ``ray:N`` for N workers, or ``ray@ADDRESS`` for a worker per GPU of a Ray cluster that runs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from busigen.errors import BusigenError
+from busigen.runtime.execution.coordinator import Coordinator
+from busigen.runtime.execution.events import supervised
+from busigen.runtime.execution.factory import generate
+from busigen.runtime.execution.launchers import WorkerOptions, launcher
+from busigen.runtime.execution.partition import Share, parse_range, parse_task
+from tests.harness.noise_source import NoiseSource, noise
+from tests.harness.processes import ROOT, listening
+
+SEED = 7
+
+
+def started(out: Path, count: int, shard_size: int, seconds: float, how: str) -> subprocess.Popen[str]:
+    arguments = map(str, (out, count, shard_size, seconds, how))
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.harness.scaled", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listening,
+    )
+
+
+def main(out: Path, count: int, shard_size: int, seconds: float, how: str) -> int:
+    way, _, address = how.partition("@")
+    name, _, number = way.partition(":")
+    numbers = {"count": count, "seed": SEED, "shard_size": shard_size}
+    try:
+        with supervised(out, None) as (progress, stop):
+            described = {"progress": progress, "stop": stop}
+            if name in ("local", "ray"):
+                make = partial(noise, seconds=seconds)
+                wanted = (
+                    WorkerOptions(None, 1, "cuda", address)
+                    if address
+                    else WorkerOptions(workers=int(number), threads=1)
+                )
+                with launcher(name).worker_pool(lambda threads: make, wanted) as worker_pool:
+                    coordinator = Coordinator(worker_pool, progress)
+                    report = generate(coordinator.source(), out, **numbers, **described, make=coordinator.make)
+            else:
+                share = Share(task=parse_task(how)) if "/" in how else Share(parse_range(how))
+                report = generate(NoiseSource(seconds), out, **numbers, **described, share=share)
+    except BusigenError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(report, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    place, *rest, way = sys.argv[1:]
+    sys.exit(main(Path(place), int(rest[0]), int(rest[1]), float(rest[2]), way))

@@ -1,0 +1,77 @@
+"""A provider whose calls have a fixed size, as TensorRT's engines have, and which needs no card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from busigen.registry import PROVIDERS, Provider
+from busigen.runtime.backends.base import Arrays, Backend, EngineOptions
+from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.backends.tensorrt.profiles import Batches, calls
+from tests.harness.quick_engine import QuickEngine
+
+NAME = "tensorrt-rtx"
+
+Inner = Callable[[Bundle], Backend]
+
+
+class StaticBackend:
+    """Pads and cuts batches as engines for ``batches`` do, and tells these in its version."""
+
+    def __init__(self, inner: Backend, batches: Batches) -> None:
+        self.name, self.version = NAME, f"0 on no card, {batches}"
+        self.batch_size = batches.sizes[0]
+        self.providers = ("static",)
+        self.asked: list[tuple[str, int]] = []
+        self._batches, self._inner = batches, inner
+
+    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
+        count = len(next(iter(inputs.values())))
+        self.asked.append((graph, count))
+        parts = []
+        for call in calls(count, self._batches.profiles(graph)):
+            rows = np.minimum(np.arange(call.first, call.first + call.rows), call.end - 1)
+            found = self._inner.run(graph, {name: array[rows] for name, array in inputs.items()})
+            parts.append(found[: call.end - call.first])
+        return np.concatenate(parts)
+
+
+class _Engine:
+    """What the registry finds here (:class:`busigen.runtime.backends.base.Engine`)."""
+
+    def __init__(self) -> None:
+        self.inner: Inner = lambda bundle: QuickEngine()
+        self.opened: list[StaticBackend] = []
+
+    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> StaticBackend:
+        batches = Batches.described(options.again) or Batches(options.batch_sizes)
+        self.opened.append(StaticBackend(self.inner(bundle), batches))
+        return self.opened[-1]
+
+    def probe(self, provider: Provider) -> str:
+        return "no card"
+
+
+ENGINE = _Engine()
+
+
+@contextmanager
+def static_engines(inner: Inner = lambda bundle: QuickEngine()) -> Iterator[list[StaticBackend]]:
+    """Let this module be what runs ``--provider tensorrt-rtx``.
+
+    Args:
+        inner: what computes; by default the quick engine, whose images are crude.
+
+    Yields:
+        What was opened since.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROVIDERS, NAME, Provider(NAME, "in tests", __name__, gpu=True))
+        patch.setattr(ENGINE, "inner", inner)
+        patch.setattr(ENGINE, "opened", [])
+        yield ENGINE.opened
