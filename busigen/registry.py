@@ -343,3 +343,16 @@ UNFIT_STORES = {
 
 COPY_COMMANDS = {"s3": "aws s3 sync {} copy", "gs": "gcloud storage rsync -r {} copy"}
 """What copies a dataset from a URL to the folder ``copy``, for those commands that read folders alone."""
+
+MIN_BATCH = 2
+"""Rows that every engine call has at least: ONNX Runtime adds up a batch of one in another order than a larger one's
+rows, and the bytes of a sample must not depend on the batch size."""
+
+
+DEFAULT_BATCH = 16
+"""Images per engine call where nobody says otherwise."""
+
+
+def rows_per_call(side: int, batch_size: int) -> int:
+    """Rows of a full call on windows of ``side`` pixels: ``batch_size`` at the smallest, fewer of the larger ones."""
+    return max(MIN_BATCH, batch_size * BUCKETS[0] ** 2 // side**2)

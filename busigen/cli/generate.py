@@ -9,8 +9,7 @@ import typer
 
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
-from busigen.registry import AUTO, BIRADS, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
-from busigen.runtime.backends.base import DEFAULT_BATCH
+from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
 from busigen.runtime.maintenance.summaries import explained, generated, merged, repaired, verified
 from busigen.runtime.storage.url import place_of, refuse_urls

@@ -30,6 +30,7 @@ from busigen.foreign import open_file
 from busigen.records import parse_json
 from busigen.registry import (
     BACKGROUND_SPECKLE,
+    DEFAULT_BATCH,
     ENGINE_TARGETS,
     LESION_CLASSES,
     LOOPS,
@@ -40,7 +41,7 @@ from busigen.registry import (
     RESOLUTION,
     STAGES,
 )
-from busigen.runtime.backends.base import DEFAULT_BATCH, Backend, EngineOptions, engine_of, open_backend
+from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder, sha256_of

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import ProviderError, UsageError
-from busigen.registry import AUTO, BUCKETS, PROVIDERS, Provider
+from busigen.registry import AUTO, DEFAULT_BATCH, PROVIDERS, Provider
 from busigen.runtime.backends.bundle import Bundle
 from busigen.text import install_command
 
@@ -61,20 +61,6 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
         if fits(rows):
             return rows
     return 0
-
-
-MIN_BATCH = 2
-"""Rows that every engine call has at least: ONNX Runtime adds up a batch of one in another order than a larger one's
-rows, and the bytes of a sample must not depend on the batch size."""
-
-
-DEFAULT_BATCH = 16
-"""Images per engine call where nobody says otherwise."""
-
-
-def rows_per_call(side: int, batch_size: int) -> int:
-    """Rows of a full call on windows of ``side`` pixels: ``batch_size`` at the smallest, fewer of the larger ones."""
-    return max(MIN_BATCH, batch_size * BUCKETS[0] ** 2 // side**2)
 
 
 FALLBACK = "cpu"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import InputError, IntegrityError, UsageError
-from busigen.registry import ATTRIBUTES, AUTO, SYNTHETIC
-from busigen.runtime.backends.base import DEFAULT_BATCH, Backend, EngineOptions, open_backend
+from busigen.registry import ATTRIBUTES, AUTO, DEFAULT_BATCH, SYNTHETIC
+from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.dataset.format import RUN_FILE, as_typed, differences
 from busigen.runtime.dataset.reader import plan_of

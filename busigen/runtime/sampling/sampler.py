@@ -20,8 +20,17 @@ from busigen.data.geometry import Mask, edit_region, largest_component, paste, p
 from busigen.errors import AcceptanceError, CapacityError, UsageError
 from busigen.mtf import apply_to_pair
 from busigen.noise_styles import styled
-from busigen.registry import ATTRIBUTES, BUCKETS, LATENT_FACTOR, RESOLUTION, SYNTHETIC
-from busigen.runtime.backends.base import DEFAULT_BATCH, MIN_BATCH, Backend, resident, rows_per_call
+from busigen.registry import (
+    ATTRIBUTES,
+    BUCKETS,
+    DEFAULT_BATCH,
+    LATENT_FACTOR,
+    MIN_BATCH,
+    RESOLUTION,
+    SYNTHETIC,
+    rows_per_call,
+)
+from busigen.runtime.backends.base import Backend, resident
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import quality_gates

@@ -139,7 +139,6 @@ def test_a_kill_while_an_entry_is_written_leaves_none_and_blocks_nobody(cache: C
         f"""
         import os, time
         from pathlib import Path
-        from busigen.runtime import atomic
         from busigen.runtime.backends.tensorrt.engine_cache import Cache
         cache, key = Cache(Path({str(cache.folder)!r})), {KEY!r}
         real = os.replace

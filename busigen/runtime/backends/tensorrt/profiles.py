@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from busigen.errors import UsageError
-from busigen.registry import BUCKETS
-from busigen.runtime.backends.base import DEFAULT_BATCH, MIN_BATCH, rows_per_call
+from busigen.registry import BUCKETS, DEFAULT_BATCH, MIN_BATCH, rows_per_call
 
 MAX_BATCH = 4096
 """Largest batch size, that of ``generate``, too."""
