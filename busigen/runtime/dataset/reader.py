@@ -284,7 +284,7 @@ def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenEr
     """The error where a dataset with a link is to be read or written."""
     return kind(
         f"{path} is a link, and links in a dataset are not followed.",
-        fix="Replace it by what it points to, if that is what you expect there.",
+        fix="Put the file or folder itself there, or remove the link and run `busigen verify --repair` on the dataset.",
     )
 
 
