@@ -94,20 +94,19 @@ def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, R
 
 
 class HealthyFolder:
-    """A folder of healthy images, in the order of their content's hash, so that renaming them changes nothing.
+    """The healthy images of a folder, ordered by the sha256 of their files, so that file names change no sample.
 
     Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
-    image's own name say (:func:`busigen.data.sources.read.read_images`), pictures of two grey levels, which are masks,
-    and the images that are named like them, and repetitions. Files that cannot be read, those of which nobody can tell,
-    and black, white or flat images
-    (:func:`busigen.runtime.sampling.quality_gates.background_reason`, on the image without its letterbox
-    bars), are also named one by one. Whatever else was passed over is logged, and so is how many images nothing says
-    to be healthy.
+    image's own name say (:func:`busigen.data.sources.read.read_images`); pictures of two grey levels, which are masks,
+    and the images whose masks they are by their names; and repeated files. Left out and named one by one: files that
+    cannot be read, images whose class or mask is unclear, and black, white or flat images
+    (:func:`busigen.runtime.sampling.quality_gates.background_reason`, without the letterbox bars). Whatever else was
+    passed over is logged, and so is how many images have nothing that calls them healthy.
 
     Args:
         folder: The folder.
-        progress: Told of every image.
-        out: A folder that is passed over: where the run writes to. Datasets are passed over anyhow.
+        progress: Shows the reading.
+        out: A folder to pass over, where the run writes to. Datasets are passed over in any case.
 
     Attributes:
         left_out: number of files left out, by reason.

@@ -385,12 +385,12 @@ class Sampler:
         return rows_per_call(side, self.batch_size)
 
     def _run(self, graph: str, side: int | None, count: int, **inputs: Any) -> Floats:
-        """Run a graph on a padded batch, whose added rows repeat the last one, and return the output without them."""
+        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
         result: Floats = self._call(self._resident.run, graph, side, count, inputs)
         return result[:count]
 
     def _keep(self, graph: str, side: int, count: int, **inputs: Any) -> Any:
-        """Run a graph, and keep its output, padding included, on the device that computed it."""
+        """Run a graph, and leave what comes out, padding and all, where it was computed."""
         return self._call(self._resident.keep, graph, side, count, inputs)
 
     def _call(
