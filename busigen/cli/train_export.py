@@ -202,7 +202,7 @@ def export(
             made.extend(fill(order, written))
 
     with quiet_libraries():
-        # Engines are built before the bundle is written: if one of them fails, nothing is exported.
+        # Engines come before the bundle appears: without one that was asked for, it is not exported.
         bundle = run(checkpoint, out, options, progress=console_progress(), last=built)
     if report is not None:
         write_report(report, bundle.info)
@@ -279,7 +279,7 @@ def build_engines(
 
 
 def order_for(targets: list[str], batch_sizes: tuple[int, ...]) -> BuildRequest:
-    """The engines that `export` has to build, checked before it begins."""
+    """The order that `export` gives, checked before it begins."""
     from busigen.runtime.backends.tensorrt.engine_cache import BuildRequest
     from busigen.runtime.backends.tensorrt.profiles import Batches
 
@@ -289,7 +289,7 @@ def order_for(targets: list[str], batch_sizes: tuple[int, ...]) -> BuildRequest:
 
 
 def fill(order: BuildRequest, bundle: Bundle) -> list[EngineInfo]:
-    """Build the engines of a request, with progress on stderr."""
+    """Make an order's engines, with progress on stderr."""
     from busigen.runtime.progress import console_progress
 
     with console_progress() as progress:
