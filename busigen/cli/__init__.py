@@ -24,12 +24,12 @@ from busigen.foreign import access_error
 
 
 def main() -> None:
-    """Run the command line; an error of the user's becomes one line and its exit code."""
+    """Run the command line; a user's mistake is printed as one line and ends with its exit code."""
     # click's base class of usage errors: typer does not export it, and newer versions have a click of their own.
     misuse: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A letter that the terminal's encoding lacks is no reason to fail.
+            # Letters that the terminal's encoding lacks are printed as escapes.
             stream.reconfigure(errors="backslashreplace")
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv) - 1
@@ -41,7 +41,7 @@ def main() -> None:
     except misuse as error:
         _fail(_usage_error(error, arguments), debug)
     except SystemExit as end:
-        # Where nobody reads from the pipe that standard output is, rich and click end like this.
+        # rich and click exit with 1 where standard output is a pipe that nobody reads from.
         _fail(_unheard(os.strerror(errno.EPIPE)), debug) if end.code == 1 else sys.exit(end.code)
     except Exception as error:
         if isinstance(error, OSError) and (described := _of_system(error)):
@@ -53,7 +53,7 @@ def main() -> None:
                 f"error: {type(error).__name__}: {error}. This is a bug: run again with --debug and report it."
             )
         sys.exit(1)
-    # A command that has nothing of its own to say of Ctrl-C ends with this code and without a word.
+    # A command that does not handle Ctrl-C itself returns this code without printing anything.
     if code == INTERRUPTED_EXIT_CODE:
         _fail(Interrupted("Interrupted."), debug)
     sys.exit(code)
@@ -62,7 +62,7 @@ def main() -> None:
 def _fail(error: BusigenError, debug: bool) -> NoReturn:
     if debug:
         _print_traceback()
-    # Where standard error is full or closed, the exit code has to do.
+    # If standard error is full or closed, only the exit code can say what happened.
     with contextlib.suppress(OSError):
         stderr.print(f"error: {error}", style=None if debug else "red")
     sys.exit(error.exit_code)
@@ -92,15 +92,15 @@ def _refuse_unusable(arguments: list[str]) -> None:
 
 
 def _of_system(error: OSError) -> BusigenError | None:
-    """What is no bug of this program's: nobody hears what it prints, or the system does not let it look."""
-    # A file that cannot be written is named, and told by those who write it.
+    """The error to report where the system refused output or access, which is no bug; None for any other."""
+    # An error that names a file belongs to whoever wrote it, and was turned into a message there.
     if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE):
         return _unheard(os.strerror(error.errno))
     return access_error(error)
 
 
 def _unheard(reason: str) -> OutputError:
-    # What Python still holds for it would be written, and fail, when the process ends.
+    # Python would write what it still buffers, and fail, when the process ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return OutputError(
         f"standard output cannot be written to: {reason}.",
@@ -109,13 +109,13 @@ def _unheard(reason: str) -> OutputError:
 
 
 def _print_traceback() -> None:
-    """Python's own account of the error that is being handled, which quotes what it came from."""
+    """Print the traceback of the error that is being handled, with control characters made visible."""
     for line in traceback.format_exc().splitlines():
         stderr.print(line)
 
 
 def _usage_error(error: Any, arguments: list[str]) -> UsageError:
-    """Put what click would spread over a box of several lines into one, with the value, which click may leave out."""
+    """Turn a usage error of click, which prints a box of several lines, into one line with the value."""
     problem = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
     return UsageError(

@@ -1,4 +1,4 @@
-"""The application that the commands join, and what they share."""
+"""The typer application, and helpers that its commands share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TALKATIVE = (
 
 
 class Interrupted(BusigenError):
-    """Ctrl-C, with what was done kept."""
+    """A command that was ended by Ctrl-C."""
 
     exit_code = INTERRUPTED_EXIT_CODE
 
@@ -63,14 +63,14 @@ def _main(
     ] = False,
 ) -> None:
     log_to_stderr(logging.INFO)
-    # Libraries log how they load files; a person wants to hear about the run.
+    # These libraries log how they load files, which is of no use to a user.
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Turn a missing module into the name of the extra that brings it."""
+    """A context that turns a missing module into an error which names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -81,7 +81,7 @@ def needs(extra: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep third-party deprecation warnings off the user's terminal."""
+    """A context without warnings, which libraries raise about their own deprecations."""
     import warnings
 
     with warnings.catch_warnings():

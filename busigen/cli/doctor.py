@@ -1,4 +1,4 @@
-"""Commands about the machine: doctor."""
+"""The command that examines the machine: doctor."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ configs:
 
 
 def privacy(info: Mapping[str, Any]) -> str:
-    """What the run's backgrounds mean for patients; a source that does not say is taken to have used real images."""
+    """The text on privacy; a source that does not say what its backgrounds are is taken to have used real images."""
     return _PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL
 
 
@@ -221,7 +221,7 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bars(info: Mapping[str, Any]) -> str:
-    """Where an image lies among its bars; nothing for sources without them."""
+    """The text on letterbox bars; empty for sources without them."""
     if "letterbox_scale" not in info["columns"]:
         return ""
     return _FRAMES if _is_synthetic(info) else _LETTERBOX

@@ -1,4 +1,4 @@
-"""Several datasets as one: what cannot have been one run stays in parts, each of which is a dataset of its own.
+"""Collections: several datasets merged into one folder, each kept whole as a part.
 
 A merged dataset of several seeds, or of ranges with a gap, cannot be renumbered without changing the bytes that its
 records and every row name. So it keeps its parts as they were made, in ``parts/000``, ``parts/001`` and so on, and adds
@@ -54,7 +54,7 @@ def part_name(number: int) -> str:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The parts' folders, in order; empty where the folder is no collection, whatever else it is.
+    """The folders of a collection's parts, in order; empty for any other folder.
 
     Raises:
         InputError: one is a link, or the collection is newer than this busigen.
@@ -71,7 +71,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def open_parts(folder: Path) -> list[Dataset]:
-    """The datasets that a merged dataset consists of, or the one that a plain one is.
+    """The datasets of a folder: a collection's parts, or the one dataset that it is.
 
     Raises:
         InputError: one of them is missing, unfinished, no dataset, or newer than this busigen.
@@ -81,7 +81,7 @@ def open_parts(folder: Path) -> list[Dataset]:
 
 
 def open_with_sources(folder: Path) -> list[tuple[Dataset, Sources]]:
-    """The datasets that a folder consists of, each with what it was merged from, or itself.
+    """The datasets of a folder, each with its sources: the datasets that it was merged from, or itself.
 
     Raises:
         InputError, IntegrityError: as for :func:`open_parts`.
@@ -91,7 +91,7 @@ def open_with_sources(folder: Path) -> list[tuple[Dataset, Sources]]:
 
 
 def write_collection(folder: Path, sources: Sequence[Sources] | None = None) -> None:
-    """Write what a collection holds beside its parts, ``dataset.json`` last.
+    """Write a collection's own files, ``dataset.json`` last.
 
     Args:
         folder: the collection, with its parts in place.
@@ -147,7 +147,7 @@ def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[So
 
 
 def recorded_sources(folder: Path) -> list[Sources] | None:
-    """Where each part came from, by the collection's ``dataset.json``; None where that cannot be read."""
+    """The sources of each part, as the collection's ``dataset.json`` lists them; None if it cannot be read."""
     try:
         info = read_checked(CollectionRecord, folder / DATASET_FILE, fix="", root=folder)
     except (OSError, IntegrityError):

@@ -1,4 +1,4 @@
-"""A contact sheet that shows at a glance what a dataset holds."""
+"""Finishing a dataset: manifest, preview, cards and, last of all, ``dataset.json``."""
 
 from __future__ import annotations
 
@@ -111,37 +111,37 @@ _DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 
 class FileProvider(Protocol):
-    """Has files of the dataset in its folder while a block runs, where they are not there anyway."""
+    """Provides shards' files in the dataset's folder while a block runs, wherever they are kept."""
 
     def files(self, records: Sequence[FileRecord]) -> AbstractContextManager[None]:
-        """Have these files there.
+        """A context in which these files are in the folder.
 
         Raises:
-            BusigenError: one of them cannot be had, or differs from its record.
+            BusigenError: a file cannot be fetched, or differs from its record.
         """
         ...
 
     def tables(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
-        """The shards' rows, one shard's after the other's.
+        """The tables of the shards, one after the other.
 
         Raises:
-            BusigenError: one of them cannot be had, or differs from its record.
+            BusigenError: a table cannot be fetched, or differs from its record.
         """
         ...
 
 
 class LocalFiles:
-    """A bringer that has nothing to do: the files are in the folder."""
+    """A :class:`FileProvider` for shards that are in the dataset's folder already."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def files(self, records: Sequence[FileRecord]) -> AbstractContextManager[None]:
-        """See :class:`Bringer`."""
+        """See :class:`FileProvider`."""
         return nullcontext()
 
     def tables(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
-        """See :class:`Bringer`."""
+        """See :class:`FileProvider`."""
         for record in records:
             path = self.folder / record.parquet.file
             try:
@@ -159,7 +159,7 @@ def finish(
         folder: the dataset.
         run: its run record.
         records: every shard's record, in order.
-        provider: brings the shards' files; None where they are all in ``folder``.
+        provider: provides the shards' files; None where they are all in ``folder``.
 
     Raises:
         OSError: the disk refused.
@@ -173,7 +173,7 @@ def finish(
 
     sheet = contact_sheet(_shown(dataset, records, provider))
     with atomic_file(folder / PREVIEW_FILE) as file:
-        # Pillow's default of 6 takes three times as long, for a larger file: noticed after a short run.
+        # Pillow's default of 6 takes three times as long and makes a larger file.
         sheet.save(file, "PNG", compress_level=3)
     with atomic_file(folder / CARD_FILE) as file:
         file.write(dataset_card(info).encode())
@@ -182,12 +182,12 @@ def finish(
 
 
 def unfinish(folder: Path) -> None:
-    """Take back the claim that the dataset is complete before anything in it is made again."""
+    """Remove ``dataset.json``, so that the dataset counts as unfinished while parts of it are made again."""
     (folder / DATASET_FILE).unlink(missing_ok=True)
 
 
 def is_finished(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
-    """Whether every top-level file is there, and ``dataset.json`` is what closes this very run and its manifest."""
+    """Whether every top-level file is there, and ``dataset.json`` is what ``finish`` writes for this run."""
     try:
         info = read_json(folder / DATASET_FILE, shards=len(records))
         wanted = dataset_info(run, records, {MANIFEST_FILE: FileRecord.of(folder, MANIFEST_FILE)})
@@ -197,7 +197,7 @@ def is_finished(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRec
 
 
 def write_manifest(folder: Path, records: Sequence[ShardRecord], provider: FileProvider | None = None) -> None:
-    """Join the shards' rows into one table in index order, streaming: a large dataset's rows need not fit in memory."""
+    """Join the shards' tables into the manifest, in index order, without holding all rows in memory."""
     rows = (provider or LocalFiles(folder)).tables(records)
     with atomic_path(folder / MANIFEST_FILE) as path:
         write_joined(path, rows, row_group_size=_ROW_GROUP)
@@ -219,7 +219,7 @@ def _shown(dataset: Dataset, records: Sequence[ShardRecord], provider: FileProvi
 def dataset_info(
     run: Mapping[str, Any], records: Sequence[ShardRecord], files: Mapping[str, FileRecord]
 ) -> dict[str, Any]:
-    """Content of ``dataset.json``: the run record and all that follows from the shards. It holds no time of day.
+    """Content of ``dataset.json``: the run record and what the shards add up to, without any time of day.
 
     Args:
         run: content of ``run.json``.

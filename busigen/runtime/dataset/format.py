@@ -1,4 +1,4 @@
-"""Names, versions and limits of the dataset folder: the one place where they are written down."""
+"""The dataset folder's format: names, versions, limits, and how samples are cut into shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ that describes it, so that older readers read what they can: 2 stands for datase
 those that consist of several parts."""
 
 FIRST_SCHEMA_VERSION = 1
-"""What every other file records."""
+"""Version that all other files record."""
 
 RUN_FILE = "run.json"
 DATASET_FILE = "dataset.json"
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def schema_version(self) -> int:
-        """What a dataset of this plan records as its version."""
+        """Schema version that a dataset of this plan records."""
         return SCHEMA_VERSION if self.first else FIRST_SCHEMA_VERSION
 
     def indices(self, number: int) -> range:
@@ -137,16 +137,16 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The plan as JSON, for ``run.json``."""
-        # An older reader that found a count would look for such a dataset's samples from 0 on.
+        # An older reader would take a count to mean samples from index 0 on.
         samples = {"index_range": f"{self.first}:{self.span.stop}"} if self.first else {"count": self.count}
         return {**samples, "seed": self.seed, "shard_size": self.shard_size}
 
     @classmethod
     def of(cls, config: object) -> Plan:
-        """The plan that ``config`` made this JSON of.
+        """The plan of a run record's ``config``: the inverse of :meth:`config`.
 
         Raises:
-            ValueError: it is of none.
+            ValueError: the JSON describes no plan.
         """
         if not isinstance(config, dict):
             raise ValueError("no object")
@@ -205,7 +205,7 @@ FIELDS = {
 
 
 def decided(record: Mapping[str, Any], option: str) -> Any:
-    """What the option decides in a run record; None if the record's source has no such thing."""
+    """The value in a run record that an option decides; None if the record's source has none."""
     section, name = FIELDS[option]
     return record.get(section, {}).get(name)
 

@@ -1,4 +1,4 @@
-"""Reading a dataset folder that may have come from anywhere; nothing in it is believed or unpacked to disk."""
+"""Reading a dataset folder from anywhere: all of it is checked, and nothing is unpacked to disk."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get 
 
 
 class Fingerprint(Record):
-    """What a run record holds of what decided its samples, as far as it is used; None where a source has no such thing.
+    """The fields of a run's fingerprint that are used; None where its source has no such field.
 
-    Ranges stand as they were typed.
+    Ranges are texts, as they were typed.
     """
 
     bundle: Text | None = None
@@ -220,14 +220,14 @@ class Dataset:
 def recorded_shards(folder: Path) -> list[int]:
     """Numbers of the shards that have a record, in order.
 
-    What a file claims their number to be must not decide how much is read or listed.
+    They are counted in the folder, because a number in a file must not decide how much is read or listed.
     """
     found = map(OWN_FILE.fullmatch, names_in(folder / SHARD_FOLDER))
     return sorted(int(name["number"]) for name in found if name and name["number"] and name[0].endswith(".json"))
 
 
 def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
-    """Refuse a ``run.json`` or ``dataset.json`` of the future, wherever one is read.
+    """Raise an error on a ``run.json`` or ``dataset.json`` of a newer schema; all readers call this.
 
     Returns:
         Whether it names a schema at all.
@@ -259,7 +259,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 @looking()
 def links(folder: Path) -> list[Path]:
-    """What of a dataset is a link, which may lead out of it, in order. Its own folder may be one."""
+    """Links among a dataset's files and folders, in order; its own folder may be one, and does not count."""
     shards = folder / SHARD_FOLDER
     found = [path for path in (*(folder / name for name in FINISHED_FILES), shards) if path.is_symlink()]
     if shards in found or not shards.is_dir():
@@ -269,10 +269,10 @@ def links(folder: Path) -> list[Path]:
 
 
 def refuse_unreadable(folder: Path) -> None:
-    """Refuse a dataset, whole or not, that has links or is newer than this busigen.
+    """Raise an error on a dataset, finished or not, that has links or a newer schema.
 
     Raises:
-        InputError: it is.
+        InputError: it has.
     """
     if linked := links(folder):
         raise link_refused(linked[0])
@@ -281,7 +281,7 @@ def refuse_unreadable(folder: Path) -> None:
 
 
 def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenError:
-    """The error where a dataset with a link is to be read or written."""
+    """The error about a dataset with a link, for the caller to raise."""
     return kind(
         f"{path} is a link, and links in a dataset are not followed.",
         fix="Put the file or folder itself there, or remove the link and run `busigen verify --repair` on the dataset.",
@@ -289,7 +289,7 @@ def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenEr
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:
-    """The plan that a ``run.json`` or ``dataset.json`` was made for.
+    """The plan of a ``run.json`` or ``dataset.json``.
 
     Raises:
         IntegrityError: it names none.
@@ -370,7 +370,7 @@ def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
     member = tar.next()
     if member is None:
         raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
-    # Names are compared, never used: an absolute path, a "..", a link or a device can only fail here.
+    # Names are only compared, so an absolute path, a "..", a link or a device fails here and does no harm.
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
     if member.name != expected or not plain:
         raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
@@ -400,7 +400,7 @@ def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
 
 def _decode(data: bytes, mode: str) -> Image.Image:
     try:
-        # Pillow opens files of its own, for the code that reads the format.
+        # Pillow imports the code for a format here, which opens files.
         with looking(), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
                 raise ValueError(

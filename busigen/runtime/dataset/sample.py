@@ -1,4 +1,4 @@
-"""What a source of samples hands to the factory, and what the factory asks of a source."""
+"""Samples, and the protocols of the sources that draw them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Rejection:
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """The answer to one request: a sample per requested index, in index order, and every refused draw."""
+    """The samples of one request, one per index, in index order, and every refused draw on the way to them."""
 
     samples: list[Sample]
     rejections: list[Rejection]
 
 
 class Source(Protocol):
-    """What the factory drives. Samples must be a pure function of the fingerprint, the seed and the index."""
+    """A source of samples, which must be a pure function of its fingerprint, the seed and the index."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides which samples exist, nested and JSON-able (bundle, healthy images, classes)."""
@@ -80,7 +80,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class Stream(Source, Protocol):
-    """A source that draws ahead of what is asked for next, so that its batches fill across shards."""
+    """A source that draws ahead of the oldest request, so that its batches fill across shards."""
 
     def stream(
         self,
@@ -89,14 +89,14 @@ class Stream(Source, Protocol):
         done: Callable[[int], None],
         stopping: Callable[[], bool],
     ) -> Generator[SampleBatch, None, None]:
-        """Answer requests one after the other, each as :meth:`Source.draw` would.
+        """Yield the samples of one request after the other, each as :meth:`Source.draw` would return them.
 
         Args:
             seed: of the noise.
             requests: indices; read no further ahead than batches need. An empty request says that there is none for
-                now: only while another one is unanswered, and to be asked again.
-            done: told whenever more samples have been accepted, of whichever request.
-            stopping: whether to end with the oldest request that has been begun.
+                now; it may come only while another one is unanswered, and the next one is read later.
+            done: called with the number of newly accepted samples, of any request.
+            stopping: returns whether to end with the oldest request that has been begun.
         """
         ...
 
@@ -108,7 +108,7 @@ def batches_of(
     done: Callable[[int], None],
     stopping: Callable[[], bool],
 ) -> Generator[SampleBatch, None, None]:
-    """The answers of a source to one request after the other; drawn ahead by a source that can. See :class:`Stream`."""
+    """A source's samples for one request after the other; a :class:`Stream` draws ahead, other sources do not."""
     if isinstance(source, Stream):
         yield from source.stream(seed, requests, done, stopping)
     else:

@@ -61,9 +61,9 @@ COLUMN_TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, floa
 
 _POLARS_TYPES: dict[type, type[pl.DataType]] = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
 
-# Speckle has no repeats worth the search: run lengths alone give files of the same size in half the time.
+# Speckle does not repeat itself, so run lengths alone give files of the same size in half the time.
 _PNG_OPTIONS = {"compress_level": 6, "compress_type": zlib.Z_RLE}
-# Pillow compresses outside the interpreter lock, so threads help; more than this only steals cores from the source.
+# Pillow compresses without the interpreter's lock, so threads help; more of them take cores from the source.
 _ENCODERS = min(4, os.cpu_count() or 1)
 _REMAKE = "Delete it and run `busigen generate` with the same options again: that shard is made anew."
 
@@ -80,7 +80,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, folder: Path, file: str) -> FileRecord:
-        """Measure a file that exists."""
+        """The record of an existing file, which is hashed."""
         path = folder / file
         return cls(file=file, sha256=sha256_of(path), size=path.stat().st_size)
 
@@ -117,7 +117,7 @@ class ShardRecord:
 
     @classmethod
     def of(cls, fields: Any, number: int, path: Path | Address) -> ShardRecord:
-        """What a shard's record says that was read from ``path``.
+        """The record of a shard, from the JSON that was read from ``path``.
 
         Raises:
             IntegrityError: it is not a record of this shard.
@@ -133,8 +133,8 @@ class ShardRecord:
     def counted(self) -> ShardRecord:
         """This record without its refused draws, of which ``rejected`` holds how many.
 
-        It is for who keeps the records of all shards: at a third of all draws refused, 100,000 samples' refused draws
-        take 11 MB.
+        A run keeps the records of all shards in memory: where a third of all draws is refused, the refused draws of
+        100,000 samples take 11 MB.
         """
         return replace(self, rejections=[])
 
@@ -160,7 +160,7 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
     record_path.unlink(missing_ok=True)
 
     rows = _write_tar(folder, number, batch.samples, types)
-    # Through memory, so that a full disk is an OSError of ours and not a message of the parquet writer's.
+    # Written to memory first, so that a full disk raises an OSError and not the Parquet writer's own error.
     table = io.BytesIO()
     write_table(pl.DataFrame(rows, schema=schema_of(types)), table)
     with atomic_file(folder / shard_path(number, "parquet")) as file:
@@ -182,7 +182,7 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
 
 
 def check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
-    """Hold a source to its contract.
+    """Check that samples are as their source declares them.
 
     Raises:
         ValueError: a sample has a wrong shape, dtype, class, index or set of fields.
@@ -217,7 +217,7 @@ def schema_of(types: Mapping[str, type]) -> pl.Schema:
 
 
 def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
-    """Write parquet with every choice that decides its bytes pinned."""
+    """Write a table as Parquet, with all settings fixed that decide its bytes."""
     table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)
 
 
@@ -230,7 +230,7 @@ def lesion_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
 
 
 def count_sorted(names: list[str]) -> dict[str, int]:
-    """Occurrences per name, by name, so that equal counts are equal bytes."""
+    """Occurrences per name, sorted by name, so that equal counts give equal bytes."""
     return dict(sorted(Counter(names).items()))
 
 
@@ -245,7 +245,7 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
             row = _row(sample, tar_name, image, mask, types)
             text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
             for suffix, content in ((IMAGE_SUFFIX, image), (MASK_SUFFIX, mask), (ROW_SUFFIX, text)):
-                # A fresh TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names: nothing of this machine.
+                # A new TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names, so nothing of this machine.
                 member = tarfile.TarInfo(f"{row['key']}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -255,10 +255,10 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
 
 @cache
 def _encoders() -> ThreadPoolExecutor:
-    """The threads that compress, the same ones for all shards of the process.
+    """The threads that encode PNG files, the same ones for all shards of the process.
 
-    New ones for every shard would scatter their buffers over ever more of the allocator's arenas: over 5,000 samples
-    that held 25 MB which nothing used.
+    New threads for every shard would spread their buffers over more and more of the allocator's arenas: 25 MB after
+    5,000 samples.
     """
     return ThreadPoolExecutor(_ENCODERS, thread_name_prefix="png-encoder")
 
@@ -295,7 +295,7 @@ def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool |
     if value is None:
         return None
     plain: Any = value.item() if isinstance(value, np.generic) else value
-    # A whole number is a fine float, but 2.5 is no int and True is neither: a silent cast would hide a source's slip.
+    # A whole number may stand for a float, but 2.5 is no int and True is neither: a cast would hide the source's error.
     if kind is float and type(plain) is int:
         plain = float(plain)
     if type(plain) is not kind:

@@ -1,4 +1,4 @@
-"""Parquet tables: reading those that may have come from anywhere, no more than their rows take, and joining them.
+"""Parquet tables and tar files from anywhere, read within bounds of memory; joining tables.
 
 polars is handed open files, never paths: it takes ``[``, ``*`` and ``?`` in a path for a pattern, whatever the files
 are called, and refuses names that are no UTF-8.
@@ -37,7 +37,7 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
 
 
 def find_rows(path: Path, rows: int, index: int) -> list[dict[str, Any]]:
-    """The rows of one index in a table that should have ``rows`` rows; of a large one, little is read.
+    """The rows of one index in a table that should have ``rows`` rows; most of a large table is not read.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -48,7 +48,7 @@ def find_rows(path: Path, rows: int, index: int) -> list[dict[str, Any]]:
 
 
 def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: int | None = None) -> None:
-    """Write the rows of several tables as one, in order; the tables are asked for while it is written.
+    """Write the rows of several tables as one, in order; each table is taken from the iterator when it is written.
 
     Args:
         path: the file, overwritten.
@@ -80,7 +80,7 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
                 rows = register_io_source(read, schema=first.schema)
                 rows.sink_parquet(file, row_group_size=row_group_size, maintain_order=True, **options)
         except (pl.exceptions.PolarsError, OSError):
-            # What others raised, polars tells in words of its own.
+            # Polars wraps what the iterator raised in an error of its own.
             if failed:
                 raise failed[0] from None
             raise
@@ -88,7 +88,7 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
 
 @contextmanager
 def _checked(path: Path, rows: int) -> Iterator[BinaryIO]:
-    """A table for polars, unless it claims other than ``rows`` rows, or more room than they can need.
+    """An open table file for polars, refused if it claims other than ``rows`` rows or more memory than they can need.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -104,7 +104,7 @@ def _checked(path: Path, rows: int) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _as_pythons_errors(path: Path) -> Iterator[None]:
-    """Raise polars' panics and the system's errors that it met as what Python has for them.
+    """A context that turns polars' panics and the system errors in its messages into Python's exceptions.
 
     Raises:
         OSError: the system refused polars something.
@@ -117,7 +117,7 @@ def _as_pythons_errors(path: Path) -> Iterator[None]:
             number = int(found[1] or found[2])
             raise OSError(number, os.strerror(number), str(path)) from error
         if isinstance(error, pl.exceptions.PanicException):
-            # Not an Exception: it would go past every handler and end the command with a traceback.
+            # A panic is a BaseException, which no handler of errors would catch.
             raise pl.exceptions.ComputeError("its pages are damaged") from error
         raise
 
@@ -152,13 +152,13 @@ class TarHeaders:
         self._file.left = HEADER_LIMIT
         with _malformed_as_tar_error():
             member = self._tar.next()
-        # A tarfile collects every header that it has seen, and every record of the global ones.
+        # tarfile keeps every header that it has read, and every record of the global ones, in memory.
         vars(self._tar)["members"] = []
         self._tar.pax_headers = {}
         return member
 
     def read(self, member: tarfile.TarInfo) -> bytes:
-        """A plain member's content, less than its size where the file is cut short. Check its size before."""
+        """A plain member's content, shorter than its size if the file is cut short. Callers check the size before."""
         self._file.left = member.size
         self._file.seek(member.offset_data)
         return self._file.read(member.size)
@@ -166,7 +166,7 @@ class TarHeaders:
 
 @contextmanager
 def open_headers(path: Path) -> Iterator[TarHeaders]:
-    """Open a tar file. Not a compressed one: a few kilobytes of it can unpack to terabytes.
+    """The headers of an uncompressed tar file; a few kilobytes of a compressed one could unpack to terabytes.
 
     Raises:
         tarfile.TarError: it is no tar file, or its first member is refused; see ``TarHeaders.next``.
@@ -180,12 +180,12 @@ def open_headers(path: Path) -> Iterator[TarHeaders]:
 
 
 class _BoundedFile(io.BufferedReader):
-    """A file of which no more than ``left`` bytes can be read until somebody sets that anew."""
+    """A file that refuses to read more than ``left`` bytes; the reader sets ``left`` for each member."""
 
     left = HEADER_LIMIT
 
     def read(self, size: int | None = -1, /) -> bytes:
-        # Negative stands for all; so does what tarfile computes from a header that claims a negative size.
+        # A negative size means all that is left; tarfile also computes one from a header with a negative size.
         if size is None or not 0 <= size <= self.left:
             raise tarfile.ReadError(f"the headers of one member claim more than {HEADER_LIMIT:,} bytes")
         self.left -= size
@@ -197,5 +197,5 @@ def _malformed_as_tar_error() -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, ValueError, OverflowError, RecursionError) as error:
-        # What tarfile lets out on malformed records; the error's text is a bare key, or says nothing of the file.
+        # Errors that tarfile raises on malformed records; their text is a bare key, or does not name the file.
         raise tarfile.ReadError(f"one of its headers is malformed ({type(error).__name__})") from error

@@ -363,7 +363,7 @@ def _replay(recorded: Recorded, source: Source) -> tuple[Replay, Member]:
     """Draw the sample alone and compare it with everything that the dataset holds of it.
 
     Alone is enough: a row of a batch is computed as if it were the only one, from two rows on, which every engine call
-    has (``sampler.MIN_BATCH``). ONNX Runtime's CPU kernels cut a product into tiles by rows and columns but add up each
+    has (``MIN_BATCH``). ONNX Runtime's CPU kernels cut a product into tiles by rows and columns but add up each
     entry in one order, whatever else is in the batch; only a single row takes another kernel (matrix times vector).
     Fourteen samples drawn alone, in batches of 16 and of 64 had the same bytes, and tests hold this for other sizes. On
     a GPU, libraries choose kernels by the batch's shape, so there a difference of few grey levels can be the batch's.

@@ -1,4 +1,4 @@
-"""Batches that are full: items wait for company of their kind, whichever shard they belong to."""
+"""Scheduling of batches: draws of one kind, from any shard, are worked on together once they fill a batch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ R = TypeVar("R")
 
 
 class BatchScheduler(Generic[K, T, R]):
-    """Works on items in batches of one kind each; a part-filled one is begun only where nothing else can be.
+    """Runs items in batches of one kind each. It begins a part-filled batch only where no batch can be filled.
 
     A few batches are worked on at once, so that what one needs of the processor before and after its engine calls
-    overlaps with the engine calls of another. Items come from one thread, the one that is handed the results. Leaving
-    the block waits for the batches that were begun.
+    overlaps with the engine calls of another. One thread puts the items and takes the results. Leaving the block waits
+    for the batches that were begun.
 
     Args:
         lanes: batches that are worked on at once.
-        kind: an item's kind.
-        size: items that fill a batch of a kind.
-        rank: of two kinds that could fill a batch, the one of the higher rank comes first.
-        age: of two items, the one with the lower comes first.
-        work: called in a thread of its own with a batch; what becomes of each of its items, in their order.
+        kind: gives an item's kind.
+        size: gives the number of items that fill a batch of a kind.
+        rank: gives a kind's rank; of two kinds that could fill a batch, the one of the higher rank comes first.
+        age: gives an item's age; items of the lowest age come first.
+        work: takes a batch and returns each item's result, in their order; it is called in a thread of its own.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class BatchScheduler(Generic[K, T, R]):
         return bool(self._running) or any(self._waiting.values())
 
     def put(self, item: T) -> None:
-        """Have an item wait for its batch."""
+        """Add an item, which waits until its batch is begun."""
         self._waiting.setdefault(self._kind(item), []).append(item)
 
     def keep(self, ages: Container[int]) -> None:
-        """Forget waiting items of other ages than these; those that are worked on come out all the same."""
+        """Drop the waiting items of all other ages. Items that are worked on already are finished all the same."""
         for items in self._waiting.values():
             items[:] = [item for item in items if self._age(item) in ages]
 
     def finished(self) -> list[tuple[T, R]]:
-        """Begin what can be begun, wait for a batch to end, and hand over its items with what became of them.
+        """Begin the batches that can be begun, wait for one to end, and return its items with their results.
 
         Raises:
             Exception: what ``work`` raised.
@@ -81,7 +81,7 @@ class BatchScheduler(Generic[K, T, R]):
             if full:
                 self._begin(max(full, key=self._rank))
             elif not self._running and any(self._waiting.values()):
-                # Nothing that could still arrive would fill a batch: the oldest item is what others wait for.
+                # No result is outstanding that could fill a batch, and the oldest item holds up the others.
                 self._begin(min(filter(self._waiting.get, self._waiting), key=self._oldest))
             else:
                 break
@@ -99,12 +99,12 @@ class BatchScheduler(Generic[K, T, R]):
 
 
 Outcome = Draft | Sample | Rejection
-"""What becomes of a draw in a stage: it goes on, is accepted, or is refused."""
+"""Result of a stage for one draw: it goes on to the next stage, is accepted, or is refused."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """Indices that were asked for together, and what they have got so far."""
+    """A request: its indices, and their samples and refused draws so far."""
 
     indices: list[int]
     samples: dict[int, Sample] = field(default_factory=dict)
@@ -128,19 +128,19 @@ def in_order(
     refused: Callable[[Rejection], None],
     stopping: Callable[[], bool],
 ) -> Generator[SampleBatch, None, None]:
-    """Answer requests in their order, drawing ahead of the oldest one so that batches fill across requests.
+    """Yield each request's samples, in the requests' order; later ones are drawn ahead, so that batches fill.
 
     Args:
         stages: begins and continues draws; empty.
-        requests: indices; the next request is asked for when its samples can be begun. An empty one says that there is
-            none for now, which is allowed as long as one is unanswered: it is asked again when a batch has ended.
+        requests: indices; the next request is read when its samples can be begun. An empty one says that there is none
+            for now, which is allowed while another one is unanswered: the next is read when a batch has ended.
         window: samples that may be begun from the oldest unfinished one on, which bounds what is held in memory.
-        done: told how many more samples have been accepted.
-        refused: told each refusal; what it raises ends the stream.
-        stopping: whether to end with the oldest request that has been begun; what was drawn ahead of it is dropped.
+        done: called with the number of samples that were accepted since the last call.
+        refused: called with each refused draw; an error that it raises ends the stream.
+        stopping: returns whether to end with the oldest request that has been begun; later draws are dropped.
     """
     pending: deque[_Request] = deque()
-    # Whose request each unfinished sample is for, by its position, the oldest first.
+    # The request of each unfinished sample, by the sample's position, the oldest first.
     owners: dict[int, _Request] = {}
     coming = _one_by_one(requests)
     position, stopped = 0, False
@@ -181,7 +181,7 @@ def in_order(
 
 
 def _forget_later_ones(pending: deque[_Request], owners: dict[int, _Request]) -> None:
-    """Leave the oldest request alone."""
+    """Drop all requests but the oldest one, in place."""
     while len(pending) > 1:
         pending.pop()
     for place in [place for place, request in owners.items() if request not in pending]:
@@ -189,7 +189,7 @@ def _forget_later_ones(pending: deque[_Request], owners: dict[int, _Request]) ->
 
 
 def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, int] | None]:
-    """Every index with its request; None where there is none for now."""
+    """Each index with its request, one at a time; None for an empty request."""
     for indices in requests:
         request = _Request(list(indices))
         yield from ((request, index) for index in request.indices)
@@ -200,6 +200,6 @@ def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, i
 def _rest_of(
     pending: deque[_Request], coming: Iterator[tuple[_Request, int] | None]
 ) -> Iterator[tuple[_Request, int] | None]:
-    """What is still to come of the oldest request."""
+    """The indices of the oldest request that were not begun yet."""
     last = pending[0] if pending else None
     return takewhile(lambda pair: pair is not None and pair[0] is last, coming)

@@ -1,4 +1,4 @@
-"""What a user asks of the lesions: parsing, the values of each sample, and what of them came out.
+"""Conditions on lesions, as a user gives them: parsing, the values of each sample, measuring a mask by them.
 
 Shares are of the *valid* image, without letterbox bars: what a person sees as the image.
 """
@@ -24,7 +24,7 @@ BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "he
 any of them, too few to learn from."""
 
 FEW_IMAGES = 20
-"""Fewer images than this of a category are next to nothing to learn it from."""
+"""Training images of a category below which a user is warned that the bundle hardly knows it."""
 
 MEANINGS = {
     "across": "the share of the image's width left of the lesion's centre",
@@ -38,7 +38,7 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True)
 class SampleConditions:
-    """What was asked for: a range per attribute (equal ends for a single value) and a BI-RADS category or ``None``."""
+    """The conditions of a run: a range per attribute (equal ends for a single value) and a BI-RADS category or None."""
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     birads: str | None = None
@@ -55,7 +55,7 @@ class SampleConditions:
         return {**texts, "birads": self.birads}
 
     def values(self, seed: int, index: int) -> dict[str, float]:
-        """One sample's values, uniform in their ranges. The same for every attempt, or the gates would choose them."""
+        """One sample's values, uniform in their ranges; the same for all attempts, or the gates would choose them."""
         shares = dict(zip(ATTRIBUTES, uniforms(seed, index, 0, "asked", len(ATTRIBUTES)), strict=True))
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
@@ -87,7 +87,7 @@ class SampleConditions:
 
 
 def measured(mask: Mask, valid: Mask) -> dict[str, float]:
-    """What a lesion's mask has of each attribute, in the units of ``BOUNDS``.
+    """The attributes of a lesion's mask, by name, in the units of ``BOUNDS``.
 
     Args:
         mask: ``(256, 256)`` bool, not empty.
@@ -112,7 +112,7 @@ def parse_conditions(
     taller_than_wide: bool = False,
     birads: str | None = None,
 ) -> SampleConditions:
-    """Read the options as they were typed: a number, or ``low:high``.
+    """The conditions that the options state, each typed as a number or as ``low:high``.
 
     Raises:
         UsageError: a value is no number or range, or lies outside ``BOUNDS``; an unknown BI-RADS category; both
@@ -136,7 +136,7 @@ def parse_conditions(
 
 
 def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[str]:
-    """A line for each class of which the shipped bundle has seen next to nothing in the BI-RADS category asked for."""
+    """A warning for each class of which the shipped bundle has seen few images in the requested BI-RADS category."""
     for label in classes:
         seen = BIRADS_IMAGES[label].get(asked.birads or "", FEW_IMAGES)
         if seen < FEW_IMAGES:
@@ -147,7 +147,7 @@ def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[st
 
 
 def _shortest(value: float) -> str:
-    """The number as one would type it, and never another one: what is recorded has to draw the same samples again."""
+    """The shortest text that reads back as the same number: what is recorded has to draw the same samples again."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
@@ -165,7 +165,7 @@ def _range(name: str, text: str) -> tuple[float, float]:
     low, high = numbers[0], numbers[-1]
     if least <= high < low <= greatest:
         raise UsageError(f"{option} is {text!r}.", fix=f"{fix} The smaller number comes first: {parts[1]}:{parts[0]}.")
-    # Written so that "nan" fails, too.
+    # The order of these comparisons refuses "nan", too.
     if not least <= low <= high <= greatest:
         raise UsageError(f"{option} is {text!r}.", fix=fix)
     return low, high
@@ -175,11 +175,11 @@ _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=
 
 
 _ROUNDED = 1e-3
-"""By how much shares may miss 1, because a third has no end of digits."""
+"""Difference from 1 that the sum of shares may have: a third cannot be typed exactly."""
 
 
 def parse_classes(text: str) -> dict[str, float]:
-    """Read weights, as a dataset may record them; a name alone weighs 1, and case is ignored.
+    """Class weights by name, from text as a dataset records it; a name alone weighs 1, and case is ignored.
 
     Raises:
         UsageError: unknown or repeated class, or a weight that is not a positive finite number.
@@ -203,7 +203,7 @@ def parse_classes(text: str) -> dict[str, float]:
 
 
 def parse_shares(text: str) -> dict[str, float]:
-    """Read shares that sum to 1, or whole numbers as weights, as a run may be asked for them.
+    """Class weights by name, from what a user typed: shares that sum to 1, or whole numbers.
 
     Raises:
         UsageError: as for :func:`parse_classes`; or shares do not sum to 1, so that one is not what was meant.

@@ -1,4 +1,4 @@
-"""One draw on its way through the stages, and the small steps from arrays to engine inputs and back."""
+"""One draw between stages, and the conversions from arrays to engine inputs and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRequest:
-    """A draw that is yet to be made. ``position`` is its index's place in the order in which samples are wanted."""
+    """A draw that was not begun yet. ``position`` counts the samples in the order in which they were requested."""
 
     index: int
     attempt: int
@@ -30,7 +30,7 @@ class DrawRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Draft(DrawRequest):
-    """A draw that was begun. Later fields are filled stage by stage."""
+    """A draw that was begun; the stages fill its later fields one after the other."""
 
     label: str
     healthy: Healthy
@@ -41,14 +41,14 @@ class Draft(DrawRequest):
 
 
 def background_reason(draft: Draft) -> str | None:
-    """Why a background that was synthesised is refused; a user's were judged when their folder was read."""
+    """Reason to refuse a synthetic background, or None; a user's images were judged when their folder was read."""
     if draft.healthy.row["background"] != SYNTHETIC:
         return None
     return quality_gates.background_reason(draft.healthy.pixels)
 
 
 def mask_reason(draft: Draft, raw: Mask, mask: Mask) -> str | None:
-    """Why an outline is refused: see :mod:`busigen.runtime.sampling.quality_gates`."""
+    """Reason to refuse an outline, or None; see :mod:`busigen.runtime.sampling.quality_gates`."""
     valid = draft.healthy.valid
     return quality_gates.mask_reason(raw, mask, valid) or quality_gates.asked_reason(
         measured(mask, valid), draft.wanted

@@ -1,4 +1,4 @@
-"""Where healthy images come from: a folder of the user's, or the model's own prior."""
+"""Healthy images: those of a user's folder, and those that the model's prior painted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from busigen.text import printable
 log = logging.getLogger("busigen.runtime")
 
 CACHED_IMAGES = 512
-"""Images that are kept, letterboxed: 67 MB. Of a folder with more, those used last; the others are read again."""
+"""Letterboxed images that are kept in memory, 67 MB; of a larger folder, those used last."""
 
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in its mask file"
@@ -60,9 +60,9 @@ class Healthy:
 
 
 def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where in what the prior paints an image lies: top, left, height and width in pixels.
+    """Top, left, height and width, in pixels, of the part of the prior's square picture that becomes the image.
 
-    It begins at the top, as skin does, and as much is left out on the left as on the right.
+    The part begins at the top, where the skin is, and lies in the middle from left to right.
 
     Args:
         frame: height and width of the image, the longer one 256.
@@ -72,7 +72,7 @@ def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Healthy:
-    """A background that the prior painted, in a frame of the shape that a real image might have.
+    """A synthetic background as a :class:`Healthy`: the prior's picture cut to a real image's shape, with bars.
 
     Args:
         pixels: ``(256, 256)`` uint8.
@@ -94,20 +94,19 @@ def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, R
 
 
 class HealthyFolder:
-    """A folder of healthy images, in the order of their content's hash, so that renaming them changes nothing.
+    """The healthy images of a folder, ordered by the sha256 of their files, so that file names change no sample.
 
     Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
-    image's own name say (:func:`busigen.data.sources.read.read_images`), pictures of two grey levels, which are masks,
-    and the images that are named like them, and repetitions. Files that cannot be read, those of which nobody can tell,
-    and black, white or flat images
-    (:func:`busigen.runtime.sampling.quality_gates.background_reason`, on the image without its letterbox
-    bars), are also named one by one. Whatever else was passed over is logged, and so is how many images nothing says
-    to be healthy.
+    image's own name say (:func:`busigen.data.sources.read.read_images`); pictures of two grey levels, which are masks,
+    and the images whose masks they are by their names; and repeated files. Left out and named one by one: files that
+    cannot be read, images whose class or mask is unclear, and black, white or flat images
+    (:func:`busigen.runtime.sampling.quality_gates.background_reason`, without the letterbox bars). Whatever else was
+    passed over is logged, and so is how many images have nothing that calls them healthy.
 
     Args:
         folder: The folder.
-        progress: Told of every image.
-        out: A folder that is passed over: where the run writes to. Datasets are passed over anyhow.
+        progress: Shows the reading.
+        out: A folder to pass over, where the run writes to. Datasets are passed over in any case.
 
     Attributes:
         left_out: number of files left out, by reason.
@@ -145,9 +144,9 @@ class HealthyFolder:
         self._stamps = self._stamped()
 
     def _find(self, listing: Listing, progress: Progress) -> tuple[dict[str, Path], dict[str, Healthy], list[str]]:
-        """The images that count as healthy by their hash, and what is wrong with those that are named one by one.
+        """Paths of the usable images by sha256, the images themselves, and a line for each problem.
 
-        In between, the images themselves; none where they are too many to be kept.
+        The images are left out where there are more than ``CACHED_IMAGES``.
         """
         found: dict[str, Path] = {}
         read: dict[str, Healthy] = {}
@@ -198,7 +197,7 @@ class HealthyFolder:
         return _DOUBTFUL if record.image in doubtful else None
 
     def _leave_out_marked(self, found: dict[str, Path], masks: list[Path], problems: list[str]) -> None:
-        """Take out the images that pictures of two grey levels are named like: these are their masks."""
+        """Take out each image that has a picture of two grey levels named like a mask of it."""
         marked = mask_of(masks, list(found.values()))
         for sha256, path in list(found.items()):
             if path in marked:
@@ -207,7 +206,7 @@ class HealthyFolder:
                 self.left_out[_LESION_MASK] += 1
 
     def _tell_of_trust(self, listing: Listing, used: set[Path]) -> None:
-        """Say how many of the images nothing says to be healthy, neither a name, nor a table, nor an empty mask."""
+        """Log how many of the used images no class name, no table and no empty mask calls healthy."""
         unsaid = sum(
             record.image_class not in CLASSES and not record.masks for record in listing.records if record.image in used
         )
@@ -230,7 +229,7 @@ class HealthyFolder:
             fix = f"Did you mean {normal}?"
         else:
             fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
-        # A folder of files that others can read is not empty.
+        # Files that busigen does not read are named, so that nobody takes the folder for empty.
         holds = f"; it holds {listing.tree.found()}" if not listing.records else ""
         first = f" For example: {problems[0]}" if problems else ""
         return InputError(
@@ -245,7 +244,7 @@ class HealthyFolder:
         return hashlib.sha256("\n".join(sha256 for sha256, _ in self.items).encode()).hexdigest()
 
     def pick(self, position: float) -> Healthy:
-        """The image at a position in [0, 1) of the folder.
+        """The image at a position in [0, 1) of the folder's order.
 
         Raises:
             IntegrityError: the image is not kept, and its file has changed since the run began or cannot be read any
@@ -255,11 +254,11 @@ class HealthyFolder:
         return self._kept.get(self.items[number][0]) or self._load(number)
 
     def refuse_changes(self) -> None:
-        """Refuse a folder that does not hold the same images as when the run began.
+        """Raise an error if the folder no longer holds the images that the run began with.
 
-        Images that were picked before are remembered, so the samples stay sound; but a run whose images are gone can
-        be neither continued nor replayed, and the sooner somebody hears of it the better. Times and sizes are looked
-        at; only where one differs, everything is read again.
+        Images are kept in memory, so the samples are sound all the same; but a run whose images are gone can be neither
+        continued nor replayed, and its user should know early. The folder is read again only where a time or a size
+        has changed.
 
         Raises:
             IntegrityError: an image was changed, removed or added.
@@ -284,7 +283,7 @@ class HealthyFolder:
         return {place: _stamp(place) for place in places}
 
     def _unchanged(self, path: Path, sha256: str) -> bytes:
-        """The content of a file; one that is not as it was when the run began is refused."""
+        """The content of a file, which must be what it was when the run began."""
         try:
             with open_file(path) as file:
                 data = file.read()

@@ -27,7 +27,7 @@ STREAMS = (
 """Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
 _PIECE = 1 << 12
-"""Pairs of numbers that are worked out at a time."""
+"""Pairs of numbers that are computed at a time."""
 
 
 def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> NDArray[np.uint64]:
@@ -69,7 +69,7 @@ def normal(seed: int, index: int, attempt: int, stream: str, shape: Sequence[int
     pairs = -(-size // 2)
     bits = raw_bits(seed, index, attempt, stream, 2 * pairs)
     values = np.empty(2 * pairs, dtype=np.float32)
-    # Piece by piece and in place: what fits in the processor's cache takes two thirds of the time.
+    # Pieces that fit in the processor's cache, worked on in place, take two thirds of the time.
     for first in range(0, pairs, _PIECE):
         piece = slice(first, min(first + _PIECE, pairs))
         radius, angle = _unit(bits[:pairs][piece]), _unit(bits[pairs:][piece])

@@ -1,4 +1,4 @@
-"""Quality gates: why a draw is refused before it reaches a shard. Each returns a reason, or ``None`` to let it pass."""
+"""Quality gates, which judge draws before they reach a shard. Each returns the reason to refuse one, or ``None``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AREA_RANGE = (0.002, 0.45)
 """Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
 
 CRUMB_SHARE = 0.10
-"""Share of the outline's area that may lie outside its largest part before the mask counts as crumbling."""
+"""Greatest share of the outline's area that may lie outside its largest part; beyond it the mask is crumbling."""
 
 BORDER_SHARE = 0.02
 """Share of the lesion's outline that may run along the image's border before the lesion counts as cut off. Annotators,
@@ -29,8 +29,8 @@ MIN_CONTRAST = 4.0
 """Least difference in mean grey levels between the lesion and the band around it."""
 
 ASKED_TOLERANCE = {"across": 0.02, "depth": 0.02, "size": 0.1, "height_width": 0.12}
-"""How far a mask may be from what was asked for: places as a share of the image's side, the rest relative to what was
-asked. A lesion of the least size is 14 pixels wide: a pixel more or less of its height and width makes a tenth."""
+"""Greatest difference between a mask and its conditions: of places as a share of the image's side, of the rest as a
+share of the condition. A lesion of the least size is 14 pixels wide: a pixel more in height and width is a tenth."""
 
 
 def limits() -> dict[str, object]:
@@ -51,7 +51,7 @@ def limits() -> dict[str, object]:
 
 
 def asked_reason(found: Mapping[str, float], wanted: Mapping[str, float]) -> str | None:
-    """Judge a mask by what was asked for: attributes found and wanted, by name, in the user's units."""
+    """Judge a mask by the conditions: its attributes and the requested ones, by name, in the user's units."""
     for name, value in wanted.items():
         scale = 1.0 if name in ("across", "depth") else value
         if abs(found[name] - value) > ASKED_TOLERANCE[name] * scale:

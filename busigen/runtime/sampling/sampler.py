@@ -1,4 +1,4 @@
-"""The three-stage sampler: (seed, index) in, accepted pair of image and mask out.
+"""The three-stage sampler, which turns a seed and an index into an accepted pair of image and mask.
 
 Everything a sample depends on is keyed by its index, so draws can be regrouped by stage, class and window size to fill
 batches without changing what any of them is. Batches are padded to powers of two, so that the engines see few shapes.
@@ -63,11 +63,11 @@ LANES = 2
 """Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
 
 CACHED_TOKENS = 256
-"""Healthy images whose context tokens are kept, those used last."""
+"""Number of healthy images whose context tokens are kept: those used last."""
 
 
 class Kind(NamedTuple):
-    """What draws must share to make a batch: the stage that comes next, and class and window where they matter."""
+    """The kind of a draw, by which batches form: its next stage, and its class and window side where they matter."""
 
     stage: int
     label: str = ""
@@ -197,13 +197,13 @@ class Sampler:
             answers = in_order(stages, requests, window=window, done=done, refused=refused, stopping=stopping)
             with closing(answers):
                 for generated in answers:
-                    # Before a shard is written: what it was drawn from is still what the run says it was drawn from.
+                    # Checked before each shard is written, so that no shard names healthy images that are gone.
                     if self.healthy is not None:
                         self.healthy.refuse_changes()
                     yield generated
 
     def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
-        """Make one draw per (index, attempt) and judge each by the gates."""
+        """Make one draw per (index, attempt), and return those that the gates accept and those that they refuse."""
         ended: dict[int, Sample | Rejection] = {}
         with self._stages(seed) as stages:
             for position, (index, attempt) in enumerate(jobs):
@@ -230,7 +230,7 @@ class Sampler:
             LANES,
             kind=_kind,
             size=self._full,
-            # What is nearest to its end comes first: it is what memory is held for.
+            # Draws near their end come first, because they hold memory.
             rank=lambda kind: kind.stage,
             age=lambda item: item.position,
             work=work,
@@ -282,7 +282,7 @@ class Sampler:
         return frames[int(uniform(seed, job.index, job.attempt, "frame") * len(frames))]
 
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Stage 1, judged: the draws whose outline passes the gates go on with mask, edit region and window."""
+        """Run stage 1 and its gates; draws that pass go on with mask, edit region and window."""
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
@@ -295,7 +295,7 @@ class Sampler:
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Stages 2 and 3, the paste into the healthy image, and the last gate."""
+        """Run stages 2 and 3, paste into the healthy image, and judge the result by the last gate."""
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, image in zip(drafts, self._images(seed, drafts), strict=True):
@@ -306,8 +306,8 @@ class Sampler:
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The image as sharp as one scanner or another would show it."""
-        # A user's image is as sharp as it is, and its lesion with it.
+        """The image through a filter of its own, which makes it as sharp as some scanner would."""
+        # A user's image keeps its own sharpness, and so does the lesion in it.
         if self._transfer is None or draft.healthy.row["background"] != SYNTHETIC:
             return image
         assert draft.edit is not None
@@ -315,7 +315,7 @@ class Sampler:
         return apply_to_pair(image, draft.healthy.pixels, draft.edit, draft.healthy.valid, filters)
 
     def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
-        """Stage 1: where the lesion goes and what outline it has."""
+        """The outlines that stage 1 draws, as masks ``(256, 256)``."""
         keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
         inputs = {
             "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
@@ -327,7 +327,7 @@ class Sampler:
         return [field[0] > 0 for field in distance]
 
     def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
-        """Stages 2 and 3 of drafts of one class and window side."""
+        """The whole images that stages 2 and 3 paint for drafts of one class and window side, ``(256, 256)`` uint8."""
         count, (_, label, side) = len(batch), _kind(batch[0])
         shape = (self.bundle.latent_shape[0], side // LATENT_FACTOR, side // LATENT_FACTOR)
         masks = [draft.mask for draft in batch if draft.mask is not None]
@@ -362,15 +362,15 @@ class Sampler:
         return self._run("context", None, len(batch), image=pictures(batch), keep=keep)
 
     def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
-        """Tokens of whole healthy images, computed once for a real one: many lesions are painted into few of those."""
+        """Context tokens of whole healthy images; those of a user's image are computed once and kept."""
         keys: list[Hashable] = [draft.healthy.row["healthy_sha256"] or draft.position for draft in batch]
         with self._knowing:
             found = {key: self._known[key] for key in keys if key in self._known}
-        # By key, so that an image that several draws of a batch share is computed once, too.
+        # Keyed by image, so that several draws of a batch share one computation, too.
         fresh = {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}
         if fresh:
             tokens = self._tokens(list(fresh.values()), keep[: len(fresh)])
-            # Copies: a row on its own would keep its whole batch in memory.
+            # Copied, because a view of one row would keep its whole batch in memory.
             found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
         with self._knowing:
             for key in dict.fromkeys(keys):
@@ -396,13 +396,13 @@ class Sampler:
     def _call(
         self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, side: int | None, count: int, inputs: Any
     ) -> Any:
-        """Pad, to a power of two, and call the engine.
+        """Pad the batch to a power of two and call the engine.
 
-        Few shapes for the engine to plan, and a tail of three rows does not pay for sixteen.
+        So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
         """
         full = max(count, self._size(side or BUCKETS[0]))
         size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
-        # What was kept is padded already, and may lie elsewhere.
+        # Kept outputs are padded already, and may be on the device.
         padded = {
             name: array if len(array) == size else padded_to(array, size).astype(np.float32, copy=False)
             for name, array in inputs.items()

@@ -1,6 +1,6 @@
 """Stage 2 on windows around the lesion against stage 2 on whole images, at equal training time.
 
-python benchmarks/windows.py runs/mine --data prepared/ --minutes 5
+python benchmarks/studies/windows.py runs/mine --data prepared/ --minutes 5
 
 Both have the run's autoencoder and context, the same network from scratch, the same images, edit regions and seeds, and
 as many steps as fit into the minutes. The error is that of the velocity in the edit region of held-out images, averaged

@@ -1,6 +1,6 @@
 """What the autoencoder keeps of held-out images: grey levels, and the speckle's power at every frequency.
 
-python benchmarks/autoencoder.py runs/mine/base/autoencoder --data prepared/
+python benchmarks/studies/autoencoder.py runs/mine/base/autoencoder --data prepared/
 
 Reconstructions of one half of the held-out lesion images (val and test) are compared with the *other* half's real
 images, which share no patient with them, and the floor is the same comparison with the first half left as it is: both

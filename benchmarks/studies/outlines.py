@@ -1,7 +1,7 @@
 """Are stage 1's outlines distributed as the real ones, and is what is asked for what comes out?
 
-python benchmarks/outlines.py --data prepared/ --bundle bundle/
-python benchmarks/outlines.py --data prepared/ --healthy path/to/normal --count 200 --seeds 1
+python benchmarks/studies/outlines.py --data prepared/ --bundle bundle/
+python benchmarks/studies/outlines.py --data prepared/ --healthy path/to/normal --count 200 --seeds 1
 
 Draws outlines (stage 1 and its gates, no painting) per class and compares them by the two-sample Kolmogorov-Smirnov
 test with all real lesions of that class, and with those of BUSI alone, which the adapters learnt: the two sets differ.

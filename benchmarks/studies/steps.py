@@ -1,6 +1,6 @@
 """How few network evaluations stages 2 and 3 need: audit figures and milliseconds against the number of steps.
 
-python benchmarks/steps.py runs/mine bundle/ --data prepared/ --steps 1,2,4,8,25
+python benchmarks/studies/steps.py runs/mine bundle/ --data prepared/ --steps 1,2,4,8,25
 
 The checkpoint's networks draw the same samples (same seed, backgrounds and outlines) with each number of steps in the
 lesion and the blend stage, through the runtime's own sampler and gates, in PyTorch. Each set is judged by the audit's

@@ -1,6 +1,6 @@
 """What the context encoder's tokens bring to each stage: the held-out velocity error with them, without, and shuffled.
 
-python benchmarks/tokens.py runs/mine --data prepared/
+python benchmarks/studies/tokens.py runs/mine --data prepared/
 
 Reads a finished run of ``busigen train`` with its cache. *Off* puts zeros in place of the tokens; *shuffled* gives each
 sample the tokens of another image. A stage that ignores its context has the same error in all three. Errors are paired

@@ -1,6 +1,6 @@
 """Does a classifier that training knows nothing of tell a set from real images? Ridge regression on radiomic ranks.
 
-python benchmarks/radiomic_judge.py out/mine --data prepared/
+python benchmarks/studies/radiomic_judge.py out/mine --data prepared/
 
 The decoder is finished on statistics of the family that the audit's own classifier looks at, which is therefore no
 stranger to it. This one sees the ranks of the audit's radiomic features instead, with the audit's folds: the first 500

@@ -1,6 +1,6 @@
 """Which rank and which layers stage 2's adapters want: held-out error against the base, size, and cost.
 
-python benchmarks/lora.py runs/mine --data prepared/ --steps 60
+python benchmarks/studies/lora.py runs/mine --data prepared/ --steps 60
 
 Every combination trains a fresh adapter per class on the run's base, with the same steps, batches and draws, and is
 measured on the same held-out batches with the same times and noise. The interval is that of the mean paired difference

@@ -1,6 +1,6 @@
 """What stage 2 learns from 50, 150 or all images of a hospital that its base has never seen.
 
-python benchmarks/hospital.py runs/mine --data prepared/ --minutes 20
+python benchmarks/studies/hospital.py runs/mine --data prepared/ --minutes 20
 
 The hospital is BUSI, the base a stage 2 trained from scratch on BUS-BRA's training images for ``--minutes``. Then, for
 each number of BUSI's training images, whole groups of them: adapters of both classes on that base, and for comparison a

@@ -1,6 +1,6 @@
 """What each part of a bundle gives away: real lesions as they are, through the autoencoder, and repainted in place.
 
-python benchmarks/gap.py --data prepared/
+python benchmarks/studies/gap.py --data prepared/
 
 Lesion images of the training split keep their backgrounds and outlines. *autoencoded* has the edit region encoded with
 its lesion, decoded and pasted back; *repainted* has it painted anew by stages 2 and 3. The audit's classifiers
