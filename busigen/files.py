@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -70,19 +70,51 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """Give a new folder beside ``target`` that takes its place, with all that is in it on disk, on success."""
+    """Give a new folder beside ``target`` that takes its place, with all that is in it on disk, on success.
+
+    A folder that is there already is replaced file by file: at no moment is one of them missing.
+    """
     make_folder(target.parent)
     temporary = target.with_name(temporary_name(target.name))
     temporary.mkdir()
     try:
         yield temporary
         sync_tree(temporary)
-        remove(target)
-        os.replace(temporary, target)
+        if target.is_dir():
+            names = set(os.listdir(temporary))
+            for name in names:
+                if (temporary / name).is_dir():
+                    remove(target / name)
+                os.replace(temporary / name, target / name)
+            for name in set(os.listdir(target)) - names:
+                remove(target / name)
+            sync(target)
+            temporary.rmdir()
+        else:
+            os.replace(temporary, target)
     except BaseException:
         remove(temporary)
         raise
     sync(target.parent)
+
+
+def publish(places: Mapping[Path, Path]) -> None:
+    """Give finished files of one folder the names that are the keys; the last one is the record of the others.
+
+    What an earlier record vouched for is replaced after that record is gone. A process that is killed in between leaves
+    all files on disk, the new record under its temporary name, from which another can do this again.
+    """
+    *names, record = places
+    for place in places.values():
+        sync(place)
+    sync(record.parent)
+    record.unlink(missing_ok=True)
+    sync(record.parent)
+    for name in names:
+        os.replace(places[name], name)
+    sync(record.parent)
+    os.replace(places[record], record)
+    sync(record.parent)
 
 
 def make_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,9 @@ from busigen.data.prepared import Prepared
 from busigen.data.sources.read import read_source
 from busigen.data.sources.records import Listing, Record, Refusal, counted, named
 from busigen.data.splits import EXCLUDED, assign_splits, class_conflicts, near_duplicate_groups, thumbnail
-from busigen.errors import InputError, OutputError
-from busigen.files import atomic_path, is_temporary, json_bytes, leftovers, make_folder, sha256_of, sync
+from busigen.errors import BusigenError, InputError, OutputError
+from busigen.files import is_temporary, json_bytes, leftovers, make_folder, publish, sha256_of, temporary_name
+from busigen.records import read_checked
 from busigen.registry import BIRADS, LESION_CLASSES, RESOLUTION
 from busigen.text import printable
 
@@ -322,12 +324,13 @@ def prepare(
     refused = [refusal for listing in listings for refusal in listing.refused]
     if strict and refused:
         raise refused[0].to_error()
-    with _writing(out), ExitStack() as published:
+    with _writing(out), ExitStack() as failing:
         make_folder(out)
         for left in (*(out / f"{name}{schema.PARTIAL}" for name in schema.FILES), *leftovers(out, schema.WRITTEN)):
             left.unlink(missing_ok=True)
-        # They get their names in the opposite order: the one that makes the folder valid comes last.
-        places = {name: published.enter_context(atomic_path(out / name)) for name in schema.FILES}
+        places = {name: out / temporary_name(name) for name in schema.FILES}
+        for place in places.values():
+            failing.callback(place.unlink, missing_ok=True)
         notes = [note for listing in listings for note in listing.notes]
         samples = _samples(listings, refused, notes, mask_values, strict=strict, progress=progress)
         rows, thumbnails = _write_arrays(samples, places, refused)
@@ -339,7 +342,8 @@ def prepare(
         notes.extend(_table_notes(table, parted))
         report = _report(out, table, kept, refused, notes, time.perf_counter() - start)
         places[schema.INFO].write_bytes(json_bytes(_info(report, places, seed)))
-        sync(out)  # A folder with finished files alone, and none that was to become the last one, may be anybody's.
+        failing.pop_all()
+        publish({out / name: place for name, place in places.items()})
     return report
 
 
@@ -511,7 +515,7 @@ def _info(report: PrepareReport, places: Mapping[str, Path], seed: int) -> dict[
         "refused": [refusal.to_dict() for refusal in report.refused],
         "notes": list(report.notes),
         "split_hash": report.split_hash,
-        "files": {name: sha256_of(places[name]) for name in (*schema.ARRAYS.values(), schema.TABLE)},
+        "files": {name: sha256_of(places[name]) for name in schema.FILES[:-1]},
     }
 
 
@@ -525,6 +529,8 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
         names = {path.name for path in out.iterdir()}
     if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
         raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
+    with _writing(out):
+        _publish_again(out)
     if not (out / schema.INFO).is_file():
         # A run that was killed leaves files of ours without the one that is written last.
         # Such as these, none of which is still being written, may be anybody's.
@@ -543,6 +549,25 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
             fix=f"Use seed {prepared.info['seed']}, or write to another folder.",
         )
     return dict(zip(prepared.table["sha256"], prepared.table["split"], strict=True))
+
+
+def _publish_again(out: Path) -> None:
+    """Publish what a killed run had finished: what it was to replace may be gone already."""
+    for record in leftovers(out, re.compile(re.escape(schema.INFO))):
+        try:
+            files = read_checked(schema.PreparedRecord, record, fix="")["files"]
+            places = {out / name: _file_of(out, name, files[name]) for name in schema.FILES[:-1]}
+        except (BusigenError, LookupError):
+            continue  # It was not finished.
+        publish({**places, out / schema.INFO: record})
+
+
+def _file_of(out: Path, name: str, sha256: str) -> Path:
+    """The file with this hash that is called ``name`` or was to be; a ``LookupError`` if there is none."""
+    for path in (out / name, *leftovers(out, re.compile(re.escape(name)))):
+        if path.is_file() and sha256_of(path) == sha256:
+            return path
+    raise LookupError(name)
 
 
 @contextmanager

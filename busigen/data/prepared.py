@@ -36,8 +36,8 @@ ARRAYS = {
 }
 """Array names and their files. The first three are what the audit measures on, the last two what training reads."""
 
-FILES = (INFO, TABLE, *ARRAYS.values())
-"""Everything in a prepared folder; the first one makes it valid."""
+FILES = (*ARRAYS.values(), TABLE, INFO)
+"""Everything in a prepared folder; the last one makes it valid."""
 
 WRITTEN = re.compile("|".join(map(re.escape, FILES)))
 """Names of the files that are written there."""
