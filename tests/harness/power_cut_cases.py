@@ -142,7 +142,7 @@ def _training_faults(root: Path, whole: Path) -> list[str]:
     out, right, now = root / OUT, _weights(whole / OUT), _weights(root / OUT)
     final = {name: digest for name, digest in right.items() if not name.startswith(("state/", "cache/"))}
     wanted = dict(final) if (out / "busigen.json").exists() else {}
-    for marker in out.glob("done/*.json"):
+    for marker in out.glob("done/[a-z]*.json"):
         json.loads(marker.read_bytes())
         name = "autoencoder" if marker.stem == "decoder" else marker.stem
         places = ("healed.npz",) if name == "heal" else (f"merged/{name}/", f"adapters/{name}/")
@@ -224,6 +224,28 @@ def exporting(inputs: Path) -> Case:
     return Case(_nothing, work, faults, lambda root, whole: names(root) != names(whole))
 
 
+def appearing(inputs: Path) -> Case:
+    """How an export writes its bundle, without tracing and proving it."""
+    from busigen.export.bundle_writer import WeightFiles
+    from busigen.export.exporter import _appearing
+    from busigen.training.trainer import write_json
+
+    def work(root: Path) -> None:
+        if (root / OUT).exists():
+            return
+        weights = WeightFiles("prior")
+        weights.place(bytes(range(256)) * 40)
+        with _appearing(root / OUT) as folder:
+            weights.write(folder)
+            (folder / "prior.onnx").write_bytes(bytes(range(256)) * 20)
+            write_json(folder / "bundle.json", {"schema": 1})
+
+    def faults(root: Path, whole: Path) -> list[str]:
+        return ["the bundle is missing a file or torn"] if (root / OUT).exists() and _differs(root, whole) else []
+
+    return Case(_nothing, work, faults, _differs)
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "generate": generating,
     "merge": merging,
@@ -232,6 +254,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "prepare-again": preparing_again,
     "save": saving,
     "train": training,
+    "appear": appearing,
     "export": exporting,
 }
 
