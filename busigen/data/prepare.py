@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
-import os
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,9 @@ from busigen.data.prepared import Prepared
 from busigen.data.sources.read import read_source
 from busigen.data.sources.records import Listing, Record, Refusal, counted, named
 from busigen.data.splits import EXCLUDED, assign_splits, class_conflicts, near_duplicate_groups, thumbnail
-from busigen.errors import InputError, OutputError
+from busigen.errors import BusigenError, InputError, OutputError
+from busigen.files import is_temporary, json_bytes, leftovers, make_folder, publish, sha256_of, temporary_name
+from busigen.records import read_checked
 from busigen.registry import BIRADS, LESION_CLASSES, RESOLUTION
 from busigen.text import printable
 
@@ -323,19 +324,26 @@ def prepare(
     refused = [refusal for listing in listings for refusal in listing.refused]
     if strict and refused:
         raise refused[0].to_error()
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with _writing(out), ExitStack() as failing:
+        make_folder(out)
+        for left in (*(out / f"{name}{schema.PARTIAL}" for name in schema.FILES), *leftovers(out, schema.WRITTEN)):
+            left.unlink(missing_ok=True)
+        places = {name: out / temporary_name(name) for name in schema.FILES}
+        for place in places.values():
+            failing.callback(place.unlink, missing_ok=True)
         notes = [note for listing in listings for note in listing.notes]
         samples = _samples(listings, refused, notes, mask_values, strict=strict, progress=progress)
-        rows, thumbnails = _write_arrays(samples, out, refused)
+        rows, thumbnails = _write_arrays(samples, places, refused)
         table, kept, parted = _tabulate(rows, thumbnails, earlier, seed)
         # Through memory: polars takes a path for a pattern, and a full disk is to be an OSError.
         content = io.BytesIO()
         table.write_parquet(content)
-        _partial(out, schema.TABLE).write_bytes(content.getbuffer())
+        places[schema.TABLE].write_bytes(content.getbuffer())
         notes.extend(_table_notes(table, parted))
         report = _report(out, table, kept, refused, notes, time.perf_counter() - start)
-        _publish(out, report, seed)
+        places[schema.INFO].write_bytes(json_bytes(_info(report, places, seed)))
+        failing.pop_all()
+        publish({out / name: place for name, place in places.items()})
     return report
 
 
@@ -360,7 +368,7 @@ def _list_all(sources: Sequence[Path], out: Path) -> list[Listing]:
 
 
 def _write_arrays(
-    samples: Iterable[tuple[Listing, Record, Sample]], out: Path, refused: Sequence[Refusal]
+    samples: Iterable[tuple[Listing, Record, Sample]], places: Mapping[str, Path], refused: Sequence[Refusal]
 ) -> tuple[list[dict[str, object]], NDArray[np.float32]]:
     """Write the arrays row by row; returns the rows and the thumbnails, ``float32 (N, 64, 64)``."""
     rows: list[dict[str, object]] = []
@@ -368,7 +376,7 @@ def _write_arrays(
     frame = (RESOLUTION, RESOLUTION)
     with ExitStack() as stack:
         images, masks, overlays, clean, suspects = (
-            stack.enter_context(RowFile(_partial(out, schema.ARRAYS[name]), frame, dtype))
+            stack.enter_context(RowFile(places[schema.ARRAYS[name]], frame, dtype))
             for name, dtype in (
                 ("images", np.uint8),
                 ("masks", np.uint8),
@@ -489,10 +497,9 @@ def _report(
     )
 
 
-def _publish(out: Path, report: PrepareReport, seed: int) -> None:
-    """Give every file its final name; the one that makes the folder valid comes last."""
-    names = (*schema.ARRAYS.values(), schema.TABLE)
-    info = {
+def _info(report: PrepareReport, places: Mapping[str, Path], seed: int) -> dict[str, object]:
+    """Content of ``prepared.json``; ``places`` says where each file is now."""
+    return {
         "schema": schema.SCHEMA_VERSION,
         "busigen": __version__,
         "seed": seed,
@@ -508,11 +515,8 @@ def _publish(out: Path, report: PrepareReport, seed: int) -> None:
         "refused": [refusal.to_dict() for refusal in report.refused],
         "notes": list(report.notes),
         "split_hash": report.split_hash,
-        "files": {name: schema.file_sha256(_partial(out, name)) for name in names},
+        "files": {name: sha256_of(places[name]) for name in schema.FILES[:-1]},
     }
-    _partial(out, schema.INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name in (*names, schema.INFO):
-        os.replace(_partial(out, name), out / name)
 
 
 def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
@@ -525,11 +529,14 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
         names = {path.name for path in out.iterdir()}
     if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
         raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
-    present = {name.removesuffix(schema.PARTIAL) for name in names}
-    if schema.INFO not in present or not (out / schema.INFO).is_file():
+    with _writing(out):
+        _publish_again(out)
+    if not (out / schema.INFO).is_file():
         # A run that was killed leaves files of ours without the one that is written last.
         # Such as these, none of which is still being written, may be anybody's.
-        if present - {schema.INFO, schema.TABLE, *schema.ARRAYS.values()} or (names and not names - present):
+        earlier = {f"{name}{schema.PARTIAL}" for name in schema.FILES}
+        written = {name for name in names if name in earlier or is_temporary(name, schema.WRITTEN)}
+        if names - written - set(schema.FILES) or (names and not written):
             raise OutputError(f"{out} is not empty and holds no prepared data.", fix="Name a new or empty folder.")
         return {}
     try:
@@ -544,8 +551,23 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
     return dict(zip(prepared.table["sha256"], prepared.table["split"], strict=True))
 
 
-def _partial(out: Path, name: str) -> Path:
-    return out / f"{name}{schema.PARTIAL}"
+def _publish_again(out: Path) -> None:
+    """Publish what a killed run had finished: what it was to replace may be gone already."""
+    for record in leftovers(out, re.compile(re.escape(schema.INFO))):
+        try:
+            files = read_checked(schema.PreparedRecord, record, fix="")["files"]
+            places = {out / name: _file_of(out, name, files[name]) for name in schema.FILES[:-1]}
+        except (BusigenError, LookupError):
+            continue  # It was not finished.
+        publish({**places, out / schema.INFO: record})
+
+
+def _file_of(out: Path, name: str, sha256: str) -> Path:
+    """The file with this hash that is called ``name`` or was to be; a ``LookupError`` if there is none."""
+    for path in (out / name, *leftovers(out, re.compile(re.escape(name)))):
+        if path.is_file() and sha256_of(path) == sha256:
+            return path
+    raise LookupError(name)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Strict
 
 from busigen.errors import IntegrityError
+from busigen.files import sha256_of
 from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Record, Text, Whole, checked, read_given
 from busigen.registry import RESOLUTION
@@ -34,8 +36,14 @@ ARRAYS = {
 }
 """Array names and their files. The first three are what the audit measures on, the last two what training reads."""
 
+FILES = (*ARRAYS.values(), TABLE, INFO)
+"""Everything in a prepared folder; the last one makes it valid."""
+
+WRITTEN = re.compile("|".join(map(re.escape, FILES)))
+"""Names of the files that are written there."""
+
 PARTIAL = ".partial"
-"""Ending of a file that is still being written."""
+"""Ending that an earlier busigen gave a file that was still being written."""
 
 COLUMNS: dict[str, pl.DataType] = {
     "row": pl.Int64(),
@@ -71,16 +79,6 @@ def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
     """Fingerprint of who is in which split: hex sha256 over the sorted (image hash, split) pairs."""
     lines = sorted(f"{digest} {split}\n" for digest, split in zip(sha256, splits, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def file_sha256(path: Path, limit: int | None = None) -> str:
-    """Hex sha256 of a file's bytes.
-
-    Raises:
-        OSError: It cannot be read, is no regular file, or has more than ``limit`` bytes.
-    """
-    with open_file(path, limit=limit) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
@@ -208,7 +206,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
 def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:
     path = folder / name
     try:
-        found = file_sha256(path, limit)
+        found = sha256_of(path, limit=limit)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}.", fix=_PREPARE) from error
     if found != info["files"].get(name):

@@ -21,9 +21,10 @@ from busigen.evaluation.reading.inputs import read_inputs
 from busigen.evaluation.report.text import sentence
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS, Section
+from busigen.files import write_json
 from busigen.records import read_json
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.files import output_errors, write_json
+from busigen.runtime.storage.files import output_errors
 from busigen.text import install_command
 
 LIBRARIES = (

@@ -18,8 +18,8 @@ from busigen.errors import IntegrityError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import SectionResult, section_folder
 from busigen.evaluation.sections import Section
+from busigen.files import sha256_of, write_json
 from busigen.records import Record, Text, read_checked
-from busigen.runtime.storage.files import sha256_of, write_json
 
 RESULT_FILE = "result.json"
 

@@ -11,6 +11,8 @@ import onnx
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
+from busigen.files import sha256_of
+
 SMALL = 64
 """Weights of fewer elements stay inside the graph: halving them saves nothing."""
 
@@ -150,7 +152,7 @@ def write_graphs(folder: Path, component: str, models: Mapping[str, ModelProto])
     weights.write(folder)
     records: dict[str, dict[str, object]] = {}
     for name, (parts, inputs, output) in written.items():
-        files = {part: hashlib.sha256((folder / part).read_bytes()).hexdigest() for part in parts}
+        files = {part: sha256_of(folder / part) for part in parts}
         onnx.checker.check_model(str(folder / parts[0]))
         records[name] = {"file": parts[0], "files": files, "inputs": inputs, "output": output}
     return records

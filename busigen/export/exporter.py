@@ -26,6 +26,7 @@ from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refu
 from busigen.export.precision import TYPES
 from busigen.export.precision_search import Choice, ModelBackend, choose, escalate
 from busigen.export.report import fused, model_card
+from busigen.files import sha256_of
 from busigen.foreign import open_file
 from busigen.records import parse_json
 from busigen.registry import (
@@ -44,7 +45,7 @@ from busigen.registry import (
 from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.files import atomic_folder, sha256_of
+from busigen.runtime.storage.files import atomic_folder
 from busigen.training import trainer as state
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED, load_networks, read_record
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD

@@ -15,8 +15,8 @@ from onnx import GraphProto, NodeProto
 
 from busigen.errors import OutputError, UsageError
 from busigen.export.parity import LIMITS
+from busigen.files import atomic_path
 from busigen.registry import LESION_CLASSES
-from busigen.runtime.storage.files import atomic_path
 
 KINDS = {
     "attention": frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention", "QAttention"}),

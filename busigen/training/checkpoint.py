@@ -29,6 +29,7 @@ from pydantic import ConfigDict, Field, Strict
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
+from busigen.files import replaced_folder, sha256_of
 from busigen.foreign import open_file, walk
 from busigen.noise_styles import are_styles
 from busigen.records import Many, Number, Record, Text, Whole, checked, read_checked, read_given
@@ -38,7 +39,7 @@ from busigen.text import printable
 from busigen.training.networks.build import build, model_class
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, LoraSpec, Recipe, TaskSpec, recipe_for
-from busigen.training.trainer import MAX_WEIGHTS_BYTES, fresh_folder, write_json
+from busigen.training.trainer import MAX_WEIGHTS_BYTES, write_json
 
 RECORD = "busigen.json"
 SCHEMA = 1
@@ -127,7 +128,7 @@ def place_of(task: TaskSpec) -> str:
 
 def save_component(model: ModelMixin, folder: Path) -> None:
     """Save a component in diffusers' layout, by rename."""
-    with fresh_folder(folder) as temporary:
+    with replaced_folder(folder) as temporary:
         model.save_pretrained(str(temporary), safe_serialization=True)
 
 
@@ -206,8 +207,7 @@ def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED
     found = {}
     for path in files:
         try:
-            with open_file(path, limit=MAX_WEIGHTS_BYTES) as stream:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = sha256_of(path, limit=MAX_WEIGHTS_BYTES)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}.", fix=_TRAIN) from error
     return found
@@ -387,7 +387,7 @@ class Base:
         if weight_hashes(out, (place,)) == wanted:
             return
         try:
-            with fresh_folder(out / place) as folder:
+            with replaced_folder(out / place) as folder:
                 shutil.copytree(self.folder / place, folder, dirs_exist_ok=True)
         except OSError as error:
             raise OutputError(

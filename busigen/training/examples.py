@@ -237,7 +237,6 @@ class WindowExamples:
 
 def save_examples(path: Path, buckets: dict[int, WindowExamples]) -> None:
     """Keep encoded examples on disk, by rename; they belong to the run that made them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_state(path, {f"{side}.{name}": t for side, part in buckets.items() for name, t in part.tensors.items()}, {})
 
 

@@ -8,7 +8,6 @@ learn to look for the lesion or the hole. So it is shown a healed image, and dec
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from scipy import ndimage
 
 from busigen.data.geometry import Mask, Window, edit_region, paste, patches_outside, window_for
 from busigen.errors import IntegrityError
+from busigen.files import atomic_file
 from busigen.foreign import open_file
 from busigen.registry import BUCKETS
 from busigen.training.examples import Frame, Frames, Progress, decoy_region, greyed, random_lesion, to_tensor
@@ -143,9 +143,8 @@ def _decoy(frame: Frame, frames: Frames, shapes: list[int], key: tuple[int, int]
 
 def save_healed(path: Path, rows: Iterable[int], images: Pixels) -> None:
     """Write healed images and the prepared rows that they belong to, by rename. They never leave the run's folder."""
-    temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez(temporary, rows=np.fromiter(rows, dtype=np.int64), images=images)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        np.savez(file, rows=np.fromiter(rows, dtype=np.int64), images=images)
 
 
 def healed_reader(path: Path) -> Callable[[int, int], Pixels]:

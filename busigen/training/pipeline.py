@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, IntegrityError, OutputError, UsageError
+from busigen.files import TEMPORARY_PREFIX, is_temporary, make_folder, remove, replaced_folder
 from busigen.records import Many, Number, Record, Text, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import checkpoint
@@ -32,7 +34,7 @@ from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.rollouts import Drawer
 from busigen.training.tasks.base import TaskContext
 from busigen.training.tasks.registry import KINDS
-from busigen.training.trainer import Trainer, check_finite, fresh_folder, write_json
+from busigen.training.trainer import Trainer, check_finite, write_json
 
 RUN = "run.json"
 
@@ -71,7 +73,7 @@ def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = Non
             return
         if out.exists() and any(out.iterdir()):
             raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_json(path, config)
     except IntegrityError as error:
         raise OutputError(
@@ -133,6 +135,8 @@ def _name(item: Any, number: int) -> Any:
 log = logging.getLogger("busigen.training")
 
 HEALED = "healed.npz"
+_WRITTEN = re.compile(r"[a-z0-9.-]+")
+"""Names of the files and folders that a run writes."""
 CACHE = "cache"
 
 GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
@@ -252,11 +256,14 @@ class _Run:
         if (self.out / checkpoint.RECORD).exists():
             log.info("%s is a finished checkpoint already", self.out)
             return checkpoint.read_record(self.out)
+        for left in list(self.out.rglob(f"{TEMPORARY_PREFIX}*")):  # Of a run that was killed.
+            if is_temporary(left.name, _WRITTEN):
+                remove(left)
         if self.start is not None:
             self.start.copy(self.out, self.recipe)
         for number, spec in enumerate(self.recipe.tasks, start=1):
             marker = self.out / "done" / f"{spec.name}.json"
-            marker.parent.mkdir(exist_ok=True)
+            make_folder(marker.parent)
             if not marker.exists():
                 log.info("task %d of %d: %s", number, len(self.recipe.tasks), spec.name)
                 started = time.monotonic()
@@ -350,7 +357,7 @@ class _Run:
         base = self._loaded(spec.component, self.base / spec.component).to(self.device)
         model = adapters.with_adapter(base, self.recipe.lora, self.recipe.seed)
         figures = self._train(spec, model, kind)
-        with fresh_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
+        with replaced_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
             adapters.save_adapter(model, folder)
         checkpoint.save_component(adapters.merge(model), self.out / checkpoint.place_of(spec))
         return figures

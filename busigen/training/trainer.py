@@ -5,11 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -27,6 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from busigen.errors import InputError, IntegrityError
+from busigen.files import atomic_file, atomic_path, make_folder
 from busigen.foreign import open_file
 from busigen.records import Many, Record, Whole, checked, parse_json
 from busigen.training.recipe import TaskSpec
@@ -67,19 +64,16 @@ MAX_WEIGHTS_BYTES = 4 << 30
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of either."""
-    temporary = _fresh(path)
-    with temporary.open("x", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and their JSON metadata as one file, by rename."""
-    temporary = _fresh(path)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {META_KEY: json.dumps(meta)})
-    os.replace(temporary, path)
+    make_folder(path.parent)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, {META_KEY: json.dumps(meta)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -98,24 +92,6 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise IntegrityError(
             f"{path} cannot be read: {error}.", fix="Delete it; the same command makes it again."
         ) from error
-
-
-def _fresh(path: Path) -> Path:
-    """The temporary name of a file, at which nothing stands: a killed run's rest, or a link that leads elsewhere."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    return temporary
-
-
-@contextmanager
-def fresh_folder(target: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name and rename it into place, replacing what was there."""
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
 
 
 def check_finite(name: str, module: nn.Module) -> None:
@@ -219,7 +195,7 @@ class Trainer:
         self.sheets = folder / "samples" / self.spec.name
         self.events = folder / "tensorboard"
         for path in (self.state_path.parent, self.sheets, self.events):
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
         suit_attention(task.module, device)
         self.parameters = trainable(task.module)
         self.optimizer = torch.optim.AdamW(

@@ -15,8 +15,9 @@ from PIL import Image
 from scipy import ndimage
 
 from busigen.data.prepare import prepare
-from busigen.data.prepared import COLUMNS, Prepared, file_sha256, split_hash
+from busigen.data.prepared import COLUMNS, Prepared, split_hash
 from busigen.errors import InputError, OutputError
+from busigen.files import sha256_of
 from tests.conftest import Sources
 from tests.harness.synthetic_datasets import draw_pairs
 
@@ -335,12 +336,12 @@ def test_an_image_that_turns_out_to_be_a_copy_of_another_splits_is_excluded_and_
 def _claim_split(out: Path, image: Path, name: str) -> None:
     """Let a prepared folder say that this file is the image of that name."""
     table = pl.read_parquet(out / "table.parquet")
-    digest = pl.lit(file_sha256(image))
+    digest = pl.lit(sha256_of(image))
     table = table.with_columns(sha256=pl.when(pl.col("id") == name).then(digest).otherwise("sha256"))
     table.write_parquet(out / "table.parquet")
     info = json.loads((out / "prepared.json").read_text())
     info["split_hash"] = split_hash(table["sha256"], table["split"])
-    info["files"]["table.parquet"] = file_sha256(out / "table.parquet")
+    info["files"]["table.parquet"] = sha256_of(out / "table.parquet")
     (out / "prepared.json").write_text(json.dumps(info))
 
 

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from busigen.errors import BusigenError
+from busigen.files import TEMPORARY_PREFIX
 from busigen.runtime.dataset.sample import Source
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.repair import repair
 from busigen.runtime.maintenance.verify import verify
-from busigen.runtime.storage.files import TEMPORARY_PREFIX
 from tests.harness.command import CLI
 from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource

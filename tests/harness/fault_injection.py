@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from busigen.files import TEMPORARY_PREFIX
 from busigen.runtime.maintenance.repair import repair
-from busigen.runtime.storage.files import TEMPORARY_PREFIX
 from tests.harness.crash_harness import (
     BUNDLE,
     COUNT,

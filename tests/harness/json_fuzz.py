@@ -285,7 +285,7 @@ def training_readers(place: Path) -> list[Reader]:
     """Everything that reads JSON with torch, with what it reads, made below ``place``."""
     from busigen.evaluation import cache as audit_cache
     from busigen.evaluation.results import Figure, Finding, Interval, SectionResult
-    from busigen.runtime.storage.files import write_json
+    from busigen.files import write_json
     from busigen.training.recipe import recipe_for
     from tests.harness.checkpoints import untrained
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+from busigen.files import TEMPORARY_PREFIX
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.remote import verify_place
 from busigen.runtime.output.remote import RemoteOutput
-from busigen.runtime.storage.files import TEMPORARY_PREFIX
 from busigen.runtime.storage.lock import LOCK_FILE
 from busigen.runtime.storage.url import Address
 from tests.harness.fault_injection import ended, forked

@@ -25,10 +25,10 @@ from busigen.evaluation.statistics.grouped import (
     compare_distributions,
     compare_means,
 )
+from busigen.files import atomic_file
 from busigen.registry import SYNTHETIC
 from busigen.runtime.dataset.finalize import outline
 from busigen.runtime.sampling.healthy_images import Backgrounds
-from busigen.runtime.storage.files import atomic_file
 
 KEY = "integrity.background.unproven"
 

@@ -16,8 +16,9 @@ from skimage.measure import find_contours, perimeter_crofton, regionprops
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.physics import speckle
 from busigen.evaluation.physics.speckle import DYNAMIC_RANGE, MIN_PIXELS, Regions, find_regions
+from busigen.files import atomic_file
 from busigen.foreign import open_file, refuse_costly
-from busigen.runtime.storage.files import atomic_file, output_errors
+from busigen.runtime.storage.files import output_errors
 
 DEPTH_BANDS = 6
 """Bands of equal depth in the depth-intensity profile."""

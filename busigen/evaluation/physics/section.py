@@ -20,8 +20,9 @@ from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
 from busigen.evaluation.statistics import two_sample
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, adjusted, halves
 from busigen.evaluation.statistics.two_sample import Comparison, Distances
+from busigen.files import atomic_path
 from busigen.registry import LESION_CLASSES
-from busigen.runtime.storage.files import atomic_path, output_errors
+from busigen.runtime.storage.files import output_errors
 
 DISTRIBUTIONS = 4
 """Features whose distributions are drawn; with the two curves that makes six plots."""

@@ -27,7 +27,8 @@ from busigen.evaluation.statistics.grouped import (
     resample,
     rows_by_group,
 )
-from busigen.runtime.storage.files import atomic_path, output_errors
+from busigen.files import atomic_path
+from busigen.runtime.storage.files import output_errors
 
 PERMUTATIONS = {"quick": 1999, "full": 9999}
 """Group permutations per test. With 15 tests, fewer could not get one adjusted p-value below ``ALPHA``."""

@@ -19,10 +19,10 @@ from busigen.errors import InputError
 from busigen.evaluation.context import ImageSet
 from busigen.evaluation.report.text import excess, known, number
 from busigen.evaluation.results import Figure, Interval
+from busigen.files import atomic_file
 from busigen.foreign import read_file
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.dataset.finalize import COLOURS, outline, pick_evenly
-from busigen.runtime.storage.files import atomic_file
 
 ROWS = 14
 """Figures that a section's chart shows at most; the table below it has them all."""

@@ -18,7 +18,8 @@ from busigen.evaluation.report.text import CANNOT_SAY, NO_TRAIN, PRIVACY, QUICK,
 from busigen.evaluation.results import Figure, Finding, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG
-from busigen.runtime.storage.files import atomic_file, output_errors
+from busigen.files import atomic_file
+from busigen.runtime.storage.files import output_errors
 from busigen.text import printable
 
 REPORT = "report.html"

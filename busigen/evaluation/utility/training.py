@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from busigen.errors import IntegrityError
 from busigen.evaluation.context import AuditContext, Effort, ImageSet
+from busigen.files import write_json
 from busigen.records import Many, Number, Record, Text, Whole, read_checked
 from busigen.registry import RESOLUTION
-from busigen.runtime.storage.files import write_json
 
 Pixels = NDArray[np.uint8]
 Masks = NDArray[np.bool_]

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, Strict
 
 from busigen.errors import IntegrityError
-from busigen.foreign import open_file, read_file
+from busigen.files import sha256_of
+from busigen.foreign import read_file
 from busigen.mtf import Transfer
 from busigen.noise_styles import are_styles
 from busigen.records import FileName, Many, Number, Record, Text, checked, read_given
@@ -437,8 +438,7 @@ class Bundle:
 def _check_file(path: Path, expected: str, limit: int) -> None:
     try:
         # No link: it may point anywhere, and what it points to may change after the check.
-        with open_file(path, limit=limit, root=path.parent) as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256_of(path, limit=limit, root=path.parent)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise IntegrityError(f"{str(path)!r} cannot be read: {reason}.", fix=_EXPORT) from error

@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import IntegrityError, UsageError
+from busigen.files import atomic_file, atomic_path, sha256_of, write_json
 from busigen.foreign import names_in
 from busigen.records import Many, Record, read_checked
 from busigen.runtime.dataset.card import LICENCE, front_matter, privacy
@@ -23,7 +24,6 @@ from busigen.runtime.dataset.format import CARD_FILE, DATASET_FILE, MANIFEST_FIL
 from busigen.runtime.dataset.reader import Dataset, SourceRecord, link_refused, read_object
 from busigen.runtime.dataset.shards import FileRecord
 from busigen.runtime.dataset.untrusted import write_joined
-from busigen.runtime.storage.files import atomic_file, atomic_path, sha256_of, write_json
 from busigen.text import counted
 
 PARTS_FOLDER = "parts"

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from busigen.errors import IntegrityError
+from busigen.files import atomic_file, atomic_path, write_json
 from busigen.foreign import open_file
 from busigen.records import read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
@@ -33,7 +34,6 @@ from busigen.runtime.dataset.reader import Dataset, plan_of
 from busigen.runtime.dataset.sample import Sample
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord
 from busigen.runtime.dataset.untrusted import read_table, write_joined
-from busigen.runtime.storage.files import atomic_file, atomic_path, write_json
 
 COLOURS = {"benign": (0, 200, 255), "malignant": (255, 96, 64)}
 """Contour and label colour per class, RGB; told apart by colour-blind eyes too."""

@@ -24,6 +24,7 @@ from PIL import Image
 from pydantic import ConfigDict
 
 from busigen.errors import IntegrityError
+from busigen.files import atomic_file, sha256_of, write_json
 from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.dataset.format import (
@@ -36,7 +37,6 @@ from busigen.runtime.dataset.format import (
     shard_path,
 )
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
-from busigen.runtime.storage.files import atomic_file, sha256_of, write_json
 from busigen.runtime.storage.url import Address
 
 FIXED_COLUMNS: dict[str, type] = {

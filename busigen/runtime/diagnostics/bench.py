@@ -29,6 +29,7 @@ from rich.table import Table
 
 import busigen
 from busigen.errors import UsageError
+from busigen.files import TEMPORARY_PREFIX, atomic_file, write_json
 from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
 from busigen.runtime.backends.base import (
     Backend,
@@ -47,7 +48,7 @@ from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
-from busigen.runtime.storage.files import TEMPORARY_PREFIX, atomic_file, output_errors, write_json
+from busigen.runtime.storage.files import output_errors
 from busigen.text import duration
 
 try:

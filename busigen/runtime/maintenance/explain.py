@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from busigen.errors import BusigenError, IntegrityError, UsageError
+from busigen.files import atomic_file
 from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
 from busigen.runtime.backends.bundle import unproven
 from busigen.runtime.dataset.collection import find_sample
@@ -47,7 +48,7 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord, write_shard
 from busigen.runtime.dataset.untrusted import find_rows
 from busigen.runtime.maintenance.replay import Inputs, other_conditions
 from busigen.runtime.maintenance.verify import read_run
-from busigen.runtime.storage.files import atomic_file, output_errors
+from busigen.runtime.storage.files import output_errors
 from busigen.text import describe
 
 REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."

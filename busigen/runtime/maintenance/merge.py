@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import InputError, IntegrityError, UsageError
+from busigen.files import atomic_file, sha256_of, write_json
 from busigen.foreign import ForeignFileError, open_file
 from busigen.records import MAX_BYTES
 from busigen.runtime.dataset.collection import Sources, open_with_sources, part_name, write_collection
@@ -33,7 +34,7 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord
 from busigen.runtime.dataset.untrusted import read_table
 from busigen.runtime.output.local import shown_changes
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.files import atomic_file, atomic_folder, output_errors, sha256_of, sync, write_json
+from busigen.runtime.storage.files import atomic_folder, output_errors
 from busigen.text import shell_word
 
 _NOT_COMPARED = ("config", "options", "schema_version", "sources", "unproven", "versions")
@@ -189,7 +190,6 @@ def _join(
                 raise _damaged(dataset, name)
             records.append(record)
             progress.advance(1)
-    sync(target / SHARD_FOLDER)
     made = run_of(run[0].info)
     if len(run) > 1:
         first, last = run[0].plan, run[-1].plan

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
+from busigen.files import atomic_file, leftovers, make_folder, sha256_of, write_json
 from busigen.foreign import refuse_links
 from busigen.records import checked
 from busigen.runtime.dataset.collection import COLLECTION_FILES, parts_of, recorded_sources, write_collection
@@ -49,7 +50,7 @@ from busigen.runtime.maintenance.verify import (
 )
 from busigen.runtime.maintenance.verify_shard import LEAST_SAMPLE
 from busigen.runtime.output.local import complete_shards
-from busigen.runtime.storage.files import atomic_file, leftovers, output_errors, sha256_of, write_json
+from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, forget_tasks
 from busigen.text import counted, describe
 
@@ -295,7 +296,7 @@ def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
 def _repair(folder: Path, inputs: Inputs) -> RepairReport:
     work = _opened(folder)
     with output_errors(folder):
-        (folder / SHARD_FOLDER).mkdir(exist_ok=True)
+        make_folder(folder / SHARD_FOLDER)
         forget_tasks(folder)
         for path in leftovers(folder, WRITTEN) + leftovers(folder / SHARD_FOLDER, WRITTEN):
             path.unlink()

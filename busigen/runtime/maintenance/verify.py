@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.files import is_temporary
 from busigen.foreign import walk
 from busigen.records import checked, read_json
 from busigen.runtime.dataset.collection import (
@@ -53,7 +54,6 @@ from busigen.runtime.dataset.untrusted import read_table
 from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
-from busigen.runtime.storage.files import is_temporary
 from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
 from busigen.text import counted

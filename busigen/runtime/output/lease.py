@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from busigen.errors import IntegrityError, OutputError
+from busigen.files import json_bytes, write_json
 from busigen.records import Record, Text, Whole, checked, parse_json, read_json
-from busigen.runtime.storage.files import json_bytes, write_json
 from busigen.runtime.storage.lock import LOCK_FILE
 from busigen.runtime.storage.object_store import RetryPolicy, Store
 from busigen.text import duration

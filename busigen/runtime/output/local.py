@@ -18,6 +18,7 @@ import polars as pl
 
 import busigen
 from busigen.errors import IntegrityError, OutputError
+from busigen.files import is_temporary, leftovers, make_folder, sha256_of, write_json
 from busigen.records import checked, read_json
 from busigen.runtime.backends.bundle import unproven
 from busigen.runtime.dataset.finalize import finish, is_finished, unfinish
@@ -35,7 +36,7 @@ from busigen.runtime.dataset.format import (
 from busigen.runtime.dataset.reader import RunRecord, link_refused, links, read_object, recorded_shards, refuse_newer
 from busigen.runtime.dataset.sample import Source
 from busigen.runtime.dataset.shards import ShardRecord
-from busigen.runtime.storage.files import is_temporary, leftovers, output_errors, sha256_of, write_json
+from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, forget_tasks, is_lock, joined, living, turn
 from busigen.runtime.storage.url import Address
 from busigen.text import counted
@@ -91,7 +92,7 @@ def acquire_run(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> 
         # Before anything is made or removed: the folder may be somebody else's.
         existing_run(out)
         read_object(out / DATASET_FILE)  # For its schema alone: what is newer is not made again.
-        (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        make_folder(out / SHARD_FOLDER)
         lock = joined(out, part.numbers) if part else exclusive(out)
         lock.__enter__()
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import IntegrityError, OutputError, UsageError
+from busigen.files import is_temporary, json_bytes, leftovers, sha256_of, write_json
 from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json, read_json
 from busigen.runtime.dataset.finalize import dataset_info, finish
 from busigen.runtime.dataset.format import (
@@ -48,7 +49,7 @@ from busigen.runtime.output.local import (
     sound_shards,
 )
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.files import is_temporary, json_bytes, leftovers, output_errors, sha256_of, write_json
+from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive
 from busigen.runtime.storage.object_store import Caller, RetryPolicy, Store, in_groups
 from busigen.runtime.storage.url import Address

@@ -23,11 +23,11 @@ from busigen.data.sources.masks import mask_of
 from busigen.data.sources.read import read_images
 from busigen.data.sources.records import Listing, Record, counted
 from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.files import sha256_of
 from busigen.foreign import open_file
 from busigen.registry import CLASSES, LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.storage.files import sha256_of
 from busigen.text import printable
 
 log = logging.getLogger("busigen.runtime")

@@ -34,8 +34,8 @@ _TASK = f"{LOCK_FILE}-task-"
 _TURN = f"{LOCK_FILE}-turn"
 _TASKS = "tasks"
 _TASK_NAME = re.compile(rf"{re.escape(_TASK)}([0-9]+)-([0-9]+)")
-_SIGNED = re.compile(rb"|%b|[0-9]+|process [0-9]+ on .*" % _TASKS.encode())
-"""What a lock's file may hold: nothing where its process was killed before it could sign."""
+_SIGNED = re.compile(rb"\0*|%b|[0-9]+|process [0-9]+ on .*" % _TASKS.encode())
+"""What a lock's file may hold: nothing where its process was killed before it could sign, zeros after a power cut."""
 
 _LOCK_WAIT_SECONDS = 2.0
 """Seconds that a task waits for ``.lock``: one that ends holds it alone for moments, to remove it."""

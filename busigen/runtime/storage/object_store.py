@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from busigen.errors import BusigenError, MissingDependencyError, OutputError, UsageError
+from busigen.files import sha256_of, temporary_name
 from busigen.registry import OBJECT_STORES, STORE_EXTRAS, STORE_OPTIONS
-from busigen.runtime.storage.files import fix_of, sha256_of, temporary_name
+from busigen.runtime.storage.files import fix_of
 from busigen.runtime.storage.url import Address
 from busigen.text import duration, install_command
 

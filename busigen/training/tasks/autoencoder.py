@@ -184,7 +184,6 @@ class FinishTask(DecoderTask):
                 "device": self.device,
                 "progress": self.setting.report(f"{name}: drawing"),
             }
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_state(path, draw(options), {})
         return load_state(path)[0]
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
+from busigen.files import atomic_file, leftovers, write_json
 from busigen.foreign import read_file
 from busigen.records import Record, Text, read_checked
 from busigen.registry import ENGINE_TARGETS
@@ -39,7 +40,7 @@ from busigen.runtime.backends.tensorrt.build import (
 )
 from busigen.runtime.backends.tensorrt.device import Device, answered, cuda, open_device
 from busigen.runtime.backends.tensorrt.profiles import Batches
-from busigen.runtime.storage.files import atomic_file, leftovers, output_errors, write_json
+from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive
 
 VARIABLE = "BUSIGEN_CACHE"
