@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from busigen.registry import PROVIDERS, Provider
-from busigen.runtime.backends.base import Arrays, Backend, EngineOptions
+from busigen.registry import Provider
+from busigen.runtime.backends.base import ENGINES, Arrays, Backend, EngineOptions
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.tensorrt.profiles import Batches, calls
 from tests.harness.quick_engine import QuickEngine
@@ -20,7 +20,7 @@ NAME = "tensorrt-rtx"
 Inner = Callable[[Bundle], Backend]
 
 
-class StaticBackend:
+class StaticBackend(Backend):
     """Pads and cuts batches as engines for ``batches`` do, and tells these in its version."""
 
     def __init__(self, inner: Backend, batches: Batches) -> None:
@@ -71,7 +71,7 @@ def static_engines(inner: Inner = lambda bundle: QuickEngine()) -> Iterator[list
         What was opened since.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROVIDERS, NAME, Provider(NAME, "in tests", __name__, gpu=True))
+        patch.setitem(ENGINES, NAME, lambda: ENGINE)
         patch.setattr(ENGINE, "inner", inner)
         patch.setattr(ENGINE, "opened", [])
         yield ENGINE.opened

@@ -61,7 +61,7 @@ class Inputs:
         bundle = self._bundle(run, other_bundle)
         backend = self._backend(bundle, recorded)
         # Calls of a fixed size are filled: a smaller batch would be padded to it.
-        batch_size = getattr(backend, "batch_size", DEFAULT_BATCH)
+        batch_size = backend.batch_size or DEFAULT_BATCH
         sampler = Sampler(bundle, backend, **_asked_of(run), batch_size=batch_size)
         # What a hash of the folder decides comes last: reading its images may take minutes.
         if recorded.get("healthy") != SYNTHETIC:

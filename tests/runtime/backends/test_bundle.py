@@ -16,15 +16,14 @@ import pytest
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.registry import BUCKETS, LESION_CLASSES
 from busigen.runtime.backends.bundle import (
-    MAX_GRAPH_BYTES,
     MAX_RECORD_BYTES,
     MAX_TURNS,
     SCHEMA,
     Bundle,
     default_bundle,
-    external_files,
     graph_names,
 )
+from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 
 Info = dict[str, Any]
@@ -278,7 +277,7 @@ def test_weights_that_nobody_recorded_are_not_read(bundle: Path, place: str, dee
 def test_every_graph_names_its_recorded_weights() -> None:
     bundle = Bundle.open(default_bundle())
     for name, record in bundle.info["graphs"].items():
-        assert external_files(bundle.graph(name)) == set(record["files"]) - {record["file"]}
+        assert Graph(bundle.graph(name)).external_files() == set(record["files"]) - {record["file"]}
 
 
 def _turns(graph: Any) -> Any:

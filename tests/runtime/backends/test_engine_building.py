@@ -22,7 +22,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from busigen.errors import CapacityError, InputError, UsageError
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.backends.onnx_edit import with_conditions
+from busigen.runtime.backends.onnx_graph import with_conditions
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import trial_engine
 from busigen.runtime.backends.tensorrt.build import (

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from busigen.errors import BusigenError, IntegrityError, MissingDependencyError, ProviderError
 from busigen.registry import Provider
-from busigen.runtime.backends.base import Arrays, EngineOptions
+from busigen.runtime.backends.base import Arrays, Backend, EngineOptions, Feed
 from busigen.runtime.backends.bundle import Bundle
-from busigen.runtime.backends.onnx_edit import FLOAT, one_node
+from busigen.runtime.backends.onnx_graph import FLOAT, one_node
 from busigen.runtime.backends.tensorrt.build import BuildSpec, Library, build
 from busigen.runtime.backends.tensorrt.device import (
     CudaFailure,
@@ -32,7 +32,7 @@ from busigen.runtime.backends.tensorrt.engine_cache import Cache, EngineBuilder,
 from busigen.runtime.backends.tensorrt.profiles import Batches, Call, Profile, calls
 from busigen.runtime.backends.tensorrt.session import Session, Slot
 
-LANES = 2
+MAX_CONCURRENT_CALLS = 2
 """Calls that are under way at once: while one computes, another is uploaded or downloaded."""
 
 _KERNELS = "kernels"
@@ -41,10 +41,11 @@ _KERNELS = "kernels"
 _log = logging.getLogger(__name__)
 
 
-class EngineBackend:
+class EngineBackend(Backend):
     """Engines of every graph, made where the cache lacks them, and loaded on the card before anything is drawn.
 
-    ``run`` may be called by several threads: ``LANES`` of their calls overlap, of which one computes at a time.
+    ``run`` may be called by several threads: ``MAX_CONCURRENT_CALLS`` of their calls overlap, and one computes at a
+    time.
 
     Args:
         bundle: an opened, checked bundle.
@@ -67,8 +68,9 @@ class EngineBackend:
         self.name = provider.name
         # Another engine may round otherwise, so what decides which one runs is part of a dataset's record.
         self.version = f"{self._library.version} on {self._device.name}, {batches}"
-        self.batch_size = batches.sizes[0]
-        self.lanes = LANES
+        self.providers = (f"{self._library.name} {self._library.version}", self._device.name)
+        self.batch_size = self._largest = batches.sizes[0]
+        self.max_concurrent_calls = MAX_CONCURRENT_CALLS
         runtime = self._library.module.Runtime(self._library.logger)
         self._sessions: dict[str, Session] = {}
         self._kernel_keys: dict[str, Key] = {}
@@ -84,17 +86,12 @@ class EngineBackend:
         except CudaFailure as error:
             raise cuda_problem(provider.name, error, batches.sizes[0]) from error
         self._runtime = runtime
-        self._free = list(range(LANES))
+        self._free = list(range(MAX_CONCURRENT_CALLS))
         self._turn = threading.Condition()
         self._queue = threading.Lock()
         self._last: Any = None
 
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """What runs the graphs: library and card."""
-        return (f"{self._library.name} {self._library.version}", self._device.name)
-
-    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
+    def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`.
 
         Raises:
@@ -124,7 +121,7 @@ class EngineBackend:
                 self._last = slot.computed
             output = session.collect(call, slot)
         except CudaFailure as error:
-            raise cuda_problem(self.name, error, self.batch_size) from error
+            raise cuda_problem(self.name, error, self._largest) from error
         finally:
             with self._turn:
                 self._free.append(number)
@@ -144,13 +141,13 @@ class EngineBackend:
         inputs = max(session.input_bytes for session in sessions)
         output = max(session.output_bytes for session in sessions)
         scratch = max(session.scratch_bytes for session in sessions)
-        growing = scratch + LANES * (inputs + output)
+        growing = scratch + MAX_CONCURRENT_CALLS * (inputs + output)
         if problem := memory_problem(self.name, self._device.name, batch, 0, growing, free_memory()):
             raise problem
         address = device_memory(scratch)
         for session in sessions:
             session.use_scratch(address, scratch)
-        return [Slot.make(inputs, output) for _ in range(LANES)]
+        return [Slot.make(inputs, output) for _ in range(MAX_CONCURRENT_CALLS)]
 
     def _keep(self, key: Key, kernels: bytes) -> None:
         try:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from busigen.errors import BusigenError, CapacityError, InputError, MissingDependencyError, ProviderError, UsageError
 from busigen.registry import ENGINE_TARGETS, EngineTarget
 from busigen.runtime.backends.base import says_ran_out
-from busigen.runtime.backends.onnx_edit import with_conditions
+from busigen.runtime.backends.onnx_graph import with_conditions
 from busigen.runtime.backends.tensorrt.profiles import Profile
 from busigen.text import install_command
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from busigen.errors import BusigenError, CapacityError, ProviderError
-from busigen.runtime.backends.base import SMALLEST
+from busigen.registry import MIN_BATCH
 from busigen.text import install_command
 
 _GIB = 1 << 30
@@ -76,7 +76,7 @@ def cuda_problem(provider: str, failure: CudaFailure, batch: int) -> ProviderErr
     if failure.status != _NO_MEMORY:
         return ProviderError(described, fix=failure.fix)
     # What was planned fitted into what was free: something else has taken memory since.
-    half = batch // 2 if batch // 2 >= SMALLEST else 0
+    half = batch // 2 if batch // 2 >= MIN_BATCH else 0
     smaller = f"give --batch-size {half}, " if half else ""
     return CapacityError(
         f"{described.removesuffix('.')} with --batch-size {batch}: the card's memory does not suffice.",

@@ -27,7 +27,8 @@ from busigen.foreign import read_file
 from busigen.records import Record, Text, read_checked
 from busigen.registry import ENGINE_TARGETS
 from busigen.runtime.backends.base import largest_that_fits, usable_cores
-from busigen.runtime.backends.bundle import MAX_GRAPH_BYTES, Bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle, graph_names
+from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES
 from busigen.runtime.backends.tensorrt.build import (
     REVISION,
     BuildSpec,
