@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from busigen.errors import ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, MIN_BATCH, PROVIDERS, Provider
 from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.text import install_command
 
 _SIGNS = (
@@ -80,14 +81,14 @@ class Backend(ABC):
         version: of what decides the bytes of a sample, for people.
         providers: what the library calls what really runs the graphs, the one that is asked first in front.
         max_concurrent_calls: calls of ``run`` that may be under way at once.
-        batch_size: the ``--batch-size`` that fills calls of a fixed size; ``None`` where calls take any.
+        batches: what calls of a fixed size were built for, which is recorded; ``None`` where calls take any batch.
     """
 
     name: str
     version: str
     providers: tuple[str, ...] = ()
     max_concurrent_calls: int = 1
-    batch_size: int | None = None
+    batches: Batches | None = None
 
     @abstractmethod
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
@@ -114,14 +115,14 @@ class EngineOptions:
         threads: compute threads on the processor; ``None`` takes one per core that this process may use.
         bound: keep inputs and outputs in fixed buffers on the device; ``None`` does so on a card.
         batch_sizes: that engines with fixed batches are made for, the full one first (``generate --batch-size``).
-        again: ``version`` of the backend that drew samples which are to be drawn again. Engines with fixed batches then
-            take the batches that it tells, in place of ``batch_sizes``: other batches may round otherwise.
+        exact_batches: of the engines that drew samples which are to be drawn again, in place of ``batch_sizes``: other
+            batches may round otherwise.
     """
 
     threads: int | None = None
     bound: bool | None = None
     batch_sizes: tuple[int, ...] = (DEFAULT_BATCH,)
-    again: str = ""
+    exact_batches: Batches | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -243,7 +244,7 @@ class TimedBackend(Backend):
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name, self.version = backend, backend.name, backend.version
-        self.max_concurrent_calls = backend.max_concurrent_calls
+        self.max_concurrent_calls, self.batches = backend.max_concurrent_calls, backend.batches
         self._seconds: Counter[str] = Counter()
         self._lock = threading.Lock()
 

@@ -10,7 +10,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +125,7 @@ class Sampler:
             "preset": self.bundle.info.get("preset"),
             "provider": self.backend.name,
             "engine_version": self.backend.version,
+            **({"engine_batches": asdict(self.backend.batches)} if self.backend.batches else {}),
             "classes": self.classes,
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
             **self.asked.typed(),

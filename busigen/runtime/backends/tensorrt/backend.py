@@ -69,7 +69,7 @@ class EngineBackend(Backend):
         # Another engine may round otherwise, so what decides which one runs is part of a dataset's record.
         self.version = f"{self._library.version} on {self._device.name}, {batches}"
         self.providers = (f"{self._library.name} {self._library.version}", self._device.name)
-        self.batch_size = self._largest = batches.sizes[0]
+        self.batches, self._largest = batches, batches.sizes[0]
         self.max_concurrent_calls = MAX_CONCURRENT_CALLS
         runtime = self._library.module.Runtime(self._library.logger)
         self._sessions: dict[str, Session] = {}
@@ -180,8 +180,8 @@ def wanted_batches(library: Library, bundle: Bundle, options: EngineOptions, cac
     Samples that are drawn again are drawn with engines for the same batches; whoever asks for several batches, as
     ``build-engines`` does, means these; and a single one may be the first of several that somebody built ahead.
     """
-    if again := Batches.described(options.again):
-        return [again]
+    if options.exact_batches:
+        return [options.exact_batches]
     batches = Batches(options.batch_sizes)
     kept = kept_batches(library, bundle, cache, batches.sizes[0]) if len(batches.sizes) == 1 else []
     return [*kept, batches]
