@@ -25,10 +25,10 @@ from busigen.runtime.backends.tensorrt.device import (
     cuda,
     cuda_problem,
     device_problem,
-    largest_batch,
     memory_problem,
 )
-from busigen.runtime.backends.tensorrt.engine_cache import KIND, Cache, key_of
+from busigen.runtime.backends.tensorrt.engine_builder import KIND, key_of
+from busigen.runtime.backends.tensorrt.engine_cache import Cache
 from busigen.runtime.backends.tensorrt.profiles import Batches, Profile, calls
 from busigen.runtime.backends.tensorrt.session import ALIGNMENT, fill, places, unusable, view
 from tests.harness.command import error_line, run
@@ -138,22 +138,19 @@ def test_workers_share_the_cards_evenly() -> None:
 
 def test_the_largest_batch_that_fits_is_proposed() -> None:
     gib = 1 << 30
-    assert largest_batch(64, gib, 4 * gib, 5 * gib) == 64
-    assert largest_batch(64, gib, 4 * gib, 3 * gib) == 32
-    assert largest_batch(64, gib, 4 * gib, gib // 2) == 0
     for free in range(0, 6 * gib, gib // 7):
-        fits = largest_batch(64, gib, 4 * gib, free)
-        assert fits == 0 or gib + 4 * gib * fits / 64 <= free
-        assert fits == 64 or gib + 4 * gib * (fits + 1) / 64 > free
-    problem = memory_problem(TARGET, "NVIDIA L4", 64, gib, 4 * gib, 3 * gib)
+        found = memory_problem(TARGET, "NVIDIA L4", 64, 4 * gib, free)
+        fits = found.fits if found else 64
+        assert 4 * gib * fits / 64 <= free
+        assert fits == 64 or 4 * gib * (fits + 1) / 64 > free
+    problem = memory_problem(TARGET, "NVIDIA L4", 64, 4 * gib, 2 * gib)
     assert problem is not None
-    assert "needs 5.00 GiB on NVIDIA L4, of which 3.00 GiB are free" in problem.problem
+    assert "needs 4.00 GiB on NVIDIA L4, of which 2.00 GiB are free" in problem.problem
     assert "--batch-size 32" in problem.fix
     assert (problem.exit_code, problem.rows, problem.fits) == (11, 64, 32)
-    nothing = memory_problem(TARGET, "NVIDIA L4", 64, gib, 4 * gib, 0)
+    nothing = memory_problem(TARGET, "NVIDIA L4", 64, 4 * gib, 0)
     assert nothing is not None
     assert "No batch fits" in nothing.fix
-    assert memory_problem(TARGET, "NVIDIA L4", 64, gib, 4 * gib, 5 * gib) is None
 
 
 def test_memory_that_is_gone_when_it_is_taken_is_told_as_that() -> None:

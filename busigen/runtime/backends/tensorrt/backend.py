@@ -28,7 +28,8 @@ from busigen.runtime.backends.tensorrt.device import (
     memory_problem,
     open_device,
 )
-from busigen.runtime.backends.tensorrt.engine_cache import Cache, EngineBuilder, EngineInfo, Key, kept_batches
+from busigen.runtime.backends.tensorrt.engine_builder import EngineBuilder, EngineInfo, kept_batches
+from busigen.runtime.backends.tensorrt.engine_cache import Cache, Key
 from busigen.runtime.backends.tensorrt.profiles import Batches, Call, Profile, calls
 from busigen.runtime.backends.tensorrt.session import Session, Slot
 
@@ -64,7 +65,7 @@ class EngineBackend(Backend):
         self._device = open_device(provider.name)
         self._cache = cache or Cache()
         self._bundle = bundle
-        workshop, batches = _workshop(self._library, bundle, options, self._cache, self._device)
+        builder, batches = _builder(self._library, bundle, options, self._cache, self._device)
         self.name = provider.name
         # Another engine may round otherwise, so what decides which one runs is part of a dataset's record.
         self.version = f"{self._library.version} on {self._device.name}, {batches}"
@@ -75,10 +76,10 @@ class EngineBackend(Backend):
         self._sessions: dict[str, Session] = {}
         self._kernel_keys: dict[str, Key] = {}
         try:
-            for made in workshop.make_all(_tell):
+            for made in builder.make_all(_tell):
                 key = kernels_key(made, self._device)
                 kept = self._cache.read(_KERNELS, key) or b""
-                _, content = workshop.make(made.graph)
+                _, content = builder.make(made.graph)
                 profiles = batches.profiles(made.graph)
                 self._sessions[made.graph] = Session(self._library, runtime, content, profiles, kept)
                 self._kernel_keys[made.graph] = key
@@ -141,8 +142,8 @@ class EngineBackend(Backend):
         inputs = max(session.input_bytes for session in sessions)
         output = max(session.output_bytes for session in sessions)
         scratch = max(session.scratch_bytes for session in sessions)
-        growing = scratch + MAX_CONCURRENT_CALLS * (inputs + output)
-        if problem := memory_problem(self.name, self._device.name, batch, 0, growing, free_memory()):
+        needed = scratch + MAX_CONCURRENT_CALLS * (inputs + output)
+        if problem := memory_problem(self.name, self._device.name, batch, needed, free_memory()):
             raise problem
         address = device_memory(scratch)
         for session in sessions:
@@ -187,7 +188,7 @@ def wanted_batches(library: Library, bundle: Bundle, options: EngineOptions, cac
     return [*kept, batches]
 
 
-def _workshop(
+def _builder(
     library: Library, bundle: Bundle, options: EngineOptions, cache: Cache, device: Device
 ) -> tuple[EngineBuilder, Batches]:
     """What makes engines for this card: where the cache has them all, those; else what was asked for."""
@@ -195,9 +196,9 @@ def _workshop(
     wanted = wanted_batches(library, bundle, options, cache)
     for one in wanted:
         for capability in reversed(capabilities):
-            workshop = EngineBuilder(library, bundle, one, cache, capability=capability, device=device)
-            if workshop.has_all():
-                return workshop, one
+            builder = EngineBuilder(library, bundle, one, cache, capability=capability, device=device)
+            if builder.has_all():
+                return builder, one
     batches = wanted[-1]
     return EngineBuilder(library, bundle, batches, cache, capability=capabilities[0], device=device), batches
 
