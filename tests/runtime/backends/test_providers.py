@@ -13,12 +13,13 @@ import onnxruntime as ort
 import pytest
 
 from busigen.errors import ProviderError, UsageError
-from busigen.registry import AUTO, PROVIDERS
-from busigen.runtime.backends.base import EngineOptions, largest_that_fits, open_backend
+from busigen.registry import AUTO, LAUNCHERS, PROVIDERS
+from busigen.runtime.backends.base import ENGINES, EngineOptions, largest_that_fits, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.onnx_graph import Graph
 from busigen.runtime.backends.onnxruntime import OnnxBackend, left_to_others
 from busigen.runtime.backends.probe import choose, driver_cuda, probe
+from busigen.runtime.execution import launchers
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.command import ROOT, error_line, run
 from tests.harness.hashing import hashes
@@ -47,6 +48,13 @@ def recorded(out: Path) -> str:
 
 
 # Choosing
+
+
+def test_every_name_of_the_registry_is_found() -> None:
+    assert set(ENGINES) == set(PROVIDERS)
+    assert set(launchers.LAUNCHERS) == set(LAUNCHERS)
+    assert all(hasattr(launchers.launcher(name), "worker_pool") for name in LAUNCHERS)
+    assert type(launchers.launcher("slurm")).__name__ == "Slurm"
 
 
 @no_driver
