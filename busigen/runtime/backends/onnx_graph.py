@@ -89,9 +89,11 @@ def _messages(message: Any) -> Iterator[Any]:
     from google.protobuf.unknown_fields import UnknownFieldSet
 
     # A stack of its own, because graphs may be nested deeper than Python's.
-    stack = [message]
+    stack = [iter([message])]
     while stack:
-        message = stack.pop()
+        if (message := next(stack[-1], None)) is None:
+            stack.pop()
+            continue
         yield message
         # ONNX Runtime drops what a field's number has beyond 32 bits, and would see another field. So does protobuf
         # refuse it, but where it is written in Python alone.
@@ -99,7 +101,7 @@ def _messages(message: Any) -> Iterator[Any]:
             raise ValueError("it is no protobuf message")
         for field, value in message.ListFields():
             if field.message_type:
-                stack.extend(value if isinstance(value, Sequence) else [value])
+                stack.append(iter(value if isinstance(value, Sequence) else [value]))
 
 
 class Graph:
