@@ -250,7 +250,7 @@ def timed(call: Callable[[], Any], seconds: float, wait: Callable[[], None]) -> 
     return best
 
 
-class Noted:
+class Noted(Backend):
     """A backend that keeps what each graph was last given, and what came of it."""
 
     def __init__(self, backend: Backend) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from busigen.export.bundle_writer import weights_of
-from busigen.runtime.backends.base import usable_cores
+from busigen.runtime.backends.base import Backend, usable_cores
 from busigen.runtime.backends.bundle import Bundle, graph_names
 from busigen.solver import solver_steps
 
@@ -45,8 +45,8 @@ class Parts:
     after: ModelProto
 
 
-class StepwiseBackend:
-    """A :class:`busigen.runtime.backends.base.Backend` with ONNX Runtime's default session and the loop in Python.
+class StepwiseBackend(Backend):
+    """A backend with ONNX Runtime's default session and the loop in Python.
 
     Args:
         bundle: an opened bundle.

@@ -216,7 +216,6 @@ class Provider:
     Attributes:
         name: on the command line, and in a dataset's record.
         about: in a few words, for people.
-        module: holds its ``ENGINE`` (:class:`busigen.runtime.backends.base.Engine`), imported when it is asked for.
         gpu: whether it needs an NVIDIA card.
         extra: of pyproject.toml, which installs what it needs; empty where the core does.
         onnxruntime: ONNX Runtime's name for it; empty where it is run without ONNX Runtime.
@@ -225,7 +224,6 @@ class Provider:
 
     name: str
     about: str
-    module: str
     gpu: bool = False
     extra: str = ""
     onnxruntime: str = ""
@@ -246,13 +244,11 @@ PROVIDERS = {
         Provider(
             name="cpu",
             about="ONNX Runtime on the processor; runs everywhere",
-            module="busigen.runtime.backends.onnxruntime",
             onnxruntime="CPUExecutionProvider",
         ),
         Provider(
             name="cuda-tf32",
             about="cuda, with matrix products in TF32: faster, less exact, and never chosen by auto before cuda",
-            module="busigen.runtime.backends.onnxruntime",
             gpu=True,
             extra="cuda",
             onnxruntime="CUDAExecutionProvider",
@@ -261,7 +257,6 @@ PROVIDERS = {
         Provider(
             name="cuda",
             about="ONNX Runtime on an NVIDIA card, in fp32 where the graph says fp32",
-            module="busigen.runtime.backends.onnxruntime",
             gpu=True,
             extra="cuda",
             onnxruntime="CUDAExecutionProvider",
@@ -270,14 +265,12 @@ PROVIDERS = {
         Provider(
             name="tensorrt-rtx",
             about="TensorRT for RTX: engines that are finished on the card that runs them",
-            module="busigen.runtime.backends.tensorrt.backend",
             gpu=True,
             extra="tensorrt-rtx",
         ),
         Provider(
             name="tensorrt",
             about="TensorRT: engines that are built for the card that runs them",
-            module="busigen.runtime.backends.tensorrt.backend",
             gpu=True,
             extra="tensorrt",
         ),
@@ -314,12 +307,8 @@ ENGINE_TARGETS = {
 }
 """What ``export --target`` and ``build-engines`` make, beside the ONNX graphs that every bundle has."""
 
-LAUNCHERS = {
-    "local": "busigen.runtime.execution.local_workers",
-    "ray": "busigen.runtime.execution.ray_workers",
-    "slurm": "busigen.runtime.execution.local_workers",
-}
-"""Names of ``generate --launcher`` and the modules that hold each one's ``LAUNCHER``, imported when it is asked for."""
+LAUNCHERS = ("local", "ray", "slurm")
+"""Names of ``generate --launcher`` (:data:`busigen.runtime.execution.launchers.LAUNCHERS` finds each)."""
 
 STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocols of ``--out`` URLs that an extra of their own brings; of all others, the extra "remote" brings fsspec."""

@@ -26,7 +26,7 @@ from busigen.text import shell_word
 
 if TYPE_CHECKING:
     from busigen.runtime.backends.bundle import Bundle
-    from busigen.runtime.backends.tensorrt.engine_cache import BuildRequest, EngineInfo
+    from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest, EngineInfo
 
 
 @app.command(epilog="Example: `busigen prepare Dataset_BUSI_with_GT BUSBRA --out prepared`")
@@ -266,7 +266,7 @@ def build_engines(
 ) -> None:
     """Build TensorRT engines of a bundle into the cache, ahead of the first run."""
     from busigen.runtime.backends.bundle import Bundle, default_bundle
-    from busigen.runtime.backends.tensorrt.engine_cache import BuildRequest, summary
+    from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest, summary
     from busigen.runtime.backends.tensorrt.profiles import Batches
 
     order = BuildRequest(target, Batches.parse(batch_size, dynamic=dynamic), compute_capability or (), out)
@@ -280,7 +280,7 @@ def build_engines(
 
 def order_for(targets: list[str], batch_sizes: tuple[int, ...]) -> BuildRequest:
     """The order that `export` gives, checked before it begins."""
-    from busigen.runtime.backends.tensorrt.engine_cache import BuildRequest
+    from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
     from busigen.runtime.backends.tensorrt.profiles import Batches
 
     order = BuildRequest(targets, Batches(tuple(sorted(batch_sizes, reverse=True))) if batch_sizes else Batches())

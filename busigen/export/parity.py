@@ -32,7 +32,7 @@ ROWS = 16
 """Rows per graph that are kept of what the reference was asked: as many as one batch of small windows."""
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """The checkpoint's networks behind the runtime's interface: the reference that a bundle is held against."""
 
     name = "torch"
@@ -79,7 +79,7 @@ class RecordedCall:
     output: NDArray[np.float32]
 
 
-class CallRecorder:
+class CallRecorder(Backend):
     """A backend that keeps up to ``ROWS`` rows of what each graph was asked, those that fill up a batch among them."""
 
     def __init__(self, backend: Backend) -> None:

@@ -27,7 +27,7 @@ from busigen.export.components import Component, Graphs
 from busigen.export.parity import RecordedCall, pixels_off, refused, relative_error
 from busigen.export.precision import TYPES
 from busigen.registry import PRECISIONS
-from busigen.runtime.backends.base import usable_cores
+from busigen.runtime.backends.base import Backend, usable_cores
 
 QUANTISED = ("context",)
 """Components, and their only graphs, that int8 is for."""
@@ -132,7 +132,7 @@ class Choice:
         return self.component.graphs(self.precision, rounded=True)
 
 
-class ModelBackend:
+class ModelBackend(Backend):
     """Graphs in memory behind the runtime's interface."""
 
     name = "emulated"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.registry import LATENT_FACTOR
+from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.diagnostics.bench import stage_of
 from busigen.runtime.sampling.sampler import Sampler
@@ -17,7 +18,7 @@ from busigen.runtime.sampling.sampler import Sampler
 ROWS, COLUMNS = np.mgrid[0:256, 0:256].astype(np.float32)
 
 
-class QuickEngine:
+class QuickEngine(Backend):
     """Remembers the stage, the rows and the whole images (``keep`` of ones) of every call; refuses none at a time."""
 
     name, version = "quick", "0"

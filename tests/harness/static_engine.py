@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from busigen.registry import PROVIDERS, Provider
-from busigen.runtime.backends.base import Arrays, Backend, EngineOptions
+from busigen.registry import Provider
+from busigen.runtime.backends.base import ENGINES, Arrays, Backend, EngineOptions
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.tensorrt.profiles import Batches, calls
 from tests.harness.quick_engine import QuickEngine
@@ -20,21 +20,20 @@ NAME = "tensorrt-rtx"
 Inner = Callable[[Bundle], Backend]
 
 
-class StaticBackend:
-    """Pads and cuts batches as engines for ``batches`` do, and tells these in its version."""
+class StaticBackend(Backend):
+    """Pads and cuts batches as engines for ``batches`` do, and says these in its version."""
 
     def __init__(self, inner: Backend, batches: Batches) -> None:
         self.name, self.version = NAME, f"0 on no card, {batches}"
-        self.batch_size = batches.sizes[0]
         self.providers = ("static",)
         self.asked: list[tuple[str, int]] = []
-        self._batches, self._inner = batches, inner
+        self.batches, self._inner = batches, inner
 
     def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
         count = len(next(iter(inputs.values())))
         self.asked.append((graph, count))
         parts = []
-        for call in calls(count, self._batches.profiles(graph)):
+        for call in calls(count, self.batches.profiles(graph)):
             rows = np.minimum(np.arange(call.first, call.first + call.rows), call.end - 1)
             found = self._inner.run(graph, {name: array[rows] for name, array in inputs.items()})
             parts.append(found[: call.end - call.first])
@@ -49,7 +48,7 @@ class _Engine:
         self.opened: list[StaticBackend] = []
 
     def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> StaticBackend:
-        batches = Batches.described(options.again) or Batches(options.batch_sizes)
+        batches = options.exact_batches or Batches(options.batch_sizes)
         self.opened.append(StaticBackend(self.inner(bundle), batches))
         return self.opened[-1]
 
@@ -71,7 +70,7 @@ def static_engines(inner: Inner = lambda bundle: QuickEngine()) -> Iterator[list
         What was opened since.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROVIDERS, NAME, Provider(NAME, "in tests", __name__, gpu=True))
+        patch.setitem(ENGINES, NAME, lambda: ENGINE)
         patch.setattr(ENGINE, "inner", inner)
         patch.setattr(ENGINE, "opened", [])
         yield ENGINE.opened

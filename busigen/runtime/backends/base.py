@@ -1,4 +1,4 @@
-"""Batches that are too large for the memory there is: telling that from other failures, and what would fit."""
+"""What runs a bundle's graphs: backends, what opens them by a provider's name, and batches too large for the memory."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import ProviderError, UsageError
-from busigen.registry import AUTO, DEFAULT_BATCH, PROVIDERS, Provider
+from busigen.registry import AUTO, DEFAULT_BATCH, MIN_BATCH, PROVIDERS, Provider
 from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.text import install_command
-
-SMALLEST = 2
-"""Rows that a batch has at least (:data:`busigen.runtime.sampling.sampler.MIN_BATCH`)."""
 
 _SIGNS = (
     "out of memory",  # CUDA's own words, and TensorRT's
@@ -51,13 +49,13 @@ def says_ran_out(account: str) -> bool:
 
 
 def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
-    """The first of a half, a quarter, an eighth... of ``rows`` that fits; 0 if not even ``SMALLEST`` do.
+    """The first of a half, a quarter, an eighth... of ``rows`` that fits; 0 if not even ``MIN_BATCH`` do.
 
     Args:
         rows: of the batch that did not fit.
         fits: tries so many rows.
     """
-    while (rows := rows // 2) >= SMALLEST:
+    while (rows := rows // 2) >= MIN_BATCH:
         if fits(rows):
             return rows
     return 0
@@ -71,73 +69,42 @@ _log = logging.getLogger(__name__)
 Arrays = Mapping[str, NDArray[Any]]
 
 
-class Backend(Protocol):
-    """Runs graphs. ``name`` and ``version`` become part of a dataset's record.
+Feed = Mapping[str, Any]
+"""Inputs of a graph: arrays, or what :meth:`Backend.keep` handed back."""
 
-    One that takes several calls at once says how many in an attribute ``lanes``; one whose calls have a fixed size says
-    in an attribute ``batch_size`` which ``--batch-size`` fills them.
+
+class Backend(ABC):
+    """Runs a bundle's graphs. ``name`` and ``version`` become part of a dataset's record.
+
+    Attributes:
+        name: of the provider.
+        version: of what decides the bytes of a sample, for people.
+        providers: what the library calls what really runs the graphs, the one that is asked first in front.
+        max_concurrent_calls: calls of ``run`` that may be under way at once.
+        batches: what calls of a fixed size were built for, which is recorded; ``None`` where calls take any batch.
     """
 
     name: str
     version: str
+    providers: tuple[str, ...] = ()
+    max_concurrent_calls: int = 1
+    batches: Batches | None = None
 
-    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
-        """Run one graph on a batch and return its single output."""
-        ...
-
-
-Feed = Mapping[str, Any]
-"""Inputs of a graph: arrays, or what :meth:`Resident.keep` handed back."""
-
-
-@runtime_checkable
-class Resident(Backend, Protocol):
-    """A backend that can leave a graph's output where it was computed, for the graphs that read it next.
-
-    What it hands back has a length, the rows of its batch, and becomes an array by ``numpy.asarray``; only the same
-    backend's methods read it without that.
-    """
-
+    @abstractmethod
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
-        """See :class:`Backend`; some of the inputs may have been kept."""
-        ...
+        """Run one graph on a batch and return its single output; some of the inputs may have been kept."""
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """Run one graph, and keep its output."""
-        ...
+        """Run one graph, and leave its output where it was computed, for the graphs that read it next.
 
-    def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
-        """``numpy.where`` of two kept outputs of four dimensions, kept."""
-        ...
-
-
-class OnHost:
-    """Any backend as a :class:`Resident` one: what is kept are arrays."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.name, self.version, self.run = backend.name, backend.version, backend.run
-
-    def keep(self, graph: str, inputs: Feed) -> Any:
-        """See :class:`Resident`."""
+        What comes back has a length, the rows of its batch, and becomes an array by ``numpy.asarray``; only the same
+        backend's methods read it without that.
+        """
         return self.run(graph, inputs)
 
     def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
-        """See :class:`Resident`."""
+        """``numpy.where`` of two kept outputs of four dimensions, kept."""
         return np.where(where, chosen, other)
-
-
-def resident(backend: Backend) -> Resident:
-    """The backend itself where it can keep outputs, else one that keeps them as arrays."""
-    return backend if isinstance(backend, Resident) else OnHost(backend)
-
-
-class OpenedBackend(Backend, Protocol):
-    """What an engine opens."""
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """What the engine's library calls what really runs the graphs, the one that is asked first in front."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -148,14 +115,14 @@ class EngineOptions:
         threads: compute threads on the processor; ``None`` takes one per core that this process may use.
         bound: keep inputs and outputs in fixed buffers on the device; ``None`` does so on a card.
         batch_sizes: that engines with fixed batches are made for, the full one first (``generate --batch-size``).
-        again: ``version`` of the backend that drew samples which are to be drawn again. Engines with fixed batches then
-            take the batches that it tells, in place of ``batch_sizes``: other batches may round otherwise.
+        exact_batches: of the engines that drew samples which are to be drawn again, in place of ``batch_sizes``: other
+            batches may round otherwise.
     """
 
     threads: int | None = None
     bound: bool | None = None
     batch_sizes: tuple[int, ...] = (DEFAULT_BATCH,)
-    again: str = ""
+    exact_batches: Batches | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -163,9 +130,9 @@ class EngineOptions:
 
 
 class Engine(Protocol):
-    """What a module of ``registry.PROVIDERS`` holds as ``ENGINE``."""
+    """What opens backends of a provider."""
 
-    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> OpenedBackend:
+    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> Backend:
         """A backend on an opened, checked bundle, that is known to work: the first graph is loaded.
 
         Raises:
@@ -192,7 +159,7 @@ def open_backend(
     options: EngineOptions | None = None,
     *,
     allow_fallback: bool = False,
-) -> OpenedBackend:
+) -> Backend:
     """A backend of that name.
 
     Args:
@@ -227,6 +194,28 @@ def provider_named(name: str) -> Provider:
     return PROVIDERS[name]
 
 
+def _onnxruntime() -> Engine:
+    from busigen.runtime.backends.onnxruntime import ENGINE
+
+    return ENGINE
+
+
+def _tensorrt() -> Engine:
+    from busigen.runtime.backends.tensorrt.backend import ENGINE
+
+    return ENGINE
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "cpu": _onnxruntime,
+    "cuda": _onnxruntime,
+    "cuda-tf32": _onnxruntime,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
+}
+"""What imports the engine of each provider of ``registry.PROVIDERS``."""
+
+
 def engine_of(provider: Provider) -> Engine:
     """The engine that runs a provider's graphs.
 
@@ -234,7 +223,7 @@ def engine_of(provider: Provider) -> Engine:
         ProviderError: a module that it needs is not installed.
     """
     try:
-        return cast(Engine, import_module(provider.module).ENGINE)
+        return ENGINES[provider.name]()
     except ModuleNotFoundError as error:
         raise ProviderError(
             f"--provider {provider.name} needs {error.name}, which is not installed.",
@@ -247,31 +236,30 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class TimedBackend:
-    """A :class:`busigen.runtime.backends.base.Backend` that runs another one and keeps count of the time.
+class TimedBackend(Backend):
+    """A backend that runs another one and keeps count of the time.
 
     A graph's first call includes what loading it takes. It takes as many calls at once as the backend that it wraps.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name, self.version = backend, backend.name, backend.version
-        self.lanes: int = getattr(backend, "lanes", 1)
-        self._resident = resident(backend)
+        self.max_concurrent_calls, self.batches = backend.max_concurrent_calls, backend.batches
         self._seconds: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """See :class:`busigen.runtime.backends.base.Backend`."""
+    def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
+        """See :class:`Backend`."""
         output: NDArray[np.float32] = self._timed(self.backend.run, graph, inputs)
         return output
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """See :class:`busigen.runtime.backends.base.Resident`."""
-        return self._timed(self._resident.keep, graph, inputs)
+        """See :class:`Backend`."""
+        return self._timed(self.backend.keep, graph, inputs)
 
     def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
-        """See :class:`busigen.runtime.backends.base.Resident`."""
-        return self._resident.select(where, chosen, other)
+        """See :class:`Backend`."""
+        return self.backend.select(where, chosen, other)
 
     def _timed(self, run: Callable[[str, Feed], Any], graph: str, inputs: Feed) -> Any:
         began = time.perf_counter()

@@ -20,9 +20,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
 from busigen.registry import PROVIDERS, Provider
-from busigen.runtime.backends.base import EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
-from busigen.runtime.backends.bundle import Bundle, default_bundle, openable, operators
-from busigen.runtime.backends.onnx_edit import BOOL, FLOAT, one_node
+from busigen.runtime.backends.base import Backend, EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
+from busigen.runtime.backends.bundle import Bundle, default_bundle, openable
+from busigen.runtime.backends.onnx_graph import BOOL, FLOAT, Graph, one_node
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.text import install_command
 
@@ -129,7 +129,7 @@ _HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedConv", "FusedMat
 """Operators that do the work: what else a card leaves to the processor are shapes and counters."""
 
 
-class OnnxBackend:
+class OnnxBackend(Backend):
     """ONNX Runtime sessions, all but the first opened when first needed.
 
     Args:
@@ -160,6 +160,7 @@ class OnnxBackend:
             prepare_cuda(provider)
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
         self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
+        self.providers = tuple(self._sessions["context"].get_providers())
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`.
@@ -175,14 +176,14 @@ class OnnxBackend:
         return result
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """See :class:`busigen.runtime.backends.base.Resident`; raises what :meth:`run` does.
+        """See :class:`busigen.runtime.backends.base.Backend`; raises what :meth:`run` does.
 
         On a card nobody looks for NaN here: the last graph of the chain would hand it on to :meth:`run`.
         """
         return self._output(graph, inputs, kept=True) if self._is_bound else self.run(graph, inputs)
 
     def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
-        """See :class:`busigen.runtime.backends.base.Resident`."""
+        """See :class:`busigen.runtime.backends.base.Backend`."""
         if not self._is_bound:
             return np.where(where, chosen, other)
         if self._select is None:
@@ -190,11 +191,6 @@ class OnnxBackend:
             types = {"where": (BOOL, dimensions), "chosen": (FLOAT, dimensions), "other": (FLOAT, dimensions)}
             self._select = BoundSession(self._session(one_node("Where", types, (FLOAT, dimensions))), self._device)
         return self._select.kept(self._select.run({"where": where, "chosen": chosen, "other": other}))
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """ONNX Runtime's names of the providers that really loaded, the one that is asked first in front."""
-        return tuple(self._sessions["context"].get_providers())
 
     def _output(self, graph: str, inputs: Feed, *, kept: bool) -> Any:
         rows = len(next(iter(inputs.values())))
@@ -229,7 +225,7 @@ class OnnxBackend:
         path = self._bundle.graph(graph)
         try:
             with openable(path, self._bundle.info["graphs"][graph]["files"]) as place:
-                if self._provider.gpu and self._is_bound and not operators(path) & _CONTROL_FLOW:
+                if self._provider.gpu and self._is_bound and not Graph(path).operators() & _CONTROL_FLOW:
                     # Refused where a single node is left to the processor, which for a shape is no harm otherwise.
                     with contextlib.suppress(Exception):
                         session = self._session(str(place), capture=True)

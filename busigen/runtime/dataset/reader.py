@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, Strict
 
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.foreign import looking, names_in
@@ -74,6 +74,13 @@ def _schematic(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
+class BatchesRecord(Record):
+    """What engines with fixed batches were built for (`busigen.runtime.backends.tensorrt.profiles.Batches`)."""
+
+    sizes: Annotated[Many[Annotated[int, Strict(), Field(ge=1, le=4096)]], Field(min_length=1)]
+    dynamic: Annotated[bool, Strict()]
+
+
 class RunRecord(Record):
     """Content of ``run.json``; `busigen.runtime.dataset.format.Plan.of` says what its ``config`` is."""
 
@@ -82,6 +89,7 @@ class RunRecord(Record):
     busigen: Text
     columns: Annotated[dict[Text, Literal["str", "int", "float", "bool"]], AfterValidator(_schematic)]
     fingerprint: Fingerprint
+    engine_batches: BatchesRecord | None = None
     options: dict[Text, Text | None] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     sources: Many[SourceRecord] = Field(default_factory=list)

@@ -8,9 +8,7 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,13 +33,12 @@ from busigen.runtime.backends.base import (
     Backend,
     EngineOptions,
     Feed,
-    OpenedBackend,
     TimedBackend,
     open_backend,
     usable_cores,
 )
 from busigen.runtime.backends.bundle import Bundle, default_bundle
-from busigen.runtime.backends.probe import choose
+from busigen.runtime.backends.probe import choose, gpus
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, MANIFEST_FILE, MAX_COUNT, SHARD_FOLDER, Plan
 from busigen.runtime.execution.factory import GenerateReport, generate
 from busigen.runtime.execution.signals import GenerationInterrupted
@@ -246,7 +243,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),
-        "gpus": _gpus(),
+        "gpus": [f"{card.name}, {card.driver}" for card in gpus()],
         "system": platform.system(),
         "architecture": platform.machine(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -278,19 +275,6 @@ def _cpu_model() -> str:
         if found:
             return found[1].strip()
     return platform.processor() or "unknown"
-
-
-def _gpus() -> list[str]:
-    """Name and driver of every NVIDIA card; empty where there is none or no driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def _versions() -> dict[str, str]:
@@ -608,18 +592,18 @@ class Bench:
 
     def _backends(
         self, bundle: Bundle, batch_sizes: Sequence[int], progress: Progress
-    ) -> dict[tuple[str, int], OpenedBackend]:
+    ) -> dict[tuple[str, int], Backend]:
         """By name and batch size: one per provider that really runs, as several may come down to the same.
 
         Engines are built for a batch, so their providers have one for each, as a run with that ``--batch-size`` would.
         """
-        opened: dict[tuple[str, int], OpenedBackend] = {}
+        opened: dict[tuple[str, int], Backend] = {}
         for name in _listed(self.providers):
             if name == AUTO:
                 choice = choose()
                 progress.note(f"provider: {choice.provider} ({choice.why})")
                 name = choice.provider
-            backend: OpenedBackend | None = None
+            backend: Backend | None = None
             for size in batch_sizes:
                 if backend is None or backend.name in ENGINE_TARGETS:
                     options = EngineOptions(self.threads, batch_sizes=(size,))

@@ -17,8 +17,8 @@ from typing import Any
 import busigen
 from busigen import SILENCE
 from busigen.errors import BusigenError, OutputError
-from busigen.registry import PROVIDERS, Provider
-from busigen.runtime.backends.base import FALLBACK, SMALLEST, usable_cores
+from busigen.registry import MIN_BATCH, PROVIDERS, Provider
+from busigen.runtime.backends.base import FALLBACK, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import driver_cuda, gpus, probe, tried_apart
 from busigen.runtime.execution.estimate import BYTES_PER_SAMPLE, free_space
@@ -267,7 +267,7 @@ def _card_memory(name: str, model: str, memory: int, free: int) -> Finding:
     batch = largest_batch(free)
     described = f"{model}, {disk_size(free)} of {disk_size(memory)} free: room for --batch-size {batch} or so"
     if batch < 16:
-        fix = f"Give --batch-size {max(SMALLEST, batch)} or less, or end what holds its memory (nvidia-smi shows it)."
+        fix = f"Give --batch-size {max(MIN_BATCH, batch)} or less, or end what holds its memory (nvidia-smi shows it)."
         return Finding(name, State.WARNING, described, fix)
     return Finding(name, State.OK, described)
 
@@ -275,7 +275,7 @@ def _card_memory(name: str, model: str, memory: int, free: int) -> Finding:
 def largest_batch(free: int) -> int:
     """The largest power of two, up to 1024, of images at a time that so many bytes probably hold; 0 if not even 2."""
     rows = (free - FIXED_MEMORY) // ROW_MEMORY
-    return 0 if rows < SMALLEST else 1 << min(10, int(rows).bit_length() - 1)
+    return 0 if rows < MIN_BATCH else 1 << min(10, int(rows).bit_length() - 1)
 
 
 def disk(out: Path) -> Finding:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol
 
 from busigen.errors import UsageError
-from busigen.registry import LAUNCHERS
 from busigen.runtime.execution.coordinator import WorkerPool
 from busigen.runtime.execution.worker import SourceMaker
 
@@ -31,7 +29,7 @@ class WorkerOptions:
 
 
 class Launcher(Protocol):
-    """What a module of ``registry.LAUNCHERS`` holds as ``LAUNCHER``."""
+    """Decides which shards this command makes, and where."""
 
     def task(self, asked: str | None) -> str | None:
         """The ``--array-task`` that this command makes; ``asked`` is what was typed.
@@ -55,6 +53,28 @@ class Launcher(Protocol):
         ...
 
 
+def _local() -> Launcher:
+    from busigen.runtime.execution.local_workers import Local
+
+    return Local()
+
+
+def _ray() -> Launcher:
+    from busigen.runtime.execution.ray_workers import OnRay
+
+    return OnRay()
+
+
+def _slurm() -> Launcher:
+    from busigen.runtime.execution.local_workers import Slurm
+
+    return Slurm()
+
+
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": _local, "ray": _ray, "slurm": _slurm}
+"""What imports and makes the launcher of each name in ``registry.LAUNCHERS``."""
+
+
 def launcher(name: str) -> Launcher:
     """The launcher of that name.
 
@@ -63,4 +83,4 @@ def launcher(name: str) -> Launcher:
     """
     if name not in LAUNCHERS:
         raise UsageError(f"--launcher is {name!r}.", fix=f"Choose one of: {', '.join(LAUNCHERS)}.")
-    return cast(Launcher, import_module(LAUNCHERS[name]).LAUNCHER)
+    return LAUNCHERS[name]()

@@ -49,9 +49,6 @@ class Local:
         return LocalWorkerPool(make(wanted.threads or max(1, usable_cores() // workers)), workers)
 
 
-LAUNCHER = Local()
-
-
 def require_workers(workers: int) -> None:
     """Refuse a number of workers that none can mean.
 
@@ -220,9 +217,6 @@ class Slurm(Local):
                 fix="Leave out one of them.",
             )
         return array_task(os.environ)
-
-
-SLURM_LAUNCHER = Slurm()
 
 
 def array_task(environment: Mapping[str, str]) -> str:

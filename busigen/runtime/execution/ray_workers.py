@@ -37,9 +37,6 @@ class OnRay:
         return RayWorkerPool(make(threads), wanted.workers, resources, wanted.ray_address)
 
 
-LAUNCHER = OnRay()
-
-
 _ORDERS = "orders"
 """What an actor does in a thread of its own, so that it can be told something while it makes a shard."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, SYNTHETIC
-from busigen.runtime.backends.base import EngineOptions, OpenedBackend, TimedBackend, open_backend
+from busigen.runtime.backends.base import Backend, EngineOptions, TimedBackend, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose
 from busigen.runtime.dataset.format import Plan, decided
@@ -167,7 +167,7 @@ class GenerateOptions:
             sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out)
         return sampler
 
-    def _backend(self, bundle: Bundle) -> OpenedBackend:
+    def _backend(self, bundle: Bundle) -> Backend:
         name = choose().provider if self.provider == AUTO else self.provider
         return open_backend(
             bundle,

@@ -37,7 +37,7 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder, output_errors
 from busigen.text import shell_word
 
-_NOT_COMPARED = ("config", "options", "schema_version", "sources", "unproven", "versions")
+_NOT_COMPARED = ("config", "engine_batches", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
 
 

@@ -11,6 +11,7 @@ from busigen.errors import InputError, IntegrityError, UsageError
 from busigen.registry import ATTRIBUTES, AUTO, DEFAULT_BATCH, SYNTHETIC
 from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
+from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.runtime.dataset.format import RUN_FILE, as_typed, differences
 from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.dataset.sample import Source
@@ -59,9 +60,9 @@ class Inputs:
         if not isinstance(recorded, Mapping) or "bundle" not in recorded:
             raise IntegrityError(f"{RUN_FILE} names no bundle.", fix="Get the original dataset again.")
         bundle = self._bundle(run, other_bundle)
-        backend = self._backend(bundle, recorded)
+        backend = self._backend(bundle, run)
         # Calls of a fixed size are filled: a smaller batch would be padded to it.
-        batch_size = getattr(backend, "batch_size", DEFAULT_BATCH)
+        batch_size = backend.batches.sizes[0] if backend.batches else DEFAULT_BATCH
         sampler = Sampler(bundle, backend, **_asked_of(run), batch_size=batch_size)
         # What a hash of the folder decides comes last: reading its images may take minutes.
         if recorded.get("healthy") != SYNTHETIC:
@@ -95,12 +96,11 @@ class Inputs:
             )
         return Bundle.open(folder)
 
-    def _backend(self, bundle: Bundle, recorded: Mapping[str, Any]) -> Backend:
+    def _backend(self, bundle: Bundle, run: Mapping[str, Any]) -> Backend:
         try:
             # What auto takes where a run stands already: that run's.
-            name = self.provider if self.provider not in (None, AUTO) else recorded.get("provider")
-            again = str(recorded.get("engine_version") or "")
-            return open_backend(bundle, str(name), EngineOptions(self.threads, again=again))
+            name = self.provider if self.provider not in (None, AUTO) else run["fingerprint"].get("provider")
+            return open_backend(bundle, str(name), EngineOptions(self.threads, exact_batches=Batches.recorded(run)))
         except UsageError as error:
             if self.provider or self.threads is not None:
                 raise
@@ -136,7 +136,11 @@ def other_conditions(run: Mapping[str, Any], source: Source) -> list[tuple[str, 
         source: what would draw the samples again.
     """
     now = run_record(source, plan_of(dict(run), Path(RUN_FILE)))
-    return [change for change in differences(run, now) if not change[0].startswith(("options.", "unproven"))]
+    return [
+        change
+        for change in differences(run, now)
+        if not change[0].startswith(("options.", "unproven", "engine_batches"))
+    ]
 
 
 def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:

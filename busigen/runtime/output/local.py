@@ -42,12 +42,13 @@ from busigen.runtime.storage.url import Address
 from busigen.text import counted
 
 _SHOWN = 3
-_NOT_COMPARED = {"options": None, "versions": None, "sources": None, "unproven": None}
+_NOT_COMPARED = {"engine_batches": None, "options": None, "versions": None, "sources": None, "unproven": None}
 
 
 def run_record(source: Source, plan: Plan) -> dict[str, Any]:
     """What ``run.json`` holds: all that decides which samples exist, and the versions that decide their bytes."""
-    fingerprint = source.fingerprint()
+    fingerprint = dict(source.fingerprint())
+    batches = fingerprint.pop("engine_batches", None)
     missing = unproven(fingerprint) if "checkpoint" in fingerprint else []
     record = {
         "schema_version": plan.schema_version,
@@ -55,7 +56,8 @@ def run_record(source: Source, plan: Plan) -> dict[str, Any]:
         "config": plan.config(),
         "columns": {name: kind.__name__ for name, kind in source.row_types().items()},
         "fingerprint": fingerprint,
-        # Told, not compared: older records do not say it.
+        # Told, not compared: older records do not say it. Batches are compared as part of the engines' version.
+        **({"engine_batches": batches} if batches else {}),
         **({"unproven": missing} if missing else {}),
         # Told, not compared: a folder may be renamed, and another Pillow may pack the same pixels into other bytes, but
         # they stay the same samples.

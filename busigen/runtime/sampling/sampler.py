@@ -10,7 +10,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from busigen.registry import (
     SYNTHETIC,
     rows_per_call,
 )
-from busigen.runtime.backends.base import Backend, resident
+from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import quality_gates
@@ -106,14 +106,13 @@ class Sampler:
         if not 1 <= batch_size <= 4096:
             raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
-        self._resident = resident(backend)
         self._transfer = bundle.transfer
         self.asked = asked or SampleConditions()
         self.batch_size = batch_size
         self._graphs = frozenset(graph_names())
         # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
         # A card takes the next call's inputs while it computes.
-        self._engine = threading.Semaphore(getattr(backend, "lanes", 1))
+        self._engine = threading.Semaphore(backend.max_concurrent_calls)
         self._known: OrderedDict[Hashable, Floats] = OrderedDict()
         self._knowing = threading.Lock()
 
@@ -126,6 +125,7 @@ class Sampler:
             "preset": self.bundle.info.get("preset"),
             "provider": self.backend.name,
             "engine_version": self.backend.version,
+            **({"engine_batches": asdict(self.backend.batches)} if self.backend.batches else {}),
             "classes": self.classes,
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
             **self.asked.typed(),
@@ -349,7 +349,7 @@ class Sampler:
         blended = self._keep(f"blend-{label}", side, count, noise=noise, painted=painted, ring=ring, **common)
         # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
         inside = cells_of(common["edit"]) & ~cells_of(ring)
-        blended = self._resident.select(padded_to(inside, len(painted)), painted, blended)
+        blended = self.backend.select(padded_to(inside, len(painted)), painted, blended)
         speckle = _noise(seed, batch, "speckle", (1, side, side))
         mask = common["mask"]
         pixels = self._run("decoder", side, count, latents=blended, noise=speckle, mask=mask)
@@ -386,12 +386,12 @@ class Sampler:
 
     def _run(self, graph: str, side: int | None, count: int, **inputs: Any) -> Floats:
         """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
-        result: Floats = self._call(self._resident.run, graph, side, count, inputs)
+        result: Floats = self._call(self.backend.run, graph, side, count, inputs)
         return result[:count]
 
     def _keep(self, graph: str, side: int, count: int, **inputs: Any) -> Any:
         """Run a graph, and leave what comes out, padding and all, where it was computed."""
-        return self._call(self._resident.keep, graph, side, count, inputs)
+        return self._call(self.backend.keep, graph, side, count, inputs)
 
     def _call(
         self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, side: int | None, count: int, inputs: Any

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,16 @@ import pytest
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.registry import BUCKETS, LESION_CLASSES
 from busigen.runtime.backends.bundle import (
-    MAX_GRAPH_BYTES,
     MAX_RECORD_BYTES,
     MAX_TURNS,
     SCHEMA,
     Bundle,
     default_bundle,
-    external_files,
     graph_names,
 )
+from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 from busigen.runtime.backends.onnxruntime import OnnxBackend
+from tests.harness.command import ROOT
 
 Info = dict[str, Any]
 
@@ -278,7 +280,7 @@ def test_weights_that_nobody_recorded_are_not_read(bundle: Path, place: str, dee
 def test_every_graph_names_its_recorded_weights() -> None:
     bundle = Bundle.open(default_bundle())
     for name, record in bundle.info["graphs"].items():
-        assert external_files(bundle.graph(name)) == set(record["files"]) - {record["file"]}
+        assert Graph(bundle.graph(name)).external_files() == set(record["files"]) - {record["file"]}
 
 
 def _turns(graph: Any) -> Any:
@@ -396,6 +398,20 @@ def test_a_field_that_only_some_readers_see_is_refused(bundle: Path) -> None:
     (bundle / "mask-benign.onnx").write_bytes(data[:at] + b"\xba\x80\x80\x80\x70" + data[at + 1 :])
     seal(bundle, "mask-benign.onnx")
     assert "mask-benign.onnx is no ONNX graph" in refusal(bundle).problem
+    # Protobuf in Python alone, which platforms without its wheels get, does not refuse it by itself.
+    code = (
+        "import sys; from pathlib import Path; from busigen.runtime.backends.onnx_graph import Graph; "
+        "Graph(Path(sys.argv[1])).external_files()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, bundle / "mask-benign.onnx"],
+        cwd=ROOT,
+        env={**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ValueError: it is no protobuf message" in done.stderr
 
 
 def test_a_graph_of_gigabytes_is_refused_unread(bundle: Path) -> None:

@@ -86,11 +86,11 @@ def test_every_graph_yields_what_onnx_runtime_does(backend: EngineBackend, graph
         np.testing.assert_array_equal(first, second)
 
 
-def test_two_lanes_do_not_disturb_each_other(backend: EngineBackend) -> None:
+def test_two_calls_at_once_do_not_disturb_each_other(backend: EngineBackend) -> None:
     bundle = Bundle.open(default_bundle())
     work = [(graph, inputs_of(bundle, graph, 2 + number % 7)) for number in range(24) for graph in ("context", "prior")]
     alone = [backend.run(*job) for job in work]
-    with ThreadPoolExecutor(backend.lanes) as pool:
+    with ThreadPoolExecutor(backend.max_concurrent_calls) as pool:
         together = list(pool.map(lambda job: backend.run(*job), work))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)

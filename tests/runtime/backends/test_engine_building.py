@@ -22,7 +22,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from busigen.errors import CapacityError, InputError, UsageError
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.backends.onnx_edit import with_conditions
+from busigen.runtime.backends.onnx_graph import with_conditions
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import trial_engine
 from busigen.runtime.backends.tensorrt.build import (
@@ -33,15 +33,8 @@ from busigen.runtime.backends.tensorrt.build import (
     check_capability,
     check_operators,
 )
-from busigen.runtime.backends.tensorrt.engine_cache import (
-    CONTENT,
-    KIND,
-    RECORD,
-    Cache,
-    EngineBuilder,
-    kept_batches,
-    key_of,
-)
+from busigen.runtime.backends.tensorrt.engine_builder import KIND, EngineBuilder, kept_batches, key_of
+from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache
 from busigen.runtime.backends.tensorrt.profiles import Batches, Profile
 from busigen.runtime.storage.lock import LOCK_FILE
 from tests.harness.checkpoints import untrained
@@ -75,7 +68,7 @@ def model_of(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
-def blueprint(model: ModelProto | bytes, capability: str = "") -> BuildSpec:
+def spec(model: ModelProto | bytes, capability: str = "") -> BuildSpec:
     content = model if isinstance(model, bytes) else model.SerializeToString()
     return BuildSpec("test", Path("test.onnx"), content, [Profile(4, 4, 4)], capability)
 
@@ -98,7 +91,7 @@ def test_an_operator_that_is_refused_is_named_with_its_node(library: Library) ->
         helper.make_node("Relu", ["x"], ["r"], name="first"), helper.make_node("Det", ["r"], ["y"], name="stage/odd")
     )
     with pytest.raises(InputError, match=r"test.onnx .*tensorrt-rtx 1\..*operator Det, node 'stage/odd'") as caught:
-        build(library, blueprint(model))
+        build(library, spec(model))
     assert "--provider" in caught.value.fix
 
 
@@ -124,22 +117,22 @@ def test_a_bundle_with_an_operator_that_is_refused_is_refused_before_anything_is
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x00" * 100], ids=["empty", "text", "zeros"])
 def test_what_is_no_graph_is_refused_by_its_name(library: Library, content: bytes) -> None:
     with pytest.raises(InputError, match=r"test\.onnx"):
-        build(library, blueprint(content))
+        build(library, spec(content))
 
 
 def test_a_graph_in_fp16_is_built_as_it_is_typed(library: Library) -> None:
     kernel = numpy_helper.from_array(np.eye(3, dtype=np.float16), "kernel")
     model = model_of(helper.make_node("MatMul", ["x", "kernel"], ["y"]), kind=TensorProto.FLOAT16, weights=(kernel,))
-    assert build(library, blueprint(model))
+    assert build(library, spec(model))
 
 
 def test_a_card_that_cannot_compute_it_is_named(library: Library) -> None:
     """Turing has no matrix products in fp32 here: the library says so, and so does the error."""
     kernel = numpy_helper.from_array(np.eye(3, dtype=np.float32), "kernel")
     model = model_of(helper.make_node("MatMul", ["x", "kernel"], ["y"]), weights=(kernel,))
-    assert build(library, blueprint(model, "8.9"))
+    assert build(library, spec(model, "8.9"))
     with pytest.raises(UsageError, match=r"compute capability 7\.5.*(Turing|SM75)"):
-        build(library, blueprint(model, "7.5"))
+        build(library, spec(model, "7.5"))
 
 
 @pytest.mark.parametrize("capability", ["9", "8.7.1", "100.0", "sm89", "3.5", " 8.9"])
@@ -185,8 +178,8 @@ def test_an_engine_is_built_once_and_again_where_it_was_damaged(
     library: Library, bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture, batches: Batches
 ) -> None:
     cache = Cache(tmp_path / "cache")
-    workshop = EngineBuilder(library, bundle, batches, cache)
-    first, engine = workshop.make(SMALL)
+    builder = EngineBuilder(library, bundle, batches, cache)
+    first, engine = builder.make(SMALL)
     assert not first.cached and first.seconds > 0 and first.size == len(engine)
     again, kept = EngineBuilder(library, bundle, batches, Cache(cache.folder)).make(SMALL)
     assert again.cached and kept == engine
@@ -194,7 +187,7 @@ def test_an_engine_is_built_once_and_again_where_it_was_damaged(
     content = cache.entry(KIND, key_of(library, bundle, SMALL, batches, "")) / CONTENT
     content.write_bytes(engine[:-1] + bytes([engine[-1] ^ 1]))
     with caplog.at_level(logging.WARNING):
-        repaired, whole = workshop.make(SMALL)
+        repaired, whole = builder.make(SMALL)
     assert "sha256" in caplog.text
     assert not repaired.cached and content.read_bytes() == whole
 
@@ -206,9 +199,9 @@ def test_engines_of_another_version_are_built_again_and_it_is_said_once(
     for graph in (SMALL, "encoder@256"):
         old = {**key_of(library, bundle, graph, batches, ""), "version": "1.0.0"}
         cache.write(KIND, old, b"an engine of an older library")
-    workshop = EngineBuilder(library, bundle, batches, cache)
+    builder = EngineBuilder(library, bundle, batches, cache)
     with caplog.at_level(logging.INFO):
-        made = [workshop.make(graph)[0] for graph in (SMALL, "encoder@256")]
+        made = [builder.make(graph)[0] for graph in (SMALL, "encoder@256")]
     assert not any(one.cached for one in made)
     assert caplog.text.count("built again") == 1
     assert "version 1.0.0" in caplog.text
@@ -219,9 +212,9 @@ def test_engines_for_another_card_are_built_again_and_it_is_said_once(
 ) -> None:
     cache, batches = Cache(tmp_path / "cache"), Batches((2,))
     cache.write(KIND, key_of(library, bundle, SMALL, batches, "9.0"), b"an engine for another card")
-    workshop = EngineBuilder(library, bundle, batches, cache, capability="8.9")
+    builder = EngineBuilder(library, bundle, batches, cache, capability="8.9")
     with caplog.at_level(logging.INFO):
-        made = [workshop.make(SMALL)[0] for _ in range(2)]
+        made = [builder.make(SMALL)[0] for _ in range(2)]
     assert [one.cached for one in made] == [False, True]
     assert made[0].size > 1000, "not the other card's"
     assert caplog.text.count("built again") == 1

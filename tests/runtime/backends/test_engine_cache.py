@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from busigen.errors import OutputError
+from busigen.runtime.backends.tensorrt.build import Timings
 from busigen.runtime.backends.tensorrt.device import Device
-from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache, KeptTimings, default_folder
+from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache, default_folder
 from tests.harness.command import ROOT
 from tests.harness.engine_library import rtx
 
@@ -71,15 +72,15 @@ def test_an_entry_under_another_ones_name_is_refused(cache: Cache, caplog: pytes
 
 def test_measured_times_are_those_of_this_card_driver_and_version(cache: Cache) -> None:
     """Another's would have TensorRT choose wrong kernels: what is not this card's, or damaged, is as if not there."""
-    library, card = rtx(), Device(0, "NVIDIA L4", "8.9", 13000, 24 << 30)
-    timings = KeptTimings(library, card, cache)
+    library, card = rtx(), Device(0, "NVIDIA L4", "8.9", 13000)
+    timings = Timings(library, card, cache)
     assert timings.read() == b""
     timings.write(b"measured")
-    assert KeptTimings(library, card, Cache(cache.folder)).read() == b"measured"
+    assert Timings(library, card, Cache(cache.folder)).read() == b"measured"
     others = [
-        KeptTimings(library, replace(card, name="NVIDIA L40S"), cache),
-        KeptTimings(library, replace(card, driver=13010), cache),
-        KeptTimings(replace(library, version="1.0"), card, cache),
+        Timings(library, replace(card, name="NVIDIA L40S"), cache),
+        Timings(library, replace(card, driver=13010), cache),
+        Timings(replace(library, version="1.0"), card, cache),
     ]
     assert [other.read() for other in others] == [b""] * 3
     (content,) = cache.folder.rglob(CONTENT)

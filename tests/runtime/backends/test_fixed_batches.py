@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from busigen.registry import SYNTHETIC
+from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.runtime.diagnostics.bench import Bench
 from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.maintenance.explain import explain
@@ -38,20 +39,31 @@ def dataset(out: Path, batch_size: int) -> dict[str, Any]:
         threads=1,
     )
     job.run(Progress())
-    recorded: dict[str, Any] = json.loads((out / "run.json").read_text())["fingerprint"]
+    recorded: dict[str, Any] = json.loads((out / "run.json").read_text())
     return recorded
 
 
-def test_a_sample_is_drawn_again_by_engines_for_the_runs_own_batch(opened: list[StaticBackend], tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [False, True], ids=["today", "before the field"])
+def test_a_sample_is_drawn_again_by_engines_for_the_runs_own_batch(
+    opened: list[StaticBackend], tmp_path: Path, older: bool
+) -> None:
     """Engines for another batch may round otherwise: the replay would differ, or say that its conditions do."""
     recorded = dataset(tmp_path / "set", 4)
-    assert recorded["engine_version"] == "0 on no card, batch 4"
+    assert recorded["fingerprint"]["engine_version"] == "0 on no card, batch 4"
+    assert recorded["engine_batches"] == {"sizes": [4], "dynamic": False}
+    if older:
+        for name in ("run.json", "dataset.json"):
+            record = json.loads((tmp_path / "set" / name).read_text())
+            del record["engine_batches"]
+            (tmp_path / "set" / name).write_text(json.dumps(record))
+        dataset(tmp_path / "set", 4)  # It is continued, not refused as another run.
+        del opened[1:]
     described = explain(tmp_path / "set", "1", inputs=Inputs(threads=1))
     assert described.error is None, described.error
     assert described.replay is not None
     assert (described.replay.image_agrees, described.replay.conditions) == (True, ())
     made, again = opened
-    assert made.batch_size == again.batch_size == 4
+    assert made.batches == again.batches == Batches((4,))
 
 
 def test_bench_measures_each_batch_with_engines_that_are_built_for_it(
@@ -71,6 +83,6 @@ def test_bench_measures_each_batch_with_engines_that_are_built_for_it(
     ).run(Progress())
     assert [(result["provider"], result["batch_size"]) for result in record["results"]] == [(NAME, 2), (NAME, 4)]
     assert record["providers"] == {NAME: ["static"]}
-    assert [backend.batch_size for backend in opened] == [2, 4]
+    assert [backend.batches for backend in opened] == [Batches((2,)), Batches((4,))]
     for backend in opened:
-        assert max(rows for _, rows in backend.asked) <= backend.batch_size, "no call is cut into several"
+        assert max(rows for _, rows in backend.asked) <= backend.batches.sizes[0], "no call is cut into several"

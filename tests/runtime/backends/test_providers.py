@@ -13,11 +13,13 @@ import onnxruntime as ort
 import pytest
 
 from busigen.errors import ProviderError, UsageError
-from busigen.registry import AUTO, PROVIDERS
-from busigen.runtime.backends.base import EngineOptions, largest_that_fits, open_backend, resident
-from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names, operators
+from busigen.registry import AUTO, LAUNCHERS, PROVIDERS
+from busigen.runtime.backends.base import ENGINES, EngineOptions, largest_that_fits, open_backend
+from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
+from busigen.runtime.backends.onnx_graph import Graph
 from busigen.runtime.backends.onnxruntime import OnnxBackend, left_to_others
 from busigen.runtime.backends.probe import choose, driver_cuda, probe
+from busigen.runtime.execution import launchers
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.command import ROOT, error_line, run
 from tests.harness.hashing import hashes
@@ -46,6 +48,13 @@ def recorded(out: Path) -> str:
 
 
 # Choosing
+
+
+def test_every_name_of_the_registry_is_found() -> None:
+    assert set(ENGINES) == set(PROVIDERS)
+    assert set(launchers.LAUNCHERS) == set(LAUNCHERS)
+    assert all(hasattr(launchers.launcher(name), "worker_pool") for name in LAUNCHERS)
+    assert type(launchers.launcher("slurm")).__name__ == "Slurm"
 
 
 @no_driver
@@ -176,15 +185,15 @@ def test_what_is_kept_outlives_the_next_run_of_the_same_graph(bundle: Bundle) ->
     assert [np.asarray(each).tobytes() for each in kept] == [each.tobytes() for each in expected]
     where = np.zeros(expected[0].shape, bool)
     where[:, :, ::2] = True
-    chosen = resident(backend).select(where, *kept)
+    chosen = backend.select(where, *kept)
     assert (np.asarray(chosen) == np.where(where, *expected)).all()
 
 
 def test_only_graphs_without_loops_are_captured(bundle: Bundle) -> None:
     """ONNX Runtime refuses control flow in CUDA graphs; the denoisers' sampling loops are such."""
-    looping = {name for name in graph_names() if "Loop" in operators(bundle.graph(name))}
+    looping = {name for name in graph_names() if "Loop" in Graph(bundle.graph(name)).operators()}
     assert looping and not any(name.startswith(("encoder", "decoder", "context")) for name in looping)
-    assert "Conv" in operators(bundle.graph("encoder@128"))
+    assert "Conv" in Graph(bundle.graph("encoder@128")).operators()
 
 
 # Memory

@@ -352,7 +352,7 @@ def test_sampling_needs_no_torch() -> None:
 class TwoAtOnce(QuickEngine):
     """Takes two calls at once, and keeps the first one until a second has come; gives up after a long while."""
 
-    lanes = 2
+    max_concurrent_calls = 2
 
     def __init__(self) -> None:
         super().__init__()

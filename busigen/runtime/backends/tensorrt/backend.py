@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from busigen.errors import BusigenError, IntegrityError, MissingDependencyError, ProviderError
 from busigen.registry import Provider
-from busigen.runtime.backends.base import Arrays, EngineOptions
+from busigen.runtime.backends.base import Arrays, Backend, EngineOptions, Feed
 from busigen.runtime.backends.bundle import Bundle
-from busigen.runtime.backends.onnx_edit import FLOAT, one_node
+from busigen.runtime.backends.onnx_graph import FLOAT, one_node
 from busigen.runtime.backends.tensorrt.build import BuildSpec, Library, build
 from busigen.runtime.backends.tensorrt.device import (
     CudaFailure,
@@ -28,11 +28,12 @@ from busigen.runtime.backends.tensorrt.device import (
     memory_problem,
     open_device,
 )
-from busigen.runtime.backends.tensorrt.engine_cache import Cache, EngineBuilder, EngineInfo, Key, kept_batches
+from busigen.runtime.backends.tensorrt.engine_builder import EngineBuilder, EngineInfo, kept_batches
+from busigen.runtime.backends.tensorrt.engine_cache import Cache, Key
 from busigen.runtime.backends.tensorrt.profiles import Batches, Call, Profile, calls
 from busigen.runtime.backends.tensorrt.session import Session, Slot
 
-LANES = 2
+MAX_CONCURRENT_CALLS = 2
 """Calls that are under way at once: while one computes, another is uploaded or downloaded."""
 
 _KERNELS = "kernels"
@@ -41,10 +42,11 @@ _KERNELS = "kernels"
 _log = logging.getLogger(__name__)
 
 
-class EngineBackend:
+class EngineBackend(Backend):
     """Engines of every graph, made where the cache lacks them, and loaded on the card before anything is drawn.
 
-    ``run`` may be called by several threads: ``LANES`` of their calls overlap, of which one computes at a time.
+    ``run`` may be called by several threads: ``MAX_CONCURRENT_CALLS`` of their calls overlap, and one computes at a
+    time.
 
     Args:
         bundle: an opened, checked bundle.
@@ -63,20 +65,21 @@ class EngineBackend:
         self._device = open_device(provider.name)
         self._cache = cache or Cache()
         self._bundle = bundle
-        workshop, batches = _workshop(self._library, bundle, options, self._cache, self._device)
+        builder, batches = _builder(self._library, bundle, options, self._cache, self._device)
         self.name = provider.name
         # Another engine may round otherwise, so what decides which one runs is part of a dataset's record.
         self.version = f"{self._library.version} on {self._device.name}, {batches}"
-        self.batch_size = batches.sizes[0]
-        self.lanes = LANES
+        self.providers = (f"{self._library.name} {self._library.version}", self._device.name)
+        self.batches, self._largest = batches, batches.sizes[0]
+        self.max_concurrent_calls = MAX_CONCURRENT_CALLS
         runtime = self._library.module.Runtime(self._library.logger)
         self._sessions: dict[str, Session] = {}
         self._kernel_keys: dict[str, Key] = {}
         try:
-            for made in workshop.make_all(_tell):
+            for made in builder.make_all(_tell):
                 key = kernels_key(made, self._device)
                 kept = self._cache.read(_KERNELS, key) or b""
-                _, content = workshop.make(made.graph)
+                _, content = builder.make(made.graph)
                 profiles = batches.profiles(made.graph)
                 self._sessions[made.graph] = Session(self._library, runtime, content, profiles, kept)
                 self._kernel_keys[made.graph] = key
@@ -84,17 +87,12 @@ class EngineBackend:
         except CudaFailure as error:
             raise cuda_problem(provider.name, error, batches.sizes[0]) from error
         self._runtime = runtime
-        self._free = list(range(LANES))
+        self._free = list(range(MAX_CONCURRENT_CALLS))
         self._turn = threading.Condition()
         self._queue = threading.Lock()
         self._last: Any = None
 
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """What runs the graphs: library and card."""
-        return (f"{self._library.name} {self._library.version}", self._device.name)
-
-    def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
+    def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`.
 
         Raises:
@@ -124,7 +122,7 @@ class EngineBackend:
                 self._last = slot.computed
             output = session.collect(call, slot)
         except CudaFailure as error:
-            raise cuda_problem(self.name, error, self.batch_size) from error
+            raise cuda_problem(self.name, error, self._largest) from error
         finally:
             with self._turn:
                 self._free.append(number)
@@ -144,13 +142,13 @@ class EngineBackend:
         inputs = max(session.input_bytes for session in sessions)
         output = max(session.output_bytes for session in sessions)
         scratch = max(session.scratch_bytes for session in sessions)
-        growing = scratch + LANES * (inputs + output)
-        if problem := memory_problem(self.name, self._device.name, batch, 0, growing, free_memory()):
+        needed = scratch + MAX_CONCURRENT_CALLS * (inputs + output)
+        if problem := memory_problem(self.name, self._device.name, batch, needed, free_memory()):
             raise problem
         address = device_memory(scratch)
         for session in sessions:
             session.use_scratch(address, scratch)
-        return [Slot.make(inputs, output) for _ in range(LANES)]
+        return [Slot.make(inputs, output) for _ in range(MAX_CONCURRENT_CALLS)]
 
     def _keep(self, key: Key, kernels: bytes) -> None:
         try:
@@ -183,14 +181,14 @@ def wanted_batches(library: Library, bundle: Bundle, options: EngineOptions, cac
     Samples that are drawn again are drawn with engines for the same batches; whoever asks for several batches, as
     ``build-engines`` does, means these; and a single one may be the first of several that somebody built ahead.
     """
-    if again := Batches.described(options.again):
-        return [again]
+    if options.exact_batches:
+        return [options.exact_batches]
     batches = Batches(options.batch_sizes)
     kept = kept_batches(library, bundle, cache, batches.sizes[0]) if len(batches.sizes) == 1 else []
     return [*kept, batches]
 
 
-def _workshop(
+def _builder(
     library: Library, bundle: Bundle, options: EngineOptions, cache: Cache, device: Device
 ) -> tuple[EngineBuilder, Batches]:
     """What makes engines for this card: where the cache has them all, those; else what was asked for."""
@@ -198,9 +196,9 @@ def _workshop(
     wanted = wanted_batches(library, bundle, options, cache)
     for one in wanted:
         for capability in reversed(capabilities):
-            workshop = EngineBuilder(library, bundle, one, cache, capability=capability, device=device)
-            if workshop.has_all():
-                return workshop, one
+            builder = EngineBuilder(library, bundle, one, cache, capability=capability, device=device)
+            if builder.has_all():
+                return builder, one
     batches = wanted[-1]
     return EngineBuilder(library, bundle, batches, cache, capability=capabilities[0], device=device), batches
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from platform import machine
-from typing import Any, Protocol
+from typing import Any
 
 from busigen.errors import BusigenError, CapacityError, InputError, MissingDependencyError, ProviderError, UsageError
 from busigen.registry import ENGINE_TARGETS, EngineTarget
 from busigen.runtime.backends.base import says_ran_out
-from busigen.runtime.backends.onnx_edit import with_conditions
+from busigen.runtime.backends.onnx_graph import with_conditions
+from busigen.runtime.backends.tensorrt.device import Device
+from busigen.runtime.backends.tensorrt.engine_cache import Cache
 from busigen.runtime.backends.tensorrt.profiles import Profile
 from busigen.text import install_command
 
@@ -99,20 +101,41 @@ REVISION = 1
 _SHOWN = 300
 """Characters of the library's own message that an error quotes."""
 
+_TIMINGS = "timings"
+"""The cache's kind of what kernels were measured to take."""
+
 _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no CUDA-capable device", re.IGNORECASE)
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
-class Timings(Protocol):
-    """Where a library that times kernels on the card keeps what it measured, for the builds after this one."""
+class Timings:
+    """What kernels were measured to take on a card, kept for later builds by library version, card and driver.
+
+    Args:
+        library: that measured.
+        device: the card that it measured on.
+        cache: where they are kept, with their hash.
+    """
+
+    def __init__(self, library: Library, device: Device, cache: Cache) -> None:
+        self._cache = cache
+        self._key = {
+            "target": library.name,
+            "version": library.version,
+            "system": library.system,
+            "device": device.name,
+            "capability": device.capability,
+            "driver": device.driver,
+        }
 
     def read(self) -> bytes:
         """What is kept; empty where nothing is."""
-        ...
+        return self._cache.read(_TIMINGS, self._key) or b""
 
     def write(self, content: bytes) -> None:
         """Keep this in its place."""
-        ...
+        with self._cache.making(_TIMINGS, self._key):
+            self._cache.write(_TIMINGS, self._key, content)
 
 
 @dataclass(frozen=True)
@@ -134,12 +157,12 @@ class BuildSpec:
     capability: str = ""
 
 
-def build(library: Library, blueprint: BuildSpec, timings: Timings | None = None) -> bytes:
+def build(library: Library, spec: BuildSpec, timings: Timings | None = None) -> bytes:
     """The serialised engine. Numbers are computed as the graph types them: fp32 stays fp32 and is not cut to TF32.
 
     Args:
         library: what builds.
-        blueprint: what is built.
+        spec: what is built.
         timings: of kernels on this card, where the library takes them.
 
     Raises:
@@ -151,44 +174,44 @@ def build(library: Library, blueprint: BuildSpec, timings: Timings | None = None
     module = library.module
     said = len(library.said)
     builder = module.Builder(library.logger)
-    network = _parsed(library, builder, blueprint)
+    network = _parsed(library, builder, spec)
     config = builder.create_builder_config()
     config.clear_flag(module.BuilderFlag.TF32)
-    for profile in blueprint.profiles:
+    for profile in spec.profiles:
         config.add_optimization_profile(_profile(builder, network, profile))
-    if blueprint.capability:
+    if spec.capability:
         config.num_compute_capabilities = 1
-        config.set_compute_capability(_capability(library, blueprint.capability), 0)
+        config.set_compute_capability(_capability(library, spec.capability), 0)
     if timings is not None:
         # Another version's, card's or driver's would mislead: it is kept by all three, and a mismatch is an error.
         config.set_timing_cache(config.create_timing_cache(timings.read()), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise _failed(library, blueprint, library.said[said:])
+        raise _failed(library, spec, library.said[said:])
     if timings is not None:
         timings.write(bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
 
 
-def check_operators(library: Library, blueprint: BuildSpec) -> None:
+def check_operators(library: Library, spec: BuildSpec) -> None:
     """Refuse a graph that :func:`build` would refuse for what is in it: a tenth of a second in place of minutes.
 
     Raises:
         InputError: the library refuses the graph; its operator and node are named.
     """
-    _parsed(library, library.module.Builder(library.logger), blueprint)
+    _parsed(library, library.module.Builder(library.logger), spec)
 
 
-def _parsed(library: Library, builder: Any, blueprint: BuildSpec) -> Any:
+def _parsed(library: Library, builder: Any, spec: BuildSpec) -> Any:
     module = library.module
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, library.logger)
     try:
-        parsed = parser.parse(with_conditions(blueprint.model), str(blueprint.path))
+        parsed = parser.parse(with_conditions(spec.model), str(spec.path))
     except ValueError as error:
-        raise InputError(f"{blueprint.path} is no ONNX graph: {error}.", fix="Export the bundle again.") from error
+        raise InputError(f"{spec.path} is no ONNX graph: {error}.", fix="Export the bundle again.") from error
     if not parsed or not network.num_outputs:
-        raise _refused(library, blueprint, parser)
+        raise _refused(library, spec, parser)
     return network
 
 
@@ -232,37 +255,37 @@ def _capability(library: Library, capability: str) -> Any:
     return library.module.ComputeCapability.__members__[f"SM{capability.replace('.', '')}"]
 
 
-def _refused(library: Library, blueprint: BuildSpec, parser: Any) -> InputError:
+def _refused(library: Library, spec: BuildSpec, parser: Any) -> InputError:
     found = [parser.get_error(number) for number in range(parser.num_errors)]
     nodes = dict.fromkeys(f"operator {e.node_operator()}, node {e.node_name()!r}" for e in found if e.node_operator())
     reasons = dict.fromkeys(e.desc().strip().rstrip(".") for e in found if e.desc() not in ("", "false"))
     what = f": {'; '.join(nodes)}" if nodes else ""
     why = f" ({'; '.join(reasons)})" if reasons else ""
     return InputError(
-        f"{blueprint.path} has something that {library.name} {library.version} does not take{what}{why}"[:_SHOWN] + ".",
+        f"{spec.path} has something that {library.name} {library.version} does not take{what}{why}"[:_SHOWN] + ".",
         fix="Run it with --provider cuda or cpu, or export the bundle again with another opset or precision.",
     )
 
 
-def _failed(library: Library, blueprint: BuildSpec, said: Sequence[str]) -> BusigenError:
+def _failed(library: Library, spec: BuildSpec, said: Sequence[str]) -> BusigenError:
     """Why there is no engine, from what the library said while it built."""
     account = " ".join(said)
     # The first message names the cause, those after it who passed it on.
     reason = " ".join(said[0].split())[:_SHOWN] if said else "it does not say why"
-    what = f"{library.name} {library.version} cannot build {blueprint.name}"
+    what = f"{library.name} {library.version} cannot build {spec.name}"
     if _NO_DRIVER.search(account):
         return ProviderError(
             f"{what}: there is no NVIDIA driver, or it is older than the library needs: {reason}.",
             fix="Install a current driver, or build on a machine that has one.",
         )
     if says_ran_out(account):
-        rows = blueprint.profiles[0].most
+        rows = spec.profiles[0].most
         return CapacityError(
             f"{what} for {rows} rows: the memory does not suffice: {reason}.",
             fix="End what else uses the card, or give a smaller --batch-size.",
             rows=rows,
         )
-    where = f" for compute capability {blueprint.capability}" if blueprint.capability else ""
+    where = f" for compute capability {spec.capability}" if spec.capability else ""
     return UsageError(
         f"{what}{where}: {reason}.",
         fix="Try another --compute-capability, --batch-size or precision, or run it with --provider cuda or cpu.",

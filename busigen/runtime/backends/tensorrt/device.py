@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from busigen.errors import BusigenError, CapacityError, ProviderError
-from busigen.runtime.backends.base import SMALLEST
+from busigen.registry import MIN_BATCH
 from busigen.text import install_command
 
 _GIB = 1 << 30
@@ -25,14 +25,12 @@ class Device:
         name: such as ``NVIDIA L40S``.
         capability: compute capability, such as ``8.9``.
         driver: highest CUDA version that the driver knows, as CUDA counts it: 13000 is 13.0.
-        memory: bytes in all.
     """
 
     number: int
     name: str
     capability: str
     driver: int
-    memory: int
 
 
 def cuda() -> Any:
@@ -76,7 +74,7 @@ def cuda_problem(provider: str, failure: CudaFailure, batch: int) -> ProviderErr
     if failure.status != _NO_MEMORY:
         return ProviderError(described, fix=failure.fix)
     # What was planned fitted into what was free: something else has taken memory since.
-    half = batch // 2 if batch // 2 >= SMALLEST else 0
+    half = batch // 2 if batch // 2 >= MIN_BATCH else 0
     smaller = f"give --batch-size {half}, " if half else ""
     return CapacityError(
         f"{described.removesuffix('.')} with --batch-size {batch}: the card's memory does not suffice.",
@@ -89,19 +87,18 @@ def card_for(process: str, count: int) -> int:
     """Which card a process takes, so that workers share those that there are evenly.
 
     Args:
-        process: its name: ``worker-3`` for a worker of this machine (``launch/local.py``), anything else for one alone.
+        process: its name: ``worker-3`` for a worker of this machine, anything else for one alone.
         count: cards that the process sees. Ray, and Slurm with ``--gpus-per-task``, show each of theirs one alone.
     """
     _, _, number = process.rpartition("worker-")
     return int(number) % count if number.isdigit() and number != process else 0
 
 
-def open_device(provider: str, number: int | None = None) -> Device:
-    """The card that graphs are to run on, made this thread's.
+def open_device(provider: str) -> Device:
+    """The card that this process's graphs are to run on (:func:`card_for`), made this thread's.
 
     Args:
         provider: whose graphs are to run.
-        number: CUDA's of the card; left out, :func:`card_for` of this process.
 
     Raises:
         ProviderError: cuda-python is not installed; there is no card, no driver, or one that is too old.
@@ -118,14 +115,11 @@ def open_device(provider: str, number: int | None = None) -> Device:
     status, count = runtime.cudaGetDeviceCount()
     if problem := device_problem(provider, int(status), driver, needed):
         raise problem
-    if number is None:
-        number = card_for(multiprocessing.current_process().name, count)
-    if number >= count:
-        raise ProviderError(f"--provider {provider}: card {number} is not there; {count} are.", fix="Name another.")
+    number = card_for(multiprocessing.current_process().name, count)
     answered(runtime.cudaSetDevice(number))
     found = answered(runtime.cudaGetDeviceProperties(number))
     name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
-    return Device(number, name.strip("\0"), f"{found.major}.{found.minor}", driver, int(found.totalGlobalMem))
+    return Device(number, name.strip("\0"), f"{found.major}.{found.minor}", driver)
 
 
 def device_problem(provider: str, status: int, driver: int, needed: int) -> ProviderError | None:
@@ -158,39 +152,21 @@ def device_problem(provider: str, status: int, driver: int, needed: int) -> Prov
     return None
 
 
-def largest_batch(batch: int, fixed: int, growing: int, free: int) -> int:
-    """The largest batch that fits.
-
-    Args:
-        batch: that was asked for.
-        fixed: bytes that it takes at any batch.
-        growing: bytes that grow with the batch, at ``batch``.
-        free: bytes that there are.
-
-    Returns:
-        At most ``batch``; 0 where none fits.
-    """
-    if fixed + growing <= free:
-        return batch
-    return max(0, min(batch - 1, (free - fixed) * batch // growing)) if growing else 0
-
-
-def memory_problem(provider: str, device: str, batch: int, fixed: int, growing: int, free: int) -> CapacityError | None:
+def memory_problem(provider: str, device: str, batch: int, needed: int, free: int) -> CapacityError | None:
     """What stands against a batch, with the largest one that fits; ``None`` where it fits.
 
     Args:
         provider: whose graphs are to run.
         device: the card's name.
         batch: the ``--batch-size``.
-        fixed: bytes that are taken at any batch.
-        growing: bytes that grow with the batch.
+        needed: bytes that it takes, which grow with the batch.
         free: bytes that the card has left.
     """
-    if (fits := largest_batch(batch, fixed, growing, free)) == batch:
+    if needed <= free:
         return None
-    end = "end what else uses the card"
+    fits, end = min(batch - 1, free * batch // needed), "end what else uses the card"
     return CapacityError(
-        f"--provider {provider}: --batch-size {batch} needs {(fixed + growing) / _GIB:.2f} GiB on {device}, of which "
+        f"--provider {provider}: --batch-size {batch} needs {needed / _GIB:.2f} GiB on {device}, of which "
         f"{free / _GIB:.2f} GiB are free.",
         fix=f"Give --batch-size {fits}, or {end}." if fits else f"No batch fits: {end}, or use --provider cpu.",
         rows=batch,

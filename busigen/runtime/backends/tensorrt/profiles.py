@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from busigen.errors import UsageError
 from busigen.registry import BUCKETS, DEFAULT_BATCH, MIN_BATCH, rows_per_call
@@ -14,7 +14,7 @@ MAX_BATCH = 4096
 """Largest batch size, that of ``generate``, too."""
 
 
-_BATCHES = re.compile(r"\bbatch (?P<dynamic>up to )?(?P<sizes>\d{1,4}(,\d{1,4})*)$")
+_IN_VERSION = re.compile(r"\bbatch (?P<dynamic>up to )?(?P<sizes>\d{1,4}(,\d{1,4})*)$")
 
 
 class Profile(NamedTuple):
@@ -66,14 +66,20 @@ class Batches:
             raise UsageError(f"--batch-size is {text!r}.", fix=f"{fix}what is left over.") from None
 
     @classmethod
-    def described(cls, text: str) -> Batches | None:
-        """What :meth:`__str__` wrote at the end of a text, such as a backend's version; ``None`` where it did not."""
-        if (found := _BATCHES.search(text)) is None:
-            return None
+    def recorded(cls, run: Mapping[str, Any]) -> Batches | None:
+        """Those of the engines that drew a dataset; ``None`` where its provider takes any batch.
+
+        Args:
+            run: content of ``run.json``. Records of before they had a field for it say it in the engines' version.
+        """
         try:
-            return cls(tuple(int(size) for size in found["sizes"].split(",")), bool(found["dynamic"]))
+            if field := run.get("engine_batches"):
+                return cls(tuple(field["sizes"]), bool(field["dynamic"]))
+            if found := _IN_VERSION.search(str(run.get("fingerprint", {}).get("engine_version"))):
+                return cls(tuple(int(size) for size in found["sizes"].split(",")), bool(found["dynamic"]))
         except UsageError:  # A record that somebody wrote by hand.
-            return None
+            pass
+        return None
 
     def __str__(self) -> str:
         shown = ",".join(map(str, self.sizes))
