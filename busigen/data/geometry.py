@@ -6,7 +6,7 @@ functions of their arguments; masks are ``(256, 256)`` bool arrays on the letter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,3 +191,43 @@ def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, wi
     mixed = np.clip(np.rint(mixed), 0.0, 255.0)
     result[window.slices] = np.where(opacity > 0, mixed, old).astype(np.uint8)
     return result
+
+
+def lowest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
+    """Least value from ``before`` pixels before to ``after`` pixels after each one along an axis, edges repeated."""
+    return _windows(np.minimum, values, before, after, axis)
+
+
+def highest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
+    """Greatest value from ``before`` pixels before to ``after`` pixels after each one along an axis, edges repeated."""
+    return _windows(np.maximum, values, before, after, axis)
+
+
+def grow(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
+    """Grow a mask by a square of ``2 * by + 1`` pixels."""
+    return highest(highest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
+
+
+def shrink(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
+    """Shrink a mask by a square of ``2 * by + 1`` pixels; what lies beyond the image counts as its border does."""
+    return lowest(lowest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
+
+
+def _windows(
+    better: Callable[..., NDArray[np.uint8]], values: NDArray[np.uint8], before: int, after: int, axis: int
+) -> NDArray[np.uint8]:
+    """Reduce every window, from windows of half its length. scipy.ndimage works in doubles, many times slower."""
+    margins = [(0, 0), (0, 0)]
+    margins[axis] = (before, after)
+    windows, length, wanted = np.pad(values, margins, mode="edge"), 1, before + after + 1
+    while length < wanted:
+        step = min(length, wanted - length)
+        ahead, behind = (slice(step, None), slice(None, -step))
+        index = (
+            ((ahead, slice(None)), (behind, slice(None)))
+            if axis == 0
+            else ((slice(None), ahead), (slice(None), behind))
+        )
+        windows = better(windows[index[0]], windows[index[1]])
+        length += step
+    return windows

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.decoding import FULL, Decoded, decode, full_scale, looked_up, on_black, read_bytes, to_eight_bits
-from busigen.data.geometry import around
-from busigen.data.overlays import shrink
+from busigen.data.geometry import around, shrink
 from busigen.errors import InputError
 
 Levels = NDArray[np.uint8 | np.uint16]

@@ -18,8 +18,16 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Generator, Tensor
 
-from busigen.data.geometry import Mask, Window, edit_region, patches_outside, ring_region, window_for
-from busigen.data.overlays import grow, shrink
+from busigen.data.geometry import (
+    Mask,
+    Window,
+    edit_region,
+    grow,
+    patches_outside,
+    ring_region,
+    shrink,
+    window_for,
+)
 from busigen.data.prepared import Prepared
 from busigen.registry import ATTRIBUTES, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.runtime.backends.bundle import LEAST_FRAME
