@@ -8,10 +8,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from busigen.data.sources.csvfile import CONTRADICTION, by_file, read_rows
 from busigen.data.sources.files import SUFFIXES, Place, Tree, images_below, is_mask_folder, name_key
 from busigen.data.sources.masks import MaskFiles, masks_below
-from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, counted, named
+from busigen.data.sources.records import (
+    CONTRADICTION,
+    UNKNOWN_CLASS,
+    Layout,
+    Listing,
+    Record,
+    by_file,
+    counted,
+    named,
+    read_rows,
+)
 from busigen.registry import CLASSES
 from busigen.text import printable
 

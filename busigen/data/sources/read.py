@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from busigen.data.sources import breast, busbra, busi, pairs
+from busigen.data.sources import pairs, published
 from busigen.data.sources.files import Place, Tree, is_mask_folder, name_key, natural_key
 from busigen.data.sources.masks import masks_beside
 from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, counted, named
@@ -25,12 +25,12 @@ from busigen.text import printable
 __all__ = ["LAYOUTS", "Layout", "Listing", "Record", "Refusal", "UnknownLayoutError", "read_images", "read_source"]
 
 LAYOUTS: tuple[Layout, ...] = (
-    busbra.LAYOUT,
+    published.BUSBRA,
     pairs.LAYOUT,
     pairs.UDIAT,
     pairs.NNUNET,
-    busi.LAYOUT,
-    breast.LAYOUT,
+    published.BUSI,
+    published.BREAST,
 )
 """Every layout. BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has, too; and pairs before BUSI, whose
 file names they may have."""
