@@ -1,4 +1,4 @@
-"""How a checkpoint is exported."""
+"""A checkpoint to a bundle: what may be asked for, what a checkpoint must hold, and the export itself."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
-import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.export.bundle_writer import write_graphs
 from busigen.export.components import COMPONENTS, Component, components
+from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
-from busigen.export.precision import TYPES
-from busigen.export.precision_search import Choice, ModelBackend, choose, escalate
+from busigen.export.precision_search import Choice, ModelBackend, check_opset, choose, escalate, runs
 from busigen.export.report import fused, model_card
 from busigen.foreign import open_file
 from busigen.records import parse_json
@@ -189,60 +186,6 @@ def _modules(networks: Networks) -> Iterator[tuple[str, nn.Module]]:
     yield from networks.denoisers.items()
 
 
-def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
-    """Why an ONNX Runtime provider cannot run a convolution and a product in a precision; empty if it can.
-
-    Args:
-        provider: ONNX Runtime's name of it.
-        precision: a name in ``registry.PRECISIONS``.
-        opset: ONNX's.
-    """
-    kind, number = TYPES.get(precision, (TensorProto.FLOAT, np.dtype(np.float32)))
-    opset = max(opset, 22) if precision == "bf16" else opset
-    nodes = [
-        helper.make_node("Cast", ["x"], ["low"], to=kind),
-        helper.make_node("Conv", ["low", "kernel"], ["seen"]),
-        helper.make_node("MatMul", ["seen", "matrix"], ["product"]),
-        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [
-            numpy_helper.from_array(np.ones((1, 1, 1, 1)).astype(number), "kernel"),
-            numpy_helper.from_array(np.ones((4, 4)).astype(number), "matrix"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    ort.set_default_logger_severity(4)
-    options = ort.SessionOptions()
-    # What cannot be loaded is said by the exception; ONNX Runtime would say it again on the terminal.
-    options.log_severity_level = 4
-    try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider], enable_fallback=False)
-        if provider not in session.get_providers():
-            return f"{provider} cannot be loaded here"
-        session.run(None, {"x": np.ones((1, 1, 4, 4), dtype=np.float32)})
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        return str(error).splitlines()[0][:200]
-    return ""
-
-
-def check_opset(opset: int) -> None:
-    """Refuse an opset that this ONNX Runtime does not know.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if problem := runs("CPUExecutionProvider", "fp32", opset):
-        raise UsageError(
-            f"ONNX Runtime {ort.__version__} cannot run opset {opset}: {problem}.",
-            fix=f"Choose one of: {', '.join(map(str, OPSETS))}; or install a newer onnxruntime.",
-        )
-
-
 log = logging.getLogger("busigen.export")
 
 CARD = "MODEL_CARD.md"
@@ -364,7 +307,7 @@ class _Exporter:
             )
             self.progress.start("tracing", len(COMPONENTS), unit="component")
             for component in components(self.networks, opset=self.options.opset, loop=self.options.loop):
-                self._lay_out(component)
+                self._export(component)
                 self.progress.advance(1)
             parity = self._prove(info)
         first = next(iter(parity.values()))
@@ -380,9 +323,9 @@ class _Exporter:
             },
         }
 
-    def _lay_out(self, component: Component) -> None:
+    def _export(self, component: Component) -> None:
         started = time.monotonic()
-        self._take(choose(component, self.options.precision, self.reference.asked))
+        self._take(choose(component, self.options.precision, self.reference.calls))
         log.info(
             "%s: %d graph(s) in %s written in %.1f s",
             component.name,
@@ -431,7 +374,7 @@ class _Exporter:
             if not lowest:
                 raise refused(target, missed)
             worst = max(lowest, key=lambda choice: choice.tried[-1].error)
-            self._take(escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.asked))
+            self._take(escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.calls))
 
     def _targets(self, bundle: Bundle) -> Iterator[tuple[str, Backend]]:
         """What the bundle is proved on, by name, each opened when its turn comes."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from busigen.errors import InputError, IntegrityError, OutputError
 from busigen.export.bundle_writer import weights_of
-from busigen.export.precision import TYPES
+from busigen.export.graph_rewrites import TYPES
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, graphs_of, openable
 from busigen.training import checkpoint

@@ -84,12 +84,12 @@ class CallRecorder:
 
     def __init__(self, backend: Backend) -> None:
         self.name, self.version, self.backend = backend.name, backend.version, backend
-        self.asked: dict[str, list[RecordedCall]] = {}
+        self.calls: dict[str, list[RecordedCall]] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`."""
         output = self.backend.run(graph, inputs)
-        kept = self.asked.setdefault(graph, [])
+        kept = self.calls.setdefault(graph, [])
         room = ROWS - sum(len(found.output) for found in kept)
         if room > 0:
             kept.append(
@@ -279,7 +279,7 @@ class Reference:
         self.draws, self.progress = draws, progress or Progress()
         recorder = CallRecorder(TorchBackend(networks))
         self.witnesses = {label: self._witness(bundle, recorder, label) for label in LESION_CLASSES}
-        self.asked = recorder.asked
+        self.calls = recorder.calls
 
     def compare(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """Draw the same samples with a backend and measure how far they are apart.

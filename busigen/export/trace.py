@@ -23,9 +23,9 @@ from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
-from busigen.training.networks.build import place_condition, region_condition
+from busigen.training.networks.build import OutlineTransformer, place_condition, region_condition
 from busigen.training.networks.inference import Networks, Velocity, blend_input, window_condition
-from busigen.training.networks.outline import OutlineSpace, OutlineTransformer
+from busigen.training.networks.outline import OutlineSpace
 
 _BATCHES = (2, 3)
 """Two batches: sizes that differ between them grow with the batch."""

@@ -23,7 +23,7 @@ from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
 from busigen.training.tasks import base as sheets
-from busigen.training.tasks.base import TaskContext, mean_loss
+from busigen.training.tasks.base import PixelTask, TaskContext, mean_loss, random_frames
 from busigen.training.trainer import load_state, save_state
 
 HOLE_SHARE = 0.3
@@ -33,22 +33,18 @@ LATENT_NOISE = 0.15
 """Noise on the latents in the autoencoder's training, as a share of each channel's deviation."""
 
 
-class AutoencoderTask:
+class AutoencoderTask(PixelTask):
     """Random crops through encoder and decoder; some crops carry a grey hole, as the windows of stage 2 do."""
 
     crop = 96
 
     def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        self.spec, self.device = spec, setting.device
-        self.autoencoder, self.module = module, module
-        self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
+        super().__init__(spec, setting)
+        self.autoencoder = self.module = module
 
     def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         pixels, weights = [], []
-        for position in rng.integers(0, len(frames), size):
-            frame = frames[int(position)]
-            frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
+        for frame, rng in random_frames(frames, size, generator):
             top, left = rng.integers(0, frame.image.shape[0] - self.crop + 1, 2)
             cut = (slice(top, top + self.crop), slice(left, left + self.crop))
             window = to_tensor(frame.image[cut])
@@ -78,18 +74,6 @@ class AutoencoderTask:
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
         return objectives.reconstruction(*self._decoded(frames, generator), generator)
-
-    def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`."""
-        return self._loss(self.train, generator)
-
-    def validate(self) -> float:
-        """Mean loss of fixed held-out crops."""
-        return mean_loss(lambda g: self._loss(self.held_out, g))
-
-    def findings(self) -> dict[str, Any]:
-        """See :class:`busigen.training.trainer.Task`."""
-        return {}
 
     def sheet(self) -> Image.Image:
         """Held-out crops above their reconstructions."""
