@@ -1,4 +1,4 @@
-"""Which pixels of a mask file are lesion, and which masks mark something else."""
+"""Image files as grey levels, mask files as lesion pixels, and what is refused of either."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
-from torch import nn
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
@@ -171,19 +170,14 @@ def check_finite(networks: Networks) -> None:
     Raises:
         InputError: names component and weight.
     """
-    for component, module in _modules(networks):
+    assert networks.context is not None
+    modules = {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
+    for component, module in modules.items():
         state.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):
         value = getattr(networks, name)
         if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):
             raise InputError(f"the checkpoint's {name} is {value.tolist()}.", fix=_TRAIN)
-
-
-def _modules(networks: Networks) -> Iterator[tuple[str, nn.Module]]:
-    yield "autoencoder", networks.autoencoder
-    assert networks.context is not None
-    yield "context", networks.context
-    yield from networks.denoisers.items()
 
 
 log = logging.getLogger("busigen.export")
@@ -266,11 +260,11 @@ def _provers(precision: str) -> list[str]:
     return able
 
 
-def _unproved(asked: Sequence[str]) -> dict[str, str]:
+def _unproved(requested: Sequence[str]) -> dict[str, str]:
     """Engine targets that the bundle will not be compared on, each with the reason."""
     found = {}
     for name in ENGINE_TARGETS:
-        if name not in asked:
+        if name not in requested:
             found[name] = "it was not asked for with --target"
             continue
         try:
@@ -312,7 +306,12 @@ class _Exporter:
             parity = self._prove(info)
         first = next(iter(parity.values()))
         return self._record(info) | {
-            "fused": {name: fused(self.folder / graph["file"]) for name, graph in self._runnable()},
+            # The CPU provider, which counts them, has no kernels for bf16.
+            "fused": {
+                name: fused(self.folder / graph["file"])
+                for name, graph in self.graphs.items()
+                if graph["precision"] != "bf16"
+            },
             "parity": {
                 "seed": PARITY_SEED,
                 "draws": self.options.draws,
@@ -388,10 +387,6 @@ class _Exporter:
         for name in ENGINE_TARGETS:
             if name not in self.unproved:
                 yield name, open_backend(bundle, name, EngineOptions(batch_sizes=sizes))
-
-    def _runnable(self) -> list[tuple[str, dict[str, Any]]]:
-        """Graphs whose fused nodes the CPU provider can count."""
-        return [(name, graph) for name, graph in self.graphs.items() if graph["precision"] != "bf16"]
 
 
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:

@@ -158,10 +158,10 @@ def _prior(weights: Mapping[str, Tensor]) -> Weights:
 def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Path) -> None:
     model = build(component, PRESETS[preset])
     own = model.state_dict()
-    silent = _silent(component)
+    omitted = _omitted(component)
 
     def filling(name: str, value: Tensor) -> Tensor:
-        if name not in weights and silent(name):
+        if name not in weights and omitted(name):
             return torch.zeros_like(value)
         if name not in weights and name.startswith("spectrum.") and name != SPREAD:
             return value
@@ -179,7 +179,7 @@ def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Pa
     checkpoint.save_component(model, folder)
 
 
-def _silent(component: str) -> Callable[[str], bool]:
+def _omitted(component: str) -> Callable[[str], bool]:
     """Tells the weights of a component that have no say in what it computes, and that export leaves out therefore.
 
     What the prior attends to is zero, and so is its value (:func:`busigen.export.trace.without_context`).

@@ -190,11 +190,8 @@ def boundary_distance(mask: Mask, other: Mask) -> float:
     edges = [found & ~ndimage.binary_erosion(found) for found in (mask, other)]
     if not (edges[0].any() and edges[1].any()):
         return 0.0 if edges[0].any() == edges[1].any() else float("inf")
-    there, back = (
-        ndimage.distance_transform_edt(~edges[1])[edges[0]],
-        ndimage.distance_transform_edt(~edges[0])[edges[1]],
-    )
-    return float(np.percentile(np.concatenate((there, back)), 95))
+    both = [ndimage.distance_transform_edt(~there)[here] for here, there in (edges, edges[::-1])]
+    return float(np.percentile(np.concatenate(both), 95))
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:

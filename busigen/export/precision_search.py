@@ -1,6 +1,7 @@
-"""Quantised graphs: the context encoder's matrix products in int8, with Q/DQ nodes, calibrated on the draws' images.
+"""The lowest precision in which a component reproduces the checkpoint, int8 among them.
 
-Only those, because only there int8 may pay: the denoisers and the autoencoder are convolutions, which ONNX Runtime's
+In int8 are the context encoder's matrix products, with Q/DQ nodes, calibrated on the draws' images. Only those, because
+only there int8 may pay: the denoisers and the autoencoder are convolutions, which ONNX Runtime's
 CPU provider computes in its own layout in fp32 and as plain ones in int8. ``docs/export.md`` has the figures.
 """
 
@@ -210,19 +211,19 @@ class ModelBackend:
         return np.asarray(output, dtype=np.float32)
 
 
-def choose(component: Component, wanted: str, calls: Mapping[str, Sequence[RecordedCall]]) -> Choice:
+def choose(component: Component, target: str, calls: Mapping[str, Sequence[RecordedCall]]) -> Choice:
     """Lay a component out in the wanted precision, or in the next higher one that reproduces the checkpoint.
 
     Args:
         component: as traced.
-        wanted: a name in ``registry.PRECISIONS``.
+        target: a name in ``registry.PRECISIONS``.
         calls: recorded calls of each graph, with what PyTorch answers.
 
     Raises:
         ParityError: not even fp32 reproduces it.
     """
     tried: list[PrecisionAttempt] = []
-    precision = wanted if wanted != "int8" or component.name in QUANTISED else PRECISIONS[wanted].above
+    precision = target if target != "int8" or component.name in QUANTISED else PRECISIONS[target].above
     while precision:
         graphs, error, reason = _attempt(component, precision, calls)
         tried.append(PrecisionAttempt(precision, error, reason))

@@ -1,4 +1,4 @@
-"""Target shapes as constants: what PyTorch traces for any batch, said with the one size that is left open.
+"""Tracing a checkpoint's networks to ONNX, with the targets of reshapes as constants.
 
 A tracer that keeps the batch open computes every reshape's target from the shapes of what flows there: a third of a
 UNet's nodes. All of it depends on the batch alone, and a reshape with one open size needs no computation.

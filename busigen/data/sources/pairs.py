@@ -89,7 +89,7 @@ def _read(halves: Halves, stem: Callable[[Path], str], listing: Listing) -> None
             files.add_masks(masks_below(listing.tree, folder), folder)
         stems.update(name_key(image.stem) for image in found)
         used |= _list(listing, images, found, files, labels)
-        _tell_of_masks(listing, files)
+        _note_unused_masks(listing, files)
     for several, what in ((False, "have no image"), (True, "name several images, and are used for none")):
         if rows := [row["file"] or "" for key, row in labels.items() if key not in used and (key in stems) is several]:
             listing.notes.append(counted(f"rows of {_TABLE} {what}", rows))
@@ -156,7 +156,7 @@ def _list(
     return rows
 
 
-def _tell_of_masks(listing: Listing, files: MaskFiles) -> None:
+def _note_unused_masks(listing: Listing, files: MaskFiles) -> None:
     """Say which masks no image has."""
     other = [path for path in files.unused if files.belongs(path)]
     listing.note(other, "masks passed over, whose image has another one or lies in another folder")

@@ -225,6 +225,8 @@ def by_file(rows: Iterable[dict[str, str | None]], name_of: Callable[[str], str]
         first = found.setdefault(name, dict(row))
         differ = [key for key in row if key != "file" and row[key] != first[key]]
         if differ:
-            said = "; ".join(f"{key} is {first[key] or 'empty'!r} and {row[key] or 'empty'!r}" for key in differ)
-            first.setdefault(CONTRADICTION, said)
+            contradiction = "; ".join(
+                f"{key} is {first[key] or 'empty'!r} and {row[key] or 'empty'!r}" for key in differ
+            )
+            first.setdefault(CONTRADICTION, contradiction)
     return found

@@ -131,18 +131,7 @@ class OutlineTransformer(ModelMixin, ConfigMixin):
         self.class_embedding = nn.Embedding(len(CLASSES), dim)
         self.asked = nn.Linear(ASKED_LENGTH, dim)
         self.shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
-        self.blocks = nn.ModuleList(
-            BasicTransformerBlock(
-                dim,
-                heads,
-                dim // heads,
-                dropout=DROPOUT,
-                cross_attention_dim=cross_attention_dim,
-                activation_fn="gelu",
-                attention_bias=True,
-            )
-            for _ in range(layers)
-        )
+        self.blocks = _transformer(dim, layers, heads, dropout=DROPOUT, cross_attention_dim=cross_attention_dim)
         self.norm = nn.LayerNorm(dim)
 
     @property
@@ -226,9 +215,9 @@ class WindowUNet(UNet2DConditionModel):
         self.spectrum = Wavelets(self.config.out_channels, sizes)
 
 
-def _transformer(dim: int, layers: int, heads: int) -> nn.ModuleList:
+def _transformer(dim: int, layers: int, heads: int, **options: Any) -> nn.ModuleList:
     return nn.ModuleList(
-        BasicTransformerBlock(dim, heads, dim // heads, activation_fn="gelu", attention_bias=True)
+        BasicTransformerBlock(dim, heads, dim // heads, activation_fn="gelu", attention_bias=True, **options)
         for _ in range(layers)
     )
 

@@ -1,4 +1,4 @@
-"""The tasks that train on pixels: the autoencoder, and its decoder alone."""
+"""The tasks that train the autoencoder: as a whole, its decoder alone, and the decoder against what stages draw."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ LATENT_NOISE = 0.15
 """Noise on the latents in the autoencoder's training, as a share of each channel's deviation."""
 
 
+Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Two decodings of a batch, the pixels, where they count, and the latents that were decoded, without noise."""
+
+
 class AutoencoderTask(PixelTask):
     """Random crops through encoder and decoder; some crops carry a grey hole, as the windows of stage 2 do."""
 
@@ -61,8 +65,7 @@ class AutoencoderTask(PixelTask):
     def _noise(self, pixels: Tensor, generator: Generator) -> Tensor:
         return torch.randn(pixels.shape, generator=generator).to(pixels)
 
-    def _decoded(self, frames: Frames, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Two decodings of a batch, the pixels, where they count, and the latents that were decoded, without noise."""
+    def _decoded(self, frames: Frames, generator: Generator) -> Decoded:
         pixels, weight = self._batch(frames, self.spec.batch, generator)
         latents = self.autoencoder.encoder(pixels)
         spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
@@ -96,7 +99,13 @@ class DecoderTask(AutoencoderTask):
         self.critic = Critic(module.config.latent_channels).to(setting.device)
         self.module = nn.ModuleDict({"autoencoder": module, "critic": self.critic})
 
-    def _score(self, decoded: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], generator: Generator) -> Tensor:
+    def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
+        """The sum of what the decoder and what the critic lose."""
+        first, _, pixels, weight, latents = decoded
+        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
+        return self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
+
+    def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
         first, second, pixels, weight, latents = decoded
         seams = objectives.lattice(first, pixels) + objectives.lattice(second, pixels)
         score = objectives.reconstruction(first, second, pixels, weight, latents, generator)
@@ -104,10 +113,7 @@ class DecoderTask(AutoencoderTask):
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what the critic lose."""
-        decoded = self._decoded(self.train, generator)
-        first, _, pixels, weight, latents = decoded
-        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
-        return self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
+        return self._contested(self._decoded(self.train, generator), generator)
 
     def validate(self) -> float:
         """Mean loss of fixed held-out crops, without the critic's part: its scores mean another thing every step."""
@@ -175,10 +181,8 @@ class FinishTask(DecoderTask):
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what its opponents lose."""
         decoded = self._decoded(self.train, generator)
-        first, _, pixels, weight, latents = decoded
-        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
-        total = self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
-        total = total + self._texture_loss(("image",), first, pixels, weight)
+        first, _, pixels, weight, _ = decoded
+        total = self._contested(decoded, generator) + self._texture_loss(("image",), first, pixels, weight)
         return total + self._windows_loss(generator) + self._backgrounds_loss(generator)
 
     def _texture_loss(self, names: tuple[str, ...], generated: Tensor, real: Tensor, zones: Tensor) -> Tensor:

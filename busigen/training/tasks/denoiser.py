@@ -1,4 +1,4 @@
-"""What the trainings of all denoisers have in common."""
+"""What the trainings of all denoisers have in common, and the windows of stages 2 and 3."""
 
 from __future__ import annotations
 
