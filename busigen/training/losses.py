@@ -300,7 +300,7 @@ class Discriminant(nn.Module):
         self.covariance.lerp_(centred.T @ centred / len(real), 1.0 - MEMORY)
 
 
-def believed(zones: Tensor) -> Tensor:
+def large_enough(zones: Tensor) -> Tensor:
     """Which zones ``(B, Z, H, W)`` are large enough to measure, ``(B, Z)`` bool."""
     return zones.mean(dim=(2, 3)) >= LEAST_SHARE
 

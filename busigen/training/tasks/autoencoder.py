@@ -17,7 +17,7 @@ from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, R
 from busigen.training import losses as objectives
 from busigen.training.examples import Frames, to_tensor
 from busigen.training.fitting import Picture, fit_transfer
-from busigen.training.losses import FEATURES, Discriminant, Texture, believed, patches, profile
+from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
 from busigen.training.networks.autoencoder import Critic
 from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.recipe import TaskSpec
@@ -157,13 +157,15 @@ class FinishTask(DecoderTask):
                 "discriminants": self.discriminants,
             }
         )
-        self.windows = self._kept(
+        self.windows = self._cached(
             "drawn", lambda options: rollout_windows(self.train, variants=spec.variants, **options)
         )
         count = min(BACKGROUNDS, len(self.train))
-        self.backgrounds = self._kept("drawn-backgrounds", lambda options: rollout_backgrounds(count=count, **options))
+        self.backgrounds = self._cached(
+            "drawn-backgrounds", lambda options: rollout_backgrounds(count=count, **options)
+        )
 
-    def _kept(self, name: str, draw: Callable[[dict[str, Any]], Generated]) -> Generated:
+    def _cached(self, name: str, draw: Callable[[dict[str, Any]], Generated]) -> Generated:
         """What the stages draw, from the run's cache or for it."""
         path = self.setting.cache / f"{name}-{self.spec.variants}.safetensors"
         if not path.exists():
@@ -187,7 +189,7 @@ class FinishTask(DecoderTask):
 
     def _texture_loss(self, names: tuple[str, ...], generated: Tensor, real: Tensor, zones: Tensor) -> Tensor:
         """What is lost to the discriminants of some zones ``(B, Z, H, W)``, each of which has its own."""
-        usable = believed(zones)
+        usable = large_enough(zones)
         ours, theirs = self.texture(generated, zones), self.texture(real, zones)
         total = generated.new_zeros(())
         for number, name in enumerate(names):

@@ -23,7 +23,7 @@ from busigen.training.examples import (
 )
 from busigen.training.fitting import fit_lesion_styles
 from busigen.training.networks.inference import Velocity, blend_input, integrate
-from busigen.training.networks.variance import Missed, amplitudes, squares
+from busigen.training.networks.variance import Residuals, amplitudes, mean_square
 from busigen.training.recipe import TaskSpec
 from busigen.training.tasks import base as sheets
 from busigen.training.tasks.base import TaskContext, mean_loss, nothing_to_train_on
@@ -163,16 +163,16 @@ class WindowTask(DenoiserTask):
     def findings(self) -> dict[str, Any]:
         """How much more is missed of held-out windows; by what is left open of all, the solver's steps are set."""
         spectrum = self.module.spectrum
-        missed = {side: list(self._missed(part)) for side, part in self.train.items()}
-        held_out = [part for found in self.held_out.values() for part in self._missed(found)]
+        residuals = {side: list(self._residuals(part)) for side, part in self.train.items()}
+        held_out = [part for found in self.held_out.values() for part in self._residuals(found)]
         # Training windows tell how what is left open is shaped, and held-out ones how much it is.
-        gap = squares(held_out) / max(squares([part for found in missed.values() for part in found]), 1e-9)
-        for side, parts in missed.items():
+        gap = mean_square(held_out) / max(mean_square([part for found in residuals.values() for part in found]), 1e-9)
+        for side, parts in residuals.items():
             spectrum.fit(side // LATENT_FACTOR, parts, max(1.0, gap))
         # Drawn at held-out places of any class: at those it has learnt, a network holds back more than it will in use.
         places = self._places()
         for side, part in places.items():
-            spectrum.make_up(side // LATENT_FACTOR, list(self._missed(part, generated=True)))
+            spectrum.compensate(side // LATENT_FACTOR, list(self._residuals(part, generated=True)))
         if self.spec.component == "lesion" and places:
             # Stage 3 goes on with what is on both sides of its ring.
             real = [amplitudes(b["clean"], b["mask"]) for part in self.train.values() for b in self._batches(part)]
@@ -202,7 +202,7 @@ class WindowTask(DenoiserTask):
         for index in torch.randperm(len(part), generator=generator)[:MEASURED].split(MEASURED_BATCH):
             yield part.batch(index, self.device)
 
-    def _missed(self, part: WindowExamples, *, generated: bool = False) -> Iterator[Missed]:
+    def _residuals(self, part: WindowExamples, *, generated: bool = False) -> Iterator[Residuals]:
         """What two answers to pure noise miss of windows, or of those that the solver draws in their places."""
         generator = Generator().manual_seed(self.setting.seed)
         for batch in self._batches(part):
@@ -210,13 +210,13 @@ class WindowTask(DenoiserTask):
             target = self._generated(batch) if generated else batch["clean"]
             condition = self._condition(batch, generator)
             seen = (batch["label"], batch["tokens"], batch["keep"])
-            missed = []
+            residuals = []
             for _ in range(2):
                 x = torch.randn(target.shape, generator=generator).to(self.device)
                 with mixed_precision(self.device):
                     answer = x - self.velocity(x, torch.ones(len(x), device=self.device), *seen, *condition)
-                missed.append(((target - answer) * usable).float().cpu())
-            yield missed[0], missed[1], (condition[-1] * usable).cpu()
+                residuals.append(((target - answer) * usable).float().cpu())
+            yield residuals[0], residuals[1], (condition[-1] * usable).cpu()
 
     def _generated(self, batch: dict[str, Tensor]) -> Tensor:
         """What the solver draws in the place of examples."""
