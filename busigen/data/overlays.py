@@ -143,38 +143,24 @@ def _excess(
     return darkest.astype(np.int16) - brightest.astype(np.int16)
 
 
-STROKE_FLOOR, STROKE_NOISE = 22.0, 5.5
-"""An upright stroke exceeds both of its sides by this many grey levels, and by this multiple of what is usual there."""
+# Least contrast in grey levels, and as a multiple of what is usual nearby (strokes, labels), in the whole image (large
+# letters, outlines, dashes, ticks) or of fine structure (crosses, dots). Crosses count each arm over its own two sides;
+# tissue has more dark gaps than bright ones.
+STROKE_FLOOR, STROKE_NOISE = 22.0, 5.5  # Upright strokes, over both of their sides.
+LARGE_FLOOR, LARGE_NOISE = 60.0, 6.0  # Strokes of large letters.
+OUTLINE_FLOOR, OUTLINE_NOISE = 26.0, 8.0  # Dark lines of a pixel or two.
+DASH_FLOOR, DASH_NOISE = 60.0, 6.0  # Flat lines with crisp ends, over what lies above and below.
+LABEL_FLOOR, LABEL_NOISE = 14.0, 3.0  # Strokes beside a caliper, where its number stands.
+CROSS_FLOOR, CROSS_NOISE = 18.0, 1.9  # Bright crosses.
+DARK_FLOOR, DARK_NOISE = 24.0, 2.5  # Dark crosses.
+DOT_FLOOR, DOT_NOISE = 14.0, 1.2  # The dots of a dotted line, over what lies beside the line.
+TICK_FLOOR, TICK_NOISE = 44.0, 10.0  # Marks at the sides that are small in both directions.
 
 LARGE_WIDTH, LARGE_HEIGHT = 13, 9
 """Width in pixels below which an upright run can be a stroke of a large letter, and its least height."""
 
-LARGE_FLOOR, LARGE_NOISE = 60.0, 6.0
-"""The same for strokes of large letters; the usual is the whole image's."""
-
-OUTLINE_FLOOR, OUTLINE_NOISE = 26.0, 8.0
-"""The same for dark lines of a pixel or two; the usual is the whole image's."""
-
-DASH_FLOOR, DASH_NOISE = 60.0, 6.0
-"""The same for flat lines with crisp ends, over what lies above and below."""
-
-LABEL_FLOOR, LABEL_NOISE = 14.0, 3.0
-"""The same beside a caliper, where its number stands."""
-
-CROSS_FLOOR, CROSS_NOISE = 18.0, 1.9
-"""The same for each arm of a bright cross over its own two sides; the usual is the mean of the fine structure."""
-
-DARK_FLOOR, DARK_NOISE = 24.0, 2.5
-"""The same for dark crosses: tissue has more dark gaps than bright ones."""
-
-DOT_FLOOR, DOT_NOISE = 14.0, 1.2
-"""The same for the dots of a dotted line over what lies beside the line."""
-
-LINE_DOTS = 10
-"""Dots in a row, evenly spaced, that make a dotted line."""
-
-RUN_DOTS = 5
-"""Dots in a row whose spacings agree."""
+LINE_DOTS, RUN_DOTS = 10, 5
+"""Dots in a row, evenly spaced, that make a dotted line; and those whose spacings agree."""
 
 LINE_LENGTH, LINE_GAP = 30.0, 40.0
 """Least length in pixels of such a line, and longest gap in it that is bridged."""
@@ -184,9 +170,6 @@ LINE_EXCESS = 7.0
 
 SIDE_SHARE = 0.1
 """Share of the width, on either side, that may hold a ruler, ticks or a scale of grey levels."""
-
-TICK_FLOOR, TICK_NOISE = 44.0, 10.0
-"""As for strokes, for marks in there that are small in both directions."""
 
 BAR_ROWS, BAR_STEP = 25, 8
 """Least height in pixels of a scale of grey levels, and least step in grey levels at its sides."""

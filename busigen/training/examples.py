@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ class Frame:
         """Vary gain and contrast as a sonographer's knobs would: +-8 % and a gamma between 0.85 and 1.18."""
         gamma, gain = np.exp(rng.uniform(-0.16, 0.16)), rng.uniform(0.92, 1.08)
         table = np.clip(255.0 * gain * (np.arange(256) / 255.0) ** gamma, 0, 255).astype(np.uint8)
-        return Frame(table[self.image], self.lesions, self.overlay, self.valid, self.label)
+        return replace(self, image=table[self.image])
 
     def filling(self, rng: np.random.Generator) -> Frame:
         """Without letterbox bars, at the same scale: what was a bar shows the image's mirror image.
@@ -279,7 +279,7 @@ def window_examples(
     jobs = list(_window_jobs(frames, variants, seed))
     for count, (row, frame, mask, edit, label, rng) in enumerate(jobs, start=1):
         window = _jittered(window_for(edit, buckets), rng)
-        arrays = _window_arrays(frame, mask, edit, label, window, networks.preset.patch)
+        arrays = window_tensors(frame, mask, edit, label, window, networks.preset.patch)
         pending[window.side].append({**arrays, "row": torch.tensor(row)})
         if len(pending[window.side]) == ENCODE_BATCH:
             done[window.side].append(_encode_windows(pending[window.side], networks, device))
@@ -323,16 +323,17 @@ def _jittered(window: Window, rng: np.random.Generator) -> Window:
     return Window(top, left, window.side)
 
 
-def _window_arrays(frame: Frame, mask: Mask, edit: Mask, label: str, window: Window, patch: int) -> dict[str, Tensor]:
+def window_tensors(frame: Frame, mask: Mask, edit: Mask, label: str, window: Window, patch: int) -> dict[str, Tensor]:
+    """A window and its whole image, as what they are encoded from: pixels in [-1, 1], masks bool."""
     cut = window.slices
     return {
         "pixels": to_tensor(frame.image[cut]),
         "greyed": torch.from_numpy(greyed(frame.image, edit)[cut])[None],
-        "mask": torch.from_numpy(mask[cut].astype(np.float32))[None],
-        "edit": torch.from_numpy(edit[cut].astype(np.float32))[None],
-        "ring": torch.from_numpy(ring_region(edit)[cut].astype(np.float32))[None],
+        "mask": torch.from_numpy(mask[cut])[None],
+        "edit": torch.from_numpy(edit[cut])[None],
+        "ring": torch.from_numpy(ring_region(edit)[cut])[None],
         # Bars and overlays are not to be learnt: neither is tissue.
-        "usable": torch.from_numpy((frame.valid & ~frame.overlay)[cut].astype(np.float32))[None],
+        "usable": torch.from_numpy((frame.valid & ~frame.overlay)[cut])[None],
         "image": to_tensor(frame.image),
         "keep": torch.from_numpy(patches_outside(edit, patch)),
         "label": torch.tensor(CLASSES.index(label)),
@@ -346,11 +347,11 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: 
     encoded = {
         "clean": networks.encoder(stacked["pixels"]).half(),
         "known": networks.encoder(stacked["greyed"]).half(),
-        "mask": mask_condition(stacked["mask"]).half(),
-        "edit": region_condition(stacked["edit"]).bool(),
-        "ring": region_condition(stacked["ring"]).bool(),
+        "mask": mask_condition(stacked["mask"].float()).half(),
+        "edit": region_condition(stacked["edit"].float()).bool(),
+        "ring": region_condition(stacked["ring"].float()).bool(),
         # A cell counts when all of its pixels do.
-        "weight": (1.0 - region_condition(1.0 - stacked["usable"])).bool(),
+        "weight": (1.0 - region_condition(1.0 - stacked["usable"].float())).bool(),
         "tokens": networks.tokens(stacked["image"], keep).half(),
         "keep": keep.bool(),
         "label": stacked["label"],
@@ -385,7 +386,7 @@ def background_examples(
             rng = np.random.default_rng((seed, row, variant, 2))
             frame = frames[position]
             image = frame.image if frame.label == "normal" else healed(row, variant)
-            frame = Frame(image, frame.lesions, frame.overlay, frame.valid, frame.label).filling(rng).with_gain(rng)
+            frame = replace(frame, image=image).filling(rng).with_gain(rng)
             frame = frame.flipped() if rng.random() < 0.5 else frame
             rows.append(row)
             images.append(to_tensor(frame.image))

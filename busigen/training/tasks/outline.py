@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def _varied(
     frame = frames[position]
     # One lesion is drawn before the geometry changes, so that the others do not become targets half way.
     lesion = random_lesion(frame, rng).astype(np.uint8)
-    frame = Frame(healed(row, variant), lesion, frame.overlay, frame.valid, frame.label).with_gain(rng)
+    frame = replace(frame, image=healed(row, variant), lesions=lesion).with_gain(rng)
     frame = frame.flipped() if rng.random() < 0.5 else frame
     return frame.filling(rng) if rng.random() < 0.5 else frame
 
