@@ -45,7 +45,7 @@ _WHICH = "Say which grey levels are lesion, as in `busigen prepare --mask-values
 
 
 def lesion_pixels(decoded: Decoded, values: Collection[int] = ()) -> NDArray[np.bool_]:
-    """Which pixels are lesion: see `busigen.data.images.read_mask`.
+    """Which pixels are lesion: see `read_mask`.
 
     Args:
         decoded: The mask file.
@@ -271,7 +271,7 @@ def read_mask(
 
     A pixel is lesion where its brightest channel is above half of the range; a mask of one small label (such as 0 and
     1) is lesion wherever it is not 0. Alpha counts only where the colour channels say nothing. What is no such mask is
-    refused: see `busigen.data.images.lesion_pixels`.
+    refused: see `lesion_pixels`.
 
     Args:
         path: The file to read.

@@ -201,7 +201,7 @@ def suspect_mask(
     """Mark whatever may be text, a caliper, a dotted line, a ruler, a scale of grey levels, a badge or colour.
 
     Much more generous than `find_overlays`, whose marks it includes: a wrong mark costs a small patch of
-    texture (`inpainting.without_overlays`), a missed one is learnt.
+    texture (`busigen.data.inpainting.without_overlays`), a missed one is learnt.
 
     By eye, on 40 random images of BUSI and BUS-BRA: 33 had overlays (5 of them only the maker's badge), and 28 had none
     left after painting over. In 5 something remained: part of a large letter, dark symbols beside a lesion (in 2), a

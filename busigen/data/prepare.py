@@ -135,7 +135,7 @@ def prepare(
     into an existing prepared folder replaces it and keeps the split of every image it held.
 
     Args:
-        sources: Folders in any of the layouts of `sources.LAYOUTS`.
+        sources: Folders in any of the layouts of `busigen.data.sources.read.LAYOUTS`.
         out: The folder to write; created if missing.
         seed: Decides the splits, with the groups' names.
         strict: Stop at the first file that would be left out.

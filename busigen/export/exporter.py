@@ -41,7 +41,7 @@ from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, ope
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder, sha256_of
-from busigen.training import trainer as state
+from busigen.training import trainer
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED, load_networks, read_record
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.networks.inference import Networks
@@ -173,7 +173,7 @@ def check_finite(networks: Networks) -> None:
     assert networks.context is not None
     modules = {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
     for component, module in modules.items():
-        state.check_finite(component, module)
+        trainer.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):
         value = getattr(networks, name)
         if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):

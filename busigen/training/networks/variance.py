@@ -182,7 +182,7 @@ class Wavelets(nn.Module):
     more over blocks of four cells than cells that are independent would let it, and from cell to cell half as much.
     Steps with one spread for all paint lesions that are too much alike as a whole and too grainy within. Cosines know
     no place, and the region to paint is one; wavelets have both a place and a scale (Mallat 1989). Channels are turned
-    to axes on which they are uncorrelated, as in :class:`busigen.training.networks.variance.Spectrum`.
+    to axes on which they are uncorrelated, as in :class:`Spectrum`.
 
     Args:
         channels: of the latents.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from busigen.data.geometry import GRAIN_SCALE
 from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SPECKLE_GAIN
-from busigen.training import losses as objectives
+from busigen.training import losses
 from busigen.training.examples import Frames, to_tensor
 from busigen.training.fitting import Picture, fit_transfer
 from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
@@ -76,7 +76,7 @@ class AutoencoderTask(PixelTask):
         return first, second, pixels, weight, latents.float()
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
-        return objectives.reconstruction(*self._decoded(frames, generator), generator)
+        return losses.reconstruction(*self._decoded(frames, generator), generator)
 
     def sheet(self) -> Image.Image:
         """Held-out crops above their reconstructions."""
@@ -103,13 +103,13 @@ class DecoderTask(AutoencoderTask):
         """The sum of what the decoder and what the critic lose."""
         first, _, pixels, weight, latents = decoded
         ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
-        return self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
+        return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
         first, second, pixels, weight, latents = decoded
-        seams = objectives.lattice(first, pixels) + objectives.lattice(second, pixels)
-        score = objectives.reconstruction(first, second, pixels, weight, latents, generator)
-        return score + objectives.LATTICE_WEIGHT * seams
+        seams = losses.lattice(first, pixels) + losses.lattice(second, pixels)
+        score = losses.reconstruction(first, second, pixels, weight, latents, generator)
+        return score + losses.LATTICE_WEIGHT * seams
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what the critic lose."""
@@ -195,7 +195,7 @@ class FinishTask(DecoderTask):
         for number, name in enumerate(names):
             rows = usable[:, number]
             total = total + self.discriminants[name](ours[rows, number], theirs[rows, number])
-        return objectives.TEXTURE_WEIGHT * total
+        return losses.TEXTURE_WEIGHT * total
 
     def _decode(self, latents: Tensor, mask: Tensor | None, gain: float, generator: Generator) -> Tensor:
         """Normalised latents, and a mask if they show a lesion, to pixels as in use."""
@@ -216,15 +216,15 @@ class FinishTask(DecoderTask):
         pasted = pasted_into(real, decoded.clamp(-1.0, 1.0), batch["brightness"], batch["grains"])
         described = torch.cat((mask_condition(mask), region_condition(batch["edit"])), dim=1)
         ours, critics = self._judged(pasted * usable, real * usable, mask, described)
-        seams = objectives.LATTICE_WEIGHT * objectives.lattice(decoded, real)
+        seams = losses.LATTICE_WEIGHT * losses.lattice(decoded, real)
         textures = self._texture_loss(ZONES, pasted, real, batch["zones"] * usable)
         margins = self._margin_loss(pasted, real, patches(mask, usable))
-        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures + margins
+        return losses.CRITIC_WEIGHT * ours + critics + seams + textures + margins
 
     def _margin_loss(self, generated: Tensor, real: Tensor, places: Tensor) -> Tensor:
         """What is lost to the discriminant of how brightness goes across outlines."""
         (ours, seen), (theirs, _) = profile(generated, places), profile(real, places)
-        return objectives.TEXTURE_WEIGHT * self.discriminants["profile"](ours[seen], theirs[seen])
+        return losses.TEXTURE_WEIGHT * self.discriminants["profile"](ours[seen], theirs[seen])
 
     def _judged(self, generated: Tensor, real: Tensor, mask: Tensor, described: Tensor) -> tuple[Tensor, Tensor]:
         """What the decoder and its judge lose over crops ``(B, 1, S, S)`` with a mask of the same shape."""
@@ -252,9 +252,9 @@ class FinishTask(DecoderTask):
         )
         pixels = generated.clamp(-1.0, 1.0)
         ours, critics = self._judged(pixels * weight, theirs * weight, torch.zeros_like(weight), described)
-        seams = objectives.LATTICE_WEIGHT * objectives.lattice(generated, theirs)
+        seams = losses.LATTICE_WEIGHT * losses.lattice(generated, theirs)
         textures = self._texture_loss(("background",), pixels, theirs, weight)
-        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures
+        return losses.CRITIC_WEIGHT * ours + critics + seams + textures
 
     def _place(self, depth: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A crop of a real image at a depth of 0 (its top) to 1, and where it shows healthy tissue."""

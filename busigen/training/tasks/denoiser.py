@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from busigen.registry import CLASSES, LATENT_FACTOR, SOLVER_STEPS
 from busigen.solver import solver_steps
-from busigen.training import losses as objectives
+from busigen.training import losses
 from busigen.training.examples import (
     Frames,
     WindowExamples,
@@ -94,9 +94,9 @@ class DenoiserTask:
     ) -> Tensor:
         batch = change(self._draw(examples, generator))
         condition = self._condition(batch, generator)
-        x, t, target = objectives.noisy(batch["clean"], generator, self.times)
+        x, t, target = losses.noisy(batch["clean"], generator, self.times)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
-        return objectives.velocity(output.float(), target, batch["weight"])
+        return losses.velocity(output.float(), target, batch["weight"])
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`."""

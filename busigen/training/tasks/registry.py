@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from busigen.registry import BUCKETS, CLASSES, SOLVER_STEPS
 from busigen.solver import solver_steps
-from busigen.training import losses as objectives
+from busigen.training import losses
 from busigen.training.examples import Frames, WindowExamples, background_examples, to_tensor
 from busigen.training.fitting import fit_styles
 from busigen.training.networks.build import MaskedAutoencoder, place_condition
@@ -49,7 +49,7 @@ class ContextTask(PixelTask):
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
         images, keep = self._batch(frames, self.spec.batch, generator)
-        return objectives.masked_patches(self.network(images, keep).float(), images, keep, self.network.patch)
+        return losses.masked_patches(self.network(images, keep).float(), images, keep, self.network.patch)
 
     def sheet(self) -> Image.Image:
         """Images, what is kept of them, and what is predicted."""
