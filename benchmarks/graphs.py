@@ -258,14 +258,14 @@ def _write_steps(folder: Path, graph: str, part: Any) -> None:
     """The graph of one step, of what comes before the first one and of what comes after the last one."""
     from onnx import TensorProto, helper
 
-    from busigen.export.assembly import Assembly, constants_of
+    from busigen.export.assembly import TIMES, Assembly
     from busigen.export.graph_rewrites import make_sums_deterministic
     from busigen.registry import CLASSES
 
     step: ModelProto = make_sums_deterministic(part.evaluation)
     assembly = Assembly(step.opset_import, step.ir_version)
     names = assembly.paste(step, "", {}, "")
-    now = {name: name for name in constants_of(part.update)}
+    now = {name: name for name in TIMES}
     for name in now:
         assembly.inputs[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
     following = assembly.followed("x", names[step.graph.output[0].name], now, "solver/", part.update)
