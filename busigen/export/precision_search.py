@@ -88,52 +88,6 @@ def quantised(
     return found
 
 
-log = logging.getLogger("busigen.export")
-
-ERROR_LIMIT = 0.02
-"""Largest error of a component's output, relative to the output's own size: four of these in a row (encoder, lesion,
-blend, decoder), independent of each other, are 4 %, and 35 dB of an image whose values deviate by 0.35 are 10 %."""
-
-PIXEL_LIMIT = 0.5
-"""Largest error of stage 1's distances near the outline, in pixels: no pixel's centre is passed by a whole pixel."""
-
-_TIMED_CALLS = 7
-
-
-@dataclass(frozen=True)
-class PrecisionAttempt:
-    """One precision that was tried: the error as a multiple of its limit, and why it was not taken (empty: it was)."""
-
-    precision: str
-    error: float
-    refused: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a record; an error that is no number is ``None``, because JSON has none."""
-        return {
-            "precision": self.precision,
-            "error": round(self.error, 4) if np.isfinite(self.error) else None,
-            "refused": self.refused,
-        }
-
-
-@dataclass
-class Choice:
-    """A component's precision, its graphs, and what was tried."""
-
-    component: Component
-    precision: str
-    graphs: Graphs
-    tried: list[PrecisionAttempt] = field(default_factory=list)
-
-    @property
-    def rounded(self) -> Graphs:
-        """The graphs for a processor without half precision."""
-        if self.precision not in TYPES:
-            return self.graphs
-        return self.component.graphs(self.precision, rounded=True)
-
-
 def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
     """Why an ONNX Runtime provider cannot run a convolution and a product in a precision; empty if it can.
 
@@ -186,6 +140,52 @@ def check_opset(opset: int) -> None:
             f"ONNX Runtime {ort.__version__} cannot run opset {opset}: {problem}.",
             fix=f"Choose one of: {', '.join(map(str, OPSETS))}; or install a newer onnxruntime.",
         )
+
+
+log = logging.getLogger("busigen.export")
+
+ERROR_LIMIT = 0.02
+"""Largest error of a component's output, relative to the output's own size: four of these in a row (encoder, lesion,
+blend, decoder), independent of each other, are 4 %, and 35 dB of an image whose values deviate by 0.35 are 10 %."""
+
+PIXEL_LIMIT = 0.5
+"""Largest error of stage 1's distances near the outline, in pixels: no pixel's centre is passed by a whole pixel."""
+
+_TIMED_CALLS = 7
+
+
+@dataclass(frozen=True)
+class PrecisionAttempt:
+    """One precision that was tried: the error as a multiple of its limit, and why it was not taken (empty: it was)."""
+
+    precision: str
+    error: float
+    refused: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a record; an error that is no number is ``None``, because JSON has none."""
+        return {
+            "precision": self.precision,
+            "error": round(self.error, 4) if np.isfinite(self.error) else None,
+            "refused": self.refused,
+        }
+
+
+@dataclass
+class Choice:
+    """A component's precision, its graphs, and what was tried."""
+
+    component: Component
+    precision: str
+    graphs: Graphs
+    tried: list[PrecisionAttempt] = field(default_factory=list)
+
+    @property
+    def rounded(self) -> Graphs:
+        """The graphs for a processor without half precision."""
+        if self.precision not in TYPES:
+            return self.graphs
+        return self.component.graphs(self.precision, rounded=True)
 
 
 class ModelBackend:
