@@ -258,14 +258,14 @@ def _write_steps(folder: Path, graph: str, part: Any) -> None:
     """The graph of one step, of what comes before the first one and of what comes after the last one."""
     from onnx import TensorProto, helper
 
-    from busigen.export.assembly import Assembly, constants_of
-    from busigen.export.deterministic_sums import make_sums_deterministic
+    from busigen.export.assembly import TIMES, Assembly
+    from busigen.export.graph_rewrites import make_sums_deterministic
     from busigen.registry import CLASSES
 
     step: ModelProto = make_sums_deterministic(part.evaluation)
     assembly = Assembly(step.opset_import, step.ir_version)
     names = assembly.paste(step, "", {}, "")
-    now = {name: name for name in constants_of(part.update)}
+    now = {name: name for name in TIMES}
     for name in now:
         assembly.inputs[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
     following = assembly.followed("x", names[step.graph.output[0].name], now, "solver/", part.update)
@@ -281,7 +281,7 @@ def _write_steps(folder: Path, graph: str, part: Any) -> None:
 def opsets(options: argparse.Namespace) -> dict[str, Any]:
     """Count what ONNX Runtime's CPU provider fuses of one evaluation, per opset, and whether it runs at all."""
     from busigen.export.components import components
-    from busigen.export.deterministic_sums import make_sums_deterministic
+    from busigen.export.graph_rewrites import make_sums_deterministic
     from busigen.export.report import KINDS, fused
     from busigen.training.checkpoint import load_networks
 
@@ -323,7 +323,7 @@ def _runs(model: ModelProto) -> str:
 def int8(options: argparse.Namespace) -> dict[str, Any]:
     """Quantise the context encoder and one evaluation of stage 2, and time them in turns with fp32."""
     from busigen.export.components import components
-    from busigen.export.deterministic_sums import make_sums_deterministic
+    from busigen.export.graph_rewrites import make_sums_deterministic
     from busigen.export.parity import RecordedCall, relative_error
     from busigen.export.precision_search import quantised
     from busigen.training.checkpoint import load_networks

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from busigen.data.geometry import largest_component
-from busigen.data.outline import attributes
+from busigen.data.geometry import attributes, largest_component
 from busigen.data.prepared import Prepared
 from busigen.registry import ASKED_LENGTH, LESION_CLASSES, RESOLUTION
 from busigen.training.checkpoint import load_networks

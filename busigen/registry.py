@@ -38,7 +38,7 @@ PLACE_CHANNELS = 2
 """Channels that tell the healthy prior where each cell lies: its row and its column."""
 
 ATTRIBUTES = ("across", "depth", "size", "height_width")
-"""What a user can ask of an outline, in the order in which its code begins with them (busigen.data.outline)."""
+"""What a user can ask of an outline, in the order in which its code begins with them (busigen.data.geometry)."""
 
 TALLER_THAN_WIDE = "1.05:1.6"
 """The ``generate --height-width`` that ``--taller-than-wide`` stands for."""
@@ -79,7 +79,7 @@ class UNetShape:
 
 @dataclass(frozen=True)
 class OutlineShape:
-    """Size of stage 1 (:class:`busigen.training.networks.outline.OutlineTransformer`).
+    """Size of stage 1 (:class:`busigen.training.networks.build.OutlineTransformer`).
 
     ``coefficients`` of an outline's form are read in tokens of ``group``; its field has ``grid`` samples a side (even).
     """

@@ -283,7 +283,7 @@ DIRECT = {
     "data/decoding.py": ("read_bytes", _CHECKED),
     "data/images.py": ("read_bytes", _CHECKED),
     "data/prepared.py": ("read_parquet", _CHECKED),
-    "data/sources/csvfile.py": ("read_csv", _CHECKED),
+    "data/sources/records.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
     "evaluation/physics/features.py": ("read_parquet", _CHECKED),
     "export/import_bundle.py": ("load", _CHECKED),

@@ -1,4 +1,4 @@
-"""Which pixels of a mask file are lesion, and which masks mark something else."""
+"""Image files as grey levels, mask files as lesion pixels, and what is refused of either."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.decoding import FULL, Decoded, decode, full_scale, looked_up, on_black, read_bytes, to_eight_bits
-from busigen.data.geometry import around
-from busigen.data.overlays import shrink
+from busigen.data.geometry import around, shrink
 from busigen.errors import InputError
 
 Levels = NDArray[np.uint8 | np.uint16]
@@ -46,7 +45,7 @@ _WHICH = "Say which grey levels are lesion, as in `busigen prepare --mask-values
 
 
 def lesion_pixels(decoded: Decoded, values: Collection[int] = ()) -> NDArray[np.bool_]:
-    """Which pixels are lesion: see `busigen.data.images.read_mask`.
+    """Which pixels are lesion: see `read_mask`.
 
     Args:
         decoded: The mask file.
@@ -272,7 +271,7 @@ def read_mask(
 
     A pixel is lesion where its brightest channel is above half of the range; a mask of one small label (such as 0 and
     1) is lesion wherever it is not 0. Alpha counts only where the colour channels say nothing. What is no such mask is
-    refused: see `busigen.data.images.lesion_pixels`.
+    refused: see `lesion_pixels`.
 
     Args:
         path: The file to read.

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.overlays import grow
+from busigen.data.geometry import grow
 
 TILE = 32
 """Side in pixels of the pieces that are filled one by one, each with texture from one place."""

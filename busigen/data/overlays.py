@@ -1,54 +1,15 @@
-"""Least and greatest grey level of small windows, for images of bytes."""
+"""Text, calipers, rulers and badges that scanners paint into images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-
-def lowest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
-    """Least value from ``before`` pixels before to ``after`` pixels after each one along an axis, edges repeated."""
-    return _windows(np.minimum, values, before, after, axis)
-
-
-def highest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
-    """Greatest value from ``before`` pixels before to ``after`` pixels after each one along an axis, edges repeated."""
-    return _windows(np.maximum, values, before, after, axis)
-
-
-def grow(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Grow a mask by a square of ``2 * by + 1`` pixels."""
-    return highest(highest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
-
-
-def shrink(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Shrink a mask by a square of ``2 * by + 1`` pixels; what lies beyond the image counts as its border does."""
-    return lowest(lowest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
-
-
-def _windows(
-    better: Callable[..., NDArray[np.uint8]], values: NDArray[np.uint8], before: int, after: int, axis: int
-) -> NDArray[np.uint8]:
-    """Reduce every window, from windows of half its length. scipy.ndimage works in doubles, many times slower."""
-    margins = [(0, 0), (0, 0)]
-    margins[axis] = (before, after)
-    windows, length, wanted = np.pad(values, margins, mode="edge"), 1, before + after + 1
-    while length < wanted:
-        step = min(length, wanted - length)
-        ahead, behind = (slice(step, None), slice(None, -step))
-        index = (
-            ((ahead, slice(None)), (behind, slice(None)))
-            if axis == 0
-            else ((slice(None), ahead), (slice(None), behind))
-        )
-        windows = better(windows[index[0]], windows[index[1]])
-        length += step
-    return windows
-
+from busigen.data.geometry import grow, highest, lowest
 
 STROKE_WIDTH = 7
 """Pixels: a bright run along a row that is shorter than this can be a pen stroke."""
@@ -74,9 +35,10 @@ WORD_STROKES = 3
 LINE_HEIGHT = (6, 30)
 """Least and greatest height in pixels of a line of text."""
 
-BADGE_SIDE = 40
-"""Pixels from the upper left corner within which some scanners put a badge."""
+CORNER_SIDE = 40
+"""Pixels from the upper left corner within which a cross is part of a badge rather than a caliper."""
 
+_Level = TypeVar("_Level", np.uint8, np.int16)
 _LINE_GAP = 13
 _ARM = 4
 _GROW = 2
@@ -117,44 +79,16 @@ def find_overlays(pixels: NDArray[np.uint8]) -> Overlays:
     Returns:
         The suspicion.
     """
-    contrast = _stroke_contrast(pixels)
+    contrast = _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
     noise = NOISE_FACTOR * float(contrast.mean())
-    strokes = _strokes(contrast, max(STROKE_CONTRAST, noise))
+    strokes = _upright_runs(contrast >= max(STROKE_CONTRAST, noise), STROKE_HEIGHT)
     lines, words = _text(strokes)
-    crosses = _crosses(pixels, max(CROSS_CONTRAST, noise)) & ~words
-    crosses[:BADGE_SIDE, :BADGE_SIDE] = False
+    crosses = _clear_crosses(pixels, max(CROSS_CONTRAST, noise)) & ~words
+    crosses[:CORNER_SIDE, :CORNER_SIDE] = False
     spots = grow(crosses, _ARM)
     calipers = bool(crosses.any()) and ndimage.label(spots)[1] >= 2
     marked = strokes | lines | (spots if calipers else False)
     return Overlays(text=bool(lines.any()), calipers=calipers, mask=grow(marked, _GROW))
-
-
-def overlay_mask(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Pixels suspected to be overlay, grown by 2 pixels.
-
-    Args:
-        pixels: Native grey levels, ``uint8 (H, W)``.
-
-    Returns:
-        ``bool (H, W)``.
-    """
-    return find_overlays(pixels).mask
-
-
-def _stroke_contrast(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """How much brighter a pixel is than both sides of the narrow run it lies in, along its row."""
-    side = STROKE_WIDTH // 2
-    background = highest(lowest(pixels, side, side, axis=1), side, side, axis=1)
-    contrast: NDArray[np.uint8] = pixels - np.minimum(background, pixels)
-    return contrast
-
-
-def _strokes(contrast: NDArray[np.uint8], floor: float) -> NDArray[np.bool_]:
-    """The upright runs of high contrast, ``bool (H, W)``."""
-    crisp = (contrast >= floor).view(np.uint8)
-    # The second window looks the other way, or an even height would shift the strokes by a pixel.
-    runs = lowest(crisp, 0, STROKE_HEIGHT - 1, axis=0)
-    return highest(runs, STROKE_HEIGHT - 1, 0, axis=0).view(np.bool_)
 
 
 def _text(strokes: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -175,15 +109,20 @@ def _text(strokes: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.boo
     return lines, words
 
 
-def _crosses(pixels: NDArray[np.uint8], floor: float) -> NDArray[np.bool_]:
+def _clear_crosses(pixels: NDArray[np.uint8], floor: float) -> NDArray[np.bool_]:
     """Centres of upright and oblique crosses, ``bool (H, W)``."""
     # Lines two pixels wide have their middle between pixels; the maximum of 2 x 2 makes both kinds alike.
     bright = np.pad(highest(highest(pixels, 1, 0, axis=0), 1, 0, axis=1), _ARM, mode="edge")
     dark = np.pad(pixels, _ARM, mode="edge")
-    shape = pixels.shape
-    upright = _excess(bright, dark, _STRAIGHT, _OBLIQUE, shape)
-    tilted = _excess(bright, dark, _OBLIQUE, _STRAIGHT, shape)
+    upright = _excess(bright, dark, _STRAIGHT, _OBLIQUE)
+    tilted = _excess(bright, dark, _OBLIQUE, _STRAIGHT)
     return np.maximum(upright, tilted) >= floor
+
+
+def _shifted(padded: NDArray[_Level], margin: int, down: int, right: int) -> NDArray[_Level]:
+    """The array without ``margin`` pixels on each side, moved."""
+    height, width = (side - 2 * margin for side in padded.shape)
+    return padded[margin + down : margin + down + height, margin + right : margin + right + width]
 
 
 def _excess(
@@ -191,56 +130,37 @@ def _excess(
     dark: NDArray[np.uint8],
     arms: tuple[tuple[int, int], ...],
     quadrants: tuple[tuple[int, int], ...],
-    shape: tuple[int, ...],
 ) -> NDArray[np.int16]:
     """By how much the darkest point of the arms exceeds the brightest quadrant, ``int16 (H, W)``."""
-
-    def shifted(levels: NDArray[np.uint8], down: int, right: int) -> NDArray[np.uint8]:
-        return levels[_ARM + down : _ARM + down + shape[0], _ARM + right : _ARM + right + shape[1]]
-
-    lowest = shifted(bright, 0, 0)
+    darkest = _shifted(bright, _ARM, 0, 0)
     for down, right in arms:
         for reach in (2, 3):
-            lowest = np.minimum(lowest, shifted(bright, down * reach, right * reach))
+            darkest = np.minimum(darkest, _shifted(bright, _ARM, down * reach, right * reach))
     reach = 3 if 0 not in quadrants[0] else 4
-    highest = np.zeros(shape, dtype=np.uint8)
+    brightest = np.zeros_like(darkest)
     for down, right in quadrants:
-        highest = np.maximum(highest, shifted(dark, down * reach, right * reach))
-    return lowest.astype(np.int16) - highest.astype(np.int16)
+        brightest = np.maximum(brightest, _shifted(dark, _ARM, down * reach, right * reach))
+    return darkest.astype(np.int16) - brightest.astype(np.int16)
 
 
-STROKE_FLOOR, STROKE_NOISE = 22.0, 5.5
-"""An upright stroke exceeds both of its sides by this many grey levels, and by this multiple of what is usual there."""
+# Least contrast in grey levels, and as a multiple of what is usual nearby (strokes, labels), in the whole image (large
+# letters, outlines, dashes, ticks) or of fine structure (crosses, dots). Crosses count each arm over its own two sides;
+# tissue has more dark gaps than bright ones.
+STROKE_FLOOR, STROKE_NOISE = 22.0, 5.5  # Upright strokes, over both of their sides.
+LARGE_FLOOR, LARGE_NOISE = 60.0, 6.0  # Strokes of large letters.
+OUTLINE_FLOOR, OUTLINE_NOISE = 26.0, 8.0  # Dark lines of a pixel or two.
+DASH_FLOOR, DASH_NOISE = 60.0, 6.0  # Flat lines with crisp ends, over what lies above and below.
+LABEL_FLOOR, LABEL_NOISE = 14.0, 3.0  # Strokes beside a caliper, where its number stands.
+CROSS_FLOOR, CROSS_NOISE = 18.0, 1.9  # Bright crosses.
+DARK_FLOOR, DARK_NOISE = 24.0, 2.5  # Dark crosses.
+DOT_FLOOR, DOT_NOISE = 14.0, 1.2  # The dots of a dotted line, over what lies beside the line.
+TICK_FLOOR, TICK_NOISE = 44.0, 10.0  # Marks at the sides that are small in both directions.
 
 LARGE_WIDTH, LARGE_HEIGHT = 13, 9
 """Width in pixels below which an upright run can be a stroke of a large letter, and its least height."""
 
-LARGE_FLOOR, LARGE_NOISE = 60.0, 6.0
-"""The same for strokes of large letters; the usual is the whole image's."""
-
-OUTLINE_FLOOR, OUTLINE_NOISE = 26.0, 8.0
-"""The same for dark lines of a pixel or two; the usual is the whole image's."""
-
-DASH_FLOOR, DASH_NOISE = 60.0, 6.0
-"""The same for flat lines with crisp ends, over what lies above and below."""
-
-LABEL_FLOOR, LABEL_NOISE = 14.0, 3.0
-"""The same beside a caliper, where its number stands."""
-
-CROSS_FLOOR, CROSS_NOISE = 18.0, 1.9
-"""The same for each arm of a bright cross over its own two sides; the usual is the mean of the fine structure."""
-
-DARK_FLOOR, DARK_NOISE = 24.0, 2.5
-"""The same for dark crosses: tissue has more dark gaps than bright ones."""
-
-DOT_FLOOR, DOT_NOISE = 14.0, 1.2
-"""The same for the dots of a dotted line over what lies beside the line."""
-
-LINE_DOTS = 10
-"""Dots in a row, evenly spaced, that make a dotted line."""
-
-RUN_DOTS = 5
-"""Dots in a row whose spacings agree."""
+LINE_DOTS, RUN_DOTS = 10, 5
+"""Dots in a row, evenly spaced, that make a dotted line; and those whose spacings agree."""
 
 LINE_LENGTH, LINE_GAP = 30.0, 40.0
 """Least length in pixels of such a line, and longest gap in it that is bridged."""
@@ -251,13 +171,10 @@ LINE_EXCESS = 7.0
 SIDE_SHARE = 0.1
 """Share of the width, on either side, that may hold a ruler, ticks or a scale of grey levels."""
 
-TICK_FLOOR, TICK_NOISE = 44.0, 10.0
-"""As for strokes, for marks in there that are small in both directions."""
-
 BAR_ROWS, BAR_STEP = 25, 8
 """Least height in pixels of a scale of grey levels, and least step in grey levels at its sides."""
 
-SUSPECTS_BADGE_SIDE = 24
+BADGE_SIDE = 24
 """Pixels from the upper left corner within which some scanners put a badge."""
 
 _REACHES = ((1, 2, 3), (2, 4, 5))
@@ -283,8 +200,8 @@ def suspect_mask(
 ) -> NDArray[np.bool_]:
     """Mark whatever may be text, a caliper, a dotted line, a ruler, a scale of grey levels, a badge or colour.
 
-    Much more generous than `overlays.find_overlays`, whose marks it includes: a wrong mark costs a small patch of
-    texture (`cleaning.without_overlays`), a missed one is learnt.
+    Much more generous than `find_overlays`, whose marks it includes: a wrong mark costs a small patch of
+    texture (`busigen.data.inpainting.without_overlays`), a missed one is learnt.
 
     By eye, on 40 random images of BUSI and BUS-BRA: 33 had overlays (5 of them only the maker's badge), and 28 had none
     left after painting over. In 5 something remained: part of a large letter, dark symbols beside a lesion (in 2), a
@@ -293,17 +210,17 @@ def suspect_mask(
     Args:
         pixels: Native grey levels, ``uint8 (H, W)``.
         coloured: Pixels that are not grey in the file, ``bool (H, W)``, if any.
-        found: The mask that `overlays.find_overlays` gave for these pixels, where it is at hand.
+        found: The mask that `find_overlays` gave for these pixels, where it is at hand.
 
     Returns:
         ``bool (H, W)``, the suspected pixels and 2 pixels around them.
     """
     structure = _measure(pixels)
     found = find_overlays(pixels).mask if found is None else found
-    crosses = _suspects_crosses(pixels, np.maximum(CROSS_FLOOR, CROSS_NOISE * structure.usual_fine))
-    dark = _suspects_crosses(255 - pixels, np.maximum(DARK_FLOOR, DARK_NOISE * structure.usual_fine))
-    strokes = _suspects_strokes(structure, STROKE_FLOOR, STROKE_NOISE)
-    strokes |= _suspects_strokes(structure, LABEL_FLOOR, LABEL_NOISE) & grow(crosses, _LABEL)
+    crosses = _faint_crosses(pixels, np.maximum(CROSS_FLOOR, CROSS_NOISE * structure.usual_fine))
+    dark = _faint_crosses(255 - pixels, np.maximum(DARK_FLOOR, DARK_NOISE * structure.usual_fine))
+    strokes = _strokes(structure, STROKE_FLOOR, STROKE_NOISE)
+    strokes |= _strokes(structure, LABEL_FLOOR, LABEL_NOISE) & grow(crosses, _LABEL)
     large = _large_strokes(pixels)
     strong = strokes & (structure.upright >= 60)
     bright = structure.fine >= np.maximum(30.0, 2.5 * structure.usual_fine)
@@ -321,9 +238,7 @@ def suspect_mask(
 
 
 def _measure(pixels: NDArray[np.uint8]) -> _Structure:
-    side = STROKE_WIDTH // 2
-    beside = highest(lowest(pixels, side, side, axis=1), side, side, axis=1)
-    upright = pixels - np.minimum(beside, pixels)
+    upright = _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
     around = lowest(lowest(pixels, 4, 4, axis=0), 4, 4, axis=1)
     around = highest(highest(around, 4, 4, axis=0), 4, 4, axis=1)
     fine = pixels - np.minimum(around, pixels)
@@ -341,26 +256,24 @@ def _usual(values: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.repeat(np.repeat(smooth, step, axis=0), step, axis=1)[:height, :width]
 
 
-def _suspects_strokes(structure: _Structure, floor: float, noise: float) -> NDArray[np.bool_]:
-    crisp = structure.upright >= np.maximum(floor, noise * structure.usual_upright)
-    return _long(crisp, STROKE_HEIGHT)
+def _strokes(structure: _Structure, floor: float, noise: float) -> NDArray[np.bool_]:
+    return _upright_runs(structure.upright >= np.maximum(floor, noise * structure.usual_upright), STROKE_HEIGHT)
 
 
 def _large_strokes(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    contrast = _top_hat(pixels, LARGE_WIDTH // 2, axis=1)
-    return _long(contrast >= max(LARGE_FLOOR, LARGE_NOISE * float(contrast.mean())), LARGE_HEIGHT)
+    return _upright_runs(
+        _stands_out(_top_hat(pixels, LARGE_WIDTH // 2, axis=1), LARGE_FLOOR, LARGE_NOISE), LARGE_HEIGHT
+    )
 
 
 def _outlines(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Dark upright lines of a pixel or two, as bright marks have around them on bright ground."""
-    contrast = _top_hat(255 - pixels, 1, axis=1)
-    return _long(contrast >= max(OUTLINE_FLOOR, OUTLINE_NOISE * float(contrast.mean())), 3)
+    return _upright_runs(_stands_out(_top_hat(255 - pixels, 1, axis=1), OUTLINE_FLOOR, OUTLINE_NOISE), 3)
 
 
 def _dashes(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Flat bright lines with crisp ends, such as cursors; bright lines in tissue fade out."""
-    contrast = _top_hat(pixels, 2, axis=0)
-    labels, _ = ndimage.label(contrast >= max(DASH_FLOOR, DASH_NOISE * float(contrast.mean())))
+    labels, _ = ndimage.label(_stands_out(_top_hat(pixels, 2, axis=0), DASH_FLOOR, DASH_NOISE))
     marked = np.zeros(pixels.shape, dtype=np.bool_)
     for rows, columns in ndimage.find_objects(labels):
         width, height = columns.stop - columns.start, rows.stop - rows.start
@@ -373,14 +286,19 @@ def _dashes(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return marked
 
 
-def _long(crisp: NDArray[np.bool_], rows: int) -> NDArray[np.bool_]:
+def _stands_out(contrast: NDArray[np.uint8], floor: float, noise: float) -> NDArray[np.bool_]:
+    """Where contrast reaches a floor, and a multiple of its mean over the image."""
+    return contrast >= max(floor, noise * float(contrast.mean()))
+
+
+def _upright_runs(crisp: NDArray[np.bool_], rows: int) -> NDArray[np.bool_]:
     """The upright runs of at least so many rows."""
     # The second window looks the other way, or an even height would shift the strokes by a pixel.
     runs = lowest(crisp.view(np.uint8), 0, rows - 1, axis=0)
     return highest(runs, rows - 1, 0, axis=0).view(np.bool_)
 
 
-def _suspects_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _faint_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Centres of upright and oblique crosses, small and large, ``bool (H, W)``.
 
     Each arm must stand out from both of its own sides, not from the four quadrants at once: a caliper lies on the
@@ -392,24 +310,18 @@ def _suspects_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> 
     found = np.zeros(pixels.shape, dtype=np.bool_)
     sum_floor = np.ceil(3 * floor).astype(np.int16)
     for arms in (((1, 0, 0, 3), (0, 1, 3, 0)), ((1, 1, -2, 2), (1, -1, 2, 2))):
-        ridges = [
-            (down, right, _shifted(bright, 0, 0) - np.maximum(_shifted(dark, y, x), _shifted(dark, -y, -x)))
-            for down, right, y, x in arms
-        ]
+        ridges = []
+        for down, right, y, x in arms:
+            beside = np.maximum(_shifted(dark, _MARGIN, y, x), _shifted(dark, _MARGIN, -y, -x))
+            ridges.append((down, right, _shifted(bright, _MARGIN, 0, 0) - beside))
         for reaches in _REACHES:
             weakest = np.full(pixels.shape, 3 * 255, dtype=np.int16)
             for down, right, ridge in ridges:
                 for way in (1, -1):
-                    parts = [_shifted(ridge, way * down * reach, way * right * reach) for reach in reaches]
+                    parts = [_shifted(ridge, _MARGIN, way * down * reach, way * right * reach) for reach in reaches]
                     np.minimum(weakest, parts[0] + parts[1] + parts[2], out=weakest)
             found |= weakest >= sum_floor
     return found
-
-
-def _shifted(padded: NDArray[np.int16], down: int, right: int) -> NDArray[np.int16]:
-    """The array without `_MARGIN` pixels on each side, moved."""
-    height, width = (side - 2 * _MARGIN for side in padded.shape)
-    return padded[_MARGIN + down : _MARGIN + down + height, _MARGIN + right : _MARGIN + right + width]
 
 
 def _dotted(pixels: NDArray[np.uint8], structure: _Structure) -> NDArray[np.bool_]:
@@ -500,8 +412,7 @@ def _side_marks(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     for side in (slice(None, strip), slice(-strip, None)):
         part = np.ascontiguousarray(pixels[:, side])
         compact = np.minimum(*(_top_hat(part, 6, axis) for axis in (0, 1)))
-        marked[:, side] = compact >= max(TICK_FLOOR, TICK_NOISE * float(compact.mean()))
-        marked[:, side] |= _bars(part)
+        marked[:, side] = _stands_out(compact, TICK_FLOOR, TICK_NOISE) | _bars(part)
     return marked
 
 
@@ -534,9 +445,9 @@ def _bars(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 def _badge(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """The maker's badge in the upper left corner: strokes as bright as can be, framed in black."""
     marked = np.zeros(pixels.shape, dtype=np.bool_)
-    corner = pixels[:SUSPECTS_BADGE_SIDE, :SUSPECTS_BADGE_SIDE]
+    corner = pixels[:BADGE_SIDE, :BADGE_SIDE]
     black = grow(corner < 12, 2)
     strokes = (corner > 180) & black
     if np.count_nonzero(strokes) >= 6:
-        marked[:SUSPECTS_BADGE_SIDE, :SUSPECTS_BADGE_SIDE] = grow(strokes, 2)
+        marked[:BADGE_SIDE, :BADGE_SIDE] = grow(strokes, 2)
     return marked

@@ -109,7 +109,7 @@ class Prepared:
     Attributes:
         folder: The folder.
         info: The content of ``prepared.json``.
-        table: One row per image, with the columns of `schema.COLUMNS`.
+        table: One row per image, with the columns of `COLUMNS`.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], table: pl.DataFrame) -> None:

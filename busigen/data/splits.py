@@ -1,4 +1,4 @@
-"""Finding copies of an image that were mirrored, turned a little or cropped, as augmented downloads hold them."""
+"""Images that belong together (copies, near-duplicates, one patient), and splits that keep them together."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def copy_pairs(
     """Yield (rows, columns) of images that are copies of one another, some at a time, perhaps several times.
 
     Args:
-        thumbnails: ``float32 (N, 64, 64)`` from `groups.thumbnail`.
+        thumbnails: ``float32 (N, 64, 64)`` from `thumbnail`.
         aspects: ``(N,)``, width over height of the images.
     """
     for rows, columns in _pairs(thumbnails, aspects, thumbnails):
@@ -137,7 +137,7 @@ NEAR_DUPLICATE = 0.90
 """Correlation of two thumbnails above which the images belong together.
 
 One threshold serves every source. Measured with single link: on BUSI's 623 images the groups are exactly those of the
-published list (`copies.COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two patients are linked (at 0.85,
+published list (`COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two patients are linked (at 0.85,
 nine pairs already chain 15 images together); across the two sources the highest correlation is 0.8999, so none is
 linked.
 """

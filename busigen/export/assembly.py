@@ -100,7 +100,7 @@ class Assembly:
             for name in TIMES
         }
         turns = self.constant("solver/turns", np.array(len(steps), dtype=np.int64))
-        names, varying = self._alike(step, wiring)
+        names, varying = self._invariant(step, wiring)
         outside, self.nodes = self.nodes, []
         turn, go_on, x = "solver/turn", "solver/go_on", "solver/x"
         now = {name: self.add("Gather", [table, turn], f"solver/{name}_now") for name, table in tables.items()}
@@ -142,7 +142,7 @@ class Assembly:
         Weights, and all that is alike in every step, are there once. Times are constants, so that an engine that folds
         constants, as all do, is left without the embedding of time.
         """
-        names, varying = self._alike(step, wiring)
+        names, varying = self._invariant(step, wiring)
         x = start
         for number, constants in enumerate(steps):
             here = f"solver/{number}/"
@@ -159,20 +159,20 @@ class Assembly:
         wiring = {**now, "x": x, "velocity": velocity}
         return self.paste(update, f"{prefix}update/", wiring, "update/")[update.graph.output[0].name]
 
-    def _alike(self, step: ModelProto, wiring: Mapping[str, str]) -> tuple[dict[str, str], list[NodeProto]]:
+    def _invariant(self, step: ModelProto, wiring: Mapping[str, str]) -> tuple[dict[str, str], list[NodeProto]]:
         """Paste what depends on neither sample nor time, such as the keys and values of the context's tokens.
 
         Returns:
             What its names are called here, and the nodes that are left to every step.
         """
-        moving, varying, alike = {"x", "t"}, [], []
-        for node in _unspread(step):
+        moving, varying, invariant = {"x", "t"}, [], []
+        for node in _without_expansion(step):
             if moving.intersection(node.input):
                 moving.update(node.output)
                 varying.append(node)
             else:
-                alike.append(node)
-        names = self.paste(step, "every/", {**wiring, "x": "", "t": ""}, "", alike)
+                invariant.append(node)
+        names = self.paste(step, "every/", {**wiring, "x": "", "t": ""}, "", invariant)
         return names, varying
 
     def build(self, output: str, like: ValueInfoProto, final_name: str, name: str) -> ModelProto:
@@ -241,7 +241,7 @@ def with_solver(
     return assembly.build(x, (after or step).graph.output[0], output, name)
 
 
-def _unspread(step: ModelProto) -> list[NodeProto]:
+def _without_expansion(step: ModelProto) -> list[NodeProto]:
     """An evaluation's nodes, without those that repeat for the whole batch what depends on time and class alone.
 
     It is added to features, and an addition repeats it itself. Repeated before, the embedding of time is computed for
@@ -251,16 +251,16 @@ def _unspread(step: ModelProto) -> list[NodeProto]:
     instead: dict[str, str] = {}
     nodes = []
     for node in step.graph.node:
-        kept = NodeProto()
-        kept.CopyFrom(node)
-        kept.input[:] = [instead.get(name, name) for name in node.input]
-        read = {name for name in kept.input if name}
-        if node.op_type == "Expand" and kept.input[0] in timed:
-            instead[node.output[0]] = kept.input[0]
+        copied = NodeProto()
+        copied.CopyFrom(node)
+        copied.input[:] = [instead.get(name, name) for name in node.input]
+        read = {name for name in copied.input if name}
+        if node.op_type == "Expand" and copied.input[0] in timed:
+            instead[node.output[0]] = copied.input[0]
             continue
         if read <= timed | constant:
             (timed if read & timed else constant).update(node.output)
-        nodes.append(kept)
+        nodes.append(copied)
     return nodes
 
 

@@ -12,8 +12,7 @@ from onnx import ModelProto
 
 from busigen.export import trace
 from busigen.export.assembly import with_solver, with_weights
-from busigen.export.deterministic_sums import make_sums_deterministic
-from busigen.export.precision import TYPES, emulated, lowered
+from busigen.export.graph_rewrites import TYPES, emulated, lowered, make_sums_deterministic
 from busigen.registry import (
     BUCKETS,
     CLASSES,
@@ -58,8 +57,8 @@ class Component:
         """Lay out the graphs.
 
         Args:
-            precision: ``fp32``, or a name in :data:`busigen.export.precision.TYPES`.
-            rounded: compute in fp32 what the precision would round (:func:`busigen.export.precision.emulated`).
+            precision: ``fp32``, or a name in :data:`busigen.export.graph_rewrites.TYPES`.
+            rounded: compute in fp32 what the precision would round (:func:`busigen.export.graph_rewrites.emulated`).
         """
         found = {}
         for name, part in self.parts.items():

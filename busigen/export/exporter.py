@@ -1,4 +1,4 @@
-"""How a checkpoint is exported."""
+"""A checkpoint to a bundle: what may be asked for, what a checkpoint must hold, and the export itself."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
-import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.export.bundle_writer import write_graphs
 from busigen.export.components import COMPONENTS, Component, components
+from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
-from busigen.export.precision import TYPES
-from busigen.export.precision_search import Choice, ModelBackend, choose, escalate
+from busigen.export.precision_search import Choice, ModelBackend, check_opset, choose, escalate, runs
 from busigen.export.report import fused, model_card
 from busigen.files import sha256_of
 from busigen.foreign import open_file
@@ -46,7 +42,7 @@ from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, ope
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder
-from busigen.training import trainer as state
+from busigen.training import trainer
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED, load_networks, read_record
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.networks.inference import Networks
@@ -175,73 +171,14 @@ def check_finite(networks: Networks) -> None:
     Raises:
         InputError: names component and weight.
     """
-    for component, module in _modules(networks):
-        state.check_finite(component, module)
+    assert networks.context is not None
+    modules = {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
+    for component, module in modules.items():
+        trainer.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):
         value = getattr(networks, name)
         if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):
             raise InputError(f"the checkpoint's {name} is {value.tolist()}.", fix=_TRAIN)
-
-
-def _modules(networks: Networks) -> Iterator[tuple[str, nn.Module]]:
-    yield "autoencoder", networks.autoencoder
-    assert networks.context is not None
-    yield "context", networks.context
-    yield from networks.denoisers.items()
-
-
-def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
-    """Why an ONNX Runtime provider cannot run a convolution and a product in a precision; empty if it can.
-
-    Args:
-        provider: ONNX Runtime's name of it.
-        precision: a name in ``registry.PRECISIONS``.
-        opset: ONNX's.
-    """
-    kind, number = TYPES.get(precision, (TensorProto.FLOAT, np.dtype(np.float32)))
-    opset = max(opset, 22) if precision == "bf16" else opset
-    nodes = [
-        helper.make_node("Cast", ["x"], ["low"], to=kind),
-        helper.make_node("Conv", ["low", "kernel"], ["seen"]),
-        helper.make_node("MatMul", ["seen", "matrix"], ["product"]),
-        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [
-            numpy_helper.from_array(np.ones((1, 1, 1, 1)).astype(number), "kernel"),
-            numpy_helper.from_array(np.ones((4, 4)).astype(number), "matrix"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    ort.set_default_logger_severity(4)
-    options = ort.SessionOptions()
-    # What cannot be loaded is said by the exception; ONNX Runtime would say it again on the terminal.
-    options.log_severity_level = 4
-    try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider], enable_fallback=False)
-        if provider not in session.get_providers():
-            return f"{provider} cannot be loaded here"
-        session.run(None, {"x": np.ones((1, 1, 4, 4), dtype=np.float32)})
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        return str(error).splitlines()[0][:200]
-    return ""
-
-
-def check_opset(opset: int) -> None:
-    """Refuse an opset that this ONNX Runtime does not know.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if problem := runs("CPUExecutionProvider", "fp32", opset):
-        raise UsageError(
-            f"ONNX Runtime {ort.__version__} cannot run opset {opset}: {problem}.",
-            fix=f"Choose one of: {', '.join(map(str, OPSETS))}; or install a newer onnxruntime.",
-        )
 
 
 log = logging.getLogger("busigen.export")
@@ -324,11 +261,11 @@ def _provers(precision: str) -> list[str]:
     return able
 
 
-def _unproved(asked: Sequence[str]) -> dict[str, str]:
+def _unproved(requested: Sequence[str]) -> dict[str, str]:
     """Engine targets that the bundle will not be compared on, each with the reason."""
     found = {}
     for name in ENGINE_TARGETS:
-        if name not in asked:
+        if name not in requested:
             found[name] = "it was not asked for with --target"
             continue
         try:
@@ -365,12 +302,17 @@ class _Exporter:
             )
             self.progress.start("tracing", len(COMPONENTS), unit="component")
             for component in components(self.networks, opset=self.options.opset, loop=self.options.loop):
-                self._lay_out(component)
+                self._export(component)
                 self.progress.advance(1)
             parity = self._prove(info)
         first = next(iter(parity.values()))
         return self._record(info) | {
-            "fused": {name: fused(self.folder / graph["file"]) for name, graph in self._runnable()},
+            # The CPU provider, which counts them, has no kernels for bf16.
+            "fused": {
+                name: fused(self.folder / graph["file"])
+                for name, graph in self.graphs.items()
+                if graph["precision"] != "bf16"
+            },
             "parity": {
                 "seed": PARITY_SEED,
                 "draws": self.options.draws,
@@ -381,9 +323,9 @@ class _Exporter:
             },
         }
 
-    def _lay_out(self, component: Component) -> None:
+    def _export(self, component: Component) -> None:
         started = time.monotonic()
-        self._take(choose(component, self.options.precision, self.reference.asked))
+        self._take(choose(component, self.options.precision, self.reference.calls))
         log.info(
             "%s: %d graph(s) in %s written in %.1f s",
             component.name,
@@ -432,7 +374,7 @@ class _Exporter:
             if not lowest:
                 raise refused(target, missed)
             worst = max(lowest, key=lambda choice: choice.tried[-1].error)
-            self._take(escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.asked))
+            self._take(escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.calls))
 
     def _targets(self, bundle: Bundle) -> Iterator[tuple[str, Backend]]:
         """What the bundle is proved on, by name, each opened when its turn comes."""
@@ -446,10 +388,6 @@ class _Exporter:
         for name in ENGINE_TARGETS:
             if name not in self.unproved:
                 yield name, open_backend(bundle, name, EngineOptions(batch_sizes=sizes))
-
-    def _runnable(self) -> list[tuple[str, dict[str, Any]]]:
-        """Graphs whose fused nodes the CPU provider can count."""
-        return [(name, graph) for name, graph in self.graphs.items() if graph["precision"] != "bf16"]
 
 
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:

@@ -7,7 +7,7 @@ read off the graphs, with the precision that the bundle stores.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from busigen.errors import InputError, IntegrityError, OutputError
 from busigen.export.bundle_writer import weights_of
-from busigen.export.precision import TYPES
+from busigen.export.graph_rewrites import TYPES
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, graphs_of, openable
 from busigen.training import checkpoint
@@ -158,10 +158,9 @@ def _prior(weights: Mapping[str, Tensor]) -> Weights:
 def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Path) -> None:
     model = build(component, PRESETS[preset])
     own = model.state_dict()
-    silent = _silent(component)
 
     def filling(name: str, value: Tensor) -> Tensor:
-        if name not in weights and silent(name):
+        if name not in weights and _omitted(component, name):
             return torch.zeros_like(value)
         if name not in weights and name.startswith("spectrum.") and name != SPREAD:
             return value
@@ -179,14 +178,12 @@ def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Pa
     checkpoint.save_component(model, folder)
 
 
-def _silent(component: str) -> Callable[[str], bool]:
-    """Tells the weights of a component that have no say in what it computes, and that export leaves out therefore.
+def _omitted(component: str, name: str) -> bool:
+    """Whether a weight has no say in what its component computes, and export leaves it out therefore.
 
     What the prior attends to is zero, and so is its value (:func:`busigen.export.trace.without_context`).
     """
-    if component != "prior":
-        return lambda name: False
-    return lambda name: ".norm2." in name or ".attn2." in name
+    return component == "prior" and (".norm2." in name or ".attn2." in name)
 
 
 def _weights(bundle: Bundle, graph: str) -> Weights:

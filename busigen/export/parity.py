@@ -84,12 +84,12 @@ class CallRecorder(Backend):
 
     def __init__(self, backend: Backend) -> None:
         self.name, self.version, self.backend = backend.name, backend.version, backend
-        self.asked: dict[str, list[RecordedCall]] = {}
+        self.calls: dict[str, list[RecordedCall]] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`."""
         output = self.backend.run(graph, inputs)
-        kept = self.asked.setdefault(graph, [])
+        kept = self.calls.setdefault(graph, [])
         room = ROWS - sum(len(found.output) for found in kept)
         if room > 0:
             kept.append(
@@ -190,11 +190,8 @@ def boundary_distance(mask: Mask, other: Mask) -> float:
     edges = [found & ~ndimage.binary_erosion(found) for found in (mask, other)]
     if not (edges[0].any() and edges[1].any()):
         return 0.0 if edges[0].any() == edges[1].any() else float("inf")
-    there, back = (
-        ndimage.distance_transform_edt(~edges[1])[edges[0]],
-        ndimage.distance_transform_edt(~edges[0])[edges[1]],
-    )
-    return float(np.percentile(np.concatenate((there, back)), 95))
+    both = [ndimage.distance_transform_edt(~there)[here] for here, there in (edges, edges[::-1])]
+    return float(np.percentile(np.concatenate(both), 95))
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -279,7 +276,7 @@ class Reference:
         self.draws, self.progress = draws, progress or Progress()
         recorder = CallRecorder(TorchBackend(networks))
         self.witnesses = {label: self._witness(bundle, recorder, label) for label in LESION_CLASSES}
-        self.asked = recorder.asked
+        self.calls = recorder.calls
 
     def compare(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """Draw the same samples with a backend and measure how far they are apart.

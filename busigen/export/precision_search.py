@@ -1,6 +1,7 @@
-"""Quantised graphs: the context encoder's matrix products in int8, with Q/DQ nodes, calibrated on the draws' images.
+"""The lowest precision in which a component reproduces the checkpoint, int8 among them.
 
-Only those, because only there int8 may pay: the denoisers and the autoencoder are convolutions, which ONNX Runtime's
+In int8 are the context encoder's matrix products, with Q/DQ nodes, calibrated on the draws' images. Only those, because
+only there int8 may pay: the denoisers and the autoencoder are convolutions, which ONNX Runtime's
 CPU provider computes in its own layout in fp32 and as plain ones in int8. ``docs/export.md`` has the figures.
 """
 
@@ -20,13 +21,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+from busigen.errors import UsageError
 from busigen.export.components import Component, Graphs
+from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import RecordedCall, pixels_off, refused, relative_error
-from busigen.export.precision import TYPES
-from busigen.registry import PRECISIONS
+from busigen.registry import OPSETS, PRECISIONS
 from busigen.runtime.backends.base import Backend, usable_cores
 
 QUANTISED = ("context",)
@@ -46,10 +48,10 @@ def _unwarned() -> Iterator[None]:
 
 
 class _Calls(CalibrationDataReader):
-    """What a graph was asked, for calibration."""
+    """The recorded calls of a graph, for calibration."""
 
-    def __init__(self, asked: Sequence[RecordedCall]) -> None:
-        self._calls: Iterator[dict[str, NDArray[Any]]] = iter([call.inputs for call in asked])
+    def __init__(self, calls: Sequence[RecordedCall]) -> None:
+        self._calls: Iterator[dict[str, NDArray[Any]]] = iter([call.inputs for call in calls])
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         """The next call's inputs."""
@@ -57,13 +59,13 @@ class _Calls(CalibrationDataReader):
 
 
 def quantised(
-    graphs: Mapping[str, ModelProto], asked: Mapping[str, Sequence[RecordedCall]], operators: Sequence[str] = OPERATORS
+    graphs: Mapping[str, ModelProto], calls: Mapping[str, Sequence[RecordedCall]], operators: Sequence[str] = OPERATORS
 ) -> dict[str, ModelProto]:
     """Graphs with operators of some kinds in int8: weights per channel, activations by the range they were seen in.
 
     Args:
         graphs: fp32.
-        asked: calibration inputs per graph; none of them may be empty.
+        calls: calibration inputs per graph; none of them may be empty.
         operators: kinds of nodes that are quantised.
     """
     found = {}
@@ -74,7 +76,7 @@ def quantised(
             quantize_static(
                 str(source),
                 str(target),
-                _Calls(asked[name]),
+                _Calls(calls[name]),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(operators),
                 per_channel=True,
@@ -84,6 +86,60 @@ def quantised(
             found[name] = onnx.load(str(target))
         del found[name].graph.value_info[:]
     return found
+
+
+def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
+    """Why an ONNX Runtime provider cannot run a convolution and a product in a precision; empty if it can.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+        precision: a name in ``registry.PRECISIONS``.
+        opset: ONNX's.
+    """
+    kind, number = TYPES.get(precision, (TensorProto.FLOAT, np.dtype(np.float32)))
+    opset = max(opset, 22) if precision == "bf16" else opset
+    nodes = [
+        helper.make_node("Cast", ["x"], ["low"], to=kind),
+        helper.make_node("Conv", ["low", "kernel"], ["seen"]),
+        helper.make_node("MatMul", ["seen", "matrix"], ["product"]),
+        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
+        [
+            numpy_helper.from_array(np.ones((1, 1, 1, 1)).astype(number), "kernel"),
+            numpy_helper.from_array(np.ones((4, 4)).astype(number), "matrix"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    ort.set_default_logger_severity(4)
+    options = ort.SessionOptions()
+    # What cannot be loaded is said by the exception; ONNX Runtime would say it again on the terminal.
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider], enable_fallback=False)
+        if provider not in session.get_providers():
+            return f"{provider} cannot be loaded here"
+        session.run(None, {"x": np.ones((1, 1, 4, 4), dtype=np.float32)})
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        return str(error).splitlines()[0][:200]
+    return ""
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an opset that this ONNX Runtime does not know.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if problem := runs("CPUExecutionProvider", "fp32", opset):
+        raise UsageError(
+            f"ONNX Runtime {ort.__version__} cannot run opset {opset}: {problem}.",
+            fix=f"Choose one of: {', '.join(map(str, OPSETS))}; or install a newer onnxruntime.",
+        )
 
 
 log = logging.getLogger("busigen.export")
@@ -155,21 +211,21 @@ class ModelBackend(Backend):
         return np.asarray(output, dtype=np.float32)
 
 
-def choose(component: Component, wanted: str, asked: Mapping[str, Sequence[RecordedCall]]) -> Choice:
+def choose(component: Component, target: str, calls: Mapping[str, Sequence[RecordedCall]]) -> Choice:
     """Lay a component out in the wanted precision, or in the next higher one that reproduces the checkpoint.
 
     Args:
         component: as traced.
-        wanted: a name in ``registry.PRECISIONS``.
-        asked: what each graph is asked and what PyTorch answers.
+        target: a name in ``registry.PRECISIONS``.
+        calls: recorded calls of each graph, with what PyTorch answers.
 
     Raises:
         ParityError: not even fp32 reproduces it.
     """
     tried: list[PrecisionAttempt] = []
-    precision = wanted if wanted != "int8" or component.name in QUANTISED else PRECISIONS[wanted].above
+    precision = target if target != "int8" or component.name in QUANTISED else PRECISIONS[target].above
     while precision:
-        graphs, error, reason = _attempt(component, precision, asked)
+        graphs, error, reason = _attempt(component, precision, calls)
         tried.append(PrecisionAttempt(precision, error, reason))
         if not reason:
             return Choice(component, precision, graphs, tried)
@@ -178,12 +234,12 @@ def choose(component: Component, wanted: str, asked: Mapping[str, Sequence[Recor
     raise refused(component.name, [f"{attempt.precision}: {attempt.refused}" for attempt in tried])
 
 
-def escalate(choice: Choice, reason: str, asked: Mapping[str, Sequence[RecordedCall]]) -> Choice:
+def escalate(choice: Choice, reason: str, calls: Mapping[str, Sequence[RecordedCall]]) -> Choice:
     """A component's choice once more, above the precision that failed for ``reason`` over the whole trajectory."""
     last = choice.tried[-1]
     tried = [*choice.tried[:-1], PrecisionAttempt(last.precision, last.error, reason)]
     _fall_back(choice.component.name, tried)
-    again = choose(choice.component, PRECISIONS[choice.precision].above, asked)
+    again = choose(choice.component, PRECISIONS[choice.precision].above, calls)
     return Choice(again.component, again.precision, again.graphs, [*tried, *again.tried])
 
 
@@ -194,43 +250,43 @@ def _fall_back(component: str, tried: Sequence[PrecisionAttempt]) -> None:
 
 
 def _attempt(
-    component: Component, precision: str, asked: Mapping[str, Sequence[RecordedCall]]
+    component: Component, precision: str, calls: Mapping[str, Sequence[RecordedCall]]
 ) -> tuple[Graphs, float, str]:
     """The graphs, their error as a multiple of its limit, and why they cannot be taken."""
     whole = component.graphs("fp32" if precision == "int8" else precision)
-    graphs = quantised(whole, asked) if precision == "int8" else whole
+    graphs = quantised(whole, calls) if precision == "int8" else whole
     proved = component.graphs(precision, rounded=True) if precision in TYPES else graphs
     backend = ModelBackend(proved)
     try:
-        errors = {graph: _error(component.name, backend, graph, asked.get(graph, ())) for graph in proved}
+        errors = {graph: _error(component.name, backend, graph, calls.get(graph, ())) for graph in proved}
     except Exception as problem:  # ONNX Runtime's exceptions share no public base class
         return graphs, float("inf"), f"cannot be run: {str(problem).splitlines()[0][:200]}"
     worst = max(errors, key=lambda graph: errors[graph])
     error = errors[worst]
     if not error <= 1.0:
         found = f"has {error:.3g} times the error allowed" if np.isfinite(error) else "yields NaN or infinity"
-        found = found if asked.get(worst) else "was never asked in the draws: compare more of them"
+        found = found if calls.get(worst) else "was never asked in the draws: compare more of them"
         return graphs, error, f"{worst} {found}"
     if precision == "int8":
-        slower = _slower(backend, ModelBackend(whole), asked)
+        slower = _slower(backend, ModelBackend(whole), calls)
         if slower >= 1.0:
             return graphs, error, f"it does not pay: {slower:.2f} times the time of fp32"
     return graphs, error, ""
 
 
-def _error(component: str, backend: ModelBackend, graph: str, asked: Sequence[RecordedCall]) -> float:
+def _error(component: str, backend: ModelBackend, graph: str, calls: Sequence[RecordedCall]) -> float:
     measure, limit = (pixels_off, PIXEL_LIMIT) if component == "mask" else (relative_error, ERROR_LIMIT)
-    return max((measure(backend.run(graph, call.inputs), call.output) / limit for call in asked), default=float("inf"))
+    return max((measure(backend.run(graph, call.inputs), call.output) / limit for call in calls), default=float("inf"))
 
 
-def _slower(quick: ModelBackend, whole: ModelBackend, asked: Mapping[str, Sequence[RecordedCall]]) -> float:
+def _slower(quick: ModelBackend, whole: ModelBackend, calls: Mapping[str, Sequence[RecordedCall]]) -> float:
     """Time of one set of graphs as a multiple of the other's, taken in turns."""
-    calls = [(graph, call.inputs) for graph in QUANTISED for call in asked.get(graph, ())]
+    timed = [(graph, call.inputs) for graph in QUANTISED for call in calls.get(graph, ())]
     seconds: dict[str, list[float]] = {"quick": [], "whole": []}
     for turn in range(_TIMED_CALLS + 1):
         for name, backend in (("quick", quick), ("whole", whole)):
             started = time.perf_counter()
-            for graph, inputs in calls:
+            for graph, inputs in timed:
                 backend.run(graph, inputs)
             # The first turn opens sessions and takes memory.
             if turn:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a graph: how many nodes are left, and how many of them are fused kernels."""
+"""What an export found, as Markdown and JSON: parity, precision, fused nodes, and the model card."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def write_report(path: Path, info: Mapping[str, Any]) -> None:
 
 def report(info: Mapping[str, Any]) -> str:
     """All tables, as Markdown."""
-    asked = f"precision {info['precision']}, opset {info['opset']}, solver {info['loop']}"
-    return f"""# Export of preset {info["preset"]}: {asked}
+    options = f"precision {info['precision']}, opset {info['opset']}, solver {info['loop']}"
+    return f"""# Export of preset {info["preset"]}: {options}
 
 {parity_table(info["parity"])}
 

@@ -1,4 +1,4 @@
-"""Target shapes as constants: what PyTorch traces for any batch, said with the one size that is left open.
+"""Tracing a checkpoint's networks to ONNX, with the targets of reshapes as constants.
 
 A tracer that keeps the batch open computes every reshape's target from the shapes of what flows there: a third of a
 UNet's nodes. All of it depends on the batch alone, and a reshape with one open size needs no computation.
@@ -23,9 +23,9 @@ from onnxscript import ir, optimizer
 from torch import Tensor, nn
 
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
-from busigen.training.networks.build import place_condition, region_condition
+from busigen.training.networks.build import OutlineTransformer, place_condition, region_condition
 from busigen.training.networks.inference import Networks, Velocity, blend_input, window_condition
-from busigen.training.networks.outline import OutlineSpace, OutlineTransformer
+from busigen.training.networks.outline import OutlineSpace
 
 _BATCHES = (2, 3)
 """Two batches: sizes that differ between them grow with the batch."""

@@ -6,7 +6,7 @@
     adapters/<stage>-<class>/    peft layout, beside the merged weights
     merged/<stage>-<class>/      what is exported
     busigen.json                 recipe, split hash, latent statistics, figures, sha256 of every weight file;
-                                 ``base`` where the base comes from another checkpoint (busigen.training.checkpoint)
+                                 ``base`` where the base comes from another checkpoint
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class DataRecord(Record):
 
 
 class Origin(Record):
-    """The base that a checkpoint was trained on (:attr:`busigen.training.checkpoint.Base.identity`)."""
+    """The base that a checkpoint was trained on (:attr:`Base.identity`)."""
 
     split_hash: Text
     weights: Text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,23 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Generator, Tensor
+from torch import Tensor
 
-from busigen.data.geometry import Mask, Window, edit_region, patches_outside, ring_region, window_for
-from busigen.data.overlays import grow, shrink
+from busigen.data.geometry import (
+    Mask,
+    Window,
+    edit_region,
+    grow,
+    patches_outside,
+    ring_region,
+    shrink,
+    window_for,
+)
 from busigen.data.prepared import Prepared
-from busigen.registry import ATTRIBUTES, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.runtime.backends.bundle import LEAST_FRAME
 from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.networks.inference import Networks
-from busigen.training.networks.outline import OutlineSpace, birads_flags
 from busigen.training.trainer import load_state, save_state
 
 log = logging.getLogger("busigen.training")
@@ -38,6 +45,8 @@ FRAMES = 64
 
 WIDE = 15
 """Least side in pixels of suspected overlay that does not count in any loss."""
+
+assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Frame:
         """Vary gain and contrast as a sonographer's knobs would: +-8 % and a gamma between 0.85 and 1.18."""
         gamma, gain = np.exp(rng.uniform(-0.16, 0.16)), rng.uniform(0.92, 1.08)
         table = np.clip(255.0 * gain * (np.arange(256) / 255.0) ** gamma, 0, 255).astype(np.uint8)
-        return Frame(table[self.image], self.lesions, self.overlay, self.valid, self.label)
+        return replace(self, image=table[self.image])
 
     def filling(self, rng: np.random.Generator) -> Frame:
         """Without letterbox bars, at the same scale: what was a bar shows the image's mirror image.
@@ -269,7 +278,7 @@ def window_examples(
     jobs = list(_window_jobs(frames, variants, seed))
     for count, (row, frame, mask, edit, label, rng) in enumerate(jobs, start=1):
         window = _jittered(window_for(edit, buckets), rng)
-        arrays = _window_arrays(frame, mask, edit, label, window, networks.preset.patch)
+        arrays = window_tensors(frame, mask, edit, label, window, networks.preset.patch)
         pending[window.side].append({**arrays, "row": torch.tensor(row)})
         if len(pending[window.side]) == ENCODE_BATCH:
             done[window.side].append(_encode_windows(pending[window.side], networks, device))
@@ -313,16 +322,17 @@ def _jittered(window: Window, rng: np.random.Generator) -> Window:
     return Window(top, left, window.side)
 
 
-def _window_arrays(frame: Frame, mask: Mask, edit: Mask, label: str, window: Window, patch: int) -> dict[str, Tensor]:
+def window_tensors(frame: Frame, mask: Mask, edit: Mask, label: str, window: Window, patch: int) -> dict[str, Tensor]:
+    """A window and its whole image, as what they are encoded from: pixels in [-1, 1], masks bool."""
     cut = window.slices
     return {
         "pixels": to_tensor(frame.image[cut]),
         "greyed": torch.from_numpy(greyed(frame.image, edit)[cut])[None],
-        "mask": torch.from_numpy(mask[cut].astype(np.float32))[None],
-        "edit": torch.from_numpy(edit[cut].astype(np.float32))[None],
-        "ring": torch.from_numpy(ring_region(edit)[cut].astype(np.float32))[None],
+        "mask": torch.from_numpy(mask[cut])[None],
+        "edit": torch.from_numpy(edit[cut])[None],
+        "ring": torch.from_numpy(ring_region(edit)[cut])[None],
         # Bars and overlays are not to be learnt: neither is tissue.
-        "usable": torch.from_numpy((frame.valid & ~frame.overlay)[cut].astype(np.float32))[None],
+        "usable": torch.from_numpy((frame.valid & ~frame.overlay)[cut])[None],
         "image": to_tensor(frame.image),
         "keep": torch.from_numpy(patches_outside(edit, patch)),
         "label": torch.tensor(CLASSES.index(label)),
@@ -336,11 +346,11 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: 
     encoded = {
         "clean": networks.encoder(stacked["pixels"]).half(),
         "known": networks.encoder(stacked["greyed"]).half(),
-        "mask": mask_condition(stacked["mask"]).half(),
-        "edit": region_condition(stacked["edit"]).bool(),
-        "ring": region_condition(stacked["ring"]).bool(),
+        "mask": mask_condition(stacked["mask"].float()).half(),
+        "edit": region_condition(stacked["edit"].float()).bool(),
+        "ring": region_condition(stacked["ring"].float()).bool(),
         # A cell counts when all of its pixels do.
-        "weight": (1.0 - region_condition(1.0 - stacked["usable"])).bool(),
+        "weight": (1.0 - region_condition(1.0 - stacked["usable"].float())).bool(),
         "tokens": networks.tokens(stacked["image"], keep).half(),
         "keep": keep.bool(),
         "label": stacked["label"],
@@ -375,7 +385,7 @@ def background_examples(
             rng = np.random.default_rng((seed, row, variant, 2))
             frame = frames[position]
             image = frame.image if frame.label == "normal" else healed(row, variant)
-            frame = Frame(image, frame.lesions, frame.overlay, frame.valid, frame.label).filling(rng).with_gain(rng)
+            frame = replace(frame, image=image).filling(rng).with_gain(rng)
             frame = frame.flipped() if rng.random() < 0.5 else frame
             rows.append(row)
             images.append(to_tensor(frame.image))
@@ -398,93 +408,3 @@ def bucket_sizes(buckets: dict[int, WindowExamples], batch: int) -> dict[int, in
     """Batch size per bucket, so that a batch of large windows costs about what one of small ones does."""
     smallest = min(buckets)
     return {side: max(2, batch * smallest**2 // side**2) for side in buckets}
-
-
-assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"
-
-ASKING_SHARE, ATTRIBUTE_SHARE, BIRADS_SHARE = 0.5, 0.3, 0.5
-"""Share of draws in which anything is asked for, and then of each attribute; share of known BI-RADS that is shown."""
-
-COUNT = len(ATTRIBUTES)
-
-
-def lesions(frames: Frames, seed: int) -> list[Mask]:
-    """One lesion of each image that has any: what the outline space is fitted on."""
-    rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
-    return [random_lesion(frames[k], np.random.default_rng((seed, k))) for k in rows]
-
-
-@torch.no_grad()
-def outline_examples(
-    frames: Frames,
-    healed: Callable[[int, int], NDArray[np.uint8]],
-    space: OutlineSpace,
-    *,
-    networks: Networks,
-    variants: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """Encode stage 1's examples.
-
-    ``healed(row, variant)`` returns the image without lesion, with decoy edits (:mod:`busigen.training.healing`).
-    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
-
-    Returns:
-        ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
-        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; nothing at all where no row has a lesion.
-    """
-    parts: list[dict[str, Tensor]] = []
-    rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
-    jobs = [(position, variant) for position in rows for variant in range(variants)]
-    for start in range(0, len(jobs), ENCODE_BATCH):
-        part = jobs[start : start + ENCODE_BATCH]
-        chosen = [_varied(frames, position, variant, healed, seed) for position, variant in part]
-        images = torch.stack([to_tensor(frame.image) for frame in chosen]).to(device)
-        keep = torch.ones(len(chosen), networks.preset.tokens, device=device)
-        parts.append(
-            {
-                "clean": space.encode([frame.lesions > 0 for frame in chosen]).cpu(),
-                "birads": torch.from_numpy(birads_flags([frames.table["birads"][position] for position, _ in part])),
-                "tokens": networks.tokens(images, keep).half().cpu(),
-                "keep": keep.bool().cpu(),
-                "weight": torch.ones(len(chosen), 1),
-                "label": torch.tensor([CLASSES.index(frame.label) for frame in chosen]),
-                "row": torch.tensor([int(frames.table["row"][position]) for position, _ in part]),
-            }
-        )
-        progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
-    return joined(parts) if parts else {}
-
-
-def _varied(
-    frames: Frames, position: int, variant: int, healed: Callable[[int, int], NDArray[np.uint8]], seed: int
-) -> Frame:
-    """One healed image with one of its lesions, under another gain, flip and cut per variant."""
-    row = int(frames.table["row"][position])
-    rng = np.random.default_rng((seed, row, variant, 1))
-    frame = frames[position]
-    # One lesion is drawn before the geometry changes, so that the others do not become targets half way.
-    lesion = random_lesion(frame, rng).astype(np.uint8)
-    frame = Frame(healed(row, variant), lesion, frame.overlay, frame.valid, frame.label).with_gain(rng)
-    frame = frame.flipped() if rng.random() < 0.5 else frame
-    return frame.filling(rng) if rng.random() < 0.5 else frame
-
-
-def random_asking(code: Tensor, birads: Tensor, generator: Generator) -> Tensor:
-    """What a training step tells the network of the answer, as stage 1's condition.
-
-    Args:
-        code: ``(B, D)``, standardised.
-        birads: ``(B, 4)`` one-hot or all zero.
-        generator: draws which attributes are given.
-
-    Returns:
-        ``(B, ASKED_LENGTH)`` as :meth:`OutlineSpace.condition` gives it.
-    """
-    size = code.shape[0]
-    anything = torch.rand(size, 1, generator=generator) < ASKING_SHARE
-    flags = (anything & (torch.rand(size, COUNT, generator=generator) < ATTRIBUTE_SHARE)).to(code)
-    shown = (torch.rand(size, 1, generator=generator) < BIRADS_SHARE).to(code)
-    return torch.cat((code[:, :COUNT] * flags, flags, birads * shown), dim=1)

@@ -131,7 +131,7 @@ def fit_transfer(real: Iterable[Picture], generated: Sequence[Picture], seed: in
         return None
     for _ in range(CORRECTIONS):
         # As they will be used: what has no effect beyond its bound is not to sway the rest.
-        found = _measured(_through(_within(result), generated, seed))
+        found = _measured(_filtered(_clipped(result), generated, seed))
         missing, brought = (_spread(part) - _spread(plain) for part in (wanted, found))
         share = math.sqrt(max(missing, 1e-9) / max(brought, 1e-9))
         share = min(max(share, 1.0 / MOST_MENDED), MOST_MENDED)
@@ -139,7 +139,7 @@ def fit_transfer(real: Iterable[Picture], generated: Sequence[Picture], seed: in
     return Transfer(*(bounded(part, LARGEST_GAIN, "transfer") for part in (result.mean, result.factor)))
 
 
-def _within(transfer: Transfer) -> Transfer:
+def _clipped(transfer: Transfer) -> Transfer:
     return Transfer(*(np.clip(part, -LARGEST_GAIN, LARGEST_GAIN) for part in (transfer.mean, transfer.factor)))
 
 
@@ -152,7 +152,7 @@ def _spread(measured: Floats) -> float:
     return float(measured.var(axis=0).sum())
 
 
-def _through(transfer: Transfer, generated: Iterable[Picture], seed: int) -> Iterable[Picture]:
+def _filtered(transfer: Transfer, generated: Iterable[Picture], seed: int) -> Iterable[Picture]:
     rng = np.random.default_rng(seed)
     for image, usable in generated:
         frame = around(usable, 0)

@@ -300,12 +300,12 @@ class Discriminant(nn.Module):
         self.covariance.lerp_(centred.T @ centred / len(real), 1.0 - MEMORY)
 
 
-def believed(zones: Tensor) -> Tensor:
+def large_enough(zones: Tensor) -> Tensor:
     """Which zones ``(B, Z, H, W)`` are large enough to measure, ``(B, Z)`` bool."""
     return zones.mean(dim=(2, 3)) >= LEAST_SHARE
 
 
-BANDS, PROFILE_WIDTH = 8, 2
+BANDS, BAND_WIDTH = 8, 2
 """Bands along the outline, half of them inside, and pixels from one side of a band to the other."""
 
 SECTORS = 8
@@ -317,7 +317,7 @@ FEWEST = 24
 LEAST_PIXELS = 6.0
 """Pixels from which a patch's mean is believed."""
 
-PROFILE_FLOOR = 1e-3
+STEP_FLOOR = 1e-3
 """Added before a logarithm of squares of steps in brightness, in units of [-1, 1]: less is speckle's doing."""
 
 FEATURES = BANDS + BANDS - 1
@@ -347,7 +347,7 @@ def _places(lesion: Tensor, usable: Tensor) -> Tensor:
     distance = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
     # The outline lies half a pixel from the centres of the pixels to either side of it.
     distance -= 0.5 * np.sign(distance)
-    band = np.floor(distance / PROFILE_WIDTH).astype(np.int64) + BANDS // 2
+    band = np.floor(distance / BAND_WIDTH).astype(np.int64) + BANDS // 2
     row, column = ndimage.center_of_mass(inside)
     y, x = np.arange(inside.shape[0]) - row, np.arange(inside.shape[1]) - column
     angle = np.arctan2(y[:, None], x[None]) / (2.0 * np.pi) + 0.5
@@ -375,7 +375,7 @@ def profile(image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         bands = (means * seen).sum(dim=2) / seen.sum(dim=2).clamp(min=1.0)
         both = seen[:, 1:] * seen[:, :-1]
         squares = ((means[:, 1:] - means[:, :-1]).square() * both).sum(dim=2) / both.sum(dim=2).clamp(min=1.0)
-        found = torch.cat((bands - bands.mean(dim=1, keepdim=True), 0.5 * torch.log(squares + PROFILE_FLOOR)), dim=1)
+        found = torch.cat((bands - bands.mean(dim=1, keepdim=True), 0.5 * torch.log(squares + STEP_FLOOR)), dim=1)
         enough = (seen.sum(dim=(1, 2)) >= FEWEST) & (both.sum(dim=2) > 0).all(dim=1)
         return found, enough
 

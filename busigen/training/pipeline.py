@@ -1,4 +1,4 @@
-"""Making a folder a training run's own, or saying by which options it differs from the run that it belongs to."""
+"""A recipe run in a folder of its own, task by task, so that a killed run goes on where it stopped."""
 
 from __future__ import annotations
 

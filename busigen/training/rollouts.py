@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from busigen.data.geometry import Mask, edit_region, feather, patches_outside, ring_region, window_for
+from busigen.data.geometry import Mask, edit_region, feather, window_for
 from busigen.noise_styles import styled
 from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.runtime.sampling.draft import to_grey
 from busigen.runtime.sampling.healthy_images import place_of, synthetic
-from busigen.training.examples import ENCODE_BATCH, Frame, Frames, Progress, greyed, joined, random_lesion, to_tensor
+from busigen.training.examples import ENCODE_BATCH, Frame, Frames, Progress, joined, random_lesion, window_tensors
 from busigen.training.networks.inference import Networks, blend_input, window_condition
 from busigen.training.trainer import mixed_precision
 
@@ -93,18 +93,10 @@ def _arrays(frame: Frame, mask: Mask, edit: Mask, patch: int) -> dict[str, Tenso
     distance = ndimage.distance_transform_edt(~mask) + ndimage.distance_transform_edt(mask)
     margin = edit & (distance <= BAND)
     return {
-        "pixels": to_tensor(frame.image[cut]),
-        "greyed": torch.from_numpy(greyed(frame.image, edit)[cut])[None],
-        "mask": torch.from_numpy(mask[cut])[None],
-        "edit": torch.from_numpy(edit[cut])[None],
-        "ring": torch.from_numpy(ring_region(edit)[cut])[None],
+        **window_tensors(frame, mask, edit, frame.label, window, patch),
         "zones": torch.from_numpy(np.stack([mask & ~margin, margin, edit & ~mask & ~margin])[(slice(None), *cut)]),
         "brightness": torch.from_numpy(brightness[cut])[None],
         "grains": torch.from_numpy(grains[cut])[None],
-        "usable": torch.from_numpy((frame.valid & ~frame.overlay)[cut])[None],
-        "image": to_tensor(frame.image),
-        "keep": torch.from_numpy(patches_outside(edit, patch)),
-        "label": torch.tensor(CLASSES.index(frame.label)),
     }
 
 

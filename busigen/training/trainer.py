@@ -1,4 +1,4 @@
-"""How a task's arithmetic is done on a device: half precision where it is faster, and the attention that suits it."""
+"""The trainer: precision and attention for a device, state files, and the loop that every task is driven by."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from skimage import measure
 
-from busigen.data.geometry import largest_component
-from busigen.data.outline import attributes, canonical_field, circularity, grid_positions, solidity
+from busigen.data.geometry import attributes, canonical_field, circularity, grid_positions, largest_component, solidity
 from busigen.registry import FIELD_EDGE, FIELD_LIMIT
 from tests.conftest import Sources
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from busigen.data.overlays import find_overlays, overlay_mask
+from busigen.data.overlays import find_overlays
 from tests.conftest import Sources
 from tests.harness.synthetic_datasets import draw_frame
 
@@ -49,7 +49,7 @@ def test_a_pair_of_calipers_is_found_and_covered(tilted: bool) -> None:
 
 def test_the_mask_alone_is_the_same_mask() -> None:
     pixels = _tissue()
-    mask = overlay_mask(pixels)
+    mask = find_overlays(pixels).mask
     assert mask.shape == pixels.shape
     assert mask.dtype == np.bool_
     np.testing.assert_array_equal(mask, find_overlays(pixels).mask)

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
-from busigen.export.exporter import Options, _appearing, batch_sizes, check_opset, export, runs
+from busigen.export.exporter import Options, _appearing, batch_sizes, export
+from busigen.export.precision_search import check_opset, runs
 from busigen.export.report import check_report
 from busigen.mtf import Transfer
 from busigen.registry import OPSETS, PRECISIONS

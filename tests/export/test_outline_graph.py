@@ -10,8 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from busigen.data.geometry import largest_component
-from busigen.data.outline import attributes
+from busigen.data.geometry import attributes, largest_component
 from busigen.export.bundle_writer import write_graphs
 from busigen.export.components import Component, outlines
 from busigen.export.trace import Tracer

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor, nn
 
-from busigen.export.precision import TYPES, emulated, lowered
+from busigen.export.graph_rewrites import TYPES, emulated, lowered
 from busigen.export.trace import traced
 from busigen.registry import OPSETS
 

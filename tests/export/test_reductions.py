@@ -15,7 +15,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from busigen.export import trace
-from busigen.export.deterministic_sums import make_sums_deterministic
+from busigen.export.graph_rewrites import make_sums_deterministic
 from busigen.registry import OPSETS, PRESETS
 from busigen.runtime.backends.base import EngineOptions
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle

@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 from busigen.export.assembly import with_solver
 from busigen.export.bundle_writer import weights_of
-from busigen.export.deterministic_sums import make_sums_deterministic
+from busigen.export.graph_rewrites import make_sums_deterministic
 from busigen.export.trace import Tracer
 from busigen.registry import CLASSES, LOOPS, OPSETS, PRESETS
 from busigen.solver import solver_steps

@@ -8,13 +8,12 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.geometry import largest_component
-from busigen.data.outline import attributes
+from busigen.data.geometry import attributes, largest_component
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES, LESION_CLASSES, PRESETS
-from busigen.training.examples import random_asking
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Velocity
 from busigen.training.networks.outline import OutlineSpace
+from busigen.training.tasks.outline import random_condition
 from tests.conftest import Sources
 
 TINY = PRESETS["tiny"]
@@ -158,7 +157,7 @@ def test_the_transformer_reads_time_class_context_and_what_is_asked() -> None:
 def test_training_tells_a_part_of_the_answer_and_nothing_wrong() -> None:
     generator = torch.Generator().manual_seed(0)
     code, birads = torch.randn(4000, 20), torch.nn.functional.one_hot(torch.arange(4000) % 4, 4).float()
-    asked = random_asking(code, birads, generator)
+    asked = random_condition(code, birads, generator)
     values, flags, shown = asked.split([COUNT, COUNT, 4], dim=1)
     assert torch.equal(values, code[:, :COUNT] * flags)
     # Nothing: half, and 0.7 to the fourth of the other half, is 0.62; five standard errors of 4000 draws are 0.04.

@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from busigen.data.geometry import Mask, largest_component
-from busigen.data.outline import circularity
+from busigen.data.geometry import Mask, circularity, largest_component
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES
 from busigen.training.networks import outline as outline_spread
 from busigen.training.networks.outline import OutlineSpace, OutlineSpread

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from busigen.training.losses import BANDS, FEATURES, PROFILE_WIDTH, patches, profile
+from busigen.training.losses import BAND_WIDTH, BANDS, FEATURES, patches, profile
 
 SIDE = 64
 
@@ -23,7 +23,7 @@ def measured(image: torch.Tensor, mask: torch.Tensor, usable: torch.Tensor | Non
 def test_the_greatest_step_lies_at_the_outline_or_as_far_from_it_as_the_image_has_it() -> None:
     mask = disc(20)
     for shift in (-2, -1, 0, 1, 2):
-        image = 0.5 - disc(20 + PROFILE_WIDTH * shift)
+        image = 0.5 - disc(20 + BAND_WIDTH * shift)
         found, seen = measured(image, mask)
         assert seen
         bands, steps = found[:BANDS], found[BANDS:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from busigen.training.losses import ENOUGH, Discriminant, Texture, believed
+from busigen.training.losses import ENOUGH, Discriminant, Texture, large_enough
 
 SIDE = 64
 
@@ -89,4 +89,4 @@ def test_a_zone_of_a_few_pixels_is_not_believed() -> None:
     zones = torch.zeros(1, 2, SIDE, SIDE)
     zones[:, 0, :4, :4] = 1.0
     zones[:, 1, :32] = 1.0
-    assert believed(zones).tolist() == [[False, True]]
+    assert large_enough(zones).tolist() == [[False, True]]

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from busigen.solver import solver_steps
-from busigen.training.networks.variance import FEWEST, Wavelets, amplitudes, haar, squares
+from busigen.training.networks.variance import FEWEST, Wavelets, amplitudes, haar, mean_square
 
 CELLS, CHANNELS = 16, 2
 NO_LESION = torch.zeros(1, 4, CELLS, CELLS)
@@ -103,7 +103,9 @@ def test_what_the_noise_sways_answers_by_is_no_spread(region: Tensor) -> None:
     steps.fit(CELLS, [(swayed[0], swayed[1], region)])
     plain.fit(CELLS, [(missed, missed, region)])
     # Each answer misses 0.49 more by itself, which is as much as the windows differ by.
-    assert squares([(swayed[0], swayed[1], region)]) == pytest.approx(squares([(missed, missed, region)]), rel=0.05)
+    assert mean_square([(swayed[0], swayed[1], region)]) == pytest.approx(
+        mean_square([(missed, missed, region)]), rel=0.05
+    )
     found, wanted = (part.get_buffer(f"spread_{CELLS}").square().sum(dim=-1).mean() for part in (steps, plain))
     assert found == pytest.approx(float(wanted), rel=0.05)
 
@@ -119,7 +121,7 @@ def test_what_few_steps_lose_is_made_up_for(region: Tensor) -> None:
 
     wanted = by_block(fields(400, 3), region[:1], 2)
     before = by_block(lossy(), region[:1], 2)
-    steps.make_up(CELLS, [(lossy(), lossy(), region)])
+    steps.compensate(CELLS, [(lossy(), lossy(), region)])
     assert (before < 0.9 * wanted).all()
     # As above: wavelets stand for neighbours' correlation only roughly.
     torch.testing.assert_close(by_block(lossy(), region[:1], 2), wanted, rtol=0.2, atol=0)

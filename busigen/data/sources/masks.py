@@ -150,8 +150,8 @@ def masks_beside(place: Place) -> tuple[MaskFiles, dict[Path, Match]]:
     stems = {name_key(path.stem) for path in place.images}
 
     def is_mask(path: Path) -> bool:
-        said = mask_stem(path)
-        return said is not None and (said[1] == "mask" or name_key(said[0]) in stems)
+        parts = mask_stem(path)
+        return parts is not None and (parts[1] == "mask" or name_key(parts[0]) in stems)
 
     images = [path for path in place.images if not is_mask(path)]
     found = MaskFiles()

@@ -8,10 +8,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from busigen.data.sources.csvfile import CONTRADICTION, by_file, read_rows
 from busigen.data.sources.files import SUFFIXES, Place, Tree, images_below, is_mask_folder, name_key
 from busigen.data.sources.masks import MaskFiles, masks_below
-from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, counted, named
+from busigen.data.sources.records import (
+    CONTRADICTION,
+    UNKNOWN_CLASS,
+    Layout,
+    Listing,
+    Record,
+    by_file,
+    counted,
+    named,
+    read_rows,
+)
 from busigen.registry import CLASSES
 from busigen.text import printable
 
@@ -80,7 +89,7 @@ def _read(halves: Halves, stem: Callable[[Path], str], listing: Listing) -> None
             files.add_masks(masks_below(listing.tree, folder), folder)
         stems.update(name_key(image.stem) for image in found)
         used |= _list(listing, images, found, files, labels)
-        _tell_of_masks(listing, files)
+        _note_unused_masks(listing, files)
     for several, what in ((False, "have no image"), (True, "name several images, and are used for none")):
         if rows := [row["file"] or "" for key, row in labels.items() if key not in used and (key in stems) is several]:
             listing.notes.append(counted(f"rows of {_TABLE} {what}", rows))
@@ -147,7 +156,7 @@ def _list(
     return rows
 
 
-def _tell_of_masks(listing: Listing, files: MaskFiles) -> None:
+def _note_unused_masks(listing: Listing, files: MaskFiles) -> None:
     """Say which masks no image has."""
     other = [path for path in files.unused if files.belongs(path)]
     listing.note(other, "masks passed over, whose image has another one or lies in another folder")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from busigen.data.sources import breast, busbra, busi, pairs
+from busigen.data.sources import pairs, published
 from busigen.data.sources.files import Place, Tree, is_mask_folder, name_key, natural_key
 from busigen.data.sources.masks import masks_beside
 from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, counted, named
@@ -25,12 +25,12 @@ from busigen.text import printable
 __all__ = ["LAYOUTS", "Layout", "Listing", "Record", "Refusal", "UnknownLayoutError", "read_images", "read_source"]
 
 LAYOUTS: tuple[Layout, ...] = (
-    busbra.LAYOUT,
+    published.BUSBRA,
     pairs.LAYOUT,
     pairs.UDIAT,
     pairs.NNUNET,
-    busi.LAYOUT,
-    breast.LAYOUT,
+    published.BUSI,
+    published.BREAST,
 )
 """Every layout. BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has, too; and pairs before BUSI, whose
 file names they may have."""
@@ -77,7 +77,7 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
     for one in sets:
         _refuse_namesakes(one)
     listing = sets[0] if len(sets) == 1 else _joined(tree, sets)
-    _tell(listing, sets)
+    _note_files_of_no_set(listing, sets)
     return listing
 
 
@@ -100,12 +100,12 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     tree = Tree(folder, skip)
     listing = Listing("images", folder, tree, unlabelled=True, loose=True)
     here = Path(os.path.realpath(folder))
-    said: dict[Path, list[Record]] = {}
+    listed: dict[Path, list[Record]] = {}
     for part in (*_sets_above(here), *_sets(tree, unlabelled=True, loose=True)):
         named_as_given = _as_is if part.tree is tree else partial(_moved, here, folder)
         for record in part.records:
             masks = tuple(map(named_as_given, record.masks))
-            said.setdefault(named_as_given(record.image), []).append(replace(record, masks=masks))
+            listed.setdefault(named_as_given(record.image), []).append(replace(record, masks=masks))
         listing.doubtful.update({named_as_given(path): problem for path, problem in part.doubtful.items()})
     own_words = _classes_named(here.name)
     strangers: list[Path] = []
@@ -121,7 +121,7 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
             if match.rivals:
                 listing.doubtful[image] = "Nobody can tell which of several masks is its own."
             name = "/".join((*inner, image.name))
-            listing.records.append(_whatever_is_said(image, name, words, said.get(image, ()), match.masks))
+            listing.records.append(_combined(image, name, words, listed.get(image, ()), match.masks))
     listing.records.sort(key=lambda record: natural_key(record.id))
     listing.refused.extend(tree.refused())
     listing.notes.extend(tree.notes())
@@ -164,14 +164,12 @@ def _sets_above(folder: Path) -> Iterator[Listing]:
             yield listing
 
 
-def _whatever_is_said(
-    image: Path, name: str, words: set[str], said: Iterable[Record], beside: Iterable[Path]
-) -> Record:
+def _combined(image: Path, name: str, words: set[str], listed: Iterable[Record], beside: Iterable[Path]) -> Record:
     """An image with the masks of all that lists it, and the worst class."""
-    classes = {record.image_class for record in said} | words | _classes_named(image.stem)
+    classes = {record.image_class for record in listed} | words | _classes_named(image.stem)
     lesion = next((name for name in LESION_CLASSES if name in classes), None)
     known = "normal" if "normal" in classes else UNKNOWN_CLASS
-    masks = (*beside, *(mask for record in said for mask in record.masks if mask.is_file()))
+    masks = (*beside, *(mask for record in listed for mask in record.masks if mask.is_file()))
     return Record(name, lesion or known, "images", image, tuple(dict.fromkeys(masks)))
 
 
@@ -229,7 +227,7 @@ def _joined(tree: Tree, sets: list[Listing]) -> Listing:
     return listing
 
 
-def _tell(listing: Listing, sets: list[Listing]) -> None:
+def _note_files_of_no_set(listing: Listing, sets: list[Listing]) -> None:
     """Add what no layout says: what was passed over below the folder that was given, and which masks were joined."""
     tree = listing.tree
     images = [path for place in tree.below() for path in place.images]

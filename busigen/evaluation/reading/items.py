@@ -66,8 +66,8 @@ class Frame:
 def frame(item: Item) -> Frame:
     """Read an item and fit it into the working frame.
 
-    Unlike ``data.samples.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or surplus masks
-    are what an audit looks for.
+    Unlike ``data.sources.samples.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or
+    surplus masks are what an audit looks for.
 
     Raises:
         InputError: a file is missing, damaged or mismatched, or the image is none.

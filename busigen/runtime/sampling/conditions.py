@@ -13,8 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.geometry import Mask
-from busigen.data.outline import attributes
+from busigen.data.geometry import Mask, attributes
 from busigen.errors import UsageError
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, TALLER_THAN_WIDE
 from busigen.runtime.sampling.noise import uniforms
@@ -60,7 +59,7 @@ class SampleConditions:
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
     def vector(self, values: Values, valid: Mask) -> NDArray[np.float32]:
-        """Stage 1's input: attributes as :mod:`busigen.data.outline` counts them, their flags, BI-RADS one-hot.
+        """Stage 1's input: attributes as :mod:`busigen.data.geometry` counts them, their flags, BI-RADS one-hot.
 
         Args:
             values: this sample's.

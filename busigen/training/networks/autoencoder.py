@@ -52,7 +52,7 @@ class SpeckleDecoder(nn.Module):
         # Channels are reduced before the interpolation, at a quarter of the cost of doing it after.
         self.ups = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 3, padding=1) for k in order[1:])
         self.speckles = nn.ModuleList(Speckle(channels[k]) for k in order)
-        self.outlines = nn.ModuleList(_without_masks(channels[k]) for k in order)
+        self.outlines = nn.ModuleList(_mask_input(channels[k]) for k in order)
         self.levels = nn.ModuleList(
             nn.Sequential(
                 *(ResBlock(channels[k], channels[k], norm_type="rms_norm", act_fn="silu") for _ in range(layers[k]))
@@ -87,7 +87,7 @@ class SpeckleDecoder(nn.Module):
         return self.conv_out(F.silu(features))
 
 
-def _without_masks(channels: int) -> nn.Conv2d:
+def _mask_input(channels: int) -> nn.Conv2d:
     """Reads a mask and makes nothing of it yet: a decoder is first trained without, and goes on from where it stood."""
     outline = nn.Conv2d(1, channels, 3, padding=1, bias=False)
     nn.init.zeros_(outline.weight)

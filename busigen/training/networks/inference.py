@@ -17,34 +17,29 @@ from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.networks.build import mask_condition, place_condition, region_condition
 
 
-class Encoder(nn.Module):
-    """Pixels to normalised latents: ``(B, 1, S, S)`` in [-1, 1] to ``(B, C, S/8, S/8)`` of zero mean, unit variance."""
+class _Half(nn.Module):
+    """Half of an autoencoder, with the mean and deviation of every latent channel."""
 
     latents_mean: Tensor
     latents_std: Tensor
 
-    def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.network = autoencoder.encoder
+        self.network = network
         self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
         self.register_buffer("latents_std", std.view(1, -1, 1, 1))
+
+
+class Encoder(_Half):
+    """Pixels to normalised latents: ``(B, 1, S, S)`` in [-1, 1] to ``(B, C, S/8, S/8)`` of zero mean, unit variance."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode."""
         return (self.network(pixels) - self.latents_mean) / self.latents_std
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
     """Normalised latents, white noise and a mask to pixels in [-1, 1]; the noise decides the speckle's grains."""
-
-    latents_mean: Tensor
-    latents_std: Tensor
-
-    def __init__(self, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.network = autoencoder.decoder
-        self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
-        self.register_buffer("latents_std", std.view(1, -1, 1, 1))
 
     def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
         """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise and the lesion's mask, ``(B, 1, S, S)``."""
@@ -125,8 +120,8 @@ class Networks:
 
     def __post_init__(self) -> None:
         """Wrap the halves of the autoencoder once."""
-        self.encoder = Encoder(self.autoencoder, self.latents_mean, self.latents_std).eval()
-        self.decoder = Decoder(self.autoencoder, self.latents_mean, self.latents_std).eval()
+        self.encoder = Encoder(self.autoencoder.encoder, self.latents_mean, self.latents_std).eval()
+        self.decoder = Decoder(self.autoencoder.decoder, self.latents_mean, self.latents_std).eval()
 
     @torch.no_grad()
     def tokens(self, image: Tensor, keep: Tensor) -> Tensor:

@@ -159,14 +159,14 @@ def cosines(size: int) -> Tensor:
     return basis.float()
 
 
-Missed = tuple[Tensor, Tensor, Tensor]
+Residuals = tuple[Tensor, Tensor, Tensor]
 """What two answers to pure noise miss of the same windows, ``(B, C, n, n)``, and the region to paint ``(B, 1, n, n)``.
 
 A network that is asked at pure noise should answer with the mean of all that may be painted; trained for any finite
 time, it is swayed by the noise. What two answers miss in common is the windows' own."""
 
-MOST_MADE_UP = 1.5
-"""Greatest factor by which :meth:`Wavelets.make_up` changes a deviation."""
+MOST_COMPENSATED = 1.5
+"""Greatest factor by which :meth:`Wavelets.compensate` changes a deviation."""
 
 LEAST_CELLS = 6
 """Cells of a lesion from which its power is believed."""
@@ -182,7 +182,7 @@ class Wavelets(nn.Module):
     more over blocks of four cells than cells that are independent would let it, and from cell to cell half as much.
     Steps with one spread for all paint lesions that are too much alike as a whole and too grainy within. Cosines know
     no place, and the region to paint is one; wavelets have both a place and a scale (Mallat 1989). Channels are turned
-    to axes on which they are uncorrelated, as in :class:`busigen.training.networks.variance.Spectrum`.
+    to axes on which they are uncorrelated, as in :class:`Spectrum`.
 
     Args:
         channels: of the latents.
@@ -242,7 +242,7 @@ class Wavelets(nn.Module):
         return noise * (logarithms.exp()[:, :, None, None] - 1.0) * mask.mean(dim=1, keepdim=True)
 
     @torch.no_grad()
-    def fit(self, size: int, parts: Sequence[Missed], factor: float = 1.0) -> None:
+    def fit(self, size: int, parts: Sequence[Residuals], factor: float = 1.0) -> None:
         """Measure what is left open of windows of one size.
 
         Args:
@@ -258,7 +258,7 @@ class Wavelets(nn.Module):
         spread.copy_(variance.clamp(min=LEAST**2).sqrt().view(spread.shape).float())
 
     @torch.no_grad()
-    def make_up(self, size: int, parts: Sequence[Missed]) -> None:
+    def compensate(self, size: int, parts: Sequence[Residuals]) -> None:
         """Change the spread by what a trained network's few steps make of it.
 
         Its first answer is swayed by the noise, which adds to what is drawn, and later ones take back a part of that.
@@ -273,10 +273,10 @@ class Wavelets(nn.Module):
         vectors = axes.double().cpu().flatten(0, 1)
         found = torch.einsum("pck,pcd,pdk->pk", vectors, _covariances(size, parts), vectors)
         found = found.clamp(min=LEAST**2).sqrt().view(spread.shape).to(spread)
-        spread.mul_((spread / found).clamp(1.0 / MOST_MADE_UP, MOST_MADE_UP))
+        spread.mul_((spread / found).clamp(1.0 / MOST_COMPENSATED, MOST_COMPENSATED))
 
 
-def _covariances(size: int, parts: Sequence[Missed]) -> Tensor:
+def _covariances(size: int, parts: Sequence[Residuals]) -> Tensor:
     """Covariance of the channels for each pair of scales, by row and by column, ``(S * S, C, C)``."""
     basis = haar(size)
     counts = _counts(size)
@@ -310,7 +310,7 @@ def amplitudes(latents: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * power.clamp(min=1e-6).log()
 
 
-def squares(parts: Sequence[Missed]) -> float:
+def mean_square(parts: Sequence[Residuals]) -> float:
     """Mean square in the region to paint of what both of two answers miss: what the noise sways them by is no part."""
     total = sum(float((first * second * region).sum()) for first, second, region in parts)
     cells = sum(float(region.sum()) * first.shape[1] for first, _, region in parts)

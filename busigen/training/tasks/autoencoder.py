@@ -1,4 +1,4 @@
-"""The tasks that train on pixels: the autoencoder, and its decoder alone."""
+"""The tasks that train the autoencoder: as a whole, its decoder alone, and the decoder against what stages draw."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 
 from busigen.data.geometry import GRAIN_SCALE
 from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SPECKLE_GAIN
-from busigen.training import losses as objectives
+from busigen.training import losses
 from busigen.training.examples import Frames, to_tensor
 from busigen.training.fitting import Picture, fit_transfer
-from busigen.training.losses import FEATURES, Discriminant, Texture, believed, patches, profile
+from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
 from busigen.training.networks.autoencoder import Critic
 from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
 from busigen.training.tasks import base as sheets
-from busigen.training.tasks.base import TaskContext, mean_loss
+from busigen.training.tasks.base import PixelTask, TaskContext, mean_loss, random_frames
 from busigen.training.trainer import load_state, save_state
 
 HOLE_SHARE = 0.3
@@ -33,22 +33,22 @@ LATENT_NOISE = 0.15
 """Noise on the latents in the autoencoder's training, as a share of each channel's deviation."""
 
 
-class AutoencoderTask:
+Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Two decodings of a batch, the pixels, where they count, and the latents that were decoded, without noise."""
+
+
+class AutoencoderTask(PixelTask):
     """Random crops through encoder and decoder; some crops carry a grey hole, as the windows of stage 2 do."""
 
     crop = 96
 
     def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        self.spec, self.device = spec, setting.device
-        self.autoencoder, self.module = module, module
-        self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
+        super().__init__(spec, setting)
+        self.autoencoder = self.module = module
 
     def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         pixels, weights = [], []
-        for position in rng.integers(0, len(frames), size):
-            frame = frames[int(position)]
-            frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
+        for frame, rng in random_frames(frames, size, generator):
             top, left = rng.integers(0, frame.image.shape[0] - self.crop + 1, 2)
             cut = (slice(top, top + self.crop), slice(left, left + self.crop))
             window = to_tensor(frame.image[cut])
@@ -65,8 +65,7 @@ class AutoencoderTask:
     def _noise(self, pixels: Tensor, generator: Generator) -> Tensor:
         return torch.randn(pixels.shape, generator=generator).to(pixels)
 
-    def _decoded(self, frames: Frames, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Two decodings of a batch, the pixels, where they count, and the latents that were decoded, without noise."""
+    def _decoded(self, frames: Frames, generator: Generator) -> Decoded:
         pixels, weight = self._batch(frames, self.spec.batch, generator)
         latents = self.autoencoder.encoder(pixels)
         spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
@@ -77,19 +76,7 @@ class AutoencoderTask:
         return first, second, pixels, weight, latents.float()
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
-        return objectives.reconstruction(*self._decoded(frames, generator), generator)
-
-    def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`."""
-        return self._loss(self.train, generator)
-
-    def validate(self) -> float:
-        """Mean loss of fixed held-out crops."""
-        return mean_loss(lambda g: self._loss(self.held_out, g))
-
-    def findings(self) -> dict[str, Any]:
-        """See :class:`busigen.training.trainer.Task`."""
-        return {}
+        return losses.reconstruction(*self._decoded(frames, generator), generator)
 
     def sheet(self) -> Image.Image:
         """Held-out crops above their reconstructions."""
@@ -112,18 +99,21 @@ class DecoderTask(AutoencoderTask):
         self.critic = Critic(module.config.latent_channels).to(setting.device)
         self.module = nn.ModuleDict({"autoencoder": module, "critic": self.critic})
 
-    def _score(self, decoded: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], generator: Generator) -> Tensor:
+    def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
+        """The sum of what the decoder and what the critic lose."""
+        first, _, pixels, weight, latents = decoded
+        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
+        return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
+
+    def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
         first, second, pixels, weight, latents = decoded
-        seams = objectives.lattice(first, pixels) + objectives.lattice(second, pixels)
-        score = objectives.reconstruction(first, second, pixels, weight, latents, generator)
-        return score + objectives.LATTICE_WEIGHT * seams
+        seams = losses.lattice(first, pixels) + losses.lattice(second, pixels)
+        score = losses.reconstruction(first, second, pixels, weight, latents, generator)
+        return score + losses.LATTICE_WEIGHT * seams
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what the critic lose."""
-        decoded = self._decoded(self.train, generator)
-        first, _, pixels, weight, latents = decoded
-        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
-        return self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
+        return self._contested(self._decoded(self.train, generator), generator)
 
     def validate(self) -> float:
         """Mean loss of fixed held-out crops, without the critic's part: its scores mean another thing every step."""
@@ -167,13 +157,15 @@ class FinishTask(DecoderTask):
                 "discriminants": self.discriminants,
             }
         )
-        self.windows = self._kept(
+        self.windows = self._cached(
             "drawn", lambda options: rollout_windows(self.train, variants=spec.variants, **options)
         )
         count = min(BACKGROUNDS, len(self.train))
-        self.backgrounds = self._kept("drawn-backgrounds", lambda options: rollout_backgrounds(count=count, **options))
+        self.backgrounds = self._cached(
+            "drawn-backgrounds", lambda options: rollout_backgrounds(count=count, **options)
+        )
 
-    def _kept(self, name: str, draw: Callable[[dict[str, Any]], Generated]) -> Generated:
+    def _cached(self, name: str, draw: Callable[[dict[str, Any]], Generated]) -> Generated:
         """What the stages draw, from the run's cache or for it."""
         path = self.setting.cache / f"{name}-{self.spec.variants}.safetensors"
         if not path.exists():
@@ -190,21 +182,19 @@ class FinishTask(DecoderTask):
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what its opponents lose."""
         decoded = self._decoded(self.train, generator)
-        first, _, pixels, weight, latents = decoded
-        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
-        total = self._score(decoded, generator) + objectives.CRITIC_WEIGHT * ours + critics
-        total = total + self._texture_loss(("image",), first, pixels, weight)
+        first, _, pixels, weight, _ = decoded
+        total = self._contested(decoded, generator) + self._texture_loss(("image",), first, pixels, weight)
         return total + self._windows_loss(generator) + self._backgrounds_loss(generator)
 
     def _texture_loss(self, names: tuple[str, ...], generated: Tensor, real: Tensor, zones: Tensor) -> Tensor:
         """What is lost to the discriminants of some zones ``(B, Z, H, W)``, each of which has its own."""
-        usable = believed(zones)
+        usable = large_enough(zones)
         ours, theirs = self.texture(generated, zones), self.texture(real, zones)
         total = generated.new_zeros(())
         for number, name in enumerate(names):
             rows = usable[:, number]
             total = total + self.discriminants[name](ours[rows, number], theirs[rows, number])
-        return objectives.TEXTURE_WEIGHT * total
+        return losses.TEXTURE_WEIGHT * total
 
     def _decode(self, latents: Tensor, mask: Tensor | None, gain: float, generator: Generator) -> Tensor:
         """Normalised latents, and a mask if they show a lesion, to pixels as in use."""
@@ -225,15 +215,15 @@ class FinishTask(DecoderTask):
         pasted = pasted_into(real, decoded.clamp(-1.0, 1.0), batch["brightness"], batch["grains"])
         described = torch.cat((mask_condition(mask), region_condition(batch["edit"])), dim=1)
         ours, critics = self._judged(pasted * usable, real * usable, mask, described)
-        seams = objectives.LATTICE_WEIGHT * objectives.lattice(decoded, real)
+        seams = losses.LATTICE_WEIGHT * losses.lattice(decoded, real)
         textures = self._texture_loss(ZONES, pasted, real, batch["zones"] * usable)
         margins = self._margin_loss(pasted, real, patches(mask, usable))
-        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures + margins
+        return losses.CRITIC_WEIGHT * ours + critics + seams + textures + margins
 
     def _margin_loss(self, generated: Tensor, real: Tensor, places: Tensor) -> Tensor:
         """What is lost to the discriminant of how brightness goes across outlines."""
         (ours, seen), (theirs, _) = profile(generated, places), profile(real, places)
-        return objectives.TEXTURE_WEIGHT * self.discriminants["profile"](ours[seen], theirs[seen])
+        return losses.TEXTURE_WEIGHT * self.discriminants["profile"](ours[seen], theirs[seen])
 
     def _judged(self, generated: Tensor, real: Tensor, mask: Tensor, described: Tensor) -> tuple[Tensor, Tensor]:
         """What the decoder and its judge lose over crops ``(B, 1, S, S)`` with a mask of the same shape."""
@@ -261,9 +251,9 @@ class FinishTask(DecoderTask):
         )
         pixels = generated.clamp(-1.0, 1.0)
         ours, critics = self._judged(pixels * weight, theirs * weight, torch.zeros_like(weight), described)
-        seams = objectives.LATTICE_WEIGHT * objectives.lattice(generated, theirs)
+        seams = losses.LATTICE_WEIGHT * losses.lattice(generated, theirs)
         textures = self._texture_loss(("background",), pixels, theirs, weight)
-        return objectives.CRITIC_WEIGHT * ours + critics + seams + textures
+        return losses.CRITIC_WEIGHT * ours + critics + seams + textures
 
     def _place(self, depth: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A crop of a real image at a depth of 0 (its top) to 1, and where it shows healthy tissue."""

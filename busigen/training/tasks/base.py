@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
-from busigen.training.examples import Frames, Progress, select
+from busigen.training.examples import Frame, Frames, Progress, select
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import Drawer
@@ -63,6 +64,40 @@ def nothing_to_train_on(spec: TaskSpec) -> InputError:
     """The error of a task without an image."""
     what = f"{spec.label} image" if spec.label else "image"
     return InputError(f"task {spec.name} finds no {what} to train on.", fix="Prepare more images of that class.")
+
+
+class PixelTask:
+    """A task that learns from batches of images' pixels, of training and of held-out images."""
+
+    module: nn.Module
+
+    def __init__(self, spec: TaskSpec, setting: TaskContext) -> None:
+        self.spec, self.device = spec, setting.device
+        self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
+
+    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
+        """Loss of one batch; supplied by the subclass."""
+        raise NotImplementedError
+
+    def loss(self, generator: Generator) -> Tensor:
+        """See :class:`busigen.training.trainer.Task`."""
+        return self._loss(self.train, generator)
+
+    def validate(self) -> float:
+        """Mean loss of fixed held-out batches."""
+        return mean_loss(lambda g: self._loss(self.held_out, g))
+
+    def findings(self) -> dict[str, Any]:
+        """See :class:`busigen.training.trainer.Task`."""
+        return {}
+
+
+def random_frames(frames: Frames, size: int, generator: Generator) -> Iterator[tuple[Frame, np.random.Generator]]:
+    """Random frames, flipped at random and with random gain, each with what further draws of its batch come from."""
+    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    for position in rng.integers(0, len(frames), size):
+        frame = frames[int(position)]
+        yield (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng), rng
 
 
 @torch.no_grad()

@@ -1,39 +1,30 @@
-"""What the trainings of all denoisers have in common."""
+"""What the trainings of all denoisers have in common, and the windows of stages 2 and 3."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from busigen.data.geometry import Mask, largest_component
-from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
-from busigen.runtime.sampling import quality_gates
+from busigen.registry import CLASSES, LATENT_FACTOR, SOLVER_STEPS
 from busigen.solver import solver_steps
-from busigen.training import losses as objectives
+from busigen.training import losses
 from busigen.training.examples import (
     Frames,
     WindowExamples,
     bucket_sizes,
-    lesions,
     load_examples,
-    outline_examples,
-    random_asking,
     save_examples,
     select,
-    to_tensor,
     window_examples,
 )
 from busigen.training.fitting import fit_lesion_styles
 from busigen.training.networks.inference import Velocity, blend_input, integrate
-from busigen.training.networks.variance import Missed, amplitudes, squares
+from busigen.training.networks.variance import Residuals, amplitudes, mean_square
 from busigen.training.recipe import TaskSpec
-from busigen.training.rollouts import background_images
 from busigen.training.tasks import base as sheets
 from busigen.training.tasks.base import TaskContext, mean_loss, nothing_to_train_on
 from busigen.training.trainer import mixed_precision
@@ -103,9 +94,9 @@ class DenoiserTask:
     ) -> Tensor:
         batch = change(self._draw(examples, generator))
         condition = self._condition(batch, generator)
-        x, t, target = objectives.noisy(batch["clean"], generator, self.times)
+        x, t, target = losses.noisy(batch["clean"], generator, self.times)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
-        return objectives.velocity(output.float(), target, batch["weight"])
+        return losses.velocity(output.float(), target, batch["weight"])
 
     def loss(self, generator: Generator) -> Tensor:
         """See :class:`busigen.training.trainer.Task`."""
@@ -172,16 +163,16 @@ class WindowTask(DenoiserTask):
     def findings(self) -> dict[str, Any]:
         """How much more is missed of held-out windows; by what is left open of all, the solver's steps are set."""
         spectrum = self.module.spectrum
-        missed = {side: list(self._missed(part)) for side, part in self.train.items()}
-        held_out = [part for found in self.held_out.values() for part in self._missed(found)]
+        residuals = {side: list(self._residuals(part)) for side, part in self.train.items()}
+        held_out = [part for found in self.held_out.values() for part in self._residuals(found)]
         # Training windows tell how what is left open is shaped, and held-out ones how much it is.
-        gap = squares(held_out) / max(squares([part for found in missed.values() for part in found]), 1e-9)
-        for side, parts in missed.items():
+        gap = mean_square(held_out) / max(mean_square([part for found in residuals.values() for part in found]), 1e-9)
+        for side, parts in residuals.items():
             spectrum.fit(side // LATENT_FACTOR, parts, max(1.0, gap))
         # Drawn at held-out places of any class: at those it has learnt, a network holds back more than it will in use.
         places = self._places()
         for side, part in places.items():
-            spectrum.make_up(side // LATENT_FACTOR, list(self._missed(part, generated=True)))
+            spectrum.compensate(side // LATENT_FACTOR, list(self._residuals(part, generated=True)))
         if self.spec.component == "lesion" and places:
             # Stage 3 goes on with what is on both sides of its ring.
             real = [amplitudes(b["clean"], b["mask"]) for part in self.train.values() for b in self._batches(part)]
@@ -211,7 +202,7 @@ class WindowTask(DenoiserTask):
         for index in torch.randperm(len(part), generator=generator)[:MEASURED].split(MEASURED_BATCH):
             yield part.batch(index, self.device)
 
-    def _missed(self, part: WindowExamples, *, generated: bool = False) -> Iterator[Missed]:
+    def _residuals(self, part: WindowExamples, *, generated: bool = False) -> Iterator[Residuals]:
         """What two answers to pure noise miss of windows, or of those that the solver draws in their places."""
         generator = Generator().manual_seed(self.setting.seed)
         for batch in self._batches(part):
@@ -219,13 +210,13 @@ class WindowTask(DenoiserTask):
             target = self._generated(batch) if generated else batch["clean"]
             condition = self._condition(batch, generator)
             seen = (batch["label"], batch["tokens"], batch["keep"])
-            missed = []
+            residuals = []
             for _ in range(2):
                 x = torch.randn(target.shape, generator=generator).to(self.device)
                 with mixed_precision(self.device):
                     answer = x - self.velocity(x, torch.ones(len(x), device=self.device), *seen, *condition)
-                missed.append(((target - answer) * usable).float().cpu())
-            yield missed[0], missed[1], (condition[-1] * usable).cpu()
+                residuals.append(((target - answer) * usable).float().cpu())
+            yield residuals[0], residuals[1], (condition[-1] * usable).cpu()
 
     def _generated(self, batch: dict[str, Tensor]) -> Tensor:
         """What the solver draws in the place of examples."""
@@ -245,112 +236,4 @@ class WindowTask(DenoiserTask):
         grids = nn.functional.interpolate(grids, scale_factor=LATENT_FACTOR // 2, mode="bilinear")
         masks = [grid[0].cpu().numpy() >= 0.5 for grid in grids]
         rows.append([sheets.outlined(p, m) for p, m in zip(rows[1], masks, strict=True)])
-        return sheets.grid(rows)
-
-
-MASK_TASK_MEASURED, FORMS, BATCH = 768, 256, 32
-"""Outlines whose attributes are measured, half of them in healed images and half in backgrounds that the prior draws;
-of these, those whose form is; how many are drawn at a time."""
-
-
-class MaskTask(DenoiserTask):
-    """Stage 1: the outline's code from the healed image's tokens and, now and then, a part of the answer."""
-
-    examples = "outlines"
-
-    def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        # Adapters keep the base's basis, or their codes would mean something else to the frozen weights.
-        if spec.label is None:
-            module.space.fit(lesions(setting.frames("train", spec), setting.seed))
-        self.space = module.space
-        super().__init__(spec, setting, module)
-        # An adapter's outlines differ from each other by as much as its class's do.
-        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
-
-    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
-        assert self.setting.healed is not None
-        tensors = outline_examples(frames, self.setting.healed, self.space, **options)
-        return {BUCKETS[0]: WindowExamples(tensors)} if tensors else {}
-
-    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
-        return (random_asking(batch["clean"], batch["birads"], generator),)
-
-    def findings(self) -> dict[str, Any]:
-        """Carries a class's drawn outlines over to how its lesions are distributed."""
-        spread = self.module.spectrum
-        spread.forget()
-        if self.spec.label is None:
-            return {}
-        images, valid = self._contexts()
-        codes = self._sampled_codes(images).to(self.device)
-        # Its distribution is that of all lesions of the class, of which an adapter's sources may hold few, and where
-        # they are: training mirrors and crops images, and what it was shown lies elsewhere.
-        frames = self._rows(self.spec.label)
-        real = lesions(frames, self.setting.seed)
-        spread.fit_attributes(codes, self.space.encode(real))
-        spread.fit_form(codes[:FORMS], lambda calibrated: self._accepted(calibrated, valid[:FORMS]), real)
-        return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
-
-    def _rows(self, label: str | None) -> Frames:
-        """Training images of a class, or of all."""
-        rows = select(self.setting.prepared, "train", limit=self.setting.max_images, label=label)
-        return Frames(self.setting.prepared, rows)
-
-    def _contexts(self) -> tuple[list[NDArray[np.uint8]], list[Mask]]:
-        """Healthy images as stage 1 will see them, of both kinds and in no order, and which pixels are image."""
-        assert self.setting.healed is not None
-        frames = self._rows(None)
-        # Any lesion's image: where its own class is, an adapter has learnt by heart.
-        places = np.flatnonzero((frames.table["class"] != "normal").to_numpy())
-        rng = np.random.default_rng(self.setting.seed)
-        chosen = [int(k) for k in rng.permutation(places)[: MASK_TASK_MEASURED // 2]]
-        found = [(self.setting.healed(int(frames.table["row"][k]), 0), frames[k].valid) for k in chosen]
-        if self.setting.drawer is not None:
-            found += background_images(
-                self.setting.drawer,
-                len(found),
-                seed=self.setting.seed,
-                device=self.device,
-                progress=self.setting.report("backgrounds: drawing"),
-            )
-        mixed = [found[int(k)] for k in rng.permutation(len(found))]
-        return [image for image, _ in mixed], [valid for _, valid in mixed]
-
-    def _sampled_codes(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """What the solver draws of the task's class in images where nothing is asked for."""
-        generator = Generator().manual_seed(self.setting.seed + 1)
-        table = solver_steps("mask", SOLVER_STEPS["mask"])
-        parts = []
-        for start in range(0, len(images), BATCH):
-            seen = torch.stack([to_tensor(image) for image in images[start : start + BATCH]]).to(self.device)
-            keep = torch.ones(len(seen), self.setting.networks.preset.tokens, device=self.device)
-            noise = torch.randn(len(seen), self.module.length, generator=generator).to(self.device)
-            label = torch.full((len(seen),), CLASSES.index(str(self.spec.label)), device=self.device)
-            asked = torch.zeros(len(seen), ASKED_LENGTH, device=self.device)
-            tokens = self.setting.networks.tokens(seen, keep).float()
-            parts.append(integrate(self.velocity, noise, label, tokens, keep, table, asked).cpu())
-        return torch.cat(parts)
-
-    def _accepted(self, codes: Tensor, valid: Sequence[Mask]) -> list[Mask]:
-        """The lesions that codes stand for in images with these pixels, but for those that gates refuse."""
-        nothing = torch.zeros(len(codes), ASKED_LENGTH, device=self.device)
-        distances = torch.cat(
-            [self.space.distance(*part) for part in zip(codes.split(BATCH), nothing.split(BATCH), strict=True)]
-        )
-        accepted = []
-        for distance, inside in zip(distances, valid, strict=True):
-            raw = distance[0].cpu().numpy() > 0
-            mask = largest_component(raw & inside)
-            if quality_gates.mask_reason(raw, mask, inside) is None:
-                accepted.append(mask)
-        return accepted
-
-    def sheet(self) -> Image.Image:
-        """Real and sampled outlines on their signed distances."""
-        batch, samples = self._sampled(10)
-        nothing = torch.zeros(len(samples), ASKED_LENGTH, device=self.device)
-        rows = []
-        for code in (batch["clean"], samples):
-            pictures = self.space.distance(code, nothing) / 32.0
-            rows.append([sheets.outlined(sheets.to_picture(p), p[0].cpu().numpy() > 0) for p in pictures])
         return sheets.grid(rows)

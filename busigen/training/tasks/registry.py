@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from busigen.registry import BUCKETS, CLASSES, SOLVER_STEPS
 from busigen.solver import solver_steps
-from busigen.training import losses as objectives
+from busigen.training import losses
 from busigen.training.examples import Frames, WindowExamples, background_examples, to_tensor
 from busigen.training.fitting import fit_styles
 from busigen.training.networks.build import MaskedAutoencoder, place_condition
@@ -20,27 +20,23 @@ from busigen.training.networks.inference import integrate
 from busigen.training.recipe import TaskSpec
 from busigen.training.tasks import base as sheets
 from busigen.training.tasks.autoencoder import AutoencoderTask, DecoderTask, FinishTask
-from busigen.training.tasks.base import TaskContext, mean_loss
-from busigen.training.tasks.denoiser import DenoiserTask, MaskTask, WindowTask
+from busigen.training.tasks.base import PixelTask, TaskContext, random_frames
+from busigen.training.tasks.denoiser import DenoiserTask, WindowTask
+from busigen.training.tasks.outline import MaskTask
 from busigen.training.trainer import Task
 
 
-class ContextTask:
+class ContextTask(PixelTask):
     """Masked-autoencoder pre-training of the context encoder on all images."""
 
     def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        self.spec, self.device = spec, setting.device
-        self.network = MaskedAutoencoder(module).to(setting.device)
-        self.module: nn.Module = self.network
-        self.train, self.held_out = setting.frames("train", spec), setting.frames("val", spec)
+        super().__init__(spec, setting)
+        self.module = self.network = MaskedAutoencoder(module).to(setting.device)
 
     def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         side = 256 // self.network.patch
         images, keeps = [], []
-        for position in rng.integers(0, len(frames), size):
-            frame = frames[int(position)]
-            frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
+        for frame, rng in random_frames(frames, size, generator):
             keep = np.ones((side, side), dtype=np.float32)
             # Blocks, because that is how edit regions drop patches; scattered ones on top make the task hard enough.
             for _ in range(2):
@@ -53,19 +49,7 @@ class ContextTask:
 
     def _loss(self, frames: Frames, generator: Generator) -> Tensor:
         images, keep = self._batch(frames, self.spec.batch, generator)
-        return objectives.masked_patches(self.network(images, keep).float(), images, keep, self.network.patch)
-
-    def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`."""
-        return self._loss(self.train, generator)
-
-    def validate(self) -> float:
-        """Mean squared error on dropped patches of held-out images."""
-        return mean_loss(lambda g: self._loss(self.held_out, g))
-
-    def findings(self) -> dict[str, Any]:
-        """See :class:`busigen.training.trainer.Task`."""
-        return {}
+        return losses.masked_patches(self.network(images, keep).float(), images, keep, self.network.patch)
 
     def sheet(self) -> Image.Image:
         """Images, what is kept of them, and what is predicted."""

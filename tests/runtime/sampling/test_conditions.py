@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from busigen.data.outline import attributes
+from busigen.data.geometry import attributes
 from busigen.errors import UsageError
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS
 from busigen.runtime.sampling.conditions import BOUNDS, SampleConditions, hardly_known, measured, parse_conditions
