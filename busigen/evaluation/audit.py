@@ -268,7 +268,7 @@ def _run(section: Section, context: AuditContext, key: str) -> Outcome:
     error = ""
     result = SectionResult(section.name)
     try:
-        result = section.load()(context)
+        result = section.run(context)
     except ModuleNotFoundError as missing:
         error = f"It needs {missing.name}, which is not installed. Run {install_command('eval')}."
     except BusigenError as problem:

@@ -18,7 +18,7 @@ from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.data.sources.records import Refusal
 from busigen.errors import InputError
-from busigen.evaluation.reading import sets as archives
+from busigen.evaluation.reading import archives
 from busigen.evaluation.reading.sets import background_mode, read_set
 from busigen.runtime.dataset.format import DATASET_FILE
 from busigen.runtime.execution.factory import generate

@@ -8,7 +8,6 @@ Inception's features are compared in the same way where its weights are at hand 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -86,7 +85,6 @@ def run(context: AuditContext) -> SectionResult:
     Raises:
         OutputError: The report's folder cannot be written.
     """
-    start = time.monotonic()
     result = SectionResult("fidelity")
     scopes = _scopes(context, result)
     if scopes:
@@ -96,7 +94,6 @@ def run(context: AuditContext) -> SectionResult:
         _compare(context, radiomic, scopes, result)
         _explain_bias(radiomic.real[scopes[0].real], len(scopes[0].synthetic), len(scopes[0].real), context, result)
         _inception(context, weights, scopes[0], result)
-    result.seconds = time.monotonic() - start
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from busigen.data.splits import NEAR_DUPLICATE
 from busigen.evaluation.context import ImageSet
 from busigen.evaluation.reading.inputs import correlations, thumbnails
 from busigen.evaluation.statistics.grouped import Side
+from busigen.records import read_json
 from busigen.registry import SYNTHETIC
 
 
@@ -45,118 +47,8 @@ class Measure:
     headline: bool = False
 
 
-MEASURES = (
-    Measure(
-        "colour", "file.colour", "Images with coloured marks", "{value} of the images hold colour (real: {floor})."
-    ),
-    Measure(
-        "aspect",
-        "file.aspect",
-        "Width / height of the image: distance from real",
-        "Width / height of the images is distributed unlike that of real ones (distance {value}, floor {floor}): they "
-        "are cropped otherwise, or squashed. Physics and shape tell which.",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "levels",
-        "grey.levels",
-        "Distinct grey levels: distance from real",
-        "The number of distinct grey levels differs from real images (distance {value}, floor {floor}): posterised, "
-        "rescaled, or of another dynamic range.",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "range",
-        "grey.range",
-        "Grey range (1st to 99th percentile): distance from real",
-        "The range of grey levels differs from real images (distance {value}, floor {floor}).",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "clipped",
-        "grey.clipped",
-        "Share of pixels at 255: distance from real",
-        "The share of saturated pixels differs from real images (distance {value}, floor {floor}).",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "empty",
-        "mask.empty",
-        "Images that should show a lesion, with an empty mask",
-        "{value} of the images not labelled normal have an empty mask (real: {floor}).",
-        absolute=True,
-    ),
-    Measure(
-        "contradiction",
-        "mask.contradiction",
-        "Images labelled normal, with a lesion in the mask",
-        "{value} of the images labelled normal have a lesion in their mask (real: {floor}).",
-        absolute=True,
-    ),
-    Measure("tiny", "mask.tiny", "Tiny masks", "{value} of the masks are tiny (real: {floor})."),
-    Measure("huge", "mask.huge", "Huge masks", "{value} of the masks cover most of the image (real: {floor})."),
-    Measure(
-        "parts", "mask.parts", "Masks of several parts", "{value} of the masks have several parts (real: {floor})."
-    ),
-    Measure("holes", "mask.holes", "Masks with holes", "{value} of the masks have holes (real: {floor})."),
-    Measure(
-        "border", "mask.border", "Masks that touch the border", "{value} of the masks touch the border (real: {floor})."
-    ),
-    Measure(
-        "displacement",
-        "mask.displacement",
-        "Mean distance from a mask to where it fits the image's edges best",
-        "Masks lie {value} from where they would fit the image's edges best (real: {floor}): they are shifted, turned "
-        "over, or the lesion has no edge where its mask ends.",
-        unit="px",
-        headline=True,
-    ),
-    Measure(
-        "contrast",
-        "mask.contrast",
-        "Edge under the outline, against the places around it",
-        "The image's edges under the masks' outlines stand out less than in real images ({value}, real: {floor}).",
-        side="less",
-        unit="SD",
-        headline=True,
-    ),
-    Measure(
-        "text", "overlay.text", "Images with text", "{value} of the images show text, more than real ones ({floor})."
-    ),
-    Measure(
-        "calipers",
-        "overlay.calipers",
-        "Images with calipers",
-        "{value} of the images show caliper marks, more than real ones ({floor}).",
-        headline=True,
-    ),
-    Measure(
-        "exact",
-        "duplicate.exact",
-        "Images that repeat another, pixel by pixel",
-        "{value} of the images repeat another one exactly (real: {floor}).",
-        repeats=True,
-    ),
-    Measure(
-        "near",
-        "duplicate.near",
-        "Images nearly equal to another",
-        "{value} of the images nearly equal another one (real: {floor}): the set is less varied than its size says.",
-        repeats=True,
-        headline=True,
-    ),
-    Measure(
-        "mask",
-        "duplicate.mask",
-        "Masks that repeat another, pixel by pixel",
-        "{value} of the masks repeat another one exactly (real: {floor}).",
-        repeats=True,
-    ),
-)
+MEASURES = tuple(Measure(**row) for row in read_json(Path(__file__).with_name("measures.json")))
+"""In the order of the report."""
 
 REACH = 16
 """Farthest displacement in pixels, down and across, at which the outline is tried."""

@@ -1,4 +1,4 @@
-"""The physics section's plots: worst distributions, depth profile, power spectrum."""
+"""Ultrasound physics: features of both sets compared, per class; the worst distributions and two curves as plots."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plot(context: AuditContext, tables: dict[str, pl.DataFrame], evidence: list[
 
     Args:
         context: The audit.
-        tables: ``real`` and ``synthetic``, from `radiomics.features`.
+        tables: ``real`` and ``synthetic``, from `features.features`.
         evidence: The worst first.
 
     Returns:
@@ -207,7 +207,7 @@ _STATISTICS = {"ks": ("Kolmogorov-Smirnov", ""), "wasserstein": ("Wasserstein", 
 
 
 def run(context: AuditContext) -> SectionResult:
-    """Compare every feature of `feature_table.NAMES` between both sets, per class and with the classes together.
+    """Compare every feature of `features.NAMES` between both sets, per class and with the classes together.
 
     A figure is flagged where its p-value, adjusted for all of the section's tests, is below ``ALPHA`` and its value
     lies above the floor's upper end.

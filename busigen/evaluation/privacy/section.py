@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -271,7 +270,6 @@ def run(context: AuditContext) -> SectionResult:
     Raises:
         OutputError: The report's folder cannot be written.
     """
-    start = time.monotonic()
     result = SectionResult("privacy")
     result.note(PRIVACY[context.backgrounds])
     if context.train is None:
@@ -299,7 +297,6 @@ def run(context: AuditContext) -> SectionResult:
     for space in spaces:
         if space.views is not None:
             _show(context, space, result)
-    result.seconds = time.monotonic() - start
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -415,7 +414,6 @@ def run(context: AuditContext) -> SectionResult:
     Args:
         context: The audit. With ``train``, those images train and all of ``real`` tests; else group folds of ``real``.
     """
-    started = time.perf_counter()
     result = SectionResult(SECTION)
     context = context.without_overlays()
     synthetic = len(context.synthetic.with_lesions())
@@ -446,5 +444,4 @@ def run(context: AuditContext) -> SectionResult:
         "seeds": extent.seeds,
         "arms": {arm.name: arm.label for arm in arms},
     }
-    result.seconds = time.perf_counter() - started
     return result
