@@ -155,12 +155,6 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
     """FID and Inception score by torchmetrics.
 
     FID over all images is what papers print; it has no floor, because no two halves of the real set are that large.
-
-    Args:
-        network: With features.
-        synthetic: Rows that are compared.
-        real: Likewise.
-        context: The audit.
     """
     import torch
 
@@ -190,9 +184,7 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
         pairs = list(matched.draws(*groups, size, rng, 20))
         splits = context.rng("fidelity", "inception splits")
         scores = [[_score(part[rows], splits) for part, rows in zip(logits, pair, strict=True)] for pair in pairs]
-        value, floor = (
-            Interval(*np.percentile(column, [50.0, 2.5, 97.5]).tolist()) for column in zip(*scores, strict=True)
-        )
+        value, floor = (matched.middle(list(column)) for column in zip(*scores, strict=True))
         figures.append(
             Figure(
                 key="fidelity.inception.all.score.value",

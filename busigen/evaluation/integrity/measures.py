@@ -138,10 +138,6 @@ _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
 def image_facts(images: ImageSet, done: Callable[[], None]) -> dict[str, NDArray[np.float64]]:
     """Measure every image.
 
-    Args:
-        images: The set.
-        done: Called after every image.
-
     Returns:
         Per measure one number per image, NaN where it has none. Shares are 0 and 1: ``colour``, ``depth`` (more or less
         than 8 bits), ``text`` and ``calipers`` (as seen in the working frame, so that sets of any resolution compare),

@@ -122,9 +122,7 @@ def outline(lesion: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, fl
 def margin(grey: NDArray[np.float32], regions: Regions) -> dict[str, float]:
     """How grey levels change across the outline and below the lesion.
 
-    Args:
-        grey: ``float32 (H, W)``, 0 to 255.
-        regions: The image's regions.
+    ``grey``: ``float32 (H, W)``, 0 to 255.
 
     Returns:
         ``contrast`` (ring over lesion, dB), ``sharpness`` (``MARGIN`` px outside over inside, dB), ``step`` (mean
@@ -147,10 +145,7 @@ def margin(grey: NDArray[np.float32], regions: Regions) -> dict[str, float]:
 def depth_profile(grey: NDArray[np.float32], tissue: NDArray[np.bool_], bands: int) -> NDArray[np.float64]:
     """Mean grey of equal bands of depth over that of the image, ``(bands,)``, the shallowest first.
 
-    Args:
-        grey: ``float32 (H, W)``.
-        tissue: ``bool (H, W)``: pixels that count.
-        bands: How many.
+    ``grey``: ``float32 (H, W)``. ``tissue``: ``bool (H, W)``: pixels that count.
 
     Returns:
         1 where a band is as bright as the image; NaN where it holds no pixel that counts.
@@ -285,9 +280,7 @@ def measure(
 def features(images: ImageSet, track: Track | None = None) -> pl.DataFrame:
     """Measure every image of a set.
 
-    Args:
-        images: The set.
-        track: Shows progress, such as ``AuditContext.track``.
+    ``track``: Shows progress, such as ``AuditContext.track``.
 
     Returns:
         One row per image: ``id``, ``class``, ``group``, and one float64 column for every name of `NAMES`, NaN where a
@@ -325,15 +318,8 @@ def matrix(table: pl.DataFrame, reference: pl.DataFrame | None = None) -> NDArra
 def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
     """`features`, measured once per report folder and content: sections that need them share a file.
 
-    Args:
-        context: The audit.
-        images: Any set.
-
     Returns:
         As `features`.
-
-    Raises:
-        OutputError: The report's folder cannot be written.
     """
     digest = hashlib.sha256(repr((VERSION, list(NAMES), len(images))).encode())
     for array in (images.images, images.masks, images.valid, images.overlays):

@@ -144,9 +144,7 @@ def theme(feature: Feature) -> str:
 def describe(evidence: list[Evidence], result: SectionResult) -> None:
     """Add the flags: first what the features say together, then one by one.
 
-    Args:
-        evidence: The worst first.
-        result: Holds the section's figures; the findings are added.
+    ``result``: Holds the section's figures; the findings are added.
     """
     for figure in result.figures:
         if figure.flagged and figure.key.endswith("classes.swap"):

@@ -48,10 +48,7 @@ _STYLE: Any = {
 def plot(context: AuditContext, tables: dict[str, pl.DataFrame], evidence: list[Evidence]) -> list[Picture]:
     """Draw everything into the section's folder.
 
-    Args:
-        context: The audit.
-        tables: ``real`` and ``synthetic``, from `features.features`.
-        evidence: The worst first.
+    ``tables``: ``real`` and ``synthetic``, from `features.features`.
 
     Returns:
         The pictures, at most six.
@@ -212,15 +209,9 @@ def run(context: AuditContext) -> SectionResult:
     A figure is flagged where its p-value, adjusted for all of the section's tests, is below ``ALPHA`` and its value
     lies above the floor's upper end.
 
-    Args:
-        context: The audit.
-
     Returns:
         Per feature and scope a Kolmogorov-Smirnov and a Wasserstein distance (in standard deviations of the real
         set), one figure for exchanged classes, findings in plain words, and at most six plots.
-
-    Raises:
-        OutputError: The report's folder cannot be written.
     """
     result = SectionResult(SECTION)
     if not len(context.real) or not len(context.synthetic):

@@ -22,7 +22,7 @@ from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity.metrics import Standardiser
 from busigen.evaluation.physics import features as radiomics
 from busigen.evaluation.privacy.memorisation import Values, joined
-from busigen.evaluation.statistics.grouped import MatchedGroups
+from busigen.evaluation.statistics.grouped import Rows
 
 Views = NDArray[np.float32]
 """``float32 (N, SIDE, SIDE)``."""
@@ -71,9 +71,6 @@ def whole_views(images: ImageSet) -> Views:
 def lesion_views(images: ImageSet) -> Views:
     """A square around each lesion, or around all lesions of an image, as a view.
 
-    Args:
-        images: A set in which no mask is empty.
-
     Raises:
         ValueError: A mask is empty.
     """
@@ -111,12 +108,7 @@ def correlations(
     The query's middle is laid on the target at every position within ``shift``; both are standardised over the very
     pixels that overlap. One matrix product per position does all pairs.
 
-    Args:
-        queries: Q views.
-        targets: T views.
-        shift: Largest shift in view pixels, 0 to a quarter of the side.
-        track: Shows progress.
-        what: Names the two sides there.
+    ``shift``: Largest shift in view pixels, 0 to a quarter of the side.
 
     Returns:
         ``float32 (Q, T)``, -1 to 1. A view without any detail correlates at 0 with all.
@@ -140,10 +132,7 @@ def correlations(
 def align(query: NDArray[np.float32], target: NDArray[np.float32], *, shift: int = SHIFT) -> Alignment:
     """The position behind one entry of `correlations`.
 
-    Args:
-        query: One view, ``(SIDE, SIDE)``.
-        target: Another.
-        shift: Largest shift in view pixels.
+    ``query``: One view, ``(SIDE, SIDE)``.
     """
     inner = slice(shift, SIDE - shift)
     windows = np.lib.stride_tricks.sliding_window_view(target, (SIDE - 2 * shift,) * 2)
@@ -211,7 +200,7 @@ class Space:
     synthetic: ImageSet
     train: ImageSet | None
     held: ImageSet
-    groups: MatchedGroups
+    groups: Rows
     to_held: Values
     to_train: Values | None = None
     held_to_train: Values | None = None

@@ -144,11 +144,6 @@ def list_archives(archives: Sequence[Path], refused: list[Refusal], notes: list[
     people use are known, before a dot, an underscore, or as a folder. Members of which nothing says what they are, such
     as ``<key>.left.png``, are no images. Links, devices, sparse and oversized members are refused; names serve as names
     only, never as paths.
-
-    Args:
-        archives: Uncompressed tar files.
-        refused: Gets what is left out.
-        notes: Gets what was guessed, and what was passed over.
     """
     items: list[Item] = []
     guesses = _Guesses()

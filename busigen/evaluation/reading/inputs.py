@@ -46,10 +46,6 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
     folder itself the result is its splits. Any other image counts as training where its name is a training image's,
     where it looks like one (thumbnail correlation above ``groups.NEAR_DUPLICATE``), is a copy that was mirrored, turned
     or cropped, or where one of its group does.
-
-    Args:
-        real: The real set.
-        prepared: What the generator was trained on.
     """
     train = from_prepared(prepared, (TRAINING,))
     known = dict(prepared.table.select("sha256", "split").iter_rows())
@@ -125,14 +121,8 @@ def read_inputs(
 ) -> tuple[AuditContext, dict[str, Any]]:
     """Read the sets of an audit and part the real one.
 
-    Args:
-        synthetic: The set under judgement.
-        real: Real images.
-        train_split: Prepared folder that trained the generator.
-        external: A further real set; its training images are left out as well.
-        limit: Greatest number of images per set but the training one; None for all.
-        seed: Seeds the draws.
-        progress: Told of every image.
+    ``external``: A further real set; its training images are left out as well. ``limit``: Greatest number of images per
+    set but the training one; None for all.
 
     Returns:
         A context with the sets and nothing else, and what the report says about them.

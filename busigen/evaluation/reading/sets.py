@@ -65,11 +65,7 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
 
     Five thousand images take about 1.8 GB.
 
-    Args:
-        path: The folder, or one tar file.
-        progress: Told of every image.
-        limit: Read at most this many images, drawn at random; None reads all.
-        seed: Seeds that draw.
+    ``limit``: Read at most this many images, drawn at random; None reads all.
 
     Raises:
         InputError: the folder is missing, has no known layout, or none of its images can be read.
@@ -108,10 +104,7 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
 def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: bool = False) -> ImageSet:
     """The images of some splits of a prepared folder.
 
-    Args:
-        prepared: The opened folder.
-        splits: Names of ``registry.SPLITS``.
-        lesions_only: Leave normals out.
+    ``splits``: Names of ``registry.SPLITS``.
     """
     table = prepared.table.filter(pl.col("split").is_in(splits))
     if lesions_only:

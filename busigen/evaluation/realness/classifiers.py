@@ -73,11 +73,7 @@ def auc(scores: Floats, task: Task, fold: Ints, weights: Floats | None = None) -
 
     Scores of different folds come from different classifiers and are not comparable. NaN where no pair exists.
 
-    Args:
-        scores: N scores.
-        task: Sides and classes.
-        fold: N fold numbers.
-        weights: N weights, such as how often a bootstrap drew each row.
+    ``weights``: N weights, such as how often a bootstrap drew each row.
     """
     above = pairs = 0.0
     stratum = task.label * (int(fold.max()) + 1) + fold
@@ -185,13 +181,7 @@ def resnet_scores(
     Every class and side has the same weight in the loss, so prevalence teaches nothing. Training mirrors left and right
     at random, and scales brightness by up to 10 %, because gain is a knob.
 
-    Args:
-        pixels: ``uint8 (N, H, W)``; pictures lower than 64 rows are doubled in size.
-        task: Sides, classes, groups.
-        fold: N fold numbers.
-        seed: Seeds weights, order and augmentation.
-        device: Where to train.
-        epochs: Passes over the training folds.
+    ``pixels``: ``uint8 (N, H, W)``; pictures lower than 64 rows are doubled in size.
     """
     result = np.zeros(len(pixels))
     for value in np.unique(fold):
@@ -266,11 +256,7 @@ def scattering_features(
     per cell and first-order path: averages alone do not see a few bright marks. Cells in mirrored columns are averaged,
     because left and right mean nothing in ultrasound.
 
-    Args:
-        pixels: ``uint8 (N, H, W)``.
-        cells: Rows and columns of the pooling grid.
-        device: Where to compute.
-        batch: Images at a time.
+    ``pixels``: ``uint8 (N, H, W)``.
 
     Returns:
         ``float32 (N, features)``.

@@ -25,6 +25,9 @@ from busigen.evaluation.realness.classifiers import (
     auc,
     bootstrap_auc,
     folds,
+    network_name,
+    resnet_scores,
+    scattering_features,
     shuffled_sides,
 )
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
@@ -36,6 +39,7 @@ from busigen.evaluation.statistics.grouped import (
     adjusted,
     halves,
     joint_groups,
+    middle,
 )
 from busigen.registry import SYNTHETIC
 
@@ -58,7 +62,7 @@ class _Separation:
     key: str
     label: str
     value: Interval
-    null: tuple[float, float]
+    null: tuple[float, ...]
     p: float
     floor: Interval | None
     scores: NDArray[np.float64]
@@ -146,8 +150,6 @@ def _fold_count(task: Task) -> int:
 def _separations(
     context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
 ) -> list[_Separation]:
-    from busigen.evaluation.realness.classifiers import scattering_features
-
     pixels = view.of(real), view.of(synthetic)
     task = _task(real, synthetic, (real.groups, _synthetic_groups(synthetic)))
     fold = folds(task, _fold_count(task), context.seed)
@@ -192,7 +194,7 @@ def _separation(
 ) -> _Separation:
     value = auc(scores, task, fold)
     low, high = bootstrap_auc(scores, task, fold, rng, RESAMPLES)
-    null = float(np.nanpercentile(nulls, 2.5)), float(np.nanpercentile(nulls, 97.5))
+    null = tuple(np.nanpercentile(nulls, [2.5, 97.5]).tolist())
     p = (1 + sum(other >= value for other in nulls)) / (len(nulls) + 1)
     sizes = int((task.side == 0).sum()), int((task.side == 1).sum())
     note = f"{note} Shuffled labels give {null[0]:.2f} to {null[1]:.2f} in 95 of 100 cases."
@@ -215,10 +217,8 @@ def _ridge_floor(context: AuditContext, view: View, real: ImageSet, features: ND
         if halved is not None:
             ridge = Ridge(features[np.concatenate(rows)], *halved)
             values.append(auc(ridge.scores(halved[0].side), *halved))
-    if not values or np.isnan(values).all():
-        return None
-    low, middle, high = np.nanpercentile(values, [2.5, 50.0, 97.5])
-    return Interval(float(middle), float(low), float(high))
+    known = [value for value in values if not np.isnan(value)]
+    return middle(known) if known else None
 
 
 def _trained_separation(
@@ -231,8 +231,6 @@ def _trained_separation(
     rng: np.random.Generator,
 ) -> _Separation:
     """A ResNet's: its null shuffles labels under fixed scores, its floor is one halving; more would take trainings."""
-    from busigen.evaluation.realness.classifiers import network_name, resnet_scores
-
     scores = resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
     nulls = [auc(scores, replace(task, side=shuffled_sides(task, rng)), fold) for _ in range(PERMUTATIONS)]
     rows = halves(real.groups, rng)
@@ -307,7 +305,7 @@ def _sheet(crops: NDArray[np.uint8], columns: int = 5) -> Image.Image:
     return sheet
 
 
-Row = tuple[str, Interval, tuple[float, float], Interval | None]
+Row = tuple[str, Interval, tuple[float, ...], Interval | None]
 """Label, AUC, null band, floor."""
 
 

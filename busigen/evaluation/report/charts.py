@@ -193,9 +193,7 @@ def inline(folder: Path, file: str) -> Inlined:
     SVG goes into an ``<img>`` like any other picture, not into the page's own tree: there it can run no script, load
     nothing from elsewhere, and its ids and styles cannot meet those of another plot.
 
-    Args:
-        folder: The section's folder. Nothing outside is read, whatever ``file`` says.
-        file: Name in that folder.
+    ``folder``: The section's folder. Nothing outside is read, whatever ``file`` says.
 
     Returns:
         The picture, or why there is none.
@@ -262,12 +260,6 @@ def contact_sheet(synthetic: ImageSet, real: ImageSet, path: Path, pairs: int = 
 
     The images are spread evenly over each set, half of them benign and half malignant where the set has both; nobody
     chose them. The same sets give the same sheet.
-
-    Args:
-        synthetic: The set under judgement.
-        real: What it is judged against.
-        path: Where the JPEG goes.
-        pairs: Images of each set, at most.
 
     Returns:
         The path.

@@ -96,15 +96,10 @@ def train(
 ) -> nn.Module:
     """Train a U-Net on Dice and cross-entropy for a fixed number of steps.
 
-    Args:
-        phases: What trains one after the other, each for as many of the steps; at least one example in each.
-        recipe: The network and its schedule.
-        seed: Seeds weights, order and augmentation.
-        device: Where to train.
-        classic: Mirror, rotate, scale and shift images, and change their gain and gamma.
-        paste: Paste the lesion of another image into every second one (Ghiasi et al., "Simple copy-paste is a strong
-            data augmentation method", CVPR 2021), edges blurred.
-        done: Called with 1 after every step.
+    ``phases``: What trains one after the other, each for as many of the steps; at least one example in each.
+    ``classic``: Mirror, rotate, scale and shift images, and change their gain and gamma. ``paste``: Paste the lesion of
+    another image into every second one (Ghiasi et al., "Simple copy-paste is a strong data augmentation method", CVPR
+    2021), edges blurred. ``done``: Called with 1 after every step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
