@@ -14,6 +14,7 @@ from scipy import ndimage
 from busigen.data.overlays import find_overlays
 from busigen.data.splits import NEAR_DUPLICATE
 from busigen.evaluation.context import ImageSet
+from busigen.evaluation.physics.regions import EIGHT_NEIGHBOURS
 from busigen.evaluation.reading.inputs import correlations, thumbnails
 from busigen.evaluation.statistics.grouped import Side
 from busigen.records import read_json
@@ -132,8 +133,6 @@ HUGE = 0.60
 SPECK = 9
 """Pixels below which a part of a mask is a speck that resampling may have left."""
 
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
-
 
 def image_facts(images: ImageSet, done: Callable[[], None]) -> dict[str, NDArray[np.float64]]:
     """Measure every image.
@@ -190,7 +189,7 @@ def _mask(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.b
     if not marked:
         return facts
     area = mask.sum() / max(int(valid.sum()), 1)
-    sizes = np.bincount(ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)[0].ravel())[1:]
+    sizes = np.bincount(ndimage.label(mask, structure=EIGHT_NEIGHBOURS)[0].ravel())[1:]
     rim = valid & ~ndimage.binary_erosion(valid)
     facts |= {
         "tiny": float(area < TINY),

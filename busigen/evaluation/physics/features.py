@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import fft, ndimage
 from skimage.measure import find_contours, perimeter_crofton, regionprops
 
+from busigen.data.geometry import around
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.physics import speckle
 from busigen.evaluation.physics.regions import MIN_PIXELS, Regions, find_regions
@@ -98,8 +99,8 @@ def outline(lesion: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, fl
         ``area_fraction``, ``height_width``, ``circularity``, ``solidity``, ``roughness``, ``ripple``, ``depth`` and
         ``lateral`` (both of the centroid, 0 at the upper and left edge of the image, 1 at the other).
     """
-    rows, columns = (np.flatnonzero(lesion.any(axis=axis)) for axis in (1, 0))
-    window = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+    window = around(lesion, 0)
+    height, width = lesion[window].shape
     part = np.pad(lesion[window], 2)
     properties = regionprops(part.astype(np.uint8))[0]
     rough, ripple = _roughness(part)
@@ -109,7 +110,7 @@ def outline(lesion: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, fl
     place = [(at + 0.5 - line[0]) / len(line) for at, line in zip(centre, edges, strict=True)]
     return {
         "area_fraction": float(properties.area) / float(valid.sum()),
-        "height_width": len(rows) / len(columns),
+        "height_width": height / width,
         "circularity": float(4 * np.pi * properties.area / perimeter**2),
         "solidity": float(properties.solidity),
         "roughness": rough,

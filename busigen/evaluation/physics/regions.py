@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from busigen.data.geometry import around
+
 RING = (2.0, 12.0)
 """Distances in pixels from the outline between which the ring lies. The 2 px gap leaves the blurred margin out."""
 
@@ -23,7 +25,7 @@ LATERAL_GAP = 4
 MIN_PIXELS = 64
 """A region of fewer pixels is not measured: its moments would be mostly noise."""
 
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
+EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ def find_regions(mask: NDArray[np.bool_], valid: NDArray[np.bool_], overlays: ND
     empty = np.zeros(mask.shape, dtype=np.bool_)
     if not mask.any():
         return Regions(tissue, empty, empty, tissue, empty, empty, distance, empty, None)
-    box = _window(mask, int(RING[1]) + 1)
+    box = around(mask, int(RING[1]) + 1)
     inside = mask[box]
     away = ndimage.distance_transform_edt(~inside)
     # The outline runs between pixels, half a pixel from the centres on both sides of it.
     near = np.where(inside, 0.5 - _depth(inside), away - 0.5).astype(np.float32)
     distance[box] = np.where(near <= RING[1], near, np.inf)
-    largest = _largest(mask, box)
+    largest = largest_part(mask)
     posterior, lateral = _below(largest, mask, tissue)
     # Not isinf: a lesion that fills the frame lies at minus infinity.
     beyond = np.isposinf(distance)
@@ -100,10 +102,21 @@ def find_regions(mask: NDArray[np.bool_], valid: NDArray[np.bool_], overlays: ND
     )
 
 
-def _window(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice]:
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    first, second = (slice(max(int(line[0]) - margin, 0), int(line[-1]) + 1 + margin) for line in (rows, columns))
-    return first, second
+def bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of a mask that is not empty; the last two are beyond it."""
+    rows, columns = around(mask, 0)
+    return rows.start, columns.start, rows.stop, columns.stop
+
+
+def largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The largest 8-connected part of a mask that is not empty; its holes stay."""
+    box = around(mask, 0)
+    labels, count = ndimage.label(mask[box], structure=EIGHT_NEIGHBOURS)
+    if count <= 1:
+        return mask
+    largest = np.zeros_like(mask)
+    largest[box] = labels == np.bincount(labels.ravel())[1:].argmax() + 1
+    return largest
 
 
 def _depth(inside: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -115,22 +128,12 @@ def _depth(inside: NDArray[np.bool_]) -> NDArray[np.float64]:
     return depth
 
 
-def _largest(mask: NDArray[np.bool_], box: tuple[slice, slice]) -> NDArray[np.bool_]:
-    labels, count = ndimage.label(mask[box], structure=_EIGHT_NEIGHBOURS)
-    largest = mask
-    if count > 1:
-        largest = np.zeros_like(mask)
-        largest[box] = labels == np.bincount(labels.ravel())[1:].argmax() + 1
-    return largest
-
-
 def _below(
     largest: NDArray[np.bool_], mask: NDArray[np.bool_], tissue: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    rows, columns = (np.flatnonzero(largest.any(axis=axis)) for axis in (1, 0))
-    depth = int(np.clip(rows[-1] + 1 - rows[0], *POSTERIOR_DEPTH))
-    band = slice(int(rows[-1]) + 1 + POSTERIOR_GAP, int(rows[-1]) + 1 + POSTERIOR_GAP + depth)
-    left, right = int(columns[0]), int(columns[-1]) + 1
+    top, left, bottom, right = bounds(largest)
+    depth = int(np.clip(bottom - top, *POSTERIOR_DEPTH))
+    band = slice(bottom + POSTERIOR_GAP, bottom + POSTERIOR_GAP + depth)
     half = max((right - left + 1) // 2, 4)
     free = tissue & ~mask
     posterior, lateral = np.zeros_like(mask), np.zeros_like(mask)

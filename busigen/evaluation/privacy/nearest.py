@@ -21,6 +21,7 @@ from sklearn.metrics import pairwise
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity.metrics import Standardiser
 from busigen.evaluation.physics import features as radiomics
+from busigen.evaluation.physics.regions import bounds
 from busigen.evaluation.privacy.memorisation import Values, joined
 from busigen.evaluation.statistics.grouped import Rows
 
@@ -64,7 +65,7 @@ class Alignment:
 
 def whole_views(images: ImageSet) -> Views:
     """Each image without its letterbox bars, squashed to a view."""
-    boxes = [_bounds(valid) if valid.any() else (0, 0, *valid.shape) for valid in images.valid]
+    boxes = [bounds(valid) if valid.any() else (0, 0, *valid.shape) for valid in images.valid]
     return _views(images, [(left, top, right, bottom) for top, left, bottom, right in boxes])
 
 
@@ -92,8 +93,8 @@ def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, 
     """
     if not mask.any():
         raise ValueError("an empty mask has no lesion to crop to")
-    top, left, bottom, right = _bounds(mask)
-    upper, leftmost, lower, rightmost = _bounds(valid) if valid.any() else (0, 0, *valid.shape)
+    top, left, bottom, right = bounds(mask)
+    upper, leftmost, lower, rightmost = bounds(valid) if valid.any() else (0, 0, *valid.shape)
     side = min(CROP_MARGIN * max(bottom - top, right - left), lower - upper, rightmost - leftmost)
     y = float(np.clip((top + bottom - side) / 2, upper, lower - side))
     x = float(np.clip((left + right - side) / 2, leftmost, rightmost - side))
@@ -143,11 +144,6 @@ def align(query: NDArray[np.float32], target: NDArray[np.float32], *, shift: int
         down, right = divmod(int(scores.argmax()), 2 * shift + 1)
         found.append(Alignment(float(scores.max()), mirrored, down - shift, right - shift))
     return max(found, key=lambda alignment: alignment.correlation)
-
-
-def _bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 def _views(images: ImageSet, boxes: list[tuple[float, float, float, float]]) -> Views:

@@ -7,18 +7,18 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.images import ImageFile, read_image, read_mask
+from busigen.data.images import ImageFile, read_image
 from busigen.data.sources.files import SUFFIXES
 from busigen.data.sources.records import UNKNOWN_CLASS, Refusal
 from busigen.errors import InputError
-from busigen.evaluation.reading.items import Item
+from busigen.evaluation.reading.items import Item, read_files
 from busigen.foreign import open_file
 from busigen.records import parse_json
 from busigen.registry import CLASSES
@@ -246,10 +246,7 @@ def _item(sample: _Sample, refused: list[Refusal], guesses: _Guesses) -> Item:
         image = read_image(Path(sample.parts["image"].name), data)
         if row.get("image_sha256") not in (None, image.sha256):
             raise InputError(f"{sample.key}: its image is not the one that its row names.", fix=_WHOLE)
-        lesions, notes = np.zeros(image.pixels.shape, np.bool_), list(image.notes)
-        for mask in sample.masks.values():
-            lesions |= read_mask(Path(mask.name), (image.width, image.height), mask.read(), notes=notes)
-        return replace(image, notes=tuple(dict.fromkeys(notes))), lesions, len(sample.masks)
+        return read_files(image, ((Path(mask.name), mask.read()) for mask in sample.masks.values()))
 
     return Item(
         id=printable(sample.key),

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from busigen.data.geometry import around
 from busigen.data.prepared import Prepared
 from busigen.data.splits import NEAR_DUPLICATE, copies_of, thumbnail
 from busigen.errors import InputError
@@ -70,9 +71,8 @@ def thumbnails(images: ImageSet) -> NDArray[np.float32]:
     """``float32 (N, 64, 64)`` of the images without their letterbox bars, for ``data.groups``."""
     small = np.zeros((len(images), 64, 64), np.float32)
     for row, (image, valid) in enumerate(zip(images.images, images.valid, strict=True)):
-        rows, columns = np.flatnonzero(valid.any(axis=1)), np.flatnonzero(valid.any(axis=0))
-        if rows.size:
-            small[row] = thumbnail(np.ascontiguousarray(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
+        if valid.any():
+            small[row] = thumbnail(np.ascontiguousarray(image[around(valid, 0)]))
     return small
 
 

@@ -13,7 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from busigen.data import prepared as schema
-from busigen.data.images import ImageFile, read_image, read_mask
+from busigen.data.images import ImageFile, read_image
 from busigen.data.letterbox import Letterbox
 from busigen.data.prepared import Prepared
 from busigen.data.sources.read import UnknownLayoutError, read_source
@@ -22,7 +22,7 @@ from busigen.data.splits import near_duplicate_groups
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet
 from busigen.evaluation.reading.archives import list_archives
-from busigen.evaluation.reading.items import Frame, Item, frame
+from busigen.evaluation.reading.items import Frame, Item, frame, read_files
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
 from busigen.runtime.dataset.collection import open_parts, parts_of
 from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER
@@ -186,12 +186,7 @@ def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, li
 
 def _sets_item(listing: Listing, record: Record) -> Item:
     def read() -> tuple[ImageFile, NDArray[np.bool_], int]:
-        image = read_image(record.image)
-        lesions, notes = np.zeros(image.pixels.shape, np.bool_), list(image.notes)
-        for path in record.masks:
-            lesions |= read_mask(path, (image.width, image.height), notes=notes)
-        image = replace(image, notes=tuple(dict.fromkeys(notes)))
-        return image, lesions, len(record.masks)
+        return read_files(read_image(record.image), ((path, None) for path in record.masks))
 
     return Item(record.id, listing.relative(record.image), record.image_class, read, record.patient)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from busigen.evaluation.context import ImageSet
+from busigen.evaluation.physics.regions import bounds, largest_part
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -339,7 +340,7 @@ _SMOOTHING = 2.0
 
 def whole(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """The largest centred square inside the letterbox bars, as 192 by 192 pixels."""
-    top, bottom, left, right = _box(valid)
+    top, left, bottom, right = bounds(valid)
     side = min(bottom - top, right - left)
     y, x = (bottom - top - side) / 2, (right - left - side) / 2
     return _resized(image[top:bottom, left:right], y, x, side, 192)
@@ -347,8 +348,8 @@ def whole(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
 
 def lesion(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """A square around the largest lesion, moved and if need be shrunk to lie on the image, as 128 by 128 pixels."""
-    top, bottom, left, right = _box(valid)
-    y0, y1, x0, x1 = _box(_largest(mask))
+    top, left, bottom, right = bounds(valid)
+    y0, x0, y1, x1 = bounds(largest_part(mask))
     side = min(max(MARGIN * max(y1 - y0, x1 - x0), SMALLEST), bottom - top, right - left)
     y = np.clip((y0 + y1 - side) / 2, top, bottom - side)
     x = np.clip((x0 + x1 - side) / 2, left, right - side)
@@ -363,7 +364,7 @@ def ring(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     normals at the image's own pixel scale, the strip shows only what lies across the edge; a seam is a line along its
     middle. Where a normal leaves the image, the last pixel is repeated.
     """
-    part = _largest(mask)
+    part = largest_part(mask)
     padded = np.pad(part, 1)
     distance = ndimage.distance_transform_edt(~padded) - ndimage.distance_transform_edt(padded)
     slope = np.stack(np.gradient(ndimage.gaussian_filter(distance, _SMOOTHING)))
@@ -377,7 +378,7 @@ def ring(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     normals /= np.maximum(np.hypot(*normals), 1e-6)
     offsets = np.arange(-BAND, BAND) + 0.5
     coordinates = points[:, None] - 1 + normals[:, None] * offsets[:, None]
-    top, bottom, left, right = _box(valid)
+    top, left, bottom, right = bounds(valid)
     coordinates[0] = np.clip(coordinates[0], top, bottom - 1)
     coordinates[1] = np.clip(coordinates[1], left, right - 1)
     strip = ndimage.map_coordinates(image.astype(np.float32), coordinates, order=1)
@@ -413,18 +414,6 @@ VIEWS = {
         View("ring", "ring around the outline", ring, (5, 1)),
     )
 }
-
-
-def _box(mask: Mask) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def _largest(mask: Mask) -> Mask:
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if count <= 1:
-        return mask
-    return np.asarray(labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]))
 
 
 def _resized(image: Pixels, y: float, x: float, side: float, to: int) -> Pixels:

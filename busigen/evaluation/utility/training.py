@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def train(
             while len(order) < recipe.batch:
                 order = torch.cat([order, torch.randperm(len(data))])
             rows, order = order[: recipe.batch].numpy(), order[recipe.batch :]
-            images, masks = _tensors(data.take(rows), device)
+            images = _grey(data.images[rows], device)
+            masks = torch.from_numpy(data.masks[rows].astype(np.float32)).unsqueeze(1).to(device)
             if paste:
                 images, masks = _pasted(images, masks)
             if classic:
@@ -138,7 +140,7 @@ def predict(network: nn.Module, images: Pixels, device: str, batch: int = 32) ->
     """``bool (N, side, side)``: where the network sees a lesion with a probability above one half."""
     parts = [np.zeros((0, *images.shape[1:]), np.bool_)]
     for start in range(0, len(images), batch):
-        block = torch.from_numpy(images[start : start + batch].astype(np.float32) / 255.0).unsqueeze(1).to(device)
+        block = _grey(images[start : start + batch], device)
         with torch.inference_mode():
             parts.append((network(_standardised(block)).squeeze(1) > 0).cpu().numpy())
     return np.concatenate(parts)
@@ -177,9 +179,8 @@ def _centroids(masks: Masks) -> NDArray[np.float64]:
     return np.stack([(masks.sum(axis=2) @ place) / area, (masks.sum(axis=1) @ place) / area], axis=1)
 
 
-def _tensors(data: Examples, device: str) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(data.images.astype(np.float32) / 255.0).unsqueeze(1).to(device)
-    return images, torch.from_numpy(data.masks.astype(np.float32)).unsqueeze(1).to(device)
+def _grey(images: Pixels, device: str) -> Tensor:
+    return torch.from_numpy(images.astype(np.float32) / 255.0).unsqueeze(1).to(device)
 
 
 def _standardised(images: Tensor) -> Tensor:
@@ -396,8 +397,8 @@ def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list
         kept = _kept(path, key)
         if kept is None:
             run_seed = 1000 * context.seed + seed
-            advance = context.progress.advance
-            kept = _trained(sources, recipe, arm, run_seed, context.device, test, synthetic, external, advance)
+            tested = {"test": test, "synthetic": synthetic if arm.name == REAL else None, "external": external}
+            kept = _trained(sources, recipe, arm, run_seed, context, tested)
             write_json(path, {"key": key, **kept})
         else:
             context.progress.advance(recipe.steps)
@@ -416,20 +417,15 @@ def _trained(
     recipe: Recipe,
     arm: Arm,
     seed: int,
-    device: str,
-    test: Examples,
-    synthetic: Examples,
-    external: Examples | None,
-    done: Callable[[int], None],
+    context: AuditContext,
+    tested: dict[str, Examples | None],
 ) -> dict[str, Any]:
-    if arm.first:
-        real, added = sources
-        phases = [added, real]
-    else:
-        phases = [sources[0] if len(sources) == 1 else sources[0].plus(sources[1])]
+    """Counts and offsets on every set that the arm is tested on, as a kept training's file has them."""
+    phases = sources[::-1] if arm.first else [reduce(Examples.plus, sources)]
+    device, done = context.device, context.progress.advance
     network = train(phases, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
     content: dict[str, Any] = {}
-    for name, part in (("test", test), ("synthetic", synthetic if arm.name == REAL else None), ("external", external)):
+    for name, part in tested.items():
         if part is None:
             continue
         predicted = predict(network, part.images, device)
@@ -447,16 +443,8 @@ def _outcome(arm: str, seed: int, split: str, content: dict[str, Any]) -> Outcom
         rows = [[np.nan] * 2 if row is None else row for row in content.get(name, [])]
         return np.array(rows, np.float64).reshape(-1, 2)
 
-    return Outcome(
-        arm,
-        seed,
-        split,
-        counts("test"),
-        offsets("test_offsets"),
-        counts("synthetic"),
-        offsets("synthetic_offsets"),
-        counts("external"),
-    )
+    on_test, on_synthetic = ((counts(name), offsets(f"{name}_offsets")) for name in ("test", "synthetic"))
+    return Outcome(arm, seed, split, *on_test, *on_synthetic, counts("external"))
 
 
 def _key(recipe: Recipe, arm: Arm, seed: int, context: AuditContext, parts: tuple[Examples, ...]) -> str:
