@@ -78,8 +78,6 @@ class Report:
     """What an audit found.
 
     Attributes:
-        out: The report's folder.
-        html: The page for people.
         outcomes: Every section that was asked for, in order.
         content: What ``report.json`` holds.
     """

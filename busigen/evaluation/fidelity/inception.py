@@ -83,9 +83,7 @@ class Inception:
 
     Attributes:
         source: File name of the weights, or None.
-        text: A sentence for the report.
         synthetic: ``float64 (N, D)`` features of the synthetic set, or None.
-        real: The same of the real set.
         logits: Log-probabilities of the synthetic and the real set, where the network gives them.
     """
 

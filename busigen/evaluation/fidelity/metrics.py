@@ -163,14 +163,7 @@ def neighbourhoods(distance: Array, synthetic: Rows, real: Rows) -> tuple[float,
 
 @dataclass(frozen=True)
 class Measure:
-    """One column of a comparison.
-
-    Attributes:
-        name: Part of a figure's key.
-        label: For people.
-        better: Where the value should lie.
-        note: What a reader must know.
-    """
+    """One column of a comparison."""
 
     name: str
     label: str

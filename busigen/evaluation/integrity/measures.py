@@ -28,13 +28,11 @@ class Measure:
     Attributes:
         fact: Name in ``image_facts``, or ``exact``, ``near``, ``mask`` of ``Duplicates``.
         key: The figure's key after ``integrity.``.
-        label: For people.
         defect: Sentence of the finding, with ``{value}`` and ``{floor}``.
         side: Where the synthetic mean must lie to be a defect; None compares distributions.
         unit: ``%`` for shares.
         absolute: Flagged without a test wherever it exceeds the floor.
         repeats: Tested by image, not by group: repeats make up a group, and it is their number that counts.
-        headline: Shown in the summary.
     """
 
     fact: str
@@ -210,9 +208,7 @@ class Duplicates:
     """Which images repeat an earlier one: three times ``bool (N,)``, and the earlier image, ``int64 (N,)`` or -1.
 
     Attributes:
-        exact: The same pixels.
         near: Thumbnails correlate above ``groups.NEAR_DUPLICATE``; pairs painted into one healthy image do not count.
-        mask: The same lesion mask, pixel by pixel.
         twin: The most alike of the earlier images, where ``near``.
     """
 

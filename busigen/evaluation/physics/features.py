@@ -32,11 +32,8 @@ class Feature:
 
     Attributes:
         name: Column of the table: ``region_measure``.
-        label: For people.
         region: ``image``, ``background``, ``ring``, ``lesion``, ``outline`` or ``posterior``.
-        meaning: What it measures.
         more: What it says about a set when it is greater than in real images; completes "The images ...".
-        less: The same when it is smaller.
         unit: ``px``, ``dB``, ... or empty.
         source: Where the method comes from; empty for our own.
     """

@@ -22,12 +22,9 @@ class Evidence:
     """What one feature shows in one scope.
 
     Attributes:
-        feature: The feature.
         scope: A class, or ``all``.
-        figures: Its figures: Kolmogorov-Smirnov first.
         shift: Probability that a synthetic value exceeds a real one, minus 0.5.
         medians: Of the synthetic and of the real values.
-        ranges: Interquartile ranges of the same.
     """
 
     feature: Feature

@@ -34,9 +34,7 @@ class Regions:
 
     Attributes:
         tissue: All that may be measured: the image without its overlays.
-        lesion: The lesions.
         ring: The band around them, ``RING`` px outside the outline.
-        background: The rest of the image.
         posterior: Below the largest lesion, as wide as it, ``POSTERIOR_GAP`` rows under its lowest pixel and as deep as
             it is high (within ``POSTERIOR_DEPTH``; less where the image ends).
         lateral: The same rows on both sides, each half as wide as the lesion.

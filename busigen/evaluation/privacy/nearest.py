@@ -54,7 +54,6 @@ class Alignment:
         correlation: -1 to 1, at the best position.
         mirrored: The first view was mirrored left to right.
         down: View pixels by which the second view's content lies below the (mirrored) first's.
-        right: The same to the right.
     """
 
     correlation: float
@@ -178,11 +177,7 @@ class Space:
 
     Attributes:
         name: ``crop``, ``whole`` or ``radiomic``.
-        label: For people.
-        synthetic: The images that were compared.
         train: Likewise; None where nobody named a training set.
-        held: Likewise.
-        groups: S groups, repeats within the set merged.
         to_held: ``(S, H)``.
         to_train: ``(S, T)``, or None.
         held_to_train: ``(H, T)``, or None.

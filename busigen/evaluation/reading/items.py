@@ -29,8 +29,6 @@ class Item:
     """One listed image. ``read`` opens it and gives the image, its native lesion mask and the number of mask files.
 
     Attributes:
-        id: Unique name within the set.
-        file: Where it lies, for people.
         image_class: One of ``registry.CLASSES``, or ``unknown``.
         read: Raises ``InputError`` where a file is damaged.
         patient: Patient, or whatever else several images share; None where unknown.

@@ -40,7 +40,6 @@ class Task:
         side: N, 0 for the first set and 1 for the second.
         label: N class numbers. Rows are compared within their class only, so a different mix of classes cannot tell the
             sets apart.
-        group: N groups, no group on both sides.
     """
 
     side: Ints
@@ -390,8 +389,6 @@ class View:
     """One view.
 
     Attributes:
-        name: Part of a figure's key.
-        label: For people.
         cut: Maps image, mask and valid pixels of one frame to ``uint8 (height, width)`` of a fixed size.
         cells: Rows and columns of the grid in which a fixed network's responses are pooled.
     """

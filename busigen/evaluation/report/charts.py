@@ -47,17 +47,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure's marks, in percent of the axis; None where the figure has no such number.
-
-    Attributes:
-        figure: What is drawn.
-        value: The dot.
-        low: Lower end of its interval.
-        high: Upper end.
-        floor: The floor's tick.
-        floor_low: Left edge of its band.
-        floor_width: The band's width.
-    """
+    """One figure's marks, in percent of the axis; None where the figure has no such number."""
 
     figure: Figure
     value: float | None
@@ -176,8 +166,6 @@ class Inlined:
 
     Attributes:
         uri: A ``data:`` URI; empty where there is no picture to show.
-        width: In CSS pixels.
-        height: In CSS pixels.
         problem: Why there is none, or why it is not quite the file.
     """
 

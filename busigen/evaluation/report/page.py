@@ -59,12 +59,6 @@ class SectionView:
     """A section as the template shows it.
 
     Attributes:
-        anchor: Its id in the page.
-        title: Its name for people.
-        question: What it answers.
-        result: What it found.
-        chart: Its chart's panels.
-        pictures: Its pictures.
         error: Why it has no result; empty where it has one.
     """
 

@@ -40,9 +40,6 @@ class Recipe:
         side: Pixels of the square input; divides 256.
         channels: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
             work at half resolution from the first layer on).
-        steps: Optimiser steps.
-        batch: Images per step.
-        rate: Largest learning rate of AdamW's one-cycle schedule.
     """
 
     side: int
@@ -238,14 +235,9 @@ class Arm:
     """What one arm trains on.
 
     Attributes:
-        name: Part of a figure's key.
-        label: For people.
-        real: The real training images are in it.
-        classic: Geometric and intensity augmentation.
         paste: Lesions of real training images pasted into others.
         synthetic: Synthetic images, as a multiple of the number of real training images.
         first: The synthetic images train alone for the first half of the steps, the real ones for the second.
-        quick: The quick mode trains it as well.
     """
 
     name: str
@@ -283,10 +275,8 @@ class Extent:
     """How much one effort does.
 
     Attributes:
-        seeds: Seeds per arm.
         real_seeds: Seeds of the arm ``real``: two at least, for the floor.
         folds: Group folds of the real images where nobody named those that trained the generator.
-        folds_run: How many of these folds are tested.
         limit: Most real training images; None for all.
     """
 
