@@ -64,13 +64,7 @@ _Extract = Callable[[Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Network:
-    """A network that is ready to run, or the reason why there is none.
-
-    Attributes:
-        extract: The network, or None.
-        source: File name of the weights, or None.
-        text: A sentence for the report where there is no network.
-    """
+    """A network that is ready to run and its weights' file name, or a sentence for the report that says why not."""
 
     extract: _Extract | None
     source: str | None

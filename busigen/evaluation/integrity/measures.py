@@ -1,4 +1,4 @@
-"""The figures of the integrity section: what each is called, and when it is a defect."""
+"""What the integrity section measures on every image, how its masks fit the edges, and which images repeat another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof that a set painted into real images left them as they were outside the edit regions."""
+"""Integrity: files, grey levels, masks, overlays and repeats, and the proof that backgrounds were left as they were."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ def run(context: AuditContext) -> SectionResult:
         if comparison is not None:
             _report(result, measure, comparison, float(p), facts[0], facts[1], thinned)
     _report_files(result, synthetic)
-    _report_depth(result, facts[0]["depth"])
+    if deep := int(np.nansum(facts[0]["depth"])):
+        result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
     prove_backgrounds(context, result)
     if min(len(synthetic), len(real)) < FEWEST_TO_FLAG:
         result.note(f"With fewer than {FEWEST_TO_FLAG} images on a side, nothing is flagged by comparison.")
@@ -269,12 +270,6 @@ def _report_files(result: SectionResult, synthetic: ImageSet) -> None:
     unlabelled = int((synthetic.classes == "unknown").sum())
     if unlabelled:
         result.note(f"{unlabelled} images have no known class: figures per class leave them out.")
-
-
-def _report_depth(result: SectionResult, depth: NDArray[np.float64]) -> None:
-    deep = int(np.nansum(depth))
-    if deep:
-        result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
 
 
 def _pictures(context: AuditContext, result: SectionResult, facts: Facts, found: Duplicates) -> None:

@@ -1,4 +1,4 @@
-"""The figures of the privacy section: which samples are compared, by which measure, against which floor."""
+"""Privacy: whether the set shows or betrays the images that its generator was trained on."""
 
 from __future__ import annotations
 

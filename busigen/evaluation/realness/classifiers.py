@@ -1,4 +1,4 @@
-"""How well a classifier separates two sets of images whose rows come in groups: folds, scores, AUC and its null."""
+"""Classifiers that separate two sets, the views they look at, and how well they do: folds, scores, AUC and its null."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's chart: every figure's dot and interval against its floor, on axes that figures of one scale share."""
+"""What the report draws: each section's chart, its pictures as data URIs, and the contact sheet of both sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighing the rows of two sets for bootstrap, permutation and floor, and the distances of such weightings.
+"""Two sets compared feature by feature: distances, their intervals, floors and p-values.
 
 Every draw (bootstrap, permutation, halving) is a weight per image and serves all features and classes: features are
 sorted once, and a draw costs two cumulative sums over the sorted weights.

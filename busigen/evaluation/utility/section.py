@@ -1,4 +1,4 @@
-"""Figures of the utility experiment: Dice and F1 of every arm, gains over the baselines, and what is a defect."""
+"""Utility: Dice and F1 of networks trained with and without the set, their gains, and what of it is a defect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small segmentation network, its training, and how its predictions are scored."""
+"""The trainings of the utility section: a small segmentation network, what each arm trains on, how it is scored."""
 
 from __future__ import annotations
 
@@ -274,10 +274,9 @@ ARMS = {
 class Extent:
     """How much one effort does.
 
-    Attributes:
-        real_seeds: Seeds of the arm ``real``: two at least, for the floor.
-        folds: Group folds of the real images where nobody named those that trained the generator.
-        limit: Most real training images; None for all.
+    ``real_seeds`` are those of the arm ``real``: two at least, for the floor. ``folds`` are group folds of the real
+    images, where nobody named those that trained the generator, and ``folds_run`` of them are tested. ``limit`` is the
+    most real training images; None for all.
     """
 
     seeds: int
