@@ -20,13 +20,16 @@ from busigen.evaluation.statistics.grouped import Side
 from busigen.records import read_json
 from busigen.registry import SYNTHETIC
 
+Facts = dict[str, NDArray[np.float64]]
+"""One number per image, by name; NaN where it has none."""
+
 
 @dataclass(frozen=True)
 class Measure:
     """One figure of the section.
 
     Attributes:
-        fact: Name in ``image_facts``, or ``exact``, ``near``, ``mask`` of ``Duplicates``.
+        fact: Name in ``image_facts``, or ``exact``, ``near``, ``mask`` of ``find_duplicates``.
         key: The figure's key after ``integrity.``.
         defect: Sentence of the finding, with ``{value}`` and ``{floor}``.
         side: Where the synthetic mean must lie to be a defect; None compares distributions.
@@ -132,7 +135,7 @@ SPECK = 9
 """Pixels below which a part of a mask is a speck that resampling may have left."""
 
 
-def image_facts(images: ImageSet, done: Callable[[], None]) -> dict[str, NDArray[np.float64]]:
+def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
     """Measure every image.
 
     Returns:
@@ -203,30 +206,16 @@ def _mask(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.b
 _BLOCK = 512
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Which images repeat an earlier one: three times ``bool (N,)``, and the earlier image, ``int64 (N,)`` or -1.
+def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:
+    """Which images repeat an earlier one, as facts of 0 and 1, and the most alike of the earlier ones, or -1.
 
-    Attributes:
-        near: Thumbnails correlate above ``groups.NEAR_DUPLICATE``; pairs painted into one healthy image do not count.
-        twin: The most alike of the earlier images, where ``near``.
+    ``exact``: the same pixels. ``near``: thumbnails correlate above ``splits.NEAR_DUPLICATE``; pairs painted into one
+    healthy image do not count. ``mask``: the same lesion mask, pixel by pixel.
     """
-
-    exact: NDArray[np.bool_]
-    near: NDArray[np.bool_]
-    mask: NDArray[np.bool_]
-    twin: NDArray[np.int64]
-
-
-def find_duplicates(images: ImageSet) -> Duplicates:
-    """Look for repeats in one set."""
     near, twin = _near(images)
-    return Duplicates(
-        exact=_repeats(images.images),
-        near=near,
-        mask=_repeats(images.masks) & np.asarray(images.masks.any(axis=(1, 2))),
-        twin=twin,
-    )
+    marked = np.asarray(images.masks.any(axis=(1, 2)))
+    found = {"exact": _repeats(images.images), "near": near, "mask": _repeats(images.masks) & marked}
+    return {name: rows.astype(np.float64) for name, rows in found.items()}, twin
 
 
 def _repeats(arrays: NDArray[np.uint8] | NDArray[np.bool_]) -> NDArray[np.bool_]:

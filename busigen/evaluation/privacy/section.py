@@ -229,15 +229,7 @@ _TEXT = 14
 
 
 def write_pairs(path: Path, pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]) -> None:
-    """Write at most `COLUMNS` pairs: the first image above, the second below, the text beneath.
-
-    Args:
-        path: The PNG file; replaced if it exists.
-        pairs: Two grey images, ``uint8 (H, W)`` of any size, and a short text.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Write at most `COLUMNS` pairs of grey images of any size: the first above, the second below, the text beneath."""
     shown = pairs[:COLUMNS]
     sheet = Image.new("L", (TILE * max(len(shown), 1), 2 * TILE + _TEXT), 255)
     draw = ImageDraw.Draw(sheet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,19 +55,8 @@ _REAL_BACKGROUNDS = (
 )
 
 
-@dataclass(frozen=True)
-class _Separation:
-    """One classifier on one view."""
-
-    key: str
-    label: str
-    value: Interval
-    null: tuple[float, ...]
-    p: float
-    floor: Interval | None
-    scores: NDArray[np.float64]
-    sizes: tuple[int, int]
-    note: str
+_Separation = tuple[Figure, tuple[float, ...]]
+"""What one classifier makes of one view, its p-value not yet adjusted, and where shuffled labels lie."""
 
 
 def run(context: AuditContext) -> SectionResult:
@@ -196,9 +185,17 @@ def _separation(
     low, high = bootstrap_auc(scores, task, fold, rng, RESAMPLES)
     null = tuple(np.nanpercentile(nulls, [2.5, 97.5]).tolist())
     p = (1 + sum(other >= value for other in nulls)) / (len(nulls) + 1)
-    sizes = int((task.side == 0).sum()), int((task.side == 1).sum())
-    note = f"{note} Shuffled labels give {null[0]:.2f} to {null[1]:.2f} in 95 of 100 cases."
-    return _Separation(key, label, Interval(value, low, high), null, p, floor, scores, sizes, note)
+    figure = Figure(
+        key=key,
+        label=label,
+        value=Interval(value, low, high),
+        floor=floor,
+        synthetic=int((task.side == 1).sum()),
+        real=int((task.side == 0).sum()),
+        p=p,
+        note=f"{note} Shuffled labels give {null[0]:.2f} to {null[1]:.2f} in 95 of 100 cases.",
+    )
+    return figure, null
 
 
 def _halved(real: ImageSet, rows: tuple[Ints, Ints], seed: int) -> tuple[Task, Ints] | None:
@@ -246,37 +243,31 @@ def _trained_separation(
 
 
 def _report(context: AuditContext, found: list[_Separation], result: SectionResult) -> None:
-    p_values = adjusted(np.array([one.p for one in found]))
-    for one, p in zip(found, p_values, strict=True):
-        low = one.value.low if one.value.low is not None else 0.0
-        limit = one.floor.high if one.floor is not None and one.floor.high is not None else one.null[1]
-        few = min(one.sizes) < FEWEST_TO_FLAG
-        flagged = bool(not few and p < ALPHA and low > one.null[1] and one.value.value > limit)
-        whole = ".whole." in one.key
+    p_values = adjusted(np.array([figure.p for figure, _ in found], dtype=np.float64))
+    for (figure, null), p in zip(found, p_values, strict=True):
+        low = figure.value.low if figure.value.low is not None else 0.0
+        limit = figure.floor.high if figure.floor is not None and figure.floor.high is not None else null[1]
+        few = min(figure.synthetic, figure.real) < FEWEST_TO_FLAG
+        flagged = bool(not few and p < ALPHA and low > null[1] and figure.value.value > limit)
         result.figures.append(
-            Figure(
-                key=one.key,
-                label=one.label,
-                value=one.value,
-                floor=one.floor,
-                synthetic=one.sizes[1],
-                real=one.sizes[0],
+            replace(
+                figure,
                 p=float(p),
                 flagged=flagged,
-                headline=not whole or context.backgrounds != "real",
-                note=one.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else ""),
+                headline=".whole." not in figure.key or context.backgrounds != "real",
+                note=figure.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else ""),
             )
         )
-        result.details[one.key] = {"null_low": one.null[0], "null_high": one.null[1], "p": one.p}
+        result.details[figure.key] = {"null_low": null[0], "null_high": null[1], "p": figure.p}
         if flagged:
-            what = one.label.removeprefix("AUC").lstrip(", ")
+            what = figure.label.removeprefix("AUC").lstrip(", ")
             result.flag(
-                f"A classifier tells the set from real images ({what}): AUC {one.value.value:.2f}, where shuffled "
-                f"labels reach {one.null[1]:.2f}.",
-                one.key,
+                f"A classifier tells the set from real images ({what}): AUC {figure.value.value:.2f}, where shuffled "
+                f"labels reach {null[1]:.2f}.",
+                figure.key,
             )
 
-    plot(context.folder(SECTION) / "auc.svg", [(o.label, o.value, o.null, o.floor) for o in found])
+    plot(context.folder(SECTION) / "auc.svg", [(one.label, one.value, null, one.floor) for one, null in found])
     result.pictures.append(
         Picture(
             "auc.svg", "AUC with its interval, what shuffled labels give (grey), and halves of the real set (line)."
