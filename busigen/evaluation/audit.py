@@ -1,4 +1,4 @@
-"""Versions of what a report rests on."""
+"""The audit: its sets are read, its sections run or kept from an earlier run, its report written and summed up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,10 +48,8 @@ def library_versions() -> dict[str, str]:
     """Version of Python and of every installed library of ``LIBRARIES``."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -79,8 +78,6 @@ class Report:
     """What an audit found.
 
     Attributes:
-        out: The report's folder.
-        html: The page for people.
         outcomes: Every section that was asked for, in order.
         content: What ``report.json`` holds.
     """
@@ -212,8 +209,7 @@ def check_libraries() -> None:
     Raises:
         ModuleNotFoundError: the extra ``eval`` is not installed.
     """
-    from busigen.evaluation.report import charts as contact_sheet  # noqa: F401
-    from busigen.evaluation.report import page as report  # noqa: F401
+    from busigen.evaluation.report import charts, page  # noqa: F401
 
 
 def choose_sections(only: Sequence[str] | None) -> list[Section]:
@@ -269,7 +265,7 @@ def _run(section: Section, context: AuditContext, key: str) -> Outcome:
     error = ""
     result = SectionResult(section.name)
     try:
-        result = section.load()(context)
+        result = section.run(context)
     except ModuleNotFoundError as missing:
         error = f"It needs {missing.name}, which is not installed. Run {install_command('eval')}."
     except BusigenError as problem:

@@ -71,10 +71,7 @@ INPUTS: dict[str, Callable[[AuditContext, Sets], Any]] = {
 def key_of(section: Section, context: AuditContext, sets: Sets) -> str:
     """Hex sha256 over what decides a section's result.
 
-    Args:
-        section: Its name, its version and what it reads count.
-        context: Its options count; its folder does not.
-        sets: Fingerprint per set.
+    ``context``: Its options count; its folder does not.
     """
     content = {
         "section": section.name,

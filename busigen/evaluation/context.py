@@ -28,7 +28,6 @@ class ImageSet:
     """A labelled set in the working frame. Rows of the arrays and of the table correspond.
 
     Attributes:
-        name: For people: the folder's name.
         images: ``uint8 (N, 256, 256)``, grey, letterboxed.
         masks: ``bool (N, 256, 256)``, True on lesions; empty for normals.
         valid: ``bool (N, 256, 256)``, True on the image, False on letterbox bars.
@@ -104,18 +103,14 @@ class AuditContext:
     """What every section of the audit is given.
 
     Attributes:
-        synthetic: The set under judgement.
         real: Real images that did **not** train the generator, as far as is known: what it is judged against.
         train: Real images that trained the generator; None where nobody said which those are.
-        out: The report's folder.
         effort: ``quick`` (minutes on two cores) or ``full``.
-        seed: Seeds every draw that a section makes.
         device: ``cpu`` or ``cuda``, resolved.
         backgrounds: What the synthetic images were painted into: ``real``, ``synthetic`` or ``unknown``.
         inception: Inception weights for FID, KID and IS; None to look in the library's own cache.
         external: A further real set that utility tests on.
         healthy: Folder of the healthy images that the synthetic set was painted into; None where nobody named it.
-        progress: Shows rate and ETA.
     """
 
     synthetic: ImageSet

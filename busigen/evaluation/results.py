@@ -38,13 +38,9 @@ class Figure:
         value: The synthetic set against the real one, with its bootstrap interval.
         floor: The same measure between two group-disjoint halves of the real set; None where no floor exists, in which
             case ``note`` says why.
-        synthetic: Number of synthetic images that went in.
-        real: Number of real images that went in.
-        better: Where the value should lie.
         unit: ``px``, ``dB``, ``%``, ... or empty.
         p: P-value of the test against "no difference", adjusted for the section's number of tests.
         flagged: The section says that this is a defect.
-        headline: Shown in the report's summary.
         note: What a reader must know to read the number.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.results import SectionResult
@@ -12,7 +11,7 @@ from busigen.evaluation.results import SectionResult
 
 @dataclass(frozen=True)
 class Section:
-    """One section. Its package's module ``section`` is imported only when it runs, and holds ``run(context)``.
+    """One section.
 
     ``version`` is part of the cache's key: raise it whenever the section's figures change meaning. ``reads`` names what
     the section looks at besides the synthetic and the real set (see ``cache.INPUTS``): another value of these, and of
@@ -22,33 +21,70 @@ class Section:
     name: str
     title: str
     question: str
+    run: Callable[[AuditContext], SectionResult]
     reads: tuple[str, ...] = ()
     version: int = 1
 
-    def load(self) -> Callable[[AuditContext], SectionResult]:
-        """The section's ``run`` function."""
-        run: Callable[[AuditContext], SectionResult] = import_module(f"busigen.evaluation.{self.name}.section").run
-        return run
+
+# What a section needs is imported only when it runs.
 
 
-SECTIONS = {
-    section.name: section
-    for section in (
-        Section("integrity", "Integrity and masks", "Are the files and masks what they should be?", ("healthy",)),
-        Section("physics", "Ultrasound physics", "Do speckle, depth, shadows and outlines follow the real ones?"),
-        Section(
-            "fidelity",
-            "Fidelity",
-            "How far is the set from real images, and how much of them does it cover?",
-            ("inception",),
-        ),
-        Section("realness", "Real or synthetic?", "Can a network tell the two apart?", ("device",)),
-        Section(
-            "utility",
-            "Utility",
-            "Does it help a segmentation network that is tested on real images?",
-            ("train", "external"),
-        ),
-        Section("privacy", "Privacy", "Does it show the images that it was trained on?", ("train",)),
-    )
-}
+def _integrity(context: AuditContext) -> SectionResult:
+    from busigen.evaluation.integrity.section import run
+
+    return run(context)
+
+
+def _physics(context: AuditContext) -> SectionResult:
+    from busigen.evaluation.physics.section import run
+
+    return run(context)
+
+
+def _fidelity(context: AuditContext) -> SectionResult:
+    from busigen.evaluation.fidelity.section import run
+
+    return run(context)
+
+
+def _realness(context: AuditContext) -> SectionResult:
+    from busigen.evaluation.realness.section import run
+
+    return run(context)
+
+
+def _utility(context: AuditContext) -> SectionResult:
+    from busigen.evaluation.utility.section import run
+
+    return run(context)
+
+
+def _privacy(context: AuditContext) -> SectionResult:
+    from busigen.evaluation.privacy.section import run
+
+    return run(context)
+
+
+_ALL = (
+    Section(
+        "integrity", "Integrity and masks", "Are the files and masks what they should be?", _integrity, ("healthy",)
+    ),
+    Section("physics", "Ultrasound physics", "Do speckle, depth, shadows and outlines follow the real ones?", _physics),
+    Section(
+        "fidelity",
+        "Fidelity",
+        "How far is the set from real images, and how much of them does it cover?",
+        _fidelity,
+        ("inception",),
+    ),
+    Section("realness", "Real or synthetic?", "Can a network tell the two apart?", _realness, ("device",)),
+    Section(
+        "utility",
+        "Utility",
+        "Does it help a segmentation network that is tested on real images?",
+        _utility,
+        ("train", "external"),
+    ),
+    Section("privacy", "Privacy", "Does it show the images that it was trained on?", _privacy, ("train",)),
+)
+SECTIONS = {section.name: section for section in _ALL}

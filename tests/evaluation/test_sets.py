@@ -18,7 +18,7 @@ from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.data.sources.records import Refusal
 from busigen.errors import InputError
-from busigen.evaluation.reading import sets as archives
+from busigen.evaluation.reading import archives
 from busigen.evaluation.reading.sets import background_mode, read_set
 from busigen.runtime.dataset.format import DATASET_FILE
 from busigen.runtime.execution.factory import generate
@@ -300,7 +300,7 @@ def test_nothing_but_members_of_unknown_role_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "label", "said"),
+    ("described", "label", "said"),
     [
         (b"malignant\n", "malignant", ""),
         (b"1", "benign", "0 normal, 1 benign, 2 malignant"),

@@ -64,13 +64,7 @@ _Extract = Callable[[Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Network:
-    """A network that is ready to run, or the reason why there is none.
-
-    Attributes:
-        extract: The network, or None.
-        source: File name of the weights, or None.
-        text: A sentence for the report where there is no network.
-    """
+    """A network that is ready to run and its weights' file name, or a sentence for the report that says why not."""
 
     extract: _Extract | None
     source: str | None
@@ -83,9 +77,7 @@ class Inception:
 
     Attributes:
         source: File name of the weights, or None.
-        text: A sentence for the report.
         synthetic: ``float64 (N, D)`` features of the synthetic set, or None.
-        real: The same of the real set.
         logits: Log-probabilities of the synthetic and the real set, where the network gives them.
     """
 
@@ -155,12 +147,6 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
     """FID and Inception score by torchmetrics.
 
     FID over all images is what papers print; it has no floor, because no two halves of the real set are that large.
-
-    Args:
-        network: With features.
-        synthetic: Rows that are compared.
-        real: Likewise.
-        context: The audit.
     """
     import torch
 
@@ -190,9 +176,7 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
         pairs = list(matched.draws(*groups, size, rng, 20))
         splits = context.rng("fidelity", "inception splits")
         scores = [[_score(part[rows], splits) for part, rows in zip(logits, pair, strict=True)] for pair in pairs]
-        value, floor = (
-            Interval(*np.percentile(column, [50.0, 2.5, 97.5]).tolist()) for column in zip(*scores, strict=True)
-        )
+        value, floor = (matched.middle(list(column)) for column in zip(*scores, strict=True))
         figures.append(
             Figure(
                 key="fidelity.inception.all.score.value",

@@ -90,10 +90,7 @@ def frechet_bias(variances: Array, first: int, second: int) -> float:
     ``sum_ij E[d_ij^2] / (2 (v_i + v_j))``, with the Wishart distribution's ``E[d_ij^2] = v_i v_j (1 + [i = j]) / N``.
     Holds for samples much larger than the dimension.
 
-    Args:
-        variances: ``(D,)`` eigenvalues of the covariance.
-        first: Size of the first sample.
-        second: Size of the second sample.
+    ``variances``: ``(D,)`` eigenvalues of the covariance.
     """
     positive = variances[variances > 0]
     pairs = np.outer(positive, positive) / (2.0 * np.add.outer(positive, positive))
@@ -129,10 +126,7 @@ def distances(rows: Array) -> Array:
 def mmd2(kernel: Array, first: Rows, second: Rows) -> float:
     """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3): 0 on average for equal distributions.
 
-    Args:
-        kernel: ``(N, N)`` over the rows of both samples.
-        first: At least two rows of the first sample.
-        second: At least two rows of the second.
+    ``kernel``: ``(N, N)`` over the rows of both samples.
     """
     ones = np.zeros((len(kernel), 2))
     ones[first, 0], ones[second, 1] = 1.0, 1.0
@@ -148,10 +142,7 @@ def mmd2(kernel: Array, first: Rows, second: Rows) -> float:
 def neighbourhoods(distance: Array, synthetic: Rows, real: Rows) -> tuple[float, float, float, float]:
     """Precision, recall (Kynkaanniemi et al. 2019, eq. 1), density, coverage (Naeem et al. 2020, eqs. 4 and 7).
 
-    Args:
-        distance: ``(N, N)`` over the rows of both samples.
-        synthetic: More than `NEAREST_DENSITY` rows.
-        real: Likewise.
+    ``distance``: ``(N, N)`` over the rows of both samples. ``synthetic``: More than `NEAREST_DENSITY` rows.
 
     Returns:
         The four, each 0 to 1 but density, which may exceed 1.
@@ -172,14 +163,7 @@ def neighbourhoods(distance: Array, synthetic: Rows, real: Rows) -> tuple[float,
 
 @dataclass(frozen=True)
 class Measure:
-    """One column of a comparison.
-
-    Attributes:
-        name: Part of a figure's key.
-        label: For people.
-        better: Where the value should lie.
-        note: What a reader must know.
-    """
+    """One column of a comparison."""
 
     name: str
     label: str

@@ -8,7 +8,6 @@ Inception's features are compared in the same way where its weights are at hand 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -30,7 +29,7 @@ from busigen.evaluation.fidelity.metrics import (
     simulated_frechet_bias,
 )
 from busigen.evaluation.physics import features as radiomics
-from busigen.evaluation.results import Figure, Interval, SectionResult
+from busigen.evaluation.results import Figure, SectionResult
 from busigen.evaluation.statistics import grouped as matched
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted
 from busigen.registry import LESION_CLASSES
@@ -82,11 +81,7 @@ def run(context: AuditContext) -> SectionResult:
 
     Returns:
         Figures ``fidelity.<radiomic|inception>.<all|class>.<measure>.value``.
-
-    Raises:
-        OutputError: The report's folder cannot be written.
     """
-    start = time.monotonic()
     result = SectionResult("fidelity")
     scopes = _scopes(context, result)
     if scopes:
@@ -96,7 +91,6 @@ def run(context: AuditContext) -> SectionResult:
         _compare(context, radiomic, scopes, result)
         _explain_bias(radiomic.real[scopes[0].real], len(scopes[0].synthetic), len(scopes[0].real), context, result)
         _inception(context, weights, scopes[0], result)
-    result.seconds = time.monotonic() - start
     return result
 
 
@@ -242,15 +236,14 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[tuple[
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
         beyond += signs * comparison(a, b) >= signs * observed
     p_values = (beyond + 1) / (space.permutations + 1)
-    values, lower = _intervals(np.array(generated)), _intervals(np.array(floors))
     return [
         (
             measure,
             Figure(
                 key=f"fidelity.{space.name}.{scope.name}.{measure.name}.value",
                 label=f"{space.mmd if measure.name == 'mmd' else measure.label}, {space.label}, {scope.name}",
-                value=values[k],
-                floor=lower[k],
+                value=matched.middle([found[k] for found in generated]),
+                floor=matched.middle([found[k] for found in floors]),
                 synthetic=count,
                 real=len(scope.real),
                 better=measure.better,
@@ -261,11 +254,6 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[tuple[
         )
         for k, measure in enumerate(MEASURES)
     ]
-
-
-def _intervals(generated: Array) -> list[Interval]:
-    low, middle, high = np.percentile(generated, [2.5, 50.0, 97.5], axis=0)
-    return [Interval(float(middle[k]), float(low[k]), float(high[k])) for k in range(generated.shape[1])]
 
 
 def _explain_bias(

@@ -1,10 +1,11 @@
-"""The figures of the integrity section: what each is called, and when it is a defect."""
+"""What the integrity section measures on every image, how its masks fit the edges, and which images repeat another."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,14 @@ from scipy import ndimage
 from busigen.data.overlays import find_overlays
 from busigen.data.splits import NEAR_DUPLICATE
 from busigen.evaluation.context import ImageSet
+from busigen.evaluation.physics.regions import EIGHT_NEIGHBOURS
 from busigen.evaluation.reading.inputs import correlations, thumbnails
 from busigen.evaluation.statistics.grouped import Side
+from busigen.records import read_json
 from busigen.registry import SYNTHETIC
+
+Facts = dict[str, NDArray[np.float64]]
+"""One number per image, by name; NaN where it has none."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +29,13 @@ class Measure:
     """One figure of the section.
 
     Attributes:
-        fact: Name in ``image_facts``, or ``exact``, ``near``, ``mask`` of ``Duplicates``.
+        fact: Name in ``image_facts``, or ``exact``, ``near``, ``mask`` of ``find_duplicates``.
         key: The figure's key after ``integrity.``.
-        label: For people.
         defect: Sentence of the finding, with ``{value}`` and ``{floor}``.
         side: Where the synthetic mean must lie to be a defect; None compares distributions.
         unit: ``%`` for shares.
         absolute: Flagged without a test wherever it exceeds the floor.
         repeats: Tested by image, not by group: repeats make up a group, and it is their number that counts.
-        headline: Shown in the summary.
     """
 
     fact: str
@@ -45,118 +49,8 @@ class Measure:
     headline: bool = False
 
 
-MEASURES = (
-    Measure(
-        "colour", "file.colour", "Images with coloured marks", "{value} of the images hold colour (real: {floor})."
-    ),
-    Measure(
-        "aspect",
-        "file.aspect",
-        "Width / height of the image: distance from real",
-        "Width / height of the images is distributed unlike that of real ones (distance {value}, floor {floor}): they "
-        "are cropped otherwise, or squashed. Physics and shape tell which.",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "levels",
-        "grey.levels",
-        "Distinct grey levels: distance from real",
-        "The number of distinct grey levels differs from real images (distance {value}, floor {floor}): posterised, "
-        "rescaled, or of another dynamic range.",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "range",
-        "grey.range",
-        "Grey range (1st to 99th percentile): distance from real",
-        "The range of grey levels differs from real images (distance {value}, floor {floor}).",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "clipped",
-        "grey.clipped",
-        "Share of pixels at 255: distance from real",
-        "The share of saturated pixels differs from real images (distance {value}, floor {floor}).",
-        side=None,
-        unit="",
-    ),
-    Measure(
-        "empty",
-        "mask.empty",
-        "Images that should show a lesion, with an empty mask",
-        "{value} of the images not labelled normal have an empty mask (real: {floor}).",
-        absolute=True,
-    ),
-    Measure(
-        "contradiction",
-        "mask.contradiction",
-        "Images labelled normal, with a lesion in the mask",
-        "{value} of the images labelled normal have a lesion in their mask (real: {floor}).",
-        absolute=True,
-    ),
-    Measure("tiny", "mask.tiny", "Tiny masks", "{value} of the masks are tiny (real: {floor})."),
-    Measure("huge", "mask.huge", "Huge masks", "{value} of the masks cover most of the image (real: {floor})."),
-    Measure(
-        "parts", "mask.parts", "Masks of several parts", "{value} of the masks have several parts (real: {floor})."
-    ),
-    Measure("holes", "mask.holes", "Masks with holes", "{value} of the masks have holes (real: {floor})."),
-    Measure(
-        "border", "mask.border", "Masks that touch the border", "{value} of the masks touch the border (real: {floor})."
-    ),
-    Measure(
-        "displacement",
-        "mask.displacement",
-        "Mean distance from a mask to where it fits the image's edges best",
-        "Masks lie {value} from where they would fit the image's edges best (real: {floor}): they are shifted, turned "
-        "over, or the lesion has no edge where its mask ends.",
-        unit="px",
-        headline=True,
-    ),
-    Measure(
-        "contrast",
-        "mask.contrast",
-        "Edge under the outline, against the places around it",
-        "The image's edges under the masks' outlines stand out less than in real images ({value}, real: {floor}).",
-        side="less",
-        unit="SD",
-        headline=True,
-    ),
-    Measure(
-        "text", "overlay.text", "Images with text", "{value} of the images show text, more than real ones ({floor})."
-    ),
-    Measure(
-        "calipers",
-        "overlay.calipers",
-        "Images with calipers",
-        "{value} of the images show caliper marks, more than real ones ({floor}).",
-        headline=True,
-    ),
-    Measure(
-        "exact",
-        "duplicate.exact",
-        "Images that repeat another, pixel by pixel",
-        "{value} of the images repeat another one exactly (real: {floor}).",
-        repeats=True,
-    ),
-    Measure(
-        "near",
-        "duplicate.near",
-        "Images nearly equal to another",
-        "{value} of the images nearly equal another one (real: {floor}): the set is less varied than its size says.",
-        repeats=True,
-        headline=True,
-    ),
-    Measure(
-        "mask",
-        "duplicate.mask",
-        "Masks that repeat another, pixel by pixel",
-        "{value} of the masks repeat another one exactly (real: {floor}).",
-        repeats=True,
-    ),
-)
+MEASURES = tuple(Measure(**row) for row in read_json(Path(__file__).with_name("measures.json")))
+"""In the order of the report."""
 
 REACH = 16
 """Farthest displacement in pixels, down and across, at which the outline is tried."""
@@ -240,15 +134,9 @@ HUGE = 0.60
 SPECK = 9
 """Pixels below which a part of a mask is a speck that resampling may have left."""
 
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
 
-
-def image_facts(images: ImageSet, done: Callable[[], None]) -> dict[str, NDArray[np.float64]]:
+def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
     """Measure every image.
-
-    Args:
-        images: The set.
-        done: Called after every image.
 
     Returns:
         Per measure one number per image, NaN where it has none. Shares are 0 and 1: ``colour``, ``depth`` (more or less
@@ -302,7 +190,7 @@ def _mask(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.b
     if not marked:
         return facts
     area = mask.sum() / max(int(valid.sum()), 1)
-    sizes = np.bincount(ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)[0].ravel())[1:]
+    sizes = np.bincount(ndimage.label(mask, structure=EIGHT_NEIGHBOURS)[0].ravel())[1:]
     rim = valid & ~ndimage.binary_erosion(valid)
     facts |= {
         "tiny": float(area < TINY),
@@ -318,32 +206,16 @@ def _mask(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.b
 _BLOCK = 512
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Which images repeat an earlier one: three times ``bool (N,)``, and the earlier image, ``int64 (N,)`` or -1.
+def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:
+    """Which images repeat an earlier one, as facts of 0 and 1, and the most alike of the earlier ones, or -1.
 
-    Attributes:
-        exact: The same pixels.
-        near: Thumbnails correlate above ``groups.NEAR_DUPLICATE``; pairs painted into one healthy image do not count.
-        mask: The same lesion mask, pixel by pixel.
-        twin: The most alike of the earlier images, where ``near``.
+    ``exact``: the same pixels. ``near``: thumbnails correlate above ``splits.NEAR_DUPLICATE``; pairs painted into one
+    healthy image do not count. ``mask``: the same lesion mask, pixel by pixel.
     """
-
-    exact: NDArray[np.bool_]
-    near: NDArray[np.bool_]
-    mask: NDArray[np.bool_]
-    twin: NDArray[np.int64]
-
-
-def find_duplicates(images: ImageSet) -> Duplicates:
-    """Look for repeats in one set."""
     near, twin = _near(images)
-    return Duplicates(
-        exact=_repeats(images.images),
-        near=near,
-        mask=_repeats(images.masks) & np.asarray(images.masks.any(axis=(1, 2))),
-        twin=twin,
-    )
+    marked = np.asarray(images.masks.any(axis=(1, 2)))
+    found = {"exact": _repeats(images.images), "near": near, "mask": _repeats(images.masks) & marked}
+    return {name: rows.astype(np.float64) for name, rows in found.items()}, twin
 
 
 def _repeats(arrays: NDArray[np.uint8] | NDArray[np.bool_]) -> NDArray[np.bool_]:

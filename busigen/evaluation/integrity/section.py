@@ -1,10 +1,9 @@
-"""Proof that a set painted into real images left them as they were outside the edit regions."""
+"""Integrity: files, grey levels, masks, overlays and repeats, and the proof that backgrounds were left as they were."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.integrity.measures import MEASURES, Duplicates, Measure, find_duplicates, image_facts
+from busigen.evaluation.integrity.measures import MEASURES, Facts, Measure, find_duplicates, image_facts
 from busigen.evaluation.results import Better, Figure, Interval, Picture, SectionResult
 from busigen.evaluation.statistics.grouped import (
     ALPHA,
@@ -86,40 +85,27 @@ _LABEL = 18
 _CONTOUR = (0, 200, 255)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One image of ``uint8 (256, 256)``, the mask whose contour is drawn, and a short caption."""
-
-    image: NDArray[np.uint8]
-    mask: NDArray[np.bool_]
-    caption: str
+Tile = tuple[NDArray[np.uint8], NDArray[np.bool_], str]
+"""One image of ``uint8 (256, 256)``, the mask whose contour is drawn, and a short caption."""
 
 
 def write_tiles(tiles: Sequence[Tile], path: Path, columns: int = 4) -> None:
-    """Draw images row by row into a PNG.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: there is no tile.
-    """
-    if not tiles:
-        raise ValueError("a sheet needs at least one tile, got none")
+    """Draw at least one image, row by row, into a PNG."""
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (_SIDE * columns, (_SIDE + _LABEL) * rows))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for place, tile in enumerate(tiles):
+    for place, (image, mask, caption) in enumerate(tiles):
         left, top = place % columns * _SIDE, place // columns * (_SIDE + _LABEL)
-        painted = Image.fromarray(outline(tile.image, tile.mask, _CONTOUR))
+        painted = Image.fromarray(outline(image, mask, _CONTOUR))
         sheet.paste(painted.resize((_SIDE - 2, _SIDE - 2), Image.Resampling.BILINEAR), (left, top))
-        draw.text((left + 3, top + _SIDE), tile.caption[:28], fill=(255, 255, 255), font=font)
+        draw.text((left + 3, top + _SIDE), caption[:28], fill=(255, 255, 255), font=font)
     with atomic_file(path) as file:
         sheet.save(file, "PNG")
 
 
 SHOWN = 12
 _NAMED = 50
-Facts = dict[str, NDArray[np.float64]]
 
 
 def run(context: AuditContext) -> SectionResult:
@@ -127,10 +113,10 @@ def run(context: AuditContext) -> SectionResult:
     result = SectionResult("integrity")
     synthetic, real = context.synthetic, _comparable(context)
     context.progress.start("integrity", len(synthetic) + len(real), unit="image")
-    repeats = find_duplicates(synthetic), find_duplicates(real)
+    (mine, twins), (theirs, _) = find_duplicates(synthetic), find_duplicates(real)
     facts = tuple(
-        {**image_facts(part, lambda: context.progress.advance(1)), **_as_facts(found)}
-        for part, found in zip((synthetic, real), repeats, strict=True)
+        {**image_facts(part, lambda: context.progress.advance(1)), **found}
+        for part, found in zip((synthetic, real), (mine, theirs), strict=True)
     )
     groups = Groups.of(synthetic.groups, real.groups, context.rng("integrity"))
     compared = [_compare(measure, facts[0], facts[1], groups) for measure in MEASURES]
@@ -142,18 +128,19 @@ def run(context: AuditContext) -> SectionResult:
         if comparison is not None:
             _report(result, measure, comparison, float(p), facts[0], facts[1], thinned)
     _report_files(result, synthetic)
-    _report_depth(result, facts[0]["depth"])
+    if deep := int(np.nansum(facts[0]["depth"])):
+        result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
     prove_backgrounds(context, result)
     if min(len(synthetic), len(real)) < FEWEST_TO_FLAG:
         result.note(f"With fewer than {FEWEST_TO_FLAG} images on a side, nothing is flagged by comparison.")
-    _pictures(context, result, facts[0], repeats[0])
+    _pictures(context, result, facts[0], twins)
     result.details |= {
         "modes": dict(Counter(str(mode) for mode in synthetic.table["mode"])),
         "sizes": dict(
             Counter(f"{w}x{h}" for w, h in synthetic.table.select("width", "height").iter_rows()).most_common(10)
         ),
         "empty_masks": _names(synthetic, facts[0]["empty"] == 1),
-        "repeated_images": _names(synthetic, repeats[0].exact),
+        "repeated_images": _names(synthetic, mine["exact"] == 1),
         "refused": [refusal.to_dict() for refusal in synthetic.refused],
     }
     return result
@@ -165,10 +152,6 @@ def _comparable(context: AuditContext) -> ImageSet:
         return context.real
     lesions = context.real.take(context.real.classes != "normal")
     return lesions if len(lesions) else context.real
-
-
-def _as_facts(found: Duplicates) -> Facts:
-    return {name: getattr(found, name).astype(np.float64) for name in ("exact", "near", "mask")}
 
 
 def _compare(measure: Measure, synthetic: Facts, real: Facts, groups: Groups) -> Comparison | None:
@@ -198,7 +181,7 @@ def _thinned(context: AuditContext, real: ImageSet) -> Callable[[], Facts]:
     @cache
     def facts() -> Facts:
         rows = context.rng("integrity", "repeats").permutation(len(context.synthetic))[: len(real)]
-        return _as_facts(find_duplicates(context.synthetic.take(np.sort(rows))))
+        return find_duplicates(context.synthetic.take(np.sort(rows)))[0]
 
     return facts
 
@@ -271,30 +254,22 @@ def _report_files(result: SectionResult, synthetic: ImageSet) -> None:
         result.note(f"{unlabelled} images have no known class: figures per class leave them out.")
 
 
-def _report_depth(result: SectionResult, depth: NDArray[np.float64]) -> None:
-    deep = int(np.nansum(depth))
-    if deep:
-        result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
-
-
-def _pictures(context: AuditContext, result: SectionResult, facts: Facts, found: Duplicates) -> None:
+def _pictures(context: AuditContext, result: SectionResult, facts: Facts, twins: NDArray[np.int64]) -> None:
     images = context.synthetic
     folder = context.folder("integrity")
     off = np.nan_to_num(facts["displacement"], nan=-1.0)
     worst = np.lexsort((facts["contrast"], -off))[:SHOWN]
     worst = worst[off[worst] > 0]
     if len(worst):
-        tiles = [
-            Tile(images.images[k], images.masks[k], f"{images.table['id'][int(k)]}: {off[k]:.0f} px") for k in worst
-        ]
+        tiles = [(images.images[k], images.masks[k], f"{images.table['id'][int(k)]}: {off[k]:.0f} px") for k in worst]
         write_tiles(tiles, folder / "masks-worst.png")
         result.pictures.append(
             Picture("masks-worst.png", "Synthetic masks that lie farthest from an edge of their image.")
         )
-    pairs = np.flatnonzero(found.near)[: SHOWN // 2]
+    pairs = np.flatnonzero(twins >= 0)[: SHOWN // 2]
     if len(pairs):
-        rows = [int(k) for pair in pairs for k in (pair, found.twin[pair])]
-        tiles = [Tile(images.images[k], images.masks[k], str(images.table["id"][k])) for k in rows]
+        rows = [int(k) for pair in pairs for k in (pair, twins[pair])]
+        tiles = [(images.images[k], images.masks[k], str(images.table["id"][k])) for k in rows]
         write_tiles(tiles, folder / "near-duplicates.png")
         result.pictures.append(
             Picture("near-duplicates.png", "Synthetic images that nearly equal another: pairs, side by side.")

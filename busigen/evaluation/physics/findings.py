@@ -22,12 +22,9 @@ class Evidence:
     """What one feature shows in one scope.
 
     Attributes:
-        feature: The feature.
         scope: A class, or ``all``.
-        figures: Its figures: Kolmogorov-Smirnov first.
         shift: Probability that a synthetic value exceeds a real one, minus 0.5.
         medians: Of the synthetic and of the real values.
-        ranges: Interquartile ranges of the same.
     """
 
     feature: Feature
@@ -144,9 +141,7 @@ def theme(feature: Feature) -> str:
 def describe(evidence: list[Evidence], result: SectionResult) -> None:
     """Add the flags: first what the features say together, then one by one.
 
-    Args:
-        evidence: The worst first.
-        result: Holds the section's figures; the findings are added.
+    ``result``: Holds the section's figures; the findings are added.
     """
     for figure in result.figures:
         if figure.flagged and figure.key.endswith("classes.swap"):

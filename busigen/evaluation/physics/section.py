@@ -1,4 +1,4 @@
-"""The physics section's plots: worst distributions, depth profile, power spectrum."""
+"""Ultrasound physics: features of both sets compared, per class; the worst distributions and two curves as plots."""
 
 from __future__ import annotations
 
@@ -49,10 +49,7 @@ _STYLE: Any = {
 def plot(context: AuditContext, tables: dict[str, pl.DataFrame], evidence: list[Evidence]) -> list[Picture]:
     """Draw everything into the section's folder.
 
-    Args:
-        context: The audit.
-        tables: ``real`` and ``synthetic``, from `radiomics.features`.
-        evidence: The worst first.
+    ``tables``: ``real`` and ``synthetic``, from `features.features`.
 
     Returns:
         The pictures, at most six.
@@ -153,10 +150,10 @@ def _curves(
 
 def _distribution(context: AuditContext, tables: dict[str, pl.DataFrame], item: Evidence, name: str) -> Picture:
     feature = item.feature
-    values = {}
-    for side, table in tables.items():
-        rows = table if item.scope == two_sample.ALL else table.filter(pl.col("class") == item.scope)
-        values[side] = rows[feature.name].fill_nan(None).drop_nulls().to_numpy()
+    values = {
+        side: _in_scope(table, item.scope)[feature.name].fill_nan(None).drop_nulls().to_numpy()
+        for side, table in tables.items()
+    }
     low, high = np.percentile(np.concatenate(list(values.values())), [0.5, 99.5])
     bins = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
     unit = f" ({feature.unit})" if feature.unit else ""
@@ -208,20 +205,14 @@ _STATISTICS = {"ks": ("Kolmogorov-Smirnov", ""), "wasserstein": ("Wasserstein", 
 
 
 def run(context: AuditContext) -> SectionResult:
-    """Compare every feature of `feature_table.NAMES` between both sets, per class and with the classes together.
+    """Compare every feature of `features.NAMES` between both sets, per class and with the classes together.
 
     A figure is flagged where its p-value, adjusted for all of the section's tests, is below ``ALPHA`` and its value
     lies above the floor's upper end.
 
-    Args:
-        context: The audit.
-
     Returns:
         Per feature and scope a Kolmogorov-Smirnov and a Wasserstein distance (in standard deviations of the real
         set), one figure for exchanged classes, findings in plain words, and at most six plots.
-
-    Raises:
-        OutputError: The report's folder cannot be written.
     """
     result = SectionResult(SECTION)
     if not len(context.real) or not len(context.synthetic):
@@ -333,10 +324,7 @@ def _evidence(
     """What the figures of each feature and scope say together, the worst first."""
     found = []
     for row, scope in enumerate(comparison.scopes):
-        rows = {
-            name: table if scope == two_sample.ALL else table.filter(pl.col("class") == scope)
-            for name, table in tables.items()
-        }
+        rows = {name: _in_scope(table, scope) for name, table in tables.items()}
         for column, name in enumerate(NAMES):
             pair = [figures[key] for kind in _STATISTICS if (key := (name, scope, kind)) in figures]
             if not pair:
@@ -353,6 +341,10 @@ def _evidence(
                 )
             )
     return sorted(found, key=lambda item: (item.flagged, item.excess), reverse=True)
+
+
+def _in_scope(table: pl.DataFrame, scope: str) -> pl.DataFrame:
+    return table if scope == two_sample.ALL else table.filter(pl.col("class") == scope)
 
 
 def _range(values: pl.Series) -> float:
@@ -382,7 +374,8 @@ def _notes(context: AuditContext, comparison: Comparison, result: SectionResult)
     mine, theirs = (set(side.table["class"].to_list()) for side in (context.synthetic, context.real))
     for label in sorted(mine ^ theirs):
         owner = "synthetic" if label in mine else "real"
-        result.note(f"Only the {owner} set has images of class {label}: {_left_out(context, mine & theirs)}.")
+        then = "they are left out" if mine & theirs else "the sets share no class, so classes are ignored"
+        result.note(f"Only the {owner} set has images of class {label}: {then}.")
     if comparison.reweighted:
         result.note("The sets mix their classes differently; 'all' weighs each class by its share of the real set.")
     if context.backgrounds == "real":
@@ -392,13 +385,9 @@ def _notes(context: AuditContext, comparison: Comparison, result: SectionResult)
         )
 
 
-def _left_out(context: AuditContext, shared: set[str]) -> str:
-    return "they are left out" if shared else "the sets share no class, so classes are ignored"
-
-
 def _medians(comparison: Comparison, tables: dict[str, pl.DataFrame]) -> dict[str, dict[str, dict[str, float | None]]]:
     def medians(table: pl.DataFrame, scope: str) -> dict[str, float | None]:
-        rows = table if scope == two_sample.ALL else table.filter(pl.col("class") == scope)
+        rows = _in_scope(table, scope)
         return rows.select(pl.col(list(NAMES)).fill_nan(None).median()).row(0, named=True) if len(rows) else {}
 
     return {name: {scope: medians(table, scope) for scope in comparison.scopes} for name, table in tables.items()}

@@ -14,11 +14,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from busigen.evaluation.statistics.grouped import (
-    MatchedGroups,
+    Rows,
     deal,
     joint_groups,
     permutations,
-    resample,
     rows_by_group,
     sizes_of,
 )
@@ -67,7 +66,7 @@ def detected(members: Values, others: Values) -> float:
 
 
 def permuted_p(
-    measure: Measure, first: Values, first_groups: MatchedGroups, second: Values, second_groups: MatchedGroups,
+    measure: Measure, first: Values, first_groups: Rows, second: Values, second_groups: Rows,
     rng: np.random.Generator, count: int,
 ) -> float:  # fmt: skip
     """P-value of "both samples are one", groups exchanged; greater values of the measure speak against it."""
@@ -79,22 +78,11 @@ def permuted_p(
     return (beyond + 1) / (count + 1)
 
 
-def interval(
-    measure: Measure, first: Values, first_groups: MatchedGroups, second: Values, second_groups: MatchedGroups,
-    rng: np.random.Generator, count: int,
-) -> tuple[float, float]:  # fmt: skip
-    """95 % bootstrap interval by group. Neighbours are found before any image is repeated, so repeats do no harm."""
-    sides = [(values, rows_by_group(groups)) for values, groups in ((first, first_groups), (second, second_groups))]
-    generated = [measure(*(values[resample(parts, rng)] for values, parts in sides)) for _ in range(count)]
-    low, high = np.percentile(generated, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def training_preference(
     to_train: Values,
     to_held: Values,
-    train_groups: MatchedGroups,
-    held_groups: MatchedGroups,
+    train_groups: Rows,
+    held_groups: Rows,
     rng: np.random.Generator,
     count: int,
 ) -> tuple[float, Values]:
@@ -104,13 +92,7 @@ def training_preference(
     changed nothing. So, unlike distances to the training set alone, this cannot mistake blur, noise or a narrow choice
     of images for memory.
 
-    Args:
-        to_train: ``(S, T)`` similarities.
-        to_held: ``(S, H)`` similarities.
-        train_groups: T groups.
-        held_groups: H groups.
-        rng: Source of the exchanges.
-        count: Number of exchanges.
+    ``to_train``: ``(S, T)`` similarities. ``to_held``: ``(S, H)`` similarities.
 
     Returns:
         The share of synthetic images whose neighbour is a training image, less that share of all real images; and
@@ -130,28 +112,23 @@ def training_preference(
     return float(hits[:total].sum() / len(neighbour) - total / len(joint)), exchanged
 
 
-def authentic(to_train: Values, within_train: Values, train_groups: MatchedGroups) -> NDArray[np.bool_]:
+def authentic(to_train: Values, within_train: Values, train_groups: Rows) -> NDArray[np.bool_]:
     """Which images are not nearer to their nearest training image than that is to any other group's training image.
 
     Alaa et al. 2022, section 3.3. Training images of the same patient do not count as another, because a held-out image
     has no such companion either.
 
-    Args:
-        to_train: ``(N, T)`` similarities.
-        within_train: ``(T, T)`` similarities.
-        train_groups: T groups.
+    ``to_train``: ``(N, T)`` similarities. ``within_train``: ``(T, T)`` similarities.
     """
     others = np.where(train_groups[:, None] == train_groups[None, :], -np.inf, within_train).max(axis=1)
     nearest = to_train.argmax(axis=1)
     return np.asarray(to_train.max(axis=1) <= others[nearest])
 
 
-def joined(groups: MatchedGroups, alike: NDArray[np.bool_]) -> MatchedGroups:
+def joined(groups: Rows, alike: NDArray[np.bool_]) -> Rows:
     """Groups, merged where images are alike: an image that a set repeats is one piece of evidence, not many.
 
-    Args:
-        groups: N groups.
-        alike: ``bool (N, N)``.
+    ``alike``: ``bool (N, N)``.
     """
     rows, columns = np.nonzero(alike | (groups[:, None] == groups[None, :]))
     _, merged = connected_components(

@@ -21,8 +21,9 @@ from sklearn.metrics import pairwise
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity.metrics import Standardiser
 from busigen.evaluation.physics import features as radiomics
+from busigen.evaluation.physics.regions import bounds
 from busigen.evaluation.privacy.memorisation import Values, joined
-from busigen.evaluation.statistics.grouped import MatchedGroups
+from busigen.evaluation.statistics.grouped import Rows
 
 Views = NDArray[np.float32]
 """``float32 (N, SIDE, SIDE)``."""
@@ -53,7 +54,6 @@ class Alignment:
         correlation: -1 to 1, at the best position.
         mirrored: The first view was mirrored left to right.
         down: View pixels by which the second view's content lies below the (mirrored) first's.
-        right: The same to the right.
     """
 
     correlation: float
@@ -64,15 +64,12 @@ class Alignment:
 
 def whole_views(images: ImageSet) -> Views:
     """Each image without its letterbox bars, squashed to a view."""
-    boxes = [_bounds(valid) if valid.any() else (0, 0, *valid.shape) for valid in images.valid]
+    boxes = [bounds(valid) if valid.any() else (0, 0, *valid.shape) for valid in images.valid]
     return _views(images, [(left, top, right, bottom) for top, left, bottom, right in boxes])
 
 
 def lesion_views(images: ImageSet) -> Views:
     """A square around each lesion, or around all lesions of an image, as a view.
-
-    Args:
-        images: A set in which no mask is empty.
 
     Raises:
         ValueError: A mask is empty.
@@ -95,8 +92,8 @@ def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, 
     """
     if not mask.any():
         raise ValueError("an empty mask has no lesion to crop to")
-    top, left, bottom, right = _bounds(mask)
-    upper, leftmost, lower, rightmost = _bounds(valid) if valid.any() else (0, 0, *valid.shape)
+    top, left, bottom, right = bounds(mask)
+    upper, leftmost, lower, rightmost = bounds(valid) if valid.any() else (0, 0, *valid.shape)
     side = min(CROP_MARGIN * max(bottom - top, right - left), lower - upper, rightmost - leftmost)
     y = float(np.clip((top + bottom - side) / 2, upper, lower - side))
     x = float(np.clip((left + right - side) / 2, leftmost, rightmost - side))
@@ -111,12 +108,7 @@ def correlations(
     The query's middle is laid on the target at every position within ``shift``; both are standardised over the very
     pixels that overlap. One matrix product per position does all pairs.
 
-    Args:
-        queries: Q views.
-        targets: T views.
-        shift: Largest shift in view pixels, 0 to a quarter of the side.
-        track: Shows progress.
-        what: Names the two sides there.
+    ``shift``: Largest shift in view pixels, 0 to a quarter of the side.
 
     Returns:
         ``float32 (Q, T)``, -1 to 1. A view without any detail correlates at 0 with all.
@@ -140,10 +132,7 @@ def correlations(
 def align(query: NDArray[np.float32], target: NDArray[np.float32], *, shift: int = SHIFT) -> Alignment:
     """The position behind one entry of `correlations`.
 
-    Args:
-        query: One view, ``(SIDE, SIDE)``.
-        target: Another.
-        shift: Largest shift in view pixels.
+    ``query``: One view, ``(SIDE, SIDE)``.
     """
     inner = slice(shift, SIDE - shift)
     windows = np.lib.stride_tricks.sliding_window_view(target, (SIDE - 2 * shift,) * 2)
@@ -154,11 +143,6 @@ def align(query: NDArray[np.float32], target: NDArray[np.float32], *, shift: int
         down, right = divmod(int(scores.argmax()), 2 * shift + 1)
         found.append(Alignment(float(scores.max()), mirrored, down - shift, right - shift))
     return max(found, key=lambda alignment: alignment.correlation)
-
-
-def _bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 def _views(images: ImageSet, boxes: list[tuple[float, float, float, float]]) -> Views:
@@ -193,11 +177,7 @@ class Space:
 
     Attributes:
         name: ``crop``, ``whole`` or ``radiomic``.
-        label: For people.
-        synthetic: The images that were compared.
         train: Likewise; None where nobody named a training set.
-        held: Likewise.
-        groups: S groups, repeats within the set merged.
         to_held: ``(S, H)``.
         to_train: ``(S, T)``, or None.
         held_to_train: ``(H, T)``, or None.
@@ -211,7 +191,7 @@ class Space:
     synthetic: ImageSet
     train: ImageSet | None
     held: ImageSet
-    groups: MatchedGroups
+    groups: Rows
     to_held: Values
     to_train: Values | None = None
     held_to_train: Values | None = None

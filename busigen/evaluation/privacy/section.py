@@ -1,8 +1,7 @@
-"""The figures of the privacy section: which samples are compared, by which measure, against which floor."""
+"""Privacy: whether the set shows or betrays the images that its generator was trained on."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ from busigen.evaluation.privacy import memorisation as memory
 from busigen.evaluation.privacy.memorisation import Measure, Values
 from busigen.evaluation.privacy.nearest import Space, align, crop_box, image_space, radiomic_space
 from busigen.evaluation.report.text import PRIVACY
-from busigen.evaluation.results import Better, Figure, Interval, Picture, SectionResult
+from busigen.evaluation.results import Better, Figure, Picture, SectionResult
 from busigen.evaluation.statistics.grouped import (
     ALPHA,
     FEWEST_TO_FLAG,
-    RESAMPLES,
-    MatchedGroups,
+    Rows,
     adjusted,
+    bootstrap,
     disjoint_draws,
-    resample,
-    rows_by_group,
+    middle,
 )
 from busigen.files import atomic_path
 from busigen.runtime.storage.files import output_errors
@@ -44,7 +42,7 @@ class _Sample:
     """Values of one side of a test, with their groups."""
 
     values: Values
-    groups: MatchedGroups
+    groups: Rows
 
     def __len__(self) -> int:
         return len(self.values)
@@ -67,11 +65,6 @@ class _Test:
 
 def figures_of(context: AuditContext, space: Space, result: SectionResult) -> list[Figure]:
     """All figures of one space.
-
-    Args:
-        context: The audit.
-        space: Similarities.
-        result: Gets a note where there are too few images.
 
     Returns:
         Figures whose ``p`` is not adjusted yet, none of them flagged.
@@ -178,24 +171,30 @@ def _mean(first: Values, second: Values) -> float:
 
 def _figure(context: AuditContext, space: Space, test: _Test) -> Figure:
     rng = context.rng("privacy", space.name, test.name)
-    sides = (test.first.values, test.first.groups, test.second.values, test.second.groups)
+    first, second = test.first, test.second
     against: Measure = (
         test.measure if test.better == "lower" else lambda first, second: float(second.mean() - first.mean())
     )
-    low, high = memory.interval(test.measure, *sides, rng, RESAMPLES)
+
+    def measured(a: Rows, b: Rows) -> float:
+        # Neighbours are found before any image is repeated, so repeats do no harm.
+        return test.measure(first.values[a], second.values[b])
+
+    value = bootstrap(measured, rng, first.groups, second.groups)
     floor = test.floor or test.second
     halves = disjoint_draws(floor.groups, len(floor) // 2, rng, FLOOR_DRAWS)
     generated = [test.measure(floor.values[a], floor.values[b]) for a, b in halves]
-    lowest, middle, highest = np.percentile(generated, [2.5, 50.0, 97.5])
     return Figure(
         key=f"privacy.{space.name}.all.{test.name}.value",
         label=f"{test.label}, {space.label}",
-        value=Interval(test.measure(test.first.values, test.second.values), low, high),
-        floor=Interval(float(middle), float(lowest), float(highest)),
+        value=value,
+        floor=middle(generated),
         synthetic=len(space.synthetic),
         real=len(space.held) + (0 if space.train is None else len(space.train)),
         better=test.better,
-        p=memory.permuted_p(against, *sides, rng, PERMUTATIONS[context.effort]),
+        p=memory.permuted_p(
+            against, first.values, first.groups, second.values, second.groups, rng, PERMUTATIONS[context.effort]
+        ),
         headline=test.headline,
         note=test.note,
     )
@@ -209,15 +208,12 @@ def _preference(context: AuditContext, space: Space) -> Figure:
     value, exchanged = memory.training_preference(space.to_train, space.to_held, *groups, rng, count)
     nearer = (space.to_train.max(axis=1) >= space.to_held.max(axis=1)).astype(np.float64)
     chance = float(nearer.mean()) - value
-    parts = rows_by_group(space.groups)
-    generated = [float(nearer[resample(parts, rng)].mean()) - chance for _ in range(RESAMPLES)]
-    low, high = np.percentile(generated, [2.5, 97.5])
-    lowest, middle, highest = np.percentile(exchanged, [2.5, 50.0, 97.5])
+    spread = bootstrap(lambda rows: float(nearer[rows].mean()) - chance, rng, space.groups)
     return Figure(
         key=f"privacy.{space.name}.all.preference.value",
         label=f"preference for training images, {space.label}",
-        value=Interval(value, float(low), float(high)),
-        floor=Interval(float(middle), float(lowest), float(highest)),
+        value=replace(spread, value=value),
+        floor=middle(exchanged),
         synthetic=len(space.synthetic),
         real=len(space.held) + len(space.train),
         p=float((np.sum(exchanged >= value - 1e-12) + 1) / (count + 1)),
@@ -234,15 +230,7 @@ _TEXT = 14
 
 
 def write_pairs(path: Path, pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]) -> None:
-    """Write at most `COLUMNS` pairs: the first image above, the second below, the text beneath.
-
-    Args:
-        path: The PNG file; replaced if it exists.
-        pairs: Two grey images, ``uint8 (H, W)`` of any size, and a short text.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Write at most `COLUMNS` pairs of grey images of any size: the first above, the second below, the text beneath."""
     shown = pairs[:COLUMNS]
     sheet = Image.new("L", (TILE * max(len(shown), 1), 2 * TILE + _TEXT), 255)
     draw = ImageDraw.Draw(sheet)
@@ -268,11 +256,7 @@ def run(context: AuditContext) -> SectionResult:
     Returns:
         Figures ``privacy.<crop|whole|radiomic>.all.<measure>.value``, the nearest pairs as pictures, and in ``details``
         the thresholds and the nearest pairs by name.
-
-    Raises:
-        OutputError: The report's folder cannot be written.
     """
-    start = time.monotonic()
     result = SectionResult("privacy")
     result.note(PRIVACY[context.backgrounds])
     if context.train is None:
@@ -300,7 +284,6 @@ def run(context: AuditContext) -> SectionResult:
     for space in spaces:
         if space.views is not None:
             _show(context, space, result)
-    result.seconds = time.monotonic() - start
     return result
 
 

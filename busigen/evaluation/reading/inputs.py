@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from busigen.data.geometry import around
 from busigen.data.prepared import Prepared
 from busigen.data.splits import NEAR_DUPLICATE, copies_of, thumbnail
 from busigen.errors import InputError
@@ -46,10 +47,6 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
     folder itself the result is its splits. Any other image counts as training where its name is a training image's,
     where it looks like one (thumbnail correlation above ``groups.NEAR_DUPLICATE``), is a copy that was mirrored, turned
     or cropped, or where one of its group does.
-
-    Args:
-        real: The real set.
-        prepared: What the generator was trained on.
     """
     train = from_prepared(prepared, (TRAINING,))
     known = dict(prepared.table.select("sha256", "split").iter_rows())
@@ -74,9 +71,8 @@ def thumbnails(images: ImageSet) -> NDArray[np.float32]:
     """``float32 (N, 64, 64)`` of the images without their letterbox bars, for ``data.groups``."""
     small = np.zeros((len(images), 64, 64), np.float32)
     for row, (image, valid) in enumerate(zip(images.images, images.valid, strict=True)):
-        rows, columns = np.flatnonzero(valid.any(axis=1)), np.flatnonzero(valid.any(axis=0))
-        if rows.size:
-            small[row] = thumbnail(np.ascontiguousarray(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
+        if valid.any():
+            small[row] = thumbnail(np.ascontiguousarray(image[around(valid, 0)]))
     return small
 
 
@@ -125,14 +121,8 @@ def read_inputs(
 ) -> tuple[AuditContext, dict[str, Any]]:
     """Read the sets of an audit and part the real one.
 
-    Args:
-        synthetic: The set under judgement.
-        real: Real images.
-        train_split: Prepared folder that trained the generator.
-        external: A further real set; its training images are left out as well.
-        limit: Greatest number of images per set but the training one; None for all.
-        seed: Seeds the draws.
-        progress: Told of every image.
+    ``external``: A further real set; its training images are left out as well. ``limit``: Greatest number of images per
+    set but the training one; None for all.
 
     Returns:
         A context with the sets and nothing else, and what the report says about them.

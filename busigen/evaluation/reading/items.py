@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.images import MARK_SHARE, ImageFile, refuse_fault
+from busigen.data.images import MARK_SHARE, ImageFile, read_mask, refuse_fault
 from busigen.data.inpainting import without_overlays
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_mask
 from busigen.data.letterbox import letterbox_coverage as coverage
@@ -22,16 +23,12 @@ BAR_LEVEL = 6
 BAR_WIDTH = 3
 """Least width in pixels of a pair of bars; anything thinner may be the image's own dark rim."""
 
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
-
 
 @dataclass(frozen=True)
 class Item:
     """One listed image. ``read`` opens it and gives the image, its native lesion mask and the number of mask files.
 
     Attributes:
-        id: Unique name within the set.
-        file: Where it lies, for people.
         image_class: One of ``registry.CLASSES``, or ``unknown``.
         read: Raises ``InputError`` where a file is damaged.
         patient: Patient, or whatever else several images share; None where unknown.
@@ -63,6 +60,17 @@ class Frame:
     notes: tuple[str, ...] = ()
 
 
+def read_files(
+    image: ImageFile, masks: Iterable[tuple[Path, bytes | None]]
+) -> tuple[ImageFile, NDArray[np.bool_], int]:
+    """The image with the notes on its masks, the lesions of all masks, and how many there are; see `Item`."""
+    lesions, notes, count = np.zeros(image.pixels.shape, np.bool_), list(image.notes), 0
+    for path, data in masks:
+        lesions |= read_mask(path, (image.width, image.height), data, notes=notes)
+        count += 1
+    return replace(image, notes=tuple(dict.fromkeys(notes))), lesions, count
+
+
 def frame(item: Item) -> Frame:
     """Read an item and fit it into the working frame.
 
@@ -87,7 +95,7 @@ def frame(item: Item) -> Frame:
         "height": file.height,
         "mode": file.mode,
         "colour": file.coloured is not None and bool(file.coloured.mean() > MARK_SHARE),
-        "lesions": int(ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)[1]),
+        "lesions": int(ndimage.label(mask, structure=np.ones((3, 3)))[1]),
         "text": overlays.text,
         "calipers": overlays.calipers,
         "background": item.background,

@@ -1,4 +1,4 @@
-"""How well a classifier separates two sets of images whose rows come in groups: folds, scores, AUC and its null."""
+"""Classifiers that separate two sets, the views they look at, and how well they do: folds, scores, AUC and its null."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from busigen.evaluation.context import ImageSet
+from busigen.evaluation.physics.regions import bounds, largest_part
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -39,7 +40,6 @@ class Task:
         side: N, 0 for the first set and 1 for the second.
         label: N class numbers. Rows are compared within their class only, so a different mix of classes cannot tell the
             sets apart.
-        group: N groups, no group on both sides.
     """
 
     side: Ints
@@ -73,11 +73,7 @@ def auc(scores: Floats, task: Task, fold: Ints, weights: Floats | None = None) -
 
     Scores of different folds come from different classifiers and are not comparable. NaN where no pair exists.
 
-    Args:
-        scores: N scores.
-        task: Sides and classes.
-        fold: N fold numbers.
-        weights: N weights, such as how often a bootstrap drew each row.
+    ``weights``: N weights, such as how often a bootstrap drew each row.
     """
     above = pairs = 0.0
     stratum = task.label * (int(fold.max()) + 1) + fold
@@ -185,13 +181,7 @@ def resnet_scores(
     Every class and side has the same weight in the loss, so prevalence teaches nothing. Training mirrors left and right
     at random, and scales brightness by up to 10 %, because gain is a knob.
 
-    Args:
-        pixels: ``uint8 (N, H, W)``; pictures lower than 64 rows are doubled in size.
-        task: Sides, classes, groups.
-        fold: N fold numbers.
-        seed: Seeds weights, order and augmentation.
-        device: Where to train.
-        epochs: Passes over the training folds.
+    ``pixels``: ``uint8 (N, H, W)``; pictures lower than 64 rows are doubled in size.
     """
     result = np.zeros(len(pixels))
     for value in np.unique(fold):
@@ -266,11 +256,7 @@ def scattering_features(
     per cell and first-order path: averages alone do not see a few bright marks. Cells in mirrored columns are averaged,
     because left and right mean nothing in ultrasound.
 
-    Args:
-        pixels: ``uint8 (N, H, W)``.
-        cells: Rows and columns of the pooling grid.
-        device: Where to compute.
-        batch: Images at a time.
+    ``pixels``: ``uint8 (N, H, W)``.
 
     Returns:
         ``float32 (N, features)``.
@@ -353,7 +339,7 @@ _SMOOTHING = 2.0
 
 def whole(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """The largest centred square inside the letterbox bars, as 192 by 192 pixels."""
-    top, bottom, left, right = _box(valid)
+    top, left, bottom, right = bounds(valid)
     side = min(bottom - top, right - left)
     y, x = (bottom - top - side) / 2, (right - left - side) / 2
     return _resized(image[top:bottom, left:right], y, x, side, 192)
@@ -361,8 +347,8 @@ def whole(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
 
 def lesion(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """A square around the largest lesion, moved and if need be shrunk to lie on the image, as 128 by 128 pixels."""
-    top, bottom, left, right = _box(valid)
-    y0, y1, x0, x1 = _box(_largest(mask))
+    top, left, bottom, right = bounds(valid)
+    y0, x0, y1, x1 = bounds(largest_part(mask))
     side = min(max(MARGIN * max(y1 - y0, x1 - x0), SMALLEST), bottom - top, right - left)
     y = np.clip((y0 + y1 - side) / 2, top, bottom - side)
     x = np.clip((x0 + x1 - side) / 2, left, right - side)
@@ -377,7 +363,7 @@ def ring(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     normals at the image's own pixel scale, the strip shows only what lies across the edge; a seam is a line along its
     middle. Where a normal leaves the image, the last pixel is repeated.
     """
-    part = _largest(mask)
+    part = largest_part(mask)
     padded = np.pad(part, 1)
     distance = ndimage.distance_transform_edt(~padded) - ndimage.distance_transform_edt(padded)
     slope = np.stack(np.gradient(ndimage.gaussian_filter(distance, _SMOOTHING)))
@@ -391,7 +377,7 @@ def ring(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     normals /= np.maximum(np.hypot(*normals), 1e-6)
     offsets = np.arange(-BAND, BAND) + 0.5
     coordinates = points[:, None] - 1 + normals[:, None] * offsets[:, None]
-    top, bottom, left, right = _box(valid)
+    top, left, bottom, right = bounds(valid)
     coordinates[0] = np.clip(coordinates[0], top, bottom - 1)
     coordinates[1] = np.clip(coordinates[1], left, right - 1)
     strip = ndimage.map_coordinates(image.astype(np.float32), coordinates, order=1)
@@ -403,8 +389,6 @@ class View:
     """One view.
 
     Attributes:
-        name: Part of a figure's key.
-        label: For people.
         cut: Maps image, mask and valid pixels of one frame to ``uint8 (height, width)`` of a fixed size.
         cells: Rows and columns of the grid in which a fixed network's responses are pooled.
     """
@@ -427,18 +411,6 @@ VIEWS = {
         View("ring", "ring around the outline", ring, (5, 1)),
     )
 }
-
-
-def _box(mask: Mask) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def _largest(mask: Mask) -> Mask:
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if count <= 1:
-        return mask
-    return np.asarray(labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]))
 
 
 def _resized(image: Pixels, y: float, x: float, side: float, to: int) -> Pixels:

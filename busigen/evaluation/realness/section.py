@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,9 @@ from busigen.evaluation.realness.classifiers import (
     auc,
     bootstrap_auc,
     folds,
+    network_name,
+    resnet_scores,
+    scattering_features,
     shuffled_sides,
 )
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
@@ -37,6 +39,7 @@ from busigen.evaluation.statistics.grouped import (
     adjusted,
     halves,
     joint_groups,
+    middle,
 )
 from busigen.registry import SYNTHETIC
 
@@ -52,19 +55,8 @@ _REAL_BACKGROUNDS = (
 )
 
 
-@dataclass(frozen=True)
-class _Separation:
-    """One classifier on one view."""
-
-    key: str
-    label: str
-    value: Interval
-    null: tuple[float, float]
-    p: float
-    floor: Interval | None
-    scores: NDArray[np.float64]
-    sizes: tuple[int, int]
-    note: str
+_Separation = tuple[Figure, tuple[float, ...]]
+"""What one classifier makes of one view, its p-value not yet adjusted, and where shuffled labels lie."""
 
 
 def run(context: AuditContext) -> SectionResult:
@@ -78,7 +70,6 @@ def run(context: AuditContext) -> SectionResult:
         context: The audit. ``quick`` trains a ridge classifier on a fixed scattering network; ``full`` trains a ResNet
             as well.
     """
-    started = time.perf_counter()
     result = SectionResult(SECTION)
     context = context.without_overlays()
     found: list[_Separation] = []
@@ -92,7 +83,6 @@ def run(context: AuditContext) -> SectionResult:
     if context.backgrounds == "real":
         result.note(_REAL_BACKGROUNDS)
     result.details["band"] = {"ring_px": BAND, "lesion_margin": MARGIN, "folds": FOLDS, "permutations": PERMUTATIONS}
-    result.seconds = time.perf_counter() - started
     return result
 
 
@@ -149,8 +139,6 @@ def _fold_count(task: Task) -> int:
 def _separations(
     context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
 ) -> list[_Separation]:
-    from busigen.evaluation.realness.classifiers import scattering_features
-
     pixels = view.of(real), view.of(synthetic)
     task = _task(real, synthetic, (real.groups, _synthetic_groups(synthetic)))
     fold = folds(task, _fold_count(task), context.seed)
@@ -195,11 +183,19 @@ def _separation(
 ) -> _Separation:
     value = auc(scores, task, fold)
     low, high = bootstrap_auc(scores, task, fold, rng, RESAMPLES)
-    null = float(np.nanpercentile(nulls, 2.5)), float(np.nanpercentile(nulls, 97.5))
+    null = tuple(np.nanpercentile(nulls, [2.5, 97.5]).tolist())
     p = (1 + sum(other >= value for other in nulls)) / (len(nulls) + 1)
-    sizes = int((task.side == 0).sum()), int((task.side == 1).sum())
-    note = f"{note} Shuffled labels give {null[0]:.2f} to {null[1]:.2f} in 95 of 100 cases."
-    return _Separation(key, label, Interval(value, low, high), null, p, floor, scores, sizes, note)
+    figure = Figure(
+        key=key,
+        label=label,
+        value=Interval(value, low, high),
+        floor=floor,
+        synthetic=int((task.side == 1).sum()),
+        real=int((task.side == 0).sum()),
+        p=p,
+        note=f"{note} Shuffled labels give {null[0]:.2f} to {null[1]:.2f} in 95 of 100 cases.",
+    )
+    return figure, null
 
 
 def _halved(real: ImageSet, rows: tuple[Ints, Ints], seed: int) -> tuple[Task, Ints] | None:
@@ -218,10 +214,8 @@ def _ridge_floor(context: AuditContext, view: View, real: ImageSet, features: ND
         if halved is not None:
             ridge = Ridge(features[np.concatenate(rows)], *halved)
             values.append(auc(ridge.scores(halved[0].side), *halved))
-    if not values or np.isnan(values).all():
-        return None
-    low, middle, high = np.nanpercentile(values, [2.5, 50.0, 97.5])
-    return Interval(float(middle), float(low), float(high))
+    known = [value for value in values if not np.isnan(value)]
+    return middle(known) if known else None
 
 
 def _trained_separation(
@@ -234,8 +228,6 @@ def _trained_separation(
     rng: np.random.Generator,
 ) -> _Separation:
     """A ResNet's: its null shuffles labels under fixed scores, its floor is one halving; more would take trainings."""
-    from busigen.evaluation.realness.classifiers import network_name, resnet_scores
-
     scores = resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
     nulls = [auc(scores, replace(task, side=shuffled_sides(task, rng)), fold) for _ in range(PERMUTATIONS)]
     rows = halves(real.groups, rng)
@@ -251,37 +243,31 @@ def _trained_separation(
 
 
 def _report(context: AuditContext, found: list[_Separation], result: SectionResult) -> None:
-    p_values = adjusted(np.array([one.p for one in found]))
-    for one, p in zip(found, p_values, strict=True):
-        low = one.value.low if one.value.low is not None else 0.0
-        limit = one.floor.high if one.floor is not None and one.floor.high is not None else one.null[1]
-        few = min(one.sizes) < FEWEST_TO_FLAG
-        flagged = bool(not few and p < ALPHA and low > one.null[1] and one.value.value > limit)
-        whole = ".whole." in one.key
+    p_values = adjusted(np.array([figure.p for figure, _ in found], dtype=np.float64))
+    for (figure, null), p in zip(found, p_values, strict=True):
+        low = figure.value.low if figure.value.low is not None else 0.0
+        limit = figure.floor.high if figure.floor is not None and figure.floor.high is not None else null[1]
+        few = min(figure.synthetic, figure.real) < FEWEST_TO_FLAG
+        flagged = bool(not few and p < ALPHA and low > null[1] and figure.value.value > limit)
         result.figures.append(
-            Figure(
-                key=one.key,
-                label=one.label,
-                value=one.value,
-                floor=one.floor,
-                synthetic=one.sizes[1],
-                real=one.sizes[0],
+            replace(
+                figure,
                 p=float(p),
                 flagged=flagged,
-                headline=not whole or context.backgrounds != "real",
-                note=one.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else ""),
+                headline=".whole." not in figure.key or context.backgrounds != "real",
+                note=figure.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else ""),
             )
         )
-        result.details[one.key] = {"null_low": one.null[0], "null_high": one.null[1], "p": one.p}
+        result.details[figure.key] = {"null_low": null[0], "null_high": null[1], "p": figure.p}
         if flagged:
-            what = one.label.removeprefix("AUC").lstrip(", ")
+            what = figure.label.removeprefix("AUC").lstrip(", ")
             result.flag(
-                f"A classifier tells the set from real images ({what}): AUC {one.value.value:.2f}, where shuffled "
-                f"labels reach {one.null[1]:.2f}.",
-                one.key,
+                f"A classifier tells the set from real images ({what}): AUC {figure.value.value:.2f}, where shuffled "
+                f"labels reach {null[1]:.2f}.",
+                figure.key,
             )
 
-    plot(context.folder(SECTION) / "auc.svg", [(o.label, o.value, o.null, o.floor) for o in found])
+    plot(context.folder(SECTION) / "auc.svg", [(one.label, one.value, null, one.floor) for one, null in found])
     result.pictures.append(
         Picture(
             "auc.svg", "AUC with its interval, what shuffled labels give (grey), and halves of the real set (line)."
@@ -310,7 +296,7 @@ def _sheet(crops: NDArray[np.uint8], columns: int = 5) -> Image.Image:
     return sheet
 
 
-Row = tuple[str, Interval, tuple[float, float], Interval | None]
+Row = tuple[str, Interval, tuple[float, ...], Interval | None]
 """Label, AUC, null band, floor."""
 
 

@@ -1,4 +1,4 @@
-"""The report's chart: every figure's dot and interval against its floor, on axes that figures of one scale share."""
+"""What the report draws: each section's chart, its pictures as data URIs, and the contact sheet of both sets."""
 
 from __future__ import annotations
 
@@ -47,17 +47,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure's marks, in percent of the axis; None where the figure has no such number.
-
-    Attributes:
-        figure: What is drawn.
-        value: The dot.
-        low: Lower end of its interval.
-        high: Upper end.
-        floor: The floor's tick.
-        floor_low: Left edge of its band.
-        floor_width: The band's width.
-    """
+    """One figure's marks, in percent of the axis; None where the figure has no such number."""
 
     figure: Figure
     value: float | None
@@ -176,8 +166,6 @@ class Inlined:
 
     Attributes:
         uri: A ``data:`` URI; empty where there is no picture to show.
-        width: In CSS pixels.
-        height: In CSS pixels.
         problem: Why there is none, or why it is not quite the file.
     """
 
@@ -193,9 +181,7 @@ def inline(folder: Path, file: str) -> Inlined:
     SVG goes into an ``<img>`` like any other picture, not into the page's own tree: there it can run no script, load
     nothing from elsewhere, and its ids and styles cannot meet those of another plot.
 
-    Args:
-        folder: The section's folder. Nothing outside is read, whatever ``file`` says.
-        file: Name in that folder.
+    ``folder``: The section's folder. Nothing outside is read, whatever ``file`` says.
 
     Returns:
         The picture, or why there is none.
@@ -262,12 +248,6 @@ def contact_sheet(synthetic: ImageSet, real: ImageSet, path: Path, pairs: int = 
 
     The images are spread evenly over each set, half of them benign and half malignant where the set has both; nobody
     chose them. The same sets give the same sheet.
-
-    Args:
-        synthetic: The set under judgement.
-        real: What it is judged against.
-        path: Where the JPEG goes.
-        pairs: Images of each set, at most.
 
     Returns:
         The path.

@@ -60,12 +60,6 @@ class SectionView:
     """A section as the template shows it.
 
     Attributes:
-        anchor: Its id in the page.
-        title: Its name for people.
-        question: What it answers.
-        result: What it found.
-        chart: Its chart's panels.
-        pictures: Its pictures.
         error: Why it has no result; empty where it has one.
     """
 
@@ -115,11 +109,9 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
     Pictures are read from the sections' folders below ``out`` and written into the page, as is the contact sheet where
     ``out`` holds one. Whatever the report says is escaped: file names and findings come from data that others made.
 
-    Args:
-        report: What ``report.json`` holds: ``sections`` is a list of ``SectionResult.to_dict()`` with ``title`` and
-            ``question``, and ``error`` where it could not run. ``busigen``, ``created``, ``inputs``, ``counts``,
-            ``sets``, ``notes``, ``versions`` and ``seconds`` may be absent.
-        out: The report's folder.
+    ``report``: What ``report.json`` holds: ``sections`` is a list of ``SectionResult.to_dict()`` with ``title`` and
+    ``question``, and ``error`` where it could not run. ``busigen``, ``created``, ``inputs``, ``counts``, ``sets``,
+    ``notes``, ``versions`` and ``seconds`` may be absent.
 
     Returns:
         The page's path, ``out / "report.html"``.

@@ -100,16 +100,14 @@ def excess(figure: Figure) -> float:
 
     It ranks figures of different units for the report's summary; it decides no flag.
     """
-    floor = figure.floor
-    if floor is None or not known(figure.value.value) or not known(floor.value):
+    ends, value = _floor_ends(figure), figure.value.value
+    if figure.floor is None or ends is None:
         return 0.0
-    low = floor.value if floor.low is None else floor.low
-    high = floor.value if floor.high is None else floor.high
-    value = figure.value.value
+    low, high = ends
     above, below = value - high, low - value
     beyond = {"lower": above, "higher": below, "near": max(above, below)}[figure.better]
     # A floor such as 0 [0, 0] has no width to measure in; a tenth of the greater number then stands in.
-    width = max(high - low, 0.1 * max(abs(value), abs(floor.value)))
+    width = max(high - low, 0.1 * max(abs(value), abs(figure.floor.value)))
     return max(0.0, beyond) / width if width > 0 else 0.0
 
 
@@ -120,14 +118,20 @@ def capital(text: str) -> str:
 
 def place(figure: Figure) -> str:
     """Where the value lies, in words, for those who do not see the chart."""
-    floor = figure.floor
-    if floor is None or not known(figure.value.value) or not known(floor.value):
+    ends, value = _floor_ends(figure), figure.value.value
+    if ends is None:
         return "no floor to compare with"
-    low = floor.value if floor.low is None else floor.low
-    high = floor.value if floor.high is None else floor.high
-    value = figure.value.value
+    low, high = ends
     where = "above the floor" if value > high else "below the floor" if value < low else "inside the floor"
     return f"{where}, flagged" if figure.flagged else where
+
+
+def _floor_ends(figure: Figure) -> tuple[float, float] | None:
+    """Where the floor's interval begins and ends; None where there is nothing to compare."""
+    floor = figure.floor
+    if floor is None or not known(figure.value.value) or not known(floor.value):
+        return None
+    return floor.value if floor.low is None else floor.low, floor.value if floor.high is None else floor.high
 
 
 def _bounds(part: Interval, places: int | None, scale: float = 1.0) -> str:

@@ -13,6 +13,7 @@ from scipy import stats
 from busigen.evaluation.results import Interval
 
 Rows = NDArray[np.int64]
+Array = NDArray[np.float64]
 Statistic = Callable[[Rows, Rows], float]
 """Maps rows of the first and of the second set to a number."""
 
@@ -45,11 +46,6 @@ def deal(sizes: NDArray[np.int64], wanted: int, rng: np.random.Generator) -> tup
     """All group numbers in random order, and how many of them from the start it takes to hold ``wanted`` rows.
 
     The number is one more than there are groups where all of them hold fewer rows.
-
-    Args:
-        sizes: Rows of each group.
-        wanted: Rows to hold.
-        rng: Source of the order.
     """
     order = rng.permutation(len(sizes))
     return order, int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
@@ -64,6 +60,26 @@ def resample(parts: list[Rows], rng: np.random.Generator) -> Rows:
     """Row numbers of one cluster-bootstrap draw from the groups of ``rows_by_group``: whole ones, with replacement."""
     chosen = rng.integers(0, len(parts), len(parts))
     return np.concatenate([parts[k] for k in chosen])
+
+
+def ends(values: Array | list[float]) -> tuple[float | None, float | None]:
+    """Where the middle 95 % of some draws lie; None where none of them is known."""
+    if np.isnan(values).all():
+        return None, None
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def middle(draws: Array | list[float]) -> Interval:
+    """The median of some draws, with the interval that holds 95 % of them."""
+    return Interval(float(np.percentile(draws, 50.0)), *ends(draws))
+
+
+def bootstrap(statistic: Callable[..., float], rng: np.random.Generator, *groups: NDArray[np.int64]) -> Interval:
+    """A statistic of one or more sets' row numbers, with its 95 % cluster-bootstrap interval."""
+    sides = [rows_by_group(side) for side in groups]
+    draws = [statistic(*(resample(parts, rng) for parts in sides)) for _ in range(RESAMPLES)]
+    return Interval(statistic(*(np.arange(len(side)) for side in groups)), *ends(draws))
 
 
 def halves(groups: NDArray[np.int64], rng: np.random.Generator) -> tuple[Rows, Rows]:
@@ -130,8 +146,7 @@ GROUPED_HALVINGS = 200
 BINS = 64
 """Steps of the empirical distributions that are compared, at quantiles of both sets together."""
 
-Side = Literal["greater", "less", "both"]
-Array = NDArray[np.float64]
+Side = Literal["greater", "less"]
 
 
 @dataclass(frozen=True)
@@ -197,11 +212,8 @@ class Groups:
 def compare_means(first: Array, second: Array, groups: Groups, side: Side) -> Comparison:
     """Mean over the first set; its floor is the mean over halves of the second.
 
-    Args:
-        first: One number per image, NaN where there is none; shares are means of 0 and 1.
-        second: The same for the real set.
-        groups: Of both.
-        side: On which side of the second set's mean a value speaks against the first set.
+    ``first``: One number per image, NaN where there is none; shares are means of 0 and 1. ``side``: On which side of
+    the second set's mean a value speaks against the first set.
     """
     sums = groups.sums(_mean_terms(first), _mean_terms(second))
     own = (~groups.of_second[None]).astype(np.float32)
@@ -213,24 +225,16 @@ def compare_means(first: Array, second: Array, groups: Groups, side: Side) -> Co
     sign = -1.0 if side == "less" else 1.0
     difference = sign * (mean(groups.sides) - mean(1 - groups.sides))
     observed = sign * float((mean(own) - mean(1 - own))[0])
-    if side == "both":
-        difference, observed = np.abs(difference), abs(observed)
     value = float(mean(own)[0])
     return Comparison(
-        value=Interval(value, *_ends(mean(groups.draws[0]))),
+        value=Interval(value, *ends(mean(groups.draws[0]))),
         floor=_middle(mean(groups.halves)),
         p=_p(difference, observed),
     )
 
 
 def compare_distributions(first: Array, second: Array, groups: Groups) -> Comparison:
-    """Kolmogorov-Smirnov distance, 0 to 1, between two sets; its floor is that between halves of the second.
-
-    Args:
-        first: One number per image, NaN where there is none.
-        second: The same for the real set.
-        groups: Of both.
-    """
+    """Kolmogorov-Smirnov distance, 0 to 1, between two sets; its floor is that between halves of the second."""
     known = np.concatenate([first, second])
     known = known[~np.isnan(known)]
     edges = np.unique(np.quantile(known, np.linspace(0, 1, BINS))) if known.size else np.zeros(1)
@@ -285,16 +289,9 @@ def _bootstrap(members: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[
     return draws
 
 
-def _ends(values: Array) -> tuple[float | None, float | None]:
-    if np.isnan(values).all():
-        return None, None
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _unbiased(value: float, draws: Array) -> Interval:
     """A distance with its bootstrap interval, moved by as much as resampling makes distances larger."""
-    low, high = _ends(draws)
+    low, high = ends(draws)
     if low is None or high is None:
         return Interval(value)
     bias = float(np.nanmedian(draws)) - value
@@ -304,7 +301,7 @@ def _unbiased(value: float, draws: Array) -> Interval:
 def _middle(values: Array) -> Interval:
     if np.isnan(values).all():
         return Interval(float("nan"))
-    return Interval(float(np.nanmedian(values)), *_ends(values))
+    return Interval(float(np.nanmedian(values)), *ends(values))
 
 
 def _p(permuted: Array, observed: float) -> float:
@@ -315,20 +312,18 @@ def _p(permuted: Array, observed: float) -> float:
     return float((np.sum(known >= observed - 1e-9) + 1) / (known.size + 1))
 
 
-MatchedGroups = NDArray[np.int64]
-
 _TRIALS = 100
 _DEALS = 1000
 """Deals after which none is looked for any more. Where `divisible`, that many fail with a chance of 2^-1000."""
 
 
-def matched_size(first: MatchedGroups, second: MatchedGroups) -> int:
+def matched_size(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     """Rows a side: half of the smaller set."""
     return min(len(first), len(second)) // 2
 
 
 def draws(
-    first: MatchedGroups, second: MatchedGroups, size: int, rng: np.random.Generator, count: int
+    first: NDArray[np.int64], second: NDArray[np.int64], size: int, rng: np.random.Generator, count: int
 ) -> Iterator[tuple[Rows, Rows]]:
     """``count`` times ``size`` rows of the first and of the second set, whole groups but for the last."""
     parts = rows_by_group(first), rows_by_group(second)
@@ -336,7 +331,7 @@ def draws(
         yield take(parts[0], size, rng), take(parts[1], size, rng)
 
 
-def divisible(first: MatchedGroups, second: MatchedGroups, least: int, rng: np.random.Generator) -> bool:
+def divisible(first: NDArray[np.int64], second: NDArray[np.int64], least: int, rng: np.random.Generator) -> bool:
     """Whether whole groups can be dealt to two sides of ``least`` rows: the second set's own, and both sets'.
 
     Tried out, because few large groups allow some deals and forbid others: at least half must do. Then the draws below
@@ -355,7 +350,7 @@ def divisible(first: MatchedGroups, second: MatchedGroups, least: int, rng: np.r
 
 
 def disjoint_draws(
-    groups: MatchedGroups, size: int, rng: np.random.Generator, count: int, least: int = 1
+    groups: NDArray[np.int64], size: int, rng: np.random.Generator, count: int, least: int = 1
 ) -> Iterator[tuple[Rows, Rows]]:
     """``count`` times two group-disjoint samples of ``size`` rows, or less where groups forbid it.
 
@@ -373,7 +368,7 @@ def disjoint_draws(
 
 
 def permutations(
-    first: MatchedGroups, second: MatchedGroups, rng: np.random.Generator, count: int, least: int = 1
+    first: NDArray[np.int64], second: NDArray[np.int64], rng: np.random.Generator, count: int, least: int = 1
 ) -> Iterator[tuple[Rows, Rows]]:
     """Rows of the *concatenated* sets, dealt anew by whole groups to two sides of about the same sizes as before.
 

@@ -1,4 +1,4 @@
-"""Weighing the rows of two sets for bootstrap, permutation and floor, and the distances of such weightings.
+"""Two sets compared feature by feature: distances, their intervals, floors and p-values.
 
 Every draw (bootstrap, permutation, halving) is a weight per image and serves all features and classes: features are
 sorted once, and a draw costs two cumulative sums over the sorted weights.
@@ -266,10 +266,7 @@ def compare(real: Sample, synthetic: Sample, rng: np.random.Generator) -> Compar
     The bootstrap's distances are greater than the sets' own, because repeated images make samples rougher; the interval
     is moved back by the difference between the draws' median and the value.
 
-    Args:
-        real: The reference.
-        synthetic: What is judged; as many features.
-        rng: Source of all draws.
+    ``synthetic``: What is judged; as many features.
 
     Returns:
         The comparison. Floors and p-values are NaN where too few groups have a value to divide them.

@@ -1,26 +1,25 @@
-"""Figures of the utility experiment: Dice and F1 of every arm, gains over the baselines, and what is a defect."""
+"""Utility: Dice and F1 of networks trained with and without the set, their gains, and what of it is a defect."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from busigen.evaluation.context import CLEAN, AuditContext, Effort, ImageSet
+from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval, SectionResult
 from busigen.evaluation.statistics.grouped import (
     ALPHA,
     FEWEST_TO_FLAG,
-    RESAMPLES,
+    Rows,
     adjusted,
+    bootstrap,
     permutation_p,
-    resample,
-    rows_by_group,
 )
 from busigen.evaluation.utility.training import (
     ADDED,
@@ -59,7 +58,8 @@ FALSE_POSITIVE_AREA = 0.003
 """Share of a normal image that a prediction must cover to count: that of BUSI's smallest lesion."""
 
 Floats = NDArray[np.float64]
-Rows = NDArray[np.int64]
+Statistic = Callable[[Rows], float]
+"""Maps row numbers to a number."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,7 @@ class _Scores:
 
 
 def arm_figures(context: AuditContext, found: list[Outcome], parts: list[Split], train: int) -> list[Figure]:
-    """All figures of all arms, p-values not yet adjusted.
-
-    Args:
-        context: The audit.
-        found: Every training's scores.
-        parts: The splits they belong to.
-        train: Real training images per split.
-    """
+    """All figures of all arms, p-values not yet adjusted."""
     real = context.real
     tested = np.unique(np.concatenate([part.test for part in parts]))
     scores = {name: _gathered(found, name, parts, len(real)) for name in dict.fromkeys(one.arm for one in found)}
@@ -109,10 +102,7 @@ def untaught(context: AuditContext, found: list[Outcome], parts: list[Split]) ->
 def flagged(figures: list[Figure], result: SectionResult, *, trusted: bool = True) -> None:
     """Adjust p-values, apply each figure's rule, and add figures and findings to the result.
 
-    Args:
-        figures: Those of the arms and of the probe.
-        result: Where they go.
-        trusted: False where the networks did not learn: then nothing is flagged.
+    ``trusted``: False where the networks did not learn: then nothing is flagged.
     """
     p_values = adjusted(np.array([np.nan if figure.p is None else figure.p for figure in figures]))
     for figure, p in zip(figures, p_values, strict=True):
@@ -122,14 +112,6 @@ def flagged(figures: list[Figure], result: SectionResult, *, trusted: bool = Tru
         result.figures.append(replace(figure, p=None if np.isnan(p) else float(p), flagged=text is not None))
         if text is not None:
             result.flag(text, figure.key)
-
-
-def interval(statistic: Callable[[Rows], float], groups: Rows, rng: np.random.Generator) -> Interval:
-    """A statistic of row numbers with its 95 % cluster-bootstrap interval."""
-    parts = rows_by_group(groups)
-    draws = [statistic(resample(parts, rng)) for _ in range(RESAMPLES)]
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return Interval(statistic(np.arange(len(groups))), float(low), float(high))
 
 
 def grouped_wilcoxon(differences: Floats, groups: Rows) -> float:
@@ -164,69 +146,56 @@ def _on(
     if not len(rows):
         return []
     floor = _seed_floor(scores[REAL], rows, real.groups[rows], context.rng(SECTION, prefix, "floor"))
-    figures = []
+    figures: list[Figure] = []
     lesions = len(context.synthetic.with_lesions())
-    for name, mine in scores.items():
-        rng, label = context.rng(SECTION, prefix, name), ARMS[name].label
+    least = FALSE_POSITIVE_AREA * RECIPES[context.effort].side ** 2
+    main = prefix == f"{SECTION}."
+
+    def of_arm(name: str, mine: _Scores) -> None:
+        rng = context.rng(SECTION, prefix, name)
         used = min(round(ARMS[name].synthetic * train), lesions)
         note = "To be compared with the arm 'real': between halves of a set there is no such figure."
         plain = Figure("", "", Interval(0.0), None, used, len(rows), better="higher", note=note)
-        whole = plain if prefix != f"{SECTION}." else replace(plain, headline=name == REAL)
-        value = interval(lambda k, d=mine.dice[rows]: float(d[k].mean()), real.groups[rows], rng)  # type: ignore[misc]
-        figures.append(replace(whole, key=f"{prefix}{name}.dice", label=f"Dice, {words}{label}", value=value))
-        value = interval(lambda k, m=mine: m.f1(rows[k]), real.groups[rows], rng)  # type: ignore[misc]
-        pooled = f"Pooled F1 of lesion images, {words}{label}"
-        figures.append(replace(plain, key=f"{prefix}{name}.f1", label=pooled, value=value))
-        for stratum, members in _strata(real, rows).items():
-            value = interval(
-                lambda k, d=mine.dice[members]: float(d[k].mean()),  # type: ignore[misc]
-                real.groups[members],
-                rng,
+
+        def add(key: str, label: str, statistic: Statistic, members: Rows, after: str = "", **changes: Any) -> None:
+            figure = replace(
+                plain,
+                key=f"{prefix}{name}.{key}",
+                label=f"{label}, {words}{ARMS[name].label}{after}",
+                value=bootstrap(statistic, rng, real.groups[members]),
+                real=len(members),
             )
-            key, text = f"{prefix}{name}.{stratum.replace(' ', '_')}.dice", f"Dice, {words}{label}, {stratum}"
-            figures.append(replace(plain, key=key, label=text, value=value, real=len(members)))
+            figures.append(replace(figure, **changes))
+
+        add("dice", "Dice", _mean_of(mine.dice[rows]), rows, headline=main and name == REAL)
+        add("f1", "Pooled F1 of lesion images", lambda k: mine.f1(rows[k]), rows)
+        for stratum, members in _strata(real, rows).items():
+            add(f"{stratum.replace(' ', '_')}.dice", "Dice", _mean_of(mine.dice[members]), members, f", {stratum}")
         for reference in (REAL, CLASSIC):
             if reference in scores and name not in (REAL, reference):
                 difference = (mine.dice - scores[reference].dice)[rows]
-                figures.append(
-                    replace(
-                        plain,
-                        key=f"{prefix}{name}.gain_over_{reference}",
-                        label=f"Dice gained over '{ARMS[reference].label}', {words}{label}",
-                        value=interval(lambda k, d=difference: float(d[k].mean()), real.groups[rows], rng),  # type: ignore[misc]
-                        floor=floor,
-                        p=grouped_wilcoxon(difference, real.groups[rows]),
-                        headline=reference == REAL and name in (ADDED, ALONE, CLASSIC) and prefix == f"{SECTION}.",
-                        note="The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
-                    )
+                add(
+                    f"gain_over_{reference}",
+                    f"Dice gained over '{ARMS[reference].label}'",
+                    _mean_of(difference),
+                    rows,
+                    floor=floor,
+                    p=grouped_wilcoxon(difference, real.groups[rows]),
+                    headline=main and reference == REAL and name in (ADDED, ALONE, CLASSIC),
+                    note="The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
                 )
         if len(normals):
-            figures.append(_false_positives(plain, context.effort, prefix, name, words, mine, real, normals, rng))
+            found = np.mean([counts[normals, 1] >= least for counts in mine.seeds], axis=0)
+            key, label = "normals.false_positives", "Normals with a false lesion"
+            add(key, label, lambda k: 100.0 * float(found[k].mean()), normals, unit="%", better="lower")
+
+    for name, mine in scores.items():
+        of_arm(name, mine)
     return figures
 
 
-def _false_positives(
-    plain: Figure,
-    effort: Effort,
-    prefix: str,
-    name: str,
-    words: str,
-    mine: _Scores,
-    real: ImageSet,
-    normals: Rows,
-    rng: np.random.Generator,
-) -> Figure:
-    least = FALSE_POSITIVE_AREA * RECIPES[effort].side ** 2
-    found = np.mean([counts[normals, 1] >= least for counts in mine.seeds], axis=0)
-    return replace(
-        plain,
-        key=f"{prefix}{name}.normals.false_positives",
-        label=f"Normals with a false lesion, {words}{ARMS[name].label}",
-        value=interval(lambda k: 100.0 * float(found[k].mean()), real.groups[normals], rng),
-        real=len(normals),
-        unit="%",
-        better="lower",
-    )
+def _mean_of(values: Floats) -> Statistic:
+    return lambda rows: float(values[rows].mean())
 
 
 def _strata(real: ImageSet, rows: Rows) -> dict[str, Rows]:
@@ -243,21 +212,24 @@ def _seed_floor(mine: _Scores, rows: Rows, groups: Rows, rng: np.random.Generato
     ends = []
     for first, second in combinations(mine.seeds, 2):
         difference = (dice(second) - dice(first))[rows]
-        span = interval(lambda k, d=difference: float(d[k].mean()), groups, rng)  # type: ignore[misc]
+        span = bootstrap(_mean_of(difference), rng, groups)
         ends += [abs(span.low or 0.0), abs(span.high or 0.0)]
     return Interval(0.0, -max(ends), max(ends)) if ends else None
 
 
+def _lost(figure: Figure, least: float) -> float:
+    """Dice below which an arm has lost more than ``least``, and more than another seed alone makes it lose."""
+    return -least if figure.floor is None or figure.floor.low is None else min(-least, figure.floor.low)
+
+
 def _harmful(figure: Figure) -> str | None:
-    limit = -HARM if figure.floor is None or figure.floor.low is None else min(-HARM, figure.floor.low)
-    if figure.value.value >= limit:
+    if figure.value.value >= _lost(figure, HARM):
         return None
     return f"Added to real training images, the set makes the network worse: Dice {figure.value.value:+.3f}."
 
 
 def _failing(figure: Figure) -> str | None:
-    limit = -FAILURE if figure.floor is None or figure.floor.low is None else min(-FAILURE, figure.floor.low)
-    if figure.value.high is None or figure.value.high >= limit:
+    if figure.value.high is None or figure.value.high >= _lost(figure, FAILURE):
         return None
     lower = -figure.value.value
     return f"A network trained on the set alone fails on real images: its Dice is {lower:.3f} lower."
@@ -341,16 +313,18 @@ def probe_figures(context: AuditContext, found: list[Outcome], parts: list[Split
         count = int(known_r.sum())
         first_groups, second_groups = groups_r[known_r], groups_s[known_s]
 
-        def difference(a: Rows, b: Rows, v: Floats = values, c: Rows = label, f: _Statistic = statistic) -> float:
-            return abs(f(v[a], c[a]) - f(v[b], c[b]))
+        def of_rows(k: Rows, v: Floats = values, c: Rows = label, f: _Statistic = statistic) -> float:
+            return f(v[k], c[k])
+
+        def difference(a: Rows, b: Rows, of: Statistic = of_rows) -> float:
+            return abs(of(a) - of(b))
+
+        def of_synthetic(k: Rows, of: Statistic = of_rows, first: int = count) -> float:
+            return of(k + first)
 
         rng = context.rng(SECTION, "masks", name)
-        floor = interval(lambda k, v=values, c=label, f=statistic: f(v[k], c[k]), first_groups, rng)  # type: ignore[misc]
-        value = interval(
-            lambda k, v=values[count:], c=label[count:], f=statistic: f(v[k], c[k]),  # type: ignore[misc]
-            second_groups,
-            rng,
-        )
+        floor = bootstrap(of_rows, rng, first_groups)
+        value = bootstrap(of_synthetic, rng, second_groups)
         figures.append(
             Figure(
                 key=f"{SECTION}.masks.{name}",
@@ -415,7 +389,6 @@ def run(context: AuditContext) -> SectionResult:
     Args:
         context: The audit. With ``train``, those images train and all of ``real`` tests; else group folds of ``real``.
     """
-    started = time.perf_counter()
     result = SectionResult(SECTION)
     context = context.without_overlays()
     synthetic = len(context.synthetic.with_lesions())
@@ -446,5 +419,4 @@ def run(context: AuditContext) -> SectionResult:
         "seeds": extent.seeds,
         "arms": {arm.name: arm.label for arm in arms},
     }
-    result.seconds = time.perf_counter() - started
     return result

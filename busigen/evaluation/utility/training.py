@@ -1,4 +1,4 @@
-"""A small segmentation network, its training, and how its predictions are scored."""
+"""The trainings of the utility section: a small segmentation network, what each arm trains on, how it is scored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,6 @@ class Recipe:
         side: Pixels of the square input; divides 256.
         channels: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
             work at half resolution from the first layer on).
-        steps: Optimiser steps.
-        batch: Images per step.
-        rate: Largest learning rate of AdamW's one-cycle schedule.
     """
 
     side: int
@@ -96,15 +94,10 @@ def train(
 ) -> nn.Module:
     """Train a U-Net on Dice and cross-entropy for a fixed number of steps.
 
-    Args:
-        phases: What trains one after the other, each for as many of the steps; at least one example in each.
-        recipe: The network and its schedule.
-        seed: Seeds weights, order and augmentation.
-        device: Where to train.
-        classic: Mirror, rotate, scale and shift images, and change their gain and gamma.
-        paste: Paste the lesion of another image into every second one (Ghiasi et al., "Simple copy-paste is a strong
-            data augmentation method", CVPR 2021), edges blurred.
-        done: Called with 1 after every step.
+    ``phases``: What trains one after the other, each for as many of the steps; at least one example in each.
+    ``classic``: Mirror, rotate, scale and shift images, and change their gain and gamma. ``paste``: Paste the lesion of
+    another image into every second one (Ghiasi et al., "Simple copy-paste is a strong data augmentation method", CVPR
+    2021), edges blurred. ``done``: Called with 1 after every step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -124,7 +117,8 @@ def train(
             while len(order) < recipe.batch:
                 order = torch.cat([order, torch.randperm(len(data))])
             rows, order = order[: recipe.batch].numpy(), order[recipe.batch :]
-            images, masks = _tensors(data.take(rows), device)
+            images = _grey(data.images[rows], device)
+            masks = torch.from_numpy(data.masks[rows].astype(np.float32)).unsqueeze(1).to(device)
             if paste:
                 images, masks = _pasted(images, masks)
             if classic:
@@ -143,7 +137,7 @@ def predict(network: nn.Module, images: Pixels, device: str, batch: int = 32) ->
     """``bool (N, side, side)``: where the network sees a lesion with a probability above one half."""
     parts = [np.zeros((0, *images.shape[1:]), np.bool_)]
     for start in range(0, len(images), batch):
-        block = torch.from_numpy(images[start : start + batch].astype(np.float32) / 255.0).unsqueeze(1).to(device)
+        block = _grey(images[start : start + batch], device)
         with torch.inference_mode():
             parts.append((network(_standardised(block)).squeeze(1) > 0).cpu().numpy())
     return np.concatenate(parts)
@@ -182,9 +176,8 @@ def _centroids(masks: Masks) -> NDArray[np.float64]:
     return np.stack([(masks.sum(axis=2) @ place) / area, (masks.sum(axis=1) @ place) / area], axis=1)
 
 
-def _tensors(data: Examples, device: str) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(data.images.astype(np.float32) / 255.0).unsqueeze(1).to(device)
-    return images, torch.from_numpy(data.masks.astype(np.float32)).unsqueeze(1).to(device)
+def _grey(images: Pixels, device: str) -> Tensor:
+    return torch.from_numpy(images.astype(np.float32) / 255.0).unsqueeze(1).to(device)
 
 
 def _standardised(images: Tensor) -> Tensor:
@@ -242,14 +235,9 @@ class Arm:
     """What one arm trains on.
 
     Attributes:
-        name: Part of a figure's key.
-        label: For people.
-        real: The real training images are in it.
-        classic: Geometric and intensity augmentation.
         paste: Lesions of real training images pasted into others.
         synthetic: Synthetic images, as a multiple of the number of real training images.
         first: The synthetic images train alone for the first half of the steps, the real ones for the second.
-        quick: The quick mode trains it as well.
     """
 
     name: str
@@ -286,12 +274,9 @@ ARMS = {
 class Extent:
     """How much one effort does.
 
-    Attributes:
-        seeds: Seeds per arm.
-        real_seeds: Seeds of the arm ``real``: two at least, for the floor.
-        folds: Group folds of the real images where nobody named those that trained the generator.
-        folds_run: How many of these folds are tested.
-        limit: Most real training images; None for all.
+    ``real_seeds`` are those of the arm ``real``: two at least, for the floor. ``folds`` are group folds of the real
+    images, where nobody named those that trained the generator, and ``folds_run`` of them are tested. ``limit`` is the
+    most real training images; None for all.
     """
 
     seeds: int
@@ -401,8 +386,8 @@ def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list
         kept = _kept(path, key)
         if kept is None:
             run_seed = 1000 * context.seed + seed
-            advance = context.progress.advance
-            kept = _trained(sources, recipe, arm, run_seed, context.device, test, synthetic, external, advance)
+            tested = {"test": test, "synthetic": synthetic if arm.name == REAL else None, "external": external}
+            kept = _trained(sources, recipe, arm, run_seed, context, tested)
             write_json(path, {"key": key, **kept})
         else:
             context.progress.advance(recipe.steps)
@@ -421,20 +406,15 @@ def _trained(
     recipe: Recipe,
     arm: Arm,
     seed: int,
-    device: str,
-    test: Examples,
-    synthetic: Examples,
-    external: Examples | None,
-    done: Callable[[int], None],
+    context: AuditContext,
+    tested: dict[str, Examples | None],
 ) -> dict[str, Any]:
-    if arm.first:
-        real, added = sources
-        phases = [added, real]
-    else:
-        phases = [sources[0] if len(sources) == 1 else sources[0].plus(sources[1])]
+    """Counts and offsets on every set that the arm is tested on, as a kept training's file has them."""
+    phases = sources[::-1] if arm.first else [reduce(Examples.plus, sources)]
+    device, done = context.device, context.progress.advance
     network = train(phases, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
     content: dict[str, Any] = {}
-    for name, part in (("test", test), ("synthetic", synthetic if arm.name == REAL else None), ("external", external)):
+    for name, part in tested.items():
         if part is None:
             continue
         predicted = predict(network, part.images, device)
@@ -452,16 +432,8 @@ def _outcome(arm: str, seed: int, split: str, content: dict[str, Any]) -> Outcom
         rows = [[np.nan] * 2 if row is None else row for row in content.get(name, [])]
         return np.array(rows, np.float64).reshape(-1, 2)
 
-    return Outcome(
-        arm,
-        seed,
-        split,
-        counts("test"),
-        offsets("test_offsets"),
-        counts("synthetic"),
-        offsets("synthetic_offsets"),
-        counts("external"),
-    )
+    on_test, on_synthetic = ((counts(name), offsets(f"{name}_offsets")) for name in ("test", "synthetic"))
+    return Outcome(arm, seed, split, *on_test, *on_synthetic, counts("external"))
 
 
 def _key(recipe: Recipe, arm: Arm, seed: int, context: AuditContext, parts: tuple[Examples, ...]) -> str:
