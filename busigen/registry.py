@@ -314,12 +314,8 @@ ENGINE_TARGETS = {
 }
 """What ``export --target`` and ``build-engines`` make, beside the ONNX graphs that every bundle has."""
 
-LAUNCHERS = {
-    "local": "busigen.runtime.execution.local_workers",
-    "ray": "busigen.runtime.execution.ray_workers",
-    "slurm": "busigen.runtime.execution.local_workers",
-}
-"""Names of ``generate --launcher`` and the modules that hold each one's ``LAUNCHER``, imported when it is asked for."""
+LAUNCHERS = ("local", "ray", "slurm")
+"""Names of ``generate --launcher``; :func:`busigen.runtime.execution.launchers.launcher` finds each one."""
 
 STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocols of ``--out`` URLs that an extra of their own brings; of all others, the extra "remote" brings fsspec."""

@@ -22,7 +22,7 @@ from busigen.runtime.execution.worker import (
     WorkerStopped,
     record_of,
 )
-from busigen.runtime.output.local import LocalOutput, aborting
+from busigen.runtime.output.base import Output, aborting
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.text import counted, describe
@@ -117,7 +117,7 @@ class Coordinator:
     def make(
         self,
         source: Source,
-        destination: LocalOutput,
+        destination: Output,
         plan: Plan,
         records: dict[int, ShardRecord],
         progress: Progress,

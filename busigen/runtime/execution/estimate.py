@@ -15,7 +15,7 @@ from pathlib import Path
 from busigen.errors import OutputError
 from busigen.runtime.dataset.format import Plan, shard_path
 from busigen.runtime.dataset.shards import ShardRecord
-from busigen.runtime.output.local import LocalOutput
+from busigen.runtime.output.base import Output
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.text import counted, disk_size, duration
@@ -144,7 +144,7 @@ def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = _ELSE
 
 
 @contextmanager
-def explained_when_full(destination: LocalOutput, plan: Plan, records: Records) -> Iterator[None]:
+def explained_when_full(destination: Output, plan: Plan, records: Records) -> Iterator[None]:
     """Have a disk that became full all the same say how much is needed.
 
     Raises:
@@ -190,7 +190,7 @@ class Estimator:
         progress: told the forecast.
     """
 
-    def __init__(self, destination: LocalOutput, plan: Plan, records: Records, progress: Progress) -> None:
+    def __init__(self, destination: Output, plan: Plan, records: Records, progress: Progress) -> None:
         self.destination, self.plan, self.records, self.progress = destination, plan, records, progress
         self._lock = threading.Lock()
         self._reported = False

@@ -18,7 +18,9 @@ from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.execution.estimate import Estimator, explained_when_full, require_room
 from busigen.runtime.execution.partition import Share
 from busigen.runtime.execution.signals import GenerationInterrupted, Stopping
-from busigen.runtime.output.local import DatasetFinalizer, LocalOutput, aborting, run_record
+from busigen.runtime.output.base import DatasetFinalizer, Output, aborting
+from busigen.runtime.output.local import LocalOutput
+from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.url import Address
@@ -60,7 +62,7 @@ class Maker(Protocol):
     def __call__(
         self,
         source: Source,
-        destination: LocalOutput,
+        destination: Output,
         plan: Plan,
         records: dict[int, ShardRecord],
         progress: Progress,
@@ -72,7 +74,7 @@ class Maker(Protocol):
 
 def generate(
     source: Source,
-    out: Path | LocalOutput,
+    out: Path | Output,
     *,
     count: int,
     seed: int,
@@ -91,7 +93,7 @@ def generate(
 
     Args:
         source: where samples come from.
-        out: the dataset's folder, created if it does not exist, or a shelf that takes the shards elsewhere.
+        out: the dataset's folder, created if it does not exist, or an output elsewhere.
         count: number of samples, 1 to 10^9.
         seed: 0 to 2^64 - 1.
         shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
@@ -114,7 +116,7 @@ def generate(
     plan = Plan(count=count, seed=seed, shard_size=shard_size, first=first)
     part = share.of(plan) if share else None
     mine = part or plan
-    destination = out if isinstance(out, LocalOutput) else LocalOutput(out)
+    destination = out if isinstance(out, Output) else LocalOutput(out)
     schema_of(source.row_types())
     refuse_small_disk(destination, plan)
     record = run_record(source, plan)
@@ -154,7 +156,7 @@ def generate(
     return report
 
 
-def refuse_small_disk(destination: LocalOutput, plan: Plan) -> None:
+def refuse_small_disk(destination: Output, plan: Plan) -> None:
     """Refuse a new run that its disk cannot hold, before anything is read or written; one to continue is asked later.
 
     Raises:
@@ -168,7 +170,7 @@ def refuse_small_disk(destination: LocalOutput, plan: Plan) -> None:
 
 def draw_missing(
     source: Source,
-    destination: LocalOutput,
+    destination: Output,
     plan: Plan,
     records: dict[int, ShardRecord],
     progress: Progress,
@@ -248,7 +250,7 @@ def _check_indices(generated: SampleBatch, indices: range) -> None:
         raise ValueError(f"the source was asked for {indices} and answered with other indices")
 
 
-def _interrupted(destination: LocalOutput, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
+def _interrupted(destination: Output, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
     kept = [record.count for record in destination.complete(plan).values()]
     lost = max(0, progress.done - sum(kept))
     loss = f"; lost with the unfinished shard: {counted(lost, 'sample')} drawn by then" if lost else ""

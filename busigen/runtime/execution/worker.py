@@ -21,7 +21,7 @@ from busigen.errors import IntegrityError
 from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, SHARD_FOLDER, Plan, shard_path
 from busigen.runtime.dataset.sample import SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, write_shard
-from busigen.runtime.output.local import run_record
+from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_file, output_errors, write_json
 

@@ -31,7 +31,7 @@ from busigen.runtime.dataset.format import (
 from busigen.runtime.dataset.reader import Dataset, read_object
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord
 from busigen.runtime.dataset.untrusted import read_table
-from busigen.runtime.output.local import shown_changes
+from busigen.runtime.output.ownership import shown_changes
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_file, atomic_folder, output_errors, sha256_of, sync, write_json
 from busigen.text import shell_word

@@ -48,7 +48,7 @@ from busigen.runtime.maintenance.verify import (
     verify,
 )
 from busigen.runtime.maintenance.verify_shard import LEAST_SAMPLE
-from busigen.runtime.output.local import complete_shards
+from busigen.runtime.output.completed_shards import complete_shards
 from busigen.runtime.storage.files import atomic_file, leftovers, output_errors, sha256_of, write_json
 from busigen.runtime.storage.lock import exclusive, forget_tasks
 from busigen.text import counted, describe

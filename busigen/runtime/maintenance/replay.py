@@ -14,7 +14,7 @@ from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.dataset.format import RUN_FILE, as_typed, differences
 from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.output.local import run_record
+from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import parse_classes, parse_conditions
 from busigen.runtime.sampling.healthy_images import HealthyFolder

@@ -18,8 +18,9 @@ from busigen.errors import InputError, UsageError, WorkerError
 from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.execution.launchers import WorkerOptions, launcher
+from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.local_workers import LocalWorkerPool
+from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.execution.worker import ShardDone, ShardStarted, SourceMaker, Worker, WorkerStopped
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -356,13 +357,13 @@ def test_workers_that_would_draw_other_samples_are_refused(tmp_path: Path) -> No
         made_with(random, tmp_path / "set", workers=2, count=2000)
 
 
-def test_impossible_crews_are_refused() -> None:
+def test_impossible_numbers_of_workers_are_refused() -> None:
     for wanted, problem in (
-        (WorkerOptions(workers=0), "--workers is 0"),
-        (WorkerOptions(ray_address="x"), "--ray-address is 'x'"),
+        ({"workers": 0}, "--workers is 0"),
+        ({"ray_address": "x"}, "--ray-address is 'x'"),
     ):
         with pytest.raises(UsageError, match=problem):
-            launcher("local").worker_pool(lambda threads: noise, wanted)
+            launcher("local").worker_pool(lambda threads: noise, GenerateOptions(out=Path(), **wanted))
     with pytest.raises(UsageError, match=r"--launcher is 'sun'\. Choose one of: local, ray, slurm"):
         launcher("sun")
-    assert launcher("local").worker_pool(lambda threads: noise, WorkerOptions(workers=1)) is None
+    assert launcher("local").worker_pool(lambda threads: noise, GenerateOptions(out=Path(), workers=1)) is None

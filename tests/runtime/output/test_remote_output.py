@@ -392,7 +392,7 @@ def test_a_view_fetches_nothing_to_other_places(url: str, there: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "described"),
     [
         ("memory://set", "lies in the memory of a process"),
         ("https://example.org/set", "can be read but not written to"),
