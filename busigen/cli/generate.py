@@ -125,7 +125,8 @@ def bench(
     ] = None,
 ) -> None:
     """Measure `generate` on this machine: every stage, engines alone, the whole pipeline; predict a long run."""
-    from busigen.runtime.diagnostics.bench import LEDGER_FILE, Bench, show
+    from busigen.runtime.diagnostics.bench import Bench
+    from busigen.runtime.diagnostics.bench_report import LEDGER_FILE, show
     from busigen.runtime.progress import console_progress
 
     options = Bench(
