@@ -1,7 +1,7 @@
 """A source whose engine never ends a call, as ``generate`` would have it with a graph that takes 2^62 turns.
 
 ``python -m tests.harness.endless_source OUT WHERE`` runs the factory with it, in the ``main`` thread, in a ``thread``
-that the main one waits for, or in a crew of two ``workers``.
+that the main one waits for, or in a pool of two ``workers``.
 """
 
 from __future__ import annotations

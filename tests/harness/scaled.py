@@ -1,4 +1,4 @@
-"""The factory with a source that costs nothing, as one of several tasks or with a crew.
+"""The factory with a source that costs nothing, as one of several tasks or with a pool of workers.
 
 ``python -m tests.harness.scaled OUT COUNT SHARD_SIZE SECONDS_PER_SAMPLE HOW``, where HOW is ``K/N``, ``first:end``, or
 ``local:N`` and ``ray:N`` for N workers, or ``ray@ADDRESS`` for a worker per GPU of a Ray cluster that runs.

@@ -1,4 +1,4 @@
-"""A crew of workers, and who hands them their shards: a lost worker's shards go to another one."""
+"""Hands shards to the workers of a pool and writes what they make: a lost worker's shards go to another one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.5
 """Seconds between two looks at whether to stop."""
 
 MOST_LOSSES = 3
-"""Workers that one shard, or the crew before it is ready, may lose: one more is no accident."""
+"""Workers that one shard, or the pool before it is ready, may lose: one more is no accident."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class WorkerPool(Protocol):
 
 
 class Coordinator:
-    """Has a crew make shards, writes them, and gives a lost worker's to another one.
+    """Has a pool of workers make shards, writes them, and gives a lost worker's to another one.
 
     A worker has those shards that it draws at the same time, and one that waits, so that it never runs dry; towards the
     end of the run, only its even share. One that has lost a worker is made alone, so that it is known which one it is.
 
     Args:
         worker_pool: entered already.
-        progress: told who is at work.
+        progress: shows where the workers run.
     """
 
     def __init__(self, worker_pool: WorkerPool, progress: Progress) -> None:
@@ -206,7 +206,7 @@ class Coordinator:
         return None
 
     def _take(self, worker: int, packed: ShardDone) -> None:
-        # Those that were told before may be of shards that are drawn ahead, too.
+        # Those that were reported before may be of shards that are drawn ahead, too.
         described = min(self._accepted[worker], packed.record.count)
         self._accepted[worker] -= described
         self._progress.advance(packed.record.count - described)

@@ -32,7 +32,7 @@ FINISH_BYTES = 4_000_000
 """
 
 LARGE_BYTES = 1_000_000_000
-"""A run that may need more disk space than this says so before its first sample; the time it takes is told later."""
+"""A run that may need more disk space than this says so before its first sample; the time it takes is known later."""
 
 BATCHES_SECONDS = 120.0
 """Seconds after which the samples drawn so far have to do as a measure of the pace, if no shard is complete by then."""
@@ -46,7 +46,7 @@ Records = Mapping[int, ShardRecord]
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is left of a run, as far as it can be told.
+    """What is left of a run, as far as it is known.
 
     Attributes:
         samples: accepted samples that are still to come.
@@ -187,7 +187,7 @@ class Estimator:
         destination: where the shards go.
         plan: of the run.
         records: of the complete shards; the caller adds to them.
-        progress: told the forecast.
+        progress: shows the forecast.
     """
 
     def __init__(self, destination: Output, plan: Plan, records: Records, progress: Progress) -> None:

@@ -57,7 +57,7 @@ class GenerateReport:
 
 
 class Maker(Protocol):
-    """Makes shards: :func:`draw_missing` with a source of this process, or a crew of workers."""
+    """Makes shards: :func:`draw_missing` with a source of this process, or a pool of workers."""
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class Maker(Protocol):
         progress: Progress,
         stop: Stopping,
     ) -> None:
-        """Make the plan's shards that ``records`` lacks, until told to stop, and add them to it."""
+        """Make the plan's shards that ``records`` lacks, until asked to stop, and add them to it."""
         ...
 
 
@@ -102,7 +102,7 @@ def generate(
         share: the part that this call makes, beside others that make theirs in the same folder; None makes all. The
             call that finds all shards there completes the dataset.
         make: who makes the shards; None for this process.
-        progress: told of every sample; None shows nothing.
+        progress: counts every sample; None shows nothing.
         stop: asked after each shard whether to end here; None never ends early.
 
     Raises:
@@ -176,7 +176,7 @@ def draw_missing(
     progress: Progress,
     stop: Stopping,
 ) -> None:
-    """Draw and write the shards that ``records`` lacks until told to stop, and add them to it."""
+    """Draw and write the shards that ``records`` lacks until asked to stop, and add them to it."""
     types = source.row_types()
     missing = (number for number in plan.numbers if number not in records)
     opened: deque[int] = deque()

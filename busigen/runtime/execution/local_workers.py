@@ -179,7 +179,7 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
         threading.Thread(target=_listen, args=(pipe, worker), name="orders", daemon=True).start()
         for news in worker.news():
             pipe.send(news)
-        # Whoever told it to end has no more to say, and ends this process.
+        # Whoever asked it to end has no more to say, and ends this process.
         threading.Event().wait()
     except (EOFError, BrokenPipeError):
         return

@@ -72,11 +72,11 @@ class ShardStarted:
 
 @dataclass(frozen=True)
 class WorkerStopped:
-    """A worker that was told to end has done so; what it had drawn ahead is dropped."""
+    """A worker that was asked to end has done so; what it had drawn ahead is dropped."""
 
 
 News = int | ShardStarted | ShardDone | WorkerStopped
-"""What a worker tells: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
+"""What a worker sends: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Worker:
         self._orders.put(None)
 
     def news(self) -> Iterator[News]:
-        """Make what is handed over, until told to end; to be called once.
+        """Make what is handed over, until asked to end; to be called once.
 
         Raises:
             BusigenError: whatever the source raises, or the machine has no room for one shard.

@@ -69,7 +69,7 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
     Args:
         out: the merged dataset; must not exist, or be empty.
         folders: finished datasets of one bundle; merged ones are taken apart first.
-        progress: told of every shard.
+        progress: counts every shard.
 
     Raises:
         UsageError: there are fewer than two datasets.

@@ -40,13 +40,13 @@ from busigen.runtime.maintenance.explain import listed_shards
 from busigen.runtime.maintenance.replay import BYTES_ONLY, Inputs, other_conditions, refuse_other_samples
 from busigen.runtime.maintenance.verify import (
     VerifyReport,
-    check_collection,
     combined,
     has_run,
     read_run,
     types_of,
     verify,
 )
+from busigen.runtime.maintenance.verify_collection import check_collection
 from busigen.runtime.maintenance.verify_shard import LEAST_SAMPLE
 from busigen.runtime.output.completed_shards import complete_shards
 from busigen.runtime.storage.files import atomic_file, leftovers, output_errors, sha256_of, write_json

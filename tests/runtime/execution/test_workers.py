@@ -1,4 +1,4 @@
-"""Crews of workers, as real processes and real Ray actors: any of them may die, and the bytes are those of one run."""
+"""Pools of workers, as real processes and real Ray actors: any of them may die, and the bytes are those of one run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def wait_until(seen: Callable[[], bool]) -> None:
 
 
 def run_and_kill_one(out: Path, how: str, name: str) -> tuple[subprocess.Popen[str], list[str]]:
-    """Run with a crew and kill one of its two processes in its second shard."""
+    """Run with a pool of workers and kill one of its two processes in its second shard."""
     run = started(out, COUNT, SIZE, 0.15, how)
     described = read_until(run, "starting")
     wait_for(run, (out / "shards" / "000001.json").exists)
