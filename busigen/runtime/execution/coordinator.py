@@ -10,9 +10,8 @@ from typing import Protocol, Self
 from busigen.errors import InputError, WorkerError
 from busigen.runtime.dataset.format import Plan, differences
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.dataset.shards import ShardRecord
 from busigen.runtime.execution.estimate import Estimator, explained_when_full
-from busigen.runtime.execution.signals import Stopping
+from busigen.runtime.execution.factory import Job
 from busigen.runtime.execution.worker import (
     Identity,
     News,
@@ -22,7 +21,7 @@ from busigen.runtime.execution.worker import (
     WorkerStopped,
     record_of,
 )
-from busigen.runtime.output.base import Output, aborting
+from busigen.runtime.output.base import aborting
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.text import counted, describe
@@ -114,21 +113,14 @@ class Coordinator:
                 self._common(event)
         return RemoteSourceInfo(self._first)
 
-    def make(
-        self,
-        source: Source,
-        destination: Output,
-        plan: Plan,
-        records: dict[int, ShardRecord],
-        progress: Progress,
-        stop: Stopping,
-    ) -> None:
-        """See :class:`busigen.runtime.execution.factory.Maker`.
+    def make(self, source: Source, job: Job) -> None:
+        """Have the workers make the shards that the job's ``records`` lack until asked to stop, and add them to these.
 
         Raises:
             WorkerError: a shard loses one worker after the other.
             BusigenError: whatever the workers' sources raise; complete shards are kept.
         """
+        destination, plan, records, progress, stop = job
         self._todo = deque(number for number in plan.numbers if number not in records)
         estimator = Estimator(destination, plan, records, progress)
         done = sum(record.count for record in records.values())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 from busigen.runtime.dataset.finalize import dataset_info
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, RUN_FILE, Plan
@@ -56,20 +56,22 @@ class GenerateReport:
     missing: int = 0
 
 
-class Maker(Protocol):
-    """Makes shards: :func:`draw_missing` with a source of this process, or a pool of workers."""
+class Job(NamedTuple):
+    """Shards to be made, by :func:`draw_missing` with a source of this process, or by a pool of workers.
 
-    def __call__(
-        self,
-        source: Source,
-        destination: Output,
-        plan: Plan,
-        records: dict[int, ShardRecord],
-        progress: Progress,
-        stop: Stopping,
-    ) -> None:
-        """Make the plan's shards that ``records`` lacks, until asked to stop, and add them to it."""
-        ...
+    Attributes:
+        destination: where they go.
+        plan: names them.
+        records: of the shards that are complete; whoever makes others adds theirs.
+        progress: counts every sample.
+        stop: asked before each shard whether to end here.
+    """
+
+    destination: Output
+    plan: Plan
+    records: dict[int, ShardRecord]
+    progress: Progress
+    stop: Stopping
 
 
 def generate(
@@ -81,7 +83,7 @@ def generate(
     shard_size: int = DEFAULT_SHARD_SIZE,
     first: int = 0,
     share: Share | None = None,
-    make: Maker | None = None,
+    make: Callable[[Source, Job], None] | None = None,
     progress: Progress | None = None,
     stop: Stopping | None = None,
 ) -> GenerateReport:
@@ -131,7 +133,7 @@ def generate(
             if not finished:
                 with output_errors(destination.folder):
                     closing.reopen(records)
-                (make or draw_missing)(source, destination, mine, records, progress, stop)
+                (make or draw_missing)(source, Job(destination, mine, records, progress, stop))
                 if len(records) < mine.shards:
                     raise KeyboardInterrupt
             # A run that was asked to stop in its last shard is complete but for this, which takes moments.
@@ -168,15 +170,9 @@ def refuse_small_disk(destination: Output, plan: Plan) -> None:
         require_room(destination.folder, *destination.held(plan, {}), destination.elsewhere)
 
 
-def draw_missing(
-    source: Source,
-    destination: Output,
-    plan: Plan,
-    records: dict[int, ShardRecord],
-    progress: Progress,
-    stop: Stopping,
-) -> None:
-    """Draw and write the shards that ``records`` lacks until asked to stop, and add them to it."""
+def draw_missing(source: Source, job: Job) -> None:
+    """Draw and write the shards that the job's ``records`` lack until asked to stop, and add them to these."""
+    destination, plan, records, progress, stop = job
     types = source.row_types()
     missing = (number for number in plan.numbers if number not in records)
     opened: deque[int] = deque()

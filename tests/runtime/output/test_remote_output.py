@@ -430,8 +430,7 @@ def test_commands_that_read_folders_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_tasks_of_one_url_are_refused(url: str, tmp_path: Path) -> None:
-    typed = {"bundle": None, "healthy": "synthetic", "classes": "benign=1", "seed": 0, "batch_size": 2, "shard_size": 2}
-    options: dict[str, Any] = {**typed, "provider": "cpu", "threads": 1, "count": 4, "spool": tmp_path / "spools"}
+    options: dict[str, Any] = {"provider": "cpu", "count": 4, "shard_size": 2, "spool": tmp_path / "spools"}
     for task in ({"array_task": "1/2"}, {"index_range": "0:2"}):
         with pytest.raises(UsageError, match=r"need one folder for all tasks.*--workers or --launcher ray"):
             GenerateOptions(**options, out=Address(url), **task).run(Progress())
