@@ -39,22 +39,33 @@ class Launcher(Protocol):
         ...
 
 
+def _local() -> Launcher:
+    from busigen.runtime.execution.local_workers import Local
+
+    return Local()
+
+
+def _ray() -> Launcher:
+    from busigen.runtime.execution.ray_workers import OnRay
+
+    return OnRay()
+
+
+def _slurm() -> Launcher:
+    from busigen.runtime.execution.local_workers import Slurm
+
+    return Slurm()
+
+
+_FOUND_BY = {"local": _local, "ray": _ray, "slurm": _slurm}
+
+
 def launcher(name: str) -> Launcher:
     """The launcher of that name; its module is imported when it is asked for.
 
     Raises:
         UsageError: there is none.
     """
-    if name == "local":
-        from busigen.runtime.execution.local_workers import Local
-
-        return Local()
-    if name == "slurm":
-        from busigen.runtime.execution.local_workers import Slurm
-
-        return Slurm()
-    if name == "ray":
-        from busigen.runtime.execution.ray_workers import OnRay
-
-        return OnRay()
-    raise UsageError(f"--launcher is {name!r}.", fix=f"Choose one of: {', '.join(LAUNCHERS)}.")
+    if name not in LAUNCHERS:
+        raise UsageError(f"--launcher is {name!r}.", fix=f"Choose one of: {', '.join(LAUNCHERS)}.")
+    return _FOUND_BY[name]()
