@@ -11,13 +11,13 @@ from busigen.errors import InputError, WorkerError
 from busigen.runtime.dataset.format import Plan, differences
 from busigen.runtime.dataset.sample import Source
 from busigen.runtime.execution.estimate import Estimator, explained_when_full
-from busigen.runtime.execution.factory import Job
+from busigen.runtime.execution.factory import ShardJob
 from busigen.runtime.execution.worker import (
     Identity,
-    News,
     RemoteSourceInfo,
     ShardDone,
     ShardStarted,
+    WorkerMessage,
     WorkerStopped,
     record_of,
 )
@@ -39,12 +39,12 @@ class Event:
 
     Attributes:
         worker: its number.
-        news: it is ready for a first shard (``Identity``), something of its work (``News``), an error that ended it,
-            or it is lost (``str`` says how).
+        message: it is ready for a first shard (``Identity``), something of its work (``WorkerMessage``), an error that
+            ended it, or it is lost (``str`` says how).
     """
 
     worker: int
-    news: Identity | News | Exception | str
+    message: Identity | WorkerMessage | Exception | str
 
 
 class WorkerPool(Protocol):
@@ -71,7 +71,7 @@ class WorkerPool(Protocol):
         ...
 
     def events(self, timeout: float) -> list[Event]:
-        """What has happened, in order for each worker; empty after so many seconds without news."""
+        """What has happened, in order for each worker; empty after so many seconds without a message."""
         ...
 
 
@@ -113,7 +113,7 @@ class Coordinator:
                 self._common(event)
         return RemoteSourceInfo(self._first)
 
-    def make(self, source: Source, job: Job) -> None:
+    def make(self, source: Source, job: ShardJob) -> None:
         """Have the workers make the shards that the job's ``records`` lack until asked to stop, and add them to these.
 
         Raises:
@@ -178,23 +178,23 @@ class Coordinator:
 
     def _common(self, event: Event) -> ShardDone | None:
         """Note what happened; a shard that was made is handed back."""
-        worker, news = event.worker, event.news
-        if isinstance(news, Identity):
-            self._welcome(worker, news)
-        elif isinstance(news, int):
-            self._accepted[worker] += news
-            self._progress.advance(news)
-        elif isinstance(news, ShardStarted):
-            self._begun.add(news.number)
-        elif isinstance(news, ShardDone):
-            self._take(worker, news)
-            return news
-        elif isinstance(news, WorkerStopped):
+        worker, message = event.worker, event.message
+        if isinstance(message, Identity):
+            self._welcome(worker, message)
+        elif isinstance(message, int):
+            self._accepted[worker] += message
+            self._progress.advance(message)
+        elif isinstance(message, ShardStarted):
+            self._begun.add(message.number)
+        elif isinstance(message, ShardDone):
+            self._take(worker, message)
+            return message
+        elif isinstance(message, WorkerStopped):
             self._claims[worker].clear()
-        elif isinstance(news, Exception):
-            raise news
+        elif isinstance(message, Exception):
+            raise message
         else:
-            self._lose(worker, news)
+            self._lose(worker, message)
         return None
 
     def _take(self, worker: int, packed: ShardDone) -> None:

@@ -56,7 +56,7 @@ class GenerateReport:
     missing: int = 0
 
 
-class Job(NamedTuple):
+class ShardJob(NamedTuple):
     """Shards to be made, by :func:`draw_missing` with a source of this process, or by a pool of workers.
 
     Attributes:
@@ -83,7 +83,7 @@ def generate(
     shard_size: int = DEFAULT_SHARD_SIZE,
     first: int = 0,
     share: Share | None = None,
-    make: Callable[[Source, Job], None] | None = None,
+    make: Callable[[Source, ShardJob], None] | None = None,
     progress: Progress | None = None,
     stop: Stopping | None = None,
 ) -> GenerateReport:
@@ -124,7 +124,7 @@ def generate(
     record = run_record(source, plan)
     if "unproven" in record:
         progress.note(f"unproven: {unproven_line(record['unproven'])}")
-    with destination.claimed(record, part) as run:
+    with destination.acquire(record, part) as run:
         closing = DatasetFinalizer(destination, run, plan, part)
         with output_errors(destination.folder):
             records = destination.sound(mine)
@@ -133,7 +133,7 @@ def generate(
             if not finished:
                 with output_errors(destination.folder):
                     closing.reopen(records)
-                (make or draw_missing)(source, Job(destination, mine, records, progress, stop))
+                (make or draw_missing)(source, ShardJob(destination, mine, records, progress, stop))
                 if len(records) < mine.shards:
                     raise KeyboardInterrupt
             # A run that was asked to stop in its last shard is complete but for this, which takes moments.
@@ -170,7 +170,7 @@ def refuse_small_disk(destination: Output, plan: Plan) -> None:
         require_room(destination.folder, *destination.held(plan, {}), destination.elsewhere)
 
 
-def draw_missing(source: Source, job: Job) -> None:
+def draw_missing(source: Source, job: ShardJob) -> None:
     """Draw and write the shards that the job's ``records`` lack until asked to stop, and add them to these."""
     destination, plan, records, progress, stop = job
     types = source.row_types()

@@ -177,8 +177,8 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
         worker = Worker(make, scratch)
         pipe.send(worker.identity())
         threading.Thread(target=_listen, args=(pipe, worker), name="orders", daemon=True).start()
-        for news in worker.news():
-            pipe.send(news)
+        for message in worker.messages():
+            pipe.send(message)
         # Whoever asked it to end has no more to say, and ends this process.
         threading.Event().wait()
     except (EOFError, BrokenPipeError):

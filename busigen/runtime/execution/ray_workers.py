@@ -13,7 +13,7 @@ from busigen.runtime.backends.base import provider_named, usable_cores
 from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.coordinator import Event
 from busigen.runtime.execution.local_workers import require_workers
-from busigen.runtime.execution.worker import Identity, News, SourceMaker, Worker, WorkerStopped
+from busigen.runtime.execution.worker import Identity, SourceMaker, Worker, WorkerMessage, WorkerStopped
 from busigen.text import counted, install_command, without_credentials
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class _Actor:
             return error
         return self._worker.identity()
 
-    def news(self) -> Iterator[News | Exception]:
+    def messages(self) -> Iterator[WorkerMessage | Exception]:
         try:
-            yield from self._worker.news()
+            yield from self._worker.messages()
         except BusigenError as error:
             yield error
 
@@ -139,8 +139,8 @@ class RayWorkerPool:
     def _heard(self, call: Any) -> Event | None:
         worker = self._calls[call]
         try:
-            # What a worker makes is a stream of news; what opens its source is one piece of it.
-            news = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
+            # What a worker makes is a stream of messages; what opens its source is one of them.
+            message = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
         except StopIteration:
             del self._calls[call]
             return None
@@ -150,11 +150,11 @@ class RayWorkerPool:
             del self._calls[call]
             self._replace(worker)
             return Event(worker, str(error).splitlines()[0].rstrip(":. "))
-        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(news, WorkerStopped):
+        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(message, WorkerStopped):
             del self._calls[call]
-        if isinstance(news, Identity):
-            self._calls[self._actors[worker].news.options(num_returns="streaming").remote()] = worker
-        return Event(worker, news)
+        if isinstance(message, Identity):
+            self._calls[self._actors[worker].messages.options(num_returns="streaming").remote()] = worker
+        return Event(worker, message)
 
     def _replace(self, worker: int) -> None:
         with suppress(Exception):

@@ -75,7 +75,7 @@ class WorkerStopped:
     """A worker that was asked to end has done so; what it had drawn ahead is dropped."""
 
 
-News = int | ShardStarted | ShardDone | WorkerStopped
+WorkerMessage = int | ShardStarted | ShardDone | WorkerStopped
 """What a worker sends: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
 
 
@@ -143,7 +143,7 @@ class Worker:
         self._progress, self._scratch = Progress(), scratch
         self._source = make(self._progress)
         self._orders: queue.SimpleQueue[tuple[Plan, int] | None] = queue.SimpleQueue()
-        self._messages: queue.SimpleQueue[News | BaseException] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[WorkerMessage | BaseException] = queue.SimpleQueue()
         self._opened: deque[int] = deque()
         self._ending = threading.Event()
 
@@ -161,18 +161,18 @@ class Worker:
         self._ending.set()
         self._orders.put(None)
 
-    def news(self) -> Iterator[News]:
+    def messages(self) -> Iterator[WorkerMessage]:
         """Make what is handed over, until asked to end; to be called once.
 
         Raises:
             BusigenError: whatever the source raises, or the machine has no room for one shard.
         """
         threading.Thread(target=self._work, name="shards", daemon=True).start()
-        while not isinstance(news := self._messages.get(), WorkerStopped):
-            if isinstance(news, BaseException):
-                raise news
-            yield news
-        yield news
+        while not isinstance(message := self._messages.get(), WorkerStopped):
+            if isinstance(message, BaseException):
+                raise message
+            yield message
+        yield message
 
     def _work(self) -> None:
         try:

@@ -37,7 +37,7 @@ class Output(ABC):
         """
 
     @abstractmethod
-    def claimed(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
+    def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
         """Hold the place for this run; see :func:`busigen.runtime.output.ownership.acquire_run`."""
 
     @abstractmethod

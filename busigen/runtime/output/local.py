@@ -29,7 +29,7 @@ class LocalOutput(Output):
         """See :class:`Output`."""
         return existing_run(self.folder)
 
-    def claimed(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
+    def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
         """See :class:`Output`."""
         return acquire_run(self.folder, run, part)
 

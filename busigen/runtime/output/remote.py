@@ -96,7 +96,7 @@ class RemoteOutput(Output):
         return checked_run(run, place)
 
     @contextmanager
-    def claimed(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
+    def acquire(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
         """Hold the URL for this run until the block ends; see :func:`busigen.runtime.output.ownership.acquire_run`.
 
         Raises:

@@ -220,7 +220,7 @@ class Watched(LocalWorkerPool):
 
     def events(self, timeout):
         events = super().events(timeout)
-        self.waiting.subtract(event.worker for event in events if isinstance(event.news, ShardStarted))
+        self.waiting.subtract(event.worker for event in events if isinstance(event.message, ShardStarted))
         return events
 
 
@@ -313,12 +313,12 @@ def test_a_worker_that_is_told_to_end_finishes_its_oldest_shard_alone() -> None:
     for number in range(4):
         worker.hand(Plan(**STREAM), number)
     described = []
-    for news in worker.news():
-        described.append(news)
-        if isinstance(news, int):
+    for message in worker.messages():
+        described.append(message)
+        if isinstance(message, int):
             worker.end()
-    begun = [news.number for news in described if isinstance(news, ShardStarted)]
-    made = [news.record.number for news in described if isinstance(news, ShardDone)]
+    begun = [message.number for message in described if isinstance(message, ShardStarted)]
+    made = [message.record.number for message in described if isinstance(message, ShardDone)]
     assert begun == list(range(len(begun))) and len(begun) > len(made)
     # The batch with the first accepted sample may have finished the first shard; the next one is then the oldest.
     assert made in ([0], [0, 1])
