@@ -212,7 +212,7 @@ def test_the_spool_holds_few_shards_however_many_there_are(url: str, there: Path
     assert len(list((there / "shards").glob("*.tar"))) == 24
 
 
-def test_workers_publish_through_the_foreman(url: str, there: Path, tmp_path: Path, pristine: Path) -> None:
+def test_workers_publish_through_the_coordinator(url: str, there: Path, tmp_path: Path, pristine: Path) -> None:
     process = started(url, tmp_path / "spools", "--workers", 2)
     _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 0, errors
