@@ -315,7 +315,7 @@ ENGINE_TARGETS = {
 """What ``export --target`` and ``build-engines`` make, beside the ONNX graphs that every bundle has."""
 
 LAUNCHERS = ("local", "ray", "slurm")
-"""Names of ``generate --launcher``; :func:`busigen.runtime.execution.launchers.launcher` finds each one."""
+"""Names of ``generate --launcher`` (:data:`busigen.runtime.execution.launchers.LAUNCHERS` finds each)."""
 
 STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocols of ``--out`` URLs that an extra of their own brings; of all others, the extra "remote" brings fsspec."""

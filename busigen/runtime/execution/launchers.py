@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from busigen.errors import UsageError
-from busigen.registry import LAUNCHERS
 from busigen.runtime.execution.coordinator import WorkerPool
 from busigen.runtime.execution.worker import SourceMaker
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Launcher(Protocol):
-    """One of ``registry.LAUNCHERS``."""
+    """Decides which shards this command makes, and where."""
 
     def task(self, asked: str | None) -> str | None:
         """The ``--array-task`` that this command makes; ``asked`` is what was typed.
@@ -57,7 +56,8 @@ def _slurm() -> Launcher:
     return Slurm()
 
 
-_FOUND_BY = {"local": _local, "ray": _ray, "slurm": _slurm}
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": _local, "ray": _ray, "slurm": _slurm}
+"""What imports and makes the launcher of each name in ``registry.LAUNCHERS``."""
 
 
 def launcher(name: str) -> Launcher:
@@ -68,4 +68,4 @@ def launcher(name: str) -> Launcher:
     """
     if name not in LAUNCHERS:
         raise UsageError(f"--launcher is {name!r}.", fix=f"Choose one of: {', '.join(LAUNCHERS)}.")
-    return _FOUND_BY[name]()
+    return LAUNCHERS[name]()
