@@ -22,7 +22,7 @@ from measuring import about, run, show, write
 
 from busigen.runtime.dataset import finalize as finish
 from busigen.runtime.dataset import shards
-from busigen.runtime.diagnostics.bench import peak_memory, reset_peak_memory
+from busigen.runtime.diagnostics.machine import peak_memory, reset_peak_memory
 from busigen.runtime.execution import factory
 
 PHASES = ((factory, "draw_missing"), (finish, "write_manifest"), (finish, "contact_sheet"), (finish, "write_json"))

@@ -27,7 +27,7 @@ from ready_made import ReadyMade
 
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
 from busigen.runtime.dataset.shards import ShardRecord
-from busigen.runtime.diagnostics.bench import peak_memory, reset_peak_memory
+from busigen.runtime.diagnostics.machine import peak_memory, reset_peak_memory
 from busigen.runtime.execution.estimate import Forecast
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.progress import Progress
@@ -159,7 +159,7 @@ def generated(count: int, out: Path) -> dict[str, Any]:
         "last_tenth_seconds": progress.shard_times[-1] - progress.shard_times[-1 - tenth] if tenth > 1 else None,
         "predicted_seconds": at + forecast.seconds,
         "predicted_at": at,
-        "predicted_bytes": progress.shard_bytes + forecast.size,
+        "predicted_bytes": progress.shard_bytes + forecast.space.needed,
         "forecast": asdict(forecast),
         "peak_memory": peak_memory(),
         "memory_curve": curve.points(),

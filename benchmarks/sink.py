@@ -27,7 +27,7 @@ from PIL import Image
 from ready_made import ReadyMade
 
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, key_of
-from busigen.runtime.diagnostics.bench import peak_memory
+from busigen.runtime.diagnostics.machine import peak_memory
 from busigen.runtime.execution.factory import generate
 
 SEED = 7

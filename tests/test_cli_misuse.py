@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -9,14 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import busigen
+from busigen.cli.generate import generate
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.backends.bundle import default_bundle
+from busigen.runtime.execution.run import GenerateOptions
 from tests.harness.command import CLI, ROOT, error_line, run
 
 COMMANDS = ("prepare", "train", "export", "generate", "verify", "audit", "doctor")
@@ -71,6 +75,14 @@ def test_help_loads_nothing_heavy_and_is_quick() -> None:
     # The goal is 0.5 s on an idle machine. Twice that, because the test run's other worker keeps the cores busy; a
     # heavy import, which is what this guards against together with the list above, takes longer.
     assert min(seconds) < 1.0
+
+
+def test_every_option_of_generate_is_one_of_the_model_and_has_its_default() -> None:
+    command = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
+    assert (command.pop("out"), command.pop("log_json")) == (inspect.Parameter.empty, None)
+    model = {field.name: field.default for field in fields(GenerateOptions)}
+    assert model.pop("out") is MISSING
+    assert command == model
 
 
 # Bad input

@@ -87,37 +87,14 @@ def generate(
 
     Ctrl-C or SIGTERM finishes the open shard; a second one stops at once. The same command continues.
     """
+    typed = {name: value for name, value in locals().items() if name != "log_json"}
     from busigen.runtime.execution.events import supervised
     from busigen.runtime.execution.run import GenerateOptions
 
     place = place_of(out)
-    job = GenerateOptions(
-        count=count,
-        out=place,
-        bundle=bundle,
-        healthy=healthy,
-        classes=classes,
-        seed=seed,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        provider=provider,
-        threads=threads,
-        size=size,
-        depth=depth,
-        across=across,
-        height_width=height_width,
-        taller_than_wide=taller_than_wide,
-        birads=birads,
-        index_range=index_range,
-        array_task=array_task,
-        launcher=launcher,
-        workers=workers,
-        ray_address=ray_address,
-        allow_fallback=allow_fallback,
-        spool=spool,
-    )
+    options = GenerateOptions(**{**typed, "out": place})
     with supervised(place, log_json) as (progress, stop):
-        report = job.run(progress, stop)
+        report = options.run(progress, stop)
     for line in generated(report):
         (stderr if log_json == "-" else stdout).print(line)
 
@@ -148,7 +125,8 @@ def bench(
     ] = None,
 ) -> None:
     """Measure `generate` on this machine: every stage, engines alone, the whole pipeline; predict a long run."""
-    from busigen.runtime.diagnostics.bench import LEDGER_FILE, Bench, show
+    from busigen.runtime.diagnostics.bench import Bench
+    from busigen.runtime.diagnostics.bench_report import LEDGER_FILE, show
     from busigen.runtime.progress import console_progress
 
     options = Bench(

@@ -29,7 +29,7 @@ NOW_SECONDS = 60.0
 """Seconds that the rate of "now" looks back: a few batches of a slow machine."""
 
 LONG_SECONDS = 60.0
-"""A run that will take longer than this is told its forecast; the others are over before it is read."""
+"""A run that will take longer than this shows its forecast; the others are over before it is read."""
 
 
 class Progress:
@@ -102,7 +102,7 @@ class Progress:
         """A run begins; ``facts`` are its options."""
 
     def predicted(self, forecast: Forecast) -> None:
-        """What the rest of the run will take is known; told where it is long."""
+        """What the rest of the run will take is known; shown where it is long."""
         if forecast.seconds >= LONG_SECONDS:
             self.note(str(forecast))
 

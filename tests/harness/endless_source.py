@@ -1,7 +1,7 @@
 """A source whose engine never ends a call, as ``generate`` would have it with a graph that takes 2^62 turns.
 
 ``python -m tests.harness.endless_source OUT WHERE`` runs the factory with it, in the ``main`` thread, in a ``thread``
-that the main one waits for, or in a crew of two ``workers``.
+that the main one waits for, or in a pool of two ``workers``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from busigen.runtime.dataset.sample import SampleBatch
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.execution.launchers import WorkerOptions, launcher
+from busigen.runtime.execution.launchers import launcher
+from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.progress import Progress
 from tests.harness.noise_source import NoiseSource
 
@@ -81,7 +82,7 @@ def main(out: Path, where: str) -> int:
         with supervised(out, None) as (progress, stop):
             if where == "workers":
                 with launcher("local").worker_pool(
-                    lambda threads: endless, WorkerOptions(workers=2, threads=1)
+                    lambda threads: endless, GenerateOptions(out=out, workers=2, threads=1)
                 ) as worker_pool:
                     coordinator = Coordinator(worker_pool, progress)
                     generate(coordinator.source(), out, **numbers, progress=progress, stop=stop, make=coordinator.make)

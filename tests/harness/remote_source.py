@@ -1,7 +1,7 @@
 """The factory with the noise source and a URL.
 
 ``python -m tests.harness.remote_source URL COUNT SHARD_SIZE`` takes ``--seed N``, ``--seconds S`` per sample,
-``--spool DIR``, ``--patience S`` with a store out of reach, ``--beat S`` and ``--dead S`` of its lock, ``--workers N``.
+``--spool DIR``, ``--retry S`` with a store out of reach, ``--beat S`` and ``--dead S`` of its lock, ``--workers N``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from busigen.errors import BusigenError
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.execution.launchers import WorkerOptions, launcher
+from busigen.runtime.execution.launchers import launcher
+from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.output.lease import Beat
 from busigen.runtime.output.remote import RemoteOutput
-from busigen.runtime.storage.object_store import RetryPolicy
+from busigen.runtime.storage.retry import RetryPolicy
 from busigen.runtime.storage.url import Address
 from tests.harness.noise_source import NoiseSource, noise
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--spool", type=Path)
-    parser.add_argument("--patience", type=float, default=300.0)
+    parser.add_argument("--retry", type=float, default=300.0)
     parser.add_argument("--beat", type=float, default=10.0)
     parser.add_argument("--dead", type=float, default=60.0)
     parser.add_argument("--workers", type=int, default=1)
@@ -46,7 +47,8 @@ def main(arguments: list[str]) -> int:
             destination = RemoteOutput(Address(asked.url), asked.spool, progress=progress, retry=retry, beat=beat)
             run = partial(generate, out=destination, **numbers, progress=progress, stop=stop)
             worker_pool = launcher("local").worker_pool(
-                lambda threads: partial(noise, seconds=asked.seconds), WorkerOptions(asked.workers)
+                lambda threads: partial(noise, seconds=asked.seconds),
+                GenerateOptions(out=Address(asked.url), workers=asked.workers),
             )
             with worker_pool or nullcontext():
                 coordinator = Coordinator(worker_pool, progress) if worker_pool else None

@@ -1,4 +1,4 @@
-"""The factory with a source that costs nothing, as one of several tasks or with a crew.
+"""The factory with a source that costs nothing, as one of several tasks or with a pool of workers.
 
 ``python -m tests.harness.scaled OUT COUNT SHARD_SIZE SECONDS_PER_SAMPLE HOW``, where HOW is ``K/N``, ``first:end``, or
 ``local:N`` and ``ray:N`` for N workers, or ``ray@ADDRESS`` for a worker per GPU of a Ray cluster that runs.
@@ -15,8 +15,9 @@ from busigen.errors import BusigenError
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.execution.launchers import WorkerOptions, launcher
+from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.partition import Share, parse_range, parse_task
+from busigen.runtime.execution.run import GenerateOptions
 from tests.harness.noise_source import NoiseSource, noise
 from tests.harness.processes import ROOT, listening
 
@@ -45,9 +46,9 @@ def main(out: Path, count: int, shard_size: int, seconds: float, how: str) -> in
             if name in ("local", "ray"):
                 make = partial(noise, seconds=seconds)
                 wanted = (
-                    WorkerOptions(None, 1, "cuda", address)
+                    GenerateOptions(out=out, threads=1, provider="cuda", ray_address=address)
                     if address
-                    else WorkerOptions(workers=int(number), threads=1)
+                    else GenerateOptions(out=out, threads=1, provider="cpu", workers=int(number))
                 )
                 with launcher(name).worker_pool(lambda threads: make, wanted) as worker_pool:
                     coordinator = Coordinator(worker_pool, progress)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from busigen.registry import LESION_CLASSES, SYNTHETIC, Provider
+from busigen.registry import LESION_CLASSES, Provider
 from busigen.runtime.backends.probe import answer
 from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.progress import Progress
@@ -23,20 +23,9 @@ def draw(provider: Provider) -> str:
         BusigenError: as for ``generate``.
     """
     count = len(LESION_CLASSES)
-    job = GenerateOptions(
-        count=count,
-        out=Path(),
-        bundle=None,
-        healthy=SYNTHETIC,
-        classes=",".join(LESION_CLASSES),
-        seed=0,
-        batch_size=count,
-        shard_size=count,
-        provider=provider.name,
-        threads=None,
-    )
+    options = GenerateOptions(out=Path(), classes=",".join(LESION_CLASSES), batch_size=count, provider=provider.name)
     started = time.perf_counter()
-    generated = job.source(Progress()).draw(0, range(count), lambda number: None)
+    generated = options.source(Progress()).draw(0, range(count), lambda number: None)
     return f"{counted(len(generated.samples), 'sample')} drawn in {time.perf_counter() - started:.1f} s"
 
 

@@ -1,4 +1,4 @@
-"""A crew of workers, and who hands them their shards: a lost worker's shards go to another one."""
+"""Hands shards to the workers of a pool and writes what they make: a lost worker's shards go to another one."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import Protocol, Self
 from busigen.errors import InputError, WorkerError
 from busigen.runtime.dataset.format import Plan, differences
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.dataset.shards import ShardRecord
 from busigen.runtime.execution.estimate import Estimator, explained_when_full
-from busigen.runtime.execution.signals import Stopping
+from busigen.runtime.execution.factory import ShardJob
 from busigen.runtime.execution.worker import (
     Identity,
-    News,
     RemoteSourceInfo,
     ShardDone,
     ShardStarted,
+    WorkerMessage,
     WorkerStopped,
     record_of,
 )
-from busigen.runtime.output.local import LocalOutput, aborting
+from busigen.runtime.output.base import aborting
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.text import counted, describe
@@ -31,7 +30,7 @@ _POLL_SECONDS = 0.5
 """Seconds between two looks at whether to stop."""
 
 MOST_LOSSES = 3
-"""Workers that one shard, or the crew before it is ready, may lose: one more is no accident."""
+"""Workers that one shard, or the pool before it is ready, may lose: one more is no accident."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Event:
 
     Attributes:
         worker: its number.
-        news: it is ready for a first shard (``Identity``), something of its work (``News``), an error that ended it,
-            or it is lost (``str`` says how).
+        message: it is ready for a first shard (``Identity``), something of its work (``WorkerMessage``), an error that
+            ended it, or it is lost (``str`` says how).
     """
 
     worker: int
-    news: Identity | News | Exception | str
+    message: Identity | WorkerMessage | Exception | str
 
 
 class WorkerPool(Protocol):
@@ -72,19 +71,19 @@ class WorkerPool(Protocol):
         ...
 
     def events(self, timeout: float) -> list[Event]:
-        """What has happened, in order for each worker; empty after so many seconds without news."""
+        """What has happened, in order for each worker; empty after so many seconds without a message."""
         ...
 
 
 class Coordinator:
-    """Has a crew make shards, writes them, and gives a lost worker's to another one.
+    """Has a pool of workers make shards, writes them, and gives a lost worker's to another one.
 
     A worker has those shards that it draws at the same time, and one that waits, so that it never runs dry; towards the
     end of the run, only its even share. One that has lost a worker is made alone, so that it is known which one it is.
 
     Args:
         worker_pool: entered already.
-        progress: told who is at work.
+        progress: shows where the workers run.
     """
 
     def __init__(self, worker_pool: WorkerPool, progress: Progress) -> None:
@@ -114,21 +113,14 @@ class Coordinator:
                 self._common(event)
         return RemoteSourceInfo(self._first)
 
-    def make(
-        self,
-        source: Source,
-        destination: LocalOutput,
-        plan: Plan,
-        records: dict[int, ShardRecord],
-        progress: Progress,
-        stop: Stopping,
-    ) -> None:
-        """See :class:`busigen.runtime.execution.factory.Maker`.
+    def make(self, source: Source, job: ShardJob) -> None:
+        """Have the workers make the shards that the job's ``records`` lack until asked to stop, and add them to these.
 
         Raises:
             WorkerError: a shard loses one worker after the other.
             BusigenError: whatever the workers' sources raise; complete shards are kept.
         """
+        destination, plan, records, progress, stop = job
         self._todo = deque(number for number in plan.numbers if number not in records)
         estimator = Estimator(destination, plan, records, progress)
         done = sum(record.count for record in records.values())
@@ -186,27 +178,27 @@ class Coordinator:
 
     def _common(self, event: Event) -> ShardDone | None:
         """Note what happened; a shard that was made is handed back."""
-        worker, news = event.worker, event.news
-        if isinstance(news, Identity):
-            self._welcome(worker, news)
-        elif isinstance(news, int):
-            self._accepted[worker] += news
-            self._progress.advance(news)
-        elif isinstance(news, ShardStarted):
-            self._begun.add(news.number)
-        elif isinstance(news, ShardDone):
-            self._take(worker, news)
-            return news
-        elif isinstance(news, WorkerStopped):
+        worker, message = event.worker, event.message
+        if isinstance(message, Identity):
+            self._welcome(worker, message)
+        elif isinstance(message, int):
+            self._accepted[worker] += message
+            self._progress.advance(message)
+        elif isinstance(message, ShardStarted):
+            self._begun.add(message.number)
+        elif isinstance(message, ShardDone):
+            self._take(worker, message)
+            return message
+        elif isinstance(message, WorkerStopped):
             self._claims[worker].clear()
-        elif isinstance(news, Exception):
-            raise news
+        elif isinstance(message, Exception):
+            raise message
         else:
-            self._lose(worker, news)
+            self._lose(worker, message)
         return None
 
     def _take(self, worker: int, packed: ShardDone) -> None:
-        # Those that were told before may be of shards that are drawn ahead, too.
+        # Those that were reported before may be of shards that are drawn ahead, too.
         described = min(self._accepted[worker], packed.record.count)
         self._accepted[worker] -= described
         self._progress.advance(packed.record.count - described)

@@ -15,7 +15,7 @@ from pathlib import Path
 from busigen.errors import OutputError
 from busigen.runtime.dataset.format import Plan, shard_path
 from busigen.runtime.dataset.shards import ShardRecord
-from busigen.runtime.output.local import LocalOutput
+from busigen.runtime.output.base import Output
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.text import counted, disk_size, duration
@@ -32,47 +32,14 @@ FINISH_BYTES = 4_000_000
 """
 
 LARGE_BYTES = 1_000_000_000
-"""A run that may need more disk space than this says so before its first sample; the time it takes is told later."""
+"""A run that may need more disk space than this says so before its first sample; the time it takes is known later."""
 
 BATCHES_SECONDS = 120.0
 """Seconds after which the samples drawn so far have to do as a measure of the pace, if no shard is complete by then."""
 
 _LEAST_GAPS = 2
 
-_ELSEWHERE = "another --out or a smaller --count"
-
 Records = Mapping[int, ShardRecord]
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What is left of a run, as far as it can be told.
-
-    Attributes:
-        samples: accepted samples that are still to come.
-        seconds: that they will take.
-        size: bytes on disk that they, the manifest and the preview will take.
-        bytes_per_sample: of a shard.
-        free: bytes that the output's disk has free now; None where they go elsewhere.
-        basis: what the pace was measured on.
-        measured: whether ``bytes_per_sample`` was; else it is the most that a sample can take.
-    """
-
-    samples: int
-    seconds: float
-    size: int
-    bytes_per_sample: float
-    free: int | None
-    basis: str
-    measured: bool
-
-    def __str__(self) -> str:
-        size = f"{'' if self.measured else 'at most '}{disk_size(self.size)}"
-        room = "" if self.free is None else f" of {disk_size(self.free)} free"
-        return (
-            f"the remaining {counted(self.samples, 'sample')} will take about {duration(self.seconds)} and "
-            f"{size}{room}, going by {self.basis}"
-        )
 
 
 @dataclass(frozen=True)
@@ -110,6 +77,31 @@ class Space:
         return f"{disk_size(self.per_sample)} per sample, {origin}"
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What is left of a run, as far as it is known.
+
+    Attributes:
+        space: that the samples which are still to come take.
+        seconds: that they take.
+        free: bytes that the output's disk has free now; None where they go elsewhere.
+        basis: what the pace was measured on.
+    """
+
+    space: Space
+    seconds: float
+    free: int | None
+    basis: str
+
+    def __str__(self) -> str:
+        size = f"{'' if self.space.measured else 'at most '}{disk_size(self.space.needed)}"
+        room = "" if self.free is None else f" of {disk_size(self.free)} free"
+        return (
+            f"the remaining {counted(self.space.samples, 'sample')} will take about {duration(self.seconds)} and "
+            f"{size}{room}, going by {self.basis}"
+        )
+
+
 def free_space(out: Path) -> int:
     """Free bytes of the disk that ``out`` lies on, or would.
 
@@ -126,7 +118,7 @@ def free_space(out: Path) -> int:
     return disk.free
 
 
-def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = _ELSEWHERE) -> None:
+def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = Output.elsewhere) -> None:
     """Refuse early what would fail hours later; nothing is written.
 
     Args:
@@ -144,7 +136,7 @@ def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = _ELSE
 
 
 @contextmanager
-def explained_when_full(destination: LocalOutput, plan: Plan, records: Records) -> Iterator[None]:
+def explained_when_full(destination: Output, plan: Plan, records: Records) -> Iterator[None]:
     """Have a disk that became full all the same say how much is needed.
 
     Raises:
@@ -187,10 +179,10 @@ class Estimator:
         destination: where the shards go.
         plan: of the run.
         records: of the complete shards; the caller adds to them.
-        progress: told the forecast.
+        progress: shows the forecast.
     """
 
-    def __init__(self, destination: LocalOutput, plan: Plan, records: Records, progress: Progress) -> None:
+    def __init__(self, destination: Output, plan: Plan, records: Records, progress: Progress) -> None:
         self.destination, self.plan, self.records, self.progress = destination, plan, records, progress
         self._lock = threading.Lock()
         self._reported = False
@@ -254,17 +246,8 @@ class Estimator:
             self._reported = True
         space = Space.of(self.plan, records)
         if space.samples:
-            self.progress.predicted(
-                Forecast(
-                    samples=space.samples,
-                    seconds=space.samples * pace,
-                    size=space.needed,
-                    bytes_per_sample=space.per_sample,
-                    free=free_space(self.destination.folder) if self.destination.holds_all else None,
-                    basis=basis,
-                    measured=space.measured,
-                )
-            )
+            free = free_space(self.destination.folder) if self.destination.holds_all else None
+            self.progress.predicted(Forecast(space, space.samples * pace, free, basis))
 
 
 def _too_small(problem: str, space: Space, elsewhere: str) -> OutputError:

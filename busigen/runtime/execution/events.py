@@ -173,10 +173,10 @@ class LoggedProgress(Progress):
         """See :class:`Progress`."""
         self.events.emit(
             "predicted",
-            samples=forecast.samples,
+            samples=forecast.space.samples,
             seconds=round(forecast.seconds, 1),
-            bytes=forecast.size,
-            bytes_per_sample=round(forecast.bytes_per_sample),
+            bytes=forecast.space.needed,
+            bytes_per_sample=round(forecast.space.per_sample),
             free_bytes=forecast.free,
             basis=forecast.basis,
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 from busigen.runtime.dataset.finalize import dataset_info
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, RUN_FILE, Plan
@@ -18,7 +18,9 @@ from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.execution.estimate import Estimator, explained_when_full, require_room
 from busigen.runtime.execution.partition import Share
 from busigen.runtime.execution.signals import GenerationInterrupted, Stopping
-from busigen.runtime.output.local import DatasetFinalizer, LocalOutput, aborting, run_record
+from busigen.runtime.output.base import DatasetFinalizer, Output, aborting
+from busigen.runtime.output.local import LocalOutput
+from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.url import Address
@@ -54,32 +56,34 @@ class GenerateReport:
     missing: int = 0
 
 
-class Maker(Protocol):
-    """Makes shards: :func:`draw_missing` with a source of this process, or a crew of workers."""
+class ShardJob(NamedTuple):
+    """Shards to be made, by :func:`draw_missing` with a source of this process, or by a pool of workers.
 
-    def __call__(
-        self,
-        source: Source,
-        destination: LocalOutput,
-        plan: Plan,
-        records: dict[int, ShardRecord],
-        progress: Progress,
-        stop: Stopping,
-    ) -> None:
-        """Make the plan's shards that ``records`` lacks, until told to stop, and add them to it."""
-        ...
+    Attributes:
+        destination: where they go.
+        plan: names them.
+        records: of the shards that are complete; whoever makes others adds theirs.
+        progress: counts every sample.
+        stop: asked before each shard whether to end here.
+    """
+
+    destination: Output
+    plan: Plan
+    records: dict[int, ShardRecord]
+    progress: Progress
+    stop: Stopping
 
 
 def generate(
     source: Source,
-    out: Path | LocalOutput,
+    out: Path | Output,
     *,
     count: int,
     seed: int,
     shard_size: int = DEFAULT_SHARD_SIZE,
     first: int = 0,
     share: Share | None = None,
-    make: Maker | None = None,
+    make: Callable[[Source, ShardJob], None] | None = None,
     progress: Progress | None = None,
     stop: Stopping | None = None,
 ) -> GenerateReport:
@@ -91,7 +95,7 @@ def generate(
 
     Args:
         source: where samples come from.
-        out: the dataset's folder, created if it does not exist, or a shelf that takes the shards elsewhere.
+        out: the dataset's folder, created if it does not exist, or an output elsewhere.
         count: number of samples, 1 to 10^9.
         seed: 0 to 2^64 - 1.
         shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
@@ -100,7 +104,7 @@ def generate(
         share: the part that this call makes, beside others that make theirs in the same folder; None makes all. The
             call that finds all shards there completes the dataset.
         make: who makes the shards; None for this process.
-        progress: told of every sample; None shows nothing.
+        progress: counts every sample; None shows nothing.
         stop: asked after each shard whether to end here; None never ends early.
 
     Raises:
@@ -114,13 +118,13 @@ def generate(
     plan = Plan(count=count, seed=seed, shard_size=shard_size, first=first)
     part = share.of(plan) if share else None
     mine = part or plan
-    destination = out if isinstance(out, LocalOutput) else LocalOutput(out)
+    destination = out if isinstance(out, Output) else LocalOutput(out)
     schema_of(source.row_types())
     refuse_small_disk(destination, plan)
     record = run_record(source, plan)
     if "unproven" in record:
         progress.note(f"unproven: {unproven_line(record['unproven'])}")
-    with destination.claimed(record, part) as run:
+    with destination.acquire(record, part) as run:
         closing = DatasetFinalizer(destination, run, plan, part)
         with output_errors(destination.folder):
             records = destination.sound(mine)
@@ -129,7 +133,7 @@ def generate(
             if not finished:
                 with output_errors(destination.folder):
                     closing.reopen(records)
-                (make or draw_missing)(source, destination, mine, records, progress, stop)
+                (make or draw_missing)(source, ShardJob(destination, mine, records, progress, stop))
                 if len(records) < mine.shards:
                     raise KeyboardInterrupt
             # A run that was asked to stop in its last shard is complete but for this, which takes moments.
@@ -154,7 +158,7 @@ def generate(
     return report
 
 
-def refuse_small_disk(destination: LocalOutput, plan: Plan) -> None:
+def refuse_small_disk(destination: Output, plan: Plan) -> None:
     """Refuse a new run that its disk cannot hold, before anything is read or written; one to continue is asked later.
 
     Raises:
@@ -166,15 +170,9 @@ def refuse_small_disk(destination: LocalOutput, plan: Plan) -> None:
         require_room(destination.folder, *destination.held(plan, {}), destination.elsewhere)
 
 
-def draw_missing(
-    source: Source,
-    destination: LocalOutput,
-    plan: Plan,
-    records: dict[int, ShardRecord],
-    progress: Progress,
-    stop: Stopping,
-) -> None:
-    """Draw and write the shards that ``records`` lacks until told to stop, and add them to it."""
+def draw_missing(source: Source, job: ShardJob) -> None:
+    """Draw and write the shards that the job's ``records`` lack until asked to stop, and add them to these."""
+    destination, plan, records, progress, stop = job
     types = source.row_types()
     missing = (number for number in plan.numbers if number not in records)
     opened: deque[int] = deque()
@@ -248,7 +246,7 @@ def _check_indices(generated: SampleBatch, indices: range) -> None:
         raise ValueError(f"the source was asked for {indices} and answered with other indices")
 
 
-def _interrupted(destination: LocalOutput, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
+def _interrupted(destination: Output, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
     kept = [record.count for record in destination.complete(plan).values()]
     lost = max(0, progress.done - sum(kept))
     loss = f"; lost with the unfinished shard: {counted(lost, 'sample')} drawn by then" if lost else ""

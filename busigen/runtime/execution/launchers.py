@@ -1,31 +1,16 @@
-"""Where a run's shards are made: in this process, by a crew of processes on this machine, or by Ray on several."""
+"""Where a run's shards are made: in this process, by several processes on this machine, or by Ray on several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from busigen.errors import UsageError
 from busigen.runtime.execution.coordinator import WorkerPool
 from busigen.runtime.execution.worker import SourceMaker
 
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """What was asked for of the workers.
-
-    Attributes:
-        workers: how many; None for what the launcher takes by itself.
-        threads: compute threads of each; None likewise.
-        provider: a name in ``registry.PROVIDERS``.
-        ray_address: of a Ray cluster that runs; None for one of this command's own.
-    """
-
-    workers: int | None = None
-    threads: int | None = None
-    provider: str = "cpu"
-    ray_address: str | None = None
+if TYPE_CHECKING:
+    from busigen.runtime.execution.run import GenerateOptions
 
 
 class Launcher(Protocol):
@@ -39,12 +24,12 @@ class Launcher(Protocol):
         """
         ...
 
-    def worker_pool(self, make: Callable[[int | None], SourceMaker], wanted: WorkerOptions) -> WorkerPool | None:
+    def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> WorkerPool | None:
         """The workers; None where this process makes the shards itself.
 
         Args:
             make: gives what a worker of so many threads opens its source with.
-            wanted: what was asked for.
+            options: of the run; ``workers``, ``threads``, ``provider`` and ``ray_address`` concern a launcher.
 
         Raises:
             UsageError: an option has a value that cannot be used, or belongs to another launcher.
@@ -76,7 +61,7 @@ LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": _local, "ray": _ray, "s
 
 
 def launcher(name: str) -> Launcher:
-    """The launcher of that name.
+    """The launcher of that name; its module is imported when it is asked for.
 
     Raises:
         UsageError: there is none.

@@ -15,16 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, UsageError
 from busigen.runtime.backends.base import usable_cores
 from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.coordinator import Event
-from busigen.runtime.execution.launchers import WorkerOptions
 from busigen.runtime.execution.worker import SourceMaker, Worker
 from busigen.terminal import log_to_stderr
 from busigen.text import counted, without_credentials
+
+if TYPE_CHECKING:
+    from busigen.runtime.execution.run import GenerateOptions
 
 # A fresh interpreter: an engine's threads do not survive a fork.
 _FRESH = multiprocessing.get_context("spawn")
@@ -37,16 +39,18 @@ class Local:
         """See :class:`busigen.runtime.execution.launchers.Launcher`."""
         return asked
 
-    def worker_pool(self, make: Callable[[int | None], SourceMaker], wanted: WorkerOptions) -> LocalWorkerPool | None:
+    def worker_pool(
+        self, make: Callable[[int | None], SourceMaker], options: GenerateOptions
+    ) -> LocalWorkerPool | None:
         """See :class:`busigen.runtime.execution.launchers.Launcher`."""
-        if wanted.ray_address is not None:
-            address = without_credentials(wanted.ray_address)
+        if options.ray_address is not None:
+            address = without_credentials(options.ray_address)
             raise UsageError(f"--ray-address is {address!r}, without Ray.", fix="Add --launcher ray.")
-        workers = 1 if wanted.workers is None else wanted.workers
+        workers = 1 if options.workers is None else options.workers
         require_workers(workers)
         if workers == 1:
             return None
-        return LocalWorkerPool(make(wanted.threads or max(1, usable_cores() // workers)), workers)
+        return LocalWorkerPool(make(options.threads or max(1, usable_cores() // workers)), workers)
 
 
 def require_workers(workers: int) -> None:
@@ -76,26 +80,26 @@ class LocalWorkerPool:
     def __init__(self, make: SourceMaker, size: int) -> None:
         self.where = f"{counted(size, 'worker')} on this machine"
         self._make, self.size = make, size
-        self._hired: dict[int, _LocalWorker] = {}
+        self._workers: dict[int, _LocalWorker] = {}
         self._next = 0
 
     def __enter__(self) -> Self:
         self._scratch = Path(tempfile.mkdtemp(prefix="busigen-workers-"))
         try:
             for _ in range(self.size):
-                self._hire()
+                self._start_worker()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        for hired in self._hired.values():
-            hired.process.kill()
-        for hired in self._hired.values():
-            hired.process.join()
-            hired.pipe.close()
-        self._hired.clear()
+        for handle in self._workers.values():
+            handle.process.kill()
+        for handle in self._workers.values():
+            handle.process.join()
+            handle.pipe.close()
+        self._workers.clear()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def hand(self, worker: int, plan: Plan, number: int) -> None:
@@ -108,32 +112,32 @@ class LocalWorkerPool:
 
     def events(self, timeout: float) -> list[Event]:
         """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
-        ready = wait([hired.pipe for hired in self._hired.values()], timeout)
-        return [self._heard(number) for number, hired in list(self._hired.items()) if hired.pipe in ready]
+        ready = wait([handle.pipe for handle in self._workers.values()], timeout)
+        return [self._heard(number) for number, handle in list(self._workers.items()) if handle.pipe in ready]
 
     def _tell(self, worker: int, order: tuple[Plan, int] | None) -> None:
         # Of a worker that is gone, its closed pipe tells in a moment.
         with contextlib.suppress(OSError):
-            self._hired[worker].pipe.send(order)
+            self._workers[worker].pipe.send(order)
 
     def _heard(self, worker: int) -> Event:
-        hired = self._hired[worker]
+        handle = self._workers[worker]
         try:
-            return Event(worker, hired.pipe.recv())
+            return Event(worker, handle.pipe.recv())
         except (EOFError, OSError):
             pass
         # The pipe is closed a moment before the process has ended.
-        hired.process.join(10)
-        code = hired.process.exitcode
-        hired.process.kill()
-        hired.pipe.close()
-        del self._hired[worker]
-        self._hire()
+        handle.process.join(10)
+        code = handle.process.exitcode
+        handle.process.kill()
+        handle.pipe.close()
+        del self._workers[worker]
+        self._start_worker()
         if code is not None and code < 0:
             return Event(worker, f"{signal.Signals(-code).name} ended it")
         return Event(worker, f"it ended with code {code}")
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         mine, theirs = _FRESH.Pipe()
         process = _FRESH.Process(
             target=_work, args=(theirs, self._make, self._scratch, self._next == 0), name=f"worker-{self._next}"
@@ -141,7 +145,7 @@ class LocalWorkerPool:
         with _signals_blocked():
             process.start()
         theirs.close()
-        self._hired[self._next] = _LocalWorker(process, mine)
+        self._workers[self._next] = _LocalWorker(process, mine)
         self._next += 1
 
 
@@ -173,9 +177,9 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
         worker = Worker(make, scratch)
         pipe.send(worker.identity())
         threading.Thread(target=_listen, args=(pipe, worker), name="orders", daemon=True).start()
-        for news in worker.news():
-            pipe.send(news)
-        # Whoever told it to end has no more to say, and ends this process.
+        for message in worker.messages():
+            pipe.send(message)
+        # Whoever asked it to end has no more to say, and ends this process.
         threading.Event().wait()
     except (EOFError, BrokenPipeError):
         return

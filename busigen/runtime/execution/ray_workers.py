@@ -6,16 +6,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, InputError, MissingDependencyError, UsageError
 from busigen.runtime.backends.base import provider_named, usable_cores
 from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.coordinator import Event
-from busigen.runtime.execution.launchers import WorkerOptions
 from busigen.runtime.execution.local_workers import require_workers
-from busigen.runtime.execution.worker import Identity, News, SourceMaker, Worker, WorkerStopped
+from busigen.runtime.execution.worker import Identity, SourceMaker, Worker, WorkerMessage, WorkerStopped
 from busigen.text import counted, install_command, without_credentials
+
+if TYPE_CHECKING:
+    from busigen.runtime.execution.run import GenerateOptions
 
 _THREADS = 2
 """Cores per actor, where nothing else is asked for."""
@@ -28,17 +30,17 @@ class OnRay:
         """See :class:`busigen.runtime.execution.launchers.Launcher`."""
         return asked
 
-    def worker_pool(self, make: Callable[[int | None], SourceMaker], wanted: WorkerOptions) -> RayWorkerPool:
+    def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> RayWorkerPool:
         """See :class:`busigen.runtime.execution.launchers.Launcher`."""
-        if wanted.workers is not None:
-            require_workers(wanted.workers)
-        threads = wanted.threads or (min(_THREADS, usable_cores()) if wanted.ray_address is None else _THREADS)
-        resources = {"num_cpus": threads, "num_gpus": int(provider_named(wanted.provider).gpu)}
-        return RayWorkerPool(make(threads), wanted.workers, resources, wanted.ray_address)
+        if options.workers is not None:
+            require_workers(options.workers)
+        threads = options.threads or (min(_THREADS, usable_cores()) if options.ray_address is None else _THREADS)
+        resources = {"num_cpus": threads, "num_gpus": int(provider_named(options.provider).gpu)}
+        return RayWorkerPool(make(threads), options.workers, resources, options.ray_address)
 
 
 _ORDERS = "orders"
-"""What an actor does in a thread of its own, so that it can be told something while it makes a shard."""
+"""What an actor does in a thread of its own, so that it can be called while it makes a shard."""
 
 
 class _Actor:
@@ -51,9 +53,9 @@ class _Actor:
             return error
         return self._worker.identity()
 
-    def news(self) -> Iterator[News | Exception]:
+    def messages(self) -> Iterator[WorkerMessage | Exception]:
         try:
-            yield from self._worker.news()
+            yield from self._worker.messages()
         except BusigenError as error:
             yield error
 
@@ -71,7 +73,7 @@ class RayWorkerPool:
         make: opens a worker's source; its paths have to hold on every machine.
         size: number of workers; None for as many as the cluster has room for.
         resources: cores and GPUs of each worker, as Ray names them.
-        address: of a cluster that runs; None for one that begins and ends with this crew.
+        address: of a cluster that runs; None for one that begins and ends with this pool.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -106,7 +108,7 @@ class RayWorkerPool:
                     self._ray.shutdown()
                 raise self._unreachable(str(error)) from error
         try:
-            self._hire_all()
+            self._start_all()
         except BaseException:
             self.__exit__()
             raise
@@ -137,8 +139,8 @@ class RayWorkerPool:
     def _heard(self, call: Any) -> Event | None:
         worker = self._calls[call]
         try:
-            # What a worker makes is a stream of news; what opens its source is one piece of it.
-            news = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
+            # What a worker makes is a stream of messages; what opens its source is one of them.
+            message = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
         except StopIteration:
             del self._calls[call]
             return None
@@ -148,19 +150,19 @@ class RayWorkerPool:
             del self._calls[call]
             self._replace(worker)
             return Event(worker, str(error).splitlines()[0].rstrip(":. "))
-        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(news, WorkerStopped):
+        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(message, WorkerStopped):
             del self._calls[call]
-        if isinstance(news, Identity):
-            self._calls[self._actors[worker].news.options(num_returns="streaming").remote()] = worker
-        return Event(worker, news)
+        if isinstance(message, Identity):
+            self._calls[self._actors[worker].messages.options(num_returns="streaming").remote()] = worker
+        return Event(worker, message)
 
     def _replace(self, worker: int) -> None:
         with suppress(Exception):
             self._ray.kill(self._actors[worker])
         del self._actors[worker]
-        self._hire()
+        self._start_worker()
 
-    def _hire_all(self) -> None:
+    def _start_all(self) -> None:
         total = self._ray.cluster_resources()
         room = int(total.get("CPU", 0) // self._resources["num_cpus"])
         if self._resources["num_gpus"]:
@@ -173,9 +175,9 @@ class RayWorkerPool:
             )
         self.where += f": {counted(size, 'worker')} of {self._reported()}"
         for _ in range(size):
-            self._hire()
+            self._start_worker()
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         options = {**self._resources, "max_restarts": 0, "concurrency_groups": {_ORDERS: 1}}
         actor = self._ray.remote(**options)(_Actor).remote()
         self._actors[self._next] = actor

@@ -10,18 +10,20 @@ from typing import Any
 
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
-from busigen.registry import AUTO, SYNTHETIC
+from busigen.registry import AUTO, DEFAULT_BATCH, SYNTHETIC
 from busigen.runtime.backends.base import Backend, EngineOptions, TimedBackend, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose
-from busigen.runtime.dataset.format import Plan, decided
+from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, Plan, decided
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.factory import GenerateReport, generate, refuse_small_disk
-from busigen.runtime.execution.launchers import WorkerOptions, launcher
-from busigen.runtime.execution.partition import planned
+from busigen.runtime.execution.launchers import Launcher, launcher
+from busigen.runtime.execution.partition import Share, planned
 from busigen.runtime.execution.signals import Stopping
 from busigen.runtime.execution.worker import SourceMaker
-from busigen.runtime.output.local import LocalOutput, refuse_other_run
+from busigen.runtime.output.base import Output
+from busigen.runtime.output.local import LocalOutput
+from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -30,12 +32,34 @@ from busigen.runtime.storage.url import Address
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
-    """The options of ``busigen generate``, unchecked and as they were typed.
+class Request:
+    """What checked options ask for.
 
     Attributes:
-        count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
+        launcher: that starts the workers.
+        plan: of the dataset.
+        share: the part of it that this command makes.
+        classes: class weights, which sum to 1.
+        asked: conditions on outlines and the BI-RADS category.
+    """
+
+    launcher: Launcher
+    plan: Plan
+    share: Share
+    classes: dict[str, float]
+    asked: SampleConditions
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The options of ``busigen generate`` as they were typed; :meth:`checked` is where they are checked.
+
+    The command line, :meth:`run`, launchers and workers share one object, which is pickled for workers. It is no
+    pydantic model: what is wrong is said by the checks that other commands share.
+
+    Attributes:
         out: the dataset's folder or URL.
+        count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
         bundle: a bundle's folder; ``None`` for the shipped one.
         healthy: a folder of healthy images, or ``synthetic``.
         classes: class weights.
@@ -54,19 +78,19 @@ class GenerateOptions:
         workers: processes that make shards; ``None`` for what the launcher takes by itself.
         ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
         allow_fallback: where the provider cannot be used, go on with the processor.
-        spool: folder for shards on their way to a URL; ``None`` for one among this user's caches.
+        spool: staging folder for shards on their way to a URL; ``None`` for one in the user's cache folder.
     """
 
-    count: int | None
     out: Path | Address
-    bundle: Path | None
-    healthy: str
-    classes: str
-    seed: int
-    batch_size: int
-    shard_size: int
-    provider: str
-    threads: int | None
+    count: int | None = None
+    bundle: Path | None = None
+    healthy: str = SYNTHETIC
+    classes: str = "benign=0.5,malignant=0.5"
+    seed: int = 0
+    batch_size: int = DEFAULT_BATCH
+    shard_size: int = DEFAULT_SHARD_SIZE
+    provider: str = AUTO
+    threads: int | None = None
     size: str | None = None
     depth: str | None = None
     across: str | None = None
@@ -81,11 +105,34 @@ class GenerateOptions:
     allow_fallback: bool = False
     spool: Path | None = None
 
+    def checked(self) -> Request:
+        """What the options ask for, as far as it can be checked before anything is opened.
+
+        Bundle, provider, threads and batch size are checked by what opens them, :meth:`source`.
+
+        Raises:
+            UsageError: an option has a value that cannot be used, or not beside another one.
+        """
+        chosen = launcher(self.launcher)
+        task = chosen.task(self.array_task)
+        plan, share = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
+        classes, asked = self._conditions()
+        if isinstance(self.out, Path):
+            if self.spool is not None:
+                raise UsageError(
+                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
+                )
+        elif share.of(plan) is not None:
+            from busigen.runtime.output.remote import tasks_refused
+
+            raise tasks_refused(self.out)
+        return Request(chosen, plan, share, classes, asked)
+
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began.
 
         Args:
-            progress: told of all that happens.
+            progress: shows all that happens.
             stop: asked after each shard whether to end here; None never ends early.
 
         Raises:
@@ -93,12 +140,12 @@ class GenerateOptions:
         """
         begun_with = self._begun_with(progress) if self.provider == AUTO else None
         choice = choose(begun_with) if self.provider == AUTO else None
-        job = replace(self, provider=choice.provider) if choice else self
-        progress.began(job._facts())
+        options = replace(self, provider=choice.provider) if choice else self
+        progress.began(options._facts())
         if choice:
             progress.note(f"provider: {choice.provider} ({choice.why})")
         try:
-            return job._run(progress, stop or Stopping())
+            return options._run(options.checked(), progress, stop or Stopping())
         except ProviderError as error:
             if not begun_with:
                 raise
@@ -107,24 +154,14 @@ class GenerateOptions:
                 fix="Continue it on a machine like the first one, or choose another --out.",
             ) from error
 
-    def _run(self, progress: Progress, stop: Stopping) -> GenerateReport:
+    def _run(self, request: Request, progress: Progress, stop: Stopping) -> GenerateReport:
         """All of :meth:`run`, with a provider that has a name."""
-        chosen = launcher(self.launcher)
-        plan, share = planned(
-            self.count,
-            self.index_range,
-            chosen.task(self.array_task),
-            seed=self.seed,
-            shard_size=self.shard_size,
-        )
-        classes, asked = self._wanted()
-        for line in hardly_known(classes, asked) if self.bundle is None else ():
+        plan, share = request.plan, request.share
+        for line in hardly_known(request.classes, request.asked) if self.bundle is None else ():
             progress.note(line)
-        destination = self._destination(progress, share.of(plan))
+        destination = self._destination(progress)
         refuse_small_disk(destination, plan)
-        worker_pool = chosen.worker_pool(
-            self._maker, WorkerOptions(self.workers, self.threads, self.provider, self.ray_address)
-        )
+        worker_pool = request.launcher.worker_pool(self._maker, self)
         run = partial(
             generate,
             out=destination,
@@ -142,18 +179,18 @@ class GenerateOptions:
             coordinator = Coordinator(worker_pool, progress)
             return run(coordinator.source(), make=coordinator.make)
 
-    def source(self, progress: Progress, plan: Plan | None = None, destination: LocalOutput | None = None) -> Sampler:
+    def source(self, progress: Progress, plan: Plan | None = None, destination: Output | None = None) -> Sampler:
         """Where the samples come from.
 
         Args:
-            progress: told of healthy images that are read, and who knows the engine's time.
+            progress: shows how healthy images are read, and gets the engine's time by stage.
             plan: of a run in this process: whatever ``destination`` holds is then refused early where it is another's.
             destination: of that run.
 
         Raises:
             BusigenError: an option or an input is not usable.
         """
-        classes, asked = self._wanted()
+        classes, asked = self._conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
         backend = TimedBackend(self._backend(bundle))
         progress.engine(backend.seconds)
@@ -179,29 +216,23 @@ class GenerateOptions:
     def _begun_with(self, progress: Progress) -> str | None:
         """The provider of the run that already stands where this one is to go; ``None`` where none does."""
         try:
-            existing = self._destination(progress, None).stored_run()
+            existing = self._destination(progress).stored_run()
             found = decided(existing, "--provider") if existing else None
         except (BusigenError, ValueError, AttributeError):
-            # Whatever is wrong there is told when the run claims the place.
+            # Whatever is wrong there is raised again when the run claims the place.
             return None
         return found if isinstance(found, str) else None
 
-    def _destination(self, progress: Progress, part: Plan | None) -> LocalOutput:
+    def _destination(self, progress: Progress) -> Output:
         """Where the dataset goes.
 
         Raises:
-            BusigenError: a URL that cannot be used, or not in this way.
+            BusigenError: a URL that cannot be used.
         """
         if isinstance(self.out, Path):
-            if self.spool is not None:
-                raise UsageError(
-                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
-                )
             return LocalOutput(self.out)
-        from busigen.runtime.output.remote import RemoteOutput, tasks_refused
+        from busigen.runtime.output.remote import RemoteOutput
 
-        if part is not None:
-            raise tasks_refused(self.out)
         return RemoteOutput(self.out, self.spool, progress=progress)
 
     def _maker(self, threads: int | None) -> SourceMaker:
@@ -210,7 +241,7 @@ class GenerateOptions:
         bundle = self.bundle.absolute() if self.bundle else None
         return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
 
-    def _wanted(self) -> tuple[dict[str, float], SampleConditions]:
+    def _conditions(self) -> tuple[dict[str, float], SampleConditions]:
         return parse_shares(self.classes), parse_conditions(
             size=self.size,
             depth=self.depth,

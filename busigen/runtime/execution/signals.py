@@ -58,7 +58,7 @@ class Stopping:
     An object whose block was never entered listens to nothing and never asks to stop.
 
     Args:
-        tell: told in a line what a noted signal leads to; called from a thread of its own.
+        tell: called, from a thread of its own, with a line on what a noted signal leads to.
     """
 
     def __init__(self, tell: Callable[[str], None] = lambda line: None) -> None:

@@ -22,7 +22,7 @@ from busigen.files import atomic_file, write_json
 from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, SHARD_FOLDER, Plan, shard_path
 from busigen.runtime.dataset.sample import SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, write_shard
-from busigen.runtime.output.local import run_record
+from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 
@@ -73,11 +73,11 @@ class ShardStarted:
 
 @dataclass(frozen=True)
 class WorkerStopped:
-    """A worker that was told to end has done so; what it had drawn ahead is dropped."""
+    """A worker that was asked to end has done so; what it had drawn ahead is dropped."""
 
 
-News = int | ShardStarted | ShardDone | WorkerStopped
-"""What a worker tells: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
+WorkerMessage = int | ShardStarted | ShardDone | WorkerStopped
+"""What a worker sends: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Worker:
         self._progress, self._scratch = Progress(), scratch
         self._source = make(self._progress)
         self._orders: queue.SimpleQueue[tuple[Plan, int] | None] = queue.SimpleQueue()
-        self._messages: queue.SimpleQueue[News | BaseException] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[WorkerMessage | BaseException] = queue.SimpleQueue()
         self._opened: deque[int] = deque()
         self._ending = threading.Event()
 
@@ -162,18 +162,18 @@ class Worker:
         self._ending.set()
         self._orders.put(None)
 
-    def news(self) -> Iterator[News]:
-        """Make what is handed over, until told to end; to be called once.
+    def messages(self) -> Iterator[WorkerMessage]:
+        """Make what is handed over, until asked to end; to be called once.
 
         Raises:
             BusigenError: whatever the source raises, or the machine has no room for one shard.
         """
         threading.Thread(target=self._work, name="shards", daemon=True).start()
-        while not isinstance(news := self._messages.get(), WorkerStopped):
-            if isinstance(news, BaseException):
-                raise news
-            yield news
-        yield news
+        while not isinstance(message := self._messages.get(), WorkerStopped):
+            if isinstance(message, BaseException):
+                raise message
+            yield message
+        yield message
 
     def _work(self) -> None:
         try:

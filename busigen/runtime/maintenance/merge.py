@@ -32,7 +32,7 @@ from busigen.runtime.dataset.format import (
 from busigen.runtime.dataset.reader import Dataset, read_object
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord
 from busigen.runtime.dataset.untrusted import read_table
-from busigen.runtime.output.local import shown_changes
+from busigen.runtime.output.ownership import shown_changes
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder, output_errors
 from busigen.text import shell_word
@@ -70,7 +70,7 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
     Args:
         out: the merged dataset; must not exist, or be empty.
         folders: finished datasets of one bundle; merged ones are taken apart first.
-        progress: told of every shard.
+        progress: counts every shard.
 
     Raises:
         UsageError: there are fewer than two datasets.

@@ -26,7 +26,8 @@ from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.maintenance.verify import VerifyReport, View, read_run, verify
 from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.object_store import Caller, Store, in_groups
+from busigen.runtime.storage.object_store import Store, in_groups
+from busigen.runtime.storage.retry import RetryingCaller
 from busigen.runtime.storage.url import Address
 from busigen.text import disk_size
 
@@ -86,7 +87,7 @@ def viewed(address: Address, progress: Progress | None = None) -> Iterator[Remot
         InputError: there is no dataset, or it cannot be read.
         UsageError, MissingDependencyError: the URL's protocol is unknown, or needs an extra.
     """
-    store = Store(Caller(address, tell=(progress or Progress()).note, kind=InputError))
+    store = Store(RetryingCaller(address, notify=(progress or Progress()).note, kind=InputError))
     with tempfile.TemporaryDirectory(prefix="busigen-") as name:
         yield RemoteView(store, Path(name))
 

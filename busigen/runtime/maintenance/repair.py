@@ -41,15 +41,15 @@ from busigen.runtime.maintenance.explain import listed_shards
 from busigen.runtime.maintenance.replay import BYTES_ONLY, Inputs, other_conditions, refuse_other_samples
 from busigen.runtime.maintenance.verify import (
     VerifyReport,
-    check_collection,
     combined,
     has_run,
     read_run,
     types_of,
     verify,
 )
+from busigen.runtime.maintenance.verify_collection import check_collection
 from busigen.runtime.maintenance.verify_shard import LEAST_SAMPLE
-from busigen.runtime.output.local import complete_shards
+from busigen.runtime.output.completed_shards import complete_shards
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, forget_tasks
 from busigen.text import counted, describe

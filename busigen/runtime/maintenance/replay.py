@@ -15,7 +15,7 @@ from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.runtime.dataset.format import RUN_FILE, as_typed, differences
 from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.output.local import run_record
+from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import parse_classes, parse_conditions
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -35,7 +35,7 @@ class Inputs:
         healthy: the folder with the run's healthy images; not needed where backgrounds are synthetic.
         provider: a name in ``registry.PROVIDERS``; ``None`` for the run's own.
         threads: compute threads; ``None`` for one per core.
-        progress: told of healthy images that are read and of samples that are drawn.
+        progress: counts healthy images that are read and samples that are drawn.
     """
 
     bundle: Path | None = None
@@ -124,7 +124,7 @@ class Inputs:
 
 
 def options_name_bundle(run: Mapping[str, Any]) -> bool:
-    """Whether the run was told its bundle, rather than taking the one that shipped with it."""
+    """Whether the run was given its bundle, rather than taking the one that shipped with it."""
     return bool((run.get("options") or {}).get("--bundle"))
 
 

@@ -1,4 +1,4 @@
-"""Checking what a merged dataset in parts holds beside its parts."""
+"""``busigen verify``: every file of a dataset checked against its records, and the records against one another."""
 
 from __future__ import annotations
 
@@ -13,19 +13,11 @@ from typing import Any
 
 import polars as pl
 
-from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.errors import InputError, IntegrityError
 from busigen.files import is_temporary
 from busigen.foreign import walk
 from busigen.records import checked, read_json
-from busigen.runtime.dataset.collection import (
-    COLLECTION_FILES,
-    PARTS_FOLDER,
-    collection_info,
-    open_parts,
-    part_name,
-    parts_of,
-    recorded_sources,
-)
+from busigen.runtime.dataset.collection import parts_of
 from busigen.runtime.dataset.finalize import dataset_info, run_of
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
@@ -40,95 +32,17 @@ from busigen.runtime.dataset.format import (
     shard_files,
     shard_path,
 )
-from busigen.runtime.dataset.reader import (
-    Dataset,
-    RunRecord,
-    links,
-    plan_of,
-    read_object,
-    recorded_shards,
-    refuse_newer,
-)
+from busigen.runtime.dataset.reader import RunRecord, links, plan_of, read_object, recorded_shards, refuse_newer
 from busigen.runtime.dataset.shards import COLUMN_TYPES, FileRecord, schema_of
 from busigen.runtime.dataset.untrusted import read_table
-from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
+from busigen.runtime.maintenance.verify_collection import check_collection
+from busigen.runtime.maintenance.verify_shard import DELETE, FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
 from busigen.text import counted
 
-
-def check_collection(folder: Path) -> list[Problem]:
-    """What is wrong with the files beside the parts, whose own content is checked elsewhere."""
-    linked = [path.name for path in links(folder)]
-    missing = [name for name in COLLECTION_FILES if name in linked or not (folder / name).is_file()]
-    described = {
-        name: "is a link, and links are not followed." if name in linked else "is missing." for name in missing
-    }
-    found = [Problem(name, problem, REPAIR) for name, problem in described.items()]
-    try:
-        parts = open_parts(folder)
-    except BusigenError:
-        return found  # What its own check tells comes first; without it, nothing follows from the parts.
-    found += _strangers(folder)
-    if not missing:
-        found += _check_record(folder, parts)
-        found += _check_manifest(folder, parts)
-    return found
-
-
-def _check_record(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
-    sources = recorded_sources(folder)
-    if sources is None:
-        yield Problem(DATASET_FILE, "does not list the parts that are there.", REPAIR)
-        return
-    info = read_json(folder / DATASET_FILE)
-    wanted = collection_info(folder, parts, sources)
-    file = asdict(FileRecord.of(folder, MANIFEST_FILE))
-    if info.get("files") != {MANIFEST_FILE: file}:
-        yield Problem(MANIFEST_FILE, f"has another sha256 or size than {DATASET_FILE} records.", REPAIR)
-        wanted["files"] = info.get("files")
-    changed = differences(info, wanted)
-    if changed:
-        named = ", ".join(name for name, _, _ in changed)
-        yield Problem(DATASET_FILE, f"differs from the parts in: {named}.", REPAIR)
-
-
-def _check_manifest(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
-    try:
-        rows = read_table(folder / MANIFEST_FILE, sum(part.plan.count for part in parts))
-        wanted = pl.concat(
-            part.manifest().select(pl.lit(part_name(number)).alias("part"), pl.all())
-            for number, part in enumerate(parts)
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", REPAIR)
-        return
-    except BusigenError:
-        return  # A part's own table, which its check has named.
-    if not rows.equals(wanted):
-        yield Problem(MANIFEST_FILE, "does not equal the parts' rows.", REPAIR)
-        return
-    repeated = rows.filter(pl.col("part").n_unique().over("image_sha256") > 1)
-    for group in repeated.partition_by("image_sha256", maintain_order=True):
-        one, *others = (f"{row['part']}/{row['key']}" for row in group.iter_rows(named=True))
-        for other in others:
-            yield Problem(
-                MANIFEST_FILE,
-                f"sample {other}: its image equals that of sample {one}.",
-                "Report it: every seed has noise of its own.",
-            )
-
-
-def _strangers(folder: Path) -> Iterator[Problem]:
-    for path in sorted(folder.iterdir()):
-        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name, WRITTEN)
-        if not known:
-            yield Problem(path.name, "is no part of the dataset.", "Delete it, or move it out of the dataset.")
-
-
-_DELETE = "Delete it, or move it out of the dataset."
 _LISTED, _LISTED_SHARDS = 8, 1000
 """Fields and missing shards that are named one by one."""
 
@@ -194,7 +108,7 @@ def verify(
     Args:
         folder: the dataset.
         healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
-        progress: told of every sample; None shows nothing.
+        progress: counts every sample; None shows nothing.
         view: brings the files; None where they are all in ``folder``.
 
     Raises:
@@ -265,7 +179,7 @@ def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyR
     problems += _check_dataset(folder, run, plan, shards) if finished else [_unfinished(plan, shards)]
     duplicates = list(_duplicates(shards))
     problems += duplicates
-    problems += _verify_strangers(view.names(), plan, finished)
+    problems += _strangers(view.names(), plan, finished)
     return VerifyReport(
         folder=folder,
         samples=sum(shard.samples for shard in shards),
@@ -367,7 +281,7 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
             yield Problem(DATASET_FILE, problem, MEND)
     # What its hash gives away is named already, and damaged bytes are nothing to hand to a parser.
     if files and not blamed:
-        yield from _verify_check_manifest(folder, plan, shards)
+        yield from _check_manifest(folder, plan, shards)
 
 
 def _missing(plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
@@ -404,7 +318,7 @@ def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
     )
 
 
-def _verify_check_manifest(folder: Path, plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
+def _check_manifest(folder: Path, plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
     tables = [shard.rows for shard in shards if shard.rows is not None]
     if len(tables) != plan.shards:
         return
@@ -431,7 +345,7 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
             first.setdefault(digest, key)
 
 
-def _verify_strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Problem]:
+def _strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Problem]:
     expected = set(FINISHED_FILES)
     for name in sorted(names):
         if is_temporary(name, WRITTEN):
@@ -441,7 +355,7 @@ def _verify_strangers(names: Iterable[str], plan: Plan, finished: bool) -> Itera
         elif name in expected or is_lock(name) or _is_of_shard(name, plan):
             continue
         else:
-            yield Problem(name, "is no part of the dataset.", _DELETE)
+            yield Problem(name, "is no part of the dataset.", DELETE)
 
 
 def _is_of_shard(name: str, plan: Plan) -> bool:

@@ -22,6 +22,9 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
 
+DELETE = "Delete it, or move it out of the dataset."
+"""What helps against a file that is none of the dataset's."""
+
 REPAIR = "Run `busigen verify --repair`."
 """What helps where ``generate`` cannot know that the folder is its own."""
 
@@ -106,7 +109,7 @@ def check_shard(
         number: the shard's number.
         schema: columns that its table must have.
         backgrounds: healthy images to compare with; None compares none.
-        progress: told of every sample.
+        progress: counts every sample.
     """
     found = ShardFindings(number)
     indices = plan.indices(number)

@@ -1,8 +1,9 @@
 """One writer at a time at a URL, where no operating system lends a lock that dies with its holder.
 
 The lock is a file that its holder rewrites every few seconds. Who finds it watches it: one that changes is held, one
-that stays as it is for long enough belongs to a process that is gone. A process that was killed leaves its spool, with
-its mark. Whoever holds that spool, whose lock is the operating system's, knows at once that the mark is a dead one's.
+that stays as it is for long enough belongs to a process that is gone. A process that was killed leaves its staging
+folder, with its mark. Whoever holds that folder, whose lock is the operating system's, knows at once that the mark is a
+dead one's.
 
 Where a pause or a network outlasts that time, two processes may both believe that they hold it, so a holder looks again
 before everything that counts (:meth:`Lease.confirm`), and the one that no longer finds its own mark ends.
@@ -25,11 +26,12 @@ from busigen.errors import IntegrityError, OutputError
 from busigen.files import json_bytes, write_json
 from busigen.records import Record, Text, Whole, checked, parse_json, read_json
 from busigen.runtime.storage.lock import LOCK_FILE
-from busigen.runtime.storage.object_store import RetryPolicy, Store
+from busigen.runtime.storage.object_store import Store
+from busigen.runtime.storage.retry import RetryPolicy
 from busigen.text import duration
 
 MARKS_FILE = f"{LOCK_FILE}-marks"
-"""File in the spool with the marks of its processes, written before one of them is at the URL."""
+"""File in the staging folder with the marks of its processes, written before one of them is at the URL."""
 
 _BRIEF = RetryPolicy(total=0.0, attempt=5.0)
 
@@ -62,16 +64,16 @@ class Lease:
 
     Args:
         store: the place.
-        spool: folder that this process holds, with an operating system's lock.
-        tell: told where others have to be waited for.
+        staging: folder that this process holds, with an operating system's lock.
+        notify: called with a line where others have to be waited for.
         beat: times.
 
     Raises:
         OutputError: another process holds it, on entering; or the store cannot be used.
     """
 
-    def __init__(self, store: Store, spool: Path, tell: Callable[[str], None], beat: Beat | None = None) -> None:
-        self._store, self._spool, self._tell, self._beat = store, spool, tell, beat or Beat()
+    def __init__(self, store: Store, staging: Path, notify: Callable[[str], None], beat: Beat | None = None) -> None:
+        self._store, self._staging, self._notify, self._beat = store, staging, notify, beat or Beat()
         self._mark = secrets.token_hex(8)
         self._count = 0
         self._ended = threading.Event()
@@ -79,11 +81,11 @@ class Lease:
 
     def __enter__(self) -> Self:
         known = self._known_marks()
-        write_json(self._spool / MARKS_FILE, [*known, self._mark])
+        write_json(self._staging / MARKS_FILE, [*known, self._mark])
         try:
             self._acquire(known)
             self.confirm()
-            write_json(self._spool / MARKS_FILE, [self._mark])
+            write_json(self._staging / MARKS_FILE, [self._mark])
         except BaseException:
             self._release()
             raise
@@ -139,7 +141,7 @@ class Lease:
         Raises:
             OutputError: it changes, so somebody holds it.
         """
-        self._tell(
+        self._notify(
             f"{self._store.address} was being written by {held['holder']}; "
             f"waiting up to {duration(self._beat.dead)} to see whether it still is"
         )
@@ -166,16 +168,16 @@ class Lease:
 
     def _release(self) -> None:
         """Remove the lock, if it is there and this process's; a store that cannot be reached keeps it."""
-        self._store.caller.calm()
+        self._store.caller.resume()
         with contextlib.suppress(Exception, KeyboardInterrupt):
             held = self._read(_BRIEF)
             if held is not None and held.get("mark") == self._mark:
                 self._store.remove(LOCK_FILE, _BRIEF)
-            (self._spool / MARKS_FILE).unlink()
+            (self._staging / MARKS_FILE).unlink()
 
     def _known_marks(self) -> list[str]:
         try:
-            marks = read_json(self._spool / MARKS_FILE)
+            marks = read_json(self._staging / MARKS_FILE)
         except (OSError, ValueError):
             return []
         return [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []

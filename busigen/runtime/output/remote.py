@@ -1,14 +1,10 @@
-"""The local folder that shards for a URL pass through: one for each URL, held by one process."""
+"""A dataset at a URL: shards are written to a local staging folder, sent, and removed from it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
-import json
-import os
-import platform
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +13,9 @@ from typing import Any
 
 import polars as pl
 
-from busigen.errors import IntegrityError, OutputError, UsageError
-from busigen.files import is_temporary, json_bytes, leftovers, sha256_of, write_json
-from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json, read_json
+from busigen.errors import IntegrityError, UsageError
+from busigen.files import is_temporary, json_bytes, sha256_of
+from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json
 from busigen.runtime.dataset.finalize import dataset_info, finish
 from busigen.runtime.dataset.format import (
     CARD_FILE,
@@ -27,7 +23,6 @@ from busigen.runtime.dataset.format import (
     DATASET_FILE,
     FINISHED_FILES,
     MANIFEST_FILE,
-    OWN_FILE,
     PREVIEW_FILE,
     RUN_FILE,
     SHARD_FOLDER,
@@ -36,104 +31,30 @@ from busigen.runtime.dataset.format import (
     record_number,
     shard_path,
 )
-from busigen.runtime.dataset.reader import recorded_shards, refuse_newer
+from busigen.runtime.dataset.reader import refuse_newer
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord
-from busigen.runtime.output.lease import MARKS_FILE, Beat, Lease
-from busigen.runtime.output.local import (
-    LocalOutput,
-    Records,
-    checked_run,
-    is_complete,
-    refuse_foreign,
-    refuse_other,
-    sound_shards,
-)
+from busigen.runtime.output.base import Output, Records
+from busigen.runtime.output.completed_shards import is_complete, sound_shards
+from busigen.runtime.output.lease import Beat, Lease
+from busigen.runtime.output.ownership import checked_run, refuse_foreign, refuse_other
+from busigen.runtime.output.staging import bind_to_run, default_staging, empty, hold_staging, staging_folder
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
-from busigen.runtime.storage.lock import exclusive
-from busigen.runtime.storage.object_store import Caller, RetryPolicy, Store, in_groups
+from busigen.runtime.storage.object_store import Store, in_groups
+from busigen.runtime.storage.retry import RetryingCaller, RetryPolicy
 from busigen.runtime.storage.url import Address
 
-
-def default_spools() -> Path:
-    """The folder below which spools lie: that of this user's caches, since not every system empties it now and then."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(home) / "busigen" / "spool"
+_STAGED = 4
+"""Most shards in the staging folder at a time: one being written or sent, and what workers hand over meanwhile."""
 
 
-def spool_of(address: Address, spools: Path) -> Path:
-    """The spool for a URL. Its name holds the machine's, since a home may be shared by several."""
-    digest = hashlib.sha256(address.url.encode()).hexdigest()[:16]
-    machine = re.sub(r"[^A-Za-z0-9.-]+", "-", platform.node())[:64]
-    return spools / f"busigen-{digest}-{machine}"
-
-
-@contextmanager
-def held(spool: Path, address: Address) -> Iterator[None]:
-    """Hold a spool for this process until the block ends; it is removed unless the next run needs what it holds.
-
-    That may be shards, and the mark by which the next run knows a lock at the URL that could not be removed.
-
-    Raises:
-        OutputError: another process holds it, it is a link, or it cannot be written.
-    """
-    for path in (spool, spool / SHARD_FOLDER):
-        if path.is_symlink():
-            raise OutputError(f"{path} is a link.", fix="Remove it, or choose another --spool.")
-    with output_errors(spool):
-        (spool / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        lock = exclusive(spool)
-        try:
-            lock.__enter__()
-        except OutputError as error:
-            raise OutputError(error.problem.replace(str(spool), str(address)), fix=error.fix) from None
-    try:
-        with output_errors(spool):
-            for path in leftovers(spool, WRITTEN) + leftovers(spool / SHARD_FOLDER, WRITTEN):
-                path.unlink()
-        yield
-    finally:
-        if not recorded_shards(spool) and not (spool / MARKS_FILE).exists():
-            empty(spool)
-        lock.__exit__(None, None, None)
-        # One that holds shards stays, and so does one that another process has begun to use.
-        with contextlib.suppress(OSError):
-            spool.rmdir()
-
-
-def bind_to_run(spool: Path, run: Mapping[str, Any]) -> None:
-    """Have a spool hold nothing but this run's; shards that a killed run left are kept if they are."""
-    existing = None
-    with contextlib.suppress(OSError, ValueError):
-        existing = read_json(spool / RUN_FILE)
-    if existing != json.loads(json.dumps(run)):
-        empty(spool / SHARD_FOLDER)
-    (spool / SHARD_FOLDER).mkdir(exist_ok=True)
-    write_json(spool / RUN_FILE, run)
-
-
-def empty(folder: Path) -> None:
-    """Remove a spool's files, or those of its shards; what is none of this program's stays, and its folder with it."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(OSError):
-            if path.name == SHARD_FOLDER and not path.is_symlink():
-                empty(path)
-                path.rmdir()
-            elif OWN_FILE.fullmatch(path.name) or is_temporary(path.name, WRITTEN):
-                path.unlink()
-
-
-_SPOOLED = 4
-"""Shards that the spool holds at a time, at most: one being written or sent, and what workers hand over meanwhile."""
-
-
-class RemoteOutput(LocalOutput):
+class RemoteOutput(Output):
     """A dataset at a URL.
 
     Args:
         address: the URL.
-        spools: folder below which its spool lies; None for this user's caches.
-        progress: told what has to be waited for.
+        staging: folder below which its staging folder lies; None for this user's caches.
+        progress: gets a line about what has to be waited for.
         retry: with a store that is out of reach; None for the usual one.
         beat: of its lock; None for the usual one.
 
@@ -141,25 +62,28 @@ class RemoteOutput(LocalOutput):
         BusigenError: see :class:`busigen.runtime.storage.object_store.Store`.
     """
 
+    holds_all = False
+    elsewhere = "another --spool or a smaller --shard-size"
+
     def __init__(
         self,
         address: Address,
-        spools: Path | None = None,
+        staging: Path | None = None,
         *,
         progress: Progress | None = None,
         retry: RetryPolicy | None = None,
         beat: Beat | None = None,
     ) -> None:
-        super().__init__(spool_of(address, spools or default_spools()))
+        self.folder = staging_folder(address, staging or default_staging())
         self.name = self.address = address
-        tell = (progress or Progress()).note
-        self._caller = Caller(address, retry or RetryPolicy(), tell)
+        notify = (progress or Progress()).note
+        self._caller = RetryingCaller(address, retry or RetryPolicy(), notify)
         self._store = Store(self._caller)
-        self._lease = Lease(self._store, self.folder, tell, beat)
+        self._lease = Lease(self._store, self.folder, notify, beat)
         self._complete: dict[int, ShardRecord] = {}
 
     def stored_run(self) -> dict[str, Any] | None:
-        """See :class:`Shelf`."""
+        """See :class:`Output`."""
         size = self._store.sizes.get(RUN_FILE)
         content = None if size is None else self._store.read(RUN_FILE) if size <= MAX_BYTES else b""
         if content is None:
@@ -173,8 +97,8 @@ class RemoteOutput(LocalOutput):
         return checked_run(run, place)
 
     @contextmanager
-    def claimed(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
-        """Hold the URL for this run until the block ends; see :func:`busigen.runtime.output.local.acquire_run`.
+    def acquire(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
+        """Hold the URL for this run until the block ends; see :func:`busigen.runtime.output.ownership.acquire_run`.
 
         Raises:
             UsageError: the run is one of several tasks.
@@ -184,7 +108,7 @@ class RemoteOutput(LocalOutput):
             raise tasks_refused(self.address)
         self.stored_run()  # Not even a lock is left among files that are not ours.
         self._refuse_newer()
-        with held(self.folder, self.address), self._lease:
+        with hold_staging(self.folder, self.address), self._lease:
             self._store.look()
             existing = self.stored_run()
             if existing is not None:
@@ -209,7 +133,7 @@ class RemoteOutput(LocalOutput):
     def sound(self, plan: Plan) -> dict[int, ShardRecord]:
         """The plan's shards whose record is at the URL, and whose files are there with their recorded sizes.
 
-        Shards that a killed run left in the spool are sent first.
+        Shards that a killed run left in the staging folder are sent first.
         """
         self._complete = self._recorded(plan)
         for number, record in sound_shards(self.folder, plan).items():
@@ -219,11 +143,11 @@ class RemoteOutput(LocalOutput):
         return self.complete(plan)
 
     def complete(self, plan: Plan) -> dict[int, ShardRecord]:
-        """See :class:`Shelf`."""
+        """See :class:`Output`."""
         return dict(sorted(self._complete.items()))
 
     def keep(self, record: ShardRecord, kept: Callable[[ShardRecord], None]) -> None:
-        """Send a shard, its record last, and free the spool of it."""
+        """Send a shard, its record last, and free the staging folder of it."""
         # Another run's shard may have other bytes, where its processors or versions differ.
         self._lease.confirm()
         name = shard_path(record.number, "json")
@@ -239,12 +163,12 @@ class RemoteOutput(LocalOutput):
             (self.folder / file).unlink()
         kept(record)
 
-    def hurry(self) -> None:
-        """See :class:`Shelf`."""
-        self._caller.hurry()
+    def abort(self) -> None:
+        """See :class:`Output`."""
+        self._caller.abort()
 
     def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
-        """See :class:`Shelf`; the manifest is known by its size."""
+        """See :class:`Output`; the manifest is known by its size."""
         sizes = self._store.sizes
         if any(name not in sizes for name in FINISHED_FILES):
             return False
@@ -259,15 +183,15 @@ class RemoteOutput(LocalOutput):
         return bool(info == wanted) and sizes[MANIFEST_FILE] == manifest.size
 
     def unfinish(self) -> None:
-        """See :class:`Shelf`."""
+        """See :class:`Output`."""
         if DATASET_FILE in self._store.sizes:
             self._store.remove(DATASET_FILE)
 
     def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
-        """See :class:`Shelf`. The files are written in the spool and sent, ``dataset.json`` last."""
+        """See :class:`Output`. The files are written in the staging folder and sent, ``dataset.json`` last."""
         provider = _FromStore(self._store, self.folder)
         # The signals that are to end this reach Python only where polars does not have the main thread.
-        self._caller.aside(lambda: finish(self.folder, run, records, provider))
+        self._caller.in_thread(lambda: finish(self.folder, run, records, provider))
         names = (MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE, DATASET_FILE)
         for name in names:
             if name == DATASET_FILE:
@@ -277,18 +201,8 @@ class RemoteOutput(LocalOutput):
             (self.folder / name).unlink()
 
     def held(self, plan: Plan, records: Records) -> tuple[Plan, Records]:
-        """See :class:`Shelf`."""
-        return replace(plan, count=min(plan.count, _SPOOLED * plan.shard_size)), {}
-
-    @property
-    def holds_all(self) -> bool:
-        """See :class:`Shelf`."""
-        return False
-
-    @property
-    def elsewhere(self) -> str:
-        """See :class:`Shelf`."""
-        return "another --spool or a smaller --shard-size"
+        """See :class:`Output`."""
+        return replace(plan, count=min(plan.count, _STAGED * plan.shard_size)), {}
 
     def _recorded(self, plan: Plan) -> dict[int, ShardRecord]:
         sizes = self._store.sizes

@@ -26,19 +26,10 @@ def opened() -> Iterator[list[StaticBackend]]:
 
 
 def dataset(out: Path, batch_size: int) -> dict[str, Any]:
-    job = GenerateOptions(
-        count=2,
-        out=out,
-        bundle=None,
-        healthy=SYNTHETIC,
-        classes="benign=1",
-        seed=3,
-        batch_size=batch_size,
-        shard_size=2,
-        provider=NAME,
-        threads=1,
+    options = GenerateOptions(
+        out=out, count=2, classes="benign=1", seed=3, batch_size=batch_size, shard_size=2, provider=NAME, threads=1
     )
-    job.run(Progress())
+    options.run(Progress())
     recorded: dict[str, Any] = json.loads((out / "run.json").read_text())
     return recorded
 

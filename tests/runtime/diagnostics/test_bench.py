@@ -19,7 +19,8 @@ from rich.console import Console
 
 from busigen.errors import OutputError, UsageError
 from busigen.runtime.backends.bundle import default_bundle
-from busigen.runtime.diagnostics.bench import Bench, covered, show
+from busigen.runtime.diagnostics.bench import Bench, covered
+from busigen.runtime.diagnostics.bench_report import show
 from busigen.runtime.progress import Progress
 from tests.harness.command import CLI, ROOT, Done, error_line, run
 from tests.harness.hashing import hash_of
@@ -169,7 +170,7 @@ def test_a_second_run_appends_to_the_ledger(first: Benched, second: Benched) -> 
 
 def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom busigen.runtime.diagnostics.bench import append_line\n"
+        "import sys\nfrom pathlib import Path\nfrom busigen.runtime.diagnostics.bench_report import append_line\n"
         "for number in range(150):\n"
         "    append_line(Path(sys.argv[1]), {'who': sys.argv[2], 'number': number, 'long': 'x' * 9000})\n"
     )

@@ -1,4 +1,4 @@
-"""Crews of workers, as real processes and real Ray actors: any of them may die, and the bytes are those of one run."""
+"""Pools of workers, as real processes and real Ray actors: any of them may die, and the bytes are those of one run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from busigen.errors import InputError, UsageError, WorkerError
 from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.execution.launchers import WorkerOptions, launcher
+from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.local_workers import LocalWorkerPool
+from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.execution.worker import ShardDone, ShardStarted, SourceMaker, Worker, WorkerStopped
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -76,7 +77,7 @@ def wait_until(seen: Callable[[], bool]) -> None:
 
 
 def run_and_kill_one(out: Path, how: str, name: str) -> tuple[subprocess.Popen[str], list[str]]:
-    """Run with a crew and kill one of its two processes in its second shard."""
+    """Run with a pool of workers and kill one of its two processes in its second shard."""
     run = started(out, COUNT, SIZE, 0.15, how)
     described = read_until(run, "starting")
     wait_for(run, (out / "shards" / "000001.json").exists)
@@ -219,7 +220,7 @@ class Watched(LocalWorkerPool):
 
     def events(self, timeout):
         events = super().events(timeout)
-        self.waiting.subtract(event.worker for event in events if isinstance(event.news, ShardStarted))
+        self.waiting.subtract(event.worker for event in events if isinstance(event.message, ShardStarted))
         return events
 
 
@@ -312,12 +313,12 @@ def test_a_worker_that_is_told_to_end_finishes_its_oldest_shard_alone() -> None:
     for number in range(4):
         worker.hand(Plan(**STREAM), number)
     described = []
-    for news in worker.news():
-        described.append(news)
-        if isinstance(news, int):
+    for message in worker.messages():
+        described.append(message)
+        if isinstance(message, int):
             worker.end()
-    begun = [news.number for news in described if isinstance(news, ShardStarted)]
-    made = [news.record.number for news in described if isinstance(news, ShardDone)]
+    begun = [message.number for message in described if isinstance(message, ShardStarted)]
+    made = [message.record.number for message in described if isinstance(message, ShardDone)]
     assert begun == list(range(len(begun))) and len(begun) > len(made)
     # The batch with the first accepted sample may have finished the first shard; the next one is then the oldest.
     assert made in ([0], [0, 1])
@@ -356,13 +357,13 @@ def test_workers_that_would_draw_other_samples_are_refused(tmp_path: Path) -> No
         made_with(random, tmp_path / "set", workers=2, count=2000)
 
 
-def test_impossible_crews_are_refused() -> None:
+def test_impossible_numbers_of_workers_are_refused() -> None:
     for wanted, problem in (
-        (WorkerOptions(workers=0), "--workers is 0"),
-        (WorkerOptions(ray_address="x"), "--ray-address is 'x'"),
+        ({"workers": 0}, "--workers is 0"),
+        ({"ray_address": "x"}, "--ray-address is 'x'"),
     ):
         with pytest.raises(UsageError, match=problem):
-            launcher("local").worker_pool(lambda threads: noise, wanted)
+            launcher("local").worker_pool(lambda threads: noise, GenerateOptions(out=Path(), **wanted))
     with pytest.raises(UsageError, match=r"--launcher is 'sun'\. Choose one of: local, ray, slurm"):
         launcher("sun")
-    assert launcher("local").worker_pool(lambda threads: noise, WorkerOptions(workers=1)) is None
+    assert launcher("local").worker_pool(lambda threads: noise, GenerateOptions(out=Path(), workers=1)) is None

@@ -212,7 +212,7 @@ def test_the_spool_holds_few_shards_however_many_there_are(url: str, there: Path
     assert len(list((there / "shards").glob("*.tar"))) == 24
 
 
-def test_workers_publish_through_the_foreman(url: str, there: Path, tmp_path: Path, pristine: Path) -> None:
+def test_workers_publish_through_the_coordinator(url: str, there: Path, tmp_path: Path, pristine: Path) -> None:
     process = started(url, tmp_path / "spools", "--workers", 2)
     _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 0, errors
@@ -392,7 +392,7 @@ def test_a_view_fetches_nothing_to_other_places(url: str, there: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "described"),
     [
         ("memory://set", "lies in the memory of a process"),
         ("https://example.org/set", "can be read but not written to"),
@@ -430,8 +430,7 @@ def test_commands_that_read_folders_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_tasks_of_one_url_are_refused(url: str, tmp_path: Path) -> None:
-    typed = {"bundle": None, "healthy": "synthetic", "classes": "benign=1", "seed": 0, "batch_size": 2, "shard_size": 2}
-    options: dict[str, Any] = {**typed, "provider": "cpu", "threads": 1, "count": 4, "spool": tmp_path / "spools"}
+    options: dict[str, Any] = {"provider": "cpu", "count": 4, "shard_size": 2, "spool": tmp_path / "spools"}
     for task in ({"array_task": "1/2"}, {"index_range": "0:2"}):
         with pytest.raises(UsageError, match=r"need one folder for all tasks.*--workers or --launcher ray"):
             GenerateOptions(**options, out=Address(url), **task).run(Progress())

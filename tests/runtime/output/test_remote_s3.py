@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from busigen.errors import OutputError
-from busigen.runtime.storage.object_store import Caller, RetryPolicy, Store
+from busigen.runtime.storage.object_store import Store
+from busigen.runtime.storage.retry import RetryingCaller, RetryPolicy
 from busigen.runtime.storage.url import Address
 from tests.harness.command import CLI
 from tests.harness.hashing import hashes
@@ -118,7 +119,7 @@ def test_a_network_that_comes_back_is_waited_for(line: Line, url: str, tmp_path:
 def test_a_network_that_stays_away_ends_the_run_and_a_rerun_sends_what_the_spool_holds(
     line: Line, url: str, tmp_path: Path, pristine: Path
 ) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.3, "--patience", 2)
+    process = started(url, tmp_path / "spools", "--seconds", 0.3, "--retry", 2)
     read_until(process, "generating")
     line.cut()
     _, errors = process.communicate(timeout=GUARD_SECONDS)
@@ -162,7 +163,7 @@ def test_a_second_writer_is_refused(s3: None, url: str, tmp_path: Path, pristine
 
 
 @pytest.mark.parametrize(
-    ("place", "environment", "told"),
+    ("place", "environment", "described"),
     [
         ("s3://nowhere/set", {}, "there is no 'nowhere'. Create it first"),
         ("s3://No_Bucket!/set", {}, "is no valid name"),
@@ -203,7 +204,7 @@ def test_an_answer_that_cannot_change_ends_a_run_at_once(
     described: list[str] = []
     with refusing_server(status, code) as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        store = Store(Caller(Address("s3://bucket/set"), tell=described.append))
+        store = Store(RetryingCaller(Address("s3://bucket/set"), notify=described.append))
         with pytest.raises(OutputError, match=code) as refused:
             store.write("run.json", b"{}")
     assert fix in refused.value.fix
@@ -240,7 +241,7 @@ def test_what_may_be_answered_otherwise_is_asked_again(status: int, code: str, a
             raise translate_boto_error(ClientError(answer, "PutObject"))
         return "done"
 
-    caller = Caller(Address("s3://bucket/set"), RetryPolicy(first=0.0))
+    caller = RetryingCaller(Address("s3://bucket/set"), RetryPolicy(first=0.0))
     if again:
         assert caller.call(ask) == "done"
     else:
@@ -260,12 +261,12 @@ def test_what_gcsfs_says_in_words_is_no_lost_network(error: Exception, fix: str)
         raise error
 
     with pytest.raises(OutputError) as refused:
-        Caller(Address("gs://bucket/set"), RetryPolicy(total=0.0)).call(ask)
+        RetryingCaller(Address("gs://bucket/set"), RetryPolicy(total=0.0)).call(ask)
     assert fix in refused.value.fix
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "described"),
     [
         ("AWS_ENDPOINT_URL", "127.0.0.1:9000", "Invalid endpoint: 127.0.0.1:9000"),
         ("AWS_PROFILE", "nobody", r"The config profile \(nobody\) could not be found"),
@@ -277,7 +278,7 @@ def test_settings_that_cannot_work_are_told_at_once(
     monkeypatch.setenv(variable, value)
     lines: list[str] = []
     with pytest.raises(OutputError, match=described) as refused:
-        Store(Caller(Address("s3://bucket/set"), tell=lines.append))
+        Store(RetryingCaller(Address("s3://bucket/set"), notify=lines.append))
     assert "AWS_PROFILE and AWS_ENDPOINT_URL" in refused.value.fix
     assert lines == []
 
@@ -285,7 +286,7 @@ def test_settings_that_cannot_work_are_told_at_once(
 def test_large_files_are_read_back(s3: None, port: int, url: str, tmp_path: Path) -> None:
     """A file that is sent in parts has an ETag that is no MD5 of it."""
     pytest.importorskip("boto3")
-    store = Store(Caller(Address(url), RetryPolicy(total=0.0)))
+    store = Store(RetryingCaller(Address(url), RetryPolicy(total=0.0)))
     large = tmp_path / "large"
     large.write_bytes(os.urandom(1 << 20) * 101)
     store.put(large, "large")
