@@ -300,7 +300,7 @@ def test_nothing_but_members_of_unknown_role_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "label", "said"),
+    ("described", "label", "said"),
     [
         (b"malignant\n", "malignant", ""),
         (b"1", "benign", "0 normal, 1 benign, 2 malignant"),

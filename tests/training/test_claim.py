@@ -18,7 +18,7 @@ from busigen.training.trainer import write_json
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "described"),
     [
         ({"preset": "compact"}, "--preset: 'tiny' there, 'compact' now"),
         ({"preset": "tiny", "seed": 7}, "--seed: 0 there, 7 now"),

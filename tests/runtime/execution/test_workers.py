@@ -99,7 +99,6 @@ def test_a_killed_workers_shard_is_made_by_another(tmp_path: Path, alone: dict[s
 @linux
 def test_a_killed_ray_actors_shard_is_made_by_another(tmp_path: Path, alone: dict[str, str]) -> None:
     # Takes about 15 s, most of which Ray needs to start.
-    pytest.importorskip("ray")
     out = tmp_path / "set"
     run, described = run_and_kill_one(out, "ray:2", "ray::_Actor")
     assert run.returncode == 0, described
@@ -123,7 +122,6 @@ def test_a_cluster_that_runs_gets_a_worker_per_gpu(
     tmp_path: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The source computes on no card; that Ray hands out two is what decides how many workers there are.
-    pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     # Newer versions would write a token into the user's home folder for whoever joins.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -144,7 +142,6 @@ def test_a_cluster_that_runs_gets_a_worker_per_gpu(
 
 @linux
 def test_a_ray_that_does_not_start_is_told_in_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     # Its sockets' names may have 107 characters. A node that comes up too slowly is no error of a kind either.
     environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / ("deep" * 30))}
     ordered = ("generate", "--count", 1, "--out", tmp_path / "set", "--launcher", "ray", "--workers", 1)

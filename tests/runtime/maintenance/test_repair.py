@@ -44,7 +44,7 @@ def remove(folder: Path, number: int, suffixes: tuple[str, ...] = SHARD) -> None
 
 
 @pytest.mark.parametrize(
-    ("damage", "files", "drawn"),
+    ("damage", "files", "generated"),
     [
         (lambda d: None, [], []),
         (lambda d: flip(d / "shards/000001.tar"), ["shards/000001.tar"], [[3, 4, 5]]),

@@ -22,6 +22,9 @@ from busigen.runtime.dataset.finalize import write_manifest
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, write_table
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.run import GenerateOptions
+from busigen.runtime.maintenance.remote import explain_place, refuse_repair, verify_place, viewed
+from busigen.runtime.output.lease import Beat
+from busigen.runtime.output.remote import RemoteOutput, _FromStore
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.url import Address, place_of
 from tests.harness.command import error_line, run
@@ -29,12 +32,6 @@ from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource
 from tests.harness.processes import GUARD_SECONDS, ROOT, listening, read_until, wait_for
 from tests.harness.replaying import NoiseInputs
-
-pytest.importorskip("fsspec", reason="URLs need the extra 'remote'")
-
-from busigen.runtime.maintenance.remote import explain_place, refuse_repair, verify_place, viewed
-from busigen.runtime.output.lease import Beat
-from busigen.runtime.output.remote import RemoteOutput, _FromStore
 
 RUN = {"count": 8, "seed": 7, "shard_size": 3}
 """What the fixture ``pristine`` holds."""
@@ -392,7 +389,7 @@ def test_a_view_fetches_nothing_to_other_places(url: str, there: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "described"),
     [
         ("memory://set", "lies in the memory of a process"),
         ("https://example.org/set", "can be read but not written to"),

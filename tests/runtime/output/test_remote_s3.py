@@ -1,7 +1,4 @@
-"""Datasets on S3, spoken to over HTTP: a server of its own process, and a network that fails.
-
-The server and s3fs are not part of the extra "dev": `pip install 's3fs' 'moto[s3]' flask flask-cors`.
-"""
+"""Datasets on S3, spoken to over HTTP: a server of its own process, and a network that fails."""
 
 from __future__ import annotations
 
@@ -24,9 +21,6 @@ from tests.harness.hashing import hashes
 from tests.harness.processes import GUARD_SECONDS, ROOT, listening, read_until
 from tests.harness.stores import Line, refusing_server, s3_environment, s3_server
 from tests.runtime.output.test_remote_output import started, swept
-
-pytest.importorskip("s3fs", reason="S3 needs the extra 's3'")
-pytest.importorskip("moto.server", reason="the S3 server of these tests is moto's, with flask and flask-cors")
 
 LOOK = """
 import json, sys
@@ -162,7 +156,7 @@ def test_a_second_writer_is_refused(s3: None, url: str, tmp_path: Path, pristine
 
 
 @pytest.mark.parametrize(
-    ("place", "environment", "told"),
+    ("place", "environment", "described"),
     [
         ("s3://nowhere/set", {}, "there is no 'nowhere'. Create it first"),
         ("s3://No_Bucket!/set", {}, "is no valid name"),
@@ -265,7 +259,7 @@ def test_what_gcsfs_says_in_words_is_no_lost_network(error: Exception, fix: str)
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "described"),
     [
         ("AWS_ENDPOINT_URL", "127.0.0.1:9000", "Invalid endpoint: 127.0.0.1:9000"),
         ("AWS_PROFILE", "nobody", r"The config profile \(nobody\) could not be found"),
@@ -284,7 +278,6 @@ def test_settings_that_cannot_work_are_told_at_once(
 
 def test_large_files_are_read_back(s3: None, port: int, url: str, tmp_path: Path) -> None:
     """A file that is sent in parts has an ETag that is no MD5 of it."""
-    pytest.importorskip("boto3")
     store = Store(Caller(Address(url), RetryPolicy(total=0.0)))
     large = tmp_path / "large"
     large.write_bytes(os.urandom(1 << 20) * 101)
