@@ -1,7 +1,7 @@
 """The factory with the noise source and a URL.
 
 ``python -m tests.harness.remote_source URL COUNT SHARD_SIZE`` takes ``--seed N``, ``--seconds S`` per sample,
-``--spool DIR``, ``--patience S`` with a store out of reach, ``--beat S`` and ``--dead S`` of its lock, ``--workers N``.
+``--spool DIR``, ``--retry S`` with a store out of reach, ``--beat S`` and ``--dead S`` of its lock, ``--workers N``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--spool", type=Path)
-    parser.add_argument("--patience", type=float, default=300.0)
+    parser.add_argument("--retry", type=float, default=300.0)
     parser.add_argument("--beat", type=float, default=10.0)
     parser.add_argument("--dead", type=float, default=60.0)
     parser.add_argument("--workers", type=int, default=1)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from busigen.runtime.storage.object_store import Caller, RetryPolicy, Store
 from busigen.runtime.storage.url import Address
 from tests.harness.command import CLI
 from tests.harness.hashing import hashes
-from tests.harness.processes import GUARD_SECONDS, ROOT, listening, read_until
+from tests.harness.processes import GUARD_SECONDS, ROOT, Hold, listening, read_until, wait_for
 from tests.harness.stores import Line, refusing_server, s3_environment, s3_server
 from tests.runtime.output.test_remote_output import started, swept
 
@@ -99,10 +98,11 @@ def test_a_killed_run_continues_from_every_change(s3: None, url: str, tmp_path: 
 
 
 def test_a_network_that_comes_back_is_waited_for(line: Line, url: str, tmp_path: Path, pristine: Path) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.3)
-    read_until(process, "generating")
-    time.sleep(0.5)
+    hold = Hold(tmp_path, 4)
+    process = started(url, tmp_path / "spools", hold=hold)
+    wait_for(process, hold.reached)
     line.cut()
+    hold.release()
     read_until(process, "out of reach")
     line.mend()
     finished(process)
@@ -112,7 +112,7 @@ def test_a_network_that_comes_back_is_waited_for(line: Line, url: str, tmp_path:
 def test_a_network_that_stays_away_ends_the_run_and_a_rerun_sends_what_the_spool_holds(
     line: Line, url: str, tmp_path: Path, pristine: Path
 ) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.3, "--patience", 2)
+    process = started(url, tmp_path / "spools", "--seconds", 0.3, "--retry", 2)
     read_until(process, "generating")
     line.cut()
     _, errors = process.communicate(timeout=GUARD_SECONDS)
