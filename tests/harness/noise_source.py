@@ -19,6 +19,7 @@ from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.progress import Progress
+from tests.harness.processes import wait_at_hold
 
 ROWS, COLUMNS = np.mgrid[0:256, 0:256]
 
@@ -46,6 +47,7 @@ class NoiseSource:
             sample = noise_sample(seed, index, attempt)
             rejections += [Rejection(index, n, sample.label, "too dark") for n in range(attempt)]
             samples.append(sample)
+            wait_at_hold(index)
             time.sleep(self.seconds)
             done(1)
         return SampleBatch(samples, rejections)

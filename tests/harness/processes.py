@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,10 +27,45 @@ def listening() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def started(out: Path, count: int, shard_size: int, *more: object) -> subprocess.Popen[str]:
+class Hold:
+    """A place in a run where its source waits until the test lets it go on, so that no test has to hit a moment.
+
+    Args:
+        folder: for the files through which run and test speak; outside of the dataset.
+        index: of the first sample that is not handed over before ``release``.
+    """
+
+    def __init__(self, folder: Path, index: int) -> None:
+        self._file = folder / "hold"
+        self.environment = {**os.environ, _HOLD: f"{index}:{self._file}"}
+
+    def reached(self) -> list[int]:
+        """Processes that wait, or have waited."""
+        return [int(path.suffix[1:]) for path in self._file.parent.glob(f"{self._file.name}.*")]
+
+    def release(self) -> None:
+        self._file.touch()
+
+
+_HOLD = "BUSIGEN_TEST_HOLD"
+
+
+def wait_at_hold(index: int) -> None:
+    """To be called by a source before it hands a sample over."""
+    first, _, name = os.environ.get(_HOLD, "").partition(":")
+    if not name or index < int(first):
+        return
+    file, deadline = Path(name), time.monotonic() + GUARD_SECONDS
+    file.with_suffix(f".{os.getpid()}").touch()
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def started(out: Path, count: int, shard_size: int, *more: object, hold: Hold | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(out, count, shard_size, *more),
         cwd=ROOT,
+        env=hold and hold.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -19,16 +19,19 @@ from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.partition import Share, parse_range, parse_task
 from busigen.runtime.execution.run import GenerateOptions
 from tests.harness.noise_source import NoiseSource, noise
-from tests.harness.processes import ROOT, listening
+from tests.harness.processes import ROOT, Hold, listening
 
 SEED = 7
 
 
-def started(out: Path, count: int, shard_size: int, seconds: float, how: str) -> subprocess.Popen[str]:
+def started(
+    out: Path, count: int, shard_size: int, seconds: float, how: str, hold: Hold | None = None
+) -> subprocess.Popen[str]:
     arguments = map(str, (out, count, shard_size, seconds, how))
     return subprocess.Popen(
         [sys.executable, "-m", "tests.harness.scaled", *arguments],
         cwd=ROOT,
+        env=hold and hold.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,12 +158,10 @@ def test_a_kill_while_an_entry_is_written_leaves_none_and_blocks_nobody(cache: C
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     assert cache.read("engines", KEY) is None
-    started = time.monotonic()
+    # A lock that outlived its holder would be waited for without end.
     with cache.making("engines", KEY):
         assert cache.read("engines", KEY) is None
         cache.write("engines", KEY, b"whole")
-    # A lock that outlived its holder would be waited for without end.
-    assert time.monotonic() - started < 10
     assert cache.read("engines", KEY) == b"whole"
     names = {path.name for path in cache.entry("engines", KEY).iterdir()}
     assert names == {CONTENT, RECORD}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from io import StringIO
 from pathlib import Path
 
@@ -17,6 +16,22 @@ from busigen.text import counted, disk_size, duration
 from tests.harness.noise_source import NoiseSource
 
 
+class Clock:
+    """Stands for the module ``time``, and goes on only where a test says so."""
+
+    seconds = 1000.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("busigen.runtime.progress.time", clock)
+    return clock
+
+
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = console_progress()
     assert isinstance(progress, LineProgress)
@@ -28,25 +43,21 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
     assert "left" not in lines[-1]
 
 
-def test_lines_tell_shards_stages_and_the_rate_of_now(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("busigen.runtime.progress.NOW_SECONDS", 0.5)
-    monkeypatch.setattr("busigen.runtime.progress.LINE_SECONDS", 0.0)
+def test_lines_tell_shards_stages_and_the_rate_of_now(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with console_progress() as progress:
         progress.engine(lambda: {"lesion": 3.0, "mask": 1.0})
         progress.start("generating", 2000, 100, shards=(1, 20))
         progress.advance(1000)
         assert progress.rate_now is None, "now is all there is"
-        time.sleep(0.6)
+        clock.seconds += 50
         for _ in range(5):
-            progress.advance(1)
-            time.sleep(0.05)
-        # A thousand at once, then twenty a second at most; the thousand lie further back than now looks.
-        assert 0 < progress.rate_now <= 20 < progress.rate
+            progress.advance(20)
+            clock.seconds += 5
+        # A thousand at once, then four a second at most; the thousand lie further back than now looks.
+        assert 0 < progress.rate_now <= 4 < progress.rate
         progress.advance(1)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("generating: 1106/2000, 1/20 shards, ")
+    assert last.startswith("generating: 1201/2000, 1/20 shards, ")
     assert " samples/s now, " in last and " samples/s overall, " in last
     assert last.endswith(" left; engine time: lesion 75%, mask 25%")
 
@@ -85,28 +96,28 @@ def test_an_empty_folder_has_no_progress(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
 
 
-def test_remaining_time_is_told_once_there_is_something_to_judge_by() -> None:
+def test_remaining_time_is_told_once_there_is_something_to_judge_by(clock: Clock) -> None:
     progress = Progress()
     progress.start("generating", 100, 40)
     assert progress.left is None
-    time.sleep(0.1)
+    clock.seconds += 10
     progress.advance(20)
-    # Twenty took 0.1 s and forty remain; the upper bound leaves a busy machine room.
-    assert 0.2 <= progress.left < 2
+    # Twenty took ten seconds and forty remain.
+    assert progress.left == pytest.approx(20)
     progress.advance(39)
     # One is left, but it takes a batch of its own.
-    assert progress.left >= 0.1
+    assert progress.left >= 5
     progress.advance(1)
     assert progress.left is None
 
 
-def test_slow_runs_count_seconds_per_sample(capsys: pytest.CaptureFixture[str]) -> None:
+def test_slow_runs_count_seconds_per_sample(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with console_progress() as progress:
         progress.start("generating", 2)
-        time.sleep(1.2)
+        clock.seconds += 12
         progress.advance(1)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert " s per sample, " in last and " s left" in last
+    assert "12.0 s per sample, " in last and "12 s left" in last
     assert "samples/s" not in last
 
 

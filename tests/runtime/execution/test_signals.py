@@ -14,7 +14,7 @@ from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.verify import verify
 from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource
-from tests.harness.processes import GUARD_SECONDS, ROOT, events_of, listening, read_until, started, wait_for
+from tests.harness.processes import GUARD_SECONDS, ROOT, Hold, events_of, listening, read_until, started, wait_for
 
 SIGNALS = pytest.mark.parametrize(
     ("number", "code", "said"),
@@ -35,25 +35,26 @@ def test_the_open_shard_is_finished(
     tmp_path: Path, undisturbed: dict[str, str], number: int, code: int, said: str
 ) -> None:
     out, log = tmp_path / "set", tmp_path / "log"
-    process = started(out, 40, 10, 7, 0.1, log)
-    wait_for(process, (out / "shards" / "000000.json").exists)
+    hold = Hold(tmp_path, 15)
+    process = started(out, 40, 10, 7, 0.0, log, hold=hold)
+    wait_for(process, lambda: (out / "shards" / "000000.json").exists() and hold.reached())
     process.send_signal(number)
+    line = read_until(process, "finishing ")[-1]
+    hold.release()
     _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == code, errors
-    kept = len(list((out / "shards").glob("*.json")))
-    # The second one was being drawn when the signal came; a busy machine may have got one further.
-    assert 2 <= kept < 4
-    assert "finishing the open shard (" in errors
-    assert "Once more to stop at once." in errors
-    last = f"{said} with {kept} of 4 shards complete in {out}. Run the same command again to continue."
+    assert len(list((out / "shards").glob("*.json"))) == 2
+    assert "finishing the open shard (" in line
+    assert "Once more to stop at once." in line
+    last = f"{said} with 2 of 4 shards complete in {out}. Run the same command again to continue."
     assert errors.splitlines()[-1] == last, "and nothing was lost"
     assert [str(problem) for problem in verify(out).problems] == [
-        f"dataset.json: is missing, the run is unfinished: {kept} of 4 shards. "
+        "dataset.json: is missing, the run is unfinished: 2 of 4 shards. "
         "The same `busigen generate` command continues it."
     ]
     end = events_of(log.read_text())[-1]
     assert (end["event"], end["signal"], end["exit_code"]) == ("interrupted", number, code)
-    assert generate(NoiseSource(), out, count=40, seed=7, shard_size=10).written == 4 - kept
+    assert generate(NoiseSource(), out, count=40, seed=7, shard_size=10).written == 2
     assert hashes(out) == undisturbed
 
 
@@ -62,10 +63,10 @@ def test_a_second_signal_stops_at_once(
     tmp_path: Path, undisturbed: dict[str, str], number: int, code: int, said: str
 ) -> None:
     out = tmp_path / "set"
-    # A sample takes as long as the test would wait: only the second signal can end this.
-    process = started(out, 40, 10, 7, GUARD_SECONDS)
-    read_until(process, "generating: 0/40")
-    time.sleep(0.3)  # Into the first sample.
+    # Nothing lets the first sample go on: only the second signal can end this.
+    hold = Hold(tmp_path, 0)
+    process = started(out, 40, 10, 7, hold=hold)
+    wait_for(process, hold.reached)
     process.send_signal(number)
     read_until(process, "finishing ")
     process.send_signal(number)
@@ -107,12 +108,14 @@ def test_a_second_signal_ends_an_engine_that_never_does(
 
 def test_a_run_in_its_last_shard_completes(tmp_path: Path) -> None:
     out = tmp_path / "set"
-    process = started(out, 20, 10, 7, 0.1)
-    wait_for(process, (out / "shards" / "000000.json").exists)
+    hold = Hold(tmp_path, 15)
+    process = started(out, 20, 10, 7, hold=hold)
+    wait_for(process, lambda: (out / "shards" / "000000.json").exists() and hold.reached())
     process.send_signal(signal.SIGTERM)
+    read_until(process, "finishing the open shard")
+    hold.release()
     _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 0, errors
-    assert "finishing the open shard" in errors
     assert verify(out).ok
 
 
@@ -150,9 +153,8 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    # Were both heard, the first one, which is handed over first, would decide how it ends.
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=GUARD_SECONDS / 2)
     assert (process.returncode, output) == (143, "Terminated. Run the same command again to continue.\n")

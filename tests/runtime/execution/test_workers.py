@@ -28,7 +28,7 @@ from busigen.runtime.sampling.sampler import Sampler
 from tests.harness import command
 from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource, noise
-from tests.harness.processes import GUARD_SECONDS, read_until, wait_for
+from tests.harness.processes import GUARD_SECONDS, Hold, read_until, wait_for
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.scaled import SEED, started
 
@@ -78,12 +78,14 @@ def wait_until(seen: Callable[[], bool]) -> None:
 
 def run_and_kill_one(out: Path, how: str, name: str) -> tuple[subprocess.Popen[str], list[str]]:
     """Run with a pool of workers and kill one of its two processes in its second shard."""
-    run = started(out, COUNT, SIZE, 0.15, how)
+    hold = Hold(out.parent, 4)
+    run = started(out, COUNT, SIZE, 0.0, how, hold)
     described = read_until(run, "starting")
-    wait_for(run, (out / "shards" / "000001.json").exists)
+    wait_for(run, lambda: (out / "shards" / "000001.json").exists() and len(hold.reached()) == 2)
     workers = below(run.pid, name)
-    assert len(workers) == 2, workers
+    assert sorted(workers) == sorted(hold.reached())
     os.kill(workers[0], signal.SIGKILL)
+    hold.release()
     described += run.communicate(timeout=GUARD_SECONDS)[1].splitlines()
     return run, described
 
@@ -100,7 +102,6 @@ def test_a_killed_workers_shard_is_made_by_another(tmp_path: Path, alone: dict[s
 @linux
 def test_a_killed_ray_actors_shard_is_made_by_another(tmp_path: Path, alone: dict[str, str]) -> None:
     # Takes about 15 s, most of which Ray needs to start.
-    pytest.importorskip("ray")
     out = tmp_path / "set"
     run, described = run_and_kill_one(out, "ray:2", "ray::_Actor")
     assert run.returncode == 0, described
@@ -124,7 +125,6 @@ def test_a_cluster_that_runs_gets_a_worker_per_gpu(
     tmp_path: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The source computes on no card; that Ray hands out two is what decides how many workers there are.
-    pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     # Newer versions would write a token into the user's home folder for whoever joins.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -145,7 +145,6 @@ def test_a_cluster_that_runs_gets_a_worker_per_gpu(
 
 @linux
 def test_a_ray_that_does_not_start_is_told_in_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     # Its sockets' names may have 107 characters. A node that comes up too slowly is no error of a kind either.
     environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / ("deep" * 30))}
     ordered = ("generate", "--count", 1, "--out", tmp_path / "set", "--launcher", "ray", "--workers", 1)
@@ -161,9 +160,11 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(tmp_path: Path) -> None:
 @linux
 def test_workers_end_with_the_run_that_was_killed(tmp_path: Path, alone: dict[str, str]) -> None:
     out = tmp_path / "set"
-    run = started(out, COUNT, SIZE, 0.15, "local:2")
-    wait_for(run, (out / "shards" / "000000.json").exists)
+    hold = Hold(tmp_path, 2)
+    run = started(out, COUNT, SIZE, 0.0, "local:2", hold)
+    wait_for(run, lambda: (out / "shards" / "000000.json").exists() and len(hold.reached()) == 2)
     workers = below(run.pid, "spawn_main")
+    assert sorted(workers) == sorted(hold.reached())
     run.kill()
     run.communicate()
     wait_until(lambda: not any(map(alive, workers)))
@@ -174,14 +175,17 @@ def test_workers_end_with_the_run_that_was_killed(tmp_path: Path, alone: dict[st
 @linux
 def test_ctrl_c_finishes_the_open_shards_of_all_workers(tmp_path: Path, alone: dict[str, str]) -> None:
     out = tmp_path / "set"
-    run = started(out, COUNT, SIZE, 0.15, "local:2")
-    wait_for(run, (out / "shards" / "000000.json").exists)
+    hold = Hold(tmp_path, 2)
+    run = started(out, COUNT, SIZE, 0.0, "local:2", hold)
+    wait_for(run, lambda: (out / "shards" / "000000.json").exists() and len(hold.reached()) == 2)
     # As a terminal does, to every process of the run.
     for pid in (*below(run.pid, "spawn_main"), run.pid):
         os.kill(pid, signal.SIGINT)
-    described = run.communicate(timeout=GUARD_SECONDS)[1]
+    described = "".join(read_until(run, "Ctrl-C: finishing"))
+    hold.release()
+    described += run.communicate(timeout=GUARD_SECONDS)[1]
     assert run.returncode == 130, described
-    assert "Ctrl-C: finishing" in described and "open shard" in described
+    assert "open shard" in described
     kept = len(list((out / "shards").glob("*.json")))
     assert f"{kept} of 8 shards complete" in described and 1 < kept < 8
     assert "lost with" not in described and "is lost" not in described

@@ -22,29 +22,27 @@ from busigen.runtime.dataset.finalize import write_manifest
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, write_table
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.run import GenerateOptions
+from busigen.runtime.maintenance.remote import explain_place, refuse_repair, verify_place, viewed
+from busigen.runtime.output.lease import Beat
+from busigen.runtime.output.remote import RemoteOutput, _FromStore
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.url import Address, place_of
 from tests.harness.command import error_line, run
 from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource
-from tests.harness.processes import GUARD_SECONDS, ROOT, listening, read_until, wait_for
+from tests.harness.processes import GUARD_SECONDS, ROOT, Hold, listening, read_until, wait_for
 from tests.harness.replaying import NoiseInputs
-
-pytest.importorskip("fsspec", reason="URLs need the extra 'remote'")
-
-from busigen.runtime.maintenance.remote import explain_place, refuse_repair, verify_place, viewed
-from busigen.runtime.output.lease import Beat
-from busigen.runtime.output.remote import RemoteOutput, _FromStore
 
 RUN = {"count": 8, "seed": 7, "shard_size": 3}
 """What the fixture ``pristine`` holds."""
 
 
-def started(url: str, spool: Path, *more: object, count: int = 8, shard_size: int = 3) -> subprocess.Popen[str]:
-    numbers = map(str, (url, count, shard_size, "--spool", spool, *more))
+def started(url: str, spool: Path, *more: object, hold: Hold | None = None) -> subprocess.Popen[str]:
+    numbers = map(str, (url, RUN["count"], RUN["shard_size"], "--spool", spool, *more))
     return subprocess.Popen(
         [sys.executable, "-m", "tests.harness.remote_source", *numbers],
         cwd=ROOT,
+        env=hold and hold.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -239,13 +237,14 @@ def test_a_second_writer_is_refused_from_here_and_from_elsewhere(
 def test_a_dead_writers_lock_is_taken_over_from_elsewhere(
     url: str, there: Path, tmp_path: Path, pristine: Path
 ) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.2)
+    hold = Hold(tmp_path, 3)
+    process = started(url, tmp_path / "spools", hold=hold)
     wait_for(process, (there / "shards" / "000000.json").exists)
     process.kill()
     process.wait()
     assert (there / ".lock").exists()
     begun = time.monotonic()
-    assert write(url, tmp_path, spools="elsewhere", beat=Beat(0.2, 1.5, 0.1)).written < 3
+    assert write(url, tmp_path, spools="elsewhere", beat=Beat(0.2, 1.5, 0.1)).written == 2
     assert time.monotonic() - begun >= 1.5, "it has to be watched before it counts as dead"
     assert hashes(there) == hashes(pristine)
 
@@ -282,12 +281,14 @@ def test_writers_that_start_at_once_do_not_disturb_each_other(
 def test_a_paused_writer_that_wakes_up_after_its_lock_was_taken_over_ends(
     url: str, there: Path, tmp_path: Path, pristine: Path
 ) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.5, "--beat", 0.5)
+    hold = Hold(tmp_path, 3)
+    process = started(url, tmp_path / "spools", "--beat", 0.5, hold=hold)
     wait_for(process, (there / "shards" / "000000.json").exists)
     process.send_signal(signal.SIGSTOP)
     report = write(url, tmp_path, spools="elsewhere", beat=Beat(0.5, 2.0, 0.1))
-    assert 0 < report.written < 3
+    assert report.written == 2
     process.send_signal(signal.SIGCONT)
+    hold.release()
     _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 4, errors
     assert f"{url}: the lock .lock was removed while this process could not be heard" in errors
@@ -298,20 +299,19 @@ def test_a_paused_writer_that_wakes_up_after_its_lock_was_taken_over_ends(
 def test_a_signal_finishes_and_publishes_the_open_shard(
     url: str, there: Path, tmp_path: Path, pristine: Path, number: int, code: int
 ) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.3)
-    wait_for(process, lambda: list((tmp_path / "spools").rglob("run.json")))
-    read_until(process, "generating")
-    time.sleep(0.2)
+    hold = Hold(tmp_path, 1)
+    process = started(url, tmp_path / "spools", hold=hold)
+    wait_for(process, hold.reached)
     process.send_signal(number)
     read_until(process, "finishing ")
+    hold.release()
     _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == code, errors
-    kept = len(list((there / "shards").glob("*.json")))
-    assert 1 <= kept < 3
-    assert f"with {kept} of 3 shards complete in {url}" in errors
+    assert len(list((there / "shards").glob("*.json"))) == 1
+    assert f"with 1 of 3 shards complete in {url}" in errors
     assert not (there / ".lock").exists()
     assert not list((tmp_path / "spools").iterdir())
-    assert write(url, tmp_path).written == 3 - kept
+    assert write(url, tmp_path).written == 2
     assert hashes(there) == hashes(pristine)
 
 

@@ -1,7 +1,4 @@
-"""Datasets on S3, spoken to over HTTP: a server of its own process, and a network that fails.
-
-The server and s3fs are not part of the extra "dev": `pip install 's3fs' 'moto[s3]' flask flask-cors`.
-"""
+"""Datasets on S3, spoken to over HTTP: a server of its own process, and a network that fails."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,9 @@ from busigen.runtime.storage.retry import RetryingCaller, RetryPolicy
 from busigen.runtime.storage.url import Address
 from tests.harness.command import CLI
 from tests.harness.hashing import hashes
-from tests.harness.processes import GUARD_SECONDS, ROOT, listening, read_until
+from tests.harness.processes import GUARD_SECONDS, ROOT, Hold, listening, read_until, wait_for
 from tests.harness.stores import Line, refusing_server, s3_environment, s3_server
 from tests.runtime.output.test_remote_output import started, swept
-
-pytest.importorskip("s3fs", reason="S3 needs the extra 's3'")
-pytest.importorskip("moto.server", reason="the S3 server of these tests is moto's, with flask and flask-cors")
 
 LOOK = """
 import json, sys
@@ -106,10 +99,11 @@ def test_a_killed_run_continues_from_every_change(s3: None, url: str, tmp_path: 
 
 
 def test_a_network_that_comes_back_is_waited_for(line: Line, url: str, tmp_path: Path, pristine: Path) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.3)
-    read_until(process, "generating")
-    time.sleep(0.5)
+    hold = Hold(tmp_path, 4)
+    process = started(url, tmp_path / "spools", hold=hold)
+    wait_for(process, hold.reached)
     line.cut()
+    hold.release()
     read_until(process, "out of reach")
     line.mend()
     finished(process)
@@ -285,7 +279,6 @@ def test_settings_that_cannot_work_are_told_at_once(
 
 def test_large_files_are_read_back(s3: None, port: int, url: str, tmp_path: Path) -> None:
     """A file that is sent in parts has an ETag that is no MD5 of it."""
-    pytest.importorskip("boto3")
     store = Store(RetryingCaller(Address(url), RetryPolicy(total=0.0)))
     large = tmp_path / "large"
     large.write_bytes(os.urandom(1 << 20) * 101)
