@@ -214,7 +214,7 @@ def as_typed(record: Mapping[str, Any], option: str) -> str | None:
     """The option's value as one would type it, folders by name alone; None where it is left out or unknown."""
     names = record.get("options") or {}
     value = names[option] if option in names else decided(record, option)
-    if isinstance(value, Mapping):
+    if option == "--classes" and isinstance(value, Mapping):
         return ",".join(f"{name}={weight:g}" for name, weight in value.items())
     return None if value is None else str(value)
 

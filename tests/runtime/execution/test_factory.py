@@ -281,3 +281,13 @@ def test_ctrl_c_keeps_what_was_drawn(tmp_path: Path) -> None:
         generate(Interrupted(), tmp_path, count=12, seed=7, shard_size=3)
     assert caught.value.exit_code == 130
     assert generate(NoiseSource(), tmp_path, count=12, seed=7, shard_size=3).written == 2
+
+
+@pytest.mark.parametrize("seed", [{"a": "x"}, {"a": 10**400}, [1], "seven", 10**400])
+def test_a_run_record_with_a_strange_option_is_another_runs(tmp_path: Path, seed: object) -> None:
+    generate(NoiseSource(), tmp_path, count=2, seed=7, shard_size=2)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["config"]["seed"] = seed
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(OutputError, match="belongs to another run"):
+        generate(NoiseSource(), tmp_path, count=2, seed=7, shard_size=2)
