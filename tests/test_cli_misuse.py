@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -58,22 +58,24 @@ def import_times(*command: str) -> dict[str, int]:
     return {name: int(microseconds) for microseconds, name in found}
 
 
-def test_importing_busigen_takes_no_time() -> None:
-    # The best of three, because other processes share the cores; 50 ms is the promise.
-    assert min(import_times("-c", "import busigen")["busigen"] for _ in range(3)) < 50_000
+def test_importing_busigen_loads_nothing_but_itself() -> None:
+    bare = import_times("-c", "pass").keys() | {"busigen", "__future__"}
+    loaded = import_times("-c", "import busigen").keys()
+    assert loaded - bare == set() and "busigen" in loaded
 
 
-def test_help_loads_nothing_heavy_and_is_quick() -> None:
+def test_help_loads_nothing_heavy_and_costs_little() -> None:
     loaded = import_times("-m", "busigen.cli", "--help")
     assert "typer" in loaded
     assert not {"numpy", "scipy", "polars", "onnxruntime", "torch", "PIL"} & loaded.keys()
     seconds = []
     for _ in range(3):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run("--help")
-        seconds.append(time.monotonic() - started)
-    # The goal is 0.5 s on an idle machine. Twice that, because the test run's other worker keeps the cores busy; a
-    # heavy import, which is what this guards against together with the list above, takes longer.
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # Time of the processor, which other work on the machine does not lengthen much: 0.5 s on a recent one. A heavy
+    # import, which is what this guards against together with the list above, takes longer.
     assert min(seconds) < 1.0
 
 
