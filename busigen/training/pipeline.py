@@ -259,6 +259,10 @@ class _Run:
         for left in list(self.out.rglob(f"{TEMPORARY_PREFIX}*")):  # Of a run that was killed.
             if is_temporary(left.name, _WRITTEN):
                 remove(left)
+        for place in (checkpoint.BASE, checkpoint.ADAPTERS, checkpoint.MERGED):
+            for left in (self.out / place).glob("*.tmp"):  # Of an older version that was killed: half a component.
+                if left.is_dir() and {path.suffix for path in left.iterdir()} <= {".json", ".safetensors"}:
+                    remove(left)
         if self.start is not None:
             self.start.copy(self.out, self.recipe)
         for number, spec in enumerate(self.recipe.tasks, start=1):
