@@ -226,12 +226,12 @@ def refuse_costly(path: Path, rows: int, *, lists: bool = False) -> None:
                 raise ValueError(f"it has {size:,} bytes, which cannot hold a table of {rows:,} rows")
             # Mapped, because of a large one little is looked at.
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
-                _parquetfile_refuse(data, rows, limit, lists)
+                _refuse_claims(data, rows, limit, lists)
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("its metadata are damaged") from error
 
 
-def _parquetfile_refuse(data: mmap.mmap, rows: int, limit: int, lists: bool) -> None:
+def _refuse_claims(data: mmap.mmap, rows: int, limit: int, lists: bool) -> None:
     size = len(data)
     length = int.from_bytes(data[-8:-4], "little")
     if data[:4] != _MAGIC or data[-4:] != _MAGIC or length > min(size - 12, _SPARE_BYTES + rows // 4):
