@@ -234,7 +234,8 @@ def _write_arrays(
             rows.append({"row": len(rows), **sample.row, **files})
     if not rows:
         first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
-        raise InputError(f"No usable image was found.{first}", fix="Correct the files, or give another folder.")
+        rest = f" Refused as well: {named(refusal.file for refusal in refused[1:])}." if len(refused) > 1 else ""
+        raise InputError(f"No usable image was found.{first}{rest}", fix="Correct the files, or give another folder.")
     return rows, np.stack(thumbnails)
 
 

@@ -261,7 +261,7 @@ class _Run:
                 remove(left)
         for place in (checkpoint.BASE, checkpoint.ADAPTERS, checkpoint.MERGED):
             for left in (self.out / place).glob("*.tmp"):  # Of an older version that was killed: half a component.
-                if left.is_dir() and {path.suffix for path in left.iterdir()} <= {".json", ".safetensors"}:
+                if {path.suffix for path in left.glob("*")} in ({".json"}, {".json", ".safetensors"}, {".safetensors"}):
                     remove(left)
         if self.start is not None:
             self.start.copy(self.out, self.recipe)

@@ -256,6 +256,9 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     (place / "benign (1).png").write_text("no image")
     with pytest.raises(InputError, match=r"No usable image.*benign \(1\)\.png"):
         prepare([tmp_path / "BUSI"], tmp_path / "out")
+    (place / "benign (2).png").write_text("no image")
+    with pytest.raises(InputError, match=r"Refused as well: BUSI/benign/benign \(2\)\.png\."):
+        prepare([tmp_path / "BUSI"], tmp_path / "out")
     with pytest.raises(InputError, match="No source"):
         prepare([], tmp_path / "out")
 
