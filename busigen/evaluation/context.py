@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,11 +93,22 @@ class ImageSet:
 
     def of_class(self, label: str) -> ImageSet:
         """The images of one class."""
-        return self.take((self.table["class"] == label).to_numpy())
+        return self.take(self.classes == label)
 
     def with_lesions(self) -> ImageSet:
         """The images whose mask is not empty."""
         return self.take(np.asarray(self.masks.any(axis=(1, 2))))
+
+
+def fingerprint(images: ImageSet) -> str:
+    """Hex sha256 over everything that a section can see of a set; where it lies does not count."""
+    digest = hashlib.sha256()
+    marks = (np.packbits(images.masks), np.packbits(images.valid), np.packbits(images.overlays))
+    for array in (images.images, images.without_overlays().images, *marks):
+        digest.update(np.ascontiguousarray(array).data)
+    digest.update(images.table.write_json().encode())
+    digest.update(json.dumps([refusal.to_dict() for refusal in images.refused]).encode())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -107,7 +120,7 @@ class AuditContext:
         train: Real images that trained the generator; None where nobody said which those are.
         effort: ``quick`` (minutes on two cores) or ``full``.
         device: ``cpu`` or ``cuda``, resolved.
-        backgrounds: What the synthetic images were painted into: ``real``, ``synthetic`` or ``unknown``.
+        backgrounds: What the synthetic images were painted into.
         inception: Inception weights for FID, KID and IS; None to look in the library's own cache.
         external: A further real set that utility tests on.
         healthy: Folder of the healthy images that the synthetic set was painted into; None where nobody named it.

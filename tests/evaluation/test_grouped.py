@@ -10,7 +10,7 @@ from busigen.evaluation.statistics.grouped import PERMUTATIONS, Groups, compare_
 
 
 def groups_of(first: int, second: int, size: int = 1, seed: int = 0) -> Groups:
-    return Groups.of(np.arange(first) // size, np.arange(second) // size, np.random.default_rng(seed))
+    return Groups(np.arange(first) // size, np.arange(second) // size, np.random.default_rng(seed))
 
 
 def test_values_are_the_plain_ones() -> None:

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from busigen.evaluation.cache import fingerprint
-from busigen.evaluation.context import AuditContext
+from busigen.evaluation.context import AuditContext, fingerprint
 from busigen.evaluation.realness.classifiers import Task, auc, folds, resnet_scores
 from busigen.evaluation.realness.section import run
 from tests.harness.synthetic_sets import synthetic_set
