@@ -57,12 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit found.
-
-    Attributes:
-        outcomes: Every section that was asked for, in order.
-        content: What ``report.json`` holds.
-    """
+    """What an audit found: the sections that were asked for, in order, and what ``report.json`` holds."""
 
     out: Path
     html: Path
@@ -106,8 +101,7 @@ def audit(
         synthetic: The set under judgement; like the other sets in any layout of ``sets.read_set``.
         real: Real images.
         out: The report's folder; created.
-        train_split: Prepared folder that trained the generator: its training images are kept out of ``real`` and
-            ``external``.
+        train_split: Prepared folder that trained the generator: its training images judge nothing.
         healthy: Folder of the healthy images that the set was painted into.
         external: A further real set for the utility section.
         effort: ``quick`` or ``full``.
@@ -173,7 +167,17 @@ def audit(
             },
             **about,
             "versions": _library_versions(),
-            "sections": [_entry(SECTIONS[name], outcome) for name, outcome in outcomes.items()],
+            "sections": [
+                {
+                    **jsonable(outcome.result.to_dict()),
+                    "title": SECTIONS[name].title,
+                    "question": SECTIONS[name].question,
+                    "flagged": outcome.result.flagged,
+                    "cached": outcome.cached,
+                    "error": outcome.error,
+                }
+                for name, outcome in outcomes.items()
+            ],
             "seconds": {**seconds, "this run": time.perf_counter() - started},
         }
         write_json(out / REPORT_FILE, content)
@@ -306,15 +310,3 @@ def _outcome(section: Section, context: AuditContext, prints: Prints) -> Outcome
             path.unlink()
     store(context.out, key, result)
     return Outcome(result)
-
-
-def _entry(section: Section, outcome: Outcome) -> dict[str, Any]:
-    """A section as ``report.json`` holds it."""
-    return {
-        **jsonable(outcome.result.to_dict()),
-        "title": section.title,
-        "question": section.question,
-        "flagged": outcome.result.flagged,
-        "cached": outcome.cached,
-        "error": outcome.error,
-    }

@@ -73,15 +73,9 @@ class ImageSet:
     def take(self, rows: NDArray[Any]) -> ImageSet:
         """The rows of these positions, or where a mask is True, in order."""
         rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-        return replace(
-            self,
-            images=self.images[rows],
-            masks=self.masks[rows],
-            valid=self.valid[rows],
-            overlays=self.overlays[rows],
-            clean=None if self.clean is None else self.clean[rows],
-            table=self.table[rows.tolist()],
-        )
+        arrays = {name: getattr(self, name)[rows] for name in ("images", "masks", "valid", "overlays")}
+        clean = None if self.clean is None else self.clean[rows]
+        return replace(self, **arrays, clean=clean, table=self.table[rows.tolist()])
 
     def without_overlays(self) -> ImageSet:
         """The set with its clean images, for whatever learns from pixels.

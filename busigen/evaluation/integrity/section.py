@@ -37,7 +37,7 @@ class Measure:
     """One figure of the section.
 
     Attributes:
-        fact: Name in ``image_facts``, or ``exact``, ``near``, ``mask`` of ``find_duplicates``.
+        fact: Name in `image_facts` or `find_duplicates`.
         key: The figure's key after ``integrity.``.
         defect: Sentence of the finding, with ``{value}`` and ``{floor}``.
         side: Where the synthetic mean must lie to be a defect; None compares distributions.
@@ -60,11 +60,9 @@ class Measure:
 MEASURES = tuple(Measure(**row) for row in read_json(Path(__file__).with_name("measures.json")))
 """In the order of the report."""
 
-REACH = 16
-"""Farthest displacement in pixels, down and across, at which the outline is tried."""
-
-STEP = 2
-"""Pixels between tried displacements; finer ones move the best place by less than annotators disagree."""
+REACH, STEP = 16, 2
+"""Farthest displacement in pixels, down and across, at which the outline is tried, and pixels between tried ones; finer
+ones move the best place by less than annotators disagree."""
 
 BLUR = 2.0
 """Width in pixels of the Gaussian before the gradient, above a speckle grain: speckle has edges everywhere."""
@@ -75,11 +73,8 @@ MIN_OUTLINE = 24
 RIM = 3
 """Pixels along the image's rim that do not count: the step to a letterbox bar is no lesion's edge."""
 
-TINY = 0.002
-"""Share of the image below which a mask is tiny; BUSI's smallest lesion takes 0.003."""
-
-HUGE = 0.60
-"""Share of the image above which a mask is huge; BUSI's largest lesion takes 0.56."""
+TINY, HUGE = 0.002, 0.60
+"""Shares of the image below and above which a mask is tiny or huge; BUSI's lesions take 0.003 to 0.56."""
 
 SPECK = 9
 """Pixels below which a part of a mask is a speck that resampling may have left."""
@@ -87,11 +82,13 @@ SPECK = 9
 SHOWN = 12
 """Masks, or images of near-duplicates, in a picture."""
 
-_NAMED = 50
-_BLOCK = 512
+_NAMED, _BLOCK = 50, 512
 _SIDE, _LABEL = 192, 18
 _CONTOUR = (0, 200, 255)
-_NAN = float("nan")
+_FACTS = (
+    *("empty", "contradiction", "aspect", "levels", "range", "clipped", "text", "calipers"),
+    *("tiny", "huge", "parts", "holes", "border", "displacement", "contrast"),
+)
 
 
 def run(context: AuditContext) -> SectionResult:
@@ -115,13 +112,11 @@ def run(context: AuditContext) -> SectionResult:
         return find_duplicates(synthetic.take(np.sort(rows)))[0]
 
     groups = Groups(synthetic.groups, real.groups, context.rng("integrity"))
-    compared = [_compare(measure, mine, theirs, groups) for measure in MEASURES]
-    p_values = grouped.adjusted(
-        np.array([np.nan if one is None or m.absolute else one.p for m, one in zip(MEASURES, compared, strict=True)])
-    )
-    for measure, comparison, p in zip(MEASURES, compared, p_values, strict=True):
-        if comparison is not None:
-            _report(result, measure, comparison, float(p), mine, theirs, thinned)
+    every = ((measure, _compare(measure, mine, theirs, groups)) for measure in MEASURES)
+    compared = [(measure, comparison) for measure, comparison in every if comparison is not None]
+    p_values = grouped.adjusted(np.array([np.nan if measure.absolute else one.p for measure, one in compared]))
+    for (measure, comparison), p in zip(compared, p_values, strict=True):
+        _report(result, measure, comparison, float(p), mine, theirs, thinned)
     _report_files(result, synthetic)
     if deep := int(np.nansum(mine["depth"])):
         result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
@@ -331,17 +326,16 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
         images.images, images.masks, images.valid, images.classes, to_mark, strict=True
     ):
         marked = bool(mask.any())
-        rows.append(
-            {
-                **_pixel_facts(image, valid),
-                "empty": float(not marked) if lesion else _NAN,
-                "contradiction": float(marked) if label == "normal" else _NAN,
-                **dict.fromkeys(("tiny", "huge", "parts", "holes", "border", "displacement", "contrast"), _NAN),
-                **(_mask_facts(image, mask, valid) if marked else {}),
-            }
-        )
+        row = {"empty": float(not marked)} if lesion else {}
+        if label == "normal":
+            row["contradiction"] = float(marked)
+        if valid.any():
+            row |= _pixel_facts(image, valid)
+        if marked:
+            row |= _mask_facts(image, mask, valid)
+        rows.append(row)
         done()
-    facts = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]} if rows else {}
+    facts = {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64) for name in _FACTS}
     facts["colour"] = images.table["colour"].to_numpy().astype(np.float64)
     modes = images.table["mode"].to_list()
     facts["depth"] = np.array([np.nan if mode is None else float(mode[0] in "IF") for mode in modes])
@@ -350,8 +344,6 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
 
 def _pixel_facts(image: NDArray[np.uint8], valid: NDArray[np.bool_]) -> dict[str, float]:
     grey = image[valid]
-    if not grey.size:
-        return dict.fromkeys(("aspect", "levels", "range", "clipped", "text", "calipers"), _NAN)
     low, high = np.percentile(grey, [1, 99])
     overlays = find_overlays(image)
     return {

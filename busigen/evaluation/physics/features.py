@@ -34,14 +34,12 @@ DEPTH_BANDS = 6
 RING = (2.0, 12.0)
 """Distances in pixels from the outline between which the ring lies. The 2 px gap leaves the blurred margin out."""
 
-POSTERIOR_GAP = 4
-"""Rows between a lesion's lowest pixel and the strips below it: the bright posterior margin belongs to neither."""
+POSTERIOR_GAP, LATERAL_GAP = 4, 4
+"""Rows between a lesion's lowest pixel and the strips below it, to neither of which the bright posterior margin
+belongs, and columns between its width and the strips beside it, which leaves out refraction at its edges."""
 
 POSTERIOR_DEPTH = (16, 48)
 """Least and greatest depth in rows of the strips; between these it is the lesion's own height."""
-
-LATERAL_GAP = 4
-"""Columns between a lesion's width and the strips beside it, which leaves out refraction at its edges."""
 
 MIN_PIXELS = 64
 """A region of fewer pixels is not measured: its moments would be mostly noise."""
@@ -49,11 +47,9 @@ MIN_PIXELS = 64
 CONTOUR_POINTS = 128
 """Points at equal distances to which an outline is resampled."""
 
-ROUGH_HARMONICS = (5, 24)
-"""Fourier harmonics of an outline that count as roughness: below lie position, ellipse and broad lobes."""
-
-RIPPLE_HARMONICS = (15, 50)
-"""Those that count as ripple: how a hand, or a network's grid, draws a line."""
+ROUGH_HARMONICS, RIPPLE_HARMONICS = (5, 24), (15, 50)
+"""Fourier harmonics of an outline that count as roughness, below which lie position, ellipse and broad lobes, and as
+ripple, how a hand, or a network's grid, draws a line."""
 
 MARGIN = 3.0
 """Pixels on both sides of the outline that a margin's sharpness is measured over."""
@@ -242,11 +238,10 @@ class Regions:
 
 def find_regions(mask: Mask, valid: Mask, overlays: Mask) -> Regions:
     """Divide one image; all but ``tissue`` and ``background`` are empty where there is no lesion."""
-    tissue = valid & ~overlays
-    mask = mask & valid
+    tissue, mask = valid & ~overlays, mask & valid
     distance = np.full(mask.shape, np.inf, dtype=np.float32)
-    empty = np.zeros(mask.shape, dtype=np.bool_)
     if not mask.any():
+        empty = np.zeros(mask.shape, dtype=np.bool_)
         return Regions(tissue, empty, empty, tissue, empty, empty, distance, empty, None)
     box = around(mask, int(RING[1]) + 1)
     inside = mask[box]

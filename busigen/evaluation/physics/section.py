@@ -39,6 +39,7 @@ Floats = NDArray[np.float64]
 Tables = dict[str, pl.DataFrame]
 """``real`` and ``synthetic``, from `features.features`."""
 
+_SWAP = "0: classes differ as real ones do; 0.5: not at all; 1: each lies where the other real one does (mean ranks)"
 _STATISTICS = {"ks": ("Kolmogorov-Smirnov", ""), "wasserstein": ("Wasserstein", "SD")}
 _HALVINGS = 40
 _BINS = 24
@@ -79,21 +80,17 @@ def run(context: AuditContext) -> SectionResult:
     result.figures = _with_headlines(list(figures.values()), evidence)
     if not np.isnan(comparison.swap.value[0, 0]):
         counts = int(comparison.synthetic[-1].max()), int(comparison.real[-1].max())
-        note = (
-            "0: classes differ as real ones do; 0.5: not at all; 1: each lies where the other real one does (mean "
-            "ranks)"
-        )
         place, p = (comparison.swap, 0, 0), float(adjusted_p["swap"][0, 0])
-        result.figures.append(_figure(f"{SECTION}.classes.swap", "classes confused", place, counts, p, "", note))
+        result.figures.append(_figure(f"{SECTION}.classes.swap", "classes confused", place, counts, p, "", _SWAP))
     describe(evidence, result)
     result.pictures = _plot(context, tables, evidence)
-    result.details = {
-        "medians": {
-            name: {scope: _medians(_in_scope(table, scope)) for scope in comparison.scopes}
-            for name, table in tables.items()
-        },
-        "reweighted": comparison.reweighted,
-    }
+    middles = pl.col(list(NAMES)).fill_nan(None).median()
+    medians: dict[str, dict[str, Any]] = {side: {} for side in tables}
+    for side, table in tables.items():
+        for scope in comparison.scopes:
+            rows = _in_scope(table, scope)
+            medians[side][scope] = rows.select(middles).row(0, named=True) if len(rows) else {}
+    result.details = {"medians": medians, "reweighted": comparison.reweighted}
     return result
 
 
@@ -111,10 +108,6 @@ def _values(tables: Tables, scope: str, name: str) -> dict[str, Floats]:
     return {
         side: _in_scope(table, scope)[name].fill_nan(None).drop_nulls().to_numpy() for side, table in tables.items()
     }
-
-
-def _medians(table: pl.DataFrame) -> dict[str, float | None]:
-    return table.select(pl.col(list(NAMES)).fill_nan(None).median()).row(0, named=True) if len(table) else {}
 
 
 def _adjusted(comparison: Comparison) -> dict[str, Floats]:
@@ -151,13 +144,7 @@ def _figures(comparison: Comparison, p: dict[str, Floats]) -> dict[tuple[str, st
 
 
 def _figure(
-    key: str,
-    label: str,
-    place: tuple[Distances, int, int],
-    counts: tuple[int, int],
-    p: float,
-    unit: str,
-    note: str,
+    key: str, label: str, place: tuple[Distances, int, int], counts: tuple[int, int], p: float, unit: str, note: str
 ) -> Figure:
     distances, row, column = place
 
@@ -165,14 +152,12 @@ def _figure(
         value = float(getattr(distances, name)[row, column])
         return None if np.isnan(value) else value
 
-    floor = None
-    if (middle := number("floor")) is None:
+    value, middle = float(distances.value[row, column]), number("floor")
+    floor = None if middle is None else Interval(middle, number("floor_low"), number("floor_high"))
+    if floor is None:
         note = f"{note}; no floor: too few groups of real images have a value to be halved"
-    else:
-        floor = Interval(middle, number("floor_low"), number("floor_high"))
     if number("low") is None:
         note = f"{note}; no interval: most resamples hold no value"
-    value = float(distances.value[row, column])
     beyond = floor is not None and floor.high is not None and value > floor.high
     return Figure(
         key=key,

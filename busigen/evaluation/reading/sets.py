@@ -44,11 +44,9 @@ TABLE = {
 }
 """Columns of ``ImageSet.table``, which says what they hold."""
 
-BAR_LEVEL = 6
-"""Grey level that no pixel of a letterbox bar exceeds; compression and networks leave a few levels in them."""
-
-BAR_WIDTH = 3
-"""Least width in pixels of a pair of bars; anything thinner may be the image's own dark rim."""
+BAR_LEVEL, BAR_WIDTH = 6, 3
+"""Grey level that no pixel of a letterbox bar exceeds; compression and networks leave a few levels in them. And least
+width in pixels of a pair of bars; anything thinner may be the image's own dark rim."""
 
 _ARRAYS = {"images": np.uint8, "masks": np.bool_, "valid": np.bool_, "overlays": np.bool_, "clean": np.uint8}
 _WORKERS = min(8, os.cpu_count() or 1)

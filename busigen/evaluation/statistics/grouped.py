@@ -224,13 +224,13 @@ def compare_distributions(first: Array, second: Array, groups: Groups) -> Compar
     # Row i holds 1 from the bin on in which image i lies: sums of rows are cumulative counts.
     sums = groups.sums((values[:, None] <= edges[None]).astype(np.float64))
 
+    def shares(weights: Weights) -> Array:
+        counts = weights @ sums
+        total = counts[:, -1:]
+        return np.asarray(np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0))
+
     def distance(one: Weights, two: Weights) -> Array:
-        parts = []
-        for weights in (one, two):
-            counts = weights @ sums
-            total = counts[:, -1:]
-            parts.append(np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0))
-        return np.asarray(np.abs(parts[0] - parts[1]).max(axis=1))
+        return np.asarray(np.abs(shares(one) - shares(two)).max(axis=1))
 
     value = float(distance(groups.own, 1 - groups.own)[0])
     draws = distance(*groups.draws)

@@ -290,16 +290,10 @@ def _summary(value: Floats, boots: Floats, nulls: Floats, floors: Floats) -> Dis
             np.nanpercentile(_mostly_known(draws), [2.5, 50.0, 97.5], axis=0) for draws in (boots, floors)
         )
     bias = middle - value
-    return Distances(
-        value=value,
-        # A distance is not negative, whatever the correction says; the swap may be.
-        low=np.minimum(np.maximum(low - bias, np.where((floors < 0).any(axis=0), -np.inf, 0.0)), value),
-        high=high - bias,
-        floor=floor,
-        floor_low=floor_low,
-        floor_high=floor_high,
-        p=tail_p(value, nulls),
-    )
+    # A distance is not negative, whatever the correction says; the swap may be.
+    least = np.where((floors < 0).any(axis=0), -np.inf, 0.0)
+    low, high = np.minimum(np.maximum(low - bias, least), value), high - bias
+    return Distances(value, low, high, floor, floor_low, floor_high, tail_p(value, nulls))
 
 
 def _mostly_known(draws: Floats) -> Floats:
