@@ -85,10 +85,6 @@ class ImageSet:
         """
         return self if self.clean is None else replace(self, images=self.clean)
 
-    def of_class(self, label: str) -> ImageSet:
-        """The images of one class."""
-        return self.take(self.classes == label)
-
     def with_lesions(self) -> ImageSet:
         """The images whose mask is not empty."""
         return self.take(np.asarray(self.masks.any(axis=(1, 2))))

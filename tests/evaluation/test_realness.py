@@ -86,7 +86,7 @@ def test_crop_and_ring_are_the_headline_where_backgrounds_are_real(real, others,
 
 
 def test_a_class_on_one_side_is_left_out_and_said(real, others, tmp_path):
-    benign = others.of_class("benign")
+    benign = others.take(others.classes == "benign")
     result = _audit(benign, real.take(np.arange(24)), tmp_path)
     assert result.figure("realness.lesion.auc").real == 12
     assert any("malignant" in finding.text for finding in result.findings)
