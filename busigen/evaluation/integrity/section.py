@@ -166,11 +166,10 @@ def _report(
     thinned: Callable[[], Facts],
 ) -> None:
     value, floor = comparison.value, comparison.floor
-    known = not np.isnan(floor.value)
     counts = [int((~np.isnan(facts[measure.fact])).sum()) for facts in (synthetic, real)]
     less = measure.side == "less"
-    low, high = (floor.low, floor.high) if known else (None, None)
-    beyond = (low is not None and value.value < low) if less else value.value > (0.0 if high is None else high)
+    low, high = (None, None) if floor is None else (floor.low, floor.high)
+    beyond = (low is not None and value.value < low) if less else value.value > (high or 0.0)
     tested = min(counts) >= FEWEST_TO_FLAG and p < ALPHA
     flagged = bool(beyond and (measure.absolute or tested))
     note = "" if measure.side is None else "The floor is the same in random halves of the real set."
@@ -188,7 +187,7 @@ def _report(
             key=key,
             label=measure.label,
             value=value,
-            floor=floor if known else None,
+            floor=floor,
             synthetic=counts[0],
             real=counts[1],
             better="higher" if less else "lower",
@@ -200,11 +199,9 @@ def _report(
         )
     )
     if flagged:
-        said = [
-            "none" if np.isnan(one.value) else f"{one.value:.3g} {measure.unit}".strip().replace(" %", "%")
-            for one in (value, floor)
-        ]
-        result.flag(measure.defect.format(value=said[0], floor=said[1]), key)
+        unit = measure.unit if measure.unit == "%" else f" {measure.unit}".rstrip()
+        texts = ["none" if one is None else f"{one.value:.3g}{unit}" for one in (value, floor)]
+        result.flag(measure.defect.format(value=texts[0], floor=texts[1]), key)
 
 
 def _report_files(result: SectionResult, synthetic: ImageSet) -> None:

@@ -153,10 +153,10 @@ def adjusted(p_values: Array) -> Array:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measure of one set against another: value with interval, floor, p-value before adjustment."""
+    """A measure of one set against another: value with interval, floor if known, p-value before adjustment."""
 
     value: Interval
-    floor: Interval
+    floor: Interval | None
     p: float
 
 
@@ -263,9 +263,9 @@ def _bootstrap(members: NDArray[np.bool_], rng: np.random.Generator) -> Weights:
     return draws
 
 
-def _middle(values: Array) -> Interval:
-    """`middle` of the draws that are known."""
-    return Interval(float("nan") if np.isnan(values).all() else float(np.nanmedian(values)), *ends(values))
+def _middle(values: Array) -> Interval | None:
+    """`middle` of the draws that are known, if any is."""
+    return None if np.isnan(values).all() else Interval(float(np.nanmedian(values)), *ends(values))
 
 
 def _p(permuted: Array, observed: float) -> float:
