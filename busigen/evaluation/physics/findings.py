@@ -83,22 +83,6 @@ class Pattern:
 PATTERNS = tuple(Pattern(**row) for row in read_json(Path(__file__).with_name("patterns.json")))
 """In the order of the report."""
 
-_THEMES = {
-    "depth": "depth",
-    "shape": "outline",
-    "margin": "margin",
-    "posterior": "posterior",
-    "image": "texture",
-    "background": "texture",
-    "ring": "texture around lesions",
-    "lesion": "texture of lesions",
-}
-
-
-def theme(feature: Feature) -> str:
-    """What a feature is about, in broad terms: features of one theme tend to differ together."""
-    return _THEMES[feature.name.partition("_")[0]]
-
 
 def describe(evidence: list[Evidence], result: SectionResult) -> None:
     """Add the flags to a result that holds its figures: what features say together, then one by one."""

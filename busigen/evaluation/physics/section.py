@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.physics import speckle
 from busigen.evaluation.physics.features import DEPTH_BANDS, NAMES, for_set
-from busigen.evaluation.physics.findings import Evidence, describe, theme
+from busigen.evaluation.physics.findings import Evidence, describe
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, adjusted, halves
 from busigen.evaluation.statistics.two_sample import ALL, Comparison, Distances, Sample, compare
@@ -197,15 +197,16 @@ def _evidence(comparison: Comparison, figures: dict[tuple[str, str, str], Figure
 
 
 def _with_headlines(figures: list[Figure], evidence: list[Evidence]) -> list[Figure]:
-    """All figures; the worst of each of the worst themes is a headline, so that one defect does not fill them all.
+    """All figures; the worst of each of the worst regions is a headline, so that one defect does not fill them all.
 
-    Where fewer themes are flagged than there are headlines, figures over all classes fill the gap: they vary least.
+    Where fewer regions are flagged than there are headlines, figures over all classes fill the gap: they vary least.
     """
     widest = [item for item in evidence if item.flagged or item.scope not in LESION_CLASSES]
     chosen: dict[str, str] = {}
     for item in widest or evidence:
+        region = item.feature.name.partition("_")[0]
         if len(chosen) < HEADLINES:
-            chosen.setdefault(theme(item.feature), item.worst.key)
+            chosen.setdefault("image" if region == "background" else region, item.worst.key)
     return [replace(figure, headline=figure.key in chosen.values()) for figure in figures]
 
 

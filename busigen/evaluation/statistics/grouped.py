@@ -105,14 +105,10 @@ def halves(groups: Rows, rng: np.random.Generator) -> tuple[Rows, Rows]:
     parts = rows_by_group(groups)
     if len(parts) < 2:
         raise ValueError(f"a floor needs at least two groups, not {len(parts)}")
-    sides: tuple[list[Rows], list[Rows]] = ([], [])
-    sizes = [0, 0]
+    sides: tuple[list[int], list[int]] = ([], [])
     for k in rng.permutation(len(parts)):
-        side = int(sizes[1] < sizes[0])
-        sides[side].append(parts[k])
-        sizes[side] += len(parts[k])
-    first, second = (np.sort(np.concatenate(side)) for side in sides)
-    return first, second
+        min(sides, key=len).extend(parts[k].tolist())
+    return np.sort(sides[0]), np.sort(sides[1])
 
 
 def permutation_p(
