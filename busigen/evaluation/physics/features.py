@@ -57,8 +57,6 @@ MARGIN = 3.0
 SEARCH = 10
 """Pixels by which an outline is moved at most to find where it fits the image best."""
 
-DB_PER_GREY = speckle.DYNAMIC_RANGE / 255.0
-
 _NAN = float("nan")
 
 
@@ -382,7 +380,7 @@ def margin(grey: Grey, regions: Regions) -> dict[str, float]:
     def difference(first: Mask, second: Mask) -> float:
         if min(int(first.sum()), int(second.sum())) < MIN_PIXELS:
             return _NAN
-        return float(grey[first].mean() - grey[second].mean()) * DB_PER_GREY
+        return float(grey[first].mean() - grey[second].mean()) * (speckle.DYNAMIC_RANGE / 255.0)
 
     return {
         "contrast": difference(regions.ring, regions.lesion),
@@ -396,7 +394,7 @@ def margin(grey: Grey, regions: Regions) -> dict[str, float]:
 def _step(grey: Grey, regions: Regions) -> float:
     if regions.box is None:
         return _NAN
-    pixels, distance, tissue = (part[regions.box] for part in (grey, regions.distance, regions.tissue))
+    pixels, distance, tissue = grey[regions.box], regions.distance[regions.box], regions.tissue[regions.box]
     near = np.abs(distance) <= MARGIN + 1
     across, beside = [], []
     for ahead, behind in ((np.s_[1:, :], np.s_[:-1, :]), (np.s_[:, 1:], np.s_[:, :-1])):

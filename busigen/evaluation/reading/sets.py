@@ -75,7 +75,8 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
     layout, items = list_set(path, refused, notes)
     items = [items[k] for k in _draw(len(items), limit, seed)]
     # Room for all from the start: a list of frames would hold everything twice when stacked.
-    arrays = {name: np.empty((len(items), RESOLUTION, RESOLUTION), kind) for name, kind in _ARRAYS.items()}
+    shape = (len(items), RESOLUTION, RESOLUTION)
+    arrays: dict[str, NDArray[Any]] = {name: np.empty(shape, kind) for name, kind in _ARRAYS.items()}
     rows: list[dict[str, Any]] = []
     thumbnails: list[NDArray[np.float32]] = []
     patients: list[str | None] = []
