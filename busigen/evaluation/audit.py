@@ -216,9 +216,7 @@ def _section(name: str, outcome: Outcome) -> Iterator[str]:
 
 def _choose_sections(only: Sequence[str] | None) -> list[Section]:
     """The sections of these names, in the order of ``SECTIONS``; all of them for None."""
-    if only is None:
-        return list(SECTIONS.values())
-    names = [name.strip() for name in only if name.strip()]
+    names = list(SECTIONS) if only is None else [name.strip() for name in only if name.strip()]
     unknown = [name for name in names if name not in SECTIONS]
     if unknown or not names:
         problem = f"--only names no section '{unknown[0]}'" if unknown else "--only names no section"
@@ -230,10 +228,8 @@ def _resolve_device(device: str) -> str:
     """``cpu`` or ``cuda``; ``auto`` takes CUDA where PyTorch finds it."""
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device is {device!r}.", fix="Give auto, cpu or cuda.")
-    if device == "cpu":
-        return "cpu"
     available = False
-    if find_spec("torch") is not None:
+    if device != "cpu" and find_spec("torch") is not None:
         import torch
 
         available = torch.cuda.is_available()

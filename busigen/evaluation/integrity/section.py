@@ -239,12 +239,10 @@ def _prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
     backgrounds = Backgrounds.below(context.healthy)
     problems = []
     for row, sha256 in context.track("proving backgrounds", named, len(named)):
+        # Whatever wrote the set's rows may name anything; what is not there proves nothing.
         if sha256 not in backgrounds.paths:
-            # Whatever wrote the set's rows may name anything; what is not there proves nothing.
             problems.append(f"{images.table['id'][row]} names a healthy image that is not below --healthy.")
-            continue
-        problem = backgrounds.difference(sha256, images.images[row], images.masks[row])
-        if problem is not None:
+        elif problem := backgrounds.difference(sha256, images.images[row], images.masks[row]):
             problems.append(f"{images.table['id'][row]}: {problem.problem}")
     figure = Figure(
         key="integrity.background.unproven",
