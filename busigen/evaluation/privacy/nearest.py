@@ -21,7 +21,7 @@ from sklearn.metrics import pairwise
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity.metrics import Standardiser
 from busigen.evaluation.physics import features as radiomics
-from busigen.evaluation.physics.regions import bounds
+from busigen.evaluation.physics.features import bounds
 from busigen.evaluation.privacy.memorisation import Values, joined
 from busigen.evaluation.statistics.grouped import Rows
 

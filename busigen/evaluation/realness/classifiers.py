@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from busigen.evaluation.context import ImageSet
-from busigen.evaluation.physics.regions import bounds, largest_part
+from busigen.evaluation.physics.features import bounds, largest_part
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
