@@ -27,11 +27,9 @@ def test_a_mirrored_shifted_view_is_found_exactly() -> None:
     # The middle of the query is the very same pixels: 1 but for rounding in single precision.
     assert found.max(axis=1) == pytest.approx(np.ones(30), abs=1e-4)
     for query, k in zip(queries, order, strict=True):
-        at = align(query, targets[k])
-        assert at.mirrored
-        # Mirroring the query back turns its shift to the right into one to the left.
-        assert (at.down, at.right) == (-moves[k][0], moves[k][1])
-        assert at.correlation == pytest.approx(1, abs=1e-4)
+        correlation, mirrored = align(query, targets[k])
+        assert mirrored
+        assert correlation == pytest.approx(1, abs=1e-4)
 
 
 def test_a_shift_beyond_the_window_is_not_undone() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,9 @@ from busigen.evaluation.realness.classifiers import (
     BAND,
     MARGIN,
     VIEWS,
+    Floats,
     Ints,
+    Pixels,
     Ridge,
     Task,
     View,
@@ -49,26 +50,28 @@ FOLDS = 5
 PERMUTATIONS = 999
 
 _SHOWN = 15
+_COLUMNS = 5
 _REAL_BACKGROUNDS = (
     "The synthetic lesions were painted into real images, so most pixels of a whole image are real: what counts here "
     "is the lesion crop and the ring around the outline."
 )
 
 
-_Separation = tuple[Figure, tuple[float, ...]]
-"""What one classifier makes of one view, its p-value not yet adjusted, and where shuffled labels lie."""
+@dataclass(frozen=True)
+class _Separation:
+    """What one classifier makes of one view, its p-value not yet adjusted, and where shuffled labels lie."""
+
+    figure: Figure
+    null: tuple[float, float]
 
 
 def run(context: AuditContext) -> SectionResult:
     """Train classifiers to tell the synthetic from the real set, by group-aware cross-validation.
 
-    Flagged is a view on which the AUC's interval lies above what shuffled labels give, above what two halves of the
-    real set give, and with an adjusted permutation p below ``ALPHA``. Wen et al. (J. Med. Imaging 13(2) 024002, 2026)
-    report an AUC of 0.563 for a ResNet101 on whole images.
-
-    Args:
-        context: The audit. ``quick`` trains a ridge classifier on a fixed scattering network; ``full`` trains a ResNet
-            as well.
+    ``quick`` trains a ridge classifier on a fixed scattering network; ``full`` trains a ResNet as well. Flagged is a
+    view on which the AUC's interval lies above what shuffled labels give, above what two halves of the real set give,
+    and with an adjusted permutation p below ``ALPHA``. Wen et al. (J. Med. Imaging 13(2) 024002, 2026) report an AUC of
+    0.563 for a ResNet101 on whole images.
     """
     result = SectionResult(SECTION)
     context = context.without_overlays()
@@ -89,6 +92,7 @@ def run(context: AuditContext) -> SectionResult:
 def _sides(context: AuditContext, view: View, result: SectionResult) -> tuple[ImageSet, ImageSet] | None:
     """Real and synthetic images of the classes that both sides have, or None with a note."""
     real, synthetic = context.real, context.synthetic
+    name = view.label.capitalize()
     if view.name != "whole":
         real, synthetic = real.with_lesions(), synthetic.with_lesions()
     common = set(real.classes) & set(synthetic.classes)
@@ -96,29 +100,30 @@ def _sides(context: AuditContext, view: View, result: SectionResult) -> tuple[Im
         left_out = (set(real.classes) | set(synthetic.classes)) - common
         real, synthetic = (s.take(np.isin(s.classes, sorted(common))) for s in (real, synthetic))
         if left_out:
-            result.note(f"{view.label.capitalize()}: images of {', '.join(sorted(left_out))} are on one side only.")
+            result.note(f"{name}: images of {', '.join(sorted(left_out))} are on one side only.")
     elif len(real) and len(synthetic):
-        result.note(f"{view.label.capitalize()}: the sides share no class, so all images are compared with all.")
+        result.note(f"{name}: the sides share no class, so all images are compared with all.")
     for side, groups in (("real", real.groups), ("synthetic", _synthetic_groups(synthetic))):
-        if len(np.unique(groups)) < 4:
-            result.note(f"{view.label.capitalize()}: not tested, the {side} set has {len(np.unique(groups))} groups.")
+        if (count := len(np.unique(groups))) < 4:
+            result.note(f"{name}: not tested, the {side} set has {count} groups.")
             return None
     return real, synthetic
 
 
 def _synthetic_groups(images: ImageSet) -> Ints:
     """Images that share a near-duplicate group or a real background belong together."""
+    backgrounds = images.table["background"]
     # A synthetic background is drawn anew for every image: the word that stands there instead of a hash links none.
-    backgrounds = [None if name == SYNTHETIC else name for name in images.table["background"]]
+    rows = np.flatnonzero((backgrounds.is_not_null() & (backgrounds != SYNTHETIC)).to_numpy())
     _, group = np.unique(images.groups, return_inverse=True)
-    names = {name: k for k, name in enumerate(sorted({b for b in backgrounds if b is not None}))}
-    rows = [k for k, name in enumerate(backgrounds) if name is not None]
-    nodes = len(images) + len(images) + len(names)
-    first = [*range(len(images)), *rows]
-    second = [*(len(images) + group), *(2 * len(images) + names[backgrounds[k]] for k in rows)]
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(nodes, nodes))
+    _, background = np.unique(backgrounds.to_numpy()[rows].astype(np.str_), return_inverse=True)
+    # Nodes are the images, then their groups, then their backgrounds.
+    count = len(images)
+    first = np.concatenate([np.arange(count), rows])
+    second = np.concatenate([count + group, 2 * count + background])
+    graph = coo_array((np.ones(len(first)), (first, second)), shape=(3 * count, 3 * count))
     _, component = connected_components(graph, directed=False)
-    return np.asarray(component[: len(images)], dtype=np.int64)
+    return np.asarray(component[:count], dtype=np.int64)
 
 
 def _task(first: ImageSet, second: ImageSet, groups: tuple[Ints, Ints]) -> Task:
@@ -139,112 +144,74 @@ def _fold_count(task: Task) -> int:
 def _separations(
     context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
 ) -> list[_Separation]:
-    pixels = view.of(real), view.of(synthetic)
+    crops = view.of(synthetic)
+    pixels = np.concatenate([view.of(real), crops])
     task = _task(real, synthetic, (real.groups, _synthetic_groups(synthetic)))
     fold = folds(task, _fold_count(task), context.seed)
-    features = scattering_features(np.concatenate(pixels), view.cells, context.device)
-    ridge = Ridge(features, task, fold)
     rng = context.rng(SECTION, view.name)
-    nulls = []
-    for _ in range(PERMUTATIONS):
-        side = shuffled_sides(task, rng)
-        nulls.append(auc(ridge.scores(side), replace(task, side=side), fold))
-    scores = ridge.scores(task.side)
-    found = [
-        _separation(
-            f"{SECTION}.{view.name}.auc",
-            f"AUC, {view.label}",
-            scores,
-            task,
-            fold,
-            nulls,
-            _ridge_floor(context, view, real, features[: len(real)]),
-            rng,
-            "Ridge classifier on a fixed two-layer scattering network, trained anew for every permutation.",
+
+    def shuffled() -> list[Task]:
+        return [replace(task, side=shuffled_sides(task, rng)) for _ in range(PERMUTATIONS)]
+
+    def halved(rows: tuple[Ints, Ints]) -> tuple[Task, Ints] | None:
+        """The task of telling two halves of the real set apart, and its folds; None for too few groups."""
+        first, second = real.take(rows[0]), real.take(rows[1])
+        part = _task(first, second, (first.groups, second.groups))
+        count = _fold_count(part)
+        return (part, folds(part, count, context.seed)) if count > 1 else None
+
+    def separation(
+        key: str, label: str, scores: Floats, nulls: list[float], floor: Interval | None, note: str
+    ) -> _Separation:
+        value = auc(scores, task, fold)
+        low, high = np.nanpercentile(nulls, [2.5, 97.5]).tolist()
+        figure = Figure(
+            key=f"{SECTION}.{view.name}.{key}",
+            label=f"{label}, {view.label}",
+            value=Interval(value, *bootstrap_auc(scores, task, fold, rng, RESAMPLES)),
+            floor=floor,
+            synthetic=len(synthetic),
+            real=len(real),
+            p=(1 + sum(other >= value for other in nulls)) / (len(nulls) + 1),
+            note=f"{note} Shuffled labels give {low:.2f} to {high:.2f} in 95 of 100 cases.",
         )
-    ]
+        return _Separation(figure, (low, high))
+
+    features = scattering_features(pixels, view.cells, context.device)
+    ridge = Ridge(features, task, fold)
+    scores = ridge.scores(task.side)
+    nulls = [auc(ridge.scores(other.side), other, fold) for other in shuffled()]
+    floors = []
+    floor_rng = context.rng(SECTION, view.name, "floor")
+    for _ in range(HALVINGS):
+        rows = halves(real.groups, floor_rng)
+        if (part := halved(rows)) is not None:
+            floors.append(auc(Ridge(features[np.concatenate(rows)], *part).scores(part[0].side), *part))
+    known = [value for value in floors if not np.isnan(value)]
+    floor = middle(known) if known else None
+    note = "Ridge classifier on a fixed two-layer scattering network, trained anew for every permutation."
+    found = [separation("auc", "AUC", scores, nulls, floor, note)]
     if view.name == "lesion":
-        _sheets(context, pixels[1], scores[task.side == 1], result)
+        _show_extremes(context, crops, scores[task.side == 1], result)
     if context.effort == "full":
-        found.append(_trained_separation(context, view, np.concatenate(pixels), real, task, fold, rng))
+        # Its null shuffles labels under fixed scores, its floor is one halving; more would take trainings.
+        scores = resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
+        nulls = [auc(scores, other, fold) for other in shuffled()]
+        rows = halves(real.groups, rng)
+        floor = None
+        if (part := halved(rows)) is not None:
+            own = resnet_scores(pixels[np.concatenate(rows)], *part, seed=context.seed, device=context.device)
+            floor = Interval(auc(own, *part), *bootstrap_auc(own, *part, rng, RESAMPLES))
+        name = network_name(context.device)
+        note = f"{name} of MONAI, from random weights. The floor is one halving with its bootstrap interval."
+        found.append(separation(f"{name}.auc", f"AUC of {name}", scores, nulls, floor, note))
     return found
 
 
-def _separation(
-    key: str,
-    label: str,
-    scores: NDArray[np.float64],
-    task: Task,
-    fold: Ints,
-    nulls: list[float],
-    floor: Interval | None,
-    rng: np.random.Generator,
-    note: str,
-) -> _Separation:
-    value = auc(scores, task, fold)
-    low, high = bootstrap_auc(scores, task, fold, rng, RESAMPLES)
-    null = tuple(np.nanpercentile(nulls, [2.5, 97.5]).tolist())
-    p = (1 + sum(other >= value for other in nulls)) / (len(nulls) + 1)
-    figure = Figure(
-        key=key,
-        label=label,
-        value=Interval(value, low, high),
-        floor=floor,
-        synthetic=int((task.side == 1).sum()),
-        real=int((task.side == 0).sum()),
-        p=p,
-        note=f"{note} Shuffled labels give {null[0]:.2f} to {null[1]:.2f} in 95 of 100 cases.",
-    )
-    return figure, null
-
-
-def _halved(real: ImageSet, rows: tuple[Ints, Ints], seed: int) -> tuple[Task, Ints] | None:
-    first, second = real.take(rows[0]), real.take(rows[1])
-    task = _task(first, second, (first.groups, second.groups))
-    count = _fold_count(task)
-    return (task, folds(task, count, seed)) if count > 1 else None
-
-
-def _ridge_floor(context: AuditContext, view: View, real: ImageSet, features: NDArray[np.float32]) -> Interval | None:
-    rng = context.rng(SECTION, view.name, "floor")
-    values = []
-    for _ in range(HALVINGS):
-        rows = halves(real.groups, rng)
-        halved = _halved(real, rows, context.seed)
-        if halved is not None:
-            ridge = Ridge(features[np.concatenate(rows)], *halved)
-            values.append(auc(ridge.scores(halved[0].side), *halved))
-    known = [value for value in values if not np.isnan(value)]
-    return middle(known) if known else None
-
-
-def _trained_separation(
-    context: AuditContext,
-    view: View,
-    pixels: NDArray[np.uint8],
-    real: ImageSet,
-    task: Task,
-    fold: Ints,
-    rng: np.random.Generator,
-) -> _Separation:
-    """A ResNet's: its null shuffles labels under fixed scores, its floor is one halving; more would take trainings."""
-    scores = resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
-    nulls = [auc(scores, replace(task, side=shuffled_sides(task, rng)), fold) for _ in range(PERMUTATIONS)]
-    rows = halves(real.groups, rng)
-    halved = _halved(real, rows, context.seed)
-    floor = None
-    if halved is not None:
-        part = resnet_scores(pixels[np.concatenate(rows)], *halved, seed=context.seed, device=context.device)
-        floor = Interval(auc(part, *halved), *bootstrap_auc(part, *halved, rng, RESAMPLES))
-    name = network_name(context.device)
-    note = f"{name} of MONAI, from random weights. The floor is one halving with its bootstrap interval."
-    key, label = f"{SECTION}.{view.name}.{name}.auc", f"AUC of {name}, {view.label}"
-    return _separation(key, label, scores, task, fold, nulls, floor, rng, note)
-
-
 def _report(context: AuditContext, found: list[_Separation], result: SectionResult) -> None:
-    p_values = adjusted(np.array([figure.p for figure, _ in found], dtype=np.float64))
-    for (figure, null), p in zip(found, p_values, strict=True):
+    p_values = adjusted(np.array([one.figure.p for one in found], dtype=np.float64))
+    for one, p in zip(found, p_values, strict=True):
+        figure, null = one.figure, one.null
         low = figure.value.low if figure.value.low is not None else 0.0
         limit = figure.floor.high if figure.floor is not None and figure.floor.high is not None else null[1]
         few = min(figure.synthetic, figure.real) < FEWEST_TO_FLAG
@@ -266,45 +233,31 @@ def _report(context: AuditContext, found: list[_Separation], result: SectionResu
                 f"labels reach {null[1]:.2f}.",
                 figure.key,
             )
-
-    plot(context.folder(SECTION) / "auc.svg", [(one.label, one.value, null, one.floor) for one, null in found])
-    result.pictures.append(
-        Picture(
-            "auc.svg", "AUC with its interval, what shuffled labels give (grey), and halves of the real set (line)."
-        )
-    )
+    _plot(context.folder(SECTION) / "auc.svg", found)
+    caption = "AUC with its interval, what shuffled labels give (grey), and halves of the real set (line)."
+    result.pictures.append(Picture("auc.svg", caption))
 
 
-def _sheets(
-    context: AuditContext, crops: NDArray[np.uint8], scores: NDArray[np.float64], result: SectionResult
-) -> None:
-    order = np.argsort(scores, kind="stable")
-    sheets: tuple[tuple[str, Ints, str], ...] = (
+def _show_extremes(context: AuditContext, crops: Pixels, scores: NDArray[np.float64], result: SectionResult) -> None:
+    """Sheets of the synthetic lesions that the classifier takes for real most and least firmly."""
+    order, side = np.argsort(scores, kind="stable"), crops.shape[1]
+    for file, rows, caption in (
         ("convincing.png", order[:_SHOWN], "Synthetic lesions that the classifier takes for real most firmly."),
         ("obvious.png", order[::-1][:_SHOWN], "Synthetic lesions that the classifier recognises most firmly."),
-    )
-    for file, rows, caption in sheets:
-        _sheet(crops[rows]).save(context.folder(SECTION) / file, optimize=True)
+    ):
+        sheet = Image.new("L", (_COLUMNS * side, -(-len(rows) // _COLUMNS) * side))
+        for k, crop in enumerate(crops[rows]):
+            sheet.paste(Image.fromarray(crop), (k % _COLUMNS * side, k // _COLUMNS * side))
+        sheet.save(context.folder(SECTION) / file, optimize=True)
         result.pictures.append(Picture(file, caption))
 
 
-def _sheet(crops: NDArray[np.uint8], columns: int = 5) -> Image.Image:
-    side = crops.shape[1]
-    sheet = Image.new("L", (columns * side, -(-len(crops) // columns) * side))
-    for k, crop in enumerate(crops):
-        sheet.paste(Image.fromarray(crop), (k % columns * side, k // columns * side))
-    return sheet
-
-
-Row = tuple[str, Interval, tuple[float, ...], Interval | None]
-"""Label, AUC, null band, floor."""
-
-
-def plot(file: Path, rows: Sequence[Row]) -> None:
+def _plot(file: Path, found: list[_Separation]) -> None:
     """Draw one line per classifier and view as SVG: AUC with interval, null band as a bar, floor as a thin line."""
-    canvas = Canvas(figsize=(6.4, 0.9 + 0.45 * len(rows)), layout="constrained")
+    canvas = Canvas(figsize=(6.4, 0.9 + 0.45 * len(found)), layout="constrained")
     axes = canvas.subplots()
-    for y, (_, value, null, floor) in enumerate(rows):
+    for y, one in enumerate(found):
+        value, floor, null = one.figure.value, one.figure.floor, one.null
         axes.barh(y, null[1] - null[0], left=null[0], height=0.5, color="0.85")
         if floor is not None and floor.low is not None and floor.high is not None:
             axes.plot([floor.low, floor.high], [y + 0.32] * 2, color="0.45", linewidth=1)
@@ -312,7 +265,7 @@ def plot(file: Path, rows: Sequence[Row]) -> None:
             axes.plot([value.low, value.high], [y, y], color="C0", linewidth=2)
         axes.plot(value.value, y, "o", color="C0")
     axes.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
-    axes.set(xlim=(0.3, 1.01), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), xlabel="AUC")
-    axes.set_yticklabels([row[0] for row in rows])
+    axes.set(xlim=(0.3, 1.01), ylim=(len(found) - 0.4, -0.6), yticks=range(len(found)), xlabel="AUC")
+    axes.set_yticklabels([one.figure.label for one in found])
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(file, format="svg", metadata={"Date": None})
