@@ -142,8 +142,7 @@ def audit(
             left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
-    from busigen.evaluation.report.charts import CONTACT_SHEET, contact_sheet
-    from busigen.evaluation.report.page import write_html
+    from busigen.evaluation.report.page import CONTACT_SHEET, contact_sheet, write_html
 
     started = time.perf_counter()
     sections = choose_sections(only)
@@ -209,7 +208,7 @@ def check_libraries() -> None:
     Raises:
         ModuleNotFoundError: the extra ``eval`` is not installed.
     """
-    from busigen.evaluation.report import charts, page  # noqa: F401
+    from busigen.evaluation.report import page  # noqa: F401
 
 
 def choose_sections(only: Sequence[str] | None) -> list[Section]:
@@ -308,7 +307,7 @@ def _claim(out: Path) -> None:
     Raises:
         OutputError: it does.
     """
-    from busigen.evaluation.report.charts import CONTACT_SHEET
+    from busigen.evaluation.report.page import CONTACT_SHEET
 
     sections = out / "sections"
     if out.exists() and not out.is_dir():

@@ -60,29 +60,15 @@ _INCEPTION_FEATURES = 2048
 _PAPER_SIZE = 600
 
 
-@dataclass(frozen=True)
-class Measure:
-    """One number of a `Comparison`, with its name, its label, which way is better, and a note for the report."""
-
-    name: str
-    label: str
-    better: Better
-    note: str
-
-
-MEASURES = (
-    Measure("frechet", "Frechet distance", "lower", "squared robust standard deviations"),
-    Measure(
-        "mmd", "MMD², cubic kernel", "lower", "unbiased: 0 on average between equal distributions, may be negative"
-    ),
-    Measure(
-        "precision", "precision", "higher", f"share of synthetic within reach of a real image, k = {NEAREST_PRECISION}"
-    ),
-    Measure("recall", "recall", "higher", f"share of real within reach of a synthetic image, k = {NEAREST_PRECISION}"),
-    Measure("density", "density", "higher", f"real neighbourhoods around a synthetic image over k = {NEAREST_DENSITY}"),
-    Measure("coverage", "coverage", "higher", f"share of real whose neighbourhood is visited, k = {NEAREST_DENSITY}"),
+MEASURES: tuple[tuple[str, str, Better, str], ...] = (
+    ("frechet", "Frechet distance", "lower", "squared robust standard deviations"),
+    ("mmd", "MMD²", "lower", "unbiased: 0 on average between equal distributions, may be negative"),
+    ("precision", "precision", "higher", f"share of synthetic within reach of a real image, k = {NEAREST_PRECISION}"),
+    ("recall", "recall", "higher", f"share of real within reach of a synthetic image, k = {NEAREST_PRECISION}"),
+    ("density", "density", "higher", f"real neighbourhoods around a synthetic image over k = {NEAREST_DENSITY}"),
+    ("coverage", "coverage", "higher", f"share of real whose neighbourhood is visited, k = {NEAREST_DENSITY}"),
 )
-"""What a `Comparison` computes, in order."""
+"""What a `Comparison` computes, in order: its name, its label, which way is better, and a note for the report."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +264,7 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[Figure
     floors = [comparison(a + count, b + count) for a, b in grouped.disjoint_draws(groups[1], size, rng, DRAWS, _LEAST)]
     observed = comparison(np.arange(count), np.arange(count, count + len(scope.real)))
     # Greater values speak against the synthetic set.
-    signs = np.array([-1.0 if measure.better == "higher" else 1.0 for measure in MEASURES])
+    signs = np.array([-1.0 if better == "higher" else 1.0 for _, _, better, _ in MEASURES])
     beyond = np.zeros(len(MEASURES))
     rounds = grouped.permutations(*groups, rng, space.permutations, _LEAST)
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
@@ -286,18 +272,18 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[Figure
     p_values = (beyond + 1) / (space.permutations + 1)
     return [
         Figure(
-            key=f"fidelity.{space.name}.{scope.name}.{measure.name}.value",
-            label=f"{space.mmd if measure.name == 'mmd' else measure.label}, {space.label}, {scope.name}",
+            key=f"fidelity.{space.name}.{scope.name}.{name}.value",
+            label=f"{space.mmd if name == 'mmd' else label}, {space.label}, {scope.name}",
             value=grouped.middle([found[k] for found in values]),
             floor=grouped.middle([found[k] for found in floors]),
             synthetic=count,
             real=len(scope.real),
-            better=measure.better,
+            better=better,
             p=float(p_values[k]),
-            headline=scope.name == "all" and measure.name in ("frechet", "mmd", "precision", "recall"),
-            note=f"{measure.note}; value and floor between samples of {size} images a side",
+            headline=scope.name == "all" and name in ("frechet", "mmd", "precision", "recall"),
+            note=f"{note}; value and floor between samples of {size} images a side",
         )
-        for k, measure in enumerate(MEASURES)
+        for k, (name, label, better, note) in enumerate(MEASURES)
     ]
 
 

@@ -65,12 +65,14 @@ class Space:
         name: ``crop``, ``whole`` or ``radiomic``.
         train: None where nobody named a training set.
         groups: Groups of the synthetic images, in which repeated images are one.
+        shared: Whether training and held-out images have a class in common, to which they were then restricted.
+        usual: ``(H,)``, what is usual between a real image and its nearest neighbour: of held-out images among the
+            training images or, where there are none, among held-out images of other groups.
         to_held: ``(S, H)``.
         to_train: ``(S, T)``, or None.
         held_to_train: ``(H, T)``, or None.
-        within: ``(T, T)`` in the radiomic space; ``(H, H)`` where there is no training set; else None.
+        within: ``(T, T)`` in the radiomic space.
         views: Synthetic, training (or held-out) views, where the space has them.
-        shared: Whether training and held-out images have a class in common, to which they were then restricted.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Space:
     held: ImageSet
     groups: Rows
     shared: bool
+    usual: Values
     to_held: Values
     to_train: Values | None = None
     held_to_train: Values | None = None
@@ -90,7 +93,7 @@ class Space:
 def image_space(context: AuditContext, name: str) -> Space | None:
     """Correlations of ``crop`` (lesions with their surroundings) or ``whole`` images; None where a side is empty."""
     lesions = name == "crop"
-    make, label = (lesion_views, "lesion crops") if lesions else (whole_views, "whole images")
+    label = "lesion crops" if lesions else "whole images"
     synthetic, train, held = context.synthetic, context.train, context.real
     if lesions:
         synthetic, held = synthetic.with_lesions(), held.with_lesions()
@@ -105,7 +108,7 @@ def image_space(context: AuditContext, name: str) -> Space | None:
             train, held = _only(train, common), _only(held, common)
     if not (len(synthetic) and len(held) and (train is None or len(train))):
         return None
-    mine, held_views = make(synthetic), make(held)
+    mine, held_views = views(synthetic, lesions=lesions), views(held, lesions=lesions)
 
     def compare(first: Views, second: Views, sides: str) -> Values:
         return correlations(first, second, track=context.track, what=f"{label}, {sides}").astype(np.float64)
@@ -114,14 +117,16 @@ def image_space(context: AuditContext, name: str) -> Space | None:
     # An image that a set repeats is one piece of evidence, not many.
     edges = coo_array(alike | (synthetic.groups[:, None] == synthetic.groups[None, :]))
     groups = connected_components(edges, directed=False)[1].astype(np.int64)
-    about = (name, label, synthetic, train, held, groups, shared, compare(mine, held_views, "synthetic with real"))
+    about = (name, label, synthetic, train, held, groups, shared)
+    to_held = compare(mine, held_views, "synthetic with real")
     if train is None:
-        within = compare(held_views, held_views, "real with real")
-        return Space(*about, within=within, views=(mine, held_views))
-    train_views = make(train)
+        same = held.groups[:, None] == held.groups[None, :]
+        usual = np.where(same, -1.0, compare(held_views, held_views, "real with real")).max(axis=1)
+        return Space(*about, usual, to_held, views=(mine, held_views))
+    train_views = views(train, lesions=lesions)
     to_train = compare(mine, train_views, "synthetic with training")
     held_to_train = compare(held_views, train_views, "real with training")
-    return Space(*about, to_train, held_to_train, views=(mine, train_views))
+    return Space(*about, held_to_train.max(axis=1), to_held, to_train, held_to_train, views=(mine, train_views))
 
 
 def radiomic_space(context: AuditContext, crop: Space) -> Space | None:
@@ -129,19 +134,11 @@ def radiomic_space(context: AuditContext, crop: Space) -> Space | None:
     if crop.train is None:
         return None
     train, synthetic, held = radiomic_vectors(context, crop.train, crop.synthetic, crop.held)
-    return Space(
-        "radiomic",
-        "radiomic features",
-        crop.synthetic,
-        crop.train,
-        crop.held,
-        crop.groups,
-        crop.shared,
-        to_held=-pairwise.euclidean_distances(synthetic, held),
-        to_train=-pairwise.euclidean_distances(synthetic, train),
-        held_to_train=-pairwise.euclidean_distances(held, train),
-        within=-pairwise.euclidean_distances(train),
-    )
+    about = ("radiomic", "radiomic features", crop.synthetic, crop.train, crop.held, crop.groups, crop.shared)
+    to_held, to_train = (-pairwise.euclidean_distances(synthetic, others) for others in (held, train))
+    held_to_train = -pairwise.euclidean_distances(held, train)
+    within = -pairwise.euclidean_distances(train)
+    return Space(*about, held_to_train.max(axis=1), to_held, to_train, held_to_train, within)
 
 
 def _only(images: ImageSet, classes: NDArray[np.str_]) -> ImageSet:
@@ -150,19 +147,24 @@ def _only(images: ImageSet, classes: NDArray[np.str_]) -> ImageSet:
     return images if rows.all() else images.take(rows)
 
 
-def whole_views(images: ImageSet) -> Views:
-    """Each image without its letterbox bars, squashed to a view."""
-    boxes = [_image_bounds(valid) for valid in images.valid]
-    return _views(images, [(left, top, right, bottom) for top, left, bottom, right in boxes])
-
-
-def lesion_views(images: ImageSet) -> Views:
-    """A square around each lesion, or around all lesions of an image, as a view.
+def views(images: ImageSet, *, lesions: bool) -> Views:
+    """Squares around the lesions of each image, or each image without its letterbox bars, squashed.
 
     Raises:
-        ValueError: A mask is empty.
+        ValueError: There is no lesion to show.
     """
-    return _views(images, [crop_box(*pair) for pair in zip(images.masks, images.valid, strict=True)])
+    found = np.empty((len(images), SIDE, SIDE), dtype=np.float32)
+    for k, (pixels, mask, valid) in enumerate(zip(images.images, images.masks, images.valid, strict=True)):
+        if lesions:
+            box = crop_box(mask, valid)
+        else:
+            top, left, bottom, right = _image_bounds(valid)
+            box = (left, top, right, bottom)
+        # Averaging over the pixels that a view pixel covers keeps speckle from aliasing.
+        image = Image.fromarray(pixels.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BOX, box=box)
+        found[k] = np.asarray(image)
+    found -= ndimage.gaussian_filter(found, (0.0, DETAIL, DETAIL))
+    return found
 
 
 def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, float, float, float]:
@@ -186,16 +188,6 @@ def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, 
 
 def _image_bounds(valid: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return bounds(valid) if valid.any() else (0, 0, *valid.shape)
-
-
-def _views(images: ImageSet, boxes: list[tuple[float, float, float, float]]) -> Views:
-    views = np.empty((len(images), SIDE, SIDE), dtype=np.float32)
-    for k, box in enumerate(boxes):
-        # Averaging over the pixels that a view pixel covers keeps speckle from aliasing.
-        image = Image.fromarray(images.images[k].astype(np.float32))
-        views[k] = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, box=box))
-    views -= ndimage.gaussian_filter(views, (0.0, DETAIL, DETAIL))
-    return views
 
 
 def correlations(

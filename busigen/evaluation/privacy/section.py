@@ -46,14 +46,8 @@ TILE = 140
 _TEXT = 14
 
 Measure = Callable[[Values, Values], float]
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Values of one side of a test, with their groups."""
-
-    values: Values
-    groups: Rows
+Sample = tuple[Values, Rows]
+"""Values of one side of a test, with their groups."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +57,8 @@ class _Test:
     name: str
     label: str
     measure: Measure
-    first: _Sample
-    second: _Sample
+    first: Sample
+    second: Sample
     note: str
     headline: bool = False
     better: Better = "lower"
@@ -107,7 +101,7 @@ def run(context: AuditContext) -> SectionResult:
 def _figures(context: AuditContext, space: Space, result: SectionResult) -> list[Figure]:
     """All figures of one space; ``p`` is not adjusted yet."""
     tests = _tests(space)
-    if min(len(np.unique(sample.groups)) for test in tests for sample in (test.first, test.second)) < FEWEST_GROUPS:
+    if min(len(np.unique(groups)) for test in tests for _, groups in (test.first, test.second)) < FEWEST_GROUPS:
         result.note(
             f"Too few independent images for the tests on {space.label}: at least {FEWEST_GROUPS} a side are needed."
         )
@@ -118,28 +112,15 @@ def _figures(context: AuditContext, space: Space, result: SectionResult) -> list
     return figures
 
 
-def _usual(space: Space) -> Values:
-    """``(H,)``: what is usual between a real image and its nearest neighbour.
-
-    Held-out images against the training images or, where there are none, against held-out images of other groups.
-    """
-    if space.held_to_train is not None:
-        return np.asarray(space.held_to_train.max(axis=1))
-    assert space.within is not None
-    groups = space.held.groups
-    return np.asarray(np.where(groups[:, None] == groups[None, :], -1.0, space.within).max(axis=1))
-
-
 def _tests(space: Space) -> list[_Test]:
-    usual = _Sample(_usual(space), space.held.groups)
+    usual = space.usual, space.held.groups
     if space.train is None or space.to_train is None or space.held_to_train is None:
-        note = (
-            "compared with the real images, since no training images are known; reference: real images of other groups"
-        )
-        return [_copies(_Sample(space.to_held.max(axis=1), space.groups), usual, note)]
-    mine = _Sample(space.to_train.max(axis=1), space.groups)
-    members = _Sample(space.to_train.max(axis=0), space.train.groups)
-    others = _Sample(space.to_held.max(axis=0), space.held.groups)
+        note = "compared with the real images, since no training images are known"
+        mine = space.to_held.max(axis=1), space.groups
+        return [_copies(mine, usual, f"{note}; reference: real images of other groups")]
+    mine = space.to_train.max(axis=1), space.groups
+    members = space.to_train.max(axis=0), space.train.groups
+    others = space.to_held.max(axis=0), space.held.groups
     tests = [
         _Test(
             "nearer",
@@ -173,16 +154,16 @@ def _tests(space: Space) -> list[_Test]:
         return [*tests, _copies(mine, usual, "reference: held-out images against the training images")]
     # Held-out images are authentic by definition, so their own figure is what is usual.
     own, theirs = (
-        _Sample(nearest.authentic(to, space.within, space.train.groups).astype(np.float64), groups)
+        (nearest.authentic(to, space.within, space.train.groups).astype(np.float64), groups)
         for to, groups in ((space.to_train, space.groups), (space.held_to_train, space.held.groups))
     )
     note = "share not nearer to a training image than that is to other patients' (Alaa et al. 2022)"
     return [*tests, _Test("authenticity", "authenticity", _mean, own, theirs, note, better="higher")]
 
 
-def _copies(mine: _Sample, usual: _Sample, note: str) -> _Test:
-    threshold = nearest.copy_threshold(usual.values)
-    above = int((usual.values > threshold).sum())
+def _copies(mine: Sample, usual: Sample, note: str) -> _Test:
+    threshold = nearest.copy_threshold(usual[0])
+    above = int((usual[0] > threshold).sum())
     return _Test(
         "copies",
         "copied images",
@@ -190,7 +171,7 @@ def _copies(mine: _Sample, usual: _Sample, note: str) -> _Test:
         mine,
         usual,
         f"share that correlates above {threshold:.3f} with its neighbour: {nearest.COPY_SIGMAS:g} robust standard "
-        f"deviations above the usual one; {above} of {len(usual.values)} reference images do; {note}",
+        f"deviations above the usual one; {above} of {len(usual[0])} reference images do; {note}",
         headline=True,
     )
 
@@ -201,24 +182,21 @@ def _mean(first: Values, second: Values) -> float:
 
 def _figure(context: AuditContext, space: Space, test: _Test) -> Figure:
     rng = context.rng("privacy", space.name, test.name)
-    first, second = test.first, test.second
-    joint = np.concatenate([first.values, second.values])
-
-    def measured(a: Rows, b: Rows) -> float:
-        # Neighbours are found before any image is repeated, so repeats do no harm.
-        return test.measure(first.values[a], second.values[b])
+    (first, first_groups), (second, second_groups) = test.first, test.second
+    joint = np.concatenate([first, second])
 
     def against(a: Rows, b: Rows) -> float:
         """Greater values speak against the set."""
         one, other = joint[a], joint[b]
         return test.measure(one, other) if test.better == "lower" else float(other.mean() - one.mean())
 
-    value = bootstrap(measured, rng, first.groups, second.groups)
-    halves = grouped.disjoint_draws(second.groups, len(second.values) // 2, rng, FLOOR_DRAWS)
-    floor = middle([test.measure(second.values[a], second.values[b]) for a, b in halves])
+    # Neighbours are found before any image is repeated, so repeats do no harm.
+    value = bootstrap(lambda a, b: test.measure(first[a], second[b]), rng, first_groups, second_groups)
+    halves = grouped.disjoint_draws(second_groups, len(second) // 2, rng, FLOOR_DRAWS)
+    floor = middle([test.measure(second[a], second[b]) for a, b in halves])
     count = PERMUTATIONS[context.effort]
-    observed = against(np.arange(len(first.values)), np.arange(len(first.values), len(joint)))
-    exchanged = grouped.permutations(first.groups, second.groups, rng, count)
+    observed = against(np.arange(len(first)), np.arange(len(first), len(joint)))
+    exchanged = grouped.permutations(first_groups, second_groups, rng, count)
     beyond = sum(against(a, b) >= observed for a, b in exchanged)
     return Figure(
         key=f"privacy.{space.name}.all.{test.name}.value",
@@ -312,10 +290,9 @@ def _show(context: AuditContext, space: Space, views: tuple[Views, Views], resul
     # Too few images for a figure are too few for a threshold.
     if not any(figure.key.startswith(f"privacy.{space.name}.") for figure in result.figures):
         return
-    usual = _usual(space)
-    threshold = nearest.copy_threshold(usual)
+    threshold = nearest.copy_threshold(space.usual)
     copies = int((best > threshold).sum())
-    details |= {"threshold": threshold, "copies": copies, "reference_copies": int((usual > threshold).sum())}
+    details |= {"threshold": threshold, "copies": copies, "reference_copies": int((space.usual > threshold).sum())}
     key = f"privacy.{space.name}.all.copies.value"
     if copies and not result.figure(key).flagged:
         result.note(

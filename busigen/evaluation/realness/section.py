@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
@@ -13,9 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
+from busigen.evaluation.realness import classifiers
 from busigen.evaluation.realness.classifiers import (
-    BAND,
-    MARGIN,
     VIEWS,
     Floats,
     Ints,
@@ -26,22 +26,10 @@ from busigen.evaluation.realness.classifiers import (
     auc,
     bootstrap_auc,
     folds,
-    network_name,
-    resnet_scores,
-    scattering_features,
-    shuffled_sides,
 )
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
-from busigen.evaluation.statistics.grouped import (
-    ALPHA,
-    FEWEST_TO_FLAG,
-    HALVINGS,
-    RESAMPLES,
-    adjusted,
-    halves,
-    joint_groups,
-    middle,
-)
+from busigen.evaluation.statistics import grouped
+from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, RESAMPLES, adjusted, halves
 from busigen.registry import SYNTHETIC
 
 SECTION = "realness"
@@ -57,14 +45,6 @@ _REAL_BACKGROUNDS = (
 )
 
 
-@dataclass(frozen=True)
-class _Separation:
-    """What one classifier makes of one view, its p-value not yet adjusted, and where shuffled labels lie."""
-
-    figure: Figure
-    null: tuple[float, float]
-
-
 def run(context: AuditContext) -> SectionResult:
     """Train classifiers to tell the synthetic from the real set, by group-aware cross-validation.
 
@@ -75,7 +55,7 @@ def run(context: AuditContext) -> SectionResult:
     """
     result = SectionResult(SECTION)
     context = context.without_overlays()
-    found: list[_Separation] = []
+    found: list[Figure] = []
     for view in context.track("Real or synthetic?", VIEWS.values(), len(VIEWS)):
         sides = _sides(context, view, result)
         if sides is not None:
@@ -85,7 +65,12 @@ def run(context: AuditContext) -> SectionResult:
         result.note(CLEAN)
     if context.backgrounds == "real":
         result.note(_REAL_BACKGROUNDS)
-    result.details["band"] = {"ring_px": BAND, "lesion_margin": MARGIN, "folds": FOLDS, "permutations": PERMUTATIONS}
+    result.details["band"] = {
+        "ring_px": classifiers.BAND,
+        "lesion_margin": classifiers.MARGIN,
+        "folds": FOLDS,
+        "permutations": PERMUTATIONS,
+    }
     return result
 
 
@@ -133,7 +118,7 @@ def _task(first: ImageSet, second: ImageSet, groups: tuple[Ints, Ints]) -> Task:
     return Task(
         side=np.repeat([0, 1], [len(first), len(second)]),
         label=np.unique(names, return_inverse=True)[1].astype(np.int64),
-        group=joint_groups(*groups),
+        group=grouped.joint_groups(*groups),
     )
 
 
@@ -143,7 +128,7 @@ def _fold_count(task: Task) -> int:
 
 def _separations(
     context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
-) -> list[_Separation]:
+) -> list[Figure]:
     crops = view.of(synthetic)
     pixels = np.concatenate([view.of(real), crops])
     task = _task(real, synthetic, (real.groups, _synthetic_groups(synthetic)))
@@ -151,7 +136,7 @@ def _separations(
     rng = context.rng(SECTION, view.name)
 
     def shuffled() -> list[Task]:
-        return [replace(task, side=shuffled_sides(task, rng)) for _ in range(PERMUTATIONS)]
+        return [replace(task, side=classifiers.shuffled_sides(task, rng)) for _ in range(PERMUTATIONS)]
 
     def halved(rows: tuple[Ints, Ints]) -> tuple[Task, Ints] | None:
         """The task of telling two halves of the real set apart, and its folds; None for too few groups."""
@@ -160,9 +145,8 @@ def _separations(
         count = _fold_count(part)
         return (part, folds(part, count, context.seed)) if count > 1 else None
 
-    def separation(
-        key: str, label: str, scores: Floats, nulls: list[float], floor: Interval | None, note: str
-    ) -> _Separation:
+    def judged(key: str, label: str, scores: Floats, nulls: list[float], floor: Interval | None, note: str) -> Figure:
+        """The figure of one classifier, its p-value not yet adjusted; where shuffled labels lie is kept in details."""
         value = auc(scores, task, fold)
         low, high = np.nanpercentile(nulls, [2.5, 97.5]).tolist()
         figure = Figure(
@@ -175,65 +159,61 @@ def _separations(
             p=(1 + sum(other >= value for other in nulls)) / (len(nulls) + 1),
             note=f"{note} Shuffled labels give {low:.2f} to {high:.2f} in 95 of 100 cases.",
         )
-        return _Separation(figure, (low, high))
+        result.details[figure.key] = {"null_low": low, "null_high": high, "p": figure.p}
+        return figure
 
-    features = scattering_features(pixels, view.cells, context.device)
+    features = classifiers.scattering_features(pixels, view.cells, context.device)
     ridge = Ridge(features, task, fold)
     scores = ridge.scores(task.side)
     nulls = [auc(ridge.scores(other.side), other, fold) for other in shuffled()]
     floors = []
     floor_rng = context.rng(SECTION, view.name, "floor")
-    for _ in range(HALVINGS):
+    for _ in range(grouped.HALVINGS):
         rows = halves(real.groups, floor_rng)
         if (part := halved(rows)) is not None:
             floors.append(auc(Ridge(features[np.concatenate(rows)], *part).scores(part[0].side), *part))
     known = [value for value in floors if not np.isnan(value)]
-    floor = middle(known) if known else None
+    floor = grouped.middle(known) if known else None
     note = "Ridge classifier on a fixed two-layer scattering network, trained anew for every permutation."
-    found = [separation("auc", "AUC", scores, nulls, floor, note)]
+    found = [judged("auc", "AUC", scores, nulls, floor, note)]
     if view.name == "lesion":
         _show_extremes(context, crops, scores[task.side == 1], result)
     if context.effort == "full":
         # Its null shuffles labels under fixed scores, its floor is one halving; more would take trainings.
-        scores = resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
+        scores = classifiers.resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
         nulls = [auc(scores, other, fold) for other in shuffled()]
         rows = halves(real.groups, rng)
         floor = None
         if (part := halved(rows)) is not None:
-            own = resnet_scores(pixels[np.concatenate(rows)], *part, seed=context.seed, device=context.device)
+            own = classifiers.resnet_scores(
+                pixels[np.concatenate(rows)], *part, seed=context.seed, device=context.device
+            )
             floor = Interval(auc(own, *part), *bootstrap_auc(own, *part, rng, RESAMPLES))
-        name = network_name(context.device)
+        name = classifiers.network_name(context.device)
         note = f"{name} of MONAI, from random weights. The floor is one halving with its bootstrap interval."
-        found.append(separation(f"{name}.auc", f"AUC of {name}", scores, nulls, floor, note))
+        found.append(judged(f"{name}.auc", f"AUC of {name}", scores, nulls, floor, note))
     return found
 
 
-def _report(context: AuditContext, found: list[_Separation], result: SectionResult) -> None:
-    p_values = adjusted(np.array([one.figure.p for one in found], dtype=np.float64))
-    for one, p in zip(found, p_values, strict=True):
-        figure, null = one.figure, one.null
-        low = figure.value.low if figure.value.low is not None else 0.0
-        limit = figure.floor.high if figure.floor is not None and figure.floor.high is not None else null[1]
+def _report(context: AuditContext, found: list[Figure], result: SectionResult) -> None:
+    p_values = adjusted(np.array([figure.p for figure in found], dtype=np.float64))
+    for figure, p in zip(found, p_values, strict=True):
+        value, floor, null_high = figure.value, figure.floor, result.details[figure.key]["null_high"]
+        low = value.low if value.low is not None else 0.0
+        limit = floor.high if floor is not None and floor.high is not None else null_high
         few = min(figure.synthetic, figure.real) < FEWEST_TO_FLAG
-        flagged = bool(not few and p < ALPHA and low > null[1] and figure.value.value > limit)
-        result.figures.append(
-            replace(
-                figure,
-                p=float(p),
-                flagged=flagged,
-                headline=".whole." not in figure.key or context.backgrounds != "real",
-                note=figure.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else ""),
-            )
-        )
-        result.details[figure.key] = {"null_low": null[0], "null_high": null[1], "p": figure.p}
+        flagged = bool(not few and p < ALPHA and low > null_high and value.value > limit)
+        headline = ".whole." not in figure.key or context.backgrounds != "real"
+        note = figure.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else "")
+        result.figures.append(replace(figure, p=float(p), flagged=flagged, headline=headline, note=note))
         if flagged:
             what = figure.label.removeprefix("AUC").lstrip(", ")
             result.flag(
-                f"A classifier tells the set from real images ({what}): AUC {figure.value.value:.2f}, where shuffled "
-                f"labels reach {null[1]:.2f}.",
+                f"A classifier tells the set from real images ({what}): AUC {value.value:.2f}, where shuffled labels "
+                f"reach {null_high:.2f}.",
                 figure.key,
             )
-    _plot(context.folder(SECTION) / "auc.svg", found)
+    _plot(context.folder(SECTION) / "auc.svg", found, result.details)
     caption = "AUC with its interval, what shuffled labels give (grey), and halves of the real set (line)."
     result.pictures.append(Picture("auc.svg", caption))
 
@@ -252,13 +232,13 @@ def _show_extremes(context: AuditContext, crops: Pixels, scores: NDArray[np.floa
         result.pictures.append(Picture(file, caption))
 
 
-def _plot(file: Path, found: list[_Separation]) -> None:
+def _plot(file: Path, found: list[Figure], details: dict[str, Any]) -> None:
     """Draw one line per classifier and view as SVG: AUC with interval, null band as a bar, floor as a thin line."""
     canvas = Canvas(figsize=(6.4, 0.9 + 0.45 * len(found)), layout="constrained")
     axes = canvas.subplots()
-    for y, one in enumerate(found):
-        value, floor, null = one.figure.value, one.figure.floor, one.null
-        axes.barh(y, null[1] - null[0], left=null[0], height=0.5, color="0.85")
+    for y, figure in enumerate(found):
+        value, floor, null = figure.value, figure.floor, details[figure.key]
+        axes.barh(y, null["null_high"] - null["null_low"], left=null["null_low"], height=0.5, color="0.85")
         if floor is not None and floor.low is not None and floor.high is not None:
             axes.plot([floor.low, floor.high], [y + 0.32] * 2, color="0.45", linewidth=1)
         if value.low is not None and value.high is not None:
@@ -266,6 +246,6 @@ def _plot(file: Path, found: list[_Separation]) -> None:
         axes.plot(value.value, y, "o", color="C0")
     axes.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
     axes.set(xlim=(0.3, 1.01), ylim=(len(found) - 0.4, -0.6), yticks=range(len(found)), xlabel="AUC")
-    axes.set_yticklabels([one.figure.label for one in found])
+    axes.set_yticklabels([figure.label for figure in found])
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(file, format="svg", metadata={"Date": None})

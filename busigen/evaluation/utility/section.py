@@ -13,31 +13,9 @@ from scipy.stats import wilcoxon
 
 from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval, SectionResult
-from busigen.evaluation.statistics.grouped import (
-    ALPHA,
-    FEWEST_TO_FLAG,
-    Rows,
-    adjusted,
-    bootstrap,
-    permutation_p,
-)
-from busigen.evaluation.utility.training import (
-    ADDED,
-    ALONE,
-    ARMS,
-    CLASSIC,
-    EXTENTS,
-    REAL,
-    RECIPES,
-    Counts,
-    Outcome,
-    Split,
-    arms_for,
-    dice,
-    outcomes,
-    pooled_f1,
-    splits,
-)
+from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted, bootstrap, permutation_p
+from busigen.evaluation.utility import training
+from busigen.evaluation.utility.training import ADDED, ALONE, ARMS, CLASSIC, REAL, Counts, Outcome, Split, dice
 
 SECTION = "utility"
 
@@ -82,16 +60,16 @@ def run(context: AuditContext) -> SectionResult:
     if not synthetic or lesions < 2:
         result.note(f"Not run: it takes synthetic and real lesions, and there are {synthetic} and {lesions}.")
         return result
-    parts, notes = splits(context, synthetic)
+    parts, notes = training.splits(context, synthetic)
     if not parts or not all(len(part.train) for part in parts):
         result.note(" ".join(notes))
         return result
     smallest = min(len(part.train) for part in parts)
-    arms, left_out = arms_for(context, smallest, synthetic)
-    found = outcomes(context, parts, arms)
+    arms, left_out = training.arms_for(context, smallest, synthetic)
+    found = training.outcomes(context, parts, arms)
     figures = _arm_figures(context, found, parts, smallest) + probe_figures(context, found, parts)
     # A yardstick that measures nothing must accuse nobody.
-    lesion = context.real.masks.any(axis=(1, 2))
+    lesion = np.asarray(context.real.masks.any(axis=(1, 2)))
     tests = {part.name: lesion[part.test] for part in parts}
     scores = [dice(one.test[tests[one.split]]) for one in found if one.arm == REAL]
     weak = sum(len(part) > 0 and float(part.mean()) < LEARNT for part in scores)
@@ -105,7 +83,7 @@ def run(context: AuditContext) -> SectionResult:
         result.note(text)
     result.details["experiment"] = {
         "training_images": {part.name: len(part.train) for part in parts},
-        "seeds": EXTENTS[context.effort].seeds,
+        "seeds": training.EXTENTS[context.effort].seeds,
         "arms": {arm.name: arm.label for arm in arms},
     }
     return result
@@ -152,45 +130,35 @@ def _defect(figure: Figure) -> str | None:
 
 def _arm_figures(context: AuditContext, found: list[Outcome], parts: list[Split], train: int) -> list[Figure]:
     """All figures of all arms, p-values not yet adjusted. ``train``: Real training images."""
-    real = context.real
     tests = {part.name: part.test for part in parts}
-    scores: dict[str, list[Counts]] = {name: [] for name in dict.fromkeys(one.arm for one in found)}
-    for name, seeds in scores.items():
-        mine = [one for one in found if one.arm == name]
-        for seed in sorted({one.seed for one in mine}):
-            counts = np.full((len(real), 3), -1, np.int64)
-            for one in mine:
-                if one.seed == seed:
-                    counts[tests[one.split]] = one.test
-            seeds.append(counts)
-    tested = np.unique(np.concatenate([part.test for part in parts]))
-    figures = _on(context, scores, real, tested, train, f"{SECTION}.", "")
+    scores: dict[str, list[Counts]] = {}
+    seeds: dict[tuple[str, int], Counts] = {}
+    for one in found:
+        if (one.arm, one.seed) not in seeds:
+            seeds[one.arm, one.seed] = np.full((len(context.real), 3), -1, np.int64)
+            scores.setdefault(one.arm, []).append(seeds[one.arm, one.seed])
+        seeds[one.arm, one.seed][tests[one.split]] = one.test
+    tested = np.unique(np.concatenate(list(tests.values())))
+    figures = _on(context, scores, context.real, tested, train, external=False)
     if context.external is not None and len(context.external):
         outside = {name: [one.external for one in found if one.arm == name] for name in scores}
-        everything = np.arange(len(context.external))
-        figures += _on(context, outside, context.external, everything, train, f"{SECTION}.external.", "external: ")
+        figures += _on(context, outside, context.external, np.arange(len(context.external)), train, external=True)
     return figures
 
 
 def _on(
-    context: AuditContext,
-    scores: dict[str, list[Counts]],
-    real: ImageSet,
-    tested: Rows,
-    train: int,
-    prefix: str,
-    words: str,
+    context: AuditContext, scores: dict[str, list[Counts]], real: ImageSet, tested: Rows, train: int, external: bool
 ) -> list[Figure]:
     """Every arm's figures on one test set. ``scores``: Counts of each arm on every image, one array per seed."""
     lesion = np.asarray(real.masks.any(axis=(1, 2)))
     rows, normals = tested[lesion[tested]], tested[~lesion[tested]]
     if not len(rows):
         return []
+    prefix, words = (f"{SECTION}.external.", "external: ") if external else (f"{SECTION}.", "")
     floor = _seed_floor(scores[REAL], rows, real.groups[rows], context.rng(SECTION, prefix, "floor"))
     figures: list[Figure] = []
     lesions = int(context.synthetic.masks.any(axis=(1, 2)).sum())
-    least = FALSE_POSITIVE_AREA * RECIPES[context.effort].side ** 2
-    main = prefix == f"{SECTION}."
+    least = FALSE_POSITIVE_AREA * training.RECIPES[context.effort].side ** 2
     averages = {name: np.mean([dice(counts) for counts in seeds], axis=0) for name, seeds in scores.items()}
 
     def of_arm(name: str, seeds: list[Counts]) -> None:
@@ -212,11 +180,11 @@ def _on(
             figures.append(replace(figure, **changes))
 
         mine = averages[name]
-        add("dice", "Dice", _mean_of(mine[rows]), rows, headline=main and name == REAL)
+        add("dice", "Dice", _mean_of(mine[rows]), rows, headline=not external and name == REAL)
         add(
             "f1",
             "Pooled F1 of lesion images",
-            lambda k: float(np.mean([pooled_f1(counts[rows[k]]) for counts in seeds])),
+            lambda k: float(np.mean([training.pooled_f1(counts[rows[k]]) for counts in seeds])),
             rows,
         )
         for stratum, members in _strata(real, rows).items():
@@ -231,7 +199,7 @@ def _on(
                     rows,
                     floor=floor,
                     p=grouped_wilcoxon(difference, real.groups[rows]),
-                    headline=main and reference == REAL and name in (ADDED, ALONE, CLASSIC),
+                    headline=not external and reference == REAL and name in (ADDED, ALONE, CLASSIC),
                     note="The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
                 )
         if len(normals):

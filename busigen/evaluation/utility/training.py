@@ -247,12 +247,7 @@ def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list
 
 
 def _trained(
-    sources: list[Examples],
-    recipe: Recipe,
-    arm: Arm,
-    seed: int,
-    context: AuditContext,
-    tested: dict[str, Examples],
+    sources: list[Examples], recipe: Recipe, arm: Arm, seed: int, context: AuditContext, tested: dict[str, Examples]
 ) -> dict[str, Any]:
     """Counts and offsets on every set that the arm is tested on, as a kept training's file has them."""
     together = Examples(np.concatenate([s.images for s in sources]), np.concatenate([s.masks for s in sources]))
