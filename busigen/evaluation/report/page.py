@@ -84,16 +84,6 @@ _SCRIPT = (
     "d.open=d.dataset.was==='1'})});"
 )
 
-_CANNOT_SAY = (
-    "Silent means: no difference passed both the test and the floor, or there were too few images to judge one. It "
-    "does not mean that there is none.",
-    "Floors come from halves of the real set. Where the synthetic set is smaller than such a half, chance alone lifts "
-    "its distances above the floor; the p-value knows the sizes, the floor does not.",
-    "Every figure is relative to this real set. Other scanners, hospitals and patients may differ from it by more than "
-    "the synthetic set does.",
-    "No reader looked at the images: whether a lesion is plausible to a radiologist is not measured.",
-)
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -215,7 +205,9 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
         defects=_worst(views),
         nearest=_nearest(views),
         notes=report.get("notes") or [],
-        cannot_say=_cannot_say(views, inputs),
+        unsaid=_unsaid(views),
+        trained=bool(inputs.get("train")),
+        quick=inputs.get("effort") == "quick",
         sheet=inline(out, CONTACT_SHEET) if (out / CONTACT_SHEET).is_file() else None,
         records={title: content for title, content in records.items() if content},
         privacy=PRIVACY.get(str(inputs.get("backgrounds")), PRIVACY["unknown"]),
@@ -260,7 +252,8 @@ def _nearest(views: list[SectionView]) -> tuple[SectionView, Figure] | None:
     return max(beyond, key=lambda part: words.excess(part[1]), default=None)
 
 
-def _cannot_say(views: list[SectionView], inputs: Mapping[str, Any]) -> list[str]:
+def _unsaid(views: list[SectionView]) -> list[str]:
+    """Which questions are unanswered, and whether a headline figure rests on few images."""
     said = []
     ran = {view.result.section for view in views if not view.error}
     if missing := [f"{section.question} ({section.title})" for section in SECTIONS.values() if section.name not in ran]:
@@ -273,13 +266,7 @@ def _cannot_say(views: list[SectionView], inputs: Mapping[str, Any]) -> list[str
         said.append(f"{rests}. Below {FEWEST_TO_FLAG}, comparisons are never flagged, and silence says nothing.")
     elif fewest < SMALL:
         said.append(f"{rests}: with so few, only large differences can show.")
-    if not inputs.get("train"):
-        said.append(
-            "No training images were named, so nothing here compares the set with what its generator was trained on."
-        )
-    if inputs.get("effort") == "quick":
-        said.append("This was a quick run: smaller networks, fewer seeds. A full run can find what this one does not.")
-    return [*said, *_CANNOT_SAY]
+    return said
 
 
 def chosen(figures: Sequence[Figure], rows: int = ROWS) -> list[Figure]:
