@@ -12,7 +12,7 @@ from busigen.evaluation.fidelity.section import (
     MEASURES,
     NEAREST_DENSITY,
     NEAREST_PRECISION,
-    Comparison,
+    comparison,
     frechet_bias,
     frechet_distance,
     mmd2,
@@ -135,7 +135,7 @@ def test_a_narrow_set_loses_recall_and_coverage_but_no_precision() -> None:
     rng = np.random.default_rng(10)
     rows = np.concatenate([0.2 * rng.normal(size=(100, 3)), rng.normal(size=(100, 3))])
     found = dict(
-        zip([name for name, *_ in MEASURES], Comparison(rows)(np.arange(100), np.arange(100, 200)), strict=True)
+        zip([name for name, *_ in MEASURES], comparison(rows)(np.arange(100), np.arange(100, 200)), strict=True)
     )
     assert found["precision"] > 0.95
     # A fifth of the spread along three axes holds about 1 % of the real set.

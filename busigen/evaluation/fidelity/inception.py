@@ -1,8 +1,7 @@
 """Inception's features of both sets, where somebody brought its weights. Nothing is ever downloaded.
 
 A TorchScript file is a program, and this module runs it. Its code is read first, and refused where it names an
-operation on files or on other machines; that narrows what a hostile file can do and does not make one safe. So only
-take such a file from a source you trust.
+operation on files or on other machines; that narrows what a hostile file can do and does not make one safe.
 """
 
 from __future__ import annotations
@@ -122,11 +121,7 @@ def _reason(error: Exception) -> str:
 
 
 def features_of(context: AuditContext, network: Network) -> Features | None:
-    """Features of both sets; None where there is no network.
-
-    Raises:
-        InputError: The network gives features that are not finite.
-    """
+    """Features of both sets; None where there is no network. Raises `InputError` where they are not finite."""
     if network.extract is None:
         return None
     parts = [_run(network.extract, images, context) for images in (context.synthetic, context.real)]
@@ -224,12 +219,7 @@ def _score(logits: NDArray[np.float64], rng: np.random.Generator) -> float:
 
 
 def _refuse_file_operations(path: Path, fix: str) -> None:
-    """Read the program before anything of it runs: loading alone may run its ``__setstate__``.
-
-    Raises:
-        InputError: It holds no code, or its code names a forbidden operation.
-        RuntimeError, ValueError: It is no TorchScript file.
-    """
+    """Read the program before anything of it runs: loading alone may run its ``__setstate__``."""
     import torch
 
     # PyTorch's own reader, so that what is read here is what is run later, whatever the archive's quirks.

@@ -50,8 +50,7 @@ SMALLEST = 2 * (_LEAST + 1)
 """Images a side below which there are no figures: half of them must hold a neighbourhood."""
 
 CLIP = 5.0
-"""Robust standard deviations beyond which a standardised feature says no more than "far out". Ratios such as kurtosis
-have tails so long that single images would otherwise decide a covariance."""
+"""Greatest standardised feature: the tails of ratios such as kurtosis would otherwise decide a covariance."""
 
 _TO_SIGMA = 1.349
 """Interquartile range of a normal distribution in standard deviations."""
@@ -68,7 +67,7 @@ MEASURES: tuple[tuple[str, str, Better, str], ...] = (
     ("density", "density", "higher", f"real neighbourhoods around a synthetic image over k = {NEAREST_DENSITY}"),
     ("coverage", "coverage", "higher", f"share of real whose neighbourhood is visited, k = {NEAREST_DENSITY}"),
 )
-"""What a `Comparison` computes, in order: its name, its label, which way is better, and a note for the report."""
+"""What a `comparison` computes, in order: its name, its label, which way is better, and a note for the report."""
 
 
 @dataclass(frozen=True)
@@ -238,8 +237,7 @@ def judge(
 ) -> None:
     """Add a figure, flagged where it lies beyond its floor and its adjusted ``p`` is below ``ALPHA``.
 
-    ``smallest``: Images of the smallest side; too few are never flagged. ``reference``: What the floor comes from, in
-    words. ``allowed``: Whether it may be flagged at all.
+    ``smallest``: Images of the smallest side; too few are never flagged. ``reference``: What the floor comes from.
     """
     floor, value = figure.floor, figure.value.value
     assert floor is not None and floor.low is not None and floor.high is not None
@@ -257,18 +255,18 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[Figure
     """One figure per measure; ``p`` is not adjusted yet."""
     groups = context.synthetic.groups[scope.synthetic], context.real.groups[scope.real]
     count = len(scope.synthetic)
-    comparison = Comparison(np.concatenate([space.synthetic[scope.synthetic], space.real[scope.real]]), space.kernel)
+    compare = comparison(np.concatenate([space.synthetic[scope.synthetic], space.real[scope.real]]), space.kernel)
     size = grouped.matched_size(*groups)
     rng = context.rng("fidelity", space.name, scope.name)
-    values = [comparison(a, b + count) for a, b in grouped.draws(*groups, size, rng, DRAWS)]
-    floors = [comparison(a + count, b + count) for a, b in grouped.disjoint_draws(groups[1], size, rng, DRAWS, _LEAST)]
-    observed = comparison(np.arange(count), np.arange(count, count + len(scope.real)))
+    values = [compare(a, b + count) for a, b in grouped.draws(*groups, size, rng, DRAWS)]
+    floors = [compare(a + count, b + count) for a, b in grouped.disjoint_draws(groups[1], size, rng, DRAWS, _LEAST)]
+    observed = compare(np.arange(count), np.arange(count, count + len(scope.real)))
     # Greater values speak against the synthetic set.
     signs = np.array([-1.0 if better == "higher" else 1.0 for _, _, better, _ in MEASURES])
     beyond = np.zeros(len(MEASURES))
     rounds = grouped.permutations(*groups, rng, space.permutations, _LEAST)
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
-        beyond += signs * comparison(a, b) >= signs * observed
+        beyond += signs * compare(a, b) >= signs * observed
     p_values = (beyond + 1) / (space.permutations + 1)
     return [
         Figure(
@@ -318,10 +316,8 @@ def _explain_bias(real: Array, synthetic_size: int, context: AuditContext, resul
 
 
 def gaussian_kernel(rows: Array) -> Array:
-    """``(N, N)``: a Gaussian as wide as the median distance (Gretton et al. 2012, section 8).
-
-    Bounded, so that no single image far out decides the sum, as it does with a cubic kernel.
-    """
+    """``(N, N)``: a Gaussian as wide as the median distance (Gretton et al. 2012, section 8)."""
+    # Bounded, so that no single image far out decides the sum, as it does with a cubic kernel.
     squared = pairwise.euclidean_distances(rows, squared=True)
     median = float(np.median(squared[np.triu_indices(len(rows), 1)]))
     return np.asarray(np.exp(-squared / (2.0 * max(median, 1e-12))), dtype=np.float64)
@@ -332,22 +328,15 @@ def polynomial_kernel(rows: Array) -> Array:
     return np.asarray(pairwise.polynomial_kernel(rows, degree=3, coef0=1.0), dtype=np.float64)
 
 
-class Comparison:
-    """All `MEASURES` between rows of one feature matrix ``(N, D)``, which holds both sets.
+def comparison(rows: Array, kernel: Callable[[Array], Array] = gaussian_kernel) -> Callable[[Rows, Rows], Array]:
+    """Maps synthetic and real rows of one feature matrix ``(N, D)`` to `MEASURES`. ``kernel``: Of the MMD."""
+    kernels, distances = kernel(rows), pairwise.euclidean_distances(rows)
 
-    ``kernel``: Of the MMD: `gaussian_kernel` for standardised features, `polynomial_kernel` makes it KID.
-    """
+    def measures(synthetic: Rows, real: Rows) -> Array:
+        frechet = frechet_distance(rows[synthetic], rows[real])
+        return np.array([frechet, mmd2(kernels, synthetic, real), *neighbourhoods(distances, synthetic, real)])
 
-    def __init__(self, rows: Array, kernel: Callable[[Array], Array] = gaussian_kernel) -> None:
-        self._rows = rows
-        self._kernel = kernel(rows)
-        self._distances = pairwise.euclidean_distances(rows)
-
-    def __call__(self, synthetic: Rows, real: Rows) -> Array:
-        """``float64 (6,)``: the measures, ``synthetic`` in the synthetic set's place."""
-        frechet = frechet_distance(self._rows[synthetic], self._rows[real])
-        neighbours = neighbourhoods(self._distances, synthetic, real)
-        return np.array([frechet, mmd2(self._kernel, synthetic, real), *neighbours])
+    return measures
 
 
 def frechet_distance(first: Array, second: Array) -> float:
@@ -355,8 +344,7 @@ def frechet_distance(first: Array, second: Array) -> float:
 
     The trace of the square root of the covariances' product is the sum of the singular values of ``A'B``, where ``AA'``
     and ``BB'`` are the two covariances. That is exact for any rank, so samples smaller than the dimension need no
-    shrinkage, no offset on the diagonal and no complex square roots; only their bias remains, see `frechet_bias`. It is
-    in squared units of the features, as usual (eq. 6).
+    shrinkage and no complex square roots; only their bias remains, see `frechet_bias`. Squared, as usual (eq. 6).
     """
     roots = [_root(sample) for sample in (first, second)]
     shift = first.mean(axis=0) - second.mean(axis=0)
@@ -393,10 +381,7 @@ def simulated_frechet_bias(variances: Array, size: int, rng: np.random.Generator
 
 
 def mmd2(kernel: Array, first: Rows, second: Rows) -> float:
-    """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3): 0 on average for equal distributions.
-
-    ``kernel``: ``(N, N)`` over the rows of both samples.
-    """
+    """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) of two sets of rows of ``(N, N)``."""
     ones = np.zeros((len(kernel), 2))
     ones[first, 0], ones[second, 1] = 1.0, 1.0
     sums = ones.T @ (kernel @ ones)

@@ -148,11 +148,7 @@ def _only(images: ImageSet, classes: NDArray[np.str_]) -> ImageSet:
 
 
 def views(images: ImageSet, *, lesions: bool) -> Views:
-    """Squares around the lesions of each image, or each image without its letterbox bars, squashed.
-
-    Raises:
-        ValueError: There is no lesion to show.
-    """
+    """Squares around the lesions of each image, or each image without its letterbox bars, squashed."""
     found = np.empty((len(images), SIDE, SIDE), dtype=np.float32)
     for k, (pixels, mask, valid) in enumerate(zip(images.images, images.masks, images.valid, strict=True)):
         if lesions:

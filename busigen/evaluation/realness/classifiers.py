@@ -43,16 +43,12 @@ _SMOOTHING = 2.0
 """Sigma in pixels of the distance map whose gradient gives the outline's normals, so that jags do not cross them."""
 
 RIDGE = 0.1
-"""Weight of the ridge term against a kernel whose diagonal is about one.
-
-Of 0.001 to 10 the value that told 210 BUSI and BUS-BRA images with planted defects from 209 others best.
-"""
+"""Weight of the ridge term against a kernel whose diagonal is about one: of 0.001 to 10 the value that told 210 BUSI
+and BUS-BRA images with planted defects from 209 others best."""
 
 NETWORKS = {"cuda": "resnet101", "cpu": "resnet18"}
-"""The paper's network (Wen et al. 2026, ResNet101) where there is a GPU; one that finishes in hours where not.
-
-Both start from random weights: MONAI has none for two dimensions.
-"""
+"""The paper's network (Wen et al. 2026, ResNet101) where there is a GPU; one that finishes in hours where not. Both
+start from random weights: MONAI has none for two dimensions."""
 
 EPOCHS = 20
 BATCH = 32
@@ -75,11 +71,9 @@ _FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class View:
-    """One view.
+    """One view: ``cut`` maps image, mask and valid pixels of one frame to ``uint8 (height, width)`` of a fixed size.
 
-    Attributes:
-        cut: Maps image, mask and valid pixels of one frame to ``uint8 (height, width)`` of a fixed size.
-        cells: Rows and columns of the grid in which a fixed network's responses are pooled.
+    ``cells``: Rows and columns of the grid in which a fixed network's responses are pooled.
     """
 
     name: str
@@ -153,12 +147,9 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of both sets, joined.
+    """Rows of both sets, joined. ``side``: N, 0 for the first set and 1 for the second. ``label``: N class numbers.
 
-    Attributes:
-        side: N, 0 for the first set and 1 for the second.
-        label: N class numbers. Rows are compared within their class only, so a different mix of classes cannot tell the
-            sets apart.
+    Rows are compared within their class only, so a different mix of classes cannot tell the sets apart.
     """
 
     side: Ints
@@ -167,11 +158,7 @@ class Task:
 
 
 def folds(task: Task, count: int, seed: int) -> Ints:
-    """The fold in which each row is tested: groups stay together, classes and sides are spread evenly.
-
-    Raises:
-        ValueError: fewer groups than folds.
-    """
+    """The fold in which each row is tested: groups stay together, classes and sides are spread evenly."""
     result = np.zeros(len(task.side), np.int64)
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
@@ -186,7 +173,6 @@ def auc(scores: Floats, task: Task, fold: Ints, weights: Floats | None = None) -
     """Chance that a row of side 1 scores above one of side 0 **of the same class and fold**; ties count half.
 
     Scores of different folds come from different classifiers and are not comparable. NaN where no pair exists.
-
     ``weights``: N weights, such as how often a bootstrap drew each row.
     """
     above = pairs = 0.0

@@ -87,12 +87,7 @@ _SCRIPT = (
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture for the page.
-
-    Attributes:
-        uri: A ``data:`` URI; empty where there is no picture to show.
-        problem: Why there is none, or why it is not quite the file.
-    """
+    """A picture for the page as a ``data:`` URI. ``problem``: Why there is none, or why it is not quite the file."""
 
     uri: str = ""
     width: int = 0
@@ -124,12 +119,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class SectionView:
-    """A section as the template shows it.
-
-    Attributes:
-        pictures: With captions and file names.
-        error: Why it has no result; empty where it has one.
-    """
+    """A section as the template shows it, its pictures with captions and file names, and why it could not run."""
 
     anchor: str
     title: str

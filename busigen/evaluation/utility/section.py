@@ -31,10 +31,8 @@ OFFSET = 1.5
 network's input."""
 
 LEARNT = 0.3
-"""Least mean Dice of a network that has learnt what a lesion is.
-
-A box of a third of the image reaches 0.3 even where it holds all of a lesion of 6 %, the mean in BUSI and BUS-BRA.
-"""
+"""Least mean Dice of a network that has learnt what a lesion is: a box of a third of the image reaches as much where it
+holds all of a lesion of 6 %, the mean in BUSI and BUS-BRA."""
 
 NEAR = 0.3
 """Least Dice at which prediction and mask mean the same lesion, so that their displacement means something."""
@@ -261,57 +259,45 @@ def probe_figures(context: AuditContext, found: list[Outcome], parts: list[Split
     sides = []
     for images, scores in ((real, on_real), (synthetic, on_synthetic)):
         usable = images.masks.any(axis=(1, 2)) & (np.isin(images.classes, common) | (not common))
-        labels = np.searchsorted(common, images.classes) if common else np.zeros(len(images), np.int64)
-        sides.append((scores[usable], labels[usable], images.groups[usable]))
-    figures = []
-    for column, (name, label, statistic) in enumerate(
-        (
-            ("dice", "Agreement of a real-trained network with the masks", _balanced_mean),
-            ("offset_y", "Downward offset of that network from the masks", _median),
-            ("offset_x", "Rightward offset of that network from the masks", _median),
-        )
-    ):
-        known = [~np.isnan(scores[:, column]) for scores, _, _ in sides]
+        classes = np.searchsorted(common, images.classes) if common else np.zeros(len(images), np.int64)
+        sides.append((scores[usable], classes[usable], images.groups[usable]))
+    figures: list[Figure] = []
+
+    def add(column: int, name: str, label: str, statistic: Callable[[Floats, Rows], float]) -> None:
         first, second = (
-            (scores[k, column], labels[k], groups[k]) for (scores, labels, groups), k in zip(sides, known, strict=True)
+            [part[~np.isnan(scores[:, column])] for part in (scores[:, column], classes, groups)]
+            for scores, classes, groups in sides
         )
-        if min(len(first[0]), len(second[0])) >= 2:
-            figures.append(_probe_figure(context, name, label, statistic, first, second))
+        count = len(first[0])
+        if min(count, len(second[0])) < 2:
+            return
+        values, labels = (np.concatenate([first[k], second[k]]) for k in (0, 1))
+
+        def of(rows: Rows) -> float:
+            return statistic(values[rows], labels[rows])
+
+        rng = context.rng(SECTION, "masks", name)
+        floor = bootstrap(of, rng, first[2])
+        figure = Figure(
+            key=f"{SECTION}.masks.{name}",
+            label=label,
+            value=bootstrap(lambda rows: of(rows + count), rng, second[2]),
+            floor=floor,
+            synthetic=len(second[0]),
+            real=count,
+            better="higher" if name == "dice" else "near",
+            unit="" if name == "dice" else "px",
+            p=permutation_p(lambda a, b: abs(of(a) - of(b)), first[2], second[2], rng, PERMUTATIONS),
+            headline=name == "dice",
+            note="The network trained on real images segments synthetic ones; the floor is the same on held-out real "
+            "images.",
+        )
+        figures.append(figure)
+
+    add(0, "dice", "Agreement of a real-trained network with the masks", _balanced_mean)
+    add(1, "offset_y", "Downward offset of that network from the masks", _median)
+    add(2, "offset_x", "Rightward offset of that network from the masks", _median)
     return figures
-
-
-def _probe_figure(
-    context: AuditContext,
-    name: str,
-    label: str,
-    statistic: Callable[[Floats, Rows], float],
-    real: tuple[Floats, Rows, Rows],
-    synthetic: tuple[Floats, Rows, Rows],
-) -> Figure:
-    """One figure of `probe_figures`. ``statistic``: Of values and their classes. Sides: Values, classes, groups."""
-    values, classes = (np.concatenate([real[k], synthetic[k]]) for k in (0, 1))
-    count = len(real[0])
-
-    def of(rows: Rows) -> float:
-        return statistic(values[rows], classes[rows])
-
-    rng = context.rng(SECTION, "masks", name)
-    floor = bootstrap(of, rng, real[2])
-    value = bootstrap(lambda rows: of(rows + count), rng, synthetic[2])
-    return Figure(
-        key=f"{SECTION}.masks.{name}",
-        label=label,
-        value=value,
-        floor=floor,
-        synthetic=len(synthetic[0]),
-        real=count,
-        better="higher" if name == "dice" else "near",
-        unit="" if name == "dice" else "px",
-        p=permutation_p(lambda a, b: abs(of(a) - of(b)), real[2], synthetic[2], rng, PERMUTATIONS),
-        headline=name == "dice",
-        note="The network trained on real images segments synthetic ones; the floor is the same on held-out real "
-        "images.",
-    )
 
 
 def _scores(tested: list[tuple[Counts, Floats]]) -> Floats:

@@ -37,12 +37,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is built and trained: the same in every arm.
+    """How a network is built and trained: the same in every arm. ``side``: Pixels of the square input; divides 256.
 
-    Attributes:
-        side: Pixels of the square input; divides 256.
-        channels: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
-            work at half resolution from the first layer on).
+    ``channels``: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
+    work at half resolution from the first layer on).
     """
 
     side: int
@@ -389,10 +387,7 @@ def pooled_f1(counts: Counts) -> float:
 
 
 def centroid_offsets(predicted: Masks, masks: Masks) -> NDArray[np.float64]:
-    """``(N, 2)``: rows and columns from the mask's centroid to the prediction's; NaN where either is empty.
-
-    In pixels of the working frame.
-    """
+    """``(N, 2)``: pixels of the working frame down and right from the mask's centroid to the prediction's, or NaN."""
     place = np.arange(masks.shape[1])
 
     def centroids(of: Masks) -> NDArray[np.float64]:
