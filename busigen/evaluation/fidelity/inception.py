@@ -80,9 +80,7 @@ class Features:
 
 
 def load(context: AuditContext) -> Network:
-    """The network at ``context.inception``, or else the one in the library's own cache.
-
-    ``context.inception`` is a TorchScript file: a program, which is run. Only take it from a source you trust.
+    """The network at ``context.inception``, a program which is run, or else the one in the library's own cache.
 
     Raises:
         InputError: ``context.inception`` cannot be used.

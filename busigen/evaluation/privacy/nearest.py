@@ -8,7 +8,7 @@ shifted copies near 0.9. Views of 64 pixels separate the two no better and take 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,6 @@ LOW_FALSE_POSITIVES = 0.01
 _REPEAT_SHIFT = 2
 _FLAT = 1e-3
 _BLOCK = 2048
-
-Track = Callable[[str, Iterable[int], int], Iterator[int]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,10 @@ def image_space(context: AuditContext, name: str) -> Space | None:
     mine, held_views = views(synthetic, lesions=lesions), views(held, lesions=lesions)
 
     def compare(first: Views, second: Views, sides: str) -> Values:
-        return correlations(first, second, track=context.track, what=f"{label}, {sides}").astype(np.float64)
+        def track(offsets: range) -> Iterable[int]:
+            return context.track(f"comparing {label}, {sides}", offsets, len(offsets))
+
+        return correlations(first, second, track=track).astype(np.float64)
 
     alike = correlations(mine, mine, shift=_REPEAT_SHIFT) > REPEATED
     # An image that a set repeats is one piece of evidence, not many.
@@ -187,21 +188,18 @@ def _image_bounds(valid: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def correlations(
-    queries: Views, targets: Views, *, shift: int = SHIFT, track: Track | None = None, what: str = "images"
+    queries: Views, targets: Views, *, shift: int = SHIFT, track: Callable[[range], Iterable[int]] = iter
 ) -> Views:
     """Best normalised correlation of every query with every target, over mirrors and shifts: ``float32 (Q, T)``.
 
     The query's middle is laid on the target at every position within ``shift`` view pixels (at most a quarter of the
     side); both are standardised over the very pixels that overlap. One matrix product per position does all pairs. A
-    view without any detail correlates at 0 with all.
+    view without any detail correlates at 0 with all. ``track``: Shows progress over the positions.
     """
     inner = slice(shift, SIDE - shift)
     middles = [_standard(view[:, inner, inner]) for view in (queries, queries[:, :, ::-1])]
     best = np.full((len(queries), len(targets)), -1.0, dtype=np.float32)
-    offsets: Iterable[int] = range((2 * shift + 1) ** 2)
-    if track is not None:
-        offsets = track(f"comparing {what}", offsets, (2 * shift + 1) ** 2)
-    for offset in offsets:
+    for offset in track(range((2 * shift + 1) ** 2)):
         y, x = divmod(offset, 2 * shift + 1)
         for start in range(0, len(targets), _BLOCK):
             block = slice(start, start + _BLOCK)

@@ -121,34 +121,18 @@ def _tests(space: Space) -> list[_Test]:
     mine = space.to_train.max(axis=1), space.groups
     members = space.to_train.max(axis=0), space.train.groups
     others = space.to_held.max(axis=0), space.held.groups
+    nearer = (
+        "chance that a synthetic image lies nearer to its training neighbour than a held-out image to its own "
+        "(Meehan et al. 2020); flagged only together with the preference for training images, because blur or a "
+        "narrow choice of images brings it about too"
+    )
+    attack = "an attacker who ranks real images by their nearest synthetic one; 0.5 tells nothing"
+    sure = "the same attacker, sure of himself (Carlini et al. 2022)"
+    crop = space.name == "crop"
     tests = [
-        _Test(
-            "nearer",
-            "nearer to training images than held-out images are",
-            nearest.auc,
-            mine,
-            usual,
-            "chance that a synthetic image lies nearer to its training neighbour than a held-out image to its own "
-            "(Meehan et al. 2020); flagged only together with the preference for training images, because blur or a "
-            "narrow choice of images brings it about too",
-        ),
-        _Test(
-            "membership",
-            "membership inference AUC",
-            nearest.auc,
-            members,
-            others,
-            "an attacker who ranks real images by their nearest synthetic one; 0.5 tells nothing",
-            headline=space.name == "crop",
-        ),
-        _Test(
-            "detected",
-            "members found at 1 % false alarms",
-            nearest.detected,
-            members,
-            others,
-            "the same attacker, sure of himself (Carlini et al. 2022)",
-        ),
+        _Test("nearer", "nearer to training images than held-out images are", nearest.auc, mine, usual, nearer),
+        _Test("membership", "membership inference AUC", nearest.auc, members, others, attack, headline=crop),
+        _Test("detected", "members found at 1 % false alarms", nearest.detected, members, others, sure),
     ]
     if space.within is None:
         return [*tests, _copies(mine, usual, "reference: held-out images against the training images")]
@@ -164,16 +148,11 @@ def _tests(space: Space) -> list[_Test]:
 def _copies(mine: Sample, usual: Sample, note: str) -> _Test:
     threshold = nearest.copy_threshold(usual[0])
     above = int((usual[0] > threshold).sum())
-    return _Test(
-        "copies",
-        "copied images",
-        nearest.copied_share,
-        mine,
-        usual,
+    note = (
         f"share that correlates above {threshold:.3f} with its neighbour: {nearest.COPY_SIGMAS:g} robust standard "
-        f"deviations above the usual one; {above} of {len(usual[0])} reference images do; {note}",
-        headline=True,
+        f"deviations above the usual one; {above} of {len(usual[0])} reference images do; {note}"
     )
+    return _Test("copies", "copied images", nearest.copied_share, mine, usual, note, headline=True)
 
 
 def _mean(first: Values, second: Values) -> float:

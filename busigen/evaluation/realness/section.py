@@ -39,10 +39,6 @@ PERMUTATIONS = 999
 
 _SHOWN = 15
 _COLUMNS = 5
-_REAL_BACKGROUNDS = (
-    "The synthetic lesions were painted into real images, so most pixels of a whole image are real: what counts here "
-    "is the lesion crop and the ring around the outline."
-)
 
 
 def run(context: AuditContext) -> SectionResult:
@@ -64,7 +60,10 @@ def run(context: AuditContext) -> SectionResult:
         _report(context, found, result)
         result.note(CLEAN)
     if context.backgrounds == "real":
-        result.note(_REAL_BACKGROUNDS)
+        result.note(
+            "The synthetic lesions were painted into real images, so most pixels of a whole image are real: what "
+            "counts here is the lesion crop and the ring around the outline."
+        )
     result.details["band"] = {
         "ring_px": classifiers.BAND,
         "lesion_margin": classifiers.MARGIN,
@@ -126,6 +125,25 @@ def _fold_count(task: Task) -> int:
     return min(FOLDS, *(len(np.unique(task.group[task.side == side])) for side in (0, 1)))
 
 
+def _halved(real: ImageSet, rows: tuple[Ints, Ints], seed: int) -> tuple[Task, Ints] | None:
+    """The task of telling two halves of the real set apart, and its folds; None for too few groups."""
+    first, second = real.take(rows[0]), real.take(rows[1])
+    task = _task(first, second, (first.groups, second.groups))
+    count = _fold_count(task)
+    return (task, folds(task, count, seed)) if count > 1 else None
+
+
+def _ridge_floor(context: AuditContext, view: View, real: ImageSet, features: NDArray[np.float32]) -> Interval | None:
+    values = []
+    rng = context.rng(SECTION, view.name, "floor")
+    for _ in range(grouped.HALVINGS):
+        rows = halves(real.groups, rng)
+        if (part := _halved(real, rows, context.seed)) is not None:
+            values.append(auc(Ridge(features[np.concatenate(rows)], *part).scores(part[0].side), *part))
+    known = [value for value in values if not np.isnan(value)]
+    return grouped.middle(known) if known else None
+
+
 def _separations(
     context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
 ) -> list[Figure]:
@@ -137,13 +155,6 @@ def _separations(
 
     def shuffled() -> list[Task]:
         return [replace(task, side=classifiers.shuffled_sides(task, rng)) for _ in range(PERMUTATIONS)]
-
-    def halved(rows: tuple[Ints, Ints]) -> tuple[Task, Ints] | None:
-        """The task of telling two halves of the real set apart, and its folds; None for too few groups."""
-        first, second = real.take(rows[0]), real.take(rows[1])
-        part = _task(first, second, (first.groups, second.groups))
-        count = _fold_count(part)
-        return (part, folds(part, count, context.seed)) if count > 1 else None
 
     def judged(key: str, label: str, scores: Floats, nulls: list[float], floor: Interval | None, note: str) -> Figure:
         """The figure of one classifier, its p-value not yet adjusted; where shuffled labels lie is kept in details."""
@@ -166,16 +177,8 @@ def _separations(
     ridge = Ridge(features, task, fold)
     scores = ridge.scores(task.side)
     nulls = [auc(ridge.scores(other.side), other, fold) for other in shuffled()]
-    floors = []
-    floor_rng = context.rng(SECTION, view.name, "floor")
-    for _ in range(grouped.HALVINGS):
-        rows = halves(real.groups, floor_rng)
-        if (part := halved(rows)) is not None:
-            floors.append(auc(Ridge(features[np.concatenate(rows)], *part).scores(part[0].side), *part))
-    known = [value for value in floors if not np.isnan(value)]
-    floor = grouped.middle(known) if known else None
     note = "Ridge classifier on a fixed two-layer scattering network, trained anew for every permutation."
-    found = [judged("auc", "AUC", scores, nulls, floor, note)]
+    found = [judged("auc", "AUC", scores, nulls, _ridge_floor(context, view, real, features[: len(real)]), note)]
     if view.name == "lesion":
         _show_extremes(context, crops, scores[task.side == 1], result)
     if context.effort == "full":
@@ -184,7 +187,7 @@ def _separations(
         nulls = [auc(scores, other, fold) for other in shuffled()]
         rows = halves(real.groups, rng)
         floor = None
-        if (part := halved(rows)) is not None:
+        if (part := _halved(real, rows, context.seed)) is not None:
             own = classifiers.resnet_scores(
                 pixels[np.concatenate(rows)], *part, seed=context.seed, device=context.device
             )

@@ -260,10 +260,7 @@ def _unsaid(views: list[SectionView]) -> list[str]:
 
 
 def chosen(figures: Sequence[Figure], rows: int = ROWS) -> list[Figure]:
-    """The figures a chart shows, in their own order.
-
-    Headlines are taken before flagged ones, those before the rest, and of equals those furthest beyond their floors.
-    """
+    """The figures a chart shows, in their own order: headlines first, then flagged ones, then those furthest beyond."""
     drawable = [figure for figure in figures if known(figure.value.value)]
     ranked = sorted(drawable, key=lambda figure: (not figure.headline, not figure.flagged, -words.excess(figure)))
     kept = {figure.key for figure in ranked[:rows]}

@@ -122,10 +122,7 @@ def duration(seconds: float | None) -> str:
 
 
 def excess(figure: Figure) -> float:
-    """How far a value lies on the wrong side of its floor's interval, in widths of that interval; 0 within.
-
-    It ranks figures of different units for the report's summary; it decides no flag.
-    """
+    """How far a value lies on the wrong side of its floor's interval, in widths of it: ranks, never flags."""
     ends, value = _floor_ends(figure), figure.value.value
     if figure.floor is None or ends is None:
         return 0.0

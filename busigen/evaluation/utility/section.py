@@ -88,10 +88,7 @@ def run(context: AuditContext) -> SectionResult:
 
 
 def flagged(figures: list[Figure], result: SectionResult, *, trusted: bool = True) -> None:
-    """Adjust p-values, apply each figure's rule, and add figures and findings to the result.
-
-    ``trusted``: False where the networks did not learn: then nothing is flagged.
-    """
+    """Adjust p-values and add figures and findings to the result; only ``trusted`` networks' defects are flagged."""
     p_values = adjusted(np.array([np.nan if figure.p is None else figure.p for figure in figures]))
     for figure, p in zip(figures, p_values, strict=True):
         enough = min(figure.synthetic, figure.real) >= FEWEST_TO_FLAG
@@ -233,12 +230,10 @@ def _seed_floor(seeds: list[Counts], rows: Rows, groups: Rows, rng: np.random.Ge
 
 
 def grouped_wilcoxon(differences: Floats, groups: Rows) -> float:
-    """P-value of the paired Wilcoxon test on each group's mean difference: images of one patient are not independent.
-
-    Zeros count half for either sign; 1 where there is nothing else.
-    """
+    """P-value of the paired Wilcoxon test on each group's mean difference; 1 where there is none at all."""
     _, code = np.unique(groups, return_inverse=True)
     means = np.bincount(code, differences) / np.bincount(code)
+    # Zeros count half for either sign.
     return float(wilcoxon(means, zero_method="zsplit").pvalue) if means.any() else 1.0
 
 

@@ -297,15 +297,12 @@ def _kept(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _outcome(arm: str, seed: int, split: str, content: dict[str, Any]) -> Outcome:
-    def counts(name: str) -> Counts:
-        return np.array(content.get(name, []), np.int64).reshape(-1, 3)
-
-    def offsets(name: str) -> NDArray[np.float64]:
-        rows = [[np.nan] * 2 if row is None else row for row in content.get(f"{name}_offsets", [])]
-        return np.array(rows, np.float64).reshape(-1, 2)
-
-    on_test, on_synthetic = ((counts(name), offsets(name)) for name in ("test", "synthetic"))
-    return Outcome(arm, seed, split, *on_test, *on_synthetic, counts("external"))
+    found = {}
+    for name in ("test", "synthetic", "external"):
+        counts = np.array(content.get(name, []), np.int64).reshape(-1, 3)
+        offsets = [[np.nan] * 2 if row is None else row for row in content.get(f"{name}_offsets", [])]
+        found[name] = counts, np.array(offsets, np.float64).reshape(-1, 2)
+    return Outcome(arm, seed, split, *found["test"], *found["synthetic"], found["external"][0])
 
 
 def train(
