@@ -156,38 +156,34 @@ def _on(
     least = FALSE_POSITIVE_AREA * training.RECIPES[context.effort].side ** 2
     averages = {name: np.mean([dice(counts) for counts in seeds], axis=0) for name, seeds in scores.items()}
 
-    def of_arm(name: str, seeds: list[Counts]) -> None:
-        rng = context.rng(SECTION, prefix, name)
-        used = min(round(ARMS[name].synthetic * train), lesions)
-        note = "To be compared with the arm 'real': between halves of a set there is no such figure."
-        plain = Figure("", "", Interval(0.0), None, used, len(rows), better="higher", note=note)
+    rngs = {name: context.rng(SECTION, prefix, name) for name in scores}
 
-        def add(
-            key: str, label: str, statistic: Callable[[Rows], float], members: Rows, after: str = "", **changes: Any
-        ) -> None:
-            figure = replace(
-                plain,
-                key=f"{prefix}{name}.{key}",
-                label=f"{label}, {words}{ARMS[name].label}{after}",
-                value=bootstrap(statistic, rng, real.groups[members]),
-                real=len(members),
-            )
-            figures.append(replace(figure, **changes))
-
-        mine = averages[name]
-        add("dice", "Dice", _mean_of(mine[rows]), rows, headline=not external and name == REAL)
-        add(
-            "f1",
-            "Pooled F1 of lesion images",
-            lambda k: float(np.mean([training.pooled_f1(counts[rows[k]]) for counts in seeds])),
-            rows,
+    def add(
+        arm: str, key: str, label: str, statistic: Callable[[Rows], float], members: Rows, after: str = "", **more: Any
+    ) -> None:
+        figure = Figure(
+            key=f"{prefix}{arm}.{key}",
+            label=f"{label}, {words}{ARMS[arm].label}{after}",
+            value=bootstrap(statistic, rngs[arm], real.groups[members]),
+            floor=None,
+            synthetic=min(round(ARMS[arm].synthetic * train), lesions),
+            real=len(members),
+            better="higher",
+            note="To be compared with the arm 'real': between halves of a set there is no such figure.",
         )
+        figures.append(replace(figure, **more))
+
+    for name, seeds in scores.items():
+        mine = averages[name]
+        add(name, "dice", "Dice", _mean_of(mine[rows]), rows, headline=not external and name == REAL)
+        add(name, "f1", "Pooled F1 of lesion images", _f1_of([counts[rows] for counts in seeds]), rows)
         for stratum, members in _strata(real, rows).items():
-            add(f"{stratum.replace(' ', '_')}.dice", "Dice", _mean_of(mine[members]), members, f", {stratum}")
+            add(name, f"{stratum.replace(' ', '_')}.dice", "Dice", _mean_of(mine[members]), members, f", {stratum}")
         for reference in (REAL, CLASSIC):
             if reference in scores and name not in (REAL, reference):
                 difference = (mine - averages[reference])[rows]
                 add(
+                    name,
                     f"gain_over_{reference}",
                     f"Dice gained over '{ARMS[reference].label}'",
                     _mean_of(difference),
@@ -198,17 +194,18 @@ def _on(
                     note="The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
                 )
         if len(normals):
-            found = np.mean([counts[normals, 1] >= least for counts in seeds], axis=0)
+            share = _mean_of(np.mean([counts[normals, 1] >= least for counts in seeds], axis=0), scale=100.0)
             key, label = "normals.false_positives", "Normals with a false lesion"
-            add(key, label, lambda k: 100.0 * float(found[k].mean()), normals, unit="%", better="lower")
-
-    for name, seeds in scores.items():
-        of_arm(name, seeds)
+            add(name, key, label, share, normals, unit="%", better="lower")
     return figures
 
 
-def _mean_of(values: Floats) -> Callable[[Rows], float]:
-    return lambda rows: float(values[rows].mean())
+def _mean_of(values: Floats, *, scale: float = 1.0) -> Callable[[Rows], float]:
+    return lambda rows: scale * float(values[rows].mean())
+
+
+def _f1_of(seeds: list[Counts]) -> Callable[[Rows], float]:
+    return lambda rows: float(np.mean([training.pooled_f1(counts[rows]) for counts in seeds]))
 
 
 def _strata(real: ImageSet, rows: Rows) -> dict[str, Rows]:
