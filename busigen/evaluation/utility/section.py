@@ -257,8 +257,9 @@ def probe_figures(context: AuditContext, found: list[Outcome], parts: list[Split
 
     def add(column: int, name: str, label: str, statistic: Callable[[Floats, Rows], float]) -> None:
         first, second = (
-            [part[~np.isnan(scores[:, column])] for part in (scores[:, column], classes, groups)]
+            (scores[known, column], classes[known], groups[known])
             for scores, classes, groups in sides
+            for known in [~np.isnan(scores[:, column])]
         )
         count = len(first[0])
         if min(count, len(second[0])) < 2:
