@@ -18,8 +18,7 @@ from busigen import __version__
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
 from busigen.evaluation.context import AuditContext, Effort
 from busigen.evaluation.reading.inputs import read_inputs
-from busigen.evaluation.report.charts import CONTACT_SHEET, contact_sheet
-from busigen.evaluation.report.page import write_html
+from busigen.evaluation.report.page import CONTACT_SHEET, contact_sheet, write_html
 from busigen.evaluation.report.text import sentence
 from busigen.evaluation.results import SectionResult, jsonable, load, section_folder, store
 from busigen.evaluation.sections import SECTIONS, Prints, Section, key_of
