@@ -10,17 +10,17 @@ from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES, Preset
 
 LEARN_FROM_HEALED = ("mask", "prior")
-"""Components that are shown images without their lesions."""
+"""Components that are trained on healed images."""
 
 
 @dataclass(frozen=True)
 class TaskSpec:
     """One step of a recipe.
 
-    ``kind`` names the task class (:data:`busigen.training.tasks.registry.KINDS`); ``component`` its network; ``start``
-    the component of the same shape whose weights it begins with; ``label`` an adapter's class. ``variants`` counts
-    encodings per image, ``batch`` 128-pixel windows (or images). ``keep`` says which weights stay: the ``best`` on
-    held-out images, or the ``last``, where an opponent finds more than the held-out loss measures.
+    ``kind`` names the task class (:data:`busigen.training.pipeline.KINDS`), ``component`` its network, ``start`` the
+    component whose weights it begins with, and ``label`` an adapter's class. ``variants`` counts encodings per image,
+    ``batch`` 128-pixel windows (or images). ``keep`` says which weights stay: the ``best`` on held-out images, or the
+    ``last``, where a critic judges what the held-out loss does not measure.
     """
 
     name: str
@@ -54,8 +54,8 @@ class LoraSpec:
 class Recipe:
     """A preset's whole training run.
 
-    ``heal_variants`` is the number of healed versions of each image; ``max_images`` bounds the images of a split that
-    any one task looks at (``None``: all), which keeps trials short.
+    ``heal_variants`` counts the healed versions of each image; ``max_images`` bounds the images of a split (``None``:
+    all), which keeps trials short.
     """
 
     preset: str
@@ -71,16 +71,16 @@ class Recipe:
         return PRESETS[self.preset]
 
     def kind_of(self, component: str) -> str:
-        """The kind of task that trains a component's base; it is the preset's even where the recipe has none left."""
+        """The kind of task by which the preset trains a component, even if this recipe does not train it."""
         return next(task.kind for task in _RECIPES[self.preset](self.seed).tasks if task.name == component)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able copy, kept in every checkpoint."""
+        """A copy for JSON."""
         return asdict(self)
 
 
 def _adapters(steps: int, batch: int, lr: float, variants: Mapping[str, int]) -> Iterator[TaskSpec]:
-    """Every stage's adapters; with as many ``variants`` as its base, they draw from the same encoded examples."""
+    """Every stage's adapters, with as many ``variants`` as its base, whose encoded examples they share."""
     for stage in STAGES:
         for label in LESION_CLASSES:
             yield TaskSpec(
@@ -156,7 +156,7 @@ def recipe_for(preset: str, *, seed: int = 0, scale: float = 1.0) -> Recipe:
     Args:
         preset: a name in ``registry.PRESETS``.
         seed: seeds weights, order, augmentation and noise.
-        scale: factor on every task's steps; at least 2 steps remain. Warm-ups never exceed a tenth of the steps.
+        scale: factor on every task's steps, of which at least 2 remain; warm-ups are at most a tenth of them.
 
     Raises:
         UsageError: unknown preset, or a scale that is not positive.
@@ -166,11 +166,9 @@ def recipe_for(preset: str, *, seed: int = 0, scale: float = 1.0) -> Recipe:
     if not scale > 0:
         raise UsageError(f"--scale must be above 0, not {scale}.", fix="1 is the whole recipe, 0.05 a twentieth of it.")
     recipe = _RECIPES[preset](seed)
-    return replace(recipe, tasks=tuple(_scaled(task, scale) for task in recipe.tasks))
-
-
-def _scaled(task: TaskSpec, scale: float) -> TaskSpec:
-    if task.steps == 0:
-        return task
-    steps = max(2, round(task.steps * scale))
-    return replace(task, steps=steps, warmup=min(task.warmup, max(1, steps // 10)))
+    tasks = []
+    for task in recipe.tasks:
+        steps = max(2, round(task.steps * scale)) if task.steps else 0
+        warmup = min(task.warmup, max(1, steps // 10)) if task.steps else task.warmup
+        tasks.append(replace(task, steps=steps, warmup=warmup))
+    return replace(recipe, tasks=tuple(tasks))
