@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,13 +43,11 @@ from busigen.training.trainer import MAX_WEIGHTS_BYTES, write_json
 
 RECORD = "busigen.json"
 SCHEMA = 1
+WRITABLE = "Use a folder that you may write to."
 BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
 
-LATER = ("spectrum.", "decoder.outlines.")
-"""Weights that components of an earlier busigen may lack: measured spreads, and the decoder's mask inputs."""
-
-MAX_RECORD_BYTES = 64 << 20
-"""Largest file of a component's folder that is read, apart from weights."""
+LATER = ("spectrum.", "decoder.outlines.")  # Weights that components of older versions may lack.
+MAX_RECORD_BYTES = 64 << 20  # Largest file of a component's folder that is read, apart from weights.
 
 _TRAIN = "Run 'busigen train' to its end first."
 _REFIT = (
@@ -58,7 +57,7 @@ _REFIT = (
 
 
 class ConfigRecord(Record):
-    """Content of a component's ``config.json``: any object."""
+    """A component's ``config.json``: any object."""
 
 
 class Latents(Record):
@@ -158,10 +157,9 @@ def load_component(component: str, folder: Path, preset: Preset | None = None) -
     try:
         # diffusers opens files of the folder by name, and would wait for a pipe.
         for path in folder.iterdir():
-            if path.is_dir():
-                continue
-            limit = MAX_WEIGHTS_BYTES if path.suffix == ".safetensors" else MAX_RECORD_BYTES
-            open_file(path, limit=limit).close()
+            if not path.is_dir():
+                limit = MAX_WEIGHTS_BYTES if path.suffix == ".safetensors" else MAX_RECORD_BYTES
+                open_file(path, limit=limit).close()
         # Without low_cpu_mem_usage, missing weights have the values of the constructor.
         options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
         model, found = model_class(component).from_pretrained(str(folder), **options, output_loading_info=True)
@@ -176,15 +174,10 @@ def load_component(component: str, folder: Path, preset: Preset | None = None) -
 
 
 def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED)) -> dict[str, str]:
-    """The sha256 of all safetensors files in some folders of a checkpoint, by relative path.
-
-    Raises:
-        InputError: a file cannot be read, is no regular one, or is larger than ``MAX_WEIGHTS_BYTES``.
-    """
+    """The sha256 of all safetensors files in some folders of a checkpoint, by path; an InputError if unreadable."""
     places = [folder / place for place in below if (folder / place).is_dir()]
-    files = sorted(path for place in places for path in walk(place) if path.suffix == ".safetensors")
     found = {}
-    for path in files:
+    for path in sorted(path for place in places for path in walk(place) if path.suffix == ".safetensors"):
         try:
             found[path.relative_to(folder).as_posix()] = sha256_of(path, limit=MAX_WEIGHTS_BYTES)
         except OSError as error:
@@ -199,11 +192,7 @@ def versions() -> dict[str, str]:
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write ``busigen.json``, which makes a checkpoint ready for export, and return it as read back.
-
-    Raises:
-        InputError, IntegrityError: :func:`read_record` refuses it; the file is then removed.
-    """
+    """Write ``busigen.json``, which makes a checkpoint ready for export; removed if :func:`read_record` refuses it."""
     write_json(folder / RECORD, {"schema": SCHEMA, "weights": weight_hashes(folder), **content})
     try:
         return read_record(folder)
@@ -243,29 +232,17 @@ def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
     record = read_record(folder)
     preset = PRESETS[record["preset"]]
     denoisers = {"prior": load_component("prior", folder / BASE / "prior", preset)}
-    for stage in STAGES:
-        for label in LESION_CLASSES:
-            name = f"{stage}-{label}"
-            denoisers[name] = load_component(stage, folder / MERGED / name, preset)
-    networks = Networks(
-        preset=preset,
-        autoencoder=load_component("autoencoder", folder / BASE / "autoencoder", preset),
-        latents_mean=torch.tensor(record["latents"]["mean"]),
-        latents_std=torch.tensor(record["latents"]["std"]),
-        context=load_component("context", folder / BASE / "context", preset),
-        denoisers=denoisers,
-    )
-    return networks, record
+    for stage, label in product(STAGES, LESION_CLASSES):
+        name = f"{stage}-{label}"
+        denoisers[name] = load_component(stage, folder / MERGED / name, preset)
+    autoencoder, context = (load_component(name, folder / BASE / name, preset) for name in ("autoencoder", "context"))
+    mean, std = (torch.tensor(record["latents"][name]) for name in ("mean", "std"))
+    return Networks(preset, autoencoder, mean, std, context, denoisers), record
 
 
-ADAPTER_KINDS = ("heal", "adapter")
-"""Kinds of tasks that a run on a base has: heal the new images, then train adapters on them."""
-
-RETRAINABLE = (*STAGES, "prior", "decoder", "finish")
-"""Components that can be trained further; encoder and context encoder stay, since all others depend on them."""
-
-RETRAIN_RATE = 0.5
-"""Factor on the learning rate of components that start from a base's weights; the full rate undoes them first."""
+ADAPTER_KINDS = ("heal", "adapter")  # What a run on a base does: heal the new images, and train adapters on them.
+RETRAINABLE = (*STAGES, "prior", "decoder", "finish")  # All but the encoders, whose output the others read.
+RETRAIN_RATE = 0.5  # Factor on the learning rate from a base's weights, which the full rate would undo first.
 
 
 @dataclass(frozen=True)
@@ -282,10 +259,9 @@ class Base:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells bases apart: ``split_hash`` of the images that they were trained on, and ``weights``.
+        """``split_hash`` of the images that the base components were trained on, and ``weights``, their hash.
 
-        ``weights`` is the sha256 of the base components' weight hashes as sorted JSON, so any checkpoint that holds
-        these components gives the same one. A checkpoint that was itself trained on a base has that base's split hash.
+        It is the sha256 of their files' hashes as sorted JSON, the same in all checkpoints that hold these components.
         """
         weights = {name: digest for name, digest in self.record["weights"].items() if name.startswith(f"{BASE}/")}
         digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
@@ -298,14 +274,8 @@ class Base:
         """The part of the preset's recipe that a run on this base does, with the base's LoRA.
 
         Without ``retrain``, these are all adapters, which learn from all sources of the data. With it, the named
-        components start from the base's weights at ``RETRAIN_RATE`` of the rate, and their adapters are trained as in a
-        run without a base. Stage 3 starts from stage 2's weights, as in such a run, if both are named.
-
-        Args:
-            preset: ``None`` or the base's.
-            seed: as for :func:`busigen.training.recipe.recipe_for`.
-            scale: as for :func:`busigen.training.recipe.recipe_for`.
-            retrain: names in ``RETRAINABLE``.
+        components, of ``RETRAINABLE``, start from the base's weights at ``RETRAIN_RATE`` of the rate, and their
+        adapters are trained as without a base. Stage 3 then starts from stage 2's weights if both are named.
 
         Raises:
             UsageError: another preset, a scale that is not positive, or a component that cannot be retrained.
@@ -335,9 +305,7 @@ class Base:
     def copy(self, out: Path, recipe: Recipe) -> None:
         """Copy all components that ``recipe`` does not train to ``out``, except those that are there already.
 
-        Raises:
-            OutputError: ``out`` cannot be written.
-            IntegrityError: a copy is not what was recorded.
+        An OutputError says that ``out`` cannot be written, an IntegrityError that a copy is not what was recorded.
         """
         trained = {place_of(task) for task in recipe.tasks if task.kind != "heal"}
         weights: dict[str, dict[str, str]] = {}
@@ -352,9 +320,7 @@ class Base:
                 with replaced_folder(out / place) as folder:
                     shutil.copytree(self.folder / place, folder, dirs_exist_ok=True)
             except OSError as error:
-                raise OutputError(
-                    f"{out / place} cannot be written: {error}.", fix="Use a folder that you may write to."
-                ) from error
+                raise OutputError(f"{out / place} cannot be written: {error}.", fix=WRITABLE) from error
             if weight_hashes(out, (place,)) != wanted:
                 raise IntegrityError(
                     f"{out / place} is not what {self.folder / RECORD} records.", fix="Run the same command again."
@@ -371,13 +337,8 @@ def _further(task: TaskSpec, retrain: Collection[str]) -> TaskSpec:
 def with_adapter(base: ModelMixin, lora: LoraSpec, seed: int) -> PeftModel:
     """Freeze ``base`` and attach fresh adapters; a spectrum (:mod:`busigen.training.networks.variance`) is copied."""
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
-        lora_dropout=0.0,
-        modules_to_save=["spectrum"] if hasattr(base, "spectrum") else None,
-    )
+    copied = ["spectrum"] if hasattr(base, "spectrum") else None
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), modules_to_save=copied)
     return get_peft_model(base.requires_grad_(False), config)
 
 
@@ -388,11 +349,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def merge(model: PeftModel) -> ModelMixin:
-    """Fold the adapter into the base weights and return the plain network.
-
-    Raises:
-        ValueError: an adapter's name is left in the merged network.
-    """
+    """The plain network, with the adapter folded into its weights; a ValueError if adapter weights are left."""
     merged = model.merge_and_unload(safe_merge=True)
     if left := [name for name in merged.state_dict() if "lora" in name]:
         raise ValueError(f"adapter weights are left after the merge: {', '.join(left[:3])}")

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -24,27 +25,19 @@ from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.runtime.backends.bundle import LEAST_FRAME
 from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.networks.inference import Networks
+from busigen.training.networks.outline import OutlineSpace, birads_flags
 from busigen.training.trainer import load_state, save_state
 
 log = logging.getLogger("busigen.training")
 
-Progress = Callable[[int, int], None]
-"""Is called with what is done and of how much."""
-
-Healed = Callable[[int, int], NDArray[np.uint8]]
-"""The image of a prepared row without its lesion, in one of several variants."""
+Progress = Callable[[int, int], None]  # Is called with what is done and of how much.
+Healed = Callable[[int, int], NDArray[np.uint8]]  # The image of a prepared row and variant, without its lesion.
 
 ENCODE_BATCH = 16
 
-FRAMES = 64
-"""Most image shapes that a checkpoint records for synthetic backgrounds."""
+FRAMES = 64  # Most image shapes that a checkpoint records for synthetic backgrounds.
 
-WIDE = 15
-"""Least side in pixels of a block of suspected overlay that no loss counts, such as a line of text or a Doppler box.
-
-What was painted over a caliper, a tick or a dotted line lies within a few pixels of tissue and looks like it; leaving
-it out would take most of a small lesion's outline from the loss.
-"""
+WIDE = 15  # Least side in pixels of overlays that no loss counts: text, but not calipers at a lesion's outline.
 
 assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"
 
@@ -67,13 +60,9 @@ class Frame:
 
     def flipped(self) -> Frame:
         """Mirror left and right, never top and bottom: skin is at the top and shadows fall downwards."""
-        return Frame(
-            np.ascontiguousarray(self.image[:, ::-1]),
-            np.ascontiguousarray(self.lesions[:, ::-1]),
-            np.ascontiguousarray(self.overlay[:, ::-1]),
-            np.ascontiguousarray(self.valid[:, ::-1]),
-            self.label,
-        )
+        parts: tuple[Any, ...] = (self.image, self.lesions, self.overlay, self.valid)
+        image, lesions, overlay, valid = (np.ascontiguousarray(part[:, ::-1]) for part in parts)
+        return Frame(image, lesions, overlay, valid, self.label)
 
     def with_gain(self, rng: np.random.Generator) -> Frame:
         """Vary gain by up to 8 % and contrast by a gamma between 0.85 and 1.18."""
@@ -88,8 +77,8 @@ class Frame:
     def filling(self, rng: np.random.Generator) -> Frame:
         """Replace letterbox bars by the image's mirror image, at the same scale.
 
-        Tall images are moved sideways at random and mirrored at both sides; wide ones are moved to the top, where skin
-        is, and mirrored below. ``valid`` marks what is not mirrored. Enlarging images instead would coarsen speckle.
+        Tall images are moved sideways at random; wide ones are moved to the top, where skin is, and mirrored below.
+        Enlarging images instead would coarsen their speckle. ``valid`` marks what is not mirrored.
         """
         top, side, height, width = self.place
         part = (slice(top, top + height), slice(side, side + width))
@@ -145,10 +134,7 @@ def at_most(rows: pl.DataFrame, limit: int | None) -> pl.DataFrame:
 
 
 def frames_of(rows: pl.DataFrame) -> list[list[int]]:
-    """Heights and widths of letterboxed images, from the widest to the tallest; at most ``FRAMES``, evenly spaced.
-
-    Strips narrower than ``LEAST_FRAME`` count as that wide, with a warning.
-    """
+    """At most ``FRAMES`` heights and widths of letterboxed images, none below ``LEAST_FRAME``, by their ratio."""
     shapes = rows.select("inner_height", "inner_width").sort(pl.col("inner_height") / pl.col("inner_width"))
     if narrow := shapes.filter(pl.min_horizontal(pl.all()) < LEAST_FRAME).height:
         log.warning(
@@ -250,18 +236,11 @@ def load_examples(path: Path) -> dict[int, WindowExamples]:
 
 
 def window_examples(
-    frames: Frames,
-    networks: Networks,
-    *,
-    variants: int,
-    seed: int,
-    progress: Progress,
-    buckets: Sequence[int] = BUCKETS,
+    frames: Frames, networks: Networks, variants: int, seed: int, progress: Progress, buckets: Sequence[int] = BUCKETS
 ) -> dict[int, WindowExamples]:
-    """Encode windows for stages 2 and 3, by bucket.
+    """Encode windows for stages 2 and 3, by bucket; possibly none.
 
-    A lesion image gives ``variants`` windows around its lesion and half as many of class ``normal`` elsewhere, which
-    teach the model to heal. Empty if no row gives a window, as in a split of a few healthy images.
+    A lesion image gives ``variants`` windows around its lesion, and half as many elsewhere that teach to heal.
     """
     pending: dict[int, list[dict[str, Tensor]]] = {side: [] for side in buckets}
     done: dict[int, list[dict[str, Tensor]]] = {side: [] for side in buckets}
@@ -379,3 +358,53 @@ def background_examples(
         )
         progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
     return joined(parts)
+
+
+@torch.no_grad()
+def outline_examples(
+    frames: Frames,
+    healed: Healed,
+    space: OutlineSpace,
+    *,
+    networks: Networks,
+    variants: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Encode stage 1's examples: healed images, each with one of its lesions, under another gain, flip and cut.
+
+    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
+
+    Returns:
+        ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
+        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; empty if no image has a lesion.
+    """
+    parts: list[dict[str, Tensor]] = []
+    jobs = frames.jobs(variants, lesions_only=True)
+    for start in range(0, len(jobs), ENCODE_BATCH):
+        part = jobs[start : start + ENCODE_BATCH]
+        rows = [int(frames.table["row"][position]) for position, _ in part]
+        chosen = []
+        for row, (position, variant) in zip(rows, part, strict=True):
+            rng = np.random.default_rng((seed, row, variant, 1))
+            frame = frames[position]
+            # The lesion is chosen before the geometry changes, or another one could become the target.
+            lesion = random_lesion(frame, rng).astype(np.uint8)
+            frame = replace(frame, image=healed(row, variant), lesions=lesion).with_gain(rng)
+            frame = frame.flipped() if rng.random() < 0.5 else frame
+            chosen.append(frame.filling(rng) if rng.random() < 0.5 else frame)
+        images = torch.stack([to_tensor(frame.image) for frame in chosen]).to(networks.device)
+        keep = torch.ones(len(chosen), networks.preset.tokens, device=networks.device)
+        parts.append(
+            {
+                "clean": space.encode([frame.lesions > 0 for frame in chosen]).cpu(),
+                "birads": torch.from_numpy(birads_flags([frames.table["birads"][position] for position, _ in part])),
+                "tokens": networks.tokens(images, keep).half().cpu(),
+                "keep": keep.bool().cpu(),
+                "weight": torch.ones(len(chosen), 1),
+                "label": torch.tensor([CLASSES.index(frame.label) for frame in chosen]),
+                "row": torch.tensor(rows),
+            }
+        )
+        progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
+    return joined(parts) if parts else {}

@@ -14,26 +14,13 @@ from torch.nn import functional as F
 
 from busigen.registry import LATENT_FACTOR
 
-GRAIN_PATCH, COARSE_FACTOR = 8, 4
-"""Side in pixels of the patches that are compared pixel by pixel, and the factor of the coarser comparison."""
-
-SPECTRAL_PATCHES = (8, 16, 32)
-"""Sides in pixels of the patches whose spectra are compared: from one speckle grain to several."""
-
-SPECTRAL_WEIGHT = 0.1
-"""Weight of each spectral term: log-magnitudes differ about ten times as much as pixels in [-1, 1]."""
-
-LATTICE_WEIGHT = 5.0
-"""Weight of the lattice term, which is about 0.02 where cells are visible in the speckle."""
-
-CRITIC_WEIGHT = 0.3
-"""Weight of the decoder's loss to its critic, which then pulls a third as hard as the energy distance."""
-
-TEXTURE_WEIGHT = 0.005
-"""Weight of the decoder's loss to the discriminants."""
-
-AT_SHARE = 0.5
-"""Share of a denoiser's training times that are those of the few-step solver."""
+GRAIN_PATCH, COARSE_FACTOR = 8, 4  # Side of the patches that are compared by pixels, and factor of the coarser view.
+SPECTRAL_PATCHES = (8, 16, 32)  # Sides of the patches whose spectra are compared: from one speckle grain to several.
+SPECTRAL_WEIGHT = 0.1  # Weight of each spectral term: log-magnitudes differ ten times as much as pixels in [-1, 1].
+LATTICE_WEIGHT = 5.0  # Weight of the lattice term, which is about 0.02 where cells are visible in the speckle.
+CRITIC_WEIGHT = 0.3  # Weight of the decoder's loss to its critic: a third of the pull of the energy distance.
+TEXTURE_WEIGHT = 0.005  # Weight of the decoder's loss to the discriminants.
+AT_SHARE = 0.5  # Share of a denoiser's training times that are those of the few-step solver.
 
 
 def _patches(image: Tensor, side: int, stride: int) -> Tensor:
@@ -42,10 +29,9 @@ def _patches(image: Tensor, side: int, stride: int) -> Tensor:
 
 
 def _views(image: Tensor, offsets: list[int]) -> Iterator[tuple[float, Tensor]]:
-    """Yield a weight and one vector per patch, ``(B, P, n)``, of each view by which images are compared.
+    """Yield weight and patches ``(B, P, n)`` of each view of an image: grey levels, fine and coarse, and spectra.
 
-    These are grey levels, fine and coarse, and log-magnitudes of windowed spectra, which show speckle's texture without
-    its places. ``offsets`` shift the tiling, so that no pixel always lies at a patch's rim.
+    Log-magnitudes of spectra show speckle's texture without its places. ``offsets`` shift the tilings' rims.
     """
     yield 1.0, _patches(image[..., offsets[0] :, offsets[0] :], GRAIN_PATCH, GRAIN_PATCH).flatten(2)
     yield 1.0, _patches(F.avg_pool2d(image, COARSE_FACTOR), 4, 4).flatten(2)
@@ -65,9 +51,9 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
 def energy(first: Tensor, second: Tensor, target: Tensor, generator: Generator) -> Tensor:
     """Generalised energy distance of a decoder's draws and the image, ``(B, 1, H, W)`` each.
 
-    ``first`` and ``second`` are two draws from the same latents. Both are pulled to the image and pushed from each
-    other, so the minimum is where draws differ from the image just as from one another; without the push, it is a blur
-    (Gritsenko et al. 2020, A spectral energy distance for parallel speech synthesis).
+    ``first`` and ``second`` are draws from the same latents. Both are pulled to the image and pushed from each other:
+    at the minimum, they differ from the image as from one another. Without the push, it would be a blur (Gritsenko et
+    al. 2020, A spectral energy distance for parallel speech synthesis).
     """
     offsets = [int(torch.randint(side, (1,), generator=generator)) for side in (GRAIN_PATCH, *SPECTRAL_PATCHES)]
     total = first.new_zeros(())
@@ -78,15 +64,10 @@ def energy(first: Tensor, second: Tensor, target: Tensor, generator: Generator) 
 
 
 def lattice(generated: Tensor, target: Tensor) -> Tensor:
-    """How visible the latents' cells are: grey steps at each of a cell's eight places, compared with the target's.
+    """How visible the latents' cells are in decodings ``(B, 1, H, W)`` of whole cells, compared with their images.
 
-    A decoder's upsampling repeats itself with every cell, and so do its faint seams. The energy distance compares at
-    random offsets, to which they are noise. The target is the measure because the edges of tissue, too, fall on some
-    places of the cells more than on others.
-
-    Args:
-        generated: ``(B, 1, H, W)``, decoded from whole cells.
-        target: the images that they were encoded from.
+    A decoder's faint seams repeat with every cell, and are noise to the energy distance with its random offsets. So
+    grey steps at each of a cell's eight places are compared with the target's, whose edges prefer some places, too.
     """
     total = generated.new_zeros(())
     for turned in (False, True):
@@ -107,10 +88,7 @@ def _steps_by_place(image: Tensor, lag: int) -> Tensor:
 def reconstruction(
     first: Tensor, second: Tensor, target: Tensor, weight: Tensor, latents: Tensor, generator: Generator
 ) -> Tensor:
-    """Autoencoder loss: the energy distance of two decodings to the image, and a light pull of latents to zero.
-
-    ``weight`` is 0 on overlays (calipers, text), which the decoder must not learn.
-    """
+    """Autoencoder loss: the energy distance of two decodings where ``weight`` is 1, and a pull of latents to zero."""
     score = energy(first * weight, second * weight, target * weight, generator)
     return score + 1e-3 * latents.pow(2).mean()
 
@@ -125,9 +103,8 @@ def masked_patches(output: Tensor, image: Tensor, keep: Tensor, patch: int) -> T
 def noisy(clean: Tensor, generator: Generator, at: Sequence[float] = ()) -> tuple[Tensor, Tensor, Tensor]:
     """The flow-matching pair at random times: ``x_t``, ``t`` and the target velocity.
 
-    Times are logit-normal (Esser et al. 2024, 3.1), except for a share ``AT_SHARE`` of them from ``at``, the few-step
-    solver's own. It always starts at pure noise, where the look of what is painted is decided, and where one in a
-    thousand logit-normal times lies.
+    Times are logit-normal (Esser et al. 2024, 3.1), except for a share ``AT_SHARE`` from ``at``, the solver's own. It
+    starts at pure noise, which decides the look of what is painted, and where few logit-normal times lie.
     """
     count = clean.shape[0]
     t = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 + 0.2)
@@ -146,40 +123,36 @@ def velocity(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return ((output - target).pow(2) * weight).sum() / weight.sum().clamp(min=1.0)
 
 
-OCTAVES, ORIENTATIONS = 4, 6
-"""Sizes of detail, each twice the one before, and directions."""
-
-SIDE, WAVELENGTH, WIDTH = 9, 3.4, 1.9
-"""Side, wavelength and width (sigma) in pixels of the filters."""
-
-FLOOR = 2e-3
-"""Added before a logarithm: the effect of rounding to grey levels, in units of [-1, 1]."""
-
-LEAST_SHARE = 0.04
-"""Least share of a crop that a zone covers whose statistics are used."""
-
-MEMORY = 0.99
-"""Momentum of the running moments, which are those of the last hundred batches or so."""
-
-ENOUGH = 0.5
-"""Share of the memory that is filled before a discriminant has a loss, because early covariances mislead."""
-
-RIDGE = 0.05
-"""Added to the covariance, as a share of every feature's variance."""
+OCTAVES, ORIENTATIONS = 4, 6  # Sizes of detail, each twice the one before, and directions.
+SIDE, WAVELENGTH, WIDTH = 9, 3.4, 1.9  # Side, wavelength and width (sigma) in pixels of the filters.
+FLOOR = 2e-3  # Added before a logarithm: the effect of rounding to grey levels, in units of [-1, 1].
+LEAST_SHARE = 0.04  # Least share of a crop that a zone covers whose statistics are used.
+MEMORY = 0.99  # Momentum of the running moments, which are those of the last hundred batches or so.
+ENOUGH = 0.5  # Share of the memory that is filled before a discriminant has a loss, because early covariances mislead.
+RIDGE = 0.05  # Added to the covariance, as a share of every feature's variance.
 
 
 class Texture(nn.Module):
     """Logarithms of mean and fourth-power mean wavelet moduli, of one and of two layers, in zones of an image.
 
-    Moduli of two layers tell apart textures with one spectrum (Bruna and Mallat 2013, 2; Portilla and Simoncelli 2000
-    synthesise texture by such statistics). Fourth powers show a few bright grains.
+    Moduli of two layers tell apart textures with one spectrum (Bruna and Mallat 2013, 2; Portilla and Simoncelli
+    2000); fourth powers show a few bright grains. Images have sides that are divisible by 8.
     """
 
     bank: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("bank", _gabor(), persistent=False)
+        grid = torch.arange(SIDE, dtype=torch.float64) - SIDE // 2
+        y, x = torch.meshgrid(grid, grid, indexing="ij")
+        window = torch.exp(-(x**2 + y**2) / (2.0 * WIDTH**2))
+        window /= window.sum()
+        filters = []  # Real and imaginary parts, each of zero mean.
+        for number in range(ORIENTATIONS):
+            angle = math.pi * number / ORIENTATIONS
+            phase = 2.0 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle))
+            filters += [window * (wave - (window * wave).sum()) for wave in (torch.cos(phase), torch.sin(phase))]
+        self.register_buffer("bank", torch.stack(filters).unsqueeze(1).float(), persistent=False)
 
     @property
     def features(self) -> int:
@@ -188,10 +161,7 @@ class Texture(nn.Module):
         return 2 * ORIENTATIONS * OCTAVES + deeper
 
     def forward(self, image: Tensor, zones: Tensor) -> Tensor:
-        """Statistics ``(B, Z, features)`` of images ``(B, 1, H, W)`` in [-1, 1], in zones ``(B, Z, H, W)`` in [0, 1].
-
-        Sides are divisible by 8.
-        """
+        """Statistics ``(B, Z, features)`` of images ``(B, 1, H, W)`` in zones ``(B, Z, H, W)`` in [0, 1]."""
         # Logarithms of small moduli need more digits than half precision has.
         with torch.autocast(image.device.type, enabled=False):
             image, zones = image.float(), zones.float()
@@ -217,21 +187,6 @@ class Texture(nn.Module):
         return (parts.square().sum(dim=2) + 1e-8).sqrt()
 
 
-def _gabor() -> Tensor:
-    """Real and imaginary parts of zero mean of the filters, ``(2 * ORIENTATIONS, 1, SIDE, SIDE)``."""
-    grid = torch.arange(SIDE, dtype=torch.float64) - SIDE // 2
-    y, x = torch.meshgrid(grid, grid, indexing="ij")
-    window = torch.exp(-(x**2 + y**2) / (2.0 * WIDTH**2))
-    window /= window.sum()
-    filters = []
-    for number in range(ORIENTATIONS):
-        angle = math.pi * number / ORIENTATIONS
-        phase = 2.0 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle))
-        for wave in (torch.cos(phase), torch.sin(phase)):
-            filters.append(window * (wave - (window * wave).sum()))
-    return torch.stack(filters).unsqueeze(1).float()
-
-
 def _pooled(maps: Tensor, zones: Tensor, floor: float = FLOOR) -> Tensor:
     """Logarithm of the maps' means in each zone: ``(B, C, H, W)`` and ``(B, Z, H, W)`` to ``(B, Z, C)``."""
     sums = torch.einsum("bchw,bzhw->bzc", maps, zones)
@@ -241,9 +196,8 @@ def _pooled(maps: Tensor, zones: Tensor, floor: float = FLOOR) -> Tensor:
 class Discriminant(nn.Module):
     """Fisher's linear discriminant of drawn and real statistics, as a loss of the one who draws.
 
-    Half the squared Mahalanobis distance of two means has the discriminant as its gradient. So the opponent needs no
-    training: running means and the covariance of real items give it in closed form (mean feature matching, Mroueh et
-    al. 2017, McGan).
+    It is the gradient of half the squared Mahalanobis distance of two means, so running means and the covariance of
+    real items give it in closed form, without training (mean feature matching, Mroueh et al. 2017, McGan).
     """
 
     shift: Tensor
@@ -253,10 +207,8 @@ class Discriminant(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.zeros(features))
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("covariance", torch.zeros(features, features))
-        self.register_buffer("seen", torch.zeros(()))
+        for name, dimensions in (("shift", 1), ("mean", 1), ("covariance", 2), ("seen", 0)):
+            self.register_buffer(name, torch.zeros((features,) * dimensions))
 
     def forward(self, generated: Tensor, real: Tensor) -> Tensor:
         """Loss of ``generated`` against ``real`` items, ``(B, features)`` each; zero at first, and without items."""
@@ -294,34 +246,19 @@ def large_enough(zones: Tensor) -> Tensor:
     return zones.mean(dim=(2, 3)) >= LEAST_SHARE
 
 
-BANDS, BAND_WIDTH = 8, 2
-"""Bands along the outline, half of them inside, and their width in pixels."""
-
-SECTORS = 8
-"""Directions from the lesion's centre: margins are sharp on one side and not on another."""
-
-FEWEST = 24
-"""Fewest of the ``BANDS * SECTORS`` patches that must be seen."""
-
-LEAST_PIXELS = 6.0
-"""Fewest pixels of a patch that counts as seen."""
-
-STEP_FLOOR = 1e-3
-"""Added before a logarithm of squared steps in brightness, in units of [-1, 1]: speckle alone makes such steps."""
-
-FEATURES = BANDS + BANDS - 1
-"""Numbers per lesion."""
+BANDS, BAND_WIDTH = 8, 2  # Bands along the outline, half of them inside, and their width in pixels.
+SECTORS = 8  # Directions from the lesion's centre: margins are sharp on one side and not on another.
+FEWEST = 24  # Fewest of the ``BANDS * SECTORS`` patches that must be seen.
+LEAST_PIXELS = 6.0  # Fewest pixels of a patch that counts as seen.
+STEP_FLOOR = 1e-3  # Added before a logarithm of squared steps in brightness: speckle alone makes such steps.
+FEATURES = BANDS + BANDS - 1  # Numbers per lesion.
 
 
 def patches(mask: Tensor, usable: Tensor) -> Tensor:
-    """The patch of every pixel near an outline, by band and sector.
+    """The patch of every pixel near an outline, by band and sector, ``(B, H * W)`` int64.
 
-    Args:
-        mask: ``(B, 1, H, W)``, above 0 in the lesion.
-        usable: which pixels count, of the same shape.
-
-    Returns:
-        ``(B, H * W)`` int64; ``BANDS * SECTORS`` for no patch.
+    ``mask`` and ``usable`` are ``(B, 1, H, W)``, above 0 in the lesion and where pixels count. ``BANDS * SECTORS`` is
+    no patch.
     """
     pairs = zip(mask[:, 0].cpu().numpy() > 0, usable[:, 0].cpu().numpy() > 0, strict=True)
     return torch.from_numpy(np.stack([_places(*pair) for pair in pairs])).flatten(1).to(mask.device)
@@ -342,11 +279,7 @@ def _places(inside: NDArray[np.bool_], usable: NDArray[np.bool_]) -> NDArray[np.
 
 
 def profile(image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """How brightness changes across outlines.
-
-    Args:
-        image: ``(B, 1, H, W)`` in [-1, 1].
-        places: as of :func:`patches`.
+    """How brightness changes across outlines, in images ``(B, 1, H, W)`` and their :func:`patches`.
 
     Returns:
         ``(B, FEATURES)``: each band's mean, from the inmost, relative to that of all, and the logarithm of the mean
@@ -354,7 +287,9 @@ def profile(image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """
     with torch.autocast(image.device.type, enabled=False):
         flat = image.float().flatten(1)
-        counts, sums = (_summed(part, places) for part in (torch.ones_like(flat), flat))
+        empty = flat.new_zeros(len(flat), BANDS * SECTORS + 1)
+        totals = (empty.scatter_add(1, places, part) for part in (torch.ones_like(flat), flat))
+        counts, sums = (total[:, :-1].unflatten(1, (BANDS, SECTORS)) for total in totals)
         seen = (counts >= LEAST_PIXELS).float()
         means = sums / counts.clamp(min=1.0)
         bands = (means * seen).sum(dim=2) / seen.sum(dim=2).clamp(min=1.0)
@@ -363,9 +298,3 @@ def profile(image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.cat((bands - bands.mean(dim=1, keepdim=True), 0.5 * torch.log(squares + STEP_FLOOR)), dim=1)
         enough = (seen.sum(dim=(1, 2)) >= FEWEST) & (both.sum(dim=2) > 0).all(dim=1)
         return found, enough
-
-
-def _summed(values: Tensor, places: Tensor) -> Tensor:
-    """Sums of ``(B, H * W)`` values over patches, ``(B, BANDS, SECTORS)``."""
-    sums = values.new_zeros(len(values), BANDS * SECTORS + 1).scatter_add(1, places, values)
-    return sums[:, :-1].unflatten(1, (BANDS, SECTORS))

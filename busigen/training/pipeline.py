@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.rollouts import Drawer, healed_reader, remove_lesion, save_healed
-from busigen.training.tasks import TaskContext
+from busigen.training.tasks import Task, TaskContext
 from busigen.training.tasks.autoencoder import AutoencoderTask, ContextTask, DecoderTask, FinishTask
 from busigen.training.tasks.denoiser import BackgroundTask, WindowTask
 from busigen.training.tasks.outline import MaskTask
-from busigen.training.trainer import Task, Trainer, check_finite, write_json
+from busigen.training.trainer import Trainer, check_finite, write_json
 
 # Deterministic kernels where there are any: a resumed run should end where an undisturbed one does.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -58,11 +59,10 @@ GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder
 RUN = "run.json"
 HEALED = "healed.npz"
 CACHE = "cache"
+_WRITTEN = re.compile(r"[a-z0-9.-]+")  # Names of the files and folders that a run writes.
 
-_WRITTEN = re.compile(r"[a-z0-9.-]+")
-"""Names of the files and folders that a run writes."""
-
-_SHOWN = 3
+_SHOWN = 3  # Fields of recipes that are named as different.
+_ANOTHER = "Use another --out."
 _AGAIN = "Delete it, and give the same command again: that task is trained anew."
 
 
@@ -74,8 +74,7 @@ class _PriorFigures(checkpoint.TaskFigures):
     styles: Many[Many[Number]]
 
 
-_FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}
-"""Models of the figures that later tasks read."""
+_FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}  # Models of the figures that later tasks read.
 
 
 class _RunRecord(Record):
@@ -89,8 +88,7 @@ class _RunRecord(Record):
 def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None) -> None:
     """Record recipe, data and base in a new folder, or check that they are those of the run in it.
 
-    Raises:
-        OutputError: ``out`` belongs to a run with another recipe, other data or another base, or cannot be written.
+    An OutputError says what is another there, or that ``out`` cannot be written.
     """
     config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
     if base is not None:
@@ -104,32 +102,24 @@ def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = Non
                     f"{out} belongs to another run ({_difference(before, config)}).",
                     fix="Use another --out, or the same options.",
                 )
-            linked = next((place for place in out.rglob("*") if place.is_symlink()), None)
-            if linked is not None:
-                raise OutputError(f"{linked} is a link, and would be written through.", fix="Use another --out.")
+            if linked := next((place for place in out.rglob("*") if place.is_symlink()), None):
+                raise OutputError(f"{linked} is a link, and would be written through.", fix=_ANOTHER)
             return
         if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
+            raise OutputError(f"{out} is not empty and holds no busigen run.", fix=_ANOTHER)
         make_folder(out)
         write_json(path, config)
     except IntegrityError as error:
-        raise OutputError(
-            f"{out} holds no run of `busigen train`: {error.problem}", fix="Use another --out."
-        ) from error
+        raise OutputError(f"{out} holds no run of `busigen train`: {error.problem}", fix=_ANOTHER) from error
     except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
-        ) from error
+        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix=checkpoint.WRITABLE) from error
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, as options; fields of the recipe only where no option explains them."""
     old, new = before.get("recipe", {}), now["recipe"]
-    shown = [
-        f"--{name}: {old.get(name)!r} there, {new[name]!r} now"
-        for name in ("preset", "seed")
-        if old.get(name) != new[name]
-    ]
+    options = [name for name in ("preset", "seed") if old.get(name) != new[name]]
+    shown = [f"--{name}: {old.get(name)!r} there, {new[name]!r} now" for name in options]
     if before.get("split_hash") != now["split_hash"]:
         shown.append("--data: other images or splits")
     bases = [config.get("base") for config in (before, now)]
@@ -140,8 +130,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if old.get("preset") == new["preset"] and ("base" in before) == ("base" in now):
         fields = _fields(old, new)
         # --scale changes steps and the warm-ups that follow from them, and nothing else.
-        scaled = [field for field in fields if field[0].endswith((".steps", ".warmup"))]
-        if scaled:
+        if scaled := [field for field in fields if field[0].endswith((".steps", ".warmup"))]:
             name, there, here = scaled[0]
             shown.append(f"--scale: {name} {there} there, {here} now")
         rest = [field for field in fields if field not in scaled and field[0] != "seed"]
@@ -163,11 +152,7 @@ def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` as a device.
-
-    Raises:
-        UsageError: the name is unknown, or there is no CUDA device.
-    """
+    """``auto``, ``cpu`` or ``cuda`` as a device; a UsageError for other names, and without a CUDA device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -188,18 +173,10 @@ def train(
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe on a prepared folder, or resume a run that was stopped.
+    """Run a recipe on a prepared folder, or resume the run in ``out``, which becomes the checkpoint.
 
-    Args:
-        data: what ``busigen prepare`` wrote.
-        out: the run's folder, which becomes the checkpoint.
-        recipe: what to train; with a base, what :meth:`Base.recipe` gives.
-        base: the checkpoint of all that the recipe does not train, if any.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        console: where progress goes; stderr by default.
-
-    Returns:
-        The content of the checkpoint's ``busigen.json``.
+    With a ``base``, the recipe is that of :meth:`Base.recipe`. Progress goes to ``console``, by default to stderr. What
+    is returned is the content of ``busigen.json``.
 
     Raises:
         InputError: the prepared folder lacks a lesion class in its training split.
@@ -208,11 +185,10 @@ def train(
     """
     prepared = Prepared.open(data)
     present = set(select(prepared, "train")["class"])
-    for label in LESION_CLASSES:
-        if label not in present:
-            raise InputError(
-                f"{data} has no {label} image in its training split.", fix="Prepare more images of that class."
-            )
+    if missing := [label for label in LESION_CLASSES if label not in present]:
+        raise InputError(
+            f"{data} has no {missing[0]} image in its training split.", fix="Prepare more images of that class."
+        )
     picked = pick_device(device)
     claim(out, recipe, prepared, base)
     what = recipe.preset if base is None else f"{', '.join(_trained(recipe))} on the base of {base.folder}"
@@ -286,7 +262,6 @@ class _Run:
 
     @property
     def _styles(self) -> list[list[float]]:
-        """The prior's styles."""
         record = self._of_base("prior")
         return self.figures["prior"]["styles"] if record is None else record.get("styles", [])
 
@@ -312,7 +287,7 @@ class _Run:
             return self._heal(spec)
         target = self.out / checkpoint.place_of(spec)
         if spec.kind == "adapter":
-            base = self._loaded(spec.component, self.base / spec.component).to(self.device)
+            base = self._loaded(spec.component)
             model = checkpoint.with_adapter(base, self.recipe.lora, self.recipe.seed)
             figures = self._train(spec, model, self.recipe.kind_of(spec.component))
             with replaced_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
@@ -322,20 +297,19 @@ class _Run:
         torch.manual_seed(self.recipe.seed)
         module = build(spec.component, self.recipe.sizes).to(self.device)
         if spec.start is not None:
-            module.load_state_dict(self._loaded(spec.start, self._weights(spec.start)).state_dict())
+            module.load_state_dict(self._loaded(spec.start).state_dict())
         figures = self._train(spec, module, spec.kind)
         checkpoint.save_component(module, target)
         if spec.component == "autoencoder":
             figures["latents"] = self._latent_statistics(module)
         return figures
 
-    def _weights(self, component: str) -> Path:
-        """The folder of a component whose weights are needed: this run's, or the base's."""
-        own = self.base / component
-        return own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
-
-    def _loaded(self, component: str, folder: Path) -> ModelMixin:
-        return checkpoint.load_component(component, folder, self.recipe.sizes)
+    def _loaded(self, component: str, folder: Path | None = None) -> ModelMixin:
+        """A component of this run, or else of its base, or in ``folder``."""
+        if folder is None:
+            own = self.base / component
+            folder = own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
+        return checkpoint.load_component(component, folder, self.recipe.sizes).to(self.device)
 
     def _train(self, spec: TaskSpec, module: torch.nn.Module, kind: str) -> dict[str, Any]:
         task = KINDS[kind](spec, self._context(spec), module)
@@ -350,30 +324,19 @@ class _Run:
         return figures
 
     def _heal(self, spec: TaskSpec) -> dict[str, Any]:
-        limit = self.recipe.max_images
+        variants, limit = self.recipe.heal_variants, self.recipe.max_images
         rows = pl.concat([select(self.prepared, split, limit=limit) for split in ("train", "val")])
-        frames = Frames(self.prepared, rows)
-        images = remove_lesion(
-            frames,
-            self._networks("lesion"),
-            variants=self.recipe.heal_variants,
-            seed=self.recipe.seed,
-            progress=self._report(f"healing {len(frames)} images, {self.recipe.heal_variants} times each"),
-        )
+        frames, networks = Frames(self.prepared, rows), self._networks("lesion")
+        progress = self._report(f"healing {len(frames)} images, {variants} times each")
+        images = remove_lesion(frames, networks, variants=variants, seed=self.recipe.seed, progress=progress)
         save_healed(self.out / HEALED, rows["row"], images)
-        return {"images": len(frames), "variants": self.recipe.heal_variants}
+        return {"images": len(frames), "variants": variants}
 
     def _networks(self, *denoisers: str) -> Networks:
-        names = ("autoencoder", "context", *denoisers)
-        loaded = {name: self._loaded(name, self._weights(name)).to(self.device) for name in names}
-        return Networks(
-            preset=self.recipe.sizes,
-            autoencoder=loaded["autoencoder"],
-            latents_mean=torch.tensor(self.latents["mean"], device=self.device),
-            latents_std=torch.tensor(self.latents["std"], device=self.device),
-            context=loaded["context"],
-            denoisers={name: loaded[name] for name in denoisers},
-        )
+        loaded = {name: self._loaded(name) for name in ("autoencoder", "context", *denoisers)}
+        autoencoder, context = loaded.pop("autoencoder"), loaded.pop("context")
+        mean, std = (torch.tensor(self.latents[name], device=self.device) for name in ("mean", "std"))
+        return Networks(self.recipe.sizes, autoencoder, mean, std, context, loaded)
 
     def _context(self, spec: TaskSpec) -> TaskContext:
         ready = self.start is not None or ("autoencoder" in self.figures and "context" in self.figures)
@@ -381,11 +344,8 @@ class _Run:
         healed = self.out / HEALED
         drawer = None
         if (stages := GENERATED_FOR.get((spec.kind, spec.component))) is not None:
-            merged = {
-                name: self._loaded(stage, self.out / checkpoint.MERGED / name).to(self.device)
-                for stage in stages
-                for name in (f"{stage}-{label}" for label in LESION_CLASSES)
-            }
+            names = {f"{stage}-{label}": stage for stage, label in product(stages, LESION_CLASSES)}
+            merged = {name: self._loaded(stage, self.out / checkpoint.MERGED / name) for name, stage in names.items()}
             drawer = Drawer(self._networks("prior"), self._frames, self._styles)
             drawer.networks.denoisers |= merged
         return TaskContext(

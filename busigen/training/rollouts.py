@@ -1,11 +1,7 @@
 """Images that the model itself paints for its training: without their lesions, with new ones, and backgrounds.
 
-*Healing*: stage 1 learns where lesions go from images that have one. From the image as it is, or with a plain hole, it
-would learn to look for the lesion or the hole. So it is shown the image with the lesion repainted as normal tissue, and
-with a decoy repainted elsewhere, so that repainting does not give the place away.
-
-*Drawing*: the last tasks learn from lesions that the finished stages paint in the places of real ones, and from
-backgrounds of the prior.
+From images with lesions, or with plain holes, stage 1 would learn to look for the lesion or the hole. So it is shown
+images whose lesion is repainted as normal tissue, with a decoy repainted elsewhere.
 """
 
 from __future__ import annotations
@@ -45,14 +41,13 @@ from busigen.training.examples import (
     window_tensors,
 )
 from busigen.training.networks.inference import Networks, blend_input, window_condition
-from busigen.training.trainer import mixed_precision
+from busigen.training.trainer import REMAKE, mixed_precision
 
 Pixels = NDArray[np.uint8]
 
 REPAINT_BATCH = 16
 
-HEAL_STEPS = 3
-"""Network evaluations per repaint: half of a lesion's, since normal tissue is forgiving and there is much to heal."""
+HEAL_STEPS = 3  # Network evaluations per repaint: half of a lesion's, since normal tissue is forgiving.
 
 
 def repaint(
@@ -66,10 +61,7 @@ def repaint(
     steps: int = HEAL_STEPS,
     buckets: Sequence[int] = BUCKETS,
 ) -> list[Pixels]:
-    """Paint each edit region by stage 2 alone: normal tissue, or a lesion of a class and of each image's mask.
-
-    Images with an empty region stay.
-    """
+    """Images whose edit region, if any, stage 2 alone has painted: normal tissue, or a lesion of a class and mask."""
     results = list(images)
     masks = [np.zeros_like(edit) for edit in edits] if masks is None else masks
     jobs = [(k, window_for(edit, buckets)) for k, edit in enumerate(edits) if edit.any()]
@@ -112,11 +104,7 @@ def _repainted(
 
 
 def remove_lesion(frames: Frames, networks: Networks, *, variants: int, seed: int, progress: Progress) -> Pixels:
-    """Heal every image ``variants`` times; images without lesion get decoys only.
-
-    Returns:
-        ``(N, variants, 256, 256)`` uint8, ``N`` in the order of ``frames``.
-    """
+    """Every image healed ``variants`` times, ``(N, variants, 256, 256)``; those without lesion get decoys only."""
     result = np.empty((len(frames), variants, *frames[0].image.shape), dtype=np.uint8)
     shapes = frames.with_lesion()
     jobs = frames.jobs(variants)
@@ -149,11 +137,7 @@ def save_healed(path: Path, rows: Iterable[int], images: Pixels) -> None:
 
 
 def healed_reader(path: Path) -> Healed:
-    """Read :func:`save_healed`'s file as ``healed(row, variant)``; variants repeat cyclically.
-
-    Raises:
-        IntegrityError: it is missing, damaged, or no such file.
-    """
+    """Read :func:`save_healed`'s file, in which variants repeat; an IntegrityError if it is missing or damaged."""
     try:
         # Uncompressed members take no more memory than disk.
         with open_file(path) as file, zipfile.ZipFile(file) as stored:
@@ -161,9 +145,7 @@ def healed_reader(path: Path) -> Healed:
         if rows.dtype != np.int64 or images.dtype != np.uint8 or rows.shape != images.shape[:1] or images.ndim != 4:
             raise ValueError("it holds other arrays")
     except (OSError, ValueError, LookupError, SyntaxError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise IntegrityError(
-            f"{path} is damaged: {error}.", fix="Delete it; the same command makes it again."
-        ) from error
+        raise IntegrityError(f"{path} is damaged: {error}.", fix=REMAKE) from error
     position = {int(row): k for k, row in enumerate(rows)}
     return lambda row, variant: np.asarray(images[position[row], variant % images.shape[1]])
 
@@ -181,26 +163,15 @@ def _array(stored: zipfile.ZipFile, name: str) -> np.ndarray:
         return np.asarray(npy.read_array(member, allow_pickle=False))
 
 
-SIDE = BUCKETS[0]
-"""Side in pixels of the crops of drawn windows: whole small ones, and a part of large ones."""
-
-RIM = 16
-"""Pixels along a crop's cut sides that do not count, because the decoder lacks what lies beyond."""
-
-BAND = 12
-"""Width in pixels, to either side of the outline, of the margin's zone."""
-
-ZONES = ("lesion", "margin", "behind")
-"""Zones of a drawn window: inside the outline, along it, and the rest of the edit region."""
+SIDE = BUCKETS[0]  # Side in pixels of the crops of drawn windows: whole small ones, and a part of large ones.
+RIM = 16  # Pixels along a crop's cut sides that do not count, because the decoder lacks what lies beyond.
+BAND = 12  # Width in pixels, to either side of the outline, of the margin's zone.
+ZONES = ("lesion", "margin", "behind")  # Inside the outline, along it, and the rest of the edit region.
 
 
 @dataclass(frozen=True)
 class Drawer:
-    """Networks that draw: the prior and, for lesions, every stage's class denoisers.
-
-    ``frames`` are the heights and widths of synthetic backgrounds, ``styles`` their
-    :func:`busigen.noise_styles.styled`'s ``factor``, which may be empty.
-    """
+    """The prior and, for lesions, every stage's class denoisers, with the backgrounds' heights, widths and styles."""
 
     networks: Networks
     frames: Sequence[Sequence[int]]
@@ -230,11 +201,11 @@ def rollout_windows(
             mask = random_lesion(frame, rng)
             edit = edit_region(mask, frame.valid)
             if edit.any():
-                side = window_for(edit).side
-                group = pending.setdefault((frame.label, side), [])
+                key = (frame.label, window_for(edit).side)
+                group = pending.setdefault(key, [])
                 group.append(_arrays(frame, mask, edit, drawer.networks.preset.patch))
                 if len(group) == ENCODE_BATCH:
-                    parts.append(_cropped(_painted(pending.pop((frame.label, side)), drawer, seed, row), rng))
+                    parts.append(_cropped(_painted(pending.pop(key), drawer, seed, row), rng))
         if count % ENCODE_BATCH == 0:
             progress(count, len(jobs))
     rng = np.random.default_rng((seed, 3))
@@ -246,13 +217,13 @@ def rollout_windows(
 
 def _arrays(frame: Frame, mask: Mask, edit: Mask, patch: int) -> dict[str, Tensor]:
     window = window_for(edit)
-    cut = window.slices
-    brightness, grains = feather(edit)
+    cut, (brightness, grains) = window.slices, feather(edit)
     distance = ndimage.distance_transform_edt(~mask) + ndimage.distance_transform_edt(mask)
     margin = edit & (distance <= BAND)
+    zones = np.stack([mask & ~margin, margin, edit & ~mask & ~margin])
     return {
         **window_tensors(frame, mask, edit, frame.label, window, patch),
-        "zones": torch.from_numpy(np.stack([mask & ~margin, margin, edit & ~mask & ~margin])[(slice(None), *cut)]),
+        "zones": torch.from_numpy(zones[(slice(None), *cut)]),
         "brightness": torch.from_numpy(brightness[cut])[None],
         "grains": torch.from_numpy(grains[cut])[None],
     }
@@ -300,10 +271,8 @@ def _cropped(found: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Te
         if not len(rows):
             continue
         at = int(rng.integers(len(rows)))
-        top, left = (
-            int(np.clip((place - SIDE // 2) // LATENT_FACTOR, 0, (side - SIDE) // LATENT_FACTOR))
-            for place in (rows[at], columns[at])
-        )
+        last = (side - SIDE) // LATENT_FACTOR
+        top, left = (int(np.clip((part[at] - SIDE // 2) // LATENT_FACTOR, 0, last)) for part in (rows, columns))
         y, x = top * LATENT_FACTOR, left * LATENT_FACTOR
         item = {name: tensor[number] for name, tensor in found.items()}
         for name, tensor in item.items():

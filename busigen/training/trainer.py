@@ -7,13 +7,12 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from pydantic import Strict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,21 +25,18 @@ from busigen.errors import InputError, IntegrityError
 from busigen.files import atomic_file, atomic_path, make_folder
 from busigen.foreign import open_file
 from busigen.records import Many, Record, Whole, checked, parse_json
-from busigen.training.recipe import TaskSpec
+
+if TYPE_CHECKING:
+    from busigen.training.tasks import Task
 
 log = logging.getLogger("busigen.training")
 
 META_KEY = "busigen"
-
-MAX_WEIGHTS_BYTES = 4 << 30
-"""Largest file of weights that is read; those of the largest preset take a fiftieth."""
-
-SAVE_SECONDS = 20.0
-"""Interval between saved states: a kill loses at most this much training."""
-
-VALIDATIONS, VALIDATION_SPACING = 8, 20
-"""Validations (with a sample sheet each) per task, evenly spaced, the last one at its end; and the fewest steps between
-two, because on short tasks they would cost more than training."""
+REMAKE = "Delete it; the same command makes it again."
+MAX_WEIGHTS_BYTES = 4 << 30  # Largest file of weights that is read; those of the largest preset take a fiftieth.
+SAVE_SECONDS = 20.0  # Interval between saved states: a kill loses at most this much training.
+VALIDATIONS = 8  # Per task, with a sample sheet each; the last one at its end.
+VALIDATION_SPACING = 20  # Fewest steps between two, which on short tasks would cost more than training.
 
 
 def half_is_faster(device: torch.device) -> bool:
@@ -53,18 +49,6 @@ def half_is_faster(device: torch.device) -> bool:
 def mixed_precision(device: torch.device) -> torch.autocast:
     """The context for losses: bf16 where that is faster; weights stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_is_faster(device))
-
-
-def suit_attention(module: nn.Module, device: torch.device) -> None:
-    """Use plain matrix products for attention in bf16 on a processor, with the same result.
-
-    There the backward pass of PyTorch's fused attention does not use tiles: a step of stage 2 took 0.41 s with it and
-    0.31 s without (one core, batch of 32 windows).
-    """
-    if device.type == "cpu" and half_is_faster(device):
-        for part in module.modules():
-            if isinstance(part, Attention):
-                part.set_processor(AttnProcessor())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -82,11 +66,7 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read what :func:`save_state` wrote.
-
-    Raises:
-        IntegrityError: the file is missing, not regular, larger than ``MAX_WEIGHTS_BYTES``, or damaged.
-    """
+    """Read what :func:`save_state` wrote; an IntegrityError if it is missing, damaged or too large."""
     try:
         # safetensors opens files by name, and would wait for a pipe.
         open_file(path, limit=MAX_WEIGHTS_BYTES).close()
@@ -94,17 +74,11 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
             meta = parse_json(stream.metadata()[META_KEY].encode(), "its record", nan=True)
         return load_file(path), meta
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise IntegrityError(
-            f"{path} cannot be read: {error}.", fix="Delete it; the same command makes it again."
-        ) from error
+        raise IntegrityError(f"{path} cannot be read: {error}.", fix=REMAKE) from error
 
 
 def check_finite(name: str, module: nn.Module) -> None:
-    """Refuse weights that are NaN or infinite.
-
-    Raises:
-        InputError: names the component and the weight.
-    """
+    """Refuse weights that are NaN or infinite with an InputError that names component and weight."""
     for key, value in module.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
@@ -122,37 +96,8 @@ class _State(Record):
     validation: Many[tuple[Whole, Annotated[float, Strict()]]]
 
 
-class Task(Protocol):
-    """What a trainer trains."""
-
-    spec: TaskSpec
-    module: nn.Module
-
-    def loss(self, generator: Generator) -> Tensor:
-        """Loss of one training batch, which is a pure function of the generator."""
-
-    def validate(self) -> float:
-        """Loss on held-out groups, with fixed draws."""
-
-    def sheet(self) -> Image.Image:
-        """Pictures of what the network does now."""
-
-    def findings(self) -> dict[str, Any]:
-        """Further figures of the trained module, as JSON types; called in evaluation mode, and may set its buffers."""
-
-
-def step_generator(seed: int, task: str, step: int) -> Generator:
-    """The generator of one step, so that a resumed run draws what an undisturbed one would."""
-    digest = hashlib.sha256(f"{seed}/{task}/{step}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 class Trainer:
-    """Trains one task to its last step, from its state file if there is one.
-
-    State, sheets and TensorBoard scalars go below ``folder``, the run's; ``seed`` is the recipe's, ``device`` the
-    module's.
-    """
+    """Trains one task to its last step, from its state file if there is one below ``folder``, the run's."""
 
     def __init__(self, task: Task, *, seed: int, folder: Path, device: torch.device, console: Console) -> None:
         self.task, self.spec, self.seed, self.device, self.console = task, task.spec, seed, device, console
@@ -161,39 +106,32 @@ class Trainer:
         self.events = folder / "tensorboard"
         for path in (self.state_path.parent, self.sheets, self.events):
             make_folder(path)
-        suit_attention(task.module, device)
+        if device.type == "cpu" and half_is_faster(device):
+            # The backward pass of PyTorch's fused attention uses no tiles: a step of stage 2 took 0.41 s in place of
+            # 0.31 s (one core, 32 windows). The result is the same.
+            for part in task.module.modules():
+                if isinstance(part, Attention):
+                    part.set_processor(AttnProcessor())
         self.parameters = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=self.spec.lr, betas=(0.9, 0.99), weight_decay=self.spec.weight_decay
-        )
-        self.schedule = get_scheduler(
-            self.spec.schedule, self.optimizer, num_warmup_steps=self.spec.warmup, num_training_steps=self.spec.steps
-        )
+        spec = self.spec
+        options: dict[str, Any] = {"lr": spec.lr, "betas": (0.9, 0.99), "weight_decay": spec.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), **options)
+        steps = {"num_warmup_steps": spec.warmup, "num_training_steps": spec.steps}
+        self.schedule = get_scheduler(spec.schedule, self.optimizer, **steps)
         self.ema = EMAModel(self.parameters.values(), decay=self.spec.ema, use_ema_warmup=True, power=0.75)
         self.step = 0
         self.validation: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and return the task's figures.
-
-        The module then has the EMA weights that the task's ``keep`` names: as a rule those with the lowest held-out
-        loss, since longer training learns the images by heart.
-        """
+        """Train to the end, leave the module with the EMA weights of ``keep``, and return the task's figures."""
         self._restore()
         writer = SummaryWriter(str(self.events), purge_step=self.step or None)
         started = saved = noted = time.monotonic()
         interval = max(VALIDATION_SPACING, self.spec.steps // VALIDATIONS)
-        first = self.step
-        running = 0.0
-        columns = (
-            TextColumn("[bold]{task.description:18}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        first, running = self.step, 0.0
+        title, figures = TextColumn("[bold]{task.description:18}"), TextColumn("{task.fields[note]}")
+        columns = (title, BarColumn(), MofNCompleteColumn(), figures, TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task(self.spec.name, total=self.spec.steps, completed=self.step, note="")
             try:
@@ -228,14 +166,16 @@ class Trainer:
         return {"steps": self.step, "kept": kept, "validation": self.validation}
 
     def _kept_step(self) -> int:
-        """The step whose weights are kept: the last one with the lowest held-out loss, or the last of all."""
+        """The last step with the lowest held-out loss, after which images are learnt by heart, or the last of all."""
         if self.spec.keep == "last":
             return self.validation[-1][0]
         return min(reversed(self.validation), key=lambda entry: entry[1])[0]
 
     def _train_step(self) -> float:
         self.task.module.train()
-        generator = step_generator(self.seed, self.spec.name, self.step)
+        # A resumed run draws what an undisturbed one would.
+        digest = hashlib.sha256(f"{self.seed}/{self.spec.name}/{self.step}".encode()).digest()
+        generator = Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         with mixed_precision(self.device):
             loss = self.task.loss(generator)
         self.optimizer.zero_grad(set_to_none=True)
@@ -262,12 +202,15 @@ class Trainer:
         writer.add_scalar(f"{self.spec.name}/validation", figure, self.step)
         log.info("%s step %d: validation %.4f", self.spec.name, self.step, figure)
 
+    def _stored(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of the state, by kind and name, but for the optimiser's."""
+        shadows = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+        return {"model": dict(self.parameters), "ema": shadows, "buffer": dict(self.task.module.named_buffers())}
+
     def _save(self) -> None:
         names = list(self.parameters)
-        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
-        tensors |= {f"ema.{name}": p for name, p in zip(names, self.ema.shadow_params, strict=True)}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors |= {f"buffer.{name}": b for name, b in self.task.module.named_buffers()}
+        parts = {**self._stored(), "best": self.best}
+        tensors = {f"{kind}.{name}": tensor for kind, part in parts.items() for name, tensor in part.items()}
         # Adam's moments and step counts, by name.
         for index, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {
@@ -282,16 +225,12 @@ class Trainer:
         tensors, found = load_state(self.state_path)
         meta = checked(_State, found, self.state_path, fix="Delete it, and give the same command again.")
         self.step, self.validation = meta.step, list(meta.validation)
-        self.best = {
-            name: tensors[f"best.{name}"].to(self.device) for name in self.parameters if f"best.{name}" in tensors
-        }
+        kept = {name: tensors.get(f"best.{name}") for name in self.parameters}
+        self.best = {name: tensor.to(self.device) for name, tensor in kept.items() if tensor is not None}
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-            for name, shadow in zip(self.parameters, self.ema.shadow_params, strict=True):
-                shadow.copy_(tensors[f"ema.{name}"])
-            for name, buffer in self.task.module.named_buffers():
-                buffer.copy_(tensors[f"buffer.{name}"])
+            for kind, part in self._stored().items():
+                for name, tensor in part.items():
+                    tensor.copy_(tensors[f"{kind}.{name}"])
         content = self.optimizer.state_dict()
         content["state"] = {
             index: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -31,12 +31,11 @@ from busigen.training.checkpoint import (
     weight_hashes,
     write_record,
 )
-from busigen.training.examples import Frames, load_examples, select
+from busigen.training.examples import Frames, load_examples, outline_examples, select
 from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
 from busigen.training.rollouts import healed_reader
 from busigen.training.tasks import TaskContext
-from busigen.training.tasks.outline import outline_examples
 from tests.harness.synthetic_datasets import draw_pairs
 
 SHORTEST = 1e-9

@@ -1,10 +1,9 @@
 """The autoencoder, whose latents hold the anatomy and whose decoder draws speckle from noise, and its critic.
 
-Speckle is random: its grains say nothing about the tissue, and f8 latents could not hold them. Asked for the very
-grains that it was shown, an autoencoder averages over all that are possible, and paints smooth grey. So this decoder
-gets white noise at every scale (as StyleGAN does, Karras et al. 2019, 3.2), and what it draws is only to be
-*distributed* like the image (:func:`busigen.training.losses.reconstruction`). That spares the denoisers the grains as
-well, so that few steps are enough.
+Speckle's grains say nothing about the tissue, and f8 latents could not hold them. An autoencoder that should repeat the
+grains averages over all that are possible, and paints smooth grey. So this decoder gets white noise at every scale (as
+StyleGAN does, Karras et al. 2019, 3.2), and what it draws is only to be *distributed* like the image
+(:func:`busigen.training.losses.reconstruction`). The denoisers are spared the grains as well, and need few steps.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-INITIAL_SPECKLE = 0.1
-"""Initial noise amplitude of every channel; at 0, two decodings would not repel each other."""
+INITIAL_SPECKLE = 0.1  # Initial noise amplitude of every channel; at 0, two decodings would not repel each other.
 
 
 class Speckle(nn.Module):
@@ -41,8 +39,7 @@ class Speckle(nn.Module):
 class SpeckleDecoder(nn.Module):
     """Latents, white noise and a lesion's mask to pixels, from the coarsest level to the finest.
 
-    A cell of the latents is eight pixels wide, and the stages see masks at four pixels. Margins are sharper, so every
-    level of the decoder reads the mask at its own resolution.
+    Margins are sharper than a cell of the latents, so every level reads the mask at its own resolution.
     """
 
     def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: tuple[int, ...]) -> None:
@@ -53,8 +50,8 @@ class SpeckleDecoder(nn.Module):
         self.ups = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 3, padding=1) for k in order[1:])
         self.speckles = nn.ModuleList(Speckle(channels[k]) for k in order)
         self.outlines = nn.ModuleList(nn.Conv2d(1, channels[k], 3, padding=1, bias=False) for k in order)
-        for outline in self.outlines:  # They have no effect at first, because training starts without masks.
-            nn.init.zeros_(outline.weight)
+        for weight in self.outlines.parameters():  # No effect at first, because training starts without masks.
+            nn.init.zeros_(weight)
         self.levels = nn.ModuleList(
             nn.Sequential(
                 *(ResBlock(channels[k], channels[k], norm_type="rms_norm", act_fn="silu") for _ in range(layers[k]))
@@ -86,8 +83,7 @@ class SpeckleDecoder(nn.Module):
 class Autoencoder(ModelMixin, ConfigMixin):
     """Encoder (diffusers' DC-AE blocks, Chen et al. 2024) and noise-driven decoder, eight pixels per latent cell.
 
-    ``*_channels`` are those of each level, finest first (the encoder's at half resolution), ``*_layers`` the residual
-    blocks; 0 for the encoder's first makes it a single strided convolution.
+    Levels are listed finest first, the encoder's at half resolution. One without layers is a strided convolution.
     """
 
     @register_to_config
@@ -117,27 +113,22 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return decoded
 
 
-CHANNELS = (16, 32, 64, 128)
-"""The critic's channels at full resolution and after each halving, down to one cell of the latents."""
-
-SLOPE = 0.2
-"""Negative slope of the critic's leaky ReLUs."""
+CHANNELS = (16, 32, 64, 128)  # The critic's channels at full resolution and after each halving, down to a latent cell.
+SLOPE = 0.2  # Negative slope of the critic's leaky ReLUs.
 
 
 class Critic(nn.Module):
     """Scores each cell of the latents by the pixels around it, about 60 x 60.
 
     It sees the latents as well (Mirza and Osindero 2014), because every scanner has its own speckle. Spectral
-    normalisation (Miyato et al. 2018) keeps its scores bounded without a second derivative. ``pixel_channels`` above 1
-    are inputs beside the image.
+    normalisation (Miyato et al. 2018) bounds its scores without a second derivative.
     """
 
     def __init__(self, latent_channels: int, channels: Sequence[int] = CHANNELS, *, pixel_channels: int = 1) -> None:
         super().__init__()
         self.first = spectral_norm(nn.Conv2d(pixel_channels, channels[0], 3, padding=1))
-        self.halvings = nn.ModuleList(
-            spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in pairwise(channels)
-        )
+        halvings = (nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(channels))
+        self.halvings = nn.ModuleList(spectral_norm(halving) for halving in halvings)
         self.told = spectral_norm(nn.Conv2d(latent_channels, channels[1], 1))
         self.joint = spectral_norm(nn.Conv2d(channels[-1] + channels[1], channels[-1], 3, padding=1))
         self.last = spectral_norm(nn.Conv2d(channels[-1], 1, 3, padding=1))
@@ -154,13 +145,8 @@ class Critic(nn.Module):
     def contest(self, generated: Tensor, real: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of decoder and critic: by how much each crop looks more real than the other.
 
-        The relativistic pairing of Jolicoeur-Martineau (2018): both crops show the same place, so only their speckle
-        differs. Neither loss has a gradient for the other's weights, so one optimiser can follow their sum.
-
-        Args:
-            generated: ``(B, 1, S, S)`` pixels of the decoder.
-            real: the images, of the same shape.
-            latents: ``(B, C, S / 8, S / 8)``, the decoder's input.
+        Both crops ``(B, 1, S, S)`` show the same place, and only their speckle differs (Jolicoeur-Martineau 2018).
+        Neither loss has a gradient for the other's weights, so that one optimiser follows their sum.
         """
         real_scores = self(real, latents)
         critic_loss = F.softplus(self(generated.detach(), latents) - real_scores).mean()

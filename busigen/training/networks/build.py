@@ -15,24 +15,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from busigen.registry import (
-    ASKED_LENGTH,
-    BUCKETS,
-    CLASSES,
-    LATENT_FACTOR,
-    MASK_CHANNELS,
-    PLACE_CHANNELS,
-    RESOLUTION,
-    SOLVER_SPREAD,
-    Preset,
-)
+from busigen import registry
+from busigen.registry import Preset
 from busigen.solver import TIME_SCALE
 from busigen.training.networks.autoencoder import Autoencoder
 from busigen.training.networks.outline import COUNT, OutlineSpace, OutlineSpread
 from busigen.training.networks.variance import Spectrum, Wavelets
 
-MASKED = -1e4
-"""Attention bias of a dropped token: far below any logit, and finite in fp16."""
+MASKED = -1e4  # Attention bias of a dropped token: far below any logit, and finite in fp16.
 
 
 def keep_bias(keep: Tensor) -> Tensor:
@@ -41,10 +31,7 @@ def keep_bias(keep: Tensor) -> Tensor:
 
 
 class ContextEncoder(ModelMixin, ConfigMixin):
-    """Vision Transformer over the whole image, with patches that can be dropped.
-
-    They are dropped by an attention bias, not by gathering, so that the exported graph has static shapes.
-    """
+    """Vision Transformer over the whole image; a bias drops patches, so that graphs have static shapes."""
 
     @register_to_config
     def __init__(self, resolution: int, patch: int, dim: int, layers: int, heads: int) -> None:
@@ -88,12 +75,8 @@ class MaskedAutoencoder(nn.Module):
         return self.head(tokens)
 
 
-CONTEXT_SIDE = 8
-"""Side of the grid of context tokens that stage 1 reads; finer tokens are averaged to it, since single patches do not
-decide where a lesion goes, and reading 256 tokens would cost more than all the rest."""
-
-DROPOUT = 0.1
-"""In training only. A thousand outlines are few: without it, held-out loss rises after a thousand steps."""
+CONTEXT_SIDE = 8  # Side of the grid to which stage 1's context is averaged: 256 tokens would cost more than the rest.
+DROPOUT = 0.1  # In training only. A thousand outlines are few: without it, held-out loss rises after a thousand steps.
 
 
 class OutlineTransformer(ModelMixin, ConfigMixin):
@@ -112,15 +95,14 @@ class OutlineTransformer(ModelMixin, ConfigMixin):
         self.sizes = [COUNT, *(min(group, coefficients - k) for k in range(0, coefficients, group))]
         self.read = nn.ModuleList(nn.Linear(size, dim) for size in self.sizes)
         self.write = nn.ModuleList(nn.Linear(dim, size) for size in self.sizes)
-        for layer in self.write:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.write.parameters():
+            nn.init.zeros_(parameter)
         self.position = nn.Parameter(torch.randn(1, len(self.sizes), dim) * 0.02)
         self.context_position = nn.Parameter(torch.randn(1, CONTEXT_SIDE**2, cross_attention_dim) * 0.02)
         self.time = Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(dim, dim)
-        self.class_embedding = nn.Embedding(len(CLASSES), dim)
-        self.asked = nn.Linear(ASKED_LENGTH, dim)
+        self.class_embedding = nn.Embedding(len(registry.CLASSES), dim)
+        self.asked = nn.Linear(registry.ASKED_LENGTH, dim)
         self.shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
         self.blocks = _transformer(dim, layers, heads, dropout=DROPOUT, cross_attention_dim=cross_attention_dim)
         self.norm = nn.LayerNorm(dim)
@@ -138,16 +120,12 @@ class OutlineTransformer(ModelMixin, ConfigMixin):
         class_labels: Tensor,
         encoder_attention_mask: Tensor,
     ) -> Transformer2DModelOutput:
-        """Predict the velocity.
+        """The velocity of noisy codes, which are joined to :meth:`OutlineSpace.condition` in ``sample``.
 
-        Args:
-            sample: ``(B, length + ASKED_LENGTH)``, the noisy code and :meth:`OutlineSpace.condition`.
-            timestep: ``(B,)`` in [0, 1000].
-            encoder_hidden_states: context tokens ``(B, N, cross_attention_dim)`` of a square grid of patches.
-            class_labels: ``(B,)`` int64.
-            encoder_attention_mask: ``(B, N)``, 0 for dropped tokens and else 1.
+        ``timestep`` ``(B,)`` lies in [0, 1000]; the context tokens ``(B, N, cross_attention_dim)`` form a square grid;
+        the mask ``(B, N)`` is 0 for dropped ones and else 1.
         """
-        code, asked = sample.split([self.length, ASKED_LENGTH], dim=1)
+        code, asked = sample.split([self.length, registry.ASKED_LENGTH], dim=1)
         tokens, keep = _pooled(encoder_hidden_states, encoder_attention_mask)
         tokens = tokens + self.context_position
         bias = keep_bias(keep)
@@ -195,7 +173,8 @@ class WindowUNet(UNet2DConditionModel):
     @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.spectrum = Wavelets(self.config.out_channels, [side // LATENT_FACTOR for side in BUCKETS])
+        cells = [side // registry.LATENT_FACTOR for side in registry.BUCKETS]
+        self.spectrum = Wavelets(self.config.out_channels, cells)
 
 
 def _transformer(dim: int, layers: int, heads: int, **options: Any) -> nn.ModuleList:
@@ -206,11 +185,7 @@ def _transformer(dim: int, layers: int, heads: int, **options: Any) -> nn.Module
 
 
 def build(component: str, preset: Preset) -> ModelMixin:
-    """Build a component with fresh weights: ``autoencoder``, ``context`` or a denoiser of the preset.
-
-    Raises:
-        KeyError: the preset has no such component.
-    """
+    """Build a component with fresh weights: ``autoencoder``, ``context`` or a denoiser; a KeyError for others."""
     if component == "autoencoder":
         return Autoencoder(
             latent_channels=preset.latent_channels,
@@ -221,14 +196,14 @@ def build(component: str, preset: Preset) -> ModelMixin:
         )
     if component == "context":
         layers, heads = preset.context_layers, preset.context_heads
-        return ContextEncoder(RESOLUTION, preset.patch, preset.context_dim, layers, heads)
+        return ContextEncoder(registry.RESOLUTION, preset.patch, preset.context_dim, layers, heads)
     if component == "mask":
         return OutlineTransformer(**asdict(preset.outline), cross_attention_dim=preset.context_dim)
     shape, latents = preset.denoisers[component], preset.latent_channels
     # Stages 2 and 3 read noisy and known latents, the mask and the region to paint; the prior each cell's place.
-    more = PLACE_CHANNELS if component == "prior" else latents + MASK_CHANNELS + 1
+    more = registry.PLACE_CHANNELS if component == "prior" else latents + registry.MASK_CHANNELS + 1
     model = model_class(component)(
-        sample_size=RESOLUTION // LATENT_FACTOR,
+        sample_size=registry.RESOLUTION // registry.LATENT_FACTOR,
         in_channels=latents + more,
         out_channels=latents,
         block_out_channels=shape.channels,
@@ -239,9 +214,9 @@ def build(component: str, preset: Preset) -> ModelMixin:
         # Diffusers takes the number of heads under this name (huggingface/diffusers issue 2011).
         attention_head_dim=tuple(max(1, channels // shape.head_dim) for channels in shape.channels),
         norm_num_groups=shape.groups,
-        num_class_embeds=len(CLASSES),
+        num_class_embeds=len(registry.CLASSES),
     )
-    model.spectrum.assume(SOLVER_SPREAD[component])
+    model.spectrum.assume(registry.SOLVER_SPREAD[component])
     return model
 
 
@@ -253,20 +228,16 @@ def model_class(component: str) -> type[ModelMixin]:
 
 def mask_condition(mask: Tensor) -> Tensor:
     """Masks ``(B, 1, S, S)`` in [0, 1] as area shares of 2 x 2 grid points a cell, ``(B, 4, S/8, S/8)``."""
-    return F.pixel_unshuffle(F.avg_pool2d(mask, LATENT_FACTOR // 2), 2)
+    return F.pixel_unshuffle(F.avg_pool2d(mask, registry.LATENT_FACTOR // 2), 2)
 
 
 def place_condition(latents: Tensor, frame: Tensor) -> Tensor:
-    """Row and column of each cell within its image's frame, ``(B, 2, s, s)``, from -1 at top and left to 1.
+    """Row and column of each cell of latents ``(B, C, s, s)`` in its image's frame, ``(B, 2, s, s)``, from -1 to 1.
 
     Skin lies on top and sound fades with depth, which convolutions would have to count cells to know (CoordConv, Liu et
-    al. 2018). Depth ends with the frame, because images darken towards their own end.
-
-    Args:
-        latents: ``(B, C, s, s)``, of whole images.
-        frame: ``(B, 4)``, each image's top, left, height and width in pixels of the working image.
+    al. 2018). ``frame`` is ``(B, 4)``: top, left, height and width in pixels; depth ends with it, as images darken.
     """
-    centres = (torch.arange(latents.shape[-1], device=latents.device) + 0.5) * LATENT_FACTOR
+    centres = (torch.arange(latents.shape[-1], device=latents.device) + 0.5) * registry.LATENT_FACTOR
     rows, columns = (2.0 * (centres - frame[:, axis, None]) / frame[:, axis + 2, None] - 1.0 for axis in (0, 1))
     # A constant would have a fixed batch in the exported graph.
     zero = latents[:, :1] * 0.0
@@ -275,4 +246,4 @@ def place_condition(latents: Tensor, frame: Tensor) -> Tensor:
 
 def region_condition(region: Tensor) -> Tensor:
     """Regions ``(B, 1, S, S)`` by cell, ``(B, 1, S/8, S/8)``: 1 if any pixel of the cell may be painted."""
-    return F.max_pool2d(region, LATENT_FACTOR)
+    return F.max_pool2d(region, registry.LATENT_FACTOR)

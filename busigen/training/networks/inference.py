@@ -56,13 +56,8 @@ class Velocity(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
         """The velocity; ``t`` is ``(B,)`` in [0, 1], ``label`` ``(B,)`` int64, ``condition`` adds channels."""
-        return self.unet(
-            torch.cat((x, *condition), dim=1) if condition else x,
-            t * TIME_SCALE,
-            tokens,
-            class_labels=label,
-            encoder_attention_mask=keep,
-        ).sample
+        sample = torch.cat((x, *condition), dim=1) if condition else x
+        return self.unet(sample, t * TIME_SCALE, tokens, class_labels=label, encoder_attention_mask=keep).sample
 
     def follow(self, x: Tensor, velocity: Tensor, step: SolverStep, *condition: Tensor) -> Tensor:
         """Take one solver step with the denoiser's spread."""
@@ -77,10 +72,7 @@ def window_condition(known: Tensor, mask: Tensor, region: Tensor) -> tuple[Tenso
 
 
 def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> Tensor:
-    """Stage 3's known latents: painted ones in the edit region, the image's outside, and zero in the ring.
-
-    ``edit`` and ``ring`` are ``(B, 1, s, s)``, as of :func:`region_condition`.
-    """
+    """Stage 3's known latents: painted ones in the edit region, the image's outside, and zero in the ring."""
     return (known * (1.0 - edit) + painted * edit) * (1.0 - ring)
 
 
@@ -106,8 +98,7 @@ def integrate(
 class Networks:
     """The networks of a checkpoint, in evaluation mode, with each stage's sampler.
 
-    ``denoisers`` go by stage, or by ``<stage>-<class>`` where adapters are merged; ``steps`` are network evaluations
-    per stage.
+    ``denoisers`` go by stage, or by ``<stage>-<class>`` with merged adapters; ``steps`` are evaluations per stage.
     """
 
     preset: Preset
@@ -135,16 +126,9 @@ class Networks:
         return self.context.eval()(image, keep)
 
     def sample(
-        self,
-        name: str,
-        noise: Tensor,
-        label: str,
-        tokens: Tensor,
-        keep: Tensor,
-        *condition: Tensor,
-        steps: int | None = None,
+        self, name: str, noise: Tensor, label: str, tokens: Tensor, keep: Tensor, *condition: Tensor, steps: int = 0
     ) -> Tensor:
-        """Sample a denoiser for one class, in ``self.steps`` or other ``steps``; a KeyError if there is none."""
+        """Sample a denoiser for one class, in ``steps`` or ``self.steps``; a KeyError if there is none."""
         labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
         velocity = Velocity(self.denoiser(name, label)).eval()
         table = solver_steps(name, steps or self.steps[name])
@@ -152,10 +136,8 @@ class Networks:
 
     def denoiser(self, name: str, label: str) -> ModelMixin:
         """The class's own denoiser of a stage, or the base's; a KeyError if there is neither."""
-        unet = self.denoisers.get(f"{name}-{label}", self.denoisers.get(name))
-        if unet is None:
-            raise KeyError(f"no denoiser {name!r} for class {label!r}")
-        return unet
+        own = f"{name}-{label}"
+        return self.denoisers[own if own in self.denoisers else name]
 
     @torch.no_grad()
     def outline(self, noise: Tensor, label: str, tokens: Tensor, keep: Tensor, asked: Tensor) -> Tensor:
@@ -166,9 +148,9 @@ class Networks:
 
     def background(self, noise: Tensor, frame: Tensor) -> Tensor:
         """Sample the healthy prior from ``noise`` ``(B, C, s, s)``; ``frame`` is as for :func:`place_condition`."""
-        context = self.no_context(noise.shape[0], noise.device)
-        return self.sample("prior", noise, "normal", *context, place_condition(noise, frame))
+        return self.sample("prior", noise, "normal", *self.no_context(len(noise)), place_condition(noise, frame))
 
-    def no_context(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def no_context(self, batch: int) -> tuple[Tensor, Tensor]:
         """The empty token that the prior attends to, and its ``keep``."""
-        return torch.zeros(batch, 1, self.preset.context_dim, device=device), torch.ones(batch, 1, device=device)
+        tokens = torch.zeros(batch, 1, self.preset.context_dim, device=self.device)
+        return tokens, torch.ones(batch, 1, device=self.device)

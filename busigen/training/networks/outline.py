@@ -7,7 +7,7 @@ and gives exactly the attributes that a user asks for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,11 +22,10 @@ from busigen.data.sources.records import birads_category
 from busigen.registry import ATTRIBUTES, BIRADS, FIELD_EDGE, RESOLUTION
 from busigen.training.networks.variance import Spread
 
-COUNT = len(ATTRIBUTES)
+Floats = NDArray[np.float64]
 
-CODE_LIMIT = 8.0
-"""Deviations at which a sampled code is clipped, because areas grow exponentially with an attribute. One in a hundred
-held-out lesions has a component beyond 6, and almost none one beyond 8."""
+COUNT = len(ATTRIBUTES)
+CODE_LIMIT = 8.0  # Deviations at which a sampled code is clipped; 1 % of held-out lesions have a component beyond 6.
 
 
 class OutlineSpace(nn.Module):
@@ -52,12 +51,11 @@ class OutlineSpace(nn.Module):
         self.register_buffer("left", torch.zeros(coefficients, grid, grid // 2))
         self.register_buffer("parity", torch.ones(coefficients))  # 1 if symmetric, else -1.
 
-    def fit(self, masks: Iterable[Mask]) -> None:
+    def fit(self, masks: Sequence[Mask]) -> None:
         """Fit mean, deviations and components on lesions, ``(256, 256)`` bool each, and their mirror images."""
-        described = [(attributes(mask), canonical_field(mask, self.grid)) for mask in masks]
-        values = np.stack([found for found, _ in described])
+        values = np.stack([attributes(mask) for mask in masks])
         values = np.concatenate((values, values * [-1.0, 1.0, 1.0, 1.0] + [1.0, 0.0, 0.0, 0.0]))
-        fields = np.stack([field for _, field in described]).astype(np.float64)
+        fields = np.stack([canonical_field(mask, self.grid) for mask in masks]).astype(np.float64)
         mean = 0.5 * (fields + fields[:, :, ::-1]).mean(axis=0)
         parts = [_components(fields - mean, parity, self.coefficients) for parity in (1.0, -1.0)]
         power, left, parity = (np.concatenate(found) for found in zip(*parts, strict=True))
@@ -90,22 +88,16 @@ class OutlineSpace(nn.Module):
     def condition(self, asked: Tensor) -> Tensor:
         """What is asked for, as the network reads it: attributes standardised, or 0 if not asked for.
 
-        Args:
-            asked: ``(B, ASKED_LENGTH)``: attributes in the units of :func:`busigen.data.geometry.attributes`, their
-                flags (1 if asked for), and BI-RADS one-hot.
+        ``asked`` ``(B, ASKED_LENGTH)`` holds attributes in the units of :func:`busigen.data.geometry.attributes`, their
+        flags (1 if asked for), and BI-RADS one-hot.
         """
         values, flags, birads = asked.split([COUNT, COUNT, len(BIRADS)], dim=1)
         return torch.cat(((values - self.attribute_mean) / self.attribute_std * flags, flags, birads), dim=1)
 
     def distance(self, sample: Tensor, asked: Tensor) -> Tensor:
-        """Codes ``(B, 4 + coefficients)`` as signed distances, with the attributes that are asked for in their place.
+        """Codes ``(B, 4 + coefficients)`` as signed distances ``(B, 1, 256, 256)``, with the attributes asked for.
 
-        Args:
-            sample: the codes.
-            asked: as for :meth:`condition`.
-
-        Returns:
-            ``(B, 1, 256, 256)``, about pixels near the outline, above 0 inside.
+        They are about pixels near the outline, and above 0 inside. ``asked`` is as for :meth:`condition`.
         """
         code = sample.clamp(-CODE_LIMIT, CODE_LIMIT)
         values, flags = asked[:, :COUNT], asked[:, COUNT : 2 * COUNT]
@@ -145,14 +137,10 @@ class OutlineSpace(nn.Module):
         return weights / weights.sum(dim=2, keepdim=True)
 
 
-def _components(
-    fields: NDArray[np.float64], parity: float, count: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """At most ``count`` principal components of the symmetric (``parity`` 1) or antisymmetric (-1) parts of fields.
+def _components(fields: Floats, parity: float, count: int) -> tuple[Floats, Floats, Floats]:
+    """Principal components of the symmetric (``parity`` 1) or antisymmetric (-1) parts of fields, at most ``count``.
 
-    Returns:
-        Power over the fields and their mirror images ``(k,)``, left halves of the components ``(k, grid, grid / 2)``,
-        which have norm 1 when whole, and ``parity`` ``(k,)``.
+    Gives their power ``(k,)``, their left halves ``(k, grid, grid / 2)``, with norm 1 when whole, and ``parity``.
     """
     half = fields.shape[2] // 2
     left = 0.5 * (fields + parity * fields[:, :, ::-1])[:, :, :half].reshape(len(fields), -1)
@@ -173,28 +161,13 @@ def birads_flags(categories: Sequence[str | None]) -> NDArray[np.bool_]:
     return np.array([[category == known for known in BIRADS] for category in found]).reshape(-1, len(BIRADS))
 
 
-LEVELS = (0.02, *(k / 16 for k in range(1, 16)), 0.98)
-"""Quantiles at which an attribute's drawn and real distributions are matched."""
-
-EDGES = (4, 36)
-"""Components of the form at which its two bands begin, after the broad shapes: lobes, and finer detail."""
-
-LEAST_AMPLITUDE = 1e-3
-"""Least amplitude of a band that is amplified."""
-
-FEWEST = 64
-"""Fewest lesions, real and drawn, from which a distribution is fitted."""
-
-EVALUATIONS = 100
-"""Sets of drawn outlines that the search for the bands' gains evaluates, in a second or so each."""
-
-FINE = 2.0
-"""Deviation in pixels of the filter that removes the finest detail of an outline."""
-
-RELUCTANCE = 0.03
-"""Cost of a gain, against distances in deviations: of gains that are as good, the smallest are taken."""
-
-Floats = NDArray[np.float64]
+LEVELS = (0.02, *(k / 16 for k in range(1, 16)), 0.98)  # Quantiles at which attributes are matched.
+EDGES = (4, 36)  # Components of the form at which its two bands begin, after the broad shapes: lobes, and finer detail.
+LEAST_AMPLITUDE = 1e-3  # Least amplitude of a band that is amplified.
+FEWEST = 64  # Fewest lesions, real and drawn, from which a distribution is fitted.
+EVALUATIONS = 100  # Sets of drawn outlines that the search for the bands' gains evaluates, in a second or so each.
+FINE = 2.0  # Deviation in pixels of the filter that removes the finest detail of an outline.
+RELUCTANCE = 0.03  # Cost of a gain, against distances in deviations: of gains that are as good, the smallest are taken.
 
 
 class OutlineSpread(Spread):
@@ -263,22 +236,19 @@ class OutlineSpread(Spread):
     def fit_form(self, codes: Tensor, outlined: Callable[[Tensor], Sequence[Mask]], real: Sequence[Mask]) -> None:
         """Find the bands' gains with which the irregularity of outlines is distributed as that of real ones.
 
-        Args:
-            codes: uncalibrated codes.
-            outlined: gives the masks of calibrated codes, without those that are no lesion.
-            real: lesions of the class.
+        ``codes`` are uncalibrated; ``outlined`` gives the masks of calibrated ones, without those that are no lesion.
         """
         if min(len(codes), len(real)) < FEWEST or not self.bands:
             return
-        target = _irregularity(real)
-        scale, wanted = target.std(axis=0), _quantiles(target)
+        target, levels = _irregularity(real), np.linspace(0.02, 0.98, 49)
+        scale, wanted = target.std(axis=0), np.quantile(target, levels, axis=0)
 
         def missed(gains: Floats) -> float:
             self.gains.view(-1)[: gains.size] = torch.from_numpy(gains).to(self.gains)
             found = _irregularity(outlined(self.calibrated(codes)))
             if len(found) < FEWEST // 2:
                 return float("inf")
-            distance = (np.abs(_quantiles(found) - wanted).mean(axis=0) / scale).sum()
+            distance = (np.abs(np.quantile(found, levels, axis=0) - wanted).mean(axis=0) / scale).sum()
             return float(distance + RELUCTANCE * np.abs(gains).sum())
 
         start = np.zeros(2 * len(self.bands))
@@ -296,7 +266,3 @@ def _irregularity(masks: Sequence[Mask]) -> Floats:
         smooth = ndimage.gaussian_filter(part.astype(np.float32), FINE) >= 0.5
         found.append((circularity(mask), solidity(mask), circularity(smooth if smooth.any() else mask)))
     return np.array(found, dtype=np.float64).reshape(-1, 3)
-
-
-def _quantiles(values: Floats) -> Floats:
-    return np.asarray(np.quantile(values, np.linspace(0.02, 0.98, 49), axis=0))

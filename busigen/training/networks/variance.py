@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from busigen.noise_styles import LIMIT
 from busigen.solver import gaussian_constants
 
-LEAST = 0.05
-"""Smallest deviation: without it, a frequency in which all training images are equal would freeze."""
+LEAST = 0.05  # Smallest deviation: without it, a frequency in which all training images are equal would freeze.
 
 
 class Spread(nn.Module):
@@ -62,12 +61,11 @@ class Spread(nn.Module):
 class Spectrum(Spread):
     """Solver steps with the spread of each spatial frequency of latents, ``channels`` of ``cells`` a side.
 
-    Latents are standardised cell by cell, but neighbouring cells vary together: the mean of a whole image's latents
-    varies up to eighteen times as much as independent cells would let it, their finest detail less than half as much.
-    With one spread, ten steps lost a third of the differences in brightness and overdid the detail. The coefficients of
-    the discrete cosine transform are nearly uncorrelated for natural images (Ahmed et al. 1974), so each has a step of
-    its own (:func:`busigen.solver.gaussian_constants`). The channels of a frequency are correlated, and are therefore
-    rotated to their principal axes.
+    Neighbouring cells vary together: the mean of an image's latents varies up to eighteen times as much as that of
+    independent cells, their finest detail less than half as much. With one spread, ten steps lost a third of the
+    differences in brightness and overdid the detail. Coefficients of the discrete cosine transform are nearly
+    uncorrelated (Ahmed et al. 1974), so each has a step of its own (:func:`busigen.solver.gaussian_constants`), along
+    the principal axes of a frequency's channels.
     """
 
     axes: Tensor
@@ -144,29 +142,20 @@ def cosines(size: int) -> Tensor:
 
 
 Residuals = tuple[Tensor, Tensor, Tensor]
-"""Residuals ``(B, C, n, n)`` of two answers to pure noise in the same windows, and the regions to paint.
+"""Residuals ``(B, C, n, n)`` of two answers to pure noise in the same windows, and the regions to paint."""
 
-At pure noise, a network should answer with the mean of all that may be painted, but the noise sways it. What two
-answers miss in common is the window's own."""
-
-MOST_COMPENSATED = 1.5
-"""Greatest factor by which :meth:`Wavelets.compensate` changes a deviation."""
-
-LEAST_CELLS = 6
-"""Fewest cells of a lesion whose power is measured."""
-
-FEWEST = 24
-"""Fewest windows from which a spread is fitted; with fewer, that of the base stays."""
+MOST_COMPENSATED = 1.5  # Greatest factor by which :meth:`Wavelets.compensate` changes a deviation.
+LEAST_CELLS = 6  # Fewest cells of a lesion whose power is measured.
+FEWEST = 24  # Fewest windows from which a spread is fitted; with fewer, that of the base stays.
 
 
 class Wavelets(nn.Module):
     """Solver steps with the spread of each scale of Haar wavelets, in the region to paint.
 
-    Given surroundings and outline, what stages 2 and 3 can still choose is not white: brightness varies more over
-    blocks of four cells than independent cells would let it, and from cell to cell half as much. With one spread,
-    lesions come out too much alike as a whole and too grainy within. Cosines have no place, and the region to paint is
-    one; wavelets have both place and scale (Mallat 1989). Channels are rotated to uncorrelated axes, as in
-    :class:`Spectrum`. ``sizes`` are the windows' sides in cells, powers of two.
+    What surroundings and outline leave open is not white: brightness varies more over blocks of four cells than that of
+    independent cells, and half as much from cell to cell. With one spread, lesions are too much alike as a whole and
+    too grainy within. The region to paint is a place, which cosines lack and wavelets have (Mallat 1989). Channels are
+    rotated as in :class:`Spectrum`. ``sizes`` are the windows' sides in cells, powers of two.
     """
 
     styles: Tensor
@@ -205,9 +194,9 @@ class Wavelets(nn.Module):
         return inside * region + (x + (s - t) * velocity) * (1.0 - region)
 
     def _style(self, noise: Tensor, mask: Tensor, region: Tensor) -> Tensor:
-        """The change of pure noise by a window's style, which is a factor for each channel within the lesion.
+        """The change of pure noise by a window's style: a factor for each channel within the lesion.
 
-        Some lesions are empty or coarse as a whole, which a few steps from normal noise do not draw
+        A few steps from normal noise do not draw lesions that are empty or coarse as a whole
         (:mod:`busigen.noise_styles`). The noise outside the region to paint decides the style, and nothing else.
         """
         beside = 1.0 - region
@@ -217,10 +206,7 @@ class Wavelets(nn.Module):
 
     @torch.no_grad()
     def fit(self, size: int, parts: Sequence[Residuals], factor: float = 1.0) -> None:
-        """Measure the spread in windows of ``size`` cells a side, from residuals on the CPU.
-
-        ``factor`` multiplies the variances.
-        """
+        """Measure the spread in windows of ``size`` cells a side; ``factor`` multiplies the residuals' variances."""
         if sum(len(first) for first, _, _ in parts) < FEWEST:
             return
         axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
@@ -230,11 +216,7 @@ class Wavelets(nn.Module):
 
     @torch.no_grad()
     def compensate(self, size: int, parts: Sequence[Residuals]) -> None:
-        """Correct the spread by the residuals of windows that were drawn with it.
-
-        A network's first answer is swayed by the noise, which adds to the spread of what is drawn; later ones take a
-        part of it back.
-        """
+        """Correct the spread, which noise in the network's answers changes, by residuals of windows drawn with it."""
         if sum(len(first) for first, _, _ in parts) < FEWEST:
             return
         axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
@@ -264,10 +246,7 @@ def _covariances(size: int, parts: Sequence[Residuals]) -> Tensor:
 
 
 def amplitudes(latents: Tensor, mask: Tensor) -> Tensor:
-    """Half the logarithm of the power of latents ``(B, C, n, n)`` within each lesion that is large enough, ``(N, C)``.
-
-    ``mask`` is as for :meth:`Wavelets.forward`.
-    """
+    """Half the logarithm of the power of latents ``(B, C, n, n)`` in each lesion that is large enough, ``(N, C)``."""
     within = (mask.mean(dim=1, keepdim=True) > 0.9).to(latents)
     latents, within = (part[within.sum(dim=(1, 2, 3)) >= LEAST_CELLS] for part in (latents, within))
     cells = within.sum(dim=(2, 3), keepdim=True)
@@ -277,7 +256,7 @@ def amplitudes(latents: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_square(parts: Sequence[Residuals]) -> float:
-    """Mean square of what two answers miss in common, in the region to paint."""
+    """Mean square in the region to paint of what two answers miss in common, which is none of their noise's doing."""
     total = sum(float((first * second * region).sum()) for first, second, region in parts)
     cells = sum(float(region.sum()) * first.shape[1] for first, _, region in parts)
     return max(total, 0.0) / max(cells, 1.0)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
@@ -39,24 +38,20 @@ class TaskContext:
     healed: Healed | None = None
     drawer: Drawer | None = None
 
+    def images(self, split: str, *, sources: tuple[str, ...] = (), label: str | None = None) -> Frames:
+        """The images of a split, or those of some sources and a class."""
+        return Frames(self.prepared, select(self.prepared, split, limit=self.max_images, sources=sources, label=label))
+
     def frames(self, split: str, spec: TaskSpec) -> Frames:
-        """The task's rows of a split.
+        """The task's images of a split.
 
-        For small sets: without a training image of its class, the wanted sources become all sources, and a split
-        without such rows becomes the training split.
-
-        Raises:
-            InputError: there is no row to train on.
+        For small sets, sources without a training image become all sources, and a split without images becomes the
+        training split; an InputError if that is empty, too.
         """
-
-        def rows(name: str, sources: tuple[str, ...]) -> pl.DataFrame:
-            return select(self.prepared, name, limit=self.max_images, sources=sources, label=spec.label)
-
-        sources = spec.sources if rows("train", spec.sources).height else ()
+        sources = spec.sources if len(self.images("train", sources=spec.sources, label=spec.label)) else ()
         for name in (split, "train"):
-            found = rows(name, sources)
-            if found.height:
-                return Frames(self.prepared, found)
+            if len(found := self.images(name, sources=sources, label=spec.label)):
+                return found
         raise nothing_to_train_on(spec)
 
 
@@ -66,33 +61,37 @@ def nothing_to_train_on(spec: TaskSpec) -> InputError:
     return InputError(f"task {spec.name} finds no {what} to train on.", fix="Prepare more images of that class.")
 
 
-class BaseTask:
-    """A task with one loss, on batches of training and of held-out data; see :class:`busigen.training.trainer.Task`."""
+class Task:
+    """What a :class:`busigen.training.trainer.Trainer` trains: a module with a loss on a split's images or examples."""
 
-    module: nn.Module
+    module: Any  # A torch module; its own attributes are not typed.
 
     def __init__(self, spec: TaskSpec, context: TaskContext) -> None:
         self.spec, self.context, self.device = spec, context, context.device
         self.train, self.held_out = self._data("train"), self._data("val")
 
     def _data(self, split: str) -> Any:
-        """What is learnt from a split: its images, unless a subclass encodes them."""
         return self.context.frames(split, self.spec)
 
     def _loss(self, data: Any, generator: Generator) -> Tensor:
-        """Loss of one batch."""
         raise NotImplementedError
 
     def loss(self, generator: Generator) -> Tensor:
-        """Loss of one training batch."""
+        """Loss of one training batch, which is a pure function of the generator."""
         return self._loss(self.train, generator)
 
+    @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss of fixed held-out batches."""
-        return mean_loss(lambda generator: self._loss(self.held_out, generator))
+        """Mean loss of ``VALIDATION_BATCHES`` held-out batches, the same ones every time."""
+        generators = [Generator().manual_seed(1000 + k) for k in range(VALIDATION_BATCHES)]
+        return float(torch.stack([self._loss(self.held_out, generator) for generator in generators]).mean())
+
+    def sheet(self) -> Image.Image:
+        """Pictures of what the module does now."""
+        raise NotImplementedError
 
     def findings(self) -> dict[str, Any]:
-        """Nothing, unless a subclass measures the trained module."""
+        """Further figures of the trained module, as JSON types, whose measurement may set its buffers."""
         return {}
 
 
@@ -103,25 +102,13 @@ def random_frames(frames: Frames, size: int, generator: Generator) -> Iterator[t
         yield frames[int(position)].varied(rng), rng
 
 
-@torch.no_grad()
-def mean_loss(loss: Callable[[Generator], Tensor]) -> float:
-    """Mean of a loss over ``VALIDATION_BATCHES`` batches, the same ones every time."""
-    values = [loss(Generator().manual_seed(1000 + k)) for k in range(VALIDATION_BATCHES)]
-    return float(torch.stack(values).mean())
-
-
 Picture = NDArray[np.uint8]
-
-
-def to_picture(pixels: Tensor) -> Picture:
-    """``(1, H, W)`` or ``(H, W)`` in [-1, 1] as uint8."""
-    array = pixels.detach().float().cpu().numpy()
-    return np.clip(np.rint((array.reshape(array.shape[-2:]) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def to_pictures(batch: Tensor) -> list[Picture]:
     """The items of ``(B, 1, H, W)`` in [-1, 1] as uint8."""
-    return [to_picture(pixels) for pixels in batch]
+    pixels = batch.detach().float().cpu().numpy()[:, 0]
+    return list(np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8))
 
 
 def outlined(picture: Picture, mask: NDArray[np.bool_]) -> Picture:

@@ -24,11 +24,11 @@ from busigen.training.networks.autoencoder import Critic
 from busigen.training.networks.build import MaskedAutoencoder, mask_condition, region_condition
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
-from busigen.training.tasks import BaseTask, TaskContext, grid, mean_loss, random_frames, to_pictures
+from busigen.training.tasks import Task, TaskContext, grid, random_frames, to_pictures
 from busigen.training.trainer import load_state, save_state
 
 
-class ContextTask(BaseTask):
+class ContextTask(Task):
     """Masked-autoencoder pre-training of the context encoder on all images."""
 
     def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
@@ -63,18 +63,13 @@ class ContextTask(BaseTask):
         return grid([to_pictures(row) for row in (images, images * seen, full)])
 
 
-HOLE_SHARE = 0.3
-"""Share of the autoencoder's crops with a grey hole, as windows of stage 2 have."""
+HOLE_SHARE = 0.3  # Share of the autoencoder's crops with a grey hole, as windows of stage 2 have.
+LATENT_NOISE = 0.15  # Noise on the latents in the autoencoder's training, as a share of each channel's deviation.
 
-LATENT_NOISE = 0.15
-"""Noise on the latents in the autoencoder's training, as a share of each channel's deviation."""
-
-
-Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Two decodings of a batch, its pixels, where they count, and the latents before noise was added."""
+Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # Two decodings, pixels, their weight, and latents.
 
 
-class AutoencoderTask(BaseTask):
+class AutoencoderTask(Task):
     """The whole autoencoder, on random crops."""
 
     crop = 96
@@ -109,8 +104,11 @@ class AutoencoderTask(BaseTask):
         first, second = self.autoencoder.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
         return first, second, pixels, weight, latents.float()
 
+    def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
+        return losses.reconstruction(*decoded, generator)
+
     def _loss(self, data: Frames, generator: Generator) -> Tensor:
-        return losses.reconstruction(*self._decoded(data, generator), generator)
+        return self._score(self._decoded(data, generator), generator)
 
     def sheet(self) -> Image.Image:
         """Held-out crops above their reconstructions."""
@@ -121,10 +119,9 @@ class AutoencoderTask(BaseTask):
 
 
 class DecoderTask(AutoencoderTask):
-    """The decoder alone, once the latents are settled: against visible cells of the latents, and against a critic.
+    """The decoder alone, against visible cells of the latents and a critic, which sees more than single patches.
 
-    From the start on, the lattice loss would cost sharpness: the decoder then avoids edges. The critic finds what the
-    energy distance, which compares patch by patch, does not see.
+    With the lattice loss from the start on, the decoder would avoid edges, and lose sharpness.
     """
 
     def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
@@ -134,46 +131,31 @@ class DecoderTask(AutoencoderTask):
         self.module = nn.ModuleDict({"autoencoder": module, "critic": self.critic})
 
     def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
-        """The sum of the decoder's and the critic's losses."""
         first, _, pixels, weight, latents = decoded
         ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
         return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
-        """The decoder's loss without its critic."""
+        """The decoder's loss without its critic, whose scores change their meaning with every step."""
         first, second, pixels, _, _ = decoded
         seams = losses.lattice(first, pixels) + losses.lattice(second, pixels)
-        return losses.reconstruction(*decoded, generator) + losses.LATTICE_WEIGHT * seams
+        return super()._score(decoded, generator) + losses.LATTICE_WEIGHT * seams
 
     def loss(self, generator: Generator) -> Tensor:
         """The sum of the decoder's and the critic's losses of one training batch."""
         return self._contested(self._decoded(self.train, generator), generator)
 
-    def validate(self) -> float:
-        """Mean loss of fixed held-out crops without the critic, whose scores change their meaning with every step."""
-        return mean_loss(lambda generator: self._score(self._decoded(self.held_out, generator), generator))
 
-
-FEWEST = 128
-"""Fewest images, real and drawn, from which filters are fitted."""
-
-CORRECTIONS = 2
-"""Times that the fit corrects its filters by their effect, since a short filter cannot follow every gain."""
-
-MOST_MENDED = 2.0
-"""Largest factor by which a correction changes the filters' spread."""
-
-Picture = tuple[NDArray[np.uint8], Mask]
-"""An image ``(H, W)`` and its pixels that count."""
+FEWEST = 128  # Fewest images, real and drawn, from which filters are fitted.
+CORRECTIONS = 2  # Times that the fit corrects its filters, since short ones cannot follow every gain.
+MOST_MENDED = 2.0  # Largest factor by which a correction changes the filters' spread.
+Picture = tuple[NDArray[np.uint8], Mask]  # An image ``(H, W)`` and its pixels that count.
 
 
 def fit_transfer(real: Iterable[Picture], generated: Sequence[Picture], seed: int) -> Transfer | None:
     """The filters through which drawn images have their detail distributed as real ones have.
 
-    Args:
-        real: training images.
-        generated: what the decoder draws; pixels outside the image's frame do not count.
-        seed: seeds the filters that are tried.
+    Pixels of ``generated`` images that do not count lie outside their frame; ``seed`` seeds the filters that are tried.
 
     Returns:
         Filters, clipped to :data:`busigen.mtf.LARGEST_GAIN` with a warning; None with fewer than ``FEWEST`` images of
@@ -213,19 +195,17 @@ def _filtered(transfer: Transfer, generated: Iterable[Picture], seed: int) -> It
         yield result, usable
 
 
-BACKGROUNDS = 512
-"""Most backgrounds that are drawn; no more than there are training images."""
+BACKGROUNDS = 512  # Most backgrounds that are drawn; no more than there are training images.
 
 
 class FinishTask(DecoderTask):
     """The decoder, against opponents that see its pixels as a user will.
 
-    So far it knows latents of real images. Drawn ones differ from these in what the losses of stages 2 and 3 do not
-    see, and a lesion's window is pasted into an image. So the decoder is given what the stages draw in the places of
-    real lesions and what the prior draws, and both are judged after the paste against the real pixels. Here it first
-    gets masks, and can draw a margin where the outline is. Its opponents are a second critic, which sees the outline,
-    and linear discriminants of statistics of texture and of brightness across the outline. Latents of real images stay
-    a part of every batch, lest the decoder forget them.
+    Drawn latents differ from real ones in what the losses of stages 2 and 3 do not see, and lesions are pasted. So the
+    decoder gets what the stages draw in the places of real lesions, and backgrounds of the prior, and both are judged
+    after the paste against real pixels. Here it first reads masks, to draw margins. The opponents are a second critic,
+    which sees the outline, and linear discriminants of texture and of brightness across outlines. Real latents stay a
+    part of every batch, lest they be forgotten.
     """
 
     def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
@@ -235,7 +215,7 @@ class FinishTask(DecoderTask):
         self.texture = Texture().to(self.device)
         self.judge = Critic(MASK_CHANNELS + 1, pixel_channels=2).to(self.device)
         groups = ("image", "background", *ZONES)
-        self.discriminants = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
+        self.discriminants: Any = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
         self.discriminants["profile"] = Discriminant(FEATURES)
         self.discriminants.to(self.device)
         parts = {"critic": self.critic, "judge": self.judge, "discriminants": self.discriminants}
@@ -303,7 +283,6 @@ class FinishTask(DecoderTask):
         return losses.CRITIC_WEIGHT * ours + critics + seams + textures + losses.TEXTURE_WEIGHT * margins
 
     def _judged(self, generated: Tensor, real: Tensor, mask: Tensor, described: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of the decoder and of its judge over crops and their masks, ``(B, 1, S, S)`` each."""
         generated, real = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
         return self.judge.contest(generated, real, described)
 
@@ -321,9 +300,7 @@ class FinishTask(DecoderTask):
             weights.append(inside * healthy)
         generated = self._decode(torch.stack(latents).to(self.device), None, generator)
         theirs, weight = torch.stack(real).to(self.device), torch.stack(weights).to(self.device)
-        described = torch.zeros(
-            count, MASK_CHANNELS + 1, *(n // LATENT_FACTOR for n in generated.shape[2:]), device=self.device
-        )
+        described = torch.zeros(count, MASK_CHANNELS + 1, *(SIDE // LATENT_FACTOR,) * 2, device=self.device)
         pixels = generated.clamp(-1.0, 1.0)
         ours, critics = self._judged(pixels * weight, theirs * weight, torch.zeros_like(weight), described)
         seams = losses.LATTICE_WEIGHT * losses.lattice(generated, theirs)
@@ -341,21 +318,16 @@ class FinishTask(DecoderTask):
 
     def findings(self) -> dict[str, Any]:
         """Half the squared Mahalanobis distances of statistics, and the filters of :mod:`busigen.mtf`."""
-        parts = {name: part for name, part in self.discriminants.items() if isinstance(part, Discriminant)}
-        distances = {name: round(part.distance, 3) for name, part in parts.items()}
+        distances = {name: round(part.distance, 3) for name, part in self.discriminants.items()}
         frames = (self.train[position] for position in range(len(self.train)))
         real = ((frame.image, _healthy(frame)) for frame in frames)
-        transfer = fit_transfer(real, self._background_pictures(), self.context.seed)
-        return {"texture": distances, "transfer": None if transfer is None else transfer.to_json()}
-
-    def _background_pictures(self) -> list[Picture]:
-        """What the prior draws, as it is decoded in use."""
         generator = Generator().manual_seed(self.context.seed)
-        found: list[Picture] = []
+        generated: list[Picture] = []
         parts = (self.backgrounds[name].split(self.spec.batch) for name in ("latents", "frame"))
-        for latents, frames in zip(*parts, strict=True):
-            found += letterboxed(self._decode(latents.to(self.device).float(), None, generator), frames)
-        return found
+        for latents, places in zip(*parts, strict=True):
+            generated += letterboxed(self._decode(latents.to(self.device).float(), None, generator), places)
+        transfer = fit_transfer(real, generated, self.context.seed)
+        return {"texture": distances, "transfer": None if transfer is None else transfer.to_json()}
 
     def sheet(self) -> Image.Image:
         """Real windows, what is drawn in their places, and drawn backgrounds."""
@@ -372,15 +344,11 @@ class FinishTask(DecoderTask):
 
 
 def _healthy(frame: Frame) -> Mask:
-    """Pixels of tissue without lesion."""
     return frame.valid & ~frame.overlay & (frame.lesions == 0)
 
 
 def _part_of(latents: Tensor, frame: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
-    """A crop of a drawn background: latents of ``SIDE`` pixels a side, which of these count, and its depth.
-
-    Pixels outside the image's frame or along a cut do not count.
-    """
+    """A crop of a drawn background: latents of ``SIDE`` pixels a side, which pixels count, and its depth."""
     top, left, height, width = frame.tolist()
     depth = float(rng.random())
     places = (top + depth * max(0, height - SIDE), left + rng.random() * max(0, width - SIDE))

@@ -21,25 +21,21 @@ from busigen.training.examples import (
     background_examples,
     load_examples,
     save_examples,
-    select,
     window_examples,
 )
 from busigen.training.networks.build import place_condition
 from busigen.training.networks.inference import Velocity, blend_input, integrate
 from busigen.training.networks.variance import Residuals, Spectrum, amplitudes, mean_square, transformed
 from busigen.training.recipe import TaskSpec
-from busigen.training.tasks import BaseTask, Picture, TaskContext, grid, nothing_to_train_on, outlined, to_pictures
+from busigen.training.tasks import Picture, Task, TaskContext, grid, nothing_to_train_on, outlined, to_pictures
 from busigen.training.trainer import mixed_precision
 
 Batch = dict[str, Tensor]
 Buckets = dict[int, WindowExamples]
 
 
-class DenoiserTask(BaseTask):
-    """A denoiser's velocity objective, over examples that a subclass encodes.
-
-    ``examples`` is the name of the encoding, which a stage's base and adapters share.
-    """
+class DenoiserTask(Task):
+    """A denoiser's velocity objective, over ``examples`` of a name that a stage's base and adapters share."""
 
     examples: str
 
@@ -49,7 +45,6 @@ class DenoiserTask(BaseTask):
         super().__init__(spec, context)
 
     def _encode(self, frames: Frames, **options: Any) -> Buckets:
-        """Encode all of a split's images."""
         raise NotImplementedError
 
     def _data(self, split: str) -> Buckets:
@@ -68,7 +63,7 @@ class DenoiserTask(BaseTask):
         variants = self.spec.variants if split == "train" else 1
         path = self.context.cache / f"{self.examples}-{split}-{variants}.safetensors"
         if not path.exists():
-            frames = Frames(self.context.prepared, select(self.context.prepared, split, limit=self.context.max_images))
+            frames = self.context.images(split)
             options = {
                 "networks": self.context.networks,
                 "variants": variants,
@@ -116,18 +111,11 @@ class DenoiserTask(BaseTask):
         return to_pictures(self.context.networks.decoder(latents, noise.to(latents)))
 
 
-MEASURED, MEASURED_BATCH = 384, 32
-"""Windows of one size on which a trained network is measured, and how many at a time."""
+MEASURED, MEASURED_BATCH = 384, 32  # Windows of one size on which a trained network is measured, and batch.
 
-PAINTED_NOISE = 0.15
-"""Noise on the painted latents that stage 3 sees in training, where they are real and in use are not (conditioning
-augmentation, Ho et al. 2022)."""
-
-LESIONS = 64
-"""Fewest lesions, real or drawn, from which their variation is fitted."""
-
-TRIAL = 0.35
-"""Share of the missing deviation that is tried first; the network carries on and adds to what it is given."""
+PAINTED_NOISE = 0.15  # On the latents that stage 3 continues, which are real only in training (Ho et al. 2022).
+LESIONS = 64  # Fewest lesions, real or drawn, from which their variation is fitted.
+TRIAL = 0.35  # Share of the missing deviation that is tried first; the network carries on and adds to what it is given.
 
 
 def _share(has: Tensor | Floats, wants: Tensor | Floats, got: Tensor | Floats) -> float:
@@ -137,15 +125,10 @@ def _share(has: Tensor | Floats, wants: Tensor | Floats, got: Tensor | Floats) -
 
 
 def fit_lesion_styles(real: Tensor, draw: Callable[[Tensor], Tensor], channels: int) -> Tensor:
-    """The ``styles`` of :class:`busigen.training.networks.variance.Wavelets`: lesions differ as training lesions do.
+    """The ``styles`` ``(C, C)`` of Wavelets with which drawn lesions differ from each other as training lesions do.
 
-    Args:
-        real: amplitudes of training lesions ``(N, C)`` (:func:`busigen.training.networks.variance.amplitudes`).
-        draw: gives those of lesions drawn with some styles ``(C, C)``.
-        channels: ``C``.
-
-    Returns:
-        ``(C, C)``; zeros if drawn lesions lack nothing or there are fewer than ``LESIONS`` of either.
+    ``real`` are :func:`busigen.training.networks.variance.amplitudes` ``(N, C)`` of training lesions; ``draw`` gives
+    those of lesions drawn with some styles. Zeros if these lack nothing or there are fewer than ``LESIONS`` of either.
     """
     nothing = torch.zeros(channels, channels)
     plain = draw(nothing)
@@ -195,9 +178,8 @@ class WindowTask(DenoiserTask):
 
             def draw(styles: Tensor) -> Tensor:
                 spectrum.styles.copy_(styles)
-                return torch.cat(
-                    [amplitudes(self._generated(b), b["mask"]) for part in places.values() for b in self._batches(part)]
-                ).cpu()
+                found = [amplitudes(self._generated(b), b["mask"]) for p in places.values() for b in self._batches(p)]
+                return torch.cat(found).cpu()
 
             spectrum.styles.copy_(fit_lesion_styles(torch.cat(real).cpu(), draw, len(spectrum.styles)))
         return {"held_out_gap": round(gap, 4)}
@@ -235,7 +217,6 @@ class WindowTask(DenoiserTask):
             yield residuals[0], residuals[1], (condition[-1] * usable).cpu()
 
     def _generated(self, batch: Batch) -> Tensor:
-        """What the solver draws in the places of examples."""
         generator = Generator().manual_seed(self.context.seed + 1)
         noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
         seen = (batch["label"], batch["tokens"], batch["keep"])
@@ -245,7 +226,7 @@ class WindowTask(DenoiserTask):
     def sheet(self) -> Image.Image:
         """Real windows, the same with the model's latents, and these with outlines of the masks."""
         batch, latents = self._sampled(8)
-        rows = [self._pictures(z) for z in (batch["clean"], latents)]
+        rows = [self._pictures(batch["clean"]), self._pictures(latents)]
         grids = nn.functional.pixel_shuffle(batch["mask"], 2)
         grids = nn.functional.interpolate(grids, scale_factor=LATENT_FACTOR // 2, mode="bilinear")
         masks = [mask[0].cpu().numpy() >= 0.5 for mask in grids]
@@ -253,21 +234,14 @@ class WindowTask(DenoiserTask):
         return grid(rows)
 
 
-COUNT = 128
-"""Images that are drawn to see what the prior varies by, and as many again to see the effect of styles."""
+COUNT = 128  # Images that are drawn to see what the prior varies by, and as many again to see the effect of styles.
 
 
 def fit_styles(spectrum: Spectrum, clean: Tensor, draw: Callable[[Tensor], Tensor], seed: int) -> list[list[float]]:
     """The ``styles`` of a bundle, with which drawn latents vary in their bands as training latents do.
 
     One trial measures how much of a style the solver carries on: the sum of all bands' variances grows with the square
-    of the share that is tried.
-
-    Args:
-        spectrum: the prior's.
-        clean: training latents ``(N, C, s, s)``.
-        draw: samples the prior from noise of that shape.
-        seed: seeds the draws.
+    of the share that is tried. ``clean`` are training latents ``(N, C, s, s)``; ``draw`` samples the prior from noise.
 
     Returns:
         Rows of :func:`busigen.noise_styles.styled`'s ``factor``, within the bounds of bundles; none if drawn images
@@ -289,8 +263,8 @@ def fit_styles(spectrum: Spectrum, clean: Tensor, draw: Callable[[Tensor], Tenso
         return []
     normals = torch.randn(COUNT, factor.shape[1], generator=generator).numpy()
     tried = measured(draw(torch.from_numpy(styled(noise.numpy(), TRIAL * factor, normals))))
-    share = _share(plain, real, tried)
-    return [[round(float(value), 4) for value in row] for row in bounded(share * factor, LARGEST_FACTOR, "styles")]
+    styles = bounded(_share(plain, real, tried) * factor, LARGEST_FACTOR, "styles")
+    return [[round(float(value), 4) for value in row] for row in styles]
 
 
 class BackgroundTask(DenoiserTask):
@@ -324,7 +298,7 @@ class BackgroundTask(DenoiserTask):
             for x, frame in zip(noise.split(16), chosen.split(16), strict=False):
                 x, frame = x.to(self.device), frame.to(self.device)
                 label = torch.full((len(x),), CLASSES.index("normal"), device=self.device)
-                context = self.context.networks.no_context(len(x), self.device)
+                context = self.context.networks.no_context(len(x))
                 parts.append(integrate(self.velocity, x, label, *context, self.steps, place_condition(x, frame)).cpu())
             return torch.cat(parts)
 

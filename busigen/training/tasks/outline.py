@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,26 +14,17 @@ from torch import Generator, Tensor
 from busigen.data.geometry import Mask, largest_component
 from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES
 from busigen.runtime.sampling import quality_gates
-from busigen.training.examples import (
-    ENCODE_BATCH,
-    Frames,
-    Healed,
-    Progress,
-    WindowExamples,
-    joined,
-    random_lesion,
-    select,
-    to_tensor,
-)
-from busigen.training.networks.inference import Networks, integrate
-from busigen.training.networks.outline import COUNT, OutlineSpace, birads_flags
+from busigen.training.examples import Frames, WindowExamples, outline_examples, random_lesion, to_tensor
+from busigen.training.networks.inference import integrate
+from busigen.training.networks.outline import COUNT
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import background_images
 from busigen.training.tasks import TaskContext, grid, outlined, to_pictures
 from busigen.training.tasks.denoiser import Batch, Buckets, DenoiserTask
 
-CONDITIONED_SHARE, ATTRIBUTE_SHARE, BIRADS_SHARE = 0.5, 0.3, 0.5
-"""Shares of examples with any attribute given, then of each attribute, and of known BI-RADS categories given."""
+CONDITIONED_SHARE = 0.5  # Share of examples with any attribute given.
+ATTRIBUTE_SHARE = 0.3  # Share of these with each attribute given.
+BIRADS_SHARE = 0.5  # Share of examples with a known BI-RADS category given.
 
 
 def lesions(frames: Frames, seed: int) -> list[Mask]:
@@ -42,68 +32,8 @@ def lesions(frames: Frames, seed: int) -> list[Mask]:
     return [random_lesion(frames[k], np.random.default_rng((seed, k))) for k in frames.with_lesion()]
 
 
-@torch.no_grad()
-def outline_examples(
-    frames: Frames,
-    healed: Healed,
-    space: OutlineSpace,
-    *,
-    networks: Networks,
-    variants: int,
-    seed: int,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """Encode stage 1's examples: healed images, each with one of its lesions, under another gain, flip and cut.
-
-    ``healed(row, variant)`` gives the image without lesion. Half of the variants fill the frame, because synthetic
-    backgrounds have no letterbox bars.
-
-    Returns:
-        ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
-        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; empty if no image has a lesion.
-    """
-    parts: list[dict[str, Tensor]] = []
-    jobs = frames.jobs(variants, lesions_only=True)
-    for start in range(0, len(jobs), ENCODE_BATCH):
-        part = jobs[start : start + ENCODE_BATCH]
-        rows = [int(frames.table["row"][position]) for position, _ in part]
-        chosen = []
-        for row, (position, variant) in zip(rows, part, strict=True):
-            rng = np.random.default_rng((seed, row, variant, 1))
-            frame = frames[position]
-            # The lesion is chosen before the geometry changes, or another one could become the target.
-            lesion = random_lesion(frame, rng).astype(np.uint8)
-            frame = replace(frame, image=healed(row, variant), lesions=lesion).with_gain(rng)
-            frame = frame.flipped() if rng.random() < 0.5 else frame
-            chosen.append(frame.filling(rng) if rng.random() < 0.5 else frame)
-        images = torch.stack([to_tensor(frame.image) for frame in chosen]).to(networks.device)
-        keep = torch.ones(len(chosen), networks.preset.tokens, device=networks.device)
-        parts.append(
-            {
-                "clean": space.encode([frame.lesions > 0 for frame in chosen]).cpu(),
-                "birads": torch.from_numpy(birads_flags([frames.table["birads"][position] for position, _ in part])),
-                "tokens": networks.tokens(images, keep).half().cpu(),
-                "keep": keep.bool().cpu(),
-                "weight": torch.ones(len(chosen), 1),
-                "label": torch.tensor([CLASSES.index(frame.label) for frame in chosen]),
-                "row": torch.tensor(rows),
-            }
-        )
-        progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
-    return joined(parts) if parts else {}
-
-
 def random_condition(code: Tensor, birads: Tensor, generator: Generator) -> Tensor:
-    """A random part of the answer as stage 1's condition.
-
-    Args:
-        code: ``(B, D)``, standardised.
-        birads: ``(B, 4)`` one-hot or all zero.
-        generator: decides which attributes are given.
-
-    Returns:
-        ``(B, ASKED_LENGTH)``, as of :meth:`OutlineSpace.condition`.
-    """
+    """A random part of codes ``(B, D)`` and BI-RADS flags ``(B, 4)``, as of :meth:`OutlineSpace.condition`."""
     size = code.shape[0]
     anything = torch.rand(size, 1, generator=generator) < CONDITIONED_SHARE
     flags = (anything & (torch.rand(size, COUNT, generator=generator) < ATTRIBUTE_SHARE)).to(code)
@@ -111,9 +41,9 @@ def random_condition(code: Tensor, birads: Tensor, generator: Generator) -> Tens
     return torch.cat((code[:, :COUNT] * flags, flags, birads * shown), dim=1)
 
 
-MEASURED_OUTLINES, MEASURED_FORMS, BATCH = 768, 256, 32
-"""Outlines whose attributes are measured, half of them in healed images and half in backgrounds of the prior; those of
-them whose form is measured; and how many are drawn at a time."""
+MEASURED_OUTLINES = 768  # Outlines whose attributes are measured, half in healed images and half in backgrounds.
+MEASURED_FORMS = 256  # Those of them whose form is measured.
+BATCH = 32  # Outlines that are measured at a time.
 
 
 class MaskTask(DenoiserTask):
@@ -148,22 +78,15 @@ class MaskTask(DenoiserTask):
         codes = self._sampled_codes(images).to(self.device)
         # Of all of the class's lesions, where they are: the adapter's sources may hold few of them, and training
         # mirrors and crops images.
-        real = lesions(self._rows(self.spec.label), self.context.seed)
+        real = lesions(self.context.images("train", label=self.spec.label), self.context.seed)
         spread.fit_attributes(codes, self.space.encode(real))
-        spread.fit_form(
-            codes[:MEASURED_FORMS], lambda calibrated: self._accepted(calibrated, valid[:MEASURED_FORMS]), real
-        )
+        spread.fit_form(codes[:MEASURED_FORMS], lambda calibrated: self._accepted(calibrated, valid), real)
         return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
-
-    def _rows(self, label: str | None) -> Frames:
-        """Training images of a class, or of all."""
-        rows = select(self.context.prepared, "train", limit=self.context.max_images, label=label)
-        return Frames(self.context.prepared, rows)
 
     def _healthy_images(self) -> tuple[list[NDArray[np.uint8]], list[Mask]]:
         """Healed images and backgrounds, shuffled, and which of their pixels are no bars."""
         assert self.context.healed is not None
-        frames = self._rows(None)
+        frames = self.context.images("train")
         rng = np.random.default_rng(self.context.seed)
         # Of lesions of any class, because the adapter knows the images of its own by heart.
         chosen = [int(k) for k in rng.permutation(frames.with_lesion())[: MEASURED_OUTLINES // 2]]
@@ -190,12 +113,10 @@ class MaskTask(DenoiserTask):
 
     def _accepted(self, codes: Tensor, valid: Sequence[Mask]) -> list[Mask]:
         """The codes' lesions within the valid pixels of images, without those that the quality gates refuse."""
-        nothing = torch.zeros(len(codes), ASKED_LENGTH, device=self.device)
-        distances = torch.cat(
-            [self.space.distance(*part) for part in zip(codes.split(BATCH), nothing.split(BATCH), strict=True)]
-        )
+        nothing = torch.zeros(1, ASKED_LENGTH, device=self.device)
+        distances = torch.cat([self.space.distance(part, nothing) for part in codes.split(BATCH)])
         accepted = []
-        for distance, inside in zip(distances, valid, strict=True):
+        for distance, inside in zip(distances, valid, strict=False):
             raw = distance[0].cpu().numpy() > 0
             mask = largest_component(raw & inside)
             if quality_gates.mask_reason(raw, mask, inside) is None:
@@ -205,7 +126,7 @@ class MaskTask(DenoiserTask):
     def sheet(self) -> Image.Image:
         """Real and sampled outlines on their signed distances."""
         batch, samples = self._sampled(10)
-        nothing = torch.zeros(len(samples), ASKED_LENGTH, device=self.device)
+        nothing = torch.zeros(1, ASKED_LENGTH, device=self.device)
         rows = []
         for code in (batch["clean"], samples):
             fields = self.space.distance(code, nothing) / 32.0
