@@ -172,7 +172,7 @@ def test_a_cached_engine_that_is_none_is_made_again(tmp_path: Path, file: str, b
 def test_weights_and_healed_images_that_are_none_are_refused(tmp_path: Path, become: Callable[[Path], None]) -> None:
     pytest.importorskip("torch")
     from busigen.training.checkpoint import load_component, weight_hashes
-    from busigen.training.healing import healed_reader
+    from busigen.training.rollouts import healed_reader
     from busigen.training.trainer import load_state
 
     folder = tmp_path / "base" / "mask"
@@ -192,7 +192,7 @@ def test_weights_and_healed_images_that_are_none_are_refused(tmp_path: Path, bec
 
 def test_healed_images_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from busigen.training.healing import healed_reader, save_healed
+    from busigen.training.rollouts import healed_reader, save_healed
 
     images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 2, 2)
     save_healed(tmp_path / "healed.npz", [7, 9], images)

@@ -186,7 +186,7 @@ def saving(inputs: Path) -> Case:
     import numpy as np
     import torch
 
-    from busigen.training.healing import save_healed
+    from busigen.training.rollouts import save_healed
     from busigen.training.trainer import save_state
     from tests.harness.checkpoints import untrained
 
