@@ -1,18 +1,17 @@
 """A lesion's mask: what may be repainted around it (edit region, ring, window, feather), and its outline as numbers.
 
-Training, runtime and ``verify`` all call these, so that an edit region means the same everywhere. All of them are pure
-functions of their arguments; masks are ``(256, 256)`` bool arrays on the letterboxed grid, distances are pixels.
+Training, runtime and ``verify`` all call these, so that an edit region means the same everywhere. All are pure
+functions; masks are ``(256, 256)`` bool arrays on the letterboxed grid, distances are pixels.
 
-An outline is described by where it lies, how large and how slender it is, and its form in a frame of its own. That
-*canonical frame* is centred on the lesion's centroid, and its axes are scaled so that the lesion has area one and a
-bounding box as high as it is wide. What is left in it is form alone, which is what a shape model should spend its
-numbers on (Cootes et al. 1995 align shapes for the same reason; Leventon et al. 2000 take principal components of
-signed distances).
+An outline is described by place, size and slenderness, and its form in a *canonical frame*, centred on the lesion's
+centroid and scaled so that the lesion has area one and a bounding box as high as it is wide: what is left is form alone
+(Cootes et al. 1995 align shapes for the same reason; Leventon et al. 2000 take principal components of signed
+distances).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +57,7 @@ class Window:
 
 
 def around(mask: Mask, pad: int) -> tuple[slice, slice]:
-    """The bounding box of a mask that is not empty, with ``pad`` pixels around it as far as the image goes.
-
-    A lesion is a tenth of its image: what is computed in its box alone costs the processor a fraction.
-    """
+    """The bounding box of a mask that is not empty, with ``pad`` pixels around it as far as the image goes."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, left = max(0, int(rows[0]) - pad), max(0, int(columns[0]) - pad)
     return slice(top, int(rows[-1]) + pad + 1), slice(left, int(columns[-1]) + pad + 1)
@@ -84,20 +80,16 @@ def largest_component(mask: Mask) -> Mask:
 
 
 def edit_region(mask: Mask, valid: Mask, *, margin_scale: float = 1.0, shadow_scale: float = 1.0) -> Mask:
-    """The pixels that may change when a lesion is painted.
+    """The pixels that may change when a lesion is painted, ``(256, 256)`` bool; none for an empty mask.
 
     The lesion, a margin around it, and room straight below it for posterior shadowing or enhancement, cut to the
-    ``valid`` (not letterbox) pixels. Training varies the two scales; in use both are 1, so that anyone can recompute
-    the region from the mask alone.
+    ``valid`` pixels. Training varies the two scales; in use both are 1, so that anyone can recompute the region.
 
     Args:
         mask: lesion, ``(256, 256)`` bool.
         valid: pixels that hold image rather than letterbox bars, same shape.
         margin_scale: factor on the margin.
         shadow_scale: factor on the room below.
-
-    Returns:
-        ``(256, 256)`` bool; empty where the mask is.
     """
     if not mask.any():
         return np.zeros_like(mask)
@@ -122,14 +114,8 @@ def ring_region(edit: Mask) -> Mask:
 
 
 def feather(edit: Mask) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Opacity of the pasted brightness and of the pasted speckle, ``(256, 256)`` float32 each.
-
-    Exactly 0 outside the edit region, rising to 1 inside it.
-    """
-    return _opacities(_depth(edit))
-
-
-def _opacities(depth: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Opacity of the pasted brightness and speckle, ``(256, 256)`` float32: 0 outside the region, up to 1 inside."""
+    depth = _depth(edit)
     middle = (FEATHER_WIDTH - GRAIN_WIDTH) / 2.0
     brightness, grains = depth / FEATHER_WIDTH, (depth - middle) / GRAIN_WIDTH
     return np.clip(brightness, 0.0, 1.0).astype(np.float32), np.clip(grains, 0.0, 1.0).astype(np.float32)
@@ -151,7 +137,7 @@ def window_for(edit: Mask, buckets: Sequence[int] = BUCKETS) -> Window:
 
     Args:
         edit: ``(256, 256)`` bool.
-        buckets: window sides in pixels to choose from, smallest first; experiments give others than the registry's.
+        buckets: window sides in pixels to choose from, smallest first.
 
     Raises:
         ValueError: the region is empty.
@@ -161,11 +147,9 @@ def window_for(edit: Mask, buckets: Sequence[int] = BUCKETS) -> Window:
         raise ValueError("an empty edit region has no window")
     extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1 + 2 * BUCKET_CONTEXT
     side = next((bucket for bucket in buckets if extent <= bucket), buckets[-1])
-    corners = []
-    for line in (rows, columns):
-        middle = (int(line[0]) + int(line[-1]) + 1) // 2
-        corners.append(int(np.clip(middle - side // 2, 0, RESOLUTION - side)))
-    return Window(top=corners[0], left=corners[1], side=side)
+    middles = ((int(line[0]) + int(line[-1]) + 1) // 2 for line in (rows, columns))
+    top, left = (int(np.clip(middle - side // 2, 0, RESOLUTION - side)) for middle in middles)
+    return Window(top, left, side)
 
 
 def patches_outside(edit: Mask, patch: int) -> Mask:
@@ -192,7 +176,7 @@ def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, wi
     new = np.clip((painted + 1.0) * 127.5, 0.0, 255.0)
     change = new - old
     brightness = ndimage.gaussian_filter(change, GRAIN_SCALE, mode="nearest")
-    opacity, opacity_of_grains = _opacities(_depth(edit)[window.slices])
+    opacity, opacity_of_grains = (part[window.slices] for part in feather(edit))
     mixed = old + opacity * brightness + opacity_of_grains * (change - brightness)
     mixed = np.clip(np.rint(mixed), 0.0, 255.0)
     result[window.slices] = np.where(opacity > 0, mixed, old).astype(np.uint8)
@@ -205,7 +189,7 @@ def lowest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> 
 
 
 def highest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
-    """Greatest value from ``before`` pixels before to ``after`` pixels after each one along an axis, edges repeated."""
+    """Greatest value in the windows of `lowest`."""
     return _windows(np.maximum, values, before, after, axis)
 
 
@@ -219,22 +203,17 @@ def shrink(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
     return lowest(lowest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
 
 
-def _windows(
-    better: Callable[..., NDArray[np.uint8]], values: NDArray[np.uint8], before: int, after: int, axis: int
-) -> NDArray[np.uint8]:
+def _windows(better: np.ufunc, values: NDArray[np.uint8], before: int, after: int, axis: int) -> NDArray[np.uint8]:
     """Reduce every window, from windows of half its length. scipy.ndimage works in doubles, many times slower."""
     margins = [(0, 0), (0, 0)]
     margins[axis] = (before, after)
     windows, length, wanted = np.pad(values, margins, mode="edge"), 1, before + after + 1
     while length < wanted:
         step = min(length, wanted - length)
-        ahead, behind = (slice(step, None), slice(None, -step))
-        index = (
-            ((ahead, slice(None)), (behind, slice(None)))
-            if axis == 0
-            else ((slice(None), ahead), (slice(None), behind))
-        )
-        windows = better(windows[index[0]], windows[index[1]])
+        if axis == 0:
+            windows = better(windows[step:], windows[:-step])
+        else:
+            windows = better(windows[:, step:], windows[:, :-step])
         length += step
     return windows
 
@@ -242,28 +221,15 @@ def _windows(
 _FIELD_OVERSAMPLING = 2
 """Samples per grid step and axis from which a signed distance is measured."""
 
-_ALL, _AHEAD, _BACK = slice(None), slice(1, None), slice(None, -1)
-_NEIGHBOURS = (
-    ((_AHEAD, _ALL), (_BACK, _ALL)),
-    ((_ALL, _AHEAD), (_ALL, _BACK)),
-    ((_AHEAD, _AHEAD), (_BACK, _BACK)),
-    ((_AHEAD, _BACK), (_BACK, _AHEAD)),
-)
-"""Pairs of views of a mask whose pixels are neighbours down, across, and along the two diagonals."""
-
 _STAIRCASE_SMOOTHING = 0.6
 """Deviation in pixels of the filter that takes the pixels' staircase out of an outline before it is resampled."""
 
 
 def attributes(mask: Mask) -> NDArray[np.float64]:
-    """The four attributes of a lesion, in the order of ``registry.ATTRIBUTES``.
+    """The four attributes of a lesion that is not empty, ``float64 (4,)``, in the order of ``registry.ATTRIBUTES``.
 
-    Args:
-        mask: ``(H, W)`` bool, not empty, ``H`` = ``W`` = ``RESOLUTION``.
-
-    Returns:
-        ``(4,)``: centroid across and down as shares of the side, log of the root of the area in pixels, log of the
-        bounding box's height over its width.
+    Centroid across and down as shares of the side, log of the root of the area in pixels, log of the bounding box's
+    height over its width.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     by_row, by_column = mask.sum(axis=1), mask.sum(axis=0)
@@ -281,10 +247,10 @@ def grid_positions(grid: int) -> NDArray[np.float64]:
 
 
 def canonical_field(mask: Mask, grid: int) -> NDArray[np.float32]:
-    """The lesion's signed distance in its canonical frame.
+    """The signed distance of one lesion, not empty, in its canonical frame.
 
     Args:
-        mask: ``(256, 256)`` bool, one lesion, not empty.
+        mask: ``(256, 256)`` bool.
         grid: samples a side.
 
     Returns:
@@ -319,8 +285,8 @@ def circularity(mask: Mask) -> float:
     with the staircase of pixels.
     """
     part = np.pad(mask[around(mask, 0)], 1)
-    straight = sum(int((part[first] != part[second]).sum()) for first, second in _NEIGHBOURS[:2])
-    diagonal = sum(int((part[first] != part[second]).sum()) for first, second in _NEIGHBOURS[2:])
+    straight = np.count_nonzero(part[1:] != part[:-1]) + np.count_nonzero(part[:, 1:] != part[:, :-1])
+    diagonal = np.count_nonzero(part[1:, 1:] != part[:-1, :-1]) + np.count_nonzero(part[1:, :-1] != part[:-1, 1:])
     perimeter = np.pi / 8.0 * (straight + diagonal / np.sqrt(2.0))
     return float(4.0 * np.pi * part.sum() / perimeter**2)
 

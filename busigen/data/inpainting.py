@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -42,7 +40,7 @@ def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> N
 
     Grey levels are interpolated from the pixels around (a pull-push pyramid: Gortler et al., The Lumigraph, SIGGRAPH
     1996, 3.4); texture, what a blur takes away, is copied from the nearby place whose surroundings agree best with the
-    gap's (as in exemplar-based inpainting, Criminisi et al. 2004), so that the patch is as grainy as its surroundings.
+    gap's (exemplar-based inpainting, Criminisi et al. 2004), so that the patch is as grainy as its surroundings.
 
     Args:
         pixels: Grey levels, ``uint8 (H, W)``.
@@ -50,7 +48,7 @@ def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> N
 
     Returns:
         ``uint8 (H, W)``, equal to ``pixels`` wherever ``suspect`` is False, and everywhere if nothing or everything is
-        suspected. The same input gives the same output.
+        suspected.
 
     Raises:
         ValueError: Shapes or types are others.
@@ -65,12 +63,15 @@ def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> N
     filled = _interpolated(pixels.astype(np.float32), ~suspect)
     smooth = ndimage.gaussian_filter(filled, SMOOTHING, truncate=3.0, mode="nearest")
     ring = grow(suspect, RING) & ~suspect
-    places = _Places.of(filled, filled - smooth, suspect)
+    places = _Places(filled, filled - smooth, suspect)
     result = pixels.copy()
-    for box in _pieces(suspect):
-        inside, around = places.within(suspect, box, 0), places.within(ring, box, RING)
-        painted = smooth[box][suspect[box]] + places.texture_for(inside, around)
-        result[box][suspect[box]] = np.clip(np.rint(painted), 0, 255).astype(np.uint8)
+    for top in range(0, suspect.shape[0], TILE):
+        band = suspect[top : top + TILE]
+        for left in np.unique(np.flatnonzero(band.any(axis=0)) // TILE) * TILE:
+            box = slice(top, top + TILE), slice(int(left), int(left) + TILE)
+            inside, around = places.within(suspect, box, 0), places.within(ring, box, RING)
+            painted = smooth[box][suspect[box]] + places.texture_for(inside, around)
+            result[box][suspect[box]] = np.clip(np.rint(painted), 0, 255).astype(np.uint8)
     return result
 
 
@@ -89,8 +90,7 @@ def _interpolated(levels: NDArray[np.float32], known: NDArray[np.bool_]) -> NDAr
 def _summed(fine: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sums of blocks of 2 x 2."""
     rows = fine[0::2] + fine[1::2]
-    blocks: NDArray[np.float32] = rows[:, 0::2] + rows[:, 1::2]
-    return blocks
+    return np.asarray(rows[:, 0::2] + rows[:, 1::2])
 
 
 def _doubled(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -106,51 +106,20 @@ def _doubled(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
     return coarse
 
 
-def _pieces(suspect: NDArray[np.bool_]) -> list[tuple[slice, slice]]:
-    """Boxes that cover the suspected pixels: whole marks where they are small, tiles of the large ones."""
-    pieces = []
-    for top in range(0, suspect.shape[0], TILE):
-        band = suspect[top : top + TILE]
-        if not band.any():
-            continue
-        for left in np.unique(np.flatnonzero(band.any(axis=0)) // TILE) * TILE:
-            pieces.append(
-                (
-                    slice(top, min(top + TILE, suspect.shape[0])),
-                    slice(int(left), min(int(left) + TILE, suspect.shape[1])),
-                )
-            )
-    return pieces
-
-
-@dataclass(frozen=True)
 class _Places:
     """An image as flat arrays with a margin, in which a place at an offset is a number away.
 
-    Attributes:
-        levels: Grey levels without gaps, ``float32``.
-        texture: What a blur takes from them, ``float32``.
-        bad: Where no texture may be taken: suspects, and the margin.
-        width: Of the image with its margins.
-        offsets: Every offset of `_OFFSETS` as such a number, ``int64 (M, 1)``.
+    Args:
+        levels: Grey levels without gaps, ``float32 (H, W)``.
+        texture: What a blur takes from them, ``float32 (H, W)``.
+        suspect: Where no texture may be taken, ``bool (H, W)``; nor may it in the margin.
     """
 
-    levels: NDArray[np.float32]
-    texture: NDArray[np.float32]
-    bad: NDArray[np.bool_]
-    width: int
-    offsets: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, levels: NDArray[np.float32], texture: NDArray[np.float32], suspect: NDArray[np.bool_]) -> _Places:
-        width = levels.shape[1] + 2 * _MARGIN
-        return cls(
-            np.pad(levels, _MARGIN).ravel(),
-            np.pad(texture, _MARGIN).ravel(),
-            np.pad(suspect, _MARGIN, constant_values=True).ravel(),
-            width,
-            np.array([down * width + right for down, right in _OFFSETS])[:, None],
-        )
+    def __init__(self, levels: NDArray[np.float32], texture: NDArray[np.float32], suspect: NDArray[np.bool_]) -> None:
+        self.levels, self.texture = np.pad(levels, _MARGIN).ravel(), np.pad(texture, _MARGIN).ravel()
+        self.bad = np.pad(suspect, _MARGIN, constant_values=True).ravel()
+        self.width = levels.shape[1] + 2 * _MARGIN
+        self.offsets = np.array([down * self.width + right for down, right in _OFFSETS])[:, None]
 
     def within(self, mask: NDArray[np.bool_], box: tuple[slice, slice], more: int) -> NDArray[np.int64]:
         """The numbers of a mask's pixels within ``more`` pixels of a box."""

@@ -27,20 +27,17 @@ SCHEMA_VERSION = 2
 
 INFO = "prepared.json"
 TABLE = "table.parquet"
-ARRAYS = {
-    "images": "images.npy",
-    "masks": "masks.npy",
-    "overlays": "overlays.npy",
-    "clean": "clean.npy",
-    "suspects": "suspects.npy",
-}
+ARRAYS = {name: f"{name}.npy" for name in ("images", "masks", "overlays", "clean", "suspects")}
 """Array names and their files. The first three are what the audit measures on, the last two what training reads."""
+
+DTYPES = {name: np.dtype(np.bool_ if name in ("overlays", "suspects") else np.uint8) for name in ARRAYS}
+"""Types of the arrays' values."""
 
 FILES = (*ARRAYS.values(), TABLE, INFO)
 """Everything in a prepared folder; the last one makes it valid."""
 
 WRITTEN = re.compile("|".join(map(re.escape, FILES)))
-"""Names of the files that are written there."""
+"""Matches the names in `FILES`."""
 
 PARTIAL = ".partial"
 """Ending that an earlier busigen gave a file that was still being written."""
@@ -85,14 +82,6 @@ _PREPARE = "Run 'busigen prepare' into a new folder."
 _LARGEST_TABLE = 4 << 30
 """Bytes of a table whose hash is looked at; a row has some hundred."""
 
-_DTYPES = {
-    "images": np.dtype(np.uint8),
-    "masks": np.dtype(np.uint8),
-    "overlays": np.dtype(np.bool_),
-    "clean": np.dtype(np.uint8),
-    "suspects": np.dtype(np.bool_),
-}
-
 
 class PreparedRecord(Record):
     """Content of ``prepared.json``, as far as it is used."""
@@ -104,7 +93,7 @@ class PreparedRecord(Record):
 
 
 class Prepared:
-    """A prepared folder: one table, and arrays with one row per image. Open it with `Prepared.open`.
+    """A prepared folder: one table, and memory-mapped read-only arrays with one row per image; see `Prepared.open`.
 
     Attributes:
         folder: The folder.
@@ -121,22 +110,17 @@ class Prepared:
     def open(cls, folder: Path, *, check: bool = False) -> Prepared:
         """Open a prepared folder.
 
-        The table is always checked against its hash, the arrays for shape and type; their hashes only on demand,
-        because that reads every byte.
-
-        Args:
-            folder: What `prepare` wrote.
-            check: Check the arrays' hashes as well.
-
-        Returns:
-            The opened folder.
+        The table is always checked against its hash, the arrays for shape and type; with ``check``, which reads every
+        byte, also against theirs.
 
         Raises:
             InputError: It is no prepared folder, or one of another schema version.
             IntegrityError: A file is missing, damaged or not the one that was written.
         """
         folder = Path(folder)
-        info = _read_info(folder)
+        path = folder / INFO
+        info, _ = read_given(path, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
+        checked(PreparedRecord, info, path, fix=_PREPARE)
         prepared = cls(folder, info, _read_table(folder, info))
         for name, file in ARRAYS.items():
             prepared._load(name)
@@ -146,27 +130,27 @@ class Prepared:
 
     @cached_property
     def images(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255, memory-mapped read-only."""
+        """``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255."""
         return self._load("images")
 
     @cached_property
     def masks(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th, memory-mapped read-only."""
+        """``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th."""
         return self._load("masks")
 
     @cached_property
     def overlays(self) -> NDArray[np.bool_]:
-        """``bool (N, 256, 256)``, True where the scanner probably painted, memory-mapped read-only."""
+        """``bool (N, 256, 256)``, True where the scanner probably painted."""
         return self._load("overlays")
 
     @cached_property
     def clean(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, `images` with all `suspects` painted over, memory-mapped read-only."""
+        """``uint8 (N, 256, 256)``, `images` with all `suspects` painted over."""
         return self._load("clean")
 
     @cached_property
     def suspects(self) -> NDArray[np.bool_]:
-        """``bool (N, 256, 256)``, True where `clean` was painted over; includes `overlays`, memory-mapped read-only."""
+        """``bool (N, 256, 256)``, True where `clean` was painted over; includes `overlays`."""
         return self._load("suspects")
 
     @property
@@ -186,21 +170,14 @@ class Prepared:
                 if npy.read_magic(file) != (1, 0):
                     raise ValueError("it is no array of this kind")
                 header = npy.read_array_header_1_0(file)
-                if header != (expected, False, _DTYPES[name]):
-                    raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
-                array = np.memmap(file, _DTYPES[name], "r", file.tell(), expected)
+                if header != (expected, False, DTYPES[name]):
+                    raise IntegrityError(f"{path} is not {DTYPES[name]} {expected}.", fix=_PREPARE)
+                array = np.memmap(file, DTYPES[name], "r", file.tell(), expected)
                 if file.seek(0, os.SEEK_END) != array.offset + array.nbytes:
                     raise ValueError("it is longer than its header says")
                 return array
         except (OSError, ValueError, EOFError, SyntaxError) as error:
             raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
-
-
-def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / INFO
-    info, _ = read_given(path, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
-    checked(PreparedRecord, info, path, fix=_PREPARE)
-    return info
 
 
 def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from busigen.data.sources.files import Tree
-from busigen.data.sources.masks import MaskFiles, Match, mask_of, masks_beside
+from busigen.data.sources.files import MaskFiles, Match, Tree, mask_of, masks_beside
 
 IMAGES, MASKS = Path("images"), Path("masks")
 

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.images import MARK_SHARE, ImageFile, read_mask, refuse_fault
+from busigen.data.images import MARK_SHARE, ImageFile, refuse_fault
 from busigen.data.inpainting import without_overlays
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_mask
 from busigen.data.letterbox import letterbox_coverage as coverage
+from busigen.data.masks import read_mask
 from busigen.data.overlays import find_overlays, suspect_mask
 from busigen.data.splits import thumbnail
 
@@ -74,7 +75,7 @@ def read_files(
 def frame(item: Item) -> Frame:
     """Read an item and fit it into the working frame.
 
-    Unlike ``data.sources.samples.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or
+    Unlike ``data.prepare.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or
     surplus masks are what an audit looks for.
 
     Raises:
