@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from scipy import ndimage
 from busigen.registry import BUCKET_CONTEXT, BUCKETS, FIELD_EDGE, FIELD_LIMIT, LATENT_FACTOR, RESOLUTION
 
 Mask = NDArray[np.bool_]
+_Value = TypeVar("_Value", np.bool_, np.uint8)
 
 MARGIN_SHARE, MARGIN_RANGE = 0.15, (6.0, 16.0)
 """Margin around the lesion as a share of its equivalent diameter, and its bounds in pixels."""
@@ -31,15 +33,18 @@ SHADOW_SHARE, SHADOW_RANGE = 0.6, (12, 64)
 RING_WIDTH = 2 * LATENT_FACTOR
 """Width in pixels of the band inside the edit region's rim that stage 3 repaints: two latent cells."""
 
-FEATHER_WIDTH = 6.0
-"""Pixels over which the paste's brightness fades in, counted inwards from the edit region's rim."""
-
-GRAIN_WIDTH = 1.5
-"""Pixels over which the paste's speckle fades in, in the middle of the feather. Two speckle patterns that lie over one
-another half and half have half the variance of either: a wide fade would leave a smooth line around the lesion."""
+FEATHER_WIDTH, GRAIN_WIDTH = 6.0, 1.5
+"""Pixels over which the paste's brightness fades in, inwards from the edit region's rim, and in their middle its
+speckle: two speckle patterns half and half have half the variance of either, so a wide fade leaves a smooth line."""
 
 GRAIN_SCALE = 3.0
 """Deviation in pixels of the Gaussian that parts brightness from speckle."""
+
+_FIELD_OVERSAMPLING = 2
+"""Samples per grid step and axis from which a signed distance is measured."""
+
+_STAIRCASE_SMOOTHING = 0.6
+"""Deviation in pixels of the filter that takes the pixels' staircase out of an outline before it is resampled."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,7 @@ def _depth(edit: Mask) -> NDArray[np.float64]:
 
 
 def window_for(edit: Mask, buckets: Sequence[int] = BUCKETS) -> Window:
-    """The smallest bucket around the edit region, centred on it as far as the image's edges allow.
-
-    Args:
-        edit: ``(256, 256)`` bool.
-        buckets: window sides in pixels to choose from, smallest first.
+    """The smallest of some sides, smallest first, around the edit region, centred as far as the image's edges allow.
 
     Raises:
         ValueError: the region is empty.
@@ -162,8 +163,8 @@ def patches_outside(edit: Mask, patch: int) -> Mask:
 def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:
     """Put a painted window into the image; pixels outside the edit region keep their bytes.
 
-    Brightness fades in over the whole feather and speckle within a grain of it (two bands of Burt and Adelson 1983, A
-    multiresolution spline with application to image mosaics).
+    Brightness and speckle fade in by `feather` (two bands of Burt and Adelson 1983, A multiresolution spline with
+    application to image mosaics).
 
     Args:
         image: ``(256, 256)`` uint8.
@@ -193,14 +194,14 @@ def highest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) ->
     return _windows(np.maximum, values, before, after, axis)
 
 
-def grow(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Grow a mask by a square of ``2 * by + 1`` pixels."""
-    return highest(highest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
+def grow(values: NDArray[_Value], by: int) -> NDArray[_Value]:
+    """A mask grown by a square of ``2 * by + 1`` pixels, or the greatest level in it; edges repeated."""
+    return highest(highest(values.view(np.uint8), by, by, axis=0), by, by, axis=1).view(values.dtype)
 
 
-def shrink(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Shrink a mask by a square of ``2 * by + 1`` pixels; what lies beyond the image counts as its border does."""
-    return lowest(lowest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
+def shrink(values: NDArray[_Value], by: int) -> NDArray[_Value]:
+    """A mask shrunk by a square of ``2 * by + 1`` pixels, or the least level in it; edges repeated."""
+    return lowest(lowest(values.view(np.uint8), by, by, axis=0), by, by, axis=1).view(values.dtype)
 
 
 def _windows(better: np.ufunc, values: NDArray[np.uint8], before: int, after: int, axis: int) -> NDArray[np.uint8]:
@@ -216,13 +217,6 @@ def _windows(better: np.ufunc, values: NDArray[np.uint8], before: int, after: in
             windows = better(windows[:, step:], windows[:, :-step])
         length += step
     return windows
-
-
-_FIELD_OVERSAMPLING = 2
-"""Samples per grid step and axis from which a signed distance is measured."""
-
-_STAIRCASE_SMOOTHING = 0.6
-"""Deviation in pixels of the filter that takes the pixels' staircase out of an outline before it is resampled."""
 
 
 def attributes(mask: Mask) -> NDArray[np.float64]:
@@ -281,7 +275,7 @@ def _interpolation(positions: NDArray[np.float64], count: int) -> NDArray[np.flo
 def circularity(mask: Mask) -> float:
     """``4 pi A / P^2`` of a lesion that is not empty: 1 for a disc, less for an outline that is long for its area.
 
-    The perimeter is Cauchy's and Crofton's: how often lines in four directions cross the outline. That does not grow
+    The perimeter is Cauchy's and Crofton's (how often lines in four directions cross the outline), which does not grow
     with the staircase of pixels.
     """
     part = np.pad(mask[around(mask, 0)], 1)

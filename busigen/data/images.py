@@ -18,18 +18,13 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from busigen.errors import InputError
 from busigen.foreign import ForeignFileError, looking, read_file
 
-MIN_SIDE = 32
-"""Shortest side in pixels that still shows anatomy; anything smaller is an icon or a thumbnail."""
-
-MAX_SIDE = 20_000
-"""Longest side in pixels that is decoded."""
+MIN_SIDE, MAX_SIDE = 32, 20_000
+"""Shortest side in pixels that still shows anatomy, not an icon or a thumbnail; longest that is decoded."""
 
 MAX_PIXELS = 64_000_000
-"""Largest width x height that is decoded. Some twenty times the largest clinical screen capture.
-
-Decoded pixels take one byte (grey), two (16-bit grey) or four (colour, at any depth), so at most 256 MB; what is made
-of them takes at most five bytes more per pixel, because it is made in bands of rows.
-"""
+"""Largest width x height that is decoded: some twenty times the largest clinical screen capture. Decoded pixels take
+one byte (grey), two (16-bit grey) or four (colour, at any depth), so at most 256 MB; what is made of them takes at most
+five bytes more per pixel, because it is made in bands of rows."""
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 """Largest file that is read into memory, in bytes."""
@@ -41,11 +36,9 @@ COLOUR_STEP = 12
 """Grey levels between the channels of one pixel above which it is coloured; JPEG chroma noise stays below."""
 
 MARK_SHARE = 0.0001
-"""Share of coloured pixels above which a scanner painted a coloured mark.
-
-Of BUSI's 15 files stored with unequal channels (of 623 images), 11 lie at 0.9 % or above (Doppler, colour maps), three
-have small coloured marks (0.017 to 0.05 %), and one has a tint that never exceeds `COLOUR_STEP`.
-"""
+"""Share of coloured pixels above which a scanner painted a coloured mark. Of BUSI's 15 files with unequal channels (of
+623 images), 11 lie at 0.9 % or above (Doppler, colour maps), three have small marks (0.017 to 0.05 %), and one has a
+tint that never exceeds `COLOUR_STEP`."""
 
 BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
 """Mean grey levels that an image may have, and the least deviation. They hold for what is prepared, judged and painted
@@ -202,8 +195,6 @@ class ImageFile:
         path: The file that was read.
         pixels: Grey levels, ``uint8 (H, W)``, 0 to 255, upright.
         sha256: Hex digest of the file's bytes.
-        width: Pixels per row.
-        height: Rows.
         coloured: ``bool (H, W)``, pixels whose channels differ by more than ``COLOUR_STEP``; None if there are none.
         mode: Pillow's name of the file's pixel format, such as ``L``, ``RGB`` or ``I;16``.
         notes: How it was read where that was not as stored, for people, such as ``TURNED``.
@@ -267,14 +258,11 @@ def enough_memory(path: Path) -> Iterator[None]:
 
 
 def picture_fault(frame: NDArray[np.uint8], valid: NDArray[np.bool_] | None = None) -> str | None:
-    """Why an image is none: it is black or white, flat, or has two grey levels, as masks and drawings do.
+    """Why an image is none: it is black or white, flat, or has two grey levels, as masks and drawings do; or None.
 
     Args:
         frame: ``(256, 256)`` uint8, letterboxed.
         valid: Pixels that are image rather than letterbox bars; None if there are no bars.
-
-    Returns:
-        The reason, or None.
     """
     inside = frame if valid is None else frame[valid]
     if not BACKGROUND_MEAN[0] <= float(inside.mean()) <= BACKGROUND_MEAN[1]:

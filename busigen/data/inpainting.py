@@ -8,20 +8,11 @@ from scipy import ndimage
 
 from busigen.data.geometry import grow
 
-TILE = 32
-"""Side in pixels of the pieces that are filled one by one, each with texture from one place."""
-
-RING = 3
-"""Pixels around a piece that decide which place looks most like it."""
-
-SMOOTHING = 3.0
-"""Standard deviation in pixels of the blur that parts grey levels (interpolated) from texture (copied)."""
-
-SAMPLE = 80
-"""Pixels of a piece, and of its ring, that are compared; more cost time and decide nothing."""
-
-GAIN = (0.4, 1.25)
-"""Least and greatest factor by which copied texture is adapted to the contrast around the gap."""
+TILE = 32  # Side in pixels of the pieces that are filled one by one, each with texture from one place.
+RING = 3  # Pixels around a piece that decide which place looks most like it.
+SMOOTHING = 3.0  # Deviation in pixels of the blur that parts grey levels (interpolated) from texture (copied).
+SAMPLE = 80  # Pixels of a piece, and of its ring, that are compared; more cost time and decide nothing.
+GAIN = (0.4, 1.25)  # Least and greatest factor by which copied texture is adapted to the contrast around the gap.
 
 _OFFSETS = tuple(
     (down, right)

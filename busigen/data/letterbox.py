@@ -56,17 +56,11 @@ def fit(width: int, height: int) -> Letterbox:
 
 
 def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
-    """Scale an image into the frame, centred, with black bars.
+    """Scale an image, ``uint8 (H, W)``, into the frame, ``uint8 (256, 256)``, centred, with black bars.
 
     The filter is Pillow's Hamming: antialiased, and its weights are never negative, so bright calipers and specular
     lines get no dark ring that a network would learn as texture, as Lanczos gives them. It keeps more speckle contrast
     than the bilinear triangle, and at ratios near 1 (BUS-BRA) it does not beat against the pixel grid as box does.
-
-    Args:
-        pixels: ``uint8 (H, W)``, 0 to 255.
-
-    Returns:
-        The frame, ``uint8 (256, 256)``, and where the image lies in it.
 
     Raises:
         ValueError: ``pixels`` is not a non-empty two-dimensional ``uint8`` array.
@@ -81,14 +75,11 @@ def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
 
 
 def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.float32]:
-    """The share of every working pixel that a native mask covers.
+    """The share of every working pixel that a native mask covers, ``float32 (256, 256)``, exact to rounding.
 
     Args:
         mask: ``bool (H, W)`` at the native size that ``box`` was made for.
         box: Where the image lies.
-
-    Returns:
-        ``float32 (256, 256)``, 0 to 1, exact to rounding; 0 on the bars.
 
     Raises:
         ValueError: The mask is not two-dimensional.

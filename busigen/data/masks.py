@@ -35,19 +35,12 @@ _LABEL_MARGIN, _GREY_MARGIN = 2, 4
 background and lesion never holds: soft edges are narrower. In photographs such squares are common: their middles make
 up at least 2.8 % of each of BUSI's and BUS-BRA's images."""
 
-_GREY_SHARE, _GREY_MOST = 0.001, 0.25
-_HUE_SHARE = 0.02
-"""Share of the lesion above which a colour of its own is another structure rather than noise of JPEG."""
-
-_HOLE_SHARE = 0.25
-"""Share of a lesion with its holes above which only its outline is drawn. Of BUSI's and BUS-BRA's 1,655 masks with a
-lesion, the largest is 0.002."""
-
-_FRAME_SHARE = 0.5
-"""Share of the image's outermost pixels above which a mask is inverted; the largest of the same masks is 0.03."""
-
-_LINE = 24
-"""Extent in pixels from which a lesion is more than a line's width across; all of the same masks are."""
+# Limits above which a file is no mask of lesions, and in brackets the largest of BUSI's and BUS-BRA's 1,655 masks.
+_GREY_SHARE, _GREY_MOST = 0.001, 0.25  # Of the image: middles of squares of grey, and grey, as in a picture.
+_HUE_SHARE = 0.02  # Of the lesion: a colour of its own is another structure, less is noise of JPEG.
+_HOLE_SHARE = 0.25  # Of a lesion with its holes: only its outline is drawn (0.002).
+_FRAME_SHARE = 0.5  # Of the image's outermost pixels: the mask is inverted (0.03).
+_LINE = 24  # Extent in pixels from which a lesion is more than a line's width across; all of these are.
 
 _WHICH = "Say which grey levels are lesion, as in `busigen prepare --mask-values 1`, or save masks of lesions alone."
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
@@ -97,13 +90,7 @@ def read_mask(
 
 
 def read_lesions(record: Record, file: ImageFile, values: Collection[int], notes: list[str]) -> list[NDArray[np.bool_]]:
-    """One native ``bool (H, W)`` mask per lesion of an image; none for a normal one.
-
-    Args:
-        record: What is known of the image.
-        file: The image.
-        values: As for `read_mask`.
-        notes: As for `read_mask`.
+    """One native ``bool (H, W)`` mask per lesion of an image, none for a normal one; arguments as for `read_mask`.
 
     Raises:
         InputError: A mask cannot be read, is empty, inverted, an outline or full of specks, or contradicts the class.

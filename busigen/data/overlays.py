@@ -9,25 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.geometry import grow, highest, lowest
+from busigen.data.geometry import grow, highest, lowest, shrink
 
-STROKE_WIDTH, STROKE_HEIGHT = 7, 4
-"""Pixels: a bright run along a row that is shorter can be a pen stroke, and how far down a column a stroke must run."""
-
-STROKE_CONTRAST, CROSS_CONTRAST = 40.0, 36.0
-"""Grey levels by which a stroke exceeds both of its sides, and a caliper's four arms its four quadrants."""
-
-NOISE_FACTOR = 4.0
-"""Both must also exceed the image's mean stroke contrast by this factor: grainy images are full of short runs."""
-
-LINE_STROKES, WORD_STROKES = 5, 3
-"""Strokes side by side that make a line of text, and those among which a cross is a letter or part of a badge."""
-
-LINE_HEIGHT = (6, 30)
-"""Least and greatest height in pixels of a line of text."""
-
-CORNER_SIDE = 40
-"""Pixels from the upper left corner within which a cross is part of a badge rather than a caliper."""
+# What `find_overlays` looks for, in pixels, grey levels and numbers of strokes.
+STROKE_WIDTH, STROKE_HEIGHT = 7, 4  # A bright run along a row below it can be a pen stroke; least run down a column.
+STROKE_CONTRAST, CROSS_CONTRAST = 40.0, 36.0  # Of a stroke over its sides, of a caliper's arms over its quadrants.
+NOISE_FACTOR = 4.0  # Both also exceed the mean stroke contrast by it: grainy images are full of short runs.
+LINE_STROKES, WORD_STROKES = 5, 3  # Side by side: a line of text; a word, or badge, in which a cross is no caliper.
+LINE_HEIGHT = (6, 30)  # Least and greatest height of a line of text.
+CORNER_SIDE = 40  # From the upper left corner: a cross in there is part of a badge rather than a caliper.
 
 _Level = TypeVar("_Level", np.uint8, np.int16)
 _Mask = NDArray[np.bool_]
@@ -136,27 +126,14 @@ DARK_FLOOR, DARK_NOISE = 24.0, 2.5  # Dark crosses.
 DOT_FLOOR, DOT_NOISE = 14.0, 1.2  # The dots of a dotted line, over what lies beside the line.
 TICK_FLOOR, TICK_NOISE = 44.0, 10.0  # Marks at the sides that are small in both directions.
 
-LARGE_WIDTH, LARGE_HEIGHT = 13, 9
-"""Width in pixels below which an upright run can be a stroke of a large letter, and its least height."""
-
-LINE_DOTS, RUN_DOTS = 10, 5
-"""Dots in a row, evenly spaced, that make a dotted line; and those whose spacings agree."""
-
-LINE_LENGTH, LINE_GAP = 30.0, 40.0
-"""Least length in pixels of such a line, and longest gap in it that is bridged."""
-
-LINE_EXCESS = 7.0
-"""Standard deviations by which the dots on a line exceed what chance puts there."""
-
-SIDE_SHARE = 0.1
-"""Share of the width, on either side, that may hold a ruler, ticks or a scale of grey levels."""
-
-BAR_ROWS, BAR_STEP = 25, 8
-"""Least height in pixels of a scale of grey levels, and least step in grey levels at its sides."""
-
-BADGE_SIDE = 24
-"""Pixels from the upper left corner within which some scanners put a badge."""
-
+# Sizes of the same structures.
+LARGE_WIDTH, LARGE_HEIGHT = 13, 9  # As STROKE_WIDTH and STROKE_HEIGHT, of large letters.
+LINE_DOTS, RUN_DOTS = 10, 5  # Dots in a row that make a dotted line; dots in a row whose spacings agree.
+LINE_LENGTH, LINE_GAP = 30.0, 40.0  # Least length in pixels of such a line, longest gap in it that is bridged.
+LINE_EXCESS = 7.0  # Standard deviations by which the dots on a line exceed what chance puts there.
+SIDE_SHARE = 0.1  # Of the width, on either side, that may hold a ruler, ticks or a scale of grey levels.
+BAR_ROWS, BAR_STEP = 25, 8  # Least height of a scale of grey levels, and least step in grey levels at its sides.
+BADGE_SIDE = 24  # Pixels from the upper left corner within which some scanners put a badge.
 _REACHES = ((1, 2, 3), (2, 4, 5))
 _MARGIN = 8
 _LABEL = 16
@@ -180,9 +157,7 @@ def suspect_mask(pixels: NDArray[np.uint8], coloured: _Mask | None = None, found
         ``bool (H, W)``, the suspected pixels and 2 pixels around them.
     """
     found = find_overlays(pixels).mask if found is None else found
-    opened = lowest(lowest(pixels, 4, 4, axis=0), 4, 4, axis=1)
-    opened = highest(highest(opened, 4, 4, axis=0), 4, 4, axis=1)
-    fine, upright = pixels - np.minimum(opened, pixels), _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
+    fine, upright = pixels - np.minimum(grow(shrink(pixels, 4), 4), pixels), _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
     usual_fine, usual_upright = _usual(fine), _usual(upright)
     crosses = _faint_crosses(pixels, np.maximum(CROSS_FLOOR, CROSS_NOISE * usual_fine))
     dark = _faint_crosses(255 - pixels, np.maximum(DARK_FLOOR, DARK_NOISE * usual_fine))
@@ -268,7 +243,7 @@ def _faint_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> _Ma
 def _dotted(pixels: NDArray[np.uint8], fine: NDArray[np.uint8], floors: NDArray[np.float32]) -> _Mask:
     """Rows of evenly spaced dots in any direction that exceed a floor, ``bool (H, W)``."""
     marked = np.zeros(pixels.shape, dtype=np.bool_)
-    peak = highest(highest(pixels, 1, 1, axis=0), 1, 1, axis=1) == pixels
+    peak = grow(pixels, 1) == pixels
     padded = np.pad(pixels, 4, mode="edge").astype(np.int16)
     y, x = np.nonzero(peak & (fine >= floors))
     level, floor = padded[y + 4, x + 4], floors[y, x]

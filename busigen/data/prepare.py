@@ -40,15 +40,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did.
+    """What `prepare` did: counts of images, and what a person should know.
 
     Attributes:
         out: The prepared folder.
-        images: Rows of the table.
-        by_class: Images per class.
-        by_source: Images per source.
         by_split: Images per split; ``excluded`` only if there are any.
-        by_class_and_split: Images per class, then per split.
         groups: Groups of near-duplicates and patients.
         conflicts: Images whose frame also stands under another class.
         overlays: Images with suspected ``colour``, ``text`` and ``calipers``.
@@ -112,7 +108,7 @@ def prepare(
         raise refused[0].to_error()
     with _writing(out), ExitStack() as failing:
         make_folder(out)
-        for left in (*(out / f"{name}{schema.PARTIAL}" for name in schema.FILES), *leftovers(out, schema.WRITTEN)):
+        for left in (*(out / name for name in schema.PARTIAL), *leftovers(out, schema.WRITTEN)):
             left.unlink(missing_ok=True)
         places = {name: out / temporary_name(name) for name in schema.FILES}
         for place in places.values():
@@ -173,9 +169,7 @@ class Sample:
 def read_sample(record: Record, values: Collection[int] = ()) -> Sample:
     """Read a record's files, check them and fit them into the working frame.
 
-    Args:
-        record: The record.
-        values: The masks' grey levels that are lesion, as for `busigen.data.masks.read_mask`.
+    ``values``: The masks' grey levels that are lesion, as for `busigen.data.masks.read_mask`.
 
     Raises:
         InputError: A file is missing, damaged or mismatched, the image is none, the mask is none of lesions, or it
@@ -377,15 +371,13 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
         raise OutputError(f"{out} is a file.", fix="Name a folder to write the prepared data into.")
     with _writing(out):
         names = {path.name for path in out.iterdir()}
-    if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
-        raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
-    with _writing(out):
+        if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
+            raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
         _publish_again(out)
     if not (out / schema.INFO).is_file():
         # A run that was killed leaves files of ours without the one that is written last.
         # Such as these, none of which is still being written, may be anybody's.
-        earlier = {f"{name}{schema.PARTIAL}" for name in schema.FILES}
-        written = {name for name in names if name in earlier or is_temporary(name, schema.WRITTEN)}
+        written = {name for name in names if name in schema.PARTIAL or is_temporary(name, schema.WRITTEN)}
         if names - written - set(schema.FILES) or (names and not written):
             raise OutputError(f"{out} is not empty and holds no prepared data.", fix="Name a new or empty folder.")
         return {}

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,8 +39,8 @@ FILES = (*ARRAYS.values(), TABLE, INFO)
 WRITTEN = re.compile("|".join(map(re.escape, FILES)))
 """Matches the names in `FILES`."""
 
-PARTIAL = ".partial"
-"""Ending that an earlier busigen gave a file that was still being written."""
+PARTIAL = frozenset(f"{name}.partial" for name in FILES)
+"""Names that an earlier busigen gave files that were still being written."""
 
 COLUMNS: dict[str, pl.DataType] = {
     "row": pl.Int64(),
@@ -92,19 +92,29 @@ class PreparedRecord(Record):
     files: dict[Text, Text]
 
 
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """A prepared folder: one table, and memory-mapped read-only arrays with one row per image; see `Prepared.open`.
+    """A prepared folder: one table, and arrays with one row per image, memory-mapped read-only.
 
     Attributes:
         folder: The folder.
         info: The content of ``prepared.json``.
         table: One row per image, with the columns of `COLUMNS`.
+        images: ``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255.
+        masks: ``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th.
+        overlays: ``bool (N, 256, 256)``, True where the scanner probably painted.
+        clean: ``uint8 (N, 256, 256)``, ``images`` with all ``suspects`` painted over.
+        suspects: ``bool (N, 256, 256)``, True where ``clean`` was painted over; includes ``overlays``.
     """
 
-    def __init__(self, folder: Path, info: dict[str, Any], table: pl.DataFrame) -> None:
-        self.folder = folder
-        self.info = info
-        self.table = table
+    folder: Path
+    info: dict[str, Any]
+    table: pl.DataFrame
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+    overlays: NDArray[np.bool_]
+    clean: NDArray[np.uint8]
+    suspects: NDArray[np.bool_]
 
     @classmethod
     def open(cls, folder: Path, *, check: bool = False) -> Prepared:
@@ -118,40 +128,15 @@ class Prepared:
             IntegrityError: A file is missing, damaged or not the one that was written.
         """
         folder = Path(folder)
-        path = folder / INFO
-        info, _ = read_given(path, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
-        checked(PreparedRecord, info, path, fix=_PREPARE)
-        prepared = cls(folder, info, _read_table(folder, info))
+        info, _ = read_given(folder / INFO, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
+        checked(PreparedRecord, info, folder / INFO, fix=_PREPARE)
+        table = _read_table(folder, info)
+        arrays = {}
         for name, file in ARRAYS.items():
-            prepared._load(name)
+            arrays[name] = _map_array(folder / file, DTYPES[name], table.height)
             if check:
                 _check_hash(folder, info, file)
-        return prepared
-
-    @cached_property
-    def images(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255."""
-        return self._load("images")
-
-    @cached_property
-    def masks(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th."""
-        return self._load("masks")
-
-    @cached_property
-    def overlays(self) -> NDArray[np.bool_]:
-        """``bool (N, 256, 256)``, True where the scanner probably painted."""
-        return self._load("overlays")
-
-    @cached_property
-    def clean(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, `images` with all `suspects` painted over."""
-        return self._load("clean")
-
-    @cached_property
-    def suspects(self) -> NDArray[np.bool_]:
-        """``bool (N, 256, 256)``, True where `clean` was painted over; includes `overlays`."""
-        return self._load("suspects")
+        return cls(folder, info, table, **arrays)
 
     @property
     def split_hash(self) -> str:
@@ -159,25 +144,23 @@ class Prepared:
         return str(self.info["split_hash"])
 
     def __len__(self) -> int:
-        """Number of images."""
         return self.table.height
 
-    def _load(self, name: str) -> NDArray[Any]:
-        path = self.folder / ARRAYS[name]
-        expected = (self.table.height, RESOLUTION, RESOLUTION)
-        try:
-            with looking(path), open_file(path) as file:
-                if npy.read_magic(file) != (1, 0):
-                    raise ValueError("it is no array of this kind")
-                header = npy.read_array_header_1_0(file)
-                if header != (expected, False, DTYPES[name]):
-                    raise IntegrityError(f"{path} is not {DTYPES[name]} {expected}.", fix=_PREPARE)
-                array = np.memmap(file, DTYPES[name], "r", file.tell(), expected)
-                if file.seek(0, os.SEEK_END) != array.offset + array.nbytes:
-                    raise ValueError("it is longer than its header says")
-                return array
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
-            raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
+
+def _map_array(path: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
+    expected = (rows, RESOLUTION, RESOLUTION)
+    try:
+        with looking(path), open_file(path) as file:
+            if npy.read_magic(file) != (1, 0):
+                raise ValueError("it is no array of this kind")
+            if npy.read_array_header_1_0(file) != (expected, False, dtype):
+                raise IntegrityError(f"{path} is not {dtype} {expected}.", fix=_PREPARE)
+            array = np.memmap(file, dtype, "r", file.tell(), expected)
+            if file.seek(0, os.SEEK_END) != array.offset + array.nbytes:
+                raise ValueError("it is longer than its header says")
+            return array
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
 
 
 def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:

@@ -16,6 +16,15 @@ from scipy.sparse.csgraph import connected_components
 from busigen.data.sources.files import natural_key
 from busigen.registry import SPLITS
 
+NEAR_DUPLICATE = 0.90
+"""Correlation of two thumbnails above which the images belong together. Measured with single link: on BUSI's 623 images
+the groups are exactly those of the published list (`COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two
+patients are linked (at 0.85, nine pairs already chain 15 images together); across the two the highest is 0.8999."""
+
+SAME_FRAME = 0.93
+"""Correlation above which two images are one frame, cropped or annotated differently. Between BUSI's classes, seven
+pairs lie at 0.949 or above and show the same frame by eye; the next, at 0.908 and below, are different lesions."""
+
 COPY = 0.70
 """Correlation of two images' fine structure, aligned, from which they are one frame.
 
@@ -25,6 +34,16 @@ degrees, cropped by 3 to 10 % a side, or mirrored and one of these, lies at 0.80
 one side alone, or whose frame grew as they were turned, are not found reliably.
 """
 
+EXCLUDED = "excluded"
+"""Split of an image that would link two splits; it takes part in nothing."""
+
+_PROTECTED = ("test", "val", "train")
+"""Whose images stay when two splits turn out to be linked: what a model is judged on must not change under it."""
+
+Regroup = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""Given the indices of some images, their group numbers when the others do not exist."""
+
+_THUMBNAIL_SIDE = 64
 _SIDE = 32
 _MARGIN = 3
 _FINE, _COARSE = 0.6, 2.0
@@ -62,10 +81,7 @@ def _copies(first: NDArray[np.float32], aspects: NDArray[np.float64], second: ND
 
 
 def _structure(thumbnails: NDArray[np.float32]) -> _Structure:
-    """Edges and grains between one and six pixels wide, ``(N, 32, 32)``, as strong everywhere.
-
-    What different breasts have in common, dark depth and bright layers, is wider or stronger, and gone.
-    """
+    """Edges and grains one to six pixels wide, ``(N, 32, 32)``, as strong everywhere; layers and depth are wider."""
     count = len(thumbnails)
     small = thumbnails.reshape(count, _SIDE, 2, _SIDE, 2).mean(axis=(2, 4), dtype=np.float32)
     band = ndimage.gaussian_filter(small, (0, _FINE, _FINE)) - ndimage.gaussian_filter(small, (0, _COARSE, _COARSE))
@@ -116,34 +132,14 @@ def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows
 
 
-THUMBNAIL_SIDE = 64
-"""Side of the squashed thumbnails that are compared, in pixels."""
-
-NEAR_DUPLICATE = 0.90
-"""Correlation of two thumbnails above which the images belong together.
-
-One threshold serves every source. Measured with single link: on BUSI's 623 images the groups are exactly those of the
-published list (`COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two patients are linked (at 0.85,
-nine pairs already chain 15 images together); across the two sources the highest correlation is 0.8999, so none is
-linked.
-"""
-
-SAME_FRAME = 0.93
-"""Correlation above which two images are one frame, cropped or annotated differently.
-
-Between BUSI's classes seven pairs lie at 0.949 or above and show the same frame by eye; the next, at 0.908 and below,
-are different lesions that look alike.
-"""
-
-
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """A native image squashed to ``float32 (64, 64)``, 0 to 255, for comparison.
 
     Pillow's antialiased bilinear filter is part of the definition: with box or Lanczos up to 30 of BUSI's images
     change group.
     """
-    side = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    return np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BILINEAR), dtype=np.float32)
+    small = Image.fromarray(pixels).resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    return np.asarray(small, dtype=np.float32)
 
 
 def near_duplicate_groups(
@@ -184,18 +180,9 @@ def near_duplicate_groups(
 def class_conflicts(
     thumbnails: NDArray[np.float32], classes: Sequence[str], aspects: Sequence[float] | None = None
 ) -> NDArray[np.bool_]:
-    """Find images of which the same frame, or a copy of it, also stands under another class.
+    """``bool (N,)``: the images of which the same frame, or a copy of it, also stands under another class.
 
-    Args:
-        thumbnails: ``float32 (N, 64, 64)`` from `thumbnail`.
-        classes: N class names.
-        aspects: N times width over height; None where all images are squares.
-
-    Returns:
-        ``bool (N,)``, True for every image of a contradicting pair.
-
-    Raises:
-        ValueError: The arguments differ in length.
+    Arguments and errors are those of `near_duplicate_groups`, with N class names.
     """
     if len(classes) != len(thumbnails):
         raise ValueError(f"{len(thumbnails)} thumbnails but {len(classes)} classes")
@@ -221,16 +208,6 @@ def _alike(thumbnails: NDArray[np.float32], threshold: float, aspects: Sequence[
     for rows, columns in _copies(thumbnails, ratios, thumbnails):
         other = rows != columns
         yield rows[other], columns[other]
-
-
-EXCLUDED = "excluded"
-"""Split of an image that would link two splits; it takes part in nothing."""
-
-_PROTECTED = ("test", "val", "train")
-"""Whose images stay when two splits turn out to be linked: what a model is judged on must not change under it."""
-
-Regroup = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Given the indices of some images, their group numbers when the others do not exist."""
 
 
 def draw_split(seed: int, key: str) -> str:
@@ -267,7 +244,7 @@ def assign_splits(
         ids: N image ids.
         patients: N patient names or None.
         earlier: N splits of an earlier run, None for new images.
-        regroup: Groups any subset of the images.
+        regroup: See `Regroup`.
         seed: The run's seed.
 
     Returns:
@@ -275,17 +252,16 @@ def assign_splits(
     """
     splits: list[str | None] = list(earlier)
     groups = regroup(np.arange(len(ids)))
-    for members in _members(groups):
-        if len(_splits_of(members, splits)) > 1:
-            for index in members:
-                splits[index] = splits[index] or EXCLUDED
-    groups = _regroup_rest(splits, regroup, groups)
-    for members in _members(groups):
-        if len(present := _splits_of(members, splits)) > 1:
-            kept = min(present, key=_PROTECTED.index)
-            for index in members:
-                splits[index] = kept if splits[index] == kept else EXCLUDED
-    groups = _regroup_rest(splits, regroup, groups)
+    # Of linked splits, first the new images leave that link them, then those that had another split than the kept one.
+    for known_too in (False, True):
+        for members in _members(groups):
+            present = {split for index in members if (split := splits[index]) not in (None, EXCLUDED)}
+            if len(present) > 1:
+                kept = min(filter(None, present), key=_PROTECTED.index) if known_too else None
+                for index in members:
+                    if splits[index] is None or (known_too and splits[index] != kept):
+                        splits[index] = EXCLUDED
+        groups = _regroup_rest(splits, regroup, groups)
     for members in _members(groups):
         # A group has one split by now; an excluded image is a group of its own.
         split = next((split for index in members if (split := splits[index]) is not None), None)
@@ -314,7 +290,3 @@ def _members(groups: NDArray[np.int64]) -> list[list[int]]:
     for index, group in enumerate(groups.tolist()):
         members[group].append(index)
     return list(members.values())
-
-
-def _splits_of(members: Sequence[int], splits: Sequence[str | None]) -> set[str]:
-    return {split for index in members if (split := splits[index]) is not None and split != EXCLUDED}

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import eq
 from pathlib import Path
 
 from busigen.data.sources.records import Refusal, named
@@ -52,8 +53,8 @@ _SET_ASIDE = frozenset({"old", "backup", "backups", "bak", "trash", "archive", "
 """Folders of masks that somebody put aside; keys as of `name_key`."""
 
 _REASONS = {
-    "link": ("Links are not followed out of the folder that was given, nor to folders", "Put the files there instead"),
-    "deep": (f"Folders are looked into {MAX_DEPTH} deep", "Give a folder further down"),
+    "link": ("Links are not followed out of the folder that was given, nor to folders.", "Put the files there instead"),
+    "deep": (f"Folders are looked into {MAX_DEPTH} deep.", "Give a folder further down"),
 }
 _NOTES = {
     "hidden": "hidden, passed over",
@@ -118,20 +119,17 @@ class Tree:
         """A path as people are told of it: it begins with the root's name."""
         return (Path(Path(self._inside).name) / path.relative_to(self.root)).as_posix()
 
-    def refused(self) -> list[Refusal]:
-        """What was passed over so far although it may hold images, one entry for each reason."""
-        refusals = []
+    def passed_over(self) -> tuple[list[Refusal], list[str]]:
+        """What was passed over so far, an entry for each reason: what may hold images, and what should be."""
+        refused, notes = [], []
         for why, paths in self._passed.items():
-            if why not in _NOTES:
-                unread = f"Files that end in {why} are not read", f"Convert them; {_FORMATS} are read."
-                problem, fix = _REASONS.get(why, unread)
-                refusals.append(Refusal(named(map(self.name, paths)), f"{problem}.", fix, count=len(paths)))
-        return refusals
-
-    def notes(self) -> list[str]:
-        """What was passed over so far as it should be, one line for each reason."""
-        passed = ((why, paths) for why, paths in self._passed.items() if why in _NOTES)
-        return [f"{len(paths)} {_NOTES[why]}: {named(map(self.name, paths))}" for why, paths in passed]
+            files = named(map(self.name, paths))
+            if why in _NOTES:
+                notes.append(f"{len(paths)} {_NOTES[why]}: {files}")
+            else:
+                unread = f"Files that end in {why} are not read.", f"Convert them; {_FORMATS} are read."
+                refused.append(Refusal(files, *_REASONS.get(why, unread), count=len(paths)))
+        return refused, notes
 
     def found(self) -> str:
         """What lies below the root, as a clause for an error: counts of files by their ending."""
@@ -173,7 +171,8 @@ class Tree:
         document = _DOCUMENTS.fullmatch(ending) is not None
         if _hidden(entry.name):
             return self._pass("hidden", path) if folder or ending in SUFFIXES else ""
-        if linked and (folder or not self._stays_inside(path)):
+        target = os.path.realpath(path) if linked else ""  # Never raises, whatever the link's loops.
+        if linked and (folder or not (os.path.isfile(target) and Path(target).is_relative_to(self._inside))):
             return self._pass("link", path) if folder or not document else ""
         if folder:
             deep = len(path.relative_to(self.root).parts) > MAX_DEPTH
@@ -183,11 +182,6 @@ class Tree:
         if not document:
             self._pass(ending, path)
         return "other"
-
-    def _stays_inside(self, link: Path) -> bool:
-        # Never raises, whatever the link's loops.
-        target = os.path.realpath(link)
-        return os.path.isfile(target) and Path(target).is_relative_to(self._inside)
 
     def _pass(self, why: str, path: Path) -> str:
         self._passed.setdefault(why, []).append(path)
@@ -208,27 +202,16 @@ def find_images(folder: Path) -> list[Path]:
 
 def images_below(tree: Tree, folder: Path) -> list[Path]:
     """The images at any depth below a folder of a tree, in natural order, without masks."""
-    return in_natural_order(
-        (
-            path
-            for place in tree.below(folder)
-            if not any(map(is_mask_folder, place.path.relative_to(folder).parts))
-            for path in place.images
-            if is_image_name(path.name)
-        ),
-        folder,
-    )
+    found: list[Path] = []
+    for place in tree.below(folder):
+        if not any(map(is_mask_folder, place.path.relative_to(folder).parts)):
+            found.extend(path for path in place.images if not _MASK_NAME.search(path.stem))
+    return in_natural_order(found, folder)
 
 
 def in_natural_order(paths: Iterable[Path], folder: Path) -> list[Path]:
     """Paths below a folder, sorted as a person would: ``benign (2).png`` before ``benign (10).png``."""
     return sorted(paths, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name is that of an image rather than a mask, a hidden file or anything else."""
-    path = Path(name)
-    return not _hidden(name) and path.suffix.lower() in SUFFIXES and not _MASK_NAME.search(path.stem)
 
 
 def is_mask_folder(name: str) -> bool:
@@ -291,24 +274,24 @@ class MaskFiles:
     case and in one Unicode form where no name is exactly the same.
 
     Args:
+        images: The images, in or below a folder.
+        folder: That folder.
         channel: Ends the images' names, but not those of their masks.
 
     Attributes:
         all: The mask files that were taken in.
     """
 
-    def __init__(self, channel: str = "") -> None:
+    def __init__(self, images: Iterable[Path], folder: Path, channel: str = "") -> None:
+        self.folder = folder
         self.channel = channel
         self.all: list[Path] = []
         self._used: set[Path] = set()
         self._masks: dict[str, list[_Candidate]] = {}
         self._images: dict[str, set[tuple[str, ...]]] = {}
         self._exact: set[str] = set()
-
-    def add_images(self, images: Iterable[Path], folder: Path) -> None:
-        """Take in images below a folder."""
         for image in images:
-            stem = image.stem.removesuffix(self.channel)
+            stem = image.stem.removesuffix(channel)
             self._exact.add(stem)
             self._images.setdefault(name_key(stem), set()).add(_folders(image.parent, folder))
 
@@ -324,10 +307,10 @@ class MaskFiles:
                 candidate = _Candidate(_folders(path.parent, folder), image, word, path)
                 self._masks.setdefault(name_key(image), []).append(candidate)
 
-    def of(self, image: Path, folder: Path) -> Match:
+    def of(self, image: Path) -> Match:
         """The masks of an image, of those that were taken in."""
         stem = image.stem.removesuffix(self.channel)
-        folders = _folders(image.parent, folder)
+        folders = _folders(image.parent, self.folder)
         candidates = [
             mask
             for mask in self._masks.get(name_key(stem), ())
@@ -336,23 +319,22 @@ class MaskFiles:
             and not (mask.word and mask.path.stem in self._exact)
             and not _SET_ASIDE.intersection(mask.folders)
         ]
-        own = [mask for mask in candidates if mask.folders == folders]
-        if own:
+        if own := [mask for mask in candidates if mask.folders == folders]:
             return self._best(own, stem, guessed=False)
-        near = [mask for mask in candidates if _one_ends_with_the_other(mask.folders, folders)]
+        # One place ends with the other, as that without folders does with any.
+        near = [mask for mask in candidates if all(map(eq, reversed(mask.folders), reversed(folders)))]
         if len({mask.folders for mask in near}) > 1 or (near and len(self._images.get(name_key(stem), ())) > 1):
             return Match(rivals=tuple(dict.fromkeys(mask.path for mask in near)))
         return self._best(near, stem, guessed=any(mask.folders for mask in near))
 
-    @property
-    def unused(self) -> list[Path]:
-        """The masks that no image has, once all images have been asked for."""
-        return [path for path in self.all if path not in self._used]
-
-    def belongs(self, mask: Path) -> bool:
-        """Whether an image has the name that a mask's name says."""
-        parts = _name_and_word(mask)
-        return any(name_key(name) in self._images for name in (mask.stem, *(parts[:1] if parts else ())))
+    def unused(self, *, belonging: bool) -> list[Path]:
+        """The masks that no image has, once all were asked for: those named like some image, or all others."""
+        found = []
+        for path in self.all:
+            names = path.stem, *(_name_and_word(path) or ())[:1]
+            if path not in self._used and any(name_key(name) in self._images for name in names) is belonging:
+                found.append(path)
+        return found
 
     def _best(self, masks: Sequence[_Candidate], stem: str, *, guessed: bool) -> Match:
         """Of masks in one folder, those of the plainest name."""
@@ -382,10 +364,9 @@ def masks_beside(place: Place) -> tuple[MaskFiles, dict[Path, Match]]:
         return parts is not None and (parts[1] == "mask" or name_key(parts[0]) in stems)
 
     images = [path for path in place.images if not is_mask(path)]
-    found = MaskFiles()
-    found.add_images(images, place.path)
+    found = MaskFiles(images, place.path)
     found.add_masks([path for path in place.images if is_mask(path)], place.path, suffixed=True)
-    return found, {image: found.of(image, place.path) for image in images}
+    return found, {image: found.of(image) for image in images}
 
 
 def mask_of(masks: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
@@ -396,7 +377,7 @@ def mask_of(masks: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
     found: dict[Path, Path] = {}
     for mask in masks:
         stem = name_key(mask.stem)
-        ends = (len(stem), *(match.start() for match in reversed(list(_BREAK.finditer(stem)))))
+        ends = (len(stem), *reversed([match.start() for match in _BREAK.finditer(stem)]))
         # The longest name that is there: case_1_2.png's is not case_1.png's.
         name = next((stem[:end] for end in ends if stem[:end] in by_name), None)
         found.update(dict.fromkeys(by_name.get(name or "", ()), mask))
@@ -407,11 +388,6 @@ def mask_of(masks: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
 def _folders(place: Path, folder: Path) -> tuple[str, ...]:
     """Keys of the folders between a folder and a place below it; many files share them."""
     return tuple(name_key(part) for part in place.relative_to(folder).parts)
-
-
-def _one_ends_with_the_other(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    shared = min(len(one), len(other))
-    return one[len(one) - shared :] == other[len(other) - shared :]
 
 
 def _name_and_word(path: Path) -> tuple[str, str] | None:

@@ -19,7 +19,6 @@ from busigen.data.sources.files import (
     Tree,
     images_below,
     in_natural_order,
-    is_image_name,
     is_mask_folder,
     masks_beside,
     name_key,
@@ -83,15 +82,13 @@ def _read_plain(listing: Listing, halves: Halves, channel: str) -> None:
     stems: set[str] = set()
     for folder, masks in halves(tree.at(listing.folder), listing.loose):
         images = images_below(tree, folder)
-        files = MaskFiles(channel)
-        files.add_images(images, folder)
+        files = MaskFiles(images, folder, channel)
         for below in masks:
             files.add_masks((path for place in tree.below(below) for path in place.images), below)
         stems.update(name_key(image.stem) for image in images)
         used |= _list(listing, folder, images, files, labels)
-        other = [path for path in files.unused if files.belongs(path)]
+        other, nobodys = files.unused(belonging=True), files.unused(belonging=False)
         listing.note(other, "masks passed over, whose image has another one or lies in another folder")
-        nobodys = [path for path in files.unused if not files.belongs(path)]
         listing.refuse(nobodys, "No image has the name that the mask's name says.", "Restore it, or remove the mask.")
     for several, what in ((False, "have no image"), (True, "name several images, and are used for none")):
         if rows := [row["file"] or "" for key, row in labels.items() if key not in used and (key in stems) is several]:
@@ -115,7 +112,7 @@ def _list(listing: Listing, folder: Path, images: list[Path], files: MaskFiles, 
         key = bare if name_key(name) not in labels and times[bare] == 1 else name_key(name)
         row = labels.get(key, {})
         rows.add(key)
-        match = files.of(image, folder)
+        match = files.of(image)
         by_folder = next((part.lower() for part in inner.parts[:-1] if part.lower() in CLASSES), "")
         image_class = (row.get("class") or by_folder).lower()
         if (contradiction := row.get(_CONTRADICTION)) is not None:
@@ -200,11 +197,8 @@ _BUSI_IMAGE = re.compile(r"^([a-z]+) \(\d+\)$", re.IGNORECASE)
 
 def _is_busi(tree: Tree, place: Place, loose: bool) -> bool:
     """Whether this folder holds the class folders."""
-    return any(
-        _is_busi_image(path, name) and is_image_name(path.name)
-        for name, folder in _class_folders(place)
-        for path in tree.at(folder).images
-    )
+    folders = _class_folders(place)
+    return any(_is_busi_image(path, name) for name, folder in folders for path in tree.at(folder).images)
 
 
 def _read_busi(listing: Listing) -> None:
@@ -221,9 +215,8 @@ def _read_busi(listing: Listing) -> None:
                 )
             else:
                 listing.records.append(Record(f"busi/{image.stem}", name, "busi", image, match.masks))
-        for orphan in files.unused:
-            if not files.belongs(orphan):
-                listing.refuse([orphan], "There is no image of this mask's name.", "Restore it or remove the mask.")
+        for orphan in files.unused(belonging=False):
+            listing.refuse([orphan], "There is no image of this mask's name.", "Restore it or remove the mask.")
 
 
 def _class_folders(place: Place) -> list[tuple[str, Path]]:

@@ -78,8 +78,7 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
         problem = f"They are no images or masks of the layout that was found here ({names_found})."
         fix = "Give each set's own folder, or move them to where the layout has them."
         listing.refused.append(Refusal(named(map(tree.name, strangers)), problem, fix, count=len(strangers)))
-    listing.refused.extend(tree.refused())
-    listing.notes.extend(tree.notes())
+    _note_passed_over(listing)
     several = [record.image for record in listing.records if len(record.masks) > 1]
     listing.note(several, "with several masks, which are joined")
     return listing
@@ -135,8 +134,7 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
             name = "/".join((*inner, image.name))
             listing.records.append(_combined(image, name, words, listed.get(image, ()), match.masks))
     listing.records.sort(key=lambda record: natural_key(record.id))
-    listing.refused.extend(tree.refused())
-    listing.notes.extend(tree.notes())
+    _note_passed_over(listing)
     marking = {mask for record in listing.records for mask in record.masks}
     if others := [tree.name(path) for path in strangers if path not in marking]:
         listing.notes.append(counted("masks by name, but of no image here, passed over", others))
@@ -221,6 +219,12 @@ def _joined(tree: Tree, sets: list[Listing]) -> Listing:
     )
     listing.notes.insert(0, printable(f"{len(sets)} sets are read as one, and splits are made anew: {parts}"))
     return listing
+
+
+def _note_passed_over(listing: Listing) -> None:
+    refused, notes = listing.tree.passed_over()
+    listing.refused.extend(refused)
+    listing.notes.extend(notes)
 
 
 def _refuse_namesakes(listing: Listing) -> None:

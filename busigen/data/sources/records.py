@@ -37,7 +37,6 @@ class Record:
     Attributes:
         id: Unique name, such as ``busi/benign (1)``; it does not depend on where the source lies.
         image_class: One of ``registry.CLASSES``.
-        source: Short name of the source.
         image: The image file, which may turn out to be missing.
         masks: Its mask files, one or more lesions each; empty if there are none.
         patient: Patient name, unique across sources, or None.
@@ -105,7 +104,6 @@ class Listing:
     """All that a source folder lists, what it lists in vain, and what else a person should know of it.
 
     Attributes:
-        layout: Name of the layout.
         folder: The set's folder, in which the layout was found.
         tree: The files, as they were looked at.
         unlabelled: Images of no class are listed, too, under class `UNKNOWN_CLASS`.
@@ -155,7 +153,6 @@ class Layout:
     """One way of laying out a labelled folder.
 
     Attributes:
-        name: Short name.
         looks_like: What such a folder holds, for messages.
         is_root: Whether a place is the root of a set in this layout; asked loosely for a folder of healthy images.
         read: Fills a listing whose ``folder`` is that root.
