@@ -140,8 +140,7 @@ def _depth(edit: Mask) -> NDArray[np.float64]:
 def window_for(edit: Mask, buckets: Sequence[int] = BUCKETS) -> Window:
     """The smallest of some sides, smallest first, around the edit region, centred as far as the image's edges allow.
 
-    Raises:
-        ValueError: the region is empty.
+    An empty region raises ValueError.
     """
     rows, columns = np.flatnonzero(edit.any(axis=1)), np.flatnonzero(edit.any(axis=0))
     if rows.size == 0:
@@ -156,8 +155,7 @@ def window_for(edit: Mask, buckets: Sequence[int] = BUCKETS) -> Window:
 def patches_outside(edit: Mask, patch: int) -> Mask:
     """Context patches that see nothing of the edit region, ``(tokens,)`` bool in row-major order."""
     tiles = edit.reshape(edit.shape[0] // patch, patch, edit.shape[1] // patch, patch)
-    result: Mask = ~tiles.any(axis=(1, 3)).ravel()
-    return result
+    return np.asarray(~tiles.any(axis=(1, 3)).ravel())
 
 
 def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:
@@ -241,15 +239,9 @@ def grid_positions(grid: int) -> NDArray[np.float64]:
 
 
 def canonical_field(mask: Mask, grid: int) -> NDArray[np.float32]:
-    """The signed distance of one lesion, not empty, in its canonical frame.
+    """The signed distance of one lesion, not empty, in its canonical frame, ``(grid, grid)`` float32.
 
-    Args:
-        mask: ``(256, 256)`` bool.
-        grid: samples a side.
-
-    Returns:
-        ``(grid, grid)`` float32, canonical units (the root of the lesion's area), positive inside, clipped at
-        ``FIELD_LIMIT``.
+    Canonical units (the root of the lesion's area), positive inside, clipped at ``FIELD_LIMIT``.
     """
     across, down, size, ratio = attributes(mask)
     fine = grid * _FIELD_OVERSAMPLING
@@ -262,8 +254,7 @@ def canonical_field(mask: Mask, grid: int) -> NDArray[np.float32]:
     distance = ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
     distance = (distance - 0.5 * np.sign(distance)) * (2.0 * FIELD_EDGE / fine)
     coarse = distance.reshape(grid, _FIELD_OVERSAMPLING, grid, _FIELD_OVERSAMPLING).mean(axis=(1, 3))
-    field: NDArray[np.float32] = np.clip(coarse, -FIELD_LIMIT, FIELD_LIMIT).astype(np.float32)
-    return field
+    return np.asarray(np.clip(coarse, -FIELD_LIMIT, FIELD_LIMIT), dtype=np.float32)
 
 
 def _interpolation(positions: NDArray[np.float64], count: int) -> NDArray[np.float32]:

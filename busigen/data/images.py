@@ -55,8 +55,7 @@ _GREY_MODES = frozenset({"1", "L"})
 _COLOUR_MODES = frozenset({"LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _BAND_PIXELS = 1 << 20
 _SHALLOW = 64
-_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
-_SIGNED = 2
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _SIGNED = 262, 258, 339, 2
 _LEVEL_WIDTH = 9
 _TWO_LEVELS_SHARE = 0.95
 """Share of pixels in two windows of grey levels; at most 0.73 in BUSI and BUS-BRA. Edges of masks are the rest."""
@@ -71,7 +70,6 @@ class Decoded:
     """One decoded file.
 
     Attributes:
-        name: The file's name, for messages.
         image: Its pixels, upright.
         white_is_zero: Its 16-bit levels count from white.
         deep_colour: It has colour channels of 16 bits, of which ``image`` holds the upper 8.
@@ -105,7 +103,7 @@ class Decoded:
             yield slice(top, bottom), self.image.crop((0, top, width, bottom))
 
     def levels(self) -> Levels:
-        """The levels of a file with one channel, ``(H, W)``, uint8, or uint16 as stored; 0 is black.
+        """The levels of one channel, ``(H, W)``, uint8, or uint16 as stored; 0 is black.
 
         Raises:
             InputError: They are negative or beyond 16 bits, and so of an unknown range.
@@ -123,16 +121,11 @@ class Decoded:
         return levels
 
     def refuse_shallow(self, brightest: int) -> None:
-        """Refuse colour channels of 16 bits whose upper 8 hold next to nothing: 8, 10 or 12 bits stored in 16.
-
-        Raises:
-            InputError: The brightest channel of any pixel, 0 to 255, is too low.
-        """
+        """Raise an InputError for colour of 16 bits whose brightest upper 8 hold next to nothing: it has fewer bits."""
         if self.deep_colour and brightest < _SHALLOW:
-            raise InputError(
-                f"{self.name} has colour channels of 16 bits that use the lowest {8 + brightest.bit_length()} at most.",
-                fix=_RESAVE,
-            )
+            used = 8 + brightest.bit_length()
+            problem = f"{self.name} has colour channels of 16 bits that use the lowest {used} at most."
+            raise InputError(problem, fix=_RESAVE)
 
 
 def decode(path: Path, data: bytes | None = None) -> Decoded:
@@ -224,7 +217,6 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
         InputError: The file is missing, unreadable, damaged, not an image, outside the size limits, or has levels of
             unknown range.
     """
-    path = Path(path)
     with enough_memory(path):
         data = _read_bytes(path) if data is None else data
         decoded = decode(path, data)

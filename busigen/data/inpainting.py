@@ -45,10 +45,8 @@ def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> N
         ValueError: Shapes or types are others.
     """
     if pixels.ndim != 2 or pixels.dtype != np.uint8 or suspect.shape != pixels.shape or suspect.dtype != np.bool_:
-        raise ValueError(
-            f"pixels must be uint8 (H, W) and suspect bool (H, W), not {pixels.dtype} {pixels.shape} and "
-            f"{suspect.dtype} {suspect.shape}"
-        )
+        found = f"{pixels.dtype} {pixels.shape} and {suspect.dtype} {suspect.shape}"
+        raise ValueError(f"pixels must be uint8 (H, W) and suspect bool (H, W), not {found}")
     if not suspect.any() or suspect.all():
         return pixels.copy()
     filled = _interpolated(pixels.astype(np.float32), ~suspect)
@@ -98,12 +96,9 @@ def _doubled(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 class _Places:
-    """An image as flat arrays with a margin, in which a place at an offset is a number away.
+    """Levels and texture, ``float32 (H, W)``, as flat arrays with a margin, in which an offset is a number.
 
-    Args:
-        levels: Grey levels without gaps, ``float32 (H, W)``.
-        texture: What a blur takes from them, ``float32 (H, W)``.
-        suspect: Where no texture may be taken, ``bool (H, W)``; nor may it in the margin.
+    No texture may be taken from the margin, nor where ``suspect`` is True.
     """
 
     def __init__(self, levels: NDArray[np.float32], texture: NDArray[np.float32], suspect: NDArray[np.bool_]) -> None:
@@ -116,8 +111,7 @@ class _Places:
         """The numbers of a mask's pixels within ``more`` pixels of a box."""
         top, left = (max(0, side.start - more) for side in box)
         y, x = np.nonzero(mask[top : box[0].stop + more, left : box[1].stop + more])
-        numbers: NDArray[np.int64] = (y + (top + _MARGIN)) * self.width + x + (left + _MARGIN)
-        return numbers
+        return np.asarray((y + (top + _MARGIN)) * self.width + x + (left + _MARGIN))
 
     def texture_for(self, inside: NDArray[np.int64], around: NDArray[np.int64]) -> NDArray[np.float32]:
         """Texture for a gap: from where no suspect lies and the surroundings look most like the gap's."""
@@ -133,5 +127,4 @@ class _Places:
         if around.size:
             contrasts = (float(self.texture[places].std()) + 1.0 for places in (around, around + self.offsets[best]))
             gain = float(np.clip(next(contrasts) / next(contrasts), *GAIN))
-        copied: NDArray[np.float32] = self.texture[inside + self.offsets[best]] * np.float32(gain)
-        return copied
+        return np.asarray(self.texture[inside + self.offsets[best]] * np.float32(gain))

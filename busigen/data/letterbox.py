@@ -61,9 +61,7 @@ def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
     The filter is Pillow's Hamming: antialiased, and its weights are never negative, so bright calipers and specular
     lines get no dark ring that a network would learn as texture, as Lanczos gives them. It keeps more speckle contrast
     than the bilinear triangle, and at ratios near 1 (BUS-BRA) it does not beat against the pixel grid as box does.
-
-    Raises:
-        ValueError: ``pixels`` is not a non-empty two-dimensional ``uint8`` array.
+    Other shapes and types raise ValueError.
     """
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         raise ValueError(f"pixels must be uint8 (H, W), not {pixels.dtype} {pixels.shape}")
@@ -80,9 +78,6 @@ def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.fl
     Args:
         mask: ``bool (H, W)`` at the native size that ``box`` was made for.
         box: Where the image lies.
-
-    Raises:
-        ValueError: The mask is not two-dimensional.
     """
     if mask.ndim != 2:
         raise ValueError(f"mask must be (H, W), not {mask.shape}")
@@ -97,8 +92,7 @@ def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.fl
 
 def letterbox_mask(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.bool_]:
     """The native mask of `letterbox_coverage` in the frame: a working pixel is lesion where at least half of it is."""
-    covered: NDArray[np.bool_] = letterbox_coverage(mask, box) >= HALF
-    return covered
+    return np.asarray(letterbox_coverage(mask, box) >= HALF)
 
 
 def _average_rows(values: NDArray[np.generic], working: int) -> NDArray[np.float64]:
@@ -112,5 +106,4 @@ def _average_rows(values: NDArray[np.generic], working: int) -> NDArray[np.float
     total = np.zeros((native + 1, values.shape[1]), dtype=np.float64)
     np.cumsum(values, axis=0, out=total[1:])
     at_edges = total[below] + (edges - below)[:, None] * values[below]
-    bands: NDArray[np.float64] = np.diff(at_edges, axis=0) * (working / native)
-    return bands
+    return np.asarray(np.diff(at_edges, axis=0) * (working / native))

@@ -43,7 +43,6 @@ _FRAME_SHARE = 0.5  # Of the image's outermost pixels: the mask is inverted (0.0
 _LINE = 24  # Extent in pixels from which a lesion is more than a line's width across; all of these are.
 
 _WHICH = "Say which grey levels are lesion, as in `busigen prepare --mask-values 1`, or save masks of lesions alone."
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
 
 
 def read_mask(
@@ -70,15 +69,12 @@ def read_mask(
         InputError: As for `busigen.data.images.read_image`, the mask has another size, it is a picture, or it marks
             several labels or colours, or 255 ("ignore") beside a label.
     """
-    path = Path(path)
     with enough_memory(path):
         decoded = decode(path, data)
         if size is not None and decoded.image.size != tuple(size):
-            raise InputError(
-                f"{path.name}: the mask is {decoded.image.width}x{decoded.image.height} pixels, its image "
-                f"{size[0]}x{size[1]}.",
-                fix="Export the mask at the image's own size.",
-            )
+            width, height = decoded.image.size
+            problem = f"{path.name}: the mask is {width}x{height} pixels, its image {size[0]}x{size[1]}."
+            raise InputError(problem, fix="Export the mask at the image's own size.")
         if decoded.turned and notes is not None:
             notes.append(TURNED)
         levels, hues = _levels(decoded)
@@ -100,10 +96,8 @@ def read_lesions(record: Record, file: ImageFile, values: Collection[int], notes
     lesions = [lesion for mask in masks for lesion in _separate(mask)]
     if record.image_class not in LESION_CLASSES:
         if lesions:
-            raise InputError(
-                f"{name} is {record.image_class} but its mask marks a lesion.",
-                fix="Correct its class or empty the mask.",
-            )
+            problem = f"{name} is {record.image_class} but its mask marks a lesion."
+            raise InputError(problem, fix="Correct its class or empty the mask.")
         return []
     if not masks:
         raise InputError(f"{name} has no mask.", fix="Add the mask under the name the layout expects, or remove it.")
@@ -140,7 +134,7 @@ def label_lesions(lesions: Sequence[NDArray[np.bool_]], box: Letterbox) -> NDArr
 
 def _separate(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     """The mask's connected parts, without specks unless there is nothing else."""
-    labels, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     if count <= 1:
         return [mask] if count else []
     areas = np.bincount(labels.ravel())[1:]
@@ -179,9 +173,8 @@ def _bright(decoded: Decoded, levels: Levels, hues: NDArray[np.int64]) -> NDArra
         if full // 16 < peak <= full // 2:
             raise InputError(f"{decoded.name} is no clear mask: its brightest level is {peak} of {full}.", fix=_WHICH)
     if (hues > _HUE_SHARE * hues.sum()).sum() > 1:
-        raise InputError(
-            f"{decoded.name} marks structures in several colours.", fix="Save the lesion alone, in white on black."
-        )
+        problem = f"{decoded.name} marks structures in several colours."
+        raise InputError(problem, fix="Save the lesion alone, in white on black.")
     return levels > full // 2
 
 

@@ -24,7 +24,6 @@ _Mask = NDArray[np.bool_]
 _LINE_GAP = 13
 _ARM = 4
 _GROW = 2
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
 _STRAIGHT = ((-1, 0), (1, 0), (0, -1), (0, 1))
 _OBLIQUE = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 
@@ -74,7 +73,7 @@ def find_overlays(pixels: NDArray[np.uint8]) -> Overlays:
 def _text(strokes: _Mask) -> tuple[_Mask, _Mask]:
     """Boxes around strokes that stand side by side: lines of text, and anything that may be a word."""
     lines, words = np.zeros_like(strokes), np.zeros_like(strokes)
-    numbers, count = ndimage.label(strokes, structure=_EIGHT_NEIGHBOURS)
+    numbers, count = ndimage.label(strokes, structure=np.ones((3, 3)))
     if count < WORD_STROKES:
         return lines, words
     clusters, _ = ndimage.label(highest(strokes.view(np.uint8), _LINE_GAP // 2, _LINE_GAP // 2, axis=1))

@@ -43,7 +43,6 @@ class PrepareReport:
     """What `prepare` did: counts of images, and what a person should know.
 
     Attributes:
-        out: The prepared folder.
         by_split: Images per split; ``excluded`` only if there are any.
         groups: Groups of near-duplicates and patients.
         conflicts: Images whose frame also stands under another class.
@@ -52,7 +51,6 @@ class PrepareReport:
         refused: What was left out and why.
         notes: What was passed over, joined, guessed or read otherwise than it is stored, one line a kind.
         split_hash: Fingerprint of who is in which split.
-        seconds: Wall time.
     """
 
     out: Path
@@ -114,9 +112,7 @@ def prepare(
         for place in places.values():
             failing.callback(place.unlink, missing_ok=True)
         notes = [note for listing in listings for note in listing.notes]
-        rows, thumbnails = _write_arrays(
-            listings, places, refused, notes, mask_values, strict=strict, progress=progress
-        )
+        rows, thumbnails = _write_arrays(listings, places, refused, notes, mask_values, strict, progress)
         table = _tabulate(rows, thumbnails, earlier, seed)
         # Through memory: polars takes a path for a pattern, and a full disk is to be an OSError.
         content = io.BytesIO()
@@ -142,9 +138,8 @@ def _list_all(sources: Sequence[Path], out: Path) -> list[Listing]:
                     f"Two sources name an image '{record.id}': {other} and {listing.folder}.",
                     fix="Give each source once, and give plain folders different names.",
                 )
-    folders = Counter(listing.folder for listing in listings)
-    twice = [folder for folder, times in folders.items() if times > 1]
-    if twice:
+    times = Counter(listing.folder for listing in listings)
+    if twice := [folder for folder in times if times[folder] > 1]:
         raise InputError(f"The source {twice[0]} is given twice.", fix="Give it once.")
     return listings
 
@@ -155,7 +150,6 @@ class Sample:
 
     Attributes:
         arrays: ``(256, 256)`` each, by their names in `busigen.data.prepared.ARRAYS`.
-        thumbnail: ``float32 (64, 64)``, for near-duplicates.
         row: The table's columns that need no other image.
         notes: How its files were read where that is not as stored.
     """
@@ -225,7 +219,6 @@ def _write_arrays(
     refused: list[Refusal],
     notes: list[str],
     mask_values: Collection[int],
-    *,
     strict: bool,
     progress: Progress | None,
 ) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
@@ -285,10 +278,8 @@ def _tabulate(
     known = [earlier.get(row["sha256"]) for row in rows]
     aspects = [row["width"] / row["height"] for row in rows]
 
-    def regroup(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return near_duplicate_groups(
-            thumbnails[indices], [patients[index] for index in indices], [aspects[index] for index in indices]
-        )
+    def regroup(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        return near_duplicate_groups(thumbnails[chosen], [patients[k] for k in chosen], [aspects[k] for k in chosen])
 
     splits, groups = assign_splits([row["id"] for row in rows], patients, known, regroup, seed=seed)
     conflicts = class_conflicts(thumbnails, [row["class"] for row in rows], aspects)
@@ -417,6 +408,5 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror or error}.", fix="Check the disk's space and your permissions."
-        ) from error
+        fix = "Check the disk's space and your permissions."
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}.", fix=fix) from error

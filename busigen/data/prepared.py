@@ -140,7 +140,7 @@ class Prepared:
 
     @property
     def split_hash(self) -> str:
-        """Fingerprint of who is in which split."""
+        """See `split_hash`."""
         return str(self.info["split_hash"])
 
     def __len__(self) -> int:

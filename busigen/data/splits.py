@@ -92,11 +92,9 @@ def _structure(thumbnails: NDArray[np.float32]) -> _Structure:
 
 
 def _moved(structure: _Structure, aspects: NDArray[np.float64]) -> Iterator[_Structure]:
-    """The middle of every structure, mirrored, turned and cropped in every way that is tried.
-
-    A pair is compared both ways round, so that turns to the other side and crops of the first need no trial of their
-    own; a turn of a mirror image is its own inverse, so that there both sides do.
-    """
+    """The middle of every structure, mirrored, turned and cropped in every way that is tried."""
+    # A pair is compared both ways round, so that turns to the other side and crops of the first need no trial of their
+    # own; a turn of a mirror image is its own inverse, so that there both sides do.
     for turn, scale in [(0.0, 1.0), *((0.0, scale) for scale in _SCALES), *((turn, 1.0) for turn in _TURNS)]:
         moved = _sampled(structure, aspects, turn, scale)
         yield from (moved, moved[:, ::-1, ::-1], moved[:, :, ::-1], moved[:, ::-1])
@@ -119,8 +117,7 @@ def _sampled(structure: _Structure, aspects: NDArray[np.float64], turn: float, s
     count = np.arange(len(structure))[:, None, None]
     upper = structure[count, top, left] * (1 - right) + structure[count, top, left + 1] * right
     lower = structure[count, top + 1, left] * (1 - right) + structure[count, top + 1, left + 1] * right
-    sampled: _Structure = upper * (1 - down) + lower * down
-    return sampled
+    return np.asarray(upper * (1 - down) + lower * down)
 
 
 def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -173,8 +170,7 @@ def near_duplicate_groups(
             _, merged = connected_components(coo_array(links, shape=(side, side)), directed=False)
             labels = merged.astype(np.int64)[labels]
     _, firsts, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    numbers: NDArray[np.int64] = np.argsort(np.argsort(firsts))[inverse]
-    return numbers
+    return np.asarray(np.argsort(np.argsort(firsts))[inverse])
 
 
 def class_conflicts(
@@ -213,9 +209,7 @@ def _alike(thumbnails: NDArray[np.float32], threshold: float, aspects: Sequence[
 def draw_split(seed: int, key: str) -> str:
     """The split of a new group: a key of ``registry.SPLITS``, with the probability that stands there.
 
-    Args:
-        seed: The run's seed.
-        key: The group's name: it must not change when images are added.
+    ``key`` is the group's name, which must not change when images are added.
     """
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64 * sum(SPLITS.values())
@@ -255,9 +249,9 @@ def assign_splits(
     # Of linked splits, first the new images leave that link them, then those that had another split than the kept one.
     for known_too in (False, True):
         for members in _members(groups):
-            present = {split for index in members if (split := splits[index]) not in (None, EXCLUDED)}
+            present = {split for index in members if (split := splits[index]) is not None and split != EXCLUDED}
             if len(present) > 1:
-                kept = min(filter(None, present), key=_PROTECTED.index) if known_too else None
+                kept = min(present, key=_PROTECTED.index) if known_too else None
                 for index in members:
                     if splits[index] is None or (known_too and splits[index] != kept):
                         splits[index] = EXCLUDED

@@ -69,7 +69,6 @@ class Place:
     """One folder.
 
     Attributes:
-        path: Where it is.
         folders: The folders in it that are looked into, in natural order.
         images: The files in it with an image's ending, masks among them, in natural order.
         others: Names of the other files.
@@ -88,9 +87,7 @@ class Place:
 class Tree:
     """A folder and those below it, each looked at once. Links to folders are not followed, so there are no loops.
 
-    Args:
-        root: The folder that was given.
-        skip: A folder below that is passed over.
+    ``skip`` names a folder below that is passed over.
     """
 
     def __init__(self, root: Path, skip: Path | None = None) -> None:
@@ -158,9 +155,8 @@ class Tree:
             for entry in found:
                 kinds[self._kind(entry, path / entry.name)].append(path / entry.name)
         except OSError as error:
-            raise InputError(
-                f"{path} cannot be read: {error.strerror}.", fix="Check the folder's permissions."
-            ) from error
+            fix = "Check the folder's permissions."
+            raise InputError(f"{path} cannot be read: {error.strerror}.", fix=fix) from error
         return Place(path, tuple(kinds["folder"]), tuple(kinds["image"]), tuple(other.name for other in kinds["other"]))
 
     def _kind(self, entry: os.DirEntry[str], path: Path) -> str:
@@ -194,7 +190,6 @@ def find_images(folder: Path) -> list[Path]:
     Raises:
         InputError: The folder does not exist or cannot be read.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
     return images_below(Tree(folder), folder)
@@ -240,7 +235,7 @@ def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A mask by one of the image names that it may stand for: the folders it lies in, that name, the word after it."""
+    """A mask by one of the image names that it may stand for: keys of its folders, that name, the word after it."""
 
     folders: tuple[str, ...]
     image: str

@@ -136,17 +136,10 @@ def _list(listing: Listing, folder: Path, images: list[Path], files: MaskFiles, 
             )
         else:
             guessed.extend([image] if match.guessed else [])
-            listing.records.append(
-                Record(
-                    id=printable(f"{source}/{name}"),
-                    image_class=image_class if image_class in CLASSES else UNKNOWN_CLASS,
-                    source=source,
-                    image=image,
-                    masks=match.masks,
-                    patient=f"{source}/{row['patient']}" if row.get("patient") else None,
-                    birads=row.get("birads"),
-                )
-            )
+            image_class = image_class if image_class in CLASSES else UNKNOWN_CLASS
+            patient = f"{source}/{row['patient']}" if row.get("patient") else None
+            id_ = printable(f"{source}/{name}")
+            listing.records.append(Record(id_, image_class, source, image, match.masks, patient, row.get("birads")))
     listing.note(guessed, "joined by name alone to a mask in a folder of another name")
     return rows
 
@@ -262,17 +255,10 @@ def _read_busbra(listing: Listing) -> None:
             problem, fix = f"Its Pathology is {row['Pathology']!r}.", f"Set it to one of {', '.join(LESION_CLASSES)}."
             listing.refuse([images / f"{name}.png"], problem, fix, [_busbra_mask(listing, name)])
         else:
-            listing.records.append(
-                Record(
-                    id=f"busbra/{name}",
-                    image_class=pathology,
-                    source="busbra",
-                    image=images / f"{name}.png",
-                    masks=(_busbra_mask(listing, name),),
-                    patient=f"busbra/{row['Case']}" if row["Case"] else None,
-                    birads=row["BIRADS"],
-                )
-            )
+            image, masks = images / f"{name}.png", (_busbra_mask(listing, name),)
+            patient = f"busbra/{row['Case']}" if row["Case"] else None
+            record = Record(f"busbra/{name}", pathology, "busbra", image, masks, patient, row["BIRADS"])
+            listing.records.append(record)
         seen.add(name or "")
     for path in images_below(listing.tree, images):
         if path.stem not in seen:
@@ -313,17 +299,10 @@ def _read_breast(listing: Listing) -> None:
         if image_class not in CLASSES and not listing.unlabelled:
             without.append(image)
             continue
-        listing.records.append(
-            Record(
-                id=f"breast/{image.stem}",
-                image_class=image_class if image_class in CLASSES else UNKNOWN_CLASS,
-                source="breast",
-                image=image,
-                masks=images[image].masks,
-                patient=f"breast/{row['CaseID']}" if row.get("CaseID") else None,
-                birads=row.get("BIRADS"),
-            )
-        )
+        image_class = image_class if image_class in CLASSES else UNKNOWN_CLASS
+        patient = f"breast/{row['CaseID']}" if row.get("CaseID") else None
+        masks, birads = images[image].masks, row.get("BIRADS")
+        listing.records.append(Record(f"breast/{image.stem}", image_class, "breast", image, masks, patient, birads))
     listing.refuse(
         without,
         "No table gives their class.",

@@ -1,8 +1,4 @@
-"""The layouts of labelled folders that busigen reads, found by looking at the folder.
-
-`read_source` lists labelled sets, for preparing and judging; `read_images` lists any images with what is known of them,
-for folders of healthy ones. Both look at the same files, through the same layouts.
-"""
+"""What images a folder holds, in whichever layouts: those of labelled sets, or any, as in folders of healthy ones."""
 
 from __future__ import annotations
 
@@ -87,15 +83,12 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
 def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     """List every image below a folder, whatever its layout, with the class and the masks that anything there names.
 
-    The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too.
+    The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too. Paths
+    begin with ``folder``; the class is ``unknown`` where nothing says one; what is ``doubtful`` is listed, too.
 
     Args:
         folder: The folder.
         skip: A folder below that is passed over, where the command writes to.
-
-    Returns:
-        Its records in natural order, whose paths begin with ``folder``, of class ``unknown`` where nothing says one;
-        and which images are doubtful, and why.
 
     Raises:
         InputError: The folder cannot be read, or a table of its set cannot.
@@ -196,9 +189,8 @@ def _refuse_images_of_a_set(given: Path, folder: Path) -> None:
     except InputError:
         return
     if folder in layouts.images_of(place):
-        raise InputError(
-            f"{given} holds the images of a set whose masks lie beside it.", fix=f"Give the set: {folder.parent}."
-        )
+        problem = f"{given} holds the images of a set whose masks lie beside it."
+        raise InputError(problem, fix=f"Give the set: {folder.parent}.")
 
 
 def _joined(tree: Tree, sets: list[Listing]) -> Listing:

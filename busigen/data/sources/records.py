@@ -184,8 +184,6 @@ def read_rows(path: Path, required: Sequence[str]) -> list[Row]:
     frame = frame.rename({name: name.strip().lstrip("\ufeff") for name in frame.columns})
     missing = [name for name in required if name not in frame.columns]
     if missing:
-        raise InputError(
-            f"{path.name} has no column {', '.join(missing)}; it has {', '.join(frame.columns)}.",
-            fix=f"Name its columns {', '.join(required)}.",
-        )
+        problem = f"{path.name} has no column {', '.join(missing)}; it has {', '.join(frame.columns)}."
+        raise InputError(problem, fix=f"Name its columns {', '.join(required)}.")
     return [{name: (value or "").strip() or None for name, value in row.items()} for row in frame.iter_rows(named=True)]
