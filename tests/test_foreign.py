@@ -280,8 +280,6 @@ _LOAD = {"jit", "np", "onnx", "torch"}
 _OWN, _SYSTEM, _CHECKED = "made by this process", "the system's", "checked by open_file or by its hash before"
 DIRECT = {
     "cli/__init__.py": ("open", "a device to write to"),
-    "data/decoding.py": ("read_bytes", _CHECKED),
-    "data/images.py": ("read_bytes", _CHECKED),
     "data/prepared.py": ("read_parquet", _CHECKED),
     "data/sources/records.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),

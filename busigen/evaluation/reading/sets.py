@@ -181,7 +181,7 @@ class _Frame:
 def _try_frame(item: Item) -> _Frame | BusigenError:
     """Read an item and fit it into the working frame; an error where a file is missing, damaged or no image.
 
-    Unlike ``data.sources.samples.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or
+    Unlike ``data.prepare.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or
     surplus masks are what an audit looks for.
     """
     try:

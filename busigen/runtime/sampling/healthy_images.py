@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, edit_region
-from busigen.data.images import has_two_levels, read_image, read_mask
+from busigen.data.images import has_two_levels, read_image
 from busigen.data.letterbox import Letterbox, fit, letterbox
-from busigen.data.sources.files import find_images
-from busigen.data.sources.masks import mask_of
+from busigen.data.masks import read_mask
+from busigen.data.sources.files import find_images, mask_of
 from busigen.data.sources.read import read_images
 from busigen.data.sources.records import Listing, Record, counted
 from busigen.errors import BusigenError, InputError, IntegrityError
@@ -81,7 +81,7 @@ def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, R
     box = fit(width=frame[1], height=frame[0])
     top, left, height, width = place_of(frame)
     framed = np.zeros_like(pixels)
-    framed[box.rows, box.columns] = pixels[top : top + height, left : left + width]
+    framed[box.slices] = pixels[top : top + height, left : left + width]
     row = {
         "background": SYNTHETIC,
         "healthy_file": None,
