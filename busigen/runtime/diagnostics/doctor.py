@@ -1,4 +1,7 @@
-"""What `busigen doctor` says of one thing."""
+"""``busigen doctor``: what this machine can run, what it cannot and why, and what helps.
+
+``python -m busigen.runtime.diagnostics.doctor PROVIDER`` draws two samples of the shipped bundle.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import distributions
@@ -17,16 +21,34 @@ from typing import Any
 import busigen
 from busigen import SILENCE
 from busigen.errors import BusigenError, OutputError
-from busigen.registry import MIN_BATCH, PROVIDERS, Provider
+from busigen.registry import LESION_CLASSES, MIN_BATCH, PROVIDERS, Provider
 from busigen.runtime.backends.base import FALLBACK, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle
-from busigen.runtime.backends.probe import driver_cuda, gpus, probe, tried_apart
+from busigen.runtime.backends.probe import answer, driver_cuda, gpus, probe, tried_apart
 from busigen.runtime.execution.estimate import BYTES_PER_SAMPLE, free_space
-from busigen.text import disk_size, install_command
+from busigen.text import counted, disk_size, install_command
+
+ROW_MEMORY = 16 << 20
+"""Bytes to reckon with per image of a batch. The shipped bundle's graphs take 4.3 MB on the processor (peak memory at
+batches of 32 and of 8 images, ONNX Runtime 1.31); a card's libraries want room to work in beside that."""
+
+FIXED_MEMORY = 1 << 30
+"""Bytes for the graphs' weights, CUDA's context and its libraries."""
+
+_FEW_ROWS = 16
+"""Batch size below which the memory is called small."""
+
+_FEW_SAMPLES = 1000
+"""Samples below which the room on the disk is called small."""
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+Installed = dict[str, str]
+"""Distributions by their names as PyPI writes them, with their versions."""
 
 
 class State(StrEnum):
-    """How it stands with it."""
+    """How serious a finding is."""
 
     OK = "ok"
     OFF = "off"
@@ -39,14 +61,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        state: how it stands with it.
-        described: what was found.
-        fix: what helps; empty where nothing has to be done.
-    """
+    """One thing that was examined: its name, what was found, and what helps, if anything has to be done."""
 
     name: str
     state: State
@@ -54,8 +69,91 @@ class Finding:
     fix: str = ""
 
 
-Installed = dict[str, str]
-"""Distributions by their names as PyPI writes them, with their versions."""
+def examine(out: Path) -> Iterator[Finding]:
+    """Examine everything, one thing after the other; ``out`` is where datasets would go."""
+    yield Finding("busigen", State.OK, f"{busigen.__version__}, Python {platform.python_version()}")
+    packages = installed()
+    imported, cuda = _onnxruntime()
+    card = driver_cuda() is not None or bool(gpus())
+    yield onnxruntimes(packages, imported)
+    yield reporting(busigen.REPORTED)
+    yield _bundle()
+    yield from driver(cuda)
+    if card:
+        yield cuda_libraries(packages, cuda)
+    yield from tensorrts(packages, os.environ.get("LD_LIBRARY_PATH", ""))
+    works = []
+    for provider in PROVIDERS.values():
+        finding = _provider(provider, card)
+        yield finding
+        works += [provider.name] if finding.state is State.OK else []
+    if FALLBACK in works:
+        # What no hash and no network of one node shows: whether the shipped bundle's graphs can be loaded and run here.
+        found = tried_apart(PROVIDERS[FALLBACK], __name__)
+        described = f"{found.described} on the processor, with the shipped bundle" if found.works else found.described
+        yield Finding("generate", State.OK if found.works else State.PROBLEM, described, found.fix)
+    if works:
+        yield Finding("auto", State.OK, f"--provider auto takes {works[-1]}")
+    yield from filter(None, (torch_build(packages, card), processor(), memory(), disk(out)))
+
+
+def can_generate(findings: list[Finding]) -> bool:
+    """Whether ``generate`` can run, with some provider."""
+    return all(finding.state is not State.PROBLEM for finding in findings)
+
+
+def to_json(findings: list[Finding]) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    return {
+        "can_generate": can_generate(findings),
+        "findings": [
+            {"name": finding.name, "state": finding.state, "told": finding.described, "fix": finding.fix}
+            for finding in findings
+        ],
+    }
+
+
+def draw(provider: Provider) -> str:
+    """Draw a sample of each class with the shipped bundle, and say in a few words how that went.
+
+    Raises:
+        BusigenError: as for ``generate``.
+    """
+    from busigen.runtime.execution.run import GenerateOptions
+    from busigen.runtime.progress import Progress
+
+    count = len(LESION_CLASSES)
+    options = GenerateOptions(out=Path(), classes=",".join(LESION_CLASSES), batch_size=count, provider=provider.name)
+    started = time.perf_counter()
+    generated = options.source(Progress()).draw(0, range(count), lambda number: None)
+    return f"{counted(len(generated.samples), 'sample')} drawn in {time.perf_counter() - started:.1f} s"
+
+
+def _onnxruntime() -> tuple[str | None, str]:
+    """Version that loads, None if none does, and the CUDA version that it was built for, if any."""
+    try:
+        import onnxruntime
+
+        return str(onnxruntime.__version__), str(getattr(onnxruntime, "cuda_version", "") or "")
+    except Exception:  # An install whose files are another's raises whatever it comes upon first.
+        return None, ""
+
+
+def _bundle() -> Finding:
+    try:
+        bundle = Bundle.open(default_bundle())
+    except BusigenError as error:
+        return Finding("bundle", State.PROBLEM, error.problem, "Install busigen again.")
+    return Finding("bundle", State.OK, f"{len(bundle.info['graphs'])} graphs, every file as it was shipped")
+
+
+def _provider(provider: Provider, card: bool) -> Finding:
+    name, found = f"--provider {provider.name}", probe(provider)
+    if found.works:
+        return Finding(name, State.OK, f"works, on {found.described}")
+    if provider.name == FALLBACK:
+        return Finding(name, State.PROBLEM, found.described, found.fix)
+    return Finding(name, State.WARNING if card else State.OFF, found.described, found.fix if card else "")
 
 
 def installed() -> Installed:
@@ -68,12 +166,7 @@ def installed() -> Installed:
 
 
 def onnxruntimes(packages: Installed, imported: str | None) -> Finding:
-    """Whether one ONNX Runtime is installed, and its files are its own.
-
-    Args:
-        packages: all that is installed.
-        imported: the version that really loads; ``None`` where none does.
-    """
+    """Whether one ONNX Runtime is installed, and ``imported``, the version that really loads, is its own."""
     name = "onnxruntime install"
     builds = {key: value for key, value in packages.items() if re.fullmatch(r"onnxruntime(-[a-z0-9-]+)?", key)}
     builds = {key: value for key, value in builds.items() if key != "onnxruntime-extensions"}
@@ -98,11 +191,7 @@ def onnxruntimes(packages: Installed, imported: str | None) -> Finding:
 
 
 def reporting(reported: bool) -> Finding:
-    """That no library reports home.
-
-    Args:
-        reported: whether ONNX Runtime was imported before busigen could turn that off.
-    """
+    """That no library reports home; ``reported``: ONNX Runtime was imported before busigen could turn that off."""
     name, (first, *_) = "reporting home", SILENCE
     if reported:
         return Finding(
@@ -115,12 +204,7 @@ def reporting(reported: bool) -> Finding:
 
 
 def cuda_libraries(packages: Installed, cuda: str) -> Finding:
-    """Whether CUDA's packages are of the major version that ONNX Runtime was built for.
-
-    Args:
-        packages: all that is installed.
-        cuda: that version, such as ``13.0``; empty for a build without CUDA.
-    """
+    """Whether CUDA's packages are of the major version of ``cuda``, which ONNX Runtime was built for, if for any."""
     name = "CUDA packages"
     if not cuda:
         return Finding(
@@ -148,12 +232,7 @@ def cuda_libraries(packages: Installed, cuda: str) -> Finding:
 
 
 def tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
-    """Whether each TensorRT's packages are of one version and one CUDA, and the system has no other beside them.
-
-    Args:
-        packages: all that is installed.
-        library_path: folders that the loader looks into before others, as in LD_LIBRARY_PATH.
-    """
+    """Whether each TensorRT's packages are of one version and one CUDA, and LD_LIBRARY_PATH has no other of them."""
     rtx = {key: value for key, value in packages.items() if key.startswith("tensorrt-rtx")}
     plain = {k: v for k, v in packages.items() if k.startswith("tensorrt") and k not in rtx and "llm" not in k}
     for name, extra, parts in (
@@ -164,7 +243,8 @@ def tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
             continue
         described = ", ".join(f"{key} {value}" for key, value in sorted(parts.items()))
         fix = f"Run `pip uninstall -y {' '.join(sorted(parts))}`, then {install_command(extra)}."
-        versions = {_short(value) for value in parts.values()}
+        # What is compatible within itself: the first two parts.
+        versions = {tuple(value.split(".")[:2]) for value in parts.values()}
         cudas = {found[1] for key in parts if (found := re.search(r"-cu(\d+)", key))}
         if len(versions) > 1:
             yield Finding(name, State.WARNING, f"versions are mixed: {described}", fix)
@@ -174,8 +254,13 @@ def tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
             )
         else:
             yield Finding(name, State.OK, described)
-    majors = {_short(value).partition(".")[0] for value in plain.values()}
-    strays = [path for path in _system_tensorrts(library_path) if path.name.rpartition(".")[2] not in majors]
+    majors = {value.partition(".")[0] for value in plain.values()}
+    strays = [
+        path
+        for folder in filter(None, library_path.split(os.pathsep))
+        for path in sorted(Path(folder).glob("libnvinfer.so.[0-9]*"))
+        if path.suffix[1:].isdigit() and path.suffix[1:] not in majors
+    ]
     if plain and strays:
         yield Finding(
             "TensorRT libraries",
@@ -200,39 +285,13 @@ def torch_build(packages: Installed, card: bool) -> Finding | None:
     return Finding("PyTorch", State.OK, f"torch {version}; generate does without")
 
 
-def _system_tensorrts(library_path: str) -> Sequence[Path]:
-    folders = [Path(part) for part in library_path.split(os.pathsep) if part]
-    return [
-        path for folder in folders for path in sorted(folder.glob("libnvinfer.so.[0-9]*")) if path.suffix[1:].isdigit()
-    ]
-
-
-def _short(version: str) -> str:
-    """The first two parts: what is compatible within itself."""
-    return ".".join(version.split(".")[:2])
-
-
 def _again(builds: Installed) -> str:
     name = next(iter(builds), "onnxruntime-gpu")
     return f"Run `pip install --force-reinstall --no-deps {name}`."
 
 
-ROW_MEMORY = 16 << 20
-"""Bytes to reckon with per image of a batch. The shipped bundle's graphs take 4.3 MB on the processor (peak memory at
-batches of 32 and of 8 images, ONNX Runtime 1.31); a card's libraries want room to work in beside that."""
-
-FIXED_MEMORY = 1 << 30
-"""Bytes for the graphs' weights, CUDA's context and its libraries."""
-
-_CGROUP = Path("/sys/fs/cgroup")
-
-
 def driver(cuda: str) -> Iterator[Finding]:
-    """The NVIDIA driver against the CUDA version that ONNX Runtime was built for, and each card's memory.
-
-    Args:
-        cuda: that version, such as ``13.0``; empty for a build without CUDA.
-    """
+    """The NVIDIA driver against ``cuda``, which ONNX Runtime was built for, if for any, and each card's memory."""
     runs, found = driver_cuda(), gpus()
     if runs is None:
         if found:
@@ -258,18 +317,17 @@ def driver(cuda: str) -> Iterator[Finding]:
             "GPU", State.WARNING, described, "Look at what nvidia-smi says; in a container, start it with the card."
         )
     for number, card in enumerate(found):
-        yield _card_memory(f"GPU {number}", card.name, card.memory, card.free)
-
-
-def _card_memory(name: str, model: str, memory: int, free: int) -> Finding:
-    if not memory:
-        return Finding(name, State.OK, f"{model}; it does not tell its memory")
-    batch = largest_batch(free)
-    described = f"{model}, {disk_size(free)} of {disk_size(memory)} free: room for --batch-size {batch} or so"
-    if batch < 16:
-        fix = f"Give --batch-size {max(MIN_BATCH, batch)} or less, or end what holds its memory (nvidia-smi shows it)."
-        return Finding(name, State.WARNING, described, fix)
-    return Finding(name, State.OK, described)
+        name, batch = f"GPU {number}", largest_batch(card.free)
+        sizes = f"{disk_size(card.free)} of {disk_size(card.memory)} free"
+        described = f"{card.name}, {sizes}: room for --batch-size {batch} or so"
+        if not card.memory:
+            yield Finding(name, State.OK, f"{card.name}; it does not tell its memory")
+        elif batch < _FEW_ROWS:
+            less = f"Give --batch-size {max(MIN_BATCH, batch)} or less"
+            fix = f"{less}, or end what holds its memory (nvidia-smi shows it)."
+            yield Finding(name, State.WARNING, described, fix)
+        else:
+            yield Finding(name, State.OK, described)
 
 
 def largest_batch(free: int) -> int:
@@ -295,7 +353,7 @@ def disk(out: Path) -> Finding:
         return Finding("disk", State.PROBLEM, f"{folder} cannot be written to: {error.strerror}", fix)
     samples = free // BYTES_PER_SAMPLE
     described = f"{disk_size(free)} free in {folder}: room for some {samples:,} samples"
-    if samples < 1000:
+    if samples < _FEW_SAMPLES:
         return Finding("disk", State.WARNING, described, "Free some space, or choose another --out.")
     return Finding("disk", State.OK, described)
 
@@ -316,7 +374,7 @@ def processor() -> Finding:
 
 
 def _quota() -> float | None:
-    """Cores' worth of time that the process's control group (version 2) has; ``None`` without a limit."""
+    """Cores' worth of time that the process's control group (version 2) has; None without a limit."""
     try:
         limit, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return None if limit == "max" else int(limit) / int(period)
@@ -340,86 +398,10 @@ def memory() -> Finding | None:
     except (OSError, ValueError):
         pass
     described = f"{disk_size(free)} free"
-    if largest_batch(free) < 16:
+    if largest_batch(free) < _FEW_ROWS:
         return Finding("memory", State.WARNING, described, "Give a smaller --batch-size, and one worker.")
     return Finding("memory", State.OK, described)
 
 
-__all__ = ["Finding", "State", "can_generate", "examine", "to_json"]
-
-
-def examine(out: Path) -> Iterator[Finding]:
-    """Look at everything, one thing after the other.
-
-    Args:
-        out: where datasets would go.
-    """
-    yield Finding("busigen", State.OK, f"{busigen.__version__}, Python {platform.python_version()}")
-    packages = installed()
-    imported, cuda = _onnxruntime()
-    card = driver_cuda() is not None or bool(gpus())
-    yield onnxruntimes(packages, imported)
-    yield reporting(busigen.REPORTED)
-    yield _bundle()
-    yield from driver(cuda)
-    if card:
-        yield cuda_libraries(packages, cuda)
-    yield from tensorrts(packages, os.environ.get("LD_LIBRARY_PATH", ""))
-    works = []
-    for provider in PROVIDERS.values():
-        finding = _provider(provider, card)
-        yield finding
-        works += [provider.name] if finding.state is State.OK else []
-    if FALLBACK in works:
-        yield _generate()
-    if works:
-        yield Finding("auto", State.OK, f"--provider auto takes {works[-1]}")
-    yield from filter(None, (torch_build(packages, card), processor(), memory(), disk(out)))
-
-
-def can_generate(findings: list[Finding]) -> bool:
-    """Whether `generate` can run, with some provider."""
-    return all(finding.state is not State.PROBLEM for finding in findings)
-
-
-def to_json(findings: list[Finding]) -> dict[str, Any]:
-    """What ``--json`` prints."""
-    return {"can_generate": can_generate(findings), "findings": [_as_json(finding) for finding in findings]}
-
-
-def _as_json(finding: Finding) -> dict[str, str]:
-    return {"name": finding.name, "state": finding.state, "told": finding.described, "fix": finding.fix}
-
-
-def _onnxruntime() -> tuple[str | None, str]:
-    """Version that loads, ``None`` where none does, and the CUDA version that it was built for, if any."""
-    try:
-        import onnxruntime
-
-        return str(onnxruntime.__version__), str(getattr(onnxruntime, "cuda_version", "") or "")
-    except Exception:  # An install whose files are another's raises whatever it comes upon first.
-        return None, ""
-
-
-def _bundle() -> Finding:
-    try:
-        bundle = Bundle.open(default_bundle())
-    except BusigenError as error:
-        return Finding("bundle", State.PROBLEM, error.problem, "Install busigen again.")
-    return Finding("bundle", State.OK, f"{len(bundle.info['graphs'])} graphs, every file as it was shipped")
-
-
-def _generate() -> Finding:
-    """What no hash and no network of one node tells: whether the shipped bundle's graphs can be loaded and run here."""
-    found = tried_apart(PROVIDERS[FALLBACK], "busigen.runtime.diagnostics.rehearsal")
-    described = f"{found.described} on the processor, with the shipped bundle" if found.works else found.described
-    return Finding("generate", State.OK if found.works else State.PROBLEM, described, found.fix)
-
-
-def _provider(provider: Provider, card: bool) -> Finding:
-    name, found = f"--provider {provider.name}", probe(provider)
-    if found.works:
-        return Finding(name, State.OK, f"works, on {found.described}")
-    if provider.name == FALLBACK:
-        return Finding(name, State.PROBLEM, found.described, found.fix)
-    return Finding(name, State.WARNING if card else State.OFF, found.described, found.fix if card else "")
+if __name__ == "__main__":
+    answer(sys.argv[1], draw)
