@@ -47,11 +47,10 @@ Feed = Mapping[str, Any]
 
 
 class Backend(ABC):
-    """Runs a bundle's graphs. ``name`` and ``version`` become part of a dataset's record.
+    """Runs a bundle's graphs.
 
     Attributes:
-        name: of the provider.
-        version: of what decides the bytes of a sample, for people.
+        name: of the provider; part of a dataset's record, as is ``version``, of what decides the bytes of a sample.
         providers: what the library calls what really runs the graphs, the one that is asked first in front.
         max_concurrent_calls: calls of ``run`` that may be under way at once.
         batches: what calls of a fixed size were built for, which is recorded; None where calls take any batch.
@@ -140,11 +139,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 
 
 def engine_of(provider: Provider) -> Engine:
-    """The engine that runs a provider's graphs.
-
-    Raises:
-        ProviderError: a module that it needs is not installed.
-    """
+    """The engine that runs a provider's graphs; a ``ProviderError`` if a module that it needs is not installed."""
     try:
         return ENGINES[provider.name]()
     except ModuleNotFoundError as error:
@@ -168,14 +163,10 @@ def open_backend(
     *,
     allow_fallback: bool = False,
 ) -> Backend:
-    """A backend of that name.
+    """A backend on an opened, checked bundle, by the provider's name in ``registry.PROVIDERS``.
 
-    Args:
-        bundle: an opened, checked bundle.
-        provider: a name in ``registry.PROVIDERS``.
-        options: how to run the graphs.
-        allow_fallback: if the provider cannot be used, go on with the processor. The backend then says ``cpu``, as the
-            dataset's record will.
+    With ``allow_fallback``, the processor takes the place of a provider that cannot be used. The backend then says
+    ``cpu``, as the dataset's record will.
 
     Raises:
         UsageError: there is no such provider, or, a :class:`busigen.errors.ProviderError`, it is not usable here.

@@ -131,12 +131,9 @@ class BundleRecord(ImagesRecord):
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle.
+    """An opened bundle: its folder, the content of ``bundle.json``, and that file's sha256.
 
-    Attributes:
-        folder: where it lies.
-        info: the content of ``bundle.json``.
-        sha256: of ``bundle.json``; since that names every file's hash, it stands for the whole bundle.
+    Since the record names every file's hash, its sha256 stands for the whole bundle.
     """
 
     folder: Path
@@ -257,12 +254,8 @@ def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
     """A graph's path as ONNX and ONNX Runtime open it, for as long as the block runs.
 
     Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
-    conda) leave them so. Then the graph's files are copied for the block. Weights handed over in memory are no way out:
-    ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
-
-    Args:
-        graph: the graph's file.
-        files: names of the files that it needs, itself among them, all in its folder.
+    conda) leave them so. Then the files that the graph needs, itself among them, are copied for the block. Weights
+    handed over in memory are no way out: ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
 
     Raises:
         OSError: there is no room for a copy, or a file cannot be read.

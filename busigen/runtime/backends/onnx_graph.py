@@ -97,10 +97,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 class Graph:
-    """A graph from anywhere.
-
-    Args:
-        path: an ONNX file.
+    """The graph in an ONNX file from anywhere.
 
     Raises:
         ValueError: the file is no protobuf message.
@@ -206,13 +203,7 @@ Value = tuple[int, Sequence[int | str]]
 
 
 def one_node(operator: str, inputs: Mapping[str, Value], output: Value) -> bytes:
-    """A serialised model of one node without attributes, whose output is named ``y``.
-
-    Args:
-        operator: of ONNX's default domain, such as ``Conv``.
-        inputs: names and types, in the operator's order.
-        output: its type.
-    """
+    """A serialised model of one node of ONNX's default domain, without attributes, whose output is named ``y``."""
     model = _model_class()(ir_version=8, opset_import=[{"version": 17}])
     graph = model.graph
     graph.name = operator

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -61,20 +62,15 @@ class _Buffers:
 class BoundSession:
     """A session that is fed through fixed buffers on its device, made once per shape of the inputs.
 
-    What comes from the host is copied into them, and so is what another graph has left on the device. CUDA graphs need
-    fixed buffers, because they replay addresses.
-
-    Args:
-        session: of one output.
-        device: ``cpu`` or ``cuda``.
-        capture: the session records CUDA graphs, one per shape.
+    What comes from the host is copied into them, and so is what another graph has left on the device. CUDA graphs,
+    which the session records for every shape if it is to ``capture``, need that, because they replay addresses.
     """
 
     def __init__(self, session: ort.InferenceSession, device: str, *, capture: bool = False) -> None:
         self._session, self._device, self._capture = session, device, capture
-        (output,) = session.get_outputs()
-        self._output = output.name
-        self._buffers: dict[tuple[Any, ...], _Buffers] = {}
+        self.buffers: dict[tuple[Any, ...], _Buffers] = {}
+        # Never reused, even if buffers are given up: a CUDA graph replays the addresses that it was recorded with.
+        self._numbers = count()
 
     def run(self, inputs: Feed) -> ort.OrtValue:
         """Run on a batch; the output lies in a buffer that the next run on the same shapes overwrites."""
@@ -84,9 +80,9 @@ class BoundSession:
             kept = isinstance(value, ort.OrtValue)
             types[name] = (tuple(value.shape()), np.float32) if kept else (value.shape, value.dtype)
         key = tuple(sorted((name, shape) for name, (shape, _) in types.items()))
-        if key not in self._buffers:
-            self._buffers[key] = self._made(types)
-        buffers = self._buffers[key]
+        if key not in self.buffers:
+            self.buffers[key] = self._made(types)
+        buffers = self.buffers[key]
         for name, value in values.items():
             buffers.inputs[name].update_inplace(value)
         buffers.binding.synchronize_inputs()
@@ -106,15 +102,16 @@ class BoundSession:
         for name, value in fed.items():
             value.update_inplace(np.zeros(*types[name]))
             binding.bind_ortvalue_input(name, value)
+        (name,) = (output.name for output in self._session.get_outputs())
         # What shape comes out is found by a run: graphs do not always say.
-        binding.bind_output(self._output, self._device)
-        self._session.run_with_iobinding(binding, self._numbered(_NO_CAPTURE))
+        binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding, self._options(_NO_CAPTURE))
         output = self._empty(binding.get_outputs()[0].shape(), np.float32)
         binding.clear_binding_outputs()
-        binding.bind_ortvalue_output(self._output, output)
-        return _Buffers(binding, fed, output, self._numbered(str(len(self._buffers))))
+        binding.bind_ortvalue_output(name, output)
+        return _Buffers(binding, fed, output, self._options(str(next(self._numbers))))
 
-    def _numbered(self, number: str) -> ort.RunOptions:
+    def _options(self, number: str) -> ort.RunOptions:
         options = ort.RunOptions()
         if self._capture:
             options.add_run_config_entry("gpu_graph_id", number)
@@ -125,12 +122,7 @@ class BoundSession:
 
 
 class OnnxBackend(Backend):
-    """ONNX Runtime sessions, all but the first opened when first needed.
-
-    Args:
-        bundle: an opened, checked bundle.
-        provider: one of ``registry.PROVIDERS`` that ONNX Runtime has a name for.
-        options: how to run the graphs.
+    """ONNX Runtime sessions on an opened, checked bundle, all but the first opened when first needed.
 
     Raises:
         ProviderError: the provider is not usable here.
@@ -146,14 +138,11 @@ class OnnxBackend(Backend):
         self._threads = options.threads or usable_cores()
         self._device = "cuda" if provider.gpu else "cpu"
         self._is_bound = provider.gpu if options.bound is None else options.bound
-        self._bound: dict[str, BoundSession] = {}
-        self._captured: set[str] = set()
         self._select: BoundSession | None = None
         if provider.gpu:
             prepare_cuda(provider)
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
-        self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
-        self.providers = tuple(self._sessions["context"].get_providers())
+        self._sessions: dict[str, BoundSession | ort.InferenceSession] = {"context": self._open("context")}
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
         """Run one graph on a batch and return its single output; some of the inputs may have been kept.
@@ -204,27 +193,23 @@ class OnnxBackend(Backend):
         if graph not in self._sessions:
             self._sessions[graph] = self._open(graph)
         session = self._sessions[graph]
-        if not self._is_bound:
-            (output,) = session.run(None, dict(inputs))
-            return output
-        if graph not in self._bound:
-            self._bound[graph] = BoundSession(session, self._device, capture=graph in self._captured)
-        bound = self._bound[graph]
-        output = bound.run(inputs)
-        # Copied, because on the processor it is a view of the buffer.
-        return bound.kept(output) if kept else np.array(output.numpy())
+        if isinstance(session, BoundSession):
+            output = session.run(inputs)
+            # Copied, because on the processor it is a view of the buffer.
+            return session.kept(output) if kept else np.array(output.numpy())
+        (output,) = session.run(None, dict(inputs))
+        return output
 
-    def _open(self, graph: str) -> ort.InferenceSession:
+    def _open(self, graph: str) -> BoundSession | ort.InferenceSession:
         path = self._bundle.graph(graph)
         try:
             with openable(path, self._bundle.info["graphs"][graph]["files"]) as place:
                 if self._provider.gpu and self._is_bound and not Graph(path).operators() & _CONTROL_FLOW:
                     # Refused where a single node is left to the processor, which for a shape is no harm otherwise.
                     with contextlib.suppress(Exception):
-                        session = self._session(str(place), capture=True)
-                        self._captured.add(graph)
-                        return session
-                return self._session(str(place))
+                        return BoundSession(self._session(str(place), capture=True), self._device, capture=True)
+                session = self._session(str(place))
+                return BoundSession(session, self._device) if self._is_bound else session
         except ProviderError:
             raise
         except OSError as error:
@@ -256,6 +241,7 @@ class OnnxBackend(Backend):
         if self._provider.gpu and (left := left_to_others(session, name)):
             described = ", ".join(f"{count} {operator}" for operator, count in left.most_common())
             raise unusable(self._provider, f": it would leave work to the processor ({described})")
+        self.providers = tuple(session.get_providers())
         return session
 
     def _too_large(self, graph: str, inputs: Feed, rows: int) -> CapacityError:
@@ -270,7 +256,8 @@ class OnnxBackend(Backend):
                 raise
             return True
 
-        self._bound.pop(graph, None)
+        if isinstance(session := self._sessions.get(graph), BoundSession):
+            session.buffers.clear()
         fitting = largest_that_fits(rows, fits)
         where = "the card" if self._provider.gpu else "this machine"
         return CapacityError(

@@ -92,11 +92,7 @@ def gpus() -> list[Gpu]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, cards, system and versions, as JSON has them.
-
-    ``load`` is the load average over the last minute, None where the system does not tell: it shows whether figures
-    were taken beside other work.
-    """
+    """Processor, cores, cards, system, versions and, where the system tells, the load average over the last minute."""
     cpu = platform.processor() or "unknown"
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -137,16 +133,8 @@ def peak_memory() -> int | None:
 
 @dataclass(frozen=True)
 class Probe:
-    """What came of trying a provider.
+    """What came of trying a provider: whether it works, on what it ran or why not, and what would help."""
 
-    Attributes:
-        provider: its name.
-        works: whether it did what was tried.
-        described: on what it ran, or why not.
-        fix: what would help; empty where it works.
-    """
-
-    provider: str
     works: bool
     described: str
     fix: str = ""
@@ -155,20 +143,13 @@ class Probe:
 def probe(provider: Provider) -> Probe:
     """Have a provider run a network of one node."""
     if provider.gpu and driver_cuda() is None:
-        return Probe(
-            provider.name,
-            False,
-            "no NVIDIA driver is loaded",
-            "It needs an NVIDIA card with its driver; in a container, one that was started with the card (--gpus all).",
-        )
+        where = "in a container, one that was started with the card (--gpus all)"
+        return Probe(False, "no NVIDIA driver is loaded", f"It needs an NVIDIA card with its driver; {where}.")
     return tried_apart(provider, __name__)
 
 
 def tried_apart(provider: Provider, module: str) -> Probe:
-    """What ``python -m module PROVIDER`` answers (:func:`answer`).
-
-    It is a process of its own, because a library that does not fit this machine may end it.
-    """
+    """What ``python -m module PROVIDER`` answers: a library that does not fit this machine may end its process."""
     # As in this process, wherever busigen was imported from.
     package = str(Path(busigen.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
@@ -183,42 +164,36 @@ def tried_apart(provider: Provider, module: str) -> Probe:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Probe(provider.name, False, f"it did not answer within {PROBE_SECONDS:.0f} s", _reinstall(provider))
+        return Probe(False, f"it did not answer within {PROBE_SECONDS:.0f} s", _reinstall(provider))
     except OSError as error:
-        return Probe(provider.name, False, f"no process could be started: {error}", "Free memory, then try again.")
+        return Probe(False, f"no process could be started: {error}", "Free memory, then try again.")
     try:
         found = json.loads(done.stdout.splitlines()[-1])
-        return Probe(provider.name, bool(found["works"]), str(found["told"])[:_SHOWN], str(found["fix"]))
+        return Probe(bool(found["works"]), str(found["told"])[:_SHOWN], str(found["fix"]))
     except (ValueError, IndexError, KeyError, TypeError):
         said = [line for line in done.stderr.splitlines() if line.strip()]
         ending = said[-1][:_SHOWN] if said else f"code {done.returncode}"
         if done.returncode < 0:
             ending = signal.Signals(-done.returncode).name
-        return Probe(provider.name, False, f"its libraries ended the process ({ending})", _reinstall(provider))
+        return Probe(False, f"its libraries ended the process ({ending})", _reinstall(provider))
 
 
 def answer(name: str, attempt: Callable[[Provider], str]) -> None:
-    """Try a provider in this process, and print what came of it as JSON for :func:`tried_apart`.
-
-    Args:
-        name: the provider's.
-        attempt: what is tried; it says in a few words what came of it.
-    """
+    """Try the provider of that name in this process, and print what came of it as JSON for :func:`tried_apart`."""
     provider = provider_named(name)
     try:
-        found = Probe(name, True, attempt(provider))
+        found = Probe(True, attempt(provider))
     except BusigenError as error:
-        found = Probe(name, False, error.problem.rstrip("."), error.fix)
+        found = Probe(False, error.problem.rstrip("."), error.fix)
     except Exception as error:  # Whatever a broken installation raises.
         reason = (str(error).splitlines() or [""])[0]
-        found = Probe(name, False, f"{type(error).__name__}: {reason}", _reinstall(provider))
+        found = Probe(False, f"{type(error).__name__}: {reason}", _reinstall(provider))
     print(json.dumps({"works": found.works, "told": found.described, "fix": found.fix}))
 
 
 def _reinstall(provider: Provider) -> str:
-    return (
-        f"Install its libraries again: {install_command(provider.extra)}." if provider.extra else "Reinstall busigen."
-    )
+    again = f"Install its libraries again: {install_command(provider.extra)}."
+    return again if provider.extra else "Reinstall busigen."
 
 
 @dataclass(frozen=True)
@@ -232,9 +207,7 @@ class Choice:
 def choose(begun_with: str | None = None) -> Choice:
     """What ``--provider auto`` is on this machine: the last of ``registry.PROVIDERS`` that works here.
 
-    Args:
-        begun_with: the provider that an unfinished dataset was begun with, which is taken where it is known: going on
-            with another would change bytes.
+    A dataset goes on with the provider that it was ``begun_with``, if that is known: another would change bytes.
     """
     if begun_with in PROVIDERS:
         return Choice(str(begun_with), "this dataset was begun with it")

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,9 @@ class ReplayBackend(TimedBackend):
             self._row_of[graph] = {name: np.asarray(array)[-1:].copy() for name, array in inputs.items()}
 
     def replay(self, count: int, progress: Progress) -> float:
-        """Seconds that the kept calls take when they are made again, in their order, with nothing beside them.
+        """Seconds that the kept calls, which drew ``count`` samples, take with nothing beside them.
 
         What they took the first time is no measure of that: the thread that writes shards shares their cores.
-
-        Args:
-            count: samples that the calls drew.
-            progress: counts them, by the share of the calls that has been made.
         """
         seconds, counted = 0.0, 0
         for number, call in enumerate(self.calls, start=1):
@@ -87,38 +83,14 @@ class ReplayBackend(TimedBackend):
         return seconds
 
 
-@dataclass(frozen=True)
-class Stage:
-    """All engine calls of one stage in a run: how many, the rows of their batches, and the seconds they took."""
+Run = dict[str, Any]
+"""One measured run, as it stands in ``bench.json``.
 
-    calls: int
-    rows: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """One measured run.
-
-    Attributes:
-        seconds: wall-clock time of ``generate``, from an empty folder to a finished dataset.
-        engine_seconds: sum over all engine calls, which is the sum over ``stages``.
-        busy_seconds: time in which at least one engine call ran.
-        alone_seconds: what the same engine calls take with nothing beside them.
-        draws: accepted and refused.
-        size: bytes of shards and manifest.
-        peak_memory: most bytes of memory held during the run; None where the system does not tell.
-        stages: by name (:func:`stage_of`), in the order in which they first ran.
-    """
-
-    seconds: float
-    engine_seconds: float
-    busy_seconds: float
-    alone_seconds: float
-    draws: int
-    size: int
-    peak_memory: int | None
-    stages: dict[str, Stage]
+``seconds`` is the wall-clock time of ``generate``, ``engine_seconds`` the sum over all engine calls, ``busy_seconds``
+the time in which at least one of them ran, ``alone_seconds`` what they take with nothing beside them. ``draws`` are
+accepted and refused, ``size`` is bytes of shards and manifest, ``peak_memory`` bytes or None where the system does not
+tell. ``stages`` has calls, rows of their batches and seconds, in the order in which stages first ran.
+"""
 
 
 class _Part(Progress):
@@ -154,29 +126,21 @@ def measure(
     samplers: Sequence[tuple[Sampler, ReplayBackend]], plan: Plan, repeat: int, folder: Path, progress: Progress
 ) -> list[list[Run]]:
     """Runs of each sampler: the same one ``repeat`` times, into temporary folders in ``folder``, after a warm-up."""
-    # The warm-up's samples, and each run's twice, because its calls are replayed.
-    total = sum(_warm_count(sampler, plan) + repeat * 2 * plan.count for sampler, _ in samplers)
+    warm = [replace(plan, count=min(plan.count, 2 * sampler.batch_size)) for sampler, _ in samplers]
+    # Each run counts twice, because its calls are replayed.
+    total = sum(few.count for few in warm) + len(samplers) * repeat * 2 * plan.count
     progress.start("measuring", total, unit="image")
     runs: list[list[Run]] = [[] for _ in samplers]
     # Samplers take turns, so that other work on the machine hits all of them alike.
     for _ in range(repeat):
-        for (sampler, backend), mine in zip(samplers, runs, strict=True):
+        for (sampler, backend), few, mine in zip(samplers, warm, runs, strict=True):
             if not mine:
-                _warm_up(sampler, backend, plan, folder, progress)
+                seconds = _run(sampler, backend, few, folder, progress)["seconds"]
+                if seconds / few.count * plan.count <= WARM_SECONDS and few.count < plan.count:
+                    _run(sampler, backend, plan, folder, Progress())
             run = _run(sampler, backend, plan, folder, progress)
-            mine.append(replace(run, alone_seconds=backend.replay(plan.count, progress)))
+            mine.append({**run, "alone_seconds": backend.replay(plan.count, progress)})
     return runs
-
-
-def _warm_count(sampler: Sampler, plan: Plan) -> int:
-    return min(plan.count, 2 * sampler.batch_size)
-
-
-def _warm_up(sampler: Sampler, backend: ReplayBackend, plan: Plan, folder: Path, progress: Progress) -> None:
-    warm = replace(plan, count=_warm_count(sampler, plan))
-    seconds = _run(sampler, backend, warm, folder, progress).seconds
-    if seconds / warm.count * plan.count <= WARM_SECONDS and warm.count < plan.count:
-        _run(sampler, backend, plan, folder, Progress())
 
 
 def _run(sampler: Sampler, backend: ReplayBackend, plan: Plan, folder: Path, progress: Progress) -> Run:
@@ -195,40 +159,29 @@ def _run(sampler: Sampler, backend: ReplayBackend, plan: Plan, folder: Path, pro
             raise KeyboardInterrupt from error
         seconds, peak = time.perf_counter() - began, peak_memory()
         size = sum(path.stat().st_size for path in (out / MANIFEST_FILE, *(out / SHARD_FOLDER).iterdir()))
-    stages: dict[str, list[Call]] = {}
+    stages: dict[str, dict[str, Any]] = {}
     for call in backend.calls:
-        stages.setdefault(stage_of(call.graph), []).append(call)
-    return Run(
-        seconds=seconds,
-        engine_seconds=sum(call.ended - call.began for call in backend.calls),
-        busy_seconds=covered((call.began, call.ended) for call in backend.calls),
-        alone_seconds=0.0,
-        draws=plan.count + sum(report.rejected.values()),
-        size=size,
-        peak_memory=peak,
-        stages={
-            name: Stage(len(calls), sum(call.rows for call in calls), sum(call.ended - call.began for call in calls))
-            for name, calls in stages.items()
-        },
-    )
+        stage = stages.setdefault(stage_of(call.graph), {"calls": 0, "rows": 0, "seconds": 0.0})
+        stage["calls"] += 1
+        stage["rows"] += call.rows
+        stage["seconds"] += call.ended - call.began
+    return {
+        "seconds": seconds,
+        "engine_seconds": sum(call.ended - call.began for call in backend.calls),
+        "busy_seconds": covered((call.began, call.ended) for call in backend.calls),
+        "alone_seconds": 0.0,
+        "draws": plan.count + sum(report.rejected.values()),
+        "size": size,
+        "peak_memory": peak,
+        "stages": stages,
+    }
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The options of ``busigen bench``, unchecked and as they were typed.
+    """The options of ``busigen bench``, unchecked and as they were typed; its ``--help`` says what they mean.
 
-    Attributes:
-        out: folder for what is written; runs go into a temporary folder in it, so that it is this disk that counts.
-        ledger: file that a line is appended to.
-        bundle: a bundle's folder; None for the shipped one.
-        providers: names in ``registry.PROVIDERS`` or ``auto``, separated by commas.
-        batch_sizes: images per engine call, separated by commas.
-        count: accepted samples per run.
-        count_for: number of samples to predict time and size for.
-        repeat: runs per provider and batch size.
-        healthy: a folder of healthy images, or ``synthetic``.
-        threads: compute threads; None for one per core.
-        allow_fallback: where a provider cannot be used, measure the processor.
+    Runs go into a temporary folder in ``out``, so that it is this disk that counts.
     """
 
     out: Path
@@ -251,11 +204,8 @@ class Bench:
             batch size (medians, shares from 0 to 1, times in seconds unless named ``ms``, sizes in bytes), ``notes``.
 
         Raises:
-            UsageError: an option's value is out of range, or a provider cannot be used here.
-            InputError: the bundle or the healthy images cannot be used.
-            IntegrityError: a file of the bundle is not the one that was exported.
-            OutputError: ``out`` or the ledger cannot be written.
-            AcceptanceError: the gates refuse too much.
+            BusigenError: an option, a provider, the bundle, the healthy images or a place to write to cannot be used,
+                or the gates refuse too much.
             KeyboardInterrupt: on Ctrl-C; no result is kept.
         """
         for option, value in (("--count-for", self.count_for), ("--repeat", self.repeat)):
@@ -271,20 +221,20 @@ class Bench:
         classes = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
         bundle = Bundle.open(self.bundle or default_bundle())
         backends = self._backends(bundle, batch_sizes, progress)
-        recorders = [ReplayBackend(backend) for backend in backends.values()]
-        samplers = [
-            Sampler(bundle, recorder, classes=classes, batch_size=size)
-            for (_, size), recorder in zip(backends, recorders, strict=True)
-        ]
+        samplers = []
+        for (_, size), backend in backends.items():
+            recorder = ReplayBackend(backend)
+            samplers.append((Sampler(bundle, recorder, classes=classes, batch_size=size), recorder))
         if self.healthy != SYNTHETIC:
             healthy = HealthyFolder(Path(self.healthy), progress)
-            for sampler in samplers:
+            for sampler, _ in samplers:
                 sampler.healthy = healthy
         _refuse_unwritable(self.out, self.ledger)
         about = machine()
-        measured = measure(list(zip(samplers, recorders, strict=True)), plan, self.repeat, self.out, progress)
+        measured = measure(samplers, plan, self.repeat, self.out, progress)
         results = [
-            summary(sampler, self.count, self.count_for, runs) for sampler, runs in zip(samplers, measured, strict=True)
+            summary(sampler, self.count, self.count_for, runs)
+            for (sampler, _), runs in zip(samplers, measured, strict=True)
         ]
         record = {
             "schema": SCHEMA,
@@ -348,33 +298,37 @@ def _refuse_unwritable(out: Path, ledger: Path) -> None:
 
 def summary(sampler: Sampler, count: int, count_for: int, runs: Sequence[Run]) -> dict[str, Any]:
     """Medians over the runs of one provider and batch size, what they predict, and the runs themselves."""
-    seconds = statistics.median(run.seconds for run in runs)
-    per_image = statistics.median(run.size for run in runs) / count
+
+    def median(name: str) -> float:
+        return statistics.median(run[name] for run in runs)
+
     stages = {}
-    for name in dict.fromkeys(name for run in runs for name in run.stages):
-        found = [(run, run.stages.get(name, Stage(0, 0, 0.0))) for run in runs]
+    for name in dict.fromkeys(name for run in runs for name in run["stages"]):
+        found = [run["stages"].get(name, {"calls": 0, "rows": 0, "seconds": 0.0}) for run in runs]
+        shares = [stage["seconds"] / run["seconds"] for stage, run in zip(found, runs, strict=True)]
         stages[name] = {
-            "ms_per_image": 1000 * statistics.median(stage.seconds for _, stage in found) / count,
-            "ms_per_row": 1000 * statistics.median(stage.seconds / max(stage.rows, 1) for _, stage in found),
-            "share": statistics.median(stage.seconds / run.seconds for run, stage in found),
-            "calls": found[0][1].calls,
-            "rows": found[0][1].rows,
+            "ms_per_image": 1000 * statistics.median(stage["seconds"] for stage in found) / count,
+            "ms_per_row": 1000 * statistics.median(stage["seconds"] / max(stage["rows"], 1) for stage in found),
+            "share": statistics.median(shares),
+            "calls": found[0]["calls"],
+            "rows": found[0]["rows"],
         }
+    seconds, per_image = median("seconds"), median("size") / count
     return {
         "provider": sampler.backend.name,
         "batch_size": sampler.batch_size,
         "images_per_second": count / seconds,
-        "engines_alone_images_per_second": count / statistics.median(run.alone_seconds for run in runs),
+        "engines_alone_images_per_second": count / median("alone_seconds"),
         "ms_per_image": 1000 * seconds / count,
-        "engine_ms_per_image": 1000 * statistics.median(run.engine_seconds for run in runs) / count,
-        "idle_share": statistics.median(1 - run.busy_seconds / run.seconds for run in runs),
-        "acceptance": count / statistics.median(run.draws for run in runs),
+        "engine_ms_per_image": 1000 * median("engine_seconds") / count,
+        "idle_share": statistics.median(1 - run["busy_seconds"] / run["seconds"] for run in runs),
+        "acceptance": count / median("draws"),
         # Later runs come after those with larger batches, whose memory the engines' arena keeps.
-        "peak_memory": runs[0].peak_memory,
+        "peak_memory": runs[0]["peak_memory"],
         "bytes_per_image": per_image,
         "stages": stages,
         "predicted": {"count": count_for, "seconds": count_for * seconds / count, "bytes": count_for * per_image},
-        "runs": [asdict(run) for run in runs],
+        "runs": list(runs),
     }
 
 

@@ -82,9 +82,8 @@ def _overview(record: Record) -> tuple[str, list[str], list[list[str]]]:
     header = ["provider, batch", "images/s", "engines alone", "of engines", "idle", "accepted", "peak MB", predicted]
     rows = []
     for result in record["results"]:
-        rate, alone, peak = (
-            result[key] for key in ("images_per_second", "engines_alone_images_per_second", "peak_memory")
-        )
+        rate, alone = result["images_per_second"], result["engines_alone_images_per_second"]
+        peak, predicted_for = result["peak_memory"], result["predicted"]
         rows.append(
             [
                 _name(result),
@@ -94,7 +93,7 @@ def _overview(record: Record) -> tuple[str, list[str], list[list[str]]]:
                 f"{result['idle_share']:.1%}",
                 f"{result['acceptance']:.1%}",
                 "-" if peak is None else f"{peak / 1e6:.0f}",
-                f"{duration(result['predicted']['seconds'])}, {result['predicted']['bytes'] / 1e9:.2f} GB",
+                f"{duration(predicted_for['seconds'])}, {predicted_for['bytes'] / 1e9:.2f} GB",
             ]
         )
     return f"Whole pipeline: median of {options['repeat']} x {options['count']} images", header, rows
@@ -111,10 +110,7 @@ def _stages(record: Record) -> tuple[str, list[str], list[list[str]]]:
         for result in results
     ]
     names = [*dict.fromkeys(name for result in results for name in result["stages"]), _IDLE, "all"]
-    rows = [
-        [name, *("{:.1f} ({:.1%})".format(*share[name]) if name in share else "-" for share in shares)]
-        for name in names
-    ]
+    rows = [[name, *("{:.1f} ({:.1%})".format(*one[name]) if name in one else "-" for one in shares)] for name in names]
     return "Milliseconds per image, and share of the wall time", ["stage", *map(_name, results)], rows
 
 

@@ -69,32 +69,46 @@ class Finding:
     fix: str = ""
 
 
+def _finding(name: str, described: str, fix: str = "") -> Finding:
+    """A warning if something helps, else a finding that all is well."""
+    return Finding(name, State.WARNING if fix else State.OK, described, fix)
+
+
 def examine(out: Path) -> Iterator[Finding]:
     """Examine everything, one thing after the other; ``out`` is where datasets would go."""
-    yield Finding("busigen", State.OK, f"{busigen.__version__}, Python {platform.python_version()}")
-    packages = installed()
+    yield _finding("busigen", f"{busigen.__version__}, Python {platform.python_version()}")
+    packages = _installed()
     imported, cuda = _onnxruntime()
     card = driver_cuda() is not None or bool(gpus())
-    yield onnxruntimes(packages, imported)
-    yield reporting(busigen.REPORTED)
-    yield _bundle()
-    yield from driver(cuda)
+    yield _onnxruntimes(packages, imported)
+    yield _reporting(busigen.REPORTED)
+    try:
+        graphs = Bundle.open(default_bundle()).info["graphs"]
+        yield _finding("bundle", f"{len(graphs)} graphs, every file as it was shipped")
+    except BusigenError as error:
+        yield Finding("bundle", State.PROBLEM, error.problem, "Install busigen again.")
+    yield from _driver(cuda)
     if card:
-        yield cuda_libraries(packages, cuda)
-    yield from tensorrts(packages, os.environ.get("LD_LIBRARY_PATH", ""))
+        yield _cuda_libraries(packages, cuda)
+    yield from _tensorrts(packages, os.environ.get("LD_LIBRARY_PATH", ""))
     works = []
     for provider in PROVIDERS.values():
-        finding = _provider(provider, card)
-        yield finding
-        works += [provider.name] if finding.state is State.OK else []
+        name, found = f"--provider {provider.name}", probe(provider)
+        if found.works:
+            works.append(provider.name)
+            yield _finding(name, f"works, on {found.described}")
+        elif provider.name == FALLBACK:
+            yield Finding(name, State.PROBLEM, found.described, found.fix)
+        else:
+            yield Finding(name, State.WARNING if card else State.OFF, found.described, found.fix if card else "")
     if FALLBACK in works:
         # What no hash and no network of one node shows: whether the shipped bundle's graphs can be loaded and run here.
         found = tried_apart(PROVIDERS[FALLBACK], __name__)
         described = f"{found.described} on the processor, with the shipped bundle" if found.works else found.described
         yield Finding("generate", State.OK if found.works else State.PROBLEM, described, found.fix)
     if works:
-        yield Finding("auto", State.OK, f"--provider auto takes {works[-1]}")
-    yield from filter(None, (torch_build(packages, card), processor(), memory(), disk(out)))
+        yield _finding("auto", f"--provider auto takes {works[-1]}")
+    yield from filter(None, (_torch_build(packages, card), _processor(), _memory(), _disk(out)))
 
 
 def can_generate(findings: list[Finding]) -> bool:
@@ -104,21 +118,12 @@ def can_generate(findings: list[Finding]) -> bool:
 
 def to_json(findings: list[Finding]) -> dict[str, Any]:
     """What ``--json`` prints."""
-    return {
-        "can_generate": can_generate(findings),
-        "findings": [
-            {"name": finding.name, "state": finding.state, "told": finding.described, "fix": finding.fix}
-            for finding in findings
-        ],
-    }
+    listed = [{"name": one.name, "state": one.state, "told": one.described, "fix": one.fix} for one in findings]
+    return {"can_generate": can_generate(findings), "findings": listed}
 
 
 def draw(provider: Provider) -> str:
-    """Draw a sample of each class with the shipped bundle, and say in a few words how that went.
-
-    Raises:
-        BusigenError: as for ``generate``.
-    """
+    """Draw a sample of each class with the shipped bundle, and say in a few words how that went."""
     from busigen.runtime.execution.run import GenerateOptions
     from busigen.runtime.progress import Progress
 
@@ -127,6 +132,19 @@ def draw(provider: Provider) -> str:
     started = time.perf_counter()
     generated = options.source(Progress()).draw(0, range(count), lambda number: None)
     return f"{counted(len(generated.samples), 'sample')} drawn in {time.perf_counter() - started:.1f} s"
+
+
+def _installed() -> Installed:
+    """Everything on Python's path; of two versions of one thing, the one that is imported."""
+    found: Installed = {}
+    for distribution in distributions():
+        name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
+        found.setdefault(name, distribution.version)
+    return found
+
+
+def _named(packages: Installed) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
 def _onnxruntime() -> tuple[str | None, str]:
@@ -139,195 +157,67 @@ def _onnxruntime() -> tuple[str | None, str]:
         return None, ""
 
 
-def _bundle() -> Finding:
-    try:
-        bundle = Bundle.open(default_bundle())
-    except BusigenError as error:
-        return Finding("bundle", State.PROBLEM, error.problem, "Install busigen again.")
-    return Finding("bundle", State.OK, f"{len(bundle.info['graphs'])} graphs, every file as it was shipped")
-
-
-def _provider(provider: Provider, card: bool) -> Finding:
-    name, found = f"--provider {provider.name}", probe(provider)
-    if found.works:
-        return Finding(name, State.OK, f"works, on {found.described}")
-    if provider.name == FALLBACK:
-        return Finding(name, State.PROBLEM, found.described, found.fix)
-    return Finding(name, State.WARNING if card else State.OFF, found.described, found.fix if card else "")
-
-
-def installed() -> Installed:
-    """Everything on Python's path; of two versions of one thing, the one that is imported."""
-    found: Installed = {}
-    for distribution in distributions():
-        name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
-        found.setdefault(name, distribution.version)
-    return found
-
-
-def onnxruntimes(packages: Installed, imported: str | None) -> Finding:
+def _onnxruntimes(packages: Installed, imported: str | None) -> Finding:
     """Whether one ONNX Runtime is installed, and ``imported``, the version that really loads, is its own."""
     name = "onnxruntime install"
     builds = {key: value for key, value in packages.items() if re.fullmatch(r"onnxruntime(-[a-z0-9-]+)?", key)}
-    builds = {key: value for key, value in builds.items() if key != "onnxruntime-extensions"}
-    described = ", ".join(f"{key} {value}" for key, value in builds.items()) or "none that pip knows of"
-    state = State.WARNING if imported else State.PROBLEM
+    builds.pop("onnxruntime-extensions", None)
+    described = _named(builds) or "none that pip knows of"
+    fix = f"Run `pip install --force-reinstall --no-deps {next(iter(builds), 'onnxruntime-gpu')}`."
     if len(builds) > 1:
-        remove = f"pip uninstall -y {' '.join(builds)}"
-        return Finding(
-            name,
-            state,
-            f"{described}: they write into one folder, and the one installed last has overwritten the others",
-            f"Run `{remove}`, then install busigen again, which brings the one that fits.",
-        )
-    if imported is None:
-        return Finding(name, State.PROBLEM, f"{described}, but it cannot be imported", _again(builds))
-    if not builds:
-        return Finding(name, State.WARNING, f"{imported}, which pip does not know of", _again(builds))
-    (version,) = builds.values()
-    if version != imported:
-        return Finding(name, State.WARNING, f"{described}, but {imported} is what loads", _again(builds))
-    return Finding(name, State.OK, described)
+        fix = f"Run `pip uninstall -y {' '.join(builds)}`, then install busigen again, which brings the one that fits."
+        described += ": they write into one folder, and the one installed last has overwritten the others"
+    elif imported is None:
+        described += ", but it cannot be imported"
+    elif not builds:
+        described = f"{imported}, which pip does not know of"
+    elif imported not in builds.values():
+        described += f", but {imported} is what loads"
+    else:
+        return _finding(name, described)
+    return Finding(name, State.WARNING if imported else State.PROBLEM, described, fix)
 
 
-def reporting(reported: bool) -> Finding:
+def _reporting(reported: bool) -> Finding:
     """That no library reports home; ``reported``: ONNX Runtime was imported before busigen could turn that off."""
     name, (first, *_) = "reporting home", SILENCE
-    if reported:
-        return Finding(
-            name,
-            State.WARNING,
-            "something of this Python imports ONNX Runtime before busigen, and it reports then; nothing does later",
-            f"Set {first}=1 in the environment, or take the import out of sitecustomize or the .pth file that has it.",
-        )
-    return Finding(name, State.OK, f"off: {', '.join(f'{switch}={value}' for switch, value in SILENCE.items())}")
+    if not reported:
+        return _finding(name, f"off: {', '.join(f'{switch}={value}' for switch, value in SILENCE.items())}")
+    return _finding(
+        name,
+        "something of this Python imports ONNX Runtime before busigen, and it reports then; nothing does later",
+        f"Set {first}=1 in the environment, or take the import out of sitecustomize or the .pth file that has it.",
+    )
 
 
-def cuda_libraries(packages: Installed, cuda: str) -> Finding:
-    """Whether CUDA's packages are of the major version of ``cuda``, which ONNX Runtime was built for, if for any."""
-    name = "CUDA packages"
-    if not cuda:
-        return Finding(
-            name, State.WARNING, "this ONNX Runtime is a build without CUDA", f"Run {install_command('cuda')}."
-        )
-    major = cuda.partition(".")[0]
-    found: dict[str, list[str]] = {}
-    for key, version in sorted(packages.items()):
-        if key.startswith(("nvidia-cublas", "nvidia-cudnn", "nvidia-cuda-runtime", "nvidia-curand")):
-            suffix = re.search(r"-cu(\d+)$", key)
-            # Since CUDA 13, all but cuDNN are named without a suffix, and their own version tells; cuRAND counts alone.
-            of = suffix[1] if suffix else version.partition(".")[0] if "curand" not in key else major
-            found.setdefault(of, []).append(f"{key} {version}")
-    others = [text for of, texts in found.items() if of != major for text in texts]
-    if others and major not in found:
-        described = f"{', '.join(others)}, but ONNX Runtime needs CUDA {major}'s"
-        return Finding(name, State.WARNING, described, f"Run {install_command('cuda')}.")
-    if major not in found:
-        described = f"none from pip; CUDA {major} and cuDNN 9 have to come from the system"
-        return Finding(
-            name, State.WARNING, described, f"If --provider cuda does not work, run {install_command('cuda')}."
-        )
-    also = f"; beside them, for others: {', '.join(others)}" if others else ""
-    return Finding(name, State.OK, ", ".join(found[major]) + also)
-
-
-def tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
-    """Whether each TensorRT's packages are of one version and one CUDA, and LD_LIBRARY_PATH has no other of them."""
-    rtx = {key: value for key, value in packages.items() if key.startswith("tensorrt-rtx")}
-    plain = {k: v for k, v in packages.items() if k.startswith("tensorrt") and k not in rtx and "llm" not in k}
-    for name, extra, parts in (
-        ("TensorRT packages", "tensorrt", plain),
-        ("TensorRT-RTX packages", "tensorrt-rtx", rtx),
-    ):
-        if not parts:
-            continue
-        described = ", ".join(f"{key} {value}" for key, value in sorted(parts.items()))
-        fix = f"Run `pip uninstall -y {' '.join(sorted(parts))}`, then {install_command(extra)}."
-        # What is compatible within itself: the first two parts.
-        versions = {tuple(value.split(".")[:2]) for value in parts.values()}
-        cudas = {found[1] for key in parts if (found := re.search(r"-cu(\d+)", key))}
-        if len(versions) > 1:
-            yield Finding(name, State.WARNING, f"versions are mixed: {described}", fix)
-        elif len(cudas) > 1:
-            yield Finding(
-                name, State.WARNING, f"packages for CUDA {' and '.join(sorted(cudas))} are mixed: {described}", fix
-            )
-        else:
-            yield Finding(name, State.OK, described)
-    majors = {value.partition(".")[0] for value in plain.values()}
-    strays = [
-        path
-        for folder in filter(None, library_path.split(os.pathsep))
-        for path in sorted(Path(folder).glob("libnvinfer.so.[0-9]*"))
-        if path.suffix[1:].isdigit() and path.suffix[1:] not in majors
-    ]
-    if plain and strays:
-        yield Finding(
-            "TensorRT libraries",
-            State.WARNING,
-            f"{strays[0]} is of another major version than the packages, and is found before them",
-            f"Take {strays[0].parent} out of LD_LIBRARY_PATH.",
-        )
-
-
-def torch_build(packages: Installed, card: bool) -> Finding | None:
-    """Whether PyTorch, where it is installed, can use the card, where there is one."""
-    version = packages.get("torch")
-    if version is None:
-        return None
-    if card and version.endswith("+cpu"):
-        return Finding(
-            "PyTorch",
-            State.WARNING,
-            f"torch {version} is a build without CUDA: train and audit would not use the card",
-            "Run `pip install --force-reinstall torch` without an index of CPU builds.",
-        )
-    return Finding("PyTorch", State.OK, f"torch {version}; generate does without")
-
-
-def _again(builds: Installed) -> str:
-    name = next(iter(builds), "onnxruntime-gpu")
-    return f"Run `pip install --force-reinstall --no-deps {name}`."
-
-
-def driver(cuda: str) -> Iterator[Finding]:
+def _driver(cuda: str) -> Iterator[Finding]:
     """The NVIDIA driver against ``cuda``, which ONNX Runtime was built for, if for any, and each card's memory."""
-    runs, found = driver_cuda(), gpus()
+    name, runs, cards = "NVIDIA driver", driver_cuda(), gpus()
     if runs is None:
-        if found:
-            described = f"nvidia-smi lists {found[0].name}, but the driver's library (libcuda) cannot be loaded"
+        if cards:
+            described = f"nvidia-smi lists {cards[0].name}, but the driver's library (libcuda) cannot be loaded"
             fix = "Install the driver's libraries, or start the container with the card (--gpus all)."
-            yield Finding("NVIDIA driver", State.WARNING, described, fix)
+            yield _finding(name, described, fix)
         else:
-            yield Finding("NVIDIA driver", State.OFF, "none is loaded; the processor does the work")
+            yield Finding(name, State.OFF, "none is loaded; the processor does the work")
         return
-    versions = ", ".join(sorted({card.driver for card in found})) or "of unknown version"
+    versions = ", ".join(sorted({card.driver for card in cards})) or "of unknown version"
     if cuda and runs[0] < int(cuda.partition(".")[0]):
-        yield Finding(
-            "NVIDIA driver",
-            State.WARNING,
-            f"{versions} runs CUDA {runs[0]}.{runs[1]} at most, and ONNX Runtime is built for CUDA {cuda}",
-            "Update the driver: CUDA 13 needs 580 or newer.",
-        )
+        described = f"{versions} runs CUDA {runs[0]}.{runs[1]} at most, and ONNX Runtime is built for CUDA {cuda}"
+        yield _finding(name, described, "Update the driver: CUDA 13 needs 580 or newer.")
     else:
-        yield Finding("NVIDIA driver", State.OK, f"{versions}, runs CUDA up to {runs[0]}.{runs[1]}")
-    if not found:
-        described = "the driver is loaded, but nvidia-smi lists no card"
-        yield Finding(
-            "GPU", State.WARNING, described, "Look at what nvidia-smi says; in a container, start it with the card."
-        )
-    for number, card in enumerate(found):
-        name, batch = f"GPU {number}", largest_batch(card.free)
-        sizes = f"{disk_size(card.free)} of {disk_size(card.memory)} free"
-        described = f"{card.name}, {sizes}: room for --batch-size {batch} or so"
+        yield _finding(name, f"{versions}, runs CUDA up to {runs[0]}.{runs[1]}")
+    if not cards:
+        fix = "Look at what nvidia-smi says; in a container, start it with the card."
+        yield _finding("GPU", "the driver is loaded, but nvidia-smi lists no card", fix)
+    for number, card in enumerate(cards):
         if not card.memory:
-            yield Finding(name, State.OK, f"{card.name}; it does not tell its memory")
-        elif batch < _FEW_ROWS:
-            less = f"Give --batch-size {max(MIN_BATCH, batch)} or less"
-            fix = f"{less}, or end what holds its memory (nvidia-smi shows it)."
-            yield Finding(name, State.WARNING, described, fix)
-        else:
-            yield Finding(name, State.OK, described)
+            yield _finding(f"GPU {number}", f"{card.name}; it does not tell its memory")
+            continue
+        batch, free = largest_batch(card.free), f"{disk_size(card.free)} of {disk_size(card.memory)} free"
+        less = f"Give --batch-size {max(MIN_BATCH, batch)} or less"
+        fix = f"{less}, or end what holds its memory (nvidia-smi shows it)." if batch < _FEW_ROWS else ""
+        yield _finding(f"GPU {number}", f"{card.name}, {free}: room for --batch-size {batch} or so", fix)
 
 
 def largest_batch(free: int) -> int:
@@ -336,53 +226,97 @@ def largest_batch(free: int) -> int:
     return 0 if rows < MIN_BATCH else 1 << min(10, int(rows).bit_length() - 1)
 
 
-def disk(out: Path) -> Finding:
-    """Whether a dataset could be written into ``out``, and how many samples have room there."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        free = free_space(out)
-        # Something in it: an empty file fits on a full disk.
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(BYTES_PER_SAMPLE))
-    except OutputError as error:
-        return Finding("disk", State.PROBLEM, error.problem.rstrip("."), error.fix)
-    except OSError as error:
-        fix = "Free some space, or choose another --out."
-        return Finding("disk", State.PROBLEM, f"{folder} cannot be written to: {error.strerror}", fix)
-    samples = free // BYTES_PER_SAMPLE
-    described = f"{disk_size(free)} free in {folder}: room for some {samples:,} samples"
-    if samples < _FEW_SAMPLES:
-        return Finding("disk", State.WARNING, described, "Free some space, or choose another --out.")
-    return Finding("disk", State.OK, described)
+def _cuda_libraries(packages: Installed, cuda: str) -> Finding:
+    """Whether CUDA's packages are of the major version of ``cuda``, which ONNX Runtime was built for, if for any."""
+    name, install = "CUDA packages", install_command("cuda")
+    if not cuda:
+        return _finding(name, "this ONNX Runtime is a build without CUDA", f"Run {install}.")
+    major = cuda.partition(".")[0]
+    found: dict[str, list[str]] = {}
+    for key, version in sorted(packages.items()):
+        if key.startswith(("nvidia-cublas", "nvidia-cudnn", "nvidia-cuda-runtime", "nvidia-curand")):
+            suffix = re.search(r"-cu(\d+)$", key)
+            # Since CUDA 13, all but cuDNN are named without a suffix, and their own version tells; cuRAND counts alone.
+            of = suffix[1] if suffix else version.partition(".")[0] if "curand" not in key else major
+            found.setdefault(of, []).append(f"{key} {version}")
+    others = ", ".join(text for of, texts in found.items() if of != major for text in texts)
+    if major in found:
+        return _finding(name, ", ".join(found[major]) + (f"; beside them, for others: {others}" if others else ""))
+    if others:
+        return _finding(name, f"{others}, but ONNX Runtime needs CUDA {major}'s", f"Run {install}.")
+    described = f"none from pip; CUDA {major} and cuDNN 9 have to come from the system"
+    return _finding(name, described, f"If --provider cuda does not work, run {install}.")
 
 
-def processor() -> Finding:
-    """Cores that this process may use, and whether a limit on its time makes that many threads wait."""
-    cores, all_cores, quota = usable_cores(), os.cpu_count() or 1, _quota()
-    described = f"{cores} of {all_cores} cores, as many compute threads"
-    if quota is not None and quota < cores - 0.01:
-        threads = max(1, int(quota))
-        return Finding(
-            "processor",
-            State.WARNING,
-            f"{described}, but this container may use the time of {quota:g}: the threads would wait for each other",
-            f"Give --threads {threads}.",
+def _tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
+    """Whether each TensorRT's packages are of one version and one CUDA, and LD_LIBRARY_PATH has no other of them."""
+    rtx = {key: value for key, value in sorted(packages.items()) if key.startswith("tensorrt-rtx")}
+    plain = {k: v for k, v in sorted(packages.items()) if k.startswith("tensorrt") and k not in rtx and "llm" not in k}
+    for name, extra, parts in (
+        ("TensorRT packages", "tensorrt", plain),
+        ("TensorRT-RTX packages", "tensorrt-rtx", rtx),
+    ):
+        if not parts:
+            continue
+        described = _named(parts)
+        fix = f"Run `pip uninstall -y {' '.join(parts)}`, then {install_command(extra)}."
+        # What is compatible within itself: the first two parts.
+        versions = {tuple(value.split(".")[:2]) for value in parts.values()}
+        cudas = sorted({found[1] for key in parts if (found := re.search(r"-cu(\d+)", key))})
+        if len(versions) > 1:
+            yield _finding(name, f"versions are mixed: {described}", fix)
+        elif len(cudas) > 1:
+            yield _finding(name, f"packages for CUDA {' and '.join(cudas)} are mixed: {described}", fix)
+        else:
+            yield _finding(name, described)
+    majors = {value.partition(".")[0] for value in plain.values()}
+    strays = [
+        path
+        for folder in filter(None, library_path.split(os.pathsep))
+        for path in sorted(Path(folder).glob("libnvinfer.so.[0-9]*"))
+        if path.suffix[1:].isdigit() and path.suffix[1:] not in majors
+    ]
+    if plain and strays:
+        yield _finding(
+            "TensorRT libraries",
+            f"{strays[0]} is of another major version than the packages, and is found before them",
+            f"Take {strays[0].parent} out of LD_LIBRARY_PATH.",
         )
-    return Finding("processor", State.OK, described)
 
 
-def _quota() -> float | None:
-    """Cores' worth of time that the process's control group (version 2) has; None without a limit."""
-    try:
-        limit, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
-        return None if limit == "max" else int(limit) / int(period)
-    except (OSError, ValueError):
+def _torch_build(packages: Installed, card: bool) -> Finding | None:
+    """Whether PyTorch, where it is installed, can use the card, where there is one."""
+    version = packages.get("torch")
+    if version is None:
         return None
+    if not card or not version.endswith("+cpu"):
+        return _finding("PyTorch", f"torch {version}; generate does without")
+    return _finding(
+        "PyTorch",
+        f"torch {version} is a build without CUDA: train and audit would not use the card",
+        "Run `pip install --force-reinstall torch` without an index of CPU builds.",
+    )
 
 
-def memory() -> Finding | None:
+def _processor() -> Finding:
+    """Cores that this process may use, and whether a limit on its time makes that many threads wait."""
+    cores = usable_cores()
+    described = f"{cores} of {os.cpu_count() or 1} cores, as many compute threads"
+    try:  # Control groups, version 2.
+        limit, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
+        quota = float(cores) if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        quota = float(cores)
+    if quota >= cores - 0.01:
+        return _finding("processor", described)
+    return _finding(
+        "processor",
+        f"{described}, but this container may use the time of {quota:g}: the threads would wait for each other",
+        f"Give --threads {max(1, int(quota))}.",
+    )
+
+
+def _memory() -> Finding | None:
     """Memory that is free, where the system tells (Linux)."""
     if sys.platform != "linux":
         return None
@@ -391,16 +325,32 @@ def memory() -> Finding | None:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-        limit, used = (
-            (_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current")
-        )
-        free = free if limit == "max" else min(free, int(limit) - int(used))
+        limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        free = free if limit.strip() == "max" else min(free, int(limit) - int(used))
     except (OSError, ValueError):
         pass
-    described = f"{disk_size(free)} free"
-    if largest_batch(free) < _FEW_ROWS:
-        return Finding("memory", State.WARNING, described, "Give a smaller --batch-size, and one worker.")
-    return Finding("memory", State.OK, described)
+    fix = "Give a smaller --batch-size, and one worker." if largest_batch(free) < _FEW_ROWS else ""
+    return _finding("memory", f"{disk_size(free)} free", fix)
+
+
+def _disk(out: Path) -> Finding:
+    """Whether a dataset could be written into ``out``, and how many samples have room there."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    fix = "Free some space, or choose another --out."
+    try:
+        free = free_space(out)
+        # Something in it: an empty file fits on a full disk.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(BYTES_PER_SAMPLE))
+    except OutputError as error:
+        return Finding("disk", State.PROBLEM, error.problem.rstrip("."), error.fix)
+    except OSError as error:
+        return Finding("disk", State.PROBLEM, f"{folder} cannot be written to: {error.strerror}", fix)
+    samples = free // BYTES_PER_SAMPLE
+    described = f"{disk_size(free)} free in {folder}: room for some {samples:,} samples"
+    return _finding("disk", described, fix if samples < _FEW_SAMPLES else "")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from busigen.errors import OutputError
-from busigen.runtime.backends.tensorrt.engine_builder import timing_key
 from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache, default_folder
 from busigen.runtime.backends.tensorrt.library import TIMINGS, Device
 from tests.harness.command import ROOT
@@ -72,15 +71,12 @@ def test_an_entry_under_another_ones_name_is_refused(cache: Cache, caplog: pytes
 def test_measured_times_are_those_of_this_card_driver_and_version(cache: Cache) -> None:
     """Another's would have TensorRT choose wrong kernels: what is not this card's, or damaged, is as if not there."""
     library, card = rtx(), Device(0, "NVIDIA L4", "8.9", 13000)
-    key = timing_key(library, card)
+    key = {**library.key, **card.key}
     cache.write(TIMINGS, key, b"measured")
     assert Cache(cache.folder).read(TIMINGS, key) == b"measured"
-    for other in (
-        timing_key(library, replace(card, name="NVIDIA L40S")),
-        timing_key(library, replace(card, driver=13010)),
-        timing_key(replace(library, version="1.0"), card),
-    ):
-        assert cache.read(TIMINGS, other) is None
+    for other in (replace(card, name="NVIDIA L40S"), replace(card, driver=13010)):
+        assert cache.read(TIMINGS, {**library.key, **other.key}) is None
+    assert cache.read(TIMINGS, {**replace(library, version="1.0").key, **card.key}) is None
     (content,) = cache.folder.rglob(CONTENT)
     content.write_bytes(b"measureD")
     assert cache.read(TIMINGS, key) is None

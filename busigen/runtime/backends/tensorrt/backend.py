@@ -49,19 +49,9 @@ _log = logging.getLogger(__name__)
 class Slot:
     """Memory and stream of one call at a time; two of them, taken in turns, are the double buffer.
 
-    Args:
-        number: of the slot.
-        inputs: bytes of the largest inputs.
-        output: bytes of the largest output.
-
-    Attributes:
-        stream: on which upload, computation and download follow one another.
-        computed: event that is recorded after a computation.
-        sent: pinned host memory of the inputs, and ``received`` of the output; arrays of bytes.
-        inputs: address of the inputs on the card, and ``output`` of the output.
-
-    Raises:
-        CudaFailure: there is no room.
+    Inputs and output of so many bytes have pinned host memory, ``sent`` and ``received``, and an address on the card
+    each. Upload, computation and download follow one another on ``stream``; after a computation, the event ``computed``
+    is recorded. A `CudaFailure` says that there is no room.
     """
 
     def __init__(self, number: int, inputs: int, output: int) -> None:
@@ -84,12 +74,12 @@ def _pinned(size: int) -> NDArray[np.uint8]:
 class _Context:
     """An engine's execution context for one number of rows, and where the tensors lie in a slot."""
 
-    context: Any
+    raw: Any
     inputs: dict[str, Place]
     input_bytes: int
     output: Place
     warm: bool = False
-    # CUDA graphs by slot, whose addresses they hold; None where the call cannot be captured.
+    # CUDA graphs by the number of the slot, whose addresses they hold; None where the call cannot be captured.
     replays: dict[int, Any] = field(default_factory=dict)
 
 
@@ -104,8 +94,7 @@ class Session:
         kept: the library's cache of kernels that it compiled for this card; empty for none.
 
     Attributes:
-        input_bytes: of the inputs at the largest profile, and ``output_bytes`` of the output.
-        scratch_bytes: that a computation needs for what lies between them, at the largest profile.
+        input_bytes: of the largest inputs; ``output_bytes`` of the output, ``scratch_bytes`` of what lies between.
 
     Raises:
         ProviderError: the engine cannot be used on this card.
@@ -158,14 +147,14 @@ class Session:
         key = (call.profile, call.rows)
         if key not in self._contexts:
             self._contexts[key] = self._opened(*key)
-            self._contexts[key].context.set_device_memory(*self._scratch)
+            self._contexts[key].raw.set_device_memory(*self._scratch)
         return self._contexts[key]
 
     def use_scratch(self, address: int, size: int) -> None:
         """Compute in this memory of the card, which other sessions may use in turns."""
         self._scratch = (address, size)
         for context in self._contexts.values():
-            context.context.set_device_memory(address, size)
+            context.raw.set_device_memory(address, size)
 
     def kernels(self) -> bytes:
         """The library's cache of what it compiled for this card, to be kept; empty where it has none."""
@@ -173,30 +162,28 @@ class Session:
         return b"" if kept is None else bytes(kept)
 
     def enqueue(self, call: Call, inputs: Arrays, slot: Slot, before: Any) -> bool:
-        """Have the card upload rows of a batch, compute, and download the result; returns at once.
+        """Have the card upload rows of a batch, compute, and download the result.
 
-        Args:
-            call: which rows, with which profile.
-            inputs: the batch.
-            slot: whose last call has been collected.
-            before: event after which the computation may begin, because it uses the same memory in between; or None.
-
-        Returns:
-            Whether this was the first call with this profile and number of rows.
+        It waits only for the first call with a profile and number of rows, and says whether this is one. ``before`` is
+        the event after which the computation may begin, because it uses the same memory in between.
         """
-        runtime, context, stream, said = cuda(), self._context(call), slot.stream, len(self._library.said)
+        runtime, stream, said = cuda(), slot.stream, len(self._library.said)
+        context = self._context(call)
         copy, kinds = runtime.cudaMemcpyAsync, runtime.cudaMemcpyKind
         fill(slot.sent, context.inputs, inputs, call.first, call.end)
         size = context.input_bytes
         answered(copy(slot.inputs, slot.sent.ctypes.data, size, kinds.cudaMemcpyHostToDevice, stream))
         if before is not None:
             answered(runtime.cudaStreamWaitEvent(stream, before, 0))
+        for name, place in context.inputs.items():
+            context.raw.set_tensor_address(name, slot.inputs + place.offset)
+        context.raw.set_tensor_address(self._output, slot.output)
         first = not context.warm
         if not first and slot.number not in context.replays:
-            context.replays[slot.number] = self._captured(context, slot)
+            context.replays[slot.number] = self._captured(context, stream)
         if (replay := context.replays.get(slot.number)) is not None:
             answered(runtime.cudaGraphLaunch(replay, stream))
-        elif not self._launched(context, slot):
+        elif not context.raw.execute_async_v3(int(stream)):
             raise unusable(self._library.name, self._library.version, self._library.said[said:])
         if first:
             # This call compiles kernels and settles what it put off, none of which can be captured.
@@ -212,17 +199,17 @@ class Session:
         answered(cuda().cudaStreamSynchronize(slot.stream))
         return self._context(call).output.view(slot.received)[: call.end - call.first].copy()
 
-    def _captured(self, context: _Context, slot: Slot) -> Any:
+    def _captured(self, context: _Context, stream: Any) -> Any:
         """The computation as a CUDA graph, which one call to the driver replays; None where it cannot be one."""
         runtime = cuda()
-        capturable = getattr(context.context, "is_stream_capturable", None)
-        if capturable is not None and not capturable(int(slot.stream)):
+        capturable = getattr(context.raw, "is_stream_capturable", None)
+        if capturable is not None and not capturable(int(stream)):
             return None
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         try:
-            answered(runtime.cudaStreamBeginCapture(slot.stream, mode))
-            launched = self._launched(context, slot)
-            graph = answered(runtime.cudaStreamEndCapture(slot.stream))
+            answered(runtime.cudaStreamBeginCapture(stream, mode))
+            launched = context.raw.execute_async_v3(int(stream))
+            graph = answered(runtime.cudaStreamEndCapture(stream))
             if launched:
                 return answered(runtime.cudaGraphInstantiate(graph, 0))
         except CudaFailure as error:
@@ -231,24 +218,11 @@ class Session:
             runtime.cudaGetLastError()
         return None
 
-    def _launched(self, context: _Context, slot: Slot) -> bool:
-        for name, place in context.inputs.items():
-            context.context.set_tensor_address(name, slot.inputs + place.offset)
-        context.context.set_tensor_address(self._output, slot.output)
-        return bool(context.context.execute_async_v3(int(slot.stream)))
-
 
 class EngineBackend(Backend):
     """Engines of every graph, made where the cache lacks them, and loaded on the card before anything is drawn.
 
-    ``run`` may be called by several threads: ``MAX_CONCURRENT_CALLS`` of their calls overlap, and one computes at a
-    time.
-
-    Args:
-        bundle: an opened, checked bundle.
-        provider: one of ``registry.PROVIDERS`` whose name is in ``registry.ENGINE_TARGETS``.
-        options: how to run the graphs.
-        cache: where engines are kept; by default the user's.
+    ``MAX_CONCURRENT_CALLS`` calls of ``run`` overlap, and one computes at a time. ``cache`` is the user's by default.
 
     Raises:
         ProviderError: library, card or driver is missing or too old.
@@ -272,8 +246,13 @@ class EngineBackend(Backend):
         self._slots: Queue[Slot] = Queue()
         self._enqueuing = threading.Lock()
         self._last: Any = None
+
+        def tell(made: EngineInfo) -> None:
+            if not made.cached:
+                _log.info("engine of %s built in %.1f s", made.graph, made.seconds)
+
         try:
-            for made in builder.make_all(_tell):
+            for made in builder.make_all(tell):
                 key = self._kernel_keys[made.graph] = {"engine": dict(made.key), **self._device.key}
                 kept = self._cache.read(_KERNELS, key) or b""
                 _, content = builder.make(made.graph)
@@ -300,12 +279,7 @@ class EngineBackend(Backend):
             self._slots.put(Slot(number, inputs, output))
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
-        """Run one graph on a batch and return its single output.
-
-        Raises:
-            IntegrityError: what the engine yields is no batch of numbers.
-            ProviderError: the card failed.
-        """
+        """See `Backend`; an ``IntegrityError`` if the output has NaN, a ``ProviderError`` if the card failed."""
         # The current card is each thread's own, and threads begin with the first one.
         answered(cuda().cudaSetDevice(self._device.number))
         count = len(next(iter(inputs.values())))
@@ -339,11 +313,7 @@ class EngineBackend(Backend):
 
 
 def library_of(provider: Provider) -> Library:
-    """The library that runs a provider's engines.
-
-    Raises:
-        ProviderError: it is not installed, or cannot be loaded.
-    """
+    """The library that runs a provider's engines; a ``ProviderError`` if it cannot be loaded."""
     try:
         return Library.load(provider.name)
     except MissingDependencyError as error:
@@ -377,35 +347,23 @@ def _builder(
     return builder, batches
 
 
-def _tell(made: EngineInfo) -> None:
-    if not made.cached:
-        _log.info("engine of %s built in %.1f s", made.graph, made.seconds)
-
-
-_ROWS = 2
-_VALUES = np.array([[-1.5, 0.0, 2.5], [3.0, -0.25, 1.0]], dtype=np.float32)
-
-
 def trial_engine(library: Library) -> bytes:
-    """An engine of ``Relu`` for two rows of three numbers.
-
-    Raises:
-        BusigenError: the library cannot build it here.
-    """
+    """An engine of ``Relu`` for two rows of three numbers; a ``BusigenError`` if the library cannot build it here."""
     model = one_node("Relu", {"x": (FLOAT, ("batch", 3))}, (FLOAT, ("batch", 3)))
-    return build(library, BuildSpec("trial", Path("trial.onnx"), model, [Profile(_ROWS, _ROWS, _ROWS)]))
+    return build(library, BuildSpec("trial", Path("trial.onnx"), model, [Profile(2, 2, 2)]))
 
 
 def _probe(provider: Provider) -> str:
     """Build that engine and run it on the current card, twice: the second call replays a CUDA graph."""
     library, device = library_of(provider), open_device(provider.name)
     runtime = library.module.Runtime(library.logger)
-    session = Session(library, runtime, trial_engine(library), [Profile(_ROWS, _ROWS, _ROWS)])
+    session = Session(library, runtime, trial_engine(library), [Profile(2, 2, 2)])
     session.use_scratch(device_memory(session.scratch_bytes), session.scratch_bytes)
-    slot, call = Slot(0, session.input_bytes, session.output_bytes), Call(0, _ROWS, 0, _ROWS)
+    slot, call = Slot(0, session.input_bytes, session.output_bytes), Call(0, 2, 0, 2)
+    values = np.array([[-1.5, 0.0, 2.5], [3.0, -0.25, 1.0]], dtype=np.float32)
     for _ in range(2):
-        session.enqueue(call, {"x": _VALUES}, slot, None)
-        if not np.array_equal(session.collect(call, slot), np.maximum(_VALUES, 0)):
+        session.enqueue(call, {"x": values}, slot, None)
+        if not np.array_equal(session.collect(call, slot), np.maximum(values, 0)):
             raise ProviderError(
                 f"--provider {library.name}: {library.version} computes wrong numbers on this card.",
                 fix="Install a newer NVIDIA driver, or use --provider cuda or cpu.",

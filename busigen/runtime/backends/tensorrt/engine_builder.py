@@ -43,16 +43,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine that is in the cache now.
+    """An engine that is in the cache now, under this key.
 
-    Attributes:
-        graph: its name.
-        capability: that it was built for; empty for the library's own choice.
-        size: of the serialised engine, in bytes.
-        sha256: of it.
-        key: that it is kept under.
-        seconds: that its building took; 0 if the cache had it.
-        cached: whether the cache had it.
+    ``capability`` is empty for the library's own choice, ``size`` in bytes, ``seconds`` the time that building it took:
+    0 if the cache had it.
     """
 
     graph: str
@@ -68,9 +62,7 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
     """All that an engine depends on. The hashes are those that the bundle was checked against."""
     record = bundle.info["graphs"][graph]
     return {
-        "target": library.name,
-        "version": library.version,
-        "system": library.system,
+        **library.key,
         "capability": capability,
         "onnx": record["files"][record["file"]],
         "files": sorted(record["files"].values()),
@@ -80,21 +72,16 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
     }
 
 
-def timing_key(library: Library, device: Device) -> Key:
-    """All that measured times of kernels depend on."""
-    return {"target": library.name, "version": library.version, "system": library.system, **device.key}
-
-
 class EngineBuilder:
-    """Makes engines of one bundle for one library and one kind of card.
+    """Makes engines of an opened, checked bundle for one library, some batches and one kind of card.
 
     Args:
         library: what builds.
-        bundle: an opened, checked bundle.
+        bundle: whose graphs are built.
         batches: what to build for.
         cache: where engines are kept.
         capability: of the card, such as ``8.9``; empty for the library's own choice.
-        device: the card of this machine, where there is one and the library measures kernels on it.
+        device: the card of this machine, where there is one.
     """
 
     def __init__(
@@ -109,7 +96,9 @@ class EngineBuilder:
     ) -> None:
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
         self._capability, self._device = capability, device
-        self._timings = None if device is None or library.target.ahead else (cache, timing_key(library, device))
+        # A library that builds ahead of time measures nothing.
+        measured_on = None if library.target.ahead else device
+        self._timings = (cache, {**library.key, **measured_on.key}) if measured_on else None
         self._told = False
 
     def lacking(self) -> list[str]:
@@ -120,7 +109,7 @@ class EngineBuilder:
         """A graph's engine, serialised, from the cache or built and put there.
 
         Raises:
-            BusigenError: it cannot be built (:func:`build`) or kept.
+            BusigenError: it cannot be built (`library.build`) or kept.
         """
         key, seconds = self._key(graph), 0.0
         if (content := self._cache.read(KIND, key)) is None:
@@ -190,22 +179,23 @@ class EngineBuilder:
             full = self._batches.sizes[0]
             fitting = largest_that_fits(full, builds)
             end = "end what else uses the memory (nvidia-smi shows what holds a card's)"
-            built = f"Give --batch-size {fitting}, for which it was built, or {end}."
-            fix = built if fitting else f"No batch fits: {end}."
+            given = f"Give --batch-size {fitting}, for which it was built, or {end}."
+            fix = given if fitting else f"No batch fits: {end}."
             raise CapacityError(error.problem, fix=fix, rows=full, fits=fitting) from error
 
     def _tell_of_others(self, key: Key) -> None:
         """Say once why engines are built again although the cache has some of the same graph, target and batches."""
+        if self._told:
+            return
         said = {"version": "version {}", "capability": "compute capability {}", "system": "{}"}
-        same = set(key) - set(said)
         differences = set()
-        for other in self._cache.keys(KIND) if not self._told else ():
-            if all(other.get(part) == key[part] for part in same):
+        for other in self._cache.keys(KIND):
+            if all(other.get(part) == key[part] for part in set(key) - set(said)):
                 parts = [part for part in said if other.get(part) != key[part]]
                 differences.add(", ".join(said[part].format(other.get(part) or "any") for part in parts))
-        if differences := differences - {""}:
+        if others := sorted(differences - {""}):
             self._told = True
-            _log.info("engines are built again: those kept are for %s", "; ".join(sorted(differences)))
+            _log.info("engines are built again: those kept are for %s", "; ".join(others))
 
 
 def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> list[Batches]:
@@ -221,34 +211,23 @@ def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> l
         if all(key.get(part) == own[part] for part in same) and isinstance(key.get("profiles"), list):
             profiles = [tuple(profile) for profile in key["profiles"]]
             dynamic = len(profiles) == 1 and profiles[0][0] != profiles[0][2]
-            batches = Batches(tuple(most for _, _, most in profiles), dynamic)
-            if batches.sizes[0] == size:
-                found.add(batches)
-    return sorted(found, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
+            found.add(Batches(tuple(most for _, _, most in profiles), dynamic))
+    fitting = [batches for batches in found if batches.sizes[0] == size]
+    return sorted(fitting, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """Engines to be made.
+    """Engines to be made, for one or more targets and batches.
 
-    Attributes:
-        targets: names in ``registry.ENGINE_TARGETS``.
-        batches: to build for.
-        capabilities: compute capabilities to build for, each engine for one; none for the library's own choice.
-        folder: the cache's; None for this user's.
-
-    Raises:
-        UsageError: a target is unknown.
+    ``capabilities`` are compute capabilities, each with engines of its own; none for the library's own choice.
+    ``folder`` is the cache's; None for this user's.
     """
 
     targets: Sequence[str]
     batches: Batches = Batches()  # noqa: RUF009  # It is frozen.
     capabilities: Sequence[str] = ()
     folder: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.targets:
-            target_named(name)
 
     @property
     def count(self) -> int:
@@ -260,26 +239,24 @@ class BuildRequest:
         """What builds, for which compute capability and on which card: all that can be wrong before a bundle is read.
 
         Raises:
+            UsageError: a target is unknown, or its library does not build for a capability.
             MissingDependencyError: a library is not installed.
-            UsageError: a library does not build for a capability.
             ProviderError: a library builds on the card that runs the engines, and there is none.
         """
         jobs: list[tuple[Library, str, Device | None]] = []
-        for name in dict.fromkeys(self.targets):
+        for name, target in {name: target_named(name) for name in self.targets}.items():
             library = Library.load(name)
-            for capability in self.capabilities:
+            for capability in filter(None, self.capabilities):
                 check_capability(library, capability)
-            if library.target.ahead:
+            if target.ahead:
                 jobs += [(library, capability, None) for capability in dict.fromkeys(self.capabilities or ("",))]
                 continue
             try:
                 device = open_device(name)
             except ProviderError as error:
                 # It speaks of a provider, which is what this target's engines are run by.
-                raise ProviderError(
-                    error.problem.replace("--provider", "--target", 1),
-                    fix="Build on the kind of machine that is to run the engines, or choose --target tensorrt-rtx.",
-                ) from error
+                fix = "Build on the kind of machine that is to run the engines, or choose --target tensorrt-rtx."
+                raise ProviderError(error.problem.replace("--provider", "--target", 1), fix=fix) from error
             jobs.append((library, device.capability, device))
         return jobs
 
@@ -298,19 +275,17 @@ class BuildRequest:
 
 def summary(made: list[EngineInfo]) -> dict[str, Any]:
     """Figures of engines, as JSON has them."""
-    return {
-        "engines": [
-            {
-                "graph": one.graph,
-                "compute_capability": one.capability or None,
-                "seconds": round(one.seconds, 2),
-                "bytes": one.size,
-                "sha256": one.sha256,
-                "cached": one.cached,
-                **{name: one.key[name] for name in ("target", "version", "precision", "profiles", "onnx")},
-            }
-            for one in made
-        ],
-        "seconds": round(sum(one.seconds for one in made), 2),
-        "bytes": sum(one.size for one in made),
-    }
+    engines = [
+        {
+            "graph": one.graph,
+            "compute_capability": one.capability or None,
+            "seconds": round(one.seconds, 2),
+            "bytes": one.size,
+            "sha256": one.sha256,
+            "cached": one.cached,
+            **{name: one.key[name] for name in ("target", "version", "precision", "profiles", "onnx")},
+        }
+        for one in made
+    ]
+    seconds, size = sum(one.seconds for one in made), sum(one.size for one in made)
+    return {"engines": engines, "seconds": round(seconds, 2), "bytes": size}

@@ -38,17 +38,13 @@ _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no 
 
 @dataclass(frozen=True)
 class Library:
-    """An imported engine library.
+    """An imported engine library, by its name and entry in ``registry.ENGINE_TARGETS``.
 
-    Attributes:
-        name: of the target, as in ``registry.ENGINE_TARGETS``.
-        module: the Python module.
-        version: its version.
-        logger: what it logs through.
-        said: its errors so far, oldest first; it has no other way to say why it returns nothing.
+    ``said`` are its errors so far, oldest first: it has no other way to say why it returns nothing.
     """
 
     name: str
+    target: EngineTarget
     module: Any
     version: str
     logger: Any
@@ -56,21 +52,14 @@ class Library:
 
     @classmethod
     def load(cls, name: str) -> Library:
-        """Import the library of a target.
-
-        Raises:
-            UsageError: there is no such target.
-            MissingDependencyError: the library is not installed, or cannot be loaded.
-        """
+        """Import the library of a target; a ``MissingDependencyError`` if it is not installed or cannot be loaded."""
         target = target_named(name)
         try:
             module: Any = import_module(target.library)
         except (ImportError, OSError) as error:  # OSError: a shared library of the package cannot be loaded.
             what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded: {error}"
-            raise MissingDependencyError(
-                f"--target {name} needs the Python package {target.library}, which {what}.",
-                fix=f"Run {install_command(target.extra)}.",
-            ) from error
+            needed = f"--target {name} needs the Python package {target.library}, which {what}."
+            raise MissingDependencyError(needed, fix=f"Run {install_command(target.extra)}.") from error
         said: list[str] = []
 
         class Listener(module.ILogger):  # type: ignore[misc]  # Its base is known only once the library is loaded.
@@ -81,25 +70,20 @@ class Library:
                 if severity <= module.ILogger.ERROR:
                     said.append(message)
 
-        return cls(name, module, str(module.__version__), Listener(), said)
+        return cls(name, target, module, str(module.__version__), Listener(), said)
 
     @property
-    def target(self) -> EngineTarget:
-        """What the registry says of it."""
-        return ENGINE_TARGETS[self.name]
-
-    @property
-    def system(self) -> str:
-        """The operating system and processor that its engines are bound to; empty if they are portable."""
-        return "" if self.target.portable else f"{sys.platform}-{machine()}"
+    def key(self) -> dict[str, Any]:
+        """What the cache's entries depend on that belongs to the library, and the system if engines are bound to it."""
+        system = "" if self.target.portable else f"{sys.platform}-{machine()}"
+        return {"target": self.name, "version": self.version, "system": system}
 
 
 def target_named(name: str) -> EngineTarget:
     """The target of that name; a ``UsageError`` if there is none."""
     if name not in ENGINE_TARGETS:
-        raise UsageError(
-            f"unknown target {name!r}.", fix=f"Choose from: {', '.join(ENGINE_TARGETS)}; `busigen export` also: onnx."
-        )
+        fix = f"Choose from: {', '.join(ENGINE_TARGETS)}; `busigen export` also: onnx."
+        raise UsageError(f"unknown target {name!r}.", fix=fix)
     return ENGINE_TARGETS[name]
 
 
@@ -113,35 +97,22 @@ def capabilities(library: Library) -> tuple[str, ...]:
 
 
 def check_capability(library: Library, capability: str) -> None:
-    """Refuse a compute capability that a library cannot build for.
-
-    Raises:
-        UsageError: it is none of those, or the library builds for the card at hand alone.
-    """
+    """Refuse a compute capability that a library cannot build for, with a ``UsageError``."""
     known = capabilities(library)
-    if not capability or capability in known:
-        return
     if not known:
-        raise UsageError(
-            f"--compute-capability {capability}: {library.name} builds for the card of this machine alone.",
-            fix="Leave it out, and build on each kind of card.",
-        )
-    raise UsageError(
-        f"--compute-capability {capability!r} is none that {library.name} {library.version} builds for.",
-        fix=f"Choose from {', '.join(known)}, or leave it out for engines that run on 8.0 and all later ones.",
-    )
+        wrong = f"--compute-capability {capability}: {library.name} builds for the card of this machine alone."
+        raise UsageError(wrong, fix="Leave it out, and build on each kind of card.")
+    if capability not in known:
+        wrong = f"--compute-capability {capability!r} is none that {library.name} {library.version} builds for."
+        fix = f"Choose from {', '.join(known)}, or leave it out for engines that run on 8.0 and all later ones."
+        raise UsageError(wrong, fix=fix)
 
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """A graph to build.
+    """A graph to build for some batches, and for a compute capability or, if that is empty, the library's own choice.
 
-    Attributes:
-        name: of the graph.
-        path: of its file, beside which its weights lie.
-        model: the file's bytes, which were hashed; the path may hold others by now.
-        profiles: batches to build for.
-        capability: compute capability of the card, such as ``8.9``; empty for the library's own choice.
+    ``model`` is what the file at ``path`` held when it was hashed; its weights lie beside it.
     """
 
     name: str
@@ -184,7 +155,7 @@ def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None =
     Args:
         library: what builds.
         spec: what is built.
-        timings: the cache, and the key under which it has what kernels take on this card; None measures nothing.
+        timings: cache and key of what kernels take on this card; None where nothing is measured.
 
     Raises:
         InputError: the library refuses the graph; its operator and node are named.
@@ -232,11 +203,8 @@ def _failed(library: Library, spec: BuildSpec, said: Sequence[str]) -> BusigenEr
         )
     if ran_out(account):
         rows = spec.profiles[0].most
-        return CapacityError(
-            f"{what} for {rows} rows: the memory does not suffice: {reason}.",
-            fix="End what else uses the card, or give a smaller --batch-size.",
-            rows=rows,
-        )
+        fix = "End what else uses the card, or give a smaller --batch-size."
+        return CapacityError(f"{what} for {rows} rows: the memory does not suffice: {reason}.", fix=fix, rows=rows)
     where = f" for compute capability {spec.capability}" if spec.capability else ""
     return UsageError(
         f"{what}{where}: {reason}.",
@@ -246,14 +214,7 @@ def _failed(library: Library, spec: BuildSpec, said: Sequence[str]) -> BusigenEr
 
 @dataclass(frozen=True)
 class Device:
-    """An NVIDIA card that works.
-
-    Attributes:
-        number: CUDA's, among those that this process may use.
-        name: such as ``NVIDIA L40S``.
-        capability: compute capability, such as ``8.9``.
-        driver: highest CUDA version that the driver knows, as CUDA counts it: 13000 is 13.0.
-    """
+    """An NVIDIA card that works: CUDA's number of it, name, compute capability (``8.9``) and newest CUDA (13000)."""
 
     number: int
     name: str
@@ -261,8 +222,8 @@ class Device:
     driver: int
 
     @property
-    def key(self) -> Key:
-        """What entries of the cache depend on that belong to a card and its driver."""
+    def key(self) -> dict[str, Any]:
+        """What the cache's entries depend on that belongs to a card and its driver."""
         return {"device": self.name, "capability": self.capability, "driver": self.driver}
 
 
@@ -275,20 +236,12 @@ class CudaFailure(BusigenError):
 
 
 def cuda() -> Any:
-    """cuda-python's binding of CUDA's runtime.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """cuda-python's binding of CUDA's runtime; a ``ModuleNotFoundError`` if it is not installed."""
     return import_module("cuda.bindings.runtime")
 
 
 def answered(result: tuple[Any, ...]) -> Any:
-    """What a CUDA call returned, without its status.
-
-    Raises:
-        CudaFailure: the call failed.
-    """
+    """What a CUDA call returned, without its status; a `CudaFailure` if it failed."""
     status, *values = result
     if int(status):
         raise CudaFailure(int(status), status.name)
@@ -296,19 +249,12 @@ def answered(result: tuple[Any, ...]) -> Any:
 
 
 def device_memory(size: int) -> int:
-    """Address of ``size`` bytes on the current card. They are the process's until it ends.
-
-    Raises:
-        CudaFailure: there is no room.
-    """
+    """Address of ``size`` bytes on the current card, which are the process's until it ends; a `CudaFailure` if full."""
     return int(answered(cuda().cudaMalloc(max(size, 1))))
 
 
 def open_device(provider: str) -> Device:
-    """The card that this process's graphs are to run on (:func:`card_for`), made this thread's.
-
-    Args:
-        provider: whose graphs are to run.
+    """The card that this process's graphs of a provider are to run on, made this thread's.
 
     Raises:
         ProviderError: cuda-python is not installed; there is no card, no driver, or one that is too old.
@@ -316,10 +262,8 @@ def open_device(provider: str) -> Device:
     try:
         runtime = cuda()
     except ImportError as error:
-        raise ProviderError(
-            f"--provider {provider} needs the Python package cuda-python, which is not installed.",
-            fix=f"Run {install_command(provider)}, or use --provider cpu.",
-        ) from error
+        needed = f"--provider {provider} needs the Python package cuda-python, which is not installed."
+        raise ProviderError(needed, fix=f"Run {install_command(provider)}, or use --provider cpu.") from error
     driver = int(answered(runtime.cudaDriverGetVersion()))
     needed = int(answered(runtime.cudaRuntimeGetVersion()))
     status, count = runtime.cudaGetDeviceCount()
@@ -333,60 +277,43 @@ def open_device(provider: str) -> Device:
 
 
 def card_for(process: str, count: int) -> int:
-    """The number of the card that a process takes, so that workers share the cards evenly.
+    """The number of the card, of ``count``, that a process of this name takes: ``worker-3`` and others share evenly.
 
-    Args:
-        process: its name: ``worker-3`` for a worker of this machine, anything else for one alone.
-        count: cards that the process sees. Ray, and Slurm with ``--gpus-per-task``, show each of theirs one alone.
+    Ray, and Slurm with ``--gpus-per-task``, show each process a card of its own.
     """
     _, _, number = process.rpartition("worker-")
     return int(number) % count if number.isdigit() and number != process else 0
 
 
 def device_problem(provider: str, status: int, driver: int, needed: int) -> ProviderError | None:
-    """Why CUDA cannot be used here; None if it can.
+    """Why a provider cannot use CUDA here; None if it can.
 
     Args:
-        provider: whose graphs are to run.
-        status: of asking for the number of cards: 0, or CUDA's number of the error.
-        driver: highest CUDA version that the driver knows, 0 without a driver.
+        provider: its name.
+        status: CUDA's number of the error when it was asked for cards; 0 for none.
+        driver: newest CUDA version that the driver knows, as CUDA counts (13000 is 13.0); 0 without a driver.
         needed: CUDA version of the library that asks.
     """
     other = "or use --provider cpu"
     if not driver:
-        return ProviderError(
-            f"--provider {provider}: this machine has no NVIDIA driver.",
-            fix=f"Run it on a machine with an NVIDIA card and its driver, {other}.",
-        )
+        fix = f"Run it on a machine with an NVIDIA card and its driver, {other}."
+        return ProviderError(f"--provider {provider}: this machine has no NVIDIA driver.", fix=fix)
     # Minor versions are compatible within a major one (CUDA's minor version compatibility).
     if driver // 1000 < needed // 1000 or status == 35:
+        known, least, own = (f"{n // 1000}.{n % 1000 // 10}" for n in (driver, needed // 1000 * 1000, needed))
         return ProviderError(
-            f"--provider {provider}: the NVIDIA driver knows CUDA up to {_version(driver)}, and "
-            f"{_version(needed // 1000 * 1000)} is the least that cuda-python {_version(needed)} runs on.",
+            f"--provider {provider}: the NVIDIA driver knows CUDA up to {known}, and {least} is the least that "
+            f"cuda-python {own} runs on.",
             fix=f"Install a newer NVIDIA driver, {other}.",
         )
     if status:
-        return ProviderError(
-            f"--provider {provider}: CUDA finds no card that it can use (error {status}).",
-            fix=f"Look at nvidia-smi and at CUDA_VISIBLE_DEVICES, {other}.",
-        )
+        fix = f"Look at nvidia-smi and at CUDA_VISIBLE_DEVICES, {other}."
+        return ProviderError(f"--provider {provider}: CUDA finds no card that it can use (error {status}).", fix=fix)
     return None
 
 
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
 def memory_problem(provider: str, device: str, batch: int, needed: int, free: int) -> CapacityError | None:
-    """Why a batch does not fit, with the largest one that does; None if it fits.
-
-    Args:
-        provider: whose graphs are to run.
-        device: the card's name.
-        batch: the ``--batch-size``.
-        needed: bytes that it takes, which grow with the batch.
-        free: bytes that the card has left.
-    """
+    """The error for a ``--batch-size`` that needs more bytes than a card has free, with one that fits; else None."""
     if needed <= free:
         return None
     fits, end = min(batch - 1, free * batch // needed), "end what else uses the card"
@@ -415,18 +342,10 @@ def cuda_problem(provider: str, failure: CudaFailure, batch: int) -> ProviderErr
 
 
 def unusable(name: str, version: str, said: Sequence[str]) -> ProviderError | CapacityError:
-    """The error for an engine that cannot be loaded or run, from what its library said.
-
-    Args:
-        name: of the library's target.
-        version: the library's.
-        said: its messages, oldest first.
-    """
+    """The error for an engine that cannot be loaded or run, from what its library said, oldest first."""
     account = " ".join(" ".join(said).split())
     what = f"--provider {name}: {version} cannot run an engine here: {account[:_SHOWN] or 'it does not say why'}."
     if ran_out(account):
-        return CapacityError(
-            what,
-            fix="End what else uses the card (nvidia-smi shows it), or give a smaller --batch-size.",
-        )
+        fix = "End what else uses the card (nvidia-smi shows it), or give a smaller --batch-size."
+        return CapacityError(what, fix=fix)
     return ProviderError(what, fix="Install a newer NVIDIA driver, or use --provider cuda or cpu.")

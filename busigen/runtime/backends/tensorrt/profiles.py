@@ -45,11 +45,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch sizes to build engines for.
+    """Batch sizes to build engines for, the full one first; as in ``generate``, they count rows at the smallest window.
 
-    Attributes:
-        sizes: the full one first; as in ``generate``, they count rows at the smallest window.
-        dynamic: one profile for every batch up to the full one, in place of a fixed one per size.
+    ``dynamic`` asks for one profile for every batch up to the full one, in place of a fixed one per size.
 
     Raises:
         UsageError: there is no size, or one is out of range.
@@ -65,11 +63,7 @@ class Batches:
 
     @classmethod
     def parse(cls, text: str, *, dynamic: bool = False) -> Batches:
-        """Read ``16`` or ``16,4``.
-
-        Raises:
-            UsageError: the text is no list of batch sizes.
-        """
+        """Read ``16`` or ``16,4``; a ``UsageError`` if it is neither."""
         try:
             return cls(tuple(sorted({int(size) for size in text.split(",")}, reverse=True)), dynamic)
         except ValueError:
@@ -103,12 +97,7 @@ class Batches:
 
 
 def calls(count: int, profiles: Sequence[Profile]) -> list[Call]:
-    """Split a batch of ``count`` rows into full calls and one for the rest, by the smallest profile that holds it.
-
-    Args:
-        count: rows, at least 1.
-        profiles: an engine's, the largest first.
-    """
+    """Split a batch of ``count`` rows into full calls and one for the rest, by the smallest profile that holds it."""
     full = profiles[0].most
     planned = []
     for first in range(0, count, full):
@@ -149,8 +138,7 @@ def fill(
 ) -> None:
     """Write rows ``first`` to before ``end`` of a batch to their places, the last one repeated to the end of each.
 
-    Raises:
-        IntegrityError: an input is missing or has another shape than the engine's.
+    An ``IntegrityError`` says that an input is missing or has another shape than the engine's.
     """
     for name, place in laid.items():
         rows = inputs.get(name)
