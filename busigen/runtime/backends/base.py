@@ -69,8 +69,8 @@ class Backend(ABC):
     def keep(self, graph: str, inputs: Feed) -> Any:
         """Run one graph, and leave its output where it was computed, for the graphs that read it next.
 
-        The result has a length, the rows of its batch, and becomes an array by ``numpy.asarray``; only the same
-        backend's methods read it without that.
+        ``len`` of the result is the rows of its batch, ``numpy.asarray`` makes it an array, and only the same backend's
+        methods read it without that.
         """
         return self.run(graph, inputs)
 

@@ -251,14 +251,11 @@ def _check_graph(graph: Path, recorded: set[str]) -> None:
 
 @contextmanager
 def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
-    """A graph's path as ONNX and ONNX Runtime open it, for as long as the block runs.
+    """A graph's path as ONNX and ONNX Runtime open it for the block; an ``OSError`` if there is no room for a copy.
 
     Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
     conda) leave them so. Then the files that the graph needs, itself among them, are copied for the block. Weights
     handed over in memory are no way out: ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
-
-    Raises:
-        OSError: there is no room for a copy, or a file cannot be read.
     """
     if all((graph.parent / name).stat().st_nlink == 1 for name in files):
         yield graph

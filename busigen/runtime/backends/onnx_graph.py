@@ -99,9 +99,7 @@ def _messages(message: Any) -> Iterator[Any]:
 class Graph:
     """The graph in an ONNX file from anywhere.
 
-    Raises:
-        ValueError: the file is no protobuf message.
-        OSError: the file cannot be read, or is larger than ``MAX_GRAPH_BYTES``.
+    It raises a ``ValueError`` if that is no protobuf message, and an ``OSError`` if it cannot be read or is too large.
     """
 
     def __init__(self, path: Path) -> None:
@@ -177,10 +175,8 @@ def with_conditions(model: bytes) -> bytes:
 
     ONNX lets a ``Loop`` go without a condition and still hands its body one, which the body must hand back. TensorRT's
     parser (tensorrt-rtx 1.7.1) then leaves the body's condition unregistered and fails at the node that hands it back:
-    here that node reads a constant. The shipped graphs stay the bytes that were proved.
-
-    Raises:
-        ValueError: it is no protobuf message.
+    here that node reads a constant. The shipped graphs stay the bytes that were proved. A ``ValueError`` says that the
+    model is no protobuf message.
     """
     always = "busigen/always"
     parsed = _parsed(model)

@@ -145,7 +145,7 @@ class OnnxBackend(Backend):
         self._sessions: dict[str, BoundSession | ort.InferenceSession] = {"context": self._open("context")}
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
-        """Run one graph on a batch and return its single output; some of the inputs may have been kept.
+        """See :class:`Backend`.
 
         Raises:
             CapacityError: the batch needs more memory than there is.
@@ -318,11 +318,7 @@ def left_to_others(session: ort.InferenceSession, provider: str) -> Counter[str]
 
 
 def prepare_cuda(provider: Provider) -> None:
-    """Load the CUDA libraries that pip installed, and check the driver.
-
-    Raises:
-        ProviderError: the driver is too old for this ONNX Runtime, by its version and the one that is needed.
-    """
+    """Load the CUDA libraries that pip installed; a ``ProviderError`` if the driver is too old for ONNX Runtime."""
     _preload()
     needed, found = str(getattr(ort, "cuda_version", "") or ""), driver_cuda()
     if found is not None and needed and found[0] < int(needed.partition(".")[0]):
@@ -343,15 +339,12 @@ def _preload() -> None:
 
 @cache
 def _prepare_runtime() -> None:
-    """Give all sessions of the process one memory arena, and have ONNX Runtime neither print nor report.
-
-    Graphs run one after the other, but an arena keeps the most its session ever used: sixteen of them hold several
-    times what the largest graph needs.
-    """
+    """Give all sessions of the process one memory arena, and have ONNX Runtime neither print nor report."""
     # Errors are raised and printed in one line; ONNX Runtime would print its own account beside that.
     ort.set_default_logger_severity(4)
     # Builds for Windows that trace to the system instead of posting do not read the variable that busigen sets.
     ort.disable_telemetry_events()
+    # Graphs run one after the other, and an arena keeps the most that its session ever used: sixteen hold far too much.
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, None)
 

@@ -204,8 +204,7 @@ class Bench:
             batch size (medians, shares from 0 to 1, times in seconds unless named ``ms``, sizes in bytes), ``notes``.
 
         Raises:
-            BusigenError: an option, a provider, the bundle, the healthy images or a place to write to cannot be used,
-                or the gates refuse too much.
+            BusigenError: something that was asked for cannot be used or written, or the gates refuse too much.
             KeyboardInterrupt: on Ctrl-C; no result is kept.
         """
         for option, value in (("--count-for", self.count_for), ("--repeat", self.repeat)):

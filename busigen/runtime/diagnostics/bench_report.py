@@ -28,11 +28,7 @@ Record = Mapping[str, Any]
 
 
 def write(record: Record, out: Path, ledger: Path) -> None:
-    """Write ``bench.json`` and the plot into ``out`` and append a line without the single runs to the ledger.
-
-    Raises:
-        OutputError: the disk refused.
-    """
+    """Write ``bench.json`` and the plot into ``out`` and append a line without the single runs to the ledger."""
     with output_errors(out):
         write_json(out / JSON_FILE, record)
         with atomic_file(out / PLOT_FILE) as file:
@@ -43,11 +39,7 @@ def write(record: Record, out: Path, ledger: Path) -> None:
 
 
 def append_line(ledger: Path, value: Mapping[str, Any]) -> None:
-    """Append one line of JSON, whatever other processes append to the same file meanwhile.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Append one line of JSON, whatever other processes append to the same file meanwhile."""
     line = f"{json.dumps(value, ensure_ascii=False, allow_nan=False)}\n".encode()
     # One write to a file that is opened for appending lands in one piece.
     with ledger.open("ab", buffering=0) as file:

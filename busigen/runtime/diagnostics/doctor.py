@@ -35,11 +35,8 @@ batches of 32 and of 8 images, ONNX Runtime 1.31); a card's libraries want room 
 FIXED_MEMORY = 1 << 30
 """Bytes for the graphs' weights, CUDA's context and its libraries."""
 
-_FEW_ROWS = 16
-"""Batch size below which the memory is called small."""
-
-_FEW_SAMPLES = 1000
-"""Samples below which the room on the disk is called small."""
+_FEW_ROWS, _FEW_SAMPLES = 16, 1000
+"""Batch size and number of samples for which there should be room in memory and on the disk."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -108,7 +105,12 @@ def examine(out: Path) -> Iterator[Finding]:
         yield Finding("generate", State.OK if found.works else State.PROBLEM, described, found.fix)
     if works:
         yield _finding("auto", f"--provider auto takes {works[-1]}")
-    yield from filter(None, (_torch_build(packages, card), _processor(), _memory(), _disk(out)))
+    if "torch" in packages:
+        yield _torch_build(packages["torch"], card)
+    yield _processor()
+    if sys.platform == "linux":
+        yield _memory()
+    yield _disk(out)
 
 
 def can_generate(findings: list[Finding]) -> bool:
@@ -277,25 +279,16 @@ def _tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
         if path.suffix[1:].isdigit() and path.suffix[1:] not in majors
     ]
     if plain and strays:
-        yield _finding(
-            "TensorRT libraries",
-            f"{strays[0]} is of another major version than the packages, and is found before them",
-            f"Take {strays[0].parent} out of LD_LIBRARY_PATH.",
-        )
+        described = f"{strays[0]} is of another major version than the packages, and is found before them"
+        yield _finding("TensorRT libraries", described, f"Take {strays[0].parent} out of LD_LIBRARY_PATH.")
 
 
-def _torch_build(packages: Installed, card: bool) -> Finding | None:
-    """Whether PyTorch, where it is installed, can use the card, where there is one."""
-    version = packages.get("torch")
-    if version is None:
-        return None
+def _torch_build(version: str, card: bool) -> Finding:
+    """Whether PyTorch can use the card, where there is one."""
     if not card or not version.endswith("+cpu"):
         return _finding("PyTorch", f"torch {version}; generate does without")
-    return _finding(
-        "PyTorch",
-        f"torch {version} is a build without CUDA: train and audit would not use the card",
-        "Run `pip install --force-reinstall torch` without an index of CPU builds.",
-    )
+    described = f"torch {version} is a build without CUDA: train and audit would not use the card"
+    return _finding("PyTorch", described, "Run `pip install --force-reinstall torch` without an index of CPU builds.")
 
 
 def _processor() -> Finding:
@@ -309,17 +302,12 @@ def _processor() -> Finding:
         quota = float(cores)
     if quota >= cores - 0.01:
         return _finding("processor", described)
-    return _finding(
-        "processor",
-        f"{described}, but this container may use the time of {quota:g}: the threads would wait for each other",
-        f"Give --threads {max(1, int(quota))}.",
-    )
+    described += f", but this container may use the time of {quota:g}: the threads would wait for each other"
+    return _finding("processor", described, f"Give --threads {max(1, int(quota))}.")
 
 
-def _memory() -> Finding | None:
-    """Memory that is free, where the system tells (Linux)."""
-    if sys.platform != "linux":
-        return None
+def _memory() -> Finding:
+    """Memory that is free, as Linux tells."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

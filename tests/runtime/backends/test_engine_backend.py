@@ -1,4 +1,4 @@
-"""Engines on the card: the same numbers as ONNX Runtime's, whatever the batch, the lane and the replay."""
+"""Engines on the card: the same numbers as ONNX Runtime's, whatever the batch, the slot and the replay."""
 
 from __future__ import annotations
 

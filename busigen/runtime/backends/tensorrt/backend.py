@@ -93,9 +93,6 @@ class Session:
         profiles: that it was built with.
         kept: the library's cache of kernels that it compiled for this card; empty for none.
 
-    Attributes:
-        input_bytes: of the largest inputs; ``output_bytes`` of the output, ``scratch_bytes`` of what lies between.
-
     Raises:
         ProviderError: the engine cannot be used on this card.
         CapacityError: the card has too little memory for it.
@@ -287,10 +284,8 @@ class EngineBackend(Backend):
         parts = [self._call(graph, call, contiguous) for call in calls(count, self._sessions[graph].profiles)]
         result = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not np.isfinite(result).all():
-            raise IntegrityError(
-                f"{self._bundle.graph(graph)} yields NaN or infinity in {self.name}, which is no image.",
-                fix="Export the bundle again in another precision, or use --provider cpu.",
-            )
+            wrong = f"{self._bundle.graph(graph)} yields NaN or infinity in {self.name}, which is no image."
+            raise IntegrityError(wrong, fix="Export the bundle again in another precision, or use --provider cpu.")
         return result
 
     def _call(self, graph: str, call: Call, inputs: Arrays) -> NDArray[np.float32]:
@@ -364,10 +359,8 @@ def _probe(provider: Provider) -> str:
     for _ in range(2):
         session.enqueue(call, {"x": values}, slot, None)
         if not np.array_equal(session.collect(call, slot), np.maximum(values, 0)):
-            raise ProviderError(
-                f"--provider {library.name}: {library.version} computes wrong numbers on this card.",
-                fix="Install a newer NVIDIA driver, or use --provider cuda or cpu.",
-            )
+            wrong = f"--provider {library.name}: {library.version} computes wrong numbers on this card."
+            raise ProviderError(wrong, fix="Install a newer NVIDIA driver, or use --provider cuda or cpu.")
     return f"{provider.name} {library.version} on {device.name}"
 
 

@@ -75,13 +75,8 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
 class EngineBuilder:
     """Makes engines of an opened, checked bundle for one library, some batches and one kind of card.
 
-    Args:
-        library: what builds.
-        bundle: whose graphs are built.
-        batches: what to build for.
-        cache: where engines are kept.
-        capability: of the card, such as ``8.9``; empty for the library's own choice.
-        device: the card of this machine, where there is one.
+    ``capability`` is the card's, such as ``8.9``, and empty for the library's own choice; ``device`` is the card of
+    this machine, where there is one.
     """
 
     def __init__(
@@ -106,11 +101,7 @@ class EngineBuilder:
         return [name for name in graph_names() if not (self._cache.entry(KIND, self._key(name)) / RECORD).is_file()]
 
     def make(self, graph: str) -> tuple[EngineInfo, bytes]:
-        """A graph's engine, serialised, from the cache or built and put there.
-
-        Raises:
-            BusigenError: it cannot be built (`library.build`) or kept.
-        """
+        """A graph's engine, serialised, from the cache or built (:func:`build`) and put there."""
         key, seconds = self._key(graph), 0.0
         if (content := self._cache.read(KIND, key)) is None:
             with self._cache.making(KIND, key):
@@ -127,8 +118,7 @@ class EngineBuilder:
     def make_all(self, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
         """Make the engines of all graphs, in the bundle's order, and call ``done`` with each as it is finished.
 
-        Raises:
-            BusigenError: one of them cannot be made; those that were finished stay in the cache.
+        If one of them cannot be made, those that were finished stay in the cache.
         """
         # All are parsed first: what cannot be built is refused before minutes have gone into the others.
         for graph in self.lacking():
@@ -261,11 +251,7 @@ class BuildRequest:
         return jobs
 
     def fill(self, bundle: Bundle, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
-        """Make every engine that the cache lacks, and call ``done`` with each as it is finished.
-
-        Raises:
-            BusigenError: what ``check`` says, or an engine cannot be made; those that were finished stay in the cache.
-        """
+        """Make every engine that the cache lacks, as :meth:`EngineBuilder.make_all` does, after :meth:`check`."""
         cache, made = Cache(self.folder), []
         for library, capability, device in self.check():
             builder = EngineBuilder(library, bundle, self.batches, cache, capability=capability, device=device)

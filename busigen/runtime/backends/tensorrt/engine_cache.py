@@ -40,8 +40,6 @@ Key = Mapping[str, Any]
 
 
 class _Record(Record):
-    """What stands beside an entry's content."""
-
     key: dict[Text, Any]
     sha256: Text
 
@@ -90,11 +88,7 @@ class Cache:
         return content
 
     def write(self, kind: str, key: Key, content: bytes, **facts: Any) -> None:
-        """Keep content under its key, in place of what is there, and record ``facts`` with it for people.
-
-        Raises:
-            OutputError: the folder cannot be written to.
-        """
+        """Keep content under its key, and facts for people; an ``OutputError`` if the folder cannot be written to."""
         entry = self._made(kind, key)
         with output_errors(entry):
             # Gone before its content changes: a kill in between must not leave the old record beside the new content.
@@ -106,11 +100,7 @@ class Cache:
 
     @contextmanager
     def making(self, kind: str, key: Key) -> Iterator[None]:
-        """Be the only process that makes an entry until the block ends, after any other that is making it.
-
-        Raises:
-            OutputError: the folder cannot be written to.
-        """
+        """Be the only process that makes an entry until the block ends, after any other that is making it."""
         entry, said = self._made(kind, key), False
         with contextlib.ExitStack() as held:
             while True:

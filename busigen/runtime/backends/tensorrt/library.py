@@ -123,11 +123,7 @@ class BuildSpec:
 
 
 def parsed(library: Library, spec: BuildSpec) -> tuple[Any, Any]:
-    """The library's builder and the network that it is to build, which takes a tenth of a second.
-
-    Raises:
-        InputError: the library refuses the graph; its operator and node are named.
-    """
+    """The library's builder and the network that it is to build; an ``InputError`` names the node that it refuses."""
     module = library.module
     builder = module.Builder(library.logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -143,19 +139,15 @@ def parsed(library: Library, spec: BuildSpec) -> tuple[Any, Any]:
     reasons = dict.fromkeys(e.desc().strip().rstrip(".") for e in found if e.desc() not in ("", "false"))
     what = f": {'; '.join(nodes)}" if nodes else ""
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    raise InputError(
-        f"{spec.path} has something that {library.name} {library.version} does not take{what}{why}"[:_SHOWN] + ".",
-        fix="Run it with --provider cuda or cpu, or export the bundle again with another opset or precision.",
-    )
+    refused = f"{spec.path} has something that {library.name} {library.version} does not take{what}{why}"[:_SHOWN]
+    fix = "Run it with --provider cuda or cpu, or export the bundle again with another opset or precision."
+    raise InputError(f"{refused}.", fix=fix)
 
 
 def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None = None) -> bytes:
     """A serialised engine. Numbers are computed as the graph types them: fp32 stays fp32 and is not cut to TF32.
 
-    Args:
-        library: what builds.
-        spec: what is built.
-        timings: cache and key of what kernels take on this card; None where nothing is measured.
+    ``timings`` are cache and key of what kernels take on this card; None where nothing is measured.
 
     Raises:
         InputError: the library refuses the graph; its operator and node are named.
@@ -197,19 +189,15 @@ def _failed(library: Library, spec: BuildSpec, said: Sequence[str]) -> BusigenEr
     reason = " ".join(said[0].split())[:_SHOWN] if said else "it does not say why"
     what = f"{library.name} {library.version} cannot build {spec.name}"
     if _NO_DRIVER.search(account):
-        return ProviderError(
-            f"{what}: there is no NVIDIA driver, or it is older than the library needs: {reason}.",
-            fix="Install a current driver, or build on a machine that has one.",
-        )
+        what += ": there is no NVIDIA driver, or it is older than the library needs"
+        return ProviderError(f"{what}: {reason}.", fix="Install a current driver, or build on a machine that has one.")
     if ran_out(account):
         rows = spec.profiles[0].most
         fix = "End what else uses the card, or give a smaller --batch-size."
         return CapacityError(f"{what} for {rows} rows: the memory does not suffice: {reason}.", fix=fix, rows=rows)
     where = f" for compute capability {spec.capability}" if spec.capability else ""
-    return UsageError(
-        f"{what}{where}: {reason}.",
-        fix="Try another --compute-capability, --batch-size or precision, or run it with --provider cuda or cpu.",
-    )
+    fix = "Try another --compute-capability, --batch-size or precision, or run it with --provider cuda or cpu."
+    return UsageError(f"{what}{where}: {reason}.", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -254,11 +242,7 @@ def device_memory(size: int) -> int:
 
 
 def open_device(provider: str) -> Device:
-    """The card that this process's graphs of a provider are to run on, made this thread's.
-
-    Raises:
-        ProviderError: cuda-python is not installed; there is no card, no driver, or one that is too old.
-    """
+    """The card that this process's graphs are to run on, made this thread's; a ``ProviderError`` if there is none."""
     try:
         runtime = cuda()
     except ImportError as error:

@@ -144,10 +144,8 @@ def fill(
         rows = inputs.get(name)
         if rows is None or rows.shape[1:] != place.shape[1:]:
             found = "is missing" if rows is None else f"has rows of shape {rows.shape[1:]}"
-            raise IntegrityError(
-                f"the engine's input {name!r} {found}; it takes {place.shape[1:]}.",
-                fix="Export the bundle again with 'busigen export'.",
-            )
+            wrong = f"the engine's input {name!r} {found}; it takes {place.shape[1:]}."
+            raise IntegrityError(wrong, fix="Export the bundle again with 'busigen export'.")
         room = place.view(block)
         room[: end - first] = rows[first:end]
         room[end - first :] = rows[end - 1]
