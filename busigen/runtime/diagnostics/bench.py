@@ -299,7 +299,7 @@ def summary(sampler: Sampler, count: int, count_for: int, runs: Sequence[Run]) -
     """Medians over the runs of one provider and batch size, what they predict, and the runs themselves."""
 
     def median(name: str) -> float:
-        return statistics.median(run[name] for run in runs)
+        return float(statistics.median(run[name] for run in runs))
 
     stages = {}
     for name in dict.fromkeys(name for run in runs for name in run["stages"]):

@@ -13,7 +13,6 @@ from typing import Any
 
 from busigen.errors import CapacityError, IntegrityError, ProviderError
 from busigen.foreign import read_file
-from busigen.registry import ENGINE_TARGETS
 from busigen.runtime.backends.base import largest_that_fits, usable_cores
 from busigen.runtime.backends.bundle import Bundle, graph_names
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES
@@ -222,8 +221,7 @@ class BuildRequest:
     @property
     def count(self) -> int:
         """Number of engines that it asks for."""
-        kinds = (max(1, len(self.capabilities)) if ENGINE_TARGETS[name].ahead else 1 for name in self.targets)
-        return len(graph_names()) * sum(kinds)
+        return len(self.check()) * len(graph_names())
 
     def check(self) -> list[tuple[Library, str, Device | None]]:
         """What builds, for which compute capability and on which card: all that can be wrong before a bundle is read.

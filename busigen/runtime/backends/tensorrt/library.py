@@ -246,8 +246,8 @@ def open_device(provider: str) -> Device:
     try:
         runtime = cuda()
     except ImportError as error:
-        needed = f"--provider {provider} needs the Python package cuda-python, which is not installed."
-        raise ProviderError(needed, fix=f"Run {install_command(provider)}, or use --provider cpu.") from error
+        missing = f"--provider {provider} needs the Python package cuda-python, which is not installed."
+        raise ProviderError(missing, fix=f"Run {install_command(provider)}, or use --provider cpu.") from error
     driver = int(answered(runtime.cudaDriverGetVersion()))
     needed = int(answered(runtime.cudaRuntimeGetVersion()))
     status, count = runtime.cudaGetDeviceCount()
