@@ -1,20 +1,28 @@
-"""What a run needs of the place that its dataset goes to, and how the dataset is completed there."""
+"""The place that a dataset goes to: what a run needs of it, and the plain one, a folder."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from busigen.errors import IntegrityError
+from busigen.files import sha256_of
+from busigen.runtime.dataset.finalize import finish, is_finished, unfinish
 from busigen.runtime.dataset.format import Plan
+from busigen.runtime.dataset.reader import recorded_shards
 from busigen.runtime.dataset.shards import ShardRecord
-from busigen.runtime.storage.lock import turn
+from busigen.runtime.output.ownership import acquire_run, existing_run
 from busigen.runtime.storage.url import Address
 
 Records = Mapping[int, ShardRecord]
+"""Shards' records by number."""
+
+_HASHERS = min(8, os.cpu_count() or 1)
 
 
 class Output(ABC):
@@ -23,18 +31,18 @@ class Output(ABC):
     Attributes:
         folder: local folder where shards are written.
         name: what the user called the dataset's place.
+        holds_all: whether the whole dataset lies on the disk of ``folder``.
+        elsewhere: what to choose where that disk is too small.
     """
 
     folder: Path
     name: Path | Address
+    holds_all = True
+    elsewhere = "another --out or a smaller --count"
 
     @abstractmethod
     def stored_run(self) -> dict[str, Any] | None:
-        """The run record that is there; None for a new dataset.
-
-        Raises:
-            OutputError: something else is there.
-        """
+        """The run record that is there; None for a new dataset. An ``OutputError`` if something else is there."""
 
     @abstractmethod
     def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
@@ -42,15 +50,15 @@ class Output(ABC):
 
     @abstractmethod
     def sound(self, plan: Plan) -> dict[int, ShardRecord]:
-        """The plan's shards that need not be made again."""
+        """The plan's shards that need not be made again, by number in order."""
 
     @abstractmethod
     def complete(self, plan: Plan) -> dict[int, ShardRecord]:
-        """The plan's shards that are complete now."""
+        """The plan's shards that are complete now, by number in order."""
 
     @abstractmethod
-    def keep(self, record: ShardRecord, kept: Callable[[ShardRecord], None]) -> None:
-        """Take a shard that was written to ``folder``; calls ``kept`` once it is safe."""
+    def keep(self, record: ShardRecord) -> None:
+        """Take a shard that was written to ``folder``; it is safe when this returns."""
 
     @abstractmethod
     def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
@@ -71,82 +79,75 @@ class Output(ABC):
         """What of a plan, and of its complete shards, takes room in ``folder`` at a time."""
         return plan, records
 
-    holds_all = True
-    """Whether the whole dataset lies on the disk of ``folder``."""
-
-    elsewhere = "another --out or a smaller --count"
-    """What to choose where the disk of ``folder`` is too small."""
-
-
-@contextmanager
-def aborting(destination: Output) -> Iterator[None]:
-    """Abort the output where the block is left by Ctrl-C, before anybody waits for what it still does."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        destination.abort()
-        raise
+    @contextmanager
+    def aborting(self) -> Iterator[None]:
+        """Abort where the block is left by Ctrl-C, before anybody waits for what is still under way."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.abort()
+            raise
 
 
-@dataclass(frozen=True)
-class DatasetFinalizer:
-    """Completes the dataset of a run.
+class LocalOutput(Output):
+    """A dataset in the folder that it is written in, which need not exist."""
 
-    Attributes:
-        destination: where its shards are.
-        run: its run record.
-        plan: of the dataset.
-        part: of this task; None if this process makes the whole dataset.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.folder = self.name = folder
 
-    destination: Output
-    run: Mapping[str, Any]
-    plan: Plan
-    part: Plan | None
+    def stored_run(self) -> dict[str, Any] | None:
+        """See :class:`Output`."""
+        return existing_run(self.folder)
 
-    def is_done(self, records: Mapping[int, ShardRecord]) -> bool:
-        """Whether nothing is left to do for this process, whose sound shards ``records`` are.
+    def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
+        """See :class:`Output`."""
+        return acquire_run(self.folder, run, part)
 
-        A task has nothing left to do, too, where shards of other tasks are missing: one of those completes the dataset.
-        """
-        mine = self.part or self.plan
-        if len(records) < mine.shards:
-            return False
-        everyone = self._all(records)
-        return len(everyone) == self.plan.shards and self.destination.is_finished(self.run, list(everyone.values()))
+    def sound(self, plan: Plan) -> dict[int, ShardRecord]:
+        """The plan's shards whose files have their recorded content."""
+        with ThreadPoolExecutor(_HASHERS) as pool:
+            found = pool.map(lambda number: self._read(plan, number, hashed=True), self._recorded(plan))
+            return {record.number: record for record in found if record}
 
-    def reopen(self, records: Mapping[int, ShardRecord]) -> None:
-        """Take back the claim that the dataset is complete, where shards of it are about to be made again."""
-        if self.part is None or len(records) < self.part.shards:
-            with self._alone():
-                self.destination.unfinish()
+    def complete(self, plan: Plan) -> dict[int, ShardRecord]:
+        """The plan's shards whose files have their recorded sizes."""
+        found = (self._read(plan, number) for number in self._recorded(plan))
+        return {record.number: record for record in found if record}
 
-    def close(self, records: Mapping[int, ShardRecord]) -> tuple[list[ShardRecord], int]:
-        """Write the files that describe the whole dataset if all its shards are there; two tasks may end at once.
+    def _recorded(self, plan: Plan) -> list[int]:
+        # Looking at what is there is cheaper than asking for each of ten million shards in turn.
+        return [number for number in recorded_shards(self.folder) if number in plan.numbers]
 
-        Args:
-            records: of this process's shards, all of them.
+    def _read(self, plan: Plan, number: int, *, hashed: bool = False) -> ShardRecord | None:
+        """A complete shard's record, without its refused draws."""
+        try:
+            record = ShardRecord.read(self.folder, number)
+            files = {file: self.folder / file.file for file in (record.tar, record.parquet)}
+            complete = is_complete(record, plan, {file.file: path.stat().st_size for file, path in files.items()})
+        except (FileNotFoundError, IntegrityError):
+            return None
+        if complete and not (hashed and any(sha256_of(path) != file.sha256 for file, path in files.items())):
+            return record.counted()
+        return None
 
-        Returns:
-            The records of the dataset's shards, or of this process's if some are still missing; how many are.
-        """
-        with self._alone():
-            everyone = self._all(records)
-            if len(everyone) < self.plan.shards:
-                return _in_order(records), self.plan.shards - len(everyone)
-            found = list(everyone.values())
-            if not self.destination.is_finished(self.run, found):
-                self.destination.finish(self.run, found)
-        return found, 0
+    def keep(self, record: ShardRecord) -> None:
+        """A shard in ``folder`` is safe already."""
 
-    def _all(self, records: Mapping[int, ShardRecord]) -> dict[int, ShardRecord]:
-        if self.part is None:
-            return {record.number: record for record in _in_order(records)}
-        return self.destination.complete(self.plan)
+    def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
+        """See :class:`Output`."""
+        return is_finished(self.folder, run, records)
 
-    def _alone(self) -> AbstractContextManager[None]:
-        return turn(self.destination.folder) if self.part else nullcontext()
+    def unfinish(self) -> None:
+        """See :class:`Output`."""
+        unfinish(self.folder)
+
+    def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
+        """See :class:`Output`."""
+        finish(self.folder, run, records)
 
 
-def _in_order(records: Mapping[int, ShardRecord]) -> list[ShardRecord]:
-    return [records[number] for number in sorted(records)]
+def is_complete(record: ShardRecord, plan: Plan, sizes: Mapping[str, int]) -> bool:
+    """Whether a record is that of the plan's shard, and its files have the recorded sizes; ``sizes`` are by name."""
+    indices = plan.indices(record.number)
+    fits = (record.first, record.count) == (indices.start, len(indices))
+    return fits and all(sizes.get(file.file) == file.size for file in (record.tar, record.parquet))

@@ -72,15 +72,12 @@ def run_record(source: Source, plan: Plan) -> dict[str, Any]:
 
 @contextmanager
 def acquire_run(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iterator[dict[str, Any]]:
-    """Hold ``out`` for this run until the block ends; create it or continue it.
+    """Hold ``out`` for this run until the block ends; create it, or continue the run whose record it then yields.
 
     Args:
         out: the dataset's folder.
         run: what this run would record.
         part: hold the shards of this plan alone, beside tasks that hold others; None holds the whole folder.
-
-    Yields:
-        The run record that stands in the folder: ``run`` itself, or that of the run which is continued.
 
     Raises:
         InputError: the dataset there is newer than this busigen.
@@ -118,28 +115,32 @@ def existing_run(out: Path) -> dict[str, Any] | None:
 
     Raises:
         InputError: the dataset is newer than this busigen.
-        OutputError: the folder holds something else, or a link in a dataset's place.
+        OutputError: the folder holds something else, a damaged record, or a link in a dataset's place.
     """
+    path = out / RUN_FILE
     with output_errors(out):
-        _refuse_foreign_folder(out)
-        return read_run_file(out / RUN_FILE)
+        if out.is_dir():
+            if linked := links(out):
+                raise link_refused(linked[0], OutputError)
+            if not path.exists():
+                names = [p.name for p in out.iterdir() if p.name != SHARD_FOLDER]
+                if (out / SHARD_FOLDER).is_dir():
+                    names += [f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir()]
+                refuse_foreign(out, names)
+        elif out.exists():
+            raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
+        try:
+            return checked_run(read_json(path, root=out), path)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise _unreadable(path, str(error)) from error
 
 
 def refuse_other_run(
     out: Path | Address, existing: Mapping[str, Any], source: Source, plan: Plan, healthy: Path
 ) -> None:
-    """Refuse early what :func:`acquire_run` would refuse once the healthy images are read.
-
-    Args:
-        out: the dataset's place.
-        existing: the run record that is there.
-        source: the source without its healthy images.
-        plan: of the run.
-        healthy: the folder that the healthy images will come from.
-
-    Raises:
-        OutputError: the run that is there differs in more than its healthy images can tell.
-    """
+    """Refuse early what :func:`acquire_run` would once ``healthy`` is read, whose images ``source`` lacks."""
     run = run_record(source, plan)
     run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
     before = decided(existing, "--healthy")
@@ -147,30 +148,10 @@ def refuse_other_run(
     refuse_other(out, existing, run)
 
 
-def _refuse_foreign_folder(out: Path) -> None:
-    if not out.is_dir():
-        if out.exists():
-            raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
-        return
-    if linked := links(out):
-        raise link_refused(linked[0], OutputError)
-    if (out / RUN_FILE).exists():
-        return
-    names = [p.name for p in out.iterdir() if p.name != SHARD_FOLDER]
-    if (out / SHARD_FOLDER).is_dir():
-        names += [f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir()]
-    refuse_foreign(out, names)
-
-
 def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
-    """Refuse a place that holds files and no run record.
+    """Refuse a place that holds files, of these names, and no run record.
 
-    Args:
-        out: the place.
-        names: of the files there, relative to it.
-
-    Raises:
-        OutputError: a file is none of those that a run which was killed before it could write ``run.json`` may leave.
+    A run that was killed before it could write ``run.json`` may leave locks and temporary files.
     """
     foreign = sorted(
         (name for name in names if not is_lock(name) and not is_temporary(name, WRITTEN)),
@@ -184,27 +165,8 @@ def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
         )
 
 
-def read_run_file(path: Path) -> dict[str, Any] | None:
-    """What a ``run.json`` holds; None if there is none.
-
-    Raises:
-        OutputError: it is damaged.
-    """
-    try:
-        return checked_run(read_json(path, root=path.parent), path)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _unreadable(path, str(error)) from error
-
-
 def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
-    """A run record that was read from ``path``.
-
-    Raises:
-        InputError: it is newer than this busigen.
-        OutputError: it is none.
-    """
+    """A run record that was read from ``path``; raises if it is newer than this busigen, or none."""
     if isinstance(run, dict):
         refuse_newer(run, path)
     try:
@@ -216,16 +178,7 @@ def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
 
 
 def refuse_other(out: Path | Address, existing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Refuse to continue another run, with the difference.
-
-    Args:
-        out: the dataset's place.
-        existing: the run record that is there.
-        run: this run's.
-
-    Raises:
-        OutputError: they differ in something that decides which samples exist.
-    """
+    """Raise an ``OutputError`` if the records of two runs differ in what decides which samples exist."""
     shown = shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, existing, run)
     if not shown:
         return
@@ -244,11 +197,7 @@ def shown_changes(
 ) -> list[str]:
     """In what two run records differ, in words: by the options that decide it, else by some fields.
 
-    Args:
-        old: a record, or what counts of it.
-        new: another one.
-        old_options: the whole of it, for the names of folders; None for the same.
-        new_options: likewise.
+    ``old`` and ``new`` may be what counts of the records; the whole of them, for the names of folders, comes after.
     """
     changed = differences(old, new)
     if not changed:

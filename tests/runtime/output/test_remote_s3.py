@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from busigen.errors import OutputError
-from busigen.runtime.storage.object_store import Store
-from busigen.runtime.storage.retry import RetryingCaller, RetryPolicy
+from busigen.runtime.storage.object_store import RetryingCaller, RetryPolicy, Store
 from busigen.runtime.storage.url import Address
 from tests.harness.command import CLI
 from tests.harness.hashing import hashes
