@@ -45,7 +45,7 @@ class Observer:
     def note(self, text: str) -> None:
         """Say something in a line of its own."""
 
-    def event(self, event: str, fields: Mapping[str, Any]) -> None:
+    def event(self, event: str, **fields: Any) -> None:
         """Something happened that only a log has a use for."""
 
 
@@ -139,7 +139,7 @@ class Progress:
     def event(self, event: str, **fields: Any) -> None:
         """Log something that happened; ``docs/progress.md`` lists events and their fields."""
         for observer in self._observers:
-            observer.event(event, fields)
+            observer.event(event, **fields)
 
     def note(self, text: str) -> None:
         """Say something in a line of its own."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol, Self
 
 from busigen.errors import InputError, WorkerError
-from busigen.runtime.dataset.format import Plan, differences
+from busigen.runtime.dataset.format import differences
 from busigen.runtime.dataset.sample import Source
 from busigen.runtime.execution.estimate import ShardJob
 from busigen.runtime.execution.worker import (
@@ -99,12 +99,15 @@ class Coordinator:
         with job.running(self._open_shards):
             while any(self._claims.values()) or (self._todo and not job.stop.requested):
                 if job.stop.requested:
-                    for worker, claims in self._claims.items():
-                        if claims and worker not in self._ending:
-                            self._ending.add(worker)
-                            self._worker_pool.order(worker, None)
+                    for busy, claims in self._claims.items():
+                        if claims and busy not in self._ending:
+                            self._ending.add(busy)
+                            self._worker_pool.order(busy, None)
                 else:
-                    self._hand_out(job.plan)
+                    while (worker := self._next()) is not None:
+                        number = self._todo.popleft()
+                        self._claims[worker].append(number)
+                        self._worker_pool.order(worker, (job.plan, number))
                 for event in self._worker_pool.events(_POLL_SECONDS):
                     done = self._handle(event)
                     if done is None:
@@ -115,12 +118,6 @@ class Coordinator:
                         done.put(job.output.folder)
                         job.keep(done.record)
                     job.add(done.record)
-
-    def _hand_out(self, plan: Plan) -> None:
-        while (worker := self._next()) is not None:
-            number = self._todo.popleft()
-            self._claims[worker].append(number)
-            self._worker_pool.order(worker, (plan, number))
 
     def _next(self) -> int | None:
         """The worker that gets the next shard now; None if they have enough, or none is left."""

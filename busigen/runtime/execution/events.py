@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +59,7 @@ class EventLog(PacedObserver):
         with output_errors(path):
             return cls(open(path, "a", encoding="utf-8", opener=_opened))
 
-    def emit(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, **fields: Any) -> None:
         """Write one event; its time and the seconds since the log was opened are added."""
         with self._lock:
             if self._file is None:
@@ -84,13 +84,9 @@ class EventLog(PacedObserver):
                 self._file = None
                 log.warning("--log-json ends here, it cannot be written: %s", error.strerror or error)
 
-    def event(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Write an event of the progress."""
-        self.emit(event, **fields)
-
     def report(self, progress: Progress) -> None:
         """Write how far the count is."""
-        self.emit(
+        self.event(
             "progress",
             task=progress.what,
             unit=progress.unit,
@@ -115,11 +111,11 @@ class EventLog(PacedObserver):
         if isinstance(error, BusigenError):
             ended = {"message": error.problem, "fix": error.fix, "exit_code": error.exit_code}
             if isinstance(error, GenerationInterrupted):
-                self.emit("interrupted", signal=error.signal, **ended)
+                self.event("interrupted", signal=error.signal, **ended)
             else:
-                self.emit("failed", error=type(error).__name__, **ended)
+                self.event("failed", error=type(error).__name__, **ended)
         elif error is not None:
-            self.emit("failed", error=type(error).__name__, message=str(error), fix="", exit_code=1)
+            self.event("failed", error=type(error).__name__, message=str(error), fix="", exit_code=1)
         if self._file is not None and self._file is not sys.stdout:
             self._file.close()
 

@@ -59,7 +59,7 @@ def part_of(plan: Plan, indices: range | None = None, task: tuple[int, int] | No
             )
         start, stop = (part.shards * border // tasks for border in (position - 1, position))
         part = part.part(part.numbers[start:stop])
-    return None if indices is task is None else part
+    return part if indices is not None or task is not None else None
 
 
 def parse_range(text: str) -> range:

@@ -6,17 +6,20 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from busigen.errors import IntegrityError
-from busigen.files import sha256_of
+from busigen.errors import IntegrityError, OutputError
+from busigen.files import leftovers, make_folder, sha256_of, write_json
+from busigen.records import read_json
 from busigen.runtime.dataset.finalize import finish, is_finished, unfinish
-from busigen.runtime.dataset.format import Plan
-from busigen.runtime.dataset.reader import recorded_shards
+from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER, WRITTEN, Plan
+from busigen.runtime.dataset.reader import link_refused, links, read_object, recorded_shards
 from busigen.runtime.dataset.shards import ShardRecord
-from busigen.runtime.output.ownership import acquire_run, existing_run
+from busigen.runtime.output.ownership import checked_run, refuse_foreign, refuse_other, unreadable_run
+from busigen.runtime.storage.files import output_errors
+from busigen.runtime.storage.lock import exclusive, forget_tasks, joined, living, turn
 from busigen.runtime.storage.url import Address
 
 Records = Mapping[int, ShardRecord]
@@ -46,7 +49,16 @@ class Output(ABC):
 
     @abstractmethod
     def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
-        """Hold the place for this run; see :func:`busigen.runtime.output.ownership.acquire_run`."""
+        """Hold the place for this run until the block ends; create it, or continue the run whose record it then yields.
+
+        Args:
+            run: what this run would record.
+            part: hold the shards of this plan alone, beside tasks that hold others; None holds all.
+
+        Raises:
+            InputError: the dataset there is newer than this busigen.
+            OutputError: the place holds something else, belongs to another run or process, or cannot be written.
+        """
 
     @abstractmethod
     def sound(self, plan: Plan) -> dict[int, ShardRecord]:
@@ -72,21 +84,13 @@ class Output(ABC):
     def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
         """Write the files that describe the whole dataset, ``dataset.json`` last."""
 
-    def abort(self) -> None:  # noqa: B027 -- nothing to do where nobody waits
-        """Let nobody wait: the run is to end at once."""
-
     def held(self, plan: Plan, records: Records) -> tuple[Plan, Records]:
         """What of a plan, and of its complete shards, takes room in ``folder`` at a time."""
         return plan, records
 
-    @contextmanager
-    def aborting(self) -> Iterator[None]:
-        """Abort where the block is left by Ctrl-C, before anybody waits for what is still under way."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self.abort()
-            raise
+    def aborting(self) -> AbstractContextManager[None]:
+        """A context that, left by Ctrl-C, ends what is still under way before anybody waits for it."""
+        return nullcontext()
 
 
 class LocalOutput(Output):
@@ -96,12 +100,55 @@ class LocalOutput(Output):
         self.folder = self.name = folder
 
     def stored_run(self) -> dict[str, Any] | None:
-        """See :class:`Output`."""
-        return existing_run(self.folder)
+        """See :class:`Output`; a link in a dataset's place, or a damaged record, is something else."""
+        out, path = self.folder, self.folder / RUN_FILE
+        with output_errors(out):
+            if out.is_dir():
+                if linked := links(out):
+                    raise link_refused(linked[0], OutputError)
+                if not path.exists():
+                    names = [p.name for p in out.iterdir() if p.name != SHARD_FOLDER]
+                    if (out / SHARD_FOLDER).is_dir():
+                        names += [f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir()]
+                    refuse_foreign(out, names)
+            elif out.exists():
+                raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
+            try:
+                return checked_run(read_json(path, root=out), path)
+            except FileNotFoundError:
+                return None
+            except ValueError as error:
+                raise unreadable_run(path, str(error)) from error
 
-    def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
+    @contextmanager
+    def acquire(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
         """See :class:`Output`."""
-        return acquire_run(self.folder, run, part)
+        out = self.folder
+        with output_errors(out):
+            # Before anything is made or removed: the folder may be somebody else's.
+            self.stored_run()
+            read_object(out / DATASET_FILE)  # For its schema alone: what is newer is not made again.
+            make_folder(out / SHARD_FOLDER)
+            lock = joined(out, part.numbers) if part else exclusive(out)
+            lock.__enter__()
+        try:
+            with output_errors(out), turn(out) if part else nullcontext():
+                # Again: another run may have begun here before the lock was held.
+                existing = self.stored_run()
+                if existing is not None:
+                    refuse_other(out, existing, run)
+                # A temporary file may be that of another task, as long as there is one.
+                if part is None or len(living(out)) == 1:
+                    for path in leftovers(out, WRITTEN) + leftovers(out / SHARD_FOLDER, WRITTEN):
+                        path.unlink()
+                if part is None:
+                    forget_tasks(out)
+                if existing is None:
+                    existing = dict(run)
+                    write_json(out / RUN_FILE, existing)
+            yield existing
+        finally:
+            lock.__exit__(None, None, None)
 
     def sound(self, plan: Plan) -> dict[int, ShardRecord]:
         """The plan's shards whose files have their recorded content."""

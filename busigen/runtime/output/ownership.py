@@ -1,12 +1,11 @@
-"""Whose an output folder is: the run record that it holds, and refusing whatever belongs to another run."""
+"""Whose a dataset's place is: the run record that it holds, and refusing whatever belongs to another run."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,13 @@ import polars as pl
 
 import busigen
 from busigen.errors import IntegrityError, OutputError
-from busigen.files import is_temporary, leftovers, make_folder, write_json
-from busigen.records import checked, read_json
+from busigen.files import is_temporary
+from busigen.records import checked
 from busigen.runtime.backends.bundle import unproven
-from busigen.runtime.dataset.format import (
-    DATASET_FILE,
-    FIELDS,
-    RUN_FILE,
-    SHARD_FOLDER,
-    WRITTEN,
-    Plan,
-    changed_options,
-    decided,
-    differences,
-)
-from busigen.runtime.dataset.reader import RunRecord, link_refused, links, read_object, refuse_newer
+from busigen.runtime.dataset.format import FIELDS, RUN_FILE, WRITTEN, Plan, changed_options, decided, differences
+from busigen.runtime.dataset.reader import RunRecord, refuse_newer
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.storage.files import output_errors
-from busigen.runtime.storage.lock import exclusive, forget_tasks, is_lock, joined, living, turn
+from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
 from busigen.text import counted
 
@@ -70,77 +58,10 @@ def run_record(source: Source, plan: Plan) -> dict[str, Any]:
     return normal
 
 
-@contextmanager
-def acquire_run(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iterator[dict[str, Any]]:
-    """Hold ``out`` for this run until the block ends; create it, or continue the run whose record it then yields.
-
-    Args:
-        out: the dataset's folder.
-        run: what this run would record.
-        part: hold the shards of this plan alone, beside tasks that hold others; None holds the whole folder.
-
-    Raises:
-        InputError: the dataset there is newer than this busigen.
-        OutputError: the folder holds something else, belongs to another run or process, or cannot be written.
-    """
-    with output_errors(out):
-        # Before anything is made or removed: the folder may be somebody else's.
-        existing_run(out)
-        read_object(out / DATASET_FILE)  # For its schema alone: what is newer is not made again.
-        make_folder(out / SHARD_FOLDER)
-        lock = joined(out, part.numbers) if part else exclusive(out)
-        lock.__enter__()
-    try:
-        with output_errors(out), turn(out) if part else nullcontext():
-            # Again: another run may have begun here before the lock was held.
-            existing = existing_run(out)
-            if existing is not None:
-                refuse_other(out, existing, run)
-            # A temporary file may be that of another task, as long as there is one.
-            if part is None or len(living(out)) == 1:
-                for path in leftovers(out, WRITTEN) + leftovers(out / SHARD_FOLDER, WRITTEN):
-                    path.unlink()
-            if part is None:
-                forget_tasks(out)
-            if existing is None:
-                existing = dict(run)
-                write_json(out / RUN_FILE, existing)
-        yield existing
-    finally:
-        lock.__exit__(None, None, None)
-
-
-def existing_run(out: Path) -> dict[str, Any] | None:
-    """The run record in a folder; None where a run could begin.
-
-    Raises:
-        InputError: the dataset is newer than this busigen.
-        OutputError: the folder holds something else, a damaged record, or a link in a dataset's place.
-    """
-    path = out / RUN_FILE
-    with output_errors(out):
-        if out.is_dir():
-            if linked := links(out):
-                raise link_refused(linked[0], OutputError)
-            if not path.exists():
-                names = [p.name for p in out.iterdir() if p.name != SHARD_FOLDER]
-                if (out / SHARD_FOLDER).is_dir():
-                    names += [f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir()]
-                refuse_foreign(out, names)
-        elif out.exists():
-            raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
-        try:
-            return checked_run(read_json(path, root=out), path)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise _unreadable(path, str(error)) from error
-
-
 def refuse_other_run(
     out: Path | Address, existing: Mapping[str, Any], source: Source, plan: Plan, healthy: Path
 ) -> None:
-    """Refuse early what :func:`acquire_run` would once ``healthy`` is read, whose images ``source`` lacks."""
+    """Refuse early what would be refused once ``healthy`` is read, whose images ``source`` lacks."""
     run = run_record(source, plan)
     run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
     before = decided(existing, "--healthy")
@@ -172,7 +93,7 @@ def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
     try:
         checked(RunRecord, run, path, fix="")
     except IntegrityError as error:
-        raise _unreadable(path, error.problem) from error
+        raise unreadable_run(path, error.problem) from error
     found: dict[str, Any] = run
     return found
 
@@ -220,5 +141,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _unreadable(path: Path | Address, why: str) -> OutputError:
+def unreadable_run(path: Path | Address, why: str) -> OutputError:
+    """The error where a ``run.json`` is none."""
     return OutputError(f"{path} is not a run record of busigen: {why.rstrip('.')}.", fix="Choose another --out.")

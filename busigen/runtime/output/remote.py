@@ -101,7 +101,7 @@ class RemoteOutput(Output):
 
     @contextmanager
     def acquire(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
-        """Hold the URL for this run until the block ends; see :func:`busigen.runtime.output.ownership.acquire_run`."""
+        """See :class:`Output`; a ``UsageError`` if the run is one of several tasks."""
         if part is not None:
             raise tasks_refused(self.address)
         self.stored_run()  # Not even a lock is left among files that are not ours.
@@ -164,9 +164,14 @@ class RemoteOutput(Output):
         for file in [name, *files]:
             (self.folder / file).unlink()
 
-    def abort(self) -> None:
-        """See :class:`Output`."""
-        self._caller.aborted.set()
+    @contextmanager
+    def aborting(self) -> Iterator[None]:
+        """See :class:`Output`: a store that is out of reach is waited for no longer."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._caller.aborted.set()
+            raise
 
     def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
         """See :class:`Output`; the manifest is known by its size."""

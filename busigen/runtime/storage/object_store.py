@@ -30,11 +30,8 @@ _AGAIN = "then run the same command again: what is complete is kept."
 _NEVER_TAKEN = (errno.EINVAL, errno.ENOSYS)
 """Beside those of ``FIXES``: a request that the store will never take."""
 
-_TRANSIENT = (307, 408, 409, 423, 425, 429)
-"""HTTP status codes below 500 after which the same request may be answered otherwise."""
-
-_PERMANENT = (501, 505)
-"""Those from 500 on after which it is not."""
+_TRANSIENT = {307, 408, 409, 423, 425, 429, *range(500, 600)} - {501, 505}
+"""HTTP status codes after which the same request may be answered otherwise."""
 
 _TRANSIENT_CODES = re.compile(
     "Throttl|SlowDown|TooManyRequests|LimitExceeded|RequestTimeout|RequestTimeTooSkewed|IncompleteBody|InternalError"
@@ -138,10 +135,8 @@ class RetryingCaller:
         kind, (status, code) = type(error).__name__, _answer(error)
         described, known = self._described(error), FIXES.get(getattr(error, "errno", None) or 0)
         refused = f" refuses: {described}"
-        if status is not None:
-            server = status >= 500 and status not in _PERMANENT
-            if status in _TRANSIENT or server or _TRANSIENT_CODES.search(code):
-                return None
+        if status is not None and (status in _TRANSIENT or _TRANSIENT_CODES.search(code)):
+            return None
         if "Credentials" in kind:
             problem = f": no credentials are found ({described})"
             fix = "Log in with the store's own tool, or set its environment variables, such as AWS_ACCESS_KEY_ID and "

@@ -19,7 +19,7 @@ from busigen.runtime.maintenance.repair import repair
 from busigen.runtime.maintenance.verify import verify
 from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource
-from tests.harness.processes import wait_for
+from tests.harness.processes import GUARD_SECONDS, wait_for
 from tests.harness.replaying import NoiseInputs, flip
 from tests.harness.scaled import SEED, started
 
@@ -42,7 +42,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, described = process.communicate(timeout=240)
+    _, described = process.communicate(timeout=GUARD_SECONDS)
     return process.returncode, described
 
 
