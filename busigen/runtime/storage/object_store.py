@@ -313,7 +313,7 @@ class Store:
         """Send a file until what is there has its bytes."""
         path = self._path(name)
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        size = file.tell()
+        size = file.seek(0, io.SEEK_END)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
