@@ -31,22 +31,39 @@ LONG_SECONDS = 60.0
 
 
 class Observer:
-    """Shows or logs what a :class:`Progress` counts; this base class does nothing. Calls may come from any thread."""
+    """Shows or logs a count: at its start, every ``LINE_SECONDS``, and at its end. Calls may come from any thread."""
 
-    def started(self, progress: Progress) -> None:
-        """A count begins; :meth:`changed` follows."""
+    _last = float("-inf")
+    _reported: object = None
 
-    def changed(self, progress: Progress) -> None:
-        """A number has changed."""
-
-    def ended(self, progress: Progress) -> None:
-        """The count is over, or a new one is about to begin; may be called without a start, and twice."""
+    def report(self, progress: Progress) -> None:
+        """Say how far the count is."""
 
     def note(self, text: str) -> None:
         """Say something in a line of its own."""
 
     def event(self, event: str, **fields: Any) -> None:
         """Something happened that only a log has a use for."""
+
+    def started(self, progress: Progress) -> None:
+        """A count begins; :meth:`changed` follows."""
+        self._last = float("-inf")
+
+    def changed(self, progress: Progress) -> None:
+        """A number has changed."""
+        if time.monotonic() - self._last >= LINE_SECONDS:
+            self._report(progress)
+
+    def ended(self, progress: Progress) -> None:
+        """The count is over, or a new one is about to begin; may be called without a start, and twice."""
+        if self._reported != progress.state:
+            self._report(progress)
+
+    def _report(self, progress: Progress) -> None:
+        # Before the first start there is nothing to count, and of an empty folder there never is.
+        if progress.total:
+            self._last, self._reported = time.monotonic(), progress.state
+            self.report(progress)
 
 
 class Progress:
@@ -203,6 +220,11 @@ class Progress:
         shares = [f"{stage} {share:.0%}" for stage, share in self.stage_shares.items()]
         return f"engine time: {', '.join(shares)}" if shares else ""
 
+    @property
+    def state(self) -> tuple[object, ...]:
+        """All that a report is about, apart from the time."""
+        return self.what, self.done, self.refused, self.shards_done
+
     def _begin(self, what: str, total: int, done: int) -> None:
         self.what, self.total, self.done, self.refused = what, total, done, 0
         self._resumed = done
@@ -220,41 +242,7 @@ class Progress:
         return f"{rate:.1f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s per {self.unit}"
 
 
-class PacedObserver(Observer):
-    """Reports a count at its start, every ``LINE_SECONDS``, and at its end."""
-
-    _last = float("-inf")
-    _reported: object = None
-
-    def report(self, progress: Progress) -> None:
-        """Say how far the count is."""
-
-    def started(self, progress: Progress) -> None:
-        """Have the first line come at once."""
-        self._last = float("-inf")
-
-    def changed(self, progress: Progress) -> None:
-        """Report if it is time."""
-        if time.monotonic() - self._last >= LINE_SECONDS:
-            self._report(progress)
-
-    def ended(self, progress: Progress) -> None:
-        """Report the last state, unless that has been done."""
-        if self._reported != _state(progress):
-            self._report(progress)
-
-    def _report(self, progress: Progress) -> None:
-        # Before the first start there is nothing to count, and of an empty folder there never is.
-        if progress.total:
-            self._last, self._reported = time.monotonic(), _state(progress)
-            self.report(progress)
-
-
-def _state(progress: Progress) -> tuple[object, ...]:
-    return progress.what, progress.done, progress.refused, progress.shards_done
-
-
-class Lines(PacedObserver):
+class Lines(Observer):
     """Plain lines."""
 
     def __init__(self, console: Terminal) -> None:

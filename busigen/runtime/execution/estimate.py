@@ -120,15 +120,15 @@ def free_space(out: Path) -> int:
     return disk.free
 
 
-def require_room(out: Path, plan: Plan, records: Records, elsewhere: str = Output.elsewhere) -> None:
-    """Refuse early what would fail hours later; ``out`` need not exist, ``elsewhere`` is what to choose instead.
+def require_room(output: Output, plan: Plan, records: Records) -> None:
+    """Refuse early what would fail hours later; the output's folder need not exist.
 
     Raises:
         OutputError: the disk has no room for the plan's samples beside those of ``records``.
     """
-    space, free = Space.of(plan, records), free_space(out)
+    space, free = Space.of(*output.held(plan, records)), free_space(output.folder)
     if space.samples and free < space.needed:
-        raise space.refusal(f"{out} has {disk_size(free)} free", elsewhere)
+        raise space.refusal(f"{output.folder} has {disk_size(free)} free", output.elsewhere)
 
 
 def pace_of(out: Path, records: Records) -> float | None:
@@ -180,7 +180,7 @@ class ShardJob:
         with self.output.aborting(), self.stop.finishing(open_shards):
             done = sum(record.count for record in records.values())
             self.progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
-            self._require_room()
+            require_room(self.output, plan, records)
             self._started = time.monotonic()
             with output_errors(folder):
                 pace = pace_of(folder, records)
@@ -230,10 +230,7 @@ class ShardJob:
     def add(self, record: ShardRecord) -> None:
         """Count a shard that was kept as complete; see that there is room for the others."""
         self.records[record.number] = record.counted()
-        self._require_room()
-
-    def _require_room(self) -> None:
-        require_room(self.output.folder, *self.output.held(self.plan, self.records), self.output.elsewhere)
+        require_room(self.output, self.plan, self.records)
 
     def _predict(self, pace: float, records: Records, basis: str) -> None:
         with self._lock:

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 from busigen.errors import BusigenError, OutputError, UsageError
 from busigen.runtime.execution.signals import GenerationInterrupted, Stopping
-from busigen.runtime.progress import PacedObserver, Progress, console_progress
+from busigen.runtime.progress import Observer, Progress, console_progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.url import Address
 from busigen.text import printable, without_credentials
@@ -30,7 +29,7 @@ STDOUT = "-"
 """What ``--log-json`` is given for standard output."""
 
 
-class EventLog(PacedObserver):
+class EventLog(Observer):
     """Writes events, each at once and whole. As a context manager it logs the error that ends its block, and closes.
 
     A log that can no longer be written is given up with one warning, and the run goes on.
@@ -105,9 +104,7 @@ class EventLog(PacedObserver):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, BusigenError):
             ended = {"message": error.problem, "fix": error.fix, "exit_code": error.exit_code}
             if isinstance(error, GenerationInterrupted):

@@ -279,7 +279,7 @@ def refuse_small_disk(output: Output, plan: Plan) -> None:
     with output_errors(output.folder):
         new = not (output.folder / RUN_FILE).exists()
     if new:
-        require_room(output.folder, *output.held(plan, {}), output.elsewhere)
+        require_room(output, plan, {})
 
 
 def draw_missing(source: Source, job: ShardJob) -> None:

@@ -99,7 +99,17 @@ class RayWorkerPool:
             except Exception as error:  # Ray's have no base class: a node that comes up too slowly raises a plain one.
                 with suppress(Exception):
                     self._ray.shutdown()
-                raise self._unreachable(str(error)) from error
+                lines = str(error).splitlines() or ["it does not say why"]
+                place = (
+                    f"reached at {without_credentials(self._address)}" if self._address else "started on this machine"
+                )
+                raise InputError(
+                    f"Ray cannot be {place}: {without_credentials(lines[0].rstrip('.'))}.",
+                    fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine."
+                    if self._address
+                    else "Try again when the machine has less to do, or use --launcher local with --workers, without "
+                    "Ray.",
+                ) from error
         try:
             self._start_all()
         except BaseException:
@@ -172,18 +182,6 @@ class RayWorkerPool:
         self._actors[self._next] = actor
         self._calls[actor.open.remote(self._make)] = self._next
         self._next += 1
-
-    def _unreachable(self, reason: str) -> InputError:
-        described = without_credentials((reason.splitlines() or ["it does not say why"])[0].rstrip("."))
-        if self._address:
-            return InputError(
-                f"Ray cannot be reached at {without_credentials(self._address)}: {described}.",
-                fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine.",
-            )
-        return InputError(
-            f"Ray cannot be started on this machine: {described}.",
-            fix="Try again when the machine has less to do, or use --launcher local with --workers, without Ray.",
-        )
 
 
 @contextmanager

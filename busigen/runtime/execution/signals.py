@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn, Self
 
 from busigen.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, BusigenError
@@ -84,9 +84,7 @@ class Stopping:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._former:
             for number, handler in self._former.items():
                 signal.signal(number, handler)

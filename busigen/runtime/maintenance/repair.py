@@ -279,7 +279,7 @@ def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
         raise link_refused(folder / SHARD_FOLDER, OutputError)
     missing = plan.count - _samples_there(folder, plan)
     if missing:
-        require_room(folder, replace(plan, count=missing), {})
+        require_room(LocalOutput(folder), replace(plan, count=missing), {})
     with output_errors(folder):
         lock = exclusive(folder)
         lock.__enter__()

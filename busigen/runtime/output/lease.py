@@ -2,8 +2,7 @@
 
 The lock is a file that its holder rewrites every few seconds. Who finds it watches it: one that changes is held, one
 that stays as it is for long enough belongs to a process that is gone. A process that was killed leaves its staging
-folder, with its mark. Whoever holds that folder, whose lock is the operating system's, knows at once that the mark is a
-dead one's.
+folder, with its mark: who holds that folder, by a lock of the operating system, knows at once that the mark is dead.
 
 Where a pause or a network outlasts that time, two processes may both believe that they hold it, so a holder looks again
 before everything that counts (:meth:`Lease.confirm`), and one that no longer finds its own mark ends.

@@ -100,30 +100,28 @@ def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
 
 def refuse_other(out: Path | Address, existing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Raise an ``OutputError`` if the records of two runs differ in what decides which samples exist."""
-    shown = shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, existing, run)
+    options = changed_options(existing, run)
+    shown = shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, options)
     if not shown:
         return
     fix = "Choose another --out, or repeat the options that the folder was started with."
-    if list(changed_options(existing, run)) == ["--count"]:
+    if list(options) == ["--count"]:
         fix += " For more samples, generate them with another --seed into another --out, and join both with "
         fix += "`busigen merge`."
     raise OutputError(f"{out} belongs to another run ({'; '.join(shown)}).", fix=fix)
 
 
 def shown_changes(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    old_options: Mapping[str, Any] | None = None,
-    new_options: Mapping[str, Any] | None = None,
+    old: Mapping[str, Any], new: Mapping[str, Any], options: Mapping[str, str] | None = None
 ) -> list[str]:
-    """In what two run records differ, in words: by the options that decide it, else by some fields.
+    """In what two run records, or what counts of them, differ, in words: by the options that decide it, else by fields.
 
-    ``old`` and ``new`` may be what counts of the records; the whole of them, for the names of folders, comes after.
+    ``options`` are those of the whole records, which know the names of folders.
     """
     changed = differences(old, new)
     if not changed:
         return []
-    options = changed_options(old_options or old, new_options or new)
+    options = changed_options(old, new) if options is None else options
     known = tuple(".".join(FIELDS[option]) for option in options)
     rest = [(name, old, new) for name, old, new in changed if not name.startswith(known)]
     shown = [f"{option}: {change}" for option, change in options.items()]

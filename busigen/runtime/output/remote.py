@@ -122,18 +122,15 @@ class RemoteOutput(Output):
                 existing = dict(run)
                 self._store.write(RUN_FILE, json_bytes(existing))
             with output_errors(self.folder):
-                self._bind_staging(existing)
+                # The staging folder holds nothing but this run's: shards that a killed run left are kept if they are.
+                staged = None
+                with contextlib.suppress(OSError, ValueError):
+                    staged = read_json(self.folder / RUN_FILE)
+                if staged != json.loads(json.dumps(existing)):
+                    _empty(self.folder / SHARD_FOLDER)
+                (self.folder / SHARD_FOLDER).mkdir(exist_ok=True)
+                write_json(self.folder / RUN_FILE, existing)
             yield existing
-
-    def _bind_staging(self, run: Mapping[str, Any]) -> None:
-        """Have the staging folder hold nothing but this run's; shards that a killed run left are kept if they are."""
-        existing = None
-        with contextlib.suppress(OSError, ValueError):
-            existing = read_json(self.folder / RUN_FILE)
-        if existing != json.loads(json.dumps(run)):
-            _empty(self.folder / SHARD_FOLDER)
-        (self.folder / SHARD_FOLDER).mkdir(exist_ok=True)
-        write_json(self.folder / RUN_FILE, run)
 
     def sound(self, plan: Plan) -> dict[int, ShardRecord]:
         """The shards whose record and files are at the URL; those that a killed run left in staging are sent first."""
