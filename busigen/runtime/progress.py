@@ -69,7 +69,8 @@ class Observer:
 class Progress:
     """Counts samples for its observers; without one, it shows nothing.
 
-    A context manager around ``start`` takes a bar down whatever happens. Calls may come from any thread.
+    A context manager around ``start`` takes a bar down whatever happens. Calls may come from any thread. Whoever knows
+    the seconds that each stage has spent in the engine sets ``stage_seconds``.
     """
 
     _recent: deque[tuple[float, int]]
@@ -142,10 +143,6 @@ class Progress:
             shards_done=self.shards_done,
             shards=self.shards,
         )
-
-    def engine(self, stage_seconds: Callable[[], Mapping[str, float]]) -> None:
-        """Name who knows the seconds that each stage has spent in the engine."""
-        self.stage_seconds = stage_seconds
 
     def predicted(self, forecast: Forecast) -> None:
         """What the rest of the run will take is known; shown where it is long."""

@@ -74,14 +74,10 @@ class Coordinator:
         self._todo: deque[int] = deque()
         self._stages: dict[int, Mapping[str, float]] = {}
         self._first: RemoteSourceInfo | None = None
-        progress.engine(self._stage_seconds)
+        progress.stage_seconds = self._stage_seconds
 
     def source(self) -> Source:
-        """What the workers draw from, as soon as the first one is ready.
-
-        Raises:
-            BusigenError: the workers are lost before they are ready, or cannot open their source.
-        """
+        """What the workers draw from, once the first one is ready; raises if they are lost before, or cannot open it."""
         self._progress.note(f"starting {self._worker_pool.where}")
         while self._first is None:
             for event in self._worker_pool.events(_POLL_SECONDS):
@@ -89,12 +85,7 @@ class Coordinator:
         return self._first
 
     def make(self, source: Source, job: ShardJob) -> None:
-        """Have the workers make the shards that are missing until asked to stop.
-
-        Raises:
-            WorkerError: a shard loses one worker after the other.
-            BusigenError: whatever the workers' sources raise; complete shards are kept.
-        """
+        """Have the workers make the missing shards until asked to stop; raises if one loses too many workers."""
         self._todo = deque(job.missing())
         with job.running(self._open_shards):
             while any(self._claims.values()) or (self._todo and not job.stop.requested):

@@ -121,11 +121,7 @@ def free_space(out: Path) -> int:
 
 
 def require_room(output: Output, plan: Plan, records: Records) -> None:
-    """Refuse early what would fail hours later; the output's folder need not exist.
-
-    Raises:
-        OutputError: the disk has no room for the plan's samples beside those of ``records``.
-    """
+    """Raise an ``OutputError`` if the disk has no room for the plan's samples; the output's folder need not exist."""
     space, free = Space.of(*output.held(plan, records)), free_space(output.folder)
     if space.samples and free < space.needed:
         raise space.refusal(f"{output.folder} has {disk_size(free)} free", output.elsewhere)

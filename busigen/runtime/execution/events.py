@@ -25,9 +25,6 @@ from busigen.text import printable, without_credentials
 
 log = logging.getLogger("busigen.runtime")
 
-STDOUT = "-"
-"""What ``--log-json`` is given for standard output."""
-
 
 class EventLog(Observer):
     """Writes events, each at once and whole. As a context manager it logs the error that ends its block, and closes.
@@ -42,15 +39,11 @@ class EventLog(Observer):
 
     @classmethod
     def open(cls, target: str, *, out: Path | Address) -> EventLog:
-        """Append to the file ``target``, or write to standard output for ``-``.
+        """Append to the file ``target``, or write to standard output for ``-``; it may not lie in the dataset ``out``.
 
         A pipe will do if somebody reads from it, and so will a terminal; one that takes no more is not waited for.
-
-        Raises:
-            UsageError: the file lies in the dataset ``out``, which holds nothing but its own files.
-            OutputError: the file cannot be written.
         """
-        if target == STDOUT:
+        if target == "-":
             return cls(sys.stdout)
         path = Path(target)
         if isinstance(out, Path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
@@ -118,11 +111,7 @@ class EventLog(Observer):
 
 
 def _opened(path: str, flags: int) -> int:
-    """Open a file to write to that may be a pipe or a device, without ever waiting for it.
-
-    Raises:
-        OutputError: it is a pipe or a socket that nobody reads from.
-    """
+    """Open a file to write to that may be a pipe or a device, without ever waiting for it."""
     try:
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
@@ -139,7 +128,7 @@ def _rounded(value: float | None, digits: int = 3) -> float | None:
 
 @contextmanager
 def supervised(out: Path | Address, log_json: str | None) -> Iterator[tuple[Progress, Stopping]]:
-    """Show, log and stop what the block runs; the log is a file, ``-`` for standard output, or None for none.
+    """Show, log and stop what the block runs; ``log_json`` is a file, ``-`` for standard output, or None.
 
     Raises:
         UsageError: the log lies in the dataset ``out``.

@@ -33,11 +33,8 @@ def part_of(plan: Plan, indices: range | None = None, task: tuple[int, int] | No
 
     Args:
         plan: of the dataset.
-        indices: samples that the part is cut from; None for all of them.
+        indices: samples that the part is cut from, of whole shards; None for all of them.
         task: ``(K, N)``: of these, the K-th of N parts of about equal size, K from 1; None for all of them.
-
-    Raises:
-        UsageError: the range is not made of the dataset's shards, or there are more tasks than shards.
     """
     part, whole = plan, plan.span
     if indices is not None:
@@ -90,9 +87,6 @@ def planned(
     """What the options ask for: the dataset in the folder, and the part of it that this command makes.
 
     With ``count``, the dataset's samples, ``index_range`` is the part of this command; without it, the dataset.
-
-    Raises:
-        UsageError: an option is missing, out of range, or no range of whole shards.
     """
     task = parse_task(array_task) if array_task is not None else None
     indices = parse_range(index_range) if index_range is not None else None
@@ -117,8 +111,8 @@ class GenerateReport:
         folder: the dataset, a folder or a URL.
         samples, shards, classes: in the dataset; samples by class.
         written: shards that this call wrote; the others were complete before.
-        rejected: refused draws per reason, over all these samples.
-        size: bytes of all these shards.
+        rejected: refused draws per reason.
+        size: bytes of all shards.
         seconds: wall-clock time of this call.
         already_complete: the dataset was finished before, and nothing was done.
         missing: shards of other tasks that the dataset still lacks; the last of these tasks completes it.

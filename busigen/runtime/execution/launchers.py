@@ -40,12 +40,7 @@ class Launcher:
     def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> WorkerPool | None:
         """The workers; None where this process makes the shards itself.
 
-        Args:
-            make: gives what a worker of so many threads opens its source with.
-            options: of the run; ``workers``, ``threads``, ``provider`` and ``ray_address`` concern a launcher.
-
-        Raises:
-            UsageError: an option has a value that cannot be used, or belongs to another launcher.
+        ``make`` gives what a worker of so many threads opens its source with. Raises for options of other launchers.
         """
         raise NotImplementedError
 
@@ -102,11 +97,7 @@ def require_workers(workers: int) -> None:
 
 
 def array_task(environment: Mapping[str, str]) -> str:
-    """The ``K/N`` of this process in its job array, whatever number the array begins with and steps by.
-
-    Raises:
-        UsageError: this is no job array, or one with gaps, whose numbers do not say which part is whose.
-    """
+    """The ``K/N`` of this process in its job array, whatever number it begins with and steps by; it has no gaps."""
     values = {}
     for name in ("ID", "COUNT", "MIN", "MAX"):
         text = environment.get(f"SLURM_ARRAY_TASK_{name}", "")

@@ -43,10 +43,8 @@ class GenerateOptions:
             works here.
         threads: compute threads; ``None`` for one per core.
         size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
-        taller_than_wide: short for a ``height_width`` above 1.
         index_range: ``first:end``, the samples that this command makes.
         array_task: ``K/N``, the part of these that it makes.
-        launcher: a name in ``registry.LAUNCHERS``.
         workers: processes that make shards; ``None`` for what the launcher takes by itself.
         ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
         allow_fallback: where the provider cannot be used, go on with the processor.
@@ -78,11 +76,7 @@ class GenerateOptions:
     spool: Path | None = None
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
-        """Generate the dataset, or finish one that the same options began; ``stop`` may end it after any shard.
-
-        Raises:
-            BusigenError: an option, an input or the output is not usable.
-        """
+        """Generate the dataset, or finish one that the same options began; ``stop`` may end it after any shard."""
         begun_with = self._begun_with(progress) if self.provider == AUTO else None
         choice = choose(begun_with) if self.provider == AUTO else None
         options = replace(self, provider=choice.provider) if choice else self
@@ -143,16 +137,13 @@ class GenerateOptions:
         """Where samples come from; this checks bundle, provider, threads and batch size.
 
         With ``plan`` and ``output`` of a run in this process, another run that is there is refused early.
-
-        Raises:
-            BusigenError: an option or an input is not usable.
         """
         classes, asked = self._conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
         name = choose().provider if self.provider == AUTO else self.provider
         engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,))
         backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
-        progress.engine(backend.seconds)
+        progress.stage_seconds = backend.seconds
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.

@@ -48,9 +48,7 @@ class Stopping:
 
     The main thread may be inside an engine, or wait for a thread that is, and neither can be interrupted. So the
     process is ended where the main thread does not hear a second signal within two seconds, or does not come to an end
-    ten seconds later, and on a third one at once. Nor does it wait for such threads once the block has ended.
-
-    An object whose block was never entered listens to nothing and never asks to stop.
+    ten seconds later, and on a third one at once. An object whose block was never entered never asks to stop.
     """
 
     def __init__(self, notify: Callable[[str], None] = lambda line: None) -> None:

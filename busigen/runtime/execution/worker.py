@@ -79,11 +79,7 @@ class ShardDone:
     stages: Mapping[str, float] = field(default_factory=dict)
 
     def put(self, folder: Path) -> None:
-        """Write the shard into the dataset, its record last.
-
-        Raises:
-            IntegrityError: the bytes are not those that the worker wrote.
-        """
+        """Write the shard into the dataset, its record last; an ``IntegrityError`` if its bytes were damaged."""
         record = folder / shard_path(self.record.number, "json")
         record.unlink(missing_ok=True)
         for file in (self.record.tar, self.record.parquet):
@@ -109,9 +105,7 @@ WorkerMessage = int | ShardStarted | ShardDone | WorkerStopped
 class Worker:
     """Makes shards of one source, drawing ahead of the oldest one where the source can, so that batches fill.
 
-    Args:
-        make: opens the source.
-        scratch: existing folder for shards that are being made; None for the system's.
+    ``make`` opens the source; ``scratch`` is a folder for shards that are being made, None for the system's.
     """
 
     def __init__(self, make: SourceMaker, scratch: Path | None = None) -> None:

@@ -51,9 +51,7 @@ class Output(ABC):
     def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
         """Hold the place for this run until the block ends; create it, or continue the run whose record it then yields.
 
-        Args:
-            run: what this run would record.
-            part: hold the shards of this plan alone, beside tasks that hold others; None holds all.
+        ``part`` holds the shards of this plan alone, beside tasks that hold others.
 
         Raises:
             InputError: the dataset there is newer than this busigen.
@@ -72,17 +70,17 @@ class Output(ABC):
     def keep(self, record: ShardRecord) -> None:
         """Take a shard that was written to ``folder``; it is safe when this returns."""
 
-    @abstractmethod
     def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
         """Whether the files that describe the whole dataset are there; see :mod:`busigen.runtime.dataset.finalize`."""
+        return is_finished(self.folder, run, records)
 
-    @abstractmethod
     def unfinish(self) -> None:
         """Take back the claim that the dataset is complete."""
+        unfinish(self.folder)
 
-    @abstractmethod
     def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
         """Write the files that describe the whole dataset, ``dataset.json`` last."""
+        finish(self.folder, run, records)
 
     def held(self, plan: Plan, records: Records) -> tuple[Plan, Records]:
         """What of a plan, and of its complete shards, takes room in ``folder`` at a time."""
@@ -179,18 +177,6 @@ class LocalOutput(Output):
 
     def keep(self, record: ShardRecord) -> None:
         """A shard in ``folder`` is safe already."""
-
-    def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
-        """See :class:`Output`."""
-        return is_finished(self.folder, run, records)
-
-    def unfinish(self) -> None:
-        """See :class:`Output`."""
-        unfinish(self.folder)
-
-    def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
-        """See :class:`Output`."""
-        finish(self.folder, run, records)
 
 
 def is_complete(record: ShardRecord, plan: Plan, sizes: Mapping[str, int]) -> bool:

@@ -56,9 +56,6 @@ class RemoteOutput(Output):
         progress: gets a line about what has to be waited for.
         retry: how long to wait for a store that is out of reach.
         beat: times of the URL's lock.
-
-    Raises:
-        BusigenError: the store cannot be used.
     """
 
     holds_all = False

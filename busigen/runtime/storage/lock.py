@@ -51,11 +51,7 @@ def exclusive(folder: Path, place: Path | Address | None = None) -> Iterator[Non
 
 @contextmanager
 def locked(path: Path, place: Path | Address) -> Iterator[None]:
-    """Hold a lock file, which guards ``place``, for this process until the block ends, which removes it.
-
-    Raises:
-        OutputError: another process holds it, or tasks do, or the file is none of this program's.
-    """
+    """Hold a lock file, which guards ``place``, until the block ends; an ``OutputError`` if another process has it."""
     handle = _flock(path, fcntl.LOCK_EX, place) if fcntl else _open_exclusively(path, place)
     try:
         _sign(handle, str(os.getpid()))

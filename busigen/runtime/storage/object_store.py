@@ -50,11 +50,9 @@ _AT_ONCE = 32
 _STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}
 """How gcsfs begins the errors that it gives no status."""
 
-_NETWORK = frozenset(
-    {
-        *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"),
-        *("MetadataRetrievalError", "CredentialRetrievalError", "TokenRetrievalError", "CapacityNotAvailableError"),
-    }
+_NETWORK = set(
+    "HTTPClientError ConnectionError IncompleteReadError ChecksumError FlexibleChecksumError MetadataRetrievalError "
+    "CredentialRetrievalError TokenRetrievalError CapacityNotAvailableError".split()
 )
 """Botocore's errors that time may mend; others, such as of a profile that is not there, are of settings."""
 
@@ -70,10 +68,6 @@ class RetryPolicy:
     first: float = 1.0
     longest: float = 30.0
     attempt: float | None = None
-
-
-_FIRST_CONTACT = RetryPolicy(total=15.0)
-"""Who mistyped an endpoint should not wait for minutes."""
 
 
 @dataclass
@@ -97,9 +91,7 @@ class RetryingCaller:
     def call(self, what: Callable[[], Result], retry: RetryPolicy | None = None) -> Result:
         """Do something that a repetition does no harm to, if need be several times.
 
-        Raises:
-            FileNotFoundError, FileExistsError: as ``what`` raises them.
-            BusigenError: the store refuses, or stays out of reach.
+        A ``FileNotFoundError`` or ``FileExistsError`` is raised as it is; of others, ``kind`` once there is no hope.
         """
         retry = retry or self.retry
         began, pause = time.monotonic(), retry.first
@@ -200,9 +192,6 @@ class Store:
     """Files below the caller's URL, by names with forward slashes.
 
     ``sizes`` has the bytes of the files that are there, as of the last look and of what was done since.
-
-    Raises:
-        BusigenError: no such protocol, package, credentials, bucket or network.
     """
 
     def __init__(self, caller: RetryingCaller) -> None:
@@ -215,13 +204,13 @@ class Store:
     def look(self) -> None:
         """Set ``sizes`` to the bytes of every file that is there, by name."""
 
-        def find() -> Mapping[str, Mapping[str, Any]]:
+        def find() -> Any:
             self._fs.invalidate_cache()
-            found: Mapping[str, Mapping[str, Any]] = self._fs.find(self._root, detail=True)
-            return found
+            return self._fs.find(self._root, detail=True)
 
         try:
-            found = self.caller.call(find, _FIRST_CONTACT)
+            # Who mistyped an endpoint should not wait for minutes.
+            found = self.caller.call(find, RetryPolicy(total=15.0))
         except FileNotFoundError:
             if not self._renames:
                 raise self.caller.missing() from None
@@ -320,9 +309,17 @@ class Store:
         def check(path: str) -> None:
             self._fs.invalidate_cache()
             info = self._fs.info(path)
-            # No MD5 of the whole file: it came in several parts, is encrypted, or the store tells none.
-            if info.get("size") != size or (_stated_md5(info) != md5 and self._sha256(path) != sha256):
-                raise OSError(errno.EIO, f"{path.rpartition('/')[2]} arrived damaged")
+            if info.get("size") == size:
+                if _stated_md5(info) == md5:
+                    return
+                # No MD5 of the whole file: it came in several parts, is encrypted, or the store tells none.
+                digest = hashlib.sha256()
+                with self._fs.open(path, "rb", cache_type="none") as arrived:
+                    while block := arrived.read(1 << 22):
+                        digest.update(block)
+                if digest.hexdigest() == sha256:
+                    return
+            raise OSError(errno.EIO, f"{path.rpartition('/')[2]} arrived damaged")
 
         def work() -> None:
             if not self._renames:
@@ -349,13 +346,6 @@ class Store:
         except FileNotFoundError:
             raise self.caller.missing() from None
         self.sizes[name] = size
-
-    def _sha256(self, path: str) -> str:
-        with self._fs.open(path, "rb", cache_type="none") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest()
 
     def _make_folder(self, name: str) -> None:
         self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
