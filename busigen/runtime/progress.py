@@ -33,14 +33,18 @@ LONG_SECONDS = 60.0
 class Observer:
     """Shows or logs a count: at its start, every ``LINE_SECONDS``, and at its end. Calls may come from any thread."""
 
-    _last = float("-inf")
-    _reported: object = None
+    def __init__(self, console: Terminal | None = None) -> None:
+        self._console = console
+        self._last = float("-inf")
+        self._reported: object = None
 
     def report(self, progress: Progress) -> None:
         """Say how far the count is."""
 
     def note(self, text: str) -> None:
-        """Say something in a line of its own."""
+        """Say something in a line of its own, where there is a console."""
+        if self._console:
+            self._console.print(text)
 
     def event(self, event: str, **fields: Any) -> None:
         """Something happened that only a log has a use for."""
@@ -242,13 +246,6 @@ class Progress:
 class Lines(Observer):
     """Plain lines."""
 
-    def __init__(self, console: Terminal) -> None:
-        self._console = console
-
-    def note(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(text)
-
     def report(self, progress: Progress) -> None:
         """Print a line with all that is known."""
         line = ", ".join(filter(None, (f"{progress.what}: {progress.done}/{progress.total}", progress.summary)))
@@ -268,6 +265,7 @@ class Bar(Observer):
     """A bar with shards, rate, remaining time and acceptance rate, and below it the engine's time by stage."""
 
     def __init__(self, console: Terminal) -> None:
+        super().__init__(console)
         self._bar = _BarAndLine(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -293,10 +291,6 @@ class Bar(Observer):
         """Take the bar down."""
         if self._bar.live.is_started:
             self._bar.stop()
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bar.console.print(text)
 
 
 def console_progress(*observers: Observer) -> Progress:

@@ -77,7 +77,7 @@ class Coordinator:
         progress.stage_seconds = self._stage_seconds
 
     def source(self) -> Source:
-        """What the workers draw from, once the first one is ready; raises if they are lost before, or cannot open it."""
+        """What the workers draw from, once the first one is ready; raises if they are lost before or cannot open it."""
         self._progress.note(f"starting {self._worker_pool.where}")
         while self._first is None:
             for event in self._worker_pool.events(_POLL_SECONDS):
@@ -85,7 +85,7 @@ class Coordinator:
         return self._first
 
     def make(self, source: Source, job: ShardJob) -> None:
-        """Have the workers make the missing shards until asked to stop; raises if one loses too many workers."""
+        """Have the workers make the missing shards until asked to stop; raises if one loses too many."""
         self._todo = deque(job.missing())
         with job.running(self._open_shards):
             while any(self._claims.values()) or (self._todo and not job.stop.requested):

@@ -33,6 +33,7 @@ class EventLog(Observer):
     """
 
     def __init__(self, file: IO[str]) -> None:
+        super().__init__()
         self._file: IO[str] | None = file
         self._lock = threading.Lock()
         self._started = time.monotonic()

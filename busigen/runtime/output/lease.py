@@ -95,25 +95,20 @@ class Lease:
             )
 
     def _acquire(self, known: list[str]) -> None:
-        while not self._create():
+        while not self._store.create(LOCK_FILE, self._content()):
             held = self._read()
             if held is None:
                 continue
-            if held["mark"] not in known and not self._is_dead(held):
-                continue
-            self._write()
-            # Another process may have come to the same conclusion.
-            if held["mark"] not in known:
-                time.sleep(self._beat.settle)
-            return
-
-    def _create(self) -> bool:
-        if not self._store.create(LOCK_FILE, self._content()):
-            return False
+            ours = held["mark"] in known
+            if ours or self._is_dead(held):
+                self._store.write(LOCK_FILE, self._content())
+                if not ours:
+                    # Another process may have come to the same conclusion.
+                    time.sleep(self._beat.settle)
+                return
         if self._store.create(LOCK_FILE, self._content()):
             # This store replaces what it should leave alone, so another process may have "created" it as well.
             time.sleep(self._beat.settle)
-        return True
 
     def _is_dead(self, held: dict[str, Any]) -> bool:
         """Watch a lock: True once it has not changed for long enough, False where it is gone; raises if it changes."""
@@ -137,7 +132,7 @@ class Lease:
             with contextlib.suppress(Exception, KeyboardInterrupt):
                 held = self._read(_BRIEF)
                 if held is not None and held["mark"] == self._mark and not ended.is_set():
-                    self._write()
+                    self._store.write(LOCK_FILE, self._content())
 
     def _release(self) -> None:
         """Remove the lock, if it is there and this process's; a store that cannot be reached keeps it."""
@@ -165,9 +160,6 @@ class Lease:
         except (ValueError, IntegrityError):
             # Cut short by a kill, where a store writes in place.
             return {"mark": "", "holder": "another process", "beat": content.hex()[:200]}
-
-    def _write(self) -> None:
-        self._store.write(LOCK_FILE, self._content())
 
     def _content(self) -> bytes:
         self._count += 1

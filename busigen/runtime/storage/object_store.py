@@ -50,10 +50,10 @@ _AT_ONCE = 32
 _STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}
 """How gcsfs begins the errors that it gives no status."""
 
-_NETWORK = set(
-    "HTTPClientError ConnectionError IncompleteReadError ChecksumError FlexibleChecksumError MetadataRetrievalError "
-    "CredentialRetrievalError TokenRetrievalError CapacityNotAvailableError".split()
-)
+_NETWORK = {
+    *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"),
+    *("MetadataRetrievalError", "CredentialRetrievalError", "TokenRetrievalError", "CapacityNotAvailableError"),
+}
 """Botocore's errors that time may mend; others, such as of a profile that is not there, are of settings."""
 
 
