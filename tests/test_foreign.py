@@ -239,7 +239,7 @@ def test_a_log_into_a_pipe_that_nobody_empties_holds_nothing_up(tmp_path: Path) 
     try:
         with EventLog.open(str(tmp_path / "log"), out=tmp_path / "out") as log:
             for _ in range(100):
-                log.emit("progress", text="x" * 4096)
+                log.event("progress", text="x" * 4096)
     finally:
         os.close(reader)
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.images import ImageFile, read_image, read_mask
+from busigen.data.images import ImageFile, read_image
+from busigen.data.masks import read_mask
 from busigen.data.sources.files import SUFFIXES
 from busigen.data.sources.read import UnknownLayoutError, read_source
 from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal

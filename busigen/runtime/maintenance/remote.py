@@ -26,8 +26,7 @@ from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.maintenance.verify import VerifyReport, View, read_run, verify
 from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.object_store import Store, in_groups
-from busigen.runtime.storage.retry import RetryingCaller
+from busigen.runtime.storage.object_store import RetryingCaller, Store
 from busigen.runtime.storage.url import Address
 from busigen.text import disk_size
 
@@ -126,7 +125,7 @@ class RemoteView(View):
         (folder / SHARD_FOLDER).mkdir(exist_ok=True)
         for name in [name for name in records if sizes[name] > MAX_BYTES]:
             self._fetch(name, MAX_BYTES)
-        for name, content in in_groups(store, [name for name in records if sizes[name] <= MAX_BYTES]):
+        for name, content in store.read_all([name for name in records if sizes[name] <= MAX_BYTES]):
             (folder / name).write_bytes(content)
 
     def names(self) -> Iterator[str]:

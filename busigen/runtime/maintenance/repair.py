@@ -49,7 +49,7 @@ from busigen.runtime.maintenance.verify import (
 )
 from busigen.runtime.maintenance.verify_collection import check_collection
 from busigen.runtime.maintenance.verify_shard import LEAST_SAMPLE
-from busigen.runtime.output.completed_shards import complete_shards
+from busigen.runtime.output.base import LocalOutput
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, forget_tasks
 from busigen.text import counted, describe
@@ -279,7 +279,7 @@ def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
         raise link_refused(folder / SHARD_FOLDER, OutputError)
     missing = plan.count - _samples_there(folder, plan)
     if missing:
-        require_room(folder, replace(plan, count=missing), {})
+        require_room(LocalOutput(folder), replace(plan, count=missing), {})
     with output_errors(folder):
         lock = exclusive(folder)
         lock.__enter__()
@@ -318,7 +318,7 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
 
 def _samples_there(folder: Path, plan: Plan) -> int:
     """Samples of the shards that are there, as far as sizes tell."""
-    records = complete_shards(folder, plan).values()
+    records = LocalOutput(folder).complete(plan).values()
     return sum(record.count for record in records if record.tar.size >= LEAST_SAMPLE * record.count)
 
 

@@ -22,7 +22,8 @@ from busigen.evaluation.reading.sets import read_set
 from busigen.runtime.dataset.finalize import contact_sheet, outline, pick_evenly
 from busigen.runtime.dataset.reader import Dataset, read_members
 from busigen.runtime.dataset.sample import SampleBatch
-from busigen.runtime.execution.factory import GenerationInterrupted, generate
+from busigen.runtime.execution.factory import generate
+from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.maintenance.explain import explain
 from busigen.runtime.maintenance.merge import merge
 from busigen.runtime.maintenance.repair import repair

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from busigen.errors import IntegrityError, OutputError
 from busigen.files import atomic_file, leftovers, write_json
 from busigen.foreign import read_file
 from busigen.records import Record, Text, read_checked
-from busigen.runtime.storage.files import output_errors
+from busigen.runtime.storage.files import cache_folder, output_errors
 from busigen.runtime.storage.lock import exclusive
 
 CONTENT, RECORD = "content", "record.json"
@@ -46,13 +45,8 @@ class _Record(Record):
 
 def default_folder() -> Path:
     """What ``BUSIGEN_CACHE`` names, else the folder for ``busigen`` where this system keeps caches."""
-    if named := os.environ.get("BUSIGEN_CACHE"):
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "busigen" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "busigen"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "busigen"
+    named = os.environ.get("BUSIGEN_CACHE")
+    return Path(named) if named else cache_folder()
 
 
 class Cache:
