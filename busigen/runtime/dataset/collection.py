@@ -1,14 +1,13 @@
 """Collections: several datasets merged into one folder, each kept whole as a part.
 
-A merged dataset of several seeds, or of ranges with a gap, cannot be renumbered without changing the bytes that its
-records and every row name. So it keeps its parts as they were made, in ``parts/000``, ``parts/001`` and so on, and adds
-one table of all rows and a ``dataset.json`` that says where each part came from.
+A merged dataset of several seeds, or of ranges with a gap, cannot be renumbered without changing bytes. So it keeps its
+parts as they were made, in ``parts/000`` and so on, beside a table of all rows and a ``dataset.json``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,13 @@ _COMMON = ("busigen", "columns", "fingerprint")
 
 
 class PartRecord(Record):
-    """A part as the collection's ``dataset.json`` lists it."""
+    """What is used of a part in it."""
 
     sources: Many[SourceRecord]
 
 
 class CollectionRecord(Record):
-    """Content of a collection's ``dataset.json``, as far as it is used."""
+    """What is used of a collection's ``dataset.json``."""
 
     parts: Many[PartRecord]
 
@@ -60,12 +59,11 @@ def parts_of(folder: Path) -> list[Path]:
         InputError: one is a link, or the collection is newer than this busigen.
     """
     parts = folder / PARTS_FOLDER
-    named = [parts / name for name in names_in(parts) if name.isdecimal()]
-    places = [place for place in named if place.is_dir()]
-    for path in (parts, *places) if places else ():
-        if path.is_symlink():
-            raise link_refused(path)
+    places = [parts / name for name in names_in(parts) if name.isdecimal() and (parts / name).is_dir()]
     if places:
+        for path in (parts, *places):
+            if path.is_symlink():
+                raise link_refused(path)
         read_object(folder / DATASET_FILE)  # For its schema alone.
     return sorted(places, key=lambda path: int(path.name))
 
@@ -98,30 +96,25 @@ def write_collection(folder: Path, sources: Sequence[Sources] | None = None) -> 
         sources: where each part came from; None takes that from the parts themselves.
 
     Raises:
-        OSError: the disk refused.
         BusigenError: a part is no finished dataset.
     """
     parts = open_parts(folder)
-    rows = (
-        part.manifest().select(pl.lit(part_name(number)).alias("part"), pl.all()) for number, part in enumerate(parts)
-    )
     with atomic_path(folder / MANIFEST_FILE) as path:
-        write_joined(path, rows)
-    given = sources or [_source_of(part) for part in parts]
-    info = collection_info(folder, parts, given)
+        write_joined(path, collection_rows(parts))
+    info = collection_info(folder, parts, sources or [_source_of(part) for part in parts])
     with atomic_file(folder / CARD_FILE) as file:
         file.write(_readme(info).encode())
     write_json(folder / DATASET_FILE, info)
 
 
-def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[Sources]) -> dict[str, Any]:
-    """Content of a collection's ``dataset.json``.
+def collection_rows(parts: Sequence[Dataset]) -> Iterator[pl.DataFrame]:
+    """Each part's rows, as the collection's manifest holds them."""
+    for number, part in enumerate(parts):
+        yield part.manifest().select(pl.lit(part_name(number)).alias("part"), pl.all())
 
-    Args:
-        folder: the collection.
-        parts: its parts, opened.
-        sources: where each of them came from.
-    """
+
+def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[Sources]) -> dict[str, Any]:
+    """Content of a collection's ``dataset.json``, of its opened parts and where each of them came from."""
     classes, rejected = Counter[str](), Counter[str]()
     for part in parts:
         classes.update(part.info["classes"])
@@ -202,7 +195,7 @@ def _source_of(dataset: Dataset) -> Sources:
 
 
 def _readme(info: Mapping[str, Any]) -> str:
-    parts = "\n".join(
+    rows = "\n".join(
         f"| `{part['folder']}` | {part['samples']} | {part['config']['seed']} | "
         f"{', '.join(source['folder'] for source in part['sources'])} |"
         for part in info["parts"]
@@ -216,7 +209,7 @@ and how it was made. For research; not for diagnosis.
 
 | part | samples | seed | merged from |
 |---|---:|---:|---|
-{parts}
+{rows}
 
 - `manifest.parquet`: the rows of all parts. `part` names the folder that `shard` is in. A key is unique within a part.
 - `dataset.json`: where each part came from, and the sha256 of its own `dataset.json`.

@@ -11,13 +11,9 @@ from typing import Any
 from busigen.errors import UsageError
 from busigen.runtime.storage.lock import LOCK_FILE
 
-SCHEMA_VERSION = 2
-"""Newest version of the folder's layout and of its JSON files that this busigen reads. A file records the oldest one
-that describes it, so that older readers read what they can: 2 stands for datasets that do not begin at index 0 and for
-those that consist of several parts."""
-
-FIRST_SCHEMA_VERSION = 1
-"""Version that all other files record."""
+FIRST_SCHEMA_VERSION, SCHEMA_VERSION = 1, 2
+"""Oldest and newest version of the folder's layout and JSON files that are read. A file records the oldest one that
+describes it: 2 stands for datasets that do not begin at index 0 and for those in several parts."""
 
 RUN_FILE = "run.json"
 DATASET_FILE = "dataset.json"
@@ -83,6 +79,9 @@ class Plan:
         seed: of the noise.
         shard_size: samples per shard; the last one may be short.
         first: index of the first sample, a multiple of the shard size.
+
+    Raises:
+        UsageError: a value is out of range.
     """
 
     count: int
@@ -91,14 +90,13 @@ class Plan:
     first: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that no dataset can have.
-
-        Raises:
-            UsageError: a value is out of range.
-        """
-        _require("--count", self.count, 1, MAX_COUNT)
-        _require("--seed", self.seed, 0, MAX_SEED)
-        _require("--shard-size", self.shard_size, 1, MAX_COUNT)
+        for option, value, low, high in (
+            ("--count", self.count, 1, MAX_COUNT),
+            ("--seed", self.seed, 0, MAX_SEED),
+            ("--shard-size", self.shard_size, 1, MAX_COUNT),
+        ):
+            if not low <= value <= high:
+                raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
         if self.first % self.shard_size or not 0 <= self.first <= MAX_COUNT - self.count:
             raise UsageError(
                 f"--index-range begins at {self.first}.",
@@ -163,11 +161,6 @@ class Plan:
             raise ValueError(error.problem) from error
 
 
-def _require(option: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
-
-
 def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Fields in which two JSON values differ, as (dotted name, old, new); a missing field counts as None."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -178,12 +171,16 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
     return [] if old == new and type(old) is type(new) else [(name, old, new)]
 
 
-def record_number(name: str) -> int | None:
-    """The number of the shard whose record has this name; None for any other file."""
-    folder, _, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    fits = folder == SHARD_FOLDER and suffix == "json" and stem.isascii() and stem.isdecimal() and 6 <= len(stem) <= 10
-    return int(stem) if fits and dot else None
+def shard_number(path: str) -> int | None:
+    """The number of the shard that a file belongs to, by its path in the dataset; None for any other file."""
+    found = OWN_FILE.fullmatch(path)
+    number = int(found["number"]) if found and found["number"] else -1
+    return number if path in shard_files(number) else None
+
+
+def record_number(path: str) -> int | None:
+    """The number of the shard whose record has this path in the dataset; None for any other file."""
+    return shard_number(path) if path.endswith(".json") else None
 
 
 FIELDS = {

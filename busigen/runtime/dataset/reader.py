@@ -44,10 +44,7 @@ _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get 
 
 
 class Fingerprint(Record):
-    """The fields of a run's fingerprint that are used; None where its source has no such field.
-
-    Ranges are texts, as they were typed.
-    """
+    """The fields of a run's fingerprint that are used; None where its source has no such field. Ranges are texts."""
 
     bundle: Text | None = None
     checkpoint: Text | None = None
@@ -138,6 +135,11 @@ class Member:
     mask: bytes
     row: dict[str, Any]
 
+    @property
+    def pictures(self) -> dict[str, bytes]:
+        """The two PNG files by their kind."""
+        return {"image": self.image, "mask": self.mask}
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -162,7 +164,12 @@ class Dataset:
         try:
             info = read_json(path, shards=len(recorded_shards(folder)), root=folder)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise _not_finished(folder) from error
+            problem = f"{folder} is no busigen dataset: it has no {DATASET_FILE}."
+            fix = "Give the folder of `--out`."
+            if (folder / RUN_FILE).is_file():
+                problem = f"{folder} is not finished: it has {RUN_FILE} but no {DATASET_FILE}."
+                fix = "Run `busigen generate` with the same options again to finish it."
+            raise InputError(problem, fix=fix) from error
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
         except ValueError as error:
@@ -202,9 +209,8 @@ class Dataset:
             IntegrityError: a shard is missing or holds anything but its samples.
         """
         for number in self.plan.numbers:
-            indices = self.plan.indices(number)
-            for member in read_members(self.folder / shard_path(number, "tar"), indices):
-                yield to_sample(member)
+            for member in read_members(self.folder / shard_path(number, "tar"), self.plan.indices(number)):
+                yield _to_sample(member)
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of these indices, in the order asked for.
@@ -218,10 +224,10 @@ class Dataset:
             raise IndexError(f"index {outside[0]} is outside {self.plan.span[0]} to {self.plan.span[-1]}")
         found: dict[int, Sample] = {}
         for number in sorted({index // self.plan.shard_size for index in indices}):
-            inside = self.plan.indices(number)
-            wanted = [index for index in indices if index in inside]
-            for member in read_members(self.folder / shard_path(number, "tar"), inside, only=wanted):
-                found[int(member.key)] = to_sample(member)
+            for member in read_members(
+                self.folder / shard_path(number, "tar"), self.plan.indices(number), only=indices
+            ):
+                found[int(member.key)] = _to_sample(member)
         return [found[index] for index in indices]
 
 
@@ -235,10 +241,7 @@ def recorded_shards(folder: Path) -> list[int]:
 
 
 def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
-    """Raise an error on a ``run.json`` or ``dataset.json`` of a newer schema; all readers call this.
-
-    Returns:
-        Whether it names a schema at all.
+    """Whether a ``run.json`` or ``dataset.json`` names a schema; all readers call this.
 
     Raises:
         InputError: its schema is newer than this busigen.
@@ -308,6 +311,10 @@ def plan_of(info: dict[str, Any], path: Path) -> Plan:
         raise _damaged(path) from error
 
 
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(f"{path} is damaged: it is not what busigen writes.", fix=_VERIFY)
+
+
 def read_members(path: Path, indices: range, only: Sequence[int] | None = None) -> Iterator[Member]:
     """Read a shard's tar, whose members must be exactly those of ``indices``, in order.
 
@@ -319,21 +326,46 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
     Raises:
         IntegrityError: the file is missing, is no tar, or a member has an unexpected name, kind, size or content.
     """
-    wanted = None if only is None else set(only)
+    wanted = set(indices if only is None else only)
     try:
         with open_headers(path) as tar:
             for index in indices:
                 key = key_of(index)
                 members = [_next_member(path, tar, f"{key}.{suffix}") for suffix in MEMBER_SUFFIXES]
-                if wanted is not None and index not in wanted:
+                if index not in wanted:
                     continue
-                image, mask, text = (_content(path, tar, member) for member in members)
-                yield Member(key=key, image=image, mask=mask, row=_parse_row(path, key, text))
+                contents = []
+                for member in members:
+                    contents.append(tar.read(member))
+                    if len(contents[-1]) != member.size:
+                        raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
+                image, mask, text = contents
+                try:
+                    row = parse_json(text, key)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict) or row.get("key") != key:
+                    raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
+                yield Member(key=key, image=image, mask=mask, row=row)
             extra = tar.next()
             if extra is not None:
                 raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
     except (OSError, tarfile.TarError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
+
+
+def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
+    member = tar.next()
+    if member is None:
+        raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
+    # Names are only compared, so an absolute path, a "..", a link or a device fails here and does no harm.
+    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if member.name != expected or not plain:
+        raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
+    if not 0 < member.size <= MEMBER_LIMIT:
+        problem = f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed."
+        raise IntegrityError(problem, fix=_VERIFY)
+    return member
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
@@ -354,58 +386,6 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     return np.asarray(_decode(data, "1"), dtype=np.bool_)
 
 
-def to_sample(member: Member) -> Sample:
-    """Decode one member.
-
-    Raises:
-        IntegrityError: a PNG or the row is damaged.
-    """
-    row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
-    try:
-        return Sample(
-            index=row.index,
-            attempt=row.attempt,
-            label=row.label,
-            image=decode_image(member.image),
-            mask=decode_mask(member.mask),
-            row={name: value for name, value in member.row.items() if name not in FIXED_COLUMNS},
-        )
-    except ValueError as error:
-        raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
-
-
-def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
-    member = tar.next()
-    if member is None:
-        raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
-    # Names are only compared, so an absolute path, a "..", a link or a device fails here and does no harm.
-    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-    if member.name != expected or not plain:
-        raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
-    if not 0 < member.size <= MEMBER_LIMIT:
-        raise IntegrityError(
-            f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed.", fix=_VERIFY
-        )
-    return member
-
-
-def _content(path: Path, tar: TarHeaders, member: tarfile.TarInfo) -> bytes:
-    data = tar.read(member)
-    if len(data) != member.size:
-        raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
-    return data
-
-
-def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
-    try:
-        row = parse_json(text, key)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or row.get("key") != key:
-        raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
-    return row
-
-
 def _decode(data: bytes, mode: str) -> Image.Image:
     try:
         # Pillow imports the code for a format here, which opens files.
@@ -420,14 +400,11 @@ def _decode(data: bytes, mode: str) -> Image.Image:
         raise ValueError(f"not a readable PNG ({error})") from error
 
 
-def _not_finished(folder: Path) -> InputError:
-    if (folder / RUN_FILE).is_file():
-        return InputError(
-            f"{folder} is not finished: it has {RUN_FILE} but no {DATASET_FILE}.",
-            fix="Run `busigen generate` with the same options again to finish it.",
-        )
-    return InputError(f"{folder} is no busigen dataset: it has no {DATASET_FILE}.", fix="Give the folder of `--out`.")
-
-
-def _damaged(path: Path | Address) -> IntegrityError:
-    return IntegrityError(f"{path} is damaged: it is not what busigen writes.", fix=_VERIFY)
+def _to_sample(member: Member) -> Sample:
+    row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
+    own = {name: value for name, value in member.row.items() if name not in FIXED_COLUMNS}
+    try:
+        image, mask = decode_image(member.image), decode_mask(member.mask)
+    except ValueError as error:
+        raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
+    return Sample(row.index, row.attempt, row.label, image, mask, own)

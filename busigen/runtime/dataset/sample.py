@@ -61,15 +61,14 @@ class Source(Protocol):
     def options(self) -> Mapping[str, str | None]:
         """Names, never paths, of the folders that options gave, by option; None where the default was taken.
 
-        Recorded for people to read. They decide nothing: the fingerprint holds what is in the folders.
+        They are for people and decide nothing: the fingerprint holds what is in the folders.
         """
         ...
 
     def row_types(self) -> Mapping[str, type]:
         """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None.
 
-        Declared, never guessed from values: a shard whose column is all None, or whose floats all happen to be whole
-        numbers, must get the same table schema as its neighbours.
+        Declared, so that a shard whose column is all None gets the same table schema as its neighbours.
         """
         ...
 
@@ -83,11 +82,7 @@ class Stream(Source, Protocol):
     """A source that draws ahead of the oldest request, so that its batches fill across shards."""
 
     def stream(
-        self,
-        seed: int,
-        requests: Iterable[Sequence[int]],
-        done: Callable[[int], None],
-        stopping: Callable[[], bool],
+        self, seed: int, requests: Iterable[Sequence[int]], done: Callable[[int], None], stopping: Callable[[], bool]
     ) -> Generator[SampleBatch, None, None]:
         """Yield the samples of one request after the other, each as :meth:`Source.draw` would return them.
 

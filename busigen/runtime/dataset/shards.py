@@ -10,7 +10,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -27,15 +27,7 @@ from busigen.errors import IntegrityError
 from busigen.files import atomic_file, sha256_of, write_json
 from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
-from busigen.runtime.dataset.format import (
-    FIRST_SCHEMA_VERSION,
-    IMAGE_SUFFIX,
-    MASK_SUFFIX,
-    ROW_SUFFIX,
-    SHARD_FOLDER,
-    key_of,
-    shard_path,
-)
+from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, MEMBER_SUFFIXES, SHARD_FOLDER, key_of, shard_path
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
 from busigen.runtime.storage.url import Address
 
@@ -131,16 +123,16 @@ class ShardRecord:
         return record
 
     def counted(self) -> ShardRecord:
-        """This record without its refused draws, of which ``rejected`` holds how many.
-
-        A run keeps the records of all shards in memory: where a third of all draws is refused, the refused draws of
-        100,000 samples take 11 MB.
-        """
+        """This record without its refused draws, which would take megabytes where a run keeps those of all shards."""
         return replace(self, rejections=[])
 
 
+def _damaged(path: Path | Address) -> IntegrityError:
+    return IntegrityError(f"{path} is not the record of a shard in {SHARD_FOLDER}.", fix=_REMAKE)
+
+
 def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[str, type]) -> ShardRecord:
-    """Write one shard into the dataset ``folder``; equal samples give equal bytes.
+    """Write one shard into the dataset ``folder``, its record last; equal samples give equal bytes.
 
     Args:
         folder: the dataset's folder; its ``shards`` folder must exist.
@@ -148,14 +140,11 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
         batch: the samples in index order with nothing missing, and the refused draws.
         types: type of each field of the samples' rows.
 
-    Returns:
-        The record that now stands in the shard's JSON file.
-
     Raises:
         OSError: the disk refused.
         ValueError: the source broke its contract: shapes, classes, order or fields.
     """
-    check_samples(batch.samples, types)
+    _check_samples(batch.samples, types)
     record_path = folder / shard_path(number, "json")
     record_path.unlink(missing_ok=True)
 
@@ -171,35 +160,14 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
         number=number,
         first=batch.samples[0].index,
         count=len(batch.samples),
-        classes=count_sorted([sample.label for sample in batch.samples]),
-        rejected=count_sorted([rejection.reason for rejection in rejections]),
+        classes=_count_sorted(sample.label for sample in batch.samples),
+        rejected=_count_sorted(rejection.reason for rejection in rejections),
         rejections=rejections,
         tar=FileRecord.of(folder, shard_path(number, "tar")),
         parquet=FileRecord.of(folder, shard_path(number, "parquet")),
     )
     write_json(record_path, {"schema_version": FIRST_SCHEMA_VERSION, **asdict(record)})
     return record
-
-
-def check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
-    """Check that samples are as their source declares them.
-
-    Raises:
-        ValueError: a sample has a wrong shape, dtype, class, index or set of fields.
-    """
-    if not samples:
-        raise ValueError("a shard needs at least one sample, got none")
-    for index, sample in enumerate(samples, start=samples[0].index):
-        if sample.index != index:
-            raise ValueError(f"expected the sample of index {index}, got index {sample.index}")
-        for name, array, dtype in (("image", sample.image, np.uint8), ("mask", sample.mask, np.bool_)):
-            if array.shape != (RESOLUTION, RESOLUTION) or array.dtype != dtype:
-                wanted = f"({RESOLUTION}, {RESOLUTION}) {np.dtype(dtype)}"
-                raise ValueError(f"sample {index}: {name} must be {wanted}, got {array.shape} {array.dtype}")
-        if sample.label not in LESION_CLASSES:
-            raise ValueError(f"sample {index}: label must be one of {LESION_CLASSES}, got {sample.label!r}")
-        if sample.row.keys() != types.keys():
-            raise ValueError(f"sample {index}: row must have fields {sorted(types)}, got {sorted(sample.row)}")
 
 
 def schema_of(types: Mapping[str, type]) -> pl.Schema:
@@ -216,11 +184,6 @@ def schema_of(types: Mapping[str, type]) -> pl.Schema:
     return pl.Schema({name: _POLARS_TYPES[kind] for name, kind in (FIXED_COLUMNS | dict(types)).items()})
 
 
-def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
-    """Write a table as Parquet, with all settings fixed that decide its bytes."""
-    table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)
-
-
 def lesion_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
     """Left, top, right, bottom of a (256, 256) mask in pixels, right and bottom exclusive; None if it is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -229,12 +192,29 @@ def lesion_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def count_sorted(names: list[str]) -> dict[str, int]:
+def _check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
+    if not samples:
+        raise ValueError("a shard needs at least one sample, got none")
+    for index, sample in enumerate(samples, start=samples[0].index):
+        if sample.index != index:
+            raise ValueError(f"expected the sample of index {index}, got index {sample.index}")
+        for name, array, dtype in (("image", sample.image, np.uint8), ("mask", sample.mask, np.bool_)):
+            if array.shape != (RESOLUTION, RESOLUTION) or array.dtype != dtype:
+                wanted = f"({RESOLUTION}, {RESOLUTION}) {np.dtype(dtype)}"
+                raise ValueError(f"sample {index}: {name} must be {wanted}, got {array.shape} {array.dtype}")
+        if sample.label not in LESION_CLASSES:
+            raise ValueError(f"sample {index}: label must be one of {LESION_CLASSES}, got {sample.label!r}")
+        if sample.row.keys() != types.keys():
+            raise ValueError(f"sample {index}: row must have fields {sorted(types)}, got {sorted(sample.row)}")
+
+
+def _count_sorted(names: Iterable[str]) -> dict[str, int]:
     """Occurrences per name, sorted by name, so that equal counts give equal bytes."""
     return dict(sorted(Counter(names).items()))
 
 
 def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Write a shard's tar; returns its rows."""
     tar_name = shard_path(number, "tar")
     rows = []
     with (
@@ -242,9 +222,21 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for sample, (image, mask) in zip(samples, _encoders().map(_encode, samples), strict=True):
-            row = _row(sample, tar_name, image, mask, types)
+            box = lesion_box(sample.mask) or (None, None, None, None)
+            row = {
+                "key": key_of(sample.index),
+                "index": sample.index,
+                "attempt": sample.attempt,
+                "class": sample.label,
+                "shard": tar_name,
+                "image_sha256": hashlib.sha256(image).hexdigest(),
+                "mask_sha256": hashlib.sha256(mask).hexdigest(),
+                "lesion_pixels": int(sample.mask.sum()),
+                **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
+                **{name: _scalar(sample, name, kind) for name, kind in types.items()},
+            }
             text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-            for suffix, content in ((IMAGE_SUFFIX, image), (MASK_SUFFIX, mask), (ROW_SUFFIX, text)):
+            for suffix, content in zip(MEMBER_SUFFIXES, (image, mask, text), strict=True):
                 # A new TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names, so nothing of this machine.
                 member = tarfile.TarInfo(f"{row['key']}.{suffix}")
                 member.size = len(content)
@@ -263,34 +255,16 @@ def _encoders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_ENCODERS, thread_name_prefix="png-encoder")
 
 
-def _encode(sample: Sample) -> tuple[bytes, bytes]:
-    # A bool array becomes a 1-bit image, a uint8 array an 8-bit grey one; neither carries metadata.
-    return _png(sample.image), _png(sample.mask)
-
-
-def _png(pixels: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", **_PNG_OPTIONS)
-    return buffer.getvalue()
-
-
-def _row(sample: Sample, tar_name: str, image: bytes, mask: bytes, types: Mapping[str, type]) -> dict[str, Any]:
-    box = lesion_box(sample.mask) or (None, None, None, None)
-    return {
-        "key": key_of(sample.index),
-        "index": sample.index,
-        "attempt": sample.attempt,
-        "class": sample.label,
-        "shard": tar_name,
-        "image_sha256": hashlib.sha256(image).hexdigest(),
-        "mask_sha256": hashlib.sha256(mask).hexdigest(),
-        "lesion_pixels": int(sample.mask.sum()),
-        **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
-        **{name: _scalar(sample, name, kind) for name, kind in types.items()},
-    }
+def _encode(sample: Sample) -> list[bytes]:
+    """A sample's image as 8-bit grey PNG and its mask as a 1-bit one, without metadata."""
+    files = [io.BytesIO(), io.BytesIO()]
+    for pixels, file in zip((sample.image, sample.mask), files, strict=True):
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", **_PNG_OPTIONS)
+    return [file.getvalue() for file in files]
 
 
 def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool | None:
+    """A row field of a sample, held to its declared type."""
     value = sample.row[name]
     if value is None:
         return None
@@ -305,5 +279,6 @@ def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool |
     return cast("str | int | float | bool", plain)
 
 
-def _damaged(path: Path | Address) -> IntegrityError:
-    return IntegrityError(f"{path} is not the record of a shard in {SHARD_FOLDER}.", fix=_REMAKE)
+def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
+    """Write a table as Parquet, with all settings fixed that decide its bytes."""
+    table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)

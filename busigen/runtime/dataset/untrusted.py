@@ -37,12 +37,7 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
 
 
 def find_rows(path: Path, rows: int, index: int) -> list[dict[str, Any]]:
-    """The rows of one index in a table that should have ``rows`` rows; most of a large table is not read.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        PolarsError: as for ``read_table``.
-    """
+    """The rows of one index in a table that should have ``rows`` rows, most of which are not read; see `read_table`."""
     with _checked(path, rows) as file:
         return pl.scan_parquet(file).filter(pl.col("index") == index).collect().to_dicts()
 
@@ -58,7 +53,7 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
     Raises:
         OSError: the file cannot be written.
         PolarsError: a table has other columns than the first.
-        Exception: whatever ``tables`` raises.
+        Exception: raised by ``tables``.
     """
     rest = iter(tables)
     first = next(rest)
@@ -88,12 +83,7 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
 
 @contextmanager
 def _checked(path: Path, rows: int) -> Iterator[BinaryIO]:
-    """An open table file for polars, refused if it claims other than ``rows`` rows or more memory than they can need.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        PolarsError: it is refused, or no table.
-    """
+    """An open table file, refused if it claims other than ``rows`` rows or more memory than they can need."""
     try:
         refuse_costly(path, rows)
     except ValueError as error:
@@ -104,12 +94,7 @@ def _checked(path: Path, rows: int) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _as_pythons_errors(path: Path) -> Iterator[None]:
-    """A context that turns polars' panics and the system errors in its messages into Python's exceptions.
-
-    Raises:
-        OSError: the system refused polars something.
-        PolarsError: any other failure.
-    """
+    """Turn polars' panics into errors, and the system's errors in its messages into an OSError."""
     try:
         yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -123,11 +108,9 @@ def _as_pythons_errors(path: Path) -> Iterator[None]:
 
 
 HEADER_LIMIT = 16 << 10
-"""Most bytes that the headers of one member may take, long names and PAX records included.
-
-A plain header takes 512. A long name or a set of PAX records can claim any size, and tarfile reads all of it at once;
-what tarfiles before Python 3.12.6 make of overlapping records grows with their square: 16 KiB into some 70 MB.
-"""
+"""Most bytes that the headers of one member may take; a plain one takes 512. A long name or a set of PAX records can
+claim any size, and tarfile reads all of it at once; what tarfiles before Python 3.12.6 make of overlapping records
+grows with their square: 16 KiB into some 70 MB."""
 
 
 class TarHeaders:

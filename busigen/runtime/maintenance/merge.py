@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -103,9 +102,11 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
 
 def _refuse_misfits(datasets: Sequence[Dataset]) -> None:
     first = datasets[0]
-    for other in datasets[1:]:
-        changes = shown_changes(_decisive(first), _decisive(other))
-        if changes:
+    compared = [
+        {name: value for name, value in run_of(one.info).items() if name not in _NOT_COMPARED} for one in datasets
+    ]
+    for other, record in zip(datasets, compared, strict=True):
+        if changes := shown_changes(compared[0], record):
             raise InputError(
                 f"{first.folder} and {other.folder} are of different runs ({'; '.join(changes)}).",
                 fix="Merge datasets that differ in nothing but seed and index range; the same bundle and busigen made "
@@ -120,18 +121,13 @@ def _refuse_misfits(datasets: Sequence[Dataset]) -> None:
             )
 
 
-def _decisive(dataset: Dataset) -> dict[str, Any]:
-    return {name: value for name, value in run_of(dataset.info).items() if name not in _NOT_COMPARED}
-
-
 def _runs(datasets: Sequence[Dataset]) -> list[list[Dataset]]:
     """The datasets, by what one run each would have made."""
     runs = [[datasets[0]]]
     for one, two in pairwise(datasets):
-        follows = one.plan.seed == two.plan.seed and two.plan.first == one.plan.span.stop
         # A short last shard would have to be filled up, which changes its bytes.
         alike = one.plan.shard_size == two.plan.shard_size and not one.plan.span.stop % one.plan.shard_size
-        if follows and alike:
+        if one.plan.seed == two.plan.seed and two.plan.first == one.plan.span.stop and alike:
             runs[-1].append(two)
         else:
             runs.append([two])
@@ -139,7 +135,7 @@ def _runs(datasets: Sequence[Dataset]) -> list[list[Dataset]]:
 
 
 def _records(dataset: Dataset) -> list[ShardRecord]:
-    """Every shard's record, where the plan, these records, ``run.json`` and all that ``dataset.json`` says agree.
+    """Every shard's record, of a dataset whose plan, records, ``run.json`` and ``dataset.json`` agree.
 
     Raises:
         IntegrityError: they do not.
@@ -158,10 +154,8 @@ def _records(dataset: Dataset) -> list[ShardRecord]:
     changed = differences(dataset.info, dataset_info(run, records, {MANIFEST_FILE: manifest}))
     if changed:
         named = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _, _ in changed))
-        raise IntegrityError(
-            f"{dataset.folder / DATASET_FILE} differs from the shards' records or the manifest in: {named}.",
-            fix=_repair(dataset),
-        )
+        path = dataset.folder / DATASET_FILE
+        raise _broken(dataset, f"{path} differs from the shards' records or the manifest in: {named}.")
     return records
 
 
@@ -172,9 +166,9 @@ def _join(
     recorded: Mapping[Path, Sequence[ShardRecord]],
     progress: Progress,
 ) -> bool:
-    """Make one dataset of those that one run would have made; tell whether a file had to be copied.
+    """Make one dataset of those that one run would have made; returns whether a file had to be copied.
 
-    Shards are theirs, by their hashes. Whatever no hash covers is made anew and not taken over.
+    Shards are taken over, by their hashes; whatever no hash covers is made anew.
     """
     (target / SHARD_FOLDER).mkdir(parents=True)
     records, copied = [], False
@@ -197,34 +191,22 @@ def _join(
         made |= {"schema_version": plan.schema_version, "config": plan.config(), "sources": sources}
     write_json(target / RUN_FILE, made)
     finish(target, made, records)
-    if len(run) == 1:
-        _refuse_other_rows(run[0], target)
+    (dataset, *more), manifest = run, target / MANIFEST_FILE
+    # Another version of polars packs the same rows into other bytes.
+    if not more and sha256_of(manifest) != dataset.info["files"][MANIFEST_FILE]["sha256"]:
+        try:
+            same = dataset.manifest().equals(read_table(manifest, dataset.plan.count))
+        except (OSError, IntegrityError, pl.exceptions.PolarsError):
+            same = False
+        if not same:
+            raise _damaged(dataset, MANIFEST_FILE)
     return copied
 
 
-def _refuse_other_rows(dataset: Dataset, target: Path) -> None:
-    """The manifest follows from the shards. Another version of polars packs the same rows into other bytes."""
-    if sha256_of(target / MANIFEST_FILE) == dataset.info["files"][MANIFEST_FILE]["sha256"]:
-        return
-    try:
-        same = dataset.manifest().equals(read_table(target / MANIFEST_FILE, dataset.plan.count))
-    except (OSError, IntegrityError, pl.exceptions.PolarsError):
-        same = False
-    if not same:
-        raise _damaged(dataset, MANIFEST_FILE)
-
-
 def _bring(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
-    """Link a regular file of a dataset into the target, or copy it where that is not possible.
+    """Link a regular file, of at most ``limit`` bytes, into the target, or copy it; returns whether it was copied.
 
-    Args:
-        dataset: from anywhere, so none of its links is followed.
-        target: the folder to bring it to.
-        name: the file's path relative to either.
-        limit: most bytes that it may have.
-
-    Returns:
-        Whether it was copied.
+    The dataset may come from anywhere, so none of its links is followed.
 
     Raises:
         IntegrityError: it is missing, is no regular file, or is larger.
@@ -255,18 +237,16 @@ def _reading(dataset: Dataset) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise IntegrityError(f"{error.filename} is missing.", fix=_repair(dataset)) from error
+        raise _broken(dataset, f"{error.filename} is missing.") from error
     except ForeignFileError as error:
-        raise IntegrityError(f"{error.filename} {error.strerror}.", fix=_repair(dataset)) from error
+        raise _broken(dataset, f"{error.filename} {error.strerror}.") from error
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
 
 
 def _damaged(dataset: Dataset, name: str) -> IntegrityError:
-    return IntegrityError(
-        f"{dataset.folder}: {name} is not what {dataset.folder.name}/{DATASET_FILE} records.", fix=_repair(dataset)
-    )
+    return _broken(dataset, f"{dataset.folder}: {name} is not what {dataset.folder.name}/{DATASET_FILE} records.")
 
 
-def _repair(dataset: Dataset) -> str:
-    return f"Run `busigen verify --repair {shell_word(dataset.folder)}`, then merge again."
+def _broken(dataset: Dataset, problem: str) -> IntegrityError:
+    return IntegrityError(problem, fix=f"Run `busigen verify --repair {shell_word(dataset.folder)}`, then merge again.")

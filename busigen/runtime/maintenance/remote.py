@@ -18,6 +18,7 @@ from busigen.runtime.dataset.format import (
     RUN_FILE,
     SHARD_FOLDER,
     record_number,
+    shard_number,
     shard_path,
 )
 from busigen.runtime.dataset.reader import plan_of
@@ -81,12 +82,7 @@ def refuse_repair(place: Path | Address) -> Path:
 
 @contextmanager
 def viewed(address: Address, progress: Progress | None = None) -> Iterator[RemoteView]:
-    """See a dataset at a URL as a folder while the block runs.
-
-    Raises:
-        InputError: there is no dataset, or it cannot be read.
-        UsageError, MissingDependencyError: the URL's protocol is unknown, or needs an extra.
-    """
+    """See a dataset at a URL as a folder while the block runs; raises what :func:`verify_place` does."""
     store = Store(RetryingCaller(address, notify=(progress or Progress()).note, kind=InputError))
     with tempfile.TemporaryDirectory(prefix="busigen-") as name:
         yield RemoteView(store, Path(name))
@@ -117,9 +113,7 @@ class RemoteView(View):
                 f"{store.address} is no busigen dataset: it has neither {RUN_FILE} nor {DATASET_FILE}.",
                 fix="Give the URL that was the `--out` of `busigen generate`.",
             )
-        records = sorted(
-            name for name in sizes if (n := record_number(name)) is not None and name == shard_path(n, "json")
-        )
+        records = sorted(name for name in sizes if record_number(name) is not None)
         for name in FINISHED_FILES:
             json = name in (RUN_FILE, DATASET_FILE)
             self._fetch(name, MAX_BYTES + BYTES_PER_SHARD * len(records) if json else None)
@@ -130,12 +124,12 @@ class RemoteView(View):
             (folder / name).write_bytes(content)
 
     def names(self) -> Iterator[str]:
-        """See :class:`busigen.runtime.maintenance.verify.View`."""
+        """See :class:`View`."""
         yield from self._store.sizes
 
     @contextmanager
     def shard(self, number: int) -> Iterator[None]:
-        """See :class:`busigen.runtime.maintenance.verify.View`."""
+        """See :class:`View`."""
         names = [shard_path(number, suffix) for suffix in ("tar", "parquet")]
         try:
             for name in names:
@@ -167,14 +161,14 @@ class RemoteView(View):
 
 
 def _at_url(problem: Problem) -> Problem:
-    """What helps at a URL, where nothing is repaired in place."""
+    """The problem with what helps at a URL, where nothing is repaired in place."""
     if not any(problem.fix.endswith(fix) for fix in (FINISH, MEND, REPAIR)):
         return problem
-    stem, _, suffix = problem.file.rpartition(".")
-    of_shard = problem.file.startswith(f"{SHARD_FOLDER}/") and suffix in ("tar", "parquet", "json")
-    record = f"{stem}.json" if of_shard else DATASET_FILE
+    number = shard_number(problem.file)
+    record = DATASET_FILE if number is None else shard_path(number, "json")
+    anew = "the files that describe the dataset" if number is None else "that shard"
     return replace(
         problem,
         fix=f"Delete {record} there, if it is there, and run `busigen generate` with the same options again: it makes "
-        f"anew {'that shard' if of_shard else 'the files that describe the dataset'}.",
+        f"anew {anew}.",
     )

@@ -14,7 +14,7 @@ import polars as pl
 
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
-from busigen.runtime.dataset.format import SHARD_FOLDER, Plan, differences, key_of, shard_path
+from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
 from busigen.runtime.dataset.reader import Member, decode_image, decode_mask, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box
 from busigen.runtime.dataset.untrusted import read_table
@@ -23,22 +23,22 @@ from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
 
 DELETE = "Delete it, or move it out of the dataset."
-"""What helps against a file that is none of the dataset's."""
+"""Fix for a file that is none of the dataset's."""
 
 REPAIR = "Run `busigen verify --repair`."
-"""What helps where ``generate`` cannot know that the folder is its own."""
+"""Fix where ``generate`` cannot know that the folder is its own."""
 
 FINISH = "Run `busigen verify --repair`, or `busigen generate` with the same options again, to finish the dataset."
-"""What helps wherever a file is missing."""
+"""Fix for a missing file."""
 
 MEND = (
     "Run `busigen verify --repair`, or `busigen generate` with the same options again: it makes anew what differs from "
     "its record, and no more."
 )
-"""What helps wherever a hash gives the damage away, because ``generate`` checks them as well."""
+"""Fix where a hash gives the damage away, because ``generate`` checks hashes as well."""
 
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
-"""What helps against content that is wrong behind hashes that fit."""
+"""Fix for content that is wrong behind hashes that fit."""
 
 LEAST_SAMPLE = 3 * 1024
 """Bytes in a tar that a sample takes at least: a header and a block for each of its members."""
@@ -111,43 +111,62 @@ def check_shard(
         backgrounds: healthy images to compare with; None compares none.
         progress: counts every sample.
     """
-    found = ShardFindings(number)
-    indices = plan.indices(number)
-    names = {suffix: shard_path(number, suffix) for suffix in ("json", "tar", "parquet")}
+    found, indices = ShardFindings(number), plan.indices(number)
+    json, tar, table = (shard_path(number, suffix) for suffix in ("json", "tar", "parquet"))
     try:
         record = found.record = ShardRecord.read(folder, number)
     except FileNotFoundError:
         found.started = False
         return found
     except (OSError, IntegrityError):
-        found.report(names["json"], "is not the record of its shard.")
+        found.report(json, "is not the record of its shard.")
         return found
     if (record.first, record.count) != (indices.start, len(indices)):
         held = f"{record.first} to {record.first + record.count - 1}"
-        found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.")
+        found.report(json, f"records the samples {held}, not {indices.start} to {indices[-1]}.")
     if Counter(rejection.reason for rejection in record.rejections) != Counter(record.rejected):
-        found.report(names["json"], "lists other rejections than it counts.", names["json"])
+        found.report(json, "lists other rejections than it counts.", json)
     if record.tar.size < LEAST_SAMPLE * len(indices):
         # How many rows a table may have follows from the plan, which may be made up; so large a tar may not.
-        found.report(names["json"], f"records a tar too small for {len(indices)} samples.")
+        found.report(json, f"records a tar too small for {len(indices)} samples.")
         return found
     if _check_file(folder, record.parquet, found):
-        found.rows = _read_rows(folder, names["parquet"], indices, schema, found)
-    tar_is_whole = _check_file(folder, record.tar, found)
-    if found.rows is None or not (folder / names["tar"]).is_file():
+        try:
+            rows = read_table(folder / table, len(indices))
+            if (
+                rows.schema == schema
+                and rows["index"].to_list() == list(indices)
+                and rows["key"].to_list() == [key_of(n) for n in indices]
+            ):
+                found.rows = rows
+            else:
+                found.report(
+                    table, f"does not hold the rows {indices.start} to {indices[-1]} once each, in order.", json
+                )
+        except (OSError, pl.exceptions.PolarsError) as error:
+            found.report(table, f"cannot be read as a table: {error}.", json)
+    whole = _check_file(folder, record.tar, found)
+    if found.rows is None or not (folder / tar).is_file():
         return found
+    # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
+    remake = json if whole else None
     try:
-        # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
-        remake = names["json"] if tar_is_whole else None
-        _check_members(folder / names["tar"], indices, found.rows, found, backgrounds, progress, remake)
+        for member, row in zip(read_members(folder / tar, indices), found.rows.iter_rows(named=True), strict=True):
+            found.samples += 1
+            progress.advance(1)
+            found.hashes.append((row["image_sha256"], member.key))
+            wrong = list(_member_problems(member, row))
+            for problem in wrong:
+                found.report(tar, f"sample {member.key}: {problem}", remake)
+            _check_background(tar, member, row, bool(wrong), found, backgrounds)
     except IntegrityError as error:
         # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
-        if tar_is_whole:
-            found.report(names["tar"], error.problem, names["json"])
+        if whole:
+            found.report(tar, error.problem, json)
     if Counter(found.rows["class"].to_list()) != Counter(record.classes):
-        found.report(names["json"], "counts other classes than the shard's rows hold.", names["json"])
+        found.report(json, "counts other classes than the shard's rows hold.", json)
     if not _refusals_fit(record, found.rows):
-        found.report(names["json"], "lists other refused draws than the shard's rows count.", names["json"])
+        found.report(json, "lists other refused draws than the shard's rows count.", json)
     return found
 
 
@@ -184,66 +203,36 @@ def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
     return False
 
 
-def _read_rows(folder: Path, name: str, indices: range, schema: pl.Schema, found: ShardFindings) -> pl.DataFrame | None:
-    remake = name.replace(".parquet", ".json")
-    try:
-        rows = read_table(folder / name, len(indices))
-        fits = (
-            rows.schema == schema
-            and rows["index"].to_list() == list(indices)
-            and rows["key"].to_list() == [key_of(n) for n in indices]
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        found.report(name, f"cannot be read as a table: {error}.", remake)
-        return None
-    if not fits:
-        found.report(name, f"does not hold the rows {indices.start} to {indices[-1]} once each, in order.", remake)
-        return None
-    return rows
-
-
-def _check_members(
-    tar: Path,
-    indices: range,
-    rows: pl.DataFrame,
+def _check_background(
+    tar: str,
+    member: Member,
+    row: dict[str, Any],
+    damaged: bool,
     found: ShardFindings,
     backgrounds: Backgrounds | None,
-    progress: Progress,
-    remake: str | None,
 ) -> None:
-    name = f"{SHARD_FOLDER}/{tar.name}"
-    for member, row in zip(read_members(tar, indices), rows.iter_rows(named=True), strict=True):
-        found.samples += 1
-        progress.advance(1)
-        found.hashes.append((row["image_sha256"], member.key))
-        wrong = list(_member_problems(member, row))
-        for problem in wrong:
-            found.report(name, f"sample {member.key}: {problem}", remake)
-        healthy = row.get("healthy_sha256")
-        if healthy is None:
-            found.synthetic += 1
-            continue
-        found.needed.add(healthy)
-        if backgrounds is not None and healthy not in backgrounds.paths:
-            found.absent.setdefault(healthy, row)
-            found.unproven += 1
-            continue
-        if backgrounds is None or wrong:
-            found.unproven += 1
-            continue
+    """Compare a sample with its healthy image, if it has one that is at hand, and count it."""
+    healthy = row.get("healthy_sha256")
+    if healthy is None:
+        found.synthetic += 1
+        return
+    found.needed.add(healthy)
+    if backgrounds is not None and healthy in backgrounds.paths and not damaged:
         reason = backgrounds.difference(healthy, decode_image(member.image), decode_mask(member.mask))
         if reason is None:
             found.proven += 1
-        else:
-            found.unproven += 1
-            found.problems.append(Problem(name, f"sample {member.key}: {reason.problem}", reason.fix))
+            return
+        found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))
+    elif backgrounds is not None and healthy not in backgrounds.paths:
+        found.absent.setdefault(healthy, row)
+    found.unproven += 1
 
 
 def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
     if member.row != row:
         changed = ", ".join(name for name, _, _ in differences(member.row, row))
         yield f"its json differs from its row in the table ({changed})."
-    for kind, content in (("image", member.image), ("mask", member.mask)):
+    for kind, content in member.pictures.items():
         if hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
             yield f"its {kind} has another sha256 than its row says."
     try:

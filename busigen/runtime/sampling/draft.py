@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,15 @@ from busigen.runtime.sampling.conditions import measured
 from busigen.runtime.sampling.healthy_images import Healthy
 
 Floats = NDArray[np.float32]
+BEGIN, OUTLINE, PAINT = range(3)
+
+
+class Kind(NamedTuple):
+    """The kind of a draw, by which batches form: its next stage, and its class and window side where they matter."""
+
+    stage: int
+    label: str = ""
+    side: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +35,11 @@ class DrawRequest:
     index: int
     attempt: int
     position: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """With which draws this one may share a batch."""
+        return Kind(BEGIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +52,11 @@ class Draft(DrawRequest):
     mask: Mask | None = None
     edit: Mask | None = None
     window: Window | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """With which draws this one may share a batch."""
+        return Kind(PAINT, self.label, self.window.side) if self.window else Kind(OUTLINE, self.label)
 
 
 def background_reason(draft: Draft) -> str | None:

@@ -72,25 +72,24 @@ def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Healthy:
-    """A synthetic background as a :class:`Healthy`: the prior's picture cut to a real image's shape, with bars.
-
-    Args:
-        pixels: ``(256, 256)`` uint8.
-        frame: as for :func:`place_of`.
-    """
+    """A synthetic background: the prior's picture, ``(256, 256)`` uint8, cut to a frame (see `place_of`), with bars."""
     box = fit(width=frame[1], height=frame[0])
     top, left, height, width = place_of(frame)
     framed = np.zeros_like(pixels)
     framed[box.rows, box.columns] = pixels[top : top + height, left : left + width]
+    return _healthy(SYNTHETIC, None, None, framed, box)
+
+
+def _healthy(kind: str, file: str | None, sha256: str | None, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
     row = {
-        "background": SYNTHETIC,
-        "healthy_file": None,
-        "healthy_sha256": None,
+        "background": kind,
+        "healthy_file": file,
+        "healthy_sha256": sha256,
         "letterbox_scale": box.scale,
         "letterbox_left": box.left,
         "letterbox_top": box.top,
     }
-    return Healthy(framed, box.valid, row)
+    return Healthy(pixels, box.valid, row)
 
 
 class HealthyFolder:
@@ -99,14 +98,13 @@ class HealthyFolder:
     Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
     image's own name say (:func:`busigen.data.sources.read.read_images`); pictures of two grey levels, which are masks,
     and the images whose masks they are by their names; and repeated files. Left out and named one by one: files that
-    cannot be read, images whose class or mask is unclear, and black, white or flat images
-    (:func:`busigen.runtime.sampling.quality_gates.background_reason`, without the letterbox bars). Whatever else was
-    passed over is logged, and so is how many images have nothing that calls them healthy.
+    cannot be read, images whose class or mask is unclear, and black, white or flat images. Whatever else was passed
+    over is logged, and so is how many images have nothing that calls them healthy.
 
     Args:
-        folder: The folder.
-        progress: Shows the reading.
-        out: A folder to pass over, where the run writes to. Datasets are passed over in any case.
+        folder: the folder.
+        progress: shows the reading.
+        out: a folder to pass over, where the run writes to. Datasets are passed over in any case.
 
     Attributes:
         left_out: number of files left out, by reason.
@@ -126,6 +124,7 @@ class HealthyFolder:
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
         listing = read_images(folder, skip=out)
         self.refused, self.notes = tuple(listing.refused), tuple(listing.notes)
+        self._readings: dict[str, list[str]] = {}
         found, self._kept, problems = self._find(listing, progress or Progress())
         for refusal in self.refused:
             log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
@@ -139,7 +138,16 @@ class HealthyFolder:
             log.warning("%s", counted(note, files))
         lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
         log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._reported())
-        self._tell_of_trust(listing, set(found.values()))
+        used = set(found.values())
+        unsaid = sum(
+            record.image_class not in CLASSES and not record.masks for record in listing.records if record.image in used
+        )
+        if unsaid:
+            log.warning(
+                "healthy images: nothing says that %d of them are healthy (no mask, no table, no folder 'normal'), and "
+                "whether they are was not checked",
+                unsaid,
+            )
         self.items = sorted(found.items())
         self._stamps = self._stamped()
 
@@ -152,7 +160,6 @@ class HealthyFolder:
         read: dict[str, Healthy] = {}
         problems: list[str] = []
         masks: list[Path] = []
-        self._readings: dict[str, list[str]] = {}
         progress.start("reading healthy images", len(listing.records), unit="image")
         try:
             for record in listing.records:
@@ -173,8 +180,8 @@ class HealthyFolder:
                         else:
                             for note in image.notes:
                                 self._readings.setdefault(note, []).append(path.name)
-                        if reason is None and len(found) <= CACHED_IMAGES:
-                            read[image.sha256] = self._healthy(path, image.sha256, pixels, box)
+                            if len(found) <= CACHED_IMAGES:
+                                read[image.sha256] = self._real(path, image.sha256, pixels, box)
                 except InputError as error:
                     reason = _UNREADABLE
                     problems.append(str(error))
@@ -183,8 +190,13 @@ class HealthyFolder:
                 progress.advance(1)
         finally:
             progress.stop()
-        if masks:
-            self._leave_out_marked(found, masks, problems)
+        # Each image that has a picture of two grey levels named like a mask of it.
+        marked = mask_of(masks, list(found.values())) if masks else {}
+        for sha256, path in list(found.items()):
+            if path in marked:
+                del found[sha256]
+                problems.append(f"{path.name}: {marked[path].name} is named like a mask of it, and looks like one.")
+                self.left_out[_LESION_MASK] += 1
         return found, read if len(found) <= CACHED_IMAGES else {}, problems
 
     def _lesion_reason(self, record: Record, doubtful: Mapping[Path, str]) -> str | None:
@@ -196,27 +208,6 @@ class HealthyFolder:
             return _LESION_SAID
         return _DOUBTFUL if record.image in doubtful else None
 
-    def _leave_out_marked(self, found: dict[str, Path], masks: list[Path], problems: list[str]) -> None:
-        """Take out each image that has a picture of two grey levels named like a mask of it."""
-        marked = mask_of(masks, list(found.values()))
-        for sha256, path in list(found.items()):
-            if path in marked:
-                del found[sha256]
-                problems.append(f"{path.name}: {marked[path].name} is named like a mask of it, and looks like one.")
-                self.left_out[_LESION_MASK] += 1
-
-    def _tell_of_trust(self, listing: Listing, used: set[Path]) -> None:
-        """Log how many of the used images no class name, no table and no empty mask calls healthy."""
-        unsaid = sum(
-            record.image_class not in CLASSES and not record.masks for record in listing.records if record.image in used
-        )
-        if unsaid:
-            log.warning(
-                "healthy images: nothing says that %d of them are healthy (no mask, no table, no folder 'normal'), and "
-                "whether they are was not checked",
-                unsaid,
-            )
-
     def _reported(self) -> str:
         if not self.left_out:
             return ""
@@ -224,11 +215,12 @@ class HealthyFolder:
         return f", {self.left_out.total()} left out ({reasons})"
 
     def _nothing_left(self, problems: list[str], listing: Listing) -> InputError:
-        normal = next((place / "normal" for place in (self.folder, self.folder.parent) if _is_normal(place)), None)
+        fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
+        normal = next(
+            (place for place in (self.folder / "normal", self.folder.parent / "normal") if place.is_dir()), None
+        )
         if normal is not None and normal != self.folder:
             fix = f"Did you mean {normal}?"
-        else:
-            fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
         # Files that busigen does not read are named, so that nobody takes the folder for empty.
         holds = f"; it holds {listing.tree.found()}" if not listing.records else ""
         first = f" For example: {problems[0]}" if problems else ""
@@ -247,8 +239,7 @@ class HealthyFolder:
         """The image at a position in [0, 1) of the folder's order.
 
         Raises:
-            IntegrityError: the image is not kept, and its file has changed since the run began or cannot be read any
-                more.
+            IntegrityError: its file had to be read again, and has changed or cannot be read any more.
         """
         number = int(position * len(self.items))
         return self._kept.get(self.items[number][0]) or self._load(number)
@@ -256,9 +247,8 @@ class HealthyFolder:
     def refuse_changes(self) -> None:
         """Raise an error if the folder no longer holds the images that the run began with.
 
-        Images are kept in memory, so the samples are sound all the same; but a run whose images are gone can be neither
-        continued nor replayed, and its user should know early. The folder is read again only where a time or a size
-        has changed.
+        Without them, the run can be neither continued nor replayed, and its user should know early. The folder is read
+        again only where a time or a size has changed.
 
         Raises:
             IntegrityError: an image was changed, removed or added.
@@ -295,20 +285,12 @@ class HealthyFolder:
 
     def _read(self, number: int) -> Healthy:
         sha256, path = self.items[number]
-        pixels, box = letterbox(read_image(path, self._unchanged(path, sha256)).pixels)
-        return self._healthy(path, sha256, pixels, box)
+        return self._real(path, sha256, *letterbox(read_image(path, self._unchanged(path, sha256)).pixels))
 
-    def _healthy(self, path: Path, sha256: str, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
-        row = {
-            "background": "real",
-            # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.
-            "healthy_file": path.relative_to(self.folder).as_posix().encode("utf-8", "replace").decode(),
-            "healthy_sha256": sha256,
-            "letterbox_scale": box.scale,
-            "letterbox_left": box.left,
-            "letterbox_top": box.top,
-        }
-        return Healthy(pixels, box.valid, row)
+    def _real(self, path: Path, sha256: str, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
+        # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.
+        name = path.relative_to(self.folder).as_posix().encode("utf-8", "replace").decode()
+        return _healthy("real", name, sha256, pixels, box)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -324,10 +306,6 @@ def _changed(path: Path, how: str) -> IntegrityError:
         f"{path} {how}.",
         fix="Put the folder back as it was and give the same command again to continue, or start a run of its own.",
     )
-
-
-def _is_normal(place: Path) -> bool:
-    return (place / "normal").is_dir()
 
 
 @lru_cache(maxsize=64)
