@@ -133,11 +133,7 @@ with tarfile.open("{first["tar"]["file"]}") as shard:
 
 
 def front_matter(shards: str) -> str:
-    """The card's header, which the Hugging Face Hub and ``datasets.load_dataset`` read.
-
-    Args:
-        shards: which files hold the samples, as a pattern relative to the card. Without it they take all JSON files.
-    """
+    """The card's header for the Hugging Face Hub, with a pattern of the sample files: else it reads all JSON."""
     return f"""---
 license: other
 task_categories:

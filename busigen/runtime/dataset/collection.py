@@ -53,11 +53,7 @@ def part_name(number: int) -> str:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The folders of a collection's parts, in order; empty for any other folder.
-
-    Raises:
-        InputError: one is a link, or the collection is newer than this busigen.
-    """
+    """The folders of a collection's parts, in order; empty for others; an InputError for a link or a newer schema."""
     parts = folder / PARTS_FOLDER
     places = [parts / name for name in names_in(parts) if name.isdecimal() and (parts / name).is_dir()]
     if places:
@@ -69,35 +65,18 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def open_parts(folder: Path) -> list[Dataset]:
-    """The datasets of a folder: a collection's parts, or the one dataset that it is.
-
-    Raises:
-        InputError: one of them is missing, unfinished, no dataset, or newer than this busigen.
-        IntegrityError: a ``dataset.json`` is damaged.
-    """
+    """The datasets of a folder: a collection's parts, or the one that it is; raises what :meth:`Dataset.open` does."""
     return [Dataset.open(place) for place in parts_of(folder) or [folder]]
 
 
 def open_with_sources(folder: Path) -> list[tuple[Dataset, Sources]]:
-    """The datasets of a folder, each with its sources: the datasets that it was merged from, or itself.
-
-    Raises:
-        InputError, IntegrityError: as for :func:`open_parts`.
-    """
+    """The datasets of a folder, each with the datasets that it was merged from, or itself."""
     parts = open_parts(folder)
     return list(zip(parts, recorded_sources(folder) or [_source_of(part) for part in parts], strict=True))
 
 
 def write_collection(folder: Path, sources: Sequence[Sources] | None = None) -> None:
-    """Write a collection's own files, ``dataset.json`` last.
-
-    Args:
-        folder: the collection, with its parts in place.
-        sources: where each part came from; None takes that from the parts themselves.
-
-    Raises:
-        BusigenError: a part is no finished dataset.
-    """
+    """Write a collection's own files, ``dataset.json`` last; without ``sources``, they are taken from the parts."""
     parts = open_parts(folder)
     with atomic_path(folder / MANIFEST_FILE) as path:
         write_joined(path, collection_rows(parts))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -48,25 +48,13 @@ _MEND = "Run `busigen verify --repair`, or the same `busigen generate` command a
 _DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 
-def contact_sheet(samples: Sequence[Sample], columns: int = 8) -> Image.Image:
+def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
     """Draw every sample twice, side by side: as it is, and with its mask's contour; its class stands below.
 
-    Args:
-        samples: what to draw, row by row.
-        columns: images per row, an even number; a sample takes two.
-
     Returns:
-        RGB image, ``256 * columns`` wide at most; equal samples give equal pixels.
-
-    Raises:
-        ValueError: no samples, or ``columns`` is odd or below 2.
+        RGB image of four samples a row; equal samples give equal pixels.
     """
-    if not samples:
-        raise ValueError("a contact sheet needs at least one sample, got none")
-    if columns < 2 or columns % 2:
-        raise ValueError(f"columns must be an even number from 2, got {columns}")
-    per_row = min(columns // 2, len(samples))
-    height = RESOLUTION + _LABEL_HEIGHT
+    per_row, height = min(4, len(samples)), RESOLUTION + _LABEL_HEIGHT
     sheet = Image.new("RGB", (2 * RESOLUTION * per_row, height * -(-len(samples) // per_row)))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
     for position, sample in enumerate(samples):
@@ -105,30 +93,21 @@ def pick_evenly(manifest: pl.DataFrame, per_class: int = 8) -> list[int]:
     return sorted(picked)
 
 
-class FileProvider(Protocol):
-    """Provides shards' files in the dataset's folder while a block runs, wherever they are kept."""
+class FileProvider:
+    """Provides shards' files in a dataset's folder while a block runs. This one: they are all there already.
 
-    def files(self, records: Sequence[FileRecord]) -> AbstractContextManager[None]:
-        """A context in which these files are in the folder; what cannot be had is a BusigenError."""
-        ...
-
-    def tables(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
-        """The tables of the shards, one after the other; what cannot be had is a BusigenError."""
-        ...
-
-
-class LocalFiles:
-    """A :class:`FileProvider` for shards that are in the dataset's folder already."""
+    A file that cannot be had, or differs from its record, is a BusigenError.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def files(self, records: Sequence[FileRecord]) -> AbstractContextManager[None]:
-        """See :class:`FileProvider`."""
+        """A context in which these files are in the folder."""
         return nullcontext()
 
     def tables(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
-        """See :class:`FileProvider`."""
+        """The tables of the shards, one after the other."""
         for record in records:
             path = self.folder / record.parquet.file
             try:
@@ -149,10 +128,9 @@ def finish(
         provider: provides the shards' files; None where they are all in ``folder``.
 
     Raises:
-        OSError: the disk refused.
         IntegrityError: a shard was damaged since it was written.
     """
-    provider = provider or LocalFiles(folder)
+    provider = provider or FileProvider(folder)
     write_manifest(folder, records, provider)
     info = dataset_info(run, records, {MANIFEST_FILE: FileRecord.of(folder, MANIFEST_FILE)})
     dataset = Dataset(folder=folder, info=info, plan=plan_of(info, folder / RUN_FILE))
@@ -191,7 +169,7 @@ def is_finished(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRec
 
 def write_manifest(folder: Path, records: Sequence[ShardRecord], provider: FileProvider | None = None) -> None:
     """Join the shards' tables into the manifest, in index order, without holding all rows in memory."""
-    rows = (provider or LocalFiles(folder)).tables(records)
+    rows = (provider or FileProvider(folder)).tables(records)
     with atomic_path(folder / MANIFEST_FILE) as path:
         write_joined(path, rows, row_group_size=_ROW_GROUP)
 
@@ -199,13 +177,7 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord], provider: FileP
 def dataset_info(
     run: Mapping[str, Any], records: Sequence[ShardRecord], files: Mapping[str, FileRecord]
 ) -> dict[str, Any]:
-    """Content of ``dataset.json``: the run record and what the shards add up to, without any time of day.
-
-    Args:
-        run: content of ``run.json``.
-        records: every shard's record, in order.
-        files: records of further files, by name.
-    """
+    """Content of ``dataset.json``: the run record, what the shards add up to, and records of further files."""
     classes, rejected = Counter[str](), Counter[str]()
     for record in records:
         classes.update(record.classes)

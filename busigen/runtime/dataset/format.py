@@ -73,21 +73,13 @@ class Plan:
 
     Shards are numbered from index 0 whatever the first sample is, so the same samples lie in the same shards, byte for
     byte, whether one run makes them or several.
-
-    Attributes:
-        count: number of samples.
-        seed: of the noise.
-        shard_size: samples per shard; the last one may be short.
-        first: index of the first sample, a multiple of the shard size.
-
-    Raises:
-        UsageError: a value is out of range.
+    A value that is out of range is a UsageError.
     """
 
-    count: int
+    count: int  # of samples
     seed: int
-    shard_size: int
-    first: int = 0
+    shard_size: int  # in samples; the last shard may be short
+    first: int = 0  # index, a multiple of the shard size
 
     def __post_init__(self) -> None:
         for option, value, low, high in (
@@ -141,11 +133,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: object) -> Plan:
-        """The plan of a run record's ``config``: the inverse of :meth:`config`.
-
-        Raises:
-            ValueError: the JSON describes no plan.
-        """
+        """The plan of a run record's ``config``, the inverse of :meth:`config`; a ValueError where it is none."""
         if not isinstance(config, dict):
             raise ValueError("no object")
         values: dict[str, Any] = {name: config.get(name) for name in ("count", "seed", "shard_size")}

@@ -180,44 +180,26 @@ class Dataset:
         return cls(folder=folder, info=info, plan=plan_of(info, path))
 
     def shards(self) -> list[ShardRecord]:
-        """Every shard's record, in order.
-
-        Raises:
-            IntegrityError: a record is missing or damaged.
-        """
+        """Every shard's record, in order; an IntegrityError where one is missing or damaged."""
         try:
             return [ShardRecord.read(self.folder, number) for number in self.plan.numbers]
         except FileNotFoundError as error:
             raise IntegrityError(f"{error.filename} is missing.", fix=_VERIFY) from error
 
     def manifest(self) -> pl.DataFrame:
-        """All rows in index order; columns are ``shards.FIXED_COLUMNS`` and the source's own.
-
-        Raises:
-            IntegrityError: the file is missing or damaged.
-        """
+        """All rows in index order, or an IntegrityError; columns are ``shards.FIXED_COLUMNS`` and the source's own."""
         path = self.folder / MANIFEST_FILE
         try:
             return read_table(path, self.plan.count)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
-    def iter_samples(self) -> Iterator[Sample]:
-        """Every sample in index order, one shard's file open at a time.
-
-        Raises:
-            IntegrityError: a shard is missing or holds anything but its samples.
-        """
-        for number in self.plan.numbers:
-            for member in read_members(self.folder / shard_path(number, "tar"), self.plan.indices(number)):
-                yield _to_sample(member)
-
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of these indices, in the order asked for.
 
         Raises:
             IndexError: an index is not in the dataset.
-            IntegrityError: as for ``iter_samples``.
+            IntegrityError: a shard is missing or holds anything but its samples.
         """
         outside = [index for index in indices if index not in self.plan.span]
         if outside:
@@ -232,20 +214,13 @@ class Dataset:
 
 
 def recorded_shards(folder: Path) -> list[int]:
-    """Numbers of the shards that have a record, in order.
-
-    They are counted in the folder, because a number in a file must not decide how much is read or listed.
-    """
+    """Numbers of the shards that have a record, in order: a number in a file must not decide how much is read."""
     found = map(OWN_FILE.fullmatch, names_in(folder / SHARD_FOLDER))
     return sorted(int(name["number"]) for name in found if name and name["number"] and name[0].endswith(".json"))
 
 
 def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
-    """Whether a ``run.json`` or ``dataset.json`` names a schema; all readers call this.
-
-    Raises:
-        InputError: its schema is newer than this busigen.
-    """
+    """Whether a ``run.json`` or ``dataset.json`` names a schema; an InputError for a newer one. All readers call it."""
     version = record.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
         raise InputError(
@@ -256,11 +231,7 @@ def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A ``run.json``'s or ``dataset.json``'s object; None if it is missing, damaged, a link or anything else.
-
-    Raises:
-        InputError: its schema is newer than this busigen.
-    """
+    """The object in a ``run.json`` or ``dataset.json``; None without one or for a link; an InputError if newer."""
     try:
         found = read_json(path, shards=len(recorded_shards(path.parent)), root=path.parent)
     except (OSError, ValueError):
@@ -280,11 +251,7 @@ def links(folder: Path) -> list[Path]:
 
 
 def refuse_unreadable(folder: Path) -> None:
-    """Raise an error on a dataset, finished or not, that has links or a newer schema.
-
-    Raises:
-        InputError: it has.
-    """
+    """Raise an InputError on a dataset, finished or not, that has links or a newer schema."""
     if linked := links(folder):
         raise link_refused(linked[0])
     for name in (RUN_FILE, DATASET_FILE):
@@ -300,11 +267,7 @@ def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenEr
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:
-    """The plan of a ``run.json`` or ``dataset.json``.
-
-    Raises:
-        IntegrityError: it names none.
-    """
+    """The plan of a ``run.json`` or ``dataset.json``; an IntegrityError where it names none."""
     try:
         return Plan.of(info.get("config"))
     except ValueError as error:
@@ -369,20 +332,12 @@ def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """Decode a shard's image PNG to (256, 256) uint8.
-
-    Raises:
-        ValueError: the bytes are not an 8-bit grey PNG of that size.
-    """
+    """A shard's image PNG as (256, 256) uint8; a ValueError for anything but an 8-bit grey one of that size."""
     return np.asarray(_decode(data, "L"), dtype=np.uint8)
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:
-    """Decode a shard's mask PNG to (256, 256) bool.
-
-    Raises:
-        ValueError: the bytes are not a 1-bit PNG of that size.
-    """
+    """A shard's mask PNG as (256, 256) bool; a ValueError for anything but a 1-bit one of that size."""
     return np.asarray(_decode(data, "1"), dtype=np.bool_)
 
 

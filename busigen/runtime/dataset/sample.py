@@ -14,23 +14,14 @@ from busigen.records import Text, Whole
 
 @dataclass(frozen=True)
 class Sample:
-    """One accepted sample.
+    """One accepted sample: a grey image and the lesion's mask, both (256, 256)."""
 
-    Attributes:
-        index: position in the dataset, from 0.
-        attempt: number of draws that the quality gates refused for this index before this one.
-        label: one of ``registry.LESION_CLASSES``.
-        image: (256, 256) uint8, grey.
-        mask: (256, 256) bool, true on the lesion.
-        row: further manifest fields; flat, JSON-able scalars under the same keys in every sample of a source.
-    """
-
-    index: int
-    attempt: int
-    label: str
+    index: int  # position in the dataset, from 0
+    attempt: int  # draws that the quality gates refused for this index before this one
+    label: str  # one of registry.LESION_CLASSES
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
-    row: dict[str, Any]
+    row: dict[str, Any]  # further manifest fields: JSON-able scalars under the same keys in every sample of a source
 
 
 @dataclass(frozen=True)
@@ -59,10 +50,7 @@ class Source(Protocol):
         ...
 
     def options(self) -> Mapping[str, str | None]:
-        """Names, never paths, of the folders that options gave, by option; None where the default was taken.
-
-        They are for people and decide nothing: the fingerprint holds what is in the folders.
-        """
+        """Names, never paths, of the folders that options gave, for people; None where the default was taken."""
         ...
 
     def row_types(self) -> Mapping[str, type]:

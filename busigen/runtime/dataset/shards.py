@@ -94,12 +94,7 @@ class ShardRecord:
 
     @classmethod
     def read(cls, folder: Path, number: int) -> ShardRecord:
-        """Read a shard's record.
-
-        Raises:
-            FileNotFoundError: the shard is not complete.
-            IntegrityError: the file is not a record of this shard.
-        """
+        """A shard's record; FileNotFoundError if it is not complete, IntegrityError if the file is not its record."""
         path = folder / shard_path(number, "json")
         try:
             fields = read_json(path, root=folder)
@@ -109,11 +104,7 @@ class ShardRecord:
 
     @classmethod
     def of(cls, fields: Any, number: int, path: Path | Address) -> ShardRecord:
-        """The record of a shard, from the JSON that was read from ``path``.
-
-        Raises:
-            IntegrityError: it is not a record of this shard.
-        """
+        """The record of a shard, from the JSON that was read from ``path``; an IntegrityError if it is none."""
         version = fields.pop("schema_version", None) if isinstance(fields, dict) else None
         record = checked(cls, fields, path, fix=_REMAKE)
         named = (record.number, record.tar.file, record.parquet.file)
@@ -171,11 +162,7 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
 
 
 def schema_of(types: Mapping[str, type]) -> pl.Schema:
-    """Table schema of a dataset whose rows carry these further fields.
-
-    Raises:
-        ValueError: a field has the name of a fixed column or a type that no column can have.
-    """
+    """Table schema with these further fields; a ValueError for a fixed column's name or a type that no column has."""
     for name, kind in types.items():
         if name in FIXED_COLUMNS:
             raise ValueError(f"row field {name!r} has the name of a fixed column")

@@ -51,27 +51,16 @@ REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a dataset holds of one sample.
+    """What a dataset holds of one sample."""
 
-    Attributes:
-        run: content of ``run.json``.
-        plan: of the run.
-        index: the sample's.
-        number: its shard's.
-        record: that shard's record; None if it is missing or damaged.
-        rows: the sample's row by the file that it stands in; one at least.
-        stored: image, mask and row as they lie in the shard; None if they cannot be read.
-        problems: what is missing, damaged or contradicts the rest, in words.
-    """
-
-    run: dict[str, Any]
+    run: dict[str, Any]  # content of run.json
     plan: Plan
     index: int
-    number: int
-    record: ShardRecord | None
-    rows: dict[str, dict[str, Any]]
-    stored: Member | None
-    problems: list[str]
+    number: int  # its shard's
+    record: ShardRecord | None  # that shard's; None if it is missing or damaged
+    rows: dict[str, dict[str, Any]]  # the sample's row by the file that it stands in; one at least
+    stored: Member | None  # None if it cannot be read
+    problems: list[str]  # what is missing, damaged or contradicts the rest
 
     @property
     def refused(self) -> list[Rejection] | None:
@@ -80,11 +69,7 @@ class Recorded:
 
 
 def parse_key(key: str, plan: Plan) -> int:
-    """The index that a key stands for.
-
-    Raises:
-        UsageError: it is no number, or none of the dataset's indices.
-    """
+    """The index that a key stands for; a UsageError for anything but a number among the dataset's indices."""
     # No key has more digits, and Python refuses to read thousands of them.
     index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 18 else -1
     if index not in plan.span:
@@ -181,13 +166,7 @@ def listed_shards(info: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def _history(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's history by topic, as plain JSON.
-
-    Args:
-        folder: the dataset, as it was given.
-        recorded: what it holds of the sample.
-        graphs: the graphs of the run's bundle, as ``bundle.json`` records them; empty where that is not at hand.
-    """
+    """A sample's history by topic, as plain JSON; ``graphs`` are those of the run's bundle, if that is at hand."""
     run, row = recorded.run, next(iter(recorded.rows.values()))
     fingerprint = run["fingerprint"]
     refused = recorded.refused
@@ -242,38 +221,23 @@ def _history(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dic
 
 @dataclass(frozen=True)
 class Replay:
-    """What drawing the sample again showed.
+    """What drawing the sample again showed."""
 
-    Attributes:
-        image_agrees: the new PNG's bytes are those in the shard and those that every row records.
-        mask_agrees: likewise.
-        differs: everything in which the new sample and the dataset differ, in words.
-        conditions: in what the replay's conditions differ from the run's, in words.
-        files: hashes of the new files by their kind.
-    """
-
-    image_agrees: bool
+    image_agrees: bool  # the PNG's bytes are those in the shard and those that every row records
     mask_agrees: bool
-    differs: tuple[str, ...]
-    conditions: tuple[str, ...]
-    files: dict[str, str]
+    differs: tuple[str, ...]  # everything in which the new sample and the dataset differ
+    conditions: tuple[str, ...]  # in what the replay's conditions differ from the run's
+    files: dict[str, str]  # hashes of the new files by their kind
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A sample's history; everything in it is plain JSON but ``error``.
+    """A sample's history; everything in it is plain JSON but ``error``."""
 
-    Attributes:
-        history: what the dataset records, by topic.
-        problems: where the dataset's records contradict each other or its files, in words.
-        replay: what drawing it again showed; None if that was not asked for or not possible.
-        error: what the command ends with; None if everything agrees.
-    """
-
-    history: dict[str, Any]
-    problems: tuple[str, ...]
-    replay: Replay | None
-    error: BusigenError | None
+    history: dict[str, Any]  # what the dataset records, by topic
+    problems: tuple[str, ...]  # where the dataset's records contradict each other or its files
+    replay: Replay | None  # None if it was not asked for or not possible
+    error: BusigenError | None  # what the command ends with; None if everything agrees
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for ``--json``."""

@@ -42,21 +42,13 @@ _NOT_COMPARED = ("config", "engine_batches", "options", "schema_version", "sourc
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge`` made.
-
-    Attributes:
-        folder: the merged dataset.
-        samples: in it.
-        parts: 1 where it is what one run would have made, else the number of its parts.
-        size: bytes of its shards.
-        copied: whether a shard had to be copied because it could not be linked.
-    """
+    """What ``merge`` made."""
 
     folder: Path
     samples: int
-    parts: int
-    size: int
-    copied: bool
+    parts: int  # 1 where it is what one run would have made
+    size: int  # bytes of its shards
+    copied: bool  # whether a shard had to be copied because it could not be linked
 
 
 def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = None) -> MergeReport:
@@ -135,12 +127,7 @@ def _runs(datasets: Sequence[Dataset]) -> list[list[Dataset]]:
 
 
 def _records(dataset: Dataset) -> list[ShardRecord]:
-    """Every shard's record, of a dataset whose plan, records, ``run.json`` and ``dataset.json`` agree.
-
-    Raises:
-        IntegrityError: they do not.
-        InputError: a file cannot be read.
-    """
+    """Every shard's record, of a dataset whose plan, records, ``run.json`` and ``dataset.json`` agree, or an error."""
     run = read_object(dataset.folder / RUN_FILE)
     if run is None or differences(run, run_of(dataset.info)):
         raise _damaged(dataset, RUN_FILE)
@@ -166,10 +153,7 @@ def _join(
     recorded: Mapping[Path, Sequence[ShardRecord]],
     progress: Progress,
 ) -> bool:
-    """Make one dataset of those that one run would have made; returns whether a file had to be copied.
-
-    Shards are taken over, by their hashes; whatever no hash covers is made anew.
-    """
+    """Make one dataset of those that one run would have made; returns whether a file had to be copied."""
     (target / SHARD_FOLDER).mkdir(parents=True)
     records, copied = [], False
     for dataset in run:
@@ -204,14 +188,7 @@ def _join(
 
 
 def _bring(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
-    """Link a regular file, of at most ``limit`` bytes, into the target, or copy it; returns whether it was copied.
-
-    The dataset may come from anywhere, so none of its links is followed.
-
-    Raises:
-        IntegrityError: it is missing, is no regular file, or is larger.
-        InputError: it cannot be read.
-    """
+    """Link a regular file of at most ``limit`` bytes, or copy it; returns whether it was copied."""
     source, copied = dataset.folder / name, False
     with _reading(dataset):
         # Opened in any case, which refuses what is no file.

@@ -39,7 +39,6 @@ def verify_place(
     """Check a dataset in a folder or at a URL; see :func:`busigen.runtime.maintenance.verify.verify`.
 
     Raises:
-        InputError: there is no dataset, or it cannot be read.
         UsageError, MissingDependencyError: the URL's protocol is unknown, or needs an extra.
     """
     if isinstance(place, Path):
@@ -52,11 +51,7 @@ def verify_place(
 def explain_place(
     place: Path | Address, key: str, *, inputs: Inputs, replay: bool = True, out: Path | None = None
 ) -> Explanation:
-    """Tell the history of a sample in a folder or at a URL; see :func:`busigen.runtime.maintenance.explain.explain`.
-
-    Raises:
-        BusigenError: as there, and for :func:`verify_place`.
-    """
+    """Explain a sample in a folder or at a URL; see :func:`busigen.runtime.maintenance.explain.explain`."""
     if isinstance(place, Path):
         return explain(place, key, inputs=inputs, replay=replay, out=out)
     with viewed(place, inputs.progress) as view:
@@ -67,11 +62,7 @@ def explain_place(
 
 
 def refuse_repair(place: Path | Address) -> Path:
-    """The folder that is to be repaired.
-
-    Raises:
-        UsageError: it is a URL.
-    """
+    """The folder that is to be repaired; a UsageError if it is a URL."""
     if isinstance(place, Path):
         return place
     raise UsageError(
@@ -91,12 +82,7 @@ def viewed(address: Address, progress: Progress | None = None) -> Iterator[Remot
 class RemoteView(View):
     """A dataset at a URL, of which the small files are fetched at once, and shards as they are needed.
 
-    Args:
-        store: the dataset's place.
-        folder: to put files into.
-
-    Raises:
-        InputError: it is no dataset, or one in parts, or the disk has no room for it.
+    An InputError says that it is no dataset, or one in parts, or that the disk has no room for it.
     """
 
     def __init__(self, store: Store, folder: Path) -> None:

@@ -67,19 +67,12 @@ class RepairInterrupted(BusigenError):
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What ``repair`` did.
+    """What ``repair`` did."""
 
-    Attributes:
-        repaired: each file that was put back, with how, in the order of the work.
-        refused: what could not be repaired, and why.
-        after: what ``verify`` says now.
-        error: what the command ends with; None if the dataset is sound now.
-    """
-
-    repaired: tuple[str, ...]
-    refused: tuple[str, ...]
+    repaired: tuple[str, ...]  # each file that was put back, with how, in the order of the work
+    refused: tuple[str, ...]  # what could not be repaired, and why
     after: VerifyReport
-    error: BusigenError | None
+    error: BusigenError | None  # None if the dataset is sound now
 
 
 def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
@@ -188,18 +181,13 @@ def _opened(folder: Path) -> _Repair:
 
 @dataclass
 class _Repair:
-    """The repair of one dataset: what is known of it, and what has been done.
-
-    Attributes:
-        listed: the shards as ``dataset.json`` lists them, by number.
-        manifest: the rows of all samples; None if they are lost.
-    """
+    """The repair of one dataset: what is known of it, and what has been done."""
 
     folder: Path
     run: dict[str, Any]
     plan: Plan
-    listed: dict[int, dict[str, Any]]
-    manifest: pl.DataFrame | None
+    listed: dict[int, dict[str, Any]]  # the shards as dataset.json lists them
+    manifest: pl.DataFrame | None  # None if it is lost
     repaired: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
@@ -330,14 +318,7 @@ class _Repair:
             return False
 
     def _refusal(self, record: ShardRecord, rows: pl.DataFrame, source: Source, recorded: bool) -> str | None:
-        """Why a shard that is not known to be the recorded one must not be put in place; None if it may.
-
-        Args:
-            record: of the shard as it was drawn again.
-            rows: of that.
-            source: drew it.
-            recorded: whether hashes are left, which differ.
-        """
+        """Why a shard that is not the recorded one, or of which no hash is left, must not be put in place."""
         changed = [change for change in other_conditions(self.run, source) if change[0].startswith(BYTES_ONLY)]
         why = (
             f" ({', '.join(then_and_now(changed))})"

@@ -35,20 +35,12 @@ Change = tuple[str, Any, Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the inputs of a dataset's run lie now: a dataset holds their hashes, not their paths.
+    """Where the inputs of a dataset's run lie now: a dataset holds their hashes, not their paths."""
 
-    Attributes:
-        bundle: a bundle's folder; None for the shipped one.
-        healthy: the folder with the run's healthy images; not needed where backgrounds are synthetic.
-        provider: a name in ``registry.PROVIDERS``; None for the run's own.
-        threads: compute threads; None for one per core.
-        progress: counts healthy images that are read and samples that are drawn.
-    """
-
-    bundle: Path | None = None
-    healthy: Path | None = None
-    provider: str | None = None
-    threads: int | None = None
+    bundle: Path | None = None  # None for the shipped one
+    healthy: Path | None = None  # not needed where backgrounds are synthetic
+    provider: str | None = None  # a name in registry.PROVIDERS; None for the run's own
+    threads: int | None = None  # None for one per core
     progress: Progress = field(default_factory=Progress)
 
     def open(self, run: Mapping[str, Any], *, other_bundle: bool = False) -> Source:
@@ -84,10 +76,7 @@ class Inputs:
         return sampler
 
     def graphs(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """The graphs in the record of the run's bundle, by name; empty where that bundle is not at hand.
-
-        The record alone is read, which is quick; its hash, which the run recorded, vouches for it.
-        """
+        """The graphs in the record of the run's bundle, by name; empty where that bundle is not at hand."""
         try:
             bundle = Bundle.recorded(self.bundle or default_bundle())
         except (InputError, IntegrityError):
@@ -127,11 +116,7 @@ class Inputs:
 
 
 def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Class weights and conditions of a run, as :class:`Sampler` takes them.
-
-    Raises:
-        IntegrityError: the record does not hold them.
-    """
+    """Class weights and conditions of a run, as :class:`Sampler` takes them, or an IntegrityError."""
     recorded = run["fingerprint"]
     try:
         classes = parse_classes(",".join(f"{name}={weight!r}" for name, weight in recorded["classes"].items()))
@@ -165,11 +150,7 @@ def other_conditions(run: Mapping[str, Any], source: Source) -> list[Change]:
 
 
 def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:
-    """Refuse a source that would draw other samples than those of the dataset.
-
-    Raises:
-        InputError: it differs in more than what changes bytes alone.
-    """
+    """Raise an InputError on a source that would draw other samples than the dataset's."""
     changed = [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]
     if changed:
         named = "; ".join(f"{name}: {describe(then)} -> {describe(now)}" for name, then, now in changed[:3])

@@ -67,27 +67,16 @@ _LINK = "is a link, and links are not followed."
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Outcome of ``verify``.
-
-    Attributes:
-        folder: the dataset, a folder or a URL.
-        samples: samples that were read.
-        shards: shards that the dataset should have.
-        problems: everything found wrong.
-        duplicates: samples whose image equals an earlier one's.
-        backgrounds_proven: samples whose pixels outside the edit region equal their healthy image, bit for bit.
-        backgrounds_unproven: samples with a real healthy image for which that was not shown.
-        backgrounds_synthetic: samples with a synthetic background, for which there is nothing to show.
-    """
+    """Outcome of ``verify``."""
 
     folder: Path | Address
-    samples: int
-    shards: int
+    samples: int  # that were read
+    shards: int  # that there should be
     problems: tuple[Problem, ...]
-    duplicates: int
-    backgrounds_proven: int
-    backgrounds_unproven: int
-    backgrounds_synthetic: int
+    duplicates: int  # samples whose image equals an earlier one's
+    backgrounds_proven: int  # samples that equal their healthy image outside the edit region, bit for bit
+    backgrounds_unproven: int  # samples with a real healthy image for which that was not shown
+    backgrounds_synthetic: int  # samples with nothing to show
 
     @property
     def ok(self) -> bool:
@@ -96,11 +85,7 @@ class VerifyReport:
 
 
 class View:
-    """The files of a dataset as the check sees them. This one: all of them, in their folder.
-
-    Attributes:
-        folder: where they are.
-    """
+    """The files of a dataset as the check sees them. This one: all of them, in their folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

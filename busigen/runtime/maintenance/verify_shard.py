@@ -63,34 +63,19 @@ class Problem:
 
 @dataclass
 class ShardFindings:
-    """What the check of one shard found.
-
-    Attributes:
-        number: the shard's number.
-        record: the shard's record; None if it is missing or damaged.
-        rows: the shard's table; None if it is missing or damaged.
-        samples: samples read.
-        synthetic: of these, samples with a synthetic background.
-        proven: samples that equal their healthy image outside the edit region.
-        unproven: samples with a healthy image for which that was not shown.
-        started: whether the shard is there at all: a run that was interrupted lacks whole shards.
-        needed: sha256 of every healthy image that a sample was painted into.
-        absent: of these, the ones that are not among the healthy images given, with the first sample of each.
-        hashes: each image's sha256 with its sample's key.
-        problems: everything else found wrong.
-    """
+    """What the check of one shard found."""
 
     number: int
-    record: ShardRecord | None = None
-    rows: pl.DataFrame | None = None
-    samples: int = 0
-    synthetic: int = 0
-    proven: int = 0
-    unproven: int = 0
-    started: bool = True
-    needed: set[str] = field(default_factory=set)
-    absent: dict[str, dict[str, Any]] = field(default_factory=dict)
-    hashes: list[tuple[str, str]] = field(default_factory=list)
+    record: ShardRecord | None = None  # None if it is missing or damaged
+    rows: pl.DataFrame | None = None  # the table; None if it is missing or damaged
+    samples: int = 0  # that were read
+    synthetic: int = 0  # of these, those with a synthetic background
+    proven: int = 0  # those that equal their healthy image outside the edit region
+    unproven: int = 0  # those with a healthy image for which that was not shown
+    started: bool = True  # whether the shard is there at all: a run that was interrupted lacks whole shards
+    needed: set[str] = field(default_factory=set)  # sha256 of the healthy images that samples were painted into
+    absent: dict[str, dict[str, Any]] = field(default_factory=dict)  # those not at hand, with a first sample's row
+    hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
     def report(self, file: str, problem: str, remake: str | None = None) -> None:
@@ -101,16 +86,7 @@ class ShardFindings:
 def check_shard(
     folder: Path, plan: Plan, number: int, schema: pl.Schema, backgrounds: Backgrounds | None, progress: Progress
 ) -> ShardFindings:
-    """Check one shard and everything in it.
-
-    Args:
-        folder: the dataset.
-        plan: which samples the dataset should hold.
-        number: the shard's number.
-        schema: columns that its table must have.
-        backgrounds: healthy images to compare with; None compares none.
-        progress: counts every sample.
-    """
+    """Check one shard and everything in it: its table against ``schema``, samples against ``backgrounds``, if given."""
     found, indices = ShardFindings(number), plan.indices(number)
     json, tar, table = (shard_path(number, suffix) for suffix in ("json", "tar", "parquet"))
     try:

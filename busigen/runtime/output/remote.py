@@ -16,7 +16,7 @@ import polars as pl
 from busigen.errors import IntegrityError, UsageError
 from busigen.files import is_temporary, json_bytes, sha256_of
 from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json
-from busigen.runtime.dataset.finalize import dataset_info, finish
+from busigen.runtime.dataset.finalize import FileProvider, dataset_info, finish
 from busigen.runtime.dataset.format import (
     CARD_FILE,
     CROISSANT_FILE,
@@ -223,7 +223,7 @@ class RemoteOutput(Output):
         return found
 
 
-class _FromStore:
+class _FromStore(FileProvider):
     """Brings files of complete shards back; see :class:`busigen.runtime.dataset.finalize.FileProvider`."""
 
     def __init__(self, store: Store, folder: Path) -> None:

@@ -59,15 +59,7 @@ class SampleConditions:
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
     def vector(self, values: Values, valid: Mask) -> NDArray[np.float32]:
-        """Stage 1's input: attributes as :mod:`busigen.data.geometry` counts them, their flags, BI-RADS one-hot.
-
-        Args:
-            values: this sample's.
-            valid: ``(256, 256)`` bool, the pixels that are image.
-
-        Returns:
-            ``(registry.ASKED_LENGTH,)`` float32.
-        """
+        """Stage 1's input, (ASKED_LENGTH,) float32: attributes as `data.geometry` has them, flags, BI-RADS."""
         rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
         found = dict.fromkeys(ATTRIBUTES, 0.0)
         if "across" in values:
@@ -84,12 +76,7 @@ class SampleConditions:
 
 
 def measured(mask: Mask, valid: Mask) -> dict[str, float]:
-    """The attributes of a lesion's mask, by name, in the units of ``BOUNDS``.
-
-    Args:
-        mask: ``(256, 256)`` bool, not empty.
-        valid: ``(256, 256)`` bool, the pixels that are image.
-    """
+    """The attributes of a mask in the ``valid`` part of an image, ``(256, 256)`` bool, in the units of ``BOUNDS``."""
     rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
     across, depth, _, ratio = attributes(mask)
     return {

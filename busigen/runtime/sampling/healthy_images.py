@@ -46,26 +46,18 @@ _WITH_LESION = (_LESION_FOLDER, _LESION_MASK, _LESION_SAID, _DOUBTFUL)
 
 @dataclass(frozen=True)
 class Healthy:
-    """One healthy image on the working grid.
-
-    Attributes:
-        pixels: ``(256, 256)`` uint8.
-        valid: pixels that are image rather than letterbox bars, ``(256, 256)`` bool.
-        row: manifest fields: background, healthy_file, healthy_sha256, letterbox_scale, letterbox_left, letterbox_top.
-    """
+    """One healthy image, ``(256, 256)`` uint8."""
 
     pixels: NDArray[np.uint8]
-    valid: Mask
-    row: dict[str, Any]
+    valid: Mask  # pixels that are image rather than letterbox bars
+    row: dict[str, Any]  # manifest fields: kind of background, file, hash, letterbox
 
 
 def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width, in pixels, of the part of the prior's square picture that becomes the image.
+    """Top, left, height and width of the part of the prior's square picture that becomes an image of this frame.
 
-    The part begins at the top, where the skin is, and lies in the middle from left to right.
-
-    Args:
-        frame: height and width of the image, the longer one 256.
+    It begins at the top, where the skin is, and lies in the middle from left to right. ``frame`` is the image's height
+    and width, the longer one 256.
     """
     box = fit(width=frame[1], height=frame[0])
     return 0, box.left, box.height, box.width
@@ -106,11 +98,6 @@ class HealthyFolder:
         progress: shows the reading.
         out: a folder to pass over, where the run writes to. Datasets are passed over in any case.
 
-    Attributes:
-        left_out: number of files left out, by reason.
-        refused: files that are not read although they may be images.
-        notes: what else was passed over, one line a kind.
-
     Raises:
         InputError: the folder is missing, or holds no healthy image.
     """
@@ -120,19 +107,18 @@ class HealthyFolder:
             raise InputError(f"--healthy {folder} is no folder.", fix="Give a folder of images, or 'synthetic'.")
         self.folder = folder
         self.out = out
-        self.left_out: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()  # files by the reason
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
         listing = read_images(folder, skip=out)
-        self.refused, self.notes = tuple(listing.refused), tuple(listing.notes)
         self._readings: dict[str, list[str]] = {}
         found, self._kept, problems = self._find(listing, progress or Progress())
-        for refusal in self.refused:
+        for refusal in listing.refused:
             log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
         if not found:
             raise self._nothing_left(problems, listing)
         for problem in problems:
             log.warning("left out: %s", printable(problem))
-        for note in self.notes:
+        for note in listing.notes:
             log.info("healthy images: %s", note)
         for note, files in self._readings.items():
             log.warning("%s", counted(note, files))
@@ -236,11 +222,7 @@ class HealthyFolder:
         return hashlib.sha256("\n".join(sha256 for sha256, _ in self.items).encode()).hexdigest()
 
     def pick(self, position: float) -> Healthy:
-        """The image at a position in [0, 1) of the folder's order.
-
-        Raises:
-            IntegrityError: its file had to be read again, and has changed or cannot be read any more.
-        """
+        """The image at a position in [0, 1); an IntegrityError where its file had to be read again and has changed."""
         number = int(position * len(self.items))
         return self._kept.get(self.items[number][0]) or self._load(number)
 
@@ -323,11 +305,7 @@ class Backgrounds:
 
     @classmethod
     def below(cls, folder: Path) -> Backgrounds:
-        """Hash every image below a folder.
-
-        Raises:
-            InputError: the folder does not exist or an image cannot be read.
-        """
+        """Hash every image below a folder; an InputError where it is missing or an image cannot be read."""
         try:
             return cls(folder=folder, paths={sha256_of(path): path for path in find_images(folder)})
         except OSError as error:
@@ -336,15 +314,12 @@ class Backgrounds:
             ) from error
 
     def difference(self, sha256: str, image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> BusigenError | None:
-        """Compare a sample with its healthy image outside the edit region, which follows from the mask alone.
+        """What is wrong with a sample outside its edit region, which follows from the mask alone; None if nothing.
 
         Args:
             sha256: of the healthy image's file, which must be among ``paths``.
-            image: (256, 256) uint8.
+            image: (256, 256) uint8, which must equal the healthy image there.
             mask: (256, 256) bool.
-
-        Returns:
-            None where every such pixel is equal, else what is wrong.
         """
         path = self.paths[sha256]
         try:

@@ -100,11 +100,6 @@ def image_reason(image: NDArray[np.uint8], mask: Mask, valid: Mask) -> str | Non
 
 
 def background_reason(image: NDArray[np.uint8], valid: Mask | None = None) -> str | None:
-    """Judge a background: neither black, nor white, nor flat, nor of two grey levels.
-
-    Args:
-        image: ``(256, 256)`` uint8.
-        valid: pixels that are image rather than letterbox bars; ``None`` if there are no bars.
-    """
+    """Judge a background, (256, 256) uint8, where it is ``valid``: not black, white, flat, or of two grey levels."""
     fault = picture_fault(image, valid)
     return "flat background" if fault == "flat" else None if fault is None else f"background {fault}"
