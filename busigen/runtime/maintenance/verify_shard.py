@@ -180,12 +180,7 @@ def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
 
 
 def _check_background(
-    tar: str,
-    member: Member,
-    row: dict[str, Any],
-    damaged: bool,
-    found: ShardFindings,
-    backgrounds: Backgrounds | None,
+    tar: str, member: Member, row: dict[str, Any], damaged: bool, found: ShardFindings, backgrounds: Backgrounds | None
 ) -> None:
     """Compare a sample with its healthy image, if it has one that is at hand, and count it."""
     healthy = row.get("healthy_sha256")
