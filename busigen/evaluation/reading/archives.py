@@ -22,7 +22,7 @@ from busigen.evaluation.reading.items import Item, read_files
 from busigen.foreign import open_file
 from busigen.records import parse_json
 from busigen.registry import CLASSES
-from busigen.runtime.dataset.untrusted import open_headers
+from busigen.runtime.dataset.reader import open_headers
 from busigen.text import printable
 
 MEMBER_LIMIT = 32 << 20

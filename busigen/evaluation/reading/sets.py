@@ -24,9 +24,9 @@ from busigen.evaluation.context import Backgrounds, ImageSet
 from busigen.evaluation.reading.archives import list_archives
 from busigen.evaluation.reading.items import Frame, Item, frame, read_files
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
-from busigen.runtime.dataset.collection import open_parts, parts_of
 from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER
 from busigen.runtime.dataset.reader import refuse_unreadable
+from busigen.runtime.maintenance.merge import open_parts, parts_of
 from busigen.runtime.progress import Progress
 
 TABLE = {

@@ -32,8 +32,7 @@ from busigen.runtime.dataset.format import (
 )
 from busigen.runtime.dataset.reader import Dataset, plan_of
 from busigen.runtime.dataset.sample import Sample
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord
-from busigen.runtime.dataset.untrusted import read_table, write_joined
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, write_joined
 
 COLOURS = {"benign": (0, 200, 255), "malignant": (255, 96, 64)}
 """Contour and label colour per class, RGB; told apart by colour-blind eyes too."""

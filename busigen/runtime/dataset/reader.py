@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field, Strict
 
 from busigen.errors import BusigenError, InputError, IntegrityError
-from busigen.foreign import looking, names_in
+from busigen.foreign import looking, names_in, open_file
 from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
 from busigen.registry import RESOLUTION
 from busigen.runtime.dataset.format import (
@@ -36,8 +37,7 @@ from busigen.runtime.dataset.format import (
     shard_path,
 )
 from busigen.runtime.dataset.sample import Sample
-from busigen.runtime.dataset.shards import COLUMN_TYPES, FIXED_COLUMNS, FileRecord, ShardRecord, schema_of
-from busigen.runtime.dataset.untrusted import TarHeaders, open_headers, read_table
+from busigen.runtime.dataset.shards import COLUMN_TYPES, FIXED_COLUMNS, FileRecord, ShardRecord, read_table, schema_of
 from busigen.runtime.storage.url import Address
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
@@ -363,3 +363,80 @@ def _to_sample(member: Member) -> Sample:
     except ValueError as error:
         raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
     return Sample(row.index, row.attempt, row.label, image, mask, own)
+
+
+HEADER_LIMIT = 16 << 10
+"""Most bytes that the headers of one member may take; a plain one takes 512. A long name or a set of PAX records can
+claim any size, and tarfile reads all of it at once; what tarfiles before Python 3.12.6 make of overlapping records
+grows with their square: 16 KiB into some 70 MB."""
+
+
+class TarHeaders:
+    """An uncompressed tar file's members, one after another. Open one with ``open_headers``."""
+
+    def __init__(self, file: _BoundedFile, tar: tarfile.TarFile) -> None:
+        self._file = file
+        self._tar = tar
+
+    @property
+    def offset(self) -> int:
+        """Where in the file the next member's header should lie, in bytes."""
+        return self._tar.offset
+
+    def next(self) -> tarfile.TarInfo | None:
+        """The next member; None at the end of the archive or at a damaged header.
+
+        Raises:
+            tarfile.TarError: its headers are malformed, or take more than ``HEADER_LIMIT`` bytes.
+            OSError: the file cannot be read.
+        """
+        self._file.left = HEADER_LIMIT
+        with _malformed_as_tar_error():
+            member = self._tar.next()
+        # tarfile keeps every header that it has read, and every record of the global ones, in memory.
+        vars(self._tar)["members"] = []
+        self._tar.pax_headers = {}
+        return member
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """A plain member's content, shorter than its size if the file is cut short. Callers check the size before."""
+        self._file.left = member.size
+        self._file.seek(member.offset_data)
+        return self._file.read(member.size)
+
+
+@contextmanager
+def open_headers(path: Path) -> Iterator[TarHeaders]:
+    """The headers of an uncompressed tar file; a few kilobytes of a compressed one could unpack to terabytes.
+
+    Raises:
+        tarfile.TarError: it is no tar file, or its first member is refused; see ``TarHeaders.next``.
+        OSError: the file cannot be read, or is no regular one.
+    """
+    with _BoundedFile(open_file(path).detach()) as file:
+        with _malformed_as_tar_error():
+            tar = tarfile.TarFile(fileobj=file)
+        with tar:
+            yield TarHeaders(file, tar)
+
+
+class _BoundedFile(io.BufferedReader):
+    """A file that refuses to read more than ``left`` bytes; the reader sets ``left`` for each member."""
+
+    left = HEADER_LIMIT
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        # A negative size means all that is left; tarfile also computes one from a header with a negative size.
+        if size is None or not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"the headers of one member claim more than {HEADER_LIMIT:,} bytes")
+        self.left -= size
+        return super().read(size)
+
+
+@contextmanager
+def _malformed_as_tar_error() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, OverflowError, RecursionError) as error:
+        # Errors that tarfile raises on malformed records; their text is a bare key, or does not name the file.
+        raise tarfile.ReadError(f"one of its headers is malformed ({type(error).__name__})") from error

@@ -1,4 +1,8 @@
-"""Writing one shard: a WebDataset tar, a table of its rows, and the record that says both are complete."""
+"""Shards: a WebDataset tar, a table of its rows, and the record that says both are complete; tables from anywhere.
+
+polars is handed open files, never paths: it takes ``[``, ``*`` and ``?`` in a path for a pattern, whatever the files
+are called, and refuses names that are no UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,29 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
+from polars.io.plugins import register_io_source
 from pydantic import ConfigDict
 
 from busigen.errors import IntegrityError
 from busigen.files import atomic_file, sha256_of, write_json
+from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, MEMBER_SUFFIXES, SHARD_FOLDER, key_of, shard_path
@@ -269,3 +278,88 @@ def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool |
 def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
     """Write a table as Parquet, with all settings fixed that decide its bytes."""
     table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)
+
+
+def read_table(path: Path, rows: int) -> pl.DataFrame:
+    """A table that should have ``rows`` rows.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
+    """
+    with _open_table(path, rows) as file:
+        table = pl.read_parquet(file)
+    if table.height != rows:
+        raise pl.exceptions.ComputeError(f"it has {table.height} rows instead of {rows}")
+    return table
+
+
+def find_rows(path: Path, rows: int, index: int) -> list[dict[str, Any]]:
+    """The rows of one index in a table that should have ``rows`` rows, most of which are not read; see `read_table`."""
+    with _open_table(path, rows) as file:
+        return pl.scan_parquet(file).filter(pl.col("index") == index).collect().to_dicts()
+
+
+def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: int | None = None) -> None:
+    """Write the rows of several tables as one, in order; each table is taken from the iterator when it is written.
+
+    Args:
+        path: the file, overwritten.
+        tables: one at least, all of the columns of the first.
+        row_group_size: rows that are gathered before they are written; None for polars' choice.
+
+    Raises:
+        OSError: the file cannot be written.
+        PolarsError: a table has other columns than the first.
+        Exception: raised by ``tables``.
+    """
+    rest = iter(tables)
+    first = next(rest)
+    failed: list[BaseException] = []
+
+    def read(
+        columns: list[str] | None, predicate: pl.Expr | None, most: int | None, size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        try:
+            yield from chain([first], rest)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "statistics": True}
+    with path.open("wb") as file:
+        try:
+            with _as_pythons_errors(path):
+                rows = register_io_source(read, schema=first.schema)
+                rows.sink_parquet(file, row_group_size=row_group_size, maintain_order=True, **options)
+        except (pl.exceptions.PolarsError, OSError):
+            # Polars wraps what the iterator raised in an error of its own.
+            if failed:
+                raise failed[0] from None
+            raise
+
+
+@contextmanager
+def _open_table(path: Path, rows: int) -> Iterator[BinaryIO]:
+    """An open table file, refused if it claims other than ``rows`` rows or more memory than they can need."""
+    try:
+        refuse_costly(path, rows)
+    except ValueError as error:
+        raise pl.exceptions.ComputeError(str(error)) from error
+    with looking(path), open_file(path) as file, _as_pythons_errors(path):
+        yield file
+
+
+@contextmanager
+def _as_pythons_errors(path: Path) -> Iterator[None]:
+    """Turn polars' panics into errors, and the system's errors in its messages into an OSError."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        if found := re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error)):
+            number = int(found[1] or found[2])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        if isinstance(error, pl.exceptions.PanicException):
+            # A panic is a BaseException, which no handler of errors would catch.
+            raise pl.exceptions.ComputeError("its pages are damaged") from error
+        raise

@@ -17,7 +17,6 @@ from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.files import atomic_file
 from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
 from busigen.runtime.backends.bundle import unproven
-from busigen.runtime.dataset.collection import find_sample
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     MANIFEST_FILE,
@@ -39,8 +38,8 @@ from busigen.runtime.dataset.reader import (
     refuse_unreadable,
 )
 from busigen.runtime.dataset.sample import Rejection, Source
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord
-from busigen.runtime.dataset.untrusted import find_rows
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_rows
+from busigen.runtime.maintenance.merge import find_sample
 from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now
 from busigen.runtime.maintenance.verify import read_run
 from busigen.runtime.storage.files import output_errors

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from busigen.errors import InputError, UsageError
 from busigen.records import BYTES_PER_SHARD, MAX_BYTES
-from busigen.runtime.dataset.collection import PARTS_FOLDER
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     FINISHED_FILES,
@@ -23,6 +22,7 @@ from busigen.runtime.dataset.format import (
 )
 from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.maintenance.explain import Explanation, explain, parse_key
+from busigen.runtime.maintenance.merge import PARTS_FOLDER
 from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.maintenance.verify import VerifyReport, View, read_run, verify
 from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem

@@ -14,7 +14,6 @@ import polars as pl
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
 from busigen.files import atomic_file, leftovers, make_folder, sha256_of, write_json
 from busigen.records import checked
-from busigen.runtime.dataset.collection import COLLECTION_FILES, parts_of, recorded_sources, write_collection
 from busigen.runtime.dataset.finalize import finish, run_of
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
@@ -31,10 +30,10 @@ from busigen.runtime.dataset.format import (
 )
 from busigen.runtime.dataset.reader import link_refused, plan_of, read_members, read_object
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord, schema_of, write_table
-from busigen.runtime.dataset.untrusted import read_table
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, schema_of, write_table
 from busigen.runtime.execution.estimate import require_room
 from busigen.runtime.maintenance.explain import listed_shards
+from busigen.runtime.maintenance.merge import COLLECTION_FILES, parts_of, recorded_sources, write_collection
 from busigen.runtime.maintenance.replay import (
     BYTES_ONLY,
     Inputs,

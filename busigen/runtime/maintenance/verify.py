@@ -17,15 +17,6 @@ from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.files import is_temporary
 from busigen.foreign import walk
 from busigen.records import checked, read_json
-from busigen.runtime.dataset.collection import (
-    COLLECTION_FILES,
-    PARTS_FOLDER,
-    collection_info,
-    collection_rows,
-    open_parts,
-    parts_of,
-    recorded_sources,
-)
 from busigen.runtime.dataset.finalize import dataset_info, run_of
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
@@ -49,8 +40,16 @@ from busigen.runtime.dataset.reader import (
     recorded_shards,
     refuse_newer,
 )
-from busigen.runtime.dataset.shards import COLUMN_TYPES, FileRecord, schema_of
-from busigen.runtime.dataset.untrusted import read_table
+from busigen.runtime.dataset.shards import COLUMN_TYPES, FileRecord, read_table, schema_of
+from busigen.runtime.maintenance.merge import (
+    COLLECTION_FILES,
+    PARTS_FOLDER,
+    collection_info,
+    collection_rows,
+    open_parts,
+    parts_of,
+    recorded_sources,
+)
 from busigen.runtime.maintenance.verify_shard import DELETE, FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
@@ -340,38 +339,32 @@ def check_collection(folder: Path) -> list[Problem]:
         known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name, WRITTEN)
         if not known:
             found.append(Problem(path.name, "is no part of the dataset.", DELETE))
-    if not missing:
-        found += _check_collection_record(folder, parts)
-        found += _check_collection_manifest(folder, parts)
-    return found
+    return found if missing else [*found, *_check_collection_files(folder, parts)]
 
 
-def _check_collection_record(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
+def _check_collection_files(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
     sources = recorded_sources(folder)
     if sources is None:
         yield Problem(DATASET_FILE, "does not list the parts that are there.", REPAIR)
-        return
-    info = read_json(folder / DATASET_FILE)
-    wanted = collection_info(folder, parts, sources)
-    if info.get("files") != wanted["files"]:
-        yield Problem(MANIFEST_FILE, f"has another sha256 or size than {DATASET_FILE} records.", REPAIR)
-        wanted["files"] = info.get("files")
-    changed = differences(info, wanted)
-    if changed:
-        named = ", ".join(name for name, _, _ in changed)
-        yield Problem(DATASET_FILE, f"differs from the parts in: {named}.", REPAIR)
-
-
-def _check_collection_manifest(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
+    else:
+        info = read_json(folder / DATASET_FILE)
+        wanted = collection_info(folder, parts, sources)
+        if info.get("files") != wanted["files"]:
+            yield Problem(MANIFEST_FILE, f"has another sha256 or size than {DATASET_FILE} records.", REPAIR)
+            wanted["files"] = info.get("files")
+        if changed := differences(info, wanted):
+            yield Problem(
+                DATASET_FILE, f"differs from the parts in: {', '.join(name for name, _, _ in changed)}.", REPAIR
+            )
     try:
         rows = read_table(folder / MANIFEST_FILE, sum(part.plan.count for part in parts))
-        wanted = pl.concat(collection_rows(parts))
+        same = rows.equals(pl.concat(collection_rows(parts)))
     except (OSError, pl.exceptions.PolarsError) as error:
         yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", REPAIR)
         return
     except BusigenError:
         return  # A part's own table, which its check has named.
-    if not rows.equals(wanted):
+    if not same:
         yield Problem(MANIFEST_FILE, "does not equal the parts' rows.", REPAIR)
         return
     repeated = rows.filter(pl.col("part").n_unique().over("image_sha256") > 1)

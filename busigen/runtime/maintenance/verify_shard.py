@@ -16,8 +16,7 @@ from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
 from busigen.runtime.dataset.reader import Member, decode_image, decode_mask, read_members
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box
-from busigen.runtime.dataset.untrusted import read_table
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
