@@ -26,10 +26,7 @@ SHARD_FOLDER = "shards"
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
 """Top-level files of a finished dataset."""
 
-IMAGE_SUFFIX = "image.png"
-MASK_SUFFIX = "mask.png"
-ROW_SUFFIX = "json"
-MEMBER_SUFFIXES = (IMAGE_SUFFIX, MASK_SUFFIX, ROW_SUFFIX)
+MEMBER_SUFFIXES = ("image.png", "mask.png", "json")
 """What follows ``<key>.`` in a shard's tar, in the order in which a sample's members are stored."""
 
 MEMBER_LIMIT = 1 << 20

@@ -37,7 +37,7 @@ from busigen.runtime.dataset.format import (
     shard_path,
 )
 from busigen.runtime.dataset.sample import Sample
-from busigen.runtime.dataset.shards import COLUMN_TYPES, FIXED_COLUMNS, FileRecord, ShardRecord, read_table, schema_of
+from busigen.runtime.dataset.shards import FIXED_COLUMNS, FileRecord, ShardRecord, read_table, recorded_schema
 from busigen.runtime.storage.url import Address
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
@@ -67,7 +67,7 @@ class SourceRecord(Record):
 
 
 def _schematic(columns: dict[str, str]) -> dict[str, str]:
-    schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
+    recorded_schema(columns)
     return columns
 
 

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -64,8 +63,9 @@ _POLARS_TYPES: dict[type, type[pl.DataType]] = {str: pl.String, int: pl.Int64, f
 
 # Speckle does not repeat itself, so run lengths alone give files of the same size in half the time.
 _PNG_OPTIONS = {"compress_level": 6, "compress_type": zlib.Z_RLE}
-# Pillow compresses without the interpreter's lock, so threads help; more of them take cores from the source.
-_ENCODERS = min(4, os.cpu_count() or 1)
+# Pillow compresses without the interpreter's lock, so threads help; more of them take cores from the source. The same
+# threads serve all shards: new ones would spread their buffers over more and more of the allocator's arenas.
+_ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="png-encoder")
 _REMAKE = "Delete it and run `busigen generate` with the same options again: that shard is made anew."
 
 
@@ -171,13 +171,18 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
 
 
 def schema_of(types: Mapping[str, type]) -> pl.Schema:
-    """Table schema with these further fields; a ValueError for a fixed column's name or a type that no column has."""
+    """Table schema with further fields of these types; a ValueError for a fixed column's name or another type."""
     for name, kind in types.items():
         if name in FIXED_COLUMNS:
             raise ValueError(f"row field {name!r} has the name of a fixed column")
         if kind not in _POLARS_TYPES:
             raise ValueError(f"row field {name!r} must be str, int, float or bool, got {kind!r}")
     return pl.Schema({name: _POLARS_TYPES[kind] for name, kind in (FIXED_COLUMNS | dict(types)).items()})
+
+
+def recorded_schema(columns: Mapping[str, str]) -> pl.Schema:
+    """Table schema of a run by the ``columns`` of its record; a ValueError as for :func:`schema_of`."""
+    return schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
 
 
 def lesion_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
@@ -217,7 +222,7 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
         atomic_file(folder / tar_name) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for sample, (image, mask) in zip(samples, _encoders().map(_encode, samples), strict=True):
+        for sample, (image, mask) in zip(samples, _ENCODERS.map(_encode, samples), strict=True):
             box = lesion_box(sample.mask) or (None, None, None, None)
             row = {
                 "key": key_of(sample.index),
@@ -239,16 +244,6 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
                 tar.addfile(member, io.BytesIO(content))
             rows.append(row)
     return rows
-
-
-@cache
-def _encoders() -> ThreadPoolExecutor:
-    """The threads that encode PNG files, the same ones for all shards of the process.
-
-    New threads for every shard would spread their buffers over more and more of the allocator's arenas: 25 MB after
-    5,000 samples.
-    """
-    return ThreadPoolExecutor(_ENCODERS, thread_name_prefix="png-encoder")
 
 
 def _encode(sample: Sample) -> list[bytes]:

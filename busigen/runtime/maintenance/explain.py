@@ -20,7 +20,7 @@ from busigen.runtime.backends.bundle import unproven
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     MANIFEST_FILE,
-    ROW_SUFFIX,
+    MEMBER_SUFFIXES,
     RUN_FILE,
     Plan,
     as_typed,
@@ -114,7 +114,7 @@ def read_recorded(folder: Path, key: str) -> Recorded:
         rows[MANIFEST_FILE] = tried(MANIFEST_FILE, lambda: _table_row(folder / MANIFEST_FILE, plan.count, index))
     rows[table] = tried(table, lambda: _table_row(folder / table, len(indices), index))
     if member is not None:
-        rows[f"{tar}:{member.key}.{ROW_SUFFIX}"] = member.row
+        rows[f"{tar}:{member.key}.json"] = member.row
     rows = {name: row for name, row in rows.items() if row is not None}
     if not rows:
         raise IntegrityError(f"nothing is left of sample {key_of(index)}: {' '.join(problems)}", fix=REPAIR_FIRST)
@@ -285,8 +285,7 @@ def explain(
                 with output_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     row = json.dumps(member.row, ensure_ascii=False).encode()
-                    contents = {f"{kind}.png": content for kind, content in member.pictures.items()} | {ROW_SUFFIX: row}
-                    for suffix, content in contents.items():
+                    for suffix, content in zip(MEMBER_SUFFIXES, (member.image, member.mask, row), strict=True):
                         with atomic_file(out / f"{member.key}.{suffix}") as file:
                             file.write(content)
             error = _disagreement(recorded, result)

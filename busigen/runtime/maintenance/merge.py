@@ -52,7 +52,6 @@ COLLECTION_FILES = (MANIFEST_FILE, CARD_FILE, DATASET_FILE)
 Sources = list[dict[str, Any]]
 """What a dataset was merged from, in order: folders, plans, versions and the sha256 of their ``dataset.json``."""
 
-_COMMON = ("busigen", "columns", "fingerprint")
 _NOT_COMPARED = ("config", "engine_batches", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
 
@@ -303,7 +302,7 @@ def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[So
         rejected.update(part.info["rejected"])
     return {
         "schema_version": SCHEMA_VERSION,
-        **{name: parts[0].info.get(name) for name in _COMMON},
+        **{name: parts[0].info.get(name) for name in ("busigen", "columns", "fingerprint")},
         "samples": sum(part.plan.count for part in parts),
         "classes": dict(sorted(classes.items())),
         "rejected": dict(sorted(rejected.items())),

@@ -24,7 +24,7 @@ from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.maintenance.explain import Explanation, explain, parse_key
 from busigen.runtime.maintenance.merge import PARTS_FOLDER
 from busigen.runtime.maintenance.replay import Inputs
-from busigen.runtime.maintenance.verify import VerifyReport, View, read_run, verify
+from busigen.runtime.maintenance.verify import VerifyReport, read_run, verify
 from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.object_store import Store, in_groups
@@ -44,7 +44,8 @@ def verify_place(
     if isinstance(place, Path):
         return verify(place, healthy=healthy, progress=progress)
     with viewed(place, progress) as view:
-        report = verify(view.folder, healthy=healthy, progress=progress, view=view)
+        names = view.store.sizes
+        report = verify(view.folder, healthy=healthy, progress=progress, names=names, shard=view.shard)
     return replace(report, folder=place, problems=tuple(_at_url(problem) for problem in report.problems))
 
 
@@ -79,15 +80,14 @@ def viewed(address: Address, progress: Progress | None = None) -> Iterator[Remot
         yield RemoteView(store, Path(name))
 
 
-class RemoteView(View):
+class RemoteView:
     """A dataset at a URL, of which the small files are fetched at once, and shards as they are needed.
 
     An InputError says that it is no dataset, or one in parts, or that the disk has no room for it.
     """
 
     def __init__(self, store: Store, folder: Path) -> None:
-        super().__init__(folder)
-        self._store = store
+        self.store, self.folder = store, folder
         sizes = store.sizes
         if any(name.startswith(f"{PARTS_FOLDER}/") for name in sizes):
             raise InputError(
@@ -109,13 +109,9 @@ class RemoteView(View):
         for name, content in in_groups(store, [name for name in records if sizes[name] <= MAX_BYTES]):
             (folder / name).write_bytes(content)
 
-    def names(self) -> Iterator[str]:
-        """See :class:`View`."""
-        yield from self._store.sizes
-
     @contextmanager
     def shard(self, number: int) -> Iterator[None]:
-        """See :class:`View`."""
+        """Have a shard's tar and table in the folder while the block runs; its record is there in any case."""
         names = [shard_path(number, suffix) for suffix in ("tar", "parquet")]
         try:
             for name in names:
@@ -127,7 +123,7 @@ class RemoteView(View):
 
     def _fetch(self, name: str, limit: int | None = None) -> None:
         """Have a file in the folder if there is one; in place of one beyond the limit, a hole of its size."""
-        size, path = self._store.sizes.get(name), self.folder / name
+        size, path = self.store.sizes.get(name), self.folder / name
         if size is None:
             return
         if limit is not None and size > limit:
@@ -137,11 +133,11 @@ class RemoteView(View):
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise InputError(
-                f"{self._store.address / name} has {disk_size(size)}, and {self.folder} {disk_size(free)} free.",
+                f"{self.store.address / name} has {disk_size(size)}, and {self.folder} {disk_size(free)} free.",
                 fix="Set TMPDIR to a folder with more room.",
             )
         try:
-            self._store.get(name, path)
+            self.store.get(name, path)
         except FileNotFoundError:
             return  # Gone since it was listed, which the check tells.
 

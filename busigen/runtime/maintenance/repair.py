@@ -30,7 +30,7 @@ from busigen.runtime.dataset.format import (
 )
 from busigen.runtime.dataset.reader import link_refused, plan_of, read_members, read_object
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, schema_of, write_table
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, recorded_schema, write_table
 from busigen.runtime.execution.estimate import require_room
 from busigen.runtime.maintenance.explain import listed_shards
 from busigen.runtime.maintenance.merge import COLLECTION_FILES, parts_of, recorded_sources, write_collection
@@ -48,7 +48,6 @@ from busigen.runtime.maintenance.verify import (
     combined,
     has_run,
     read_run,
-    types_of,
     verify,
 )
 from busigen.runtime.maintenance.verify_shard import LEAST_SAMPLE
@@ -214,7 +213,7 @@ class _Repair:
                 return False
             rows = [member.row for member in read_members(tar, self.plan.indices(number))]
             table = io.BytesIO()
-            write_table(pl.DataFrame(rows, schema=schema_of(types_of(self.run))), table)
+            write_table(pl.DataFrame(rows, schema=recorded_schema(self.run["columns"])), table)
         except (OSError, IntegrityError, pl.exceptions.PolarsError, TypeError):
             return False
         if hashlib.sha256(table.getbuffer()).hexdigest() != record.parquet.sha256:

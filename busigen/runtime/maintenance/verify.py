@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +40,7 @@ from busigen.runtime.dataset.reader import (
     recorded_shards,
     refuse_newer,
 )
-from busigen.runtime.dataset.shards import COLUMN_TYPES, FileRecord, read_table, schema_of
+from busigen.runtime.dataset.shards import FileRecord, read_table, recorded_schema
 from busigen.runtime.maintenance.merge import (
     COLLECTION_FILES,
     PARTS_FOLDER,
@@ -59,6 +59,9 @@ from busigen.text import counted
 
 _LISTED, _LISTED_SHARDS = 8, 1000
 """Fields and missing shards that are named one by one."""
+
+Shards = Callable[[int], AbstractContextManager[object]]
+"""Gives a context in which the tar and the table of the shard of a number are in the dataset's folder."""
 
 _WORKERS = min(8, os.cpu_count() or 1)
 _LINK = "is a link, and links are not followed."
@@ -83,23 +86,13 @@ class VerifyReport:
         return not self.problems
 
 
-class View:
-    """The files of a dataset as the check sees them. This one: all of them, in their folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def names(self) -> Iterator[str]:
-        """Every file, relative to the dataset, with forward slashes."""
-        return (path.relative_to(self.folder).as_posix() for path in walk(self.folder) if not path.is_dir())
-
-    def shard(self, number: int) -> AbstractContextManager[None]:
-        """Have a shard's files in the folder while the block runs; its record is there in any case."""
-        return nullcontext()
-
-
 def verify(
-    folder: Path, *, healthy: Path | None = None, progress: Progress | None = None, view: View | None = None
+    folder: Path,
+    *,
+    healthy: Path | None = None,
+    progress: Progress | None = None,
+    names: Iterable[str] | None = None,
+    shard: Shards = nullcontext,
 ) -> VerifyReport:
     """Check a whole dataset; nothing is changed.
 
@@ -107,16 +100,71 @@ def verify(
         folder: the dataset.
         healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
         progress: counts every sample; None shows nothing.
-        view: brings the files; None where they are all in ``folder``.
+        names: every file of the dataset, relative to it, with forward slashes; None for those in ``folder``.
+        shard: brings a shard's files; by default they are all in ``folder``.
 
     Raises:
         InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
     """
     progress = progress or Progress()
-    places = parts_of(folder)
-    if places:
-        return combined(folder, [_verify_one(View(place), healthy, progress) for place in places])
-    return _verify_one(view or View(folder), healthy, progress)
+    if places := parts_of(folder):
+        return combined(folder, [_verify_one(place, healthy, progress) for place in places])
+    return _verify_one(folder, healthy, progress, names, shard)
+
+
+def _verify_one(
+    folder: Path,
+    healthy: Path | None,
+    progress: Progress,
+    names: Iterable[str] | None = None,
+    shard: Shards = nullcontext,
+) -> VerifyReport:
+    run = read_run(folder)
+    plan, schema = plan_of(run, folder / RUN_FILE), recorded_schema(run["columns"])
+    backgrounds = Backgrounds.below(healthy) if healthy else None
+    linked = {path.relative_to(folder).as_posix() for path in links(folder)}
+    problems = [Problem(name, _LINK, REPAIR) for name in sorted(linked)]
+    progress.start("verifying", plan.count)
+
+    def check(number: int) -> ShardFindings:
+        if not linked.isdisjoint(shard_files(number)):
+            return ShardFindings(number)
+        with shard(number):
+            return check_shard(folder, plan, number, schema, backgrounds, progress)
+
+    try:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            # Those that are there: how many there should be is a claim, which may be a billion.
+            there = [] if SHARD_FOLDER in linked else recorded_shards(folder)
+            shards = list(pool.map(check, [number for number in there if number in plan.numbers]))
+    finally:
+        progress.stop()
+    problems += [problem for one in shards for problem in one.problems]
+    if healthy:
+        problems += _absent(healthy, shards)
+    # Without it the run has not been finished, and what it would have written last is not missing but still to come.
+    finished = (folder / DATASET_FILE).exists()
+    if finished:
+        problems += _check_dataset(folder, run, plan, shards)
+    else:
+        complete = sum(one.started for one in shards)
+        problem = f"is missing, the run is unfinished: {complete} of {counted(plan.shards, 'shard')}."
+        problems.append(Problem(DATASET_FILE, problem, "The same `busigen generate` command continues it."))
+    duplicates = list(_duplicates(shards))
+    problems += duplicates
+    if names is None:
+        names = (path.relative_to(folder).as_posix() for path in walk(folder) if not path.is_dir())
+    problems += _strangers(names, plan, finished)
+    return VerifyReport(
+        folder=folder,
+        samples=sum(one.samples for one in shards),
+        shards=plan.shards,
+        problems=tuple(problems),
+        duplicates=len(duplicates),
+        backgrounds_proven=sum(one.proven for one in shards),
+        backgrounds_unproven=sum(one.unproven for one in shards),
+        backgrounds_synthetic=sum(one.synthetic for one in shards),
+    )
 
 
 def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
@@ -136,54 +184,6 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
         backgrounds_proven=sum(report.backgrounds_proven for report in reports),
         backgrounds_unproven=sum(report.backgrounds_unproven for report in reports),
         backgrounds_synthetic=sum(report.backgrounds_synthetic for report in reports),
-    )
-
-
-def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyReport:
-    folder = view.folder
-    run = read_run(folder)
-    plan, schema = plan_of(run, folder / RUN_FILE), schema_of(types_of(run))
-    backgrounds = Backgrounds.below(healthy) if healthy else None
-    linked = {path.relative_to(folder).as_posix() for path in links(folder)}
-    problems = [Problem(name, _LINK, REPAIR) for name in sorted(linked)]
-    progress.start("verifying", plan.count)
-
-    def check(number: int) -> ShardFindings:
-        if not linked.isdisjoint(shard_files(number)):
-            return ShardFindings(number)
-        with view.shard(number):
-            return check_shard(folder, plan, number, schema, backgrounds, progress)
-
-    try:
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            # Those that are there: how many there should be is a claim, which may be a billion.
-            there = [] if SHARD_FOLDER in linked else recorded_shards(folder)
-            shards = list(pool.map(check, [number for number in there if number in plan.numbers]))
-    finally:
-        progress.stop()
-    problems += [problem for shard in shards for problem in shard.problems]
-    if healthy:
-        problems += _absent(healthy, shards)
-    # Without it the run has not been finished, and what it would have written last is not missing but still to come.
-    finished = (folder / DATASET_FILE).exists()
-    if finished:
-        problems += _check_dataset(folder, run, plan, shards)
-    else:
-        complete = sum(shard.started for shard in shards)
-        problem = f"is missing, the run is unfinished: {complete} of {counted(plan.shards, 'shard')}."
-        problems.append(Problem(DATASET_FILE, problem, "The same `busigen generate` command continues it."))
-    duplicates = list(_duplicates(shards))
-    problems += duplicates
-    problems += _strangers(view.names(), plan, finished)
-    return VerifyReport(
-        folder=folder,
-        samples=sum(shard.samples for shard in shards),
-        shards=plan.shards,
-        problems=tuple(problems),
-        duplicates=len(duplicates),
-        backgrounds_proven=sum(shard.proven for shard in shards),
-        backgrounds_unproven=sum(shard.unproven for shard in shards),
-        backgrounds_synthetic=sum(shard.synthetic for shard in shards),
     )
 
 
@@ -228,11 +228,6 @@ def _read_run_record(path: Path) -> dict[str, Any] | None:
     checked(RunRecord, run, path, fix="Get the original file again.")
     plan_of(run, path)
     return run
-
-
-def types_of(run: dict[str, Any]) -> dict[str, type]:
-    """Types of the columns that the source of a run, as :func:`read_run` read it, added to the fixed ones."""
-    return {name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()}
 
 
 def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +31,12 @@ _MEANINGS = {
     "height_width": "the lesion's height over its width",
 }
 
-Values = Mapping[str, float]
-
 
 @dataclass(frozen=True)
 class SampleConditions:
     """The conditions of a run: a range per attribute (equal ends for a single value) and a BI-RADS category or None."""
 
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     birads: str | None = None
 
     def __bool__(self) -> bool:
@@ -58,7 +55,7 @@ class SampleConditions:
         shares = dict(zip(ATTRIBUTES, uniforms(seed, index, 0, "asked", len(ATTRIBUTES)), strict=True))
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
-    def vector(self, values: Values, valid: Mask) -> NDArray[np.float32]:
+    def vector(self, values: Mapping[str, float], valid: Mask) -> NDArray[np.float32]:
         """Stage 1's input, (ASKED_LENGTH,) float32: attributes as `data.geometry` has them, flags, BI-RADS."""
         rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
         found = dict.fromkeys(ATTRIBUTES, 0.0)
@@ -116,7 +113,7 @@ def parse_conditions(
     if birads is not None and birads not in BIRADS:
         raise UsageError(f"--birads is {birads!r}.", fix=f"Choose one of: {', '.join(BIRADS)}.")
     ranges = {name: _range(name, text) for name, text in texts.items() if text is not None}
-    return SampleConditions(MappingProxyType(ranges), birads)
+    return SampleConditions(ranges, birads)
 
 
 def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[str]:

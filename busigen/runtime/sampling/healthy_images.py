@@ -300,14 +300,13 @@ def _frame(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
 class Backgrounds:
     """Healthy images by the sha256 of their files."""
 
-    folder: Path
     paths: dict[str, Path]
 
     @classmethod
     def below(cls, folder: Path) -> Backgrounds:
         """Hash every image below a folder; an InputError where it is missing or an image cannot be read."""
         try:
-            return cls(folder=folder, paths={sha256_of(path): path for path in find_images(folder)})
+            return cls({sha256_of(path): path for path in find_images(folder)})
         except OSError as error:
             raise InputError(
                 f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions."
