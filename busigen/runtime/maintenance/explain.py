@@ -15,6 +15,7 @@ import polars as pl
 
 from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.files import atomic_file
+from busigen.records import checked
 from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
 from busigen.runtime.backends.bundle import unproven
 from busigen.runtime.dataset.format import (
@@ -29,6 +30,7 @@ from busigen.runtime.dataset.format import (
     shard_path,
 )
 from busigen.runtime.dataset.reader import (
+    ListedShard,
     Member,
     decode_image,
     decode_mask,
@@ -152,16 +154,21 @@ def _contradictions(folder: Path, recorded: Recorded) -> list[str]:
         except OSError:
             continue  # Named already, by who wanted to read it.
     info = read_object(folder / DATASET_FILE)
-    if info is not None and listed_shards(info).get(recorded.number, {}).get("tar") != asdict(recorded.record.tar):
+    if info is not None and listed_files(info).get(recorded.number, (None,))[0] != recorded.record.tar:
         found.append(f"{DATASET_FILE} records another {recorded.record.tar.file} than the shard's own record.")
     return found
 
 
-def listed_shards(info: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The shards that a ``dataset.json`` lists, by number; whatever else is in that list is passed over."""
-    entries = info.get("shards")
-    listed = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return {entry["number"]: entry for entry in listed if isinstance(entry.get("number"), int)}
+def listed_files(info: Mapping[str, Any]) -> dict[int, tuple[FileRecord, FileRecord]]:
+    """Tar and table of the shards that a ``dataset.json`` lists, by number; whatever else it lists is passed over."""
+    entries, found = info.get("shards"), {}
+    for entry in entries if isinstance(entries, list) else []:
+        try:
+            shard = checked(ListedShard, entry, DATASET_FILE, fix="")
+        except IntegrityError:
+            continue
+        found[shard.number] = (shard.tar, shard.parquet)
+    return found
 
 
 def _history(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import polars as pl
 
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, OutputError
 from busigen.files import atomic_file, leftovers, make_folder, sha256_of, write_json
-from busigen.records import checked
 from busigen.runtime.dataset.finalize import finish, run_of
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
@@ -32,7 +31,7 @@ from busigen.runtime.dataset.reader import link_refused, plan_of, read_members, 
 from busigen.runtime.dataset.sample import Source
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, recorded_schema, write_table
 from busigen.runtime.execution.estimate import require_room
-from busigen.runtime.maintenance.explain import listed_shards
+from busigen.runtime.maintenance.explain import listed_files
 from busigen.runtime.maintenance.merge import COLLECTION_FILES, parts_of, recorded_sources, write_collection
 from busigen.runtime.maintenance.replay import (
     BYTES_ONLY,
@@ -42,14 +41,7 @@ from busigen.runtime.maintenance.replay import (
     refuse_other_samples,
     then_and_now,
 )
-from busigen.runtime.maintenance.verify import (
-    VerifyReport,
-    check_collection,
-    combined,
-    has_run,
-    read_run,
-    verify,
-)
+from busigen.runtime.maintenance.verify import VerifyReport, check_collection, combined, has_run, read_run, verify
 from busigen.runtime.maintenance.verify_shard import LEAST_SAMPLE
 from busigen.runtime.output.completed_shards import complete_shards
 from busigen.runtime.storage.files import output_errors
@@ -174,7 +166,7 @@ def _opened(folder: Path) -> _Repair:
         manifest = read_table(folder / MANIFEST_FILE, plan.count)
     except (OSError, pl.exceptions.PolarsError):
         manifest = None
-    return _Repair(folder, run, plan, listed_shards(info or {}), manifest)
+    return _Repair(folder, run, plan, listed_files(info or {}), manifest)
 
 
 @dataclass
@@ -184,7 +176,7 @@ class _Repair:
     folder: Path
     run: dict[str, Any]
     plan: Plan
-    listed: dict[int, dict[str, Any]]  # the shards as dataset.json lists them
+    listed: dict[int, tuple[FileRecord, FileRecord]]  # tar and table of the shards, as dataset.json lists them
     manifest: pl.DataFrame | None  # None if it is lost
     repaired: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -196,7 +188,7 @@ class _Repair:
         """
         found = []
         for number in self.plan.numbers:
-            record, expected = self._record(number), self._listed_files(number)
+            record, expected = self._record(number), self.listed.get(number)
             if record is None or shard_files(number) & blamed or expected not in (None, (record.tar, record.parquet)):
                 found.append(number)
         return found
@@ -263,19 +255,10 @@ class _Repair:
         except (OSError, IntegrityError):
             return None
 
-    def _listed_files(self, number: int) -> tuple[FileRecord, FileRecord] | None:
-        """Tar and table of a shard as ``dataset.json`` lists them."""
-        entry = self.listed.get(number, {})
-        try:
-            tar, parquet = (checked(FileRecord, entry.get(kind), DATASET_FILE, fix="") for kind in ("tar", "parquet"))
-        except IntegrityError:
-            return None
-        return tar, parquet
-
     def _expected_files(self, number: int) -> list[tuple[FileRecord, FileRecord]]:
         """Tar and table of a shard as ``dataset.json`` and its own record have them, or only one, or neither does."""
         record = self._record(number)
-        recorded = [self._listed_files(number), (record.tar, record.parquet) if record else None]
+        recorded = [self.listed.get(number), (record.tar, record.parquet) if record else None]
         return list(dict.fromkeys(pair for pair in recorded if pair is not None))
 
     def _replace(self, fresh: Path, record: ShardRecord, source: Source) -> None:
