@@ -140,6 +140,24 @@ class Member:
         """The two PNG files by their kind."""
         return {"image": self.image, "mask": self.mask}
 
+    def decoded(self, kind: str) -> NDArray[Any]:
+        """Its "image", (256, 256) uint8, or its "mask", (256, 256) bool.
+
+        Raises:
+            ValueError: it is no PNG of that size, 8-bit grey for an image and 1-bit for a mask.
+        """
+        mode = "L" if kind == "image" else "1"
+        try:
+            # Pillow imports the code for a format here, which opens files.
+            with looking(), Image.open(io.BytesIO(self.pictures[kind]), formats=("PNG",)) as image:
+                if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
+                    size = f"size {image.size}, not {mode} and {RESOLUTION} squared"
+                    raise ValueError(f"a PNG of mode {image.mode} and {size}")
+                image.load()
+                return np.array(image)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"not a readable PNG ({error})") from error
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -209,7 +227,13 @@ class Dataset:
             for member in read_members(
                 self.folder / shard_path(number, "tar"), self.plan.indices(number), only=indices
             ):
-                found[int(member.key)] = _to_sample(member)
+                row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
+                own = {name: value for name, value in member.row.items() if name not in FIXED_COLUMNS}
+                try:
+                    image, mask = member.decoded("image"), member.decoded("mask")
+                except ValueError as error:
+                    raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
+                found[int(member.key)] = Sample(row.index, row.attempt, row.label, image, mask, own)
         return [found[index] for index in indices]
 
 
@@ -329,40 +353,6 @@ def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
         problem = f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed."
         raise IntegrityError(problem, fix=_VERIFY)
     return member
-
-
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """A shard's image PNG as (256, 256) uint8; a ValueError for anything but an 8-bit grey one of that size."""
-    return np.asarray(_decode(data, "L"), dtype=np.uint8)
-
-
-def decode_mask(data: bytes) -> NDArray[np.bool_]:
-    """A shard's mask PNG as (256, 256) bool; a ValueError for anything but a 1-bit one of that size."""
-    return np.asarray(_decode(data, "1"), dtype=np.bool_)
-
-
-def _decode(data: bytes, mode: str) -> Image.Image:
-    try:
-        # Pillow imports the code for a format here, which opens files.
-        with looking(), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
-                raise ValueError(
-                    f"a PNG of mode {image.mode} and size {image.size}, not {mode} and {RESOLUTION} squared"
-                )
-            image.load()
-            return image.copy()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable PNG ({error})") from error
-
-
-def _to_sample(member: Member) -> Sample:
-    row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
-    own = {name: value for name, value in member.row.items() if name not in FIXED_COLUMNS}
-    try:
-        image, mask = decode_image(member.image), decode_mask(member.mask)
-    except ValueError as error:
-        raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
-    return Sample(row.index, row.attempt, row.label, image, mask, own)
 
 
 HEADER_LIMIT = 16 << 10

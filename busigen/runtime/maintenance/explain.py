@@ -29,16 +29,7 @@ from busigen.runtime.dataset.format import (
     key_of,
     shard_path,
 )
-from busigen.runtime.dataset.reader import (
-    ListedShard,
-    Member,
-    decode_image,
-    decode_mask,
-    plan_of,
-    read_members,
-    read_object,
-    refuse_unreadable,
-)
+from busigen.runtime.dataset.reader import ListedShard, Member, plan_of, read_members, read_object, refuse_unreadable
 from busigen.runtime.dataset.sample import Rejection, Source
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_rows
 from busigen.runtime.maintenance.merge import find_sample
@@ -343,9 +334,8 @@ def _pixel_differences(kind: str, member: Member, stored: Member) -> list[str]:
     """In what a picture drawn again differs from the stored one, in words; empty where the bytes agree."""
     if member.pictures[kind] == stored.pictures[kind]:
         return []
-    decode: Callable[[bytes], Any] = decode_image if kind == "image" else decode_mask
     try:
-        new, old = (decode(one.pictures[kind]).astype(np.int16) for one in (member, stored))
+        new, old = (one.decoded(kind).astype(np.int16) for one in (member, stored))
     except ValueError as error:
         return [f"{kind}: what the shard holds is {error}."]
     changed = int((new != old).sum())

@@ -15,7 +15,7 @@ import polars as pl
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
-from busigen.runtime.dataset.reader import Member, decode_image, decode_mask, read_members
+from busigen.runtime.dataset.reader import Member, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
@@ -188,7 +188,7 @@ def _check_background(
         return
     found.needed.add(healthy)
     if backgrounds is not None and healthy in backgrounds.paths and not damaged:
-        reason = backgrounds.difference(healthy, decode_image(member.image), decode_mask(member.mask))
+        reason = backgrounds.difference(healthy, member.decoded("image"), member.decoded("mask"))
         if reason is None:
             found.proven += 1
             return
@@ -206,8 +206,8 @@ def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
         if hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
             yield f"its {kind} has another sha256 than its row says."
     try:
-        decode_image(member.image)
-        mask = decode_mask(member.mask)
+        member.decoded("image")
+        mask = member.decoded("mask")
     except ValueError as error:
         yield f"its image or mask is {error}."
         return
