@@ -14,8 +14,8 @@ from torch import Tensor
 from busigen.data.geometry import Mask, edit_region, feather, window_for
 from busigen.noise_styles import styled
 from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
-from busigen.runtime.sampling.draft import to_grey
 from busigen.runtime.sampling.healthy_images import place_of, synthetic
+from busigen.runtime.sampling.sampler import to_grey
 from busigen.training.examples import ENCODE_BATCH, Frame, Frames, Progress, joined, random_lesion, window_tensors
 from busigen.training.networks.inference import Networks, blend_input, window_condition
 from busigen.training.trainer import mixed_precision

@@ -1,20 +1,86 @@
-"""Scheduling of batches: draws of one kind, from any shard, are worked on together once they fill a batch."""
+"""Draws between stages, and their batches: draws of one kind, from any shard, are worked on together."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.data.geometry import Mask, Window
+from busigen.registry import ATTRIBUTES
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
-from busigen.runtime.sampling.draft import Draft, DrawRequest, Kind
+from busigen.runtime.sampling.conditions import measured
+from busigen.runtime.sampling.healthy_images import Healthy
+
+BEGIN, OUTLINE, PAINT = range(3)
+"""The stages of a draw."""
 
 CONCURRENT_BATCHES = 2
 """Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
+
+
+class Kind(NamedTuple):
+    """The kind of a draw, by which batches form: its next stage, and its class and window side where they matter."""
+
+    stage: int
+    label: str = ""
+    side: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRequest:
+    """A draw that was not begun yet. ``position`` counts the samples in the order in which they were requested."""
+
+    index: int
+    attempt: int
+    position: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """With which draws this one may share a batch."""
+        return Kind(BEGIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft(DrawRequest):
+    """A draw that was begun; the stages fill its later fields one after the other."""
+
+    label: str
+    healthy: Healthy
+    wanted: Mapping[str, float] = field(default_factory=dict)
+    mask: Mask | None = None
+    edit: Mask | None = None
+    window: Window | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """With which draws this one may share a batch."""
+        return Kind(PAINT, self.label, self.window.side) if self.window else Kind(OUTLINE, self.label)
+
+    def sample(self, image: NDArray[np.uint8], birads: str | None) -> Sample:
+        """The accepted sample, of a draft that went through all stages."""
+        assert self.mask is not None and self.edit is not None and self.window is not None
+        found = measured(self.mask, self.healthy.valid)
+        row = {
+            **self.healthy.row,
+            "window_top": self.window.top,
+            "window_left": self.window.left,
+            "window_side": self.window.side,
+            "edit_pixels": int(self.edit.sum()),
+            "area_share": found.pop("size"),
+            **found,
+            **{f"asked_{name}": self.wanted.get(name) for name in ATTRIBUTES},
+            "asked_birads": birads,
+        }
+        return Sample(self.index, self.attempt, self.label, image, self.mask, row)
+
 
 Outcome = Draft | Sample | Rejection
 """Result of a stage for one draw: it goes on to the next stage, is accepted, or is refused."""

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
+from busigen.data.geometry import (
+    Mask,
+    Window,
+    edit_region,
+    largest_component,
+    paste,
+    patches_outside,
+    ring_region,
+    window_for,
+)
 from busigen.errors import AcceptanceError, CapacityError, UsageError
 from busigen.mtf import apply_to_pair
 from busigen.noise_styles import styled
@@ -34,26 +43,18 @@ from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.sampling.batching import BatchScheduler, Outcome, in_order
-from busigen.runtime.sampling.conditions import SampleConditions, class_at
-from busigen.runtime.sampling.draft import (
+from busigen.runtime.sampling.batching import (
     BEGIN,
     OUTLINE,
     PAINT,
+    BatchScheduler,
     Draft,
     DrawRequest,
-    Floats,
     Kind,
-    background_reason,
-    cells_of,
-    cut,
-    mask_reason,
-    padded_to,
-    pictures,
-    sample_of,
-    to_grey,
-    to_unit,
+    Outcome,
+    in_order,
 )
+from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform
 
@@ -65,6 +66,9 @@ WINDOW_BATCHES = 8
 
 CACHED_TOKENS = 256
 """Number of healthy images whose context tokens are kept: those used last."""
+
+
+Floats = NDArray[np.float32]
 
 
 class Sampler:
@@ -230,7 +234,10 @@ class Sampler:
             )
             for job, picture in zip(batch, picked, strict=True)
         ]
-        return [_refused(draft, reason) if (reason := background_reason(draft)) else draft for draft in drafts]
+        if self.healthy is not None:
+            return drafts  # Judged when their folder was read.
+        reasons = [quality_gates.background_reason(draft.healthy.pixels) for draft in drafts]
+        return [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
         """Synthetic backgrounds, which the prior and the decoder draw in frames of the training images' shapes."""
@@ -252,11 +259,15 @@ class Sampler:
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
-            mask = largest_component(raw & draft.healthy.valid)
-            if reason := mask_reason(draft, raw, mask):
+            valid = draft.healthy.valid
+            mask = largest_component(raw & valid)
+            reason = quality_gates.mask_reason(raw, mask, valid) or quality_gates.asked_reason(
+                measured(mask, valid), draft.wanted
+            )
+            if reason:
                 outcomes.append(_refused(draft, reason))
             else:
-                edit = edit_region(mask, draft.healthy.valid)
+                edit = edit_region(mask, valid)
                 outcomes.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
         return outcomes
 
@@ -268,7 +279,7 @@ class Sampler:
             assert draft.mask is not None
             picture = self._shown(seed, draft, image)
             reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            outcomes.append(_refused(draft, reason) if reason else sample_of(draft, picture, self.asked.birads))
+            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, self.asked.birads))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -382,6 +393,41 @@ class Sampler:
                 rows=error.rows,
                 fits=error.fits,
             ) from error
+
+
+def to_unit(pixels: NDArray[np.uint8]) -> Floats:
+    """Grey levels to [-1, 1]."""
+    return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)).astype(np.float32)
+
+
+def to_grey(pixels: Floats) -> NDArray[np.uint8]:
+    """[-1, 1] to grey levels."""
+    grey: NDArray[np.uint8] = np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    return grey
+
+
+def cells_of(region: Floats) -> NDArray[np.bool_]:
+    """Latent cells that a region of windows ``(B, 1, S, S)`` touches, ``(B, 1, S/8, S/8)``."""
+    batch, _, side, _ = region.shape
+    cells = side // LATENT_FACTOR
+    tiles = region.reshape(batch, 1, cells, LATENT_FACTOR, cells, LATENT_FACTOR)
+    return np.asarray((tiles > 0).any(axis=(3, 5)))
+
+
+def cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
+    """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
+    cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
+    return np.stack(cuts)[:, None].astype(np.float32)
+
+
+def pictures(batch: Sequence[Draft]) -> Floats:
+    """The drafts' healthy images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
+    return np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
+
+
+def padded_to(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """An array with its last row repeated until it has ``size`` rows."""
+    return np.concatenate((array, np.repeat(array[-1:], size - len(array), axis=0)))
 
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:
