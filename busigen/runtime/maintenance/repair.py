@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def _opened(folder: Path) -> _Repair:
     try:
         manifest = read_table(folder / MANIFEST_FILE, plan.count)
     except (OSError, pl.exceptions.PolarsError):
-        manifest = None
+        manifest = pl.DataFrame(schema={"shard": pl.String})
     return _Repair(folder, run, plan, listed_files(info or {}), manifest)
 
 
@@ -177,7 +178,7 @@ class _Repair:
     run: dict[str, Any]
     plan: Plan
     listed: dict[int, tuple[FileRecord, FileRecord]]  # tar and table of the shards, as dataset.json lists them
-    manifest: pl.DataFrame | None  # None if it is lost
+    manifest: pl.DataFrame  # empty if it is lost
     repaired: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
@@ -289,8 +290,10 @@ class _Repair:
         Another version of polars packs the same rows into other bytes: then the table that stands there is kept.
         """
         tar, parquet = expected
-        if record.tar != tar or record.parquet == parquet:
-            return record.tar == tar
+        if record.tar != tar:
+            return False
+        if record.parquet == parquet:
+            return True
         if hash_or_none(self.folder / parquet.file) != parquet.sha256:
             return False
         try:
@@ -301,23 +304,17 @@ class _Repair:
     def _refusal(self, record: ShardRecord, rows: pl.DataFrame, source: Source, recorded: bool) -> str | None:
         """Why a shard that is not the recorded one, or of which no hash is left, must not be put in place."""
         changed = [change for change in other_conditions(self.run, source) if change[0].startswith(BYTES_ONLY)]
-        why = (
-            f" ({', '.join(then_and_now(changed))})"
-            if changed
-            else (", though all versions are the run's: the processor may be another")
-        )
+        why = ", though all versions are the run's: the processor may be another"
+        if changed:
+            why = f" ({', '.join(then_and_now(changed))})"
         if recorded:
             return f"drawn again, it differs from what is recorded{why}."
-        listed = None
-        try:
-            listed = self.manifest.filter(pl.col("shard") == record.tar.file) if self.manifest is not None else None
-            if listed is not None and listed.height and not listed.equals(rows):
-                return f"drawn again, it differs from the rows in {MANIFEST_FILE}{why}."
-        except pl.exceptions.PolarsError:
-            listed = None
-        if (listed is None or not listed.height) and changed:
-            return f"no record of its bytes is left, and they could be others here{why}."
-        return None
+        with suppress(pl.exceptions.PolarsError):
+            listed = self.manifest.filter(pl.col("shard") == record.tar.file)
+            if listed.height:
+                same = listed.equals(rows)
+                return None if same else f"drawn again, it differs from the rows in {MANIFEST_FILE}{why}."
+        return f"no record of its bytes is left, and they could be others here{why}." if changed else None
 
 
 def hash_or_none(path: Path) -> str | None:
