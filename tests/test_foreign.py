@@ -292,7 +292,7 @@ DIRECT = {
     "files.py": ("open", "to have a written file on the disk"),
     "foreign.py": ("open", "the opener"),
     "runtime/dataset/finalize.py": ("read_parquet", _OWN),
-    "runtime/dataset/untrusted.py": ("read_parquet scan_parquet", _CHECKED),
+    "runtime/dataset/shards.py": ("read_parquet scan_parquet", _CHECKED),
     "runtime/diagnostics/bench.py": ("open", "to write"),
     "runtime/diagnostics/bench_report.py": ("open", "to write"),
     "runtime/diagnostics/doctor.py": ("read_text", _SYSTEM),

@@ -88,7 +88,8 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
     progress = progress or Progress()
     if len(folders) < 2:
         raise UsageError("fewer than two datasets are given.", fix="Give two or more to merge.")
-    datasets, origin = [], {}
+    datasets: list[Dataset] = []
+    origin: dict[Path, Sources] = {}
     for folder in folders:
         parts = open_parts(folder)
         datasets += parts
