@@ -275,26 +275,6 @@ def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
     table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)
 
 
-def read_table(path: Path, rows: int) -> pl.DataFrame:
-    """A table that should have ``rows`` rows.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
-    """
-    with _open_table(path, rows) as file:
-        table = pl.read_parquet(file)
-    if table.height != rows:
-        raise pl.exceptions.ComputeError(f"it has {table.height} rows instead of {rows}")
-    return table
-
-
-def find_rows(path: Path, rows: int, index: int) -> list[dict[str, Any]]:
-    """The rows of one index in a table that should have ``rows`` rows, most of which are not read; see `read_table`."""
-    with _open_table(path, rows) as file:
-        return pl.scan_parquet(file).filter(pl.col("index") == index).collect().to_dicts()
-
-
 def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: int | None = None) -> None:
     """Write the rows of several tables as one, in order; each table is taken from the iterator when it is written.
 
@@ -332,6 +312,33 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
             if failed:
                 raise failed[0] from None
             raise
+
+
+def read_table(path: Path, rows: int) -> pl.DataFrame:
+    """A table that should have ``rows`` rows.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
+    """
+    with _open_table(path, rows) as file:
+        table = pl.read_parquet(file)
+    if table.height != rows:
+        raise pl.exceptions.ComputeError(f"it has {table.height} rows instead of {rows}")
+    return table
+
+
+def find_row(path: Path, rows: int, index: int) -> dict[str, Any]:
+    """The row of an index in a table that should have ``rows`` rows, most of which are not read; see `read_table`.
+
+    Raises:
+        IntegrityError: the table has no such row, or several.
+    """
+    with _open_table(path, rows) as file:
+        found = pl.scan_parquet(file).filter(pl.col("index") == index).collect().to_dicts()
+    if len(found) != 1:
+        raise IntegrityError(f"{path} has {len(found)} rows of index {index}.")
+    return found[0]
 
 
 @contextmanager

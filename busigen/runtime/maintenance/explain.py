@@ -31,7 +31,7 @@ from busigen.runtime.dataset.format import (
 )
 from busigen.runtime.dataset.reader import ListedShard, Member, plan_of, read_members, read_object, refuse_unreadable
 from busigen.runtime.dataset.sample import Rejection, Source
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_rows
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_row
 from busigen.runtime.maintenance.merge import find_sample
 from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now
 from busigen.runtime.maintenance.verify import read_run
@@ -104,8 +104,8 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     member = tried(tar, lambda: next(read_members(folder / tar, indices, only=[index])))
     rows: dict[str, Any] = {}
     if (folder / DATASET_FILE).exists():  # Else the run is unfinished, and has no manifest yet.
-        rows[MANIFEST_FILE] = tried(MANIFEST_FILE, lambda: _table_row(folder / MANIFEST_FILE, plan.count, index))
-    rows[table] = tried(table, lambda: _table_row(folder / table, len(indices), index))
+        rows[MANIFEST_FILE] = tried(MANIFEST_FILE, lambda: find_row(folder / MANIFEST_FILE, plan.count, index))
+    rows[table] = tried(table, lambda: find_row(folder / table, len(indices), index))
     if member is not None:
         rows[f"{tar}:{member.key}.json"] = member.row
     rows = {name: row for name, row in rows.items() if row is not None}
@@ -114,13 +114,6 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     recorded = Recorded(run, plan, index, number, record, rows, member, problems)
     problems += _contradictions(folder, recorded)
     return recorded
-
-
-def _table_row(path: Path, height: int, index: int) -> dict[str, Any]:
-    found = find_rows(path, height, index)
-    if len(found) != 1:
-        raise IntegrityError(f"{path} has {len(found)} rows of index {index}.")
-    return found[0]
 
 
 def _contradictions(folder: Path, recorded: Recorded) -> list[str]:
