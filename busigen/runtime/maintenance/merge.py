@@ -174,11 +174,11 @@ def _join(
     for dataset in run:
         for record in recorded[dataset.folder]:
             for file in (record.tar, record.parquet):
-                copied |= _bring(dataset, target, file.file, file.size)
+                copied |= _link_or_copy(dataset, target, file.file, file.size)
                 if sha256_of(target / file.file) != file.sha256:
                     raise _damaged(dataset, file.file)
             name = shard_path(record.number, "json")
-            copied |= _bring(dataset, target, name, MAX_BYTES)
+            copied |= _link_or_copy(dataset, target, name, MAX_BYTES)
             if ShardRecord.read(target, record.number).counted() != record:
                 raise _damaged(dataset, name)
             records.append(record)
@@ -202,7 +202,7 @@ def _join(
     return copied
 
 
-def _bring(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
+def _link_or_copy(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
     """Link a regular file of at most ``limit`` bytes, or copy it; returns whether it was copied."""
     source, copied = dataset.folder / name, False
     with _reading(dataset):

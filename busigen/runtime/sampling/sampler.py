@@ -107,8 +107,8 @@ class Sampler:
         # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
         # A card takes the next call's inputs while it computes.
         self._engine = threading.Semaphore(backend.max_concurrent_calls)
-        self._known: OrderedDict[Hashable, Floats] = OrderedDict()
-        self._knowing = threading.Lock()
+        self._token_cache: OrderedDict[Hashable, Floats] = OrderedDict()
+        self._token_lock = threading.Lock()
 
     def fingerprint(self) -> dict[str, Any]:
         """See :class:`busigen.runtime.dataset.sample.Source`. The batch size is absent: it changes no sample."""
@@ -338,8 +338,8 @@ class Sampler:
     def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
         """Context tokens of whole healthy images; those of a user's image are computed once and kept."""
         keys: list[Hashable] = [draft.healthy.row["healthy_sha256"] or draft.position for draft in batch]
-        with self._knowing:
-            found = {key: self._known[key] for key in keys if key in self._known}
+        with self._token_lock:
+            found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
         # Keyed by image, so that several draws of a batch share one computation, too.
         fresh = {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}
         if fresh:
@@ -347,13 +347,13 @@ class Sampler:
             tokens = self._run("context", None, len(fresh), image=images, keep=keep[: len(fresh)])
             # Copied, because a view of one row would keep its whole batch in memory.
             found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
-        with self._knowing:
+        with self._token_lock:
             for key in dict.fromkeys(keys):
                 if isinstance(key, str):
-                    self._known[key] = found[key]
-                    self._known.move_to_end(key)
-            while len(self._known) > CACHED_TOKENS:
-                self._known.popitem(last=False)
+                    self._token_cache[key] = found[key]
+                    self._token_cache.move_to_end(key)
+            while len(self._token_cache) > CACHED_TOKENS:
+                self._token_cache.popitem(last=False)
         return np.stack([found[key] for key in keys])
 
     def _run(self, graph: str, side: int | None, count: int, **inputs: Any) -> Floats:
