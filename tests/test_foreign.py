@@ -291,7 +291,7 @@ DIRECT = {
     "foreign.py": ("open", "the opener"),
     "runtime/backends/probe.py": ("read_text", _SYSTEM),
     "runtime/dataset/finalize.py": ("read_parquet", _OWN),
-    "runtime/dataset/untrusted.py": ("read_parquet scan_parquet", _CHECKED),
+    "runtime/dataset/shards.py": ("read_parquet scan_parquet", _CHECKED),
     "runtime/diagnostics/bench.py": ("open", "to write"),
     "runtime/diagnostics/doctor.py": ("read_text", _SYSTEM),
     "runtime/execution/events.py": ("open", "to write"),

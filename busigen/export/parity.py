@@ -20,7 +20,7 @@ from busigen.runtime.backends.base import Backend, open_backend
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.sampling.draft import Draft
+from busigen.runtime.sampling.batching import Draft
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.networks.build import region_condition
 from busigen.training.networks.inference import Networks, blend_input, window_condition

@@ -240,12 +240,12 @@ def _continued(folder: Path) -> None:
 
 
 def _opened(folder: Path) -> None:
-    from busigen.runtime.maintenance.replay import _asked_of
+    from busigen.runtime.maintenance.replay import recorded_conditions
     from busigen.runtime.maintenance.verify import read_run
 
     run = read_run(folder)
     Inputs().graphs(run)
-    _asked_of(run)
+    recorded_conditions(run)
 
 
 def _bundle(folder: Path) -> None:

@@ -23,10 +23,9 @@ from busigen.errors import BusigenError, InputError
 from busigen.foreign import open_file
 from busigen.records import parse_json
 from busigen.registry import CLASSES, SYNTHETIC
-from busigen.runtime.dataset.collection import open_parts, parts_of
 from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER
-from busigen.runtime.dataset.reader import refuse_unreadable
-from busigen.runtime.dataset.untrusted import open_headers
+from busigen.runtime.dataset.reader import open_headers, refuse_unreadable
+from busigen.runtime.maintenance.merge import open_parts, parts_of
 from busigen.text import printable
 
 NAME_LIMIT = 512

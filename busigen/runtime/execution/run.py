@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
@@ -126,12 +126,12 @@ class GenerateOptions:
         output = self._output(progress)
         refuse_small_disk(output, plan)
         worker_pool = chosen.worker_pool(self._maker, self)
-        run = partial(generate, out=output, **asdict(plan), part=part, progress=progress, stop=stop)
+        options: dict[str, Any] = {**asdict(plan), "part": part, "progress": progress, "stop": stop}
         if worker_pool is None:
-            return run(self.source(progress, plan, output))
+            return generate(self.source(progress, plan, output), output, **options)
         with worker_pool:
             coordinator = Coordinator(worker_pool, progress)
-            return run(coordinator.source(), make=coordinator.make)
+            return generate(coordinator.source(), output, make=coordinator.make, **options)
 
     def source(self, progress: Progress, plan: Plan | None = None, output: Output | None = None) -> Sampler:
         """Where samples come from; this checks bundle, provider, threads and batch size.

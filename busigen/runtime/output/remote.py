@@ -19,7 +19,7 @@ import polars as pl
 from busigen.errors import IntegrityError, OutputError, UsageError
 from busigen.files import is_temporary, json_bytes, leftovers, sha256_of, write_json
 from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json, read_json
-from busigen.runtime.dataset.finalize import dataset_info, finish
+from busigen.runtime.dataset.finalize import FileProvider, dataset_info, finish
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     FINISHED_FILES,
@@ -259,7 +259,7 @@ def _empty(folder: Path) -> None:
                 path.unlink()
 
 
-class _FromStore:
+class _FromStore(FileProvider):
     """Brings files of complete shards back; see :class:`busigen.runtime.dataset.finalize.FileProvider`."""
 
     def __init__(self, store: Store, folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from busigen.runtime.dataset.untrusted import open_headers
+from busigen.runtime.dataset.reader import open_headers
 
 ROOT = Path(__file__).parents[3]
 
