@@ -188,9 +188,7 @@ class Assembly:
             [final],
             list(self.constants.values()),
         )
-        model = helper.make_model(graph, opset_imports=self._opset, ir_version=self._ir_version)
-        onnx.checker.check_model(model)
-        return model
+        return helper.make_model(graph, opset_imports=self._opset, ir_version=self._ir_version)
 
 
 TIMES = ("t", "s")
@@ -264,23 +262,20 @@ def _without_expansion(step: ModelProto) -> list[NodeProto]:
     return nodes
 
 
-def with_weights(model: ModelProto, weights: Mapping[str, np.ndarray]) -> ModelProto:
-    """A copy of a traced graph with another checkpoint's weights.
+def with_weights(model: ModelProto, weights: Mapping[str, TensorProto]) -> ModelProto:
+    """A copy of a traced graph with another network's weights.
 
     Raises:
-        ValueError: the two do not have the same floating-point weights.
+        ValueError: the two do not have the same weights.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
-    replaced = set()
+    left = dict(weights)
     for tensor in copy.graph.initializer:
-        if tensor.name in weights:
-            value = weights[tensor.name]
-            if list(tensor.dims) != list(value.shape):
-                raise ValueError(f"weight {tensor.name} has shape {value.shape}, the graph has {list(tensor.dims)}")
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-            replaced.add(tensor.name)
-    left = set(weights) - replaced
+        if (other := left.pop(tensor.name, None)) is not None:
+            if tensor.dims != other.dims:
+                raise ValueError(f"weight {tensor.name} has shape {other.dims}, the graph has {tensor.dims}")
+            tensor.CopyFrom(other)
     if left:
         raise ValueError(f"the traced graph lacks {len(left)} weights, for example {min(left)}")
     return copy

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from busigen.export import trace
 from busigen.export.assembly import with_solver, with_weights
 from busigen.export.graph_rewrites import TYPES, emulated, lowered, make_sums_deterministic
+from busigen.export.weights import weight
 from busigen.registry import (
     BUCKETS,
     CLASSES,
@@ -196,6 +196,7 @@ def _part(
     return Part(step, finish, before, after, update)
 
 
-def _weights(unet: ModelMixin) -> dict[str, Any]:
+def _weights(unet: ModelMixin) -> dict[str, TensorProto]:
     """What training changes; buffers (stage 1's outline space) are no part of a traced evaluation."""
-    return {f"velocity.unet.{name}": value.detach().cpu().numpy() for name, value in unet.named_parameters()}
+    names = ((f"velocity.unet.{name}", value) for name, value in unet.named_parameters())
+    return {name: weight(name, value) for name, value in names}

@@ -13,15 +13,17 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+from diffusers import ModelMixin
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.export.bundle_writer import write_graphs
-from busigen.export.components import COMPONENTS, Component, components
+from busigen.export.components import COMPONENTS, components
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
-from busigen.export.precision_search import Choice, ModelBackend, check_opset, choose, escalate, runs
+from busigen.export.precision_search import Choice, GraphsBackend, check_opset, choose, escalate, runs, scratch
 from busigen.export.report import fused, model_card
+from busigen.export.weights import WeightFiles, emptied
 from busigen.files import sha256_of
 from busigen.foreign import open_file
 from busigen.records import parse_json
@@ -171,14 +173,18 @@ def check_finite(networks: Networks) -> None:
     Raises:
         InputError: names component and weight.
     """
-    assert networks.context is not None
-    modules = {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
-    for component, module in modules.items():
+    for component, module in _modules(networks).items():
         trainer.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):
         value = getattr(networks, name)
         if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):
             raise InputError(f"the checkpoint's {name} is {value.tolist()}.", fix=_TRAIN)
+
+
+def _modules(networks: Networks) -> dict[str, ModelMixin]:
+    """Every trained network of a checkpoint, by the name of the folder that it is saved in."""
+    assert networks.context is not None
+    return {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
 
 
 log = logging.getLogger("busigen.export")
@@ -222,7 +228,7 @@ def export(
     networks, record = load_networks(checkpoint)
     check_finite(networks)
     with _appearing(out) as folder:
-        exporter = _Exporter(folder, networks, options, providers, unproved, progress or Progress())
+        exporter = _Exporter(folder, checkpoint, networks, options, providers, unproved, progress or Progress())
         info = exporter.run(_info(networks, record, checkpoint, options))
         (folder / CARD).write_text(model_card(record, info), encoding="utf-8")
         write_json(folder / RECORD, info)
@@ -282,13 +288,14 @@ class _Exporter:
     def __init__(
         self,
         folder: Path,
+        checkpoint: Path,
         networks: Networks,
         options: Options,
         providers: Sequence[str],
         unproved: Mapping[str, str],
         progress: Progress,
     ) -> None:
-        self.folder, self.networks, self.options = folder, networks, options
+        self.folder, self.checkpoint, self.networks, self.options = folder, checkpoint, networks, options
         self.providers, self.unproved, self.progress = providers, unproved, progress
         self.choices: dict[str, Choice] = {}
         self.graphs: dict[str, dict[str, Any]] = {}
@@ -300,9 +307,18 @@ class _Exporter:
             self.reference = Reference(
                 self.networks, Bundle(self.folder, info, ""), draws=self.options.draws, progress=self.progress
             )
+            # From here on, weights are read one by one, as they are written.
+            for name, module in _modules(self.networks).items():
+                emptied(module, self.checkpoint / (MERGED if name in _MERGED else BASE) / name)
             self.progress.start("tracing", len(COMPONENTS), unit="component")
             for component in components(self.networks, opset=self.options.opset, loop=self.options.loop):
-                self._export(component)
+                started = time.monotonic()
+                choice = choose(component, self.options.precision, self.reference.calls)
+                self.choices[component.name] = choice
+                seconds = time.monotonic() - started
+                log.info(
+                    "%s: %d graph(s) in %s after %.1f s", component.name, len(choice.graphs), choice.precision, seconds
+                )
                 self.progress.advance(1)
             parity = self._prove(info)
         first = next(iter(parity.values()))
@@ -323,25 +339,16 @@ class _Exporter:
             },
         }
 
-    def _export(self, component: Component) -> None:
-        started = time.monotonic()
-        self._take(choose(component, self.options.precision, self.reference.calls))
-        log.info(
-            "%s: %d graph(s) in %s written in %.1f s",
-            component.name,
-            len(component.parts),
-            self.choices[component.name].precision,
-            time.monotonic() - started,
-        )
-
-    def _take(self, choice: Choice) -> None:
-        name = choice.component.name
-        for graph in choice.graphs:
-            for file in self.graphs.pop(graph, {"files": {}})["files"]:
-                (self.folder / file).unlink(missing_ok=True)
-        self.choices[name] = choice
-        for graph, written in write_graphs(self.folder, name, choice.graphs).items():
-            self.graphs[graph] = {**written, "precision": choice.precision}
+    def _write(self) -> None:
+        """Write the graphs of all components in place of those that are there."""
+        for file in {file for graph in self.graphs.values() for file in graph["files"]}:
+            (self.folder / file).unlink()
+        files = WeightFiles(self.folder)
+        self.graphs = {
+            graph: {**written, "precision": choice.precision}
+            for name, choice in self.choices.items()
+            for graph, written in write_graphs(name, choice.graphs, self.folder, files).items()
+        }
 
     def _record(self, info: Mapping[str, Any]) -> dict[str, Any]:
         tried = {
@@ -353,6 +360,7 @@ class _Exporter:
     def _prove(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """Compare every target over the whole trajectory, with ever more components in fp32 until all hold."""
         while True:
+            self._write()
             write_json(self.folder / RECORD, self._record(info))
             bundle = Bundle.open(self.folder)
             found: dict[str, Any] = {}
@@ -374,15 +382,17 @@ class _Exporter:
             if not lowest:
                 raise refused(target, missed)
             worst = max(lowest, key=lambda choice: choice.tried[-1].error)
-            self._take(escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.calls))
+            reason = f"over the whole trajectory, {target}: {missed[0]}"
+            self.choices[worst.component.name] = escalate(worst, reason, self.reference.calls)
 
     def _targets(self, bundle: Bundle) -> Iterator[tuple[str, Backend]]:
         """What the bundle is proved on, by name, each opened when its turn comes."""
         for provider in self.providers:
             yield provider, open_backend(bundle, provider)
         if any(choice.precision in TYPES for choice in self.choices.values()):
-            rounded = {name: graph for choice in self.choices.values() for name, graph in choice.rounded.items()}
-            yield ModelBackend.name, ModelBackend(rounded)
+            with scratch() as folder:
+                rounded = {name: choice.rounded for name, choice in self.choices.items()}
+                yield GraphsBackend.name, GraphsBackend(folder, rounded)
         # Last, because engines take minutes to build. Those of what holds are in the cache when they are asked for.
         sizes = tuple(sorted(self.options.batch_sizes, reverse=True)) or (DEFAULT_BATCH,)
         for name in ENGINE_TARGETS:

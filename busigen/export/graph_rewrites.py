@@ -23,6 +23,8 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from busigen.export.weights import as_type
+
 TYPES = {
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
@@ -62,7 +64,7 @@ class _Lowering:
     """One pass over a graph; every value is there in fp32, in half precision, or in both."""
 
     def __init__(self, model: ModelProto, precision: str) -> None:
-        self._kind, self._numpy = TYPES[precision]
+        self._kind, _ = TYPES[precision]
         self._suffix = f"as-{precision}"
         inferred = onnx.shape_inference.infer_shapes(model).graph
         values = (*inferred.input, *inferred.value_info, *inferred.output)
@@ -114,9 +116,7 @@ class _Lowering:
             self._half[name] = f"{name}/{self._suffix}"
             if name in self._weights:
                 # What does not fit becomes infinite, and the comparison with the checkpoint finds it.
-                with np.errstate(over="ignore"):
-                    value = numpy_helper.to_array(self._weights[name]).astype(self._numpy)
-                self.halved[name] = numpy_helper.from_array(value, self._half[name])
+                self.halved[name] = as_type(self._weights[name], self._half[name], self._kind)
             else:
                 self.nodes.append(helper.make_node("Cast", [self._full[name]], [self._half[name]], to=self._kind))
         return self._half[name]

@@ -19,8 +19,8 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from busigen.errors import InputError, IntegrityError, OutputError
-from busigen.export.bundle_writer import weights_of
 from busigen.export.graph_rewrites import TYPES
+from busigen.export.weights import weights_of
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, graphs_of, openable
 from busigen.training import checkpoint

@@ -25,9 +25,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from busigen.errors import UsageError
+from busigen.export.bundle_writer import write_graphs
 from busigen.export.components import Component, Graphs
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import RecordedCall, pixels_off, refused, relative_error
+from busigen.export.weights import WeightFiles, whole
 from busigen.registry import OPSETS, PRECISIONS
 from busigen.runtime.backends.base import Backend, usable_cores
 
@@ -35,6 +37,14 @@ QUANTISED = ("context",)
 """Components, and their only graphs, that int8 is for."""
 
 OPERATORS = ("MatMul",)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for graphs that are tried out."""
+    # On Windows, what a session has mapped into its memory cannot be removed before that ends.
+    with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @contextmanager
@@ -70,9 +80,9 @@ def quantised(
     """
     found = {}
     for name, model in graphs.items():
-        with _unwarned(), tempfile.TemporaryDirectory(prefix="busigen-") as folder:
-            source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-            onnx.save(model, str(source))
+        with _unwarned(), scratch() as folder:
+            source, target = folder / "fp32.onnx", folder / "int8.onnx"
+            onnx.save(whole(model), str(source))
             quantize_static(
                 str(source),
                 str(target),
@@ -188,14 +198,21 @@ class Choice:
         return self.component.graphs(self.precision, rounded=True)
 
 
-class ModelBackend(Backend):
-    """Graphs in memory behind the runtime's interface."""
+class GraphsBackend(Backend):
+    """Graphs of some components, by the components' names, behind the runtime's interface: as files, as they ship."""
 
     name = "emulated"
     version = str(ort.__version__)
 
-    def __init__(self, graphs: Mapping[str, ModelProto]) -> None:
-        self._graphs = graphs
+    def __init__(self, folder: Path, components: Mapping[str, Graphs]) -> None:
+        folder.mkdir(exist_ok=True)
+        files = WeightFiles(folder)
+        written = [write_graphs(name, graphs, folder, files) for name, graphs in components.items()]
+        self._files = {graph: folder / record["file"] for records in written for graph, record in records.items()}
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open: every graph's session holds all of its weights."""
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -204,8 +221,9 @@ class ModelBackend(Backend):
             options = ort.SessionOptions()
             options.intra_op_num_threads = usable_cores()
             options.log_severity_level = 4
-            model = self._graphs[graph].SerializeToString()
-            self._sessions[graph] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._sessions[graph] = ort.InferenceSession(
+                str(self._files[graph]), options, providers=["CPUExecutionProvider"]
+            )
         wanted = {value.name for value in self._sessions[graph].get_inputs()}
         (output,) = self._sessions[graph].run(None, {name: inputs[name] for name in wanted})
         return np.asarray(output, dtype=np.float32)
@@ -253,33 +271,37 @@ def _attempt(
     component: Component, precision: str, calls: Mapping[str, Sequence[RecordedCall]]
 ) -> tuple[Graphs, float, str]:
     """The graphs, their error as a multiple of its limit, and why they cannot be taken."""
-    whole = component.graphs("fp32" if precision == "int8" else precision)
-    graphs = quantised(whole, calls) if precision == "int8" else whole
+    plain = component.graphs("fp32" if precision == "int8" else precision)
+    graphs = quantised(plain, calls) if precision == "int8" else plain
     proved = component.graphs(precision, rounded=True) if precision in TYPES else graphs
-    backend = ModelBackend(proved)
-    try:
-        errors = {graph: _error(component.name, backend, graph, calls.get(graph, ())) for graph in proved}
-    except Exception as problem:  # ONNX Runtime's exceptions share no public base class
-        return graphs, float("inf"), f"cannot be run: {str(problem).splitlines()[0][:200]}"
-    worst = max(errors, key=lambda graph: errors[graph])
-    error = errors[worst]
-    if not error <= 1.0:
-        found = f"has {error:.3g} times the error allowed" if np.isfinite(error) else "yields NaN or infinity"
-        found = found if calls.get(worst) else "was never asked in the draws: compare more of them"
-        return graphs, error, f"{worst} {found}"
-    if precision == "int8":
-        slower = _slower(backend, ModelBackend(whole), calls)
-        if slower >= 1.0:
-            return graphs, error, f"it does not pay: {slower:.2f} times the time of fp32"
+    with scratch() as folder:
+        backend = GraphsBackend(folder / "proved", {component.name: proved})
+        errors = {}
+        try:
+            for graph in proved:
+                errors[graph] = _error(component.name, backend, graph, calls.get(graph, ()))
+                backend.close()
+        except Exception as problem:  # ONNX Runtime's exceptions share no public base class
+            return graphs, float("inf"), f"cannot be run: {str(problem).splitlines()[0][:200]}"
+        worst = max(errors, key=lambda graph: errors[graph])
+        error = errors[worst]
+        if not error <= 1.0:
+            found = f"has {error:.3g} times the error allowed" if np.isfinite(error) else "yields NaN or infinity"
+            found = found if calls.get(worst) else "was never asked in the draws: compare more of them"
+            return graphs, error, f"{worst} {found}"
+        if precision == "int8":
+            slower = _slower(backend, GraphsBackend(folder / "plain", {component.name: plain}), calls)
+            if slower >= 1.0:
+                return graphs, error, f"it does not pay: {slower:.2f} times the time of fp32"
     return graphs, error, ""
 
 
-def _error(component: str, backend: ModelBackend, graph: str, calls: Sequence[RecordedCall]) -> float:
+def _error(component: str, backend: GraphsBackend, graph: str, calls: Sequence[RecordedCall]) -> float:
     measure, limit = (pixels_off, PIXEL_LIMIT) if component == "mask" else (relative_error, ERROR_LIMIT)
     return max((measure(backend.run(graph, call.inputs), call.output) / limit for call in calls), default=float("inf"))
 
 
-def _slower(quick: ModelBackend, whole: ModelBackend, calls: Mapping[str, Sequence[RecordedCall]]) -> float:
+def _slower(quick: GraphsBackend, whole: GraphsBackend, calls: Mapping[str, Sequence[RecordedCall]]) -> float:
     """Time of one set of graphs as a multiple of the other's, taken in turns."""
     timed = [(graph, call.inputs) for graph in QUANTISED for call in calls.get(graph, ())]
     seconds: dict[str, list[float]] = {"quick": [], "whole": []}

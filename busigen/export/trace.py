@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from onnx import ModelProto
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from busigen.export.weights import shared_copy, weight
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
 from busigen.training.networks.build import OutlineTransformer, place_condition, region_condition
 from busigen.training.networks.inference import Networks, Velocity, blend_input, window_condition
@@ -156,7 +159,7 @@ class EmptyAttention(nn.Module):
 
 def without_context(unet: ModelMixin) -> ModelMixin:
     """A copy of the prior in which the cross-attention, which sees no context, is folded into its bias."""
-    copied: ModelMixin = copy.deepcopy(unet)
+    copied: ModelMixin = shared_copy(unet)
     for module in copied.modules():
         if isinstance(module, BasicTransformerBlock):
             module.attn2 = EmptyAttention(module.attn2.to_out[0].bias)
@@ -209,12 +212,15 @@ def traced(
     dynamic = [None if name in static else {0: torch.export.Dim.DYNAMIC} for name in inputs]
     fixed = _positional(module)
     shapes = tuple(dynamic[:fixed]) + ((tuple(dynamic[fixed:]),) if len(dynamic) > fixed else ())
+    # A module that is nothing but tables is traced with them: what is computed from them is folded.
+    trained = next(module.parameters(), None) is not None
+    weights = dict([*module.named_parameters(), *module.named_buffers()]) if trained else {}
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(),
+            (_skeleton(module, weights.values()) if trained else module).eval(),
             tuple(arguments),
             dynamo=True,
             input_names=list(inputs),
@@ -226,7 +232,25 @@ def traced(
             verbose=False,
         )
     assert program is not None
-    return simplified(onnx.inliner.inline_local_functions(program.model_proto))
+    for name in weights.keys() & program.model.graph.initializers.keys():
+        value = program.model.graph.initializers[name]
+        assert value.dtype is not None and value.shape is not None
+        # A file that is not there: nothing may look at a weight's numbers before the graph is written.
+        value.const_value = ir.ExternalTensor(f"#{name}", None, None, value.dtype, shape=value.shape, name=name)
+    model = simplified(onnx.inliner.inline_local_functions(ir.to_proto(program.model)))
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(weight(tensor.name, weights[tensor.name]))
+    return model
+
+
+def _skeleton(module: nn.Module, weights: Iterable[Tensor]) -> nn.Module:
+    """A copy of a module whose weights have shapes and no numbers."""
+    # The meta device would do as well, but PyTorch then takes attention apart otherwise, and names change.
+    with FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True):
+        empty = {id(value): torch.empty(value.shape, dtype=value.dtype) for value in weights}
+        empty |= {id(value): nn.Parameter(empty[id(value)]) for value in module.parameters() if id(value) in empty}
+        return copy.deepcopy(module, empty)
 
 
 def simplified(model: ModelProto) -> ModelProto:
