@@ -21,15 +21,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from busigen.errors import UsageError
-from busigen.export.bundle_writer import write_graphs
+from busigen.errors import OutputError, UsageError
 from busigen.export.components import Component, Graphs
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import RecordedCall, pixels_off, refused, relative_error
-from busigen.export.weights import WeightFiles, whole
+from busigen.export.weights import WeightFiles, whole, write_graphs
 from busigen.registry import OPSETS, PRECISIONS
 from busigen.runtime.backends.base import Backend, usable_cores
 
@@ -41,27 +40,27 @@ OPERATORS = ("MatMul",)
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for graphs that are tried out."""
-    # On Windows, what a session has mapped into its memory cannot be removed before that ends.
-    with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    """A folder for graphs that are tried out.
 
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without the warning that a model was not pre-processed, which busigen's own folding has done."""
-    logging.disable(logging.WARNING)
+    Raises:
+        OutputError: there is no room for them.
+    """
     try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+        # On Windows, what a session has mapped into its memory cannot be removed before that ends.
+        with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(
+            f"graphs cannot be tried out in {tempfile.gettempdir()}: {error.strerror or error}.",
+            fix="Free some space there, or name another folder with the environment variable TMPDIR.",
+        ) from error
 
 
 class _Calls(CalibrationDataReader):
     """The recorded calls of a graph, for calibration."""
 
     def __init__(self, calls: Sequence[RecordedCall]) -> None:
-        self._calls: Iterator[dict[str, NDArray[Any]]] = iter([call.inputs for call in calls])
+        self._calls = iter([call.inputs for call in calls])
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         """The next call's inputs."""
@@ -80,20 +79,23 @@ def quantised(
     """
     found = {}
     for name, model in graphs.items():
-        with _unwarned(), scratch() as folder:
-            source, target = folder / "fp32.onnx", folder / "int8.onnx"
-            onnx.save(whole(model), str(source))
-            quantize_static(
-                str(source),
-                str(target),
-                _Calls(calls[name]),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(operators),
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
-            found[name] = onnx.load(str(target))
+        with scratch() as folder:
+            # It warns that a model was not pre-processed, which busigen's own folding has done.
+            logging.disable(logging.WARNING)
+            try:
+                quantize_static(
+                    whole(model),
+                    str(folder / "int8.onnx"),
+                    _Calls(calls[name]),
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=list(operators),
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                )
+            finally:
+                logging.disable(logging.NOTSET)
+            found[name] = onnx.load(str(folder / "int8.onnx"))
         del found[name].graph.value_info[:]
     return found
 
@@ -106,24 +108,15 @@ def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
         precision: a name in ``registry.PRECISIONS``.
         opset: ONNX's.
     """
-    kind, number = TYPES.get(precision, (TensorProto.FLOAT, np.dtype(np.float32)))
     opset = max(opset, 22) if precision == "bf16" else opset
     nodes = [
-        helper.make_node("Cast", ["x"], ["low"], to=kind),
-        helper.make_node("Conv", ["low", "kernel"], ["seen"]),
-        helper.make_node("MatMul", ["seen", "matrix"], ["product"]),
+        helper.make_node("Cast", ["x"], ["low"], to=TYPES.get(precision, TensorProto.FLOAT)),
+        helper.make_node("Conv", ["low", "low"], ["seen"]),
+        helper.make_node("MatMul", ["seen", "seen"], ["product"]),
         helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [
-            numpy_helper.from_array(np.ones((1, 1, 1, 1)).astype(number), "kernel"),
-            numpy_helper.from_array(np.ones((4, 4)).astype(number), "matrix"),
-        ],
-    )
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, n, n]) for name, n in (("x", 4), ("y", 1)))
+    graph = helper.make_graph(nodes, "probe", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     ort.set_default_logger_severity(4)
     options = ort.SessionOptions()
@@ -191,6 +184,11 @@ class Choice:
     tried: list[PrecisionAttempt] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """The component's."""
+        return self.component.name
+
+    @property
     def rounded(self) -> Graphs:
         """The graphs for a processor without half precision."""
         if self.precision not in TYPES:
@@ -256,7 +254,7 @@ def escalate(choice: Choice, reason: str, calls: Mapping[str, Sequence[RecordedC
     """A component's choice once more, above the precision that failed for ``reason`` over the whole trajectory."""
     last = choice.tried[-1]
     tried = [*choice.tried[:-1], PrecisionAttempt(last.precision, last.error, reason)]
-    _fall_back(choice.component.name, tried)
+    _fall_back(choice.name, tried)
     again = choose(choice.component, PRECISIONS[choice.precision].above, calls)
     return Choice(again.component, again.precision, again.graphs, [*tried, *again.tried])
 
