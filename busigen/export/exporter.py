@@ -80,12 +80,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        for name, allowed in (
-            ("target", TARGETS),
-            ("precision", tuple(PRECISIONS)),
-            ("opset", OPSETS),
-            ("loop", tuple(LOOPS)),
-        ):
+        known = {"target": TARGETS, "precision": PRECISIONS, "opset": OPSETS, "loop": LOOPS}
+        for name, allowed in known.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}.", fix=f"Choose one of: {', '.join(map(str, allowed))}.")
@@ -105,7 +101,7 @@ def batch_sizes(text: str | None) -> tuple[int, ...]:
     Raises:
         UsageError: a part is no whole number.
     """
-    parts = [part.strip() for part in (text or "").split(",")] if text is not None else []
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
     for part in parts:
         if not part.isascii() or not part.isdigit():
             raise UsageError(f"--batch-size {text!r} holds {part!r}.", fix="Give whole numbers, such as 4,16.")
@@ -115,13 +111,9 @@ def batch_sizes(text: str | None) -> tuple[int, ...]:
 _TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
 
 _MERGED = tuple(f"{stage}-{label}" for stage in STAGES for label in LESION_CLASSES)
-_EXPECTED = {
-    BASE: ("autoencoder", "context", "prior", *STAGES),
-    ADAPTERS: _MERGED,
-    MERGED: _MERGED,
-}
 _NEEDED = {BASE: ("autoencoder", "context", "prior"), MERGED: _MERGED}
 """What is exported; the stages' bases and adapters are in what was merged."""
+_EXPECTED = {BASE: (*_NEEDED[BASE], *STAGES), ADAPTERS: _MERGED, MERGED: _MERGED}
 
 
 def check_layout(checkpoint: Path) -> None:
@@ -137,13 +129,10 @@ def check_layout(checkpoint: Path) -> None:
                 problem = "has an adapter that was not merged" if unmerged else "is missing"
                 raise InputError(f"{checkpoint / place / name} {problem}.", fix=_TRAIN)
     for place, expected in _EXPECTED.items():
-        found = sorted(path.name for path in (checkpoint / place).glob("*") if path.is_dir())
-        for name in found:
-            if name not in expected:
-                raise InputError(
-                    f"{checkpoint / place / name} is no component; known: {', '.join(expected)}.",
-                    fix="Move it out of the checkpoint.",
-                )
+        for path in sorted(path for path in (checkpoint / place).glob("*") if path.is_dir()):
+            if path.name not in expected:
+                problem = f"{path} is no component; known: {', '.join(expected)}."
+                raise InputError(problem, fix="Move it out of the checkpoint.")
     for path in sorted(checkpoint.glob(f"{MERGED}/*/*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -276,9 +265,8 @@ def _provers(precision: str) -> list[str]:
     Raises:
         UsageError: there is none, so that nothing could be proved.
     """
-    reasons = {
-        name: runs(provider.onnxruntime, precision) for name, provider in PROVIDERS.items() if provider.onnxruntime
-    }
+    known = {name: provider.onnxruntime for name, provider in PROVIDERS.items() if provider.onnxruntime}
+    reasons = {name: runs(provider, precision) for name, provider in known.items()}
     able = [name for name, reason in reasons.items() if not reason]
     if not able:
         described = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -32,22 +32,37 @@ ROWS = 16
 """Rows per graph that are kept of what the reference was asked: as many as one batch of small windows."""
 
 
+@dataclass
+class RecordedCall:
+    """Some of what one graph was asked, and what the reference answered."""
+
+    inputs: dict[str, NDArray[Any]]
+    output: NDArray[np.float32]
+
+
 class TorchBackend(Backend):
-    """The checkpoint's networks behind the runtime's interface: the reference that a bundle is held against."""
+    """The checkpoint's networks behind the runtime's interface: the reference that a bundle is held against.
+
+    Up to ``ROWS`` rows of what each graph was asked are kept in ``calls``, those that fill up a batch among them.
+    """
 
     name = "torch"
     version = str(torch.__version__)
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
+        self.calls: dict[str, list[RecordedCall]] = {}
 
     @torch.no_grad()
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`."""
-        component = graph.partition("@")[0]
-        v = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
-        result: NDArray[np.float32] = self._evaluate(component, v).numpy()
-        return result
+        values = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        output: NDArray[np.float32] = self._evaluate(graph.partition("@")[0], values).numpy()
+        kept = self.calls.setdefault(graph, [])
+        if (room := ROWS - sum(len(call.output) for call in kept)) > 0:
+            first = {name: value[:room].copy() for name, value in inputs.items()}
+            kept.append(RecordedCall(first, output[:room].copy()))
+        return output
 
     def _evaluate(self, component: str, v: Mapping[str, Tensor]) -> Tensor:
         networks = self._networks
@@ -69,33 +84,6 @@ class TorchBackend(Backend):
             edit, ring = region_condition(v["edit"]), region_condition(v["ring"])
             condition = window_condition(blend_input(v["known"], v["painted"], edit, ring), v["mask"], v["ring"])
         return networks.sample(stage, v["noise"], label, *context, *condition)
-
-
-@dataclass
-class RecordedCall:
-    """Some of what one graph was asked, and what the reference answered."""
-
-    inputs: dict[str, NDArray[Any]]
-    output: NDArray[np.float32]
-
-
-class CallRecorder(Backend):
-    """A backend that keeps up to ``ROWS`` rows of what each graph was asked, those that fill up a batch among them."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.name, self.version, self.backend = backend.name, backend.version, backend
-        self.calls: dict[str, list[RecordedCall]] = {}
-
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """See :class:`busigen.runtime.backends.base.Backend`."""
-        output = self.backend.run(graph, inputs)
-        kept = self.calls.setdefault(graph, [])
-        room = ROWS - sum(len(found.output) for found in kept)
-        if room > 0:
-            kept.append(
-                RecordedCall({name: value[:room].copy() for name, value in inputs.items()}, output[:room].copy())
-            )
-        return output
 
 
 class RecordingSampler(Sampler):
@@ -269,9 +257,9 @@ class Reference:
         self, networks: Networks, bundle: Bundle, *, draws: int = PARITY_DRAWS, progress: Progress | None = None
     ) -> None:
         self.draws, self.progress = draws, progress or Progress()
-        recorder = CallRecorder(TorchBackend(networks))
-        self.witnesses = {label: self._witness(bundle, recorder, label) for label in LESION_CLASSES}
-        self.calls = recorder.calls
+        backend = TorchBackend(networks)
+        self.witnesses = {label: self._witness(bundle, backend, label) for label in LESION_CLASSES}
+        self.calls = backend.calls
 
     def compare(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """Draw the same samples with a backend and measure how far they are apart.
