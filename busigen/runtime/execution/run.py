@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +126,17 @@ class GenerateOptions:
         output = self._output(progress)
         refuse_small_disk(output, plan)
         worker_pool = chosen.worker_pool(self._maker, self)
-        run = partial(generate, out=output, **asdict(plan), part=part, progress=progress, stop=stop)
+        run = partial(
+            generate,
+            out=output,
+            count=plan.count,
+            seed=plan.seed,
+            shard_size=plan.shard_size,
+            first=plan.first,
+            part=part,
+            progress=progress,
+            stop=stop,
+        )
         if worker_pool is None:
             return run(self.source(progress, plan, output))
         with worker_pool:
