@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.cache import jsonable
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.sets import from_prepared
-from busigen.evaluation.results import Figure, SectionResult
+from busigen.evaluation.results import Figure, SectionResult, jsonable
 from busigen.evaluation.sections import SECTIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

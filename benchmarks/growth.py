@@ -20,9 +20,9 @@ from typing import Any
 import ready_made
 from measuring import about, run, show, write
 
+from busigen.runtime.backends.probe import peak_memory, reset_peak_memory
 from busigen.runtime.dataset import finalize as finish
 from busigen.runtime.dataset import shards
-from busigen.runtime.diagnostics.machine import peak_memory, reset_peak_memory
 from busigen.runtime.execution import factory
 
 PHASES = ((factory, "draw_missing"), (finish, "write_manifest"), (finish, "contact_sheet"), (finish, "write_json"))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import busigen
-from busigen.runtime.diagnostics.machine import machine
+from busigen.runtime.backends.probe import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -35,8 +35,8 @@ from PIL import Image
 from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.probe import peak_memory
 from busigen.runtime.dataset.reader import Dataset
-from busigen.runtime.diagnostics.machine import peak_memory
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.noise import normal

@@ -27,9 +27,9 @@ from busigen.data.prepared import Prepared
 from busigen.registry import ASKED_LENGTH, LESION_CLASSES, RESOLUTION
 from busigen.training.checkpoint import load_networks
 from busigen.training.examples import to_tensor
-from busigen.training.healing import healed_reader
 from busigen.training.networks.inference import Networks
 from busigen.training.pipeline import HEALED
+from busigen.training.rollouts import healed_reader
 
 RESULTS = Path(__file__).parent / "results" / "stage1_leak.json"
 FLIPS = 10_000

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from busigen.export.bundle_writer import weights_of
+from busigen.export.weights import weights_of
 from busigen.runtime.backends.base import Backend, usable_cores
 from busigen.runtime.backends.bundle import Bundle, graph_names
 from busigen.solver import solver_steps

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, also after a power cut, and their hashes."""
+"""Writes files and folders that are whole or absent, also after a power cut, and hashes them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,28 @@ from typing import IO, Any
 from busigen.foreign import open_file, walk
 
 TEMPORARY_PREFIX = ".tmp-"
-"""Start of the names of files that are still being written. No finished dataset holds one."""
+"""Start of the names of unfinished files."""
 
 # Older versions gave a number or a token alone.
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:[0-9]+(?:-[0-9a-f]{{8}})?|[0-9a-f]{{8}})-(.+)", re.DOTALL)
 
 
 def temporary_name(name: str) -> str:
-    """A name for what becomes ``name`` once it is complete: nobody else has it, and nobody can guess it."""
+    """A unique name for what becomes ``name`` once it is complete."""
     return f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
 def is_temporary(path: str, names: re.Pattern[str]) -> bool:
-    """Whether a file is of this program's making and was to become another one, by its name.
-
-    A name that merely begins like one of these is somebody else's.
-
-    Args:
-        path: the file's name or path, with forward slashes.
-        names: of the files that are written in such a place, such as ``layout.WRITTEN``.
-    """
+    """Whether a name or path is that of an unfinished file which was to become one that ``names`` matches."""
     found = _TEMPORARY.fullmatch(path.rpartition("/")[2])
     return found is not None and names.fullmatch(found[1]) is not None
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; on success it is flushed to disk and renamed to ``path``.
+    """A temporary path in the same folder; on success it is flushed to disk and renamed to ``path``.
 
-    The rename is what makes a shard survive a kill; the two fsyncs are what make it survive a power cut: without the
-    first, the name may outlive the bytes.
+    The rename makes a file survive a kill, the fsyncs a power cut: without them, the name may outlive the bytes.
     """
     temporary = path.with_name(temporary_name(path.name))
     try:
@@ -63,16 +55,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears at ``path`` only once it is complete."""
+    """A file opened for writing that appears at ``path`` only once it is complete."""
     with atomic_path(path) as temporary, temporary.open("xb") as file:
         yield file
 
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """Give a new folder beside ``target`` that takes its place, with all that is in it on disk, on success.
+    """A new folder that takes the place of ``target`` on success, flushed to disk.
 
-    A folder that is there already is replaced file by file: at no moment is one of them missing.
+    A folder that is there already is replaced file by file: none of them is missing at any moment.
     """
     make_folder(target.parent)
     temporary = target.with_name(temporary_name(target.name))
@@ -99,10 +91,10 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def publish(places: Mapping[Path, Path]) -> None:
-    """Give finished files of one folder the names that are the keys; the last one is the record of the others.
+    """Rename finished files of one folder to the keys, of which the last one is the record of the others.
 
-    What an earlier record vouched for is replaced after that record is gone. A process that is killed in between leaves
-    all files on disk, the new record under its temporary name, from which another can do this again.
+    An earlier record is removed before its files are replaced. A process that is killed in between leaves all files on
+    disk, the new record under its temporary name, from which another can do this again.
     """
     *names, record = places
     for place in places.values():
@@ -118,7 +110,7 @@ def publish(places: Mapping[Path, Path]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing, and have their names survive a power cut."""
+    """Make a folder and its missing parents so that they survive a power cut."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
@@ -127,7 +119,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there; links are removed, not followed."""
+    """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -135,9 +127,9 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically. NaN and infinities are refused with a ``ValueError``: they are not JSON."""
+    """Write indented JSON atomically; NaN and infinities raise a ``ValueError``."""
     with atomic_file(path) as file:
-        # In pieces: the text of a dataset.json with a thousand shards takes megabytes before it is one.
+        # In pieces: the text of a dataset.json with a thousand shards takes megabytes.
         for piece in _json_pieces(value):
             file.write(piece)
 
@@ -160,21 +152,16 @@ def sha256_of(path: Path, *, limit: int | None = None, root: Path | None = None)
 
 
 def leftovers(folder: Path, names: re.Pattern[str]) -> list[Path]:
-    """Temporary files directly in ``folder`` that a killed process left behind, sorted; none if it does not exist.
-
-    Args:
-        folder: one of this program's.
-        names: see :func:`is_temporary`.
-    """
+    """Unfinished files directly in ``folder`` (see `is_temporary`), sorted; none if it does not exist."""
     found = folder.glob(f"{TEMPORARY_PREFIX}*")
     return sorted(path for path in found if is_temporary(path.name, names) and stat.S_ISREG(path.lstat().st_mode))
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, survive a power cut."""
+    """Flush a file's bytes, or a folder's names, to disk."""
     if os.name != "posix" and path.is_dir():
-        return  # Windows cannot open a folder; its rename is journalled by the file system.
-    # POSIX flushes by any handle, which a file that may not be written to has as well; Windows needs a writing one.
+        return  # Windows cannot open a folder; its file system journals renames.
+    # POSIX flushes by any handle, also of a read-only file; Windows needs a writing one.
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -183,6 +170,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have everything in a folder, and its own names, survive a power cut."""
+    """Flush everything in a folder, and its names, to disk."""
     for path in (*walk(folder), folder):
         sync(path)

@@ -1,10 +1,8 @@
-"""Opening files that may have come from anywhere: only regular ones, of at most a stated size.
+"""Opens files from untrusted sources: only regular ones, of at most a stated size.
 
-Every reader of a file that another person or program may have made goes through `open_file` or `read_file`: a pipe in a
-file's place would be waited for, a device never ends, and a link leads out of the folder that was given.
-
-Not being able to look is neither damage nor absence: it is an `AccessError`, which is no OSError, so that who takes an
-OSError for a damaged or missing file does not see it.
+Every reader of a file that another person or program may have made uses `open_file` or `read_file`: a pipe would block,
+a device never ends, and a link leads out of its folder. A file that this process may not read raises an `AccessError`,
+which is no OSError, so that it is not taken for a damaged or missing one.
 """
 
 from __future__ import annotations
@@ -31,17 +29,14 @@ _FIXES = {
     errno.ENOMEM: f"Free some memory, {_AGAIN}",
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN), _DISK),
 }
-"""What helps where the system does not let this process look."""
+"""The fix to suggest for each error of the system that says nothing about the file itself."""
 
 MAX_DEPTH = 64
-"""Folders within folders that are looked into: nothing sound is as deep, and longer paths cannot be opened."""
+"""Levels of folders that are read; longer paths cannot be opened."""
 
 
 class ForeignFileError(OSError):
-    """A file is not read: it is no regular file, a link, or larger than it may be.
-
-    ``strerror`` says which, as a clause that follows the file's name ("is a pipe, not a file"); ``filename`` names it.
-    """
+    """A file is no regular file, a link, or too large: ``strerror`` says which, after the name in ``filename``."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(errno.EINVAL, problem, str(path))
@@ -52,13 +47,9 @@ class ForeignFileError(OSError):
 
 @contextmanager
 def looking(path: Path | None = None) -> Iterator[None]:
-    """Tell what the block cannot look at from what is missing, damaged or of another kind; a decorator, too.
+    """A context, or decorator, that raises an AccessError where the system refused to let this process read.
 
-    Args:
-        path: what it looks at, where the system's own errors do not name it.
-
-    Raises:
-        AccessError: the system did not let the block look.
+    ``path`` is named where the system's own error names no file.
     """
     try:
         yield
@@ -69,7 +60,7 @@ def looking(path: Path | None = None) -> Iterator[None]:
 
 
 def access_error(error: OSError, path: Path | None = None) -> AccessError | None:
-    """The error for a person where the system did not let this process look; None for any other failure."""
+    """The AccessError for an error of the system that says nothing about the file itself; None for any other."""
     fix = _FIXES.get(error.errno or 0)
     if fix is None:
         return None
@@ -82,21 +73,17 @@ def open_file(path: Path, *, limit: int | None = None, root: Path | None = None)
 
     Args:
         path: the file.
-        limit: most bytes that it may have; None for no limit.
-        root: a folder above ``path``, beneath which no link is followed, neither to a folder nor to the file itself;
-            None follows links.
-
-    Returns:
-        The open file, at its start. Its size was checked once: a reader that trusts it reads no further than that.
+        limit: most bytes that it may have, checked once; None for no limit.
+        root: a folder above ``path``, beneath which no link is followed; None follows links.
 
     Raises:
-        ForeignFileError: it is no regular file, lies behind a link where none is followed, or is larger than ``limit``.
-        AccessError: the system does not let this process look at it.
+        ForeignFileError: it is no regular file, behind a link, or larger than ``limit``.
+        AccessError: this process may not read it.
         OSError: it is missing or a folder.
     """
     if root is not None:
         refuse_links(path, root)
-    # Looked at first, because opening alone moves some devices; again once open, because it may be another by then.
+    # Before opening, because that alone moves some devices; and after it, because it may be another file by then.
     _refuse(path, path.stat(), limit)
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -111,7 +98,7 @@ def open_file(path: Path, *, limit: int | None = None, root: Path | None = None)
 def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
     """The bytes of a regular file of at most ``limit`` bytes; arguments and errors are those of `open_file`."""
     with open_file(path, limit=limit, root=root) as file:
-        # Not up to the limit, which may be large: room for all that is asked for is made first.
+        # Not up to the limit: `read` first allocates all that it is asked for.
         content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(content) > limit:
         raise ForeignFileError(path, f"grew beyond {limit:,} bytes while it was read")
@@ -120,11 +107,7 @@ def read_file(path: Path, limit: int, *, root: Path | None = None) -> bytes:
 
 @looking()
 def names_in(folder: Path) -> list[str]:
-    """Names of what lies in a folder, sorted; none where there is no such folder.
-
-    Raises:
-        AccessError: it may hold some, but cannot be looked into.
-    """
+    """Names of what lies in a folder, sorted; none if there is no such folder. Raises AccessError."""
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -132,12 +115,9 @@ def names_in(folder: Path) -> list[str]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Everything below a folder, folders before what they hold, in order of name; no link is followed.
+    """Everything below a folder to ``MAX_DEPTH``, folders before their content, sorted by name, not through links.
 
-    Folders are looked into ``MAX_DEPTH`` deep. Unlike ``rglob`` and ``os.walk`` of older Pythons this does not recurse.
-
-    Raises:
-        OSError: a folder cannot be read.
+    Unlike ``rglob`` and ``os.walk`` of older Pythons it does not recurse. Raises OSError if a folder cannot be read.
     """
     waiting = [(folder, 0)]
     while waiting:
@@ -150,12 +130,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 @looking()
 def refuse_links(path: Path, root: Path) -> None:
-    """Refuse a path that is a link, or lies behind one, beneath a folder.
-
-    Raises:
-        ForeignFileError: ``path`` or a folder between it and ``root`` is a link, or ``path`` does not lie in ``root``.
-        OSError: it is missing.
-    """
+    """Raise a ForeignFileError if ``path`` is not in ``root``, a link, or behind one; an OSError if it is missing."""
     names = path.relative_to(root).parts if path.is_relative_to(root) else ("..",)
     if ".." in names:
         raise ForeignFileError(path, f"does not lie in {root}")
@@ -178,41 +153,24 @@ def _refuse(path: Path, found: os.stat_result, limit: int | None) -> None:
 
 
 _MAGIC = b"PAR1"
-_SPARE_BYTES, _ROW_BYTES = 1 << 20, 8 << 10
-"""Bytes that a table may take, on disk and unpacked: in any case, and for each row. An honest row has some 600."""
-
+_SPARE_BYTES, _ROW_BYTES = 1 << 20, 8 << 10  # A table may take these, on disk and unpacked; a real row has some 600.
+# Each row of a table of more than a few has these bytes on disk at least, because of its hash. Runs of one value would
+# cost nothing there and, for each row and column, up to 16 bytes of memory.
 _LEAST_ROW_BYTES, _FEW_ROWS = 24, 10_000
-"""Bytes on disk that a table of more than a few rows has for each: a hash of 32 in each row does not get smaller, but a
-run of the same value costs nothing on disk and, for each row and column, up to 16 bytes of memory."""
-
-_MAX_COLUMNS = 128
-"""Columns of a table; honest ones have some 40."""
-
-_MAX_LIST = 1_000
-"""Values that a list holds, in the mean of a column's rows."""
-
-_FIXED_LENGTH = 7
-"""Parquet's number of the type whose values all have one stated length, which runs of the same value repeat in full."""
-
-_DEPTH = 16
-"""Levels of nesting in a header; Parquet has fewer than ten."""
-
-_PAGE_HEADER = 64 << 10
-"""Most bytes of a page's header, which holds the least and greatest value of its column."""
+_MAX_COLUMNS = 128  # Real tables have some 40.
+_MAX_LIST = 1_000  # Values of a list, in the mean of a column's rows.
+_FIXED_LENGTH = 7  # Parquet's number of the type with values of one stated length, which runs repeat in full.
+_DEPTH = 16  # Levels of nesting in a header; Parquet has fewer than ten.
+_PAGE_HEADER = 64 << 10  # Largest header of a page, which holds the least and greatest value of its column.
 
 Struct = dict[int, Any]
 
 
 def refuse_costly(path: Path, rows: int, *, lists: bool = False) -> None:
-    """Refuse a table that claims other than ``rows`` rows, or more room than they can need.
+    """Refuse a Parquet table that claims other than ``rows`` rows, or more room than these can need.
 
-    What reading it takes is then bounded by what it has on disk: some 2 KiB for each row, which has 24 bytes there,
-    beside what its pages unpack to, 8 KiB for each row.
-
-    Args:
-        path: the file.
-        rows: number of rows that it should have.
-        lists: whether columns may be lists.
+    Reading it then takes at most some 2 KiB for each row beside what its pages unpack to, 8 KiB for each row.
+    ``lists`` says whether columns may be lists.
 
     Raises:
         OSError: it is missing, cannot be read, or is no regular file.
@@ -254,12 +212,7 @@ def _refuse_claims(data: mmap.mmap, rows: int, limit: int, lists: bool) -> None:
 
 
 def _unpacked(data: mmap.mmap, column: Struct, rows: int) -> int:
-    """Bytes that a column's pages unpack to.
-
-    Raises:
-        ValueError: it lies in another file, or its pages hold other than ``rows`` values, or more than a column of
-            lists may hold.
-    """
+    """Bytes that a column's pages unpack to; a ValueError where they hold other values than it claims."""
     facts = column[3]
     if 1 in column:
         raise ValueError("a column lies in another file")

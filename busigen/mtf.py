@@ -20,26 +20,15 @@ from busigen.data.geometry import Mask, around
 from busigen.noise_styles import LIMIT
 from busigen.text import printable
 
-REFERENCE = 0.03
-"""Frequency in cycles per pixel up to which filters pass everything as it is: below lies anatomy."""
-
+REFERENCE = 0.03  # Cycles per pixel up to which filters change nothing: anatomy.
 KNOTS = (0.08, 0.13, 0.18, 0.24, 0.31, 0.39, 0.46)
-"""Frequencies in cycles per pixel, on each axis, at which a filter's gain is known; between them it is interpolated."""
+"""Frequencies in cycles per pixel, on each axis, between which a filter's gain is interpolated."""
 
-RADIUS = 10
-"""Pixels that a filter reaches to either side."""
-
-TILE = 32
-"""Side in pixels of the tiles whose spectra are measured; they overlap by half (Welch 1967)."""
-
-FLOOR = 0.02
-"""Added to a band's power in grey levels squared, of which rounding to grey levels leaves a twelfth."""
-
-FEWEST_TILES = 4
-"""Tiles from which an image's detail is believed."""
-
-LARGEST_GAIN = 3.0
-"""Greatest magnitude of a number in a bundle's ``transfer``: a gain of 26 dB."""
+RADIUS = 10  # Pixels that a filter reaches to either side.
+TILE = 32  # Side in pixels of the tiles whose spectra are measured; they overlap by half (Welch 1967).
+FLOOR = 0.02  # Added to a band's power in grey levels squared; rounding to grey levels leaves a twelfth.
+FEWEST_TILES = 4  # On which an image's detail is measured.
+LARGEST_GAIN = 3.0  # Greatest magnitude of a number in a bundle's ``transfer``: 26 dB.
 
 Floats = NDArray[Any]
 Kernels = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -90,7 +79,7 @@ class Transfer:
 
 
 def kernels(gains: Floats) -> Kernels:
-    """Filters of zero phase whose gains have these logarithms, ``(2 * len(KNOTS),)``; brightness passes as it is."""
+    """Zero-phase filters from logarithms of gains ``(2 * len(KNOTS),)``; brightness is kept."""
     axial, lateral = (_kernel(part) for part in np.split(np.asarray(gains, np.float64), 2))
     return axial, lateral
 
@@ -104,7 +93,7 @@ def _kernel(gains: Floats) -> NDArray[np.float64]:
 
 
 def passed(image: NDArray[np.uint8], filters: Kernels) -> NDArray[np.uint8]:
-    """An image ``(H, W)`` after its filters; it is mirrored at its borders."""
+    """An image ``(H, W)`` after its filters, mirrored at its borders."""
     result = image.astype(np.float32)
     for axis, taps in enumerate(filters):
         result = ndimage.correlate1d(result, taps, axis=axis, mode="reflect")
@@ -114,7 +103,7 @@ def passed(image: NDArray[np.uint8], filters: Kernels) -> NDArray[np.uint8]:
 def apply_to_pair(
     image: NDArray[np.uint8], background: NDArray[np.uint8], edit: Mask, valid: Mask, filters: Kernels
 ) -> NDArray[np.uint8]:
-    """A pair's image after its filters, and outside the edit region just what its background is after them.
+    """A pair's image after its filters; outside the edit region it equals the filtered background.
 
     Args:
         image: with its lesion, ``(256, 256)``.
@@ -137,14 +126,10 @@ def apply_to_pair(
 def detail(image: NDArray[np.uint8], usable: Mask) -> Floats | None:
     """Half the logarithm of an image's power at the axial ``KNOTS``, then at the lateral ones, over ``REFERENCE``'s.
 
-    A frequency of one axis is seen at all of the other's: logarithms of powers at pairs of frequencies are averaged.
-
-    Args:
-        image: ``(H, W)``.
-        usable: which pixels count, ``(H, W)``.
+    Logarithms are averaged over all frequencies of the other axis. ``usable`` says which pixels ``(H, W)`` count.
 
     Returns:
-        ``(2 * len(KNOTS),)``, or None of an image with fewer than ``FEWEST_TILES`` tiles that count wholly.
+        ``(2 * len(KNOTS),)``; None with fewer than ``FEWEST_TILES`` wholly usable tiles.
     """
     tiles = _tiles(image)[_tiles(usable).all(axis=(1, 2))].astype(np.float64)
     tiles = tiles[tiles.std(axis=(1, 2)) > 1.0]
@@ -165,6 +150,6 @@ def _tiles(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _weights(frequencies: Floats) -> Floats:
-    """How much each frequency counts for ``REFERENCE`` and each of ``KNOTS``: as linear interpolation has it."""
+    """The weight of each frequency for ``REFERENCE`` and each of ``KNOTS``, as in linear interpolation."""
     knots = (REFERENCE, *KNOTS)
     return np.stack([np.interp(frequencies, knots, row) for row in np.eye(len(knots))], axis=1)

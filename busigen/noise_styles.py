@@ -1,10 +1,8 @@
-"""How strongly each image's detail varies as a whole: what scanners and settings differ by.
+"""Noise whose power in each channel and frequency band varies from image to image, as scanners and settings do.
 
-A few solver steps leave what is normal, and normal latents all have about the same power in every band of spatial
-frequencies. Real ones do not: from scanner to scanner speckle is coarse or fine, contrast high or low, everywhere in an
-image at once. A scale mixture of normals (Wainwright and Simoncelli 2000) is the plainest model of that: each image's
-noise is multiplied by factors of its own, one per channel and band. Training fits how they vary together; the
-runtime draws them, and the prior's solver carries them on.
+A few solver steps on normal noise give all images about the same power in every band. Here each image's noise is
+multiplied by factors of its own, a scale mixture of normals (Wainwright and Simoncelli 2000). Training fits how the
+factors vary together; the runtime draws them.
 """
 
 from __future__ import annotations
@@ -20,13 +18,10 @@ from scipy.fft import dctn, idctn
 log = logging.getLogger("busigen.training")
 
 EDGES = (3.0, 8.0, 16.0, math.inf)
-"""Upper ends of the bands, in half periods per image side. The mean over the image is in none: its spread is known."""
+"""Upper ends of the bands, in half periods per image side; the mean over the image is in none."""
 
-LIMIT = 2.5
-"""Deviations at which a drawn style is clipped: factors are exponentials."""
-
-LARGEST_FACTOR = 4.0
-"""Greatest magnitude of a number in a bundle's ``styles``: no band's power varies by more than e to the fourth."""
+LIMIT = 2.5  # Deviations at which a style's normals are clipped.
+LARGEST_FACTOR = 4.0  # Greatest magnitude of a number in a bundle's ``styles``.
 
 Floats = NDArray[Any]
 
@@ -43,7 +38,7 @@ def bands(cells: int) -> NDArray[np.int64]:
 def powers(latents: Floats) -> Floats:
     """Half the logarithm of the power in every channel and band, ``(N, C, len(EDGES))``, of latents ``(N, C, s, s)``.
 
-    The latents are standardised: mean and deviation of every cosine coefficient are taken out by whoever knows them.
+    Of the latents' cosine coefficients, the caller has removed mean and deviation.
     """
     band = bands(latents.shape[-1])
     squares: Floats = np.square(latents, dtype=np.float64)
@@ -52,15 +47,12 @@ def powers(latents: Floats) -> Floats:
 
 
 def styled(noise: NDArray[np.float32], factor: Floats, generated: Floats) -> NDArray[np.float32]:
-    """Noise with a style.
+    """Noise ``float32 (B, C, s, s)`` with a style.
 
     Args:
         noise: ``(B, C, s, s)`` standard normal.
-        factor: ``(C * len(EDGES), K)``, how ``K`` independent normals make the logarithms of a style's factors.
+        factor: ``(C * len(EDGES), K)``, which turns ``K`` normals into logarithms of factors.
         generated: ``(B, K)`` standard normal.
-
-    Returns:
-        ``float32 (B, C, s, s)``.
     """
     count, channels, cells, _ = noise.shape
     logarithms = (np.clip(generated, -LIMIT, LIMIT) @ factor.T).reshape(count, channels, len(EDGES))
@@ -70,13 +62,7 @@ def styled(noise: NDArray[np.float32], factor: Floats, generated: Floats) -> NDA
 
 
 def bounded(numbers: Floats, largest: float, name: str) -> Floats:
-    """Fitted numbers, clipped to the greatest magnitude that their readers take; a warning says where they were.
-
-    Args:
-        numbers: of any shape.
-        largest: the readers' bound.
-        name: what records call them.
-    """
+    """Fitted numbers clipped to the ``largest`` magnitude that bundles hold, with a warning if any were beyond it."""
     sizes = np.abs(numbers)
     if beyond := int((sizes > largest).sum()):
         log.warning(
@@ -88,7 +74,7 @@ def bounded(numbers: Floats, largest: float, name: str) -> Floats:
 
 
 def are_styles(found: Any, channels: int) -> bool:
-    """Whether this is a ``factor`` as JSON holds it: rows of finite numbers, none larger than ``LARGEST``."""
+    """Whether this is a ``factor`` as JSON holds it: rows of numbers, none larger than ``LARGEST_FACTOR``."""
     rows = channels * len(EDGES)
     if not isinstance(found, list) or len(found) != rows or not all(isinstance(row, list) for row in found):
         return False
@@ -98,15 +84,10 @@ def are_styles(found: Any, channels: int) -> bool:
 
 
 def fitted(real: Floats, generated: Floats, least: float = 0.01) -> Floats:
-    """The factor of what real images vary by and drawn ones do not.
+    """The factor ``(C * len(EDGES), K)`` of what real images vary by and generated ones do not, strongest column first.
 
-    Args:
-        real: :func:`powers` of training latents.
-        generated: the same of drawn ones.
-        least: components with less than this share of the largest one's variance are left out.
-
-    Returns:
-        ``(C * len(EDGES), K)``, its first columns the strongest.
+    ``real`` and ``generated`` are :func:`powers` of latents; components with less than ``least`` of the largest one's
+    variance are left out.
     """
     missing = [np.cov(values.reshape(len(values), -1), rowvar=False) for values in (real, generated)]
     variance, vectors = np.linalg.eigh(missing[0] - missing[1])

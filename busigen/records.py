@@ -1,8 +1,7 @@
-"""Records in JSON that may have come from anywhere: read within bounds, and held to what they should be.
+"""Reads JSON from untrusted sources, within bounds, and validates it with pydantic models.
 
-Every JSON file or text that another person or program may have made is read by `read_json` or `parse_json`, and one
-whose content is used goes through `checked` with a model of it, so that nobody stumbles over a text where a number
-should be. Models name what is used, and keep quiet about the rest: a record may hold more, and is kept as it was read.
+Every such file or text is read by `read_json` or `parse_json` and validated by `checked`. Models name what is used: a
+record may hold more, and is kept as it was read.
 """
 
 from __future__ import annotations
@@ -21,29 +20,18 @@ from busigen.foreign import ForeignFileError, read_file
 from busigen.text import printable
 
 MAX_BYTES = 64 << 20
-"""Largest file that is read. A shard's record takes some 100 bytes for each refused draw, and so holds half a million;
-such a shard would not fit into memory."""
+"""Largest file that is read. A shard's record takes some 100 bytes for each refused draw."""
 
 MAX_NODES = 1 << 21
-"""Most values in a file, by its commas and brackets: a refused draw has five. Python takes up to 200 bytes for each."""
+"""Most values in a file, counted by commas and brackets. Python takes up to 200 bytes for each."""
 
-BYTES_PER_SHARD, NODES_PER_SHARD = 1 << 10, 1 << 5
-"""Room that ``dataset.json`` has for each shard beyond that; it needs a third."""
-
-MAX_KEYS = 1 << 16
-"""Most keys of one object: a model names all that is wrong with one before it says the first."""
-
-MAX_DEPTH = 100
-"""Levels of nesting that are read; honest files have less than ten."""
+BYTES_PER_SHARD, NODES_PER_SHARD = 1 << 10, 1 << 5  # Of ``dataset.json``, beyond that; it needs a third.
+MAX_KEYS = 1 << 16  # Of one object: pydantic lists all that is wrong with one before the first is said.
+MAX_DEPTH = 100  # Levels of nesting; real files have less than ten.
 
 Text = Annotated[str, Strict(), Field(max_length=1 << 12)]
-"""A name, a hash or a sentence."""
-
 Whole = Annotated[int, Strict(), Field(ge=0, le=(1 << 63) - 1)]
-"""A count, a size or a position; what a table's column of whole numbers holds."""
-
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-"""A finite number, whole or not."""
 
 
 def _plain(name: str) -> str:
@@ -53,28 +41,25 @@ def _plain(name: str) -> str:
 
 
 FileName = Annotated[str, Strict(), Field(max_length=255), AfterValidator(_plain)]
-"""The name of a file in the record's own folder."""
+"""The name of a file in the record's folder."""
 
 _T = TypeVar("_T")
 
 Many = Annotated[list[_T], FailFast()]
-"""A list of any length: it is refused at its first item that is invalid, not after a million of them."""
+"""A list of any length, refused at its first invalid item."""
 
 
 class Record(BaseModel):
-    """What is used of a JSON object. What else it holds is no business of the model's."""
+    """What is used of a JSON object; other keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 def read_json(path: Path, *, shards: int = 0, root: Path | None = None, nan: bool = False) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
-    Args:
-        path: the file.
-        shards: number of shards that really are there, each of which may take its room in the file.
-        root: a folder above it, beneath which no link is followed; None follows links.
-        nan: see `parse_json`.
+    ``shards`` is the number of shards that are there, each of which may take room in the file; ``root`` and ``nan`` are
+    those of `busigen.foreign.open_file` and `parse_json`.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -88,7 +73,7 @@ def read_json(path: Path, *, shards: int = 0, root: Path | None = None, nan: boo
 
 
 def read_checked(model: type[Any], path: Path, *, fix: str, root: Path | None = None, nan: bool = False) -> Any:
-    """What a JSON file holds, of which a model is true; arguments are those of `read_json` and `checked`.
+    """The content of a JSON file that a model validates; arguments are those of `read_json` and `checked`.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -105,17 +90,17 @@ def read_checked(model: type[Any], path: Path, *, fix: str, root: Path | None = 
 def read_given(
     path: Path, what: str, *, schemas: tuple[int, ...], fix: str, limit: int = MAX_BYTES
 ) -> tuple[dict[str, Any], bytes]:
-    """The record that makes a folder what a person says it is, and the bytes that it was read from.
+    """The record in a folder that a user named, and its bytes.
 
     Args:
         path: the record.
-        what: its folder should be.
-        schemas: versions that can be read, which stand as ``schema``.
-        fix: what to do about anything else.
-        limit: most bytes that it may have.
+        what: the folder should be, for the message.
+        schemas: values of ``schema`` that can be read.
+        fix: of the error.
+        limit: most bytes.
 
     Raises:
-        InputError: the folder holds none, or nothing that is one.
+        InputError: there is none, it cannot be read, or it has another schema.
     """
     try:
         content = read_file(path, limit, root=path.parent)
@@ -133,18 +118,15 @@ def read_given(
 
 
 def parse_json(content: bytes, name: object, *, nodes: int = MAX_NODES, nan: bool = False) -> Any:
-    """What JSON stands for that was read already.
+    """The value of a JSON text.
 
-    Args:
-        content: the JSON.
-        name: what to call it.
-        nodes: most values in it.
-        nan: whether numbers may be NaN or infinite, as Python writes them and a training that diverged has them.
+    ``name`` is what errors call it, ``nodes`` the most values in it, and ``nan`` whether numbers may be NaN or
+    infinite, as they are in the record of a training that diverged.
 
     Raises:
         ValueError: it is no JSON, has too many values or keys, is nested too deeply, or holds text that is no Unicode.
     """
-    # Counted in the text, because values take fifty times the room of the brackets that stand for them.
+    # Counted in the text, because values take fifty times the room of their brackets.
     if sum(map(content.count, (b"[", b"{", b","))) > nodes:
         raise ValueError(f"{name} has more than {nodes} values")
     hooks: dict[str, Any] = {} if nan else {"parse_constant": _finite, "parse_float": _finite}
@@ -169,17 +151,7 @@ def parse_json(content: bytes, name: object, *, nodes: int = MAX_NODES, nan: boo
 
 
 def checked(model: type[_T], value: Any, place: object, *, fix: str) -> _T:
-    """A JSON value as a model has it.
-
-    Args:
-        model: a `Record`, or a dataclass, of what the value should be.
-        value: what was read.
-        place: the file's path.
-        fix: what to do about one that is invalid.
-
-    Raises:
-        IntegrityError: it is something else; with the key and the value.
-    """
+    """A JSON value as a `Record` or dataclass; an IntegrityError names the first invalid key and its value."""
     try:
         valid: _T = _adapter(model).validate_python(value)  # type: ignore[arg-type]  # mypy: a type is not hashable
     except ValidationError as error:

@@ -1,7 +1,4 @@
-"""The one place where classes, components, stages, presets, solver steps and geometry are named.
-
-The command line, training, export and runtime all read this module, so it imports neither torch nor onnxruntime.
-"""
+"""Classes, stages, presets, solver steps, geometry, providers and launchers; imports neither torch nor onnxruntime."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ RESOLUTION = 256
 """Side of the square, letterboxed working image in pixels."""
 
 CLASSES = ("normal", "benign", "malignant")
-"""Every image class. A class's position is its label index in the denoisers' class embedding."""
+"""Every image class, in the order of the denoisers' class embedding."""
 
 LESION_CLASSES = ("benign", "malignant")
-"""The classes that get a LoRA adapter and that ``generate --classes`` accepts."""
+"""The classes with a LoRA adapter, which ``generate --classes`` accepts."""
 
 SYNTHETIC = "synthetic"
 """The value of ``generate --healthy`` that asks for synthetic backgrounds."""
@@ -23,47 +20,33 @@ STAGES = ("mask", "lesion", "blend")
 """The three denoising stages, in sampling order."""
 
 BUCKETS = (128, 256)
-"""Window sides in pixels, smallest first. Every sample uses the smallest one that holds its edit region."""
+"""Window sides in pixels, smallest first; each sample uses the smallest that holds its edit region."""
 
-BUCKET_CONTEXT = 8
-"""Pixels of untouched surroundings that a window keeps on each side of the edit region, where the image allows."""
-
-LATENT_FACTOR = 8
-"""Pixels per latent cell and axis."""
-
-MASK_CHANNELS = 4
-"""Channels of a pixel-unshuffled mask condition: 2 x 2 grid points per cell."""
-
-PLACE_CHANNELS = 2
-"""Channels that tell the healthy prior where each cell lies: its row and its column."""
+BUCKET_CONTEXT = 8  # Pixels around the edit region that a window holds, where the image allows.
+LATENT_FACTOR = 8  # Pixels per latent cell and axis.
+MASK_CHANNELS = 4  # Of a pixel-unshuffled mask condition: 2 x 2 grid points per cell.
+PLACE_CHANNELS = 2  # Row and column of each cell, which the healthy prior reads.
 
 ATTRIBUTES = ("across", "depth", "size", "height_width")
-"""What a user can ask of an outline, in the order in which its code begins with them (busigen.data.geometry)."""
+"""What a user can ask of an outline, in the order of its code's first numbers (busigen.data.geometry)."""
 
-TALLER_THAN_WIDE = "1.05:1.6"
-"""The ``generate --height-width`` that ``--taller-than-wide`` stands for."""
-
-BIRADS = ("2", "3", "4", "5")
-"""BI-RADS categories that can be asked for, in the order of stage 1's condition."""
+TALLER_THAN_WIDE = "1.05:1.6"  # The ``generate --height-width`` that ``--taller-than-wide`` stands for.
+BIRADS = ("2", "3", "4", "5")  # Categories that can be asked for, in the order of stage 1's condition.
 
 BIRADS_IMAGES = {
     "benign": {"2": 314, "3": 274, "4": 170, "5": 2},
     "malignant": {"2": 4, "3": 15, "4": 248, "5": 100},
 }
-"""Images by class and BI-RADS category in BUS-BRA's ``bus_data.csv``: all that the shipped bundle knows the categories
-from, because BUSI has none."""
+"""Images by class and BI-RADS category in BUS-BRA's ``bus_data.csv``; BUSI has no categories."""
 
 ASKED_LENGTH = 2 * len(ATTRIBUTES) + len(BIRADS)
-"""Numbers that stage 1 is asked with: each attribute's value, whether it is asked for, the category as one-hot."""
+"""Length of stage 1's condition: each attribute's value, whether it is asked for, the category as one-hot."""
 
-FIELD_EDGE = 1.0
-"""Half the side of an outline's canonical frame, in units of the root of the lesion's area; an ellipse ends at 0.56."""
-
-FIELD_LIMIT = 0.35
-"""The signed distance, in the same units, at which an outline's field saturates: what is far from it says nothing."""
+FIELD_EDGE = 1.0  # Half the side of an outline's frame, in units of the root of the lesion's area.
+FIELD_LIMIT = 0.35  # Signed distance, in the same units, at which an outline's field saturates.
 
 SPLITS = {"train": 0.75, "val": 0.10, "test": 0.15}
-"""Split names and the share of groups that each one gets."""
+"""Share of groups in each split."""
 
 
 @dataclass(frozen=True)
@@ -159,33 +142,28 @@ PRESETS = {
 }
 
 DEFAULT_PRESET = "compact"
-"""The preset that ``train`` takes where neither a preset nor a base is named."""
 
 SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}
-"""Network evaluations per denoiser. Fixed at export."""
+"""Network evaluations per denoiser, fixed at export."""
 
 SOLVER_SPREAD = {"lesion": 0.85, "blend": 0.7, "prior": 1.0}
-"""Deviation of what a denoiser leaves open, as its solver assumes it until it is measured
-(busigen.training.networks.variance,
-busigen.training.networks.variance), and for ever in bundles of before it was measured."""
+"""Deviation of what a denoiser leaves open, until it is measured (busigen.training.networks.variance)."""
 
 SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
-"""How much denser a denoiser's steps sit near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2). What
-varies with a deviation of s is decided at a time of about s / (1 + s): of whole images, brightness at 0.96, layers and
-lobules at 0.85 to 0.6."""
+"""How much denser a denoiser's steps lie near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2). What
+varies with a deviation of s is decided at a time of about s / (1 + s)."""
 
 SPECKLE_GAIN, BACKGROUND_SPECKLE = 0.94, 0.95
-"""Deviation of the noise that the decoder draws speckle from, in use, and a further factor on it for synthetic
-backgrounds. It learns with 1, which is right for the latents of real images. Drawn latents vary more from cell to cell,
-those of whole images more than those of lesions, and images come out too grainy (docs/model-card.md)."""
+"""Deviation of the decoder's noise in use, and a further factor for synthetic backgrounds. It is trained with 1 on the
+latents of real images; generated ones vary more between cells and would come out too grainy (docs/model-card.md)."""
 
 OPSETS = (20, 23)
-"""ONNX opsets that export can write, the default first: `docs/export.md` says what each engine makes of them."""
+"""ONNX opsets that export can write, the default first (docs/export.md)."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What a graph computes in. ``above`` is what a component falls back to where it fails; empty for the highest."""
+    """What a graph computes in; ``above`` is the fallback of a component that fails in it, empty for the highest."""
 
     about: str
     above: str
@@ -203,23 +181,16 @@ LOOPS = {
     "loop": "one node that runs an evaluation per step: opens fast, which the CPU wants",
     "unrolled": "every step written out: slow to open, and nothing is left to decide while it runs, as on a GPU",
 }
-"""What ``export --loop`` accepts: how the solver's steps lie in a graph."""
+"""What ``export --loop`` accepts."""
 
-PARITY_DRAWS = 64
-"""Draws per class over which export compares each target with the checkpoint."""
+PARITY_DRAWS = 64  # Per class, over which export compares each target with the checkpoint.
 
 
 @dataclass(frozen=True)
 class Provider:
-    """What can run a bundle's graphs.
+    """What can run a bundle's graphs: needs an NVIDIA card (``gpu``) or an ``extra`` of pyproject.toml.
 
-    Attributes:
-        name: on the command line, and in a dataset's record.
-        about: in a few words, for people.
-        gpu: whether it needs an NVIDIA card.
-        extra: of pyproject.toml, which installs what it needs; empty where the core does.
-        onnxruntime: ONNX Runtime's name for it; empty where it is run without ONNX Runtime.
-        options: given to ONNX Runtime with that name.
+    ``onnxruntime`` is ONNX Runtime's name for it, empty if it runs without, and ``options`` are given with it.
     """
 
     name: str
@@ -276,22 +247,20 @@ PROVIDERS = {
         ),
     )
 }
-"""What can run the graphs, by name: the later, the faster where it works, and the earlier ``auto`` tries it."""
+"""By name, from the slowest to the fastest; ``auto`` tries them from the last."""
 
 AUTO = "auto"
-"""The value of ``--provider`` that asks for the last of ``PROVIDERS`` that really works on this machine."""
 
 
 @dataclass(frozen=True)
 class EngineTarget:
-    """A library that makes engines of a bundle's graphs, and runs them as the provider of the same name.
+    """A library that builds engines from a bundle's graphs, and runs them as the provider of the same name.
 
     Attributes:
-        about: in a few words, for people.
-        library: the Python module of that library.
+        library: its Python module.
         extra: of pyproject.toml, which installs it.
-        ahead: whether it builds without a card, for cards elsewhere; else for the card of this machine alone.
-        portable: whether an engine runs on every operating system that the library knows.
+        ahead: whether it builds without a card, for other machines.
+        portable: whether an engine runs on every operating system that the library supports.
     """
 
     about: str
@@ -305,19 +274,18 @@ ENGINE_TARGETS = {
     "tensorrt": EngineTarget("TensorRT; built on the card that runs them", "tensorrt", "tensorrt", False, False),
     "tensorrt-rtx": EngineTarget("TensorRT for RTX; built anywhere", "tensorrt_rtx", "tensorrt-rtx", True, True),
 }
-"""What ``export --target`` and ``build-engines`` make, beside the ONNX graphs that every bundle has."""
+"""What ``export --target`` and ``build-engines`` make beside the ONNX graphs."""
 
 LAUNCHERS = ("local", "ray", "slurm")
-"""Names of ``generate --launcher`` (:data:`busigen.runtime.execution.launchers.LAUNCHERS` finds each)."""
 
 STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Protocols of ``--out`` URLs that an extra of their own brings; of all others, the extra "remote" brings fsspec."""
+"""Extras by the protocol of an ``--out`` URL; for all others, it is "remote"."""
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci")
-"""Protocols whose objects appear whole or not at all. Elsewhere a file is written beside its place and renamed."""
+"""Protocols whose objects appear whole or not at all; elsewhere a file is renamed once it is written."""
 
 STORE_OPTIONS = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}}}
-"""Options for fsspec where its user has set none. The library's own let one attempt of a dead network take minutes."""
+"""Options of fsspec unless its user sets others; with its own, one attempt on a dead network takes minutes."""
 
 UNFIT_STORES = {
     "memory": "lies in the memory of a process, and is gone with it",
@@ -328,18 +296,16 @@ UNFIT_STORES = {
     "zip": "is an archive, which cannot be continued",
     "tar": "is an archive, which cannot be continued",
 }
-"""Protocols that no dataset can be kept at, and why."""
+"""Protocols that no dataset can be written to, and why."""
 
 COPY_COMMANDS = {"s3": "aws s3 sync {} copy", "gs": "gcloud storage rsync -r {} copy"}
-"""What copies a dataset from a URL to the folder ``copy``, for those commands that read folders alone."""
+"""Commands that copy a dataset from a URL to the folder ``copy``."""
 
 MIN_BATCH = 2
-"""Rows that every engine call has at least: ONNX Runtime adds up a batch of one in another order than a larger one's
-rows, and the bytes of a sample must not depend on the batch size."""
-
+"""Fewest rows of an engine call: ONNX Runtime sums a batch of one in another order than the rows of a larger one, and
+the bytes of a sample must not depend on the batch size."""
 
 DEFAULT_BATCH = 16
-"""Images per engine call where nobody says otherwise."""
 
 
 def rows_per_call(side: int, batch_size: int) -> int:

@@ -1,4 +1,4 @@
-"""The few-step solver as a table of times: training's reference sampler and the exported graphs read the same one.
+"""The few-step solver's table of times, for training's reference sampler and the exported graphs.
 
 Flow matching on the straight path ``x_t = (1 - t) x_0 + t noise`` (Lipman et al. 2023, Liu et al. 2023): the network
 predicts the velocity ``noise - x_0``.
@@ -31,12 +31,11 @@ def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
     """``a`` and ``b`` of the step from ``t`` to ``s`` that is exact where the data have the deviation ``spread``.
 
     A network predicts the mean of all data that may have led to ``x_t``. Euler steps go there in a straight line and
-    lose the spread about it: eight of them leave standard normal data with a deviation of 0.84, and images smooth.
-    For normal data the path is known, ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``. A
-    step finds ``mean`` and ``z`` from ``x`` and the velocity, and goes along it (an exponential integrator, as
-    DPM-Solver is for point masses, Lu et al. 2022). Without spread it is Euler's step.
+    lose the spread: eight of them leave standard normal data with a deviation of 0.84, and images smooth. For normal
+    data the path is ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``, along which this step
+    goes (an exponential integrator, as DPM-Solver, Lu et al. 2022). Without spread it is Euler's step.
 
-    Numbers, arrays and tensors will do, and so will a spread for each of many independent coefficients.
+    Arguments are numbers, arrays or tensors, such as a spread for each coefficient.
     """
 
     def deviation(time: Any) -> Any:
@@ -48,15 +47,7 @@ def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
 
 
 def solver_steps(name: str, count: int) -> list[SolverStep]:
-    """The table of a denoiser, its times shifted towards pure noise by ``registry.SOLVER_SHIFT``.
-
-    Args:
-        name: in ``registry.SOLVER_SHIFT``.
-        count: network evaluations.
-
-    Raises:
-        ValueError: ``count`` is below one.
-    """
+    """The ``count`` steps of a denoiser, shifted towards noise by ``registry.SOLVER_SHIFT``; ValueError below 1."""
     if count < 1:
         raise ValueError(f"a solver needs at least 1 step, not {count}")
     shift = SOLVER_SHIFT[name]

@@ -1,4 +1,4 @@
-"""What is written to a terminal: the consoles and the log lines, through which all text has to go."""
+"""The consoles and the log format through which all text goes to the terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from busigen.text import printable, without_credentials
 
 
 class Terminal(Console):
-    """A console that shows each string as it is, in one line: no markup, no emoji codes, no commands, no credentials.
-
-    Args:
-        options: rich's own.
-    """
+    """A console that shows each string as it is, in one line: no markup, emoji codes, control codes or credentials."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
@@ -34,7 +30,7 @@ class Terminal(Console):
 
 
 class LineFormatter(logging.Formatter):
-    """Puts each record into one line that is safe to print; a traceback keeps its lines."""
+    """Formats each record as one line that is safe to print; a traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # logging's name.
         """The line."""
@@ -46,7 +42,7 @@ class LineFormatter(logging.Formatter):
 
 
 def log_to_stderr(level: int) -> None:
-    """Have records of this level and above written to stderr, a line each."""
+    """Log records of this level and above to stderr, a line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=level, handlers=[handler])

@@ -30,6 +30,7 @@ from busigen.runtime.dataset.sample import SampleBatch
 from busigen.runtime.dataset.shards import write_shard
 from tests.harness.command import CLI, ROOT, SMALL, Done, error_line, run
 from tests.harness.hashing import hash_of, hashes
+from tests.harness.processes import GUARD_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -271,14 +272,15 @@ def begun(command: list[str], line: str) -> subprocess.Popen[str]:
 def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     out = tmp_path / "set"
     command = [*CLI, "generate", "--count", "500", "--shard-size", "500", "--batch-size", "1", "--out", str(out)]
-    process = begun(command, "generating: 0/500")
+    process = begun(command, "generating: ")
     assert process.stderr is not None
-    time.sleep(1)
+    # Until a sample is in the shard, which is then open.
+    assert any(re.match("generating: [1-9][0-9]*/500", line) for line in process.stderr)
     process.send_signal(signal.SIGINT)
     described = next(line for line in process.stderr if "Ctrl-C: " in line)
     assert described.startswith("generating: Ctrl-C: finishing the open shard (")
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=GUARD_SECONDS)
     line = error_line(subprocess.CompletedProcess(command, process.returncode, output, errors), 130)
     assert f"Interrupted with 0 of 1 shard complete in {out}" in line
     assert "same command" in line
@@ -289,7 +291,7 @@ def test_ctrl_c_leaves_a_line_where_a_command_has_nothing_of_its_own_to_say(
 ) -> None:
     process = begun([*CLI, "prepare", str(synthetic_busi), "--out", str(tmp_path / "prepared")], "preparing: 0/")
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=GUARD_SECONDS)
     assert errors.splitlines()[-1] == "error: Interrupted."
     assert process.returncode == 130
     assert not output

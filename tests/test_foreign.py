@@ -172,7 +172,7 @@ def test_a_cached_engine_that_is_none_is_made_again(tmp_path: Path, file: str, b
 def test_weights_and_healed_images_that_are_none_are_refused(tmp_path: Path, become: Callable[[Path], None]) -> None:
     pytest.importorskip("torch")
     from busigen.training.checkpoint import load_component, weight_hashes
-    from busigen.training.healing import healed_reader
+    from busigen.training.rollouts import healed_reader
     from busigen.training.trainer import load_state
 
     folder = tmp_path / "base" / "mask"
@@ -192,7 +192,7 @@ def test_weights_and_healed_images_that_are_none_are_refused(tmp_path: Path, bec
 
 def test_healed_images_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from busigen.training.healing import healed_reader, save_healed
+    from busigen.training.rollouts import healed_reader, save_healed
 
     images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 2, 2)
     save_healed(tmp_path / "healed.npz", [7, 9], images)
@@ -239,7 +239,7 @@ def test_a_log_into_a_pipe_that_nobody_empties_holds_nothing_up(tmp_path: Path) 
     try:
         with EventLog.open(str(tmp_path / "log"), out=tmp_path / "out") as log:
             for _ in range(100):
-                log.emit("progress", text="x" * 4096)
+                log.event("progress", text="x" * 4096)
     finally:
         os.close(reader)
 
@@ -280,8 +280,6 @@ _LOAD = {"jit", "np", "onnx", "torch"}
 _OWN, _SYSTEM, _CHECKED = "made by this process", "the system's", "checked by open_file or by its hash before"
 DIRECT = {
     "cli/__init__.py": ("open", "a device to write to"),
-    "data/decoding.py": ("read_bytes", _CHECKED),
-    "data/images.py": ("read_bytes", _CHECKED),
     "data/prepared.py": ("read_parquet", _CHECKED),
     "data/sources/records.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
@@ -291,12 +289,11 @@ DIRECT = {
     "export/report.py": ("load", _OWN),
     "files.py": ("open", "to have a written file on the disk"),
     "foreign.py": ("open", "the opener"),
+    "runtime/backends/probe.py": ("read_text", _SYSTEM),
     "runtime/dataset/finalize.py": ("read_parquet", _OWN),
-    "runtime/dataset/untrusted.py": ("read_parquet scan_parquet", _CHECKED),
+    "runtime/dataset/shards.py": ("read_parquet scan_parquet", _CHECKED),
     "runtime/diagnostics/bench.py": ("open", "to write"),
-    "runtime/diagnostics/bench_report.py": ("open", "to write"),
     "runtime/diagnostics/doctor.py": ("read_text", _SYSTEM),
-    "runtime/diagnostics/machine.py": ("read_text", _SYSTEM),
     "runtime/execution/events.py": ("open", "to write"),
     "runtime/execution/worker.py": ("read_bytes", _OWN),
     "runtime/maintenance/repair.py": ("open", _OWN),

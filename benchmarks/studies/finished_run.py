@@ -10,12 +10,11 @@ from diffusers import ModelMixin
 
 from busigen.data.prepared import Prepared
 from busigen.training.checkpoint import BASE, load_component, load_networks
-from busigen.training.healing import healed_reader
-from busigen.training.pipeline import CACHE, HEALED
+from busigen.training.pipeline import CACHE, HEALED, KINDS
 from busigen.training.recipe import TaskSpec, recipe_for
-from busigen.training.tasks.base import TaskContext
+from busigen.training.rollouts import healed_reader
+from busigen.training.tasks import TaskContext
 from busigen.training.tasks.denoiser import DenoiserTask
-from busigen.training.tasks.registry import KINDS
 
 
 class FinishedRun:

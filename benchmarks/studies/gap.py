@@ -32,9 +32,9 @@ from busigen.evaluation.sections import SECTIONS
 from busigen.registry import LESION_CLASSES, SYNTHETIC
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
-from busigen.runtime.sampling.draft import Draft, cut, to_unit
+from busigen.runtime.sampling.batching import Draft
 from busigen.runtime.sampling.healthy_images import Healthy
-from busigen.runtime.sampling.sampler import Sampler
+from busigen.runtime.sampling.sampler import Sampler, cut, to_unit
 
 RESULTS = Path(__file__).parent / "results" / "gap.json"
 BATCH = 8

@@ -106,7 +106,6 @@ def encode(run: FinishedRun, folder: Path, split: str, table: pl.DataFrame, vari
         run.setting.networks,
         variants=variants,
         seed=run.seed,
-        device=CPU,
         progress=lambda done, total: None,
     )
     save_examples(folder / f"windows-{split}-{variants}.safetensors", examples)

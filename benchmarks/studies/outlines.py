@@ -33,9 +33,8 @@ from busigen.registry import LESION_CLASSES
 from busigen.runtime.backends.base import EngineOptions, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.sample import Rejection
-from busigen.runtime.sampling.batching import Outcome
+from busigen.runtime.sampling.batching import Draft, DrawRequest, Outcome
 from busigen.runtime.sampling.conditions import SampleConditions, measured, parse_conditions
-from busigen.runtime.sampling.draft import Draft, DrawRequest
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.examples import Frames, random_lesion

@@ -33,10 +33,10 @@ from busigen.evaluation.context import ImageSet
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.registry import BUCKETS, CLASSES, LESION_CLASSES, SOLVER_STEPS
 from busigen.training.examples import Frames, load_examples, random_lesion, save_examples, select, window_examples
-from busigen.training.healing import Repaint, repaint
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import TaskSpec
+from busigen.training.rollouts import repaint
 from busigen.training.tasks.denoiser import DenoiserTask
 from busigen.training.trainer import Trainer
 
@@ -90,7 +90,6 @@ def trained(run: FinishedRun, buckets: tuple[int, ...], seconds: float, folder: 
             run.setting.networks,
             variants=1,
             seed=run.seed,
-            device=CPU,
             progress=lambda done, total: None,
             buckets=buckets,
         )
@@ -154,8 +153,8 @@ def painting(run: FinishedRun, networks: Networks, buckets: tuple[int, ...], cou
         chosen = [frames[k] for k in range(len(frames)) if frames.table["class"][k] == label]
         shapes = [random_lesion(frame, np.random.default_rng((run.seed, k))) for k, frame in enumerate(chosen)]
         edits = [edit_region(mask, frame.valid) for mask, frame in zip(shapes, chosen, strict=True)]
-        what = Repaint(label, shapes, SOLVER_STEPS["lesion"], buckets)
-        images += repaint([frame.image for frame in chosen], edits, networks, run.seed, CPU, what)
+        options = {"label": label, "masks": shapes, "steps": SOLVER_STEPS["lesion"], "buckets": buckets}
+        images += repaint([frame.image for frame in chosen], edits, networks, run.seed, **options)
         masks += shapes
         labels += [label] * len(chosen)
     seconds = (time.perf_counter() - started) / len(images)

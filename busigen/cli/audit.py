@@ -51,9 +51,7 @@ def audit(
 
     with needs("eval"):
         from busigen.evaluation.audit import audit as run
-        from busigen.evaluation.audit import audited, check_libraries
-
-        check_libraries()
+        from busigen.evaluation.audit import audited
     refuse_urls(synthetic, real, *filter(None, (train_split, healthy, external)), what="audit")
     with quiet_libraries(), console_progress() as progress:
         try:

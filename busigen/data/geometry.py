@@ -1,19 +1,19 @@
 """A lesion's mask: what may be repainted around it (edit region, ring, window, feather), and its outline as numbers.
 
-Training, runtime and ``verify`` all call these, so that an edit region means the same everywhere. All of them are pure
-functions of their arguments; masks are ``(256, 256)`` bool arrays on the letterboxed grid, distances are pixels.
+Training, runtime and ``verify`` all call these, so that an edit region means the same everywhere. All are pure
+functions; masks are ``(256, 256)`` bool arrays on the letterboxed grid, distances are pixels.
 
-An outline is described by where it lies, how large and how slender it is, and its form in a frame of its own. That
-*canonical frame* is centred on the lesion's centroid, and its axes are scaled so that the lesion has area one and a
-bounding box as high as it is wide. What is left in it is form alone, which is what a shape model should spend its
-numbers on (Cootes et al. 1995 align shapes for the same reason; Leventon et al. 2000 take principal components of
-signed distances).
+An outline is described by place, size and slenderness, and its form in a *canonical frame*, centred on the lesion's
+centroid and scaled so that the lesion has area one and a bounding box as high as it is wide: what is left is form alone
+(Cootes et al. 1995 align shapes for the same reason; Leventon et al. 2000 take principal components of signed
+distances).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from scipy import ndimage
 from busigen.registry import BUCKET_CONTEXT, BUCKETS, FIELD_EDGE, FIELD_LIMIT, LATENT_FACTOR, RESOLUTION
 
 Mask = NDArray[np.bool_]
+_Value = TypeVar("_Value", np.bool_, np.uint8)
 
 MARGIN_SHARE, MARGIN_RANGE = 0.15, (6.0, 16.0)
 """Margin around the lesion as a share of its equivalent diameter, and its bounds in pixels."""
@@ -32,15 +33,18 @@ SHADOW_SHARE, SHADOW_RANGE = 0.6, (12, 64)
 RING_WIDTH = 2 * LATENT_FACTOR
 """Width in pixels of the band inside the edit region's rim that stage 3 repaints: two latent cells."""
 
-FEATHER_WIDTH = 6.0
-"""Pixels over which the paste's brightness fades in, counted inwards from the edit region's rim."""
-
-GRAIN_WIDTH = 1.5
-"""Pixels over which the paste's speckle fades in, in the middle of the feather. Two speckle patterns that lie over one
-another half and half have half the variance of either: a wide fade would leave a smooth line around the lesion."""
+FEATHER_WIDTH, GRAIN_WIDTH = 6.0, 1.5
+"""Pixels over which the paste's brightness fades in, inwards from the edit region's rim, and in their middle its
+speckle: two speckle patterns half and half have half the variance of either, so a wide fade leaves a smooth line."""
 
 GRAIN_SCALE = 3.0
 """Deviation in pixels of the Gaussian that parts brightness from speckle."""
+
+_FIELD_OVERSAMPLING = 2
+"""Samples per grid step and axis from which a signed distance is measured."""
+
+_STAIRCASE_SMOOTHING = 0.6
+"""Deviation in pixels of the filter that takes the pixels' staircase out of an outline before it is resampled."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,7 @@ class Window:
 
 
 def around(mask: Mask, pad: int) -> tuple[slice, slice]:
-    """The bounding box of a mask that is not empty, with ``pad`` pixels around it as far as the image goes.
-
-    A lesion is a tenth of its image: what is computed in its box alone costs the processor a fraction.
-    """
+    """The bounding box of a mask that is not empty, with ``pad`` pixels around it as far as the image goes."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, left = max(0, int(rows[0]) - pad), max(0, int(columns[0]) - pad)
     return slice(top, int(rows[-1]) + pad + 1), slice(left, int(columns[-1]) + pad + 1)
@@ -84,20 +85,16 @@ def largest_component(mask: Mask) -> Mask:
 
 
 def edit_region(mask: Mask, valid: Mask, *, margin_scale: float = 1.0, shadow_scale: float = 1.0) -> Mask:
-    """The pixels that may change when a lesion is painted.
+    """The pixels that may change when a lesion is painted, ``(256, 256)`` bool; none for an empty mask.
 
     The lesion, a margin around it, and room straight below it for posterior shadowing or enhancement, cut to the
-    ``valid`` (not letterbox) pixels. Training varies the two scales; in use both are 1, so that anyone can recompute
-    the region from the mask alone.
+    ``valid`` pixels. Training varies the two scales; in use both are 1, so that anyone can recompute the region.
 
     Args:
         mask: lesion, ``(256, 256)`` bool.
         valid: pixels that hold image rather than letterbox bars, same shape.
         margin_scale: factor on the margin.
         shadow_scale: factor on the room below.
-
-    Returns:
-        ``(256, 256)`` bool; empty where the mask is.
     """
     if not mask.any():
         return np.zeros_like(mask)
@@ -122,14 +119,8 @@ def ring_region(edit: Mask) -> Mask:
 
 
 def feather(edit: Mask) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Opacity of the pasted brightness and of the pasted speckle, ``(256, 256)`` float32 each.
-
-    Exactly 0 outside the edit region, rising to 1 inside it.
-    """
-    return _opacities(_depth(edit))
-
-
-def _opacities(depth: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Opacity of the pasted brightness and speckle, ``(256, 256)`` float32: 0 outside the region, up to 1 inside."""
+    depth = _depth(edit)
     middle = (FEATHER_WIDTH - GRAIN_WIDTH) / 2.0
     brightness, grains = depth / FEATHER_WIDTH, (depth - middle) / GRAIN_WIDTH
     return np.clip(brightness, 0.0, 1.0).astype(np.float32), np.clip(grains, 0.0, 1.0).astype(np.float32)
@@ -147,39 +138,31 @@ def _depth(edit: Mask) -> NDArray[np.float64]:
 
 
 def window_for(edit: Mask, buckets: Sequence[int] = BUCKETS) -> Window:
-    """The smallest bucket around the edit region, centred on it as far as the image's edges allow.
+    """The smallest of some sides, smallest first, around the edit region, centred as far as the image's edges allow.
 
-    Args:
-        edit: ``(256, 256)`` bool.
-        buckets: window sides in pixels to choose from, smallest first; experiments give others than the registry's.
-
-    Raises:
-        ValueError: the region is empty.
+    An empty region raises ValueError.
     """
     rows, columns = np.flatnonzero(edit.any(axis=1)), np.flatnonzero(edit.any(axis=0))
     if rows.size == 0:
         raise ValueError("an empty edit region has no window")
     extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1 + 2 * BUCKET_CONTEXT
     side = next((bucket for bucket in buckets if extent <= bucket), buckets[-1])
-    corners = []
-    for line in (rows, columns):
-        middle = (int(line[0]) + int(line[-1]) + 1) // 2
-        corners.append(int(np.clip(middle - side // 2, 0, RESOLUTION - side)))
-    return Window(top=corners[0], left=corners[1], side=side)
+    middles = ((int(line[0]) + int(line[-1]) + 1) // 2 for line in (rows, columns))
+    top, left = (int(np.clip(middle - side // 2, 0, RESOLUTION - side)) for middle in middles)
+    return Window(top, left, side)
 
 
 def patches_outside(edit: Mask, patch: int) -> Mask:
     """Context patches that see nothing of the edit region, ``(tokens,)`` bool in row-major order."""
     tiles = edit.reshape(edit.shape[0] // patch, patch, edit.shape[1] // patch, patch)
-    result: Mask = ~tiles.any(axis=(1, 3)).ravel()
-    return result
+    return np.asarray(~tiles.any(axis=(1, 3)).ravel())
 
 
 def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:
     """Put a painted window into the image; pixels outside the edit region keep their bytes.
 
-    Brightness fades in over the whole feather and speckle within a grain of it (two bands of Burt and Adelson 1983, A
-    multiresolution spline with application to image mosaics).
+    Brightness and speckle fade in by `feather` (two bands of Burt and Adelson 1983, A multiresolution spline with
+    application to image mosaics).
 
     Args:
         image: ``(256, 256)`` uint8.
@@ -192,7 +175,7 @@ def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, wi
     new = np.clip((painted + 1.0) * 127.5, 0.0, 255.0)
     change = new - old
     brightness = ndimage.gaussian_filter(change, GRAIN_SCALE, mode="nearest")
-    opacity, opacity_of_grains = _opacities(_depth(edit)[window.slices])
+    opacity, opacity_of_grains = (part[window.slices] for part in feather(edit))
     mixed = old + opacity * brightness + opacity_of_grains * (change - brightness)
     mixed = np.clip(np.rint(mixed), 0.0, 255.0)
     result[window.slices] = np.where(opacity > 0, mixed, old).astype(np.uint8)
@@ -205,65 +188,40 @@ def lowest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> 
 
 
 def highest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:
-    """Greatest value from ``before`` pixels before to ``after`` pixels after each one along an axis, edges repeated."""
+    """Greatest value in the windows of `lowest`."""
     return _windows(np.maximum, values, before, after, axis)
 
 
-def grow(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Grow a mask by a square of ``2 * by + 1`` pixels."""
-    return highest(highest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
+def grow(values: NDArray[_Value], by: int) -> NDArray[_Value]:
+    """A mask grown by a square of ``2 * by + 1`` pixels, or the greatest level in it; edges repeated."""
+    return highest(highest(values.view(np.uint8), by, by, axis=0), by, by, axis=1).view(values.dtype)
 
 
-def shrink(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Shrink a mask by a square of ``2 * by + 1`` pixels; what lies beyond the image counts as its border does."""
-    return lowest(lowest(mask.view(np.uint8), by, by, axis=0), by, by, axis=1).view(np.bool_)
+def shrink(values: NDArray[_Value], by: int) -> NDArray[_Value]:
+    """A mask shrunk by a square of ``2 * by + 1`` pixels, or the least level in it; edges repeated."""
+    return lowest(lowest(values.view(np.uint8), by, by, axis=0), by, by, axis=1).view(values.dtype)
 
 
-def _windows(
-    better: Callable[..., NDArray[np.uint8]], values: NDArray[np.uint8], before: int, after: int, axis: int
-) -> NDArray[np.uint8]:
+def _windows(better: np.ufunc, values: NDArray[np.uint8], before: int, after: int, axis: int) -> NDArray[np.uint8]:
     """Reduce every window, from windows of half its length. scipy.ndimage works in doubles, many times slower."""
     margins = [(0, 0), (0, 0)]
     margins[axis] = (before, after)
     windows, length, wanted = np.pad(values, margins, mode="edge"), 1, before + after + 1
     while length < wanted:
         step = min(length, wanted - length)
-        ahead, behind = (slice(step, None), slice(None, -step))
-        index = (
-            ((ahead, slice(None)), (behind, slice(None)))
-            if axis == 0
-            else ((slice(None), ahead), (slice(None), behind))
-        )
-        windows = better(windows[index[0]], windows[index[1]])
+        if axis == 0:
+            windows = better(windows[step:], windows[:-step])
+        else:
+            windows = better(windows[:, step:], windows[:, :-step])
         length += step
     return windows
 
 
-_FIELD_OVERSAMPLING = 2
-"""Samples per grid step and axis from which a signed distance is measured."""
-
-_ALL, _AHEAD, _BACK = slice(None), slice(1, None), slice(None, -1)
-_NEIGHBOURS = (
-    ((_AHEAD, _ALL), (_BACK, _ALL)),
-    ((_ALL, _AHEAD), (_ALL, _BACK)),
-    ((_AHEAD, _AHEAD), (_BACK, _BACK)),
-    ((_AHEAD, _BACK), (_BACK, _AHEAD)),
-)
-"""Pairs of views of a mask whose pixels are neighbours down, across, and along the two diagonals."""
-
-_STAIRCASE_SMOOTHING = 0.6
-"""Deviation in pixels of the filter that takes the pixels' staircase out of an outline before it is resampled."""
-
-
 def attributes(mask: Mask) -> NDArray[np.float64]:
-    """The four attributes of a lesion, in the order of ``registry.ATTRIBUTES``.
+    """The four attributes of a lesion that is not empty, ``float64 (4,)``, in the order of ``registry.ATTRIBUTES``.
 
-    Args:
-        mask: ``(H, W)`` bool, not empty, ``H`` = ``W`` = ``RESOLUTION``.
-
-    Returns:
-        ``(4,)``: centroid across and down as shares of the side, log of the root of the area in pixels, log of the
-        bounding box's height over its width.
+    Centroid across and down as shares of the side, log of the root of the area in pixels, log of the bounding box's
+    height over its width.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     by_row, by_column = mask.sum(axis=1), mask.sum(axis=0)
@@ -281,15 +239,9 @@ def grid_positions(grid: int) -> NDArray[np.float64]:
 
 
 def canonical_field(mask: Mask, grid: int) -> NDArray[np.float32]:
-    """The lesion's signed distance in its canonical frame.
+    """The signed distance of one lesion, not empty, in its canonical frame, ``(grid, grid)`` float32.
 
-    Args:
-        mask: ``(256, 256)`` bool, one lesion, not empty.
-        grid: samples a side.
-
-    Returns:
-        ``(grid, grid)`` float32, canonical units (the root of the lesion's area), positive inside, clipped at
-        ``FIELD_LIMIT``.
+    Canonical units (the root of the lesion's area), positive inside, clipped at ``FIELD_LIMIT``.
     """
     across, down, size, ratio = attributes(mask)
     fine = grid * _FIELD_OVERSAMPLING
@@ -302,8 +254,7 @@ def canonical_field(mask: Mask, grid: int) -> NDArray[np.float32]:
     distance = ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
     distance = (distance - 0.5 * np.sign(distance)) * (2.0 * FIELD_EDGE / fine)
     coarse = distance.reshape(grid, _FIELD_OVERSAMPLING, grid, _FIELD_OVERSAMPLING).mean(axis=(1, 3))
-    field: NDArray[np.float32] = np.clip(coarse, -FIELD_LIMIT, FIELD_LIMIT).astype(np.float32)
-    return field
+    return np.asarray(np.clip(coarse, -FIELD_LIMIT, FIELD_LIMIT), dtype=np.float32)
 
 
 def _interpolation(positions: NDArray[np.float64], count: int) -> NDArray[np.float32]:
@@ -315,12 +266,12 @@ def _interpolation(positions: NDArray[np.float64], count: int) -> NDArray[np.flo
 def circularity(mask: Mask) -> float:
     """``4 pi A / P^2`` of a lesion that is not empty: 1 for a disc, less for an outline that is long for its area.
 
-    The perimeter is Cauchy's and Crofton's: how often lines in four directions cross the outline. That does not grow
+    The perimeter is Cauchy's and Crofton's (how often lines in four directions cross the outline), which does not grow
     with the staircase of pixels.
     """
     part = np.pad(mask[around(mask, 0)], 1)
-    straight = sum(int((part[first] != part[second]).sum()) for first, second in _NEIGHBOURS[:2])
-    diagonal = sum(int((part[first] != part[second]).sum()) for first, second in _NEIGHBOURS[2:])
+    straight = np.count_nonzero(part[1:] != part[:-1]) + np.count_nonzero(part[:, 1:] != part[:, :-1])
+    diagonal = np.count_nonzero(part[1:, 1:] != part[:-1, :-1]) + np.count_nonzero(part[1:, :-1] != part[:-1, 1:])
     perimeter = np.pi / 8.0 * (straight + diagonal / np.sqrt(2.0))
     return float(4.0 * np.pi * part.sum() / perimeter**2)
 

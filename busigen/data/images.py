@@ -1,176 +1,44 @@
-"""Image files as grey levels, mask files as lesion pixels, and what is refused of either."""
+"""Image files decoded upright, within bounds of memory, with the meaning that their format gives to the numbers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+import io
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from busigen.data.decoding import FULL, Decoded, decode, full_scale, looked_up, on_black, read_bytes, to_eight_bits
-from busigen.data.geometry import around, shrink
 from busigen.errors import InputError
+from busigen.foreign import ForeignFileError, looking, read_file
 
-Levels = NDArray[np.uint8 | np.uint16]
+MIN_SIDE, MAX_SIDE = 32, 20_000
+"""Shortest side in pixels that still shows anatomy, not an icon or a thumbnail; longest that is decoded."""
 
-_LABELS = 16
-"""Most levels of a file that is taken for labels. Masks with soft edges, or saved as JPEG, have more, or none but one
-that covers an area."""
+MAX_PIXELS = 64_000_000
+"""Largest width x height that is decoded: some twenty times the largest clinical screen capture. Decoded pixels take
+one byte (grey), two (16-bit grey) or four (colour, at any depth), so at most 256 MB; what is made of them takes at most
+five bytes more per pixel, because it is made in bands of rows."""
 
-_LABEL_MARGIN, _GREY_MARGIN = 2, 4
-"""Half the side, without its middle, of a square that a label's area holds somewhere, and that the grey between
-background and lesion never holds: soft edges are narrower. In photographs such squares are common: their middles make
-up at least 2.8 % of each of BUSI's and BUS-BRA's images."""
+MAX_FILE_BYTES = 256 * 1024 * 1024
+"""Largest file that is read into memory, in bytes."""
 
-_GREY_SHARE, _GREY_MOST = 0.001, 0.25
-_HUE_SHARE = 0.02
-"""Share of the lesion above which a colour of its own is another structure rather than noise of JPEG."""
-
-_HOLE_SHARE = 0.25
-"""Share of a lesion with its holes above which only its outline is drawn. Of BUSI's and BUS-BRA's 1,655 masks with a
-lesion, the largest is 0.002."""
-
-_FRAME_SHARE = 0.5
-"""Share of the image's outermost pixels above which a mask is inverted; the largest of the same masks is 0.03."""
-
-_LINE = 24
-"""Extent in pixels from which a lesion is more than a line's width across; all of the same masks are."""
-
-_WHICH = "Say which grey levels are lesion, as in `busigen prepare --mask-values 1`, or save masks of lesions alone."
-
-
-def lesion_pixels(decoded: Decoded, values: Collection[int] = ()) -> NDArray[np.bool_]:
-    """Which pixels are lesion: see `read_mask`.
-
-    Args:
-        decoded: The mask file.
-        values: The levels that are lesion; empty: bright ones, or the file's only label.
-
-    Returns:
-        ``bool (H, W)``.
-
-    Raises:
-        InputError: Several labels or colours are marked, or 255 ("ignore") beside a label, or the file is a picture.
-    """
-    levels, hues = _levels(decoded)
-    if values:
-        return _any_of(levels, values)
-    peak = int(levels.max())
-    full = FULL[0] if peak <= FULL[0] else FULL[-1]
-    present = _present(levels)
-    if present.size <= _LABELS and not decoded.lossy:
-        _refuse_labels(decoded.name, levels, present)
-        if peak <= full // 2:
-            return levels > 0
-    else:
-        # JPEG overshoots beside an edge, so that the lesion's own level may be well below the brightest.
-        grey = (levels > peak // 8) & (levels < peak * 2 // 3)
-        picture = shrink(grey, _GREY_MARGIN).mean() > _GREY_SHARE or grey.mean() > _GREY_MOST
-        if peak > full // 16 and picture:
-            raise InputError(
-                f"{decoded.name} is a picture, not a mask: it has {present.size} grey levels.",
-                fix="Save the lesion in white and all else in black; an image or an outline drawn over one is no mask.",
-            )
-        if full // 16 < peak <= full // 2:
-            raise InputError(f"{decoded.name} is no clear mask: its brightest level is {peak} of {full}.", fix=_WHICH)
-    if (hues > _HUE_SHARE * hues.sum()).sum() > 1:
-        raise InputError(
-            f"{decoded.name} marks structures in several colours.", fix="Save the lesion alone, in white on black."
-        )
-    return levels > full // 2
-
-
-def refuse_shape(mask: NDArray[np.bool_], name: str) -> None:
-    """Refuse a mask that is inverted, or an outline without what it surrounds.
-
-    Args:
-        mask: ``bool (H, W)``, native, not empty.
-        name: The file's name, for messages.
-
-    Raises:
-        InputError: It is one of these.
-    """
-    sides = (mask[0], mask[-1], mask[:, 0], mask[:, -1])
-    if all(side.any() for side in sides) or np.concatenate(sides).mean() > _FRAME_SHARE:
-        raise InputError(
-            f"{name} marks {mask.mean():.0%} of the image, up to all of its borders: it is inverted, or has a frame.",
-            fix="Lesions are white, all else is black.",
-        )
-    lesion = np.pad(mask[around(mask, 0)], 1)
-    holes = int(ndimage.binary_fill_holes(lesion).sum() - lesion.sum())
-    line = max(lesion.shape) > _LINE and not shrink(lesion, _LABEL_MARGIN).any()
-    if line or holes > _HOLE_SHARE * (holes + lesion.sum()):
-        raise InputError(
-            f"{name} marks an outline alone: {holes} pixels lie inside of {lesion.sum()} that are marked.",
-            fix="Fill the outline.",
-        )
-
-
-def _levels(decoded: Decoded) -> tuple[Levels, NDArray[np.int64]]:
-    """One level per pixel, and how many bright pixels have each of eight hues (none where the file has no colour).
-
-    A hue says which channels reach half of the brightest one. The brightest channel counts, not luminance: annotation
-    tools paint lesions pure red or dark blue.
-    """
-    hues = np.zeros(8, np.int64)
-    if decoded.deep or decoded.grey:
-        return decoded.levels(), hues
-    width, height = decoded.image.size
-    colour, alpha = np.empty((height, width), np.uint8), np.empty((height, width), np.uint8)
-    for rows, band in decoded.bands():
-        channels = np.asarray(band.convert("RGBA"))
-        colour[rows], alpha[rows] = channels[..., :3].max(axis=2), channels[..., 3]
-        bright = channels[colour[rows] > FULL[0] // 2, :3]
-        hue = (bright > bright.max(axis=1, keepdims=True) // 2) @ np.array([4, 2, 1])
-        hues += np.bincount(hue, minlength=8)
-    if colour.min() == colour.max() and alpha.min() != alpha.max():
-        return alpha, np.zeros_like(hues)
-    decoded.refuse_shallow(int(colour.max()))
-    return colour, hues
-
-
-def _any_of(levels: Levels, values: Collection[int]) -> NDArray[np.bool_]:
-    table = np.zeros(FULL[-1] + 1, np.bool_)
-    table[[value for value in values if 0 <= value < table.size]] = True
-    return looked_up(table, levels)
-
-
-def _present(levels: Levels) -> NDArray[np.intp]:
-    """The levels that occur, rising."""
-    seen = np.zeros(FULL[-1] + 1, np.bool_)
-    for row in levels:
-        seen[row] = True
-    return np.flatnonzero(seen)
-
-
-def _refuse_labels(name: str, levels: Levels, present: NDArray[np.intp]) -> None:
-    """Refuse labels beside the largest one that cover an area; levels of soft edges cover none."""
-    peak = int(present[-1])
-    others = [v for v in present.tolist() if 0 < v <= peak - peak // 16 and v != peak]
-    labels = [v for v in others if shrink(levels == v, _LABEL_MARGIN).any()]
-    if labels:
-        shares = ", ".join(f"{level} ({float((levels == level).mean()):.1%})" for level in (*labels, peak))
-        ignore = " (255 often means 'ignore')" if peak == FULL[0] else ""
-        raise InputError(f"{name} marks several structures, with the levels {shares} of the image{ignore}.", fix=_WHICH)
-
+FULL = (255, 1023, 4095, 65_535)
+"""Largest levels of grey with 8, 10, 12 and 16 bits: scanners store any of these in 16, and no file says which."""
 
 COLOUR_STEP = 12
 """Grey levels between the channels of one pixel above which it is coloured; JPEG chroma noise stays below."""
 
-COLOUR_SHARE = 0.005
-"""Share of coloured pixels above which the file is a colour image.
-
-Of BUSI's 15 files stored with unequal channels (of 623 images), 11 lie at 0.9 % or above (Doppler, colour maps), three
-have only small coloured marks (0.05 % or less), and one has a tint that never exceeds 12 levels.
-"""
-
 MARK_SHARE = 0.0001
-"""Share of coloured pixels above which a scanner painted a coloured mark; the three files above lie at 0.017 %."""
+"""Share of coloured pixels above which a scanner painted a coloured mark. Of BUSI's 15 files with unequal channels (of
+623 images), 11 lie at 0.9 % or above (Doppler, colour maps), three have small marks (0.017 to 0.05 %), and one has a
+tint that never exceeds `COLOUR_STEP`."""
 
 BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
 """Mean grey levels that an image may have, and the least deviation. They hold for what is prepared, judged and painted
@@ -179,9 +47,137 @@ into: all of BUSI's and BUS-BRA's 1,750 images lie within 13 to 187, and above 1
 TURNED = "turned upright, as its EXIF orientation says"
 WHITE_IS_ZERO = "read with 0 as white, as its TIFF header says"
 
+Levels = NDArray[np.uint8 | np.uint16]
+
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+_DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
+_GREY_MODES = frozenset({"1", "L"})
+_COLOUR_MODES = frozenset({"LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+_BAND_PIXELS = 1 << 20
+_SHALLOW = 64
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _SIGNED = 262, 258, 339, 2
 _LEVEL_WIDTH = 9
 _TWO_LEVELS_SHARE = 0.95
 """Share of pixels in two windows of grey levels; at most 0.73 in BUSI and BUS-BRA. Edges of masks are the rest."""
+
+_RESAVE = "Open it in an image viewer and save it again as an 8-bit PNG, or remove it."
+_CROP = "Crop or shrink it to the ultrasound frame."
+_Kind = TypeVar("_Kind", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decoded file.
+
+    Attributes:
+        image: Its pixels, upright.
+        white_is_zero: Its 16-bit levels count from white.
+        deep_colour: It has colour channels of 16 bits, of which ``image`` holds the upper 8.
+        lossy: Its levels are near those that were saved, as JPEG leaves them.
+        turned: It was stored turned or mirrored, and its EXIF orientation said so.
+    """
+
+    name: str
+    image: Image.Image
+    white_is_zero: bool
+    deep_colour: bool
+    lossy: bool
+    turned: bool
+
+    @property
+    def deep(self) -> bool:
+        """Its levels are those of 16 bits, one channel."""
+        return self.image.mode in _DEEP_MODES
+
+    @property
+    def grey(self) -> bool:
+        """It has one channel, of 8 bits at most."""
+        return self.image.mode in _GREY_MODES
+
+    def bands(self) -> Iterator[tuple[slice, Image.Image]]:
+        """Rows and their pixels, some at a time, so that what is made on the way to the result stays small."""
+        width, height = self.image.size
+        rows = max(1, _BAND_PIXELS // width)
+        for top in range(0, height, rows):
+            bottom = min(height, top + rows)
+            yield slice(top, bottom), self.image.crop((0, top, width, bottom))
+
+    def levels(self) -> Levels:
+        """The levels of one channel, ``(H, W)``, uint8, or uint16 as stored; 0 is black.
+
+        Raises:
+            InputError: They are negative or beyond 16 bits, and so of an unknown range.
+        """
+        width, height = self.image.size
+        levels = np.empty((height, width), np.uint16 if self.deep else np.uint8)
+        for rows, band in self.bands():
+            values = np.asarray(band if self.deep else band.convert("L"))
+            if values.dtype.itemsize > levels.dtype.itemsize and not 0 <= values.min() <= values.max() <= FULL[-1]:
+                problem = f"{self.name} has levels beyond 16 bits, or below 0: which of them is white is unknown."
+                raise InputError(problem, fix=_RESAVE)
+            levels[rows] = values
+        if self.deep and self.white_is_zero:
+            np.subtract(_full_scale(levels), levels, out=levels)
+        return levels
+
+    def refuse_shallow(self, brightest: int) -> None:
+        """Raise an InputError for colour of 16 bits whose brightest upper 8 hold next to nothing: it has fewer bits."""
+        if self.deep_colour and brightest < _SHALLOW:
+            used = 8 + brightest.bit_length()
+            problem = f"{self.name} has colour channels of 16 bits that use the lowest {used} at most."
+            raise InputError(problem, fix=_RESAVE)
+
+
+def decode(path: Path, data: bytes | None = None) -> Decoded:
+    """Read a PNG, JPEG, BMP or TIFF file, and turn it upright by its EXIF orientation.
+
+    Args:
+        path: The file to read.
+        data: Its content where that is at hand; ``path`` then only names it.
+
+    Raises:
+        InputError: The file is missing, unreadable, damaged, not an image, or outside the limits.
+        MemoryError: There is not enough.
+    """
+    data = _read_bytes(path) if data is None else data
+    try:
+        # Pillow opens files of its own, for the code that reads a format.
+        with looking(path), warnings.catch_warnings():
+            # Pillow warns about bombs and odd metadata; the limits below refuse what matters.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            tags = getattr(image, "tag_v2", {})
+            _check_header(path, image, tags)
+            # Read before the pixels are, because Pillow turns a TIFF as it loads it and drops the tag.
+            stored, white_is_zero = tags.get(ExifTags.Base.Orientation, 1), tags.get(_PHOTOMETRIC) == 0
+            deep = data[24] == 16 if image.format == "PNG" else 16 in _each(tags.get(_BITS))
+            image.load()
+            upright, turned = _upright(image)
+    except (InputError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path.name} unpacks to more than {MAX_PIXELS:,} pixels.", fix=_CROP) from error
+    except UnidentifiedImageError as error:
+        problem = f"{path.name} is not a PNG, JPEG, BMP or TIFF image, whatever its name says."
+        raise InputError(problem, fix=_RESAVE) from error
+    except Exception as error:  # Decoders raise anything on damaged bytes: SyntaxError, struct.error, ...
+        raise InputError(f"{path.name} is damaged or cut short: {error}.", fix=_RESAVE) from error
+    return Decoded(
+        name=path.name,
+        image=upright,
+        white_is_zero=white_is_zero,
+        deep_colour=deep and image.mode in _COLOUR_MODES,
+        lossy=image.format in ("JPEG", "MPO"),
+        turned=turned or stored in range(2, 9),
+    )
+
+
+def look_up(table: NDArray[_Kind], levels: Levels) -> NDArray[_Kind]:
+    """``table[levels]``, row by row: all at once, the indices alone would take eight bytes a pixel."""
+    found = np.empty(levels.shape, table.dtype)
+    for row, place in zip(levels, found, strict=True):
+        place[:] = table[row]
+    return found
 
 
 @dataclass(frozen=True)
@@ -191,10 +187,7 @@ class ImageFile:
     Attributes:
         path: The file that was read.
         pixels: Grey levels, ``uint8 (H, W)``, 0 to 255, upright.
-        colour: More than ``COLOUR_SHARE`` of the pixels are coloured.
         sha256: Hex digest of the file's bytes.
-        width: Pixels per row.
-        height: Rows.
         coloured: ``bool (H, W)``, pixels whose channels differ by more than ``COLOUR_STEP``; None if there are none.
         mode: Pillow's name of the file's pixel format, such as ``L``, ``RGB`` or ``I;16``.
         notes: How it was read where that was not as stored, for people, such as ``TURNED``.
@@ -202,7 +195,6 @@ class ImageFile:
 
     path: Path
     pixels: NDArray[np.uint8]
-    colour: bool
     sha256: str
     width: int
     height: int
@@ -221,23 +213,20 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
         path: The file to read.
         data: Its content where that is at hand, as from an archive; ``path`` then only names it.
 
-    Returns:
-        The image; ``pixels`` is ``uint8 (H, W)``.
-
     Raises:
         InputError: The file is missing, unreadable, damaged, not an image, outside the size limits, or has levels of
             unknown range.
     """
-    path = Path(path)
-    with _enough_memory(path):
-        data = read_bytes(path) if data is None else data
+    with enough_memory(path):
+        data = _read_bytes(path) if data is None else data
         decoded = decode(path, data)
         notes = [TURNED] if decoded.turned else []
         coloured: NDArray[np.bool_] | None = None
         if decoded.deep:
             levels = decoded.levels()
-            full = full_scale(int(levels.max()))
-            pixels = to_eight_bits(levels)
+            # Taking the whole range of 16 bits would turn 10 or 12 significant ones almost black.
+            full = _full_scale(levels)
+            pixels = look_up(np.round(np.arange(FULL[-1] + 1) * (255.0 / full)).astype(np.uint8), levels)
             if decoded.white_is_zero:
                 notes.append(WHITE_IS_ZERO)
             if full != FULL[-1]:
@@ -246,69 +235,26 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
             pixels = decoded.levels().astype(np.uint8, copy=False)
         else:
             pixels, coloured = _from_colour(decoded)
-        return ImageFile(
-            path=path,
-            pixels=pixels,
-            colour=coloured is not None and float(coloured.mean()) > COLOUR_SHARE,
-            sha256=hashlib.sha256(data).hexdigest(),
-            width=pixels.shape[1],
-            height=pixels.shape[0],
-            coloured=coloured,
-            mode=decoded.image.mode,
-            notes=tuple(notes),
-        )
+        height, width = pixels.shape
+        digest = hashlib.sha256(data).hexdigest()
+        return ImageFile(path, pixels, digest, width, height, coloured, decoded.image.mode, tuple(notes))
 
 
-def read_mask(
-    path: Path,
-    size: tuple[int, int] | None,
-    data: bytes | None = None,
-    *,
-    values: Collection[int] = (),
-    notes: list[str] | None = None,
-) -> NDArray[np.bool_]:
-    """Read a lesion mask: bright is lesion, black is not.
-
-    A pixel is lesion where its brightest channel is above half of the range; a mask of one small label (such as 0 and
-    1) is lesion wherever it is not 0. Alpha counts only where the colour channels say nothing. What is no such mask is
-    refused: see `lesion_pixels`.
-
-    Args:
-        path: The file to read.
-        size: ``(width, height)`` that the mask must have, or None to accept any.
-        data: The file's content where that is at hand; ``path`` then only names it.
-        values: The levels that are lesion, as stored; all others are not. Empty: as above.
-        notes: Is told how the file was read where that is not as stored.
-
-    Returns:
-        ``bool (H, W)``, True on the lesion.
-
-    Raises:
-        InputError: As for `read_image`, the mask has another size, or it marks something else than lesions.
-    """
-    path = Path(path)
-    with _enough_memory(path):
-        decoded = decode(path, data)
-        if size is not None and decoded.image.size != tuple(size):
-            raise InputError(
-                f"{path.name}: the mask is {decoded.image.width}x{decoded.image.height} pixels, its image "
-                f"{size[0]}x{size[1]}.",
-                fix="Export the mask at the image's own size.",
-            )
-        if decoded.turned and notes is not None:
-            notes.append(TURNED)
-        return lesion_pixels(decoded, values)
+@contextmanager
+def enough_memory(path: Path) -> Iterator[None]:
+    """Raise an InputError where the block runs out of memory over a file."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InputError(f"{path.name} needs more memory than there is.", fix=_CROP) from error
 
 
 def picture_fault(frame: NDArray[np.uint8], valid: NDArray[np.bool_] | None = None) -> str | None:
-    """Why an image is none: it is black or white, flat, or has two grey levels, as masks and drawings do.
+    """Why an image is none: it is black or white, flat, or has two grey levels, as masks and drawings do; or None.
 
     Args:
         frame: ``(256, 256)`` uint8, letterboxed.
         valid: Pixels that are image rather than letterbox bars; None if there are no bars.
-
-    Returns:
-        The reason, or None.
     """
     inside = frame if valid is None else frame[valid]
     if not BACKGROUND_MEAN[0] <= float(inside.mean()) <= BACKGROUND_MEAN[1]:
@@ -319,11 +265,7 @@ def picture_fault(frame: NDArray[np.uint8], valid: NDArray[np.bool_] | None = No
 
 
 def has_two_levels(pixels: NDArray[np.uint8]) -> bool:
-    """Whether an image shows two grey levels but for a few pixels, as masks do and no ultrasound image.
-
-    Args:
-        pixels: Grey levels, ``uint8`` of any shape.
-    """
+    """Whether pixels, of any shape, have two grey levels but for a few, as masks do and no ultrasound image."""
     shares = np.bincount(pixels.ravel(), minlength=256) / pixels.size
     found: list[float] = []
     for _ in range(2):
@@ -335,11 +277,7 @@ def has_two_levels(pixels: NDArray[np.uint8]) -> bool:
 
 
 def refuse_fault(name: str, frame: NDArray[np.uint8], valid: NDArray[np.bool_]) -> None:
-    """Refuse an image for its `picture_fault`.
-
-    Raises:
-        InputError: it has one.
-    """
+    """Raise an InputError for an image's `picture_fault`."""
     if (fault := picture_fault(frame, valid)) is not None:
         inside = frame[valid]
         raise InputError(
@@ -349,26 +287,78 @@ def refuse_fault(name: str, frame: NDArray[np.uint8], valid: NDArray[np.bool_]) 
         )
 
 
-@contextmanager
-def _enough_memory(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError as error:
-        raise InputError(
-            f"{path.name} needs more memory than there is.", fix="Crop or shrink it to the ultrasound frame."
-        ) from error
-
-
 def _from_colour(decoded: Decoded) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
-    """Grey levels of a colour image, and which of its pixels are coloured, None if there are none."""
+    """Grey levels of a colour image on black, and which of its pixels are coloured, None if there are none."""
     width, height = decoded.image.size
     pixels, marks = np.empty((height, width), np.uint8), np.empty((height, width), np.bool_)
     brightest = 0
     for rows, band in decoded.bands():
-        opaque = on_black(band)
+        if band.has_transparency_data:
+            layer = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
+        opaque = band.convert("RGB")
         channels = np.asarray(opaque)
         pixels[rows] = np.asarray(opaque.convert("L"))
         marks[rows] = channels.max(axis=2) - channels.min(axis=2) > COLOUR_STEP
         brightest = max(brightest, int(channels.max()))
     decoded.refuse_shallow(brightest)
     return pixels, marks if marks.any() else None
+
+
+def _full_scale(levels: Levels) -> int:
+    """The largest level of the fewest bits in ``FULL`` that hold the largest of these."""
+    peak = int(levels.max())
+    return next(full for full in FULL if peak <= full)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = read_file(path, MAX_FILE_BYTES)
+    except FileNotFoundError as error:
+        fix = "Check the name, or restore it from the original set."
+        raise InputError(f"{path.name} does not exist.", fix=fix) from error
+    except (ForeignFileError, IsADirectoryError) as error:
+        fix = "Put a PNG, JPEG, BMP or TIFF file of the ultrasound frame there."
+        raise InputError(f"{path.name} {error.strerror}.", fix=fix) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.name} cannot be read: {error}.", fix="Check the file's permissions.") from error
+    if not data:
+        raise InputError(f"{path.name} is empty (0 bytes).", fix="Restore the file from the original set.")
+    return data
+
+
+def _check_header(path: Path, image: Image.Image, tags: dict[int, object]) -> None:
+    width, height = image.size
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise InputError(
+            f"{path.name} is {width}x{height} pixels; the limit is {MAX_SIDE:,} per side and {MAX_PIXELS:,} in all.",
+            fix=_CROP,
+        )
+    if min(width, height) < MIN_SIDE:
+        raise InputError(
+            f"{path.name} is {width}x{height} pixels; at least {MIN_SIDE} per side are needed.",
+            fix="Use the original image, not a thumbnail.",
+        )
+    # Not `n_frames`: to count a TIFF's frames takes time that grows with the square of their number.
+    if getattr(image, "is_animated", False):
+        raise InputError(f"{path.name} holds more than one frame.", fix="Export one frame per file.")
+    if image.mode == "F":
+        raise InputError(f"{path.name} has floating-point pixels, whose range is unknown.", fix=_RESAVE)
+    if image.mode not in _DEEP_MODES | _GREY_MODES | _COLOUR_MODES:
+        raise InputError(f"{path.name} has {image.mode} pixels, which are no grey levels.", fix=_RESAVE)
+    if image.mode == "L" and _SIGNED in _each(tags.get(_SAMPLE_FORMAT)):
+        raise InputError(f"{path.name} has signed 8-bit pixels, whose black is unknown.", fix=_RESAVE)
+
+
+def _each(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image as viewers show it, and whether that differs from how it was stored."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Damaged metadata raise anything, and by such a tag no viewer turns an image.
+        return image, False
+    turned = orientation in range(2, 9)
+    return ImageOps.exif_transpose(image) if turned else image, turned

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.geometry import grow
 
-TILE = 32
-"""Side in pixels of the pieces that are filled one by one, each with texture from one place."""
-
-RING = 3
-"""Pixels around a piece that decide which place looks most like it."""
-
-SMOOTHING = 3.0
-"""Standard deviation in pixels of the blur that parts grey levels (interpolated) from texture (copied)."""
-
-SAMPLE = 80
-"""Pixels of a piece, and of its ring, that are compared; more cost time and decide nothing."""
-
-GAIN = (0.4, 1.25)
-"""Least and greatest factor by which copied texture is adapted to the contrast around the gap."""
+TILE = 32  # Side in pixels of the pieces that are filled one by one, each with texture from one place.
+RING = 3  # Pixels around a piece that decide which place looks most like it.
+SMOOTHING = 3.0  # Deviation in pixels of the blur that parts grey levels (interpolated) from texture (copied).
+SAMPLE = 80  # Pixels of a piece, and of its ring, that are compared; more cost time and decide nothing.
+GAIN = (0.4, 1.25)  # Least and greatest factor by which copied texture is adapted to the contrast around the gap.
 
 _OFFSETS = tuple(
     (down, right)
@@ -42,7 +31,7 @@ def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> N
 
     Grey levels are interpolated from the pixels around (a pull-push pyramid: Gortler et al., The Lumigraph, SIGGRAPH
     1996, 3.4); texture, what a blur takes away, is copied from the nearby place whose surroundings agree best with the
-    gap's (as in exemplar-based inpainting, Criminisi et al. 2004), so that the patch is as grainy as its surroundings.
+    gap's (exemplar-based inpainting, Criminisi et al. 2004), so that the patch is as grainy as its surroundings.
 
     Args:
         pixels: Grey levels, ``uint8 (H, W)``.
@@ -50,27 +39,28 @@ def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> N
 
     Returns:
         ``uint8 (H, W)``, equal to ``pixels`` wherever ``suspect`` is False, and everywhere if nothing or everything is
-        suspected. The same input gives the same output.
+        suspected.
 
     Raises:
         ValueError: Shapes or types are others.
     """
     if pixels.ndim != 2 or pixels.dtype != np.uint8 or suspect.shape != pixels.shape or suspect.dtype != np.bool_:
-        raise ValueError(
-            f"pixels must be uint8 (H, W) and suspect bool (H, W), not {pixels.dtype} {pixels.shape} and "
-            f"{suspect.dtype} {suspect.shape}"
-        )
+        found = f"{pixels.dtype} {pixels.shape} and {suspect.dtype} {suspect.shape}"
+        raise ValueError(f"pixels must be uint8 (H, W) and suspect bool (H, W), not {found}")
     if not suspect.any() or suspect.all():
         return pixels.copy()
     filled = _interpolated(pixels.astype(np.float32), ~suspect)
     smooth = ndimage.gaussian_filter(filled, SMOOTHING, truncate=3.0, mode="nearest")
     ring = grow(suspect, RING) & ~suspect
-    places = _Places.of(filled, filled - smooth, suspect)
+    places = _Places(filled, filled - smooth, suspect)
     result = pixels.copy()
-    for box in _pieces(suspect):
-        inside, around = places.within(suspect, box, 0), places.within(ring, box, RING)
-        painted = smooth[box][suspect[box]] + places.texture_for(inside, around)
-        result[box][suspect[box]] = np.clip(np.rint(painted), 0, 255).astype(np.uint8)
+    for top in range(0, suspect.shape[0], TILE):
+        band = suspect[top : top + TILE]
+        for left in np.unique(np.flatnonzero(band.any(axis=0)) // TILE) * TILE:
+            box = slice(top, top + TILE), slice(int(left), int(left) + TILE)
+            inside, around = places.within(suspect, box, 0), places.within(ring, box, RING)
+            painted = smooth[box][suspect[box]] + places.texture_for(inside, around)
+            result[box][suspect[box]] = np.clip(np.rint(painted), 0, 255).astype(np.uint8)
     return result
 
 
@@ -89,8 +79,7 @@ def _interpolated(levels: NDArray[np.float32], known: NDArray[np.bool_]) -> NDAr
 def _summed(fine: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sums of blocks of 2 x 2."""
     rows = fine[0::2] + fine[1::2]
-    blocks: NDArray[np.float32] = rows[:, 0::2] + rows[:, 1::2]
-    return blocks
+    return np.asarray(rows[:, 0::2] + rows[:, 1::2])
 
 
 def _doubled(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -106,58 +95,23 @@ def _doubled(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
     return coarse
 
 
-def _pieces(suspect: NDArray[np.bool_]) -> list[tuple[slice, slice]]:
-    """Boxes that cover the suspected pixels: whole marks where they are small, tiles of the large ones."""
-    pieces = []
-    for top in range(0, suspect.shape[0], TILE):
-        band = suspect[top : top + TILE]
-        if not band.any():
-            continue
-        for left in np.unique(np.flatnonzero(band.any(axis=0)) // TILE) * TILE:
-            pieces.append(
-                (
-                    slice(top, min(top + TILE, suspect.shape[0])),
-                    slice(int(left), min(int(left) + TILE, suspect.shape[1])),
-                )
-            )
-    return pieces
-
-
-@dataclass(frozen=True)
 class _Places:
-    """An image as flat arrays with a margin, in which a place at an offset is a number away.
+    """Levels and texture, ``float32 (H, W)``, as flat arrays with a margin, in which an offset is a number.
 
-    Attributes:
-        levels: Grey levels without gaps, ``float32``.
-        texture: What a blur takes from them, ``float32``.
-        bad: Where no texture may be taken: suspects, and the margin.
-        width: Of the image with its margins.
-        offsets: Every offset of `_OFFSETS` as such a number, ``int64 (M, 1)``.
+    No texture may be taken from the margin, nor where ``suspect`` is True.
     """
 
-    levels: NDArray[np.float32]
-    texture: NDArray[np.float32]
-    bad: NDArray[np.bool_]
-    width: int
-    offsets: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, levels: NDArray[np.float32], texture: NDArray[np.float32], suspect: NDArray[np.bool_]) -> _Places:
-        width = levels.shape[1] + 2 * _MARGIN
-        return cls(
-            np.pad(levels, _MARGIN).ravel(),
-            np.pad(texture, _MARGIN).ravel(),
-            np.pad(suspect, _MARGIN, constant_values=True).ravel(),
-            width,
-            np.array([down * width + right for down, right in _OFFSETS])[:, None],
-        )
+    def __init__(self, levels: NDArray[np.float32], texture: NDArray[np.float32], suspect: NDArray[np.bool_]) -> None:
+        self.levels, self.texture = np.pad(levels, _MARGIN).ravel(), np.pad(texture, _MARGIN).ravel()
+        self.bad = np.pad(suspect, _MARGIN, constant_values=True).ravel()
+        self.width = levels.shape[1] + 2 * _MARGIN
+        self.offsets = np.array([down * self.width + right for down, right in _OFFSETS])[:, None]
 
     def within(self, mask: NDArray[np.bool_], box: tuple[slice, slice], more: int) -> NDArray[np.int64]:
         """The numbers of a mask's pixels within ``more`` pixels of a box."""
         top, left = (max(0, side.start - more) for side in box)
         y, x = np.nonzero(mask[top : box[0].stop + more, left : box[1].stop + more])
-        numbers: NDArray[np.int64] = (y + (top + _MARGIN)) * self.width + x + (left + _MARGIN)
-        return numbers
+        return np.asarray((y + (top + _MARGIN)) * self.width + x + (left + _MARGIN))
 
     def texture_for(self, inside: NDArray[np.int64], around: NDArray[np.int64]) -> NDArray[np.float32]:
         """Texture for a gap: from where no suspect lies and the surroundings look most like the gap's."""
@@ -173,5 +127,4 @@ class _Places:
         if around.size:
             contrasts = (float(self.texture[places].std()) + 1.0 for places in (around, around + self.offsets[best]))
             gain = float(np.clip(next(contrasts) / next(contrasts), *GAIN))
-        copied: NDArray[np.float32] = self.texture[inside + self.offsets[best]] * np.float32(gain)
-        return copied
+        return np.asarray(self.texture[inside + self.offsets[best]] * np.float32(gain))

@@ -16,9 +16,7 @@ HALF = np.float32(0.5 - 1e-5)
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Where a native image lies in the working frame. All lengths but ``scale`` are working pixels.
-
-    A native position ``x`` (pixel edges at integers) lies at ``left + x * scale`` in the frame.
+    """Where a native image lies in the working frame: a native ``x`` (pixel edges at integers) at ``left + x * scale``.
 
     Attributes:
         scale: Working pixels per native pixel, the same for both axes.
@@ -26,7 +24,6 @@ class Letterbox:
         top: Rows of bar above the image.
         width: Columns the image takes.
         height: Rows the image takes.
-        size: Side of the frame.
     """
 
     scale: float
@@ -34,127 +31,68 @@ class Letterbox:
     top: int
     width: int
     height: int
-    size: int = RESOLUTION
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """The frame's rows and columns that the image takes."""
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
     @property
     def valid(self) -> NDArray[np.bool_]:
-        """``bool (size, size)``: True on the image, False on the bars."""
-        inside = np.zeros((self.size, self.size), dtype=np.bool_)
-        inside[self.rows, self.columns] = True
+        """``bool (256, 256)``: True on the image, False on the bars."""
+        inside = np.zeros((RESOLUTION, RESOLUTION), dtype=np.bool_)
+        inside[self.slices] = True
         return inside
 
-    @property
-    def rows(self) -> slice:
-        """The frame's rows that the image takes."""
-        return slice(self.top, self.top + self.height)
 
-    @property
-    def columns(self) -> slice:
-        """The frame's columns that the image takes."""
-        return slice(self.left, self.left + self.width)
-
-    def to_dict(self) -> dict[str, float | int]:
-        """The five numbers that a manifest row stores: scale, left, top, width, height."""
-        return {
-            "scale": self.scale,
-            "left": self.left,
-            "top": self.top,
-            "width": self.width,
-            "height": self.height,
-        }
+def fit(width: int, height: int) -> Letterbox:
+    """The centred letterbox of a ``width`` x ``height`` image; ValueError where a length is not positive."""
+    if min(width, height) < 1:
+        raise ValueError(f"width and height must be positive, not {width}, {height}")
+    scale = RESOLUTION / max(width, height)
+    inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (RESOLUTION - inner_width) // 2, (RESOLUTION - inner_height) // 2
+    return Letterbox(scale, left, top, inner_width, inner_height)
 
 
-def fit(width: int, height: int, size: int = RESOLUTION) -> Letterbox:
-    """The centred letterbox of a ``width`` x ``height`` image in a frame of ``size`` pixels a side.
-
-    Raises:
-        ValueError: A length is not positive.
-    """
-    if min(width, height, size) < 1:
-        raise ValueError(f"width, height and size must be positive, not {width}, {height}, {size}")
-    scale = size / max(width, height)
-    inner_width = max(1, round(width * scale))
-    inner_height = max(1, round(height * scale))
-    return Letterbox(
-        scale=scale,
-        left=(size - inner_width) // 2,
-        top=(size - inner_height) // 2,
-        width=inner_width,
-        height=inner_height,
-        size=size,
-    )
-
-
-def letterbox(pixels: NDArray[np.uint8], size: int = RESOLUTION) -> tuple[NDArray[np.uint8], Letterbox]:
-    """Scale an image into the frame, centred, with black bars.
+def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
+    """Scale an image, ``uint8 (H, W)``, into the frame, ``uint8 (256, 256)``, centred, with black bars.
 
     The filter is Pillow's Hamming: antialiased, and its weights are never negative, so bright calipers and specular
     lines get no dark ring that a network would learn as texture, as Lanczos gives them. It keeps more speckle contrast
     than the bilinear triangle, and at ratios near 1 (BUS-BRA) it does not beat against the pixel grid as box does.
-
-    Args:
-        pixels: ``uint8 (H, W)``, 0 to 255.
-        size: Side of the frame in pixels.
-
-    Returns:
-        The frame, ``uint8 (size, size)``, and where the image lies in it.
-
-    Raises:
-        ValueError: ``pixels`` is not a non-empty two-dimensional ``uint8`` array.
+    Other shapes and types raise ValueError.
     """
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         raise ValueError(f"pixels must be uint8 (H, W), not {pixels.dtype} {pixels.shape}")
     height, width = pixels.shape
-    box = fit(width, height, size)
-    inner = Image.fromarray(pixels).resize((box.width, box.height), Image.Resampling.HAMMING)
-    frame = np.zeros((size, size), dtype=np.uint8)
-    frame[box.rows, box.columns] = np.asarray(inner)
+    box = fit(width, height)
+    frame = np.zeros((RESOLUTION, RESOLUTION), dtype=np.uint8)
+    frame[box.slices] = np.asarray(Image.fromarray(pixels).resize((box.width, box.height), Image.Resampling.HAMMING))
     return frame, box
 
 
-def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox, size: int = RESOLUTION) -> NDArray[np.float32]:
-    """The share of every working pixel that a native mask covers.
+def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.float32]:
+    """The share of every working pixel that a native mask covers, ``float32 (256, 256)``, exact to rounding.
 
     Args:
         mask: ``bool (H, W)`` at the native size that ``box`` was made for.
         box: Where the image lies.
-        size: Side of the frame in pixels.
-
-    Returns:
-        ``float32 (size, size)``, 0 to 1, exact to rounding; 0 on the bars.
-
-    Raises:
-        ValueError: The mask is not two-dimensional or the box lies outside the frame.
     """
     if mask.ndim != 2:
         raise ValueError(f"mask must be (H, W), not {mask.shape}")
-    if box.left + box.width > size or box.top + box.height > size:
-        raise ValueError(f"{box} does not fit into a frame of {size} pixels")
     # Masks leave most columns empty, and summing those takes most of the time.
     used = mask.any(axis=0)
     by_row = np.zeros((box.height, mask.shape[1]), dtype=np.float64)
     by_row[:, used] = _average_rows(mask[:, used], box.height)
-    frame = np.zeros((size, size), dtype=np.float32)
-    frame[box.rows, box.columns] = _average_rows(by_row.T, box.width).T
+    frame = np.zeros((RESOLUTION, RESOLUTION), dtype=np.float32)
+    frame[box.slices] = _average_rows(by_row.T, box.width).T
     return frame
 
 
-def letterbox_mask(mask: NDArray[np.bool_], box: Letterbox, size: int = RESOLUTION) -> NDArray[np.bool_]:
-    """Scale a native mask into the frame: a working pixel is lesion where at least half of it is.
-
-    Args:
-        mask: ``bool (H, W)``.
-        box: Where the image lies.
-        size: Side of the frame in pixels.
-
-    Returns:
-        ``bool (size, size)``; False on the bars.
-
-    Raises:
-        ValueError: As for `letterbox_coverage`.
-    """
-    covered: NDArray[np.bool_] = letterbox_coverage(mask, box, size) >= HALF
-    return covered
+def letterbox_mask(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.bool_]:
+    """The native mask of `letterbox_coverage` in the frame: a working pixel is lesion where at least half of it is."""
+    return np.asarray(letterbox_coverage(mask, box) >= HALF)
 
 
 def _average_rows(values: NDArray[np.generic], working: int) -> NDArray[np.float64]:
@@ -168,5 +106,4 @@ def _average_rows(values: NDArray[np.generic], working: int) -> NDArray[np.float
     total = np.zeros((native + 1, values.shape[1]), dtype=np.float64)
     np.cumsum(values, axis=0, out=total[1:])
     at_edges = total[below] + (edges - below)[:, None] * values[below]
-    bands: NDArray[np.float64] = np.diff(at_edges, axis=0) * (working / native)
-    return bands
+    return np.asarray(np.diff(at_edges, axis=0) * (working / native))

@@ -9,40 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.data.geometry import grow, highest, lowest
+from busigen.data.geometry import grow, highest, lowest, shrink
 
-STROKE_WIDTH = 7
-"""Pixels: a bright run along a row that is shorter than this can be a pen stroke."""
-
-STROKE_HEIGHT = 4
-"""Pixels down a column that a stroke must run."""
-
-STROKE_CONTRAST = 40.0
-"""Grey levels by which a stroke exceeds both of its sides."""
-
-CROSS_CONTRAST = 36.0
-"""Grey levels by which a caliper's four arms exceed its four quadrants."""
-
-NOISE_FACTOR = 4.0
-"""Both must also exceed the image's mean stroke contrast by this factor: grainy images are full of short runs."""
-
-LINE_STROKES = 5
-"""Strokes side by side that make a line of text."""
-
-WORD_STROKES = 3
-"""Strokes side by side among which a cross is a letter, or part of the maker's badge, rather than a caliper."""
-
-LINE_HEIGHT = (6, 30)
-"""Least and greatest height in pixels of a line of text."""
-
-CORNER_SIDE = 40
-"""Pixels from the upper left corner within which a cross is part of a badge rather than a caliper."""
+# What `find_overlays` looks for, in pixels, grey levels and numbers of strokes.
+STROKE_WIDTH, STROKE_HEIGHT = 7, 4  # A bright run along a row below it can be a pen stroke; least run down a column.
+STROKE_CONTRAST, CROSS_CONTRAST = 40.0, 36.0  # Of a stroke over its sides, of a caliper's arms over its quadrants.
+NOISE_FACTOR = 4.0  # Both also exceed the mean stroke contrast by it: grainy images are full of short runs.
+LINE_STROKES, WORD_STROKES = 5, 3  # Side by side: a line of text; a word, or badge, in which a cross is no caliper.
+LINE_HEIGHT = (6, 30)  # Least and greatest height of a line of text.
+CORNER_SIDE = 40  # From the upper left corner: a cross in there is part of a badge rather than a caliper.
 
 _Level = TypeVar("_Level", np.uint8, np.int16)
+_Mask = NDArray[np.bool_]
 _LINE_GAP = 13
 _ARM = 4
 _GROW = 2
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
 _STRAIGHT = ((-1, 0), (1, 0), (0, -1), (0, 1))
 _OBLIQUE = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 
@@ -59,31 +40,29 @@ class Overlays:
 
     text: bool
     calipers: bool
-    mask: NDArray[np.bool_]
+    mask: _Mask
 
 
 def find_overlays(pixels: NDArray[np.uint8]) -> Overlays:
-    """Look for text and calipers.
+    """Text and calipers in native grey levels, ``uint8 (H, W)``.
 
-    Ultrasound is much finer along the beam than across it, so thin bright structures in it lie flat. Thin bright
-    structures that stand upright and have crisp sides are pen strokes; several side by side are text. A caliper is a
-    bright cross with four dark quadrants, and comes in pairs.
+    Ultrasound is much finer along the beam than across it, so thin bright structures in it lie flat; those that stand
+    upright with crisp sides are pen strokes, and several side by side are text. A caliper is a bright cross with four
+    dark quadrants, and comes in pairs.
 
-    By eye, on 18 random images each from BUSI (12) and BUS-BRA (6): all 18 with ``text`` had letters (four of them only
-    the maker's badge), 17 of the 18 with ``calipers`` had calipers. Of 18 with neither, 9 still had a faint, dark or
-    single caliper or a ruler along the side: a suspicion is nearly always right, its absence proves nothing.
-
-    Args:
-        pixels: Native grey levels, ``uint8 (H, W)``.
-
-    Returns:
-        The suspicion.
+    By eye, on 18 random images of BUSI and BUS-BRA with each result: all 18 with ``text`` had letters (four only the
+    maker's badge), 17 of the 18 with ``calipers`` had calipers, and of 18 with neither, 9 still had a faint, dark or
+    single caliper or a ruler: a suspicion is nearly always right, its absence proves nothing.
     """
     contrast = _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
     noise = NOISE_FACTOR * float(contrast.mean())
     strokes = _upright_runs(contrast >= max(STROKE_CONTRAST, noise), STROKE_HEIGHT)
     lines, words = _text(strokes)
-    crosses = _clear_crosses(pixels, max(CROSS_CONTRAST, noise)) & ~words
+    # Lines two pixels wide have their middle between pixels; the maximum of 2 x 2 makes both kinds alike.
+    bright = np.pad(highest(highest(pixels, 1, 0, axis=0), 1, 0, axis=1), _ARM, mode="edge")
+    dark = np.pad(pixels, _ARM, mode="edge")
+    excess = np.maximum(_excess(bright, dark, _STRAIGHT, _OBLIQUE), _excess(bright, dark, _OBLIQUE, _STRAIGHT))
+    crosses = (excess >= max(CROSS_CONTRAST, noise)) & ~words
     crosses[:CORNER_SIDE, :CORNER_SIDE] = False
     spots = grow(crosses, _ARM)
     calipers = bool(crosses.any()) and ndimage.label(spots)[1] >= 2
@@ -91,10 +70,10 @@ def find_overlays(pixels: NDArray[np.uint8]) -> Overlays:
     return Overlays(text=bool(lines.any()), calipers=calipers, mask=grow(marked, _GROW))
 
 
-def _text(strokes: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _text(strokes: _Mask) -> tuple[_Mask, _Mask]:
     """Boxes around strokes that stand side by side: lines of text, and anything that may be a word."""
     lines, words = np.zeros_like(strokes), np.zeros_like(strokes)
-    numbers, count = ndimage.label(strokes, structure=_EIGHT_NEIGHBOURS)
+    numbers, count = ndimage.label(strokes, structure=np.ones((3, 3)))
     if count < WORD_STROKES:
         return lines, words
     clusters, _ = ndimage.label(highest(strokes.view(np.uint8), _LINE_GAP // 2, _LINE_GAP // 2, axis=1))
@@ -107,16 +86,6 @@ def _text(strokes: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.boo
         if members >= LINE_STROKES and tall and width - _LINE_GAP >= 2 * height:
             lines[box] = True
     return lines, words
-
-
-def _clear_crosses(pixels: NDArray[np.uint8], floor: float) -> NDArray[np.bool_]:
-    """Centres of upright and oblique crosses, ``bool (H, W)``."""
-    # Lines two pixels wide have their middle between pixels; the maximum of 2 x 2 makes both kinds alike.
-    bright = np.pad(highest(highest(pixels, 1, 0, axis=0), 1, 0, axis=1), _ARM, mode="edge")
-    dark = np.pad(pixels, _ARM, mode="edge")
-    upright = _excess(bright, dark, _STRAIGHT, _OBLIQUE)
-    tilted = _excess(bright, dark, _OBLIQUE, _STRAIGHT)
-    return np.maximum(upright, tilted) >= floor
 
 
 def _shifted(padded: NDArray[_Level], margin: int, down: int, right: int) -> NDArray[_Level]:
@@ -148,7 +117,7 @@ def _excess(
 # tissue has more dark gaps than bright ones.
 STROKE_FLOOR, STROKE_NOISE = 22.0, 5.5  # Upright strokes, over both of their sides.
 LARGE_FLOOR, LARGE_NOISE = 60.0, 6.0  # Strokes of large letters.
-OUTLINE_FLOOR, OUTLINE_NOISE = 26.0, 8.0  # Dark lines of a pixel or two.
+OUTLINE_FLOOR, OUTLINE_NOISE = 26.0, 8.0  # Dark upright lines of a pixel or two, as around marks on bright ground.
 DASH_FLOOR, DASH_NOISE = 60.0, 6.0  # Flat lines with crisp ends, over what lies above and below.
 LABEL_FLOOR, LABEL_NOISE = 14.0, 3.0  # Strokes beside a caliper, where its number stands.
 CROSS_FLOOR, CROSS_NOISE = 18.0, 1.9  # Bright crosses.
@@ -156,56 +125,27 @@ DARK_FLOOR, DARK_NOISE = 24.0, 2.5  # Dark crosses.
 DOT_FLOOR, DOT_NOISE = 14.0, 1.2  # The dots of a dotted line, over what lies beside the line.
 TICK_FLOOR, TICK_NOISE = 44.0, 10.0  # Marks at the sides that are small in both directions.
 
-LARGE_WIDTH, LARGE_HEIGHT = 13, 9
-"""Width in pixels below which an upright run can be a stroke of a large letter, and its least height."""
-
-LINE_DOTS, RUN_DOTS = 10, 5
-"""Dots in a row, evenly spaced, that make a dotted line; and those whose spacings agree."""
-
-LINE_LENGTH, LINE_GAP = 30.0, 40.0
-"""Least length in pixels of such a line, and longest gap in it that is bridged."""
-
-LINE_EXCESS = 7.0
-"""Standard deviations by which the dots on a line exceed what chance puts there."""
-
-SIDE_SHARE = 0.1
-"""Share of the width, on either side, that may hold a ruler, ticks or a scale of grey levels."""
-
-BAR_ROWS, BAR_STEP = 25, 8
-"""Least height in pixels of a scale of grey levels, and least step in grey levels at its sides."""
-
-BADGE_SIDE = 24
-"""Pixels from the upper left corner within which some scanners put a badge."""
-
+# Sizes of the same structures.
+LARGE_WIDTH, LARGE_HEIGHT = 13, 9  # As STROKE_WIDTH and STROKE_HEIGHT, of large letters.
+LINE_DOTS, RUN_DOTS = 10, 5  # Dots in a row that make a dotted line; dots in a row whose spacings agree.
+LINE_LENGTH, LINE_GAP = 30.0, 40.0  # Least length in pixels of such a line, longest gap in it that is bridged.
+LINE_EXCESS = 7.0  # Standard deviations by which the dots on a line exceed what chance puts there.
+SIDE_SHARE = 0.1  # Of the width, on either side, that may hold a ruler, ticks or a scale of grey levels.
+BAR_ROWS, BAR_STEP = 25, 8  # Least height of a scale of grey levels, and least step in grey levels at its sides.
+BADGE_SIDE = 24  # Pixels from the upper left corner within which some scanners put a badge.
 _REACHES = ((1, 2, 3), (2, 4, 5))
 _MARGIN = 8
 _LABEL = 16
 _ANGLES = 180
 
 
-@dataclass(frozen=True)
-class _Structure:
-    """How far fine structures exceed their surroundings, and how far they usually do near each pixel."""
-
-    fine: NDArray[np.uint8]
-    usual_fine: NDArray[np.float32]
-    upright: NDArray[np.uint8]
-    usual_upright: NDArray[np.float32]
-
-
-def suspect_mask(
-    pixels: NDArray[np.uint8],
-    coloured: NDArray[np.bool_] | None = None,
-    found: NDArray[np.bool_] | None = None,
-) -> NDArray[np.bool_]:
+def suspect_mask(pixels: NDArray[np.uint8], coloured: _Mask | None = None, found: _Mask | None = None) -> _Mask:
     """Mark whatever may be text, a caliper, a dotted line, a ruler, a scale of grey levels, a badge or colour.
 
-    Much more generous than `find_overlays`, whose marks it includes: a wrong mark costs a small patch of
-    texture (`busigen.data.inpainting.without_overlays`), a missed one is learnt.
-
-    By eye, on 40 random images of BUSI and BUS-BRA: 33 had overlays (5 of them only the maker's badge), and 28 had none
-    left after painting over. In 5 something remained: part of a large letter, dark symbols beside a lesion (in 2), a
-    few dots (in 2).
+    Much more generous than `find_overlays`, whose marks it includes: a wrong mark costs a small patch of texture
+    (`busigen.data.inpainting.without_overlays`), a missed one is learnt. By eye, on 40 random images of BUSI and
+    BUS-BRA: of 33 with overlays (5 only with the maker's badge) 28 had none left after painting over; in 5 part of a
+    large letter, dark symbols beside a lesion (in 2) or a few dots (in 2) remained.
 
     Args:
         pixels: Native grey levels, ``uint8 (H, W)``.
@@ -215,34 +155,25 @@ def suspect_mask(
     Returns:
         ``bool (H, W)``, the suspected pixels and 2 pixels around them.
     """
-    structure = _measure(pixels)
     found = find_overlays(pixels).mask if found is None else found
-    crosses = _faint_crosses(pixels, np.maximum(CROSS_FLOOR, CROSS_NOISE * structure.usual_fine))
-    dark = _faint_crosses(255 - pixels, np.maximum(DARK_FLOOR, DARK_NOISE * structure.usual_fine))
-    strokes = _strokes(structure, STROKE_FLOOR, STROKE_NOISE)
-    strokes |= _strokes(structure, LABEL_FLOOR, LABEL_NOISE) & grow(crosses, _LABEL)
-    large = _large_strokes(pixels)
-    strong = strokes & (structure.upright >= 60)
-    bright = structure.fine >= np.maximum(30.0, 2.5 * structure.usual_fine)
-    marked = (
-        strokes
-        | large
-        | (bright & (grow(strokes, 3) | grow(strong | large, 8)))
-        | grow(crosses | dark, 5)
-        | _dotted(pixels, structure)
-    )
-    marked |= _outlines(pixels) | _dashes(pixels) | _side_marks(pixels) | _badge(pixels)
+    fine, upright = pixels - np.minimum(grow(shrink(pixels, 4), 4), pixels), _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
+    usual_fine, usual_upright = _usual(fine), _usual(upright)
+    crosses = _faint_crosses(pixels, np.maximum(CROSS_FLOOR, CROSS_NOISE * usual_fine))
+    dark = _faint_crosses(255 - pixels, np.maximum(DARK_FLOOR, DARK_NOISE * usual_fine))
+    strokes = _upright_runs(upright >= np.maximum(STROKE_FLOOR, STROKE_NOISE * usual_upright), STROKE_HEIGHT)
+    labels = _upright_runs(upright >= np.maximum(LABEL_FLOOR, LABEL_NOISE * usual_upright), STROKE_HEIGHT)
+    strokes |= labels & grow(crosses, _LABEL)
+    letters = _stands_out(_top_hat(pixels, LARGE_WIDTH // 2, axis=1), LARGE_FLOOR, LARGE_NOISE)
+    large = _upright_runs(letters, LARGE_HEIGHT)
+    strong = strokes & (upright >= 60)
+    bright = fine >= np.maximum(30.0, 2.5 * usual_fine)
+    marked = strokes | large | (bright & (grow(strokes, 3) | grow(strong | large, 8))) | grow(crosses | dark, 5)
+    marked |= _dotted(pixels, fine, np.maximum(DOT_FLOOR, DOT_NOISE * usual_fine))
+    marked |= _upright_runs(_stands_out(_top_hat(255 - pixels, 1, axis=1), OUTLINE_FLOOR, OUTLINE_NOISE), 3)
+    marked |= _dashes(pixels) | _side_marks(pixels) | _badge(pixels)
     if coloured is not None:
         marked |= coloured
     return grow(marked, _GROW) | found
-
-
-def _measure(pixels: NDArray[np.uint8]) -> _Structure:
-    upright = _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
-    around = lowest(lowest(pixels, 4, 4, axis=0), 4, 4, axis=1)
-    around = highest(highest(around, 4, 4, axis=0), 4, 4, axis=1)
-    fine = pixels - np.minimum(around, pixels)
-    return _Structure(fine, _usual(fine), upright, _usual(upright))
 
 
 def _usual(values: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -256,22 +187,7 @@ def _usual(values: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.repeat(np.repeat(smooth, step, axis=0), step, axis=1)[:height, :width]
 
 
-def _strokes(structure: _Structure, floor: float, noise: float) -> NDArray[np.bool_]:
-    return _upright_runs(structure.upright >= np.maximum(floor, noise * structure.usual_upright), STROKE_HEIGHT)
-
-
-def _large_strokes(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    return _upright_runs(
-        _stands_out(_top_hat(pixels, LARGE_WIDTH // 2, axis=1), LARGE_FLOOR, LARGE_NOISE), LARGE_HEIGHT
-    )
-
-
-def _outlines(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Dark upright lines of a pixel or two, as bright marks have around them on bright ground."""
-    return _upright_runs(_stands_out(_top_hat(255 - pixels, 1, axis=1), OUTLINE_FLOOR, OUTLINE_NOISE), 3)
-
-
-def _dashes(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _dashes(pixels: NDArray[np.uint8]) -> _Mask:
     """Flat bright lines with crisp ends, such as cursors; bright lines in tissue fade out."""
     labels, _ = ndimage.label(_stands_out(_top_hat(pixels, 2, axis=0), DASH_FLOOR, DASH_NOISE))
     marked = np.zeros(pixels.shape, dtype=np.bool_)
@@ -286,25 +202,24 @@ def _dashes(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return marked
 
 
-def _stands_out(contrast: NDArray[np.uint8], floor: float, noise: float) -> NDArray[np.bool_]:
+def _stands_out(contrast: NDArray[np.uint8], floor: float, noise: float) -> _Mask:
     """Where contrast reaches a floor, and a multiple of its mean over the image."""
     return contrast >= max(floor, noise * float(contrast.mean()))
 
 
-def _upright_runs(crisp: NDArray[np.bool_], rows: int) -> NDArray[np.bool_]:
+def _upright_runs(crisp: _Mask, rows: int) -> _Mask:
     """The upright runs of at least so many rows."""
     # The second window looks the other way, or an even height would shift the strokes by a pixel.
     runs = lowest(crisp.view(np.uint8), 0, rows - 1, axis=0)
     return highest(runs, rows - 1, 0, axis=0).view(np.bool_)
 
 
-def _faint_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _faint_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> _Mask:
     """Centres of upright and oblique crosses, small and large, ``bool (H, W)``.
 
     Each arm must stand out from both of its own sides, not from the four quadrants at once: a caliper lies on the
     lesion's edge, where some quadrants are as bright as its arms elsewhere.
     """
-    # Lines two pixels wide have their middle between pixels; the maximum of 2 x 2 makes both kinds alike.
     bright = np.pad(highest(highest(pixels, 1, 0, axis=0), 1, 0, axis=1), 2 * _MARGIN, mode="edge").astype(np.int16)
     dark = np.pad(pixels, 2 * _MARGIN, mode="edge").astype(np.int16)
     found = np.zeros(pixels.shape, dtype=np.bool_)
@@ -324,14 +239,13 @@ def _faint_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> NDA
     return found
 
 
-def _dotted(pixels: NDArray[np.uint8], structure: _Structure) -> NDArray[np.bool_]:
-    """Rows of evenly spaced dots in any direction, ``bool (H, W)``."""
+def _dotted(pixels: NDArray[np.uint8], fine: NDArray[np.uint8], floors: NDArray[np.float32]) -> _Mask:
+    """Rows of evenly spaced dots in any direction that exceed a floor, ``bool (H, W)``."""
     marked = np.zeros(pixels.shape, dtype=np.bool_)
-    peak = highest(highest(pixels, 1, 1, axis=0), 1, 1, axis=1) == pixels
-    floor = np.maximum(DOT_FLOOR, DOT_NOISE * structure.usual_fine)
+    peak = grow(pixels, 1) == pixels
     padded = np.pad(pixels, 4, mode="edge").astype(np.int16)
-    y, x = np.nonzero(peak & (structure.fine >= floor))
-    level, floor = padded[y + 4, x + 4], floor[y, x]
+    y, x = np.nonzero(peak & (fine >= floors))
+    level, floor = padded[y + 4, x + 4], floors[y, x]
 
     def at(down: int, right: int) -> NDArray[np.int16]:
         return padded[y + 4 + down, x + 4 + right]
@@ -347,7 +261,7 @@ def _dotted(pixels: NDArray[np.uint8], structure: _Structure) -> NDArray[np.bool
     return marked
 
 
-def _mark_lines(marked: NDArray[np.bool_], y: NDArray[np.int64], x: NDArray[np.int64], normal: float) -> None:
+def _mark_lines(marked: _Mask, y: NDArray[np.int64], x: NDArray[np.int64], normal: float) -> None:
     """Draw the lines whose normal lies within 22.5 degrees of an angle and that hold more dots than chance does."""
     if y.size < LINE_DOTS:
         return
@@ -368,26 +282,22 @@ def _mark_lines(marked: NDArray[np.bool_], y: NDArray[np.int64], x: NDArray[np.i
         angle = float(angles[row])
         on = (bins[row] == hit) | (bins[row] == hit + 1)
         along = np.sort(-x[on] * np.sin(angle) + y[on] * np.cos(angle))
-        for first, last in _joined(_even_runs(along)):
-            _draw(marked, hit + 1 - diagonal, angle, first, last)
+        for first, last in _stretches(along):
+            steps, line = np.arange(first - 3, last + 3, 0.5), hit + 1 - diagonal
+            columns = np.round(line * np.cos(angle) - steps * np.sin(angle)).astype(np.int64)
+            rows = np.round(line * np.sin(angle) + steps * np.cos(angle)).astype(np.int64)
+            inside = (columns >= 0) & (columns < marked.shape[1]) & (rows >= 0) & (rows < marked.shape[0])
+            marked[rows[inside], columns[inside]] = True
 
 
-def _even_runs(along: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """Stretches of at least `RUN_DOTS` dots whose spacings agree."""
+def _stretches(along: NDArray[np.float64]) -> list[tuple[float, float]]:
+    """Stretches of a line whose dots are evenly spaced, gaps bridged, without short ones."""
     gaps = np.diff(along)
     runs: list[tuple[float, float]] = []
     for spacing in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0):
-        even = np.abs(gaps - spacing) <= 1.2
-        labels, count = ndimage.label(even)
-        for box in ndimage.find_objects(labels) if count else ():
-            first, last = box[0].start, box[0].stop
-            if last - first >= RUN_DOTS - 1:
-                runs.append((float(along[first]), float(along[last])))
-    return runs
-
-
-def _joined(runs: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Runs no further apart than `LINE_GAP` as one, without what stays shorter than `LINE_LENGTH`."""
+        for (box,) in ndimage.find_objects(ndimage.label(np.abs(gaps - spacing) <= 1.2)[0]):
+            if box.stop - box.start >= RUN_DOTS - 1:
+                runs.append((float(along[box.start]), float(along[box.stop])))
     joined: list[tuple[float, float]] = []
     for first, last in sorted(runs):
         if joined and first - joined[-1][1] <= LINE_GAP:
@@ -397,15 +307,7 @@ def _joined(runs: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(first, last) for first, last in joined if last - first >= LINE_LENGTH]
 
 
-def _draw(marked: NDArray[np.bool_], across: float, angle: float, first: float, last: float) -> None:
-    along = np.arange(first - 3, last + 3, 0.5)
-    x = np.round(across * np.cos(angle) - along * np.sin(angle)).astype(np.int64)
-    y = np.round(across * np.sin(angle) + along * np.cos(angle)).astype(np.int64)
-    inside = (x >= 0) & (x < marked.shape[1]) & (y >= 0) & (y < marked.shape[0])
-    marked[y[inside], x[inside]] = True
-
-
-def _side_marks(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _side_marks(pixels: NDArray[np.uint8]) -> _Mask:
     """Ticks, dots and digits of a ruler, and scales of grey levels, along the left and right border."""
     strip = max(12, round(SIDE_SHARE * pixels.shape[1]))
     marked = np.zeros(pixels.shape, dtype=np.bool_)
@@ -422,7 +324,7 @@ def _top_hat(pixels: NDArray[np.uint8], reach: int, axis: int) -> NDArray[np.uin
     return pixels - np.minimum(beside, pixels)
 
 
-def _bars(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _bars(pixels: NDArray[np.uint8]) -> _Mask:
     """Boxes between two long upright edges that stand side by side, ``bool (H, W)``."""
     marked = np.zeros(pixels.shape, dtype=np.bool_)
     levels = np.pad(pixels, ((0, 0), (1, 1)), mode="edge").astype(np.int16)
@@ -442,7 +344,7 @@ def _bars(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return marked
 
 
-def _badge(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _badge(pixels: NDArray[np.uint8]) -> _Mask:
     """The maker's badge in the upper left corner: strokes as bright as can be, framed in black."""
     marked = np.zeros(pixels.shape, dtype=np.bool_)
     corner = pixels[:BADGE_SIDE, :BADGE_SIDE]

@@ -6,79 +6,33 @@ import io
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
 import polars as pl
 from numpy.lib import format as npy
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from busigen import __version__
 from busigen.data import prepared as schema
+from busigen.data.images import MARK_SHARE, read_image, refuse_fault
+from busigen.data.inpainting import without_overlays
+from busigen.data.letterbox import letterbox, letterbox_coverage
+from busigen.data.masks import label_lesions, read_lesions
+from busigen.data.overlays import find_overlays, suspect_mask
 from busigen.data.prepared import Prepared
 from busigen.data.sources.read import read_source
 from busigen.data.sources.records import Listing, Record, Refusal, counted, named
-from busigen.data.sources.samples import Sample, read_sample
-from busigen.data.splits import EXCLUDED, assign_splits, class_conflicts, near_duplicate_groups
+from busigen.data.splits import EXCLUDED, assign_splits, class_conflicts, near_duplicate_groups, thumbnail
 from busigen.errors import BusigenError, InputError, OutputError
 from busigen.files import is_temporary, json_bytes, leftovers, make_folder, publish, sha256_of, temporary_name
 from busigen.records import read_checked
 from busigen.registry import BIRADS, RESOLUTION
 from busigen.text import printable
-
-
-class RowFile:
-    """Appends rows of one shape and type to a ``.npy`` file.
-
-    Args:
-        path: The file, overwritten.
-        shape: Shape of one row.
-        dtype: Type of its values.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-        self._shape = shape
-        self._dtype = np.dtype(dtype)
-        self._rows = 0
-        self._stream = path.open("wb")
-        self._write_header()
-
-    def append(self, row: NDArray[np.generic]) -> None:
-        """Write one row.
-
-        Raises:
-            ValueError: Its shape or type is not the file's.
-        """
-        if row.shape != self._shape or row.dtype != self._dtype:
-            raise ValueError(f"a row is {self._dtype} {self._shape}, not {row.dtype} {row.shape}")
-        self._stream.write(row.tobytes())
-        self._rows += 1
-
-    def __enter__(self) -> RowFile:
-        """The file itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Write the final number of rows and close."""
-        # NumPy pads the header so that the first axis can grow in place.
-        self._stream.seek(0)
-        self._write_header()
-        self._stream.close()
-
-    def _write_header(self) -> None:
-        header = {
-            "descr": npy.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self._rows, *self._shape),
-        }
-        npy.write_array_header_1_0(self._stream, header)
-
 
 Progress = Callable[[int, int], None]
 """Called with (images looked at, images in all)."""
@@ -86,15 +40,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did.
+    """What `prepare` did: counts of images, and what a person should know.
 
     Attributes:
-        out: The prepared folder.
-        images: Rows of the table.
-        by_class: Images per class.
-        by_source: Images per source.
         by_split: Images per split; ``excluded`` only if there are any.
-        by_class_and_split: Images per class, then per split.
         groups: Groups of near-duplicates and patients.
         conflicts: Images whose frame also stands under another class.
         overlays: Images with suspected ``colour``, ``text`` and ``calipers``.
@@ -102,7 +51,6 @@ class PrepareReport:
         refused: What was left out and why.
         notes: What was passed over, joined, guessed or read otherwise than it is stored, one line a kind.
         split_hash: Fingerprint of who is in which split.
-        seconds: Wall time.
     """
 
     out: Path
@@ -138,14 +86,11 @@ def prepare(
     Args:
         sources: Folders in any of the layouts of `busigen.data.sources.read.LAYOUTS`.
         out: The folder to write; created if missing.
-        seed: Decides the splits, with the groups' names.
+        seed: Decides the splits, with the names of the groups.
         strict: Stop at the first file that would be left out.
         mask_values: Grey levels of the masks that are lesion, as stored; all others are not. Empty: white, or the only
             label of a mask.
         progress: Called after every image.
-
-    Returns:
-        The counts, and what was left out.
 
     Raises:
         InputError: A source has no known layout, none of its images is usable, or ``strict`` met a bad file.
@@ -161,21 +106,19 @@ def prepare(
         raise refused[0].to_error()
     with _writing(out), ExitStack() as failing:
         make_folder(out)
-        for left in (*(out / f"{name}{schema.PARTIAL}" for name in schema.FILES), *leftovers(out, schema.WRITTEN)):
+        for left in (*(out / name for name in schema.PARTIAL), *leftovers(out, schema.WRITTEN)):
             left.unlink(missing_ok=True)
         places = {name: out / temporary_name(name) for name in schema.FILES}
         for place in places.values():
             failing.callback(place.unlink, missing_ok=True)
         notes = [note for listing in listings for note in listing.notes]
-        samples = _samples(listings, refused, notes, mask_values, strict=strict, progress=progress)
-        rows, thumbnails = _write_arrays(samples, places, refused)
-        table, kept, parted = _tabulate(rows, thumbnails, earlier, seed)
+        rows, thumbnails = _write_arrays(listings, places, refused, notes, mask_values, strict, progress)
+        table = _tabulate(rows, thumbnails, earlier, seed)
         # Through memory: polars takes a path for a pattern, and a full disk is to be an OSError.
         content = io.BytesIO()
         table.write_parquet(content)
         places[schema.TABLE].write_bytes(content.getbuffer())
-        notes.extend(_table_notes(table, parted))
-        report = _report(out, table, kept, refused, notes, time.perf_counter() - start)
+        report = _report(out, table, earlier, refused, notes, time.perf_counter() - start)
         places[schema.INFO].write_bytes(json_bytes(_info(report, places, seed)))
         failing.pop_all()
         publish({out / name: place for name, place in places.items()})
@@ -195,126 +138,182 @@ def _list_all(sources: Sequence[Path], out: Path) -> list[Listing]:
                     f"Two sources name an image '{record.id}': {other} and {listing.folder}.",
                     fix="Give each source once, and give plain folders different names.",
                 )
-    folders = Counter(listing.folder for listing in listings)
-    twice = [folder for folder, times in folders.items() if times > 1]
-    if twice:
+    times = Counter(listing.folder for listing in listings)
+    if twice := [folder for folder in times if times[folder] > 1]:
         raise InputError(f"The source {twice[0]} is given twice.", fix="Give it once.")
     return listings
 
 
-def _write_arrays(
-    samples: Iterable[tuple[Listing, Record, Sample]], places: Mapping[str, Path], refused: Sequence[Refusal]
-) -> tuple[list[dict[str, object]], NDArray[np.float32]]:
-    """Write the arrays row by row; returns the rows and the thumbnails, ``float32 (N, 64, 64)``."""
-    rows: list[dict[str, object]] = []
-    thumbnails: list[NDArray[np.float32]] = []
-    frame = (RESOLUTION, RESOLUTION)
-    with ExitStack() as stack:
-        images, masks, overlays, clean, suspects = (
-            stack.enter_context(RowFile(places[schema.ARRAYS[name]], frame, dtype))
-            for name, dtype in (
-                ("images", np.uint8),
-                ("masks", np.uint8),
-                ("overlays", np.bool_),
-                ("clean", np.uint8),
-                ("suspects", np.bool_),
-            )
+@dataclass(frozen=True)
+class Sample:
+    """One image that passed, in the working frame.
+
+    Attributes:
+        arrays: ``(256, 256)`` each, by their names in `busigen.data.prepared.ARRAYS`.
+        row: The table's columns that need no other image.
+        notes: How its files were read where that is not as stored.
+    """
+
+    arrays: dict[str, NDArray[Any]]
+    thumbnail: NDArray[np.float32]
+    row: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def read_sample(record: Record, values: Collection[int] = ()) -> Sample:
+    """Read a record's files, check them and fit them into the working frame.
+
+    ``values``: The masks' grey levels that are lesion, as for `busigen.data.masks.read_mask`.
+
+    Raises:
+        InputError: A file is missing, damaged or mismatched, the image is none, the mask is none of lesions, or it
+            contradicts the class.
+    """
+    file = read_image(record.image)
+    image, box = letterbox(file.pixels)
+    refuse_fault(file.path.name, image, box.valid)
+    notes = list(file.notes)
+    lesions = read_lesions(record, file, values, notes)
+    labels = label_lesions(lesions, box)
+    if lesions and not labels.any():
+        raise InputError(
+            f"{record.image.name}: its lesion is smaller than one pixel of the working frame.",
+            fix="Crop the image around the breast tissue or correct the mask.",
         )
-        for listing, record, sample in samples:
-            images.append(sample.image)
-            masks.append(sample.labels)
-            overlays.append(sample.overlay)
-            clean.append(sample.clean)
-            suspects.append(sample.suspects)
-            thumbnails.append(sample.thumbnail)
-            files = {
-                "image_file": listing.relative(record.image),
-                "mask_files": [listing.relative(mask) for mask in record.masks],
-            }
-            rows.append({"row": len(rows), **sample.row, **files})
-    if not rows:
-        first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
-        rest = f" Refused as well: {named(refusal.file for refusal in refused[1:])}." if len(refused) > 1 else ""
-        raise InputError(f"No usable image was found.{first}{rest}", fix="Correct the files, or give another folder.")
-    return rows, np.stack(thumbnails)
+    overlays = find_overlays(file.pixels)
+    painted = overlays.mask if file.coloured is None else overlays.mask | file.coloured
+    suspects = suspect_mask(file.pixels, file.coloured, overlays.mask)
+    arrays = {
+        "images": image,
+        "masks": labels,
+        "overlays": letterbox_coverage(painted, box) > 0,
+        "clean": letterbox(without_overlays(file.pixels, suspects))[0],
+        "suspects": letterbox_coverage(suspects, box) > 0,
+    }
+    row = {
+        "id": record.id,
+        "class": record.image_class,
+        "source": record.source,
+        "patient": record.patient,
+        "sha256": file.sha256,
+        "width": file.width,
+        "height": file.height,
+        "scale": box.scale,
+        "left": box.left,
+        "top": box.top,
+        "inner_width": box.width,
+        "inner_height": box.height,
+        "mask_area": float(np.logical_or.reduce(lesions).mean()) if lesions else 0.0,
+        "lesions": int(labels.max()),
+        "overlay_colour": file.coloured is not None and bool(file.coloured.mean() > MARK_SHARE),
+        "overlay_text": overlays.text,
+        "overlay_calipers": overlays.calipers,
+        "birads": record.birads,
+    }
+    return Sample(arrays, thumbnail(file.pixels), row, tuple(dict.fromkeys(notes)))
 
 
-def _samples(
+def _write_arrays(
     listings: Sequence[Listing],
+    places: Mapping[str, Path],
     refused: list[Refusal],
     notes: list[str],
     mask_values: Collection[int],
-    *,
     strict: bool,
     progress: Progress | None,
-) -> Iterator[tuple[Listing, Record, Sample]]:
-    """The images that can be used. ``refused`` gets the others; ``notes``, at the end, how images were read."""
+) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
+    """Write the arrays row by row; returns the table's rows and the thumbnails, ``float32 (N, 64, 64)``.
+
+    ``refused`` gets the images that cannot be used, ``notes`` how the others were read.
+    """
+    rows: list[dict[str, Any]] = []
+    thumbnails: list[NDArray[np.float32]] = []
     readings: dict[str, list[str]] = {}
-    total = sum(len(listing.records) for listing in listings)
-    done = 0
-    for listing in listings:
-        for record in listing.records:
+    records = [(listing, record) for listing in listings for record in listing.records]
+    with ExitStack() as stack:
+        streams = {name: stack.enter_context(places[file].open("wb")) for name, file in schema.ARRAYS.items()}
+        _write_headers(streams, 0)
+        for done, (listing, record) in enumerate(records, start=1):
+            file = listing.relative(record.image)
             try:
                 sample = read_sample(record, mask_values)
             except InputError as error:
-                refusal = Refusal(file=listing.relative(record.image), problem=error.problem, fix=error.fix)
+                refusal = Refusal(file, error.problem, error.fix)
                 if strict:
                     raise refusal.to_error() from error
                 refused.append(refusal)
             else:
                 for note in sample.notes:
-                    readings.setdefault(note, []).append(listing.relative(record.image))
-                yield listing, record, sample
-            done += 1
+                    readings.setdefault(note, []).append(file)
+                for name, stream in streams.items():
+                    stream.write(sample.arrays[name].tobytes())
+                thumbnails.append(sample.thumbnail)
+                mask_files = [listing.relative(mask) for mask in record.masks]
+                rows.append({"row": len(rows), **sample.row, "image_file": file, "mask_files": mask_files})
             if progress is not None:
-                progress(done, total)
+                progress(done, len(records))
+        _write_headers(streams, len(rows))
+    if not rows:
+        first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
+        rest = f" Refused as well: {named(refusal.file for refusal in refused[1:])}." if len(refused) > 1 else ""
+        raise InputError(f"No usable image was found.{first}{rest}", fix="Correct the files, or give another folder.")
     notes.extend(counted(note, files) for note, files in readings.items())
+    return rows, np.stack(thumbnails)
 
 
-def _table_notes(table: pl.DataFrame, parted: Sequence[str]) -> Iterator[str]:
-    """What a person should know of the table: images that lost their split, and what nothing is learnt from."""
-    if parted:
-        yield counted("of the earlier run left out of every split, for they link two", parted)
-    other = table.filter(pl.col("birads").is_not_null() & ~pl.col("birads").is_in(BIRADS))
-    if other.height:
-        kinds = Counter(other["birads"].to_list())
-        said = named(f"{printable(category)!r} ({count})" for category, count in kinds.most_common())
-        yield f"{other.height:,} with a BI-RADS category that is not learnt, which are {', '.join(BIRADS)}: {said}"
+def _write_headers(streams: Mapping[str, IO[bytes]], rows: int) -> None:
+    """Write the arrays' headers, which NumPy pads so that the number of rows can grow in place."""
+    for name, stream in streams.items():
+        stream.seek(0)
+        descr = npy.dtype_to_descr(schema.DTYPES[name])
+        shape = (rows, RESOLUTION, RESOLUTION)
+        npy.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
 
 
 def _tabulate(
-    rows: Sequence[dict[str, object]], thumbnails: NDArray[np.float32], earlier: dict[str, str], seed: int
-) -> tuple[pl.DataFrame, int, list[str]]:
-    """The table with groups, splits and conflicts, how many images kept an earlier split, and the ids of others."""
-    patients = [None if row["patient"] is None else str(row["patient"]) for row in rows]
-    known = [earlier.get(str(row["sha256"])) for row in rows]
+    rows: Sequence[dict[str, Any]], thumbnails: NDArray[np.float32], earlier: dict[str, str], seed: int
+) -> pl.DataFrame:
+    """The table, with groups, splits and conflicts."""
+    patients = [row["patient"] for row in rows]
+    known = [earlier.get(row["sha256"]) for row in rows]
+    aspects = [row["width"] / row["height"] for row in rows]
 
-    aspects = [float(str(row["width"])) / float(str(row["height"])) for row in rows]
+    def regroup(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        return near_duplicate_groups(thumbnails[chosen], [patients[k] for k in chosen], [aspects[k] for k in chosen])
 
-    def regroup(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return near_duplicate_groups(
-            thumbnails[indices], [patients[index] for index in indices], [aspects[index] for index in indices]
-        )
-
-    splits, groups = assign_splits([str(row["id"]) for row in rows], patients, known, regroup, seed=seed)
-    conflicts = class_conflicts(thumbnails, [str(row["class"]) for row in rows], aspects)
+    splits, groups = assign_splits([row["id"] for row in rows], patients, known, regroup, seed=seed)
+    conflicts = class_conflicts(thumbnails, [row["class"] for row in rows], aspects)
     complete = [
         {**row, "group": int(group), "split": split, "class_conflict": bool(conflict)}
         for row, group, split, conflict in zip(rows, groups, splits, conflicts, strict=True)
     ]
-    kept = sum(before == after for before, after in zip(known, splits, strict=True))
-    table = pl.DataFrame(complete, schema=schema.COLUMNS)
-    parted = [id_ for id_, before, after in zip(table["id"], known, splits, strict=True) if before not in (None, after)]
-    return table, kept, parted
+    return pl.DataFrame(complete, schema=schema.COLUMNS)
 
 
 def _report(
-    out: Path, table: pl.DataFrame, kept: int, refused: Sequence[Refusal], notes: Sequence[str], seconds: float
+    out: Path,
+    table: pl.DataFrame,
+    earlier: dict[str, str],
+    refused: Sequence[Refusal],
+    notes: list[str],
+    seconds: float,
 ) -> PrepareReport:
+    """The report of a table; ``notes`` gets which images lost their split, and what nothing is learnt from."""
     by_class_and_split: dict[str, dict[str, int]] = {}
     for image_class, split in zip(table["class"], table["split"], strict=True):
         per_split = by_class_and_split.setdefault(image_class, {})
         per_split[split] = per_split.get(split, 0) + 1
+    before = [earlier.get(sha256) for sha256 in table["sha256"]]
+    kept = [was == now for was, now in zip(before, table["split"], strict=True)]
+    parted = [id_ for id_, was, same in zip(table["id"], before, kept, strict=True) if was is not None and not same]
+    if parted:
+        notes.append(counted("of the earlier run left out of every split, for they link two", parted))
+    other = table.filter(pl.col("birads").is_not_null() & ~pl.col("birads").is_in(BIRADS))
+    if other.height:
+        kinds = Counter(other["birads"].to_list())
+        said = named(f"{printable(category)!r} ({count})" for category, count in kinds.most_common())
+        learnt = ", ".join(BIRADS)
+        notes.append(f"{other.height:,} with a BI-RADS category that is not learnt, which are {learnt}: {said}")
     return PrepareReport(
         out=out,
         images=table.height,
@@ -325,7 +324,7 @@ def _report(
         groups=table["group"].n_unique(),
         conflicts=int(table["class_conflict"].sum()),
         overlays={kind: int(table[f"overlay_{kind}"].sum()) for kind in ("colour", "text", "calipers")},
-        kept_splits=kept,
+        kept_splits=sum(kept),
         refused=tuple(refused),
         notes=tuple(notes),
         split_hash=schema.split_hash(table["sha256"], table["split"]),
@@ -363,15 +362,13 @@ def _earlier_splits(out: Path, seed: int) -> dict[str, str]:
         raise OutputError(f"{out} is a file.", fix="Name a folder to write the prepared data into.")
     with _writing(out):
         names = {path.name for path in out.iterdir()}
-    if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
-        raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
-    with _writing(out):
+        if linked := [name for name in sorted(names) if (out / name).is_symlink()]:
+            raise OutputError(f"{out / linked[0]} is a link, and would be written through.", fix="Name a new folder.")
         _publish_again(out)
     if not (out / schema.INFO).is_file():
         # A run that was killed leaves files of ours without the one that is written last.
         # Such as these, none of which is still being written, may be anybody's.
-        earlier = {f"{name}{schema.PARTIAL}" for name in schema.FILES}
-        written = {name for name in names if name in earlier or is_temporary(name, schema.WRITTEN)}
+        written = {name for name in names if name in schema.PARTIAL or is_temporary(name, schema.WRITTEN)}
         if names - written - set(schema.FILES) or (names and not written):
             raise OutputError(f"{out} is not empty and holds no prepared data.", fix="Name a new or empty folder.")
         return {}
@@ -411,6 +408,5 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror or error}.", fix="Check the disk's space and your permissions."
-        ) from error
+        fix = "Check the disk's space and your permissions."
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}.", fix=fix) from error

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,23 +27,20 @@ SCHEMA_VERSION = 2
 
 INFO = "prepared.json"
 TABLE = "table.parquet"
-ARRAYS = {
-    "images": "images.npy",
-    "masks": "masks.npy",
-    "overlays": "overlays.npy",
-    "clean": "clean.npy",
-    "suspects": "suspects.npy",
-}
+ARRAYS = {name: f"{name}.npy" for name in ("images", "masks", "overlays", "clean", "suspects")}
 """Array names and their files. The first three are what the audit measures on, the last two what training reads."""
+
+DTYPES = {name: np.dtype(np.bool_ if name in ("overlays", "suspects") else np.uint8) for name in ARRAYS}
+"""Types of the arrays' values."""
 
 FILES = (*ARRAYS.values(), TABLE, INFO)
 """Everything in a prepared folder; the last one makes it valid."""
 
 WRITTEN = re.compile("|".join(map(re.escape, FILES)))
-"""Names of the files that are written there."""
+"""Matches the names in `FILES`."""
 
-PARTIAL = ".partial"
-"""Ending that an earlier busigen gave a file that was still being written."""
+PARTIAL = frozenset(f"{name}.partial" for name in FILES)
+"""Names that an earlier busigen gave files that were still being written."""
 
 COLUMNS: dict[str, pl.DataType] = {
     "row": pl.Int64(),
@@ -85,14 +82,6 @@ _PREPARE = "Run 'busigen prepare' into a new folder."
 _LARGEST_TABLE = 4 << 30
 """Bytes of a table whose hash is looked at; a row has some hundred."""
 
-_DTYPES = {
-    "images": np.dtype(np.uint8),
-    "masks": np.dtype(np.uint8),
-    "overlays": np.dtype(np.bool_),
-    "clean": np.dtype(np.uint8),
-    "suspects": np.dtype(np.bool_),
-}
-
 
 class PreparedRecord(Record):
     """Content of ``prepared.json``, as far as it is used."""
@@ -103,104 +92,75 @@ class PreparedRecord(Record):
     files: dict[Text, Text]
 
 
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """A prepared folder: one table, and arrays with one row per image. Open it with `Prepared.open`.
+    """A prepared folder: one table, and arrays with one row per image, memory-mapped read-only.
 
     Attributes:
         folder: The folder.
         info: The content of ``prepared.json``.
         table: One row per image, with the columns of `COLUMNS`.
+        images: ``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255.
+        masks: ``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th.
+        overlays: ``bool (N, 256, 256)``, True where the scanner probably painted.
+        clean: ``uint8 (N, 256, 256)``, ``images`` with all ``suspects`` painted over.
+        suspects: ``bool (N, 256, 256)``, True where ``clean`` was painted over; includes ``overlays``.
     """
 
-    def __init__(self, folder: Path, info: dict[str, Any], table: pl.DataFrame) -> None:
-        self.folder = folder
-        self.info = info
-        self.table = table
+    folder: Path
+    info: dict[str, Any]
+    table: pl.DataFrame
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+    overlays: NDArray[np.bool_]
+    clean: NDArray[np.uint8]
+    suspects: NDArray[np.bool_]
 
     @classmethod
     def open(cls, folder: Path, *, check: bool = False) -> Prepared:
         """Open a prepared folder.
 
-        The table is always checked against its hash, the arrays for shape and type; their hashes only on demand,
-        because that reads every byte.
-
-        Args:
-            folder: What `prepare` wrote.
-            check: Check the arrays' hashes as well.
-
-        Returns:
-            The opened folder.
+        The table is always checked against its hash, the arrays for shape and type; with ``check``, which reads every
+        byte, also against theirs.
 
         Raises:
             InputError: It is no prepared folder, or one of another schema version.
             IntegrityError: A file is missing, damaged or not the one that was written.
         """
         folder = Path(folder)
-        info = _read_info(folder)
-        prepared = cls(folder, info, _read_table(folder, info))
+        info, _ = read_given(folder / INFO, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
+        checked(PreparedRecord, info, folder / INFO, fix=_PREPARE)
+        table = _read_table(folder, info)
+        arrays = {}
         for name, file in ARRAYS.items():
-            prepared._load(name)
+            arrays[name] = _map_array(folder / file, DTYPES[name], table.height)
             if check:
                 _check_hash(folder, info, file)
-        return prepared
-
-    @cached_property
-    def images(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255, memory-mapped read-only."""
-        return self._load("images")
-
-    @cached_property
-    def masks(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th, memory-mapped read-only."""
-        return self._load("masks")
-
-    @cached_property
-    def overlays(self) -> NDArray[np.bool_]:
-        """``bool (N, 256, 256)``, True where the scanner probably painted, memory-mapped read-only."""
-        return self._load("overlays")
-
-    @cached_property
-    def clean(self) -> NDArray[np.uint8]:
-        """``uint8 (N, 256, 256)``, `images` with all `suspects` painted over, memory-mapped read-only."""
-        return self._load("clean")
-
-    @cached_property
-    def suspects(self) -> NDArray[np.bool_]:
-        """``bool (N, 256, 256)``, True where `clean` was painted over; includes `overlays`, memory-mapped read-only."""
-        return self._load("suspects")
+        return cls(folder, info, table, **arrays)
 
     @property
     def split_hash(self) -> str:
-        """Fingerprint of who is in which split."""
+        """See `split_hash`."""
         return str(self.info["split_hash"])
 
     def __len__(self) -> int:
-        """Number of images."""
         return self.table.height
 
-    def _load(self, name: str) -> NDArray[Any]:
-        path = self.folder / ARRAYS[name]
-        expected = (self.table.height, RESOLUTION, RESOLUTION)
-        try:
-            with looking(path), open_file(path) as file:
-                if npy.read_magic(file) != (1, 0):
-                    raise ValueError("it is no array of this kind")
-                header = npy.read_array_header_1_0(file)
-                if header != (expected, False, _DTYPES[name]):
-                    raise IntegrityError(f"{path} is not {_DTYPES[name]} {expected}.", fix=_PREPARE)
-                array = np.memmap(file, _DTYPES[name], "r", file.tell(), expected)
-                if file.seek(0, os.SEEK_END) != array.offset + array.nbytes:
-                    raise ValueError("it is longer than its header says")
-                return array
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
-            raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
 
-
-def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / INFO
-    info, _ = read_given(path, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
-    checked(PreparedRecord, info, path, fix=_PREPARE)
-    return info
+def _map_array(path: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
+    expected = (rows, RESOLUTION, RESOLUTION)
+    try:
+        with looking(path), open_file(path) as file:
+            if npy.read_magic(file) != (1, 0):
+                raise ValueError("it is no array of this kind")
+            if npy.read_array_header_1_0(file) != (expected, False, dtype):
+                raise IntegrityError(f"{path} is not {dtype} {expected}.", fix=_PREPARE)
+            array = np.memmap(file, dtype, "r", file.tell(), expected)
+            if file.seek(0, os.SEEK_END) != array.offset + array.nbytes:
+                raise ValueError("it is longer than its header says")
+            return array
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise IntegrityError(f"{path} is missing or damaged: {error}.", fix=_PREPARE) from error
 
 
 def _check_hash(folder: Path, info: dict[str, Any], name: str, *, limit: int | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +16,34 @@ from scipy.sparse.csgraph import connected_components
 from busigen.data.sources.files import natural_key
 from busigen.registry import SPLITS
 
+NEAR_DUPLICATE = 0.90
+"""Correlation of two thumbnails above which the images belong together. Measured with single link: on BUSI's 623 images
+the groups are exactly those of the published list (`COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two
+patients are linked (at 0.85, nine pairs already chain 15 images together); across the two the highest is 0.8999."""
+
+SAME_FRAME = 0.93
+"""Correlation above which two images are one frame, cropped or annotated differently. Between BUSI's classes, seven
+pairs lie at 0.949 or above and show the same frame by eye; the next, at 0.908 and below, are different lesions."""
+
 COPY = 0.70
 """Correlation of two images' fine structure, aligned, from which they are one frame.
 
-Of the pairs of BUSI's and BUS-BRA's 1,750 images that are no near-duplicates, five lie above it: by eye, each is one
-frame cropped twice. Different lesions lie at 0.64 and below. Of 60 images, every copy that was mirrored, turned by up
-to 15 degrees, cropped by 3 to 10 % a side, or mirrored and one of these, lies at 0.80 and above. Copies that were
-cropped at one side alone, or whose frame grew as they were turned, are not found reliably.
+Of the pairs of BUSI's and BUS-BRA's 1,750 images that are no near-duplicates, five lie above it, each one frame cropped
+twice by eye; different lesions lie at 0.64 and below. Of 60 images, every copy that was mirrored, turned by up to 15
+degrees, cropped by 3 to 10 % a side, or mirrored and one of these, lies at 0.80 and above. Copies that were cropped at
+one side alone, or whose frame grew as they were turned, are not found reliably.
 """
 
+EXCLUDED = "excluded"
+"""Split of an image that would link two splits; it takes part in nothing."""
+
+_PROTECTED = ("test", "val", "train")
+"""Whose images stay when two splits turn out to be linked: what a model is judged on must not change under it."""
+
+Regroup = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""Given the indices of some images, their group numbers when the others do not exist."""
+
+_THUMBNAIL_SIDE = 64
 _SIDE = 32
 _MARGIN = 3
 _FINE, _COARSE = 0.6, 2.0
@@ -34,20 +52,8 @@ _SCALES = (0.9, 0.8)
 _BLOCK_ROWS = 512
 
 _Structure = NDArray[np.float32]
-
-
-def copy_pairs(
-    thumbnails: NDArray[np.float32], aspects: NDArray[np.float64]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield (rows, columns) of images that are copies of one another, some at a time, perhaps several times.
-
-    Args:
-        thumbnails: ``float32 (N, 64, 64)`` from `thumbnail`.
-        aspects: ``(N,)``, width over height of the images.
-    """
-    for rows, columns in _pairs(thumbnails, aspects, thumbnails):
-        other = rows != columns
-        yield rows[other], columns[other]
+_Pairs = Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""Positions of images in two arrays, pair by pair, some at a time, perhaps several times."""
 
 
 def copies_of(
@@ -55,17 +61,15 @@ def copies_of(
 ) -> NDArray[np.bool_]:
     """``bool (N,)``: which of the first are copies of any of the second, M thumbnails with ``others`` as aspects."""
     found = np.zeros(len(first), np.bool_)
-    for rows, _ in _pairs(first, aspects, second):
+    for rows, _ in _copies(first, aspects, second):
         found[rows] = True
     # What was cut from the second is compared the other way round.
-    for _, columns in _pairs(second, others, first):
+    for _, columns in _copies(second, others, first):
         found[columns] = True
     return found
 
 
-def _pairs(
-    first: NDArray[np.float32], aspects: NDArray[np.float64], second: NDArray[np.float32]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _copies(first: NDArray[np.float32], aspects: NDArray[np.float64], second: NDArray[np.float32]) -> _Pairs:
     """Pairs of which the first, moved in any of the ways that are tried, is the second."""
     inner = slice(_MARGIN, _SIDE - _MARGIN)
     targets = _unit(_structure(second)[:, inner, inner])
@@ -77,10 +81,7 @@ def _pairs(
 
 
 def _structure(thumbnails: NDArray[np.float32]) -> _Structure:
-    """Edges and grains between one and six pixels wide, ``(N, 32, 32)``, as strong everywhere.
-
-    What different breasts have in common, dark depth and bright layers, is wider or stronger, and gone.
-    """
+    """Edges and grains one to six pixels wide, ``(N, 32, 32)``, as strong everywhere; layers and depth are wider."""
     count = len(thumbnails)
     small = thumbnails.reshape(count, _SIDE, 2, _SIDE, 2).mean(axis=(2, 4), dtype=np.float32)
     band = ndimage.gaussian_filter(small, (0, _FINE, _FINE)) - ndimage.gaussian_filter(small, (0, _COARSE, _COARSE))
@@ -91,11 +92,9 @@ def _structure(thumbnails: NDArray[np.float32]) -> _Structure:
 
 
 def _moved(structure: _Structure, aspects: NDArray[np.float64]) -> Iterator[_Structure]:
-    """The middle of every structure, mirrored, turned and cropped in every way that is tried.
-
-    A pair is compared both ways round, so that turns to the other side and crops of the first need no trial of their
-    own; a turn of a mirror image is its own inverse, so that there both sides do.
-    """
+    """The middle of every structure, mirrored, turned and cropped in every way that is tried."""
+    # A pair is compared both ways round, so that turns to the other side and crops of the first need no trial of their
+    # own; a turn of a mirror image is its own inverse, so that there both sides do.
     for turn, scale in [(0.0, 1.0), *((0.0, scale) for scale in _SCALES), *((turn, 1.0) for turn in _TURNS)]:
         moved = _sampled(structure, aspects, turn, scale)
         yield from (moved, moved[:, ::-1, ::-1], moved[:, :, ::-1], moved[:, ::-1])
@@ -118,46 +117,26 @@ def _sampled(structure: _Structure, aspects: NDArray[np.float64], turn: float, s
     count = np.arange(len(structure))[:, None, None]
     upper = structure[count, top, left] * (1 - right) + structure[count, top, left + 1] * right
     lower = structure[count, top + 1, left] * (1 - right) + structure[count, top + 1, left + 1] * right
-    sampled: _Structure = upper * (1 - down) + lower * down
-    return sampled
+    return np.asarray(upper * (1 - down) + lower * down)
 
 
-def _unit(structure: _Structure) -> NDArray[np.float32]:
-    """Rows of zero mean and unit length, so that their products are correlations; one without structure has none."""
-    rows = structure.reshape(len(structure), -1)
+def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of zero mean and unit length, so that their products are correlations; a flat image correlates with none."""
+    rows: NDArray[np.float32] = images.reshape(len(images), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.where(length > 1e-3, length, np.inf), dtype=np.float32)
-
-
-THUMBNAIL_SIDE = 64
-"""Side of the squashed thumbnails that are compared, in pixels."""
-
-NEAR_DUPLICATE = 0.90
-"""Correlation of two thumbnails above which the images belong together.
-
-One threshold serves every source. Measured with single link: on BUSI's 623 images the groups are exactly those of the
-published list (`COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two patients are linked (at 0.85,
-nine pairs already chain 15 images together); across the two sources the highest correlation is 0.8999, so none is
-linked.
-"""
-
-SAME_FRAME = 0.93
-"""Correlation above which two images are one frame, cropped or annotated differently.
-
-Between BUSI's classes seven pairs lie at 0.949 or above and show the same frame by eye; the next, at 0.908 and below,
-are different lesions that look alike.
-"""
+    rows /= np.where(length > 1e-3, length, np.inf)
+    return rows
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Squash a native image to ``float32 (64, 64)``, 0 to 255, for comparison.
+    """A native image squashed to ``float32 (64, 64)``, 0 to 255, for comparison.
 
     Pillow's antialiased bilinear filter is part of the definition: with box or Lanczos up to 30 of BUSI's images
     change group.
     """
-    side = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    return np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BILINEAR), dtype=np.float32)
+    small = Image.fromarray(pixels).resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    return np.asarray(small, dtype=np.float32)
 
 
 def near_duplicate_groups(
@@ -174,121 +153,63 @@ def near_duplicate_groups(
         ``int64 (N,)``: group numbers from 0, in order of first appearance.
 
     Raises:
-        ValueError: The two arguments differ in length.
+        ValueError: The arguments differ in length.
     """
-    count = len(thumbnails)
-    if len(patients) != count:
-        raise ValueError(f"{count} thumbnails but {len(patients)} patients")
-    labels = _patient_labels(patients)
-    copies = copy_pairs(thumbnails, _ratios(aspects, count))
-    for rows, columns in chain(_similar_pairs(thumbnails, NEAR_DUPLICATE), copies):
+    if len(patients) != len(thumbnails):
+        raise ValueError(f"{len(thumbnails)} thumbnails but {len(patients)} patients")
+    first: dict[str, int] = {}
+    labels = np.array(
+        [index if patient is None else first.setdefault(patient, index) for index, patient in enumerate(patients)],
+        dtype=np.int64,
+    )
+    for rows, columns in _alike(thumbnails, NEAR_DUPLICATE, aspects):
         # Merging block by block keeps one label per image instead of every pair, of which there may be N * N.
-        labels = _merge(labels, labels[rows], labels[columns])
-    return _by_first_appearance(labels)
+        if rows.size:
+            links = np.ones(rows.size, dtype=np.bool_), (labels[rows], labels[columns])
+            side = int(labels.max()) + 1
+            _, merged = connected_components(coo_array(links, shape=(side, side)), directed=False)
+            labels = merged.astype(np.int64)[labels]
+    _, firsts, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.asarray(np.argsort(np.argsort(firsts))[inverse])
 
 
 def class_conflicts(
     thumbnails: NDArray[np.float32], classes: Sequence[str], aspects: Sequence[float] | None = None
 ) -> NDArray[np.bool_]:
-    """Find images of which the same frame, or a copy of it, also stands under another class.
+    """``bool (N,)``: the images of which the same frame, or a copy of it, also stands under another class.
 
-    Args:
-        thumbnails: ``float32 (N, 64, 64)`` from `thumbnail`.
-        classes: N class names.
-        aspects: N times width over height; None where all images are squares.
-
-    Returns:
-        ``bool (N,)``, True for every image of a contradicting pair.
-
-    Raises:
-        ValueError: The two arguments differ in length.
+    Arguments and errors are those of `near_duplicate_groups`, with N class names.
     """
     if len(classes) != len(thumbnails):
         raise ValueError(f"{len(thumbnails)} thumbnails but {len(classes)} classes")
     names = np.asarray(classes, dtype=np.str_)
     conflict = np.zeros(len(thumbnails), dtype=np.bool_)
-    copies = copy_pairs(thumbnails, _ratios(aspects, len(names)))
-    for rows, columns in chain(_similar_pairs(thumbnails, SAME_FRAME), copies):
+    for rows, columns in _alike(thumbnails, SAME_FRAME, aspects):
         differ = names[rows] != names[columns]
         conflict[rows[differ]] = True
         conflict[columns[differ]] = True
     return conflict
 
 
-def _similar_pairs(
-    thumbnails: NDArray[np.float32], threshold: float
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield (rows, columns) of the pairs above a threshold, one block of rows at a time."""
-    scores = _standardised(thumbnails)
+def _alike(thumbnails: NDArray[np.float32], threshold: float, aspects: Sequence[float] | None) -> _Pairs:
+    """Pairs of images whose thumbnails correlate above a threshold, and of copies."""
+    ratios = np.ones(len(thumbnails)) if aspects is None else np.asarray(aspects, dtype=np.float64)
+    if len(ratios) != len(thumbnails):
+        raise ValueError(f"{len(thumbnails)} thumbnails but {len(ratios)} aspects")
+    scores = _unit(thumbnails)
     for start in range(0, len(scores), _BLOCK_ROWS):
-        correlation = scores[start : start + _BLOCK_ROWS] @ scores[start:].T
-        rows, columns = np.nonzero(correlation > threshold)
+        rows, columns = np.nonzero(scores[start : start + _BLOCK_ROWS] @ scores[start:].T > threshold)
         later = columns > rows
-        rows, columns = rows[later], columns[later]
-        yield rows + start, columns + start
-
-
-def _standardised(thumbnails: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of zero mean and unit length, so that their products are correlations; a flat image correlates with none."""
-    scores = np.array(thumbnails, dtype=np.float32).reshape(len(thumbnails), -1)
-    scores -= scores.mean(axis=1, keepdims=True)
-    length = np.linalg.norm(scores, axis=1, keepdims=True)
-    scores /= np.where(length > 1e-3, length, np.inf)
-    return scores
-
-
-def _ratios(aspects: Sequence[float] | None, count: int) -> NDArray[np.float64]:
-    ratios = np.ones(count) if aspects is None else np.asarray(aspects, dtype=np.float64)
-    if len(ratios) != count:
-        raise ValueError(f"{count} thumbnails but {len(ratios)} aspects")
-    return ratios
-
-
-def _patient_labels(patients: Sequence[str | None]) -> NDArray[np.int64]:
-    first: dict[str, int] = {}
-    return np.array(
-        [index if patient is None else first.setdefault(patient, index) for index, patient in enumerate(patients)],
-        dtype=np.int64,
-    )
-
-
-def _merge(labels: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
-    if left.size == 0:
-        return labels
-    count = int(labels.max()) + 1
-    links = coo_array((np.ones(left.size, dtype=np.bool_), (left, right)), shape=(count, count))
-    _, component = connected_components(links, directed=False)
-    merged: NDArray[np.int64] = component.astype(np.int64)[labels]
-    return merged
-
-
-def _by_first_appearance(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    numbers: NDArray[np.int64] = rank[inverse]
-    return numbers
-
-
-EXCLUDED = "excluded"
-"""Split of an image that would link two splits; it takes part in nothing."""
-
-_PROTECTED = ("test", "val", "train")
-"""Whose images stay when two splits turn out to be linked: what a model is judged on must not change under it."""
-
-Regroup = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Given the indices of some images, their group numbers when the others do not exist."""
+        yield rows[later] + start, columns[later] + start
+    for rows, columns in _copies(thumbnails, ratios, thumbnails):
+        other = rows != columns
+        yield rows[other], columns[other]
 
 
 def draw_split(seed: int, key: str) -> str:
-    """The split of a group that has none yet.
+    """The split of a new group: a key of ``registry.SPLITS``, with the probability that stands there.
 
-    Args:
-        seed: The run's seed.
-        key: The group's name: it must not change when images are added.
-
-    Returns:
-        A key of ``registry.SPLITS``, with the probability that stands there.
+    ``key`` is the group's name, which must not change when images are added.
     """
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64 * sum(SPLITS.values())
@@ -317,37 +238,33 @@ def assign_splits(
         ids: N image ids.
         patients: N patient names or None.
         earlier: N splits of an earlier run, None for new images.
-        regroup: Groups any subset of the images.
+        regroup: See `Regroup`.
         seed: The run's seed.
 
     Returns:
         N split names and N group numbers; an excluded image is a group of its own.
     """
-    count = len(ids)
     splits: list[str | None] = list(earlier)
-    groups = regroup(np.arange(count))
-    _exclude_bridges(splits, groups)
-    groups = _regroup_rest(splits, regroup, groups)
-    _exclude_unprotected(splits, groups)
-    groups = _regroup_rest(splits, regroup, groups)
-    return _fill(ids, patients, splits, groups, seed), groups
-
-
-def _exclude_bridges(splits: list[str | None], groups: NDArray[np.int64]) -> None:
+    groups = regroup(np.arange(len(ids)))
+    # Of linked splits, first the new images leave that link them, then those that had another split than the kept one.
+    for known_too in (False, True):
+        for members in _members(groups):
+            present = {split for index in members if (split := splits[index]) is not None and split != EXCLUDED}
+            if len(present) > 1:
+                kept = min(present, key=_PROTECTED.index) if known_too else None
+                for index in members:
+                    if splits[index] is None or (known_too and splits[index] != kept):
+                        splits[index] = EXCLUDED
+        groups = _regroup_rest(splits, regroup, groups)
     for members in _members(groups):
-        if len(_splits_of(members, splits)) > 1:
-            for index in members:
-                splits[index] = splits[index] or EXCLUDED
-
-
-def _exclude_unprotected(splits: list[str | None], groups: NDArray[np.int64]) -> None:
-    for members in _members(groups):
-        present = _splits_of(members, splits)
-        if len(present) > 1:
-            kept = min(present, key=_PROTECTED.index)
-            for index in members:
-                if splits[index] != kept:
-                    splits[index] = EXCLUDED
+        # A group has one split by now; an excluded image is a group of its own.
+        split = next((split for index in members if (split := splits[index]) is not None), None)
+        if split is None:
+            named = [patient for index in members if (patient := patients[index]) is not None]
+            split = draw_split(seed, min(named or [ids[index] for index in members], key=natural_key))
+        for index in members:
+            splits[index] = split
+    return [split for split in splits if split is not None], groups
 
 
 def _regroup_rest(splits: Sequence[str | None], regroup: Regroup, groups: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -362,33 +279,8 @@ def _regroup_rest(splits: Sequence[str | None], regroup: Regroup, groups: NDArra
     return numbers
 
 
-def _fill(
-    ids: Sequence[str],
-    patients: Sequence[str | None],
-    splits: Sequence[str | None],
-    groups: NDArray[np.int64],
-    seed: int,
-) -> list[str]:
-    filled = list(splits)
-    for members in _members(groups):
-        present = {split for index in members if (split := filled[index]) is not None}
-        split = present.pop() if present else draw_split(seed, _group_key(members, ids, patients))
-        for index in members:
-            filled[index] = split
-    return [split for split in filled if split is not None]
-
-
-def _group_key(members: Sequence[int], ids: Sequence[str], patients: Sequence[str | None]) -> str:
-    named = sorted({patient for index in members if (patient := patients[index]) is not None}, key=natural_key)
-    return named[0] if named else min((ids[index] for index in members), key=natural_key)
-
-
 def _members(groups: NDArray[np.int64]) -> list[list[int]]:
     members: defaultdict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(groups.tolist()):
         members[group].append(index)
     return list(members.values())
-
-
-def _splits_of(members: Sequence[int], splits: Sequence[str | None]) -> set[str]:
-    return {split for index in members if (split := splits[index]) is not None and split != EXCLUDED}

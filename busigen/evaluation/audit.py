@@ -16,42 +16,17 @@ from typing import Any
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
-from busigen.evaluation.cache import jsonable, key_of, load, store
 from busigen.evaluation.context import AuditContext, Effort
 from busigen.evaluation.reading.inputs import read_inputs
+from busigen.evaluation.report.page import CONTACT_SHEET, contact_sheet, write_html
 from busigen.evaluation.report.text import sentence
-from busigen.evaluation.results import SectionResult, section_folder
-from busigen.evaluation.sections import SECTIONS, Section
+from busigen.evaluation.results import SectionResult, jsonable, load, section_folder, store
+from busigen.evaluation.sections import SECTIONS, Prints, Section, key_of
 from busigen.files import write_json
 from busigen.records import read_json
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.text import install_command
-
-LIBRARIES = (
-    "numpy",
-    "scipy",
-    "polars",
-    "pillow",
-    "scikit-image",
-    "scikit-learn",
-    "torch",
-    "torchmetrics",
-    "torch-fidelity",
-    "monai",
-    "matplotlib",
-)
-"""Distributions whose version a report names, where they are installed."""
-
-
-def library_versions() -> dict[str, str]:
-    """Version of Python and of every installed library of ``LIBRARIES``."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
 
 log = logging.getLogger("busigen.evaluation")
 
@@ -62,6 +37,12 @@ REPORT_FILE = "report.json"
 
 QUICK_LIMIT = 500
 """Images per set that ``quick`` looks at."""
+
+_LIBRARIES = (
+    *("numpy", "scipy", "polars", "pillow", "scikit-image", "scikit-learn"),
+    *("torch", "torchmetrics", "torch-fidelity", "monai", "matplotlib"),
+)
+"""Distributions whose version a report names, where they are installed."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +56,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit found.
-
-    Attributes:
-        outcomes: Every section that was asked for, in order.
-        content: What ``report.json`` holds.
-    """
+    """What an audit found: the sections that were asked for, in order, and what ``report.json`` holds."""
 
     out: Path
     html: Path
@@ -121,11 +97,10 @@ def audit(
     finding, and the others run all the same.
 
     Args:
-        synthetic: The set under judgement, in any layout of ``sets.read_set``.
-        real: Real images, likewise.
+        synthetic: The set under judgement; like the other sets in any layout of ``sets.read_set``.
+        real: Real images.
         out: The report's folder; created.
-        train_split: Prepared folder that trained the generator: its training images are kept out of ``real`` and
-            ``external``.
+        train_split: Prepared folder that trained the generator: its training images judge nothing.
         healthy: Folder of the healthy images that the set was painted into.
         external: A further real set for the utility section.
         effort: ``quick`` or ``full``.
@@ -142,14 +117,11 @@ def audit(
             left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
-    from busigen.evaluation.report.charts import CONTACT_SHEET, contact_sheet
-    from busigen.evaluation.report.page import write_html
-
     started = time.perf_counter()
-    sections = choose_sections(only)
+    sections = _choose_sections(only)
     if limit is not None and limit < 2:
         raise UsageError(f"--limit is {limit}.", fix="Give a whole number from 2.")
-    device = resolve_device(device)
+    device = _resolve_device(device)
     # Before anything is read: who misspells one of several folders should not wait for the others.
     for option, path in (("--real", real), ("--healthy", healthy), ("--external", external)):
         if path is not None and not path.exists():
@@ -161,9 +133,9 @@ def audit(
         _claim(out)
     if limit is None and effort == "quick":
         limit = QUICK_LIMIT
-    context, sets = read_inputs(synthetic, real, train_split, external, limit, seed, progress)
-    context = replace(
-        context,
+    parts, about = read_inputs(synthetic, real, train_split, external, limit, seed, progress)
+    context = AuditContext(
+        **parts,
         out=out,
         effort=effort,
         seed=seed,
@@ -173,165 +145,43 @@ def audit(
         progress=progress,
     )
     paths = {"train": train_split, "healthy": healthy, "external": external, "inception": inception}
-    inputs = {
-        "synthetic": str(synthetic),
-        "real": str(real),
-        **{name: None if path is None else str(path) for name, path in paths.items()},
-        "backgrounds": context.backgrounds,
-        "effort": effort,
-        "limit": limit,
-        "seed": seed,
-        "device": device,
-    }
     with output_errors(out):
-        prints = {name: part and part["fingerprint"] for name, part in sets["sets"].items()}
-        outcomes = _run_all(sections, context, prints)
+        prints = {name: part and part["fingerprint"] for name, part in about["sets"].items()}
+        outcomes = {section.name: _outcome(section, context, prints) for section in sections}
         contact_sheet(context.synthetic, context.real, out / CONTACT_SHEET)
         seconds = {name: outcome.result.seconds for name, outcome in outcomes.items()}
         content = {
             "schema_version": REPORT_SCHEMA,
             "busigen": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "inputs": inputs,
-            **sets,
-            "versions": library_versions(),
-            "sections": [_entry(name, outcome) for name, outcome in outcomes.items()],
+            "inputs": {
+                "synthetic": str(synthetic),
+                "real": str(real),
+                **{name: None if path is None else str(path) for name, path in paths.items()},
+                "backgrounds": context.backgrounds,
+                "effort": effort,
+                "limit": limit,
+                "seed": seed,
+                "device": device,
+            },
+            **about,
+            "versions": _library_versions(),
+            "sections": [
+                {
+                    **jsonable(outcome.result.to_dict()),
+                    "title": SECTIONS[name].title,
+                    "question": SECTIONS[name].question,
+                    "flagged": outcome.result.flagged,
+                    "cached": outcome.cached,
+                    "error": outcome.error,
+                }
+                for name, outcome in outcomes.items()
+            ],
             "seconds": {**seconds, "this run": time.perf_counter() - started},
         }
         write_json(out / REPORT_FILE, content)
         html = write_html(content, out)
     return Report(out, html, outcomes, content)
-
-
-def check_libraries() -> None:
-    """Import what every report needs.
-
-    Raises:
-        ModuleNotFoundError: the extra ``eval`` is not installed.
-    """
-    from busigen.evaluation.report import charts, page  # noqa: F401
-
-
-def choose_sections(only: Sequence[str] | None) -> list[Section]:
-    """The sections of these names, in the order of ``SECTIONS``; all of them for None.
-
-    Raises:
-        UsageError: a name is unknown, or none is given.
-    """
-    if only is None:
-        return list(SECTIONS.values())
-    names = [name.strip() for name in only if name.strip()]
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown or not names:
-        problem = f"--only names no section '{unknown[0]}'" if unknown else "--only names no section"
-        raise UsageError(f"{problem}.", fix=f"Give some of: {', '.join(SECTIONS)}, separated by commas.")
-    return [section for section in SECTIONS.values() if section.name in names]
-
-
-def resolve_device(device: str) -> str:
-    """``cpu`` or ``cuda``; ``auto`` takes CUDA where PyTorch finds it.
-
-    Raises:
-        UsageError: an unknown device, or CUDA where there is none.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device is {device!r}.", fix="Give auto, cpu or cuda.")
-    if device == "cpu":
-        return "cpu"
-    available = False
-    if find_spec("torch") is not None:
-        import torch
-
-        available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UsageError("--device cuda: PyTorch finds no CUDA device here.", fix="Use --device cpu.")
-    return "cuda" if available else "cpu"
-
-
-def _run_all(sections: Sequence[Section], context: AuditContext, sets: dict[str, str | None]) -> dict[str, Outcome]:
-    outcomes = {}
-    for section in sections:
-        key = key_of(section, context, sets)
-        kept = load(context.out, section.name, key)
-        outcomes[section.name] = Outcome(kept, cached=True) if kept is not None else _run(section, context, key)
-    return outcomes
-
-
-def _run(section: Section, context: AuditContext, key: str) -> Outcome:
-    """Run one section and keep its result, unless it could not run."""
-    log.info("%s: %s", section.title, section.question)
-    started = time.perf_counter()
-    before = {path: path.stat().st_mtime_ns for path in section_folder(context.out, section.name).glob("*.*")}
-    error = ""
-    result = SectionResult(section.name)
-    try:
-        result = section.run(context)
-    except ModuleNotFoundError as missing:
-        error = f"It needs {missing.name}, which is not installed. Run {install_command('eval')}."
-    except BusigenError as problem:
-        error = str(problem)
-    except Exception as problem:
-        # One section must not cost the user the other five; the log has the rest.
-        log.exception("section %s failed", section.name)
-        error = f"{type(problem).__name__}: {problem}"
-    finally:
-        context.progress.stop()
-    result = replace(result, seconds=time.perf_counter() - started)
-    if error:
-        result.note(f"This section could not run. {error}")
-        return Outcome(result, error=error)
-    # From JSON in either case, so that a kept result and a fresh one read the same.
-    result = SectionResult.from_dict(jsonable(result.to_dict()))
-    # Only now: a run that fails leaves the files of the one before it as they were.
-    for path, changed in before.items():
-        if path.is_file() and path.stat().st_mtime_ns == changed:
-            path.unlink()
-    store(context.out, key, result)
-    return Outcome(result)
-
-
-def _entry(name: str, outcome: Outcome) -> dict[str, Any]:
-    """A section as ``report.json`` holds it."""
-    return {
-        **jsonable(outcome.result.to_dict()),
-        "title": SECTIONS[name].title,
-        "question": SECTIONS[name].question,
-        "flagged": outcome.result.flagged,
-        "cached": outcome.cached,
-        "error": outcome.error,
-    }
-
-
-def _claim(out: Path) -> None:
-    """Refuse a folder that holds anything but an audit's report, since files of an earlier one are removed.
-
-    Raises:
-        OutputError: it does.
-    """
-    from busigen.evaluation.report.charts import CONTACT_SHEET
-
-    sections = out / "sections"
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file.", fix="Name a folder for the report.")
-    out.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    # One that was killed before it could write its report leaves the others.
-    foreign = present - {"sections", CONTACT_SHEET} if not _is_report(out / REPORT_FILE) else set()
-    if sections.is_symlink() or (sections.is_dir() and {path.name for path in sections.iterdir()} - set(SECTIONS)):
-        foreign.add("sections")
-    if foreign:
-        raise OutputError(
-            f"{out} is not empty and holds no report: {sorted(foreign)[0]!r}.", fix="Name a new or empty folder."
-        )
-    sections.mkdir(exist_ok=True)
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.keys() >= {"busigen", "schema_version", "sections"}
 
 
 def audited(report: Report) -> Iterator[str]:
@@ -361,3 +211,97 @@ def _section(name: str, outcome: Outcome) -> Iterator[str]:
         elif not result.flagged:
             # Why nothing is flagged, or could be: a silent section would otherwise look like a clean one.
             yield f"    {finding.text}"
+
+
+def _choose_sections(only: Sequence[str] | None) -> list[Section]:
+    """The sections of these names, in the order of ``SECTIONS``; all of them for None."""
+    names = list(SECTIONS) if only is None else [name.strip() for name in only if name.strip()]
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        problem = f"--only names no section '{unknown[0]}'" if unknown else "--only names no section"
+        raise UsageError(f"{problem}.", fix=f"Give some of: {', '.join(SECTIONS)}, separated by commas.")
+    return [section for section in SECTIONS.values() if section.name in names]
+
+
+def _resolve_device(device: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes CUDA where PyTorch finds it."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device is {device!r}.", fix="Give auto, cpu or cuda.")
+    available = False
+    if device != "cpu" and find_spec("torch") is not None:
+        import torch
+
+        available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("--device cuda: PyTorch finds no CUDA device here.", fix="Use --device cpu.")
+    return "cuda" if available else "cpu"
+
+
+def _claim(out: Path) -> None:
+    """Refuse a folder that holds anything but an audit's report, since files of an earlier one are removed."""
+    sections = out / "sections"
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file.", fix="Name a folder for the report.")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        report = read_json(out / REPORT_FILE)
+    except (OSError, ValueError):
+        report = None
+    foreign = set()
+    if not (isinstance(report, dict) and report.keys() >= {"busigen", "schema_version", "sections"}):
+        # One that was killed before it could write its report leaves the others.
+        present = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+        foreign = present - {"sections", CONTACT_SHEET}
+    if sections.is_symlink() or (sections.is_dir() and {path.name for path in sections.iterdir()} - set(SECTIONS)):
+        foreign.add("sections")
+    if foreign:
+        raise OutputError(
+            f"{out} is not empty and holds no report: {sorted(foreign)[0]!r}.", fix="Name a new or empty folder."
+        )
+    sections.mkdir(exist_ok=True)
+
+
+def _library_versions() -> dict[str, str]:
+    """Version of Python and of every installed library that a figure may depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _outcome(section: Section, context: AuditContext, prints: Prints) -> Outcome:
+    """The section's kept result, or that of running it, which is kept unless it could not run."""
+    key = key_of(section, context, prints)
+    kept = load(context.out, section.name, key)
+    if kept is not None:
+        return Outcome(kept, cached=True)
+    log.info("%s: %s", section.title, section.question)
+    started = time.perf_counter()
+    before = {path: path.stat().st_mtime_ns for path in section_folder(context.out, section.name).glob("*.*")}
+    error = ""
+    result = SectionResult(section.name)
+    try:
+        result = section.run(context)
+    except ModuleNotFoundError as missing:
+        error = f"It needs {missing.name}, which is not installed. Run {install_command('eval')}."
+    except BusigenError as problem:
+        error = str(problem)
+    except Exception as problem:
+        # One section must not cost the user the other five; the log has the rest.
+        log.exception("section %s failed", section.name)
+        error = f"{type(problem).__name__}: {problem}"
+    finally:
+        context.progress.stop()
+    result = replace(result, seconds=time.perf_counter() - started)
+    if error:
+        result.note(f"This section could not run. {error}")
+        return Outcome(result, error=error)
+    # From JSON in either case, so that a kept result and a fresh one read the same.
+    result = SectionResult.from_dict(jsonable(result.to_dict()))
+    # Only now: a run that fails leaves the files of the one before it as they were.
+    for path, changed in before.items():
+        if path.is_file() and path.stat().st_mtime_ns == changed:
+            path.unlink()
+    store(context.out, key, result)
+    return Outcome(result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,15 +73,9 @@ class ImageSet:
     def take(self, rows: NDArray[Any]) -> ImageSet:
         """The rows of these positions, or where a mask is True, in order."""
         rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-        return replace(
-            self,
-            images=self.images[rows],
-            masks=self.masks[rows],
-            valid=self.valid[rows],
-            overlays=self.overlays[rows],
-            clean=None if self.clean is None else self.clean[rows],
-            table=self.table[rows.tolist()],
-        )
+        arrays = {name: getattr(self, name)[rows] for name in ("images", "masks", "valid", "overlays")}
+        clean = None if self.clean is None else self.clean[rows]
+        return replace(self, **arrays, clean=clean, table=self.table[rows.tolist()])
 
     def without_overlays(self) -> ImageSet:
         """The set with its clean images, for whatever learns from pixels.
@@ -89,13 +85,20 @@ class ImageSet:
         """
         return self if self.clean is None else replace(self, images=self.clean)
 
-    def of_class(self, label: str) -> ImageSet:
-        """The images of one class."""
-        return self.take((self.table["class"] == label).to_numpy())
-
     def with_lesions(self) -> ImageSet:
         """The images whose mask is not empty."""
         return self.take(np.asarray(self.masks.any(axis=(1, 2))))
+
+
+def fingerprint(images: ImageSet) -> str:
+    """Hex sha256 over everything that a section can see of a set; where it lies does not count."""
+    digest = hashlib.sha256()
+    marks = (np.packbits(images.masks), np.packbits(images.valid), np.packbits(images.overlays))
+    for array in (images.images, images.without_overlays().images, *marks):
+        digest.update(np.ascontiguousarray(array).data)
+    digest.update(images.table.write_json().encode())
+    digest.update(json.dumps([refusal.to_dict() for refusal in images.refused]).encode())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -107,7 +110,7 @@ class AuditContext:
         train: Real images that trained the generator; None where nobody said which those are.
         effort: ``quick`` (minutes on two cores) or ``full``.
         device: ``cpu`` or ``cuda``, resolved.
-        backgrounds: What the synthetic images were painted into: ``real``, ``synthetic`` or ``unknown``.
+        backgrounds: What the synthetic images were painted into.
         inception: Inception weights for FID, KID and IS; None to look in the library's own cache.
         external: A further real set that utility tests on.
         healthy: Folder of the healthy images that the synthetic set was painted into; None where nobody named it.

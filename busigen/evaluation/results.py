@@ -1,4 +1,4 @@
-"""What a section of the audit hands back: figures with interval and floor, findings, pictures and plots."""
+"""What a section of the audit hands back, figures, findings and pictures, and how it is kept for a later run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BeforeValidator
 
-from busigen.records import checked
+from busigen.errors import IntegrityError
+from busigen.files import write_json
+from busigen.records import Record, Text, checked, read_checked
 
 Better = Literal["lower", "higher", "near"]
 """Where a figure should lie against its floor: below, above, or inside the floor's interval."""
-
 
 # JSON has null for a number that is none.
 _Value = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -30,18 +32,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number.
+    """One measured number, of so many ``synthetic`` and ``real`` images.
 
     Attributes:
         key: Dotted name, unique in the report: ``section.region.class.measure.statistic``.
         label: The same for people, short enough for a table's row.
         value: The synthetic set against the real one, with its bootstrap interval.
-        floor: The same measure between two group-disjoint halves of the real set; None where no floor exists, in which
-            case ``note`` says why.
+        floor: The same between two group-disjoint halves of the real set; where it is None, ``note`` says why.
         unit: ``px``, ``dB``, ``%``, ... or empty.
         p: P-value of the test against "no difference", adjusted for the section's number of tests.
-        flagged: The section says that this is a defect.
-        note: What a reader must know to read the number.
+        flagged: It is a defect.
     """
 
     key: str
@@ -100,15 +100,8 @@ class SectionResult:
         self.findings.append(Finding("note", text, keys))
 
     def figure(self, key: str) -> Figure:
-        """The figure of that key.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for figure in self.figures:
-            if figure.key == key:
-                return figure
-        raise KeyError(key)
+        """The figure of that key; a ``KeyError`` where there is none."""
+        return {figure.key: figure for figure in self.figures}[key]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
@@ -127,3 +120,48 @@ class SectionResult:
 def section_folder(out: Path, section: str) -> Path:
     """Where a section keeps its pictures, and its result for a later run."""
     return out / "sections" / section
+
+
+class _Kept(Record):
+    """A kept result, of the audit that its key is of."""
+
+    key: Text
+    result: dict[Text, Any]
+
+
+def store(out: Path, key: str, result: SectionResult) -> None:
+    """Keep a result; it appears complete or not at all.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    folder = section_folder(out, result.section)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "result.json", {"key": key, "result": jsonable(result.to_dict())})
+
+
+def load(out: Path, section: str, key: str) -> SectionResult | None:
+    """The kept result of that key; None where there is none, it is damaged, or one of its pictures is gone."""
+    folder = section_folder(out, section)
+    try:
+        content = read_checked(_Kept, folder / "result.json", fix="")
+        if content["key"] != key:
+            return None
+        result = SectionResult.from_dict(content["result"])
+    except (OSError, IntegrityError):
+        return None
+    whole = all((folder / picture.file).is_file() for picture in result.pictures)
+    return result if whole and result.section == section else None
+
+
+def jsonable(value: Any) -> Any:
+    """The same in plain JSON types; NaN and infinities, which JSON does not know, become null."""
+    if isinstance(value, dict):
+        return {str(name): jsonable(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(part) for part in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

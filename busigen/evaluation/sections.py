@@ -1,21 +1,32 @@
-"""The audit's sections, in the order in which they run and are shown; command line, report and cache read this."""
+"""The audit's sections, in the order in which they run and are shown, and what decides their results."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
+from busigen import __version__
+from busigen.data.sources.files import find_images
 from busigen.evaluation.context import AuditContext
 from busigen.evaluation.results import SectionResult
+from busigen.files import sha256_of
+
+Prints = dict[str, str | None]
+"""Fingerprint per set, None for one that is not there."""
 
 
 @dataclass(frozen=True)
 class Section:
     """One section.
 
-    ``version`` is part of the cache's key: raise it whenever the section's figures change meaning. ``reads`` names what
-    the section looks at besides the synthetic and the real set (see ``cache.INPUTS``): another value of these, and of
-    no others, runs it again.
+    Attributes:
+        reads: What it looks at besides the synthetic and the real set, of `INPUTS`: another value of these, and of no
+            others, runs it again.
+        version: Part of a kept result's key: raise it whenever the section's figures change meaning.
     """
 
     name: str
@@ -88,3 +99,40 @@ _ALL = (
     Section("privacy", "Privacy", "Does it show the images that it was trained on?", _privacy, ("train",)),
 )
 SECTIONS = {section.name: section for section in _ALL}
+
+
+def _healthy(context: AuditContext, prints: Prints) -> Any:
+    return None if context.healthy is None else sorted(sha256_of(path) for path in find_images(context.healthy))
+
+
+def _inception(context: AuditContext, prints: Prints) -> Any:
+    if context.inception is not None:
+        return sha256_of(context.inception)
+    # Where the user brings no weights, the library's own are used as soon as it is there.
+    return find_spec("torch_fidelity") is not None
+
+
+INPUTS: dict[str, Callable[[AuditContext, Prints], Any]] = {
+    "train": lambda context, prints: prints.get("train"),
+    "external": lambda context, prints: prints.get("external"),
+    "healthy": _healthy,
+    "inception": _inception,
+    # The full real-or-synthetic test trains a smaller network where there is no GPU.
+    "device": lambda context, prints: context.device if context.effort == "full" else None,
+}
+"""What a section can read besides the synthetic and the real set, as something that changes when the content does."""
+
+
+def key_of(section: Section, context: AuditContext, prints: Prints) -> str:
+    """Hex sha256 over what decides a section's result: options and content count, the report's folder does not."""
+    content = {
+        "section": section.name,
+        "version": section.version,
+        "busigen": __version__,
+        "sets": {name: prints[name] for name in ("synthetic", "real")},
+        "effort": context.effort,
+        "seed": context.seed,
+        "backgrounds": context.backgrounds,
+        **{name: INPUTS[name](context, prints) for name in section.reads},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from busigen.solver import SolverStep
 
@@ -42,27 +42,23 @@ class Assembly:
         shared: str,
         nodes: Sequence[NodeProto] | None = None,
     ) -> dict[str, str]:
-        """Copy a model's nodes in.
+        """Copy a model's nodes in, all or the given ones, and return what its names are called here.
 
         Args:
             model: what to copy.
             prefix: put before every name that the copy computes.
-            shared: put before the names of its initialisers, so that further copies of the same model share them.
             wiring: the model's names, each with the value to read in its place; inputs not named become inputs here.
-            nodes: those to copy; all of them where none are given.
-
-        Returns:
-            What the model's names are called in this graph.
+            shared: put before the names of its initialisers, so that further copies of the same model share them.
+            nodes: those to copy.
         """
         graph = model.graph
         names = dict(wiring)
         for tensor in graph.initializer:
             names[tensor.name] = shared + tensor.name
             if names[tensor.name] not in self.constants:
-                copy = TensorProto()
+                copy = self.constants[names[tensor.name]] = TensorProto()
                 copy.CopyFrom(tensor)
                 copy.name = names[tensor.name]
-                self.constants[copy.name] = copy
         for value in graph.input:
             if value.name not in names:
                 self.inputs[value.name] = value
@@ -81,15 +77,8 @@ class Assembly:
             self.nodes.append(twin)
         return names
 
-    def loop(
-        self,
-        step: ModelProto,
-        steps: Sequence[SolverStep],
-        wiring: Mapping[str, str],
-        start: str,
-        update: ModelProto,
-    ) -> str:
-        """Add the solver's loop as one node and return the name of its result.
+    def loop(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], update: ModelProto) -> str:
+        """Add the solver's loop from ``noise`` as one node and return the name of its result.
 
         The loop's body is one evaluation and ``update``, with the times of its turn taken from tables. What is alike in
         every turn is computed before it. Weights that only the body reads are the body's own: ONNX Runtime's CPU
@@ -126,24 +115,19 @@ class Assembly:
             [self.constants.pop(name) for name in sorted(own)],
         )
         self.nodes = outside
-        self.nodes.append(helper.make_node("Loop", [turns, "", start], ["solver/result"], name="solver", body=body))
+        self.nodes.append(helper.make_node("Loop", [turns, "", "noise"], ["solver/result"], name="solver", body=body))
         return "solver/result"
 
     def unrolled(
-        self,
-        step: ModelProto,
-        steps: Sequence[SolverStep],
-        wiring: Mapping[str, str],
-        start: str,
-        update: ModelProto,
+        self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], update: ModelProto
     ) -> str:
-        """Add the solver's steps one after the other and return the name of the result.
+        """Add the solver's steps from ``noise`` one after the other and return the name of the result.
 
         Weights, and all that is alike in every step, are there once. Times are constants, so that an engine that folds
         constants, as all do, is left without the embedding of time.
         """
         names, varying = self._invariant(step, wiring)
-        x = start
+        x = "noise"
         for number, constants in enumerate(steps):
             here = f"solver/{number}/"
             now = {
@@ -162,8 +146,7 @@ class Assembly:
     def _invariant(self, step: ModelProto, wiring: Mapping[str, str]) -> tuple[dict[str, str], list[NodeProto]]:
         """Paste what depends on neither sample nor time, such as the keys and values of the context's tokens.
 
-        Returns:
-            What its names are called here, and the nodes that are left to every step.
+        Returns its names here, and the nodes that are left to every step.
         """
         moving, varying, invariant = {"x", "t"}, [], []
         for node in _without_expansion(step):
@@ -181,24 +164,13 @@ class Assembly:
         final = ValueInfoProto()
         final.CopyFrom(like)
         final.name = final_name
-        graph: GraphProto = helper.make_graph(
-            self.nodes,
-            name,
-            list(self.inputs.values()),
-            [final],
-            list(self.constants.values()),
-        )
-        model = helper.make_model(graph, opset_imports=self._opset, ir_version=self._ir_version)
-        onnx.checker.check_model(model)
-        return model
+        constants = list(self.constants.values())
+        graph = helper.make_graph(self.nodes, name, list(self.inputs.values()), [final], constants)
+        return helper.make_model(graph, opset_imports=self._opset, ir_version=self._ir_version)
 
 
 TIMES = ("t", "s")
 """What a solver step reads of its :class:`SolverStep`."""
-
-
-_FORMS = {"loop": Assembly.loop, "unrolled": Assembly.unrolled}
-"""What writes each of ``registry.LOOPS``."""
 
 
 def with_solver(
@@ -235,7 +207,7 @@ def with_solver(
     noise.CopyFrom(step.graph.input[0])
     noise.name = "noise"
     assembly.inputs.setdefault("noise", noise)
-    x = _FORMS[loop](assembly, step, steps, wiring, "noise", update)
+    x = (assembly.loop if loop == "loop" else assembly.unrolled)(step, steps, wiring, update)
     if after is not None:
         x = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")[after.graph.output[0].name]
     return assembly.build(x, (after or step).graph.output[0], output, name)
@@ -264,23 +236,20 @@ def _without_expansion(step: ModelProto) -> list[NodeProto]:
     return nodes
 
 
-def with_weights(model: ModelProto, weights: Mapping[str, np.ndarray]) -> ModelProto:
-    """A copy of a traced graph with another checkpoint's weights.
+def with_weights(model: ModelProto, weights: Mapping[str, TensorProto]) -> ModelProto:
+    """A copy of a traced graph with another network's weights.
 
     Raises:
-        ValueError: the two do not have the same floating-point weights.
+        ValueError: the two do not have the same weights.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
-    replaced = set()
+    left = dict(weights)
     for tensor in copy.graph.initializer:
-        if tensor.name in weights:
-            value = weights[tensor.name]
-            if list(tensor.dims) != list(value.shape):
-                raise ValueError(f"weight {tensor.name} has shape {value.shape}, the graph has {list(tensor.dims)}")
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-            replaced.add(tensor.name)
-    left = set(weights) - replaced
+        if (other := left.pop(tensor.name, None)) is not None:
+            if tensor.dims != other.dims:
+                raise ValueError(f"weight {tensor.name} has shape {other.dims}, the graph has {tensor.dims}")
+            tensor.CopyFrom(other)
     if left:
         raise ValueError(f"the traced graph lacks {len(left)} weights, for example {min(left)}")
     return copy

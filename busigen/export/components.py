@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from diffusers import ModelMixin
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
-from busigen.export import trace
 from busigen.export.assembly import with_solver, with_weights
 from busigen.export.graph_rewrites import TYPES, emulated, lowered, make_sums_deterministic
+from busigen.export.trace import Tracer, without_context
+from busigen.export.weights import weight
 from busigen.registry import (
     BUCKETS,
     CLASSES,
@@ -73,6 +72,10 @@ COMPONENTS = ("context", "encoder", "decoder", "prior", "mask", "lesion", "blend
 """Names of all components, in the order in which they are traced."""
 
 
+Steps = dict[str, list[ModelProto]]
+"""Traced evaluations, one per window size, by the configuration of what was traced: stages 2 and 3 may share one."""
+
+
 def components(networks: Networks, *, opset: int, loop: str, only: Collection[str] = COMPONENTS) -> Iterator[Component]:
     """Trace a checkpoint's networks, one component after the other.
 
@@ -85,89 +88,59 @@ def components(networks: Networks, *, opset: int, loop: str, only: Collection[st
         loop: a name in ``registry.LOOPS``.
         only: names in ``COMPONENTS``.
     """
-    tracing, steps = trace.Tracer(opset), Steps()
-    makers: dict[str, Callable[[], Component]] = {
-        "context": lambda: Component("context", {"context": Part(tracing.context(networks))}, loop),
-        "encoder": lambda: _sized("encoder", lambda side: tracing.encoder(networks, side), loop),
-        "decoder": lambda: _sized("decoder", lambda side: tracing.decoder(networks, side), loop),
-        "prior": lambda: _prior(tracing, networks, loop),
-        "mask": lambda: outlines(tracing, networks, loop),
-        "lesion": lambda: _staged(tracing, networks, loop, "lesion", steps),
-        "blend": lambda: _staged(tracing, networks, loop, "blend", steps),
-    }
-    for name in COMPONENTS:
-        if name in only:
-            yield makers[name]()
+    tracing, steps = Tracer(opset), Steps()
+    for name in (name for name in COMPONENTS if name in only):
+        if name == "mask":
+            yield outlines(tracing, networks, loop)
+        elif name == "context":
+            yield Component(name, {name: Part(tracing.context(networks))}, loop)
+        elif name == "prior":
+            yield Component(name, {name: _prior(tracing, networks)}, loop)
+        elif name in ("encoder", "decoder"):
+            traced = tracing.encoder if name == "encoder" else tracing.decoder
+            yield Component(name, {f"{name}@{side}": Part(traced(networks, side)) for side in BUCKETS}, loop)
+        else:
+            yield Component(name, _staged(tracing, networks, name, steps), loop)
 
 
-def _sized(name: str, traced: Callable[[int], ModelProto], loop: str) -> Component:
-    return Component(name, {f"{name}@{side}": Part(traced(side)) for side in BUCKETS}, loop)
+def _prior(tracing: Tracer, networks: Networks) -> Part:
+    unet, cells = networks.denoisers["prior"], RESOLUTION // LATENT_FACTOR
+    step = tracing.step(without_context(unet), cells, 1, (PLACE_CHANNELS,))
+    before = tracing.prior_condition(networks, cells)
+    update = tracing.update(unet.spectrum, networks.preset.latent_channels, cells, cells)
+    return _part(step, "prior", "normal", networks, before, update)
 
 
-_CONDITIONS: dict[str, tuple[torch.nn.Module, list[str]]] = {
-    "lesion": (trace.LesionCondition(), ["known", "mask", "edit"]),
-    "blend": (trace.BlendCondition(), ["known", "painted", "mask", "edit", "ring"]),
-}
-"""What computes a stage's condition channels, and from which inputs."""
-
-Steps = dict[str, list[ModelProto]]
-"""Traced evaluations, one per window size, by the configuration of what was traced: stages 2 and 3 may share one."""
-
-
-def _prior(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
-    cells = RESOLUTION // LATENT_FACTOR
-    step = tracing.step(trace.without_context(networks.denoisers["prior"]), cells, 1, (PLACE_CHANNELS,))
-    before = make_sums_deterministic(tracing.prior_condition(networks, cells))
-    update = make_sums_deterministic(
-        tracing.update(networks.denoisers["prior"].spectrum, networks.preset.latent_channels, cells, cells)
-    )
-    part = _part(step, "prior", "normal", networks, "latents", before, update)
-    return Component("prior", {"prior": part}, loop)
-
-
-def outlines(tracing: trace.Tracer, networks: Networks, loop: str) -> Component:
+def outlines(tracing: Tracer, networks: Networks, loop: str) -> Component:
     """Stage 1 of each class; the classes' adapters share the base's outline space, but not its spread."""
     first = networks.denoiser("mask", LESION_CLASSES[0])
     step = tracing.outline_step(first, networks.preset.tokens)
-    before, after = (
-        make_sums_deterministic(tracing.asked(first.space)),
-        make_sums_deterministic(tracing.distance(first.space, first.length)),
-    )
+    before, after = tracing.asked(first.space), tracing.distance(first.space, first.length)
     parts = {}
     for label in LESION_CLASSES:
         unet = networks.denoisers[f"mask-{label}"]
-        update = make_sums_deterministic(tracing.update(unet.spectrum, unet.length))
-        weighted = with_weights(step, _weights(unet))
-        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, "distance", before, update, after)
+        update = tracing.update(unet.spectrum, unet.length)
+        weighted = with_weights(step, denoiser_weights(unet))
+        parts[f"mask-{label}"] = _part(weighted, "mask", label, networks, before, update, after)
     return Component("mask", parts, loop)
 
 
-def _staged(
-    tracing: trace.Tracer,
-    networks: Networks,
-    loop: str,
-    stage: str,
-    steps: Steps,
-) -> Component:
-    channels = networks.preset.latent_channels
-    first = networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
-    conditions = (channels, MASK_CHANNELS, 1)
-    sizes = [side // LATENT_FACTOR for side in BUCKETS]
+def _staged(tracing: Tracer, networks: Networks, stage: str, steps: Steps) -> dict[str, Part]:
+    channels, first = networks.preset.latent_channels, networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
+    conditions, sizes = (channels, MASK_CHANNELS, 1), [side // LATENT_FACTOR for side in BUCKETS]
     # Names with an underscore say where the network was loaded from.
     key = str(sorted((name, value) for name, value in first.config.items() if not name.startswith("_")))
     if key not in steps:
         steps[key] = [tracing.step(first, size, networks.preset.tokens, conditions) for size in sizes]
-    before = [make_sums_deterministic(tracing.condition(*_CONDITIONS[stage], channels, side)) for side in BUCKETS]
-    traced = list(zip(steps[key], before, strict=True))
+    before = [tracing.condition(stage, channels, side) for side in BUCKETS]
     parts = {}
     for label in LESION_CLASSES:
         unet = networks.denoisers[f"{stage}-{label}"]
-        weights = _weights(unet)
-        for name, size, (step, known) in zip(graphs_of(f"{stage}-{label}"), sizes, traced, strict=True):
-            update = make_sums_deterministic(tracing.update(unet.spectrum, channels, size, size, conditions=conditions))
-            weighted = with_weights(step, weights)
-            parts[name] = _part(weighted, stage, label, networks, "latents", known, update)
-    return Component(stage, parts, loop)
+        for name, size, step, known in zip(graphs_of(f"{stage}-{label}"), sizes, steps[key], before, strict=True):
+            update = tracing.update(unet.spectrum, channels, size, size, conditions=conditions)
+            weighted = with_weights(step, denoiser_weights(unet))
+            parts[name] = _part(weighted, stage, label, networks, known, update)
+    return parts
 
 
 def _part(
@@ -175,7 +148,6 @@ def _part(
     stage: str,
     label: str,
     networks: Networks,
-    output: str,
     before: ModelProto,
     update: ModelProto,
     after: ModelProto | None = None,
@@ -187,7 +159,7 @@ def _part(
             CLASSES.index(label),
             loop=loop,
             name=stage if label == "normal" else f"{stage}-{label}",
-            output=output,
+            output="latents" if after is None else "distance",
             update=update,
             before=before,
             after=after,
@@ -196,6 +168,7 @@ def _part(
     return Part(step, finish, before, after, update)
 
 
-def _weights(unet: ModelMixin) -> dict[str, Any]:
-    """What training changes; buffers (stage 1's outline space) are no part of a traced evaluation."""
-    return {f"velocity.unet.{name}": value.detach().cpu().numpy() for name, value in unet.named_parameters()}
+def denoiser_weights(unet: ModelMixin) -> dict[str, TensorProto]:
+    """What training changes, as a traced evaluation has it; buffers (stage 1's outline space) are no part of that."""
+    names = ((f"velocity.unet.{name}", value) for name, value in unet.named_parameters())
+    return {name: weight(name, value) for name, value in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,18 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
-from busigen.export.bundle_writer import write_graphs
-from busigen.export.components import COMPONENTS, Component, components
+from busigen.export.components import COMPONENTS, components
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
-from busigen.export.precision_search import Choice, ModelBackend, check_opset, choose, escalate, runs
+from busigen.export.precision_search import Choice, GraphsBackend, check_opset, choose, escalate, runs, scratch
 from busigen.export.report import fused, model_card
+from busigen.export.weights import WeightFiles, emptied, write_graphs
 from busigen.files import sha256_of
-from busigen.foreign import open_file
-from busigen.records import parse_json
 from busigen.registry import (
     BACKGROUND_SPECKLE,
     DEFAULT_BATCH,
@@ -80,12 +80,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        for name, allowed in (
-            ("target", TARGETS),
-            ("precision", tuple(PRECISIONS)),
-            ("opset", OPSETS),
-            ("loop", tuple(LOOPS)),
-        ):
+        known = {"target": TARGETS, "precision": PRECISIONS, "opset": OPSETS, "loop": LOOPS}
+        for name, allowed in known.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}.", fix=f"Choose one of: {', '.join(map(str, allowed))}.")
@@ -105,7 +101,7 @@ def batch_sizes(text: str | None) -> tuple[int, ...]:
     Raises:
         UsageError: a part is no whole number.
     """
-    parts = [part.strip() for part in (text or "").split(",")] if text is not None else []
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
     for part in parts:
         if not part.isascii() or not part.isdigit():
             raise UsageError(f"--batch-size {text!r} holds {part!r}.", fix="Give whole numbers, such as 4,16.")
@@ -115,16 +111,9 @@ def batch_sizes(text: str | None) -> tuple[int, ...]:
 _TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
 
 _MERGED = tuple(f"{stage}-{label}" for stage in STAGES for label in LESION_CLASSES)
-_EXPECTED = {
-    BASE: ("autoencoder", "context", "prior", *STAGES),
-    ADAPTERS: _MERGED,
-    MERGED: _MERGED,
-}
 _NEEDED = {BASE: ("autoencoder", "context", "prior"), MERGED: _MERGED}
 """What is exported; the stages' bases and adapters are in what was merged."""
-
-_MAX_HEADER_BYTES = 16 << 20
-"""Largest header of a safetensors file that is read; it takes some 100 bytes for each weight."""
+_EXPECTED = {BASE: (*_NEEDED[BASE], *STAGES), ADAPTERS: _MERGED, MERGED: _MERGED}
 
 
 def check_layout(checkpoint: Path) -> None:
@@ -140,29 +129,18 @@ def check_layout(checkpoint: Path) -> None:
                 problem = "has an adapter that was not merged" if unmerged else "is missing"
                 raise InputError(f"{checkpoint / place / name} {problem}.", fix=_TRAIN)
     for place, expected in _EXPECTED.items():
-        found = sorted(path.name for path in (checkpoint / place).glob("*") if path.is_dir())
-        for name in found:
-            if name not in expected:
-                raise InputError(
-                    f"{checkpoint / place / name} is no component; known: {', '.join(expected)}.",
-                    fix="Move it out of the checkpoint.",
-                )
+        for path in sorted(path for path in (checkpoint / place).glob("*") if path.is_dir()):
+            if path.name not in expected:
+                problem = f"{path} is no component; known: {', '.join(expected)}."
+                raise InputError(problem, fix="Move it out of the checkpoint.")
     for path in sorted(checkpoint.glob(f"{MERGED}/*/*.safetensors")):
-        adapted = next((name for name in _names(path) if "lora_" in name), None)
+        try:
+            with safe_open(path, "pt") as file:
+                adapted = next((name for name in file.keys() if "lora_" in name), None)  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is no safetensors file.", fix=_TRAIN) from error
         if adapted is not None:
             raise InputError(f"{path} holds an adapter that was not merged: {adapted}.", fix=_TRAIN)
-
-
-def _names(weights: Path) -> list[str]:
-    """The names in a safetensors file: its header is JSON, after eight bytes that say how long it is."""
-    try:
-        with open_file(weights) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError("its header is too long")
-            return list(parse_json(stream.read(length), "the header"))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{weights} is no safetensors file.", fix=_TRAIN) from error
 
 
 def check_finite(networks: Networks) -> None:
@@ -171,14 +149,24 @@ def check_finite(networks: Networks) -> None:
     Raises:
         InputError: names component and weight.
     """
-    assert networks.context is not None
-    modules = {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
-    for component, module in modules.items():
+    for component, module in _modules(networks).items():
         trainer.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):
         value = getattr(networks, name)
         if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):
             raise InputError(f"the checkpoint's {name} is {value.tolist()}.", fix=_TRAIN)
+
+
+def _modules(networks: Networks) -> dict[str, ModelMixin]:
+    """Every trained network of a checkpoint, by the name of the folder that it is saved in."""
+    assert networks.context is not None
+    return {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
+
+
+def empty(networks: Networks, checkpoint: Path) -> None:
+    """Leave networks their shapes alone: their weights are read one by one from now on, as they are written."""
+    for name, module in _modules(networks).items():
+        emptied(module, checkpoint / (MERGED if name in _MERGED else BASE) / name)
 
 
 log = logging.getLogger("busigen.export")
@@ -214,16 +202,45 @@ def export(
         OutputError: ``out`` is taken or cannot be written.
         ParityError: the graphs do not reproduce the checkpoint; nothing is left at ``out``.
     """
-    options = options or Options()
+    options, progress = options or Options(), progress or Progress()
     check_opset(options.opset)
     providers, unproved = _provers(options.precision), _unproved(options.engines)
     read_record(checkpoint)
     check_layout(checkpoint)
     networks, record = load_networks(checkpoint)
     check_finite(networks)
+    info = _info(networks, record, checkpoint, options)
     with _appearing(out) as folder:
-        exporter = _Exporter(folder, networks, options, providers, unproved, progress or Progress())
-        info = exporter.run(_info(networks, record, checkpoint, options))
+        with progress:
+            progress.start("drawing with PyTorch", len(LESION_CLASSES) * options.draws, unit="draw")
+            reference = Reference(networks, Bundle(folder, info, ""), draws=options.draws, progress=progress)
+            empty(networks, checkpoint)
+            progress.start("tracing", len(COMPONENTS), unit="component")
+            choices: dict[str, Choice] = {}
+            for component in components(networks, opset=options.opset, loop=options.loop):
+                started = time.monotonic()
+                choice = choices[component.name] = choose(component, options.precision, reference.calls)
+                seconds = time.monotonic() - started
+                log.info("%s: %d graph(s) in %s in %.1f s", choice.name, len(choice.graphs), choice.precision, seconds)
+                progress.advance(1)
+            bundle, parity = _proved(folder, info, choices, reference, providers, unproved, options, progress)
+        first = next(iter(parity.values()))
+        info = bundle.info | {
+            # The CPU provider, which counts them, has no kernels for bf16.
+            "fused": {
+                name: fused(bundle.graph(name))
+                for name, graph in bundle.info["graphs"].items()
+                if graph["precision"] != "bf16"
+            },
+            "parity": {
+                "seed": PARITY_SEED,
+                "draws": options.draws,
+                "thresholds": {name: limit.value for name, limit in LIMITS.items()},
+                **first,
+                "targets": parity,
+                "unproved": unproved,
+            },
+        }
         (folder / CARD).write_text(model_card(record, info), encoding="utf-8")
         write_json(folder / RECORD, info)
         last(Bundle.open(folder))
@@ -248,9 +265,8 @@ def _provers(precision: str) -> list[str]:
     Raises:
         UsageError: there is none, so that nothing could be proved.
     """
-    reasons = {
-        name: runs(provider.onnxruntime, precision) for name, provider in PROVIDERS.items() if provider.onnxruntime
-    }
+    known = {name: provider.onnxruntime for name, provider in PROVIDERS.items() if provider.onnxruntime}
+    reasons = {name: runs(provider, precision) for name, provider in known.items()}
     able = [name for name, reason in reasons.items() if not reason]
     if not able:
         described = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -276,118 +292,80 @@ def _unproved(requested: Sequence[str]) -> dict[str, str]:
     return found
 
 
-class _Exporter:
-    """One export in its folder."""
+def _proved(
+    folder: Path,
+    info: Mapping[str, Any],
+    choices: dict[str, Choice],
+    reference: Reference,
+    providers: Sequence[str],
+    unproved: Mapping[str, str],
+    options: Options,
+    progress: Progress,
+) -> tuple[Bundle, dict[str, Any]]:
+    """Write the bundle and compare every target over the whole trajectory, with ever more in fp32 until all hold.
 
-    def __init__(
-        self,
-        folder: Path,
-        networks: Networks,
-        options: Options,
-        providers: Sequence[str],
-        unproved: Mapping[str, str],
-        progress: Progress,
-    ) -> None:
-        self.folder, self.networks, self.options = folder, networks, options
-        self.providers, self.unproved, self.progress = providers, unproved, progress
-        self.choices: dict[str, Choice] = {}
-        self.graphs: dict[str, dict[str, Any]] = {}
+    Returns:
+        The bundle, with all in its record but what was found of it, and the figures of each target.
+    """
+    while True:
+        bundle = _written(folder, info, choices)
+        found: dict[str, Any] = {}
+        missed: list[str] = []
+        for target, backend in _targets(bundle, choices.values(), providers, unproved, options):
+            # Each draw twice: with its own outline, and with PyTorch's.
+            progress.start(f"comparing on {target}", 2 * len(LESION_CLASSES) * options.draws, unit="draw")
+            try:
+                found[target] = reference.compare(bundle, backend)
+                missed = failures(found[target])
+            except IntegrityError as error:  # NaN or infinity, which a lower precision may be the cause of.
+                missed = [error.problem]
+            if missed:
+                break
+        else:
+            return bundle, found
+        lowest = [choice for choice in choices.values() if PRECISIONS[choice.precision].above]
+        if not lowest:
+            raise refused(target, missed)
+        worst = max(lowest, key=lambda choice: choice.tried[-1].error)
+        choices[worst.name] = escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", reference.calls)
 
-    def run(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Fill the folder and return the record with all that was found."""
-        with self.progress:
-            self.progress.start("drawing with PyTorch", len(LESION_CLASSES) * self.options.draws, unit="draw")
-            self.reference = Reference(
-                self.networks, Bundle(self.folder, info, ""), draws=self.options.draws, progress=self.progress
-            )
-            self.progress.start("tracing", len(COMPONENTS), unit="component")
-            for component in components(self.networks, opset=self.options.opset, loop=self.options.loop):
-                self._export(component)
-                self.progress.advance(1)
-            parity = self._prove(info)
-        first = next(iter(parity.values()))
-        return self._record(info) | {
-            # The CPU provider, which counts them, has no kernels for bf16.
-            "fused": {
-                name: fused(self.folder / graph["file"])
-                for name, graph in self.graphs.items()
-                if graph["precision"] != "bf16"
-            },
-            "parity": {
-                "seed": PARITY_SEED,
-                "draws": self.options.draws,
-                "thresholds": {name: limit.value for name, limit in LIMITS.items()},
-                **first,
-                "targets": parity,
-                "unproved": dict(self.unproved),
-            },
-        }
 
-    def _export(self, component: Component) -> None:
-        started = time.monotonic()
-        self._take(choose(component, self.options.precision, self.reference.calls))
-        log.info(
-            "%s: %d graph(s) in %s written in %.1f s",
-            component.name,
-            len(component.parts),
-            self.choices[component.name].precision,
-            time.monotonic() - started,
-        )
+def _written(folder: Path, info: Mapping[str, Any], choices: Mapping[str, Choice]) -> Bundle:
+    """The graphs of all components as a bundle, in place of what is in the folder."""
+    for path in folder.iterdir():
+        path.unlink()
+    files = WeightFiles(folder)
+    graphs = {
+        graph: {**written, "precision": choice.precision}
+        for name, choice in choices.items()
+        for graph, written in write_graphs(name, choice.graphs, folder, files).items()
+    }
+    tried = {
+        name: {"precision": choice.precision, "tried": [attempt.to_dict() for attempt in choice.tried]}
+        for name, choice in choices.items()
+    }
+    write_json(folder / RECORD, {**info, "graphs": graphs, "components": tried})
+    return Bundle.open(folder)
 
-    def _take(self, choice: Choice) -> None:
-        name = choice.component.name
-        for graph in choice.graphs:
-            for file in self.graphs.pop(graph, {"files": {}})["files"]:
-                (self.folder / file).unlink(missing_ok=True)
-        self.choices[name] = choice
-        for graph, written in write_graphs(self.folder, name, choice.graphs).items():
-            self.graphs[graph] = {**written, "precision": choice.precision}
 
-    def _record(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        tried = {
-            name: {"precision": choice.precision, "tried": [attempt.to_dict() for attempt in choice.tried]}
-            for name, choice in self.choices.items()
-        }
-        return {**info, "graphs": self.graphs, "components": tried}
-
-    def _prove(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        """Compare every target over the whole trajectory, with ever more components in fp32 until all hold."""
-        while True:
-            write_json(self.folder / RECORD, self._record(info))
-            bundle = Bundle.open(self.folder)
-            found: dict[str, Any] = {}
-            missed: list[str] = []
-            for target, backend in self._targets(bundle):
-                # Each draw twice: with its own outline, and with PyTorch's.
-                total = 2 * len(LESION_CLASSES) * self.options.draws
-                self.progress.start(f"comparing on {target}", total, unit="draw")
-                try:
-                    found[target] = self.reference.compare(bundle, backend)
-                    missed = failures(found[target])
-                except IntegrityError as error:  # NaN or infinity, which a lower precision may be the cause of.
-                    missed = [error.problem]
-                if missed:
-                    break
-            else:
-                return found
-            lowest = [choice for choice in self.choices.values() if PRECISIONS[choice.precision].above]
-            if not lowest:
-                raise refused(target, missed)
-            worst = max(lowest, key=lambda choice: choice.tried[-1].error)
-            self._take(escalate(worst, f"over the whole trajectory, {target}: {missed[0]}", self.reference.calls))
-
-    def _targets(self, bundle: Bundle) -> Iterator[tuple[str, Backend]]:
-        """What the bundle is proved on, by name, each opened when its turn comes."""
-        for provider in self.providers:
-            yield provider, open_backend(bundle, provider)
-        if any(choice.precision in TYPES for choice in self.choices.values()):
-            rounded = {name: graph for choice in self.choices.values() for name, graph in choice.rounded.items()}
-            yield ModelBackend.name, ModelBackend(rounded)
-        # Last, because engines take minutes to build. Those of what holds are in the cache when they are asked for.
-        sizes = tuple(sorted(self.options.batch_sizes, reverse=True)) or (DEFAULT_BATCH,)
-        for name in ENGINE_TARGETS:
-            if name not in self.unproved:
-                yield name, open_backend(bundle, name, EngineOptions(batch_sizes=sizes))
+def _targets(
+    bundle: Bundle,
+    choices: Collection[Choice],
+    providers: Sequence[str],
+    unproved: Mapping[str, str],
+    options: Options,
+) -> Iterator[tuple[str, Backend]]:
+    """What the bundle is proved on, by name, each opened when its turn comes."""
+    for provider in providers:
+        yield provider, open_backend(bundle, provider)
+    if any(choice.precision in TYPES for choice in choices):
+        with scratch() as folder:
+            yield GraphsBackend.name, GraphsBackend(folder, {choice.name: choice.rounded for choice in choices})
+    # Last, because engines take minutes to build. Those of what holds are in the cache when they are asked for.
+    sizes = tuple(sorted(options.batch_sizes, reverse=True)) or (DEFAULT_BATCH,)
+    for name in ENGINE_TARGETS:
+        if name not in unproved:
+            yield name, open_backend(bundle, name, EngineOptions(batch_sizes=sizes))
 
 
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:

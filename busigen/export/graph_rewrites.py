@@ -18,16 +18,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 
-TYPES = {
-    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
-    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
-}
-"""ONNX's and NumPy's name of each half precision."""
+from busigen.export.weights import as_type
+
+TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+"""ONNX's name of each half precision."""
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Computed in half precision: nearly all the arithmetic, summed in fp32 by the hardware that has half precision."""
@@ -58,22 +56,23 @@ _FIXED_INPUTS = {"Resize": (1, 2)}
 _BATCHLESS = ("t", "label")
 
 
+def _types(model: ModelProto) -> dict[str, TypeProto.Tensor]:
+    """Every value's type, as far as it can be told."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    return {value.name: value.type.tensor_type for value in (*inferred.input, *inferred.value_info, *inferred.output)}
+
+
 class _Lowering:
     """One pass over a graph; every value is there in fp32, in half precision, or in both."""
 
     def __init__(self, model: ModelProto, precision: str) -> None:
-        self._kind, self._numpy = TYPES[precision]
-        self._suffix = f"as-{precision}"
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        values = (*inferred.input, *inferred.value_info, *inferred.output)
-        self._floats = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+        self._kind, self._suffix = TYPES[precision], f"as-{precision}"
+        self._floats = {name for name, kind in _types(model).items() if kind.elem_type == TensorProto.FLOAT}
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self._floats |= {name for name, tensor in self._weights.items() if tensor.data_type == TensorProto.FLOAT}
         self._constant = {*self._weights, *_BATCHLESS}
         self._outputs = {value.name for value in model.graph.output}
-        self._full = {
-            name: name for name in self._floats & {*self._weights, *(value.name for value in model.graph.input)}
-        }
+        self._full = self._floats & {*self._weights, *(value.name for value in model.graph.input)}
         self._half: dict[str, str] = {}
         self._low: set[str] = set()
         self.nodes: list[NodeProto] = []
@@ -102,7 +101,7 @@ class _Lowering:
             twin.output[:] = [f"{name}/{self._suffix}" if name in self._floats else name for name in node.output]
             self._half.update({name: f"{name}/{self._suffix}" for name in written})
         else:
-            self._full.update({name: name for name in written})
+            self._full.update(written)
         if half or (node.op_type in NORMS and low):
             self._low.update(written)
         self.nodes.append(twin)
@@ -114,18 +113,16 @@ class _Lowering:
             self._half[name] = f"{name}/{self._suffix}"
             if name in self._weights:
                 # What does not fit becomes infinite, and the comparison with the checkpoint finds it.
-                with np.errstate(over="ignore"):
-                    value = numpy_helper.to_array(self._weights[name]).astype(self._numpy)
-                self.halved[name] = numpy_helper.from_array(value, self._half[name])
+                self.halved[name] = as_type(self._weights[name], self._half[name], self._kind)
             else:
-                self.nodes.append(helper.make_node("Cast", [self._full[name]], [self._half[name]], to=self._kind))
+                self.nodes.append(helper.make_node("Cast", [name], [self._half[name]], to=self._kind))
         return self._half[name]
 
     def _whole(self, name: str) -> str:
         if name not in self._full:
-            self._full[name] = name
+            self._full.add(name)
             self.nodes.append(helper.make_node("Cast", [self._half[name]], [name], to=TensorProto.FLOAT))
-        return self._full[name]
+        return name
 
 
 def lowered(model: ModelProto, precision: str) -> ModelProto:
@@ -161,11 +158,9 @@ def emulated(model: ModelProto) -> ModelProto:
     nothing overflows. Here every node that is computed in half precision reads values that were rounded to it, is
     computed in fp32, and is rounded again: what hardware does that multiplies halves and adds in fp32.
     """
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    values = (*inferred.input, *inferred.value_info, *inferred.output)
-    kinds = {value.name: value.type.tensor_type.elem_type for value in values}
+    kinds = {name: kind.elem_type for name, kind in _types(model).items()}
     kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    halves = {kind for kind, _ in TYPES.values()}
+    halves = set(TYPES.values())
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:], result.graph.value_info[:]
@@ -221,9 +216,7 @@ def make_sums_deterministic(model: ModelProto) -> ModelProto:
     Raises:
         ValueError: a sum over inner axes has a size that is not fixed, or leaves axes between those that it is over.
     """
-    inferred = onnx.shape_inference.infer_shapes(_with_loops_shaped(model), data_prop=True).graph
-    values = (*inferred.input, *inferred.value_info, *inferred.output)
-    types = {value.name: value.type.tensor_type for value in values}
+    types = _types(_with_loops_shaped(model))
     makers = {name: node for node in model.graph.node for name in node.output}
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     known |= {name: node.attribute[0].t for name, node in makers.items() if node.op_type == "Constant"}
@@ -246,8 +239,7 @@ def make_sums_deterministic(model: ModelProto) -> ModelProto:
                 axes_read.add(node.input[1])
         result.graph.node.extend(added)
     # Axes that were read by what is gone: ONNX Runtime would warn of them.
-    read = _read(result.graph)
-    unread = axes_read - read
+    unread = axes_read - _read(result.graph)
     initializers = [tensor for tensor in result.graph.initializer if tensor.name not in unread]
     nodes = [node for node in result.graph.node if not unread.intersection(node.output)]
     del result.graph.initializer[:], result.graph.node[:]

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.external_data_helper
 import torch
 from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
 from torch import Tensor
 
 from busigen.errors import InputError, IntegrityError, OutputError
-from busigen.export.bundle_writer import weights_of
 from busigen.export.graph_rewrites import TYPES
+from busigen.export.weights import weights_of
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, graphs_of, openable
 from busigen.training import checkpoint
@@ -31,7 +31,7 @@ from busigen.training.recipe import recipe_for
 _EXPORT = "Use a bundle that this busigen exported, or train again."
 
 VELOCITY = "velocity.unet."
-"""What a traced evaluation puts before its denoiser's names (:class:`busigen.export.trace.Step`)."""
+"""What a traced evaluation puts before its denoiser's names."""
 
 UPDATE = "update/"
 """What a graph puts before the names of what the solver steps of a denoiser with a spread are made of."""
@@ -40,9 +40,6 @@ SPREAD = "spectrum.spread"
 """What of them every bundle has; without the others, a network works with those that it is built with."""
 
 Weights = dict[str, Tensor]
-
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
 
 DEFAULT = "default"
 """The ``train --base`` that stands for the shipped bundle, unless a folder has that name."""
@@ -143,7 +140,7 @@ def _between(classes: Sequence[Weights]) -> Weights:
 
 
 def _denoiser(weights: Mapping[str, Tensor]) -> Weights:
-    """A denoiser's own names: its parameters as traced, and from around the loop its outline space and its spread."""
+    """A denoiser's parameters as traced, and from around the loop its outline space and its spread, by its names."""
     own = {name.removeprefix(VELOCITY): value for name, value in weights.items() if name.startswith(VELOCITY)}
     space = {name.removeprefix("after/"): v for name, v in weights.items() if name.startswith("after/space.")}
     spectrum = {name.replace(UPDATE, "spectrum.", 1): v for name, v in weights.items() if name.startswith(UPDATE)}
@@ -157,33 +154,23 @@ def _prior(weights: Mapping[str, Tensor]) -> Weights:
 
 def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Path) -> None:
     model = build(component, PRESETS[preset])
-    own = model.state_dict()
-
-    def filling(name: str, value: Tensor) -> Tensor:
-        if name not in weights and _omitted(component, name):
-            return torch.zeros_like(value)
-        if name not in weights and name.startswith("spectrum.") and name != SPREAD:
-            return value
-        return _found(weights, name)
-
-    filled = {name: filling(name, value) for name, value in own.items()}
-    wrong = next((name for name, value in own.items() if filled[name].shape != value.shape), None)
-    if wrong is not None:
-        raise IntegrityError(
-            f"weight {wrong} of the bundle's {component} has shape {tuple(filled[wrong].shape)}, "
-            f"preset {preset} has {tuple(own[wrong].shape)}.",
-            fix=_EXPORT,
-        )
+    filled = {}
+    for name, own in model.state_dict().items():
+        if name in weights:
+            filled[name] = weights[name]
+        elif component == "prior" and (".norm2." in name or ".attn2." in name):
+            # What the prior attends to is zero, and so is its value: export leaves it out (trace.without_context).
+            filled[name] = torch.zeros_like(own)
+        else:
+            filled[name] = own if name.startswith("spectrum.") and name != SPREAD else _found(weights, name)
+        if filled[name].shape != own.shape:
+            raise IntegrityError(
+                f"weight {name} of the bundle's {component} has shape {tuple(filled[name].shape)}, "
+                f"preset {preset} has {tuple(own.shape)}.",
+                fix=_EXPORT,
+            )
     model.load_state_dict(filled)
     checkpoint.save_component(model, folder)
-
-
-def _omitted(component: str, name: str) -> bool:
-    """Whether a weight has no say in what its component computes, and export leaves it out therefore.
-
-    What the prior attends to is zero, and so is its value (:func:`busigen.export.trace.without_context`).
-    """
-    return component == "prior" and (".norm2." in name or ".attn2." in name)
 
 
 def _weights(bundle: Bundle, graph: str) -> Weights:
@@ -191,33 +178,25 @@ def _weights(bundle: Bundle, graph: str) -> Weights:
 
     Raises:
         InputError: they are quantised, which keeps too little of them to train on.
-        IntegrityError: the graph reads a file that the bundle does not record.
     """
     path = bundle.graph(graph)
     if bundle.info["graphs"][graph].get("precision") == "int8":
         raise InputError(
             f"{path} is quantised to int8, which is not undone.", fix="Restore a bundle of the same model without int8."
         )
-    # Only its own folder is read: the bundle's check has refused names that leave it, but not what graphs say.
-    recorded = set(bundle.info["graphs"][graph]["files"])
-    found = {}
-    with openable(path, recorded) as opened:
+    found: Weights = {}
+    # The bundle's check has refused graphs that read other files than the recorded ones.
+    with openable(path, bundle.info["graphs"][graph]["files"]) as opened:
         for tensor in weights_of(onnx.load(str(opened), load_external_data=False)):
-            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
-            if place is not None and place not in recorded:
-                raise IntegrityError(
-                    f"{path} reads weights from {place!r}, which bundle.json does not record.", fix=_EXPORT
-                )
-            if place is not None:
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(opened.parent))
-            value = numpy_helper.to_array(tensor)
-            if tensor.data_type in _FLOATS:
-                name = tensor.name
-                for ending in ("/fp16", *(f"/as-{precision}" for precision in TYPES)):
-                    name = name.removesuffix(ending)
-                # A weight that is read in two precisions is there twice.
-                if name not in found or tensor.data_type == TensorProto.FLOAT:
-                    found[name] = torch.from_numpy(value.astype("float32"))
+            if tensor.external_data:
+                load_external_data_for_tensor(tensor, str(opened.parent))
+            name = tensor.name
+            for ending in ("/fp16", *(f"/as-{precision}" for precision in TYPES)):
+                name = name.removesuffix(ending)
+            # A weight that is read in two precisions is there twice.
+            if tensor.data_type == TensorProto.FLOAT or (tensor.data_type in TYPES.values() and name not in found):
+                found[name] = torch.from_numpy(numpy_helper.to_array(tensor).astype("float32"))
+            tensor.Clear()
     return found
 
 

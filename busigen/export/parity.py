@@ -16,11 +16,11 @@ from torch import Tensor
 from busigen.data.geometry import Mask, largest_component
 from busigen.errors import ParityError
 from busigen.registry import LESION_CLASSES, PARITY_DRAWS, RESOLUTION
-from busigen.runtime.backends.base import Backend, open_backend
+from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.sampling.draft import Draft
+from busigen.runtime.sampling.batching import Draft
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.networks.build import region_condition
 from busigen.training.networks.inference import Networks, blend_input, window_condition
@@ -32,24 +32,39 @@ ROWS = 16
 """Rows per graph that are kept of what the reference was asked: as many as one batch of small windows."""
 
 
+@dataclass
+class RecordedCall:
+    """Some of what one graph was asked, and what the reference answered."""
+
+    inputs: dict[str, NDArray[Any]]
+    output: NDArray[np.float32]
+
+
 class TorchBackend(Backend):
-    """The checkpoint's networks behind the runtime's interface: the reference that a bundle is held against."""
+    """The checkpoint's networks behind the runtime's interface: the reference that a bundle is held against.
+
+    Up to ``ROWS`` rows of what each graph was asked are kept in ``calls``, those that fill up a batch among them.
+    """
 
     name = "torch"
     version = str(torch.__version__)
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
+        self.calls: dict[str, list[RecordedCall]] = {}
 
     @torch.no_grad()
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`."""
-        component = graph.partition("@")[0]
         values = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
-        result: NDArray[np.float32] = self._evaluate(component, values).numpy()
-        return result
+        output: NDArray[np.float32] = self._evaluate(graph.partition("@")[0], values).numpy()
+        kept = self.calls.setdefault(graph, [])
+        if (room := ROWS - sum(len(call.output) for call in kept)) > 0:
+            first = {name: value[:room].copy() for name, value in inputs.items()}
+            kept.append(RecordedCall(first, output[:room].copy()))
+        return output
 
-    def _evaluate(self, component: str, v: dict[str, Tensor]) -> Tensor:
+    def _evaluate(self, component: str, v: Mapping[str, Tensor]) -> Tensor:
         networks = self._networks
         if component == "context":
             return networks.tokens(v["image"], v["keep"])
@@ -69,33 +84,6 @@ class TorchBackend(Backend):
             edit, ring = region_condition(v["edit"]), region_condition(v["ring"])
             condition = window_condition(blend_input(v["known"], v["painted"], edit, ring), v["mask"], v["ring"])
         return networks.sample(stage, v["noise"], label, *context, *condition)
-
-
-@dataclass
-class RecordedCall:
-    """Some of what one graph was asked, and what the reference answered."""
-
-    inputs: dict[str, NDArray[Any]]
-    output: NDArray[np.float32]
-
-
-class CallRecorder(Backend):
-    """A backend that keeps up to ``ROWS`` rows of what each graph was asked, those that fill up a batch among them."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.name, self.version, self.backend = backend.name, backend.version, backend
-        self.calls: dict[str, list[RecordedCall]] = {}
-
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """See :class:`busigen.runtime.backends.base.Backend`."""
-        output = self.backend.run(graph, inputs)
-        kept = self.calls.setdefault(graph, [])
-        room = ROWS - sum(len(found.output) for found in kept)
-        if room > 0:
-            kept.append(
-                RecordedCall({name: value[:room].copy() for name, value in inputs.items()}, output[:room].copy())
-            )
-        return output
 
 
 class RecordingSampler(Sampler):
@@ -137,7 +125,7 @@ class RecordingSampler(Sampler):
 
 
 def _ellipse(index: int) -> Mask:
-    """A lesion-sized ellipse, small for even and large for odd indices, so that both windows are proved."""
+    """A lesion, small for even and large for odd indices, so that both windows are proved."""
     rows, columns = np.ogrid[:RESOLUTION, :RESOLUTION]
     height, width = (18, 26) if index % 2 == 0 else (45, 60)
     result: Mask = ((rows - 110) / height) ** 2 + ((columns - 128) / width) ** 2 <= 1.0
@@ -172,11 +160,6 @@ def ssim(image: Image, other: Image, region: Mask) -> float:
     luminance = (2.0 * mean_x * mean_y + small) / (mean_x**2 + mean_y**2 + small)
     structure = (2.0 * both + smaller) / (var_x + var_y + smaller)
     return float((luminance * structure)[region].mean())
-
-
-def grey_difference(image: Image, other: Image) -> int:
-    """Largest difference of two images in grey levels."""
-    return int(np.abs(image.astype(np.int64) - other).max())
 
 
 def dice(mask: Mask, other: Mask) -> float:
@@ -274,9 +257,9 @@ class Reference:
         self, networks: Networks, bundle: Bundle, *, draws: int = PARITY_DRAWS, progress: Progress | None = None
     ) -> None:
         self.draws, self.progress = draws, progress or Progress()
-        recorder = CallRecorder(TorchBackend(networks))
-        self.witnesses = {label: self._witness(bundle, recorder, label) for label in LESION_CLASSES}
-        self.calls = recorder.calls
+        backend = TorchBackend(networks)
+        self.witnesses = {label: self._witness(bundle, backend, label) for label in LESION_CLASSES}
+        self.calls = backend.calls
 
     def compare(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         """Draw the same samples with a backend and measure how far they are apart.
@@ -303,30 +286,23 @@ class Reference:
         # Again with the reference's outlines: a pixel more or less in an outline is another question to stage 2, whose
         # answer may differ visibly although every graph is right.
         same = self._witness(bundle, backend, label, forced=reference.painted)
-        outlines = [
-            (reference.outlines[k], own.outlines[k]) for k in sorted(reference.outlines.keys() & own.outlines.keys())
-        ]
-        seen = [
-            (reference.images[k], same.images[k], reference.edits[k])
-            for k in sorted(reference.images.keys() & same.images.keys())
-        ]
-        ends = [
-            (reference.images[k], own.images[k], reference.edits[k])
-            for k in sorted(reference.images.keys() & own.images.keys())
-        ]
-        judged = sorted(reference.refused.keys() | own.refused.keys())
+        outlines = [(mask, own.outlines[k]) for k, mask in reference.outlines.items() if k in own.outlines]
+        seen, ends = (
+            [(image, drawn[k], reference.edits[k]) for k, image in reference.images.items() if k in drawn]
+            for drawn in (same.images, own.images)
+        )
+        judged = reference.refused.keys() | own.refused.keys()
         alike = [reference.refused.get(k, "background") == own.refused.get(k, "background") for k in judged]
-        nothing = float("inf")
         return {
             "draws": self.draws,
             "masks_compared": len(outlines),
             "images_compared": len(seen),
             "dice": min((dice(*pair) for pair in outlines), default=0.0),
-            "boundary": max((boundary_distance(*pair) for pair in outlines), default=nothing),
+            "boundary": max((boundary_distance(*pair) for pair in outlines), default=float("inf")),
             "equal_masks": sum(bool((one == other).all()) for one, other in outlines),
             "psnr": min((psnr(*pair) for pair in seen), default=0.0),
             "ssim": min((ssim(*pair) for pair in seen), default=0.0),
-            "max_grey_difference": max((grey_difference(one, other) for one, other, _ in seen), default=256),
+            "max_grey_difference": max((int(np.abs(a.astype(int) - b).max()) for a, b, _ in seen), default=256),
             "psnr_end_to_end": float(np.percentile([psnr(*pair) for pair in ends], 5)) if ends else 0.0,
             "accepted": sum(reason is None for reason in reference.refused.values()),
             "same_gates": sum(alike) / len(alike) if alike else 0.0,
@@ -349,20 +325,3 @@ def refused(target: str, found: list[str]) -> ParityError:
         f"the exported graphs do not reproduce the checkpoint ({target}): {'; '.join(found)}.",
         fix="Nothing was written. Report it with the versions of torch, onnx and onnxruntime.",
     )
-
-
-def compare(
-    networks: Networks, bundle: Bundle, *, draws: int = PARITY_DRAWS, backend: Backend | None = None
-) -> dict[str, Any]:
-    """Hold one bundle and one backend (ONNX Runtime on the CPU unless told otherwise) against a checkpoint.
-
-    Returns:
-        See :meth:`Reference.compare`.
-
-    Raises:
-        ParityError: a figure misses its limit.
-    """
-    figures = Reference(networks, bundle, draws=draws).compare(bundle, backend or open_backend(bundle))
-    if found := failures(figures):
-        raise refused(backend.name if backend else "cpu", found)
-    return figures

@@ -21,13 +21,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from busigen.errors import UsageError
+from busigen.errors import OutputError, UsageError
 from busigen.export.components import Component, Graphs
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import RecordedCall, pixels_off, refused, relative_error
+from busigen.export.weights import WeightFiles, whole, write_graphs
 from busigen.registry import OPSETS, PRECISIONS
 from busigen.runtime.backends.base import Backend, usable_cores
 
@@ -38,20 +39,28 @@ OPERATORS = ("MatMul",)
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without the warning that a model was not pre-processed, which busigen's own folding has done."""
-    logging.disable(logging.WARNING)
+def scratch() -> Iterator[Path]:
+    """A folder for graphs that are tried out.
+
+    Raises:
+        OutputError: there is no room for them.
+    """
     try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+        # On Windows, what a session has mapped into its memory cannot be removed before that ends.
+        with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(
+            f"graphs cannot be tried out in {tempfile.gettempdir()}: {error.strerror or error}.",
+            fix="Free some space there, or name another folder with the environment variable TMPDIR.",
+        ) from error
 
 
 class _Calls(CalibrationDataReader):
     """The recorded calls of a graph, for calibration."""
 
     def __init__(self, calls: Sequence[RecordedCall]) -> None:
-        self._calls: Iterator[dict[str, NDArray[Any]]] = iter([call.inputs for call in calls])
+        self._calls = iter([call.inputs for call in calls])
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         """The next call's inputs."""
@@ -70,20 +79,23 @@ def quantised(
     """
     found = {}
     for name, model in graphs.items():
-        with _unwarned(), tempfile.TemporaryDirectory(prefix="busigen-") as folder:
-            source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-            onnx.save(model, str(source))
-            quantize_static(
-                str(source),
-                str(target),
-                _Calls(calls[name]),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(operators),
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
-            found[name] = onnx.load(str(target))
+        with scratch() as folder:
+            # It warns that a model was not pre-processed, which busigen's own folding has done.
+            logging.disable(logging.WARNING)
+            try:
+                quantize_static(
+                    whole(model),
+                    str(folder / "int8.onnx"),
+                    _Calls(calls[name]),
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=list(operators),
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                )
+            finally:
+                logging.disable(logging.NOTSET)
+            found[name] = onnx.load(str(folder / "int8.onnx"))
         del found[name].graph.value_info[:]
     return found
 
@@ -96,24 +108,15 @@ def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
         precision: a name in ``registry.PRECISIONS``.
         opset: ONNX's.
     """
-    kind, number = TYPES.get(precision, (TensorProto.FLOAT, np.dtype(np.float32)))
     opset = max(opset, 22) if precision == "bf16" else opset
     nodes = [
-        helper.make_node("Cast", ["x"], ["low"], to=kind),
-        helper.make_node("Conv", ["low", "kernel"], ["seen"]),
-        helper.make_node("MatMul", ["seen", "matrix"], ["product"]),
+        helper.make_node("Cast", ["x"], ["low"], to=TYPES.get(precision, TensorProto.FLOAT)),
+        helper.make_node("Conv", ["low", "low"], ["seen"]),
+        helper.make_node("MatMul", ["seen", "seen"], ["product"]),
         helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
-        [
-            numpy_helper.from_array(np.ones((1, 1, 1, 1)).astype(number), "kernel"),
-            numpy_helper.from_array(np.ones((4, 4)).astype(number), "matrix"),
-        ],
-    )
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, n, n]) for name, n in (("x", 4), ("y", 1)))
+    graph = helper.make_graph(nodes, "probe", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     ort.set_default_logger_severity(4)
     options = ort.SessionOptions()
@@ -181,6 +184,11 @@ class Choice:
     tried: list[PrecisionAttempt] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """The component's."""
+        return self.component.name
+
+    @property
     def rounded(self) -> Graphs:
         """The graphs for a processor without half precision."""
         if self.precision not in TYPES:
@@ -188,14 +196,21 @@ class Choice:
         return self.component.graphs(self.precision, rounded=True)
 
 
-class ModelBackend(Backend):
-    """Graphs in memory behind the runtime's interface."""
+class GraphsBackend(Backend):
+    """Graphs of some components, by the components' names, behind the runtime's interface: as files, as they ship."""
 
     name = "emulated"
     version = str(ort.__version__)
 
-    def __init__(self, graphs: Mapping[str, ModelProto]) -> None:
-        self._graphs = graphs
+    def __init__(self, folder: Path, components: Mapping[str, Graphs]) -> None:
+        folder.mkdir(exist_ok=True)
+        files = WeightFiles(folder)
+        written = [write_graphs(name, graphs, folder, files) for name, graphs in components.items()]
+        self._files = {graph: folder / record["file"] for records in written for graph, record in records.items()}
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open: every graph's session holds all of its weights."""
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -204,8 +219,9 @@ class ModelBackend(Backend):
             options = ort.SessionOptions()
             options.intra_op_num_threads = usable_cores()
             options.log_severity_level = 4
-            model = self._graphs[graph].SerializeToString()
-            self._sessions[graph] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._sessions[graph] = ort.InferenceSession(
+                str(self._files[graph]), options, providers=["CPUExecutionProvider"]
+            )
         wanted = {value.name for value in self._sessions[graph].get_inputs()}
         (output,) = self._sessions[graph].run(None, {name: inputs[name] for name in wanted})
         return np.asarray(output, dtype=np.float32)
@@ -238,7 +254,7 @@ def escalate(choice: Choice, reason: str, calls: Mapping[str, Sequence[RecordedC
     """A component's choice once more, above the precision that failed for ``reason`` over the whole trajectory."""
     last = choice.tried[-1]
     tried = [*choice.tried[:-1], PrecisionAttempt(last.precision, last.error, reason)]
-    _fall_back(choice.component.name, tried)
+    _fall_back(choice.name, tried)
     again = choose(choice.component, PRECISIONS[choice.precision].above, calls)
     return Choice(again.component, again.precision, again.graphs, [*tried, *again.tried])
 
@@ -253,33 +269,37 @@ def _attempt(
     component: Component, precision: str, calls: Mapping[str, Sequence[RecordedCall]]
 ) -> tuple[Graphs, float, str]:
     """The graphs, their error as a multiple of its limit, and why they cannot be taken."""
-    whole = component.graphs("fp32" if precision == "int8" else precision)
-    graphs = quantised(whole, calls) if precision == "int8" else whole
+    plain = component.graphs("fp32" if precision == "int8" else precision)
+    graphs = quantised(plain, calls) if precision == "int8" else plain
     proved = component.graphs(precision, rounded=True) if precision in TYPES else graphs
-    backend = ModelBackend(proved)
-    try:
-        errors = {graph: _error(component.name, backend, graph, calls.get(graph, ())) for graph in proved}
-    except Exception as problem:  # ONNX Runtime's exceptions share no public base class
-        return graphs, float("inf"), f"cannot be run: {str(problem).splitlines()[0][:200]}"
-    worst = max(errors, key=lambda graph: errors[graph])
-    error = errors[worst]
-    if not error <= 1.0:
-        found = f"has {error:.3g} times the error allowed" if np.isfinite(error) else "yields NaN or infinity"
-        found = found if calls.get(worst) else "was never asked in the draws: compare more of them"
-        return graphs, error, f"{worst} {found}"
-    if precision == "int8":
-        slower = _slower(backend, ModelBackend(whole), calls)
-        if slower >= 1.0:
-            return graphs, error, f"it does not pay: {slower:.2f} times the time of fp32"
+    with scratch() as folder:
+        backend = GraphsBackend(folder / "proved", {component.name: proved})
+        errors = {}
+        try:
+            for graph in proved:
+                errors[graph] = _error(component.name, backend, graph, calls.get(graph, ()))
+                backend.close()
+        except Exception as problem:  # ONNX Runtime's exceptions share no public base class
+            return graphs, float("inf"), f"cannot be run: {str(problem).splitlines()[0][:200]}"
+        worst = max(errors, key=lambda graph: errors[graph])
+        error = errors[worst]
+        if not error <= 1.0:
+            found = f"has {error:.3g} times the error allowed" if np.isfinite(error) else "yields NaN or infinity"
+            found = found if calls.get(worst) else "was never asked in the draws: compare more of them"
+            return graphs, error, f"{worst} {found}"
+        if precision == "int8":
+            slower = _slower(backend, GraphsBackend(folder / "plain", {component.name: plain}), calls)
+            if slower >= 1.0:
+                return graphs, error, f"it does not pay: {slower:.2f} times the time of fp32"
     return graphs, error, ""
 
 
-def _error(component: str, backend: ModelBackend, graph: str, calls: Sequence[RecordedCall]) -> float:
+def _error(component: str, backend: GraphsBackend, graph: str, calls: Sequence[RecordedCall]) -> float:
     measure, limit = (pixels_off, PIXEL_LIMIT) if component == "mask" else (relative_error, ERROR_LIMIT)
     return max((measure(backend.run(graph, call.inputs), call.output) / limit for call in calls), default=float("inf"))
 
 
-def _slower(quick: ModelBackend, whole: ModelBackend, calls: Mapping[str, Sequence[RecordedCall]]) -> float:
+def _slower(quick: GraphsBackend, whole: GraphsBackend, calls: Mapping[str, Sequence[RecordedCall]]) -> float:
     """Time of one set of graphs as a multiple of the other's, taken in turns."""
     timed = [(graph, call.inputs) for graph in QUANTISED for call in calls.get(graph, ())]
     seconds: dict[str, list[float]] = {"quick": [], "whole": []}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,32 +21,32 @@ from diffusers.models.attention import BasicTransformerBlock
 from onnx import ModelProto
 from onnxscript import ir, optimizer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from busigen.export.graph_rewrites import make_sums_deterministic
+from busigen.export.weights import shared_copy, weight
 from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
 from busigen.training.networks.build import OutlineTransformer, place_condition, region_condition
 from busigen.training.networks.inference import Networks, Velocity, blend_input, window_condition
 from busigen.training.networks.outline import OutlineSpace
 
-_BATCHES = (2, 3)
-"""Two batches: sizes that differ between them grow with the batch."""
 
-Shapes = dict[str, list[int]]
+def simplified(model: ModelProto) -> ModelProto:
+    """Fold what is constant but for the weights, make shapes constant, and drop the tracer's notes.
 
-
-def folded(graph: ir.Model, weights: set[str]) -> None:
-    """Fold what is constant but for the weights, which keep their names: those are how others' are put in and read."""
-    optimizer.fold_constants(graph, onnx_shape_inference=True, should_fold=_leaves_alone(weights))
-    optimizer.remove_unused_nodes(graph)
-
-
-def with_constant_shapes(model: ModelProto, weights: set[str]) -> ModelProto:
-    """A copy whose reshapes have constant targets, wherever only one size grows with the batch.
-
-    Args:
-        model: its inputs have their batch axis open and nothing else.
-        weights: initialisers that are left as they are.
+    More than half of a traced UNet's nodes compute shapes, and every node carries the Python stack that made it; both
+    would be repeated in every solver step. Reshapes get constant targets, wherever only one size grows with the batch.
     """
-    first, second = (_shapes_at(model, batch, weights) for batch in _BATCHES)
+    graph = ir.from_proto(model)
+    weights = set(graph.graph.initializers)
+    _fold(graph, weights)
+    for node in graph.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    model = ir.to_proto(graph)
+    # Sizes that differ between two batches grow with the batch.
+    first, second = (_shapes_at(model, batch, weights) for batch in (2, 3))
     graph = ir.from_proto(model)
     for node in graph.graph:
         name = node.outputs[0].name or ""
@@ -60,10 +60,22 @@ def with_constant_shapes(model: ModelProto, weights: set[str]) -> ModelProto:
         graph.graph.register_initializer(target)
         node.replace_input_with(1, target)
     optimizer.remove_unused_nodes(graph)
-    return ir.to_proto(graph)
+    result = ir.to_proto(graph)
+    del result.graph.value_info[:]
+    return result
 
 
-def _shapes_at(model: ModelProto, batch: int, weights: set[str]) -> Shapes:
+def _fold(graph: ir.Model, weights: set[str]) -> None:
+    """Fold what is constant but for the weights, which keep their names: those are how others' are put in and read."""
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    optimizer.fold_constants(graph, onnx_shape_inference=True, should_fold=should_fold)
+    optimizer.remove_unused_nodes(graph)
+
+
+def _shapes_at(model: ModelProto, batch: int, weights: set[str]) -> dict[str, list[int]]:
     """What every reshape of the graph yields at one batch, as far as it can be told."""
     fixed = ModelProto()
     fixed.CopyFrom(model)
@@ -73,8 +85,8 @@ def _shapes_at(model: ModelProto, batch: int, weights: set[str]) -> Shapes:
             if not size.HasField("dim_value"):
                 size.dim_value = batch
     graph = ir.from_proto(fixed)
-    folded(graph, weights)
-    found: Shapes = {}
+    _fold(graph, weights)
+    found = {}
     for node in graph.graph:
         shape = node.outputs[0].shape
         if node.op_type == "Reshape" and shape is not None and all(isinstance(size, int) for size in shape):
@@ -82,18 +94,11 @@ def _shapes_at(model: ModelProto, batch: int, weights: set[str]) -> Shapes:
     return found
 
 
-def _leaves_alone(weights: set[str]) -> Callable[[ir.Node], bool | None]:
-    def decide(node: ir.Node) -> bool | None:
-        return False if any(value is not None and value.name in weights for value in node.inputs) else None
-
-    return decide
-
-
 EXAMPLE_BATCH = 2
 """A batch of one would be frozen into the graph by the tracer."""
 
 
-class Step(nn.Module):
+class _Step(nn.Module):
     """One evaluation with ``t`` and ``label`` of shape (1,), so that the loop can feed constants."""
 
     def __init__(self, velocity: Velocity) -> None:
@@ -101,7 +106,6 @@ class Step(nn.Module):
         self.velocity = velocity
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
-        """Evaluate with the same time and class for the whole batch."""
         batch = x.shape[0]
         # The tracer gives every input's batch axis a symbol of its own; attention's reshapes need to know they agree.
         for other in (tokens, keep, *condition):
@@ -109,27 +113,32 @@ class Step(nn.Module):
         return self.velocity(x, t.expand(batch), label.expand(batch), tokens, keep, *condition)
 
 
-class LesionCondition(nn.Module):
+class _LesionCondition(nn.Module):
     """What the lesion graph is fed, as condition channels."""
 
     def forward(self, known: Tensor, mask: Tensor, edit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`window_condition`."""
         # An input handed through untouched would have one name for both, so it is touched.
         return window_condition(known * 1.0, mask, edit)
 
 
-class BlendCondition(nn.Module):
+class _BlendCondition(nn.Module):
     """What the blend graph is fed, as condition channels."""
 
     def forward(
         self, known: Tensor, painted: Tensor, mask: Tensor, edit: Tensor, ring: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`blend_input`."""
         seen = blend_input(known, painted, region_condition(edit), region_condition(ring))
         return window_condition(seen, mask, ring)
 
 
-class PriorCondition(nn.Module):
+_CONDITIONS = {
+    "lesion": (_LesionCondition(), ["known", "mask", "edit"]),
+    "blend": (_BlendCondition(), ["known", "painted", "mask", "edit", "ring"]),
+}
+"""What computes a stage's condition channels, and from which inputs."""
+
+
+class _PriorCondition(nn.Module):
     """The prior's empty context and its cells' places, sized after its noise."""
 
     def __init__(self, networks: Networks) -> None:
@@ -137,12 +146,12 @@ class PriorCondition(nn.Module):
         self.dim = networks.preset.context_dim
 
     def forward(self, noise: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Networks.background`; built from the input, because a constant would have a fixed batch."""
+        # Built from the input, because a constant would have a fixed batch.
         zero = (noise[:, :1, 0, 0] * 0.0)[:, :, None]
         return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0, place_condition(noise, frame)
 
 
-class EmptyAttention(nn.Module):
+class _EmptyAttention(nn.Module):
     """Cross-attention to a single token of zeros, whose value is zero: the output's bias is all that it adds."""
 
     def __init__(self, bias: nn.Parameter) -> None:
@@ -150,20 +159,19 @@ class EmptyAttention(nn.Module):
         self.bias = bias
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The bias, at every place."""
         return self.bias.expand_as(hidden)
 
 
 def without_context(unet: ModelMixin) -> ModelMixin:
     """A copy of the prior in which the cross-attention, which sees no context, is folded into its bias."""
-    copied: ModelMixin = copy.deepcopy(unet)
+    copied: ModelMixin = shared_copy(unet)
     for module in copied.modules():
         if isinstance(module, BasicTransformerBlock):
-            module.attn2 = EmptyAttention(module.attn2.to_out[0].bias)
+            module.attn2 = _EmptyAttention(module.attn2.to_out[0].bias)
     return copied
 
 
-class AskedCondition(nn.Module):
+class _AskedCondition(nn.Module):
     """What a user asks of an outline, as stage 1's condition."""
 
     def __init__(self, space: OutlineSpace) -> None:
@@ -171,11 +179,10 @@ class AskedCondition(nn.Module):
         self.space = space
 
     def forward(self, asked: Tensor) -> Tensor:
-        """See :meth:`OutlineSpace.condition`."""
         return self.space.condition(asked)
 
 
-class DistanceOutput(nn.Module):
+class _DistanceOutput(nn.Module):
     """An outline's code on the pixels' grid."""
 
     def __init__(self, space: OutlineSpace) -> None:
@@ -183,39 +190,36 @@ class DistanceOutput(nn.Module):
         self.space = space
 
     def forward(self, sample: Tensor, asked: Tensor) -> Tensor:
-        """See :meth:`OutlineSpace.distance`."""
         torch._check(asked.shape[0] == sample.shape[0])
         return self.space.distance(sample, asked)
 
 
 def traced(
-    module: nn.Module,
-    arguments: Sequence[Tensor],
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    opset: int,
-    static: Sequence[str] = (),
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], opset: int, static: Sequence[str] = ()
 ) -> ModelProto:
-    """Trace a module.
+    """Trace a module without looking at its weights' numbers.
 
     Args:
         module: in evaluation mode.
-        arguments: example tensors with batch ``EXAMPLE_BATCH`` first.
-        inputs: their names.
+        inputs: example tensors with batch ``EXAMPLE_BATCH`` first, in the order of its arguments.
         outputs: names of the outputs.
         opset: ONNX's.
         static: names of inputs without a batch axis.
     """
     dynamic = [None if name in static else {0: torch.export.Dim.DYNAMIC} for name in inputs]
-    fixed = _positional(module)
+    # The positional parameters of ``forward``; what is left arrives as one ``*args`` tuple.
+    fixed = module.forward.__code__.co_argcount - 1
     shapes = tuple(dynamic[:fixed]) + ((tuple(dynamic[fixed:]),) if len(dynamic) > fixed else ())
+    # A module that is nothing but tables is traced with them: what is computed from them is folded.
+    trained = next(module.parameters(), None) is not None
+    weights = dict([*module.named_parameters(), *module.named_buffers()]) if trained else {}
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(),
-            tuple(arguments),
+            (_skeleton(module, weights.values()) if trained else module).eval(),
+            tuple(inputs.values()),
             dynamo=True,
             input_names=list(inputs),
             output_names=list(outputs),
@@ -226,30 +230,33 @@ def traced(
             verbose=False,
         )
     assert program is not None
-    return simplified(onnx.inliner.inline_local_functions(program.model_proto))
+    for name in weights.keys() & program.model.graph.initializers.keys():
+        value = program.model.graph.initializers[name]
+        assert value.dtype is not None and value.shape is not None
+        # A file that is not there: nothing may look at a weight's numbers before the graph is written.
+        value.const_value = ir.ExternalTensor(f"#{name}", None, None, value.dtype, shape=value.shape, name=name)
+    model = simplified(onnx.inliner.inline_local_functions(ir.to_proto(program.model)))
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(weight(tensor.name, weights[tensor.name]))
+    return model
 
 
-def simplified(model: ModelProto) -> ModelProto:
-    """Fold what is constant but for the weights, make shapes constant, and drop the tracer's notes.
-
-    More than half of a traced UNet's nodes compute shapes, and every node carries the Python stack that made it; both
-    would be repeated in every solver step.
-    """
-    graph = ir.from_proto(model)
-    weights = set(graph.graph.initializers)
-    folded(graph, weights)
-    for node in graph.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    result = with_constant_shapes(ir.to_proto(graph), weights)
-    del result.graph.value_info[:]
-    return result
+def _skeleton(module: nn.Module, weights: Iterable[Tensor]) -> nn.Module:
+    """A copy of a module whose weights have shapes and no numbers."""
+    # The meta device would do as well, but PyTorch then takes attention apart otherwise, and names change.
+    with FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True):
+        empty = {id(value): torch.empty(value.shape, dtype=value.dtype) for value in weights}
+        empty |= {id(value): nn.Parameter(empty[id(value)]) for value in module.parameters() if id(value) in empty}
+        return copy.deepcopy(module, empty)
 
 
-def _positional(module: nn.Module) -> int:
-    """Number of named positional parameters of ``forward``; the rest arrive as one ``*args`` tuple."""
-    code = module.forward.__code__
-    return int(code.co_argcount) - 1
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(EXAMPLE_BATCH, *shape)
+
+
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(EXAMPLE_BATCH, *shape)
 
 
 @dataclass(frozen=True)
@@ -260,97 +267,84 @@ class Tracer:
 
     def context(self, networks: Networks) -> ModelProto:
         """``(image, keep)`` to ``tokens``."""
-        tokens = networks.preset.tokens
-        arguments = [torch.randn(EXAMPLE_BATCH, 1, RESOLUTION, RESOLUTION), torch.ones(EXAMPLE_BATCH, tokens)]
         assert networks.context is not None
-        return self._traced(networks.context, arguments, ["image", "keep"], ["tokens"])
+        inputs = {"image": _noise(1, RESOLUTION, RESOLUTION), "keep": _ones(networks.preset.tokens)}
+        return traced(networks.context, inputs, ["tokens"], self.opset)
 
     def encoder(self, networks: Networks, side: int) -> ModelProto:
         """``pixels`` to ``latents`` for one window size."""
-        return self._traced(networks.encoder, [torch.randn(EXAMPLE_BATCH, 1, side, side)], ["pixels"], ["latents"])
+        return traced(networks.encoder, {"pixels": _noise(1, side, side)}, ["latents"], self.opset)
 
     def decoder(self, networks: Networks, side: int) -> ModelProto:
         """``(latents, noise, mask)`` to ``pixels`` for one window size."""
         cells = side // LATENT_FACTOR
-        latents = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-        noise, mask = torch.randn(EXAMPLE_BATCH, 1, side, side), torch.ones(EXAMPLE_BATCH, 1, side, side)
-        return self._traced(networks.decoder, [latents, noise, mask], ["latents", "noise", "mask"], ["pixels"])
+        inputs = {
+            "latents": _noise(networks.preset.latent_channels, cells, cells),
+            "noise": _noise(1, side, side),
+            "mask": _ones(1, side, side),
+        }
+        return traced(networks.decoder, inputs, ["pixels"], self.opset)
 
     def step(self, unet: ModelMixin, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
         """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are its condition inputs' channels."""
-        config = unet.config
-        x = torch.randn(EXAMPLE_BATCH, config.out_channels, cells, cells)
-        arguments = [
-            x,
-            torch.full((1,), 0.5),
-            torch.ones(1, dtype=torch.long),
-            torch.randn(EXAMPLE_BATCH, tokens, config.cross_attention_dim),
-            torch.ones(EXAMPLE_BATCH, tokens),
-            *(torch.randn(EXAMPLE_BATCH, channels, cells, cells) for channels in conditions),
-        ]
-        names = ["x", "t", "label", "tokens", "keep", *(f"condition{k}" for k in range(len(conditions)))]
-        return self._traced(Step(Velocity(unet)), arguments, names, ["velocity"], static=("t", "label"))
-
-    def condition(self, module: nn.Module, inputs: Sequence[str], channels: int, side: int) -> ModelProto:
-        """Condition channels of stage 2 or 3; ``known`` and ``painted`` are latents, everything else is pixels."""
-        cells = side // LATENT_FACTOR
-        arguments = [
-            torch.randn(EXAMPLE_BATCH, channels, cells, cells)
-            if name in ("known", "painted")
-            else torch.ones(EXAMPLE_BATCH, 1, side, side)
-            for name in inputs
-        ]
-        return self._traced(module, arguments, list(inputs), ["condition0", "condition1", "condition2"])
-
-    def prior_condition(self, networks: Networks, cells: int) -> ModelProto:
-        """``noise`` and ``frame`` to the prior's ``tokens``, ``keep`` and places."""
-        noise = torch.randn(EXAMPLE_BATCH, networks.preset.latent_channels, cells, cells)
-        frame = torch.tensor([[0.0, 0.0, RESOLUTION, RESOLUTION]]).repeat(EXAMPLE_BATCH, 1)
-        names = ["tokens", "keep", "condition0"]
-        return self._traced(PriorCondition(networks), [noise, frame], ["noise", "frame"], names)
+        channels = (_noise(number, cells, cells) for number in conditions)
+        return self._evaluation(unet, _noise(unet.config.out_channels, cells, cells), tokens, *channels)
 
     def outline_step(self, model: OutlineTransformer, tokens: int) -> ModelProto:
         """One evaluation of stage 1."""
-        arguments = [
-            torch.randn(EXAMPLE_BATCH, model.length),
-            torch.full((1,), 0.5),
-            torch.ones(1, dtype=torch.long),
-            torch.randn(EXAMPLE_BATCH, tokens, model.config.cross_attention_dim),
-            torch.ones(EXAMPLE_BATCH, tokens),
-            torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH),
-        ]
-        names = ["x", "t", "label", "tokens", "keep", "condition0"]
-        return self._traced(Step(Velocity(model)), arguments, names, ["velocity"], static=("t", "label"))
+        return self._evaluation(model, _noise(model.length), tokens, _ones(ASKED_LENGTH))
+
+    def _evaluation(self, unet: ModelMixin, x: Tensor, tokens: int, *conditions: Tensor) -> ModelProto:
+        inputs = {
+            "x": x,
+            "t": torch.full((1,), 0.5),
+            "label": torch.ones(1, dtype=torch.long),
+            "tokens": _noise(tokens, unet.config.cross_attention_dim),
+            "keep": _ones(tokens),
+            **{f"condition{number}": condition for number, condition in enumerate(conditions)},
+        }
+        return traced(_Step(Velocity(unet)), inputs, ["velocity"], self.opset, static=("t", "label"))
+
+    def condition(self, stage: str, channels: int, side: int) -> ModelProto:
+        """Condition channels of stage 2 or 3 from latents and pixels."""
+        module, names = _CONDITIONS[stage]
+        cells = side // LATENT_FACTOR
+        latents = {name: _noise(channels, cells, cells) for name in ("known", "painted")}
+        inputs = {name: latents[name] if name in latents else _ones(1, side, side) for name in names}
+        return self._steady(module, inputs, ["condition0", "condition1", "condition2"])
+
+    def prior_condition(self, networks: Networks, cells: int) -> ModelProto:
+        """``noise`` and ``frame`` to the prior's ``tokens``, ``keep`` and places."""
+        inputs = {"noise": _noise(networks.preset.latent_channels, cells, cells), "frame": _ones(4)}
+        return self._steady(_PriorCondition(networks), inputs, ["tokens", "keep", "condition0"])
 
     def update(self, spectrum: nn.Module, *shape: int, conditions: Sequence[int] = ()) -> ModelProto:
         """A solver step: ``x`` of a ``shape``, its ``velocity`` and the times ``t`` and ``s`` to ``following``.
 
         Where it has ``conditions``, the channels of each, it reads the last two of them as well.
         """
-        x, velocity = (torch.randn(EXAMPLE_BATCH, *shape) for _ in range(2))
-        times = [torch.full((1,), time) for time in (0.9, 0.8)]
+        inputs = {
+            "x": _noise(*shape),
+            "velocity": _noise(*shape),
+            "t": torch.full((1,), 0.9),
+            "s": torch.full((1,), 0.8),
+        }
         read = list(enumerate(conditions))[-2:]
-        seen = [torch.ones(EXAMPLE_BATCH, channels, *shape[1:]) for _, channels in read]
-        names = ["x", "velocity", "t", "s", *(f"condition{number}" for number, _ in read)]
-        return self._traced(spectrum, [x, velocity, *times, *seen], names, ["following"], static=("t", "s"))
+        inputs |= {f"condition{number}": _ones(channels, *shape[1:]) for number, channels in read}
+        return self._steady(spectrum, inputs, ["following"], static=("t", "s"))
 
     def asked(self, space: OutlineSpace) -> ModelProto:
         """``asked`` to stage 1's condition."""
-        return self._traced(
-            AskedCondition(space), [torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)], ["asked"], ["condition0"]
-        )
+        return self._steady(_AskedCondition(space), {"asked": _ones(ASKED_LENGTH)}, ["condition0"])
 
     def distance(self, space: OutlineSpace, length: int) -> ModelProto:
         """A code and what was asked for to a signed distance per pixel."""
-        arguments = [torch.randn(EXAMPLE_BATCH, length), torch.zeros(EXAMPLE_BATCH, ASKED_LENGTH)]
-        return self._traced(DistanceOutput(space), arguments, ["sample", "asked"], ["distance"])
+        return self._steady(
+            _DistanceOutput(space), {"sample": _noise(length), "asked": _ones(ASKED_LENGTH)}, ["distance"]
+        )
 
-    def _traced(
-        self,
-        module: nn.Module,
-        arguments: Sequence[Tensor],
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        static: Sequence[str] = (),
+    def _steady(
+        self, module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], static: Sequence[str] = ()
     ) -> ModelProto:
-        return traced(module, arguments, inputs, outputs, self.opset, static)
+        """What lies around an evaluation is fp32 in every precision, so its sums can be rewritten at once."""
+        return make_sums_deterministic(traced(module, inputs, outputs, self.opset, static))

@@ -5,8 +5,7 @@
     base/<component>/            diffusers layout: config.json + safetensors
     adapters/<stage>-<class>/    peft layout, beside the merged weights
     merged/<stage>-<class>/      what is exported
-    busigen.json                 recipe, split hash, latent statistics, figures, sha256 of every weight file;
-                                 ``base`` where the base comes from another checkpoint
+    busigen.json                 recipe, split hash, latent statistics, figures, sha256 of all weights, and the base
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,13 +43,11 @@ from busigen.training.trainer import MAX_WEIGHTS_BYTES, write_json
 
 RECORD = "busigen.json"
 SCHEMA = 1
+WRITABLE = "Use a folder that you may write to."
 BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
 
-LATER = ("spectrum.", "decoder.outlines.")
-"""Weights that components saved by an earlier busigen may lack: measured spreads, and what is told of masks."""
-
-MAX_RECORD_BYTES = 64 << 20
-"""Largest other file of a component's folder that is read."""
+LATER = ("spectrum.", "decoder.outlines.")  # Weights that components of older versions may lack.
+MAX_RECORD_BYTES = 64 << 20  # Largest file of a component's folder that is read, apart from weights.
 
 _TRAIN = "Run 'busigen train' to its end first."
 _REFIT = (
@@ -59,7 +57,7 @@ _REFIT = (
 
 
 class ConfigRecord(Record):
-    """Content of a component's ``config.json``: any object."""
+    """A component's ``config.json``: any object."""
 
 
 class Latents(Record):
@@ -70,14 +68,14 @@ class Latents(Record):
 
 
 class TaskFigures(Record):
-    """What a task's training is recorded with; held-out losses are NaN where it diverged."""
+    """The figures of a finished task; held-out losses are NaN where it diverged."""
 
     seconds: Number
     validation: Many[tuple[Whole, Annotated[float, Strict()]]] = Field(default_factory=list)
 
 
 class Lora(Record):
-    """See :class:`busigen.training.recipe.LoraSpec`."""
+    """A recorded :class:`busigen.training.recipe.LoraSpec`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -87,7 +85,7 @@ class Lora(Record):
 
 
 class RecipeRecord(Record):
-    """What is used of a recipe that stands in a record; adapters on a checkpoint have to be of its kind."""
+    """What is used of a recorded recipe."""
 
     preset: Text
     seed: Annotated[int, Strict()]
@@ -95,7 +93,7 @@ class RecipeRecord(Record):
 
 
 class DataRecord(Record):
-    """What is used of the record of a checkpoint's data."""
+    """What is used of the record of the training data."""
 
     split_hash: Text | None
 
@@ -132,36 +130,21 @@ def save_component(model: ModelMixin, folder: Path) -> None:
         model.save_pretrained(str(temporary), safe_serialization=True)
 
 
-def _sizes(component: str, preset: Preset) -> dict[str, Any]:
-    """The configuration of a preset's component, as JSON has it."""
-    with torch.random.fork_rng(devices=[]):  # What training draws next is none of this network's business.
-        config: dict[str, Any] = json.loads(json.dumps(dict(build(component, preset).config)))
-    return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
 def _refuse_other_sizes(component: str, path: Path, preset: Preset) -> None:
-    """Refuse a configuration that asks for a network of other sizes, which might take all memory.
-
-    Raises:
-        IntegrityError: with the first size that is another.
-    """
+    """Refuse a ``config.json`` with other sizes than the preset's: such a network might take all memory."""
     config = read_checked(ConfigRecord, path, fix=_TRAIN)
-    for key, value in _sizes(component, preset).items():
-        if config.get(key, value) != value:
+    with torch.random.fork_rng(devices=[]):  # Building a network must not advance the training's generator.
+        sizes = json.loads(json.dumps(dict(build(component, preset).config)))
+    for key, value in sizes.items():
+        if not key.startswith("_") and config.get(key, value) != value:
             found = printable(reprlib.repr(config[key]))
             raise IntegrityError(f"{path} has no valid {key!r}: {found}; its preset has {value!r}.", fix=_TRAIN)
 
 
 def load_component(component: str, folder: Path, preset: Preset | None = None) -> ModelMixin:
-    """Load a component in evaluation mode.
+    """Load a component in evaluation mode; with a preset, one of its sizes.
 
-    One that was saved before its solver's steps knew a spread takes steps with the spread that was assumed then, and a
-    decoder from before it was told masks does not heed them.
-
-    Args:
-        component: its name.
-        folder: where it lies.
-        preset: whose sizes it has to have, where that is known.
+    Weights in ``LATER`` may be missing: the solver then assumes one spread, and the decoder ignores masks.
 
     Raises:
         InputError: the folder holds no such component, or one whose weights do not fit its configuration.
@@ -172,21 +155,15 @@ def load_component(component: str, folder: Path, preset: Preset | None = None) -
     if preset is not None:
         _refuse_other_sizes(component, folder / "config.json", preset)
     try:
-        # The library opens what it likes of the folder by its names, and would wait for a pipe.
+        # diffusers opens files of the folder by name, and would wait for a pipe.
         for path in folder.iterdir():
-            if path.is_dir():
-                continue
-            limit = MAX_WEIGHTS_BYTES if path.suffix == ".safetensors" else MAX_RECORD_BYTES
-            open_file(path, limit=limit).close()
-        # What a file lacks is then as its constructor leaves it, and not without any value.
-        model, found = model_class(component).from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # diffusers raises whatever it stumbles over in a configuration
+            if not path.is_dir():
+                limit = MAX_WEIGHTS_BYTES if path.suffix == ".safetensors" else MAX_RECORD_BYTES
+                open_file(path, limit=limit).close()
+        # Without low_cpu_mem_usage, missing weights have the values of the constructor.
+        options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
+        model, found = model_class(component).from_pretrained(str(folder), **options, output_loading_info=True)
+    except Exception as error:  # diffusers raises anything on a bad configuration.
         raise InputError(f"{folder} cannot be loaded: {error}.", fix=_TRAIN) from error
     missing = found["missing_keys"]
     if lost := [name for name in missing if not name.startswith(LATER)]:
@@ -197,15 +174,10 @@ def load_component(component: str, folder: Path, preset: Preset | None = None) -
 
 
 def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED)) -> dict[str, str]:
-    """The sha256 of every safetensors file in some folders of a checkpoint, by path relative to the checkpoint.
-
-    Raises:
-        InputError: a file cannot be read, is no regular one, or is larger than ``MAX_WEIGHTS_BYTES``.
-    """
+    """The sha256 of all safetensors files in some folders of a checkpoint, by path; an InputError if unreadable."""
     places = [folder / place for place in below if (folder / place).is_dir()]
-    files = sorted(path for place in places for path in walk(place) if path.suffix == ".safetensors")
     found = {}
-    for path in files:
+    for path in sorted(path for place in places for path in walk(place) if path.suffix == ".safetensors"):
         try:
             found[path.relative_to(folder).as_posix()] = sha256_of(path, limit=MAX_WEIGHTS_BYTES)
         except OSError as error:
@@ -214,17 +186,13 @@ def weight_hashes(folder: Path, below: tuple[str, ...] = (BASE, ADAPTERS, MERGED
 
 
 def versions() -> dict[str, str]:
-    """What the weights were made with."""
+    """Versions of busigen, Python and the libraries that train."""
     libraries = {name: metadata.version(name) for name in ("torch", "diffusers", "peft")}
     return {"busigen": __version__, "python": platform.python_version(), **libraries}
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write ``busigen.json`` and return it as read back; its presence means that the checkpoint can be exported.
-
-    Raises:
-        InputError, IntegrityError: what was written is not what :func:`read_record` takes; it is not left there.
-    """
+    """Write ``busigen.json``, which makes a checkpoint ready for export; removed if :func:`read_record` refuses it."""
     write_json(folder / RECORD, {"schema": SCHEMA, "weights": weight_hashes(folder), **content})
     try:
         return read_record(folder)
@@ -237,8 +205,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read and check ``busigen.json``.
 
     Raises:
-        InputError: no complete checkpoint is there, or it has an unknown schema or preset.
-        IntegrityError: the record is invalid, or a weight file is missing, extra or not the one that was recorded.
+        InputError: there is no finished checkpoint, or one with an unknown schema or preset.
+        IntegrityError: the record is invalid, or a weight file is missing, not recorded or changed.
     """
     path = folder / RECORD
     record, _ = read_given(path, "finished checkpoint", schemas=(SCHEMA,), fix=_TRAIN)
@@ -260,87 +228,57 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
-    """Load a finished checkpoint: autoencoder, context, prior and the merged stages, with its record."""
+    """The networks of a finished checkpoint (autoencoder, context, prior and merged stages) and its record."""
     record = read_record(folder)
     preset = PRESETS[record["preset"]]
     denoisers = {"prior": load_component("prior", folder / BASE / "prior", preset)}
-    for stage in STAGES:
-        for label in LESION_CLASSES:
-            name = f"{stage}-{label}"
-            denoisers[name] = load_component(stage, folder / MERGED / name, preset)
-    networks = Networks(
-        preset=preset,
-        autoencoder=load_component("autoencoder", folder / BASE / "autoencoder", preset),
-        latents_mean=torch.tensor(record["latents"]["mean"]),
-        latents_std=torch.tensor(record["latents"]["std"]),
-        context=load_component("context", folder / BASE / "context", preset),
-        denoisers=denoisers,
-    )
-    return networks, record
+    for stage, label in product(STAGES, LESION_CLASSES):
+        name = f"{stage}-{label}"
+        denoisers[name] = load_component(stage, folder / MERGED / name, preset)
+    autoencoder, context = (load_component(name, folder / BASE / name, preset) for name in ("autoencoder", "context"))
+    mean, std = (torch.tensor(record["latents"][name]) for name in ("mean", "std"))
+    return Networks(preset, autoencoder, mean, std, context, denoisers), record
 
 
-ADAPTER_KINDS = ("heal", "adapter")
-"""What is left to do of a recipe where the base is there: heal the new images, then train the adapters on them."""
-
-RETRAINABLE = (*STAGES, "prior", "decoder", "finish")
-"""What can be trained further on a base. All of it speaks through the encoder and the context encoder."""
-
-RETRAIN_RATE = 0.5
-"""Factor on the learning rate of what goes on from a base's weights: the whole rate first undoes what they know."""
+ADAPTER_KINDS = ("heal", "adapter")  # What a run on a base does: heal the new images, and train adapters on them.
+RETRAINABLE = (*STAGES, "prior", "decoder", "finish")  # All but the encoders, whose output the others read.
+RETRAIN_RATE = 0.5  # Factor on the learning rate from a base's weights, which the full rate would undo first.
 
 
 @dataclass(frozen=True)
 class Base:
-    """A finished checkpoint whose components another run builds on. ``record`` is its ``busigen.json``."""
+    """A finished checkpoint that another run builds on; ``record`` is its ``busigen.json``."""
 
     folder: Path
     record: Mapping[str, Any]
 
     @classmethod
     def open(cls, folder: Path) -> Base:
-        """Read and check a checkpoint.
-
-        Raises:
-            InputError: ``folder`` is no finished checkpoint.
-            IntegrityError: a weight file is missing, extra or not the one that was recorded.
-        """
+        """Read and check a checkpoint; raises what :func:`read_record` does."""
         return cls(folder, read_record(folder))
 
     @property
-    def weights(self) -> dict[str, str]:
-        """The sha256 of the base components' weight files, by relative path; its merged adapters play no part."""
-        return {name: digest for name, digest in self.record["weights"].items() if _component(name)}
-
-    @property
     def identity(self) -> dict[str, str]:
-        """What tells bases apart: ``split_hash`` of the images that they were trained on, and ``weights``.
+        """``split_hash`` of the images that the base components were trained on, and ``weights``, their hash.
 
-        ``weights`` is the sha256 of :attr:`weights` as sorted JSON, so that it can be computed again from any
-        checkpoint that holds these components. A checkpoint that was itself trained on a base names that one.
+        It is the sha256 of their files' hashes as sorted JSON, the same in all checkpoints that hold these components.
         """
-        digest = hashlib.sha256(json.dumps(self.weights, sort_keys=True).encode()).hexdigest()
+        weights = {name: digest for name, digest in self.record["weights"].items() if name.startswith(f"{BASE}/")}
+        digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
         origin = self.record.get("base", self.record["data"])
         return {"split_hash": str(origin["split_hash"]), "weights": digest}
 
     def recipe(
         self, preset: str | None = None, *, seed: int = 0, scale: float = 1.0, retrain: Collection[str] = ()
     ) -> Recipe:
-        """The part of the preset's recipe that is left to do, with the base's LoRA.
+        """The part of the preset's recipe that a run on this base does, with the base's LoRA.
 
-        Without ``retrain``, that is all adapters, which learn from all sources of the data: whoever names a base has
-        said what to adapt to. With it, these components go on from the base's weights, at ``RETRAIN_RATE`` of the
-        rate, and their adapters are trained from the start as in a run without a base. Stage 3 begins with stage 2's
-        weights, as in such a run, where both are named.
-
-        Args:
-            preset: ``None`` or the base's.
-            seed: as for :func:`busigen.training.recipe.recipe_for`.
-            scale: as for :func:`busigen.training.recipe.recipe_for`.
-            retrain: names in ``RETRAINABLE``.
+        Without ``retrain``, these are all adapters, which learn from all sources of the data. With it, the named
+        components, of ``RETRAINABLE``, start from the base's weights at ``RETRAIN_RATE`` of the rate, and their
+        adapters are trained as without a base. Stage 3 then starts from stage 2's weights if both are named.
 
         Raises:
-            UsageError: another preset than the base's, a scale that is not positive, or a component that cannot be
-                trained anew.
+            UsageError: another preset, a scale that is not positive, or a component that cannot be retrained.
         """
         own = self.record["preset"]
         if preset not in (None, own):
@@ -365,87 +303,54 @@ class Base:
         return replace(recipe, tasks=tasks, lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))
 
     def copy(self, out: Path, recipe: Recipe) -> None:
-        """Copy what ``recipe`` does not train to ``out``, so that it needs this checkpoint no more.
+        """Copy all components that ``recipe`` does not train to ``out``, except those that are there already.
 
-        What is there already stays.
-
-        Raises:
-            OutputError: ``out`` cannot be written.
-            IntegrityError: a copy is not what was recorded.
+        An OutputError says that ``out`` cannot be written, an IntegrityError that a copy is not what was recorded.
         """
         trained = {place_of(task) for task in recipe.tasks if task.kind != "heal"}
         weights: dict[str, dict[str, str]] = {}
         for path, digest in self.record["weights"].items():
             top, name, _ = path.split("/", 2)
-            place = f"{MERGED if top == ADAPTERS else top}/{name}"
-            if place not in trained:
+            if f"{MERGED if top == ADAPTERS else top}/{name}" not in trained:
                 weights.setdefault(f"{top}/{name}", {})[path] = digest
         for place, wanted in sorted(weights.items()):
-            self._copy(out, place, wanted)
-
-    def _copy(self, out: Path, place: str, wanted: Mapping[str, str]) -> None:
-        if weight_hashes(out, (place,)) == wanted:
-            return
-        try:
-            with replaced_folder(out / place) as folder:
-                shutil.copytree(self.folder / place, folder, dirs_exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{out / place} cannot be written: {error}.", fix="Use a folder that you may write to."
-            ) from error
-        if weight_hashes(out, (place,)) != wanted:
-            raise IntegrityError(
-                f"{out / place} is not what {self.folder / RECORD} records.",
-                fix="Run the same command again.",
-            )
+            if weight_hashes(out, (place,)) == wanted:
+                continue
+            try:
+                with replaced_folder(out / place) as folder:
+                    shutil.copytree(self.folder / place, folder, dirs_exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{out / place} cannot be written: {error}.", fix=WRITABLE) from error
+            if weight_hashes(out, (place,)) != wanted:
+                raise IntegrityError(
+                    f"{out / place} is not what {self.folder / RECORD} records.", fix="Run the same command again."
+                )
 
 
 def _further(task: TaskSpec, retrain: Collection[str]) -> TaskSpec:
-    """A task of the recipe that goes on from the base's weights, or begins with another's where that is retrained, too.
-
-    Adapters and healing are as in a run without base.
-    """
+    """A task that starts from the base's weights; adapters, healing and tasks that follow a retrained one stay."""
     if task.kind in ADAPTER_KINDS or task.start == task.component or task.start in retrain:
         return task
     return replace(task, start=task.component, lr=RETRAIN_RATE * task.lr)
 
 
-def _component(path: str) -> str:
-    """The base component that a weight file of a checkpoint belongs to; empty for adapters and merged weights."""
-    top, _, rest = path.partition("/")
-    return rest.partition("/")[0] if top == BASE else ""
-
-
 def with_adapter(base: ModelMixin, lora: LoraSpec, seed: int) -> PeftModel:
-    """Freeze ``base`` and attach fresh adapters, which alone are trainable.
-
-    Where the base knows its data's spread (:mod:`busigen.training.networks.variance`), the adapter has one of its own.
-    """
+    """Freeze ``base`` and attach fresh adapters; a spectrum (:mod:`busigen.training.networks.variance`) is copied."""
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
-        lora_dropout=0.0,
-        modules_to_save=["spectrum"] if hasattr(base, "spectrum") else None,
-    )
+    copied = ["spectrum"] if hasattr(base, "spectrum") else None
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), modules_to_save=copied)
     return get_peft_model(base.requires_grad_(False), config)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter alone, as safetensors, with no trace of where its base lay."""
+    """Save the adapter alone, as safetensors, without its base's path."""
     model.peft_config["default"].base_model_name_or_path = None
     model.save_pretrained(str(folder), safe_serialization=True)
 
 
 def merge(model: PeftModel) -> ModelMixin:
-    """Fold the adapter into the base weights and return the plain network.
-
-    Raises:
-        ValueError: an adapter's name is left in the merged network.
-    """
+    """The plain network, with the adapter folded into its weights; a ValueError if adapter weights are left."""
     merged = model.merge_and_unload(safe_merge=True)
-    left = [name for name in merged.state_dict() if "lora" in name]
-    if left:
+    if left := [name for name in merged.state_dict() if "lora" in name]:
         raise ValueError(f"adapter weights are left after the merge: {', '.join(left[:3])}")
     return merged

@@ -1,7 +1,7 @@
-"""Training examples: prepared images turned into the tensors that each denoiser's loss reads.
+"""Training examples: prepared images as the tensors that the denoisers' losses read.
 
-Encoding dominates a step's cost on a CPU, so every image is encoded once per *variant* (another flip, gain, window
-offset and edit region each) and a step only draws from these. All randomness is keyed by (seed, row, variant).
+On a CPU, encoding takes most of a step. So every image is encoded once per variant, each with another flip, gain,
+window offset and edit region, and a step picks from these. All randomness is keyed by (seed, row, variant).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,40 +19,32 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from busigen.data.geometry import (
-    Mask,
-    Window,
-    edit_region,
-    grow,
-    patches_outside,
-    ring_region,
-    shrink,
-    window_for,
-)
+from busigen.data.geometry import Mask, Window, edit_region, grow, patches_outside, ring_region, shrink, window_for
 from busigen.data.prepared import Prepared
 from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.runtime.backends.bundle import LEAST_FRAME
 from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.networks.inference import Networks
+from busigen.training.networks.outline import OutlineSpace, birads_flags
 from busigen.training.trainer import load_state, save_state
 
 log = logging.getLogger("busigen.training")
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # Is called with what is done and of how much.
+Healed = Callable[[int, int], NDArray[np.uint8]]  # The image of a prepared row and variant, without its lesion.
+
 ENCODE_BATCH = 16
 
-FRAMES = 64
-"""Image shapes that a checkpoint records for synthetic backgrounds to have."""
+FRAMES = 64  # Most image shapes that a checkpoint records for synthetic backgrounds.
 
-WIDE = 15
-"""Least side in pixels of suspected overlay that does not count in any loss."""
+WIDE = 15  # Least side in pixels of overlays that no loss counts: text, but not calipers at a lesion's outline.
 
 assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One image with everything that must be flipped along with it; all ``(256, 256)``."""
+    """An image and its masks, ``(256, 256)`` each."""
 
     image: NDArray[np.uint8]
     lesions: NDArray[np.uint8]
@@ -61,32 +54,31 @@ class Frame:
 
     @property
     def place(self) -> tuple[int, int, int, int]:
-        """Top, left, height and width in pixels of what is neither a bar nor mirrored."""
+        """Top, left, height and width in pixels of the valid part."""
         rows, columns = np.flatnonzero(self.valid.any(axis=1)), np.flatnonzero(self.valid.any(axis=0))
         return int(rows[0]), int(columns[0]), rows.size, columns.size
 
     def flipped(self) -> Frame:
-        """Mirror left and right. Never top and bottom: the skin is at the top and shadows fall downwards."""
-        return Frame(
-            np.ascontiguousarray(self.image[:, ::-1]),
-            np.ascontiguousarray(self.lesions[:, ::-1]),
-            np.ascontiguousarray(self.overlay[:, ::-1]),
-            np.ascontiguousarray(self.valid[:, ::-1]),
-            self.label,
-        )
+        """Mirror left and right, never top and bottom: skin is at the top and shadows fall downwards."""
+        parts: tuple[Any, ...] = (self.image, self.lesions, self.overlay, self.valid)
+        image, lesions, overlay, valid = (np.ascontiguousarray(part[:, ::-1]) for part in parts)
+        return Frame(image, lesions, overlay, valid, self.label)
 
     def with_gain(self, rng: np.random.Generator) -> Frame:
-        """Vary gain and contrast as a sonographer's knobs would: +-8 % and a gamma between 0.85 and 1.18."""
+        """Vary gain by up to 8 % and contrast by a gamma between 0.85 and 1.18."""
         gamma, gain = np.exp(rng.uniform(-0.16, 0.16)), rng.uniform(0.92, 1.08)
         table = np.clip(255.0 * gain * (np.arange(256) / 255.0) ** gamma, 0, 255).astype(np.uint8)
         return replace(self, image=table[self.image])
 
-    def filling(self, rng: np.random.Generator) -> Frame:
-        """Without letterbox bars, at the same scale: what was a bar shows the image's mirror image.
+    def varied(self, rng: np.random.Generator) -> Frame:
+        """Flip at random, and vary gain and contrast."""
+        return (self.flipped() if rng.random() < 0.5 else self).with_gain(rng)
 
-        Tall images are moved sideways at random and mirrored at both sides; wide ones are moved to the top and mirrored
-        at their deep end, because skin lies on top. ``valid`` tells what was not mirrored. Enlarging images until they
-        fill the frame instead would teach speckle that is too coarse.
+    def filling(self, rng: np.random.Generator) -> Frame:
+        """Replace letterbox bars by the image's mirror image, at the same scale.
+
+        Tall images are moved sideways at random; wide ones are moved to the top, where skin is, and mirrored below.
+        Enlarging images instead would coarsen their speckle. ``valid`` marks what is not mirrored.
         """
         top, side, height, width = self.place
         part = (slice(top, top + height), slice(side, side + width))
@@ -105,8 +97,7 @@ class Frames:
     """The rows of a prepared folder that a task trains on, as :class:`Frame`."""
 
     def __init__(self, prepared: Prepared, rows: pl.DataFrame, images: NDArray[np.uint8] | None = None) -> None:
-        self.prepared = prepared
-        self.table = rows
+        self.prepared, self.table = prepared, rows
         self.images = prepared.clean if images is None else images
 
     def __len__(self) -> int:
@@ -114,45 +105,36 @@ class Frames:
 
     def __getitem__(self, position: int) -> Frame:
         record = self.table.row(position, named=True)
-        row = record["row"]
+        row, top, left = record["row"], record["top"], record["left"]
+        valid = np.zeros((RESOLUTION, RESOLUTION), dtype=bool)
+        valid[top : top + record["inner_height"], left : left + record["inner_width"]] = True
         return Frame(
             image=np.array(self.images[row]),
             lesions=np.array(self.prepared.masks[row]),
-            overlay=_wide(np.array(self.prepared.suspects[row])),
-            valid=valid_region(record),
+            overlay=grow(shrink(np.array(self.prepared.suspects[row]), WIDE // 2), WIDE // 2),
+            valid=valid,
             label=record["class"],
         )
 
+    def jobs(self, variants: int, *, lesions_only: bool = False) -> list[tuple[int, int]]:
+        """All pairs of position and variant, in order."""
+        places = self.with_lesion() if lesions_only else range(len(self))
+        return [(position, variant) for position in places for variant in range(variants)]
 
-def _wide(suspects: Mask) -> Mask:
-    """The suspects that lie in blocks of at least `WIDE` pixels a side: lines of text, Doppler boxes.
-
-    What was painted over a caliper, a tick or a dotted line lies within a few pixels of tissue and looks like it, and
-    leaving it out would take most of a small lesion's outline from the loss. The inside of a block is guesswork.
-    """
-    return grow(shrink(suspects, WIDE // 2), WIDE // 2)
-
-
-def valid_region(record: dict[str, int]) -> Mask:
-    """The pixels of a letterboxed row that are not bars, ``(256, 256)`` bool."""
-    valid = np.zeros((RESOLUTION, RESOLUTION), dtype=bool)
-    top, left = record["top"], record["left"]
-    valid[top : top + record["inner_height"], left : left + record["inner_width"]] = True
-    return valid
+    def with_lesion(self) -> list[int]:
+        """Positions of images that are not of class ``normal``."""
+        return [position for position, label in enumerate(self.table["class"]) if label != "normal"]
 
 
 def at_most(rows: pl.DataFrame, limit: int | None) -> pl.DataFrame:
-    """At most ``limit`` rows, evenly spaced over the table, so that all sources and classes stay in."""
+    """At most ``limit`` rows, evenly spaced, so that all sources and classes stay in."""
     if limit is None or rows.height <= limit:
         return rows
     return rows[np.linspace(0, rows.height - 1, limit).round().astype(int).tolist()]
 
 
 def frames_of(rows: pl.DataFrame) -> list[list[int]]:
-    """Heights and widths of letterboxed images, evenly spaced from the widest to the tallest; at most ``FRAMES``.
-
-    Strips that are narrower than ``LEAST_FRAME`` once they are letterboxed count as that wide, with a warning.
-    """
+    """At most ``FRAMES`` heights and widths of letterboxed images, none below ``LEAST_FRAME``, by their ratio."""
     shapes = rows.select("inner_height", "inner_width").sort(pl.col("inner_height") / pl.col("inner_width"))
     if narrow := shapes.filter(pl.min_horizontal(pl.all()) < LEAST_FRAME).height:
         log.warning(
@@ -163,16 +145,11 @@ def frames_of(rows: pl.DataFrame) -> list[list[int]]:
 
 
 def select(
-    prepared: Prepared,
-    split: str,
-    *,
-    limit: int | None = None,
-    sources: tuple[str, ...] = (),
-    label: str | None = None,
+    prepared: Prepared, split: str, *, limit: int | None = None, sources: tuple[str, ...] = (), label: str | None = None
 ) -> pl.DataFrame:
-    """Rows of a split; an adapter's rows are those of its class and sources that are under no other class as well.
+    """Rows of a split, of at most ``limit`` images; with a ``label``, those that are under no other class as well.
 
-    ``limit`` bounds the split before anything else is filtered, so that all tasks draw from the same images.
+    The split is bounded before it is filtered, so that all tasks see the same images.
     """
     rows = at_most(prepared.table.filter(pl.col("split") == split), limit)
     if sources:
@@ -188,19 +165,19 @@ def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 def greyed(image: NDArray[np.uint8], edit: Mask) -> NDArray[np.float32]:
-    """The image in [-1, 1] with the edit region at 0: what the encoder is shown, in training and in use."""
+    """The image in [-1, 1] with the edit region at 0, as the encoder sees it in training and in use."""
     return np.where(edit, 0.0, image.astype(np.float32) / 127.5 - 1.0).astype(np.float32)
 
 
 def random_lesion(frame: Frame, rng: np.random.Generator) -> Mask:
-    """One of the image's lesions, as a mask without holes or crumbs."""
+    """The largest part of one of the image's lesions, chosen at random."""
     mask = frame.lesions == rng.integers(1, int(frame.lesions.max()) + 1)
     labels, count = ndimage.label(mask)
     return np.asarray(labels == np.bincount(labels.ravel())[1:].argmax() + 1) if count else np.asarray(mask)
 
 
 def decoy_region(frame: Frame, shape: Mask, rng: np.random.Generator) -> Mask | None:
-    """An edit region of another lesion's ``shape`` moved to where this image has no lesion; ``None`` if none fits."""
+    """The edit region of another lesion's ``shape``, moved to healthy tissue of this image; ``None`` if none fits."""
     rows, columns = np.nonzero(shape)
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
     free_rows, free_columns = np.nonzero(frame.valid)
@@ -219,7 +196,7 @@ def decoy_region(frame: Frame, shape: Mask, rng: np.random.Generator) -> Mask | 
 
 @dataclass
 class WindowExamples:
-    """Windows of one bucket. ``N`` variants; ``s`` = window side / 8; tokens are shared with the 'keep' mask.
+    """Encoded windows of one size; ``s`` is their side / 8.
 
     ``clean``/``known`` ``(N, C, s, s)`` fp16 latents of the whole and of the greyed window; ``mask`` ``(N, 4, s, s)``;
     ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)`` fp16; ``keep`` ``(N, T)``; ``label`` and
@@ -232,12 +209,12 @@ class WindowExamples:
         return self.tensors["clean"].shape[0]
 
     def batch(self, index: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The examples at ``index`` on ``device``, widened from storage types: fp16 and bool to fp32."""
+        """The examples at ``index`` on ``device``, with fp16 and bool as fp32."""
         picked = {name: tensor[index].to(device) for name, tensor in self.tensors.items()}
         return {name: t if t.dtype == torch.long else t.float() for name, t in picked.items()}
 
     def only(self, rows: Tensor, label: int | None) -> WindowExamples:
-        """The examples of some prepared rows and, unless ``None``, of one class."""
+        """The examples of some prepared rows and, if given, of one class."""
         keep = torch.isin(self.tensors["row"], rows)
         if label is not None:
             keep &= self.tensors["label"] == label
@@ -245,7 +222,7 @@ class WindowExamples:
 
 
 def save_examples(path: Path, buckets: dict[int, WindowExamples]) -> None:
-    """Keep encoded examples on disk, by rename; they belong to the run that made them."""
+    """Write encoded examples, by rename."""
     save_state(path, {f"{side}.{name}": t for side, part in buckets.items() for name, t in part.tensors.items()}, {})
 
 
@@ -259,34 +236,29 @@ def load_examples(path: Path) -> dict[int, WindowExamples]:
 
 
 def window_examples(
-    frames: Frames,
-    networks: Networks,
-    *,
-    variants: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-    buckets: Sequence[int] = BUCKETS,
+    frames: Frames, networks: Networks, variants: int, seed: int, progress: Progress, buckets: Sequence[int] = BUCKETS
 ) -> dict[int, WindowExamples]:
-    """Encode windows for stages 2 and 3, by bucket.
+    """Encode windows for stages 2 and 3, by bucket; possibly none.
 
-    A lesion image gives ``variants`` windows around its lesion and half as many of class ``normal`` elsewhere; the
-    latter teach the model to heal. Empty where no row gives a window, as in a split of a few healthy images.
+    A lesion image gives ``variants`` windows around its lesion, and half as many elsewhere that teach to heal.
     """
     pending: dict[int, list[dict[str, Tensor]]] = {side: [] for side in buckets}
     done: dict[int, list[dict[str, Tensor]]] = {side: [] for side in buckets}
     jobs = list(_window_jobs(frames, variants, seed))
     for count, (row, frame, mask, edit, label, rng) in enumerate(jobs, start=1):
-        window = _jittered(window_for(edit, buckets), rng)
+        window = window_for(edit, buckets)
+        limit = RESOLUTION - window.side
+        top, left = (int(np.clip(v + rng.integers(-8, 9), 0, limit)) for v in (window.top, window.left))
+        window = Window(top, left, window.side)
         arrays = window_tensors(frame, mask, edit, label, window, networks.preset.patch)
         pending[window.side].append({**arrays, "row": torch.tensor(row)})
         if len(pending[window.side]) == ENCODE_BATCH:
-            done[window.side].append(_encode_windows(pending[window.side], networks, device))
+            done[window.side].append(_encode_windows(pending[window.side], networks))
             pending[window.side] = []
             progress(count, len(jobs))
     for side, rest in pending.items():
         if rest:
-            done[side].append(_encode_windows(rest, networks, device))
+            done[side].append(_encode_windows(rest, networks))
     progress(len(jobs), len(jobs))
     return {side: WindowExamples(joined(parts)) for side, parts in done.items() if parts}
 
@@ -294,14 +266,13 @@ def window_examples(
 def _window_jobs(
     frames: Frames, variants: int, seed: int
 ) -> Iterator[tuple[int, Frame, Mask, Mask, str, np.random.Generator]]:
-    """Yield (row, frame, lesion mask, edit region, label, generator) for each window to encode."""
-    lesion_rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
+    """Yield (row, frame, lesion mask, edit region, label, generator) of each window."""
+    lesion_rows = frames.with_lesion()
     for position in range(len(frames)):
-        base = frames[position]
+        base, row = frames[position], int(frames.table["row"][position])
         for variant in range(variants):
-            row = int(frames.table["row"][position])
             rng = np.random.default_rng((seed, row, variant))
-            frame = (base.flipped() if rng.random() < 0.5 else base).with_gain(rng)
+            frame = base.varied(rng)
             scales = {"margin_scale": rng.uniform(0.8, 1.4), "shadow_scale": rng.uniform(0.7, 1.3)}
             if frame.label != "normal":
                 mask = random_lesion(frame, rng)
@@ -310,20 +281,13 @@ def _window_jobs(
                     yield row, frame, mask, edit, frame.label, rng
             if lesion_rows and (variant % 2 == 0 or frame.label == "normal"):
                 other = frames[lesion_rows[int(rng.integers(len(lesion_rows)))]]
-                edit_elsewhere = decoy_region(frame, random_lesion(other, rng), rng)
-                if edit_elsewhere is not None:
-                    yield row, frame, np.zeros_like(edit_elsewhere), edit_elsewhere, "normal", rng
-
-
-def _jittered(window: Window, rng: np.random.Generator) -> Window:
-    """Move a window by up to ``BUCKET_CONTEXT`` pixels, within the image."""
-    limit = RESOLUTION - window.side
-    top, left = (int(np.clip(v + rng.integers(-8, 9), 0, limit)) for v in (window.top, window.left))
-    return Window(top, left, window.side)
+                elsewhere = decoy_region(frame, random_lesion(other, rng), rng)
+                if elsewhere is not None:
+                    yield row, frame, np.zeros_like(elsewhere), elsewhere, "normal", rng
 
 
 def window_tensors(frame: Frame, mask: Mask, edit: Mask, label: str, window: Window, patch: int) -> dict[str, Tensor]:
-    """A window and its whole image, as what they are encoded from: pixels in [-1, 1], masks bool."""
+    """What a window and its image are encoded from: pixels in [-1, 1] and bool masks."""
     cut = window.slices
     return {
         "pixels": to_tensor(frame.image[cut]),
@@ -331,7 +295,7 @@ def window_tensors(frame: Frame, mask: Mask, edit: Mask, label: str, window: Win
         "mask": torch.from_numpy(mask[cut])[None],
         "edit": torch.from_numpy(edit[cut])[None],
         "ring": torch.from_numpy(ring_region(edit)[cut])[None],
-        # Bars and overlays are not to be learnt: neither is tissue.
+        # Neither bars nor overlays are tissue.
         "usable": torch.from_numpy((frame.valid & ~frame.overlay)[cut])[None],
         "image": to_tensor(frame.image),
         "keep": torch.from_numpy(patches_outside(edit, patch)),
@@ -340,8 +304,8 @@ def window_tensors(frame: Frame, mask: Mask, edit: Mask, label: str, window: Win
 
 
 @torch.no_grad()
-def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: torch.device) -> dict[str, Tensor]:
-    stacked = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+def _encode_windows(items: list[dict[str, Tensor]], networks: Networks) -> dict[str, Tensor]:
+    stacked = {name: torch.stack([item[name] for item in items]).to(networks.device) for name in items[0]}
     keep = stacked["keep"].float()
     encoded = {
         "clean": networks.encoder(stacked["pixels"]).half(),
@@ -349,7 +313,7 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: 
         "mask": mask_condition(stacked["mask"].float()).half(),
         "edit": region_condition(stacked["edit"].float()).bool(),
         "ring": region_condition(stacked["ring"].float()).bool(),
-        # A cell counts when all of its pixels do.
+        # A cell counts if all of its pixels do.
         "weight": (1.0 - region_condition(1.0 - stacked["usable"].float())).bool(),
         "tokens": networks.tokens(stacked["image"], keep).half(),
         "keep": keep.bool(),
@@ -360,24 +324,17 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks, device: 
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Parts of a table of tensors put end to end."""
+    """Concatenates tables of tensors."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.no_grad()
 def background_examples(
-    frames: Frames,
-    healed: Callable[[int, int], NDArray[np.uint8]],
-    networks: Networks,
-    *,
-    variants: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
+    frames: Frames, healed: Healed, networks: Networks, *, variants: int, seed: int, progress: Progress
 ) -> dict[str, Tensor]:
     """The healthy prior's examples: latents of whole healthy or healed images without letterbox bars."""
     parts: list[dict[str, Tensor]] = []
-    jobs = [(position, variant) for position in range(len(frames)) for variant in range(variants)]
+    jobs = frames.jobs(variants)
     for start in range(0, len(jobs), ENCODE_BATCH):
         images, weights, rows, places = [], [], [], []
         for position, variant in jobs[start : start + ENCODE_BATCH]:
@@ -390,11 +347,10 @@ def background_examples(
             rows.append(row)
             images.append(to_tensor(frame.image))
             places.append(frame.place)
-            # What was mirrored is no tissue that lies there.
             weights.append(torch.from_numpy((frame.overlay | ~frame.valid).astype(np.float32))[None])
         parts.append(
             {
-                "clean": networks.encoder(torch.stack(images).to(device)).half().cpu(),
+                "clean": networks.encoder(torch.stack(images).to(networks.device)).half().cpu(),
                 "weight": (1.0 - region_condition(torch.stack(weights))).bool(),
                 "frame": torch.tensor(places, dtype=torch.int16),
                 "row": torch.tensor(rows),
@@ -404,7 +360,51 @@ def background_examples(
     return joined(parts)
 
 
-def bucket_sizes(buckets: dict[int, WindowExamples], batch: int) -> dict[int, int]:
-    """Batch size per bucket, so that a batch of large windows costs about what one of small ones does."""
-    smallest = min(buckets)
-    return {side: max(2, batch * smallest**2 // side**2) for side in buckets}
+@torch.no_grad()
+def outline_examples(
+    frames: Frames,
+    healed: Healed,
+    space: OutlineSpace,
+    *,
+    networks: Networks,
+    variants: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Encode stage 1's examples: healed images, each with one of its lesions, under another gain, flip and cut.
+
+    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
+
+    Returns:
+        ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
+        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; empty if no image has a lesion.
+    """
+    parts: list[dict[str, Tensor]] = []
+    jobs = frames.jobs(variants, lesions_only=True)
+    for start in range(0, len(jobs), ENCODE_BATCH):
+        part = jobs[start : start + ENCODE_BATCH]
+        rows = [int(frames.table["row"][position]) for position, _ in part]
+        chosen = []
+        for row, (position, variant) in zip(rows, part, strict=True):
+            rng = np.random.default_rng((seed, row, variant, 1))
+            frame = frames[position]
+            # The lesion is chosen before the geometry changes, or another one could become the target.
+            lesion = random_lesion(frame, rng).astype(np.uint8)
+            frame = replace(frame, image=healed(row, variant), lesions=lesion).with_gain(rng)
+            frame = frame.flipped() if rng.random() < 0.5 else frame
+            chosen.append(frame.filling(rng) if rng.random() < 0.5 else frame)
+        images = torch.stack([to_tensor(frame.image) for frame in chosen]).to(networks.device)
+        keep = torch.ones(len(chosen), networks.preset.tokens, device=networks.device)
+        parts.append(
+            {
+                "clean": space.encode([frame.lesions > 0 for frame in chosen]).cpu(),
+                "birads": torch.from_numpy(birads_flags([frames.table["birads"][position] for position, _ in part])),
+                "tokens": networks.tokens(images, keep).half().cpu(),
+                "keep": keep.bool().cpu(),
+                "weight": torch.ones(len(chosen), 1),
+                "label": torch.tensor([CLASSES.index(frame.label) for frame in chosen]),
+                "row": torch.tensor(rows),
+            }
+        )
+        progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
+    return joined(parts) if parts else {}

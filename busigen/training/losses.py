@@ -1,4 +1,4 @@
-"""Losses. Each takes plain tensors and returns a scalar tensor; none of them knows where its batch came from."""
+"""Losses: functions and statistics of plain tensors."""
 
 from __future__ import annotations
 
@@ -7,32 +7,20 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from busigen.registry import LATENT_FACTOR
 
-GRAIN_PATCH, COARSE_FACTOR = 8, 4
-"""Side in pixels of the patches that are compared grain by grain, and how much coarser the second comparison is."""
-
-SPECTRAL_PATCHES = (8, 16, 32)
-"""Sides in pixels of the patches whose spectra are compared: from one speckle grain to several."""
-
-SPECTRAL_WEIGHT = 0.1
-"""Weight of each spectral term: log-magnitudes differ by about ten times what pixels in [-1, 1] do."""
-
-LATTICE_WEIGHT = 5.0
-"""Weight of the lattice term: where cells can be seen in the speckle, its size is about 0.02."""
-
-CRITIC_WEIGHT = 0.3
-"""Weight of what the decoder loses to its critic: after 100 steps it pulls a third as hard as the energy distance."""
-
-TEXTURE_WEIGHT = 0.005
-"""Weight of what the decoder loses to the discriminants of texture."""
-
-AT_SHARE = 0.5
-"""Share of a denoiser's training times that are those of the few-step solver's table."""
+GRAIN_PATCH, COARSE_FACTOR = 8, 4  # Side of the patches that are compared by pixels, and factor of the coarser view.
+SPECTRAL_PATCHES = (8, 16, 32)  # Sides of the patches whose spectra are compared: from one speckle grain to several.
+SPECTRAL_WEIGHT = 0.1  # Weight of each spectral term: log-magnitudes differ ten times as much as pixels in [-1, 1].
+LATTICE_WEIGHT = 5.0  # Weight of the lattice term, which is about 0.02 where cells are visible in the speckle.
+CRITIC_WEIGHT = 0.3  # Weight of the decoder's loss to its critic: a third of the pull of the energy distance.
+TEXTURE_WEIGHT = 0.005  # Weight of the decoder's loss to the discriminants.
+AT_SHARE = 0.5  # Share of a denoiser's training times that are those of the few-step solver.
 
 
 def _patches(image: Tensor, side: int, stride: int) -> Tensor:
@@ -41,34 +29,31 @@ def _patches(image: Tensor, side: int, stride: int) -> Tensor:
 
 
 def _views(image: Tensor, offsets: list[int]) -> Iterator[tuple[float, Tensor]]:
-    """Yield what two images are compared by: a weight and one vector per patch, ``(B, P, n)``.
+    """Yield weight and patches ``(B, P, n)`` of each view of an image: grey levels, fine and coarse, and spectra.
 
-    Grey levels fine and coarse, and log-magnitudes of windowed spectra, which know speckle's texture but not the
-    places of its grains. ``offsets`` shift the tiling, so that no pixel always lies at a patch's rim.
+    Log-magnitudes of spectra show speckle's texture without its places. ``offsets`` shift the tilings' rims.
     """
     yield 1.0, _patches(image[..., offsets[0] :, offsets[0] :], GRAIN_PATCH, GRAIN_PATCH).flatten(2)
     yield 1.0, _patches(F.avg_pool2d(image, COARSE_FACTOR), 4, 4).flatten(2)
     for side, offset in zip(SPECTRAL_PATCHES, offsets[1:], strict=True):
         window = torch.hann_window(side, periodic=False, device=image.device)
-        taper = window[:, None] * window[None, :]
         patches = _patches(image[..., offset:, offset:], side, side // 2 if side > GRAIN_PATCH else side)
-        patches = (patches - patches.mean(dim=(-2, -1), keepdim=True)) * taper
-        # The floor is a few times what rounding to grey levels leaves in a frequency: below it there is nothing to see.
-        magnitude = torch.log(torch.fft.rfft2(patches).abs() / side + 0.004)
-        yield SPECTRAL_WEIGHT, magnitude.flatten(2)
+        patches = (patches - patches.mean(dim=(-2, -1), keepdim=True)) * (window[:, None] * window[None, :])
+        # The floor is a few times what rounding to grey levels leaves in a frequency.
+        yield SPECTRAL_WEIGHT, torch.log(torch.fft.rfft2(patches).abs() / side + 0.004).flatten(2)
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """Root mean square difference per patch, averaged; the square root makes the energy distance a proper score."""
+    """Mean over patches of the root mean square difference, whose root makes the energy distance a proper score."""
     return ((first - second).pow(2).mean(dim=-1) + 1e-6).sqrt().mean()
 
 
 def energy(first: Tensor, second: Tensor, target: Tensor, generator: Generator) -> Tensor:
-    """Generalised energy distance between what a decoder may draw and the image, ``(B, 1, H, W)`` each.
+    """Generalised energy distance of a decoder's draws and the image, ``(B, 1, H, W)`` each.
 
-    ``first`` and ``second`` are two draws from the same latents: both are pulled to the image, and pushed from each
-    other, so that the least is reached where draws differ from the image just as they differ from one another. Without
-    the push, the least is a blur (Gritsenko et al. 2020, A spectral energy distance for parallel speech synthesis).
+    ``first`` and ``second`` are draws from the same latents. Both are pulled to the image and pushed from each other:
+    at the minimum, they differ from the image as from one another. Without the push, it would be a blur (Gritsenko et
+    al. 2020, A spectral energy distance for parallel speech synthesis).
     """
     offsets = [int(torch.randint(side, (1,), generator=generator)) for side in (GRAIN_PATCH, *SPECTRAL_PATCHES)]
     total = first.new_zeros(())
@@ -79,15 +64,10 @@ def energy(first: Tensor, second: Tensor, target: Tensor, generator: Generator) 
 
 
 def lattice(generated: Tensor, target: Tensor) -> Tensor:
-    """How much the latents' cells show: grey steps at each of the eight places in a cell, against the target's.
+    """How visible the latents' cells are in decodings ``(B, 1, H, W)`` of whole cells, compared with their images.
 
-    A decoder's upsampling repeats itself with every cell, and so do the faint seams that it leaves. The energy distance
-    compares at random offsets, to which they are noise. Measured against the target, because the edges of tissue
-    fall on some places of the cells more than on others, too, and must stay.
-
-    Args:
-        generated: ``(B, 1, H, W)`` decoded from whole cells.
-        target: The images that they were encoded from.
+    A decoder's faint seams repeat with every cell, and are noise to the energy distance with its random offsets. So
+    grey steps at each of a cell's eight places are compared with the target's, whose edges prefer some places, too.
     """
     total = generated.new_zeros(())
     for turned in (False, True):
@@ -98,7 +78,7 @@ def lattice(generated: Tensor, target: Tensor) -> Tensor:
 
 
 def _steps_by_place(image: Tensor, lag: int) -> Tensor:
-    """Mean size of the steps over ``lag`` columns that begin at each place of a cell, as a share of their mean."""
+    """Mean steps over ``lag`` columns from each place of a cell, relative to their mean."""
     steps = (image[..., lag:] - image[..., :-lag]).abs().mean(dim=(0, 1, 2))
     whole = steps.numel() // LATENT_FACTOR * LATENT_FACTOR
     places = steps[:whole].view(-1, LATENT_FACTOR).mean(dim=0)
@@ -108,27 +88,23 @@ def _steps_by_place(image: Tensor, lag: int) -> Tensor:
 def reconstruction(
     first: Tensor, second: Tensor, target: Tensor, weight: Tensor, latents: Tensor, generator: Generator
 ) -> Tensor:
-    """Autoencoder loss: the energy distance of two decodings to the image, and a light pull of latents to zero.
-
-    ``weight`` is 0 on overlays (calipers, text), which the decoder must not learn to paint.
-    """
+    """Autoencoder loss: the energy distance of two decodings where ``weight`` is 1, and a pull of latents to zero."""
     score = energy(first * weight, second * weight, target * weight, generator)
     return score + 1e-3 * latents.pow(2).mean()
 
 
 def masked_patches(output: Tensor, image: Tensor, keep: Tensor, patch: int) -> Tensor:
-    """MAE loss: squared error on the dropped patches alone; ``output`` is ``(B, N, patch * patch)``."""
+    """MAE loss: squared error of ``output`` ``(B, N, patch * patch)`` on the dropped patches."""
     target = F.unfold(image, patch, stride=patch).transpose(1, 2)
     hidden = 1.0 - keep
     return ((output - target).pow(2).mean(dim=-1) * hidden).sum() / hidden.sum().clamp(min=1.0)
 
 
 def noisy(clean: Tensor, generator: Generator, at: Sequence[float] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the flow-matching pair: ``x_t``, ``t`` and the target velocity.
+    """The flow-matching pair at random times: ``x_t``, ``t`` and the target velocity.
 
-    Times are logit-normal (Esser et al. 2024, 3.1), but for a share ``AT_SHARE`` of them, which are drawn from ``at``:
-    the times at which the few-step solver will ask. It always asks at pure noise, where the whole look of what is
-    painted is decided, and of logit-normal times one in a thousand lies there.
+    Times are logit-normal (Esser et al. 2024, 3.1), except for a share ``AT_SHARE`` from ``at``, the solver's own. It
+    starts at pure noise, which decides the look of what is painted, and where few logit-normal times lie.
     """
     count = clean.shape[0]
     t = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 + 0.2)
@@ -142,45 +118,41 @@ def noisy(clean: Tensor, generator: Generator, at: Sequence[float] = ()) -> tupl
 
 
 def velocity(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean squared error; ``weight`` broadcasts over channels, 0 where nothing is to be learnt."""
+    """Mean squared error with a ``weight`` that broadcasts over channels."""
     weight = weight.expand_as(output)
     return ((output - target).pow(2) * weight).sum() / weight.sum().clamp(min=1.0)
 
 
-OCTAVES, ORIENTATIONS = 4, 6
-"""Sizes of detail, each twice the one before, and directions."""
-
-SIDE, WAVELENGTH, WIDTH = 9, 3.4, 1.9
-"""Side, wavelength and width (sigma) in pixels of the filters."""
-
-FLOOR = 2e-3
-"""Added before a logarithm: what rounding to grey levels leaves, in units of [-1, 1]."""
-
-LEAST_SHARE = 0.04
-"""Share of a crop that a zone must cover for its statistics to be believed."""
-
-MEMORY = 0.99
-"""Momentum of the running moments: they are those of the last hundred batches or so."""
-
-ENOUGH = 0.5
-"""Share of the memory that must be filled before the discriminant speaks: a covariance of few items is no guide."""
-
-RIDGE = 0.05
-"""Added to the covariance, as a share of every feature's variance: what differs by less than this is noise."""
+OCTAVES, ORIENTATIONS = 4, 6  # Sizes of detail, each twice the one before, and directions.
+SIDE, WAVELENGTH, WIDTH = 9, 3.4, 1.9  # Side, wavelength and width (sigma) in pixels of the filters.
+FLOOR = 2e-3  # Added before a logarithm: the effect of rounding to grey levels, in units of [-1, 1].
+LEAST_SHARE = 0.04  # Least share of a crop that a zone covers whose statistics are used.
+MEMORY = 0.99  # Momentum of the running moments, which are those of the last hundred batches or so.
+ENOUGH = 0.5  # Share of the memory that is filled before a discriminant has a loss, because early covariances mislead.
+RIDGE = 0.05  # Added to the covariance, as a share of every feature's variance.
 
 
 class Texture(nn.Module):
-    """Logarithms of mean and fourth-power mean wavelet moduli, of one and of two layers, within zones of an image.
+    """Logarithms of mean and fourth-power mean wavelet moduli, of one and of two layers, in zones of an image.
 
-    Wavelet moduli of two layers tell textures apart that have one spectrum (Bruna and Mallat 2013, 2; Portilla and
-    Simoncelli 2000 match such statistics to synthesise texture). Fourth powers see a few bright grains.
+    Moduli of two layers tell apart textures with one spectrum (Bruna and Mallat 2013, 2; Portilla and Simoncelli
+    2000); fourth powers show a few bright grains. Images have sides that are divisible by 8.
     """
 
     bank: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("bank", _gabor(), persistent=False)
+        grid = torch.arange(SIDE, dtype=torch.float64) - SIDE // 2
+        y, x = torch.meshgrid(grid, grid, indexing="ij")
+        window = torch.exp(-(x**2 + y**2) / (2.0 * WIDTH**2))
+        window /= window.sum()
+        filters = []  # Real and imaginary parts, each of zero mean.
+        for number in range(ORIENTATIONS):
+            angle = math.pi * number / ORIENTATIONS
+            phase = 2.0 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle))
+            filters += [window * (wave - (window * wave).sum()) for wave in (torch.cos(phase), torch.sin(phase))]
+        self.register_buffer("bank", torch.stack(filters).unsqueeze(1).float(), persistent=False)
 
     @property
     def features(self) -> int:
@@ -189,55 +161,30 @@ class Texture(nn.Module):
         return 2 * ORIENTATIONS * OCTAVES + deeper
 
     def forward(self, image: Tensor, zones: Tensor) -> Tensor:
-        """Measure.
-
-        Args:
-            image: ``(B, 1, H, W)`` in [-1, 1]; sides divisible by 8.
-            zones: ``(B, Z, H, W)`` in [0, 1]: where to look.
-
-        Returns:
-            ``(B, Z, features)``.
-        """
+        """Statistics ``(B, Z, features)`` of images ``(B, 1, H, W)`` in zones ``(B, Z, H, W)`` in [0, 1]."""
         # Logarithms of small moduli need more digits than half precision has.
         with torch.autocast(image.device.type, enabled=False):
-            return self._measured(image.float(), zones.float())
-
-    def _measured(self, image: Tensor, zones: Tensor) -> Tensor:
-        found: list[Tensor] = []
-        deeper: list[Tensor] = []
-        for octave in range(OCTAVES):
-            if octave:
-                image, zones = F.avg_pool2d(image, 2), F.avg_pool2d(zones, 2)
-                deeper = [F.avg_pool2d(maps, 2) for maps in deeper]
-            first = self._moduli(image)
-            found.append(_pooled(first, zones))
-            found.append(0.25 * _pooled(first.pow(4), zones, FLOOR**4))
-            found += [_pooled(self._moduli(maps), zones) for maps in deeper]
-            deeper.append(first)
-        return torch.cat(found, dim=2)
+            image, zones = image.float(), zones.float()
+            found: list[Tensor] = []
+            deeper: list[Tensor] = []
+            for octave in range(OCTAVES):
+                if octave:
+                    image, zones = F.avg_pool2d(image, 2), F.avg_pool2d(zones, 2)
+                    deeper = [F.avg_pool2d(maps, 2) for maps in deeper]
+                first = self._moduli(image)
+                found.append(_pooled(first, zones))
+                found.append(0.25 * _pooled(first.pow(4), zones, FLOOR**4))
+                found += [_pooled(self._moduli(maps), zones) for maps in deeper]
+                deeper.append(first)
+            return torch.cat(found, dim=2)
 
     def _moduli(self, maps: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C * ORIENTATIONS, H, W)``."""
         batch, channels, height, width = maps.shape
         flat = F.pad(maps.reshape(batch * channels, 1, height, width), (SIDE // 2,) * 4, mode="reflect")
         parts = F.conv2d(flat, self.bank).view(batch, channels * ORIENTATIONS, 2, height, width)
-        # The square root has no gradient at zero, which flat parts of an image are.
+        # The square root has no gradient at zero, as in flat parts of an image.
         return (parts.square().sum(dim=2) + 1e-8).sqrt()
-
-
-def _gabor() -> Tensor:
-    """Real and imaginary parts of the filters, ``(2 * ORIENTATIONS, 1, SIDE, SIDE)``, each of zero mean."""
-    grid = torch.arange(SIDE, dtype=torch.float64) - SIDE // 2
-    y, x = torch.meshgrid(grid, grid, indexing="ij")
-    window = torch.exp(-(x**2 + y**2) / (2.0 * WIDTH**2))
-    window /= window.sum()
-    filters = []
-    for number in range(ORIENTATIONS):
-        angle = math.pi * number / ORIENTATIONS
-        phase = 2.0 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle))
-        for wave in (torch.cos(phase), torch.sin(phase)):
-            filters.append(window * (wave - (window * wave).sum()))
-    return torch.stack(filters).unsqueeze(1).float()
 
 
 def _pooled(maps: Tensor, zones: Tensor, floor: float = FLOOR) -> Tensor:
@@ -247,14 +194,10 @@ def _pooled(maps: Tensor, zones: Tensor, floor: float = FLOOR) -> Tensor:
 
 
 class Discriminant(nn.Module):
-    """Fisher's linear discriminant between drawn and real statistics, as a loss for whoever draws.
+    """Fisher's linear discriminant of drawn and real statistics, as a loss of the one who draws.
 
-    Half the squared Mahalanobis distance of the two means has the discriminant as its gradient, so that the opponent
-    needs no training of its own: running means and the real ones' covariance give it in closed form (mean feature
-    matching, Mroueh et al. 2017, McGan).
-
-    Args:
-        features: numbers per item.
+    It is the gradient of half the squared Mahalanobis distance of two means, so running means and the covariance of
+    real items give it in closed form, without training (mean feature matching, Mroueh et al. 2017, McGan).
     """
 
     shift: Tensor
@@ -264,13 +207,11 @@ class Discriminant(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.zeros(features))
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("covariance", torch.zeros(features, features))
-        self.register_buffer("seen", torch.zeros(()))
+        for name, dimensions in (("shift", 1), ("mean", 1), ("covariance", 2), ("seen", 0)):
+            self.register_buffer(name, torch.zeros((features,) * dimensions))
 
     def forward(self, generated: Tensor, real: Tensor) -> Tensor:
-        """What is lost by ``generated`` against ``real``, ``(B, features)`` each; nothing at first, or by no item."""
+        """Loss of ``generated`` against ``real`` items, ``(B, features)`` each; zero at first, and without items."""
         if not len(generated):
             return generated.sum()
         with torch.autocast(generated.device.type, enabled=False):
@@ -301,75 +242,54 @@ class Discriminant(nn.Module):
 
 
 def large_enough(zones: Tensor) -> Tensor:
-    """Which zones ``(B, Z, H, W)`` are large enough to measure, ``(B, Z)`` bool."""
+    """Which zones ``(B, Z, H, W)`` are large enough to use, ``(B, Z)`` bool."""
     return zones.mean(dim=(2, 3)) >= LEAST_SHARE
 
 
-BANDS, BAND_WIDTH = 8, 2
-"""Bands along the outline, half of them inside, and pixels from one side of a band to the other."""
-
-SECTORS = 8
-"""Directions from the lesion's centre: margins are sharp on one side and not on another."""
-
-FEWEST = 24
-"""Of the ``BANDS * SECTORS`` patches, how many must be seen."""
-
-LEAST_PIXELS = 6.0
-"""Pixels from which a patch's mean is believed."""
-
-STEP_FLOOR = 1e-3
-"""Added before a logarithm of squares of steps in brightness, in units of [-1, 1]: less is speckle's doing."""
-
-FEATURES = BANDS + BANDS - 1
-"""Numbers per lesion."""
+BANDS, BAND_WIDTH = 8, 2  # Bands along the outline, half of them inside, and their width in pixels.
+SECTORS = 8  # Directions from the lesion's centre: margins are sharp on one side and not on another.
+FEWEST = 24  # Fewest of the ``BANDS * SECTORS`` patches that must be seen.
+LEAST_PIXELS = 6.0  # Fewest pixels of a patch that counts as seen.
+STEP_FLOOR = 1e-3  # Added before a logarithm of squared steps in brightness: speckle alone makes such steps.
+FEATURES = BANDS + BANDS - 1  # Numbers per lesion.
 
 
 def patches(mask: Tensor, usable: Tensor) -> Tensor:
-    """Share out the pixels near outlines by band and sector.
+    """The patch of every pixel near an outline, by band and sector, ``(B, H * W)`` int64.
 
-    Args:
-        mask: ``(B, 1, H, W)``, above 0 in the lesion.
-        usable: which pixels count, of the same shape.
-
-    Returns:
-        ``(B, H * W)`` int64, the number of every pixel's patch; ``BANDS * SECTORS`` for none.
+    ``mask`` and ``usable`` are ``(B, 1, H, W)``, above 0 in the lesion and where pixels count. ``BANDS * SECTORS`` is
+    no patch.
     """
-    pairs = zip(mask[:, 0].cpu() > 0, usable[:, 0].cpu() > 0, strict=True)
-    return torch.stack([_places(*pair) for pair in pairs]).flatten(1).to(mask.device)
+    pairs = zip(mask[:, 0].cpu().numpy() > 0, usable[:, 0].cpu().numpy() > 0, strict=True)
+    return torch.from_numpy(np.stack([_places(*pair) for pair in pairs])).flatten(1).to(mask.device)
 
 
-def _places(lesion: Tensor, usable: Tensor) -> Tensor:
-    """The number of every pixel's patch, ``(H, W)``; ``BANDS * SECTORS`` for none."""
-    inside = lesion.numpy()
-    nowhere = torch.full(lesion.shape, BANDS * SECTORS)
+def _places(inside: NDArray[np.bool_], usable: NDArray[np.bool_]) -> NDArray[np.int64]:
     if not inside.any() or inside.all():
-        return nowhere
+        return np.full(inside.shape, BANDS * SECTORS)
     distance = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
-    # The outline lies half a pixel from the centres of the pixels to either side of it.
+    # The outline lies half a pixel from the centres of the pixels on either side.
     distance -= 0.5 * np.sign(distance)
     band = np.floor(distance / BAND_WIDTH).astype(np.int64) + BANDS // 2
     row, column = ndimage.center_of_mass(inside)
     y, x = np.arange(inside.shape[0]) - row, np.arange(inside.shape[1]) - column
     angle = np.arctan2(y[:, None], x[None]) / (2.0 * np.pi) + 0.5
     sector = np.minimum((angle * SECTORS).astype(np.int64), SECTORS - 1)
-    known = (band >= 0) & (band < BANDS) & usable.numpy()
-    return torch.where(torch.from_numpy(known), torch.from_numpy(band * SECTORS + sector), nowhere)
+    return np.where((band >= 0) & (band < BANDS) & usable, band * SECTORS + sector, BANDS * SECTORS)
 
 
 def profile(image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure how brightness goes across outlines.
-
-    Args:
-        image: ``(B, 1, H, W)`` in [-1, 1].
-        places: what :func:`patches` gives.
+    """How brightness changes across outlines, in images ``(B, 1, H, W)`` and their :func:`patches`.
 
     Returns:
-        ``(B, FEATURES)``: every band's mean about that of all, from the inmost on, and the logarithm of the mean
-        square, over sectors, of the steps from band to band; and ``(B,)`` bool, of which lesions enough is seen.
+        ``(B, FEATURES)``: each band's mean, from the inmost, relative to that of all, and the logarithm of the mean
+        square over sectors of the steps from band to band; and ``(B,)`` bool, which lesions are seen well enough.
     """
     with torch.autocast(image.device.type, enabled=False):
         flat = image.float().flatten(1)
-        counts, sums = (_summed(part, places) for part in (torch.ones_like(flat), flat))
+        empty = flat.new_zeros(len(flat), BANDS * SECTORS + 1)
+        totals = (empty.scatter_add(1, places, part) for part in (torch.ones_like(flat), flat))
+        counts, sums = (total[:, :-1].unflatten(1, (BANDS, SECTORS)) for total in totals)
         seen = (counts >= LEAST_PIXELS).float()
         means = sums / counts.clamp(min=1.0)
         bands = (means * seen).sum(dim=2) / seen.sum(dim=2).clamp(min=1.0)
@@ -378,9 +298,3 @@ def profile(image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.cat((bands - bands.mean(dim=1, keepdim=True), 0.5 * torch.log(squares + STEP_FLOOR)), dim=1)
         enough = (seen.sum(dim=(1, 2)) >= FEWEST) & (both.sum(dim=2) > 0).all(dim=1)
         return found, enough
-
-
-def _summed(values: Tensor, places: Tensor) -> Tensor:
-    """Sums of ``(B, H * W)`` values over patches, ``(B, BANDS, SECTORS)``."""
-    sums = values.new_zeros(len(values), BANDS * SECTORS + 1).scatter_add(1, places, values)
-    return sums[:, :-1].unflatten(1, (BANDS, SECTORS))

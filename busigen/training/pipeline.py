@@ -1,4 +1,4 @@
-"""A recipe run in a folder of its own, task by task, so that a killed run goes on where it stopped."""
+"""A recipe, run in a folder of its own, task by task, so that a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,56 @@ from busigen.files import TEMPORARY_PREFIX, is_temporary, make_folder, remove, r
 from busigen.records import Many, Number, Record, Text, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import checkpoint
-from busigen.training import checkpoint as adapters
 from busigen.training.checkpoint import Base, Origin, RecipeRecord
 from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
-from busigen.training.healing import healed_reader, remove_lesion, save_healed
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
-from busigen.training.rollouts import Drawer
-from busigen.training.tasks.base import TaskContext
-from busigen.training.tasks.registry import KINDS
+from busigen.training.rollouts import Drawer, healed_reader, remove_lesion, save_healed
+from busigen.training.tasks import Task, TaskContext
+from busigen.training.tasks.autoencoder import AutoencoderTask, ContextTask, DecoderTask, FinishTask
+from busigen.training.tasks.denoiser import BackgroundTask, WindowTask
+from busigen.training.tasks.outline import MaskTask
 from busigen.training.trainer import Trainer, check_finite, write_json
 
-RUN = "run.json"
+# Deterministic kernels where there are any: a resumed run should end where an undisturbed one does.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-_SHOWN = 3
+log = logging.getLogger("busigen.training")
+
+KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
+    "autoencoder": AutoencoderTask,
+    "decoder": DecoderTask,
+    "context": ContextTask,
+    "window": WindowTask,
+    "mask": MaskTask,
+    "background": BackgroundTask,
+    "finish": FinishTask,
+}
+"""Task classes by the kind that a recipe names; an adapter has the class of its stage's base task."""
+
+GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
+"""Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint."""
+
+RUN = "run.json"
+HEALED = "healed.npz"
+CACHE = "cache"
+_WRITTEN = re.compile(r"[a-z0-9.-]+")  # Names of the files and folders that a run writes.
+
+_SHOWN = 3  # Fields of recipes that are named as different.
+_ANOTHER = "Use another --out."
+_AGAIN = "Delete it, and give the same command again: that task is trained anew."
+
+
+class _AutoencoderFigures(checkpoint.TaskFigures):
+    latents: checkpoint.Latents
+
+
+class _PriorFigures(checkpoint.TaskFigures):
+    styles: Many[Many[Number]]
+
+
+_FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}  # Models of the figures that later tasks read.
 
 
 class _RunRecord(Record):
@@ -52,8 +88,7 @@ class _RunRecord(Record):
 def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None) -> None:
     """Record recipe, data and base in a new folder, or check that they are those of the run in it.
 
-    Raises:
-        OutputError: ``out`` belongs to a run with another recipe, other data or another base, or cannot be written.
+    An OutputError says what is another there, or that ``out`` cannot be written.
     """
     config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
     if base is not None:
@@ -67,43 +102,35 @@ def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = Non
                     f"{out} belongs to another run ({_difference(before, config)}).",
                     fix="Use another --out, or the same options.",
                 )
-            linked = next((place for place in out.rglob("*") if place.is_symlink()), None)
-            if linked is not None:
-                raise OutputError(f"{linked} is a link, and would be written through.", fix="Use another --out.")
+            if linked := next((place for place in out.rglob("*") if place.is_symlink()), None):
+                raise OutputError(f"{linked} is a link, and would be written through.", fix=_ANOTHER)
             return
         if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} is not empty and holds no busigen run.", fix="Use another --out.")
+            raise OutputError(f"{out} is not empty and holds no busigen run.", fix=_ANOTHER)
         make_folder(out)
         write_json(path, config)
     except IntegrityError as error:
-        raise OutputError(
-            f"{out} holds no run of `busigen train`: {error.problem}", fix="Use another --out."
-        ) from error
+        raise OutputError(f"{out} holds no run of `busigen train`: {error.problem}", fix=_ANOTHER) from error
     except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
-        ) from error
+        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix=checkpoint.WRITABLE) from error
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What a person changed, in terms of options; fields of the recipe only where no option explains them."""
+    """What differs, as options; fields of the recipe only where no option explains them."""
     old, new = before.get("recipe", {}), now["recipe"]
-    shown = [
-        f"--{name}: {old.get(name)!r} there, {new[name]!r} now"
-        for name in ("preset", "seed")
-        if old.get(name) != new[name]
-    ]
+    options = [name for name in ("preset", "seed") if old.get(name) != new[name]]
+    shown = [f"--{name}: {old.get(name)!r} there, {new[name]!r} now" for name in options]
     if before.get("split_hash") != now["split_hash"]:
         shown.append("--data: other images or splits")
-    there, here = _base(before), _base(now)
+    bases = [config.get("base") for config in (before, now)]
+    there, here = (f"one with weights {base['weights'][:12]}..." if base else "none" for base in bases)
     if there != here:
         shown.append(f"--base: {there} there, {here} now")
-    # A run with a base has fewer tasks than one without: that says nothing of what a person changed.
+    # A run with a base has fewer tasks than one without, which no person chose.
     if old.get("preset") == new["preset"] and ("base" in before) == ("base" in now):
         fields = _fields(old, new)
-        # Steps and the warm-ups that follow from them are all that --scale changes.
-        scaled = [field for field in fields if field[0].endswith((".steps", ".warmup"))]
-        if scaled:
+        # --scale changes steps and the warm-ups that follow from them, and nothing else.
+        if scaled := [field for field in fields if field[0].endswith((".steps", ".warmup"))]:
             name, there, here = scaled[0]
             shown.append(f"--scale: {name} {there} there, {here} now")
         rest = [field for field in fields if field not in scaled and field[0] != "seed"]
@@ -112,62 +139,20 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(shown)
 
 
-def _base(config: Mapping[str, Any]) -> str:
-    base = config.get("base")
-    return f"one with weights {base['weights'][:12]}..." if base else "none"
-
-
 def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields in which two recipes differ, as (dotted name, old, new); a list's items go by their own name or place."""
+    """Differing fields as (dotted name, old, new); items of a list go by their own name or their position."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(str(_name(b, number)), a, b) for number, (a, b) in enumerate(zip(old, new, strict=True))]
+        names = [item.get("name", number) if isinstance(item, dict) else number for number, item in enumerate(new)]
+        pairs = list(zip(map(str, names), old, new, strict=True))
     else:
         return [] if old == new else [(at, old, new)]
     return [field for key, a, b in pairs for field in _fields(a, b, f"{at}.{key}".strip("."))]
 
 
-def _name(item: Any, number: int) -> Any:
-    return item.get("name", number) if isinstance(item, dict) else number
-
-
-log = logging.getLogger("busigen.training")
-
-HEALED = "healed.npz"
-_WRITTEN = re.compile(r"[a-z0-9.-]+")
-"""Names of the files and folders that a run writes."""
-CACHE = "cache"
-
-GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
-"""Kinds of tasks, and the component that they train, that look at backgrounds of the prior and at what stages paint."""
-
-
-_AGAIN = "Delete it, and give the same command again: that task is trained anew."
-
-
-class _AutoencoderFigures(checkpoint.TaskFigures):
-    """With what the tasks after it need to know of latents."""
-
-    latents: checkpoint.Latents
-
-
-class _PriorFigures(checkpoint.TaskFigures):
-    """With what backgrounds are drawn with."""
-
-    styles: Many[Many[Number]]
-
-
-_FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}
-"""Models of the markers that later tasks read."""
-
-
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` as a device.
-
-    Raises:
-        UsageError: the name is unknown, or CUDA is asked for and absent.
-    """
+    """``auto``, ``cpu`` or ``cuda`` as a device; a UsageError for other names, and without a CUDA device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -188,18 +173,10 @@ def train(
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe on a prepared folder; a rerun continues where the last one stopped.
+    """Run a recipe on a prepared folder, or resume the run in ``out``, which becomes the checkpoint.
 
-    Args:
-        data: what ``busigen prepare`` wrote.
-        out: the run's folder, which becomes the checkpoint.
-        recipe: what to train; with a base, what :meth:`Base.recipe` gives.
-        base: the checkpoint that has what the recipe does not train; ``None`` where it trains everything.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        console: where progress goes; stderr by default.
-
-    Returns:
-        The content of the checkpoint's ``busigen.json``.
+    With a ``base``, the recipe is that of :meth:`Base.recipe`. Progress goes to ``console``, by default to stderr. What
+    is returned is the content of ``busigen.json``.
 
     Raises:
         InputError: the prepared folder lacks a lesion class in its training split.
@@ -208,27 +185,22 @@ def train(
     """
     prepared = Prepared.open(data)
     present = set(select(prepared, "train")["class"])
-    for label in LESION_CLASSES:
-        if label not in present:
-            raise InputError(
-                f"{data} has no {label} image in its training split.", fix="Prepare more images of that class."
-            )
+    if missing := [label for label in LESION_CLASSES if label not in present]:
+        raise InputError(
+            f"{data} has no {missing[0]} image in its training split.", fix="Prepare more images of that class."
+        )
     picked = pick_device(device)
     claim(out, recipe, prepared, base)
-    log.info("%s", _summary(out, recipe, prepared, base, picked))
-    return _Run(prepared, out, recipe, base, picked, console or Console(stderr=True)).execute()
-
-
-def _summary(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None, device: torch.device) -> str:
-    """What is about to happen, in one line."""
-    splits = {name: select(prepared, name).height for name in SPLITS}
+    what = recipe.preset if base is None else f"{', '.join(_trained(recipe))} on the base of {base.folder}"
+    splits = ", ".join(f"{name} {select(prepared, name).height}" for name in SPLITS)
     used = "" if recipe.max_images is None else f" (at most {recipe.max_images} of a split are used)"
     steps = sum(task.steps for task in recipe.tasks)
-    what = recipe.preset if base is None else f"{', '.join(_trained(recipe))} on the base of {base.folder}"
-    return (
-        f"training {what} on {device}: images {', '.join(f'{name} {n}' for name, n in splits.items())}{used}; "
-        f"{len(recipe.tasks)} tasks, {steps} steps; pictures in {out / 'samples'}, curves in {out / 'tensorboard'}"
+    log.info(
+        "%s",
+        f"training {what} on {picked}: images {splits}{used}; {len(recipe.tasks)} tasks, {steps} steps; "
+        f"pictures in {out / 'samples'}, curves in {out / 'tensorboard'}",
     )
+    return _Run(prepared, out, recipe, base, picked, console or Console(stderr=True)).execute()
 
 
 def _trained(recipe: Recipe) -> list[str]:
@@ -236,16 +208,10 @@ def _trained(recipe: Recipe) -> list[str]:
 
 
 class _Run:
-    """The state that tasks share while a recipe runs."""
+    """A recipe in its folder: runs its tasks, and builds what each is given."""
 
     def __init__(
-        self,
-        prepared: Prepared,
-        out: Path,
-        recipe: Recipe,
-        start: Base | None,
-        device: torch.device,
-        console: Console,
+        self, prepared: Prepared, out: Path, recipe: Recipe, start: Base | None, device: torch.device, console: Console
     ) -> None:
         self.prepared, self.out, self.recipe, self.device, self.console = prepared, out, recipe, device, console
         self.start, self.base = start, out / checkpoint.BASE
@@ -256,11 +222,12 @@ class _Run:
         if (self.out / checkpoint.RECORD).exists():
             log.info("%s is a finished checkpoint already", self.out)
             return checkpoint.read_record(self.out)
-        for left in list(self.out.rglob(f"{TEMPORARY_PREFIX}*")):  # Of a run that was killed.
+        # What killed runs left: of this version, and half components of older ones.
+        for left in list(self.out.rglob(f"{TEMPORARY_PREFIX}*")):
             if is_temporary(left.name, _WRITTEN):
                 remove(left)
         for place in (checkpoint.BASE, checkpoint.ADAPTERS, checkpoint.MERGED):
-            for left in (self.out / place).glob("*.tmp"):  # Of an older version that was killed: half a component.
+            for left in (self.out / place).glob("*.tmp"):
                 if {path.suffix for path in left.glob("*")} in ({".json"}, {".json", ".safetensors"}, {".safetensors"}):
                     remove(left)
         if self.start is not None:
@@ -278,160 +245,131 @@ class _Run:
             )
         return checkpoint.write_record(self.out, self._record())
 
+    def _of_base(self, component: str) -> Mapping[str, Any] | None:
+        """The base's record, if a component comes from there."""
+        return None if self.start is None or component in _trained(self.recipe) else self.start.record
+
     @property
     def latents(self) -> dict[str, list[float]]:
-        """Mean and deviation of each latent channel: the base's, or those of the autoencoder that this run trained."""
-        return self.figures["autoencoder"]["latents"] if self.start is None else self.start.record["latents"]
+        """Mean and deviation of each latent channel."""
+        return (self._of_base("autoencoder") or self.figures["autoencoder"])["latents"]
+
+    @cached_property
+    def _frames(self) -> list[list[int]]:
+        """Heights and widths of the images that the prior learnt from."""
+        record = self._of_base("prior")
+        return frames_of(select(self.prepared, "train")) if record is None else record.get("frames", [[RESOLUTION] * 2])
+
+    @property
+    def _styles(self) -> list[list[float]]:
+        record = self._of_base("prior")
+        return self.figures["prior"]["styles"] if record is None else record.get("styles", [])
 
     def _record(self) -> dict[str, Any]:
+        known = ("split_hash", "images", "seed", "splits", "classes_and_splits")
+        decoder = self._of_base("finish")
         return {
             **({} if self.start is None else {"base": self.start.identity}),
             "preset": self.recipe.preset,
             "recipe": self.recipe.to_dict(),
-            "data": {
-                key: self.prepared.info.get(key)
-                for key in ("split_hash", "images", "seed", "splits", "classes_and_splits")
-            },
+            "data": {key: self.prepared.info.get(key) for key in known},
             "latents": self.latents,
             "frames": self._frames,
-            "styles": self._styles(),
-            "transfer": self._transfer(),
+            "styles": self._styles,
+            "transfer": (self.figures.get("finish", {}) if decoder is None else decoder).get("transfer"),
             "tasks": self.figures,
             "device": str(self.device),
             "versions": checkpoint.versions(),
         }
 
-    @cached_property
-    def _frames(self) -> list[list[int]]:
-        """The shapes of the images that the prior learnt from."""
-        if self.start is not None and "prior" not in _trained(self.recipe):
-            return self.start.record.get("frames", [[RESOLUTION, RESOLUTION]])
-        return frames_of(select(self.prepared, "train"))
-
-    def _styles(self) -> list[list[float]]:
-        """The styles that the prior lacks, here or in the base."""
-        if self.start is not None and "prior" not in _trained(self.recipe):
-            return self.start.record.get("styles", [])
-        return self.figures["prior"]["styles"]
-
-    def _transfer(self) -> dict[str, Any] | None:
-        """What drawn images are filtered with last: of the decoder's last task, here or in the base."""
-        if self.start is not None and "finish" not in _trained(self.recipe):
-            found: dict[str, Any] | None = self.start.record.get("transfer")
-            return found
-        return self.figures.get("finish", {}).get("transfer")
-
     def _do(self, spec: TaskSpec) -> dict[str, Any]:
         if spec.kind == "heal":
             return self._heal(spec)
+        target = self.out / checkpoint.place_of(spec)
         if spec.kind == "adapter":
-            return self._adapt(spec)
+            base = self._loaded(spec.component)
+            model = checkpoint.with_adapter(base, self.recipe.lora, self.recipe.seed)
+            figures = self._train(spec, model, self.recipe.kind_of(spec.component))
+            with replaced_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
+                checkpoint.save_adapter(model, folder)
+            checkpoint.save_component(checkpoint.merge(model), target)
+            return figures
         torch.manual_seed(self.recipe.seed)
         module = build(spec.component, self.recipe.sizes).to(self.device)
         if spec.start is not None:
-            module.load_state_dict(self._loaded(spec.start, self._weights(spec.start)).state_dict())
+            module.load_state_dict(self._loaded(spec.start).state_dict())
         figures = self._train(spec, module, spec.kind)
-        checkpoint.save_component(module, self.out / checkpoint.place_of(spec))
+        checkpoint.save_component(module, target)
         if spec.component == "autoencoder":
             figures["latents"] = self._latent_statistics(module)
         return figures
 
-    def _weights(self, component: str) -> Path:
-        """Where a component lies that another begins with, or its own training: here, or still with the base."""
-        own = self.base / component
-        return own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
-
-    def _loaded(self, component: str, folder: Path) -> ModelMixin:
-        return checkpoint.load_component(component, folder, self.recipe.sizes)
+    def _loaded(self, component: str, folder: Path | None = None) -> ModelMixin:
+        """A component of this run, or else of its base, or in ``folder``."""
+        if folder is None:
+            own = self.base / component
+            folder = own if own.exists() or self.start is None else self.start.folder / checkpoint.BASE / component
+        return checkpoint.load_component(component, folder, self.recipe.sizes).to(self.device)
 
     def _train(self, spec: TaskSpec, module: torch.nn.Module, kind: str) -> dict[str, Any]:
-        task = KINDS[kind](spec, self._setting(spec), module)
+        task = KINDS[kind](spec, self._context(spec), module)
         trainer = Trainer(task, seed=self.recipe.seed, folder=self.out, device=self.device, console=self.console)
         figures = trainer.run()
         module.eval()
-        # What export would refuse is said before hours of other tasks build on it; findings set buffers, too.
+        # Before hours of other tasks build on what export would refuse; findings set buffers, too.
         check_finite(spec.name, module)
         with torch.no_grad():
             figures |= task.findings()
         check_finite(spec.name, module)
         return figures
 
-    def _adapt(self, spec: TaskSpec) -> dict[str, Any]:
-        kind = self.recipe.kind_of(spec.component)
-        base = self._loaded(spec.component, self.base / spec.component).to(self.device)
-        model = adapters.with_adapter(base, self.recipe.lora, self.recipe.seed)
-        figures = self._train(spec, model, kind)
-        with replaced_folder(self.out / checkpoint.ADAPTERS / spec.name) as folder:
-            adapters.save_adapter(model, folder)
-        checkpoint.save_component(adapters.merge(model), self.out / checkpoint.place_of(spec))
-        return figures
-
     def _heal(self, spec: TaskSpec) -> dict[str, Any]:
-        limit = self.recipe.max_images
+        variants, limit = self.recipe.heal_variants, self.recipe.max_images
         rows = pl.concat([select(self.prepared, split, limit=limit) for split in ("train", "val")])
-        frames = Frames(self.prepared, rows)
-        images = remove_lesion(
-            frames,
-            self._networks("lesion"),
-            variants=self.recipe.heal_variants,
-            seed=self.recipe.seed,
-            device=self.device,
-            progress=self._report(f"healing {len(frames)} images, {self.recipe.heal_variants} times each"),
-        )
+        frames, networks = Frames(self.prepared, rows), self._networks("lesion")
+        progress = self._report(f"healing {len(frames)} images, {variants} times each")
+        images = remove_lesion(frames, networks, variants=variants, seed=self.recipe.seed, progress=progress)
         save_healed(self.out / HEALED, rows["row"], images)
-        return {"images": len(frames), "variants": self.recipe.heal_variants}
+        return {"images": len(frames), "variants": variants}
 
     def _networks(self, *denoisers: str) -> Networks:
-        names = ("autoencoder", "context", *denoisers)
-        loaded = {name: self._loaded(name, self._weights(name)).to(self.device) for name in names}
-        return Networks(
-            preset=self.recipe.sizes,
-            autoencoder=loaded["autoencoder"],
-            latents_mean=torch.tensor(self.latents["mean"], device=self.device),
-            latents_std=torch.tensor(self.latents["std"], device=self.device),
-            context=loaded["context"],
-            denoisers={name: loaded[name] for name in denoisers},
-        )
+        loaded = {name: self._loaded(name) for name in ("autoencoder", "context", *denoisers)}
+        autoencoder, context = loaded.pop("autoencoder"), loaded.pop("context")
+        mean, std = (torch.tensor(self.latents[name], device=self.device) for name in ("mean", "std"))
+        return Networks(self.recipe.sizes, autoencoder, mean, std, context, loaded)
 
-    def _setting(self, spec: TaskSpec) -> TaskContext:
+    def _context(self, spec: TaskSpec) -> TaskContext:
         ready = self.start is not None or ("autoencoder" in self.figures and "context" in self.figures)
+        networks = self._networks() if ready else None
         healed = self.out / HEALED
-        stages = GENERATED_FOR.get((spec.kind, spec.component))
+        drawer = None
+        if (stages := GENERATED_FOR.get((spec.kind, spec.component))) is not None:
+            names = {f"{stage}-{label}": stage for stage, label in product(stages, LESION_CLASSES)}
+            merged = {name: self._loaded(stage, self.out / checkpoint.MERGED / name) for name, stage in names.items()}
+            drawer = Drawer(self._networks("prior"), self._frames, self._styles)
+            drawer.networks.denoisers |= merged
         return TaskContext(
             prepared=self.prepared,
-            networks=self._networks() if ready else None,  # type: ignore[arg-type]
+            networks=networks,  # type: ignore[arg-type]
             device=self.device,
             seed=self.recipe.seed,
             report=self._report,
             cache=self.out / CACHE,
             max_images=self.recipe.max_images,
             healed=healed_reader(healed) if healed.exists() and spec.component in LEARN_FROM_HEALED else None,
-            drawer=None if stages is None else self._drawer(stages),
+            drawer=drawer,
         )
-
-    def _drawer(self, stages: Collection[str]) -> Drawer:
-        """The healthy prior and some stages, as they draw in use."""
-        merged = {
-            name: self._loaded(stage, self.out / checkpoint.MERGED / name).to(self.device)
-            for stage in stages
-            for name in (f"{stage}-{label}" for label in LESION_CLASSES)
-        }
-        networks = self._networks("prior")
-        networks.denoisers |= merged
-        return Drawer(networks, self._frames, self._styles())
 
     @torch.no_grad()
     def _latent_statistics(self, autoencoder: ModelMixin) -> dict[str, list[float]]:
         """Mean and deviation of every latent channel over the training images' valid cells."""
         frames = Frames(self.prepared, select(self.prepared, "train"))
         rng = np.random.default_rng(self.recipe.seed)
-        chosen = rng.permutation(len(frames))[:256]
         cells = []
-        for position in chosen:
+        for position in rng.permutation(len(frames))[:256]:
             frame = frames[int(position)]
             latents = autoencoder.encoder(to_tensor(frame.image)[None].to(self.device))[0]
-            inside = torch.from_numpy(frame.valid[4::8, 4::8]).to(self.device)
-            cells.append(latents[:, inside])
+            cells.append(latents[:, torch.from_numpy(frame.valid[4::8, 4::8]).to(self.device)])
         joined = torch.cat(cells, dim=1)
         return {"mean": joined.mean(dim=1).tolist(), "std": joined.std(dim=1).clamp(min=1e-3).tolist()}
 
@@ -448,7 +386,3 @@ class _Run:
                 spoken[0] = now
 
         return report
-
-
-# Deterministic kernels where there are any: a resumed run should end where an undisturbed one does.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES, Preset
 
-LEARN_FROM_HEALED = ("mask", "prior")
-"""Components that are shown images without their lesions."""
+LEARN_FROM_HEALED = ("mask", "prior")  # Components that are trained on healed images.
 
 
 @dataclass(frozen=True)
 class TaskSpec:
     """One step of a recipe.
 
-    ``kind`` names the task class (:data:`busigen.training.tasks.registry.KINDS`); ``component`` its network; ``start``
-    the component of the same shape whose weights it begins with; ``label`` an adapter's class. ``variants`` counts
-    encodings per image, ``batch`` 128-pixel windows (or images). ``keep`` says which weights stay: the ``best`` on
-    held-out images, or the ``last``, where an opponent finds more than the held-out loss measures.
+    ``kind`` names the task class (:data:`busigen.training.pipeline.KINDS`), ``component`` its network, ``start`` the
+    component whose weights it begins with, and ``label`` an adapter's class. ``variants`` counts encodings per image,
+    ``batch`` 128-pixel windows (or images). ``keep`` says which weights stay: the ``best`` on held-out images, or the
+    ``last``, where a critic judges what the held-out loss does not measure.
     """
 
     name: str
@@ -52,11 +52,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A preset's whole training run.
-
-    ``heal_variants`` is the number of healed versions of each image; ``max_images`` bounds the images of a split that
-    any one task looks at (``None``: all), which keeps trials short.
-    """
+    """A preset's whole training run, with ``heal_variants`` of each image and at most ``max_images`` of a split."""
 
     preset: str
     seed: int
@@ -71,76 +67,55 @@ class Recipe:
         return PRESETS[self.preset]
 
     def kind_of(self, component: str) -> str:
-        """The kind of task that trains a component's base; it is the preset's even where the recipe has none left."""
+        """The kind of task by which the preset trains a component, even if this recipe does not train it."""
         return next(task.kind for task in _RECIPES[self.preset](self.seed).tasks if task.name == component)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able copy, kept in every checkpoint."""
+        """A copy for JSON."""
         return asdict(self)
 
 
-def _adapters(steps: int, batch: int, lr: float, variants: Mapping[str, int]) -> Iterator[TaskSpec]:
-    """Every stage's adapters; with as many ``variants`` as its base, they draw from the same encoded examples."""
-    for stage in STAGES:
-        for label in LESION_CLASSES:
-            yield TaskSpec(
-                name=f"{stage}-{label}",
-                kind="adapter",
-                component=stage,
-                label=label,
-                steps=steps,
-                batch=batch,
-                lr=lr,
-                variants=variants[stage],
-                schedule="constant_with_warmup",
-                warmup=10,
-                ema=0.99,
-                sources=("busi",),
-            )
+def _contested(name: str, **options: Any) -> TaskSpec:
+    """A task of the decoder against critics."""
+    return TaskSpec(name, name, "autoencoder", start="autoencoder", keep="last", **options)
+
+
+def _adapters(steps: int, batch: int, variants: Mapping[str, int]) -> Iterator[TaskSpec]:
+    """Every stage's adapters, with as many ``variants`` as its base, whose encoded examples they share."""
+    adapter = TaskSpec("", "adapter", "", steps, batch, lr=1e-3, schedule="constant_with_warmup", warmup=10, ema=0.99)
+    for stage, label in product(STAGES, LESION_CLASSES):
+        name = f"{stage}-{label}"
+        yield replace(adapter, name=name, component=stage, label=label, variants=variants[stage], sources=("busi",))
 
 
 def _compact() -> tuple[TaskSpec, ...]:
     """Sized for minutes of a large GPU; a CPU run scales the steps down (``--scale``)."""
     return (
         TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=40_000, batch=8, lr=1.5e-3, ema=0.995),
-        TaskSpec("decoder", "decoder", "autoencoder", steps=10_000, batch=8, lr=3e-4, start="autoencoder", keep="last"),
+        _contested("decoder", steps=10_000, batch=8, lr=3e-4),
         TaskSpec("context", "context", "context", steps=6_000, batch=32, lr=1e-3, ema=0.995),
         TaskSpec("lesion", "window", "lesion", steps=30_000, batch=32, lr=1e-3, variants=4),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=30_000, batch=128, lr=1e-3, variants=2),
         TaskSpec("blend", "window", "blend", steps=8_000, batch=32, lr=1e-3, variants=4, start="lesion"),
         TaskSpec("prior", "background", "prior", steps=38_000, batch=24, lr=1e-3, variants=4),
-        *_adapters(steps=800, batch=32, lr=1e-3, variants={"mask": 2, "lesion": 4, "blend": 4}),
-        TaskSpec(
-            "finish",
-            "finish",
-            "autoencoder",
-            steps=12_000,
-            batch=4,
-            lr=2e-4,
-            start="autoencoder",
-            variants=2,
-            keep="last",
-        ),
+        *_adapters(steps=800, batch=32, variants={"mask": 2, "lesion": 4, "blend": 4}),
+        _contested("finish", steps=12_000, batch=4, lr=2e-4, variants=2),
     )
 
 
 def _tiny() -> tuple[TaskSpec, ...]:
     return (
         TaskSpec("autoencoder", "autoencoder", "autoencoder", steps=200, batch=8, lr=3e-3, warmup=20, ema=0.98),
-        TaskSpec(
-            "decoder", "decoder", "autoencoder", steps=40, batch=8, lr=3e-4, ema=0.9, start="autoencoder", keep="last"
-        ),
+        _contested("decoder", steps=40, batch=8, lr=3e-4, ema=0.9),
         TaskSpec("context", "context", "context", steps=60, batch=8, lr=2e-3, warmup=10, ema=0.95),
         TaskSpec("lesion", "window", "lesion", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("heal", "heal", "lesion", steps=0, batch=16, lr=0.0),
         TaskSpec("mask", "mask", "mask", steps=200, batch=16, lr=2e-3, warmup=20, ema=0.98),
         TaskSpec("blend", "window", "blend", steps=80, batch=16, lr=2e-3, warmup=20, ema=0.98, start="lesion"),
         TaskSpec("prior", "background", "prior", steps=150, batch=16, lr=2e-3, warmup=20, ema=0.98),
-        *_adapters(steps=20, batch=16, lr=1e-3, variants=dict.fromkeys(STAGES, 1)),
-        TaskSpec(
-            "finish", "finish", "autoencoder", steps=10, batch=2, lr=2e-4, ema=0.9, start="autoencoder", keep="last"
-        ),
+        *_adapters(steps=20, batch=16, variants=dict.fromkeys(STAGES, 1)),
+        _contested("finish", steps=10, batch=2, lr=2e-4, ema=0.9),
     )
 
 
@@ -153,10 +128,7 @@ _RECIPES: dict[str, Callable[[int], Recipe]] = {
 def recipe_for(preset: str, *, seed: int = 0, scale: float = 1.0) -> Recipe:
     """The recipe of a preset.
 
-    Args:
-        preset: a name in ``registry.PRESETS``.
-        seed: seeds weights, order, augmentation and noise.
-        scale: factor on every task's steps; at least 2 steps remain. Warm-ups never exceed a tenth of the steps.
+    ``scale`` is a factor on every task's steps, of which at least 2 remain; warm-ups are at most a tenth of them.
 
     Raises:
         UsageError: unknown preset, or a scale that is not positive.
@@ -166,11 +138,9 @@ def recipe_for(preset: str, *, seed: int = 0, scale: float = 1.0) -> Recipe:
     if not scale > 0:
         raise UsageError(f"--scale must be above 0, not {scale}.", fix="1 is the whole recipe, 0.05 a twentieth of it.")
     recipe = _RECIPES[preset](seed)
-    return replace(recipe, tasks=tuple(_scaled(task, scale) for task in recipe.tasks))
-
-
-def _scaled(task: TaskSpec, scale: float) -> TaskSpec:
-    if task.steps == 0:
-        return task
-    steps = max(2, round(task.steps * scale))
-    return replace(task, steps=steps, warmup=min(task.warmup, max(1, steps // 10)))
+    tasks = []
+    for task in recipe.tasks:
+        steps = max(2, round(task.steps * scale)) if task.steps else 0
+        warmup = min(task.warmup, max(1, steps // 10)) if task.steps else task.warmup
+        tasks.append(replace(task, steps=steps, warmup=warmup))
+    return replace(recipe, tasks=tuple(tasks))

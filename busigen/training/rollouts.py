@@ -1,47 +1,177 @@
-"""What a finished model draws where its training images have lesions, and as backgrounds: the last task's examples."""
+"""Images that the model itself paints for its training: without their lesions, with new ones, and backgrounds.
+
+From images with lesions, or with plain holes, stage 1 would learn to look for the lesion or the hole. So it is shown
+images whose lesion is repainted as normal tissue, with a decoy repainted elsewhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import zipfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
+from torch import Generator, Tensor
 
-from busigen.data.geometry import Mask, edit_region, feather, window_for
+from busigen.data.geometry import Mask, Window, edit_region, feather, paste, patches_outside, window_for
+from busigen.errors import IntegrityError
+from busigen.files import atomic_file
+from busigen.foreign import open_file
 from busigen.noise_styles import styled
 from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
-from busigen.runtime.sampling.draft import to_grey
 from busigen.runtime.sampling.healthy_images import place_of, synthetic
-from busigen.training.examples import ENCODE_BATCH, Frame, Frames, Progress, joined, random_lesion, window_tensors
+from busigen.runtime.sampling.sampler import to_grey
+from busigen.training.examples import (
+    ENCODE_BATCH,
+    Frame,
+    Frames,
+    Healed,
+    Progress,
+    decoy_region,
+    greyed,
+    joined,
+    random_lesion,
+    to_tensor,
+    window_tensors,
+)
 from busigen.training.networks.inference import Networks, blend_input, window_condition
-from busigen.training.trainer import mixed_precision
+from busigen.training.trainer import REMAKE, mixed_precision
 
-SIDE = BUCKETS[0]
-"""Side in pixels of the crops that are kept: whole small windows, and a part of large ones."""
+Pixels = NDArray[np.uint8]
 
-RIM = 16
-"""Pixels at the cut sides of a part of a large window that do not count: there the decoder lacks what lies beyond."""
+REPAINT_BATCH = 16
 
-BAND = 12
-"""Pixels to either side of the outline that make up the zone of the margin."""
+HEAL_STEPS = 3  # Network evaluations per repaint: half of a lesion's, since normal tissue is forgiving.
 
-ZONES = ("lesion", "margin", "behind")
-"""Zones of a drawn window: inside of the outline, around it, and what else of the edit region there is."""
+
+def repaint(
+    images: list[Pixels],
+    edits: list[Mask],
+    networks: Networks,
+    seed: int,
+    *,
+    label: str = "normal",
+    masks: list[Mask] | None = None,
+    steps: int = HEAL_STEPS,
+    buckets: Sequence[int] = BUCKETS,
+) -> list[Pixels]:
+    """Images whose edit region, if any, stage 2 alone has painted: normal tissue, or a lesion of a class and mask."""
+    results = list(images)
+    masks = [np.zeros_like(edit) for edit in edits] if masks is None else masks
+    jobs = [(k, window_for(edit, buckets)) for k, edit in enumerate(edits) if edit.any()]
+    for side in buckets:
+        members = [(k, window) for k, window in jobs if window.side == side]
+        for start in range(0, len(members), REPAINT_BATCH):
+            chosen = members[start : start + REPAINT_BATCH]
+            generator = Generator().manual_seed(seed * 1_000_003 + chosen[0][0])
+            items = [(images[k], edits[k], masks[k], window) for k, window in chosen]
+            painted = _repainted(items, networks, label, steps, generator)
+            for (k, window), pixels in zip(chosen, painted, strict=True):
+                results[k] = paste(images[k], pixels, edits[k], window)
+    return results
+
+
+@torch.no_grad()
+def _repainted(
+    items: list[tuple[Pixels, Mask, Mask, Window]], networks: Networks, label: str, steps: int, generator: Generator
+) -> NDArray[np.float32]:
+    """Windows ``(B, S, S)`` in [-1, 1], painted anew, from images, edit regions and lesion masks."""
+    images, edits, masks, windows = zip(*items, strict=True)
+    device = networks.device
+
+    def stacked(arrays: Sequence[NDArray]) -> Tensor:
+        parts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
+        return torch.from_numpy(np.stack(parts)[:, None]).float().to(device)
+
+    region, mask = stacked(edits), stacked(masks)
+    known = networks.encoder(stacked([greyed(image, edit) for image, edit in zip(images, edits, strict=True)]))
+    keep = torch.from_numpy(np.stack([patches_outside(edit, networks.preset.patch) for edit in edits]))
+    keep = keep.float().to(device)
+    tokens = networks.tokens(torch.stack([to_tensor(image) for image in images]).to(device), keep)
+    noise = torch.randn(known.shape, generator=generator).to(device)
+    condition = window_condition(known, mask, region)
+    with mixed_precision(device):
+        latents = networks.sample("lesion", noise, label, tokens, keep, *condition, steps=steps).float()
+    speckle = torch.randn(region.shape, generator=generator).to(device)
+    painted: NDArray[np.float32] = networks.decoder(latents, speckle, mask).float().cpu().numpy()[:, 0]
+    return painted
+
+
+def remove_lesion(frames: Frames, networks: Networks, *, variants: int, seed: int, progress: Progress) -> Pixels:
+    """Every image healed ``variants`` times, ``(N, variants, 256, 256)``; those without lesion get decoys only."""
+    result = np.empty((len(frames), variants, *frames[0].image.shape), dtype=np.uint8)
+    shapes = frames.with_lesion()
+    jobs = frames.jobs(variants)
+    chunk = 4 * REPAINT_BATCH
+    for start in range(0, len(jobs), chunk):
+        part = jobs[start : start + chunk]
+        chosen = [frames[position] for position, _ in part]
+        edits, decoys = [], []
+        for number, frame in enumerate(chosen, start=start):
+            labels, count = ndimage.label(frame.lesions > 0)
+            regions = [edit_region(labels == lesion, frame.valid) for lesion in range(1, count + 1)]
+            edits.append(np.any(regions, axis=0) if regions else np.zeros_like(frame.valid))
+            # Elsewhere in the image, and shaped like another image's lesion.
+            rng = np.random.default_rng((seed, number))
+            shape = random_lesion(frames[shapes[int(rng.integers(len(shapes)))]], rng)
+            decoy = decoy_region(frame, shape, rng)
+            decoys.append(np.zeros_like(frame.valid) if decoy is None else decoy)
+        healed = repaint([frame.image for frame in chosen], edits, networks, seed + start)
+        healed = repaint(healed, decoys, networks, seed + start + 7919)
+        for (position, variant), image in zip(part, healed, strict=True):
+            result[position, variant] = image
+        progress(min(start + chunk, len(jobs)), len(jobs))
+    return result
+
+
+def save_healed(path: Path, rows: Iterable[int], images: Pixels) -> None:
+    """Write healed images and their prepared rows, by rename; they never leave the run's folder."""
+    with atomic_file(path) as file:
+        np.savez(file, rows=np.fromiter(rows, dtype=np.int64), images=images)
+
+
+def healed_reader(path: Path) -> Healed:
+    """Read :func:`save_healed`'s file, in which variants repeat; an IntegrityError if it is missing or damaged."""
+    try:
+        # Uncompressed members take no more memory than disk.
+        with open_file(path) as file, zipfile.ZipFile(file) as stored:
+            rows, images = (_array(stored, f"{name}.npy") for name in ("rows", "images"))
+        if rows.dtype != np.int64 or images.dtype != np.uint8 or rows.shape != images.shape[:1] or images.ndim != 4:
+            raise ValueError("it holds other arrays")
+    except (OSError, ValueError, LookupError, SyntaxError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}.", fix=REMAKE) from error
+    position = {int(row): k for k, row in enumerate(rows)}
+    return lambda row, variant: np.asarray(images[position[row], variant % images.shape[1]])
+
+
+def _array(stored: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An uncompressed array of an archive; a ``ValueError`` if its header claims a larger one."""
+    info = stored.getinfo(name)
+    with stored.open(info) as member:
+        if info.compress_type != zipfile.ZIP_STORED or npy.read_magic(member) != (1, 0):
+            raise ValueError(f"{name} is not as it was written")
+        shape, _, dtype = npy.read_array_header_1_0(member)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize > info.file_size:
+            raise ValueError(f"{name} claims to hold {shape}")
+        member.seek(0)
+        return np.asarray(npy.read_array(member, allow_pickle=False))
+
+
+SIDE = BUCKETS[0]  # Side in pixels of the crops of drawn windows: whole small ones, and a part of large ones.
+RIM = 16  # Pixels along a crop's cut sides that do not count, because the decoder lacks what lies beyond.
+BAND = 12  # Width in pixels, to either side of the outline, of the margin's zone.
+ZONES = ("lesion", "margin", "behind")  # Inside the outline, along it, and the rest of the edit region.
 
 
 @dataclass(frozen=True)
 class Drawer:
-    """A model that draws.
-
-    Attributes:
-        networks: with the prior, and for lesions with every stage's class denoisers.
-        frames: heights and widths that synthetic backgrounds have.
-        styles: of backgrounds (:func:`busigen.noise_styles.styled`'s ``factor``); empty for none.
-    """
+    """The prior and, for lesions, every stage's class denoisers, with the backgrounds' heights, widths and styles."""
 
     networks: Networks
     frames: Sequence[Sequence[int]]
@@ -50,65 +180,62 @@ class Drawer:
 
 @torch.no_grad()
 def rollout_windows(
-    frames: Frames, drawer: Drawer, *, variants: int, seed: int, device: torch.device, progress: Progress
+    frames: Frames, drawer: Drawer, *, variants: int, seed: int, progress: Progress
 ) -> dict[str, Tensor]:
-    """Lesions painted by stages 2 and 3 where the images have theirs, beside the images.
+    """Lesions painted by stages 2 and 3 in the places of the images' own.
 
     Returns:
-        ``latents`` ``(N, C, 16, 16)`` fp16, as the decoder gets them; ``pixels`` ``(N, 1, 128, 128)`` uint8, the image;
+        ``latents`` ``(N, C, 16, 16)`` fp16, the decoder's input; ``pixels`` ``(N, 1, 128, 128)`` uint8, the real image;
         ``zones`` ``(N, 3, 128, 128)`` bool, those of :data:`ZONES`; ``mask`` and ``edit`` ``(N, 1, 128, 128)`` bool;
-        ``brightness`` and ``grains`` ``(N, 1, 128, 128)`` fp16, the paste's opacities; ``usable`` bool, where neither
-        bars nor overlays are. Empty without a lesion.
+        ``brightness`` and ``grains`` of the same shape, fp16, the paste's opacities; ``usable`` bool, without bars and
+        overlays. Empty without a lesion.
     """
     pending: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
     parts: list[dict[str, Tensor]] = []
-    jobs = [(position, variant) for position in range(len(frames)) for variant in range(variants)]
+    jobs = frames.jobs(variants)
     for count, (position, variant) in enumerate(jobs, start=1):
-        base, row = frames[position], int(frames.table["row"][position])
+        row = int(frames.table["row"][position])
         rng = np.random.default_rng((seed, row, variant, 3))
-        frame = (base.flipped() if rng.random() < 0.5 else base).with_gain(rng)
+        frame = frames[position].varied(rng)
         if frame.label != "normal":
             mask = random_lesion(frame, rng)
             edit = edit_region(mask, frame.valid)
             if edit.any():
-                side = window_for(edit).side
-                group = pending.setdefault((frame.label, side), [])
+                key = (frame.label, window_for(edit).side)
+                group = pending.setdefault(key, [])
                 group.append(_arrays(frame, mask, edit, drawer.networks.preset.patch))
                 if len(group) == ENCODE_BATCH:
-                    parts.append(_cropped(_painted(pending.pop((frame.label, side)), drawer, seed, row, device), rng))
+                    parts.append(_cropped(_painted(pending.pop(key), drawer, seed, row), rng))
         if count % ENCODE_BATCH == 0:
             progress(count, len(jobs))
     rng = np.random.default_rng((seed, 3))
-    parts += [_cropped(_painted(group, drawer, seed, -1, device), rng) for group in pending.values()]
+    parts += [_cropped(_painted(group, drawer, seed, -1), rng) for group in pending.values()]
     progress(len(jobs), len(jobs))
-    # Of a batch of large windows there may be none whose margin is seen.
-    parts = [part for part in parts if part]
+    parts = [part for part in parts if part]  # A batch of large windows may have no margin.
     return joined(parts) if parts else {}
 
 
 def _arrays(frame: Frame, mask: Mask, edit: Mask, patch: int) -> dict[str, Tensor]:
     window = window_for(edit)
-    cut = window.slices
-    brightness, grains = feather(edit)
+    cut, (brightness, grains) = window.slices, feather(edit)
     distance = ndimage.distance_transform_edt(~mask) + ndimage.distance_transform_edt(mask)
     margin = edit & (distance <= BAND)
+    zones = np.stack([mask & ~margin, margin, edit & ~mask & ~margin])
     return {
         **window_tensors(frame, mask, edit, frame.label, window, patch),
-        "zones": torch.from_numpy(np.stack([mask & ~margin, margin, edit & ~mask & ~margin])[(slice(None), *cut)]),
+        "zones": torch.from_numpy(zones[(slice(None), *cut)]),
         "brightness": torch.from_numpy(brightness[cut])[None],
         "grains": torch.from_numpy(grains[cut])[None],
     }
 
 
-def _painted(
-    items: list[dict[str, Tensor]], drawer: Drawer, seed: int, row: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Stages 2 and 3 as in use, for windows of one class and size."""
-    networks = drawer.networks
+def _painted(items: list[dict[str, Tensor]], drawer: Drawer, seed: int, row: int) -> dict[str, Tensor]:
+    """Windows of one class and size, painted by stages 2 and 3 as in use."""
+    networks, device = drawer.networks, drawer.networks.device
     found = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     seen = {name: found[name].to(device).float() for name in ("greyed", "mask", "edit", "ring", "keep", "image")}
     label = CLASSES[int(found["label"][0])]
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**62)
+    generator = Generator().manual_seed((seed * 1_000_003 + row) % 2**62)
     with mixed_precision(device):
         known = networks.encoder(seen["greyed"]).float()
         context = (networks.tokens(seen["image"], seen["keep"]).float(), seen["keep"])
@@ -117,12 +244,13 @@ def _painted(
             noise = torch.randn(known.shape, generator=generator).to(device)
             return networks.sample(stage, noise, label, *context, *condition).float()
 
-        painted = sample("lesion", *window_condition(known, seen["mask"], seen["edit"]))
-        _, _, edit = window_condition(known, seen["mask"], seen["edit"])
-        _, _, ring = window_condition(known, seen["mask"], seen["ring"])
-        condition = window_condition(blend_input(known, painted, edit, ring), seen["mask"], seen["ring"])
+        condition = window_condition(known, seen["mask"], seen["edit"])
+        painted = sample("lesion", *condition)
+        edit = condition[-1]
+        _, mask, ring = window_condition(known, seen["mask"], seen["ring"])
+        condition = (blend_input(known, painted, edit, ring), mask, ring)
         blended = sample("blend", *condition)
-    # The lesion stays stage 2's, as in the runtime's sampler.
+    # The lesion is stage 2's, as in the runtime's sampler.
     latents = torch.where((edit > 0) & (ring == 0), painted, blended)
     kept = ("mask", "edit", "zones", "brightness", "grains", "usable", "label")
     return {
@@ -133,8 +261,8 @@ def _painted(
 
 
 def _cropped(found: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
-    """Windows of ``SIDE`` as they are; of larger ones a part that holds a part of the lesion's margin."""
-    side = found["pixels"].shape[-1]
+    """Windows of ``SIDE`` as they are, and of each larger one a crop with a part of the lesion's margin."""
+    side, cells = found["pixels"].shape[-1], SIDE // LATENT_FACTOR
     if side == SIDE:
         return found
     items = []
@@ -143,36 +271,22 @@ def _cropped(found: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Te
         if not len(rows):
             continue
         at = int(rng.integers(len(rows)))
-        top, left = (
-            int(np.clip((place - SIDE // 2) // LATENT_FACTOR, 0, (side - SIDE) // LATENT_FACTOR))
-            for place in (rows[at], columns[at])
-        )
-        items.append(_part(found, number, top, left))
+        last = (side - SIDE) // LATENT_FACTOR
+        top, left = (int(np.clip((part[at] - SIDE // 2) // LATENT_FACTOR, 0, last)) for part in (rows, columns))
+        y, x = top * LATENT_FACTOR, left * LATENT_FACTOR
+        item = {name: tensor[number] for name, tensor in found.items()}
+        for name, tensor in item.items():
+            if name == "latents":
+                item[name] = tensor[:, top : top + cells, left : left + cells]
+            elif tensor.dim() == 3:
+                item[name] = tensor[:, y : y + SIDE, x : x + SIDE].clone()
+        item["usable"] &= away_from_cuts(top, left, side // LATENT_FACTOR)
+        items.append(item)
     return {name: torch.stack([item[name] for item in items]) for name in items[0]} if items else {}
 
 
-def _part(found: dict[str, Tensor], number: int, top: int, left: int) -> dict[str, Tensor]:
-    """The crop of one item that begins at the cell in row ``top`` and column ``left``."""
-    side, cells = found["pixels"].shape[-1], SIDE // LATENT_FACTOR
-    result = {}
-    for name, tensor in found.items():
-        item = tensor[number]
-        if name == "latents":
-            item = item[:, top : top + cells, left : left + cells]
-        elif item.dim() == 3:
-            y, x = top * LATENT_FACTOR, left * LATENT_FACTOR
-            item = item[:, y : y + SIDE, x : x + SIDE].clone()
-        result[name] = item
-    usable = away_from_cuts(top, left, side // LATENT_FACTOR)
-    result["usable"] &= usable
-    return result
-
-
 def away_from_cuts(top: int, left: int, cells: int) -> Tensor:
-    """Which pixels count of a part of a window of ``cells`` a side, that begins at a cell: ``(1, SIDE, SIDE)`` bool.
-
-    Along a cut, the decoder lacks what lies beyond it.
-    """
+    """Which pixels count, ``(1, SIDE, SIDE)`` bool, of a crop at a cell of a window of ``cells`` a side."""
     counts = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
     last = cells - SIDE // LATENT_FACTOR
     counts[:, : RIM * (top > 0)] = False
@@ -183,49 +297,43 @@ def away_from_cuts(top: int, left: int, cells: int) -> Tensor:
 
 
 @torch.no_grad()
-def rollout_backgrounds(
-    drawer: Drawer, count: int, *, seed: int, device: torch.device, progress: Progress
-) -> dict[str, Tensor]:
-    """Backgrounds as the prior draws them: ``latents`` ``(N, C, 32, 32)`` fp16, ``frame`` ``(N, 4)`` int16."""
+def rollout_backgrounds(drawer: Drawer, count: int, *, seed: int, progress: Progress) -> dict[str, Tensor]:
+    """Backgrounds of the prior: ``latents`` ``(N, C, 32, 32)`` fp16 and ``frame`` ``(N, 4)`` int16."""
     rng = np.random.default_rng((seed, 4))
-    cells, channels = RESOLUTION // LATENT_FACTOR, drawer.networks.preset.latent_channels
+    networks, device = drawer.networks, drawer.networks.device
+    cells, channels = RESOLUTION // LATENT_FACTOR, networks.preset.latent_channels
     factor = np.array(drawer.styles, np.float64)
     parts = []
-    for size in _sizes(count):
+    for start in range(0, count, ENCODE_BATCH):
+        size = min(ENCODE_BATCH, count - start)
         shapes = [drawer.frames[int(k)] for k in rng.integers(0, len(drawer.frames), size)]
         places = torch.tensor([place_of((int(height), int(width))) for height, width in shapes], dtype=torch.float32)
         noise = rng.standard_normal((size, channels, cells, cells), np.float32)
         if factor.size:
             noise = styled(noise, factor, rng.standard_normal((size, factor.shape[1])))
         with mixed_precision(device):
-            latents = drawer.networks.background(torch.from_numpy(noise).to(device), places.to(device))
+            latents = networks.background(torch.from_numpy(noise).to(device), places.to(device))
         parts.append({"latents": latents.cpu().half(), "frame": places.short()})
-        progress(sum(len(part["frame"]) for part in parts), count)
+        progress(start + size, count)
     return joined(parts)
 
 
 @torch.no_grad()
-def background_images(
-    drawer: Drawer, count: int, *, seed: int, device: torch.device, progress: Progress
-) -> list[tuple[NDArray[np.uint8], Mask]]:
-    """Backgrounds as lesions are painted into, letterboxed: ``(256, 256)`` uint8, and bool where they are image."""
-    found = rollout_backgrounds(drawer, count, seed=seed, device=device, progress=progress)
-    generator = torch.Generator().manual_seed(seed)
-    images: list[tuple[NDArray[np.uint8], Mask]] = []
+def background_images(drawer: Drawer, count: int, *, seed: int, progress: Progress) -> list[tuple[Pixels, Mask]]:
+    """Backgrounds as lesions are painted into: letterboxed ``(256, 256)`` uint8, and bool where they are no bars."""
+    found = rollout_backgrounds(drawer, count, seed=seed, progress=progress)
+    generator = Generator().manual_seed(seed)
+    images: list[tuple[Pixels, Mask]] = []
     for latents, frames in zip(found["latents"].split(ENCODE_BATCH), found["frame"].split(ENCODE_BATCH), strict=True):
         speckle = torch.randn(len(latents), 1, RESOLUTION, RESOLUTION, generator=generator)
+        device = drawer.networks.device
         pixels = drawer.networks.decoder(latents.float().to(device), BACKGROUND_SPECKLE * speckle.to(device))
         images += letterboxed(pixels, frames)
     return images
 
 
-def letterboxed(pixels: Tensor, frames: Tensor) -> list[tuple[NDArray[np.uint8], Mask]]:
+def letterboxed(pixels: Tensor, frames: Tensor) -> list[tuple[Pixels, Mask]]:
     """Decoded backgrounds ``(N, 1, 256, 256)`` in their ``(N, 4)`` frames, as :func:`background_images` gives them."""
     pairs = zip(pixels[:, 0].detach().float().cpu().numpy(), frames.tolist(), strict=True)
     framed = [synthetic(to_grey(image), (height, width)) for image, (_, _, height, width) in pairs]
     return [(background.pixels, background.valid) for background in framed]
-
-
-def _sizes(count: int) -> Iterator[int]:
-    for start in range(0, count, ENCODE_BATCH):
-        yield min(ENCODE_BATCH, count - start)

@@ -7,13 +7,12 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from pydantic import Strict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,50 +25,40 @@ from busigen.errors import InputError, IntegrityError
 from busigen.files import atomic_file, atomic_path, make_folder
 from busigen.foreign import open_file
 from busigen.records import Many, Record, Whole, checked, parse_json
-from busigen.training.recipe import TaskSpec
+
+if TYPE_CHECKING:
+    from busigen.training.tasks import Task
+
+log = logging.getLogger("busigen.training")
+
+META_KEY = "busigen"
+REMAKE = "Delete it; the same command makes it again."
+MAX_WEIGHTS_BYTES = 4 << 30  # Largest file of weights that is read; those of the largest preset take a fiftieth.
+SAVE_SECONDS = 20.0  # Interval between saved states: a kill loses at most this much training.
+VALIDATIONS = 8  # Per task, with a sample sheet each; the last one at its end.
+VALIDATION_SPACING = 20  # Fewest steps between two, which on short tasks would cost more than training.
 
 
 def half_is_faster(device: torch.device) -> bool:
-    """Whether bf16 pays: on a card, and on processors that multiply in it, by matrix tiles (AMX) or vectors.
-
-    Elsewhere it is emulated and slower.
-    """
-    if device.type == "cuda":
-        return True
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    """Whether bf16 is faster: on GPUs, and on processors that multiply in it by tiles (AMX) or vectors."""
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda"
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """The context that a loss is computed in: bf16 where that is faster, the weights staying fp32."""
+    """The context for losses: bf16 where that is faster; weights stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_is_faster(device))
 
 
-def suit_attention(module: nn.Module, device: torch.device) -> None:
-    """Let attention be plain matrix products where bf16 runs on a processor.
-
-    The backward pass of PyTorch's fused attention does not use the tiles there: a step of stage 2 took 0.41 s with it
-    and 0.31 s without (one core, batch of 32 windows). What is computed is the same.
-    """
-    if device.type == "cpu" and half_is_faster(device):
-        for part in module.modules():
-            if isinstance(part, Attention):
-                part.set_processor(AttnProcessor())
-
-
-META_KEY = "busigen"
-
-MAX_WEIGHTS_BYTES = 4 << 30
-"""Largest file of weights that is read; those of the largest preset take a fiftieth."""
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of either."""
+    """Write sorted JSON, in which NaN may stand, by rename."""
     with atomic_file(path) as file:
         file.write(json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and their JSON metadata as one file, by rename."""
+    """Write tensors with JSON metadata as one file, by rename."""
     make_folder(path.parent)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
@@ -77,29 +66,19 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read what :func:`save_state` wrote.
-
-    Raises:
-        IntegrityError: it is missing, no regular file, larger than ``MAX_WEIGHTS_BYTES``, or damaged.
-    """
+    """Read what :func:`save_state` wrote; an IntegrityError if it is missing, damaged or too large."""
     try:
-        # The library opens files by their names, and would wait for a pipe.
+        # safetensors opens files by name, and would wait for a pipe.
         open_file(path, limit=MAX_WEIGHTS_BYTES).close()
         with safe_open(path, framework="pt") as stream:
             meta = parse_json(stream.metadata()[META_KEY].encode(), "its record", nan=True)
         return load_file(path), meta
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise IntegrityError(
-            f"{path} cannot be read: {error}.", fix="Delete it; the same command makes it again."
-        ) from error
+        raise IntegrityError(f"{path} cannot be read: {error}.", fix=REMAKE) from error
 
 
 def check_finite(name: str, module: nn.Module) -> None:
-    """Refuse weights that are no numbers: every image would be NaN, or refused by a gate that says nothing of why.
-
-    Raises:
-        InputError: names the component and the weight.
-    """
+    """Refuse weights that are NaN or infinite with an InputError that names component and weight."""
     for key, value in module.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
@@ -109,85 +88,16 @@ def check_finite(name: str, module: nn.Module) -> None:
             )
 
 
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a task trains, by name, in a fixed order."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """Adam's moments and step counts by parameter name."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{key}.{names[index]}": value
-        for index, entry in state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` took."""
-    content = optimizer.state_dict()
-    content["state"] = {
-        index: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for index, name in enumerate(names)
-        if f"optimizer.step.{name}" in tensors
-    }
-    optimizer.load_state_dict(content)
-
-
-log = logging.getLogger("busigen.training")
-
-SAVE_SECONDS = 20.0
-"""A kill loses at most this much training."""
-VALIDATIONS, VALIDATION_SPACING = 8, 20
-"""Validations (with a sample sheet each) per task, evenly spaced, the last one at its end; and the least number of
-steps between two of them, because on short tasks looking would cost more than training."""
-
-
 class _State(Record):
-    """What a state file holds beside tensors; held-out losses are NaN where training diverged."""
+    """Metadata of a state file; held-out losses are NaN where training diverged."""
 
     step: Whole
     ema_step: Whole
     validation: Many[tuple[Whole, Annotated[float, Strict()]]]
 
 
-class Task(Protocol):
-    """What the trainer drives."""
-
-    spec: TaskSpec
-    module: nn.Module
-
-    def loss(self, generator: Generator) -> Tensor:
-        """Loss of one training batch; the batch is a pure function of the generator."""
-
-    def validate(self) -> float:
-        """Loss on held-out groups, with fixed draws."""
-
-    def sheet(self) -> Image.Image:
-        """Pictures that show a person what the network does now."""
-
-    def findings(self) -> dict[str, Any]:
-        """What else is to be kept of a task that is done, as JSON types; the module is trained and in evaluation."""
-
-
-def step_generator(seed: int, task: str, step: int) -> Generator:
-    """The generator of one step. Keyed by the step, so that a resumed run draws what an undisturbed one would."""
-    digest = hashlib.sha256(f"{seed}/{task}/{step}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 class Trainer:
-    """Trains one task to its last step, resuming where its state file ends.
-
-    Args:
-        task: what to train.
-        seed: the recipe's seed.
-        folder: the run's folder; state, sheets and TensorBoard scalars go below it.
-        device: where the task's module lives.
-        console: where progress is shown.
-    """
+    """Trains one task to its last step, from its state file if there is one below ``folder``, the run's."""
 
     def __init__(self, task: Task, *, seed: int, folder: Path, device: torch.device, console: Console) -> None:
         self.task, self.spec, self.seed, self.device, self.console = task, task.spec, seed, device, console
@@ -196,35 +106,33 @@ class Trainer:
         self.events = folder / "tensorboard"
         for path in (self.state_path.parent, self.sheets, self.events):
             make_folder(path)
-        suit_attention(task.module, device)
-        self.parameters = trainable(task.module)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=self.spec.lr, betas=(0.9, 0.99), weight_decay=self.spec.weight_decay
-        )
-        self.schedule = get_scheduler(
-            self.spec.schedule,
-            self.optimizer,
-            num_warmup_steps=self.spec.warmup,
-            num_training_steps=self.spec.steps,
-        )
+        if device.type == "cpu" and half_is_faster(device):
+            # The backward pass of PyTorch's fused attention uses no tiles: a step of stage 2 took 0.41 s in place of
+            # 0.31 s (one core, 32 windows). The result is the same.
+            for part in task.module.modules():
+                if isinstance(part, Attention):
+                    part.set_processor(AttnProcessor())
+        self.parameters = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
+        spec = self.spec
+        options: dict[str, Any] = {"lr": spec.lr, "betas": (0.9, 0.99), "weight_decay": spec.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), **options)
+        steps = {"num_warmup_steps": spec.warmup, "num_training_steps": spec.steps}
+        self.schedule = get_scheduler(spec.schedule, self.optimizer, **steps)
         self.ema = EMAModel(self.parameters.values(), decay=self.spec.ema, use_ema_warmup=True, power=0.75)
         self.step = 0
         self.validation: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and return the task's figures.
-
-        The module is left with the EMA weights that the task's ``keep`` names, as a rule those of the validation with
-        the lowest held-out loss: what is trained for too long learns its images by heart.
-        """
+        """Train to the end, leave the module with the EMA weights of ``keep``, and return the task's figures."""
         self._restore()
         writer = SummaryWriter(str(self.events), purge_step=self.step or None)
         started = saved = noted = time.monotonic()
         interval = max(VALIDATION_SPACING, self.spec.steps // VALIDATIONS)
-        first = self.step
-        running = 0.0
-        with _progress(self.console) as progress:
+        first, running = self.step, 0.0
+        title, figures = TextColumn("[bold]{task.description:18}"), TextColumn("{task.fields[note]}")
+        columns = (title, BarColumn(), MofNCompleteColumn(), figures, TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task(self.spec.name, total=self.spec.steps, completed=self.step, note="")
             try:
                 while self.step < self.spec.steps:
@@ -258,14 +166,16 @@ class Trainer:
         return {"steps": self.step, "kept": kept, "validation": self.validation}
 
     def _kept_step(self) -> int:
-        """The step with the lowest held-out loss, of equal ones the last; or the last of all."""
+        """The last step with the lowest held-out loss, after which images are learnt by heart, or the last of all."""
         if self.spec.keep == "last":
             return self.validation[-1][0]
         return min(reversed(self.validation), key=lambda entry: entry[1])[0]
 
     def _train_step(self) -> float:
         self.task.module.train()
-        generator = step_generator(self.seed, self.spec.name, self.step)
+        # A resumed run draws what an undisturbed one would.
+        digest = hashlib.sha256(f"{self.seed}/{self.spec.name}/{self.step}".encode()).digest()
+        generator = Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         with mixed_precision(self.device):
             loss = self.task.loss(generator)
         self.optimizer.zero_grad(set_to_none=True)
@@ -279,7 +189,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, writer: SummaryWriter) -> None:
-        """Validate and draw with the EMA weights, then put the trained ones back."""
+        """Validate and draw with the EMA weights, then restore the trained ones."""
         self.task.module.eval()
         self.ema.store(self.parameters.values())
         self.ema.copy_to(self.parameters.values())
@@ -292,13 +202,20 @@ class Trainer:
         writer.add_scalar(f"{self.spec.name}/validation", figure, self.step)
         log.info("%s step %d: validation %.4f", self.spec.name, self.step, figure)
 
+    def _stored(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of the state, by kind and name, but for the optimiser's."""
+        shadows = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+        return {"model": dict(self.parameters), "ema": shadows, "buffer": dict(self.task.module.named_buffers())}
+
     def _save(self) -> None:
         names = list(self.parameters)
-        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
-        tensors |= {f"ema.{name}": p for name, p in zip(names, self.ema.shadow_params, strict=True)}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors |= {f"buffer.{name}": b for name, b in self.task.module.named_buffers()}
-        tensors |= optimizer_tensors(self.optimizer, names)
+        parts = {**self._stored(), "best": self.best}
+        tensors = {f"{kind}.{name}": tensor for kind, part in parts.items() for name, tensor in part.items()}
+        # Adam's moments and step counts, by name.
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {
+                f"optimizer.{key}.{names[index]}": value for key, value in entry.items() if isinstance(value, Tensor)
+            }
         meta = {"step": self.step, "ema_step": self.ema.optimization_step, "validation": self.validation}
         save_state(self.state_path, tensors, meta)
 
@@ -308,35 +225,23 @@ class Trainer:
         tensors, found = load_state(self.state_path)
         meta = checked(_State, found, self.state_path, fix="Delete it, and give the same command again.")
         self.step, self.validation = meta.step, list(meta.validation)
-        self.best = {
-            name: tensors[f"best.{name}"].to(self.device) for name in self.parameters if f"best.{name}" in tensors
-        }
+        kept = {name: tensors.get(f"best.{name}") for name in self.parameters}
+        self.best = {name: tensor.to(self.device) for name, tensor in kept.items() if tensor is not None}
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-            for name, shadow in zip(self.parameters, self.ema.shadow_params, strict=True):
-                shadow.copy_(tensors[f"ema.{name}"])
-            for name, buffer in self.task.module.named_buffers():
-                buffer.copy_(tensors[f"buffer.{name}"])
-        restore_optimizer(self.optimizer, list(self.parameters), tensors)
+            for kind, part in self._stored().items():
+                for name, tensor in part.items():
+                    tensor.copy_(tensors[f"{kind}.{name}"])
+        content = self.optimizer.state_dict()
+        content["state"] = {
+            index: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, name in enumerate(self.parameters)
+            if f"optimizer.step.{name}" in tensors
+        }
+        self.optimizer.load_state_dict(content)
         self.ema.optimization_step = meta.ema_step
-        # The rate is a closed form of the step, so there is nothing to replay.
+        # The rate is a closed form of the step.
         self.schedule.last_epoch = self.step
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
+        rates = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, base, factor in rates:
             group["lr"] = base * factor(self.step)
         log.info("%s resumes at step %d of %d", self.spec.name, self.step, self.spec.steps)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description:18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

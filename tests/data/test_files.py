@@ -141,7 +141,7 @@ def test_what_busigen_wrote_is_passed_over(tmp_path: Path) -> None:
     assert find_images(tmp_path) == [tmp_path / "a.png", tmp_path / "elsewhere" / "a.png"]
     tree = Tree(tmp_path, skip=tmp_path / "elsewhere")
     assert [path for place in tree.below() for path in place.images] == [tmp_path / "a.png"]
-    assert tree.notes()[0].startswith("4 written by busigen, passed over")
+    assert tree.passed_over()[1][0].startswith("4 written by busigen, passed over")
 
 
 def test_names_are_compared_without_case_and_in_one_unicode_form() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from busigen.data import decoding
-from busigen.data.images import TURNED, WHITE_IS_ZERO, read_image, read_mask
+from busigen.data import images
+from busigen.data.images import TURNED, WHITE_IS_ZERO, read_image
+from busigen.data.masks import read_mask
 from busigen.errors import InputError
 from tests.conftest import Sources
 
@@ -31,7 +32,7 @@ def _save(path: Path, image: Image.Image) -> Path:
 def test_every_way_to_store_grey_gives_the_same_grey(tmp_path: Path, mode: str, suffix: str) -> None:
     file = read_image(_save(tmp_path / f"scan{suffix}", Image.fromarray(_RAMP).convert(mode)))
     np.testing.assert_array_equal(file.pixels, _RAMP)
-    assert (file.width, file.height, file.colour) == (64, 48, False)
+    assert (file.width, file.height, file.coloured) == (64, 48, None)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
@@ -56,9 +57,11 @@ def test_transparent_pixels_are_black(tmp_path: Path) -> None:
 
 def test_colour_is_told_from_grey_stored_as_jpeg_colour(tmp_path: Path) -> None:
     grey = Image.fromarray(_RAMP).convert("RGB")
-    assert not read_image(_save(tmp_path / "grey.jpg", grey)).colour
+    assert read_image(_save(tmp_path / "grey.jpg", grey)).coloured is None
     grey.paste((200, 30, 30), (0, 0, 20, 20))
-    assert read_image(_save(tmp_path / "doppler.png", grey)).colour
+    coloured = read_image(_save(tmp_path / "doppler.png", grey)).coloured
+    assert coloured is not None
+    assert coloured[:20, :20].all() and coloured.sum() == 400
 
 
 def test_colour_images_of_a_whole_set(any_sources: Sources) -> None:
@@ -111,7 +114,7 @@ def test_missing_folder_and_oversized_files_are_named(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match=r"folder\.png is a folder"):
         read_image(tmp_path / "folder.png")
     path = _save(tmp_path / "large.png", Image.fromarray(_RAMP))
-    monkeypatch.setattr(decoding, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
     with pytest.raises(InputError, match="at most 10 are read"):
         read_image(path)
 

@@ -42,7 +42,6 @@ def test_the_image_is_centred_and_fills_one_side(width: int, height: int) -> Non
     assert abs(2 * box.left + box.width - 256) <= 1
     assert abs(2 * box.top + box.height - 256) <= 1
     assert box.valid.sum() == box.width * box.height
-    assert set(box.to_dict()) == {"scale", "left", "top", "width", "height"}
 
 
 def test_bars_are_black_and_a_flat_image_stays_flat() -> None:

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from busigen.data.sources.files import Tree
-from busigen.data.sources.masks import MaskFiles, Match, mask_of, masks_beside
+from busigen.data.sources.files import MaskFiles, Match, Tree, mask_of, masks_beside
 
 IMAGES, MASKS = Path("images"), Path("masks")
 
 
 def match(images: list[str], masks: list[str], of: str) -> Match:
-    files = MaskFiles()
-    files.add_images([IMAGES / name for name in images], IMAGES)
+    files = MaskFiles([IMAGES / name for name in images], IMAGES)
     files.add_masks([MASKS / name for name in masks], MASKS)
-    return files.of(IMAGES / of, IMAGES)
+    return files.of(IMAGES / of)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +69,7 @@ def test_masks_beside_their_images(tmp_path: Path) -> None:
         "b.png": ["b_tumor.png"],
         "c_tumor.png": [],
     }
-    assert [path.name for path in files.unused] == ["d_mask.png"]
+    assert [path.name for path in files.unused(belonging=False)] == ["d_mask.png"]
 
 
 def test_the_image_that_a_mask_is_named_like() -> None:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from busigen.data.prepare import prepare
-from busigen.data.sources.read import LAYOUTS, Listing, read_source
+from busigen.data.sources.read import LAYOUTS, read_source
+from busigen.data.sources.records import Listing
 from busigen.errors import InputError
 from tests.conftest import Sources
 from tests.harness.synthetic_datasets import draw_frame, draw_pairs

@@ -19,9 +19,8 @@ from PIL import Image
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, OutputError, UsageError
 from busigen.evaluation.audit import Report, audit
-from busigen.evaluation.cache import key_of
 from busigen.evaluation.context import AuditContext
-from busigen.evaluation.sections import SECTIONS
+from busigen.evaluation.sections import SECTIONS, key_of
 from busigen.text import install_command
 from tests.harness.hashing import hashes
 from tests.harness.planted_defects import draw_set

@@ -10,7 +10,7 @@ from PIL import Image
 
 from busigen.errors import InputError
 from busigen.evaluation.context import ImageSet
-from busigen.evaluation.report.charts import contact_sheet
+from busigen.evaluation.report.page import contact_sheet
 from tests.harness.synthetic_datasets import Frame, draw_frame
 
 

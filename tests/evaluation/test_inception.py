@@ -16,7 +16,7 @@ from busigen.errors import InputError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity import inception
 from busigen.evaluation.fidelity import section as fidelity
-from busigen.evaluation.fidelity.metrics import frechet_distance, mmd2, polynomial_kernel
+from busigen.evaluation.fidelity.section import frechet_distance, mmd2, polynomial_kernel
 from tests.harness.synthetic_sets import synthetic_set
 
 
@@ -48,8 +48,10 @@ def _context(synthetic: ImageSet, real: ImageSet, out: Path, path: Path | None) 
     return AuditContext(synthetic, real, None, out, inception=path)
 
 
-def _features(context: AuditContext) -> inception.Inception:
-    return inception.features_of(context, inception.load(context))
+def _features(context: AuditContext) -> inception.Features:
+    found = inception.features_of(context, inception.load(context))
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("count", [12, 200])
@@ -76,9 +78,8 @@ def test_mmd_is_kid_of_torchmetrics() -> None:
 def test_a_torchscript_network_gives_fid_and_inception_score(network: Path, tmp_path: Path) -> None:
     synthetic, real = synthetic_set(30, seed=1), synthetic_set(40, seed=2)
     context = _context(synthetic, real, tmp_path, network)
+    assert inception.load(context).source == "small.pt"
     found = _features(context)
-    assert found.source == "small.pt"
-    assert found.synthetic is not None and found.real is not None
     assert (found.synthetic.shape, found.real.shape) == ((30, 24), (40, 24))
     fid, score = inception.library_figures(found, np.arange(30), np.arange(40), context)
     # Features travel in double precision; see the comparison with torchmetrics above.
@@ -91,7 +92,6 @@ def test_a_torchscript_network_gives_fid_and_inception_score(network: Path, tmp_
 def test_one_image_has_the_same_features_in_any_batch(network: Path, tmp_path: Path) -> None:
     images = synthetic_set(inception.BATCH + 3, seed=3)
     whole = _features(_context(images, images.take(np.arange(5)), tmp_path, network))
-    assert whole.synthetic is not None and whole.real is not None
     # Single precision; batches of other sizes may sum in another order.
     np.testing.assert_allclose(whole.synthetic[:5], whole.real, rtol=1e-4, atol=1e-6)
 
@@ -111,8 +111,9 @@ def test_without_weights_the_report_names_both_ways_to_provide_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    found = _features(_context(synthetic_set(4, seed=6), synthetic_set(4, seed=7), tmp_path, None))
-    assert found.synthetic is None
+    context = _context(synthetic_set(4, seed=6), synthetic_set(4, seed=7), tmp_path, None)
+    found = inception.load(context)
+    assert inception.features_of(context, found) is None
     assert "--inception PATH" in found.text
     assert inception.CACHED_WEIGHTS in found.text
 

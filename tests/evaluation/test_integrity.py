@@ -18,8 +18,7 @@ from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.integrity.measures import edge_fit
-from busigen.evaluation.integrity.section import run
+from busigen.evaluation.integrity.section import edge_fit, run
 from busigen.evaluation.reading.inputs import draw
 from busigen.evaluation.reading.sets import from_prepared, read_set
 from busigen.evaluation.results import SectionResult
@@ -209,11 +208,11 @@ def test_an_outline_fits_where_it_was_drawn() -> None:
     everywhere = np.ones((256, 256), bool)
     here = edge_fit(frame.pixels, frame.lesions[0], everywhere)
     away = edge_fit(frame.pixels, np.roll(frame.lesions[0], (6, -8), (0, 1)), everywhere)
-    assert here.displacement <= 2
+    assert here["displacement"] <= 2
     # The step of the search is 2 px: 10 px away is found to within one step in each direction.
-    assert abs(away.displacement - 10) <= np.hypot(2, 2)
-    assert away.contrast < here.contrast
-    assert edge_fit(frame.pixels, np.zeros((256, 256), bool), everywhere) is None
+    assert abs(away["displacement"] - 10) <= np.hypot(2, 2)
+    assert away["contrast"] < here["contrast"]
+    assert edge_fit(frame.pixels, np.zeros((256, 256), bool), everywhere) == {}
 
 
 # Sets painted into real images

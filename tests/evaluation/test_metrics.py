@@ -5,21 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from prdc import compute_prdc
+from sklearn.metrics.pairwise import euclidean_distances
 
-from busigen.evaluation.fidelity.metrics import (
+from busigen.evaluation.fidelity.section import (
     CLIP,
     MEASURES,
     NEAREST_DENSITY,
     NEAREST_PRECISION,
-    Comparison,
-    Standardiser,
-    distances,
+    comparison,
     frechet_bias,
     frechet_distance,
     mmd2,
     neighbourhoods,
     polynomial_kernel,
     simulated_frechet_bias,
+    standardised,
 )
 from busigen.evaluation.statistics.grouped import disjoint_draws, draws, matched_size, permutations
 
@@ -81,7 +81,7 @@ def test_mmd_is_unbiased_and_sees_a_shift() -> None:
 def test_neighbourhoods_are_those_of_prdc() -> None:
     rng = np.random.default_rng(6)
     real, synthetic = rng.normal(size=(120, 4)), rng.normal(0.5, 1.2, size=(80, 4))
-    found = neighbourhoods(distances(np.concatenate([synthetic, real])), np.arange(80), np.arange(80, 200))
+    found = neighbourhoods(euclidean_distances(np.concatenate([synthetic, real])), np.arange(80), np.arange(80, 200))
     precision, density = (
         compute_prdc(real, synthetic, NEAREST_PRECISION),
         compute_prdc(real, synthetic, NEAREST_DENSITY),
@@ -95,19 +95,19 @@ def test_identical_sets_have_precision_and_recall_1_and_disjoint_ones_0() -> Non
     rng = np.random.default_rng(7)
     real = rng.normal(size=(60, 5))
     rows = np.arange(60), np.arange(60, 120)
-    precision, recall, density, coverage = neighbourhoods(distances(np.concatenate([real, real])), *rows)
+    precision, recall, density, coverage = neighbourhoods(euclidean_distances(np.concatenate([real, real])), *rows)
     assert (precision, recall, coverage) == (1, 1, 1)
     # Every image lies in its own neighbourhood and on average in k others, the last of which is the one on the rim,
     # where rounding decides.
     assert 1 <= density <= (NEAREST_DENSITY + 1) / NEAREST_DENSITY
-    assert neighbourhoods(distances(np.concatenate([real + 100, real])), *rows) == (0, 0, 0, 0)
+    assert neighbourhoods(euclidean_distances(np.concatenate([real + 100, real])), *rows) == (0, 0, 0, 0)
 
 
 def test_standardising_ignores_far_outliers_and_constant_columns() -> None:
     rng = np.random.default_rng(8)
     real = np.column_stack([rng.normal(10, 2, 4000), np.full(4000, 3.0), rng.normal(-1, 0.1, 4000)])
     real[:5, 0] = 1e6
-    standard = Standardiser.fit(real)(real)
+    (standard,) = standardised(real)
     assert standard.shape == (4000, 2)
     # Four standard errors of a median and of an interquartile range at 4,000 rows are below 0.1.
     assert np.median(standard, axis=0) == pytest.approx([0, 0], abs=0.1)
@@ -134,7 +134,9 @@ def test_draws_keep_patients_together_and_sizes_equal() -> None:
 def test_a_narrow_set_loses_recall_and_coverage_but_no_precision() -> None:
     rng = np.random.default_rng(10)
     rows = np.concatenate([0.2 * rng.normal(size=(100, 3)), rng.normal(size=(100, 3))])
-    found = dict(zip([m.name for m in MEASURES], Comparison(rows)(np.arange(100), np.arange(100, 200)), strict=True))
+    found = dict(
+        zip([name for name, *_ in MEASURES], comparison(rows)(np.arange(100), np.arange(100, 200)), strict=True)
+    )
     assert found["precision"] > 0.95
     # A fifth of the spread along three axes holds about 1 % of the real set.
     assert found["recall"] < 0.2

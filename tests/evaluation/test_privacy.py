@@ -13,7 +13,7 @@ from PIL import Image
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.evaluation.context import AuditContext, Backgrounds, ImageSet
-from busigen.evaluation.privacy import memorisation as memory
+from busigen.evaluation.privacy import nearest
 from busigen.evaluation.privacy import section as privacy
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.results import SectionResult
@@ -169,8 +169,8 @@ def test_normals_without_lesions_are_compared_as_whole_images_only(tmp_path: Pat
 def test_a_stray_duplicate_among_the_held_out_does_not_hide_copies() -> None:
     rng = np.random.default_rng(0)
     usual = rng.normal(0.35, 0.05, 300)
-    threshold = memory.copy_threshold(usual)
-    assert memory.copy_threshold(np.append(usual, [0.999, 0.98])) == pytest.approx(threshold, abs=0.01)
+    threshold = nearest.copy_threshold(usual)
+    assert nearest.copy_threshold(np.append(usual, [0.999, 0.98])) == pytest.approx(threshold, abs=0.01)
     assert usual.max() < threshold < 0.8
 
 
@@ -178,18 +178,18 @@ def test_the_attacker_finds_members_by_chance_alone_where_nothing_leaks() -> Non
     rng = np.random.default_rng(1)
     members, others = rng.normal(size=2000), rng.normal(size=1000)
     # Four standard errors: sqrt((1/n + 1/m) / 12) = 0.011.
-    assert memory.auc(members, others) == pytest.approx(0.5, abs=0.045)
-    assert memory.auc(members + 100, others) == 1
+    assert nearest.auc(members, others) == pytest.approx(0.5, abs=0.045)
+    assert nearest.auc(members + 100, others) == 1
     leaking = np.append(members, np.full(500, 9.0))
     # A fifth leaks, and 1 % of the rest lie above the threshold by chance.
-    assert memory.detected(leaking, others) == pytest.approx(0.2 + 0.8 * 0.01, abs=0.02)
+    assert nearest.detected(leaking, others) == pytest.approx(0.2 + 0.8 * 0.01, abs=0.02)
 
 
 def test_authenticity_asks_whether_another_patients_training_image_is_as_near() -> None:
     places, groups = np.array([0.0, 1.0, 1.1, 5.0]), np.array([0, 1, 1, 2])
     within = -np.abs(places[:, None] - places[None, :])
     queries = np.array([0.9, 0.2, -1.5, 3.0, 9.5])
-    found = memory.authentic(-np.abs(queries[:, None] - places[None, :]), within, groups)
+    found = nearest.authentic(-np.abs(queries[:, None] - places[None, :]), within, groups)
     # Distance to the nearest training image against that image's to another patient's:
     # 0.1 < 1, 0.2 < 1, 1.5 > 1, 1.9 > 1.1, 4.5 > 3.9.
     assert found.tolist() == [False, False, True, True, True]

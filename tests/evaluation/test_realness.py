@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from busigen.evaluation.cache import fingerprint
-from busigen.evaluation.context import AuditContext
+from busigen.evaluation.context import AuditContext, fingerprint
 from busigen.evaluation.realness.classifiers import Task, auc, folds, resnet_scores
 from busigen.evaluation.realness.section import run
 from tests.harness.synthetic_sets import synthetic_set
@@ -87,7 +86,7 @@ def test_crop_and_ring_are_the_headline_where_backgrounds_are_real(real, others,
 
 
 def test_a_class_on_one_side_is_left_out_and_said(real, others, tmp_path):
-    benign = others.of_class("benign")
+    benign = others.take(others.classes == "benign")
     result = _audit(benign, real.take(np.arange(24)), tmp_path)
     assert result.figure("realness.lesion.auc").real == 12
     assert any("malignant" in finding.text for finding in result.findings)

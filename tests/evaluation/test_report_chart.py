@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from busigen.evaluation.report import text as words
-from busigen.evaluation.report.charts import chosen, panels
+from busigen.evaluation.report.page import chosen, panels
 from busigen.evaluation.results import Figure, Interval
 
 
@@ -22,7 +22,7 @@ def test_a_chart_shows_flagged_figures_before_others_and_the_worst_of_those() ->
 
 def test_marks_lie_where_the_axis_says() -> None:
     (panel,) = panels([figure("a", 0.9), figure("b", 0.5)])
-    ticks = {float(tick.label): tick.at for tick in panel.ticks}
+    ticks = {float(label): at for at, label in panel.ticks}
     (first, low), (last, high) = min(ticks.items()), max(ticks.items())
     for row in panel.rows:
         assert row.value is not None and row.low is not None and row.high is not None

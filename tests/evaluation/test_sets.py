@@ -18,7 +18,7 @@ from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.data.sources.records import Refusal
 from busigen.errors import InputError
-from busigen.evaluation.reading import archives
+from busigen.evaluation.reading import listing
 from busigen.evaluation.reading.sets import background_mode, read_set
 from busigen.runtime.dataset.format import DATASET_FILE
 from busigen.runtime.execution.factory import generate
@@ -339,7 +339,7 @@ def test_hostile_members_are_refused_and_nothing_is_written(tmp_path: Path, monk
         add("large.image.png", b"\0" * 40_000)
         add("row.json", b"[" * 2000)
         add("row.image.png", b"no image")
-    monkeypatch.setitem(archives._LIMITS, "image", 39_999 if len(image) < 39_999 else len(image))
+    monkeypatch.setitem(listing._LIMITS, "image", 39_999 if len(image) < 39_999 else len(image))
     before = {path for path in tmp_path.rglob("*")}
     found = read_set(shards)
     # A name that points outside is a name and nothing else.
@@ -515,7 +515,7 @@ def test_what_tarfile_lets_out_is_a_refusal(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(tarfile.TarFile, "next", fail)
     refused: list[Refusal] = []
-    assert archives.list_archives([path], refused) == []
+    assert listing.list_archives([path], refused) == []
     assert [refusal.file for refusal in refused] == ["a.tar"]
 
 

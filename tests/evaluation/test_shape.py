@@ -3,7 +3,7 @@ import pytest
 from scipy import ndimage
 
 from busigen.evaluation.physics import features as shape
-from busigen.evaluation.physics.regions import RING, find_regions
+from busigen.evaluation.physics.features import RING, find_regions
 from busigen.evaluation.physics.speckle import DYNAMIC_RANGE
 
 VALID = np.zeros((256, 256), dtype=np.bool_)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from busigen.data.geometry import attributes, largest_component
-from busigen.export.bundle_writer import write_graphs
 from busigen.export.components import Component, outlines
 from busigen.export.trace import Tracer
+from busigen.export.weights import WeightFiles, write_graphs
 from busigen.registry import ASKED_LENGTH, LESION_CLASSES, LOOPS, OPSETS, PRESETS
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
@@ -49,7 +49,7 @@ def test_the_graph_draws_what_the_network_draws_and_what_is_asked_for(
 ) -> None:
     graphs = replace(traced, loop=loop).graphs("fp32")
     assert set(graphs) == {f"mask-{label}" for label in LESION_CLASSES}
-    records = write_graphs(tmp_path, "mask", graphs)
+    records = write_graphs("mask", graphs, tmp_path, WeightFiles(tmp_path))
     generator = torch.Generator().manual_seed(1)
     wanted = np.array([0.4, 0.6, np.log(50.0), np.log(0.8)])
     for label in LESION_CLASSES:

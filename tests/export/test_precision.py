@@ -42,7 +42,7 @@ class Small(nn.Module):
 def made(gain: float = 1.0) -> tuple[nn.Module, ModelProto]:
     torch.manual_seed(0)
     module = Small(gain).eval()
-    return module, traced(module, [torch.randn(2, 3, 16, 16)], ["x"], ["y"], OPSETS[0])
+    return module, traced(module, {"x": torch.randn(2, 3, 16, 16)}, ["y"], OPSETS[0])
 
 
 def run(model: ModelProto, x: np.ndarray) -> np.ndarray:
@@ -81,7 +81,7 @@ def test_weights_of_products_are_halves_and_norms_stay_whole(precision: str) -> 
     low = lowered(model, precision)
     onnx.checker.check_model(low, full_check=True)
     kinds = {tensor.name: tensor.data_type for tensor in low.graph.initializer}
-    assert kinds[f"first.weight/as-{precision}"] == TYPES[precision][0] and "first.weight" not in kinds
+    assert kinds[f"first.weight/as-{precision}"] == TYPES[precision] and "first.weight" not in kinds
     inferred = onnx.shape_inference.infer_shapes(low, strict_mode=True).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}
     for node in low.graph.node:

@@ -12,9 +12,9 @@ import torch
 from onnx import ModelProto
 
 from busigen.export.assembly import with_solver
-from busigen.export.bundle_writer import weights_of
 from busigen.export.graph_rewrites import make_sums_deterministic
 from busigen.export.trace import Tracer
+from busigen.export.weights import weights_of
 from busigen.registry import CLASSES, LOOPS, OPSETS, PRESETS
 from busigen.solver import solver_steps
 from busigen.training.networks.build import build

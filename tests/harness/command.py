@@ -17,7 +17,7 @@ Done = subprocess.CompletedProcess[str]
 
 def run(*arguments: object, **options: object) -> Done:
     return subprocess.run(
-        [*CLI, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options
+        [*CLI, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, **options
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from busigen.errors import MissingDependencyError
-from busigen.runtime.backends.tensorrt.build import Library
+from busigen.runtime.backends.tensorrt.library import Library
 
 TARGET = "tensorrt-rtx"
 

@@ -240,12 +240,12 @@ def _continued(folder: Path) -> None:
 
 
 def _opened(folder: Path) -> None:
-    from busigen.runtime.maintenance.replay import _asked_of
+    from busigen.runtime.maintenance.replay import recorded_conditions
     from busigen.runtime.maintenance.verify import read_run
 
     run = read_run(folder)
     Inputs().graphs(run)
-    _asked_of(run)
+    recorded_conditions(run)
 
 
 def _bundle(folder: Path) -> None:
@@ -283,8 +283,7 @@ def small_bundle(folder: Path) -> Path:
 
 def training_readers(place: Path) -> list[Reader]:
     """Everything that reads JSON with torch, with what it reads, made below ``place``."""
-    from busigen.evaluation import cache as audit_cache
-    from busigen.evaluation.results import Figure, Finding, Interval, SectionResult
+    from busigen.evaluation.results import Figure, Finding, Interval, SectionResult, store
     from busigen.files import write_json
     from busigen.training.recipe import recipe_for
     from tests.harness.checkpoints import untrained
@@ -303,7 +302,7 @@ def training_readers(place: Path) -> list[Reader]:
     report = place / "report"
     figure = Figure("physics.a", "A", Interval(1.0, 0.5), Interval(0.5), 10, 10, p=0.5)
     result = SectionResult("physics", [figure], [Finding("note", "Text.", ("physics.a",))], details={"a": [1.0, None]})
-    audit_cache.store(report, "key", result)
+    store(report, "key", result)
     write_json(report / "training.json", {"key": "key", "test": [[1, 2, 3]], "test_offsets": [[0.5, 1.0], None]})
     entry = place / "engines"
     _engines(entry).write("kind", {"a": 1}, b"engine", made_by="x")
@@ -363,9 +362,8 @@ def _trained(folder: Path, prepared: Prepared, recipe: Any) -> None:
 
 
 def _report(folder: Path) -> None:
-    from busigen.evaluation.audit import jsonable
-    from busigen.evaluation.cache import load
     from busigen.evaluation.report.page import write_html
+    from busigen.evaluation.results import jsonable, load
     from busigen.evaluation.utility.training import _kept, _outcome
 
     found = load(folder, "physics", "key")

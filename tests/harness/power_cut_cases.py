@@ -186,7 +186,7 @@ def saving(inputs: Path) -> Case:
     import numpy as np
     import torch
 
-    from busigen.training.healing import save_healed
+    from busigen.training.rollouts import save_healed
     from busigen.training.trainer import save_state
     from tests.harness.checkpoints import untrained
 
@@ -226,17 +226,15 @@ def exporting(inputs: Path) -> Case:
 
 def appearing(inputs: Path) -> Case:
     """How an export writes its bundle, without tracing and proving it."""
-    from busigen.export.bundle_writer import WeightFiles
     from busigen.export.exporter import _appearing
+    from busigen.export.weights import WeightFiles
     from busigen.training.trainer import write_json
 
     def work(root: Path) -> None:
         if (root / OUT).exists():
             return
-        weights = WeightFiles("prior")
-        weights.place(bytes(range(256)) * 40)
         with _appearing(root / OUT) as folder:
-            weights.write(folder)
+            WeightFiles(folder).place("prior", bytes(range(256)) * 40)
             (folder / "prior.onnx").write_bytes(bytes(range(256)) * 20)
             write_json(folder / "bundle.json", {"schema": 1})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-GUARD_SECONDS = 240.0
+GUARD_SECONDS = 600.0
 """Seconds after which a test gives up waiting; a machine with much else to do may need minutes."""
 
 

@@ -20,7 +20,7 @@ from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.output.lease import Beat
 from busigen.runtime.output.remote import RemoteOutput
-from busigen.runtime.storage.retry import RetryPolicy
+from busigen.runtime.storage.object_store import RetryPolicy
 from busigen.runtime.storage.url import Address
 from tests.harness.noise_source import NoiseSource, noise
 

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from busigen.errors import BusigenError
+from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.events import supervised
-from busigen.runtime.execution.factory import generate
+from busigen.runtime.execution.factory import generate, parse_range, parse_task, part_of
 from busigen.runtime.execution.launchers import launcher
-from busigen.runtime.execution.partition import Share, parse_range, parse_task
 from busigen.runtime.execution.run import GenerateOptions
 from tests.harness.noise_source import NoiseSource, noise
 from tests.harness.processes import ROOT, Hold, listening
@@ -57,8 +57,9 @@ def main(out: Path, count: int, shard_size: int, seconds: float, how: str) -> in
                     coordinator = Coordinator(worker_pool, progress)
                     report = generate(coordinator.source(), out, **numbers, **described, make=coordinator.make)
             else:
-                share = Share(task=parse_task(how)) if "/" in how else Share(parse_range(how))
-                report = generate(NoiseSource(seconds), out, **numbers, **described, share=share)
+                plan = Plan(**numbers)
+                part = part_of(plan, task=parse_task(how)) if "/" in how else part_of(plan, parse_range(how))
+                report = generate(NoiseSource(seconds), out, **numbers, **described, part=part)
     except BusigenError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -31,12 +31,11 @@ from busigen.training.checkpoint import (
     weight_hashes,
     write_record,
 )
-from busigen.training.examples import Frames, load_examples, select
-from busigen.training.healing import healed_reader
+from busigen.training.examples import Frames, load_examples, outline_examples, select
 from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
-from busigen.training.tasks.base import TaskContext
-from busigen.training.tasks.outline import outline_examples
+from busigen.training.rollouts import healed_reader
+from busigen.training.tasks import TaskContext
 from tests.harness.synthetic_datasets import draw_pairs
 
 SHORTEST = 1e-9
@@ -146,7 +145,6 @@ def test_codes_of_the_new_outlines_are_those_of_the_bases_space(base: Path, hosp
         networks=networks,
         variants=1,
         seed=0,
-        device=torch.device("cpu"),
         progress=lambda done, total: None,
     )
     (trained,) = load_examples(hospital.run / "cache" / "outlines-train-1.safetensors").values()

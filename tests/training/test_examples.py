@@ -100,7 +100,7 @@ def test_filling_the_frame_keeps_the_scale_and_mirrors_what_was_a_bar(frames: Fr
 
 def test_the_prior_learns_depth_as_a_share_of_each_images_own_height(frames: Frames, networks: Networks) -> None:
     """What counts in its loss are the cells that lie in the frame, and these alone have places from -1 to 1."""
-    options = {"variants": 1, "seed": 3, "device": torch.device("cpu"), "progress": lambda done, total: None}
+    options = {"variants": 1, "seed": 3, "progress": lambda done, total: None}
     examples = background_examples(frames, lambda row, variant: frames.images[row], networks, **options)
     place = place_condition(examples["clean"].float(), examples["frame"].float())
     inside = (place.abs() <= 1.0).all(dim=1, keepdim=True)
@@ -117,7 +117,7 @@ def test_the_prior_learns_depth_as_a_share_of_each_images_own_height(frames: Fra
 
 
 def test_every_lesion_image_gives_its_windows_and_normal_ones(frames: Frames, networks: Networks, tmp_path) -> None:
-    options = {"variants": 1, "seed": 3, "device": torch.device("cpu"), "progress": lambda done, total: None}
+    options = {"variants": 1, "seed": 3, "progress": lambda done, total: None}
     buckets = window_examples(frames, networks, **options)
     labels = torch.cat([part.tensors["label"] for part in buckets.values()])
     rows = torch.cat([part.tensors["row"][part.tensors["label"] > 0] for part in buckets.values()])

@@ -20,8 +20,8 @@ from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, Drawer, background_images, rollout_windows
+from busigen.training.tasks import TaskContext
 from busigen.training.tasks.autoencoder import FinishTask, pasted_into
-from busigen.training.tasks.base import TaskContext
 from busigen.training.trainer import Trainer
 
 TINY = PRESETS["tiny"]
@@ -85,9 +85,7 @@ def test_what_was_drawn_is_kept_and_not_drawn_again(setting: TaskContext) -> Non
 
 def test_a_window_knows_what_the_image_shows_and_what_may_change(setting: TaskContext, drawer: Drawer) -> None:
     frames = Frames(setting.prepared, select(setting.prepared, "train"))
-    found = rollout_windows(
-        frames, drawer, variants=1, seed=0, device=torch.device("cpu"), progress=lambda done, total: None
-    )
+    found = rollout_windows(frames, drawer, variants=1, seed=0, progress=lambda done, total: None)
     count = len(found["latents"])
     assert count == sum(frames.table["class"] != "normal")
     assert found["pixels"].shape == (count, 1, SIDE, SIDE) and found["zones"].shape == (count, len(ZONES), SIDE, SIDE)
@@ -119,7 +117,7 @@ def test_pasting_with_a_gradient_is_the_runtimes_paste() -> None:
 
 
 def test_backgrounds_come_letterboxed_as_lesions_are_painted_into_them(drawer: Drawer) -> None:
-    images = background_images(drawer, 6, seed=0, device=torch.device("cpu"), progress=lambda done, total: None)
+    images = background_images(drawer, 6, seed=0, progress=lambda done, total: None)
     assert len(images) == 6
     for image, valid in images:
         assert image.shape == (256, 256) and image.dtype == np.uint8 and not image[~valid].any()

@@ -5,8 +5,8 @@ import pytest
 from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES, PRESETS, STAGES
 from busigen.training.networks.build import build
+from busigen.training.pipeline import KINDS
 from busigen.training.recipe import recipe_for
-from busigen.training.tasks.registry import KINDS
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from busigen.noise_styles import EDGES, LARGEST_FACTOR, are_styles, bands, powers, styled
-from busigen.training.fitting import COUNT, LESIONS, fit_lesion_styles, fit_styles
 from busigen.training.networks.variance import Spectrum
+from busigen.training.tasks.denoiser import COUNT, LESIONS, fit_lesion_styles, fit_styles
 
 CHANNELS, CELLS = 2, 32
 

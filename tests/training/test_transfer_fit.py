@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.mtf import KNOTS, LARGEST_GAIN, Transfer, detail, kernels, passed
-from busigen.training.fitting import FEWEST, Picture, fit_transfer
+from busigen.training.tasks.autoencoder import FEWEST, Picture, fit_transfer
 
 LENGTH = 2 * len(KNOTS)
 COUNT, SIDE = 300, 96

@@ -1,4 +1,4 @@
-"""What lies in a folder that somebody gave: its images, and what is passed over there and why.
+"""What lies in a folder that somebody gave: its images, which masks are theirs, and what is passed over and why.
 
 All that reads a folder of images looks at it through `Tree`, so that every command sees the same files.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import eq
 from pathlib import Path
 
 from busigen.data.sources.records import Refusal, named
@@ -27,20 +29,14 @@ _DOCUMENTS = re.compile(
 """Endings of files that nobody takes for images; all others are named where they are passed over."""
 
 _FOREIGN_FOLDERS = frozenset({"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir"})
-_OURS = tuple(
-    frozenset(names.split())
-    for names in (
-        "run.json shards",
-        "dataset.json shards",
-        "dataset.json parts",
-        "prepared.json",
-        "busigen.json",
-        "bundle.json",
-        "bench.json",
-        "report.json sections",
-    )
+_OURS = (
+    frozenset(("run.json", "shards")),
+    frozenset(("dataset.json", "shards")),
+    frozenset(("dataset.json", "parts")),
+    frozenset(("report.json", "sections")),
+    *(frozenset((name,)) for name in ("prepared.json", "busigen.json", "bundle.json", "bench.json")),
 )
-"""What tells a folder that busigen wrote: a dataset, prepared data, a checkpoint, a bundle, measurements, a report."""
+"""Names that tell a folder that busigen wrote: a dataset, a report, prepared data, a checkpoint, a bundle, timings."""
 
 _MASK_NAME = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
 _MASK_FOLDER = re.compile(
@@ -48,13 +44,31 @@ _MASK_FOLDER = re.compile(
 )
 _DIGITS = re.compile(r"(\d+)")
 
+_WORDS = ("mask", "tumor", "tumour", "lesion", "segmentation", "seg", "gt", "label", "annotation")
+"""Words for a mask that may follow its image's name, the plainest first."""
+
+_WORD_AT_END = re.compile(rf"(.+)[_ -]({'|'.join(_WORDS)})([_ -]?\d+)?", re.IGNORECASE)
+_BREAK = re.compile(r"[\W_]+")
+_SET_ASIDE = frozenset({"old", "backup", "backups", "bak", "trash", "archive", "archived", "deleted"})
+"""Folders of masks that somebody put aside; keys as of `name_key`."""
+
+_REASONS = {
+    "link": ("Links are not followed out of the folder that was given, nor to folders.", "Put the files there instead"),
+    "deep": (f"Folders are looked into {MAX_DEPTH} deep.", "Give a folder further down"),
+}
+_NOTES = {
+    "hidden": "hidden, passed over",
+    "ours": "written by busigen, passed over",
+    "again": "other names of a folder that was read, passed over",
+}
+"""Why files are passed over, by what they are: as a refusal with its fix, or as a note. Others are unknown endings."""
+
 
 @dataclass(frozen=True)
 class Place:
     """One folder.
 
     Attributes:
-        path: Where it is.
         folders: The folders in it that are looked into, in natural order.
         images: The files in it with an image's ending, masks among them, in natural order.
         others: Names of the other files.
@@ -70,32 +84,22 @@ class Place:
         return next((self.path / other for other in self.others if name_key(other) == name_key(name)), None)
 
 
-@dataclass
 class Tree:
     """A folder and those below it, each looked at once. Links to folders are not followed, so there are no loops.
 
-    Attributes:
-        root: The folder that was given.
-        skip: A folder below that is passed over.
+    ``skip`` names a folder below that is passed over.
     """
 
-    root: Path
-    skip: Path | None = None
-    _places: dict[Path, Place] = field(default_factory=dict, init=False)
-    _passed: dict[str, list[Path]] = field(default_factory=dict, init=False)
-    _seen: dict[tuple[int, int], Path] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        """Look at nothing yet, but know where links may lead."""
-        self._inside = os.path.realpath(self.root)
-        self._skipped = None if self.skip is None else os.path.realpath(self.skip)
+    def __init__(self, root: Path, skip: Path | None = None) -> None:
+        self.root = root
+        self._inside = os.path.realpath(root)
+        self._skipped = None if skip is None else os.path.realpath(skip)
+        self._places: dict[Path, Place] = {}
+        self._passed: dict[str, list[Path]] = {}
+        self._seen: dict[tuple[int, int], Path] = {}
 
     def at(self, path: Path) -> Place:
-        """One folder.
-
-        Raises:
-            InputError: It cannot be read.
-        """
+        """One folder; InputError where it cannot be read."""
         if path not in self._places:
             self._places[path] = self._look(path)
         return self._places[path]
@@ -112,28 +116,17 @@ class Tree:
         """A path as people are told of it: it begins with the root's name."""
         return (Path(Path(self._inside).name) / path.relative_to(self.root)).as_posix()
 
-    def refused(self) -> list[Refusal]:
-        """What was passed over so far although it may hold images, one entry for each reason."""
-        return [
-            Refusal(named(map(self.name, paths)), f"{_REASONS[why][0]}.", _REASONS[why][1], count=len(paths))
-            if why in _REASONS
-            else Refusal(
-                named(map(self.name, paths)),
-                f"Files that end in {why} are not read.",
-                f"Convert them; {_FORMATS} are read.",
-                count=len(paths),
-            )
-            for why, paths in self._passed.items()
-            if why not in _NOTES
-        ]
-
-    def notes(self) -> list[str]:
-        """What was passed over so far as it should be, one line for each reason."""
-        return [
-            f"{len(paths)} {_NOTES[why]}: {named(map(self.name, paths))}"
-            for why, paths in self._passed.items()
-            if why in _NOTES
-        ]
+    def passed_over(self) -> tuple[list[Refusal], list[str]]:
+        """What was passed over so far, an entry for each reason: what may hold images, and what should be."""
+        refused, notes = [], []
+        for why, paths in self._passed.items():
+            files = named(map(self.name, paths))
+            if why in _NOTES:
+                notes.append(f"{len(paths)} {_NOTES[why]}: {files}")
+            else:
+                unread = f"Files that end in {why} are not read.", f"Convert them; {_FORMATS} are read."
+                refused.append(Refusal(files, *_REASONS.get(why, unread), count=len(paths)))
+        return refused, notes
 
     def found(self) -> str:
         """What lies below the root, as a clause for an error: counts of files by their ending."""
@@ -158,101 +151,62 @@ class Tree:
             if any(ours <= names for ours in _OURS) or (self._skipped and os.path.realpath(path) == self._skipped):
                 self._pass("ours", path)
                 return Place(path)
-            folders: list[Path] = []
-            images: list[Path] = []
-            others: list[str] = []
+            kinds: defaultdict[str, list[Path]] = defaultdict(list)
             for entry in found:
-                self._sort(entry, path / entry.name, folders, images, others)
+                kinds[self._kind(entry, path / entry.name)].append(path / entry.name)
         except OSError as error:
-            raise InputError(
-                f"{path} cannot be read: {error.strerror}.", fix="Check the folder's permissions."
-            ) from error
-        return Place(path, tuple(folders), tuple(images), tuple(others))
+            fix = "Check the folder's permissions."
+            raise InputError(f"{path} cannot be read: {error.strerror}.", fix=fix) from error
+        return Place(path, tuple(kinds["folder"]), tuple(kinds["image"]), tuple(other.name for other in kinds["other"]))
 
-    def _sort(
-        self, entry: os.DirEntry[str], path: Path, folders: list[Path], images: list[Path], others: list[str]
-    ) -> None:
+    def _kind(self, entry: os.DirEntry[str], path: Path) -> str:
+        """``folder``, ``image`` or ``other``; anything else is passed over, and noted where it may hold images."""
         ending, linked = ending_of(entry.name), entry.is_symlink()
         # Of links that lead in circles, a directory entry raises what `os.path` answers.
         folder = os.path.isdir(path) if linked else entry.is_dir()
+        document = _DOCUMENTS.fullmatch(ending) is not None
         if _hidden(entry.name):
-            if folder or ending in SUFFIXES:
-                self._pass("hidden", path)
-        elif linked and (folder or not self._stays_inside(path)):
-            if folder or not _DOCUMENTS.fullmatch(ending):
-                self._pass("link", path)
-        elif folder:
-            if len(path.relative_to(self.root).parts) > MAX_DEPTH:
-                self._pass("deep", path)
-            else:
-                folders.append(path)
-        elif ending in SUFFIXES:
-            images.append(path)
-        else:
-            others.append(entry.name)
-            if not _DOCUMENTS.fullmatch(ending):
-                self._pass(ending, path)
+            return self._pass("hidden", path) if folder or ending in SUFFIXES else ""
+        target = os.path.realpath(path) if linked else ""  # Never raises, whatever the link's loops.
+        if linked and (folder or not (os.path.isfile(target) and Path(target).is_relative_to(self._inside))):
+            return self._pass("link", path) if folder or not document else ""
+        if folder:
+            deep = len(path.relative_to(self.root).parts) > MAX_DEPTH
+            return self._pass("deep", path) if deep else "folder"
+        if ending in SUFFIXES:
+            return "image"
+        if not document:
+            self._pass(ending, path)
+        return "other"
 
-    def _stays_inside(self, link: Path) -> bool:
-        # Never raises, whatever the link's loops.
-        target = os.path.realpath(link)
-        return os.path.isfile(target) and Path(target).is_relative_to(self._inside)
-
-    def _pass(self, why: str, path: Path) -> None:
+    def _pass(self, why: str, path: Path) -> str:
         self._passed.setdefault(why, []).append(path)
-
-
-_REASONS = {
-    "link": ("Links are not followed out of the folder that was given, nor to folders", "Put the files there instead"),
-    "deep": (f"Folders are looked into {MAX_DEPTH} deep", "Give a folder further down"),
-}
-_NOTES = {
-    "hidden": "hidden, passed over",
-    "ours": "written by busigen, passed over",
-    "again": "other names of a folder that was read, passed over",
-}
+        return why
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the images below a folder in natural order: no masks, nothing hidden, no links that leave the folder.
-
-    Args:
-        folder: Where to look, at any depth.
-
-    Returns:
-        Paths that begin with ``folder``.
+    """Paths of the images below a folder in natural order: no masks, nothing hidden, no links that leave the folder.
 
     Raises:
         InputError: The folder does not exist or cannot be read.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
     return images_below(Tree(folder), folder)
 
 
-def images_below(tree: Tree, folder: Path, counted: Callable[[Path], None] | None = None) -> list[Path]:
-    """The images at any depth below a folder of a tree, in natural order; ``counted`` is told of every mask."""
+def images_below(tree: Tree, folder: Path) -> list[Path]:
+    """The images at any depth below a folder of a tree, in natural order, without masks."""
     found: list[Path] = []
     for place in tree.below(folder):
-        inside = any(is_mask_folder(part) for part in place.path.relative_to(folder).parts)
-        for path in place.images:
-            if not inside and is_image_name(path.name):
-                found.append(path)
-            elif counted is not None:
-                counted(path)
+        if not any(map(is_mask_folder, place.path.relative_to(folder).parts)):
+            found.extend(path for path in place.images if not _MASK_NAME.search(path.stem))
     return in_natural_order(found, folder)
 
 
 def in_natural_order(paths: Iterable[Path], folder: Path) -> list[Path]:
     """Paths below a folder, sorted as a person would: ``benign (2).png`` before ``benign (10).png``."""
     return sorted(paths, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name is that of an image rather than a mask, a hidden file or anything else."""
-    path = Path(name)
-    return not _hidden(name) and path.suffix.lower() in SUFFIXES and not _MASK_NAME.search(path.stem)
 
 
 def is_mask_folder(name: str) -> bool:
@@ -277,6 +231,164 @@ def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
     parts = _DIGITS.split(text.casefold())
     keyed = tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part)
     return (*keyed, (2, 0, text))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A mask by one of the image names that it may stand for: keys of its folders, that name, the word after it."""
+
+    folders: tuple[str, ...]
+    image: str
+    word: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Match:
+    """The masks of one image.
+
+    Attributes:
+        masks: One or more lesions each; empty where there are none.
+        rivals: Files of which only a person can say which is the mask; ``masks`` is empty then.
+        guessed: Images and masks lie in different folders and only the name, which is the only one, joins them.
+    """
+
+    masks: tuple[Path, ...] = ()
+    rivals: tuple[Path, ...] = ()
+    guessed: bool = False
+
+
+class MaskFiles:
+    """The mask files of one set of images.
+
+    A mask is named like its image, or with a word for a mask after it (``X_mask.png``, ``X_mask_1.png``,
+    ``X_tumor.png``), or as in BUS-BRA (``mask_1.png`` of ``bus_1.png``); the same name comes first. It lies in the
+    folder of the image's own name (``masks/benign`` for ``images/benign``). Where either side has no such folders, the
+    name alone decides, but only if one image and one folder of masks have it: ``masks/benign/2.png`` is never the mask
+    of ``images/malignant/2.png``. Folders that put masks aside (``old``) count for nothing. Names are compared without
+    case and in one Unicode form where no name is exactly the same.
+
+    Args:
+        images: The images, in or below a folder.
+        folder: That folder.
+        channel: Ends the images' names, but not those of their masks.
+
+    Attributes:
+        all: The mask files that were taken in.
+    """
+
+    def __init__(self, images: Iterable[Path], folder: Path, channel: str = "") -> None:
+        self.folder = folder
+        self.channel = channel
+        self.all: list[Path] = []
+        self._used: set[Path] = set()
+        self._masks: dict[str, list[_Candidate]] = {}
+        self._images: dict[str, set[tuple[str, ...]]] = {}
+        self._exact: set[str] = set()
+        for image in images:
+            stem = image.stem.removesuffix(channel)
+            self._exact.add(stem)
+            self._images.setdefault(name_key(stem), set()).add(_folders(image.parent, folder))
+
+    def add_masks(self, masks: Iterable[Path], folder: Path, *, suffixed: bool = False) -> None:
+        """Take in the files below a folder of masks; with ``suffixed``, only by the names that have a word for one."""
+        for path in masks:
+            self.all.append(path)
+            names = [] if suffixed else [(path.stem, "")]
+            names += [parts] if (parts := _name_and_word(path)) else []
+            if path.stem.lower().startswith("mask_"):
+                names.append((f"bus_{path.stem[5:]}", "mask"))
+            for image, word in names:
+                candidate = _Candidate(_folders(path.parent, folder), image, word, path)
+                self._masks.setdefault(name_key(image), []).append(candidate)
+
+    def of(self, image: Path) -> Match:
+        """The masks of an image, of those that were taken in."""
+        stem = image.stem.removesuffix(self.channel)
+        folders = _folders(image.parent, self.folder)
+        candidates = [
+            mask
+            for mask in self._masks.get(name_key(stem), ())
+            # The mask of img1.png is not that of IMG1.png where both are there, nor that of x_seg1.png also x.png's.
+            if (mask.image == stem or mask.image not in self._exact)
+            and not (mask.word and mask.path.stem in self._exact)
+            and not _SET_ASIDE.intersection(mask.folders)
+        ]
+        if own := [mask for mask in candidates if mask.folders == folders]:
+            return self._best(own, stem, guessed=False)
+        # One place ends with the other, as that without folders does with any.
+        near = [mask for mask in candidates if all(map(eq, reversed(mask.folders), reversed(folders)))]
+        if len({mask.folders for mask in near}) > 1 or (near and len(self._images.get(name_key(stem), ())) > 1):
+            return Match(rivals=tuple(dict.fromkeys(mask.path for mask in near)))
+        return self._best(near, stem, guessed=any(mask.folders for mask in near))
+
+    def unused(self, *, belonging: bool) -> list[Path]:
+        """The masks that no image has, once all were asked for: those named like some image, or all others."""
+        found = []
+        for path in self.all:
+            names = path.stem, *(_name_and_word(path) or ())[:1]
+            if path not in self._used and any(name_key(name) in self._images for name in names) is belonging:
+                found.append(path)
+        return found
+
+    def _best(self, masks: Sequence[_Candidate], stem: str, *, guessed: bool) -> Match:
+        """Of masks in one folder, those of the plainest name."""
+        if not masks:
+            return Match()
+        word = min((mask.word for mask in masks), key=lambda word: ("", *_WORDS).index(word))
+        same = [mask for mask in masks if mask.word == word]
+        exact = [mask for mask in same if mask.image == stem] or same
+        paths = tuple(dict.fromkeys(mask.path for mask in exact))
+        # A word may have numbers, one for each lesion; the same name twice is two versions of one mask.
+        if len({mask.image for mask in exact}) > 1 or (not word and len(paths) > 1):
+            return Match(rivals=paths)
+        self._used.update(paths)
+        return Match(paths, guessed=guessed)
+
+
+def masks_beside(place: Place) -> tuple[MaskFiles, dict[Path, Match]]:
+    """The images that lie directly in a folder, each with the masks beside it: ``X.png`` with ``X_mask.png``.
+
+    A file that has a word for a mask after another image's name is that one's mask; without such an image it is an
+    image itself, but for ``X_mask.png``, which is always a mask.
+    """
+    stems = {name_key(path.stem) for path in place.images}
+
+    def is_mask(path: Path) -> bool:
+        parts = _name_and_word(path)
+        return parts is not None and (parts[1] == "mask" or name_key(parts[0]) in stems)
+
+    images = [path for path in place.images if not is_mask(path)]
+    found = MaskFiles(images, place.path)
+    found.add_masks([path for path in place.images if is_mask(path)], place.path, suffixed=True)
+    return found, {image: found.of(image) for image in images}
+
+
+def mask_of(masks: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
+    """For each image that a mask is named like, by its whole name or the words after it, one such mask."""
+    by_name: dict[str, list[Path]] = {}
+    for image in images:
+        by_name.setdefault(name_key(image.stem), []).append(image)
+    found: dict[Path, Path] = {}
+    for mask in masks:
+        stem = name_key(mask.stem)
+        ends = (len(stem), *reversed([match.start() for match in _BREAK.finditer(stem)]))
+        # The longest name that is there: case_1_2.png's is not case_1.png's.
+        name = next((stem[:end] for end in ends if stem[:end] in by_name), None)
+        found.update(dict.fromkeys(by_name.get(name or "", ()), mask))
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _folders(place: Path, folder: Path) -> tuple[str, ...]:
+    """Keys of the folders between a folder and a place below it; many files share them."""
+    return tuple(name_key(part) for part in place.relative_to(folder).parts)
+
+
+def _name_and_word(path: Path) -> tuple[str, str] | None:
+    """``("X", "mask")`` of ``X_mask_1.png``: the image's name and the word for a mask; None where there is no word."""
+    match = _WORD_AT_END.fullmatch(path.stem)
+    return (match[1], match[2].lower()) if match else None
 
 
 def _hidden(name: str) -> bool:

@@ -1,8 +1,4 @@
-"""The layouts of labelled folders that busigen reads, found by looking at the folder.
-
-`read_source` lists labelled sets, for preparing and judging; `read_images` lists any images with what is known of them,
-for folders of healthy ones. Both look at the same files, through the same layouts.
-"""
+"""What images a folder holds, in whichever layouts: those of labelled sets, or any, as in folders of healthy ones."""
 
 from __future__ import annotations
 
@@ -11,26 +7,22 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from busigen.data.sources import pairs, published
-from busigen.data.sources.files import Place, Tree, is_mask_folder, name_key, natural_key
-from busigen.data.sources.masks import masks_beside
+from busigen.data.sources import layouts
+from busigen.data.sources.files import Place, Tree, is_mask_folder, masks_beside, name_key, natural_key
 from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, counted, named
 from busigen.errors import InputError
 from busigen.registry import CLASSES, LESION_CLASSES
 from busigen.text import printable
 
-__all__ = ["LAYOUTS", "Layout", "Listing", "Record", "Refusal", "UnknownLayoutError", "read_images", "read_source"]
-
 LAYOUTS: tuple[Layout, ...] = (
-    published.BUSBRA,
-    pairs.LAYOUT,
-    pairs.UDIAT,
-    pairs.NNUNET,
-    published.BUSI,
-    published.BREAST,
+    layouts.BUSBRA,
+    layouts.PAIRS,
+    layouts.UDIAT,
+    layouts.NNUNET,
+    layouts.BUSI,
+    layouts.BREAST,
 )
 """Every layout. BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has, too; and pairs before BUSI, whose
 file names they may have."""
@@ -53,10 +45,6 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
         unlabelled: List images that have no known class, too, as class ``unknown``.
         skip: A folder below that is passed over, where the command writes to.
 
-    Returns:
-        Its records in natural order, what is refused without opening an image, and what else was passed over, joined
-        or guessed.
-
     Raises:
         InputError: The folder is missing, unreadable or laid out in no way that busigen knows.
     """
@@ -66,33 +54,41 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
         raise InputError(f"{folder} {problem}.", fix="Give the folder that holds the images and masks.")
     # A root given as "." has no name, and names are what the table records.
     tree = Tree(Path(os.path.realpath(folder)), skip)
-    _refuse_half(folder, tree.root)
+    _refuse_images_of_a_set(folder, tree.root)
     sets = list(_sets(tree, unlabelled=unlabelled))
     if not sets:
+        names = {name_key(below.name) for below in tree.at(tree.root).folders}
+        halves = (("images", "masks"), ("masks", "images"))
+        lacking = "".join(f": it lacks {lack}/" for have, lack in halves if have in names and lack not in names)
         accepted = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
         raise UnknownLayoutError(
-            f"{folder} has none of the layouts that are read{_lacking(tree)}; it holds {tree.found()}.",
+            f"{folder} has none of the layouts that are read{lacking}; it holds {tree.found()}.",
             fix=f"Arrange it as one of these. {accepted}.",
         )
     for one in sets:
         _refuse_namesakes(one)
     listing = sets[0] if len(sets) == 1 else _joined(tree, sets)
-    _note_files_of_no_set(listing, sets)
+    known = set().union(*(one.knows() for one in sets))
+    if strangers := [path for place in tree.below() for path in place.images if path not in known]:
+        names_found = ", ".join(dict.fromkeys(one.layout for one in sets))
+        problem = f"They are no images or masks of the layout that was found here ({names_found})."
+        fix = "Give each set's own folder, or move them to where the layout has them."
+        listing.refused.append(Refusal(named(map(tree.name, strangers)), problem, fix, count=len(strangers)))
+    _note_passed_over(listing)
+    several = [record.image for record in listing.records if len(record.masks) > 1]
+    listing.note(several, "with several masks, which are joined")
     return listing
 
 
 def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     """List every image below a folder, whatever its layout, with the class and the masks that anything there names.
 
-    The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too.
+    The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too. Paths
+    begin with ``folder``; the class is ``unknown`` where nothing says one; what is ``doubtful`` is listed, too.
 
     Args:
         folder: The folder.
         skip: A folder below that is passed over, where the command writes to.
-
-    Returns:
-        Its records in natural order, whose paths begin with ``folder``, of class ``unknown`` where nothing says one;
-        what was passed over; and which images are doubtful, and why.
 
     Raises:
         InputError: The folder cannot be read, or a table of its set cannot.
@@ -101,12 +97,20 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     listing = Listing("images", folder, tree, unlabelled=True, loose=True)
     here = Path(os.path.realpath(folder))
     listed: dict[Path, list[Record]] = {}
-    for part in (*_sets_above(here), *_sets(tree, unlabelled=True, loose=True)):
-        named_as_given = _as_is if part.tree is tree else partial(_moved, here, folder)
+
+    def as_given(path: Path) -> Path:
+        """The path below ``folder`` of one below its real place; any other path as it is."""
+        return folder / path.relative_to(here) if path.is_relative_to(here) else path
+
+    for part in _sets_above(here):
         for record in part.records:
-            masks = tuple(map(named_as_given, record.masks))
-            listed.setdefault(named_as_given(record.image), []).append(replace(record, masks=masks))
-        listing.doubtful.update({named_as_given(path): problem for path, problem in part.doubtful.items()})
+            masks = tuple(map(as_given, record.masks))
+            listed.setdefault(as_given(record.image), []).append(replace(record, masks=masks))
+        listing.doubtful.update({as_given(path): problem for path, problem in part.doubtful.items()})
+    for part in _sets(tree, unlabelled=True, loose=True):
+        for record in part.records:
+            listed.setdefault(record.image, []).append(record)
+        listing.doubtful.update(part.doubtful)
     own_words = _classes_named(here.name)
     strangers: list[Path] = []
     for place in tree.below():
@@ -123,8 +127,7 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
             name = "/".join((*inner, image.name))
             listing.records.append(_combined(image, name, words, listed.get(image, ()), match.masks))
     listing.records.sort(key=lambda record: natural_key(record.id))
-    listing.refused.extend(tree.refused())
-    listing.notes.extend(tree.notes())
+    _note_passed_over(listing)
     marking = {mask for record in listing.records for mask in record.masks}
     if others := [tree.name(path) for path in strangers if path not in marking]:
         listing.notes.append(counted("masks by name, but of no image here, passed over", others))
@@ -133,11 +136,11 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
 
 def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[Listing]:
     """The sets below a folder; loosely also those that lack masks, and sets within sets."""
-    layouts = (*LAYOUTS, pairs.BESIDE) if loose else LAYOUTS
+    known = (*LAYOUTS, layouts.BESIDE) if loose else LAYOUTS
     waiting = [tree.root]
     while waiting:
         place = tree.at(waiting.pop())
-        layout = _layout_of(tree, place, layouts, loose=loose)
+        layout = _layout_of(tree, place, known, loose=loose)
         if layout is not None:
             listing = Listing(layout.name, place.path, tree, unlabelled=unlabelled, loose=loose)
             layout.read(listing)
@@ -146,8 +149,8 @@ def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[List
             waiting.extend(reversed(place.folders))
 
 
-def _layout_of(tree: Tree, place: Place, layouts: Iterable[Layout], *, loose: bool) -> Layout | None:
-    return next((layout for layout in layouts if layout.is_root(tree, place, loose)), None)
+def _layout_of(tree: Tree, place: Place, known: Iterable[Layout], *, loose: bool) -> Layout | None:
+    return next((layout for layout in known if layout.is_root(tree, place, loose)), None)
 
 
 def _sets_above(folder: Path) -> Iterator[Listing]:
@@ -179,32 +182,15 @@ def _classes_named(name: str) -> set[str]:
     return words if len(words) == 1 else set()
 
 
-def _as_is(path: Path) -> Path:
-    return path
-
-
-def _moved(here: Path, folder: Path, path: Path) -> Path:
-    """The path below ``folder`` of one below its real place; any other path as it is."""
-    return folder / path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def _lacking(tree: Tree) -> str:
-    """Which half of the plain layout is missing, as the end of a clause."""
-    names = {name_key(folder.name) for folder in tree.at(tree.root).folders}
-    lacks = [lack for have, lack in (("images", "masks"), ("masks", "images")) if have in names and lack not in names]
-    return "".join(f": it lacks {lack}/" for lack in lacks)
-
-
-def _refuse_half(given: Path, folder: Path) -> None:
+def _refuse_images_of_a_set(given: Path, folder: Path) -> None:
     """Refuse the folder of images alone of a set, whose masks would all be missed."""
     try:
         place = Tree(folder.parent).at(folder.parent)
     except InputError:
         return
-    if folder in pairs.images_of(place):
-        raise InputError(
-            f"{given} holds the images of a set whose masks lie beside it.", fix=f"Give the set: {folder.parent}."
-        )
+    if folder in layouts.images_of(place):
+        problem = f"{given} holds the images of a set whose masks lie beside it."
+        raise InputError(problem, fix=f"Give the set: {folder.parent}.")
 
 
 def _joined(tree: Tree, sets: list[Listing]) -> Listing:
@@ -227,25 +213,10 @@ def _joined(tree: Tree, sets: list[Listing]) -> Listing:
     return listing
 
 
-def _note_files_of_no_set(listing: Listing, sets: list[Listing]) -> None:
-    """Add what no layout says: what was passed over below the folder that was given, and which masks were joined."""
-    tree = listing.tree
-    images = [path for place in tree.below() for path in place.images]
-    known = set().union(*(one.knows() for one in sets))
-    if strangers := [path for path in images if path not in known]:
-        layouts = ", ".join(dict.fromkeys(one.layout for one in sets))
-        listing.refused.append(
-            Refusal(
-                named(map(tree.name, strangers)),
-                f"They are no images or masks of the layout that was found here ({layouts}).",
-                "Give each set's own folder, or move them to where the layout has them.",
-                count=len(strangers),
-            )
-        )
-    listing.refused.extend(tree.refused())
-    listing.notes.extend(tree.notes())
-    several = [record.image for record in listing.records if len(record.masks) > 1]
-    listing.note(several, "with several masks, which are joined")
+def _note_passed_over(listing: Listing) -> None:
+    refused, notes = listing.tree.passed_over()
+    listing.refused.extend(refused)
+    listing.notes.extend(notes)
 
 
 def _refuse_namesakes(listing: Listing) -> None:
@@ -254,5 +225,5 @@ def _refuse_namesakes(listing: Listing) -> None:
     for record in listing.records:
         if first.setdefault(record.id, record) is not record:
             twin = listing.relative(first[record.id].image)
-            listing.refuse(record.image, f"It has the same name as {twin}.", "Rename it and its mask.")
+            listing.refuse([record.image], f"It has the same name as {twin}.", "Rename it and its mask.")
     listing.records = list(first.values())

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 UNKNOWN_CLASS = "unknown"
 """The class of an image that nobody classified."""
 
-# Names that stand for more files of their kind.
+Row = dict[str, str | None]
+"""A row of a table of text, by column."""
+
 _NAMED = 3
+"""Names that stand for more files of their kind."""
+
 _BIRADS = re.compile(
     r"(?:bi-?rads)?[ :_-]*(?:cat(?:egory|\.)?)?[ :_-]*([0-6]|vi|iv|v|i{1,3})(?:\.0|(?:(?<=4)|(?<=iv))[ -]?[abc])?"
 )
@@ -33,11 +37,10 @@ class Record:
     Attributes:
         id: Unique name, such as ``busi/benign (1)``; it does not depend on where the source lies.
         image_class: One of ``registry.CLASSES``.
-        source: Short name of the source.
         image: The image file, which may turn out to be missing.
         masks: Its mask files, one or more lesions each; empty if there are none.
         patient: Patient name, unique across sources, or None.
-        birads: BI-RADS category as text, or None; as `birads_category` writes it.
+        birads: BI-RADS category as text, which `birads_category` normalises, or None.
     """
 
     id: str
@@ -49,22 +52,18 @@ class Record:
     birads: str | None = None
 
     def __post_init__(self) -> None:
-        """Write the category as it is learnt from."""
         object.__setattr__(self, "birads", birads_category(self.birads))
 
 
 def birads_category(text: str | None) -> str | None:
-    """A BI-RADS category as one digit: 4 for ``4a``, ``4.0`` (as pandas writes it), ``BI-RADS 4B`` or ``IV``.
-
-    What is no category stays as it is.
-    """
+    """A BI-RADS category as one digit: 4 for ``4a``, ``4.0``, ``BI-RADS 4B`` or ``IV``; other text stays as it is."""
     found = _BIRADS.fullmatch((text or "").strip().lower())
     return text if found is None else _ROMAN.get(found[1], found[1])
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is left out, why, and what to do about it.
+    """What is left out, why, and what to do about it, as printable text.
 
     ``file`` begins with the source folder's name. Where ``count`` files are left out for one reason, it names some of
     them and how many there are besides.
@@ -76,12 +75,11 @@ class Refusal:
     count: int = 1
 
     def __post_init__(self) -> None:
-        """Make the texts printable: they quote file names."""
         for name in ("file", "problem", "fix"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
     def to_error(self) -> InputError:
-        """The same as an error, for strict runs."""
+        """The same as an error."""
         return InputError(f"{self.file}: {self.problem}", fix=self.fix)
 
     def to_dict(self) -> dict[str, str]:
@@ -106,7 +104,6 @@ class Listing:
     """All that a source folder lists, what it lists in vain, and what else a person should know of it.
 
     Attributes:
-        layout: Name of the layout.
         folder: The set's folder, in which the layout was found.
         tree: The files, as they were looked at.
         unlabelled: Images of no class are listed, too, under class `UNKNOWN_CLASS`.
@@ -132,14 +129,8 @@ class Listing:
         """A path as it is recorded: below the source folder's name, with forward slashes."""
         return printable(f"{self.folder.name}/{path.relative_to(self.folder).as_posix()}")
 
-    def refuse(self, path: Path, problem: str, fix: str, masks: Iterable[Path] = ()) -> None:
-        """Note a file that is left out, its masks with it."""
-        self.doubtful[path] = problem
-        self._noted.update(masks)
-        self.refused.append(Refusal(file=self.relative(path), problem=problem, fix=fix))
-
-    def refuse_all(self, paths: Sequence[Path], problem: str, fix: str, masks: Iterable[Path] = ()) -> None:
-        """Note files that are left out for one reason, their masks with them; none are no reason."""
+    def refuse(self, paths: Sequence[Path], problem: str, fix: str, masks: Iterable[Path] = ()) -> None:
+        """Note files that are left out for one reason, their masks with them; no files are no refusal."""
         self._noted.update(masks)
         if paths:
             self.doubtful.update(dict.fromkeys(paths, problem))
@@ -162,7 +153,6 @@ class Layout:
     """One way of laying out a labelled folder.
 
     Attributes:
-        name: Short name.
         looks_like: What such a folder holds, for messages.
         is_root: Whether a place is the root of a set in this layout; asked loosely for a folder of healthy images.
         read: Fills a listing whose ``folder`` is that root.
@@ -174,22 +164,11 @@ class Layout:
     read: Callable[[Listing], None]
 
 
-CONTRADICTION = "contradiction"
-"""Key of a row of `by_file` that says in what the table's rows for one file differ; it is absent where they agree."""
-
-
-def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]]:
-    """Read a CSV file as text, without guessing types.
-
-    Args:
-        path: The file; UTF-8 with or without a byte order mark, any line ends.
-        required: Columns it must have.
-
-    Returns:
-        One dictionary per row; values are stripped, empty ones None.
+def read_rows(path: Path, required: Sequence[str]) -> list[Row]:
+    """The rows of a CSV file (UTF-8, any line ends) as text: stripped values by column, None where empty.
 
     Raises:
-        InputError: It is unreadable, no CSV, or lacks a column.
+        InputError: It is unreadable, no CSV, or lacks a required column.
     """
     import polars as pl
 
@@ -205,28 +184,6 @@ def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, str | None]
     frame = frame.rename({name: name.strip().lstrip("\ufeff") for name in frame.columns})
     missing = [name for name in required if name not in frame.columns]
     if missing:
-        raise InputError(
-            f"{path.name} has no column {', '.join(missing)}; it has {', '.join(frame.columns)}.",
-            fix=f"Name its columns {', '.join(required)}.",
-        )
+        problem = f"{path.name} has no column {', '.join(missing)}; it has {', '.join(frame.columns)}."
+        raise InputError(problem, fix=f"Name its columns {', '.join(required)}.")
     return [{name: (value or "").strip() or None for name, value in row.items()} for row in frame.iter_rows(named=True)]
-
-
-def by_file(rows: Iterable[dict[str, str | None]], name_of: Callable[[str], str]) -> dict[str, dict[str, str | None]]:
-    """The table's row of every file. Of rows that differ, the first, with what they differ in as `CONTRADICTION`.
-
-    Args:
-        rows: What `read_rows` gave, with a column ``file``.
-        name_of: What a file is looked up by, given what stands in that column.
-    """
-    found: dict[str, dict[str, str | None]] = {}
-    for row in rows:
-        name = name_of(row["file"] or "")
-        first = found.setdefault(name, dict(row))
-        differ = [key for key in row if key != "file" and row[key] != first[key]]
-        if differ:
-            contradiction = "; ".join(
-                f"{key} is {first[key] or 'empty'!r} and {row[key] or 'empty'!r}" for key in differ
-            )
-            first.setdefault(CONTRADICTION, contradiction)
-    return found

@@ -1,8 +1,7 @@
 """Inception's features of both sets, where somebody brought its weights. Nothing is ever downloaded.
 
 A TorchScript file is a program, and this module runs it. Its code is read first, and refused where it names an
-operation on files or on other machines; that narrows what a hostile file can do and does not make one safe. So only
-take such a file from a source you trust.
+operation on files or on other machines; that narrows what a hostile file can do and does not make one safe.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from busigen.errors import BusigenError, InputError, MissingDependencyError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval
-from busigen.evaluation.statistics import grouped as matched
+from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import Rows
 from busigen.foreign import open_file
 from busigen.text import install_command
@@ -64,43 +63,39 @@ _Extract = Callable[[Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Network:
-    """A network that is ready to run and its weights' file name, or a sentence for the report that says why not."""
+    """A network and its weights' file name, or neither, and the report's sentence about them."""
 
     extract: _Extract | None
     source: str | None
-    text: str = ""
+    text: str
 
 
 @dataclass(frozen=True)
-class Inception:
-    """What came of the search for weights.
+class Features:
+    """``float64 (N, D)`` features of both sets, and log-probabilities of both where the network gives them."""
 
-    Attributes:
-        source: File name of the weights, or None.
-        synthetic: ``float64 (N, D)`` features of the synthetic set, or None.
-        logits: Log-probabilities of the synthetic and the real set, where the network gives them.
-    """
-
-    source: str | None
-    text: str
-    synthetic: NDArray[np.float64] | None = None
-    real: NDArray[np.float64] | None = None
-    logits: list[NDArray[np.float64]] = field(default_factory=list)
+    synthetic: NDArray[np.float64]
+    real: NDArray[np.float64]
+    logits: list[NDArray[np.float64]]
 
 
 def load(context: AuditContext) -> Network:
-    """The network at ``context.inception``, or else the one in the library's own cache.
-
-    ``context.inception`` is a TorchScript file: a program, which is run. Only take it from a source you trust.
+    """The network at ``context.inception``, a program which is run, or else the one in the library's own cache.
 
     Raises:
         InputError: ``context.inception`` cannot be used.
         MissingDependencyError: torchmetrics cannot be imported.
     """
-    if context.inception is not None:
-        return Network(_torchscript(context.inception, context.device), context.inception.name)
-    found = _cached(context.device)
-    return Network(None, None, _ABSENT) if found is None else Network(found, CACHED_WEIGHTS)
+    path = context.inception
+    extract = _cached(context.device) if path is None else _torchscript(path, context.device)
+    if extract is None:
+        return Network(None, None, _ABSENT)
+    source = CACHED_WEIGHTS if path is None else path.name
+    text = (
+        f"FID, KID and their companions rest on {source}. Inception was trained on photographs, so small differences "
+        "between them say little about ultrasound."
+    )
+    return Network(extract, source, text)
 
 
 def try_load(context: AuditContext) -> Network:
@@ -123,40 +118,50 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def features_of(context: AuditContext, network: Network) -> Inception:
-    """Features of both sets; none where there is no network.
-
-    Raises:
-        InputError: The network gives features that are not finite.
-    """
+def features_of(context: AuditContext, network: Network) -> Features | None:
+    """Features of both sets; None where there is no network. Raises `InputError` where they are not finite."""
     if network.extract is None:
-        return Inception(None, network.text)
-    source = network.source
-    parts = [_extract(network.extract, images, context) for images in (context.synthetic, context.real)]
+        return None
+    parts = [_run(network.extract, images, context) for images in (context.synthetic, context.real)]
     if not all(np.isfinite(features).all() for features, _ in parts):
-        raise InputError(f"{source} gives features that are not finite.", fix="Use other weights.")
-    logits = [logit for _, logit in parts if logit is not None]
-    text = (
-        f"FID, KID and their companions rest on {source}. Inception was trained on photographs, so small differences "
-        "between them say little about ultrasound."
-    )
-    return Inception(source, text, parts[0][0], parts[1][0], logits)
+        raise InputError(f"{network.source} gives features that are not finite.", fix="Use other weights.")
+    return Features(parts[0][0], parts[1][0], [logits for _, logits in parts if logits is not None])
 
 
-def library_figures(network: Inception, synthetic: Rows, real: Rows, context: AuditContext) -> list[Figure]:
-    """FID and Inception score by torchmetrics.
+def _run(
+    extract: _Extract, images: ImageSet, context: AuditContext
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    import torch
+    from torch.nn import functional
+
+    features, logits = [], []
+    starts = range(0, len(images), BATCH)
+    with torch.inference_mode():
+        for start in context.track(f"Inception on {images.name}", starts, len(starts)):
+            grey = torch.from_numpy(images.images[start : start + BATCH]).to(context.device)[:, None].float()
+            # torchmetrics' own preparation: antialiased, to Inception's 299 pixels.
+            resized = functional.interpolate(grey, (299, 299), mode="bilinear", align_corners=False, antialias=True)
+            batch = resized.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+            found, log_probabilities = extract(batch)
+            features.append(found.double().cpu().numpy())
+            if log_probabilities is not None:
+                logits.append(log_probabilities.double().cpu().numpy())
+    return np.concatenate(features), np.concatenate(logits) if logits else None
+
+
+def library_figures(features: Features, synthetic: Rows, real: Rows, context: AuditContext) -> list[Figure]:
+    """FID and Inception score of some rows of both sets, by torchmetrics.
 
     FID over all images is what papers print; it has no floor, because no two halves of the real set are that large.
     """
     import torch
 
-    assert network.synthetic is not None and network.real is not None
     identity = torch.nn.Identity()
-    identity.num_features = network.real.shape[1]
+    identity.num_features = features.real.shape[1]
     fid = _torchmetrics("fid").FrechetInceptionDistance(feature=identity)
     fid.set_dtype(torch.float64)
-    fid.update(torch.from_numpy(network.real[real]), real=True)
-    fid.update(torch.from_numpy(network.synthetic[synthetic]), real=False)
+    fid.update(torch.from_numpy(features.real[real]), real=True)
+    fid.update(torch.from_numpy(features.synthetic[synthetic]), real=False)
     figures = [
         Figure(
             key="fidelity.inception.all.fid.all_images",
@@ -168,28 +173,26 @@ def library_figures(network: Inception, synthetic: Rows, real: Rows, context: Au
             note="biased by sample size, so no floor: judge by the Frechet distance between samples of one size",
         )
     ]
-    if len(network.logits) == 2:
-        groups = context.synthetic.groups[synthetic], context.real.groups[real]
-        size = matched.matched_size(*groups)
-        rng = context.rng("fidelity", "inception score")
-        logits = network.logits[0][synthetic], network.logits[1][real]
-        pairs = list(matched.draws(*groups, size, rng, 20))
-        splits = context.rng("fidelity", "inception splits")
-        scores = [[_score(part[rows], splits) for part, rows in zip(logits, pair, strict=True)] for pair in pairs]
-        value, floor = (matched.middle(list(column)) for column in zip(*scores, strict=True))
-        figures.append(
-            Figure(
-                key="fidelity.inception.all.score.value",
-                label="Inception score",
-                value=value,
-                floor=floor,
-                synthetic=len(synthetic),
-                real=len(real),
-                better="near",
-                note=f"never flagged: it has no notion of ultrasound; floor: real images; {size} images each",
-            )
-        )
-    return figures
+    if len(features.logits) < 2:
+        return figures
+    groups = context.synthetic.groups[synthetic], context.real.groups[real]
+    size = grouped.matched_size(*groups)
+    logits = features.logits[0][synthetic], features.logits[1][real]
+    pairs = list(grouped.draws(*groups, size, context.rng("fidelity", "inception score"), 20))
+    splits = context.rng("fidelity", "inception splits")
+    scores = [[_score(part[rows], splits) for part, rows in zip(logits, pair, strict=True)] for pair in pairs]
+    value, floor = (grouped.middle(list(column)) for column in zip(*scores, strict=True))
+    score = Figure(
+        key="fidelity.inception.all.score.value",
+        label="Inception score",
+        value=value,
+        floor=floor,
+        synthetic=len(synthetic),
+        real=len(real),
+        better="near",
+        note=f"never flagged: it has no notion of ultrasound; floor: real images; {size} images each",
+    )
+    return [*figures, score]
 
 
 def _torchmetrics(name: str) -> Any:
@@ -214,21 +217,14 @@ def _score(logits: NDArray[np.float64], rng: np.random.Generator) -> float:
 
 
 def _refuse_file_operations(path: Path, fix: str) -> None:
-    """Read the program before anything of it runs: loading alone may run its ``__setstate__``.
-
-    Raises:
-        InputError: It is no TorchScript file, or its code names a forbidden operation.
-    """
+    """Read the program before anything of it runs: loading alone may run its ``__setstate__``."""
     import torch
 
-    try:
-        # PyTorch's own reader, so that what is read here is what is run later, whatever the archive's quirks.
-        reader = torch._C.PyTorchFileReader(str(path))
-        records = reader.get_all_records()
-        # Lookups ignore case, so listing must too.
-        code = [reader.get_record(name).decode() for name in records if name.lower().endswith(".py")]
-    except (RuntimeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a TorchScript file ({_reason(error)}).", fix=fix) from error
+    # PyTorch's own reader, so that what is read here is what is run later, whatever the archive's quirks.
+    reader = torch._C.PyTorchFileReader(str(path))
+    records = reader.get_all_records()
+    # Lookups ignore case, so listing must too.
+    code = [reader.get_record(name).decode() for name in records if name.lower().endswith(".py")]
     if not code or any(name.lower() == "model.json" for name in records):
         raise InputError(f"{path} is not a TorchScript file of this age: it holds no code where that belongs.", fix=fix)
     for text in code:
@@ -256,16 +252,13 @@ def _torchscript(path: Path, device: str) -> _Extract:
             # Its code is compressed, and a few kilobytes can unpack to gigabytes.
             if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
                 raise ValueError(f"it unpacks to more than {_MAX_BYTES:,} bytes")
+        _refuse_file_operations(path, fix)
+        network = torch.jit.load(str(path), map_location=device).eval()
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.", fix=fix) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.", fix=fix) from error
-    except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise InputError(f"{path} is not a TorchScript file ({_reason(error)}).", fix=fix) from error
-    _refuse_file_operations(path, fix)
-    try:
-        network = torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
+    except (ValueError, zipfile.BadZipFile, RuntimeError) as error:
         raise InputError(f"{path} is not a TorchScript file ({_reason(error)}).", fix=fix) from error
     options = {argument.name for argument in network.forward.schema.arguments}
 
@@ -297,35 +290,11 @@ def _cached(device: str) -> _Extract | None:
         return None
     # torch-fidelity unpickles its weights: refuse first whatever is more than tensors.
     torch.load(path, map_location="cpu", weights_only=True)
-    network = (
-        _torchmetrics("fid")
-        .NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
-        .to(device)
-    )
+    build = _torchmetrics("fid").NoTrainInceptionV3
+    network = build("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).to(device)
 
     def extract(batch: Any) -> tuple[Any, Any]:
         features, logits = network._torch_fidelity_forward(batch)
         return features, logits.log_softmax(dim=1)
 
     return extract
-
-
-def _extract(
-    extract: _Extract, images: ImageSet, context: AuditContext
-) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    import torch
-    from torch.nn import functional
-
-    found: list[tuple[Any, Any]] = []
-    starts = range(0, len(images), BATCH)
-    with torch.inference_mode():
-        for start in context.track(f"Inception on {images.name}", starts, len(starts)):
-            grey = torch.from_numpy(images.images[start : start + BATCH]).to(context.device)[:, None].float()
-            # torchmetrics' own preparation: antialiased, to Inception's 299 pixels.
-            resized = functional.interpolate(grey, (299, 299), mode="bilinear", align_corners=False, antialias=True)
-            batch = resized.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-            features, logits = extract(batch)
-            found.append((features.double().cpu().numpy(), None if logits is None else logits.double().cpu().numpy()))
-    stacked = np.concatenate([features for features, _ in found])
-    known = [logits for _, logits in found if logits is not None]
-    return stacked, np.concatenate(known) if len(known) == len(found) else None

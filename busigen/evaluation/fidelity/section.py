@@ -1,9 +1,10 @@
 """Fidelity: how far a set is from real images, and how much of their variety it covers.
 
-The default needs no neural weights: all measures are taken over the radiomic vector (`radiomics.features`), in the
-spirit of the Frechet radiomic distance (Konz et al. 2024, arXiv 2412.01496). Every feature is standardised by the
-median and interquartile range of the real set and cut at five robust standard deviations (`metrics.Standardiser`).
-Inception's features are compared in the same way where its weights are at hand (`inception`).
+All measures are taken over the radiomic vector (`physics.features`), in the spirit of the Frechet radiomic distance
+(Konz et al. 2024, arXiv 2412.01496), and over Inception's features where its weights are at hand (`inception`).
+
+Intervals, floors and tests evaluate a measure thousands of times on subsets of the same rows. So what is costly
+(kernel, pairwise distances) is computed once for all rows, and every measure takes that array and two sets of rows.
 """
 
 from __future__ import annotations
@@ -12,27 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+from sklearn.metrics import pairwise
 
 from busigen.errors import BusigenError
-from busigen.evaluation.context import AuditContext
+from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity import inception
-from busigen.evaluation.fidelity.metrics import (
-    MEASURES,
-    NEAREST_DENSITY,
-    Array,
-    Comparison,
-    Measure,
-    Standardiser,
-    frechet_bias,
-    gaussian_kernel,
-    polynomial_kernel,
-    simulated_frechet_bias,
-)
 from busigen.evaluation.physics import features as radiomics
-from busigen.evaluation.results import Figure, SectionResult
-from busigen.evaluation.statistics import grouped as matched
+from busigen.evaluation.results import Better, Figure, SectionResult
+from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted
 from busigen.registry import LESION_CLASSES
+
+Array = NDArray[np.float64]
 
 DRAWS = 100
 """Draws behind an interval and behind a floor."""
@@ -43,24 +37,37 @@ PERMUTATIONS = {"quick": 1999, "full": 9999}
 INCEPTION_PERMUTATIONS = {"quick": 199, "full": 1999}
 """The same for Inception's 2,048 features: six tests, and a permutation takes thirty times as long."""
 
-SMALLEST = 2 * (NEAREST_DENSITY + 2)
+NEAREST_PRECISION = 3
+"""Neighbours that span the manifold for precision and recall (Kynkaanniemi et al. 2019, section 3.1)."""
+
+NEAREST_DENSITY = 5
+"""Neighbours for density and coverage (Naeem et al. 2020, section 4)."""
+
+_LEAST = NEAREST_DENSITY + 1
+"""Images that hold a neighbourhood."""
+
+SMALLEST = 2 * (_LEAST + 1)
 """Images a side below which there are no figures: half of them must hold a neighbourhood."""
+
+CLIP = 5.0
+"""Greatest standardised feature: the tails of ratios such as kurtosis would otherwise decide a covariance."""
+
+_TO_SIGMA = 1.349
+"""Interquartile range of a normal distribution in standard deviations."""
 
 _INCEPTION_FEATURES = 2048
 _PAPER_SIZE = 600
 
 
-@dataclass(frozen=True)
-class _Space:
-    """Features of both sets, one row per image."""
-
-    name: str
-    label: str
-    synthetic: Array
-    real: Array
-    permutations: int
-    kernel: Callable[[Array], Array] = gaussian_kernel
-    mmd: str = "MMD², Gaussian kernel"
+MEASURES: tuple[tuple[str, str, Better, str], ...] = (
+    ("frechet", "Frechet distance", "lower", "squared robust standard deviations"),
+    ("mmd", "MMD²", "lower", "unbiased: 0 on average between equal distributions, may be negative"),
+    ("precision", "precision", "higher", f"share of synthetic within reach of a real image, k = {NEAREST_PRECISION}"),
+    ("recall", "recall", "higher", f"share of real within reach of a synthetic image, k = {NEAREST_PRECISION}"),
+    ("density", "density", "higher", f"real neighbourhoods around a synthetic image over k = {NEAREST_DENSITY}"),
+    ("coverage", "coverage", "higher", f"share of real whose neighbourhood is visited, k = {NEAREST_DENSITY}"),
+)
+"""What a `comparison` computes, in order: its name, its label, which way is better, and a note for the report."""
 
 
 @dataclass(frozen=True)
@@ -72,75 +79,108 @@ class _Scope:
     real: Rows
 
 
+@dataclass(frozen=True)
+class _Space:
+    """Features of both sets, one row per image, and how they are compared."""
+
+    name: str
+    label: str
+    synthetic: Array
+    real: Array
+    permutations: int
+    kernel: Callable[[Array], Array]
+    mmd: str
+
+
 def run(context: AuditContext) -> SectionResult:
-    """Judge the synthetic set against the real one.
+    """Figures ``fidelity.<radiomic|inception>.<all|class>.<measure>.value`` of the synthetic set against the real one.
 
-    Args:
-        context: The audit. Only classes that both sets hold are compared, the synthetic ones thinned to the real shares
-            where all classes are taken together: a set may hold as many of a class as it likes.
-
-    Returns:
-        Figures ``fidelity.<radiomic|inception>.<all|class>.<measure>.value``.
+    Only classes that both sets hold are compared, the synthetic ones thinned to the real shares where all classes are
+    taken together: a set may hold as many of a class as it likes.
     """
     result = SectionResult("fidelity")
     scopes = _scopes(context, result)
-    if scopes:
-        # Before the long part: whoever brought weights that cannot be used hears of it now.
-        weights = inception.try_load(context)
-        radiomic = _radiomic(context)
-        _compare(context, radiomic, scopes, result)
-        _explain_bias(radiomic.real[scopes[0].real], len(scopes[0].synthetic), len(scopes[0].real), context, result)
-        _inception(context, weights, scopes[0], result)
+    if not scopes:
+        return result
+    # Before the long part: whoever brought weights that cannot be used hears of it now.
+    network = inception.try_load(context)
+    real, synthetic = radiomic_vectors(context, context.real, context.synthetic)
+    count = PERMUTATIONS[context.effort]
+    space = _Space("radiomic", "radiomic features", synthetic, real, count, gaussian_kernel, "MMD², Gaussian kernel")
+    _compare(context, space, scopes, result)
+    everything = scopes[0]
+    _explain_bias(real[everything.real], len(everything.synthetic), context, result)
+    _inception(context, network, everything, result)
     return result
 
 
-def _inception(context: AuditContext, weights: inception.Network, scope: _Scope, result: SectionResult) -> None:
+def radiomic_vectors(context: AuditContext, reference: ImageSet, *others: ImageSet) -> list[Array]:
+    """Radiomic vectors ``(N, K)`` of the reference and of other sets, all standardised by the reference.
+
+    Median and interquartile range are the reference's, so that no other set changes the ruler; features that do not
+    vary in it are left out, and values lie within `CLIP`.
+    """
+    tables = [radiomics.for_set(context, images) for images in (reference, *others)]
+    return standardised(*(radiomics.matrix(table, tables[0]) for table in tables))
+
+
+def standardised(reference: Array, *others: Array) -> list[Array]:
+    """Features ``(N, D)`` as ``(N, K)``; see `radiomic_vectors`."""
+    low, centre, high = np.percentile(reference, [25, 50, 75], axis=0)
+    scale = (high - low) / _TO_SIGMA
+    columns = np.flatnonzero(scale > 1e-12 * np.maximum(np.abs(centre), 1e-12))
+    centre, scale = centre[columns], scale[columns]
+    return [((values[:, columns] - centre) / scale).clip(-CLIP, CLIP) for values in (reference, *others)]
+
+
+def _inception(context: AuditContext, network: inception.Network, scope: _Scope, result: SectionResult) -> None:
     """Inception's figures; weights that fail cost these figures and no others."""
+    features, text = None, network.text
     try:
-        network = inception.features_of(context, weights)
+        features = inception.features_of(context, network)
     except inception.LOADING_ERRORS as error:
-        network = inception.Inception(None, inception.not_computed(error))
-    result.details["inception"] = network.source
-    result.note(network.text)
-    if network.synthetic is None or network.real is None:
+        text = inception.not_computed(error)
+    result.details["inception"] = network.source if features is not None else None
+    result.note(text)
+    if features is None:
         return
     count = INCEPTION_PERMUTATIONS[context.effort]
-    space = _Space("inception", "Inception", network.synthetic, network.real, count, polynomial_kernel, "KID")
+    space = _Space("inception", "Inception", features.synthetic, features.real, count, polynomial_kernel, "KID")
     _compare(context, space, [scope], result)
     try:
-        result.figures += inception.library_figures(network, scope.synthetic, scope.real, context)
+        result.figures += inception.library_figures(features, scope.synthetic, scope.real, context)
     except BusigenError as error:
         result.note(f"FID over all images and the Inception score were not computed: {error}")
 
 
 def _scopes(context: AuditContext, result: SectionResult) -> list[_Scope]:
+    """All classes together, then each class of lesions, as far as they can be compared; notes say what cannot."""
     synthetic, real = context.synthetic.classes, context.real.classes
     common = [name for name in np.unique(real) if name in synthetic]
-    if not common:
-        # Without classes in common, such as in a folder that names none, lesions are compared with lesions.
-        rows = [np.flatnonzero(s.masks.reshape(len(s), -1).any(axis=1)) for s in (context.synthetic, context.real)]
-        scopes = [_Scope("all", rows[0], rows[1])]
-        result.note(
-            "The two sets have no class in common: all lesion images are compared together, "
-            f"{len(rows[0])} of {len(synthetic)} synthetic and {len(rows[1])} of {len(real)} real images."
-        )
-    else:
+    if common:
         scopes = [_same_mix(context, common, result)]
         scopes += [
             _Scope(name, np.flatnonzero(synthetic == name), np.flatnonzero(real == name))
             for name in LESION_CLASSES
             if name in common and len(common) > 1
         ]
-    missing = sorted(set(real.tolist()) - set(common))
-    if common and missing:
-        result.note(f"Not compared, because the synthetic set holds none: {', '.join(missing)}.")
+        if missing := sorted(set(real.tolist()) - set(common)):
+            result.note(f"Not compared, because the synthetic set holds none: {', '.join(missing)}.")
+    else:
+        # Without classes in common, such as in a folder that names none, lesions are compared with lesions.
+        rows = [np.flatnonzero(s.masks.any(axis=(1, 2))) for s in (context.synthetic, context.real)]
+        scopes = [_Scope("all", rows[0], rows[1])]
+        result.note(
+            "The two sets have no class in common: all lesion images are compared together, "
+            f"{len(rows[0])} of {len(synthetic)} synthetic and {len(rows[1])} of {len(real)} real images."
+        )
     kept = []
     for scope in scopes:
         groups = context.synthetic.groups[scope.synthetic], context.real.groups[scope.real]
         sizes = f"{len(scope.synthetic)} synthetic and {len(scope.real)} real"
         if min(len(scope.synthetic), len(scope.real)) < SMALLEST:
             result.note(f"Too few images to compare ({scope.name}: {sizes}; at least {SMALLEST} a side are needed).")
-        elif not matched.divisible(*groups, NEAREST_DENSITY + 1, context.rng("fidelity", "divisible", scope.name)):
+        elif not grouped.divisible(*groups, _LEAST, context.rng("fidelity", "divisible", scope.name)):
             counts = f"{len(np.unique(groups[0]))} synthetic and {len(np.unique(groups[1]))} real groups"
             result.note(
                 f"Too few independent images to compare ({scope.name}: {sizes} images are of {counts}): a group, such "
@@ -185,84 +225,71 @@ def _same_mix(context: AuditContext, common: list[str], result: SectionResult) -
     return scope
 
 
-def _radiomic(context: AuditContext) -> _Space:
-    tables = [radiomics.for_set(context, images) for images in (context.synthetic, context.real)]
-    synthetic, real = (radiomics.matrix(table, tables[1]) for table in tables)
-    standardise = Standardiser.fit(real)
-    return _Space(
-        "radiomic", "radiomic features", standardise(synthetic), standardise(real), PERMUTATIONS[context.effort]
-    )
-
-
 def _compare(context: AuditContext, space: _Space, scopes: list[_Scope], result: SectionResult) -> None:
-    figures: list[tuple[Measure, Figure]] = []
-    for scope in scopes:
-        figures += _figures(context, space, scope)
-    known = adjusted(np.array([np.nan if figure.p is None else figure.p for _, figure in figures]))
-    for (measure, figure), p in zip(figures, known, strict=True):
-        floor = figure.floor
-        assert floor is not None and floor.low is not None and floor.high is not None
-        value = figure.value.value
-        beyond = value < floor.low if measure.better == "higher" else value > floor.high
-        enough = min(figure.synthetic, figure.real) >= FEWEST_TO_FLAG
-        flagged = bool(beyond and enough and p < ALPHA)
-        note = figure.note if enough else f"{figure.note}; fewer than {FEWEST_TO_FLAG} images: never flagged"
-        figure = replace(figure, p=float(p), flagged=flagged, note=note)
-        result.figures.append(figure)
-        if flagged:
-            result.flag(
-                f"{figure.label}: {value:.3g}, where halves of the real set give {floor.low:.3g} to {floor.high:.3g} "
-                f"(p = {p:.2g}).",
-                figure.key,
-            )
+    figures = [figure for scope in scopes for figure in _figures(context, space, scope)]
+    p_values = adjusted(np.array([figure.p for figure in figures], dtype=np.float64))
+    for figure, p in zip(figures, p_values, strict=True):
+        judge(figure, float(p), min(figure.synthetic, figure.real), "halves of the real set", result)
 
 
-def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[tuple[Measure, Figure]]:
+def judge(
+    figure: Figure, p: float, smallest: int, reference: str, result: SectionResult, *, allowed: bool = True
+) -> None:
+    """Add a figure, flagged where it lies beyond its floor and its adjusted ``p`` is below ``ALPHA``.
+
+    ``smallest``: Images of the smallest side; too few are never flagged. ``reference``: What the floor comes from.
+    """
+    floor, value = figure.floor, figure.value.value
+    assert floor is not None and floor.low is not None and floor.high is not None
+    beyond = value < floor.low if figure.better == "higher" else value > floor.high
+    enough = smallest >= FEWEST_TO_FLAG
+    flagged = bool(beyond and enough and p < ALPHA and allowed)
+    note = figure.note if enough else f"{figure.note}; fewer than {FEWEST_TO_FLAG} images: never flagged"
+    result.figures.append(replace(figure, p=p, flagged=flagged, note=note))
+    if flagged:
+        ends = f"{floor.low:.3g} to {floor.high:.3g}"
+        result.flag(f"{figure.label}: {value:.3g}, where {reference} give {ends} (p = {p:.2g}).", figure.key)
+
+
+def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[Figure]:
     """One figure per measure; ``p`` is not adjusted yet."""
     groups = context.synthetic.groups[scope.synthetic], context.real.groups[scope.real]
     count = len(scope.synthetic)
-    comparison = Comparison(np.concatenate([space.synthetic[scope.synthetic], space.real[scope.real]]), space.kernel)
-    size = matched.matched_size(*groups)
+    compare = comparison(np.concatenate([space.synthetic[scope.synthetic], space.real[scope.real]]), space.kernel)
+    size = grouped.matched_size(*groups)
     rng = context.rng("fidelity", space.name, scope.name)
-    generated = [comparison(a, b + count) for a, b in matched.draws(*groups, size, rng, DRAWS)]
-    # Smaller samples hold no neighbourhood.
-    least = NEAREST_DENSITY + 1
-    halves = matched.disjoint_draws(groups[1], size, rng, DRAWS, least)
-    floors = [comparison(a + count, b + count) for a, b in halves]
-    observed = comparison(np.arange(count), np.arange(count, count + len(scope.real)))
+    values = [compare(a, b + count) for a, b in grouped.draws(*groups, size, rng, DRAWS)]
+    floors = [compare(a + count, b + count) for a, b in grouped.disjoint_draws(groups[1], size, rng, DRAWS, _LEAST)]
+    observed = compare(np.arange(count), np.arange(count, count + len(scope.real)))
+    # Greater values speak against the synthetic set.
+    signs = np.array([-1.0 if better == "higher" else 1.0 for _, _, better, _ in MEASURES])
     beyond = np.zeros(len(MEASURES))
-    signs = np.array([measure.sign for measure in MEASURES])
-    rounds = matched.permutations(*groups, rng, space.permutations, least)
+    rounds = grouped.permutations(*groups, rng, space.permutations, _LEAST)
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
-        beyond += signs * comparison(a, b) >= signs * observed
+        beyond += signs * compare(a, b) >= signs * observed
     p_values = (beyond + 1) / (space.permutations + 1)
     return [
-        (
-            measure,
-            Figure(
-                key=f"fidelity.{space.name}.{scope.name}.{measure.name}.value",
-                label=f"{space.mmd if measure.name == 'mmd' else measure.label}, {space.label}, {scope.name}",
-                value=matched.middle([found[k] for found in generated]),
-                floor=matched.middle([found[k] for found in floors]),
-                synthetic=count,
-                real=len(scope.real),
-                better=measure.better,
-                p=float(p_values[k]),
-                headline=scope.name == "all" and measure.name in ("frechet", "mmd", "precision", "recall"),
-                note=f"{measure.note}; value and floor between samples of {size} images a side",
-            ),
+        Figure(
+            key=f"fidelity.{space.name}.{scope.name}.{name}.value",
+            label=f"{space.mmd if name == 'mmd' else label}, {space.label}, {scope.name}",
+            value=grouped.middle([found[k] for found in values]),
+            floor=grouped.middle([found[k] for found in floors]),
+            synthetic=count,
+            real=len(scope.real),
+            better=better,
+            p=float(p_values[k]),
+            headline=scope.name == "all" and name in ("frechet", "mmd", "precision", "recall"),
+            note=f"{note}; value and floor between samples of {size} images a side",
         )
-        for k, measure in enumerate(MEASURES)
+        for k, (name, label, better, note) in enumerate(MEASURES)
     ]
 
 
-def _explain_bias(
-    real: Array, synthetic_size: int, real_size: int, context: AuditContext, result: SectionResult
-) -> None:
+def _explain_bias(real: Array, synthetic_size: int, context: AuditContext, result: SectionResult) -> None:
     """Say in figures why a Frechet distance means little without the sample's size."""
     rng = context.rng("fidelity", "bias")
     variances = np.linalg.eigvalsh(np.cov(real, rowvar=False)).clip(0.0)
-    size = min(synthetic_size, real_size) // 2
+    size = min(synthetic_size, len(real)) // 2
     expected = frechet_bias(variances, size, size)
     flat, falling = np.ones(_INCEPTION_FEATURES), 1.0 / np.arange(1, _INCEPTION_FEATURES + 1)
     shares = [simulated_frechet_bias(v, _PAPER_SIZE, rng) / v.sum() for v in (flat, falling)]
@@ -270,12 +297,11 @@ def _explain_bias(
         "features": len(variances),
         "size": size,
         "closed_form": expected,
-        "closed_form_full": frechet_bias(variances, synthetic_size, real_size),
+        "closed_form_full": frechet_bias(variances, synthetic_size, len(real)),
         "simulated": float(np.mean([simulated_frechet_bias(variances, size, rng) for _ in range(10)])),
         "inception_share_flat": shares[0],
         "inception_share_falling": shares[1],
     }
-    keys = (f.key for f in result.figures if f.key.endswith("all.frechet.value"))
     result.note(
         "A Frechet distance is never 0 between two finite samples of one and the same distribution: their estimated "
         f"means and covariances differ. For these {len(variances)} features and {size} images a side it is "
@@ -285,5 +311,101 @@ def _explain_bias(
         f"one distribution lie {shares[1]:.0%} (variances falling as 1/j) to {shares[0]:.0%} (equal variances) of the "
         "features' total variance apart, by simulation. MMD (KID) is unbiased and has no such term (Binkowski et al. "
         "2018, Chong and Forsyth 2020).",
-        *keys,
+        *(figure.key for figure in result.figures if figure.key.endswith("all.frechet.value")),
+    )
+
+
+def gaussian_kernel(rows: Array) -> Array:
+    """``(N, N)``: a Gaussian as wide as the median distance (Gretton et al. 2012, section 8)."""
+    # Bounded, so that no single image far out decides the sum, as it does with a cubic kernel.
+    squared = pairwise.euclidean_distances(rows, squared=True)
+    median = float(np.median(squared[np.triu_indices(len(rows), 1)]))
+    return np.asarray(np.exp(-squared / (2.0 * max(median, 1e-12))), dtype=np.float64)
+
+
+def polynomial_kernel(rows: Array) -> Array:
+    """``(N, N)``: the kernel of KID, ``(x'y / D + 1)^3`` (Binkowski et al. 2018, section 4)."""
+    return np.asarray(pairwise.polynomial_kernel(rows, degree=3, coef0=1.0), dtype=np.float64)
+
+
+def comparison(rows: Array, kernel: Callable[[Array], Array] = gaussian_kernel) -> Callable[[Rows, Rows], Array]:
+    """Maps synthetic and real rows of one feature matrix ``(N, D)`` to `MEASURES`. ``kernel``: Of the MMD."""
+    kernels, distances = kernel(rows), pairwise.euclidean_distances(rows)
+
+    def measures(synthetic: Rows, real: Rows) -> Array:
+        frechet = frechet_distance(rows[synthetic], rows[real])
+        return np.array([frechet, mmd2(kernels, synthetic, real), *neighbourhoods(distances, synthetic, real)])
+
+    return measures
+
+
+def frechet_distance(first: Array, second: Array) -> float:
+    """Frechet distance of the Gaussians fitted to samples ``(N, D)`` and ``(M, D)`` (Heusel et al. 2017).
+
+    The trace of the square root of the covariances' product is the sum of the singular values of ``A'B``, where ``AA'``
+    and ``BB'`` are the two covariances. That is exact for any rank, so samples smaller than the dimension need no
+    shrinkage and no complex square roots; only their bias remains, see `frechet_bias`. Squared, as usual (eq. 6).
+    """
+    roots = [_root(sample) for sample in (first, second)]
+    shift = first.mean(axis=0) - second.mean(axis=0)
+    spread = sum(float(np.sum(root**2)) for root in roots)
+    common = float(linalg.svdvals(roots[0].T @ roots[1]).sum())
+    return max(float(shift @ shift) + spread - 2.0 * common, 0.0)
+
+
+def _root(sample: Array) -> Array:
+    """``A`` with ``AA'`` the sample's covariance, with as few columns as sample size and dimension allow."""
+    centred = (sample - sample.mean(axis=0)) / np.sqrt(len(sample) - 1)
+    if len(sample) <= sample.shape[1]:
+        return np.asarray(centred.T)
+    variances, axes = np.linalg.eigh(centred.T @ centred)
+    return np.asarray(axes * np.sqrt(variances.clip(0.0)))
+
+
+def frechet_bias(variances: Array, first: int, second: int) -> float:
+    """What `frechet_distance` gives on average for two samples of one Gaussian, to first order in 1/N.
+
+    The means contribute the sum of the variances ``(D,)``; the covariances the second-order term of the Bures metric,
+    ``sum_ij E[d_ij^2] / (2 (v_i + v_j))``, with the Wishart distribution's ``E[d_ij^2] = v_i v_j (1 + [i = j]) / N``.
+    Holds for samples much larger than the dimension.
+    """
+    positive = variances[variances > 0]
+    pairs = np.outer(positive, positive) / (2.0 * np.add.outer(positive, positive))
+    return float((positive.sum() + pairs.sum() + np.trace(pairs)) * (1.0 / first + 1.0 / second))
+
+
+def simulated_frechet_bias(variances: Array, size: int, rng: np.random.Generator) -> float:
+    """`frechet_distance` of two samples of ``size`` rows drawn from one Gaussian with these variances, ``(D,)``."""
+    first, second = (rng.normal(size=(size, len(variances))) * np.sqrt(variances) for _ in range(2))
+    return frechet_distance(first, second)
+
+
+def mmd2(kernel: Array, first: Rows, second: Rows) -> float:
+    """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) of two sets of rows of ``(N, N)``."""
+    ones = np.zeros((len(kernel), 2))
+    ones[first, 0], ones[second, 1] = 1.0, 1.0
+    sums = ones.T @ (kernel @ ones)
+    diagonal = np.diagonal(kernel)
+    n, m = len(first), len(second)
+    one = (sums[0, 0] - diagonal[first].sum()) / (n * (n - 1))
+    other = (sums[1, 1] - diagonal[second].sum()) / (m * (m - 1))
+    return float(one + other - 2.0 * sums[0, 1] / (n * m))
+
+
+def neighbourhoods(distance: Array, synthetic: Rows, real: Rows) -> tuple[float, float, float, float]:
+    """Precision, recall (Kynkaanniemi et al. 2019, eq. 1), density, coverage (Naeem et al. 2020, eqs. 4 and 7).
+
+    Each is 0 to 1 but density, which may exceed 1. ``distance``: ``(N, N)`` over the rows of both samples.
+    ``synthetic``: More than `NEAREST_DENSITY` rows.
+    """
+    across = distance[np.ix_(synthetic, real)]
+    # The distance of each row to its k-th other, by k: its own 0 comes first.
+    both = (NEAREST_PRECISION, NEAREST_DENSITY)
+    of_synthetic, of_real = (np.partition(distance[np.ix_(rows, rows)], both, axis=1).T for rows in (synthetic, real))
+    within = across <= of_real[NEAREST_DENSITY]
+    return (
+        float((across <= of_real[NEAREST_PRECISION]).any(axis=1).mean()),
+        float((across <= of_synthetic[NEAREST_PRECISION][:, None]).any(axis=0).mean()),
+        float(within.mean() * len(real) / NEAREST_DENSITY),
+        float(within.any(axis=0).mean()),
     )

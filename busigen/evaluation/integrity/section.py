@@ -2,168 +2,149 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from scipy import stats
+from scipy import ndimage, stats
 
+from busigen.data.overlays import find_overlays
+from busigen.data.splits import NEAR_DUPLICATE
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.integrity.measures import MEASURES, Facts, Measure, find_duplicates, image_facts
-from busigen.evaluation.results import Better, Figure, Interval, Picture, SectionResult
-from busigen.evaluation.statistics.grouped import (
-    ALPHA,
-    FEWEST_TO_FLAG,
-    Comparison,
-    Groups,
-    adjusted,
-    compare_distributions,
-    compare_means,
-)
+from busigen.evaluation.reading.inputs import correlations, thumbnails
+from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
+from busigen.evaluation.statistics import grouped
+from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Comparison, Groups
 from busigen.files import atomic_file
+from busigen.records import read_json
 from busigen.registry import SYNTHETIC
 from busigen.runtime.dataset.finalize import outline
 from busigen.runtime.sampling.healthy_images import Backgrounds
 
-KEY = "integrity.background.unproven"
+Facts = dict[str, NDArray[np.float64]]
+"""One number per image, by name; NaN where it has none."""
 
 
-def prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
-    """Compare every sample that names its healthy image with it, bit for bit outside the edit region.
+@dataclass(frozen=True)
+class Measure:
+    """One figure of the section.
 
-    Adds one figure, and a flag where a background is not its healthy image's; a note where nothing can be proven.
+    Attributes:
+        fact: Name in `image_facts` or `find_duplicates`.
+        key: The figure's key after ``integrity.``.
+        defect: Sentence of the finding, with ``{value}`` and ``{floor}``.
+        side: Where the synthetic mean must lie to be a defect; None compares distributions.
+        unit: ``%`` for shares.
+        absolute: Flagged without a test wherever it exceeds the floor.
+        repeats: Tested by image, not by group: repeats make up a group, and it is their number that counts.
     """
-    images = context.synthetic
-    named = [
-        (row, str(name)) for row, name in enumerate(images.table["background"]) if name not in (None, SYNTHETIC, "real")
-    ]
-    if context.healthy is None:
-        if named:
-            result.note("The set was painted into real images; --healthy DIR proves that it left them as they were.")
-        return
-    if not named:
-        result.note("--healthy was given, but no sample names a healthy image: nothing can be proven.")
-        return
-    backgrounds = Backgrounds.below(context.healthy)
-    problems = []
-    for row, sha256 in context.track("proving backgrounds", named, len(named)):
-        if sha256 not in backgrounds.paths:
-            # Whatever wrote the set's rows may name anything; what is not there proves nothing.
-            problems.append(f"{images.table['id'][row]} names a healthy image that is not below --healthy.")
-            continue
-        problem = backgrounds.difference(sha256, images.images[row], images.masks[row])
-        if problem is not None:
-            problems.append(f"{images.table['id'][row]}: {problem.problem}")
-    share = 100 * len(problems) / len(named)
-    result.figures.append(
-        Figure(
-            key=KEY,
-            label="Backgrounds that are not their healthy image's",
-            value=Interval(share),
-            floor=None,
-            synthetic=len(named),
-            real=len(backgrounds.paths),
-            unit="%",
-            flagged=bool(problems),
-            note="Every pixel outside the edit region is compared; there is nothing to estimate, hence no interval.",
-        )
-    )
-    if problems:
-        result.flag(f"{len(problems)} of {len(named)} backgrounds are not proven. The first: {problems[0]}", KEY)
-    else:
-        result.note(
-            f"All {len(named)} backgrounds equal their healthy image outside the edit region, bit for bit.", KEY
-        )
+
+    fact: str
+    key: str
+    label: str
+    defect: str
+    side: grouped.Side | None = "greater"
+    unit: str = "%"
+    absolute: bool = False
+    repeats: bool = False
+    headline: bool = False
 
 
-_SIDE = 192
-_LABEL = 18
-_CONTOUR = (0, 200, 255)
+MEASURES = tuple(Measure(**row) for row in read_json(Path(__file__).with_name("measures.json")))
+"""In the order of the report."""
 
+REACH, STEP = 16, 2
+"""Farthest displacement in pixels, down and across, at which the outline is tried, and pixels between tried ones; finer
+ones move the best place by less than annotators disagree."""
 
-Tile = tuple[NDArray[np.uint8], NDArray[np.bool_], str]
-"""One image of ``uint8 (256, 256)``, the mask whose contour is drawn, and a short caption."""
+BLUR = 2.0
+"""Width in pixels of the Gaussian before the gradient, above a speckle grain: speckle has edges everywhere."""
 
+MIN_OUTLINE = 24
+"""Outline pixels on the image, away from its rim, that a judgement needs."""
 
-def write_tiles(tiles: Sequence[Tile], path: Path, columns: int = 4) -> None:
-    """Draw at least one image, row by row, into a PNG."""
-    columns = min(columns, len(tiles))
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (_SIDE * columns, (_SIDE + _LABEL) * rows))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for place, (image, mask, caption) in enumerate(tiles):
-        left, top = place % columns * _SIDE, place // columns * (_SIDE + _LABEL)
-        painted = Image.fromarray(outline(image, mask, _CONTOUR))
-        sheet.paste(painted.resize((_SIDE - 2, _SIDE - 2), Image.Resampling.BILINEAR), (left, top))
-        draw.text((left + 3, top + _SIDE), caption[:28], fill=(255, 255, 255), font=font)
-    with atomic_file(path) as file:
-        sheet.save(file, "PNG")
+RIM = 3
+"""Pixels along the image's rim that do not count: the step to a letterbox bar is no lesion's edge."""
 
+TINY, HUGE = 0.002, 0.60
+"""Shares of the image below and above which a mask is tiny or huge; BUSI's lesions take 0.003 to 0.56."""
+
+SPECK = 9
+"""Pixels below which a part of a mask is a speck that resampling may have left."""
 
 SHOWN = 12
-_NAMED = 50
+"""Masks, or images of near-duplicates, in a picture."""
+
+_NAMED, _BLOCK = 50, 512
+_SIDE, _LABEL = 192, 18
+_CONTOUR = (0, 200, 255)
+_FACTS = (
+    *("empty", "contradiction", "aspect", "levels", "range", "clipped", "text", "calipers"),
+    *("tiny", "huge", "parts", "holes", "border", "displacement", "contrast"),
+)
 
 
 def run(context: AuditContext) -> SectionResult:
     """Look at files, grey levels, masks, overlays and repeats."""
     result = SectionResult("integrity")
-    synthetic, real = context.synthetic, _comparable(context)
+    synthetic, real = context.synthetic, context.real
+    # Lesions change what an image looks like.
+    if not (synthetic.classes == "normal").any() and (real.classes != "normal").any():
+        real = real.take(real.classes != "normal")
     context.progress.start("integrity", len(synthetic) + len(real), unit="image")
-    (mine, twins), (theirs, _) = find_duplicates(synthetic), find_duplicates(real)
-    facts = tuple(
+    (repeats, twins), (real_repeats, _) = find_duplicates(synthetic), find_duplicates(real)
+    mine, theirs = (
         {**image_facts(part, lambda: context.progress.advance(1)), **found}
-        for part, found in zip((synthetic, real), (mine, theirs), strict=True)
+        for part, found in ((synthetic, repeats), (real, real_repeats))
     )
-    groups = Groups.of(synthetic.groups, real.groups, context.rng("integrity"))
-    compared = [_compare(measure, facts[0], facts[1], groups) for measure in MEASURES]
-    p_values = adjusted(
-        np.array([np.nan if one is None or m.absolute else one.p for m, one in zip(MEASURES, compared, strict=True)])
-    )
-    thinned = _thinned(context, real)
-    for measure, comparison, p in zip(MEASURES, compared, p_values, strict=True):
-        if comparison is not None:
-            _report(result, measure, comparison, float(p), facts[0], facts[1], thinned)
+
+    @cache
+    def thinned() -> Facts:
+        """Repeats in as many synthetic images as there are real ones, drawn at random."""
+        rows = context.rng("integrity", "repeats").permutation(len(synthetic))[: len(real)]
+        return find_duplicates(synthetic.take(np.sort(rows)))[0]
+
+    groups = Groups(synthetic.groups, real.groups, context.rng("integrity"))
+    every = ((measure, _compare(measure, mine, theirs, groups)) for measure in MEASURES)
+    compared = [(measure, comparison) for measure, comparison in every if comparison is not None]
+    p_values = grouped.adjusted(np.array([np.nan if measure.absolute else one.p for measure, one in compared]))
+    for (measure, comparison), p in zip(compared, p_values, strict=True):
+        _report(result, measure, comparison, float(p), mine, theirs, thinned)
     _report_files(result, synthetic)
-    if deep := int(np.nansum(facts[0]["depth"])):
+    if deep := int(np.nansum(mine["depth"])):
         result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
-    prove_backgrounds(context, result)
+    _prove_backgrounds(context, result)
     if min(len(synthetic), len(real)) < FEWEST_TO_FLAG:
         result.note(f"With fewer than {FEWEST_TO_FLAG} images on a side, nothing is flagged by comparison.")
-    _pictures(context, result, facts[0], twins)
+    _draw_pictures(context, result, mine, twins)
+    sizes = Counter(f"{w}x{h}" for w, h in synthetic.table.select("width", "height").iter_rows())
+    names = synthetic.table["id"].to_list()
     result.details |= {
         "modes": dict(Counter(str(mode) for mode in synthetic.table["mode"])),
-        "sizes": dict(
-            Counter(f"{w}x{h}" for w, h in synthetic.table.select("width", "height").iter_rows()).most_common(10)
-        ),
-        "empty_masks": _names(synthetic, facts[0]["empty"] == 1),
-        "repeated_images": _names(synthetic, mine["exact"] == 1),
+        "sizes": dict(sizes.most_common(10)),
+        "empty_masks": [names[row] for row in np.flatnonzero(mine["empty"] == 1)[:_NAMED]],
+        "repeated_images": [names[row] for row in np.flatnonzero(mine["exact"] == 1)[:_NAMED]],
         "refused": [refusal.to_dict() for refusal in synthetic.refused],
     }
     return result
-
-
-def _comparable(context: AuditContext) -> ImageSet:
-    """The real set, without its normals where the synthetic set has none: lesions change what an image looks like."""
-    if (context.synthetic.classes == "normal").any():
-        return context.real
-    lesions = context.real.take(context.real.classes != "normal")
-    return lesions if len(lesions) else context.real
 
 
 def _compare(measure: Measure, synthetic: Facts, real: Facts, groups: Groups) -> Comparison | None:
     """The measure's comparison; None where one of the sets has no image it applies to."""
     scale = 100.0 if measure.unit == "%" else 1.0
     first, second = scale * synthetic[measure.fact], scale * real[measure.fact]
-    counts = [int((~np.isnan(values)).sum()) for values in (first, second)]
-    if counts[0] == 0 or (counts[1] == 0 and not measure.absolute):
+    if np.isnan(first).all() or (np.isnan(second).all() and not measure.absolute):
         return None
     if measure.side is None:
-        return compare_distributions(first, second, groups)
-    comparison = compare_means(first, second, groups, measure.side)
+        return grouped.compare_distributions(first, second, groups)
+    comparison = grouped.compare_means(first, second, groups, measure.side)
     if not measure.repeats:
         return comparison
     return Comparison(comparison.value, comparison.floor, _repeats_p(first > 0, second > 0))
@@ -173,17 +154,6 @@ def _repeats_p(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     """P-value of "the first set repeats itself no more often than the second" (Fisher's exact test, by image)."""
     table = [[int(rows.sum()), int((~rows).sum())] for rows in (first, second)]
     return float(stats.fisher_exact(table, alternative="greater").pvalue)
-
-
-def _thinned(context: AuditContext, real: ImageSet) -> Callable[[], Facts]:
-    """Repeats in as many synthetic images as there are real ones, drawn at random; looked for once, when asked."""
-
-    @cache
-    def facts() -> Facts:
-        rows = context.rng("integrity", "repeats").permutation(len(context.synthetic))[: len(real)]
-        return find_duplicates(context.synthetic.take(np.sort(rows)))[0]
-
-    return facts
 
 
 def _report(
@@ -196,11 +166,10 @@ def _report(
     thinned: Callable[[], Facts],
 ) -> None:
     value, floor = comparison.value, comparison.floor
-    known = not np.isnan(floor.value)
     counts = [int((~np.isnan(facts[measure.fact])).sum()) for facts in (synthetic, real)]
     less = measure.side == "less"
-    low, high = (floor.low, floor.high) if known else (None, None)
-    beyond = (low is not None and value.value < low) if less else value.value > (0.0 if high is None else high)
+    low, high = (None, None) if floor is None else (floor.low, floor.high)
+    beyond = (low is not None and value.value < low) if less else value.value > (high or 0.0)
     tested = min(counts) >= FEWEST_TO_FLAG and p < ALPHA
     flagged = bool(beyond and (measure.absolute or tested))
     note = "" if measure.side is None else "The floor is the same in random halves of the real set."
@@ -212,30 +181,27 @@ def _report(
             flagged = _repeats_p(alike, real[measure.fact] > 0) < ALPHA
             note += f" Of {counts[1]} drawn at random, {100 * alike.mean():.3g}% repeat another"
             note += "." if flagged else ", no more than can be chance: not flagged."
-    better: Better = "higher" if less else "lower"
-    figure = Figure(
-        key=f"integrity.{measure.key}",
-        label=measure.label,
-        value=value,
-        floor=floor if known else None,
-        synthetic=counts[0],
-        real=counts[1],
-        better=better,
-        unit=measure.unit,
-        p=None if measure.absolute or np.isnan(p) else p,
-        flagged=flagged,
-        headline=measure.headline,
-        note=note,
-    )
-    result.figures.append(figure)
-    if flagged:
-        result.flag(
-            measure.defect.format(value=_text(value, measure.unit), floor=_text(floor, measure.unit)), figure.key
+    key = f"integrity.{measure.key}"
+    result.figures.append(
+        Figure(
+            key=key,
+            label=measure.label,
+            value=value,
+            floor=floor,
+            synthetic=counts[0],
+            real=counts[1],
+            better="higher" if less else "lower",
+            unit=measure.unit,
+            p=None if measure.absolute or np.isnan(p) else p,
+            flagged=flagged,
+            headline=measure.headline,
+            note=note,
         )
-
-
-def _text(interval: Interval, unit: str) -> str:
-    return f"{interval.value:.3g} {unit}".strip().replace(" %", "%") if not np.isnan(interval.value) else "none"
+    )
+    if flagged:
+        unit = measure.unit if measure.unit == "%" else f" {measure.unit}".rstrip()
+        texts = ["none" if one is None else f"{one.value:.3g}{unit}" for one in (value, floor)]
+        result.flag(measure.defect.format(value=texts[0], floor=texts[1]), key)
 
 
 def _report_files(result: SectionResult, synthetic: ImageSet) -> None:
@@ -254,27 +220,217 @@ def _report_files(result: SectionResult, synthetic: ImageSet) -> None:
         result.note(f"{unlabelled} images have no known class: figures per class leave them out.")
 
 
-def _pictures(context: AuditContext, result: SectionResult, facts: Facts, twins: NDArray[np.int64]) -> None:
+def _prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
+    """Compare every sample that names its healthy image with it, bit for bit outside the edit region.
+
+    Adds one figure, and a flag where a background is not its healthy image's; a note where nothing can be proven.
+    """
     images = context.synthetic
-    folder = context.folder("integrity")
+    named = [
+        (row, str(name)) for row, name in enumerate(images.table["background"]) if name not in (None, SYNTHETIC, "real")
+    ]
+    if context.healthy is None:
+        if named:
+            result.note("The set was painted into real images; --healthy DIR proves that it left them as they were.")
+        return
+    if not named:
+        result.note("--healthy was given, but no sample names a healthy image: nothing can be proven.")
+        return
+    backgrounds = Backgrounds.below(context.healthy)
+    problems = []
+    for row, sha256 in context.track("proving backgrounds", named, len(named)):
+        # Whatever wrote the set's rows may name anything; what is not there proves nothing.
+        if sha256 not in backgrounds.paths:
+            problems.append(f"{images.table['id'][row]} names a healthy image that is not below --healthy.")
+        elif problem := backgrounds.difference(sha256, images.images[row], images.masks[row]):
+            problems.append(f"{images.table['id'][row]}: {problem.problem}")
+    figure = Figure(
+        key="integrity.background.unproven",
+        label="Backgrounds that are not their healthy image's",
+        value=Interval(100 * len(problems) / len(named)),
+        floor=None,
+        synthetic=len(named),
+        real=len(backgrounds.paths),
+        unit="%",
+        flagged=bool(problems),
+        note="Every pixel outside the edit region is compared; there is nothing to estimate, hence no interval.",
+    )
+    result.figures.append(figure)
+    if problems:
+        result.flag(f"{len(problems)} of {len(named)} backgrounds are not proven. The first: {problems[0]}", figure.key)
+    else:
+        result.note(
+            f"All {len(named)} backgrounds equal their healthy image outside the edit region, bit for bit.", figure.key
+        )
+
+
+def _draw_pictures(context: AuditContext, result: SectionResult, facts: Facts, twins: NDArray[np.int64]) -> None:
+    names = context.synthetic.table["id"].to_list()
     off = np.nan_to_num(facts["displacement"], nan=-1.0)
     worst = np.lexsort((facts["contrast"], -off))[:SHOWN]
     worst = worst[off[worst] > 0]
-    if len(worst):
-        tiles = [(images.images[k], images.masks[k], f"{images.table['id'][int(k)]}: {off[k]:.0f} px") for k in worst]
-        write_tiles(tiles, folder / "masks-worst.png")
-        result.pictures.append(
-            Picture("masks-worst.png", "Synthetic masks that lie farthest from an edge of their image.")
-        )
     pairs = np.flatnonzero(twins >= 0)[: SHOWN // 2]
-    if len(pairs):
-        rows = [int(k) for pair in pairs for k in (pair, twins[pair])]
-        tiles = [(images.images[k], images.masks[k], str(images.table["id"][k])) for k in rows]
-        write_tiles(tiles, folder / "near-duplicates.png")
-        result.pictures.append(
-            Picture("near-duplicates.png", "Synthetic images that nearly equal another: pairs, side by side.")
-        )
+    pairs = np.stack([pairs, twins[pairs]], axis=1).ravel()
+    for rows, captions, picture in (
+        (
+            worst,
+            [f"{names[k]}: {off[k]:.0f} px" for k in worst],
+            Picture("masks-worst.png", "Synthetic masks that lie farthest from an edge of their image."),
+        ),
+        (
+            pairs,
+            [names[k] for k in pairs],
+            Picture("near-duplicates.png", "Synthetic images that nearly equal another: pairs, side by side."),
+        ),
+    ):
+        if len(rows):
+            _write_tiles(context.synthetic.take(rows), captions, context.folder("integrity") / picture.file)
+            result.pictures.append(picture)
 
 
-def _names(images: ImageSet, rows: NDArray[np.bool_]) -> list[str]:
-    return [str(images.table["id"][int(row)]) for row in np.flatnonzero(rows)[:_NAMED]]
+def _write_tiles(images: ImageSet, captions: Sequence[str], path: Path) -> None:
+    """Draw at least one image with its mask's contour, row by row, into a PNG."""
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (_SIDE * columns, (_SIDE + _LABEL) * rows))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for place, caption in enumerate(captions):
+        left, top = place % columns * _SIDE, place // columns * (_SIDE + _LABEL)
+        painted = Image.fromarray(outline(images.images[place], images.masks[place], _CONTOUR))
+        sheet.paste(painted.resize((_SIDE - 2, _SIDE - 2), Image.Resampling.BILINEAR), (left, top))
+        draw.text((left + 3, top + _SIDE), caption[:28], fill=(255, 255, 255), font=font)
+    with atomic_file(path) as file:
+        sheet.save(file, "PNG")
+
+
+def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
+    """Measure every image, and call ``done`` after each.
+
+    Returns:
+        Shares, as 0 and 1: ``colour``, ``depth`` (more or less than 8 bits), ``text`` and ``calipers`` (as seen in the
+        working frame, so that sets of any resolution compare), ``empty`` (no lesion marked, in an image not labelled
+        normal that has a mask file), ``contradiction`` (a lesion marked in a normal image); and, NaN for empty masks,
+        ``tiny``, ``huge``, ``parts`` (more than one), ``holes``, ``border``. Numbers: ``aspect`` (width / height of the
+        image), ``levels`` (distinct grey levels), ``range`` (99th less 1st percentile of grey), ``clipped`` (share of
+        pixels at 255), ``displacement`` and ``contrast`` of `edge_fit`.
+    """
+    rows = []
+    # Where there is no mask file, nobody marked nothing: that is another defect, and said apart.
+    to_mark = (images.classes != "normal") & (images.table["mask_files"] > 0).to_numpy()
+    for image, mask, valid, label, lesion in zip(
+        images.images, images.masks, images.valid, images.classes, to_mark, strict=True
+    ):
+        marked = bool(mask.any())
+        row = {"empty": float(not marked)} if lesion else {}
+        if label == "normal":
+            row["contradiction"] = float(marked)
+        if valid.any():
+            row |= _pixel_facts(image, valid)
+        if marked:
+            row |= _mask_facts(image, mask, valid)
+        rows.append(row)
+        done()
+    facts = {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64) for name in _FACTS}
+    facts["colour"] = images.table["colour"].to_numpy().astype(np.float64)
+    modes = images.table["mode"].to_list()
+    facts["depth"] = np.array([np.nan if mode is None else float(mode[0] in "IF") for mode in modes])
+    return facts
+
+
+def _pixel_facts(image: NDArray[np.uint8], valid: NDArray[np.bool_]) -> dict[str, float]:
+    grey = image[valid]
+    low, high = np.percentile(grey, [1, 99])
+    overlays = find_overlays(image)
+    return {
+        "aspect": float(valid.any(axis=0).sum() / valid.any(axis=1).sum()),
+        "levels": float(len(np.unique(grey))),
+        "range": float(high - low),
+        "clipped": float((grey == 255).mean()),
+        "text": float(overlays.text),
+        "calipers": float(overlays.calipers),
+    }
+
+
+def _mask_facts(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, float]:
+    area = mask.sum() / max(int(valid.sum()), 1)
+    sizes = np.bincount(ndimage.label(mask, structure=np.ones((3, 3)))[0].ravel())[1:]
+    rim = valid & ~ndimage.binary_erosion(valid)
+    return {
+        "tiny": float(area < TINY),
+        "huge": float(area > HUGE),
+        "parts": float((sizes >= SPECK).sum() > 1),
+        "holes": float((ndimage.binary_fill_holes(mask) & ~mask).sum() >= SPECK),
+        "border": float((mask & rim).any()),
+        **edge_fit(image, mask, valid),
+    }
+
+
+def edge_fit(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, float]:
+    """How well an outline fits in its place, compared with every place up to ``REACH`` pixels away.
+
+    In each place the smoothed image's gradient is averaged along the outline's outward normals. Nearly all lesions are
+    darker than what is around them, so the sum is largest where outline and edge agree.
+
+    Returns:
+        ``displacement``, pixels from the outline's place to the place nearby where it fits best, 0 to 22.6, and
+        ``contrast``, grey levels per pixel by which the image brightens across the outline in its place, less the mean
+        over all places tried, in standard deviations over them. Empty where less than ``MIN_OUTLINE`` pixels of outline
+        lie on the image.
+    """
+    inside = ndimage.binary_erosion(valid, iterations=RIM)
+    rows, columns = np.nonzero((mask ^ ndimage.binary_erosion(mask)) & inside)
+    if len(rows) < MIN_OUTLINE:
+        return {}
+    slope = np.gradient(ndimage.gaussian_filter(image.astype(np.float32), BLUR))
+    normal = -np.stack(np.gradient(ndimage.gaussian_filter(mask.astype(np.float32), BLUR)))[:, rows, columns]
+    normal /= np.linalg.norm(normal, axis=0) + 1e-6
+    steps = np.arange(-REACH, REACH + 1, STEP)
+    down, across = (part.ravel()[:, None] for part in np.meshgrid(steps, steps, indexing="ij"))
+    distance = np.hypot(down, across).ravel()
+    down, across = rows + down, columns + across
+    height, width = image.shape
+    within = (down >= 0) & (down < height) & (across >= 0) & (across < width)
+    down, across = down.clip(0, height - 1), across.clip(0, width - 1)
+    within &= inside[down, across]
+    rise = (slope[0][down, across] * normal[0] + slope[1][down, across] * normal[1]) * within
+    fit = rise.sum(axis=1) / np.maximum(within.sum(axis=1), 1)
+    # A place where most of the outline hangs over the rim is judged by too little of it.
+    tried = within.mean(axis=1) >= 0.5
+    here = int(np.argmin(distance))
+    if not tried[here]:
+        return {}
+    best = int(np.argmax(np.where(tried, fit, -np.inf)))
+    contrast = (fit[here] - fit[tried].mean()) / (fit[tried].std() + 1e-6)
+    return {"displacement": float(distance[best]), "contrast": float(contrast)}
+
+
+def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:
+    """Which images repeat an earlier one, as facts of 0 and 1, and the most alike of the earlier ones, or -1.
+
+    ``exact``: the same pixels. ``near``: thumbnails correlate above ``splits.NEAR_DUPLICATE``; pairs painted into one
+    healthy image do not count. ``mask``: the same lesion mask, pixel by pixel.
+    """
+    small = thumbnails(images)
+    # Images of one background are alike by construction: each image without a real one gets a name of its own.
+    names = [
+        name if name not in (None, SYNTHETIC) else f"#{row}" for row, name in enumerate(images.table["background"])
+    ]
+    _, background = np.unique(np.array(names, dtype=np.str_), return_inverse=True)
+    twin = np.full(len(images), -1, np.int64)
+    rows = np.arange(len(images))
+    for start in range(0, len(images), _BLOCK):
+        block = rows[start : start + _BLOCK, None]
+        before = rows[: start + _BLOCK]
+        other = (before < block) & (background[before] != background[block])
+        alike = np.where(other, correlations(small[block[:, 0]], small[before]), -1.0)
+        best = alike.argmax(axis=1)
+        twin[block[:, 0]] = np.where(alike.max(axis=1) > NEAR_DUPLICATE, best, -1)
+    marked = np.asarray(images.masks.any(axis=(1, 2)))
+    found = {"exact": _repeats(images.images), "near": twin >= 0, "mask": _repeats(images.masks) & marked}
+    return {name: repeated.astype(np.float64) for name, repeated in found.items()}, twin
+
+
+def _repeats(arrays: NDArray[np.uint8] | NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which arrays equal an earlier one."""
+    digests = [hashlib.sha256(np.ascontiguousarray(array).data).digest() for array in arrays]
+    return ~pl.Series(digests, dtype=pl.Binary).is_first_distinct().to_numpy()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from busigen.evaluation.physics.features import Feature
 from busigen.evaluation.results import Figure, SectionResult
+from busigen.records import read_json
 
 CLEAR_SHIFT = 0.1
 """Distance of Mann-Whitney's probability from a half beyond which one set's values are called greater."""
@@ -25,14 +28,15 @@ class Evidence:
         scope: A class, or ``all``.
         shift: Probability that a synthetic value exceeds a real one, minus 0.5.
         medians: Of the synthetic and of the real values.
+        ranges: The same between their quartiles.
     """
 
     feature: Feature
     scope: str
     figures: tuple[Figure, ...]
     shift: float
-    medians: tuple[float, float]
-    ranges: tuple[float, float]
+    medians: Sequence[float]
+    ranges: Sequence[float]
 
     @property
     def flagged(self) -> bool:
@@ -50,102 +54,47 @@ class Evidence:
         return max(self.figures, key=lambda figure: (figure.flagged, _excess(figure)))
 
 
+def _excess(figure: Figure) -> float:
+    if figure.floor is None or not figure.floor.high:
+        return 0.0
+    return figure.value.value / figure.floor.high
+
+
 @dataclass(frozen=True)
 class Pattern:
-    """A defect that shows in several features at once: ``needed`` of them moved as said, and none of ``still``.
+    """A defect that shows in several features at once.
 
-    Where ``mirrored`` names a feature, its median must also have changed sign, by at least half of its size.
+    Attributes:
+        raised: Features that it raises.
+        lowered: Features that it lowers.
+        needed: How many of them must have moved so.
+        still: Features of which none is flagged, or another defect explains it: noise hides margins as well.
+        mirrored: One whose median must also have changed sign, by at least half of its size; empty for none.
     """
 
     text: str
-    raised: tuple[str, ...]
-    lowered: tuple[str, ...]
+    raised: Sequence[str]
+    lowered: Sequence[str]
     needed: int
-    still: tuple[str, ...] = ()
+    still: Sequence[str] = ()
     mirrored: str = ""
 
 
-PATTERNS = (
-    Pattern(
-        "Images look upside-down: the brightness profile over depth is reversed.",
-        raised=("depth_5", "depth_6", "shape_depth"),
-        lowered=("depth_1", "depth_2"),
-        needed=4,
-        mirrored="depth_tilt",
-    ),
-    Pattern(
-        "Images are smoother than real, as after an autoencoder or a blur.",
-        raised=("background_axial",),
-        lowered=("image_high", "image_slope", "background_fine"),
-        needed=3,
-    ),
-    Pattern(
-        "Lesions are smoother than real, as after an autoencoder or a blur; the rest of the image is not.",
-        raised=("lesion_axial", "ring_axial"),
-        lowered=("lesion_fine", "ring_fine"),
-        needed=3,
-        still=("background_fine", "background_axial"),
-    ),
-    Pattern(
-        "Images carry noise that no beam has shaped: it is as fine across the beam as along it.",
-        raised=("image_high", "image_slope", "background_fine", "lesion_fine"),
-        lowered=("background_lateral", "background_axial", "background_anisotropy", "lesion_lateral"),
-        needed=6,
-    ),
-    Pattern(
-        "Lesions carry noise that no beam has shaped; the rest of the image does not.",
-        raised=("lesion_fine", "ring_fine"),
-        lowered=("lesion_axial", "lesion_lateral", "lesion_anisotropy"),
-        needed=4,
-        still=("background_fine", "background_axial"),
-    ),
-    Pattern(
-        "Images look squashed along the beam, or stretched across it.",
-        raised=("background_anisotropy", "lesion_anisotropy", "ring_anisotropy"),
-        lowered=("shape_taller", "background_axial", "lesion_axial"),
-        needed=4,
-    ),
-    Pattern(
-        "Images look stretched along the beam, or squashed across it.",
-        raised=("shape_taller", "background_axial", "lesion_axial"),
-        lowered=("background_anisotropy", "lesion_anisotropy", "ring_anisotropy"),
-        needed=4,
-    ),
-    Pattern(
-        "Masks do not lie on the lesions.",
-        raised=("margin_offset",),
-        lowered=("margin_sharpness", "margin_contrast", "margin_step"),
-        needed=3,
-        # Noise hides margins as well.
-        still=("image_high",),
-    ),
-)
-
-_THEMES = {
-    "depth": "depth",
-    "shape": "outline",
-    "margin": "margin",
-    "posterior": "posterior",
-    "image": "texture",
-    "background": "texture",
-    "ring": "texture around lesions",
-    "lesion": "texture of lesions",
-}
-
-
-def theme(feature: Feature) -> str:
-    """What a feature is about, in broad terms: features of one theme tend to differ together."""
-    return _THEMES[feature.name.partition("_")[0]]
+PATTERNS = tuple(Pattern(**row) for row in read_json(Path(__file__).with_name("patterns.json")))
+"""In the order of the report."""
 
 
 def describe(evidence: list[Evidence], result: SectionResult) -> None:
-    """Add the flags: first what the features say together, then one by one.
-
-    ``result``: Holds the section's figures; the findings are added.
-    """
+    """Add the flags to a result that holds its figures: what features say together, then one by one."""
     for figure in result.figures:
         if figure.flagged and figure.key.endswith("classes.swap"):
-            result.flag(_confusion(figure.value.value), figure.key)
+            swap = figure.value.value
+            result.flag(
+                "Classes look exchanged: benign images resemble real malignant ones, and the other way round."
+                if swap >= SWAPPED
+                else f"Benign and malignant images differ only {100 * (1 - 2 * swap):.0f} % as far as real ones do.",
+                figure.key,
+            )
     flagged: dict[str, list[Evidence]] = {}
     for item in evidence:
         if item.flagged:
@@ -160,12 +109,6 @@ def describe(evidence: list[Evidence], result: SectionResult) -> None:
         result.flag(f"{len(rest)} more features differ: {labels}.", *(same[0].worst.key for same in rest))
 
 
-def _confusion(swap: float) -> str:
-    if swap >= SWAPPED:
-        return "Classes look exchanged: benign images resemble real malignant ones, and the other way round."
-    return f"Benign and malignant images differ only {100 * (1 - 2 * swap):.0f} % as far as real ones do."
-
-
 def _describe_pattern(pattern: Pattern, flagged: dict[str, list[Evidence]], result: SectionResult) -> None:
     keys = []
     for names, sign in ((pattern.raised, 1.0), (pattern.lowered, -1.0)):
@@ -174,14 +117,11 @@ def _describe_pattern(pattern: Pattern, flagged: dict[str, list[Evidence]], resu
             keys += [item.worst.key for item in moved[:1]]
     if len(keys) < pattern.needed or not flagged.keys().isdisjoint(pattern.still):
         return
-    if pattern.mirrored and not any(_is_mirrored(item) for item in flagged.get(pattern.mirrored, [])):
-        return
+    if pattern.mirrored:
+        medians = [item.medians for item in flagged.get(pattern.mirrored, [])]
+        if not any(synthetic * real < -(real**2) / 2 for synthetic, real in medians):
+            return
     result.flag(pattern.text, *keys)
-
-
-def _is_mirrored(item: Evidence) -> bool:
-    synthetic, real = item.medians
-    return synthetic * real < -(real**2) / 2
 
 
 def _sentence(same: list[Evidence]) -> str:
@@ -199,9 +139,3 @@ def _sentence(same: list[Evidence]) -> str:
     mine, theirs = (f"{median:.3g}{unit}" for median in worst.medians)
     measured = f"{feature.label[0].upper()}{feature.label[1:]}: median {mine} against {theirs}"
     return f"{claim} ({scopes}). {measured} ({worst.scope}; distance {figure.value.value:.2f}{floor})."
-
-
-def _excess(figure: Figure) -> float:
-    if figure.floor is None or not figure.floor.high:
-        return 0.0
-    return figure.value.value / figure.floor.high

@@ -12,17 +12,22 @@ import polars as pl
 from numpy.typing import NDArray
 
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.physics import features as radiomics
 from busigen.evaluation.physics import speckle
-from busigen.evaluation.physics.features import DEPTH_BANDS, NAMES
-from busigen.evaluation.physics.findings import Evidence, describe, theme
+from busigen.evaluation.physics.features import DEPTH_BANDS, NAMES, for_set
+from busigen.evaluation.physics.findings import Evidence, describe
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
-from busigen.evaluation.statistics import two_sample
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, adjusted, halves
-from busigen.evaluation.statistics.two_sample import Comparison, Distances
+from busigen.evaluation.statistics.two_sample import ALL, Comparison, Distances, Sample, compare
 from busigen.files import atomic_path
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.storage.files import output_errors
+
+SECTION = "physics"
+
+MIN_VALUES = 5
+"""With fewer values on either side there is no figure at all."""
+
+HEADLINES = 4
 
 DISTRIBUTIONS = 4
 """Features whose distributions are drawn; with the two curves that makes six plots."""
@@ -30,6 +35,12 @@ DISTRIBUTIONS = 4
 SPECTRA = 200
 """Images per set whose spectra are averaged: more would not move the curves visibly."""
 
+Floats = NDArray[np.float64]
+Tables = dict[str, pl.DataFrame]
+"""``real`` and ``synthetic``, from `features.features`."""
+
+_SWAP = "0: classes differ as real ones do; 0.5: not at all; 1: each lies where the other real one does (mean ranks)"
+_STATISTICS = {"ks": ("Kolmogorov-Smirnov", ""), "wasserstein": ("Wasserstein", "SD")}
 _HALVINGS = 40
 _BINS = 24
 _REAL, _SYNTHETIC, _BAND = "#3f3f46", "#c2410c", "#d4d4d8"
@@ -46,63 +57,222 @@ _STYLE: Any = {
 }
 
 
-def plot(context: AuditContext, tables: dict[str, pl.DataFrame], evidence: list[Evidence]) -> list[Picture]:
-    """Draw everything into the section's folder.
+def run(context: AuditContext) -> SectionResult:
+    """Compare every feature of `features.NAMES` between both sets, per class and with the classes together.
 
-    ``tables``: ``real`` and ``synthetic``, from `features.features`.
+    A figure is flagged where its p-value, adjusted for all of the section's tests, is below ``ALPHA`` and its value
+    lies above the floor's upper end.
 
     Returns:
-        The pictures, at most six.
+        Per feature and scope a Kolmogorov-Smirnov and a Wasserstein distance (in standard deviations of the real
+        set), one figure for exchanged classes, findings in plain words, and at most six plots.
+    """
+    result = SectionResult(SECTION)
+    if not len(context.real) or not len(context.synthetic):
+        result.note("One of the sets holds no images: there is nothing to compare.")
+        return result
+    tables = {name: for_set(context, getattr(context, name)) for name in ("real", "synthetic")}
+    comparison = compare(_sample(tables["real"]), _sample(tables["synthetic"]), context.rng(SECTION))
+    adjusted_p = _adjusted(comparison)
+    figures = _figures(comparison, adjusted_p)
+    _add_notes(context, comparison, result)
+    evidence = _evidence(comparison, figures, tables)
+    result.figures = _with_headlines(list(figures.values()), evidence)
+    if not np.isnan(comparison.swap.value[0, 0]):
+        counts = int(comparison.synthetic[-1].max()), int(comparison.real[-1].max())
+        place, p = (comparison.swap, 0, 0), float(adjusted_p["swap"][0, 0])
+        result.figures.append(_figure(f"{SECTION}.classes.swap", "classes confused", place, counts, p, "", _SWAP))
+    describe(evidence, result)
+    result.pictures = _plot(context, tables, evidence)
+    middles = pl.col(list(NAMES)).fill_nan(None).median()
+    medians: dict[str, dict[str, Any]] = {side: {} for side in tables}
+    for side, table in tables.items():
+        for scope in comparison.scopes:
+            rows = _in_scope(table, scope)
+            medians[side][scope] = rows.select(middles).row(0, named=True) if len(rows) else {}
+    result.details = {"medians": medians, "reweighted": comparison.reweighted}
+    return result
+
+
+def _sample(table: pl.DataFrame) -> Sample:
+    values = table.select(list(NAMES)).to_numpy().astype(np.float64)
+    return Sample(values, table["class"].to_numpy().astype(np.str_), table["group"].to_numpy())
+
+
+def _in_scope(table: pl.DataFrame, scope: str) -> pl.DataFrame:
+    return table if scope == ALL else table.filter(pl.col("class") == scope)
+
+
+def _values(tables: Tables, scope: str, name: str) -> dict[str, Floats]:
+    """A feature's values in one scope that are known, by side."""
+    return {
+        side: _in_scope(table, scope)[name].fill_nan(None).drop_nulls().to_numpy() for side, table in tables.items()
+    }
+
+
+def _adjusted(comparison: Comparison) -> dict[str, Floats]:
+    """All of the section's p-values, adjusted together, by name of the statistic."""
+    enough = np.minimum(comparison.synthetic, comparison.real) >= FEWEST_TO_FLAG
+    parts = {name: np.where(enough, getattr(comparison, name).p, np.nan) for name in _STATISTICS}
+    parts["swap"] = comparison.swap.p if enough.any(axis=1).all() else np.full((1, 1), np.nan)
+    joint = adjusted(np.concatenate([part.ravel() for part in parts.values()]))
+    cuts = np.cumsum([part.size for part in parts.values()])[:-1]
+    return {name: part.reshape(parts[name].shape) for name, part in zip(parts, np.split(joint, cuts), strict=True)}
+
+
+def _figures(comparison: Comparison, p: dict[str, Floats]) -> dict[tuple[str, str, str], Figure]:
+    """Figures by feature, scope and statistic."""
+    figures = {}
+    for column, feature in enumerate(NAMES.values()):
+        region, _, measure = feature.name.partition("_")
+        for row, scope in enumerate(comparison.scopes):
+            counts = int(comparison.synthetic[row, column]), int(comparison.real[row, column])
+            for name, (label, unit) in _STATISTICS.items():
+                distances: Distances = getattr(comparison, name)
+                if min(counts) < MIN_VALUES or np.isnan(distances.value[row, column]):
+                    continue
+                figures[feature.name, scope, name] = _figure(
+                    f"{SECTION}.{region}.{scope}.{measure}.{name}",
+                    f"{feature.label}, {scope} ({label})",
+                    (distances, row, column),
+                    counts,
+                    float(p[name][row, column]),
+                    unit,
+                    feature.meaning,
+                )
+    return figures
+
+
+def _figure(
+    key: str, label: str, place: tuple[Distances, int, int], counts: tuple[int, int], p: float, unit: str, note: str
+) -> Figure:
+    distances, row, column = place
+
+    def number(name: str) -> float | None:
+        value = float(getattr(distances, name)[row, column])
+        return None if np.isnan(value) else value
+
+    value, middle = float(distances.value[row, column]), number("floor")
+    floor = None if middle is None else Interval(middle, number("floor_low"), number("floor_high"))
+    if floor is None:
+        note = f"{note}; no floor: too few groups of real images have a value to be halved"
+    if number("low") is None:
+        note = f"{note}; no interval: most resamples hold no value"
+    beyond = floor is not None and floor.high is not None and value > floor.high
+    return Figure(
+        key=key,
+        label=label,
+        value=Interval(value, number("low"), number("high")),
+        floor=floor,
+        synthetic=counts[0],
+        real=counts[1],
+        unit=unit,
+        p=None if np.isnan(p) else p,
+        flagged=beyond and p < ALPHA,
+        note=note,
+    )
+
+
+def _evidence(comparison: Comparison, figures: dict[tuple[str, str, str], Figure], tables: Tables) -> list[Evidence]:
+    """What the figures of each feature and scope say together, the worst first."""
+    found = []
+    for row, scope in enumerate(comparison.scopes):
+        for column, name in enumerate(NAMES):
+            pair = [figures[key] for kind in _STATISTICS if (key := (name, scope, kind)) in figures]
+            if not pair:
+                continue
+            values = _values(tables, scope, name)
+            quarters = [np.percentile(values[side], [25.0, 75.0]) for side in ("synthetic", "real")]
+            found.append(
+                Evidence(
+                    feature=NAMES[name],
+                    scope=scope,
+                    figures=tuple(pair),
+                    shift=float(comparison.shift[row, column]),
+                    medians=[float(np.median(values[side])) for side in ("synthetic", "real")],
+                    ranges=[float(high - low) for low, high in quarters],
+                )
+            )
+    return sorted(found, key=lambda item: (item.flagged, item.excess), reverse=True)
+
+
+def _with_headlines(figures: list[Figure], evidence: list[Evidence]) -> list[Figure]:
+    """All figures; the worst of each of the worst regions is a headline, so that one defect does not fill them all.
+
+    Where fewer regions are flagged than there are headlines, figures over all classes fill the gap: they vary least.
+    """
+    widest = [item for item in evidence if item.flagged or item.scope not in LESION_CLASSES]
+    chosen: dict[str, str] = {}
+    for item in widest or evidence:
+        region = item.feature.name.partition("_")[0]
+        if len(chosen) < HEADLINES:
+            chosen.setdefault("image" if region == "background" else region, item.worst.key)
+    return [replace(figure, headline=figure.key in chosen.values()) for figure in figures]
+
+
+def _add_notes(context: AuditContext, comparison: Comparison, result: SectionResult) -> None:
+    counts = np.minimum(comparison.synthetic, comparison.real).max(axis=1)
+    few = [scope for scope, count in zip(comparison.scopes, counts, strict=True) if count < FEWEST_TO_FLAG]
+    if few:
+        result.note(f"Fewer than {FEWEST_TO_FLAG} images on one side in {', '.join(few)}: shown, but never flagged.")
+    mine, theirs = (set(side.table["class"].to_list()) for side in (context.synthetic, context.real))
+    for label in sorted(mine ^ theirs):
+        owner = "synthetic" if label in mine else "real"
+        then = "they are left out" if mine & theirs else "the sets share no class, so classes are ignored"
+        result.note(f"Only the {owner} set has images of class {label}: {then}.")
+    if comparison.reweighted:
+        result.note("The sets mix their classes differently; 'all' weighs each class by its share of the real set.")
+    if context.backgrounds == "real":
+        result.note(
+            "The images are painted into real ones: background, depth and whole-image figures are partly those of real "
+            "images. Lesion, ring, outline and posterior figures judge the generator."
+        )
+
+
+def _plot(context: AuditContext, tables: Tables, evidence: list[Evidence]) -> list[Picture]:
+    """Draw the two curves and the worst features' distributions into the section's folder.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    pictures = [_depth(context, tables), _spectrum(context)]
+    names = [f"depth_{band}" for band in range(1, DEPTH_BANDS + 1)]
+    curves = [
+        _curves(
+            context,
+            "depth-profile",
+            (np.arange(DEPTH_BANDS) + 0.5) / DEPTH_BANDS,
+            {side: table.select(names).to_numpy() for side, table in tables.items()},
+            ("depth (0 skin, 1 lower edge)", "brightness / image mean"),
+            "Mean brightness of bands of equal depth over that of the image, lesions left out. Grey: where the means "
+            "of halves of the real set lie.",
+        ),
+        _curves(
+            context,
+            "power-spectrum",
+            speckle.FREQUENCIES,
+            {side: _spectra(context, getattr(context, side)) for side in tables},
+            ("cycles per pixel", "power (dB)"),
+            "Radially averaged power spectrum, each image scaled to unit power. A curve that falls below the real one "
+            "towards the right is a set of smoothed images; one that flattens is noise. Grey: halves of the real set.",
+            logarithmic=True,
+        ),
+    ]
     worst: dict[str, Evidence] = {}
     for item in evidence:
         worst.setdefault(item.feature.name, item)
-    for place, item in enumerate(list(worst.values())[:DISTRIBUTIONS], start=1):
-        pictures.append(_distribution(context, tables, item, f"distribution-{place}"))
-    return [picture for picture in pictures if picture is not None]
+    return [picture for picture in curves if picture is not None] + [
+        _distribution(context, tables, item, f"distribution-{place}")
+        for place, item in enumerate(list(worst.values())[:DISTRIBUTIONS], start=1)
+    ]
 
 
-def _depth(context: AuditContext, tables: dict[str, pl.DataFrame]) -> Picture | None:
-    names = [f"depth_{band}" for band in range(1, DEPTH_BANDS + 1)]
-    curves = {side: table.select(names).to_numpy() for side, table in tables.items()}
-    axis = (np.arange(DEPTH_BANDS) + 0.5) / DEPTH_BANDS
-    caption = (
-        "Mean brightness of bands of equal depth over that of the image, lesions left out. Grey: where the means of "
-        "halves of the real set lie."
-    )
-    labels = ("depth (0 skin, 1 lower edge)", "brightness / image mean")
-    return _curves(context, "depth-profile", axis, curves, labels, caption)
-
-
-def _spectrum(context: AuditContext) -> Picture | None:
-    curves = {side: _spectra(context, getattr(context, side)) for side in ("real", "synthetic")}
-    caption = (
-        "Radially averaged power spectrum, each image scaled to unit power. A curve that falls below the real one "
-        "towards the right is a set of smoothed images; one that flattens is noise. Grey: halves of the real set."
-    )
-    return _curves(
-        context,
-        "power-spectrum",
-        speckle.FREQUENCIES,
-        curves,
-        ("cycles per pixel", "power (dB)"),
-        caption,
-        logarithmic=True,
-    )
-
-
-def _spectra(context: AuditContext, images: ImageSet) -> NDArray[np.float64]:
+def _spectra(context: AuditContext, images: ImageSet) -> Floats:
     """Spectra in dB of images drawn evenly from the set, ``(N, bins)``; NaN rows for the others."""
     found = np.full((len(images), len(speckle.FREQUENCIES)), np.nan)
     rows = np.unique(np.linspace(0, len(images) - 1, min(SPECTRA, len(images))).astype(np.int64))
     for row in context.track(f"spectra of {images.name}", rows, len(rows)):
-        power = speckle.radial_spectrum(
-            images.images[row].astype(np.float32), images.valid[row] & ~images.overlays[row]
-        )
+        tissue = images.valid[row] & ~images.overlays[row]
+        power = speckle.radial_spectrum(images.images[row].astype(np.float32), tissue)
         if (power > 0).all():
             found[row] = 10 * np.log10(power / power.sum())
     return found
@@ -111,36 +281,29 @@ def _spectra(context: AuditContext, images: ImageSet) -> NDArray[np.float64]:
 def _curves(
     context: AuditContext,
     name: str,
-    axis: NDArray[np.float64],
-    curves: dict[str, NDArray[np.float64]],
+    axis: Floats,
+    curves: dict[str, Floats],
     labels: tuple[str, str],
     caption: str,
     *,
     logarithmic: bool = False,
 ) -> Picture | None:
+    """Both sets' means with a band of halves of the real set; None where a point is known of no image."""
     if any(np.isnan(values).all(axis=0).any() for values in curves.values()):
         return None
     rng = context.rng("physics", "plots", name)
     groups = context.real.groups
     with _axes(context, name, *labels) as axes:
-        if len(np.unique(groups)) >= 2:
-            means = []
-            for _ in range(_HALVINGS):
-                half = curves["real"][halves(groups, rng)[0]]
-                if not np.isnan(half).all(axis=0).any():
-                    means.append(np.nanmean(half, axis=0))
-            if means:
-                low, high = np.percentile(means, [2.5, 97.5], axis=0)
-                axes.fill_between(axis, low, high, color=_BAND, linewidth=0, label="halves of real")
-        axes.plot(axis, np.nanmean(curves["real"], axis=0), color=_REAL, linewidth=1.6, label="real")
-        axes.plot(
-            axis,
-            np.nanmean(curves["synthetic"], axis=0),
-            color=_SYNTHETIC,
-            linewidth=1.6,
-            linestyle="--",
-            label="synthetic",
-        )
+        means = []
+        for _ in range(_HALVINGS if len(np.unique(groups)) >= 2 else 0):
+            half = curves["real"][halves(groups, rng)[0]]
+            if not np.isnan(half).all(axis=0).any():
+                means.append(np.nanmean(half, axis=0))
+        if means:
+            low, high = np.percentile(means, [2.5, 97.5], axis=0)
+            axes.fill_between(axis, low, high, color=_BAND, linewidth=0, label="halves of real")
+        for side, style in (("real", {"color": _REAL}), ("synthetic", {"color": _SYNTHETIC, "linestyle": "--"})):
+            axes.plot(axis, np.nanmean(curves[side], axis=0), linewidth=1.6, label=side, **style)
         if logarithmic:
             axes.set_xscale("log")
             axes.set_xticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
@@ -148,26 +311,22 @@ def _curves(
     return Picture(f"{name}.svg", caption)
 
 
-def _distribution(context: AuditContext, tables: dict[str, pl.DataFrame], item: Evidence, name: str) -> Picture:
+def _distribution(context: AuditContext, tables: Tables, item: Evidence, name: str) -> Picture:
     feature = item.feature
-    values = {
-        side: _in_scope(table, item.scope)[feature.name].fill_nan(None).drop_nulls().to_numpy()
-        for side, table in tables.items()
-    }
+    values = _values(tables, item.scope, feature.name)
     low, high = np.percentile(np.concatenate(list(values.values())), [0.5, 99.5])
     bins = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
     unit = f" ({feature.unit})" if feature.unit else ""
+    # One side filled: they stay apart where a printer has no colours.
+    styles: dict[str, Any] = {
+        "real": {"histtype": "stepfilled", "facecolor": _BAND, "edgecolor": _REAL, "linewidth": 0.8},
+        "synthetic": {"histtype": "step", "color": _SYNTHETIC, "linewidth": 1.8},
+    }
     with _axes(context, name, f"{feature.label}{unit}, {item.scope}", "share of images (%)") as axes:
-        # One side filled: they stay apart where a printer has no colours.
-        styles: dict[str, Any] = {
-            "real": {"histtype": "stepfilled", "facecolor": _BAND, "edgecolor": _REAL, "linewidth": 0.8},
-            "synthetic": {"histtype": "step", "color": _SYNTHETIC, "linewidth": 1.8},
-        }
         for side, style in styles.items():
-            part = values[side]
-            axes.hist(
-                part, bins, weights=np.full(len(part), 100.0 / len(part)), label=f"{side} (n = {len(part)})", **style
-            )
+            count = len(values[side])
+            weights = np.full(count, 100.0 / count)
+            axes.hist(values[side], bins, weights=weights, label=f"{side} (n = {count})", **style)
         axes.legend()
     figure = item.figures[0]
     floor = "" if figure.floor is None else f" (floor up to {figure.floor.high:.2f})"
@@ -189,205 +348,5 @@ def _axes(context: AuditContext, name: str, across: str, up: str) -> Iterator[An
         axes.set_xlabel(across)
         axes.set_ylabel(up)
         yield axes
-        folder = context.out
-        with output_errors(folder), atomic_path(context.folder("physics") / f"{name}.svg") as temporary:
+        with output_errors(context.out), atomic_path(context.folder("physics") / f"{name}.svg") as temporary:
             canvas.print_svg(str(temporary), metadata={"Date": None})
-
-
-SECTION = "physics"
-
-MIN_VALUES = 5
-"""With fewer values on either side there is no figure at all."""
-
-HEADLINES = 4
-
-_STATISTICS = {"ks": ("Kolmogorov-Smirnov", ""), "wasserstein": ("Wasserstein", "SD")}
-
-
-def run(context: AuditContext) -> SectionResult:
-    """Compare every feature of `features.NAMES` between both sets, per class and with the classes together.
-
-    A figure is flagged where its p-value, adjusted for all of the section's tests, is below ``ALPHA`` and its value
-    lies above the floor's upper end.
-
-    Returns:
-        Per feature and scope a Kolmogorov-Smirnov and a Wasserstein distance (in standard deviations of the real
-        set), one figure for exchanged classes, findings in plain words, and at most six plots.
-    """
-    result = SectionResult(SECTION)
-    if not len(context.real) or not len(context.synthetic):
-        result.note("One of the sets holds no images: there is nothing to compare.")
-        return result
-    tables = {name: radiomics.for_set(context, getattr(context, name)) for name in ("real", "synthetic")}
-    comparison = two_sample.compare(_sample(tables["real"]), _sample(tables["synthetic"]), context.rng(SECTION))
-    adjusted_p = _adjusted(comparison)
-    figures = _figures(comparison, adjusted_p)
-    _notes(context, comparison, result)
-    evidence = _evidence(comparison, figures, tables)
-    result.figures = _with_headlines(figures, evidence)
-    swap = _swap_figure(comparison, adjusted_p)
-    if swap is not None:
-        result.figures.append(swap)
-    describe(evidence, result)
-    result.pictures = plot(context, tables, evidence)
-    result.details = {"medians": _medians(comparison, tables), "reweighted": comparison.reweighted}
-    return result
-
-
-def _sample(table: pl.DataFrame) -> two_sample.Sample:
-    values = table.select(list(NAMES)).to_numpy().astype(np.float64)
-    return two_sample.Sample(values, table["class"].to_numpy().astype(np.str_), table["group"].to_numpy())
-
-
-def _adjusted(comparison: Comparison) -> dict[str, NDArray[np.float64]]:
-    """All of the section's p-values, adjusted together, by name of the statistic."""
-    enough = np.minimum(comparison.synthetic, comparison.real) >= FEWEST_TO_FLAG
-    parts = {name: np.where(enough, getattr(comparison, name).p, np.nan) for name in _STATISTICS}
-    parts["swap"] = comparison.swap.p if enough.any(axis=1).all() else np.full((1, 1), np.nan)
-    joint = adjusted(np.concatenate([part.ravel() for part in parts.values()]))
-    cuts = np.cumsum([part.size for part in parts.values()])[:-1]
-    return {name: part.reshape(parts[name].shape) for name, part in zip(parts, np.split(joint, cuts), strict=True)}
-
-
-def _figures(comparison: Comparison, p: dict[str, NDArray[np.float64]]) -> dict[tuple[str, str, str], Figure]:
-    """Figures by feature, scope and statistic."""
-    figures = {}
-    for column, feature in enumerate(NAMES.values()):
-        for row, scope in enumerate(comparison.scopes):
-            counts = int(comparison.synthetic[row, column]), int(comparison.real[row, column])
-            for name, (label, unit) in _STATISTICS.items():
-                distances: Distances = getattr(comparison, name)
-                if min(counts) < MIN_VALUES or np.isnan(distances.value[row, column]):
-                    continue
-                measure = feature.name.partition("_")[2]
-                figures[feature.name, scope, name] = _figure(
-                    f"{SECTION}.{feature.name.partition('_')[0]}.{scope}.{measure}.{name}",
-                    f"{feature.label}, {scope} ({label})",
-                    (distances, row, column),
-                    counts,
-                    float(p[name][row, column]),
-                    unit,
-                    feature.meaning,
-                )
-    return figures
-
-
-def _figure(
-    key: str,
-    label: str,
-    place: tuple[Distances, int, int],
-    counts: tuple[int, int],
-    p: float,
-    unit: str,
-    note: str,
-) -> Figure:
-    distances, row, column = place
-
-    def number(name: str) -> float:
-        return float(getattr(distances, name)[row, column])
-
-    floor = None
-    if np.isnan(number("floor")):
-        note = f"{note}; no floor: too few groups of real images have a value to be halved"
-    else:
-        floor = Interval(number("floor"), number("floor_low"), number("floor_high"))
-    if np.isnan(number("low")):
-        note = f"{note}; no interval: most resamples hold no value"
-    value = number("value")
-    beyond = floor is not None and floor.high is not None and value > floor.high
-    return Figure(
-        key=key,
-        label=label,
-        value=Interval(value, *(None if np.isnan(number(end)) else number(end) for end in ("low", "high"))),
-        floor=floor,
-        synthetic=counts[0],
-        real=counts[1],
-        unit=unit,
-        p=None if np.isnan(p) else p,
-        flagged=beyond and p < ALPHA,
-        note=note,
-    )
-
-
-def _swap_figure(comparison: Comparison, p: dict[str, NDArray[np.float64]]) -> Figure | None:
-    if np.isnan(comparison.swap.value[0, 0]):
-        return None
-    counts = int(comparison.synthetic[-1].max()), int(comparison.real[-1].max())
-    note = "0: classes differ as real ones do; 0.5: not at all; 1: each lies where the other real one does (mean ranks)"
-    place, adjusted_p = (comparison.swap, 0, 0), float(p["swap"][0, 0])
-    return _figure(f"{SECTION}.classes.swap", "classes confused", place, counts, adjusted_p, "", note)
-
-
-def _evidence(
-    comparison: Comparison, figures: dict[tuple[str, str, str], Figure], tables: dict[str, pl.DataFrame]
-) -> list[Evidence]:
-    """What the figures of each feature and scope say together, the worst first."""
-    found = []
-    for row, scope in enumerate(comparison.scopes):
-        rows = {name: _in_scope(table, scope) for name, table in tables.items()}
-        for column, name in enumerate(NAMES):
-            pair = [figures[key] for kind in _STATISTICS if (key := (name, scope, kind)) in figures]
-            if not pair:
-                continue
-            real, synthetic = (rows[side][name].fill_nan(None).drop_nulls() for side in ("real", "synthetic"))
-            found.append(
-                Evidence(
-                    feature=NAMES[name],
-                    scope=scope,
-                    figures=tuple(pair),
-                    shift=float(comparison.shift[row, column]),
-                    medians=(float(np.median(synthetic)), float(np.median(real))),
-                    ranges=(_range(synthetic), _range(real)),
-                )
-            )
-    return sorted(found, key=lambda item: (item.flagged, item.excess), reverse=True)
-
-
-def _in_scope(table: pl.DataFrame, scope: str) -> pl.DataFrame:
-    return table if scope == two_sample.ALL else table.filter(pl.col("class") == scope)
-
-
-def _range(values: pl.Series) -> float:
-    low, high = np.percentile(values.to_numpy(), [25.0, 75.0])
-    return float(high - low)
-
-
-def _with_headlines(figures: dict[tuple[str, str, str], Figure], evidence: list[Evidence]) -> list[Figure]:
-    """All figures; the worst of each of the worst themes is a headline, so that one defect does not fill them all.
-
-    Where fewer themes are flagged than there are headlines, figures over all classes fill the gap: they vary least.
-    """
-    widest = [item for item in evidence if item.flagged or item.scope not in LESION_CLASSES]
-    chosen: dict[str, str] = {}
-    for item in widest or evidence:
-        if len(chosen) < HEADLINES:
-            chosen.setdefault(theme(item.feature), item.worst.key)
-    shown = set(chosen.values())
-    return [replace(figure, headline=figure.key in shown) for figure in figures.values()]
-
-
-def _notes(context: AuditContext, comparison: Comparison, result: SectionResult) -> None:
-    counts = np.minimum(comparison.synthetic, comparison.real).max(axis=1)
-    few = [scope for scope, count in zip(comparison.scopes, counts, strict=True) if count < FEWEST_TO_FLAG]
-    if few:
-        result.note(f"Fewer than {FEWEST_TO_FLAG} images on one side in {', '.join(few)}: shown, but never flagged.")
-    mine, theirs = (set(side.table["class"].to_list()) for side in (context.synthetic, context.real))
-    for label in sorted(mine ^ theirs):
-        owner = "synthetic" if label in mine else "real"
-        then = "they are left out" if mine & theirs else "the sets share no class, so classes are ignored"
-        result.note(f"Only the {owner} set has images of class {label}: {then}.")
-    if comparison.reweighted:
-        result.note("The sets mix their classes differently; 'all' weighs each class by its share of the real set.")
-    if context.backgrounds == "real":
-        result.note(
-            "The images are painted into real ones: background, depth and whole-image figures are partly those of real "
-            "images. Lesion, ring, outline and posterior figures judge the generator."
-        )
-
-
-def _medians(comparison: Comparison, tables: dict[str, pl.DataFrame]) -> dict[str, dict[str, dict[str, float | None]]]:
-    def medians(table: pl.DataFrame, scope: str) -> dict[str, float | None]:
-        rows = _in_scope(table, scope)
-        return rows.select(pl.col(list(NAMES)).fill_nan(None).median()).row(0, named=True) if len(rows) else {}
-
-    return {name: {scope: medians(table, scope) for scope in comparison.scopes} for name, table in tables.items()}

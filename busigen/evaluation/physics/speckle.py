@@ -1,4 +1,7 @@
-"""Speckle and resolution: envelope statistics, autocovariance widths, power spectrum, JPEG's grid."""
+"""Speckle and resolution: envelope statistics, autocovariance widths, power spectrum, JPEG's grid.
+
+Images are ``float32 (H, W)`` grey levels from 0 to 255; regions and tissue are ``bool (H, W)``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
+
+Grey = NDArray[np.float32]
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 DYNAMIC_RANGE = 60.0
 """dB that the grey levels 0 to 255 are taken to span. Scanners differ, and none of the public sets says: an
@@ -36,39 +43,30 @@ JPEG_GRID = 8
 FREQUENCIES = (np.arange(TILE // 2) + 0.5) / TILE
 """Centres of the power spectrum's radial bins in cycles per pixel."""
 
+_NAN = float("nan")
 
-def envelope(grey: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Undo the log compression: ``10 ** (DYNAMIC_RANGE * grey / 255 / 20)``, 1 for black, 1000 for white at 60 dB.
+
+def envelope(grey: NDArray[np.generic]) -> Floats:
+    """Relative amplitude without the log compression, ``10 ** (DYNAMIC_RANGE * grey / 255 / 20)``: 1 for black.
 
     Scanners also apply a grey map, spatial compounding and edge enhancement, which nothing undoes: distributions of
     this approximation can be compared between sets, its values are not those of radio-frequency data.
-
-    Args:
-        grey: Grey levels 0 to 255, any shape.
-
-    Returns:
-        Relative amplitude, same shape.
     """
     return np.asarray(10.0 ** (np.asarray(grey, dtype=np.float64) * (DYNAMIC_RANGE / 255.0 / 20.0)))
 
 
-def moments(amplitude: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Contrast, kurtosis and Nakagami parameter of amplitudes along the last axis; NaN entries do not count.
+def moments(amplitude: Floats) -> Floats:
+    """Contrast, kurtosis and Nakagami parameter along the last axis, ``(..., 3)``; NaN entries do not count.
 
     Contrast is standard deviation over mean (0.52 for fully developed speckle). Kurtosis is the fourth standardised
     moment (3.25 for Rayleigh). The Nakagami parameter comes from moments, ``m = E[A^2]^2 / Var[A^2]``: 1 for fully
-    developed speckle, below 1 for few or clustered scatterers (Shankar 2000, IEEE Trans. UFFC 47, eq. 6).
-
-    Args:
-        amplitude: ``(..., n)``.
-
-    Returns:
-        ``(..., 3)``; NaN where the amplitudes do not vary.
+    developed speckle, below 1 for few or clustered scatterers (Shankar 2000, IEEE Trans. UFFC 47, eq. 6). All are NaN
+    where the amplitudes do not vary.
     """
     known = ~np.isnan(amplitude)
     count = np.maximum(known.sum(axis=-1), 1)
 
-    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def mean(values: Floats) -> Floats:
         return np.asarray(np.where(known, values, 0.0).sum(axis=-1) / count)
 
     centre = mean(amplitude)
@@ -84,43 +82,39 @@ def moments(amplitude: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def local_moments(amplitude: NDArray[np.float64], region: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The medians of `moments` over a grid's blocks that lie at least half in a region.
+def local_moments(amplitude: Floats, region: Mask) -> Floats:
+    """The medians of `moments`, ``(3,)``, over a grid's blocks that lie at least half in a region.
 
     Over a whole region, amplitudes vary mostly because tissues do; within a block they vary because of speckle. (Local
-    windows are how Nakagami images are made: Tsui and Chang 2007, Ultrasound Med. Biol. 33.)
-
-    Args:
-        amplitude: ``(H, W)``.
-        region: ``bool (H, W)``.
-
-    Returns:
-        ``(3,)``, contrast, kurtosis and Nakagami parameter. A region without such a block counts as one block.
+    windows are how Nakagami images are made: Tsui and Chang 2007, Ultrasound Med. Biol. 33.) A region without such a
+    block counts as one block.
     """
-    inside = _blocks(region)
+
+    def blocks(values: NDArray[np.generic]) -> NDArray[np.generic]:
+        height, width = (side - side % BLOCK for side in values.shape)
+        parts = values[:height, :width].reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK)
+        return np.asarray(parts.swapaxes(1, 2).reshape(-1, BLOCK * BLOCK))
+
+    inside = blocks(region)
     chosen = inside.mean(axis=-1) >= 0.5
-    found = moments(np.where(inside[chosen], _blocks(amplitude)[chosen], np.nan))
+    found = moments(np.where(inside[chosen], blocks(amplitude)[chosen], np.nan))
     found = found[~np.isnan(found).any(axis=-1)]
     return np.asarray(np.median(found, axis=0)) if len(found) else moments(amplitude[region])
 
 
-def detrended(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Grey minus its moving average over ``DETREND`` px, both of tissue only; 0 elsewhere. ``float32 (H, W)``."""
+def detrended(grey: Grey, tissue: Mask) -> Grey:
+    """Grey minus its moving average over ``DETREND`` px, both of tissue only; 0 elsewhere."""
     weight = tissue.astype(np.float32)
     total = ndimage.uniform_filter(grey * weight, DETREND, mode="constant")
     share = ndimage.uniform_filter(weight, DETREND, mode="constant")
     return np.asarray((grey - total / np.maximum(share, 1e-3)) * weight, dtype=np.float32)
 
 
-def autocovariance_widths(residual: NDArray[np.float32], region: NDArray[np.bool_]) -> tuple[float, float]:
-    """Full widths at half maximum of the autocovariance inside a region: the speckle's size.
+def autocovariance_widths(residual: Grey, region: Mask) -> tuple[float, float]:
+    """The speckle's size: full widths at half maximum of the autocovariance of `detrended` pixels inside a region.
 
     Pairs of pixels count where both lie in the region (Wagner et al. 1983, IEEE Trans. Sonics Ultrasonics 30, for the
     meaning; widths of decompressed and compressed data differ by a near-constant factor, so grey levels are used).
-
-    Args:
-        residual: ``float32 (H, W)``, detrended.
-        region: ``bool (H, W)``.
 
     Returns:
         Axial (along columns) and lateral (along rows) width in pixels; NaN where the region is empty, does not vary or
@@ -130,45 +124,47 @@ def autocovariance_widths(residual: NDArray[np.float32], region: NDArray[np.bool
     values = residual * weight
     total = float(weight.sum())
     if total < 2 * LAGS:
-        return float("nan"), float("nan")
+        return _NAN, _NAN
     values = (values - values.sum() / total) * weight
     power = float((values * values).sum()) / total
     if power < 1e-6:
-        return float("nan"), float("nan")
-    axial, lateral = (_half_width(values, weight, power, axis) for axis in (0, 1))
-    return axial, lateral
+        return _NAN, _NAN
+    return _half_width(values, weight, power), _half_width(values.T, weight.T, power)
 
 
-def fine_share(grey: NDArray[np.float32], residual: NDArray[np.float32], region: NDArray[np.bool_]) -> float:
-    """Share of a region's detrended variance that a 3 x 3 binomial filter removes; 0.86 for white noise.
+def _half_width(values: Grey, weight: Grey, power: float) -> float:
+    """The width down the columns."""
+    before = 1.0
+    for lag in range(1, min(LAGS, len(values) - 1) + 1):
+        pairs = float((weight[lag:] * weight[:-lag]).sum())
+        if pairs < 2 * LAGS:
+            return _NAN
+        now = float((values[lag:] * values[:-lag]).sum()) / pairs / power
+        if now <= 0.5:
+            return 2.0 * (lag - 1 + (before - 0.5) / (before - now))
+        before = now
+    return 2.0 * LAGS
+
+
+def fine_share(grey: Grey, residual: Grey, region: Mask) -> float:
+    """Share of a region's `detrended` variance that a 3 x 3 binomial filter removes; 0.86 for white noise.
 
     It stands for the high-frequency share where a region is too small for a spectrum. Only pixels count whose whole
-    neighbourhood lies in the region: the step to a letterbox bar beside them is no speckle.
-
-    Args:
-        grey: ``float32 (H, W)``.
-        residual: ``float32 (H, W)``, detrended.
-        region: ``bool (H, W)``.
-
-    Returns:
-        0 to about 1; NaN where nothing varies, or the region has no such pixel.
+    neighbourhood lies in the region: the step to a letterbox bar beside them is no speckle. NaN where nothing varies,
+    or the region has no such pixel.
     """
     region = ndimage.binary_erosion(region, np.ones((3, 3)), border_value=1)
     smooth = grey
     for axis in (0, 1):
         smooth = ndimage.correlate1d(smooth, np.array([0.25, 0.5, 0.25]), axis=axis)
     whole = float(residual[region].var()) if region.any() else 0.0
-    return float((grey - smooth)[region].var()) / whole if whole > 1e-6 else float("nan")
+    return float((grey - smooth)[region].var()) / whole if whole > 1e-6 else _NAN
 
 
-def radial_spectrum(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
+def radial_spectrum(grey: Grey, tissue: Mask) -> Floats:
     """Mean power per frequency of half-overlapping Hann-windowed tiles that are wholly tissue (Welch 1967).
 
     Where overlays leave no tile whole, tiles of at least 90 % tissue count, their gaps filled with the tile's mean.
-
-    Args:
-        grey: ``float32 (H, W)``.
-        tissue: ``bool (H, W)``.
 
     Returns:
         ``(TILE / 2,)`` power density in grey^2 at `FREQUENCIES`; NaN where there is no tile.
@@ -184,34 +180,46 @@ def radial_spectrum(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> NDA
     means = (pixels * inside).sum(axis=(1, 2), keepdims=True) / inside.sum(axis=(1, 2), keepdims=True)
     window, ring, count = _spectral_plan()
     power = np.abs(fft.rfft2((pixels - means) * inside * window)) ** 2
-    radial = np.bincount(ring.ravel(), power.mean(axis=0).ravel().astype(np.float64), minlength=TILE // 2 + 1)
+    radial = np.bincount(ring, power.mean(axis=0).ravel().astype(np.float64), minlength=TILE // 2 + 1)
     return np.asarray(radial[: TILE // 2] / count)
 
 
-def spectral_slope(spectrum: NDArray[np.float64]) -> float:
+def _tiles(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    views = np.lib.stride_tricks.sliding_window_view(values, (TILE, TILE))[:: TILE // 2, :: TILE // 2]
+    return views.reshape(-1, TILE, TILE)
+
+
+@cache
+def _spectral_plan() -> tuple[Grey, NDArray[np.int64], Floats]:
+    """Hann's window, the radial bin of each frequency, and how many each bin has."""
+    hann = np.hanning(TILE + 1)[:-1]
+    window = np.outer(hann, hann)
+    window /= np.sqrt((window**2).sum())
+    radius = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None])
+    ring = np.minimum((radius * TILE).astype(np.int64), TILE // 2).ravel()
+    return window.astype(np.float32), ring, np.bincount(ring, minlength=TILE // 2 + 1)[: TILE // 2].astype(float)
+
+
+def spectral_slope(spectrum: Floats) -> float:
     """Exponent of the power law through ``SLOPE_BAND``: 0 for white noise, -2 for power falling as 1/f^2."""
     low, high = SLOPE_BAND
     band = (low <= FREQUENCIES) & (high >= FREQUENCIES)
     if not (spectrum[band] > 0).all():
-        return float("nan")
+        return _NAN
     return float(np.polyfit(np.log(FREQUENCIES[band]), np.log(spectrum[band]), 1)[0])
 
 
-def high_frequency_share(spectrum: NDArray[np.float64]) -> float:
+def high_frequency_share(spectrum: Floats) -> float:
     """Share of the power above half the Nyquist frequency, without the lowest two bins, which hold the window."""
     power = spectrum * FREQUENCIES
     total = float(power[2:].sum())
-    return float(power[FREQUENCIES >= HALF_NYQUIST].sum()) / total if total > 0 else float("nan")
+    return float(power[FREQUENCIES >= HALF_NYQUIST].sum()) / total if total > 0 else _NAN
 
 
-def blockiness(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> float:
+def blockiness(grey: Grey, tissue: Mask) -> float:
     """How far steps between neighbours on a grid of 8 px stand out from the steps beside them: JPEG's blocks.
 
     The grid may lie at any phase. Comparing a line of steps with the lines next to it leaves anatomy out.
-
-    Args:
-        grey: ``float32 (H, W)``.
-        tissue: ``bool (H, W)``.
 
     Returns:
         Excess of the strongest phase over its neighbours as a share of the mean absolute step, averaged over both axes;
@@ -229,42 +237,3 @@ def blockiness(grey: NDArray[np.float32], tissue: NDArray[np.bool_]) -> float:
         usual = float(lines[count > 0].mean()) if count.any() else 0.0
         excess.append(mean.max() / usual if usual > 0 else np.nan)
     return float(np.mean(excess))
-
-
-def _blocks(values: NDArray[np.generic]) -> NDArray[np.generic]:
-    height, width = (side - side % BLOCK for side in values.shape)
-    parts = values[:height, :width].reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK)
-    return np.asarray(parts.swapaxes(1, 2).reshape(-1, BLOCK * BLOCK))
-
-
-def _half_width(values: NDArray[np.float32], weight: NDArray[np.float32], power: float, axis: int) -> float:
-    values, weight = (values, weight) if axis == 0 else (values.T, weight.T)
-    before = 1.0
-    for lag in range(1, min(LAGS, len(values) - 1) + 1):
-        pairs = float((weight[lag:] * weight[:-lag]).sum())
-        if pairs < 2 * LAGS:
-            return float("nan")
-        now = float((values[lag:] * values[:-lag]).sum()) / pairs / power
-        if now <= 0.5:
-            return 2.0 * (lag - 1 + (before - 0.5) / (before - now))
-        before = now
-    return 2.0 * LAGS
-
-
-def _tiles(values: NDArray[np.generic]) -> NDArray[np.generic]:
-    views = np.lib.stride_tricks.sliding_window_view(values, (TILE, TILE))[:: TILE // 2, :: TILE // 2]
-    return views.reshape(-1, TILE, TILE)
-
-
-@cache
-def _spectral_plan() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
-    hann = np.hanning(TILE + 1)[:-1]
-    window = np.outer(hann, hann)
-    window /= np.sqrt((window**2).sum())
-    radius = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None])
-    ring = np.minimum((radius * TILE).astype(np.int64), TILE // 2)
-    return (
-        window.astype(np.float32),
-        ring,
-        np.bincount(ring.ravel(), minlength=TILE // 2 + 1)[: TILE // 2].astype(float),
-    )

@@ -1,30 +1,31 @@
-"""Nearest images by correlation that does not mind a mirror, a shift, gain or contrast.
+"""Nearest images, by correlation or by radiomic distance, and what their similarities tell of memory.
 
 Images, or lesions with their surroundings, are reduced to views of 48 x 48 pixels, freed of everything but fine detail,
-and correlated at every shift of up to five view pixels, upright and mirrored. Without the filter two unrelated breasts
-of one layout correlate at 0.9; with it, nearest unrelated images lie near 0.3 and shifted copies near 0.9. Views of 64
-pixels separate the two no better and take three times as long.
+and correlated at every shift of up to five view pixels, upright and mirrored, whatever their gain and contrast. Without
+the filter two unrelated breasts of one layout correlate at 0.9; with it, nearest unrelated images lie near 0.3 and
+shifted copies near 0.9. Views of 64 pixels separate the two no better and take three times as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, stats
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import pairwise
 
 from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.fidelity.metrics import Standardiser
-from busigen.evaluation.physics import features as radiomics
-from busigen.evaluation.physics.regions import bounds
-from busigen.evaluation.privacy.memorisation import Values, joined
+from busigen.evaluation.fidelity.section import radiomic_vectors
+from busigen.evaluation.physics.features import bounds
 from busigen.evaluation.statistics.grouped import Rows
 
+Values = NDArray[np.float64]
 Views = NDArray[np.float32]
 """``float32 (N, SIDE, SIDE)``."""
 
@@ -40,52 +41,134 @@ DETAIL = 3.0
 CROP_MARGIN = 1.4
 """Side of a lesion's square crop over the longer side of its bounding box."""
 
+REPEATED = 0.9
+"""Correlation within the synthetic set above which two images are one piece of evidence."""
+
+COPY_SIGMAS = 6.0
+"""Robust standard deviations, on Fisher's z scale, that a copy lies above the usual nearest neighbour."""
+
+LOW_FALSE_POSITIVES = 0.01
+"""False positives at which an attack's true positives are read (Carlini et al. 2022, section IV)."""
+
+_REPEAT_SHIFT = 2
 _FLAT = 1e-3
 _BLOCK = 2048
 
-Track = Callable[[str, Iterable[int], int], Iterator[int]]
-
 
 @dataclass(frozen=True)
-class Alignment:
-    """How one view lies on another.
+class Space:
+    """Similarities (greater is nearer) of S synthetic, T training and H held-out images.
 
     Attributes:
-        correlation: -1 to 1, at the best position.
-        mirrored: The first view was mirrored left to right.
-        down: View pixels by which the second view's content lies below the (mirrored) first's.
+        name: ``crop``, ``whole`` or ``radiomic``.
+        train: None where nobody named a training set.
+        groups: Groups of the synthetic images, in which repeated images are one.
+        shared: Whether training and held-out images have a class in common, to which they were then restricted.
+        usual: ``(H,)``, what is usual between a real image and its nearest neighbour: of held-out images among the
+            training images or, where there are none, among held-out images of other groups.
+        to_held: ``(S, H)``.
+        to_train: ``(S, T)``, or None.
+        held_to_train: ``(H, T)``, or None.
+        within: ``(T, T)`` in the radiomic space.
+        views: Synthetic, training (or held-out) views, where the space has them.
     """
 
-    correlation: float
-    mirrored: bool
-    down: int
-    right: int
+    name: str
+    label: str
+    synthetic: ImageSet
+    train: ImageSet | None
+    held: ImageSet
+    groups: Rows
+    shared: bool
+    usual: Values
+    to_held: Values
+    to_train: Values | None = None
+    held_to_train: Values | None = None
+    within: Values | None = None
+    views: tuple[Views, Views] | None = None
 
 
-def whole_views(images: ImageSet) -> Views:
-    """Each image without its letterbox bars, squashed to a view."""
-    boxes = [bounds(valid) if valid.any() else (0, 0, *valid.shape) for valid in images.valid]
-    return _views(images, [(left, top, right, bottom) for top, left, bottom, right in boxes])
+def image_space(context: AuditContext, name: str) -> Space | None:
+    """Correlations of ``crop`` (lesions with their surroundings) or ``whole`` images; None where a side is empty."""
+    lesions = name == "crop"
+    label = "lesion crops" if lesions else "whole images"
+    synthetic, train, held = context.synthetic, context.train, context.real
+    if lesions:
+        synthetic, held = synthetic.with_lesions(), held.with_lesions()
+        train = None if train is None else train.with_lesions()
+    shared = True
+    if train is not None and len(train):
+        # A class that one side lacks would tell members from others without any memory. None in common mostly means
+        # that one side names no classes, which is no reason to compare nothing.
+        common = np.intersect1d(train.classes, held.classes)
+        shared = bool(len(common))
+        if shared:
+            train, held = _only(train, common), _only(held, common)
+    if not (len(synthetic) and len(held) and (train is None or len(train))):
+        return None
+    mine, held_views = views(synthetic, lesions=lesions), views(held, lesions=lesions)
+
+    def compare(first: Views, second: Views, sides: str) -> Values:
+        def track(offsets: range) -> Iterable[int]:
+            return context.track(f"comparing {label}, {sides}", offsets, len(offsets))
+
+        return correlations(first, second, track=track).astype(np.float64)
+
+    alike = correlations(mine, mine, shift=_REPEAT_SHIFT) > REPEATED
+    # An image that a set repeats is one piece of evidence, not many.
+    edges = coo_array(alike | (synthetic.groups[:, None] == synthetic.groups[None, :]))
+    groups = connected_components(edges, directed=False)[1].astype(np.int64)
+    about = (name, label, synthetic, train, held, groups, shared)
+    to_held = compare(mine, held_views, "synthetic with real")
+    if train is None:
+        same = held.groups[:, None] == held.groups[None, :]
+        usual = np.where(same, -1.0, compare(held_views, held_views, "real with real")).max(axis=1)
+        return Space(*about, usual, to_held, views=(mine, held_views))
+    train_views = views(train, lesions=lesions)
+    to_train = compare(mine, train_views, "synthetic with training")
+    held_to_train = compare(held_views, train_views, "real with training")
+    return Space(*about, held_to_train.max(axis=1), to_held, to_train, held_to_train, views=(mine, train_views))
 
 
-def lesion_views(images: ImageSet) -> Views:
-    """A square around each lesion, or around all lesions of an image, as a view.
+def radiomic_space(context: AuditContext, crop: Space) -> Space | None:
+    """Negative distances between radiomic vectors of the images of ``crop``; None without a training set."""
+    if crop.train is None:
+        return None
+    train, synthetic, held = radiomic_vectors(context, crop.train, crop.synthetic, crop.held)
+    about = ("radiomic", "radiomic features", crop.synthetic, crop.train, crop.held, crop.groups, crop.shared)
+    to_held, to_train = (-pairwise.euclidean_distances(synthetic, others) for others in (held, train))
+    held_to_train = -pairwise.euclidean_distances(held, train)
+    within = -pairwise.euclidean_distances(train)
+    return Space(*about, held_to_train.max(axis=1), to_held, to_train, held_to_train, within)
 
-    Raises:
-        ValueError: A mask is empty.
-    """
-    return _views(images, [crop_box(*pair) for pair in zip(images.masks, images.valid, strict=True)])
+
+def _only(images: ImageSet, classes: NDArray[np.str_]) -> ImageSet:
+    rows = np.isin(images.classes, classes)
+    # Taking rows copies gigabytes of large sets.
+    return images if rows.all() else images.take(rows)
+
+
+def views(images: ImageSet, *, lesions: bool) -> Views:
+    """Squares around the lesions of each image, or each image without its letterbox bars, squashed."""
+    found = np.empty((len(images), SIDE, SIDE), dtype=np.float32)
+    for k, (pixels, mask, valid) in enumerate(zip(images.images, images.masks, images.valid, strict=True)):
+        if lesions:
+            box = crop_box(mask, valid)
+        else:
+            top, left, bottom, right = _image_bounds(valid)
+            box = (left, top, right, bottom)
+        # Averaging over the pixels that a view pixel covers keeps speckle from aliasing.
+        image = Image.fromarray(pixels.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BOX, box=box)
+        found[k] = np.asarray(image)
+    found -= ndimage.gaussian_filter(found, (0.0, DETAIL, DETAIL))
+    return found
 
 
 def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, float, float, float]:
-    """The square crop around a lesion, moved and cut so that it shows no letterbox bar: bars look alike everywhere.
+    """Left, top, right and bottom of the square crop around a lesion, in pixels.
 
-    Args:
-        mask: ``bool (H, W)``, True on lesions.
-        valid: ``bool (H, W)``, True on the image.
-
-    Returns:
-        Left, top, right and bottom in pixels.
+    It is moved and cut so that it shows no letterbox bar: bars look alike everywhere. ``mask`` and ``valid``: ``bool
+    (H, W)``, True on lesions and on the image.
 
     Raises:
         ValueError: The mask is empty.
@@ -93,33 +176,30 @@ def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, 
     if not mask.any():
         raise ValueError("an empty mask has no lesion to crop to")
     top, left, bottom, right = bounds(mask)
-    upper, leftmost, lower, rightmost = bounds(valid) if valid.any() else (0, 0, *valid.shape)
+    upper, leftmost, lower, rightmost = _image_bounds(valid)
     side = min(CROP_MARGIN * max(bottom - top, right - left), lower - upper, rightmost - leftmost)
     y = float(np.clip((top + bottom - side) / 2, upper, lower - side))
     x = float(np.clip((left + right - side) / 2, leftmost, rightmost - side))
     return x, y, x + side, y + side
 
 
+def _image_bounds(valid: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    return bounds(valid) if valid.any() else (0, 0, *valid.shape)
+
+
 def correlations(
-    queries: Views, targets: Views, *, shift: int = SHIFT, track: Track | None = None, what: str = "images"
+    queries: Views, targets: Views, *, shift: int = SHIFT, track: Callable[[range], Iterable[int]] = iter
 ) -> Views:
-    """Best normalised correlation of every query with every target, over mirrors and shifts.
+    """Best normalised correlation of every query with every target, over mirrors and shifts: ``float32 (Q, T)``.
 
-    The query's middle is laid on the target at every position within ``shift``; both are standardised over the very
-    pixels that overlap. One matrix product per position does all pairs.
-
-    ``shift``: Largest shift in view pixels, 0 to a quarter of the side.
-
-    Returns:
-        ``float32 (Q, T)``, -1 to 1. A view without any detail correlates at 0 with all.
+    The query's middle is laid on the target at every position within ``shift`` view pixels (at most a quarter of the
+    side); both are standardised over the very pixels that overlap. One matrix product per position does all pairs. A
+    view without any detail correlates at 0 with all. ``track``: Shows progress over the positions.
     """
     inner = slice(shift, SIDE - shift)
     middles = [_standard(view[:, inner, inner]) for view in (queries, queries[:, :, ::-1])]
     best = np.full((len(queries), len(targets)), -1.0, dtype=np.float32)
-    offsets: Iterable[int] = range((2 * shift + 1) ** 2)
-    if track is not None:
-        offsets = track(f"comparing {what}", offsets, (2 * shift + 1) ** 2)
-    for offset in offsets:
+    for offset in track(range((2 * shift + 1) ** 2)):
         y, x = divmod(offset, 2 * shift + 1)
         for start in range(0, len(targets), _BLOCK):
             block = slice(start, start + _BLOCK)
@@ -129,31 +209,15 @@ def correlations(
     return best
 
 
-def align(query: NDArray[np.float32], target: NDArray[np.float32], *, shift: int = SHIFT) -> Alignment:
-    """The position behind one entry of `correlations`.
-
-    ``query``: One view, ``(SIDE, SIDE)``.
-    """
-    inner = slice(shift, SIDE - shift)
-    windows = np.lib.stride_tricks.sliding_window_view(target, (SIDE - 2 * shift,) * 2)
+def align(query: NDArray[np.float32], target: NDArray[np.float32]) -> tuple[float, bool]:
+    """One entry of `correlations`, of two views ``(SIDE, SIDE)``, and whether the query was mirrored for it."""
+    inner = slice(SHIFT, SIDE - SHIFT)
+    windows = np.lib.stride_tricks.sliding_window_view(target, (SIDE - 2 * SHIFT,) * 2)
     flat = _standard(windows.reshape(-1, *windows.shape[2:]))
-    found = []
-    for mirrored, view in ((False, query), (True, query[:, ::-1])):
-        scores = flat @ _standard(view[None, inner, inner])[0]
-        down, right = divmod(int(scores.argmax()), 2 * shift + 1)
-        found.append(Alignment(float(scores.max()), mirrored, down - shift, right - shift))
-    return max(found, key=lambda alignment: alignment.correlation)
-
-
-def _views(images: ImageSet, boxes: list[tuple[float, float, float, float]]) -> Views:
-    views = np.empty((len(images), SIDE, SIDE), dtype=np.float32)
-    for k, box in enumerate(boxes):
-        # Averaging over the pixels that a view pixel covers keeps speckle from aliasing.
-        views[k] = np.asarray(
-            Image.fromarray(images.images[k].astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BOX, box=box)
-        )
-    views -= ndimage.gaussian_filter(views, (0.0, DETAIL, DETAIL))
-    return views
+    upright, mirrored = (
+        float((flat @ _standard(view[None, inner, inner])[0]).max()) for view in (query, query[:, ::-1])
+    )
+    return max(upright, mirrored), mirrored > upright
 
 
 def _standard(windows: NDArray[Any]) -> NDArray[np.float32]:
@@ -165,118 +229,41 @@ def _standard(windows: NDArray[Any]) -> NDArray[np.float32]:
     return rows
 
 
-REPEATED = 0.9
-"""Correlation within the synthetic set above which two images are one piece of evidence."""
+def copy_threshold(reference: Values) -> float:
+    """The correlation above which an image counts as a copy of its nearest neighbour.
 
-_REPEAT_SHIFT = 2
-
-
-@dataclass(frozen=True)
-class Space:
-    """Similarities (greater is nearer) of S synthetic, T training and H held-out images.
-
-    Attributes:
-        name: ``crop``, ``whole`` or ``radiomic``.
-        train: Likewise; None where nobody named a training set.
-        to_held: ``(S, H)``.
-        to_train: ``(S, T)``, or None.
-        held_to_train: ``(H, T)``, or None.
-        within: ``(T, T)`` in the radiomic space; ``(H, H)`` where there is no training set; else None.
-        views: Synthetic, training (or held-out) views, where the space has them.
-        shared: Whether training and held-out images have a class in common, to which they were then restricted.
+    Nearest-neighbour correlations of real images that certainly are no copies say what is usual. Median and median
+    absolute deviation of their Fisher z leave a stray near-duplicate among them without influence, which their maximum
+    would not; the threshold lies six robust standard deviations up.
     """
-
-    name: str
-    label: str
-    synthetic: ImageSet
-    train: ImageSet | None
-    held: ImageSet
-    groups: Rows
-    to_held: Values
-    to_train: Values | None = None
-    held_to_train: Values | None = None
-    within: Values | None = None
-    views: tuple[Views, Views] | None = None
-    shared: bool = True
+    z = np.arctanh(reference.clip(-0.999999, 0.999999))
+    middle = float(np.median(z))
+    return float(np.tanh(middle + COPY_SIGMAS * 1.4826 * float(np.median(np.abs(z - middle)))))
 
 
-def image_space(context: AuditContext, name: str) -> Space | None:
-    """Correlations of ``crop`` (lesions with their surroundings) or ``whole`` images; None where a side is empty."""
-    make, label, lesions = {
-        "crop": (lesion_views, "lesion crops", True),
-        "whole": (whole_views, "whole images", False),
-    }[name]
-    sets = _sets(context, lesions_only=lesions)
-    if sets is None:
-        return None
-    synthetic, train, held = sets
-    shared = train is None or bool(np.isin(train.classes, held.classes).any())
-    mine, held_views = make(synthetic), make(held)
-
-    def compare(first: Views, second: Views, sides: str) -> Values:
-        return correlations(first, second, track=context.track, what=f"{label}, {sides}").astype(np.float64)
-
-    alike = correlations(mine, mine, shift=_REPEAT_SHIFT) > REPEATED
-    groups = joined(synthetic.groups, alike)
-    to_held = compare(mine, held_views, "synthetic with real")
-    if train is None:
-        within = compare(held_views, held_views, "real with real")
-        return Space(name, label, synthetic, None, held, groups, to_held, within=within, views=(mine, held_views))
-    train_views = make(train)
-    return Space(
-        name,
-        label,
-        synthetic,
-        train,
-        held,
-        groups,
-        to_held,
-        to_train=compare(mine, train_views, "synthetic with training"),
-        held_to_train=compare(held_views, train_views, "real with training"),
-        views=(mine, train_views),
-        shared=shared,
-    )
+def copied_share(nearest: Values, reference: Values) -> float:
+    """Share of ``nearest`` above the threshold that ``reference`` sets."""
+    return float((nearest > copy_threshold(reference)).mean())
 
 
-def radiomic_space(context: AuditContext, crop: Space) -> Space | None:
-    """Negative distances between radiomic vectors of the images of ``crop``; None without a training set."""
-    if crop.train is None:
-        return None
-    tables = [radiomics.for_set(context, images) for images in (crop.synthetic, crop.train, crop.held)]
-    synthetic, train, held = (radiomics.matrix(table, tables[1]) for table in tables)
-    standardise = Standardiser.fit(train)
-    mine, trained, others = standardise(synthetic), standardise(train), standardise(held)
-    return Space(
-        "radiomic",
-        "radiomic features",
-        crop.synthetic,
-        crop.train,
-        crop.held,
-        crop.groups,
-        to_held=-pairwise.euclidean_distances(mine, others),
-        to_train=-pairwise.euclidean_distances(mine, trained),
-        held_to_train=-pairwise.euclidean_distances(others, trained),
-        within=-pairwise.euclidean_distances(trained),
-        shared=crop.shared,
-    )
+def auc(greater: Values, smaller: Values) -> float:
+    """Chance that a value of the first exceeds one of the second: Mann and Whitney's U, scaled. 0.5 where alike."""
+    ranks = stats.rankdata(np.concatenate([greater, smaller]))
+    n, m = len(greater), len(smaller)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def _sets(context: AuditContext, *, lesions_only: bool) -> tuple[ImageSet, ImageSet | None, ImageSet] | None:
-    synthetic, train, held = context.synthetic, context.train, context.real
-    if lesions_only:
-        synthetic, held = synthetic.with_lesions(), held.with_lesions()
-        train = None if train is None else train.with_lesions()
-    if train is not None and len(train):
-        # A class that one side lacks would tell members from others without any memory.
-        common = np.intersect1d(train.classes, held.classes)
-        # None in common mostly means that one side names no classes, which is no reason to compare nothing.
-        if len(common):
-            train, held = (_only(part, common) for part in (train, held))
-    sides = [len(synthetic), len(held)] + ([] if train is None else [len(train)])
-    return (synthetic, train, held) if min(sides) else None
+def detected(members: Values, others: Values) -> float:
+    """Share of members that lie above 99 % of the others: true positives at 1 % false positives."""
+    return float((members > np.quantile(others, 1 - LOW_FALSE_POSITIVES)).mean())
 
 
-def _only(images: ImageSet, classes: NDArray[np.str_]) -> ImageSet:
-    rows = np.isin(images.classes, classes)
-    # Taking rows copies gigabytes of large sets.
-    return images if rows.all() else images.take(rows)
+def authentic(to_train: Values, within_train: Values, train_groups: Rows) -> NDArray[np.bool_]:
+    """Which images are not nearer to their nearest training image than that is to any other group's training image.
+
+    Alaa et al. 2022, section 3.3. Training images of the same patient do not count as another, because a held-out image
+    has no such companion either. ``to_train``: ``(N, T)`` similarities. ``within_train``: ``(T, T)`` similarities.
+    """
+    others = np.where(train_groups[:, None] == train_groups[None, :], -np.inf, within_train).max(axis=1)
+    nearest = to_train.argmax(axis=1)
+    return np.asarray(to_train.max(axis=1) <= others[nearest])

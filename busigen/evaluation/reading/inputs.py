@@ -1,4 +1,4 @@
-"""Which real images a generator has not seen: only these can say how good its images are."""
+"""The sets of an audit, and which real images a generator has not seen: only these can say how good its images are."""
 
 from __future__ import annotations
 
@@ -14,13 +14,137 @@ from busigen.data.geometry import around
 from busigen.data.prepared import Prepared
 from busigen.data.splits import NEAR_DUPLICATE, copies_of, thumbnail
 from busigen.errors import InputError
-from busigen.evaluation.cache import fingerprint
-from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.context import ImageSet, fingerprint
 from busigen.evaluation.reading.sets import background_mode, from_prepared, read_set
 from busigen.evaluation.statistics.grouped import rows_by_group, take
 from busigen.runtime.progress import Progress
 
 TRAINING = "train"
+
+READ_FACTOR = 4
+"""So many times the limit are read before whole groups are drawn: reading is what takes time in a large set."""
+
+
+def read_inputs(
+    synthetic: Path,
+    real: Path,
+    train_split: Path | None,
+    external: Path | None,
+    limit: int | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the sets of an audit, at most ``limit`` images each, and leave training images out of the real ones.
+
+    Returns:
+        The sets by their name in `AuditContext`, and what the report says about them.
+
+    Raises:
+        InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
+            left that did not train the generator.
+    """
+    notes: list[str] = []
+    read_limit = None if limit is None else READ_FACTOR * limit
+    prepared = None if train_split is None else Prepared.open(train_split)
+    try:
+        made, judge = (read_set(path, progress, limit=read_limit, seed=seed) for path in (synthetic, real))
+        other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
+    finally:
+        progress.stop()
+    files = set(judge.table["sha256"])
+    shared = sum(sha256 in files for sha256 in made.table["sha256"])
+    if shared == len(made):
+        raise InputError(
+            f"every image of {synthetic} is one of {real} as well: a set cannot be judged by itself.",
+            fix="Give the synthetic set first and real images with --real.",
+        )
+    if shared:
+        notes.append(f"{shared} of the synthetic images are also files of the real set: the figures flatter them.")
+    train = None
+    if prepared is not None:
+        parted = split_by_training(judge, prepared)
+        judge, train = parted.held_out, parted.train
+        if not len(judge):
+            raise InputError(
+                f"every image of {real} trained the generator, or is a near-duplicate of one that did.",
+                fix="Give real images that it has not seen, such as the prepared folder with its val and test splits.",
+            )
+        notes.append(
+            f"Of the real images read, {parted.same} trained the generator and {parted.near} more resemble a training "
+            f"image or share its patient; {len(judge)} are held out, and only these are compared with."
+        )
+        if other is not None:
+            other = _external(other, external, prepared, notes)
+    else:
+        notes.append(
+            "Nobody said which real images trained the generator: if the real set holds some, the figures flatter it. "
+            "--train-split names them."
+        )
+
+    def cut(name: str, images: ImageSet) -> ImageSet:
+        kept = draw(images, limit, seed)
+        if len(kept) < len(images) or len(images) == read_limit:
+            notes.append(f"The {name} set is judged by {len(kept)} images, drawn at random in whole groups.")
+        return kept
+
+    parts = {
+        "synthetic": cut("synthetic", made),
+        "real": cut("real", judge),
+        "train": train,
+        "external": other and cut("external", other),
+    }
+    notes.extend(f"Of the {name} set: {note}." for name, part in parts.items() if part for note in part.notes)
+    sets = {name: None if part is None else _description(part) for name, part in parts.items()}
+    counts = {
+        name: f"{part['images']} images with {part['lesions']} lesions in {part['groups']} groups"
+        + (f"; {len(part['refused'])} files refused" if part["refused"] else "")
+        for name, part in sets.items()
+        if part is not None
+    }
+    return {**parts, "backgrounds": background_mode(made)}, {"sets": sets, "counts": counts, "notes": notes}
+
+
+def _external(images: ImageSet, path: Path | None, prepared: Prepared, notes: list[str]) -> ImageSet:
+    """The external images that trained nothing: the utility section's networks learn from the training images."""
+    parted = split_by_training(images, prepared)
+    kept = len(parted.held_out)
+    if not kept:
+        raise InputError(
+            f"--external {path}: every image trained the generator, or is a near-duplicate of one that did.",
+            fix="Give real images that it has not seen, or leave --external out.",
+        )
+    if gone := len(images) - kept:
+        reasons = {
+            "trained the generator": parted.same,
+            "resemble a training image or share its patient": parted.near,
+            "are in no split of the prepared folder": gone - parted.same - parted.near,
+        }
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        notes.append(f"Of the external images read, {gone} were left out ({counted}); {kept} are tested on.")
+    return parted.held_out
+
+
+def draw(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
+    """At most ``limit`` images: whole groups in random order, the last of them cut to fit."""
+    if limit is None or len(images) <= limit:
+        return images
+    rows = take(rows_by_group(images.groups), limit, np.random.default_rng([seed, len(images)]))
+    return images.take(np.sort(rows))
+
+
+def _description(images: ImageSet) -> dict[str, Any]:
+    """What a report says of a set, in JSON types."""
+    return {
+        "name": images.name,
+        "layout": images.layout,
+        "images": len(images),
+        "lesions": len(np.flatnonzero(images.masks.any(axis=(1, 2)))),
+        "groups": int(images.table["group"].n_unique()),
+        "classes": dict(images.table["class"].value_counts().sort("class").iter_rows()),
+        "refused": [refusal.to_dict() for refusal in images.refused],
+        "notes": list(images.notes),
+        "fingerprint": fingerprint(images),
+    }
 
 
 @dataclass(frozen=True)
@@ -45,7 +169,7 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
 
     An image that the prepared folder knows by its file's sha256 keeps the split it has there, so that for the prepared
     folder itself the result is its splits. Any other image counts as training where its name is a training image's,
-    where it looks like one (thumbnail correlation above ``groups.NEAR_DUPLICATE``), is a copy that was mirrored, turned
+    where it looks like one (thumbnail correlation above ``splits.NEAR_DUPLICATE``), is a copy that was mirrored, turned
     or cropped, or where one of its group does.
     """
     train = from_prepared(prepared, (TRAINING,))
@@ -58,7 +182,9 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
     if stranger.any():
         unknown = real.take(stranger)
         small, other = thumbnails(unknown), thumbnails(train)
-        like[stranger] |= _alike(small, other) | copies_of(small, _aspects(unknown), other, _aspects(train))
+        like[stranger] |= copies_of(small, _aspects(unknown), other, _aspects(train))
+        if len(train):
+            like[stranger] |= correlations(small, other).max(axis=1) > NEAR_DUPLICATE
     related = like | (stranger & np.isin(real.groups, np.unique(real.groups[like])))
     # Images that the prepared folder excluded link its splits: they prove nothing on either side.
     held_out = ~related & ~np.isin(splits, [TRAINING, "excluded"])
@@ -68,7 +194,7 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
 
 
 def thumbnails(images: ImageSet) -> NDArray[np.float32]:
-    """``float32 (N, 64, 64)`` of the images without their letterbox bars, for ``data.groups``."""
+    """``float32 (N, 64, 64)`` of the images without their letterbox bars, for ``data.splits``."""
     small = np.zeros((len(images), 64, 64), np.float32)
     for row, (image, valid) in enumerate(zip(images.images, images.valid, strict=True)):
         if valid.any():
@@ -89,158 +215,3 @@ def correlations(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDA
 
 def _aspects(images: ImageSet) -> NDArray[np.float64]:
     return (images.table["width"] / images.table["height"]).to_numpy()
-
-
-def _alike(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """``bool (N,)``: which of the first have a near-duplicate among the second."""
-    if not len(second):
-        return np.zeros(len(first), np.bool_)
-    return np.asarray(correlations(first, second).max(axis=1) > NEAR_DUPLICATE)
-
-
-READ_FACTOR = 4
-"""So many times the limit are read before whole groups are drawn: reading is what takes time in a large set."""
-
-
-def draw(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
-    """At most ``limit`` images: whole groups in random order, the last of them cut to fit."""
-    if limit is None or len(images) <= limit:
-        return images
-    rows = take(rows_by_group(images.groups), limit, np.random.default_rng([seed, len(images)]))
-    return images.take(np.sort(rows))
-
-
-def read_inputs(
-    synthetic: Path,
-    real: Path,
-    train_split: Path | None,
-    external: Path | None,
-    limit: int | None,
-    seed: int,
-    progress: Progress,
-) -> tuple[AuditContext, dict[str, Any]]:
-    """Read the sets of an audit and part the real one.
-
-    ``external``: A further real set; its training images are left out as well. ``limit``: Greatest number of images per
-    set but the training one; None for all.
-
-    Returns:
-        A context with the sets and nothing else, and what the report says about them.
-
-    Raises:
-        InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
-            left that did not train the generator.
-    """
-    notes: list[str] = []
-    read_limit = None if limit is None else READ_FACTOR * limit
-    prepared = None if train_split is None else Prepared.open(train_split)
-    try:
-        made, judge = (read_set(path, progress, limit=read_limit, seed=seed) for path in (synthetic, real))
-        other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
-    finally:
-        progress.stop()
-    if shared := _shared(made, judge, synthetic, real):
-        notes.append(f"{shared} of the synthetic images are also files of the real set: the figures flatter them.")
-    train = None
-    if prepared is not None:
-        parted = split_by_training(judge, prepared)
-        judge, train = parted.held_out, parted.train
-        if not len(judge):
-            raise InputError(
-                f"every image of {real} trained the generator, or is a near-duplicate of one that did.",
-                fix="Give real images that it has not seen, such as the prepared folder with its val and test splits.",
-            )
-        notes.append(
-            f"Of the real images read, {parted.same} trained the generator and {parted.near} more resemble a training "
-            f"image or share its patient; {len(judge)} are held out, and only these are compared with."
-        )
-        if other is not None:
-            other = _external(other, external, prepared, notes)
-    else:
-        notes.append(
-            "Nobody said which real images trained the generator: if the real set holds some, the figures flatter it. "
-            "--train-split names them."
-        )
-    named = {"synthetic": made, "real": judge, "train": train, "external": other}
-    generated = {
-        name: part if part is None or name == "train" else draw(part, limit, seed) for name, part in named.items()
-    }
-    for name in ("synthetic", "real", "external"):
-        before, after = named[name], generated[name]
-        if before is not None and after is not None and (len(after) < len(before) or len(before) == read_limit):
-            notes.append(f"The {name} set is judged by {len(after)} images, drawn at random in whole groups.")
-    chosen, judges = generated["synthetic"], generated["real"]
-    assert chosen is not None and judges is not None
-    notes.extend(f"Of the {name} set: {note}." for name, part in generated.items() if part for note in part.notes)
-    context = AuditContext(
-        synthetic=chosen,
-        real=judges,
-        train=generated["train"],
-        external=generated["external"],
-        out=Path(),
-        backgrounds=background_mode(made),
-    )
-    sets = {name: None if part is None else describe(part) for name, part in generated.items()}
-    counts = {
-        name: f"{part['images']} images with {part['lesions']} lesions in {part['groups']} groups"
-        + (f"; {len(part['refused'])} files refused" if part["refused"] else "")
-        for name, part in sets.items()
-        if part is not None
-    }
-    return context, {"sets": sets, "counts": counts, "notes": notes}
-
-
-def _shared(made: ImageSet, judge: ImageSet, synthetic: Path, real: Path) -> int:
-    """How many synthetic images are files of the real set, byte by byte.
-
-    Raises:
-        InputError: all are.
-    """
-    files = set(judge.table["sha256"])
-    shared = sum(sha256 in files for sha256 in made.table["sha256"])
-    if shared == len(made):
-        raise InputError(
-            f"every image of {synthetic} is one of {real} as well: a set cannot be judged by itself.",
-            fix="Give the synthetic set first and real images with --real.",
-        )
-    return shared
-
-
-def _external(images: ImageSet, path: Path | None, prepared: Prepared, notes: list[str]) -> ImageSet:
-    """The external images that trained nothing: every network of the utility section learns from the training images.
-
-    Raises:
-        InputError: none is left.
-    """
-    parted = split_by_training(images, prepared)
-    kept = len(parted.held_out)
-    if not kept:
-        raise InputError(
-            f"--external {path}: every image trained the generator, or is a near-duplicate of one that did.",
-            fix="Give real images that it has not seen, or leave --external out.",
-        )
-    if gone := len(images) - kept:
-        reasons = {
-            "trained the generator": parted.same,
-            "resemble a training image or share its patient": parted.near,
-            "are in no split of the prepared folder": gone - parted.same - parted.near,
-        }
-        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-        notes.append(f"Of the external images read, {gone} were left out ({counted}); {kept} are tested on.")
-    return parted.held_out
-
-
-def describe(images: ImageSet) -> dict[str, Any]:
-    """What a report says of a set, in JSON types."""
-    counts = images.table["class"].value_counts().sort("class")
-    return {
-        "name": images.name,
-        "layout": images.layout,
-        "images": len(images),
-        "lesions": len(np.flatnonzero(images.masks.any(axis=(1, 2)))),
-        "groups": int(images.table["group"].n_unique()),
-        "classes": dict(counts.iter_rows()),
-        "refused": [refusal.to_dict() for refusal in images.refused],
-        "notes": list(images.notes),
-        "fingerprint": fingerprint(images),
-    }

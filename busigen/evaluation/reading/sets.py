@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from scipy import ndimage
 
-from busigen.data import prepared as schema
-from busigen.data.images import ImageFile, read_image
-from busigen.data.letterbox import Letterbox
-from busigen.data.prepared import Prepared
-from busigen.data.sources.read import UnknownLayoutError, read_source
-from busigen.data.sources.records import Listing, Record, Refusal, counted
-from busigen.data.splits import near_duplicate_groups
+from busigen.data.images import MARK_SHARE, refuse_fault
+from busigen.data.inpainting import without_overlays
+from busigen.data.letterbox import Letterbox, letterbox, letterbox_coverage, letterbox_mask
+from busigen.data.overlays import find_overlays, suspect_mask
+from busigen.data.prepared import INFO, Prepared
+from busigen.data.sources.records import Refusal, counted
+from busigen.data.splits import near_duplicate_groups, thumbnail
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet
-from busigen.evaluation.reading.archives import list_archives
-from busigen.evaluation.reading.items import Frame, Item, frame, read_files
+from busigen.evaluation.reading.listing import Item, list_set
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
-from busigen.runtime.dataset.collection import open_parts, parts_of
-from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER
-from busigen.runtime.dataset.reader import refuse_unreadable
 from busigen.runtime.progress import Progress
 
 TABLE = {
@@ -47,10 +44,11 @@ TABLE = {
 }
 """Columns of ``ImageSet.table``, which says what they hold."""
 
-DATASET_LAYOUT = "busigen dataset"
-SHARDS_LAYOUT = "WebDataset shards"
-PREPARED_LAYOUT = "prepared folder"
+BAR_LEVEL, BAR_WIDTH = 6, 3
+"""Grey level that no pixel of a letterbox bar exceeds; compression and networks leave a few levels in them. And least
+width in pixels of a pair of bars; anything thinner may be the image's own dark rim."""
 
+_ARRAYS = {"images": np.uint8, "masks": np.bool_, "valid": np.bool_, "overlays": np.bool_, "clean": np.uint8}
 _WORKERS = min(8, os.cpu_count() or 1)
 # Frames that wait to be stacked: enough to keep the readers busy, few enough to stay small.
 _BLOCK = 64
@@ -61,51 +59,65 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
 
     Layouts: a busigen dataset; a folder of WebDataset shards (or one shard); a prepared folder, without its excluded
     images; BUSI, BUS-BRA, or ``images/`` and ``masks/``. Images are letterboxed, never squashed; groups are patients,
-    shared backgrounds and near-duplicates. Files that cannot be read are named in ``refused``, the rest is read.
-
-    Five thousand images take about 1.8 GB.
-
-    ``limit``: Read at most this many images, drawn at random; None reads all.
+    shared backgrounds and near-duplicates. Files that cannot be read are named in ``refused``, the rest is read. At
+    most ``limit`` images are read, drawn at random. Five thousand images take about 1.8 GB.
 
     Raises:
         InputError: the folder is missing, has no known layout, or none of its images can be read.
         IntegrityError: a prepared folder is not what its record says.
     """
     path = Path(path)
-    if (path / schema.INFO).is_file():
+    if (path / INFO).is_file():
         found = from_prepared(Prepared.open(path), tuple(SPLITS))
         return found if limit is None else found.take(_draw(len(found), limit, seed))
     refused: list[Refusal] = []
     notes: list[str] = []
-    layout, items = _list(path, refused, notes)
-    generated = [items[k] for k in _draw(len(items), limit, seed)]
-    frames = _Stack(len(generated))
+    layout, items = list_set(path, refused, notes)
+    items = [items[k] for k in _draw(len(items), limit, seed)]
+    # Room for all from the start: a list of frames would hold everything twice when stacked.
+    shape = (len(items), RESOLUTION, RESOLUTION)
+    arrays: dict[str, NDArray[Any]] = {name: np.empty(shape, kind) for name, kind in _ARRAYS.items()}
+    rows: list[dict[str, Any]] = []
+    thumbnails: list[NDArray[np.float32]] = []
+    patients: list[str | None] = []
     readings: dict[str, list[str]] = {}
     progress = progress or Progress()
-    progress.start(f"reading {path.name}", len(generated), unit="image")
+    progress.start(f"reading {path.name}", len(items), unit="image")
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for start in range(0, len(generated), _BLOCK):
-            for item, result in zip(generated[start:], pool.map(_try, generated[start : start + _BLOCK]), strict=False):
-                if isinstance(result, BusigenError):
-                    refused.append(Refusal(item.file, result.problem, result.fix))
+        for start in range(0, len(items), _BLOCK):
+            block = items[start : start + _BLOCK]
+            for item, frame in zip(block, pool.map(_try_frame, block), strict=True):
+                if isinstance(frame, BusigenError):
+                    refused.append(Refusal(item.file, frame.problem, frame.fix))
                 else:
-                    frames.add(result, item.patient)
-                    for note in result.notes:
+                    for name, array in frame.arrays.items():
+                        arrays[name][len(rows)] = array
+                    rows.append(frame.row)
+                    thumbnails.append(frame.thumbnail)
+                    patients.append(item.patient)
+                    for note in frame.notes:
                         readings.setdefault(note, []).append(item.file)
                 progress.advance(1)
-    if not frames.rows:
+    if not rows:
         first = f" The first problem: {refused[0].file}: {refused[0].problem}" if refused else ""
         said = "".join(f" Of the rest: {note}." for note in notes)
         raise InputError(f"{path} holds no image that can be read.{first}{said}", fix="Give another folder.")
     notes.extend(counted(note, files) for note, files in readings.items())
-    return replace(frames.finish(path.resolve().name, layout, refused), notes=tuple(notes))
+    groups = near_duplicate_groups(np.stack(thumbnails), patients, [row["width"] / row["height"] for row in rows])
+    for row, group in zip(rows, groups, strict=True):
+        row["group"] = int(group)
+    return ImageSet(
+        name=path.resolve().name,
+        table=pl.DataFrame(rows, schema=TABLE),
+        layout=layout,
+        refused=tuple(refused),
+        notes=tuple(notes),
+        **{name: array[: len(rows)] for name, array in arrays.items()},
+    )
 
 
 def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: bool = False) -> ImageSet:
-    """The images of some splits of a prepared folder.
-
-    ``splits``: Names of ``registry.SPLITS``.
-    """
+    """The images of some ``registry.SPLITS`` of a prepared folder."""
     table = prepared.table.filter(pl.col("split").is_in(splits))
     if lesions_only:
         table = table.filter(pl.col("lesions") > 0)
@@ -114,21 +126,15 @@ def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: 
     side = prepared.images.shape[1]
     valid = np.stack([Letterbox(*box).valid for box in boxes]) if len(rows) else np.zeros((0, side, side), np.bool_)
     columns = table.select(
-        "id",
-        "class",
-        "group",
-        pl.col("image_file").alias("file"),
-        "sha256",
-        "width",
-        "height",
-        pl.lit(None, pl.String).alias("mode"),
-        pl.col("overlay_colour").alias("colour"),
-        "lesions",
-        pl.col("overlay_text").alias("text"),
-        pl.col("overlay_calipers").alias("calipers"),
-        pl.lit(None, pl.String).alias("background"),
+        *("id", "class", "group", "sha256", "width", "height", "lesions"),
         pl.col("mask_files").list.len().cast(pl.Int64),
-    )
+        file="image_file",
+        colour="overlay_colour",
+        text="overlay_text",
+        calipers="overlay_calipers",
+        mode=pl.lit(None, pl.String),
+        background=pl.lit(None, pl.String),
+    ).select(list(TABLE))
     return ImageSet(
         name=prepared.folder.resolve().name,
         images=np.asarray(prepared.images[rows]),
@@ -137,76 +143,19 @@ def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: 
         overlays=np.asarray(prepared.overlays[rows]),
         clean=np.asarray(prepared.clean[rows]),
         table=columns,
-        layout=PREPARED_LAYOUT,
+        layout="prepared folder",
     )
 
 
 def background_mode(images: ImageSet) -> Backgrounds:
-    """What the set's lesions were painted into, by its own records.
+    """What the set's lesions were painted into, by its own records: ``real`` where any image was, else ``synthetic``.
 
-    Returns:
-        ``real`` where any image was painted into a real one, ``synthetic`` where all backgrounds are synthetic,
-        ``unknown`` where nothing is recorded.
+    ``unknown`` where nothing is recorded.
     """
     backgrounds = images.table["background"].drop_nulls().unique().to_list()
     if any(background != SYNTHETIC for background in backgrounds):
         return "real"
     return "synthetic" if backgrounds else "unknown"
-
-
-def _list(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, list[Item]]:
-    """The layout's name and the set's images, unopened."""
-    if path.is_file() and path.suffix == ".tar":
-        return SHARDS_LAYOUT, list_archives([path], refused, notes)
-    if not path.is_dir():
-        problem = "is a file, but no .tar" if path.exists() else "does not exist"
-        raise InputError(f"{path} {problem}.", fix="Give the folder that holds the images and masks.")
-    if any((path / name).is_file() for name in (DATASET_FILE, RUN_FILE)):
-        places = parts_of(path) or [path]
-        for place in places:
-            refuse_unreadable(place)
-        folders = [place / SHARD_FOLDER for place in places]
-        items = list_archives([tar for folder in folders for tar in sorted(folder.glob("*.tar"))], refused, notes)
-        _check_count(path, len(items), refused)
-        return DATASET_LAYOUT, items
-    archives = sorted([*path.glob("*.tar"), *(path / SHARD_FOLDER).glob("*.tar")])
-    if archives:
-        return SHARDS_LAYOUT, list_archives(archives, refused, notes)
-    try:
-        listing = read_source(path, unlabelled=True)
-    except UnknownLayoutError as error:
-        raise InputError(
-            error.problem,
-            fix=f"Give a busigen dataset, a prepared folder, a folder of .tar shards, or a set. {error.fix}",
-        ) from error
-    refused.extend(listing.refused)
-    notes.extend(listing.notes)
-    return listing.layout, [_sets_item(listing, record) for record in listing.records]
-
-
-def _sets_item(listing: Listing, record: Record) -> Item:
-    def read() -> tuple[ImageFile, NDArray[np.bool_], int]:
-        return read_files(read_image(record.image), ((path, None) for path in record.masks))
-
-    return Item(record.id, listing.relative(record.image), record.image_class, read, record.patient)
-
-
-def _check_count(path: Path, found: int, refused: list[Refusal]) -> None:
-    """Note a dataset that is unfinished or lacks samples; what is there can be judged all the same."""
-    try:
-        count = sum(part.plan.count for part in open_parts(path))
-    except BusigenError as error:
-        refused.append(Refusal(path.name, error.problem, error.fix))
-        return
-    if count != found:
-        refused.append(Refusal(path.name, f"Its shards hold {found} of {count} samples.", "Run `busigen verify`."))
-
-
-def _try(item: Item) -> Frame | BusigenError:
-    try:
-        return frame(item)
-    except BusigenError as error:
-        return error
 
 
 def _draw(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
@@ -216,38 +165,70 @@ def _draw(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng([seed, count]).permutation(count)[:limit])
 
 
-class _Stack:
-    """Frames in arrays that have room for all from the start: a list would hold everything twice when stacked."""
+@dataclass(frozen=True)
+class _Frame:
+    """One image in the working frame: its arrays in an `ImageSet`, a ``(64, 64)`` thumbnail, the table's row.
 
-    def __init__(self, count: int) -> None:
-        shape = (count, RESOLUTION, RESOLUTION)
-        self.images, self.clean = (np.empty(shape, np.uint8) for _ in range(2))
-        self.masks, self.valid, self.overlays = (np.empty(shape, np.bool_) for _ in range(3))
-        self.thumbnails: list[NDArray[np.float32]] = []
-        self.patients: list[str | None] = []
-        self.rows: list[dict[str, object]] = []
+    ``notes`` say how its files were read where that is not as stored.
+    """
 
-    def add(self, new: Frame, patient: str | None) -> None:
-        row = len(self.rows)
-        self.images[row], self.masks[row], self.valid[row] = new.image, new.mask, new.valid
-        self.overlays[row], self.clean[row] = new.overlay, new.clean
-        self.thumbnails.append(new.thumbnail)
-        self.patients.append(patient)
-        self.rows.append(new.row)
+    arrays: dict[str, NDArray[Any]]
+    thumbnail: NDArray[np.float32]
+    row: dict[str, Any]
+    notes: tuple[str, ...]
 
-    def finish(self, name: str, layout: str, refused: Sequence[Refusal]) -> ImageSet:
-        count = len(self.rows)
-        aspects = [float(str(row["width"])) / float(str(row["height"])) for row in self.rows]
-        groups = near_duplicate_groups(np.stack(self.thumbnails), self.patients, aspects)
-        rows = [{**row, "group": int(group)} for row, group in zip(self.rows, groups, strict=True)]
-        return ImageSet(
-            name=name,
-            images=self.images[:count],
-            masks=self.masks[:count],
-            valid=self.valid[:count],
-            overlays=self.overlays[:count],
-            clean=self.clean[:count],
-            table=pl.DataFrame(rows, schema=TABLE),
-            layout=layout,
-            refused=tuple(refused),
-        )
+
+def _try_frame(item: Item) -> _Frame | BusigenError:
+    """Read an item and fit it into the working frame; an error where a file is missing, damaged or no image.
+
+    Unlike ``data.prepare.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or
+    surplus masks are what an audit looks for.
+    """
+    try:
+        file, lesions, mask_files = item.read()
+        image, box = letterbox(file.pixels)
+        refuse_fault(file.path.name, image, box.valid)
+    except BusigenError as error:
+        return error
+    mask = letterbox_mask(lesions, box)
+    overlays = find_overlays(file.pixels)
+    painted = overlays.mask if file.coloured is None else overlays.mask | file.coloured
+    clean, _ = letterbox(without_overlays(file.pixels, suspect_mask(file.pixels, file.coloured, overlays.mask)))
+    arrays = {
+        "images": image,
+        "masks": mask,
+        "valid": _valid(image, box),
+        "overlays": letterbox_coverage(painted, box) > 0,
+        "clean": clean,
+    }
+    row = {
+        "id": item.id,
+        "class": item.image_class,
+        "file": item.file,
+        "sha256": file.sha256,
+        "width": file.width,
+        "height": file.height,
+        "mode": file.mode,
+        "colour": file.coloured is not None and bool(file.coloured.mean() > MARK_SHARE),
+        "lesions": int(ndimage.label(mask, structure=np.ones((3, 3)))[1]),
+        "text": overlays.text,
+        "calipers": overlays.calipers,
+        "background": item.background,
+        "mask_files": mask_files,
+    }
+    return _Frame(arrays, thumbnail(file.pixels), row, file.notes)
+
+
+def _valid(image: NDArray[np.uint8], box: Letterbox) -> NDArray[np.bool_]:
+    """Pixels that are image: without the bars added here, and without those that a square file brought along."""
+    valid = box.valid
+    if box.width != box.height:
+        return valid
+    for axis in (0, 1):
+        bright = np.flatnonzero(image.max(axis=1 - axis) > BAR_LEVEL)
+        before, after = (int(bright[0]), len(image) - 1 - int(bright[-1])) if bright.size else (0, 0)
+        # A letterbox is centred, a dark rim need not be.
+        if min(before, after) >= BAR_WIDTH and abs(before - after) <= 1:
+            np.moveaxis(valid, axis, 0)[[*range(before), *range(len(image) - after, len(image))]] = False
+            break
+    return valid

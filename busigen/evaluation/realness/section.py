@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
@@ -14,33 +14,22 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
+from busigen.evaluation.realness import classifiers
 from busigen.evaluation.realness.classifiers import (
-    BAND,
-    MARGIN,
     VIEWS,
+    Floats,
     Ints,
+    Pixels,
     Ridge,
     Task,
     View,
     auc,
     bootstrap_auc,
     folds,
-    network_name,
-    resnet_scores,
-    scattering_features,
-    shuffled_sides,
 )
 from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
-from busigen.evaluation.statistics.grouped import (
-    ALPHA,
-    FEWEST_TO_FLAG,
-    HALVINGS,
-    RESAMPLES,
-    adjusted,
-    halves,
-    joint_groups,
-    middle,
-)
+from busigen.evaluation.statistics import grouped
+from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, RESAMPLES, adjusted, halves
 from busigen.registry import SYNTHETIC
 
 SECTION = "realness"
@@ -49,30 +38,20 @@ FOLDS = 5
 PERMUTATIONS = 999
 
 _SHOWN = 15
-_REAL_BACKGROUNDS = (
-    "The synthetic lesions were painted into real images, so most pixels of a whole image are real: what counts here "
-    "is the lesion crop and the ring around the outline."
-)
-
-
-_Separation = tuple[Figure, tuple[float, ...]]
-"""What one classifier makes of one view, its p-value not yet adjusted, and where shuffled labels lie."""
+_COLUMNS = 5
 
 
 def run(context: AuditContext) -> SectionResult:
     """Train classifiers to tell the synthetic from the real set, by group-aware cross-validation.
 
-    Flagged is a view on which the AUC's interval lies above what shuffled labels give, above what two halves of the
-    real set give, and with an adjusted permutation p below ``ALPHA``. Wen et al. (J. Med. Imaging 13(2) 024002, 2026)
-    report an AUC of 0.563 for a ResNet101 on whole images.
-
-    Args:
-        context: The audit. ``quick`` trains a ridge classifier on a fixed scattering network; ``full`` trains a ResNet
-            as well.
+    ``quick`` trains a ridge classifier on a fixed scattering network; ``full`` trains a ResNet as well. Flagged is a
+    view on which the AUC's interval lies above what shuffled labels give, above what two halves of the real set give,
+    and with an adjusted permutation p below ``ALPHA``. Wen et al. (J. Med. Imaging 13(2) 024002, 2026) report an AUC of
+    0.563 for a ResNet101 on whole images.
     """
     result = SectionResult(SECTION)
     context = context.without_overlays()
-    found: list[_Separation] = []
+    found: list[Figure] = []
     for view in context.track("Real or synthetic?", VIEWS.values(), len(VIEWS)):
         sides = _sides(context, view, result)
         if sides is not None:
@@ -81,14 +60,23 @@ def run(context: AuditContext) -> SectionResult:
         _report(context, found, result)
         result.note(CLEAN)
     if context.backgrounds == "real":
-        result.note(_REAL_BACKGROUNDS)
-    result.details["band"] = {"ring_px": BAND, "lesion_margin": MARGIN, "folds": FOLDS, "permutations": PERMUTATIONS}
+        result.note(
+            "The synthetic lesions were painted into real images, so most pixels of a whole image are real: what "
+            "counts here is the lesion crop and the ring around the outline."
+        )
+    result.details["band"] = {
+        "ring_px": classifiers.BAND,
+        "lesion_margin": classifiers.MARGIN,
+        "folds": FOLDS,
+        "permutations": PERMUTATIONS,
+    }
     return result
 
 
 def _sides(context: AuditContext, view: View, result: SectionResult) -> tuple[ImageSet, ImageSet] | None:
     """Real and synthetic images of the classes that both sides have, or None with a note."""
     real, synthetic = context.real, context.synthetic
+    name = view.label.capitalize()
     if view.name != "whole":
         real, synthetic = real.with_lesions(), synthetic.with_lesions()
     common = set(real.classes) & set(synthetic.classes)
@@ -96,29 +84,30 @@ def _sides(context: AuditContext, view: View, result: SectionResult) -> tuple[Im
         left_out = (set(real.classes) | set(synthetic.classes)) - common
         real, synthetic = (s.take(np.isin(s.classes, sorted(common))) for s in (real, synthetic))
         if left_out:
-            result.note(f"{view.label.capitalize()}: images of {', '.join(sorted(left_out))} are on one side only.")
+            result.note(f"{name}: images of {', '.join(sorted(left_out))} are on one side only.")
     elif len(real) and len(synthetic):
-        result.note(f"{view.label.capitalize()}: the sides share no class, so all images are compared with all.")
+        result.note(f"{name}: the sides share no class, so all images are compared with all.")
     for side, groups in (("real", real.groups), ("synthetic", _synthetic_groups(synthetic))):
-        if len(np.unique(groups)) < 4:
-            result.note(f"{view.label.capitalize()}: not tested, the {side} set has {len(np.unique(groups))} groups.")
+        if (count := len(np.unique(groups))) < 4:
+            result.note(f"{name}: not tested, the {side} set has {count} groups.")
             return None
     return real, synthetic
 
 
 def _synthetic_groups(images: ImageSet) -> Ints:
     """Images that share a near-duplicate group or a real background belong together."""
+    backgrounds = images.table["background"]
     # A synthetic background is drawn anew for every image: the word that stands there instead of a hash links none.
-    backgrounds = [None if name == SYNTHETIC else name for name in images.table["background"]]
+    rows = np.flatnonzero((backgrounds.is_not_null() & (backgrounds != SYNTHETIC)).to_numpy())
     _, group = np.unique(images.groups, return_inverse=True)
-    names = {name: k for k, name in enumerate(sorted({b for b in backgrounds if b is not None}))}
-    rows = [k for k, name in enumerate(backgrounds) if name is not None]
-    nodes = len(images) + len(images) + len(names)
-    first = [*range(len(images)), *rows]
-    second = [*(len(images) + group), *(2 * len(images) + names[backgrounds[k]] for k in rows)]
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(nodes, nodes))
+    _, background = np.unique(backgrounds.to_numpy()[rows].astype(np.str_), return_inverse=True)
+    # Nodes are the images, then their groups, then their backgrounds.
+    count = len(images)
+    first = np.concatenate([np.arange(count), rows])
+    second = np.concatenate([count + group, 2 * count + background])
+    graph = coo_array((np.ones(len(first)), (first, second)), shape=(3 * count, 3 * count))
     _, component = connected_components(graph, directed=False)
-    return np.asarray(component[: len(images)], dtype=np.int64)
+    return np.asarray(component[:count], dtype=np.int64)
 
 
 def _task(first: ImageSet, second: ImageSet, groups: tuple[Ints, Ints]) -> Task:
@@ -128,7 +117,7 @@ def _task(first: ImageSet, second: ImageSet, groups: tuple[Ints, Ints]) -> Task:
     return Task(
         side=np.repeat([0, 1], [len(first), len(second)]),
         label=np.unique(names, return_inverse=True)[1].astype(np.int64),
-        group=joint_groups(*groups),
+        group=grouped.joint_groups(*groups),
     )
 
 
@@ -136,69 +125,8 @@ def _fold_count(task: Task) -> int:
     return min(FOLDS, *(len(np.unique(task.group[task.side == side])) for side in (0, 1)))
 
 
-def _separations(
-    context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
-) -> list[_Separation]:
-    pixels = view.of(real), view.of(synthetic)
-    task = _task(real, synthetic, (real.groups, _synthetic_groups(synthetic)))
-    fold = folds(task, _fold_count(task), context.seed)
-    features = scattering_features(np.concatenate(pixels), view.cells, context.device)
-    ridge = Ridge(features, task, fold)
-    rng = context.rng(SECTION, view.name)
-    nulls = []
-    for _ in range(PERMUTATIONS):
-        side = shuffled_sides(task, rng)
-        nulls.append(auc(ridge.scores(side), replace(task, side=side), fold))
-    scores = ridge.scores(task.side)
-    found = [
-        _separation(
-            f"{SECTION}.{view.name}.auc",
-            f"AUC, {view.label}",
-            scores,
-            task,
-            fold,
-            nulls,
-            _ridge_floor(context, view, real, features[: len(real)]),
-            rng,
-            "Ridge classifier on a fixed two-layer scattering network, trained anew for every permutation.",
-        )
-    ]
-    if view.name == "lesion":
-        _sheets(context, pixels[1], scores[task.side == 1], result)
-    if context.effort == "full":
-        found.append(_trained_separation(context, view, np.concatenate(pixels), real, task, fold, rng))
-    return found
-
-
-def _separation(
-    key: str,
-    label: str,
-    scores: NDArray[np.float64],
-    task: Task,
-    fold: Ints,
-    nulls: list[float],
-    floor: Interval | None,
-    rng: np.random.Generator,
-    note: str,
-) -> _Separation:
-    value = auc(scores, task, fold)
-    low, high = bootstrap_auc(scores, task, fold, rng, RESAMPLES)
-    null = tuple(np.nanpercentile(nulls, [2.5, 97.5]).tolist())
-    p = (1 + sum(other >= value for other in nulls)) / (len(nulls) + 1)
-    figure = Figure(
-        key=key,
-        label=label,
-        value=Interval(value, low, high),
-        floor=floor,
-        synthetic=int((task.side == 1).sum()),
-        real=int((task.side == 0).sum()),
-        p=p,
-        note=f"{note} Shuffled labels give {null[0]:.2f} to {null[1]:.2f} in 95 of 100 cases.",
-    )
-    return figure, null
-
-
 def _halved(real: ImageSet, rows: tuple[Ints, Ints], seed: int) -> tuple[Task, Ints] | None:
+    """The task of telling two halves of the real set apart, and its folds; None for too few groups."""
     first, second = real.take(rows[0]), real.take(rows[1])
     task = _task(first, second, (first.groups, second.groups))
     count = _fold_count(task)
@@ -206,113 +134,121 @@ def _halved(real: ImageSet, rows: tuple[Ints, Ints], seed: int) -> tuple[Task, I
 
 
 def _ridge_floor(context: AuditContext, view: View, real: ImageSet, features: NDArray[np.float32]) -> Interval | None:
-    rng = context.rng(SECTION, view.name, "floor")
     values = []
-    for _ in range(HALVINGS):
+    rng = context.rng(SECTION, view.name, "floor")
+    for _ in range(grouped.HALVINGS):
         rows = halves(real.groups, rng)
-        halved = _halved(real, rows, context.seed)
-        if halved is not None:
-            ridge = Ridge(features[np.concatenate(rows)], *halved)
-            values.append(auc(ridge.scores(halved[0].side), *halved))
+        if (part := _halved(real, rows, context.seed)) is not None:
+            values.append(auc(Ridge(features[np.concatenate(rows)], *part).scores(part[0].side), *part))
     known = [value for value in values if not np.isnan(value)]
-    return middle(known) if known else None
+    return grouped.middle(known) if known else None
 
 
-def _trained_separation(
-    context: AuditContext,
-    view: View,
-    pixels: NDArray[np.uint8],
-    real: ImageSet,
-    task: Task,
-    fold: Ints,
-    rng: np.random.Generator,
-) -> _Separation:
-    """A ResNet's: its null shuffles labels under fixed scores, its floor is one halving; more would take trainings."""
-    scores = resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
-    nulls = [auc(scores, replace(task, side=shuffled_sides(task, rng)), fold) for _ in range(PERMUTATIONS)]
-    rows = halves(real.groups, rng)
-    halved = _halved(real, rows, context.seed)
-    floor = None
-    if halved is not None:
-        part = resnet_scores(pixels[np.concatenate(rows)], *halved, seed=context.seed, device=context.device)
-        floor = Interval(auc(part, *halved), *bootstrap_auc(part, *halved, rng, RESAMPLES))
-    name = network_name(context.device)
-    note = f"{name} of MONAI, from random weights. The floor is one halving with its bootstrap interval."
-    key, label = f"{SECTION}.{view.name}.{name}.auc", f"AUC of {name}, {view.label}"
-    return _separation(key, label, scores, task, fold, nulls, floor, rng, note)
+def _separations(
+    context: AuditContext, view: View, real: ImageSet, synthetic: ImageSet, result: SectionResult
+) -> list[Figure]:
+    crops = view.of(synthetic)
+    pixels = np.concatenate([view.of(real), crops])
+    task = _task(real, synthetic, (real.groups, _synthetic_groups(synthetic)))
+    fold = folds(task, _fold_count(task), context.seed)
+    rng = context.rng(SECTION, view.name)
 
+    def shuffled() -> list[Task]:
+        return [replace(task, side=classifiers.shuffled_sides(task, rng)) for _ in range(PERMUTATIONS)]
 
-def _report(context: AuditContext, found: list[_Separation], result: SectionResult) -> None:
-    p_values = adjusted(np.array([figure.p for figure, _ in found], dtype=np.float64))
-    for (figure, null), p in zip(found, p_values, strict=True):
-        low = figure.value.low if figure.value.low is not None else 0.0
-        limit = figure.floor.high if figure.floor is not None and figure.floor.high is not None else null[1]
-        few = min(figure.synthetic, figure.real) < FEWEST_TO_FLAG
-        flagged = bool(not few and p < ALPHA and low > null[1] and figure.value.value > limit)
-        result.figures.append(
-            replace(
-                figure,
-                p=float(p),
-                flagged=flagged,
-                headline=".whole." not in figure.key or context.backgrounds != "real",
-                note=figure.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else ""),
-            )
+    def judged(key: str, label: str, scores: Floats, nulls: list[float], floor: Interval | None, note: str) -> Figure:
+        """The figure of one classifier, its p-value not yet adjusted; where shuffled labels lie is kept in details."""
+        value = auc(scores, task, fold)
+        low, high = np.nanpercentile(nulls, [2.5, 97.5]).tolist()
+        figure = Figure(
+            key=f"{SECTION}.{view.name}.{key}",
+            label=f"{label}, {view.label}",
+            value=Interval(value, *bootstrap_auc(scores, task, fold, rng, RESAMPLES)),
+            floor=floor,
+            synthetic=len(synthetic),
+            real=len(real),
+            p=(1 + sum(other >= value for other in nulls)) / (len(nulls) + 1),
+            note=f"{note} Shuffled labels give {low:.2f} to {high:.2f} in 95 of 100 cases.",
         )
-        result.details[figure.key] = {"null_low": null[0], "null_high": null[1], "p": figure.p}
+        result.details[figure.key] = {"null_low": low, "null_high": high, "p": figure.p}
+        return figure
+
+    features = classifiers.scattering_features(pixels, view.cells, context.device)
+    ridge = Ridge(features, task, fold)
+    scores = ridge.scores(task.side)
+    nulls = [auc(ridge.scores(other.side), other, fold) for other in shuffled()]
+    note = "Ridge classifier on a fixed two-layer scattering network, trained anew for every permutation."
+    found = [judged("auc", "AUC", scores, nulls, _ridge_floor(context, view, real, features[: len(real)]), note)]
+    if view.name == "lesion":
+        _show_extremes(context, crops, scores[task.side == 1], result)
+    if context.effort == "full":
+        # Its null shuffles labels under fixed scores, its floor is one halving; more would take trainings.
+        scores = classifiers.resnet_scores(pixels, task, fold, seed=context.seed, device=context.device)
+        nulls = [auc(scores, other, fold) for other in shuffled()]
+        rows = halves(real.groups, rng)
+        floor = None
+        if (part := _halved(real, rows, context.seed)) is not None:
+            own = classifiers.resnet_scores(
+                pixels[np.concatenate(rows)], *part, seed=context.seed, device=context.device
+            )
+            floor = Interval(auc(own, *part), *bootstrap_auc(own, *part, rng, RESAMPLES))
+        name = classifiers.network_name(context.device)
+        note = f"{name} of MONAI, from random weights. The floor is one halving with its bootstrap interval."
+        found.append(judged(f"{name}.auc", f"AUC of {name}", scores, nulls, floor, note))
+    return found
+
+
+def _report(context: AuditContext, found: list[Figure], result: SectionResult) -> None:
+    p_values = adjusted(np.array([figure.p for figure in found], dtype=np.float64))
+    for figure, p in zip(found, p_values, strict=True):
+        value, floor, null_high = figure.value, figure.floor, result.details[figure.key]["null_high"]
+        low = value.low if value.low is not None else 0.0
+        limit = floor.high if floor is not None and floor.high is not None else null_high
+        few = min(figure.synthetic, figure.real) < FEWEST_TO_FLAG
+        flagged = bool(not few and p < ALPHA and low > null_high and value.value > limit)
+        headline = ".whole." not in figure.key or context.backgrounds != "real"
+        note = figure.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else "")
+        result.figures.append(replace(figure, p=float(p), flagged=flagged, headline=headline, note=note))
         if flagged:
             what = figure.label.removeprefix("AUC").lstrip(", ")
             result.flag(
-                f"A classifier tells the set from real images ({what}): AUC {figure.value.value:.2f}, where shuffled "
-                f"labels reach {null[1]:.2f}.",
+                f"A classifier tells the set from real images ({what}): AUC {value.value:.2f}, where shuffled labels "
+                f"reach {null_high:.2f}.",
                 figure.key,
             )
-
-    plot(context.folder(SECTION) / "auc.svg", [(one.label, one.value, null, one.floor) for one, null in found])
-    result.pictures.append(
-        Picture(
-            "auc.svg", "AUC with its interval, what shuffled labels give (grey), and halves of the real set (line)."
-        )
-    )
+    _plot(context.folder(SECTION) / "auc.svg", found, result.details)
+    caption = "AUC with its interval, what shuffled labels give (grey), and halves of the real set (line)."
+    result.pictures.append(Picture("auc.svg", caption))
 
 
-def _sheets(
-    context: AuditContext, crops: NDArray[np.uint8], scores: NDArray[np.float64], result: SectionResult
-) -> None:
-    order = np.argsort(scores, kind="stable")
-    sheets: tuple[tuple[str, Ints, str], ...] = (
+def _show_extremes(context: AuditContext, crops: Pixels, scores: NDArray[np.float64], result: SectionResult) -> None:
+    """Sheets of the synthetic lesions that the classifier takes for real most and least firmly."""
+    order, side = np.argsort(scores, kind="stable"), crops.shape[1]
+    for file, rows, caption in (
         ("convincing.png", order[:_SHOWN], "Synthetic lesions that the classifier takes for real most firmly."),
         ("obvious.png", order[::-1][:_SHOWN], "Synthetic lesions that the classifier recognises most firmly."),
-    )
-    for file, rows, caption in sheets:
-        _sheet(crops[rows]).save(context.folder(SECTION) / file, optimize=True)
+    ):
+        sheet = Image.new("L", (_COLUMNS * side, -(-len(rows) // _COLUMNS) * side))
+        for k, crop in enumerate(crops[rows]):
+            sheet.paste(Image.fromarray(crop), (k % _COLUMNS * side, k // _COLUMNS * side))
+        sheet.save(context.folder(SECTION) / file, optimize=True)
         result.pictures.append(Picture(file, caption))
 
 
-def _sheet(crops: NDArray[np.uint8], columns: int = 5) -> Image.Image:
-    side = crops.shape[1]
-    sheet = Image.new("L", (columns * side, -(-len(crops) // columns) * side))
-    for k, crop in enumerate(crops):
-        sheet.paste(Image.fromarray(crop), (k % columns * side, k // columns * side))
-    return sheet
-
-
-Row = tuple[str, Interval, tuple[float, ...], Interval | None]
-"""Label, AUC, null band, floor."""
-
-
-def plot(file: Path, rows: Sequence[Row]) -> None:
+def _plot(file: Path, found: list[Figure], details: dict[str, Any]) -> None:
     """Draw one line per classifier and view as SVG: AUC with interval, null band as a bar, floor as a thin line."""
-    canvas = Canvas(figsize=(6.4, 0.9 + 0.45 * len(rows)), layout="constrained")
+    canvas = Canvas(figsize=(6.4, 0.9 + 0.45 * len(found)), layout="constrained")
     axes = canvas.subplots()
-    for y, (_, value, null, floor) in enumerate(rows):
-        axes.barh(y, null[1] - null[0], left=null[0], height=0.5, color="0.85")
+    for y, figure in enumerate(found):
+        value, floor, null = figure.value, figure.floor, details[figure.key]
+        axes.barh(y, null["null_high"] - null["null_low"], left=null["null_low"], height=0.5, color="0.85")
         if floor is not None and floor.low is not None and floor.high is not None:
             axes.plot([floor.low, floor.high], [y + 0.32] * 2, color="0.45", linewidth=1)
         if value.low is not None and value.high is not None:
             axes.plot([value.low, value.high], [y, y], color="C0", linewidth=2)
         axes.plot(value.value, y, "o", color="C0")
     axes.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
-    axes.set(xlim=(0.3, 1.01), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), xlabel="AUC")
-    axes.set_yticklabels([row[0] for row in rows])
+    axes.set(xlim=(0.3, 1.01), ylim=(len(found) - 0.4, -0.6), yticks=range(len(found)), xlabel="AUC")
+    axes.set_yticklabels([figure.label for figure in found])
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(file, format="svg", metadata={"Date": None})

@@ -15,184 +15,12 @@ from scipy import stats
 
 from busigen.evaluation.statistics.grouped import RESAMPLES
 
+Floats = NDArray[np.float64]
+Draw = NDArray[np.generic]
+"""One weight per row of the joint set; two of them make two sides."""
+
 ALL = "all"
 """The scope of all classes together."""
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One side of a comparison.
-
-    Attributes:
-        values: ``float64 (N, D)``, NaN where a feature is undefined.
-        classes: N class names.
-        groups: N group numbers.
-    """
-
-    values: Floats
-    classes: NDArray[np.str_]
-    groups: NDArray[np.int64]
-
-
-class Scope:
-    """The images of some classes, each feature sorted once."""
-
-    def __init__(self, values: Floats, rows: NDArray[np.bool_], codes: NDArray[np.int64], shares: Floats) -> None:
-        self.rows = rows
-        self._at = np.flatnonzero(rows)
-        values = values[rows]
-        self._order = np.argsort(values, axis=0)
-        sorted_values = np.take_along_axis(values, self._order, axis=0)
-        self._known = ~np.isnan(sorted_values)
-        self._gaps = np.nan_to_num(np.diff(sorted_values, axis=0))
-        # Inside a run of equal values the two cumulative sums are out of step.
-        self._last = np.ones(values.shape, dtype=np.bool_)
-        self._last[:-1] = self._gaps > 0
-        self._last[:-1] |= ~self._known[1:]
-        self._codes = codes[rows]
-        self._shares = shares
-
-    def scaled(self, values: Floats, real: NDArray[np.bool_]) -> Floats:
-        """Standard deviations of the scope's real images, ``(D,)``; NaN where there is none or it is 0."""
-        inside = values[self.rows & real]
-        known = ~np.isnan(inside)
-        count = np.maximum(known.sum(axis=0), 1)
-        centred = np.where(known, inside - np.where(known, inside, 0.0).sum(axis=0) / count, 0.0)
-        spread = np.sqrt((centred**2).sum(axis=0) / count)
-        return np.where(spread > 0, spread, np.nan)
-
-    def _weights(self, draw: NDArray[np.generic]) -> Floats:
-        weight = draw[self._at].astype(np.float64)
-        totals = np.bincount(self._codes, weight, minlength=len(self._shares))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            factors = np.where(totals > 0, self._shares / totals, 0.0)
-        return np.asarray(weight * factors[self._codes])
-
-    def _steps(self, draw: NDArray[np.generic]) -> Floats:
-        """Cumulative distribution of each feature at the sorted values, ``(n, D)``."""
-        sums = np.cumsum(self._weights(draw)[self._order] * self._known, axis=0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(sums / sums[-1])
-
-    def distances(self, first: NDArray[np.generic], second: NDArray[np.generic]) -> tuple[Floats, Floats]:
-        """Kolmogorov-Smirnov and first Wasserstein distance of each feature, ``(D,)`` both, the latter in its unit."""
-        apart = np.abs(self._steps(first) - self._steps(second))
-        return (apart * self._last).max(axis=0), (apart[:-1] * self._gaps).sum(axis=0)
-
-    def shift(self, first: NDArray[np.generic], second: NDArray[np.generic]) -> Floats:
-        """Mann-Whitney's probability minus 0.5, ties by half, from the two cumulative distributions."""
-        mine, theirs = self._steps(first), self._steps(second)
-        below = np.zeros_like(mine)
-        # The distribution at the last of a run of ties holds for the whole run.
-        for k in range(mine.shape[1]):
-            ends = np.flatnonzero(self._last[:, k])
-            step = np.diff(mine[ends, k], prepend=0.0)
-            before = np.concatenate([[0.0], theirs[ends[:-1], k]])
-            below[ends, k] = step * (before + theirs[ends, k]) / 2
-        return np.asarray(below.sum(axis=0) - 0.5)
-
-
-class Plan:
-    """The joint set, and how draws weigh its rows. ``mine`` marks synthetic rows."""
-
-    def __init__(self, real: Sample, synthetic: Sample) -> None:
-        shared = sorted(set(real.classes.tolist()) & set(synthetic.classes.tolist()))
-        keep = [np.isin(side.classes, shared) | (not shared) for side in (synthetic, real)]
-        mine, theirs = (side.values[kept] for side, kept in zip((synthetic, real), keep, strict=True))
-        self.values = np.concatenate([mine, theirs])
-        self.mine = np.arange(len(self.values)) < len(mine)
-        labels = np.concatenate([synthetic.classes[keep[0]], real.classes[keep[1]]]) if shared else None
-        self._codes = np.zeros(len(self.values), np.int64) if labels is None else np.searchsorted(shared, labels)
-        kinds = max(len(shared), 1)
-        real_share, my_share = (
-            np.bincount(self._codes[side], minlength=kinds) / max(side.sum(), 1) for side in (~self.mine, self.mine)
-        )
-        self.reweighted = bool(np.abs(real_share - my_share).max() > 0.05)
-        self.scopes = {
-            name: Scope(self.values, self._codes == code, self._codes, np.eye(kinds)[code])
-            for code, name in enumerate(shared if len(shared) > 1 else [])
-        }
-        everyone = np.ones(len(self.values), np.bool_)
-        self.scopes[shared[0] if len(shared) == 1 else ALL] = Scope(self.values, everyone, self._codes, real_share)
-        self._scales = np.stack([scope.scaled(self.values, ~self.mine) for scope in self.scopes.values()])
-        groups = np.concatenate([synthetic.groups[keep[0]], real.groups[keep[1]]])
-        keys = np.stack([self.mine, self._codes, groups], axis=1)
-        _, self._unit = np.unique(keys, axis=0, return_inverse=True)
-        self._unit = self._unit.ravel()
-        self._unit_sizes = np.bincount(self._unit)
-        self._unit_code, self._unit_mine = (np.zeros(len(self._unit_sizes), np.int64) for _ in range(2))
-        self._unit_code[self._unit], self._unit_mine[self._unit] = self._codes, self.mine
-        ranks = stats.rankdata(self.values, axis=0, nan_policy="omit") / max(len(self.values), 1)
-        self._ranked = (~np.isnan(ranks)).astype(np.float64)
-        self._ranks = np.nan_to_num(ranks)
-        # Always that of the whole real set: where classes are exchanged, permuted sides have no axis of their own.
-        places = self._class_means(~self.mine)
-        self._axis = np.nan_to_num(places[1] - places[0])
-
-    def statistics(self, first: NDArray[np.generic], second: NDArray[np.generic]) -> tuple[Floats, Floats, Floats]:
-        """KS and scaled Wasserstein distances ``(S, D)`` and the swap ``(1, 1)`` of two weightings of the rows."""
-        pairs = [scope.distances(first, second) for scope in self.scopes.values()]
-        ks, wasserstein = (np.stack(part) for part in zip(*pairs, strict=True))
-        return ks, wasserstein / self._scales, np.full((1, 1), self.swap(first, second))
-
-    def bootstrap(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
-        """Whole groups with replacement, class by class and side by side."""
-        counts = np.zeros(len(self._unit_sizes))
-        for units in self._strata(np.arange(len(counts)), self._unit_mine):
-            counts[units] = np.bincount(rng.integers(0, len(units), len(units)), minlength=len(units))
-        weight = counts[self._unit]
-        return weight * self.mine, weight * ~self.mine
-
-    def permutation(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
-        """Groups exchanged between the sides within each class, sizes kept to within a group."""
-        first = np.zeros(len(self._unit_sizes))
-        for units in self._strata(np.arange(len(first))):
-            target = self._unit_sizes[units][self._unit_mine[units] == 1].sum()
-            first[self._cut(units, target, rng)] = 1.0
-        return first[self._unit], 1.0 - first[self._unit]
-
-    def halving(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
-        """Two group-disjoint halves of the real rows, each class halved."""
-        real = np.flatnonzero(self._unit_mine == 0)
-        sides = np.zeros((2, len(self._unit_sizes)))
-        sides[1, real] = 1.0
-        for units in self._strata(real):
-            chosen = self._cut(units, self._unit_sizes[units].sum() / 2, rng)
-            sides[:, chosen] = [[1.0], [0.0]]
-        return sides[0][self._unit], sides[1][self._unit]
-
-    def _strata(self, units: NDArray[np.int64], also: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
-        keys = self._unit_code[units] * 2 + (0 if also is None else also[units])
-        return [units[keys == key] for key in np.unique(keys)]
-
-    def _cut(self, units: NDArray[np.int64], target: float, rng: np.random.Generator) -> NDArray[np.int64]:
-        shuffled = rng.permutation(units)
-        sizes = self._unit_sizes[shuffled]
-        return np.asarray(shuffled[np.cumsum(sizes) - sizes / 2 < target])
-
-    def swap(self, first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
-        """How far the first side's classes lie on the way to each other's place, by mean ranks over all features.
-
-        0 where each class of the first side lies where the second side's does, 1 where each has gone the whole way
-        from one real class to the other, below 0 where they lie further apart. Only the component along the axis
-        between the real classes counts.
-        """
-        if self._codes.max(initial=0) != 1:
-            return float("nan")
-        mine, theirs = self._class_means(first), self._class_means(second)
-        ways = np.nan_to_num(mine - theirs) @ self._axis / max(float(self._axis @ self._axis), 1e-12)
-        return float((ways[0] - ways[1]) / 2)
-
-    def _class_means(self, draw: NDArray[np.generic]) -> Floats:
-        """Mean ranks of the first two classes, ``(2, D)``."""
-        weights = np.stack([draw * (self._codes == code) for code in (0, 1)]).astype(np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray((weights @ self._ranks) / (weights @ self._ranked))
-
-
-__all__ = ["ALL", "Comparison", "Distances", "Sample", "compare", "tail_p"]
 
 PERMUTATIONS = 400
 """Exchanges of groups between the sets. Smaller p-values come from a gamma tail fitted to these (see `tail_p`)."""
@@ -205,20 +33,22 @@ SMALLEST_P = 1e-6
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One side of a comparison: ``float64 (N, D)`` values, NaN where undefined, N class names, N group numbers."""
+
+    values: Floats
+    classes: NDArray[np.str_]
+    groups: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Distances:
     """A distance for every scope and feature; arrays are ``float64 (S, D)``, NaN where undefined.
 
-    Of a feature that few images have, a draw may hold none. Such draws are left out; where they are more than half of
-    them, what is taken from the draws is NaN.
-
-    Attributes:
-        value: Between the two sets.
-        low: Lower end of its 95 % bootstrap interval.
-        high: Upper end.
-        floor: Median between group-disjoint halves of the real set.
-        floor_low: Their 2.5 % point.
-        floor_high: Their 97.5 % point.
-        p: Of "both sets are one", not adjusted.
+    ``value`` lies between the two sets, with the ends of its 95 % bootstrap interval; ``floor`` is the median between
+    group-disjoint halves of the real set, with their 2.5 and 97.5 % points; ``p`` is of "both sets are one", not
+    adjusted. Of a feature that few images have, a draw may hold none. Such draws are left out; where they are more than
+    half of them, what is taken from the draws is NaN.
     """
 
     value: Floats
@@ -238,11 +68,10 @@ class Comparison:
         scopes: Names of the S scopes: each class that both sets have, and `ALL`.
         ks: Kolmogorov-Smirnov distance, 0 to 1.
         wasserstein: First Wasserstein distance in units of the real scope's standard deviation.
-        swap: ``(1, 1)``: 0 where classes differ as real ones do, 0.5 where not at all, 1 where exchanged (see
-            `resampling.Plan.swap`); NaN unless there are two classes.
+        swap: Of shape ``(1, 1)``; see `_Joint.swap`. NaN unless there are two classes.
         shift: ``(S, D)``, probability that a synthetic value exceeds a real one, minus 0.5 (Mann-Whitney).
-        synthetic: ``int (S, D)``, synthetic images with a value.
-        real: ``int (S, D)``, real ones.
+        synthetic: ``(S, D)``, synthetic images with a value.
+        real: ``(S, D)``, real ones.
         reweighted: Class shares differ by more than 5 %, and `ALL` makes up for it.
     """
 
@@ -266,59 +95,188 @@ def compare(real: Sample, synthetic: Sample, rng: np.random.Generator) -> Compar
     The bootstrap's distances are greater than the sets' own, because repeated images make samples rougher; the interval
     is moved back by the difference between the draws' median and the value.
 
-    ``synthetic``: What is judged; as many features.
-
-    Returns:
-        The comparison. Floors and p-values are NaN where too few groups have a value to divide them.
+    Floors and p-values are NaN where too few groups have a value to divide them.
     """
-    plan = Plan(real, synthetic)
-    whole = plan.statistics(plan.mine, ~plan.mine)
-    boots = [plan.statistics(*plan.bootstrap(rng)) for _ in range(RESAMPLES)]
-    nulls = [plan.statistics(*plan.permutation(rng)) for _ in range(PERMUTATIONS)]
-    floors = [plan.statistics(*plan.halving(rng)) for _ in range(FLOOR_HALVINGS)]
+    joint = _Joint(real, synthetic)
+    mine, theirs = joint.mine, ~joint.mine
+    whole = joint.statistics(mine, theirs)
+    boots = [joint.statistics(*joint.bootstrap(rng)) for _ in range(RESAMPLES)]
+    nulls = [joint.statistics(*joint.permutation(rng)) for _ in range(PERMUTATIONS)]
+    floors = [joint.statistics(*joint.halving(rng)) for _ in range(FLOOR_HALVINGS)]
     ks, wasserstein, swap = (
         _summary(*(np.asarray(part) for part in parts))
         for parts in zip(whole, *(zip(*draws, strict=True) for draws in (boots, nulls, floors)), strict=True)
     )
-    shift = np.stack([scope.shift(plan.mine, ~plan.mine) for scope in plan.scopes.values()])
-    counts = [
-        np.stack(
-            [(~np.isnan(plan.values) & (side & scope.rows)[:, None]).sum(axis=0) for scope in plan.scopes.values()]
-        )
-        for side in (plan.mine, ~plan.mine)
-    ]
+    scopes = joint.scopes.values()
+    known = ~np.isnan(joint.values)
+    counts = [np.stack([(known & (side & one.rows)[:, None]).sum(axis=0) for one in scopes]) for side in (mine, theirs)]
     return Comparison(
-        scopes=tuple(plan.scopes),
+        scopes=tuple(joint.scopes),
         ks=ks,
         wasserstein=wasserstein,
         swap=swap,
-        shift=shift,
+        shift=np.stack([one.shift(mine, theirs) for one in scopes]),
         synthetic=counts[0],
         real=counts[1],
-        reweighted=plan.reweighted,
+        reweighted=joint.reweighted,
     )
 
 
+class _Scope:
+    """The images of some classes, each feature sorted once."""
+
+    def __init__(self, values: Floats, rows: NDArray[np.bool_], codes: NDArray[np.int64], shares: Floats) -> None:
+        self.rows = rows
+        values = values[rows]
+        self._order = np.argsort(values, axis=0)
+        sorted_values = np.take_along_axis(values, self._order, axis=0)
+        self._known = ~np.isnan(sorted_values)
+        self._gaps = np.nan_to_num(np.diff(sorted_values, axis=0))
+        # Inside a run of equal values the two cumulative sums are out of step.
+        self._last = np.ones(values.shape, dtype=np.bool_)
+        self._last[:-1] = (self._gaps > 0) | ~self._known[1:]
+        self._codes = codes[rows]
+        self._shares = shares
+
+    def _steps(self, draw: Draw) -> Floats:
+        """Cumulative distribution of each feature at the sorted values, ``(n, D)``, classes weighed by their shares."""
+        weight = draw[self.rows].astype(np.float64)
+        totals = np.bincount(self._codes, weight, minlength=len(self._shares))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight *= np.where(totals > 0, self._shares / totals, 0.0)[self._codes]
+            sums = np.cumsum(weight[self._order] * self._known, axis=0)
+            return np.asarray(sums / sums[-1])
+
+    def distances(self, first: Draw, second: Draw) -> tuple[Floats, Floats]:
+        """Kolmogorov-Smirnov and first Wasserstein distance of each feature, ``(D,)`` both, the latter in its unit."""
+        apart = np.abs(self._steps(first) - self._steps(second))
+        return (apart * self._last).max(axis=0), (apart[:-1] * self._gaps).sum(axis=0)
+
+    def shift(self, first: Draw, second: Draw) -> Floats:
+        """Mann-Whitney's probability minus 0.5, ties by half, from the two cumulative distributions."""
+        mine, theirs = self._steps(first), self._steps(second)
+        below = np.zeros_like(mine)
+        # The distribution at the last of a run of ties holds for the whole run.
+        for k in range(mine.shape[1]):
+            ends = np.flatnonzero(self._last[:, k])
+            step = np.diff(mine[ends, k], prepend=0.0)
+            before = np.concatenate([[0.0], theirs[ends[:-1], k]])
+            below[ends, k] = step * (before + theirs[ends, k]) / 2
+        return np.asarray(below.sum(axis=0) - 0.5)
+
+
+class _Joint:
+    """The joint set, and how draws weigh its rows. ``mine`` marks synthetic rows.
+
+    A unit is what draws take or leave: the images of one side, class and group.
+    """
+
+    def __init__(self, real: Sample, synthetic: Sample) -> None:
+        shared = sorted(set(real.classes.tolist()) & set(synthetic.classes.tolist()))
+        keep = [np.isin(side.classes, shared) | (not shared) for side in (synthetic, real)]
+        mine, theirs = (side.values[kept] for side, kept in zip((synthetic, real), keep, strict=True))
+        self.values = np.concatenate([mine, theirs])
+        self.mine = np.arange(len(self.values)) < len(mine)
+        labels = np.concatenate([synthetic.classes[keep[0]], real.classes[keep[1]]])
+        self._codes = np.searchsorted(shared, labels) if shared else np.zeros(len(labels), np.int64)
+        kinds = max(len(shared), 1)
+        real_share, my_share = (
+            np.bincount(self._codes[side], minlength=kinds) / max(side.sum(), 1) for side in (~self.mine, self.mine)
+        )
+        self.reweighted = bool(np.abs(real_share - my_share).max() > 0.05)
+        self.scopes = {
+            name: _Scope(self.values, self._codes == code, self._codes, np.eye(kinds)[code])
+            for code, name in enumerate(shared if len(shared) > 1 else [])
+        }
+        everyone = np.ones(len(self.values), np.bool_)
+        self.scopes[shared[0] if len(shared) == 1 else ALL] = _Scope(self.values, everyone, self._codes, real_share)
+        with _undefined_allowed():
+            scales = [np.nanstd(self.values[scope.rows & ~self.mine], axis=0) for scope in self.scopes.values()]
+        self._scales = np.where(np.stack(scales) > 0, scales, np.nan)
+        groups = np.concatenate([synthetic.groups[keep[0]], real.groups[keep[1]]])
+        units, self._unit = np.unique(np.stack([self.mine, self._codes, groups], axis=1), axis=0, return_inverse=True)
+        self._unit = self._unit.ravel()
+        self._unit_mine, self._unit_code = units[:, 0], units[:, 1]
+        self._unit_sizes = np.bincount(self._unit)
+        ranks = stats.rankdata(self.values, axis=0, nan_policy="omit") / max(len(self.values), 1)
+        self._ranked = (~np.isnan(ranks)).astype(np.float64)
+        self._ranks = np.nan_to_num(ranks)
+        # Always that of the whole real set: where classes are exchanged, permuted sides have no axis of their own.
+        places = self._class_means(~self.mine)
+        self._axis = np.nan_to_num(places[1] - places[0])
+
+    def statistics(self, first: Draw, second: Draw) -> tuple[Floats, Floats, Floats]:
+        """KS and scaled Wasserstein distances ``(S, D)`` and the swap ``(1, 1)`` of two weightings of the rows."""
+        pairs = [scope.distances(first, second) for scope in self.scopes.values()]
+        ks, wasserstein = (np.stack(part) for part in zip(*pairs, strict=True))
+        return ks, wasserstein / self._scales, np.full((1, 1), self.swap(first, second))
+
+    def bootstrap(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
+        """Whole groups with replacement, class by class and side by side."""
+        counts = np.zeros(len(self._unit_sizes))
+        for units in self._strata(self._unit_code * 2 + self._unit_mine):
+            counts[units] = np.bincount(rng.integers(0, len(units), len(units)), minlength=len(units))
+        weight = counts[self._unit]
+        return weight * self.mine, weight * ~self.mine
+
+    def permutation(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
+        """Groups exchanged between the sides within each class, sizes kept to within a group."""
+        first = np.zeros(len(self._unit_sizes))
+        for units in self._strata(self._unit_code):
+            target = self._unit_sizes[units][self._unit_mine[units] == 1].sum()
+            first[self._cut(units, target, rng)] = 1.0
+        return first[self._unit], 1.0 - first[self._unit]
+
+    def halving(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
+        """Two group-disjoint halves of the real rows, each class halved."""
+        sides = np.zeros((2, len(self._unit_sizes)))
+        sides[1] = self._unit_mine == 0
+        for units in self._strata(np.where(self._unit_mine == 0, self._unit_code, -1)):
+            chosen = self._cut(units, self._unit_sizes[units].sum() / 2, rng)
+            sides[:, chosen] = [[1.0], [0.0]]
+        return sides[0][self._unit], sides[1][self._unit]
+
+    def _strata(self, keys: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Units by key, those of a negative one left out."""
+        return [np.flatnonzero(keys == key) for key in np.unique(keys[keys >= 0])]
+
+    def _cut(self, units: NDArray[np.int64], target: float, rng: np.random.Generator) -> NDArray[np.int64]:
+        shuffled = rng.permutation(units)
+        sizes = self._unit_sizes[shuffled]
+        return np.asarray(shuffled[np.cumsum(sizes) - sizes / 2 < target])
+
+    def swap(self, first: Draw, second: Draw) -> float:
+        """How far the first side's classes lie on the way to each other's place, by mean ranks over all features.
+
+        0 where each class of the first side lies where the second side's does, 1 where each has gone the whole way
+        from one real class to the other, below 0 where they lie further apart. Only the component along the axis
+        between the real classes counts.
+        """
+        if self._codes.max(initial=0) != 1:
+            return float("nan")
+        mine, theirs = self._class_means(first), self._class_means(second)
+        ways = np.nan_to_num(mine - theirs) @ self._axis / max(float(self._axis @ self._axis), 1e-12)
+        return float((ways[0] - ways[1]) / 2)
+
+    def _class_means(self, draw: Draw) -> Floats:
+        """Mean ranks of the first two classes, ``(2, D)``."""
+        weights = np.stack([draw * (self._codes == code) for code in (0, 1)]).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray((weights @ self._ranks) / (weights @ self._ranked))
+
+
 def tail_p(observed: Floats, null: Floats) -> Floats:
-    """P-values from permutations, with a fitted tail where the observation lies beyond nearly all of them.
+    """P-values of observations ``(...)`` from permutations ``(P, ...)``; greater speaks against the null hypothesis.
 
     From ten exceedances on it is their share. Below, it is that of a gamma distribution with the permutations' first
-    three moments, which needs far fewer of them (Winkler et al. 2016, NeuroImage 141, section 2.2.4).
-
-    Args:
-        observed: ``(...)``, greater speaks against the null hypothesis.
-        null: ``(P, ...)``, from the permutations; NaN where one is undefined, which leaves it out.
-
-    Returns:
-        ``(...)``, at least ``SMALLEST_P``; NaN where most of the null is undefined.
+    three moments, which needs far fewer of them (Winkler et al. 2016, NeuroImage 141, section 2.2.4), and at least
+    ``SMALLEST_P``. Undefined permutations are left out; where most are, so is the p-value.
     """
     null = _mostly_known(null)
     draws = (~np.isnan(null)).sum(axis=0)
     beyond = (null >= observed).sum(axis=0)
     counted = (beyond + 1.0) / (draws + 1.0)
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        # What has no draw at all is NaN, as it should be, but numpy warns of it.
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with np.errstate(divide="ignore", invalid="ignore"), _undefined_allowed():
         centre, spread = np.nanmean(null, axis=0), np.nanstd(null, axis=0)
         skew = np.maximum(np.nanmean((null - centre) ** 3, axis=0) / spread**3, 0.05)
         fitted = stats.pearson3.sf((observed - centre) / spread, skew)
@@ -326,30 +284,23 @@ def tail_p(observed: Floats, null: Floats) -> Floats:
     return np.where(np.isnan(observed) | ~(spread > 0), np.nan, np.maximum(p, SMALLEST_P))
 
 
+def _summary(value: Floats, boots: Floats, nulls: Floats, floors: Floats) -> Distances:
+    with _undefined_allowed():
+        (low, middle, high), (floor_low, floor, floor_high) = (
+            np.nanpercentile(_mostly_known(draws), [2.5, 50.0, 97.5], axis=0) for draws in (boots, floors)
+        )
+    bias = middle - value
+    # A distance is not negative, whatever the correction says; the swap may be.
+    least = np.where((floors < 0).any(axis=0), -np.inf, 0.0)
+    low, high = np.minimum(np.maximum(low - bias, least), value), high - bias
+    return Distances(value, low, high, floor, floor_low, floor_high, tail_p(value, nulls))
+
+
 def _mostly_known(draws: Floats) -> Floats:
     """The draws, all NaN where more than half of them are: the rest would be a chosen few."""
     return np.where(np.isnan(draws).mean(axis=0) > 0.5, np.nan, draws)
 
 
-def _percentiles(draws: Floats) -> Floats:
-    """2.5, 50 and 97.5 % points of the draws that are defined, ``(3, S, D)``."""
-    with warnings.catch_warnings():
-        # What has no draw at all is NaN, as it should be, but numpy warns of it.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.asarray(np.nanpercentile(_mostly_known(draws), [2.5, 50.0, 97.5], axis=0))
-
-
-def _summary(value: Floats, boots: Floats, nulls: Floats, floors: Floats) -> Distances:
-    low, middle, high = _percentiles(boots)
-    floor_low, floor, floor_high = _percentiles(floors)
-    bias = middle - value
-    return Distances(
-        value=value,
-        # A distance is not negative, whatever the correction says; the swap may be.
-        low=np.minimum(np.maximum(low - bias, np.where((floors < 0).any(axis=0), -np.inf, 0.0)), value),
-        high=high - bias,
-        floor=floor,
-        floor_low=floor_low,
-        floor_high=floor_high,
-        p=tail_p(value, nulls),
-    )
+def _undefined_allowed() -> warnings.catch_warnings[None]:
+    """Quiet: what has no value at all is NaN, as it should be, but numpy warns of it."""
+    return warnings.catch_warnings(action="ignore", category=RuntimeWarning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -13,31 +13,9 @@ from scipy.stats import wilcoxon
 
 from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
 from busigen.evaluation.results import Figure, Interval, SectionResult
-from busigen.evaluation.statistics.grouped import (
-    ALPHA,
-    FEWEST_TO_FLAG,
-    Rows,
-    adjusted,
-    bootstrap,
-    permutation_p,
-)
-from busigen.evaluation.utility.training import (
-    ADDED,
-    ALONE,
-    ARMS,
-    CLASSIC,
-    EXTENTS,
-    REAL,
-    RECIPES,
-    Counts,
-    Outcome,
-    Split,
-    arms_for,
-    dice,
-    outcomes,
-    pooled_f1,
-    splits,
-)
+from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted, bootstrap, permutation_p
+from busigen.evaluation.utility import training
+from busigen.evaluation.utility.training import ADDED, ALONE, ARMS, CLASSIC, REAL, Counts, Outcome, Split, dice
 
 SECTION = "utility"
 
@@ -48,154 +26,186 @@ FAILURE = 0.10
 """Loss of Dice with synthetic *instead of* real images that counts as a defect: about what two readers of breast
 ultrasound disagree by, so a network that loses more has learnt other outlines."""
 
-LEARNT = 0.3
-"""Least mean Dice of a network that has learnt what a lesion is.
+OFFSET = 1.5
+"""Median displacement in pixels of the working frame, beyond the real set's, that counts: about one pixel of the quick
+network's input."""
 
-A box of a third of the image reaches 0.3 even where it holds all of a lesion of 6 %, the mean in BUSI and BUS-BRA.
-"""
+LEARNT = 0.3
+"""Least mean Dice of a network that has learnt what a lesion is: a box of a third of the image reaches as much where it
+holds all of a lesion of 6 %, the mean in BUSI and BUS-BRA."""
+
+NEAR = 0.3
+"""Least Dice at which prediction and mask mean the same lesion, so that their displacement means something."""
 
 FALSE_POSITIVE_AREA = 0.003
 """Share of a normal image that a prediction must cover to count: that of BUSI's smallest lesion."""
 
+PERMUTATIONS = 999
+
 Floats = NDArray[np.float64]
-Statistic = Callable[[Rows], float]
-"""Maps row numbers to a number."""
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """An arm's counts on every image of a test set, one array per seed; -1 where no split tested the image."""
+def run(context: AuditContext) -> SectionResult:
+    """Train the arms of `training.ARMS` with equal optimiser steps and test all of them on the same real images.
 
-    seeds: list[Counts]
-
-    @property
-    def dice(self) -> Floats:
-        """N Dice coefficients averaged over seeds; meaningless where an image was not tested."""
-        return np.asarray(np.mean([dice(counts) for counts in self.seeds], axis=0))
-
-    def f1(self, rows: Rows) -> float:
-        """Pooled F1 of some images, averaged over seeds."""
-        return float(np.mean([pooled_f1(counts[rows]) for counts in self.seeds]))
-
-
-def arm_figures(context: AuditContext, found: list[Outcome], parts: list[Split], train: int) -> list[Figure]:
-    """All figures of all arms, p-values not yet adjusted."""
-    real = context.real
-    tested = np.unique(np.concatenate([part.test for part in parts]))
-    scores = {name: _gathered(found, name, parts, len(real)) for name in dict.fromkeys(one.arm for one in found)}
-    figures = _on(context, scores, real, tested, train, f"{SECTION}.", "")
-    if context.external is not None and len(context.external):
-        outside = {name: _Scores([one.external for one in found if one.arm == name]) for name in scores}
-        everything = np.arange(len(context.external))
-        figures += _on(context, outside, context.external, everything, train, f"{SECTION}.external.", "external: ")
-    return figures
-
-
-def untaught(context: AuditContext, found: list[Outcome], parts: list[Split]) -> int:
-    """How many trainings of the arm ``real`` did not learn: a yardstick that measures nothing must accuse nobody."""
+    With ``context.train``, those images train and all of ``real`` tests; else group folds of ``real``. Besides, the
+    network trained on real images alone segments the synthetic ones: masks that do not belong to their images show
+    there at once. Every training is kept under the section's folder, so a killed run goes on where it stood.
+    """
+    result = SectionResult(SECTION)
+    context = context.without_overlays()
+    synthetic, lesions = (int(part.masks.any(axis=(1, 2)).sum()) for part in (context.synthetic, context.real))
+    if not synthetic or lesions < 2:
+        result.note(f"Not run: it takes synthetic and real lesions, and there are {synthetic} and {lesions}.")
+        return result
+    parts, notes = training.splits(context, synthetic)
+    if not parts or not all(len(part.train) for part in parts):
+        result.note(" ".join(notes))
+        return result
+    smallest = min(len(part.train) for part in parts)
+    arms, left_out = training.arms_for(context, smallest, synthetic)
+    found = training.outcomes(context, parts, arms)
+    figures = _arm_figures(context, found, parts, smallest) + probe_figures(context, found, parts)
+    # A yardstick that measures nothing must accuse nobody.
     lesion = np.asarray(context.real.masks.any(axis=(1, 2)))
     tests = {part.name: lesion[part.test] for part in parts}
     scores = [dice(one.test[tests[one.split]]) for one in found if one.arm == REAL]
-    return sum(len(part) > 0 and float(part.mean()) < LEARNT for part in scores)
+    weak = sum(len(part) > 0 and float(part.mean()) < LEARNT for part in scores)
+    flagged(figures, result, trusted=not weak)
+    if weak:
+        result.note(
+            f"{weak} of the trainings on real images did not learn to find lesions (Dice below {LEARNT}), for want of "
+            "images or steps, so nothing is flagged."
+        )
+    for text in (*notes, *left_out, CLEAN):
+        result.note(text)
+    result.details["experiment"] = {
+        "training_images": {part.name: len(part.train) for part in parts},
+        "seeds": training.EXTENTS[context.effort].seeds,
+        "arms": {arm.name: arm.label for arm in arms},
+    }
+    return result
 
 
 def flagged(figures: list[Figure], result: SectionResult, *, trusted: bool = True) -> None:
-    """Adjust p-values, apply each figure's rule, and add figures and findings to the result.
-
-    ``trusted``: False where the networks did not learn: then nothing is flagged.
-    """
+    """Adjust p-values and add figures and findings to the result; only ``trusted`` networks' defects are flagged."""
     p_values = adjusted(np.array([np.nan if figure.p is None else figure.p for figure in figures]))
     for figure, p in zip(figures, p_values, strict=True):
-        rule = next((rule for ending, rule in _RULES.items() if figure.key.endswith(ending)), None)
         enough = min(figure.synthetic, figure.real) >= FEWEST_TO_FLAG
-        text = rule(figure) if trusted and rule is not None and enough and p < ALPHA else None
+        text = _defect(figure) if trusted and enough and p < ALPHA else None
         result.figures.append(replace(figure, p=None if np.isnan(p) else float(p), flagged=text is not None))
         if text is not None:
             result.flag(text, figure.key)
 
 
-def grouped_wilcoxon(differences: Floats, groups: Rows) -> float:
-    """P-value of the paired Wilcoxon test on each group's mean difference: images of one patient are not independent.
+def _defect(figure: Figure) -> str | None:
+    """What a figure accuses the set of; None where it is no defect, or none of the figures that can be."""
+    value, high, floor, key = figure.value.value, figure.value.high, figure.floor, figure.key
+    low = None if floor is None else floor.low
+    # What another seed alone makes an arm lose is no defect.
+    by_chance = 0.0 if low is None else low
+    if key == f"{SECTION}.{ADDED}.gain_over_{REAL}" and value < min(-HARM, by_chance):
+        return f"Added to real training images, the set makes the network worse: Dice {value:+.3f}."
+    if key == f"{SECTION}.{ALONE}.gain_over_{REAL}" and high is not None and high < min(-FAILURE, by_chance):
+        return f"A network trained on the set alone fails on real images: its Dice is {-value:.3f} lower."
+    if floor is None:
+        return None
+    if key == f"{SECTION}.masks.dice" and low is not None and value < low:
+        return (
+            f"A network trained on real images agrees less with this set's masks (Dice {value:.2f}) than with those of "
+            f"real images that it has not seen either ({floor.value:.2f}): masks and images do not fit."
+        )
+    if key.startswith(f"{SECTION}.masks.offset_") and abs(value - floor.value) >= OFFSET:
+        return (
+            f"{figure.label}: {value:+.1f} px, {floor.value:+.1f} px in real images. "
+            "Masks are shifted, or the lesions lie elsewhere than their masks say: faint, or lost in their own shadow."
+        )
+    return None
 
-    Zeros count half for either sign; 1 where there is nothing else.
-    """
-    _, code = np.unique(groups, return_inverse=True)
-    means = np.bincount(code, differences) / np.bincount(code)
-    return float(wilcoxon(means, zero_method="zsplit").pvalue) if means.any() else 1.0
 
-
-def _gathered(found: list[Outcome], arm: str, parts: list[Split], size: int) -> _Scores:
+def _arm_figures(context: AuditContext, found: list[Outcome], parts: list[Split], train: int) -> list[Figure]:
+    """All figures of all arms, p-values not yet adjusted. ``train``: Real training images."""
     tests = {part.name: part.test for part in parts}
-    mine = [one for one in found if one.arm == arm]
-    seeds = []
-    for seed in sorted({one.seed for one in mine}):
-        counts = np.full((size, 3), -1, np.int64)
-        for one in mine:
-            if one.seed == seed:
-                counts[tests[one.split]] = one.test
-        seeds.append(counts)
-    return _Scores(seeds)
+    scores: dict[str, list[Counts]] = {}
+    seeds: dict[tuple[str, int], Counts] = {}
+    for one in found:
+        if (one.arm, one.seed) not in seeds:
+            seeds[one.arm, one.seed] = np.full((len(context.real), 3), -1, np.int64)
+            scores.setdefault(one.arm, []).append(seeds[one.arm, one.seed])
+        seeds[one.arm, one.seed][tests[one.split]] = one.test
+    tested = np.unique(np.concatenate(list(tests.values())))
+    figures = _on(context, scores, context.real, tested, train, external=False)
+    if context.external is not None and len(context.external):
+        outside = {name: [one.external for one in found if one.arm == name] for name in scores}
+        figures += _on(context, outside, context.external, np.arange(len(context.external)), train, external=True)
+    return figures
 
 
 def _on(
-    context: AuditContext, scores: dict[str, _Scores], real: ImageSet, tested: Rows, train: int, prefix: str, words: str
+    context: AuditContext, scores: dict[str, list[Counts]], real: ImageSet, tested: Rows, train: int, external: bool
 ) -> list[Figure]:
-    """Every arm's figures on one test set."""
+    """Every arm's figures on one test set. ``scores``: Counts of each arm on every image, one array per seed."""
     lesion = np.asarray(real.masks.any(axis=(1, 2)))
     rows, normals = tested[lesion[tested]], tested[~lesion[tested]]
     if not len(rows):
         return []
+    prefix, words = (f"{SECTION}.external.", "external: ") if external else (f"{SECTION}.", "")
     floor = _seed_floor(scores[REAL], rows, real.groups[rows], context.rng(SECTION, prefix, "floor"))
     figures: list[Figure] = []
-    lesions = len(context.synthetic.with_lesions())
-    least = FALSE_POSITIVE_AREA * RECIPES[context.effort].side ** 2
-    main = prefix == f"{SECTION}."
+    lesions = int(context.synthetic.masks.any(axis=(1, 2)).sum())
+    least = FALSE_POSITIVE_AREA * training.RECIPES[context.effort].side ** 2
+    averages = {name: np.mean([dice(counts) for counts in seeds], axis=0) for name, seeds in scores.items()}
 
-    def of_arm(name: str, mine: _Scores) -> None:
-        rng = context.rng(SECTION, prefix, name)
-        used = min(round(ARMS[name].synthetic * train), lesions)
-        note = "To be compared with the arm 'real': between halves of a set there is no such figure."
-        plain = Figure("", "", Interval(0.0), None, used, len(rows), better="higher", note=note)
+    rngs = {name: context.rng(SECTION, prefix, name) for name in scores}
 
-        def add(key: str, label: str, statistic: Statistic, members: Rows, after: str = "", **changes: Any) -> None:
-            figure = replace(
-                plain,
-                key=f"{prefix}{name}.{key}",
-                label=f"{label}, {words}{ARMS[name].label}{after}",
-                value=bootstrap(statistic, rng, real.groups[members]),
-                real=len(members),
-            )
-            figures.append(replace(figure, **changes))
+    def add(
+        arm: str, key: str, label: str, statistic: Callable[[Rows], float], members: Rows, after: str = "", **more: Any
+    ) -> None:
+        figure = Figure(
+            key=f"{prefix}{arm}.{key}",
+            label=f"{label}, {words}{ARMS[arm].label}{after}",
+            value=bootstrap(statistic, rngs[arm], real.groups[members]),
+            floor=None,
+            synthetic=min(round(ARMS[arm].synthetic * train), lesions),
+            real=len(members),
+            better="higher",
+            note="To be compared with the arm 'real': between halves of a set there is no such figure.",
+        )
+        figures.append(replace(figure, **more))
 
-        add("dice", "Dice", _mean_of(mine.dice[rows]), rows, headline=main and name == REAL)
-        add("f1", "Pooled F1 of lesion images", lambda k: mine.f1(rows[k]), rows)
+    for name, seeds in scores.items():
+        mine = averages[name]
+        add(name, "dice", "Dice", _mean_of(mine[rows]), rows, headline=not external and name == REAL)
+        add(name, "f1", "Pooled F1 of lesion images", _f1_of([counts[rows] for counts in seeds]), rows)
         for stratum, members in _strata(real, rows).items():
-            add(f"{stratum.replace(' ', '_')}.dice", "Dice", _mean_of(mine.dice[members]), members, f", {stratum}")
+            add(name, f"{stratum.replace(' ', '_')}.dice", "Dice", _mean_of(mine[members]), members, f", {stratum}")
         for reference in (REAL, CLASSIC):
             if reference in scores and name not in (REAL, reference):
-                difference = (mine.dice - scores[reference].dice)[rows]
+                difference = (mine - averages[reference])[rows]
                 add(
+                    name,
                     f"gain_over_{reference}",
                     f"Dice gained over '{ARMS[reference].label}'",
                     _mean_of(difference),
                     rows,
                     floor=floor,
                     p=grouped_wilcoxon(difference, real.groups[rows]),
-                    headline=main and reference == REAL and name in (ADDED, ALONE, CLASSIC),
+                    headline=not external and reference == REAL and name in (ADDED, ALONE, CLASSIC),
                     note="The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
                 )
         if len(normals):
-            found = np.mean([counts[normals, 1] >= least for counts in mine.seeds], axis=0)
+            share = _mean_of(np.mean([counts[normals, 1] >= least for counts in seeds], axis=0), scale=100.0)
             key, label = "normals.false_positives", "Normals with a false lesion"
-            add(key, label, lambda k: 100.0 * float(found[k].mean()), normals, unit="%", better="lower")
-
-    for name, mine in scores.items():
-        of_arm(name, mine)
+            add(name, key, label, share, normals, unit="%", better="lower")
     return figures
 
 
-def _mean_of(values: Floats) -> Statistic:
-    return lambda rows: float(values[rows].mean())
+def _mean_of(values: Floats, *, scale: float = 1.0) -> Callable[[Rows], float]:
+    return lambda rows: scale * float(values[rows].mean())
+
+
+def _f1_of(seeds: list[Counts]) -> Callable[[Rows], float]:
+    return lambda rows: float(np.mean([training.pooled_f1(counts[rows]) for counts in seeds]))
 
 
 def _strata(real: ImageSet, rows: Rows) -> dict[str, Rows]:
@@ -207,72 +217,21 @@ def _strata(real: ImageSet, rows: Rows) -> dict[str, Rows]:
     return {name: members for name, members in {**by_class, **by_size}.items() if len(members)}
 
 
-def _seed_floor(mine: _Scores, rows: Rows, groups: Rows, rng: np.random.Generator) -> Interval | None:
+def _seed_floor(seeds: list[Counts], rows: Rows, groups: Rows, rng: np.random.Generator) -> Interval | None:
     """What another seed changes: zero, plus and minus the largest end of any seed pair's interval."""
     ends = []
-    for first, second in combinations(mine.seeds, 2):
-        difference = (dice(second) - dice(first))[rows]
-        span = bootstrap(_mean_of(difference), rng, groups)
+    for first, second in combinations(seeds, 2):
+        span = bootstrap(_mean_of((dice(second) - dice(first))[rows]), rng, groups)
         ends += [abs(span.low or 0.0), abs(span.high or 0.0)]
     return Interval(0.0, -max(ends), max(ends)) if ends else None
 
 
-def _lost(figure: Figure, least: float) -> float:
-    """Dice below which an arm has lost more than ``least``, and more than another seed alone makes it lose."""
-    return -least if figure.floor is None or figure.floor.low is None else min(-least, figure.floor.low)
-
-
-def _harmful(figure: Figure) -> str | None:
-    if figure.value.value >= _lost(figure, HARM):
-        return None
-    return f"Added to real training images, the set makes the network worse: Dice {figure.value.value:+.3f}."
-
-
-def _failing(figure: Figure) -> str | None:
-    if figure.value.high is None or figure.value.high >= _lost(figure, FAILURE):
-        return None
-    lower = -figure.value.value
-    return f"A network trained on the set alone fails on real images: its Dice is {lower:.3f} lower."
-
-
-def _below_floor(figure: Figure) -> str | None:
-    if figure.floor is None or figure.floor.low is None or figure.value.value >= figure.floor.low:
-        return None
-    return (
-        f"A network trained on real images agrees less with this set's masks (Dice {figure.value.value:.2f}) than with "
-        f"those of real images that it has not seen either ({figure.floor.value:.2f}): masks and images do not fit."
-    )
-
-
-OFFSET = 1.5
-"""Median displacement in pixels of the working frame, beyond the real set's, that counts: about one pixel of the quick
-network's input."""
-
-
-def _displaced(figure: Figure) -> str | None:
-    if figure.floor is None or abs(figure.value.value - figure.floor.value) < OFFSET:
-        return None
-    return (
-        f"{figure.label}: {figure.value.value:+.1f} px, {figure.floor.value:+.1f} px in real images. "
-        "Masks are shifted, or the lesions lie elsewhere than their masks say: faint, or lost in their own shadow."
-    )
-
-
-_RULES: dict[str, Callable[[Figure], str | None]] = {
-    f"{SECTION}.{ADDED}.gain_over_{REAL}": _harmful,
-    f"{SECTION}.{ALONE}.gain_over_{REAL}": _failing,
-    f"{SECTION}.masks.dice": _below_floor,
-    f"{SECTION}.masks.offset_x": _displaced,
-    f"{SECTION}.masks.offset_y": _displaced,
-}
-
-NEAR = 0.3
-"""Least Dice at which prediction and mask mean the same lesion, so that their displacement means something."""
-
-PERMUTATIONS = 999
-
-_Statistic = Callable[[Floats, Rows], float]
-"""Maps values and their class numbers to one number."""
+def grouped_wilcoxon(differences: Floats, groups: Rows) -> float:
+    """P-value of the paired Wilcoxon test on each group's mean difference; 1 where there is none at all."""
+    _, code = np.unique(groups, return_inverse=True)
+    means = np.bincount(code, differences) / np.bincount(code)
+    # Zeros count half for either sign.
+    return float(wilcoxon(means, zero_method="zsplit").pvalue) if means.any() else 1.0
 
 
 def probe_figures(context: AuditContext, found: list[Outcome], parts: list[Split]) -> list[Figure]:
@@ -283,92 +242,64 @@ def probe_figures(context: AuditContext, found: list[Outcome], parts: list[Split
     """
     synthetic, real = context.synthetic.with_lesions(), context.real
     mine = [one for one in found if one.arm == REAL]
-    on_synthetic = np.mean([dice(one.synthetic) for one in mine], axis=0)
-    moved_synthetic = _mean_offsets([one.synthetic_offsets for one in mine], [one.synthetic for one in mine])
-    on_real, moved_real = _on_real(mine, parts, len(real))
-    lesion = real.masks.any(axis=(1, 2))
-    labels = _labels(real.classes, synthetic.classes)
+    # Columns: Dice, and the offsets down and to the right; NaN where no network tested or found the lesion.
+    on_real = np.full((len(real), 3), np.nan)
+    for part in parts:
+        on_real[part.test] = _scores([(one.test, one.offsets) for one in mine if one.split == part.name])
+    on_synthetic = _scores([(one.synthetic, one.synthetic_offsets) for one in mine])
+    common = sorted(set(real.classes.tolist()) & set(synthetic.classes.tolist()))
     sides = []
-    for label, groups, scores, moved, usable in (
-        (labels[0], real.groups, on_real, moved_real, lesion & ~np.isnan(on_real)),
-        (labels[1], synthetic.groups, on_synthetic, moved_synthetic, np.ones(len(synthetic), np.bool_)),
-    ):
-        rows = usable & (label >= 0)
-        sides.append((label[rows], groups[rows], scores[rows], moved[rows]))
-    if not all(len(side[0]) for side in sides):
-        return []
-    (label_r, groups_r, dice_r, moved_r), (label_s, groups_s, dice_s, moved_s) = sides
-    note = "The network trained on real images segments synthetic ones; the floor is the same on held-out real images."
-    figures = []
-    for name, text, first, second, statistic, unit in (
-        ("dice", "Agreement of a real-trained network with the masks", dice_r, dice_s, _balanced_mean, ""),
-        ("offset_y", "Downward offset of that network from the masks", moved_r[:, 0], moved_s[:, 0], _median, "px"),
-        ("offset_x", "Rightward offset of that network from the masks", moved_r[:, 1], moved_s[:, 1], _median, "px"),
-    ):
-        known_r, known_s = ~np.isnan(first), ~np.isnan(second)
-        if known_r.sum() < 2 or known_s.sum() < 2:
-            continue
-        values = np.concatenate([first[known_r], second[known_s]])
-        label = np.concatenate([label_r[known_r], label_s[known_s]])
-        count = int(known_r.sum())
-        first_groups, second_groups = groups_r[known_r], groups_s[known_s]
+    for images, scores in ((real, on_real), (synthetic, on_synthetic)):
+        usable = images.masks.any(axis=(1, 2)) & (np.isin(images.classes, common) | (not common))
+        classes = np.searchsorted(common, images.classes) if common else np.zeros(len(images), np.int64)
+        sides.append((scores[usable], classes[usable], images.groups[usable]))
+    figures: list[Figure] = []
 
-        def of_rows(k: Rows, v: Floats = values, c: Rows = label, f: _Statistic = statistic) -> float:
-            return f(v[k], c[k])
+    def add(column: int, name: str, label: str, statistic: Callable[[Floats, Rows], float]) -> None:
+        first, second = (
+            (scores[known, column], classes[known], groups[known])
+            for scores, classes, groups in sides
+            for known in [~np.isnan(scores[:, column])]
+        )
+        count = len(first[0])
+        if min(count, len(second[0])) < 2:
+            return
+        values, labels = (np.concatenate([first[k], second[k]]) for k in (0, 1))
 
-        def difference(a: Rows, b: Rows, of: Statistic = of_rows) -> float:
-            return abs(of(a) - of(b))
-
-        def of_synthetic(k: Rows, of: Statistic = of_rows, first: int = count) -> float:
-            return of(k + first)
+        def of(rows: Rows) -> float:
+            return statistic(values[rows], labels[rows])
 
         rng = context.rng(SECTION, "masks", name)
-        floor = bootstrap(of_rows, rng, first_groups)
-        value = bootstrap(of_synthetic, rng, second_groups)
-        figures.append(
-            Figure(
-                key=f"{SECTION}.masks.{name}",
-                label=text,
-                value=value,
-                floor=floor,
-                synthetic=int(known_s.sum()),
-                real=count,
-                better="higher" if name == "dice" else "near",
-                unit=unit,
-                p=permutation_p(difference, first_groups, second_groups, rng, PERMUTATIONS),
-                headline=name == "dice",
-                note=note,
-            )
+        floor = bootstrap(of, rng, first[2])
+        figure = Figure(
+            key=f"{SECTION}.masks.{name}",
+            label=label,
+            value=bootstrap(lambda rows: of(rows + count), rng, second[2]),
+            floor=floor,
+            synthetic=len(second[0]),
+            real=count,
+            better="higher" if name == "dice" else "near",
+            unit="" if name == "dice" else "px",
+            p=permutation_p(lambda a, b: abs(of(a) - of(b)), first[2], second[2], rng, PERMUTATIONS),
+            headline=name == "dice",
+            note="The network trained on real images segments synthetic ones; the floor is the same on held-out real "
+            "images.",
         )
+        figures.append(figure)
+
+    add(0, "dice", "Agreement of a real-trained network with the masks", _balanced_mean)
+    add(1, "offset_y", "Downward offset of that network from the masks", _median)
+    add(2, "offset_x", "Rightward offset of that network from the masks", _median)
     return figures
 
 
-def _on_real(mine: list[Outcome], parts: list[Split], size: int) -> tuple[Floats, Floats]:
-    """Dice and offsets of ``size`` real images, over the seeds of the split that tested each; NaN where none did."""
-    scores, moved = np.full(size, np.nan), np.full((size, 2), np.nan)
-    for part in parts:
-        own = [one for one in mine if one.split == part.name]
-        scores[part.test] = np.mean([dice(one.test) for one in own], axis=0)
-        moved[part.test] = _mean_offsets([one.offsets for one in own], [one.test for one in own])
-    return scores, moved
-
-
-def _mean_offsets(offsets: list[Floats], counts: list[Counts]) -> Floats:
-    """Offsets averaged over the networks that found the lesion; NaN where none did."""
-    kept = [np.where((dice(c) >= NEAR)[:, None], o, np.nan) for o, c in zip(offsets, counts, strict=True)]
-    stack = np.stack(kept)
+def _scores(tested: list[tuple[Counts, Floats]]) -> Floats:
+    """``(N, 3)``: Dice averaged over networks, and offsets over those that found the lesion, NaN where none did."""
+    overlaps = [dice(counts) for counts, _ in tested]
+    stack = np.stack([np.where((d >= NEAR)[:, None], o, np.nan) for d, (_, o) in zip(overlaps, tested, strict=True)])
     known = (~np.isnan(stack)).sum(axis=0)
-    return np.asarray(np.where(known > 0, np.nansum(stack, axis=0) / np.maximum(known, 1), np.nan))
-
-
-def _labels(real: NDArray[np.str_], synthetic: NDArray[np.str_]) -> tuple[Rows, Rows]:
-    """Class numbers of both sides, -1 for classes of one side only; one number for all where they share none."""
-    common = sorted(set(real.tolist()) & set(synthetic.tolist()))
-    if not common:
-        return np.zeros(len(real), np.int64), np.zeros(len(synthetic), np.int64)
-    numbers = {name: k for k, name in enumerate(common)}
-    first, second = (np.array([numbers.get(str(name), -1) for name in side], np.int64) for side in (real, synthetic))
-    return first, second
+    offsets = np.where(known > 0, np.nansum(stack, axis=0) / np.maximum(known, 1), np.nan)
+    return np.column_stack([np.mean(overlaps, axis=0), offsets])
 
 
 def _balanced_mean(values: Floats, labels: Rows) -> float:
@@ -377,46 +308,3 @@ def _balanced_mean(values: Floats, labels: Rows) -> float:
 
 def _median(values: Floats, labels: Rows) -> float:
     return float(np.median(values))
-
-
-def run(context: AuditContext) -> SectionResult:
-    """Train the arms of ``arms.ARMS`` with equal optimiser steps and test all of them on the same real images.
-
-    Besides, the network trained on real images alone segments the synthetic ones: masks that do not belong to their
-    images show there at once (`probe`). Every training is kept under the section's folder, so a killed run
-    goes on where it stood.
-
-    Args:
-        context: The audit. With ``train``, those images train and all of ``real`` tests; else group folds of ``real``.
-    """
-    result = SectionResult(SECTION)
-    context = context.without_overlays()
-    synthetic = len(context.synthetic.with_lesions())
-    lesions = int(context.real.masks.any(axis=(1, 2)).sum())
-    if not synthetic or lesions < 2:
-        result.note(f"Not run: it takes synthetic and real lesions, and there are {synthetic} and {lesions}.")
-        return result
-    parts, notes = splits(context, synthetic)
-    if not parts or not all(len(part.train) for part in parts):
-        result.note(" ".join(notes))
-        return result
-    smallest = min(len(part.train) for part in parts)
-    arms, left_out = arms_for(context, smallest, synthetic)
-    found = outcomes(context, parts, arms)
-    figures = arm_figures(context, found, parts, smallest) + probe_figures(context, found, parts)
-    weak = untaught(context, found, parts)
-    flagged(figures, result, trusted=not weak)
-    if weak:
-        result.note(
-            f"{weak} of the trainings on real images did not learn to find lesions (Dice below {LEARNT}), for want of "
-            "images or steps, so nothing is flagged."
-        )
-    for text in (*notes, *left_out, CLEAN):
-        result.note(text)
-    extent = EXTENTS[context.effort]
-    result.details["experiment"] = {
-        "training_images": {part.name: len(part.train) for part in parts},
-        "seeds": extent.seeds,
-        "arms": {arm.name: arm.label for arm in arms},
-    }
-    return result

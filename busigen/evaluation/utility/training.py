@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,16 @@ Counts = NDArray[np.int64]
 """``(N, 3)``: pixels of each image that are true positive, false positive, false negative."""
 
 
+VERSION = 1
+"""Part of every kept training's key: raise it whenever training changes."""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is built and trained: the same in every arm.
+    """How a network is built and trained: the same in every arm. ``side``: Pixels of the square input; divides 256.
 
-    Attributes:
-        side: Pixels of the square input; divides 256.
-        channels: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
-            work at half resolution from the first layer on).
+    ``channels``: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
+    work at half resolution from the first layer on).
     """
 
     side: int
@@ -56,6 +57,91 @@ RECIPES: dict[Effort, Recipe] = {
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much one effort does.
+
+    ``real_seeds`` are those of the arm ``real``: two at least, for the floor. ``folds`` are group folds of the real
+    images, where nobody named those that trained the generator, and ``folds_run`` of them are tested. ``limit`` is the
+    most real training images; None for all.
+    """
+
+    seeds: int
+    real_seeds: int
+    folds: int
+    folds_run: int
+    limit: int | None
+
+
+EXTENTS: dict[Effort, Extent] = {"quick": Extent(1, 2, 3, 1, 400), "full": Extent(3, 3, 5, 5, None)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm trains on.
+
+    Attributes:
+        paste: Lesions of real training images pasted into others.
+        synthetic: Synthetic images, as a multiple of the number of real training images.
+        first: The synthetic images train alone for the first half of the steps, the real ones for the second.
+    """
+
+    name: str
+    label: str
+    real: bool = True
+    classic: bool = False
+    paste: bool = False
+    synthetic: float = 0.0
+    first: bool = False
+    quick: bool = False
+
+
+REAL, CLASSIC, ADDED, ALONE = "real", "classic", "synthetic_1", "synthetic_only"
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(REAL, "real", quick=True),
+        Arm(CLASSIC, "real + classic augmentation", classic=True, quick=True),
+        Arm("paste", "real + lesion copy-paste", paste=True),
+        Arm("synthetic_half", "real + 0.5 x synthetic", synthetic=0.5),
+        Arm(ADDED, "real + 1 x synthetic", synthetic=1.0, quick=True),
+        Arm("synthetic_2", "real + 2 x synthetic", synthetic=2.0),
+        Arm("synthetic_4", "real + 4 x synthetic", synthetic=4.0),
+        Arm("classic_synthetic_1", "real + 1 x synthetic + classic augmentation", classic=True, synthetic=1.0),
+        Arm("classic_synthetic_2", "real + 2 x synthetic + classic augmentation", classic=True, synthetic=2.0),
+        Arm("classic_after_2", "2 x synthetic, then real, + classic", classic=True, synthetic=2.0, first=True),
+        Arm(ALONE, "synthetic only", real=False, synthetic=1.0, quick=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One division of the real images: what trains, and which rows of ``context.real`` test."""
+
+    name: str
+    train: ImageSet
+    test: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training's scores: ``test`` on the split's test rows, ``synthetic`` and ``external`` on those whole sets.
+
+    ``offsets`` and ``synthetic_offsets`` are ``(N, 2)`` of `centroid_offsets`.
+    """
+
+    arm: str
+    seed: int
+    split: str
+    test: Counts
+    offsets: NDArray[np.float64]
+    synthetic: Counts
+    synthetic_offsets: NDArray[np.float64]
+    external: Counts
+
+
+@dataclass(frozen=True)
 class Examples:
     """``uint8`` images and ``bool`` masks, both ``(N, side, side)``."""
 
@@ -65,14 +151,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def take(self, rows: NDArray[Any]) -> Examples:
-        """Those of these rows."""
-        return Examples(self.images[rows], self.masks[rows])
-
-    def plus(self, other: Examples) -> Examples:
-        """These and the others."""
-        return Examples(np.concatenate([self.images, other.images]), np.concatenate([self.masks, other.masks]))
-
 
 def examples(images: ImageSet, side: int) -> Examples:
     """A set at the network's resolution: blocks of pixels averaged, masks by majority."""
@@ -80,6 +158,151 @@ def examples(images: ImageSet, side: int) -> Examples:
     shape = (len(images), side, block, side, block)
     grey = images.images.reshape(shape).mean(axis=(2, 4), dtype=np.float32)
     return Examples(np.rint(grey).astype(np.uint8), images.masks.reshape(shape).mean(axis=(2, 4)) >= 0.5)
+
+
+def splits(context: AuditContext, synthetic: int) -> tuple[list[Split], list[str]]:
+    """How real images are divided, and what a reader should know about it.
+
+    The generator's own training images train and ``context.real`` tests, where those are known: then the synthetic
+    images add nothing that the arm ``real`` could not have seen. Else group folds of ``context.real``.
+    """
+    extent, real = EXTENTS[context.effort], context.real
+    everything = np.arange(len(real))
+    notes = []
+    if context.train is not None and len(context.train):
+        parts = [("held_out", context.train, everything)]
+    else:
+        notes.append(
+            "Nobody said which images trained the generator, so real images were divided into group folds. If the "
+            "generator saw test images, figures with synthetic images are too good."
+        )
+        count = min(extent.folds, len(np.unique(real.groups)))
+        if count < 2:
+            return [], ["Too few groups of real images to train and test a network."]
+        folder = StratifiedGroupKFold(count, shuffle=True, random_state=context.seed)
+        pairs = list(folder.split(everything, real.classes, real.groups))[: extent.folds_run]
+        parts = [(f"fold_{k}", real.take(rows), test) for k, (rows, test) in enumerate(pairs)]
+    result = []
+    for name, pool, test in parts:
+        limit = len(pool) if extent.limit is None else min(extent.limit, max(synthetic, 1), len(pool))
+        rows = np.sort(context.rng("utility", "real", name).permutation(len(pool))[:limit])
+        result.append(Split(name, pool.take(rows), test))
+    return result, notes
+
+
+def arms_for(context: AuditContext, real: int, synthetic: int) -> tuple[list[Arm], list[str]]:
+    """The arms of this effort that the set is large enough for, and a note for each that is left out."""
+    chosen, notes = [], []
+    for arm in ARMS.values():
+        if context.effort == "quick" and not arm.quick:
+            continue
+        wanted = round(arm.synthetic * real)
+        if arm.synthetic > 1 and synthetic < wanted:
+            notes.append(f"'{arm.label}' is left out: it takes {wanted} synthetic images, and there are {synthetic}.")
+            continue
+        if arm.synthetic and synthetic < wanted:
+            notes.append(f"'{arm.label}' has {synthetic} synthetic images, of {wanted} that its name promises.")
+        chosen.append(arm)
+    return chosen, notes
+
+
+def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list[Outcome]:
+    """Train every arm, seed and split that is not kept already in the section's folder."""
+    recipe, extent = RECIPES[context.effort], EXTENTS[context.effort]
+    synthetic = examples(context.synthetic.with_lesions(), recipe.side)
+    external = examples(context.external, recipe.side) if context.external is not None else None
+    order = context.rng("utility", "synthetic").permutation(len(synthetic))
+    jobs = [
+        (part, arm, seed)
+        for part in parts
+        for arm in arms
+        for seed in range(extent.real_seeds if arm.name == REAL else extent.seeds)
+    ]
+    folder = context.folder("utility") / "trainings"
+    folder.mkdir(exist_ok=True)
+    result = []
+    context.progress.start(f"{len(jobs)} trainings", len(jobs) * recipe.steps, unit="step")
+    for part, arm, seed in jobs:
+        real = examples(part.train, recipe.side)
+        # Larger arms hold the synthetic images of smaller ones, so that arms differ in number and not in luck.
+        rows = order[: round(arm.synthetic * len(real))]
+        added = Examples(synthetic.images[rows], synthetic.masks[rows])
+        sources = [source for source, used in ((real, arm.real), (added, arm.synthetic > 0)) if used]
+        test = examples(context.real.take(part.test), recipe.side)
+        outside = {} if external is None else {"external": external}
+        key = _key(recipe, arm, [context.seed, seed], (*sources, test, *outside.values(), synthetic))
+        path = folder / f"{arm.name}-{part.name}-{seed}-{key[:12]}.json"
+        kept = _kept(path, key)
+        if kept is None:
+            probed = {"synthetic": synthetic} if arm.name == REAL else {}
+            tested = {"test": test, **probed, **outside}
+            kept = _trained(sources, recipe, arm, 1000 * context.seed + seed, context, tested)
+            write_json(path, {"key": key, **kept})
+        else:
+            context.progress.advance(recipe.steps)
+        result.append(_outcome(arm.name, seed, part.name, kept))
+    return result
+
+
+def _trained(
+    sources: list[Examples], recipe: Recipe, arm: Arm, seed: int, context: AuditContext, tested: dict[str, Examples]
+) -> dict[str, Any]:
+    """Counts and offsets on every set that the arm is tested on, as a kept training's file has them."""
+    together = Examples(np.concatenate([s.images for s in sources]), np.concatenate([s.masks for s in sources]))
+    phases = sources[::-1] if arm.first else [together]
+    device, done = context.device, context.progress.advance
+    network = train(phases, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
+    content: dict[str, Any] = {}
+    for name, part in tested.items():
+        predicted = predict(network, part.images, device)
+        content[name] = overlap(predicted, part.masks).tolist()
+        offsets = centroid_offsets(predicted, part.masks)
+        content[f"{name}_offsets"] = [None if np.isnan(row).any() else row.tolist() for row in offsets]
+    return content
+
+
+def _key(recipe: Recipe, arm: Arm, seeds: list[int], parts: tuple[Examples, ...]) -> str:
+    """Names everything that a training's scores depend on, pixels included."""
+    about = {"version": VERSION, "recipe": asdict(recipe), "arm": asdict(arm), "seed": seeds}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for part in parts:
+        digest.update(f"|{len(part)}|".encode())
+        digest.update(np.ascontiguousarray(part.images).tobytes())
+        digest.update(np.packbits(part.masks).tobytes())
+    return digest.hexdigest()
+
+
+_Overlaps = Many[tuple[Whole, Whole, Whole]]
+_Offsets = Many[tuple[Number, Number] | None]
+
+
+class _Kept(Record):
+    """A kept training's scores, by the set that they were measured on."""
+
+    key: Text
+    test: _Overlaps
+    test_offsets: _Offsets
+    synthetic: _Overlaps = Field(default_factory=list)
+    synthetic_offsets: _Offsets = Field(default_factory=list)
+    external: _Overlaps = Field(default_factory=list)
+    external_offsets: _Offsets = Field(default_factory=list)
+
+
+def _kept(path: Path, key: str) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = read_checked(_Kept, path, fix="")
+    except (OSError, IntegrityError):
+        return None
+    return content if content["key"] == key else None
+
+
+def _outcome(arm: str, seed: int, split: str, content: dict[str, Any]) -> Outcome:
+    found = {}
+    for name in ("test", "synthetic", "external"):
+        counts = np.array(content.get(name, []), np.int64).reshape(-1, 3)
+        offsets = [[np.nan] * 2 if row is None else row for row in content.get(f"{name}_offsets", [])]
+        found[name] = counts, np.array(offsets, np.float64).reshape(-1, 2)
+    return Outcome(arm, seed, split, *found["test"], *found["synthetic"], found["external"][0])
 
 
 def train(
@@ -161,19 +384,15 @@ def pooled_f1(counts: Counts) -> float:
 
 
 def centroid_offsets(predicted: Masks, masks: Masks) -> NDArray[np.float64]:
-    """``(N, 2)``: rows and columns from the mask's centroid to the prediction's, in pixels of the working frame.
-
-    NaN where either is empty.
-    """
-    unit = RESOLUTION / masks.shape[1]
-    return (_centroids(predicted) - _centroids(masks)) * unit
-
-
-def _centroids(masks: Masks) -> NDArray[np.float64]:
-    area = masks.sum(axis=(1, 2)).astype(np.float64)
-    area[area == 0] = np.nan
+    """``(N, 2)``: pixels of the working frame down and right from the mask's centroid to the prediction's, or NaN."""
     place = np.arange(masks.shape[1])
-    return np.stack([(masks.sum(axis=2) @ place) / area, (masks.sum(axis=1) @ place) / area], axis=1)
+
+    def centroids(of: Masks) -> NDArray[np.float64]:
+        area = of.sum(axis=(1, 2)).astype(np.float64)
+        area[area == 0] = np.nan
+        return np.stack([(of.sum(axis=2) @ place) / area, (of.sum(axis=1) @ place) / area], axis=1)
+
+    return (centroids(predicted) - centroids(masks)) * (RESOLUTION / masks.shape[1])
 
 
 def _grey(images: Pixels, device: str) -> Tensor:
@@ -208,248 +427,3 @@ def _augmented(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     gamma = torch.exp((torch.rand(count, 1, 1, 1) - 0.5) * 0.8).to(images.device)
     noise = torch.randn(count, 1, 1, 1).to(images.device) * 0.05
     return images.clamp(0, 1) ** gamma + noise, masks
-
-
-VERSION = 1
-"""Part of every kept training's key: raise it whenever training changes."""
-
-
-_Overlaps = Many[tuple[Whole, Whole, Whole]]
-_Offsets = Many[tuple[Number, Number] | None]
-
-
-class _Kept(Record):
-    """A kept training's scores, by the set that they were measured on."""
-
-    key: Text
-    test: _Overlaps
-    test_offsets: _Offsets
-    synthetic: _Overlaps = Field(default_factory=list)
-    synthetic_offsets: _Offsets = Field(default_factory=list)
-    external: _Overlaps = Field(default_factory=list)
-    external_offsets: _Offsets = Field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What one arm trains on.
-
-    Attributes:
-        paste: Lesions of real training images pasted into others.
-        synthetic: Synthetic images, as a multiple of the number of real training images.
-        first: The synthetic images train alone for the first half of the steps, the real ones for the second.
-    """
-
-    name: str
-    label: str
-    real: bool = True
-    classic: bool = False
-    paste: bool = False
-    synthetic: float = 0.0
-    first: bool = False
-    quick: bool = False
-
-
-REAL, CLASSIC, ADDED, ALONE = "real", "classic", "synthetic_1", "synthetic_only"
-
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm(REAL, "real", quick=True),
-        Arm(CLASSIC, "real + classic augmentation", classic=True, quick=True),
-        Arm("paste", "real + lesion copy-paste", paste=True),
-        Arm("synthetic_half", "real + 0.5 x synthetic", synthetic=0.5),
-        Arm(ADDED, "real + 1 x synthetic", synthetic=1.0, quick=True),
-        Arm("synthetic_2", "real + 2 x synthetic", synthetic=2.0),
-        Arm("synthetic_4", "real + 4 x synthetic", synthetic=4.0),
-        Arm("classic_synthetic_1", "real + 1 x synthetic + classic augmentation", classic=True, synthetic=1.0),
-        Arm("classic_synthetic_2", "real + 2 x synthetic + classic augmentation", classic=True, synthetic=2.0),
-        Arm("classic_after_2", "2 x synthetic, then real, + classic", classic=True, synthetic=2.0, first=True),
-        Arm(ALONE, "synthetic only", real=False, synthetic=1.0, quick=True),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much one effort does.
-
-    ``real_seeds`` are those of the arm ``real``: two at least, for the floor. ``folds`` are group folds of the real
-    images, where nobody named those that trained the generator, and ``folds_run`` of them are tested. ``limit`` is the
-    most real training images; None for all.
-    """
-
-    seeds: int
-    real_seeds: int
-    folds: int
-    folds_run: int
-    limit: int | None
-
-
-EXTENTS: dict[Effort, Extent] = {"quick": Extent(1, 2, 3, 1, 400), "full": Extent(3, 3, 5, 5, None)}
-
-
-@dataclass(frozen=True)
-class Split:
-    """One division of the real images: what trains, and which rows of ``context.real`` test."""
-
-    name: str
-    train: ImageSet
-    test: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One training's scores: ``test`` on the split's test rows, ``synthetic`` and ``external`` on those whole sets.
-
-    ``offsets`` and ``synthetic_offsets`` are ``(N, 2)`` of `centroid_offsets`.
-    """
-
-    arm: str
-    seed: int
-    split: str
-    test: Counts
-    offsets: NDArray[np.float64]
-    synthetic: Counts
-    synthetic_offsets: NDArray[np.float64]
-    external: Counts
-
-
-def splits(context: AuditContext, synthetic: int) -> tuple[list[Split], list[str]]:
-    """How real images are divided, and what a reader should know about it.
-
-    The generator's own training images train and ``context.real`` tests, where those are known: then the synthetic
-    images add nothing that the arm ``real`` could not have seen. Else group folds of ``context.real``.
-    """
-    extent = EXTENTS[context.effort]
-    everything = np.arange(len(context.real))
-    notes = []
-    if context.train is not None and len(context.train):
-        parts = [("held_out", context.train, everything)]
-    else:
-        notes.append(
-            "Nobody said which images trained the generator, so real images were divided into group folds. If the "
-            "generator saw test images, figures with synthetic images are too good."
-        )
-        groups = len(np.unique(context.real.groups))
-        count = min(extent.folds, groups)
-        if count < 2:
-            return [], ["Too few groups of real images to train and test a network."]
-        folder = StratifiedGroupKFold(count, shuffle=True, random_state=context.seed)
-        pairs = list(folder.split(everything, context.real.classes, context.real.groups))[: extent.folds_run]
-        parts = [(f"fold_{k}", context.real.take(rows), test) for k, (rows, test) in enumerate(pairs)]
-    result = []
-    for name, pool, test in parts:
-        limit = len(pool) if extent.limit is None else min(extent.limit, max(synthetic, 1), len(pool))
-        rows = np.sort(context.rng("utility", "real", name).permutation(len(pool))[:limit])
-        result.append(Split(name, pool.take(rows), test))
-    return result, notes
-
-
-def arms_for(context: AuditContext, real: int, synthetic: int) -> tuple[list[Arm], list[str]]:
-    """The arms of this effort that the set is large enough for, and a note for each that is left out."""
-    chosen, notes = [], []
-    for arm in ARMS.values():
-        if context.effort == "quick" and not arm.quick:
-            continue
-        wanted = round(arm.synthetic * real)
-        if arm.synthetic > 1 and synthetic < wanted:
-            notes.append(f"'{arm.label}' is left out: it takes {wanted} synthetic images, and there are {synthetic}.")
-            continue
-        if arm.synthetic and synthetic < wanted:
-            notes.append(f"'{arm.label}' has {synthetic} synthetic images, of {wanted} that its name promises.")
-        chosen.append(arm)
-    return chosen, notes
-
-
-def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list[Outcome]:
-    """Train every arm, seed and split that is not kept already in the section's folder."""
-    recipe, extent = RECIPES[context.effort], EXTENTS[context.effort]
-    synthetic = examples(context.synthetic.with_lesions(), recipe.side)
-    external = examples(context.external, recipe.side) if context.external is not None else None
-    order = context.rng("utility", "synthetic").permutation(len(synthetic))
-    jobs = [
-        (part, arm, seed)
-        for part in parts
-        for arm in arms
-        for seed in range(extent.real_seeds if arm.name == REAL else extent.seeds)
-    ]
-    folder = context.folder("utility") / "trainings"
-    folder.mkdir(exist_ok=True)
-    result = []
-    context.progress.start(f"{len(jobs)} trainings", len(jobs) * recipe.steps, unit="step")
-    for part, arm, seed in jobs:
-        sources = _sources(examples(part.train, recipe.side), synthetic, order, arm)
-        test = examples(context.real.take(part.test), recipe.side)
-        key = _key(recipe, arm, seed, context, (*sources, test, *([external] if external else []), synthetic))
-        path = folder / f"{arm.name}-{part.name}-{seed}-{key[:12]}.json"
-        kept = _kept(path, key)
-        if kept is None:
-            run_seed = 1000 * context.seed + seed
-            tested = {"test": test, "synthetic": synthetic if arm.name == REAL else None, "external": external}
-            kept = _trained(sources, recipe, arm, run_seed, context, tested)
-            write_json(path, {"key": key, **kept})
-        else:
-            context.progress.advance(recipe.steps)
-        result.append(_outcome(arm.name, seed, part.name, kept))
-    return result
-
-
-def _sources(real: Examples, synthetic: Examples, order: NDArray[np.int64], arm: Arm) -> list[Examples]:
-    # Larger arms hold the synthetic images of smaller ones, so that arms differ in number and not in luck.
-    added = synthetic.take(order[: round(arm.synthetic * len(real))])
-    return [part for part, used in ((real, arm.real), (added, arm.synthetic > 0)) if used]
-
-
-def _trained(
-    sources: list[Examples],
-    recipe: Recipe,
-    arm: Arm,
-    seed: int,
-    context: AuditContext,
-    tested: dict[str, Examples | None],
-) -> dict[str, Any]:
-    """Counts and offsets on every set that the arm is tested on, as a kept training's file has them."""
-    phases = sources[::-1] if arm.first else [reduce(Examples.plus, sources)]
-    device, done = context.device, context.progress.advance
-    network = train(phases, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
-    content: dict[str, Any] = {}
-    for name, part in tested.items():
-        if part is None:
-            continue
-        predicted = predict(network, part.images, device)
-        content[name] = overlap(predicted, part.masks).tolist()
-        offsets = centroid_offsets(predicted, part.masks)
-        content[f"{name}_offsets"] = [None if np.isnan(row).any() else row.tolist() for row in offsets]
-    return content
-
-
-def _outcome(arm: str, seed: int, split: str, content: dict[str, Any]) -> Outcome:
-    def counts(name: str) -> Counts:
-        return np.array(content.get(name, []), np.int64).reshape(-1, 3)
-
-    def offsets(name: str) -> NDArray[np.float64]:
-        rows = [[np.nan] * 2 if row is None else row for row in content.get(name, [])]
-        return np.array(rows, np.float64).reshape(-1, 2)
-
-    on_test, on_synthetic = ((counts(name), offsets(f"{name}_offsets")) for name in ("test", "synthetic"))
-    return Outcome(arm, seed, split, *on_test, *on_synthetic, counts("external"))
-
-
-def _key(recipe: Recipe, arm: Arm, seed: int, context: AuditContext, parts: tuple[Examples, ...]) -> str:
-    """Names everything that a training's scores depend on, pixels included."""
-    about = {"version": VERSION, "recipe": asdict(recipe), "arm": asdict(arm), "seed": [context.seed, seed]}
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for part in parts:
-        digest.update(f"|{len(part)}|".encode())
-        digest.update(np.ascontiguousarray(part.images).tobytes())
-        digest.update(np.packbits(part.masks).tobytes())
-    return digest.hexdigest()
-
-
-def _kept(path: Path, key: str) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = read_checked(_Kept, path, fix="")
-    except (OSError, IntegrityError):
-        return None
-    return content if content["key"] == key else None

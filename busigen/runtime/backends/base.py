@@ -1,4 +1,4 @@
-"""What runs a bundle's graphs: backends, what opens them by a provider's name, and batches too large for the memory."""
+"""Backends, which run a bundle's graphs, and what opens one by its provider's name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,10 @@ from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.text import install_command
 
-_SIGNS = (
+FALLBACK = "cpu"
+"""The provider that ``--allow-fallback`` goes on with: the one that needs nothing."""
+
+_OUT_OF_MEMORY = (
     "out of memory",  # CUDA's own words, and TensorRT's
     "outofmemory",
     "memory allocation",  # TensorRT's builder
@@ -36,52 +38,22 @@ _SIGNS = (
     "cublas_status_alloc_failed",
 )
 
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an engine's error says that there was too little memory."""
-    return isinstance(error, MemoryError) or says_ran_out(str(error))
-
-
-def says_ran_out(account: str) -> bool:
-    """Whether a library's own words say that there was too little memory."""
-    described = account.lower()
-    return any(sign in described for sign in _SIGNS)
-
-
-def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
-    """The first of a half, a quarter, an eighth... of ``rows`` that fits; 0 if not even ``MIN_BATCH`` do.
-
-    Args:
-        rows: of the batch that did not fit.
-        fits: tries so many rows.
-    """
-    while (rows := rows // 2) >= MIN_BATCH:
-        if fits(rows):
-            return rows
-    return 0
-
-
-FALLBACK = "cpu"
-"""The provider that ``--allow-fallback`` goes on with: the one that needs nothing."""
-
 _log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
 
-
 Feed = Mapping[str, Any]
-"""Inputs of a graph: arrays, or what :meth:`Backend.keep` handed back."""
+"""Inputs of a graph: arrays, or what :meth:`Backend.keep` returned."""
 
 
 class Backend(ABC):
-    """Runs a bundle's graphs. ``name`` and ``version`` become part of a dataset's record.
+    """Runs a bundle's graphs.
 
     Attributes:
-        name: of the provider.
-        version: of what decides the bytes of a sample, for people.
+        name: of the provider; part of a dataset's record, as is ``version``, of what decides the bytes of a sample.
         providers: what the library calls what really runs the graphs, the one that is asked first in front.
         max_concurrent_calls: calls of ``run`` that may be under way at once.
-        batches: what calls of a fixed size were built for, which is recorded; ``None`` where calls take any batch.
+        batches: what calls of a fixed size were built for, which is recorded; None where calls take any batch.
     """
 
     name: str
@@ -97,8 +69,8 @@ class Backend(ABC):
     def keep(self, graph: str, inputs: Feed) -> Any:
         """Run one graph, and leave its output where it was computed, for the graphs that read it next.
 
-        What comes back has a length, the rows of its batch, and becomes an array by ``numpy.asarray``; only the same
-        backend's methods read it without that.
+        ``len`` of the result is the rows of its batch, ``numpy.asarray`` makes it an array, and only the same backend's
+        methods read it without that.
         """
         return self.run(graph, inputs)
 
@@ -112,8 +84,8 @@ class EngineOptions:
     """How graphs are to be run. An engine reads what concerns it.
 
     Attributes:
-        threads: compute threads on the processor; ``None`` takes one per core that this process may use.
-        bound: keep inputs and outputs in fixed buffers on the device; ``None`` does so on a card.
+        threads: compute threads on the processor; None takes one per core that this process may use.
+        bound: keep inputs and outputs in fixed buffers on the device; None does so on a card.
         batch_sizes: that engines with fixed batches are made for, the full one first (``generate --batch-size``).
         exact_batches: of the engines that drew samples which are to be drawn again, in place of ``batch_sizes``: other
             batches may round otherwise.
@@ -129,69 +101,19 @@ class EngineOptions:
             raise UsageError(f"--threads is {self.threads}.", fix="Give 1 or more, or leave it out for one per core.")
 
 
-class Engine(Protocol):
-    """What opens backends of a provider."""
+@dataclass(frozen=True)
+class Engine:
+    """What a provider's module offers.
 
-    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> Backend:
-        """A backend on an opened, checked bundle, that is known to work: the first graph is loaded.
-
-        Raises:
-            ProviderError: the provider cannot be used here.
-            IntegrityError: a graph cannot be loaded.
-        """
-        ...
-
-    def probe(self, provider: Provider) -> str:
-        """Run a network of one node, and say in a few words on what it ran.
-
-        Libraries of a broken installation may end the process:
-        :func:`busigen.runtime.backends.probe.probe` calls this in one of its own.
-
-        Raises:
-            ProviderError: the provider cannot be used here.
-        """
-        ...
-
-
-def open_backend(
-    bundle: Bundle,
-    provider: str = FALLBACK,
-    options: EngineOptions | None = None,
-    *,
-    allow_fallback: bool = False,
-) -> Backend:
-    """A backend of that name.
-
-    Args:
-        bundle: an opened, checked bundle.
-        provider: a name in ``registry.PROVIDERS``.
-        options: how to run the graphs.
-        allow_fallback: where the provider cannot be used, go on with the processor. The backend then says ``cpu``, as
-            the dataset's record will.
-
-    Raises:
-        UsageError: there is no such provider, or, a :class:`busigen.errors.ProviderError`, it is not usable here.
-        IntegrityError: a graph cannot be loaded.
+    Attributes:
+        open: makes a backend on an opened, checked bundle, with the first graph loaded. Raises a ``ProviderError`` if
+            the provider cannot be used here, an ``IntegrityError`` if a graph cannot be loaded.
+        probe: runs a network of one node, and says in a few words on what it ran, or raises a ``ProviderError``.
+            Libraries of a broken installation may end the process, so it is called in one of its own (`probe.probe`).
     """
-    chosen, options = provider_named(provider), options or EngineOptions()
-    try:
-        return engine_of(chosen).open(bundle, chosen, options)
-    except ProviderError as error:
-        if not allow_fallback or provider == FALLBACK:
-            raise
-        _log.warning("provider: %s, because of --allow-fallback: %s", FALLBACK, error.problem)
-    return open_backend(bundle, FALLBACK, options)
 
-
-def provider_named(name: str) -> Provider:
-    """The provider of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in PROVIDERS:
-        raise UsageError(f"unknown provider {name!r}.", fix=f"Choose one of: {', '.join((AUTO, *PROVIDERS))}.")
-    return PROVIDERS[name]
+    open: Callable[[Bundle, Provider, EngineOptions], Backend]
+    probe: Callable[[Provider], str]
 
 
 def _onnxruntime() -> Engine:
@@ -217,11 +139,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 
 
 def engine_of(provider: Provider) -> Engine:
-    """The engine that runs a provider's graphs.
-
-    Raises:
-        ProviderError: a module that it needs is not installed.
-    """
+    """The engine that runs a provider's graphs; a ``ProviderError`` if a module that it needs is not installed."""
     try:
         return ENGINES[provider.name]()
     except ModuleNotFoundError as error:
@@ -231,13 +149,60 @@ def engine_of(provider: Provider) -> Engine:
         ) from error
 
 
+def provider_named(name: str) -> Provider:
+    """The provider of that name; a ``UsageError`` if there is none."""
+    if name not in PROVIDERS:
+        raise UsageError(f"unknown provider {name!r}.", fix=f"Choose one of: {', '.join((AUTO, *PROVIDERS))}.")
+    return PROVIDERS[name]
+
+
+def open_backend(
+    bundle: Bundle,
+    provider: str = FALLBACK,
+    options: EngineOptions | None = None,
+    *,
+    allow_fallback: bool = False,
+) -> Backend:
+    """A backend on an opened, checked bundle, by the provider's name in ``registry.PROVIDERS``.
+
+    With ``allow_fallback``, the processor takes the place of a provider that cannot be used. The backend then says
+    ``cpu``, as the dataset's record will.
+
+    Raises:
+        UsageError: there is no such provider, or, a :class:`busigen.errors.ProviderError`, it is not usable here.
+        IntegrityError: a graph cannot be loaded.
+    """
+    chosen, options = provider_named(provider), options or EngineOptions()
+    try:
+        return engine_of(chosen).open(bundle, chosen, options)
+    except ProviderError as error:
+        if not allow_fallback or provider == FALLBACK:
+            raise
+        _log.warning("provider: %s, because of --allow-fallback: %s", FALLBACK, error.problem)
+    return open_backend(bundle, FALLBACK, options)
+
+
 def usable_cores() -> int:
     """Cores that this process may use; where the system does not say, all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def ran_out(error: BaseException | str) -> bool:
+    """Whether an engine's error, or a library's message, says that there was too little memory."""
+    account = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in account for sign in _OUT_OF_MEMORY)
+
+
+def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
+    """The first of a half, a quarter, an eighth... of ``rows`` that fits; 0 if not even ``MIN_BATCH`` do."""
+    while (rows := rows // 2) >= MIN_BATCH:
+        if fits(rows):
+            return rows
+    return 0
+
+
 class TimedBackend(Backend):
-    """A backend that runs another one and keeps count of the time.
+    """A backend that runs another one and adds up the time of its calls, by stage.
 
     A graph's first call includes what loading it takes. It takes as many calls at once as the backend that it wraps.
     """
@@ -245,7 +210,7 @@ class TimedBackend(Backend):
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name, self.version = backend, backend.name, backend.version
         self.max_concurrent_calls, self.batches = backend.max_concurrent_calls, backend.batches
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
@@ -269,16 +234,12 @@ class TimedBackend(Backend):
 
     def called(self, graph: str, inputs: Feed, output: Any, began: float, ended: float) -> None:
         """Take note of a call that ended; may come from any thread."""
+        # ``lesion`` for ``lesion-benign@128``: a stage over all classes and window sizes.
+        stage = graph.partition("@")[0].partition("-")[0]
         with self._lock:
-            # Counter's type knows whole numbers only; its arithmetic takes seconds just as well.
-            self._seconds[stage_of(graph)] += ended - began  # type: ignore[assignment]
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + ended - began
 
     def seconds(self) -> dict[str, float]:
         """Seconds per stage so far, the longest first."""
         with self._lock:
-            return dict(self._seconds.most_common())
-
-
-def stage_of(graph: str) -> str:
-    """A graph's stage, over all classes and window sizes: ``lesion`` for ``lesion-benign@128``."""
-    return graph.partition("@")[0].partition("-")[0]
+            return dict(sorted(self._seconds.items(), key=lambda item: -item[1]))

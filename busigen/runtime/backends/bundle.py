@@ -1,4 +1,4 @@
-"""Bundles: a folder of ONNX graphs and weights with a record of what each is, opened and checked."""
+"""Bundles: folders of ONNX graphs and weights, whose record and files are checked before they are used."""
 
 from __future__ import annotations
 
@@ -26,35 +26,9 @@ from busigen.records import FileName, Many, Number, Record, Text, checked, read_
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 
-
-@contextmanager
-def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
-    """A graph's path as ONNX and ONNX Runtime open it, for as long as the block runs.
-
-    Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
-    conda) leave them so. Then the graph's files are copied for the block. Weights handed over in memory are no way out:
-    ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
-
-    Args:
-        graph: the graph's file.
-        files: names of the files that it needs, itself among them, all in its folder.
-
-    Raises:
-        OSError: there is no room for a copy, or a file cannot be read.
-    """
-    if all((graph.parent / name).stat().st_nlink == 1 for name in files):
-        yield graph
-        return
-    # On Windows, what a session has mapped into its memory cannot be removed before that ends.
-    with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
-        for name in files:
-            shutil.copyfile(graph.parent / name, Path(folder) / name)
-        yield Path(folder) / graph.name
-
-
 RECORD = "bundle.json"
 SCHEMA, READABLE = 5, (4, 5)
-"""What export writes, and what can be read: 4 differs in that nothing of it is filtered last (busigen.mtf)."""
+"""What export writes, and what can be read: pairs of a bundle of schema 4 are not filtered (busigen.mtf)."""
 
 MAX_RECORD_BYTES = 4 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -71,13 +45,9 @@ LARGEST_SPECKLE = 4.0
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
 
 
-_CHAIN = ("split_hash", "checkpoint")
-_SHA256 = re.compile("[0-9a-f]{64}")
-
-
 def unproven(record: Mapping[str, Any]) -> list[str]:
     """Links of the chain of fingerprints that a ``bundle.json``, or a run's fingerprint, has no sha256 of."""
-    return [name for name in _CHAIN if not _SHA256.fullmatch(str(record.get(name)))]
+    return [name for name in ("split_hash", "checkpoint") if not re.fullmatch("[0-9a-f]{64}", str(record.get(name)))]
 
 
 def graph_names() -> tuple[str, ...]:
@@ -161,12 +131,9 @@ class BundleRecord(ImagesRecord):
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle.
+    """An opened bundle: its folder, the content of ``bundle.json``, and that file's sha256.
 
-    Attributes:
-        folder: where it lies.
-        info: the content of ``bundle.json``.
-        sha256: of ``bundle.json``; since that names every file's hash, it stands for the whole bundle.
+    Since the record names every file's hash, its sha256 stands for the whole bundle.
     """
 
     folder: Path
@@ -182,7 +149,18 @@ class Bundle:
             IntegrityError: a file is missing or changed, or a recorded path leaves the folder.
         """
         bundle = cls.recorded(folder)
-        bundle._check()
+        expected: dict[str, str] = {}
+        for name, record in bundle.info["graphs"].items():
+            hashes = record["files"]
+            if record["file"] not in hashes:
+                raise IntegrityError(f"{folder / RECORD} records no files for graph {name}.", fix=_EXPORT)
+            for file, sha256 in hashes.items():
+                if file not in expected:
+                    limit = MAX_GRAPH_BYTES if file == record["file"] else MAX_WEIGHTS_BYTES
+                    _check_file(folder / file, sha256, limit)
+                if expected.setdefault(file, sha256) != sha256:
+                    raise IntegrityError(f"{folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
+            _check_graph(folder / record["file"], set(hashes))
         return bundle
 
     @classmethod
@@ -245,20 +223,6 @@ class Bundle:
         """Deviation of the noise that synthetic backgrounds are decoded with; 1 in bundles that do not say."""
         return float(self.info.get("background_speckle", 1.0))
 
-    def _check(self) -> None:
-        expected: dict[str, str] = {}
-        for name, record in self.info["graphs"].items():
-            hashes = record["files"]
-            if record["file"] not in hashes:
-                raise IntegrityError(f"{self.folder / RECORD} records no files for graph {name}.", fix=_EXPORT)
-            for file, sha256 in hashes.items():
-                if file not in expected:
-                    limit = MAX_GRAPH_BYTES if file == record["file"] else MAX_WEIGHTS_BYTES
-                    _check_file(self.folder / file, sha256, limit)
-                if expected.setdefault(file, sha256) != sha256:
-                    raise IntegrityError(f"{self.folder / RECORD} gives {file} two hashes.", fix=_EXPORT)
-            _check_graph(self.folder / record["file"], set(hashes))
-
 
 def _check_file(path: Path, expected: str, limit: int) -> None:
     try:
@@ -283,3 +247,21 @@ def _check_graph(graph: Path, recorded: set[str]) -> None:
         raise IntegrityError(f"{graph} cannot be read: {error.strerror}.", fix=_EXPORT) from error
     except ValueError as error:
         raise IntegrityError(f"{graph} is no ONNX graph of a bundle: {error}.", fix=_EXPORT) from error
+
+
+@contextmanager
+def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
+    """A graph's path as ONNX and ONNX Runtime open it for the block; an ``OSError`` if there is no room for a copy.
+
+    Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
+    conda) leave them so. Then the files that the graph needs, itself among them, are copied for the block. Weights
+    handed over in memory are no way out: ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
+    """
+    if all((graph.parent / name).stat().st_nlink == 1 for name in files):
+        yield graph
+        return
+    # On Windows, what a session has mapped into its memory cannot be removed before that ends.
+    with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
+        for name in files:
+            shutil.copyfile(graph.parent / name, Path(folder) / name)
+        yield Path(folder) / graph.name

@@ -1,9 +1,9 @@
-"""ONNX graphs as protobuf messages: what one from anywhere would do if it were loaded, and small ones that are written.
+"""ONNX graphs as protobuf messages: checks of graphs from anywhere, and small graphs that are written.
 
-A graph names its weights' files itself, anywhere in its nested graphs. ONNX Runtime opens what is named, so a graph
-that names a file which nobody hashed would run weights that nobody proved. And a loop takes as many turns as the graph
-says, where no signal reaches. The runtime has no onnx package: of ONNX's schema, the fields that are used are named
-here, and protobuf, which ONNX Runtime brings, keeps all others as they were.
+A graph names its weights' files itself, anywhere in its nested graphs, and ONNX Runtime opens what is named: weights
+that nobody hashed would run. A loop takes as many turns as the graph says, and no signal reaches it. The runtime has no
+onnx package: the fields of ONNX's schema that are used are named here, and protobuf, which ONNX Runtime brings, keeps
+all others as they were.
 """
 
 from __future__ import annotations
@@ -67,11 +67,7 @@ def _model_class() -> Any:
 
 
 def _parsed(content: bytes) -> Any:
-    """The model that is serialised.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The serialised model; a ``ValueError`` if it is none."""
     from google.protobuf.message import DecodeError
 
     try:
@@ -81,11 +77,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A message and all that it holds, at any depth.
-
-    Raises:
-        ValueError: a field has a number that none can have.
-    """
+    """A message and all that it holds, at any depth; a ``ValueError`` if a field has a number that none can have."""
     from google.protobuf.unknown_fields import UnknownFieldSet
 
     # A stack of its own, because graphs may be nested deeper than Python's.
@@ -95,8 +87,8 @@ def _messages(message: Any) -> Iterator[Any]:
             stack.pop()
             continue
         yield message
-        # ONNX Runtime drops what a field's number has beyond 32 bits, and would see another field. So does protobuf
-        # refuse it, but where it is written in Python alone.
+        # ONNX Runtime drops what a field's number has beyond 32 bits, and would see another field. Protobuf refuses
+        # such numbers, except where it is written in Python alone.
         if any(field.field_number > _LARGEST_FIELD for field in UnknownFieldSet(message)):
             raise ValueError("it is no protobuf message")
         for field, value in message.ListFields():
@@ -105,14 +97,9 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 class Graph:
-    """A graph from anywhere.
+    """The graph in an ONNX file from anywhere.
 
-    Args:
-        path: an ONNX file.
-
-    Raises:
-        ValueError: the file is no protobuf message.
-        OSError: the file cannot be read, or is larger than ``MAX_GRAPH_BYTES``.
+    It raises a ``ValueError`` if that is no protobuf message, and an ``OSError`` if it cannot be read or is too large.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,11 +110,7 @@ class Graph:
         self._model = _parsed(content)
 
     def external_files(self) -> set[str]:
-        """Every file name that the graph's tensors are said to lie in.
-
-        Raises:
-            ValueError: a name is no text.
-        """
+        """Every file name that the graph's tensors are said to lie in; a ``ValueError`` if one is no text."""
         return {
             message.value
             for message in _messages(self._model)
@@ -139,14 +122,11 @@ class Graph:
         return {node.op_type for node in self._model.graph.node}
 
     def refuse_endless(self, most: int) -> None:
-        """Refuse a graph that may compute for longer than its nodes and a bounded number of turns account for.
+        """Refuse a graph that may compute for longer than its nodes and loops of at most ``most`` turns account for.
 
         What export writes has one ``Loop`` at most, whose number of turns is a constant and whose body holds no further
         graph. All else that repeats nodes is refused: other operators that hold graphs, loops in loops, and functions,
         of which each may call the one before it twice.
-
-        Args:
-            most: turns that a loop may take.
 
         Raises:
             ValueError: it is refused, or a name in it is no text.
@@ -167,7 +147,7 @@ class Graph:
                 turns.add(node.input[0] if node.input else "")
         tensors = [*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)]
         for name in turns:
-            # All that anybody could take for this one, where one may be given twice.
+            # Every tensor of the name: a runtime may take any of them.
             found = [tensor for tensor in tensors if tensor.name == name]
             if not name or name in computed or len(found) != 1 or (count := _whole_number(found[0])) is None:
                 raise ValueError("one of its loops has no fixed number of turns")
@@ -191,27 +171,22 @@ def _whole_number(tensor: Any) -> int | None:
 
 
 def with_conditions(model: bytes) -> bytes:
-    """The same graph with nothing that reads the condition of a loop which has none.
+    """The same serialised model with nothing that reads the condition of a loop which has none.
 
     ONNX lets a ``Loop`` go without a condition and still hands its body one, which the body must hand back. TensorRT's
     parser (tensorrt-rtx 1.7.1) then leaves the body's condition unregistered and fails at the node that hands it back:
-    in what this returns, that node reads a constant. The shipped graphs stay the bytes that were proved.
-
-    Args:
-        model: a serialised ONNX model.
-
-    Raises:
-        ValueError: it is no protobuf message.
+    here that node reads a constant. The shipped graphs stay the bytes that were proved. A ``ValueError`` says that the
+    model is no protobuf message.
     """
     always = "busigen/always"
     parsed = _parsed(model)
     loops = [node for node in parsed.graph.node if node.op_type == "Loop" and not "".join(node.input[1:2])]
+    if not loops:
+        return model
     for body in (body for loop in loops for body in _subgraphs(loop)):
         condition = [value.name for value in body.input[1:2]]
         for node in body.node:
             node.input[:] = [always if name in condition else name for name in node.input]
-    if not loops:
-        return model
     parsed.graph.initializer.add(name=always, data_type=BOOL, raw_data=b"\1")
     return bytes(parsed.SerializeToString())
 
@@ -224,13 +199,7 @@ Value = tuple[int, Sequence[int | str]]
 
 
 def one_node(operator: str, inputs: Mapping[str, Value], output: Value) -> bytes:
-    """A model of one node without attributes, whose output is named ``y``.
-
-    Args:
-        operator: of ONNX's default domain, such as ``Conv``.
-        inputs: names and types, in the operator's order.
-        output: its type.
-    """
+    """A serialised model of one node of ONNX's default domain, without attributes, whose output is named ``y``."""
     model = _model_class()(ir_version=8, opset_import=[{"version": 17}])
     graph = model.graph
     graph.name = operator

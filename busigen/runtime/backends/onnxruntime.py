@@ -1,8 +1,4 @@
-"""Sessions whose inputs and outputs stay in buffers of their own on the device: IO binding, with CUDA graphs.
-
-A graph is run in buffers of one shape each, made once per shape: what comes from the host is copied into them, what a
-graph before it has left on the device is copied there. CUDA graphs need that, because they replay addresses.
-"""
+"""Runs a bundle's graphs with ONNX Runtime, on the processor or on a card."""
 
 from __future__ import annotations
 
@@ -10,8 +6,9 @@ import contextlib
 import io
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
 from busigen.registry import PROVIDERS, Provider
-from busigen.runtime.backends.base import Backend, EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
+from busigen.runtime.backends.base import Backend, Engine, EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle, openable
 from busigen.runtime.backends.onnx_graph import BOOL, FLOAT, Graph, one_node
 from busigen.runtime.backends.probe import driver_cuda
@@ -28,6 +25,15 @@ from busigen.text import install_command
 
 _NO_CAPTURE = "-1"
 """ONNX Runtime's ``gpu_graph_id`` of a run that is neither captured nor replayed."""
+
+_SHOWN = 200
+"""Characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes."""
+
+_CONTROL_FLOW = {"If", "Loop", "Scan"}
+"""What a CUDA graph cannot hold."""
+
+_HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedConv", "FusedMatMul", "Gemm", "MatMul"}
+"""Operators that do the work: what else a card leaves to the processor are shapes and counters."""
 
 
 class OnDevice:
@@ -50,32 +56,35 @@ class _Buffers:
     binding: ort.IOBinding
     inputs: dict[str, ort.OrtValue]
     output: ort.OrtValue
-    options: ort.RunOptions = field(default_factory=ort.RunOptions)
+    options: ort.RunOptions
 
 
 class BoundSession:
-    """A session that is fed through fixed buffers on its device.
+    """A session that is fed through fixed buffers on its device, made once per shape of the inputs.
 
-    Args:
-        session: of one output.
-        device: ``cpu`` or ``cuda``.
-        capture: the session records CUDA graphs, one per shape.
+    What comes from the host is copied into them, and so is what another graph has left on the device. CUDA graphs,
+    which the session records for every shape if it is to ``capture``, need that, because they replay addresses.
     """
 
     def __init__(self, session: ort.InferenceSession, device: str, *, capture: bool = False) -> None:
         self._session, self._device, self._capture = session, device, capture
-        (output,) = session.get_outputs()
-        self._output = output.name
-        self._buffers: dict[tuple[Any, ...], _Buffers] = {}
+        self.buffers: dict[tuple[Any, ...], _Buffers] = {}
+        # Never reused, even if buffers are given up: a CUDA graph replays the addresses that it was recorded with.
+        self._numbers = count()
 
     def run(self, inputs: Feed) -> ort.OrtValue:
         """Run on a batch; the output lies in a buffer that the next run on the same shapes overwrites."""
-        shapes = tuple(sorted((name, _shape(array)) for name, array in inputs.items()))
-        if shapes not in self._buffers:
-            self._buffers[shapes] = self._made(inputs)
-        buffers = self._buffers[shapes]
-        for name, array in inputs.items():
-            buffers.inputs[name].update_inplace(array.value if isinstance(array, OnDevice) else array)
+        values = {name: array.value if isinstance(array, OnDevice) else array for name, array in inputs.items()}
+        types: dict[str, tuple[tuple[int, ...], DTypeLike]] = {}
+        for name, value in values.items():
+            kept = isinstance(value, ort.OrtValue)
+            types[name] = (tuple(value.shape()), np.float32) if kept else (value.shape, value.dtype)
+        key = tuple(sorted((name, shape) for name, (shape, _) in types.items()))
+        if key not in self.buffers:
+            self.buffers[key] = self._made(types)
+        buffers = self.buffers[key]
+        for name, value in values.items():
+            buffers.inputs[name].update_inplace(value)
         buffers.binding.synchronize_inputs()
         self._session.run_with_iobinding(buffers.binding, buffers.options)
         buffers.binding.synchronize_outputs()
@@ -87,21 +96,22 @@ class BoundSession:
         copy.update_inplace(output)
         return OnDevice(copy)
 
-    def _made(self, inputs: Feed) -> _Buffers:
+    def _made(self, types: dict[str, tuple[tuple[int, ...], DTypeLike]]) -> _Buffers:
         binding = self._session.io_binding()
-        fed = {name: self._empty(_shape(array), _dtype(array)) for name, array in inputs.items()}
+        fed = {name: self._empty(shape, dtype) for name, (shape, dtype) in types.items()}
         for name, value in fed.items():
-            value.update_inplace(np.zeros(value.shape(), _dtype(inputs[name])))
+            value.update_inplace(np.zeros(*types[name]))
             binding.bind_ortvalue_input(name, value)
+        (name,) = (output.name for output in self._session.get_outputs())
         # What shape comes out is found by a run: graphs do not always say.
-        binding.bind_output(self._output, self._device)
-        self._session.run_with_iobinding(binding, self._numbered(_NO_CAPTURE))
+        binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding, self._options(_NO_CAPTURE))
         output = self._empty(binding.get_outputs()[0].shape(), np.float32)
         binding.clear_binding_outputs()
-        binding.bind_ortvalue_output(self._output, output)
-        return _Buffers(binding, fed, output, self._numbered(str(len(self._buffers))))
+        binding.bind_ortvalue_output(name, output)
+        return _Buffers(binding, fed, output, self._options(str(next(self._numbers))))
 
-    def _numbered(self, number: str) -> ort.RunOptions:
+    def _options(self, number: str) -> ort.RunOptions:
         options = ort.RunOptions()
         if self._capture:
             options.add_run_config_entry("gpu_graph_id", number)
@@ -111,31 +121,8 @@ class BoundSession:
         return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self._device, 0)
 
 
-def _shape(array: Any) -> tuple[int, ...]:
-    return tuple(array.value.shape()) if isinstance(array, OnDevice) else tuple(array.shape)
-
-
-def _dtype(array: Any) -> DTypeLike:
-    return np.float32 if isinstance(array, OnDevice) else array.dtype
-
-
-_SHOWN = 200
-"""Characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes."""
-
-_CONTROL_FLOW = {"If", "Loop", "Scan"}
-"""What a CUDA graph cannot hold."""
-
-_HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedConv", "FusedMatMul", "Gemm", "MatMul"}
-"""Operators that do the work: what else a card leaves to the processor are shapes and counters."""
-
-
 class OnnxBackend(Backend):
-    """ONNX Runtime sessions, all but the first opened when first needed.
-
-    Args:
-        bundle: an opened, checked bundle.
-        provider: one of ``registry.PROVIDERS`` that ONNX Runtime has a name for; left out, the processor.
-        options: how to run the graphs.
+    """ONNX Runtime sessions on an opened, checked bundle, all but the first opened when first needed.
 
     Raises:
         ProviderError: the provider is not usable here.
@@ -146,24 +133,19 @@ class OnnxBackend(Backend):
         self, bundle: Bundle, provider: Provider = PROVIDERS["cpu"], options: EngineOptions | None = None
     ) -> None:
         options = options or EngineOptions()
-        self.name = provider.name
-        self.version = str(ort.__version__)
-        self._bundle = bundle
-        self._provider = provider
+        self.name, self.version = provider.name, str(ort.__version__)
+        self._bundle, self._provider = bundle, provider
         self._threads = options.threads or usable_cores()
         self._device = "cuda" if provider.gpu else "cpu"
         self._is_bound = provider.gpu if options.bound is None else options.bound
-        self._bound: dict[str, BoundSession] = {}
-        self._captured: set[str] = set()
         self._select: BoundSession | None = None
         if provider.gpu:
             prepare_cuda(provider)
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
-        self._sessions: dict[str, ort.InferenceSession] = {"context": self._open("context")}
-        self.providers = tuple(self._sessions["context"].get_providers())
+        self._sessions: dict[str, BoundSession | ort.InferenceSession] = {"context": self._open("context")}
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
-        """See :class:`busigen.runtime.backends.base.Backend`.
+        """See :class:`Backend`.
 
         Raises:
             CapacityError: the batch needs more memory than there is.
@@ -176,14 +158,14 @@ class OnnxBackend(Backend):
         return result
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """See :class:`busigen.runtime.backends.base.Backend`; raises what :meth:`run` does.
+        """See :class:`Backend`; raises what :meth:`run` does.
 
         On a card nobody looks for NaN here: the last graph of the chain would hand it on to :meth:`run`.
         """
         return self._output(graph, inputs, kept=True) if self._is_bound else self.run(graph, inputs)
 
     def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
-        """See :class:`busigen.runtime.backends.base.Backend`."""
+        """See :class:`Backend`."""
         if not self._is_bound:
             return np.where(where, chosen, other)
         if self._select is None:
@@ -211,27 +193,23 @@ class OnnxBackend(Backend):
         if graph not in self._sessions:
             self._sessions[graph] = self._open(graph)
         session = self._sessions[graph]
-        if not self._is_bound:
-            (output,) = session.run(None, dict(inputs))
-            return output
-        if graph not in self._bound:
-            self._bound[graph] = BoundSession(session, self._device, capture=graph in self._captured)
-        bound = self._bound[graph]
-        output = bound.run(inputs)
-        # Copied, because on the processor it is a view of the buffer.
-        return bound.kept(output) if kept else np.array(output.numpy())
+        if isinstance(session, BoundSession):
+            output = session.run(inputs)
+            # Copied, because on the processor it is a view of the buffer.
+            return session.kept(output) if kept else np.array(output.numpy())
+        (output,) = session.run(None, dict(inputs))
+        return output
 
-    def _open(self, graph: str) -> ort.InferenceSession:
+    def _open(self, graph: str) -> BoundSession | ort.InferenceSession:
         path = self._bundle.graph(graph)
         try:
             with openable(path, self._bundle.info["graphs"][graph]["files"]) as place:
                 if self._provider.gpu and self._is_bound and not Graph(path).operators() & _CONTROL_FLOW:
                     # Refused where a single node is left to the processor, which for a shape is no harm otherwise.
                     with contextlib.suppress(Exception):
-                        session = self._session(str(place), capture=True)
-                        self._captured.add(graph)
-                        return session
-                return self._session(str(place))
+                        return BoundSession(self._session(str(place), capture=True), self._device, capture=True)
+                session = self._session(str(place))
+                return BoundSession(session, self._device) if self._is_bound else session
         except ProviderError:
             raise
         except OSError as error:
@@ -243,9 +221,8 @@ class OnnxBackend(Backend):
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             if self._provider.gpu:
                 raise unusable(self._provider, f": {_first_line(error)}") from error
-            raise IntegrityError(
-                f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {_first_line(error)}.", fix=self._fix
-            ) from error
+            reason = f"cannot be loaded by ONNX Runtime {ort.__version__}: {_first_line(error)}"
+            raise self._useless(graph, reason) from error
 
     def _session(self, model: str | bytes, *, capture: bool = False) -> ort.InferenceSession:
         options = _session_options(self._threads)
@@ -264,6 +241,7 @@ class OnnxBackend(Backend):
         if self._provider.gpu and (left := left_to_others(session, name)):
             described = ", ".join(f"{count} {operator}" for operator, count in left.most_common())
             raise unusable(self._provider, f": it would leave work to the processor ({described})")
+        self.providers = tuple(session.get_providers())
         return session
 
     def _too_large(self, graph: str, inputs: Feed, rows: int) -> CapacityError:
@@ -278,7 +256,8 @@ class OnnxBackend(Backend):
                 raise
             return True
 
-        self._bound.pop(graph, None)
+        if isinstance(session := self._sessions.get(graph), BoundSession):
+            session.buffers.clear()
         fitting = largest_that_fits(rows, fits)
         where = "the card" if self._provider.gpu else "this machine"
         return CapacityError(
@@ -290,42 +269,32 @@ class OnnxBackend(Backend):
         )
 
     def _useless(self, graph: str, reason: str) -> IntegrityError:
-        return IntegrityError(f"{self._bundle.graph(graph)} {reason}.", fix=self._fix)
-
-    @property
-    def _fix(self) -> str:
         shipped = self._bundle.folder == default_bundle()
-        return "Install busigen again." if shipped else "Export the bundle again with 'busigen export'."
+        fix = "Install busigen again." if shipped else "Export the bundle again with 'busigen export'."
+        return IntegrityError(f"{self._bundle.graph(graph)} {reason}.", fix=fix)
 
 
-class _Onnxruntime:
-    """See :class:`busigen.runtime.backends.base.Engine`."""
-
-    def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> OnnxBackend:
-        """See :class:`busigen.runtime.backends.base.Engine`."""
-        return OnnxBackend(bundle, provider, options)
-
-    def probe(self, provider: Provider) -> str:
-        """See :class:`busigen.runtime.backends.base.Engine`. A convolution, which on a card takes cuDNN."""
-        if provider.gpu:
-            prepare_cuda(provider)
-        options = _session_options(1)
-        if provider.gpu:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        model = one_node("Conv", {"x": (FLOAT, [1, 1, 4, 4]), "w": (FLOAT, [1, 1, 3, 3])}, (FLOAT, [1, 1, 2, 2]))
-        chosen = (provider.onnxruntime, dict(provider.options))
-        try:
-            session = ort.InferenceSession(model, options, providers=[chosen], enable_fallback=False)
-            ones = {"x": np.ones((1, 1, 4, 4), np.float32), "w": np.ones((1, 1, 3, 3), np.float32)}
-            (found,) = session.run(None, ones)
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise unusable(provider, f": {_first_line(error)}") from error
-        if provider.onnxruntime not in session.get_providers() or not (found == 9).all():
-            raise unusable(provider)
-        return f"ONNX Runtime {ort.__version__}" + (f" with CUDA {ort.cuda_version}" if provider.gpu else "")
+def _probe(provider: Provider) -> str:
+    """Run a convolution, which on a card takes cuDNN."""
+    if provider.gpu:
+        prepare_cuda(provider)
+    options = _session_options(1)
+    if provider.gpu:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    model = one_node("Conv", {"x": (FLOAT, [1, 1, 4, 4]), "w": (FLOAT, [1, 1, 3, 3])}, (FLOAT, [1, 1, 2, 2]))
+    chosen = (provider.onnxruntime, dict(provider.options))
+    try:
+        session = ort.InferenceSession(model, options, providers=[chosen], enable_fallback=False)
+        ones = {"x": np.ones((1, 1, 4, 4), np.float32), "w": np.ones((1, 1, 3, 3), np.float32)}
+        (found,) = session.run(None, ones)
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        raise unusable(provider, f": {_first_line(error)}") from error
+    if provider.onnxruntime not in session.get_providers() or not (found == 9).all():
+        raise unusable(provider)
+    return f"ONNX Runtime {ort.__version__}" + (f" with CUDA {ort.cuda_version}" if provider.gpu else "")
 
 
-ENGINE = _Onnxruntime()
+ENGINE = Engine(OnnxBackend, _probe)
 
 
 def unusable(provider: Provider, reason: str = "") -> ProviderError:
@@ -349,11 +318,7 @@ def left_to_others(session: ort.InferenceSession, provider: str) -> Counter[str]
 
 
 def prepare_cuda(provider: Provider) -> None:
-    """Refuse a driver that is too old for this ONNX Runtime, and load the CUDA libraries that pip installed.
-
-    Raises:
-        ProviderError: the driver is too old, by its version and the one that is needed.
-    """
+    """Load the CUDA libraries that pip installed; a ``ProviderError`` if the driver is too old for ONNX Runtime."""
     _preload()
     needed, found = str(getattr(ort, "cuda_version", "") or ""), driver_cuda()
     if found is not None and needed and found[0] < int(needed.partition(".")[0]):
@@ -374,15 +339,12 @@ def _preload() -> None:
 
 @cache
 def _prepare_runtime() -> None:
-    """Give all sessions of the process one memory arena, and have ONNX Runtime neither print nor report.
-
-    Graphs run one after the other, but an arena keeps the most its session ever used: sixteen of them hold several
-    times what the largest graph needs.
-    """
-    # What goes wrong is raised and told in one line; ONNX Runtime would dump its own account of it beside that.
+    """Give all sessions of the process one memory arena, and have ONNX Runtime neither print nor report."""
+    # Errors are raised and printed in one line; ONNX Runtime would print its own account beside that.
     ort.set_default_logger_severity(4)
     # Builds for Windows that trace to the system instead of posting do not read the variable that busigen sets.
     ort.disable_telemetry_events()
+    # Graphs run one after the other, and an arena keeps the most that its session ever used: sixteen hold far too much.
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from busigen.registry import RESOLUTION, SYNTHETIC
@@ -39,54 +39,38 @@ LICENCE = (
 
 _CROISSANT_TYPES = {"str": "sc:Text", "int": "sc:Integer", "float": "sc:Float", "bool": "sc:Boolean"}
 
+_CROISSANT_WORDS = (
+    "citeAs column conformsTo equivalentProperty extract field fileObject fileProperty fileSet format includes "
+    "isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate "
+    "separator source subField transform"
+)
 _CONTEXT = {
     "@language": "en",
     "@vocab": "https://schema.org/",
-    "citeAs": "cr:citeAs",
-    "column": "cr:column",
+    **{word: f"cr:{word}" for word in _CROISSANT_WORDS.split()},
     "conformsTo": "dct:conformsTo",
     "cr": "http://mlcommons.org/croissant/",
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
-    "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
-    "extract": "cr:extract",
-    "field": "cr:field",
-    "fileObject": "cr:fileObject",
-    "fileProperty": "cr:fileProperty",
-    "fileSet": "cr:fileSet",
-    "format": "cr:format",
-    "includes": "cr:includes",
-    "isLiveDataset": "cr:isLiveDataset",
-    "jsonPath": "cr:jsonPath",
-    "key": "cr:key",
-    "md5": "cr:md5",
-    "parentField": "cr:parentField",
-    "path": "cr:path",
     "rai": "http://mlcommons.org/croissant/RAI/",
-    "recordSet": "cr:recordSet",
-    "references": "cr:references",
-    "regex": "cr:regex",
-    "repeated": "cr:repeated",
-    "replace": "cr:replace",
-    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
-    "separator": "cr:separator",
-    "source": "cr:source",
-    "subField": "cr:subField",
-    "transform": "cr:transform",
 }
+"""What the words of Croissant 1.0 stand for in JSON-LD."""
 
 
 def dataset_card(info: Mapping[str, Any]) -> str:
-    """The dataset card in Markdown.
-
-    Args:
-        info: content of ``dataset.json``.
-    """
-    refused, first = sum(info["rejected"].values()), info["shards"][0]
+    """The dataset card in Markdown; ``info`` is the content of ``dataset.json``."""
+    first = info["shards"][0]
     shards = f"{{{first['number']:06d}..{info['shards'][-1]['number']:06d}}}"
+    classes = "\n".join(f"| {name} | {count} |" for name, count in info["classes"].items())
+    refusals = "The quality gates refused no draw."
+    if refused := sum(info["rejected"].values()):
+        listed = ", ".join(f"{reason}: {count}" for reason, count in info["rejected"].items())
+        refusals = f"The quality gates refused {counted(refused, 'draw')}, drawn again since ({listed})."
+    gap = f"\nUnproven: {unproven_line(info['unproven'])}\n" if info.get("unproven") else ""
+    bars = (_FRAMES if _is_synthetic(info) else _LETTERBOX) if "letterbox_scale" in info["columns"] else ""
     return f"""{front_matter(f"{SHARD_FOLDER}/*.tar")}
 # Synthetic breast ultrasound, {counted(info["samples"], "sample")}
 
@@ -103,9 +87,9 @@ where folders stand by their names alone. For research; not for diagnosis.
 
 | class | samples |
 |---|---:|
-{_table(info["classes"])}
+{classes}
 
-{_refusals(refused, info["rejected"])}
+{refusals}
 
 ## Content
 
@@ -116,7 +100,7 @@ where folders stand by their names alone. For research; not for diagnosis.
   Boxes are in pixels, right and bottom exclusive. `shards/*.parquet` hold the same rows per shard.
 - `dataset.json`: options, fingerprints, counts, and the sha256 of every shard. `run.json`: the same before the run.
 - `croissant.json`: [Croissant](https://mlcommons.org/croissant) metadata.
-{_gap(info)}{_bars(info)}
+{gap}{bars}
 ## Reading it
 
 ```python
@@ -149,11 +133,7 @@ with tarfile.open("{first["tar"]["file"]}") as shard:
 
 
 def front_matter(shards: str) -> str:
-    """The card's header, which the Hugging Face Hub and ``datasets.load_dataset`` read.
-
-    Args:
-        shards: which files hold the samples, as a pattern relative to the card. Without it they take all JSON files.
-    """
+    """The card's header for the Hugging Face Hub, with a pattern of the sample files: else it reads all JSON."""
     return f"""---
 license: other
 task_categories:
@@ -174,16 +154,12 @@ configs:
 
 
 def privacy(info: Mapping[str, Any]) -> str:
-    """The text on privacy; a source that does not say what its backgrounds are is taken to have used real images."""
+    """The text on privacy; a record that does not say what its backgrounds are is taken to have used real images."""
     return _PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL
 
 
 def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The dataset as MLCommons Croissant 1.0 JSON-LD.
-
-    Args:
-        info: content of ``dataset.json``.
-    """
+    """The dataset as MLCommons Croissant 1.0 JSON-LD; ``info`` is the content of ``dataset.json``."""
     manifest = info["files"][MANIFEST_FILE]
     shards = [
         _file_object(f"shard-{shard['number']:06d}", "WebDataset shard.", shard["tar"], "application/x-tar")
@@ -191,7 +167,7 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
     ]
     columns = {name: kind.__name__ for name, kind in FIXED_COLUMNS.items()} | dict(info["columns"])
     return {
-        "@context": _CONTEXT,
+        "@context": dict(sorted(_CONTEXT.items())),
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": "busigen-dataset",
@@ -202,8 +178,18 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
         "distribution": [
             _file_object("manifest", "One row per sample, in index order.", manifest, "application/x-parquet"),
             *shards,
-            _file_set("images", "Images, 8-bit grey.", "*.image.png", shards),
-            _file_set("masks", "Lesion masks, 1 bit.", "*.mask.png", shards),
+            *(
+                {
+                    "@type": "cr:FileSet",
+                    "@id": f"{kind}s",
+                    "name": f"{kind}s",
+                    "description": about,
+                    "containedIn": [{"@id": shard["@id"]} for shard in shards],
+                    "encodingFormat": "image/png",
+                    "includes": f"*.{kind}.png",
+                }
+                for kind, about in (("image", "Images, 8-bit grey."), ("mask", "Lesion masks, 1 bit."))
+            ),
         ],
         "recordSet": [
             {
@@ -212,7 +198,16 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
                 "name": "samples",
                 "description": "The manifest's rows.",
                 "key": {"@id": "samples/key"},
-                "field": [_column(name, kind) for name, kind in columns.items()],
+                "field": [
+                    {
+                        "@type": "cr:Field",
+                        "@id": f"samples/{name}",
+                        "name": name,
+                        "dataType": _CROISSANT_TYPES[kind],
+                        "source": {"fileObject": {"@id": "manifest"}, "extract": {"column": name}},
+                    }
+                    for name, kind in columns.items()
+                ],
             },
             _pictures("images"),
             _pictures("masks"),
@@ -220,30 +215,8 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _bars(info: Mapping[str, Any]) -> str:
-    """The text on letterbox bars; empty for sources without them."""
-    if "letterbox_scale" not in info["columns"]:
-        return ""
-    return _FRAMES if _is_synthetic(info) else _LETTERBOX
-
-
 def _is_synthetic(info: Mapping[str, Any]) -> bool:
     return bool(decided(info, "--healthy") == SYNTHETIC)
-
-
-def _gap(info: Mapping[str, Any]) -> str:
-    return f"\nUnproven: {unproven_line(info['unproven'])}\n" if info.get("unproven") else ""
-
-
-def _table(classes: Mapping[str, int]) -> str:
-    return "\n".join(f"| {name} | {count} |" for name, count in classes.items())
-
-
-def _refusals(refused: int, reasons: Mapping[str, int]) -> str:
-    if not refused:
-        return "The quality gates refused no draw."
-    listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    return f"The quality gates refused {counted(refused, 'draw')}, drawn again since ({listed})."
 
 
 def _file_object(name: str, about: str, record: Mapping[str, Any], encoding: str) -> dict[str, Any]:
@@ -256,28 +229,6 @@ def _file_object(name: str, about: str, record: Mapping[str, Any], encoding: str
         "contentSize": f"{record['size']} B",
         "encodingFormat": encoding,
         "sha256": record["sha256"],
-    }
-
-
-def _file_set(name: str, about: str, includes: str, archives: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "@type": "cr:FileSet",
-        "@id": name,
-        "name": name,
-        "description": about,
-        "containedIn": [{"@id": archive["@id"]} for archive in archives],
-        "encodingFormat": "image/png",
-        "includes": includes,
-    }
-
-
-def _column(name: str, kind: str) -> dict[str, Any]:
-    return {
-        "@type": "cr:Field",
-        "@id": f"samples/{name}",
-        "name": name,
-        "dataType": _CROISSANT_TYPES[kind],
-        "source": {"fileObject": {"@id": "manifest"}, "extract": {"column": name}},
     }
 
 
@@ -295,11 +246,7 @@ def _pictures(name: str) -> dict[str, Any]:
                 "name": "key",
                 "dataType": "sc:Text",
                 "references": {"field": {"@id": "samples/key"}},
-                "source": {
-                    **source,
-                    "extract": {"fileProperty": "filename"},
-                    "transform": {"regex": r"^(\d{9})"},
-                },
+                "source": {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^(\d{9})"}},
             },
             {
                 "@type": "cr:Field",

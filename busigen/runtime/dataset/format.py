@@ -11,13 +11,9 @@ from typing import Any
 from busigen.errors import UsageError
 from busigen.runtime.storage.lock import LOCK_FILE
 
-SCHEMA_VERSION = 2
-"""Newest version of the folder's layout and of its JSON files that this busigen reads. A file records the oldest one
-that describes it, so that older readers read what they can: 2 stands for datasets that do not begin at index 0 and for
-those that consist of several parts."""
-
-FIRST_SCHEMA_VERSION = 1
-"""Version that all other files record."""
+FIRST_SCHEMA_VERSION, SCHEMA_VERSION = 1, 2
+"""Oldest and newest version of the folder's layout and JSON files that are read. A file records the oldest one that
+describes it: 2 stands for datasets that do not begin at index 0 and for those in several parts."""
 
 RUN_FILE = "run.json"
 DATASET_FILE = "dataset.json"
@@ -30,10 +26,7 @@ SHARD_FOLDER = "shards"
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
 """Top-level files of a finished dataset."""
 
-IMAGE_SUFFIX = "image.png"
-MASK_SUFFIX = "mask.png"
-ROW_SUFFIX = "json"
-MEMBER_SUFFIXES = (IMAGE_SUFFIX, MASK_SUFFIX, ROW_SUFFIX)
+MEMBER_SUFFIXES = ("image.png", "mask.png", "json")
 """What follows ``<key>.`` in a shard's tar, in the order in which a sample's members are stored."""
 
 MEMBER_LIMIT = 1 << 20
@@ -77,28 +70,22 @@ class Plan:
 
     Shards are numbered from index 0 whatever the first sample is, so the same samples lie in the same shards, byte for
     byte, whether one run makes them or several.
-
-    Attributes:
-        count: number of samples.
-        seed: of the noise.
-        shard_size: samples per shard; the last one may be short.
-        first: index of the first sample, a multiple of the shard size.
+    A value that is out of range is a UsageError.
     """
 
-    count: int
+    count: int  # of samples
     seed: int
-    shard_size: int
-    first: int = 0
+    shard_size: int  # in samples; the last shard may be short
+    first: int = 0  # index, a multiple of the shard size
 
     def __post_init__(self) -> None:
-        """Refuse values that no dataset can have.
-
-        Raises:
-            UsageError: a value is out of range.
-        """
-        _require("--count", self.count, 1, MAX_COUNT)
-        _require("--seed", self.seed, 0, MAX_SEED)
-        _require("--shard-size", self.shard_size, 1, MAX_COUNT)
+        for option, value, low, high in (
+            ("--count", self.count, 1, MAX_COUNT),
+            ("--seed", self.seed, 0, MAX_SEED),
+            ("--shard-size", self.shard_size, 1, MAX_COUNT),
+        ):
+            if not low <= value <= high:
+                raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
         if self.first % self.shard_size or not 0 <= self.first <= MAX_COUNT - self.count:
             raise UsageError(
                 f"--index-range begins at {self.first}.",
@@ -143,11 +130,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: object) -> Plan:
-        """The plan of a run record's ``config``: the inverse of :meth:`config`.
-
-        Raises:
-            ValueError: the JSON describes no plan.
-        """
+        """The plan of a run record's ``config``, the inverse of :meth:`config`; a ValueError where it is none."""
         if not isinstance(config, dict):
             raise ValueError("no object")
         values: dict[str, Any] = {name: config.get(name) for name in ("count", "seed", "shard_size")}
@@ -163,11 +146,6 @@ class Plan:
             raise ValueError(error.problem) from error
 
 
-def _require(option: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
-
-
 def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Fields in which two JSON values differ, as (dotted name, old, new); a missing field counts as None."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -178,12 +156,16 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
     return [] if old == new and type(old) is type(new) else [(name, old, new)]
 
 
-def record_number(name: str) -> int | None:
-    """The number of the shard whose record has this name; None for any other file."""
-    folder, _, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    fits = folder == SHARD_FOLDER and suffix == "json" and stem.isascii() and stem.isdecimal() and 6 <= len(stem) <= 10
-    return int(stem) if fits and dot else None
+def shard_number(path: str) -> int | None:
+    """The number of the shard that a file belongs to, by its path in the dataset; None for any other file."""
+    found = OWN_FILE.fullmatch(path)
+    number = int(found["number"]) if found and found["number"] else -1
+    return number if path in shard_files(number) else None
+
+
+def record_number(path: str) -> int | None:
+    """The number of the shard whose record has this path in the dataset; None for any other file."""
+    return shard_number(path) if path.endswith(".json") else None
 
 
 FIELDS = {

@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field, Strict
 
 from busigen.errors import BusigenError, InputError, IntegrityError
-from busigen.foreign import looking, names_in
+from busigen.foreign import looking, names_in, open_file
 from busigen.records import Many, Number, Record, Text, Whole, checked, parse_json, read_json
 from busigen.registry import RESOLUTION
 from busigen.runtime.dataset.format import (
@@ -36,18 +37,14 @@ from busigen.runtime.dataset.format import (
     shard_path,
 )
 from busigen.runtime.dataset.sample import Sample
-from busigen.runtime.dataset.shards import COLUMN_TYPES, FIXED_COLUMNS, FileRecord, ShardRecord, schema_of
-from busigen.runtime.dataset.untrusted import TarHeaders, open_headers, read_table
+from busigen.runtime.dataset.shards import FIXED_COLUMNS, FileRecord, ShardRecord, read_table, recorded_schema
 from busigen.runtime.storage.url import Address
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
 
 
 class Fingerprint(Record):
-    """The fields of a run's fingerprint that are used; None where its source has no such field.
-
-    Ranges are texts, as they were typed.
-    """
+    """The fields of a run's fingerprint that are used; None where its source has no such field. Ranges are texts."""
 
     bundle: Text | None = None
     checkpoint: Text | None = None
@@ -70,7 +67,7 @@ class SourceRecord(Record):
 
 
 def _schematic(columns: dict[str, str]) -> dict[str, str]:
-    schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
+    recorded_schema(columns)
     return columns
 
 
@@ -138,6 +135,29 @@ class Member:
     mask: bytes
     row: dict[str, Any]
 
+    @property
+    def pictures(self) -> dict[str, bytes]:
+        """The two PNG files by their kind."""
+        return {"image": self.image, "mask": self.mask}
+
+    def decoded(self, kind: str) -> NDArray[Any]:
+        """Its "image", (256, 256) uint8, or its "mask", (256, 256) bool.
+
+        Raises:
+            ValueError: it is no PNG of that size, 8-bit grey for an image and 1-bit for a mask.
+        """
+        mode = "L" if kind == "image" else "1"
+        try:
+            # Pillow imports the code for a format here, which opens files.
+            with looking(), Image.open(io.BytesIO(self.pictures[kind]), formats=("PNG",)) as image:
+                if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
+                    size = f"size {image.size}, not {mode} and {RESOLUTION} squared"
+                    raise ValueError(f"a PNG of mode {image.mode} and {size}")
+                image.load()
+                return np.array(image)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"not a readable PNG ({error})") from error
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -162,7 +182,12 @@ class Dataset:
         try:
             info = read_json(path, shards=len(recorded_shards(folder)), root=folder)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise _not_finished(folder) from error
+            problem = f"{folder} is no busigen dataset: it has no {DATASET_FILE}."
+            fix = "Give the folder of `--out`."
+            if (folder / RUN_FILE).is_file():
+                problem = f"{folder} is not finished: it has {RUN_FILE} but no {DATASET_FILE}."
+                fix = "Run `busigen generate` with the same options again to finish it."
+            raise InputError(problem, fix=fix) from error
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
         except ValueError as error:
@@ -173,76 +198,53 @@ class Dataset:
         return cls(folder=folder, info=info, plan=plan_of(info, path))
 
     def shards(self) -> list[ShardRecord]:
-        """Every shard's record, in order.
-
-        Raises:
-            IntegrityError: a record is missing or damaged.
-        """
+        """Every shard's record, in order; an IntegrityError where one is missing or damaged."""
         try:
             return [ShardRecord.read(self.folder, number) for number in self.plan.numbers]
         except FileNotFoundError as error:
             raise IntegrityError(f"{error.filename} is missing.", fix=_VERIFY) from error
 
     def manifest(self) -> pl.DataFrame:
-        """All rows in index order; columns are ``shards.FIXED_COLUMNS`` and the source's own.
-
-        Raises:
-            IntegrityError: the file is missing or damaged.
-        """
+        """All rows in index order, or an IntegrityError; columns are ``shards.FIXED_COLUMNS`` and the source's own."""
         path = self.folder / MANIFEST_FILE
         try:
             return read_table(path, self.plan.count)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
-    def iter_samples(self) -> Iterator[Sample]:
-        """Every sample in index order, one shard's file open at a time.
-
-        Raises:
-            IntegrityError: a shard is missing or holds anything but its samples.
-        """
-        for number in self.plan.numbers:
-            indices = self.plan.indices(number)
-            for member in read_members(self.folder / shard_path(number, "tar"), indices):
-                yield to_sample(member)
-
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of these indices, in the order asked for.
 
         Raises:
             IndexError: an index is not in the dataset.
-            IntegrityError: as for ``iter_samples``.
+            IntegrityError: a shard is missing or holds anything but its samples.
         """
         outside = [index for index in indices if index not in self.plan.span]
         if outside:
             raise IndexError(f"index {outside[0]} is outside {self.plan.span[0]} to {self.plan.span[-1]}")
         found: dict[int, Sample] = {}
         for number in sorted({index // self.plan.shard_size for index in indices}):
-            inside = self.plan.indices(number)
-            wanted = [index for index in indices if index in inside]
-            for member in read_members(self.folder / shard_path(number, "tar"), inside, only=wanted):
-                found[int(member.key)] = to_sample(member)
+            for member in read_members(
+                self.folder / shard_path(number, "tar"), self.plan.indices(number), only=indices
+            ):
+                row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
+                own = {name: value for name, value in member.row.items() if name not in FIXED_COLUMNS}
+                try:
+                    image, mask = member.decoded("image"), member.decoded("mask")
+                except ValueError as error:
+                    raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
+                found[int(member.key)] = Sample(row.index, row.attempt, row.label, image, mask, own)
         return [found[index] for index in indices]
 
 
 def recorded_shards(folder: Path) -> list[int]:
-    """Numbers of the shards that have a record, in order.
-
-    They are counted in the folder, because a number in a file must not decide how much is read or listed.
-    """
+    """Numbers of the shards that have a record, in order: a number in a file must not decide how much is read."""
     found = map(OWN_FILE.fullmatch, names_in(folder / SHARD_FOLDER))
     return sorted(int(name["number"]) for name in found if name and name["number"] and name[0].endswith(".json"))
 
 
 def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
-    """Raise an error on a ``run.json`` or ``dataset.json`` of a newer schema; all readers call this.
-
-    Returns:
-        Whether it names a schema at all.
-
-    Raises:
-        InputError: its schema is newer than this busigen.
-    """
+    """Whether a ``run.json`` or ``dataset.json`` names a schema; an InputError for a newer one. All readers call it."""
     version = record.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
         raise InputError(
@@ -253,11 +255,7 @@ def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A ``run.json``'s or ``dataset.json``'s object; None if it is missing, damaged, a link or anything else.
-
-    Raises:
-        InputError: its schema is newer than this busigen.
-    """
+    """The object in a ``run.json`` or ``dataset.json``; None without one or for a link; an InputError if newer."""
     try:
         found = read_json(path, shards=len(recorded_shards(path.parent)), root=path.parent)
     except (OSError, ValueError):
@@ -277,11 +275,7 @@ def links(folder: Path) -> list[Path]:
 
 
 def refuse_unreadable(folder: Path) -> None:
-    """Raise an error on a dataset, finished or not, that has links or a newer schema.
-
-    Raises:
-        InputError: it has.
-    """
+    """Raise an InputError on a dataset, finished or not, that has links or a newer schema."""
     if linked := links(folder):
         raise link_refused(linked[0])
     for name in (RUN_FILE, DATASET_FILE):
@@ -297,15 +291,15 @@ def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenEr
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:
-    """The plan of a ``run.json`` or ``dataset.json``.
-
-    Raises:
-        IntegrityError: it names none.
-    """
+    """The plan of a ``run.json`` or ``dataset.json``; an IntegrityError where it names none."""
     try:
         return Plan.of(info.get("config"))
     except ValueError as error:
         raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(f"{path} is damaged: it is not what busigen writes.", fix=_VERIFY)
 
 
 def read_members(path: Path, indices: range, only: Sequence[int] | None = None) -> Iterator[Member]:
@@ -319,59 +313,32 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
     Raises:
         IntegrityError: the file is missing, is no tar, or a member has an unexpected name, kind, size or content.
     """
-    wanted = None if only is None else set(only)
+    wanted = set(indices if only is None else only)
     try:
         with open_headers(path) as tar:
             for index in indices:
                 key = key_of(index)
                 members = [_next_member(path, tar, f"{key}.{suffix}") for suffix in MEMBER_SUFFIXES]
-                if wanted is not None and index not in wanted:
+                if index not in wanted:
                     continue
-                image, mask, text = (_content(path, tar, member) for member in members)
-                yield Member(key=key, image=image, mask=mask, row=_parse_row(path, key, text))
+                contents = []
+                for member in members:
+                    contents.append(tar.read(member))
+                    if len(contents[-1]) != member.size:
+                        raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
+                image, mask, text = contents
+                try:
+                    row = parse_json(text, key)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict) or row.get("key") != key:
+                    raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
+                yield Member(key=key, image=image, mask=mask, row=row)
             extra = tar.next()
             if extra is not None:
                 raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
     except (OSError, tarfile.TarError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
-
-
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """Decode a shard's image PNG to (256, 256) uint8.
-
-    Raises:
-        ValueError: the bytes are not an 8-bit grey PNG of that size.
-    """
-    return np.asarray(_decode(data, "L"), dtype=np.uint8)
-
-
-def decode_mask(data: bytes) -> NDArray[np.bool_]:
-    """Decode a shard's mask PNG to (256, 256) bool.
-
-    Raises:
-        ValueError: the bytes are not a 1-bit PNG of that size.
-    """
-    return np.asarray(_decode(data, "1"), dtype=np.bool_)
-
-
-def to_sample(member: Member) -> Sample:
-    """Decode one member.
-
-    Raises:
-        IntegrityError: a PNG or the row is damaged.
-    """
-    row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
-    try:
-        return Sample(
-            index=row.index,
-            attempt=row.attempt,
-            label=row.label,
-            image=decode_image(member.image),
-            mask=decode_mask(member.mask),
-            row={name: value for name, value in member.row.items() if name not in FIXED_COLUMNS},
-        )
-    except ValueError as error:
-        raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
 
 
 def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
@@ -383,51 +350,83 @@ def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
     if member.name != expected or not plain:
         raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
     if not 0 < member.size <= MEMBER_LIMIT:
-        raise IntegrityError(
-            f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed.", fix=_VERIFY
-        )
+        problem = f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed."
+        raise IntegrityError(problem, fix=_VERIFY)
     return member
 
 
-def _content(path: Path, tar: TarHeaders, member: tarfile.TarInfo) -> bytes:
-    data = tar.read(member)
-    if len(data) != member.size:
-        raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
-    return data
+HEADER_LIMIT = 16 << 10
+"""Most bytes that the headers of one member may take; a plain one takes 512. A long name or a set of PAX records can
+claim any size, and tarfile reads all of it at once; what tarfiles before Python 3.12.6 make of overlapping records
+grows with their square: 16 KiB into some 70 MB."""
 
 
-def _parse_row(path: Path, key: str, text: bytes) -> dict[str, Any]:
+class TarHeaders:
+    """An uncompressed tar file's members, one after another. Open one with ``open_headers``."""
+
+    def __init__(self, file: _BoundedFile, tar: tarfile.TarFile) -> None:
+        self._file = file
+        self._tar = tar
+
+    @property
+    def offset(self) -> int:
+        """Where in the file the next member's header should lie, in bytes."""
+        return self._tar.offset
+
+    def next(self) -> tarfile.TarInfo | None:
+        """The next member; None at the end of the archive or at a damaged header.
+
+        Raises:
+            tarfile.TarError: its headers are malformed, or take more than ``HEADER_LIMIT`` bytes.
+            OSError: the file cannot be read.
+        """
+        self._file.left = HEADER_LIMIT
+        with _malformed_as_tar_error():
+            member = self._tar.next()
+        # tarfile keeps every header that it has read, and every record of the global ones, in memory.
+        vars(self._tar)["members"] = []
+        self._tar.pax_headers = {}
+        return member
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """A plain member's content, shorter than its size if the file is cut short. Callers check the size before."""
+        self._file.left = member.size
+        self._file.seek(member.offset_data)
+        return self._file.read(member.size)
+
+
+@contextmanager
+def open_headers(path: Path) -> Iterator[TarHeaders]:
+    """The headers of an uncompressed tar file; a few kilobytes of a compressed one could unpack to terabytes.
+
+    Raises:
+        tarfile.TarError: it is no tar file, or its first member is refused; see ``TarHeaders.next``.
+        OSError: the file cannot be read, or is no regular one.
+    """
+    with _BoundedFile(open_file(path).detach()) as file:
+        with _malformed_as_tar_error():
+            tar = tarfile.TarFile(fileobj=file)
+        with tar:
+            yield TarHeaders(file, tar)
+
+
+class _BoundedFile(io.BufferedReader):
+    """A file that refuses to read more than ``left`` bytes; the reader sets ``left`` for each member."""
+
+    left = HEADER_LIMIT
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        # A negative size means all that is left; tarfile also computes one from a header with a negative size.
+        if size is None or not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"the headers of one member claim more than {HEADER_LIMIT:,} bytes")
+        self.left -= size
+        return super().read(size)
+
+
+@contextmanager
+def _malformed_as_tar_error() -> Iterator[None]:
     try:
-        row = parse_json(text, key)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or row.get("key") != key:
-        raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
-    return row
-
-
-def _decode(data: bytes, mode: str) -> Image.Image:
-    try:
-        # Pillow imports the code for a format here, which opens files.
-        with looking(), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.size != (RESOLUTION, RESOLUTION) or image.mode != mode:
-                raise ValueError(
-                    f"a PNG of mode {image.mode} and size {image.size}, not {mode} and {RESOLUTION} squared"
-                )
-            image.load()
-            return image.copy()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable PNG ({error})") from error
-
-
-def _not_finished(folder: Path) -> InputError:
-    if (folder / RUN_FILE).is_file():
-        return InputError(
-            f"{folder} is not finished: it has {RUN_FILE} but no {DATASET_FILE}.",
-            fix="Run `busigen generate` with the same options again to finish it.",
-        )
-    return InputError(f"{folder} is no busigen dataset: it has no {DATASET_FILE}.", fix="Give the folder of `--out`.")
-
-
-def _damaged(path: Path | Address) -> IntegrityError:
-    return IntegrityError(f"{path} is damaged: it is not what busigen writes.", fix=_VERIFY)
+        yield
+    except (KeyError, IndexError, ValueError, OverflowError, RecursionError) as error:
+        # Errors that tarfile raises on malformed records; their text is a bare key, or does not name the file.
+        raise tarfile.ReadError(f"one of its headers is malformed ({type(error).__name__})") from error

@@ -14,23 +14,14 @@ from busigen.records import Text, Whole
 
 @dataclass(frozen=True)
 class Sample:
-    """One accepted sample.
+    """One accepted sample: a grey image and the lesion's mask, both (256, 256)."""
 
-    Attributes:
-        index: position in the dataset, from 0.
-        attempt: number of draws that the quality gates refused for this index before this one.
-        label: one of ``registry.LESION_CLASSES``.
-        image: (256, 256) uint8, grey.
-        mask: (256, 256) bool, true on the lesion.
-        row: further manifest fields; flat, JSON-able scalars under the same keys in every sample of a source.
-    """
-
-    index: int
-    attempt: int
-    label: str
+    index: int  # position in the dataset, from 0
+    attempt: int  # draws that the quality gates refused for this index before this one
+    label: str  # one of registry.LESION_CLASSES
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
-    row: dict[str, Any]
+    row: dict[str, Any]  # further manifest fields: JSON-able scalars under the same keys in every sample of a source
 
 
 @dataclass(frozen=True)
@@ -59,17 +50,13 @@ class Source(Protocol):
         ...
 
     def options(self) -> Mapping[str, str | None]:
-        """Names, never paths, of the folders that options gave, by option; None where the default was taken.
-
-        Recorded for people to read. They decide nothing: the fingerprint holds what is in the folders.
-        """
+        """Names, never paths, of the folders that options gave, for people; None where the default was taken."""
         ...
 
     def row_types(self) -> Mapping[str, type]:
         """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None.
 
-        Declared, never guessed from values: a shard whose column is all None, or whose floats all happen to be whole
-        numbers, must get the same table schema as its neighbours.
+        Declared, so that a shard whose column is all None gets the same table schema as its neighbours.
         """
         ...
 
@@ -83,11 +70,7 @@ class Stream(Source, Protocol):
     """A source that draws ahead of the oldest request, so that its batches fill across shards."""
 
     def stream(
-        self,
-        seed: int,
-        requests: Iterable[Sequence[int]],
-        done: Callable[[int], None],
-        stopping: Callable[[], bool],
+        self, seed: int, requests: Iterable[Sequence[int]], done: Callable[[int], None], stopping: Callable[[], bool]
     ) -> Generator[SampleBatch, None, None]:
         """Yield the samples of one request after the other, each as :meth:`Source.draw` would return them.
 

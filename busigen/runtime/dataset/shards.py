@@ -1,4 +1,8 @@
-"""Writing one shard: a WebDataset tar, a table of its rows, and the record that says both are complete."""
+"""Shards: a WebDataset tar, a table of its rows, and the record that says both are complete; tables from anywhere.
+
+polars is handed open files, never paths: it takes ``[``, ``*`` and ``?`` in a path for a pattern, whatever the files
+are called, and refuses names that are no UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,31 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
+from polars.io.plugins import register_io_source
 from pydantic import ConfigDict
 
 from busigen.errors import IntegrityError
 from busigen.files import atomic_file, sha256_of, write_json
+from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
-from busigen.runtime.dataset.format import (
-    FIRST_SCHEMA_VERSION,
-    IMAGE_SUFFIX,
-    MASK_SUFFIX,
-    ROW_SUFFIX,
-    SHARD_FOLDER,
-    key_of,
-    shard_path,
-)
+from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, MEMBER_SUFFIXES, SHARD_FOLDER, key_of, shard_path
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
 from busigen.runtime.storage.url import Address
 
@@ -63,8 +63,9 @@ _POLARS_TYPES: dict[type, type[pl.DataType]] = {str: pl.String, int: pl.Int64, f
 
 # Speckle does not repeat itself, so run lengths alone give files of the same size in half the time.
 _PNG_OPTIONS = {"compress_level": 6, "compress_type": zlib.Z_RLE}
-# Pillow compresses without the interpreter's lock, so threads help; more of them take cores from the source.
-_ENCODERS = min(4, os.cpu_count() or 1)
+# Pillow compresses without the interpreter's lock, so threads help; more of them take cores from the source. The same
+# threads serve all shards: new ones would spread their buffers over more and more of the allocator's arenas.
+_ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="png-encoder")
 _REMAKE = "Delete it and run `busigen generate` with the same options again: that shard is made anew."
 
 
@@ -102,12 +103,7 @@ class ShardRecord:
 
     @classmethod
     def read(cls, folder: Path, number: int) -> ShardRecord:
-        """Read a shard's record.
-
-        Raises:
-            FileNotFoundError: the shard is not complete.
-            IntegrityError: the file is not a record of this shard.
-        """
+        """A shard's record; FileNotFoundError if it is not complete, IntegrityError if the file is not its record."""
         path = folder / shard_path(number, "json")
         try:
             fields = read_json(path, root=folder)
@@ -117,11 +113,7 @@ class ShardRecord:
 
     @classmethod
     def of(cls, fields: Any, number: int, path: Path | Address) -> ShardRecord:
-        """The record of a shard, from the JSON that was read from ``path``.
-
-        Raises:
-            IntegrityError: it is not a record of this shard.
-        """
+        """The record of a shard, from the JSON that was read from ``path``; an IntegrityError if it is none."""
         version = fields.pop("schema_version", None) if isinstance(fields, dict) else None
         record = checked(cls, fields, path, fix=_REMAKE)
         named = (record.number, record.tar.file, record.parquet.file)
@@ -131,16 +123,16 @@ class ShardRecord:
         return record
 
     def counted(self) -> ShardRecord:
-        """This record without its refused draws, of which ``rejected`` holds how many.
-
-        A run keeps the records of all shards in memory: where a third of all draws is refused, the refused draws of
-        100,000 samples take 11 MB.
-        """
+        """This record without its refused draws, which would take megabytes where a run keeps those of all shards."""
         return replace(self, rejections=[])
 
 
+def _damaged(path: Path | Address) -> IntegrityError:
+    return IntegrityError(f"{path} is not the record of a shard in {SHARD_FOLDER}.", fix=_REMAKE)
+
+
 def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[str, type]) -> ShardRecord:
-    """Write one shard into the dataset ``folder``; equal samples give equal bytes.
+    """Write one shard into the dataset ``folder``, its record last; equal samples give equal bytes.
 
     Args:
         folder: the dataset's folder; its ``shards`` folder must exist.
@@ -148,14 +140,11 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
         batch: the samples in index order with nothing missing, and the refused draws.
         types: type of each field of the samples' rows.
 
-    Returns:
-        The record that now stands in the shard's JSON file.
-
     Raises:
         OSError: the disk refused.
         ValueError: the source broke its contract: shapes, classes, order or fields.
     """
-    check_samples(batch.samples, types)
+    _check_samples(batch.samples, types)
     record_path = folder / shard_path(number, "json")
     record_path.unlink(missing_ok=True)
 
@@ -171,8 +160,8 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
         number=number,
         first=batch.samples[0].index,
         count=len(batch.samples),
-        classes=count_sorted([sample.label for sample in batch.samples]),
-        rejected=count_sorted([rejection.reason for rejection in rejections]),
+        classes=_count_sorted(sample.label for sample in batch.samples),
+        rejected=_count_sorted(rejection.reason for rejection in rejections),
         rejections=rejections,
         tar=FileRecord.of(folder, shard_path(number, "tar")),
         parquet=FileRecord.of(folder, shard_path(number, "parquet")),
@@ -181,12 +170,30 @@ def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[st
     return record
 
 
-def check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
-    """Check that samples are as their source declares them.
+def schema_of(types: Mapping[str, type]) -> pl.Schema:
+    """Table schema with further fields of these types; a ValueError for a fixed column's name or another type."""
+    for name, kind in types.items():
+        if name in FIXED_COLUMNS:
+            raise ValueError(f"row field {name!r} has the name of a fixed column")
+        if kind not in _POLARS_TYPES:
+            raise ValueError(f"row field {name!r} must be str, int, float or bool, got {kind!r}")
+    return pl.Schema({name: _POLARS_TYPES[kind] for name, kind in (FIXED_COLUMNS | dict(types)).items()})
 
-    Raises:
-        ValueError: a sample has a wrong shape, dtype, class, index or set of fields.
-    """
+
+def recorded_schema(columns: Mapping[str, str]) -> pl.Schema:
+    """Table schema of a run by the ``columns`` of its record; a ValueError as for :func:`schema_of`."""
+    return schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
+
+
+def lesion_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of a (256, 256) mask in pixels, right and bottom exclusive; None if it is empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if rows.size == 0:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
     if not samples:
         raise ValueError("a shard needs at least one sample, got none")
     for index, sample in enumerate(samples, start=samples[0].index):
@@ -202,49 +209,35 @@ def check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
             raise ValueError(f"sample {index}: row must have fields {sorted(types)}, got {sorted(sample.row)}")
 
 
-def schema_of(types: Mapping[str, type]) -> pl.Schema:
-    """Table schema of a dataset whose rows carry these further fields.
-
-    Raises:
-        ValueError: a field has the name of a fixed column or a type that no column can have.
-    """
-    for name, kind in types.items():
-        if name in FIXED_COLUMNS:
-            raise ValueError(f"row field {name!r} has the name of a fixed column")
-        if kind not in _POLARS_TYPES:
-            raise ValueError(f"row field {name!r} must be str, int, float or bool, got {kind!r}")
-    return pl.Schema({name: _POLARS_TYPES[kind] for name, kind in (FIXED_COLUMNS | dict(types)).items()})
-
-
-def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
-    """Write a table as Parquet, with all settings fixed that decide its bytes."""
-    table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)
-
-
-def lesion_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
-    """Left, top, right, bottom of a (256, 256) mask in pixels, right and bottom exclusive; None if it is empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if rows.size == 0:
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def count_sorted(names: list[str]) -> dict[str, int]:
+def _count_sorted(names: Iterable[str]) -> dict[str, int]:
     """Occurrences per name, sorted by name, so that equal counts give equal bytes."""
     return dict(sorted(Counter(names).items()))
 
 
 def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Write a shard's tar; returns its rows."""
     tar_name = shard_path(number, "tar")
     rows = []
     with (
         atomic_file(folder / tar_name) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for sample, (image, mask) in zip(samples, _encoders().map(_encode, samples), strict=True):
-            row = _row(sample, tar_name, image, mask, types)
+        for sample, (image, mask) in zip(samples, _ENCODERS.map(_encode, samples), strict=True):
+            box = lesion_box(sample.mask) or (None, None, None, None)
+            row = {
+                "key": key_of(sample.index),
+                "index": sample.index,
+                "attempt": sample.attempt,
+                "class": sample.label,
+                "shard": tar_name,
+                "image_sha256": hashlib.sha256(image).hexdigest(),
+                "mask_sha256": hashlib.sha256(mask).hexdigest(),
+                "lesion_pixels": int(sample.mask.sum()),
+                **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
+                **{name: _scalar(sample, name, kind) for name, kind in types.items()},
+            }
             text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-            for suffix, content in ((IMAGE_SUFFIX, image), (MASK_SUFFIX, mask), (ROW_SUFFIX, text)):
+            for suffix, content in zip(MEMBER_SUFFIXES, (image, mask, text), strict=True):
                 # A new TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names, so nothing of this machine.
                 member = tarfile.TarInfo(f"{row['key']}.{suffix}")
                 member.size = len(content)
@@ -253,44 +246,16 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
     return rows
 
 
-@cache
-def _encoders() -> ThreadPoolExecutor:
-    """The threads that encode PNG files, the same ones for all shards of the process.
-
-    New threads for every shard would spread their buffers over more and more of the allocator's arenas: 25 MB after
-    5,000 samples.
-    """
-    return ThreadPoolExecutor(_ENCODERS, thread_name_prefix="png-encoder")
-
-
-def _encode(sample: Sample) -> tuple[bytes, bytes]:
-    # A bool array becomes a 1-bit image, a uint8 array an 8-bit grey one; neither carries metadata.
-    return _png(sample.image), _png(sample.mask)
-
-
-def _png(pixels: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", **_PNG_OPTIONS)
-    return buffer.getvalue()
-
-
-def _row(sample: Sample, tar_name: str, image: bytes, mask: bytes, types: Mapping[str, type]) -> dict[str, Any]:
-    box = lesion_box(sample.mask) or (None, None, None, None)
-    return {
-        "key": key_of(sample.index),
-        "index": sample.index,
-        "attempt": sample.attempt,
-        "class": sample.label,
-        "shard": tar_name,
-        "image_sha256": hashlib.sha256(image).hexdigest(),
-        "mask_sha256": hashlib.sha256(mask).hexdigest(),
-        "lesion_pixels": int(sample.mask.sum()),
-        **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
-        **{name: _scalar(sample, name, kind) for name, kind in types.items()},
-    }
+def _encode(sample: Sample) -> list[bytes]:
+    """A sample's image as 8-bit grey PNG and its mask as a 1-bit one, without metadata."""
+    files = [io.BytesIO(), io.BytesIO()]
+    for pixels, file in zip((sample.image, sample.mask), files, strict=True):
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", **_PNG_OPTIONS)
+    return [file.getvalue() for file in files]
 
 
 def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool | None:
+    """A row field of a sample, held to its declared type."""
     value = sample.row[name]
     if value is None:
         return None
@@ -305,5 +270,98 @@ def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool |
     return cast("str | int | float | bool", plain)
 
 
-def _damaged(path: Path | Address) -> IntegrityError:
-    return IntegrityError(f"{path} is not the record of a shard in {SHARD_FOLDER}.", fix=_REMAKE)
+def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
+    """Write a table as Parquet, with all settings fixed that decide its bytes."""
+    table.write_parquet(file, compression="zstd", compression_level=3, statistics=True, row_group_size=1 << 16)
+
+
+def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: int | None = None) -> None:
+    """Write the rows of several tables as one, in order; each table is taken from the iterator when it is written.
+
+    Args:
+        path: the file, overwritten.
+        tables: one at least, all of the columns of the first.
+        row_group_size: rows that are gathered before they are written; None for polars' choice.
+
+    Raises:
+        OSError: the file cannot be written.
+        PolarsError: a table has other columns than the first.
+        Exception: raised by ``tables``.
+    """
+    rest = iter(tables)
+    first = next(rest)
+    failed: list[BaseException] = []
+
+    def read(
+        columns: list[str] | None, predicate: pl.Expr | None, most: int | None, size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        try:
+            yield from chain([first], rest)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "statistics": True}
+    with path.open("wb") as file:
+        try:
+            with _as_pythons_errors(path):
+                rows = register_io_source(read, schema=first.schema)
+                rows.sink_parquet(file, row_group_size=row_group_size, maintain_order=True, **options)
+        except (pl.exceptions.PolarsError, OSError):
+            # Polars wraps what the iterator raised in an error of its own.
+            if failed:
+                raise failed[0] from None
+            raise
+
+
+def read_table(path: Path, rows: int) -> pl.DataFrame:
+    """A table that should have ``rows`` rows.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
+    """
+    with _open_table(path, rows) as file:
+        table = pl.read_parquet(file)
+    if table.height != rows:
+        raise pl.exceptions.ComputeError(f"it has {table.height} rows instead of {rows}")
+    return table
+
+
+def find_row(path: Path, rows: int, index: int) -> dict[str, Any]:
+    """The row of an index in a table that should have ``rows`` rows, most of which are not read; see `read_table`.
+
+    Raises:
+        IntegrityError: the table has no such row, or several.
+    """
+    with _open_table(path, rows) as file:
+        found = pl.scan_parquet(file).filter(pl.col("index") == index).collect().to_dicts()
+    if len(found) != 1:
+        raise IntegrityError(f"{path} has {len(found)} rows of index {index}.")
+    return found[0]
+
+
+@contextmanager
+def _open_table(path: Path, rows: int) -> Iterator[BinaryIO]:
+    """An open table file, refused if it claims other than ``rows`` rows or more memory than they can need."""
+    try:
+        refuse_costly(path, rows)
+    except ValueError as error:
+        raise pl.exceptions.ComputeError(str(error)) from error
+    with looking(path), open_file(path) as file, _as_pythons_errors(path):
+        yield file
+
+
+@contextmanager
+def _as_pythons_errors(path: Path) -> Iterator[None]:
+    """Turn polars' panics into errors, and the system's errors in its messages into an OSError."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        if found := re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error)):
+            number = int(found[1] or found[2])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        if isinstance(error, pl.exceptions.PanicException):
+            # A panic is a BaseException, which no handler of errors would catch.
+            raise pl.exceptions.ComputeError("its pages are damaged") from error
+        raise

@@ -6,8 +6,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,26 @@ import busigen
 from busigen.errors import UsageError
 from busigen.files import TEMPORARY_PREFIX
 from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
-from busigen.runtime.backends.base import (
-    Backend,
-    EngineOptions,
-    Feed,
-    TimedBackend,
-    open_backend,
-    usable_cores,
-)
+from busigen.runtime.backends.base import Backend, EngineOptions, Feed, TimedBackend, open_backend, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle
-from busigen.runtime.backends.probe import choose
+from busigen.runtime.backends.probe import choose, machine, peak_memory, reset_peak_memory
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, MANIFEST_FILE, MAX_COUNT, SHARD_FOLDER, Plan
 from busigen.runtime.diagnostics.bench_report import write
-from busigen.runtime.diagnostics.machine import machine, peak_memory, reset_peak_memory
-from busigen.runtime.execution.factory import GenerateReport, generate
+from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.files import output_errors
 
+SCHEMA = 1
+"""Version of ``bench.json`` and of the ledger's lines."""
+
 WARM_SECONDS = 5.0
 """A warm-up takes all samples where that takes no longer than this, so that a fast engine has seen every shape."""
+
+_BUSY = 0.25
+"""Load per core from which on the machine counts as busy with other work."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Call:
     ended: float
 
 
-class CallRecorder(TimedBackend):
+class ReplayBackend(TimedBackend):
     """A timed backend that keeps every call, so that all of them can be made again."""
 
     def __init__(self, backend: Backend) -> None:
@@ -68,100 +66,31 @@ class CallRecorder(TimedBackend):
             # One row, not the batch: what is kept must not show in the memory that is measured.
             self._row_of[graph] = {name: np.asarray(array)[-1:].copy() for name, array in inputs.items()}
 
-    def alone(self, done: Callable[[float], None] = lambda share: None) -> float:
-        """Seconds that the noted calls take when they are made again, in their order, with nothing beside them.
+    def replay(self, count: int, progress: Progress) -> float:
+        """Seconds that the kept calls, which drew ``count`` samples, take with nothing beside them.
 
         What they took the first time is no measure of that: the thread that writes shards shares their cores.
-        ``done`` is called after each call with the share of them that has been made, 0 to 1.
         """
-        seconds = 0.0
+        seconds, counted = 0.0, 0
         for number, call in enumerate(self.calls, start=1):
             inputs = {name: np.repeat(row, call.rows, axis=0) for name, row in self._row_of[call.graph].items()}
             began = time.perf_counter()
             self.backend.run(call.graph, inputs)
             seconds += time.perf_counter() - began
-            done(number / len(self.calls))
+            if (due := number * count // len(self.calls)) > counted:
+                progress.advance(due - counted)
+                counted = due
         return seconds
 
 
-@dataclass(frozen=True)
-class Stage:
-    """All engine calls of one stage in a run: how many, the rows of their batches, and the seconds they took."""
+Run = dict[str, Any]
+"""One measured run, as it stands in ``bench.json``.
 
-    calls: int
-    rows: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """One measured run.
-
-    Attributes:
-        seconds: wall-clock time of ``generate``, from an empty folder to a finished dataset.
-        engine_seconds: sum over all engine calls, which is the sum over ``stages``.
-        busy_seconds: time in which at least one engine call ran.
-        alone_seconds: what the same engine calls take with nothing beside them.
-        draws: accepted and refused.
-        size: bytes of shards and manifest.
-        peak_memory: most bytes of memory held during the run; ``None`` where the system does not tell.
-        stages: by name (:func:`stage_of`), in the order in which they first ran.
-    """
-
-    seconds: float
-    engine_seconds: float
-    busy_seconds: float
-    alone_seconds: float
-    draws: int
-    size: int
-    peak_memory: int | None
-    stages: dict[str, Stage]
-
-
-def measure(samplers: Sequence[Sampler], plan: Plan, repeat: int, folder: Path, progress: Progress) -> list[list[Run]]:
-    """Make the same run ``repeat`` times per sampler, each into a temporary folder in ``folder``, engines warmed up.
-
-    Samplers take turns, so that other work on the machine hits all of them alike.
-
-    Args:
-        samplers: each on a :class:`CallRecorder` of its own.
-        plan: of every run.
-        repeat: runs per sampler.
-        folder: where the temporary folders are made.
-        progress: counts every sample of :func:`samples_to_make`.
-
-    Returns:
-        The runs of each sampler, in their order.
-    """
-    runs: list[list[Run]] = [[] for _ in samplers]
-    for _ in range(repeat):
-        for sampler, mine in zip(samplers, runs, strict=True):
-            if not mine:
-                _warm_up(sampler, plan, folder, progress)
-            mine.append(_run(sampler, plan, folder, progress))
-    return runs
-
-
-def samples_to_make(sampler: Sampler, plan: Plan, repeat: int) -> int:
-    """Samples that :func:`measure` counts: the warm-up's, and each run's twice, because its calls are replayed."""
-    return _warm_count(sampler, plan) + repeat * 2 * plan.count
-
-
-def stage_of(graph: str) -> str:
-    """A graph's stage, with the window's side where it works on windows: ``lesion-benign@128`` is ``lesion@128``."""
-    component, at, side = graph.partition("@")
-    return f"{component.partition('-')[0]}{at}{side}"
-
-
-def _warm_count(sampler: Sampler, plan: Plan) -> int:
-    return min(plan.count, 2 * sampler.batch_size)
-
-
-def _warm_up(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> None:
-    warm = Plan(count=_warm_count(sampler, plan), seed=plan.seed, shard_size=plan.shard_size)
-    seconds = _generate(sampler, warm, folder, progress).seconds
-    if seconds / warm.count * plan.count <= WARM_SECONDS and warm.count < plan.count:
-        _generate(sampler, plan, folder, Progress())
+``seconds`` is the wall-clock time of ``generate``, ``engine_seconds`` the sum over all engine calls, ``busy_seconds``
+the time in which at least one of them ran, ``alone_seconds`` what they take with nothing beside them. ``draws`` are
+accepted and refused, ``size`` is bytes of shards and manifest, ``peak_memory`` bytes or None where the system does not
+tell. ``stages`` has calls, rows of their batches and seconds, in the order in which stages first ran.
+"""
 
 
 class _Part(Progress):
@@ -178,17 +107,45 @@ class _Part(Progress):
         self._whole.rejected(draws)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """One call of ``generate``: its report, and what :class:`Run` says of the whole."""
-
-    report: GenerateReport
-    seconds: float
-    size: int
-    peak_memory: int | None
+def stage_of(graph: str) -> str:
+    """A graph's stage, with the window's side where it works on windows: ``lesion-benign@128`` is ``lesion@128``."""
+    component, at, side = graph.partition("@")
+    return f"{component.partition('-')[0]}{at}{side}"
 
 
-def _generate(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> _Made:
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for began, ended in sorted(spans):
+        total += max(0.0, ended - max(began, reached))
+        reached = max(reached, ended)
+    return total
+
+
+def measure(
+    samplers: Sequence[tuple[Sampler, ReplayBackend]], plan: Plan, repeat: int, folder: Path, progress: Progress
+) -> list[list[Run]]:
+    """Runs of each sampler: the same one ``repeat`` times, into temporary folders in ``folder``, after a warm-up."""
+    warm = [replace(plan, count=min(plan.count, 2 * sampler.batch_size)) for sampler, _ in samplers]
+    # Each run counts twice, because its calls are replayed.
+    total = sum(few.count for few in warm) + len(samplers) * repeat * 2 * plan.count
+    progress.start("measuring", total, unit="image")
+    runs: list[list[Run]] = [[] for _ in samplers]
+    # Samplers take turns, so that other work on the machine hits all of them alike.
+    for _ in range(repeat):
+        for (sampler, backend), few, mine in zip(samplers, warm, runs, strict=True):
+            if not mine:
+                seconds = _run(sampler, backend, few, folder, progress)["seconds"]
+                if seconds / few.count * plan.count <= WARM_SECONDS and few.count < plan.count:
+                    _run(sampler, backend, plan, folder, Progress())
+            run = _run(sampler, backend, plan, folder, progress)
+            mine.append({**run, "alone_seconds": backend.replay(plan.count, progress)})
+    return runs
+
+
+def _run(sampler: Sampler, backend: ReplayBackend, plan: Plan, folder: Path, progress: Progress) -> Run:
+    """Generate into a temporary folder in ``folder``; the calls are kept, and not yet replayed."""
+    backend.calls.clear()
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as temporary:
         out = Path(temporary) / "dataset"
         reset_peak_memory()
@@ -201,74 +158,30 @@ def _generate(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) ->
             # Its advice is to continue in a folder that is about to be removed.
             raise KeyboardInterrupt from error
         seconds, peak = time.perf_counter() - began, peak_memory()
-        files = [out / MANIFEST_FILE, *(out / SHARD_FOLDER).iterdir()]
-        return _Made(report, seconds, sum(path.stat().st_size for path in files), peak)
-
-
-def _run(sampler: Sampler, plan: Plan, folder: Path, progress: Progress) -> Run:
-    backend = sampler.backend
-    assert isinstance(backend, CallRecorder)
-    backend.calls.clear()
-    made = _generate(sampler, plan, folder, progress)
-    described = 0
-
-    def replayed(share: float) -> None:
-        nonlocal described
-        whole = int(share * plan.count)
-        if whole > described:
-            progress.advance(whole - described)
-            described = whole
-
-    stages: dict[str, list[Call]] = {}
+        size = sum(path.stat().st_size for path in (out / MANIFEST_FILE, *(out / SHARD_FOLDER).iterdir()))
+    stages: dict[str, dict[str, Any]] = {}
     for call in backend.calls:
-        stages.setdefault(stage_of(call.graph), []).append(call)
-    return Run(
-        seconds=made.seconds,
-        engine_seconds=sum(call.ended - call.began for call in backend.calls),
-        busy_seconds=covered((call.began, call.ended) for call in backend.calls),
-        alone_seconds=backend.alone(replayed),
-        draws=plan.count + sum(made.report.rejected.values()),
-        size=made.size,
-        peak_memory=made.peak_memory,
-        stages={
-            name: Stage(len(calls), sum(call.rows for call in calls), sum(call.ended - call.began for call in calls))
-            for name, calls in stages.items()
-        },
-    )
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of spans."""
-    total, reached = 0.0, float("-inf")
-    for began, ended in sorted(spans):
-        total += max(0.0, ended - max(began, reached))
-        reached = max(reached, ended)
-    return total
-
-
-SCHEMA = 1
-"""Version of ``bench.json`` and of the ledger's lines."""
-
-_BUSY = 0.25
-"""Load per core from which on the machine counts as busy with other work."""
+        stage = stages.setdefault(stage_of(call.graph), {"calls": 0, "rows": 0, "seconds": 0.0})
+        stage["calls"] += 1
+        stage["rows"] += call.rows
+        stage["seconds"] += call.ended - call.began
+    return {
+        "seconds": seconds,
+        "engine_seconds": sum(call.ended - call.began for call in backend.calls),
+        "busy_seconds": covered((call.began, call.ended) for call in backend.calls),
+        "alone_seconds": 0.0,
+        "draws": plan.count + sum(report.rejected.values()),
+        "size": size,
+        "peak_memory": peak,
+        "stages": stages,
+    }
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The options of ``busigen bench``, unchecked and as they were typed.
+    """The options of ``busigen bench``, unchecked and as they were typed; its ``--help`` says what they mean.
 
-    Attributes:
-        out: folder for what is written; runs go into a temporary folder in it, so that it is this disk that counts.
-        ledger: file that a line is appended to.
-        bundle: a bundle's folder; ``None`` for the shipped one.
-        providers: names in ``registry.PROVIDERS`` or ``auto``, separated by commas.
-        batch_sizes: images per engine call, separated by commas.
-        count: accepted samples per run.
-        count_for: number of samples to predict time and size for.
-        repeat: runs per provider and batch size.
-        healthy: a folder of healthy images, or ``synthetic``.
-        threads: compute threads; ``None`` for one per core.
-        allow_fallback: where a provider cannot be used, measure the processor.
+    Runs go into a temporary folder in ``out``, so that it is this disk that counts.
     """
 
     out: Path
@@ -291,36 +204,36 @@ class Bench:
             batch size (medians, shares from 0 to 1, times in seconds unless named ``ms``, sizes in bytes), ``notes``.
 
         Raises:
-            UsageError: an option's value is out of range, or a provider cannot be used here.
-            InputError: the bundle or the healthy images cannot be used.
-            IntegrityError: a file of the bundle is not the one that was exported.
-            OutputError: ``out`` or the ledger cannot be written.
-            AcceptanceError: the gates refuse too much.
+            BusigenError: something that was asked for cannot be used or written, or the gates refuse too much.
             KeyboardInterrupt: on Ctrl-C; no result is kept.
         """
         for option, value in (("--count-for", self.count_for), ("--repeat", self.repeat)):
             if not 1 <= value <= MAX_COUNT:
                 raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from 1 to {MAX_COUNT}.")
         plan = Plan(count=self.count, seed=0, shard_size=DEFAULT_SHARD_SIZE)
+        sizes = _listed(self.batch_sizes)
+        if wrong := [text for text in sizes if not text.isdecimal()]:
+            fix = "Give whole numbers separated by commas: --batch-sizes 4,16."
+            raise UsageError(f"--batch-sizes names {wrong[0]!r}.", fix=fix)
         # Ascending, for the sake of the memory that is measured: see summary.
-        batch_sizes = sorted({_whole_number("--batch-sizes", text) for text in _listed(self.batch_sizes)})
+        batch_sizes = sorted({int(text) for text in sizes})
         classes = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
         bundle = Bundle.open(self.bundle or default_bundle())
         backends = self._backends(bundle, batch_sizes, progress)
-        samplers = [
-            Sampler(bundle, CallRecorder(backend), classes=classes, batch_size=size)
-            for (_, size), backend in backends.items()
-        ]
+        samplers = []
+        for (_, size), backend in backends.items():
+            recorder = ReplayBackend(backend)
+            samplers.append((Sampler(bundle, recorder, classes=classes, batch_size=size), recorder))
         if self.healthy != SYNTHETIC:
             healthy = HealthyFolder(Path(self.healthy), progress)
-            for sampler in samplers:
+            for sampler, _ in samplers:
                 sampler.healthy = healthy
-        _writable(self.out, self.ledger)
+        _refuse_unwritable(self.out, self.ledger)
         about = machine()
-        progress.start("measuring", sum(samples_to_make(s, plan, self.repeat) for s in samplers), unit="image")
         measured = measure(samplers, plan, self.repeat, self.out, progress)
         results = [
-            summary(sampler, self.count, self.count_for, runs) for sampler, runs in zip(samplers, measured, strict=True)
+            summary(sampler, self.count, self.count_for, runs)
+            for (sampler, _), runs in zip(samplers, measured, strict=True)
         ]
         record = {
             "schema": SCHEMA,
@@ -366,55 +279,12 @@ class Bench:
         return opened
 
 
-def summary(sampler: Sampler, count: int, count_for: int, runs: Sequence[Run]) -> dict[str, Any]:
-    """Medians over the runs of one provider and batch size, what they predict, and the runs themselves."""
-    seconds = statistics.median(run.seconds for run in runs)
-    per_image = statistics.median(run.size for run in runs) / count
-    return {
-        "provider": sampler.backend.name,
-        "batch_size": sampler.batch_size,
-        "images_per_second": count / seconds,
-        "engines_alone_images_per_second": count / statistics.median(run.alone_seconds for run in runs),
-        "ms_per_image": 1000 * seconds / count,
-        "engine_ms_per_image": 1000 * statistics.median(run.engine_seconds for run in runs) / count,
-        "idle_share": statistics.median(1 - run.busy_seconds / run.seconds for run in runs),
-        "acceptance": count / statistics.median(run.draws for run in runs),
-        # Later runs come after those with larger batches, whose memory the engines' arena keeps.
-        "peak_memory": runs[0].peak_memory,
-        "bytes_per_image": per_image,
-        "stages": {name: _stage_medians(name, count, runs) for name in _names(runs)},
-        "predicted": {"count": count_for, "seconds": count_for * seconds / count, "bytes": count_for * per_image},
-        "runs": [asdict(run) for run in runs],
-    }
-
-
-def _stage_medians(name: str, count: int, runs: Sequence[Run]) -> dict[str, float | int]:
-    found = [(run, run.stages.get(name, Stage(0, 0, 0.0))) for run in runs]
-    return {
-        "ms_per_image": 1000 * statistics.median(stage.seconds for _, stage in found) / count,
-        "ms_per_row": 1000 * statistics.median(stage.seconds / max(stage.rows, 1) for _, stage in found),
-        "share": statistics.median(stage.seconds / run.seconds for run, stage in found),
-        "calls": found[0][1].calls,
-        "rows": found[0][1].rows,
-    }
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs for name in run.stages))
-
-
 def _listed(text: str) -> list[str]:
     """Entries of a comma-separated option, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
-def _whole_number(option: str, text: str) -> int:
-    if not text.isdecimal():
-        raise UsageError(f"{option} names {text!r}.", fix=f"Give whole numbers separated by commas: {option} 4,16.")
-    return int(text)
-
-
-def _writable(out: Path, ledger: Path) -> None:
+def _refuse_unwritable(out: Path, ledger: Path) -> None:
     """Find out now, not after the measurement, whether the results can be kept."""
     for folder in (out, ledger.parent):
         with output_errors(folder):
@@ -423,6 +293,42 @@ def _writable(out: Path, ledger: Path) -> None:
         tempfile.TemporaryFile(dir=out).close()
     with output_errors(ledger):
         os.close(os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+
+
+def summary(sampler: Sampler, count: int, count_for: int, runs: Sequence[Run]) -> dict[str, Any]:
+    """Medians over the runs of one provider and batch size, what they predict, and the runs themselves."""
+
+    def median(name: str) -> float:
+        return float(statistics.median(run[name] for run in runs))
+
+    stages = {}
+    for name in dict.fromkeys(name for run in runs for name in run["stages"]):
+        found = [run["stages"].get(name, {"calls": 0, "rows": 0, "seconds": 0.0}) for run in runs]
+        shares = [stage["seconds"] / run["seconds"] for stage, run in zip(found, runs, strict=True)]
+        stages[name] = {
+            "ms_per_image": 1000 * statistics.median(stage["seconds"] for stage in found) / count,
+            "ms_per_row": 1000 * statistics.median(stage["seconds"] / max(stage["rows"], 1) for stage in found),
+            "share": statistics.median(shares),
+            "calls": found[0]["calls"],
+            "rows": found[0]["rows"],
+        }
+    seconds, per_image = median("seconds"), median("size") / count
+    return {
+        "provider": sampler.backend.name,
+        "batch_size": sampler.batch_size,
+        "images_per_second": count / seconds,
+        "engines_alone_images_per_second": count / median("alone_seconds"),
+        "ms_per_image": 1000 * seconds / count,
+        "engine_ms_per_image": 1000 * median("engine_seconds") / count,
+        "idle_share": statistics.median(1 - run["busy_seconds"] / run["seconds"] for run in runs),
+        "acceptance": count / median("draws"),
+        # Later runs come after those with larger batches, whose memory the engines' arena keeps.
+        "peak_memory": runs[0]["peak_memory"],
+        "bytes_per_image": per_image,
+        "stages": stages,
+        "predicted": {"count": count_for, "seconds": count_for * seconds / count, "bytes": count_for * per_image},
+        "runs": list(runs),
+    }
 
 
 def _notes(plan: Plan, about: dict[str, Any], results: Sequence[dict[str, Any]]) -> Iterable[str]:

@@ -17,11 +17,6 @@ from busigen.files import atomic_file, write_json
 from busigen.runtime.storage.files import output_errors
 from busigen.text import duration
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 JSON_FILE, PLOT_FILE, LEDGER_FILE = "bench.json", "bench.svg", "ledger.jsonl"
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey is no engine.
@@ -33,11 +28,7 @@ Record = Mapping[str, Any]
 
 
 def write(record: Record, out: Path, ledger: Path) -> None:
-    """Write ``bench.json`` and the plot into ``out`` and append a line without the single runs to the ledger.
-
-    Raises:
-        OutputError: the disk refused.
-    """
+    """Write ``bench.json`` and the plot into ``out`` and append a line without the single runs to the ledger."""
     with output_errors(out):
         write_json(out / JSON_FILE, record)
         with atomic_file(out / PLOT_FILE) as file:
@@ -48,28 +39,13 @@ def write(record: Record, out: Path, ledger: Path) -> None:
 
 
 def append_line(ledger: Path, value: Mapping[str, Any]) -> None:
-    """Append one line of JSON, whole or not at all, whatever other processes append to the same file meanwhile.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Append one line of JSON, whatever other processes append to the same file meanwhile."""
     line = f"{json.dumps(value, ensure_ascii=False, allow_nan=False)}\n".encode()
-    handle = os.open(ledger, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        # One write to a file opened for appending lands in one piece; the lock is for taking back a part of a line.
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        before = os.fstat(handle).st_size
-        try:
-            if os.write(handle, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(handle)
-        except OSError:
-            if fcntl:
-                os.ftruncate(handle, before)
-            raise
-    finally:
-        os.close(handle)
+    # One write to a file that is opened for appending lands in one piece.
+    with ledger.open("ab", buffering=0) as file:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
 
 
 def show(record: Record, console: Console) -> None:
@@ -92,51 +68,14 @@ def show(record: Record, console: Console) -> None:
         console.print(f"Note: {note}")
 
 
-def plot(record: Record) -> str:
-    """An SVG with a bar per provider and batch size: milliseconds per image by stage, and those without an engine.
-
-    Drawn here and not with matplotlib, which only the extra ``eval`` brings.
-    """
-    bars = [_bar_parts(result) for result in record["results"]]
-    names = [name for name in dict.fromkeys(name for parts in bars for name in parts) if name != _IDLE]
-    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)} | {_IDLE: _IDLE_COLOUR}
-    scale = _WIDTH / max(sum(parts.values()) for parts in bars)
-    shapes = []
-    for number, (result, parts) in enumerate(zip(record["results"], bars, strict=True)):
-        top, left = _TOP + number * (_BAR + _GAP), float(_LEFT)
-        shapes.append(_text(_LEFT - 8, top + 18, _name(result), anchor="end"))
-        for name, value in parts.items():
-            about = xml(f"{name}: {value:.1f} ms per image")
-            shapes.append(
-                f'<rect x="{left:.1f}" y="{top}" width="{value * scale:.1f}" height="{_BAR}" fill="{colours[name]}">'
-                f"<title>{about}</title></rect>"
-            )
-            left += value * scale
-        rate = f"{result['ms_per_image']:.0f} ms, {result['images_per_second']:.2f} images/s"
-        shapes.append(_text(left + 6, top + 18, rate))
-    width, height = _LEFT + _WIDTH + 190, _TOP + len(bars) * (_BAR + _GAP) + 10
-    for number, (name, colour) in enumerate(colours.items()):
-        left = 16 + number * (width - 32) // len(colours)
-        shapes.append(f'<rect x="{left}" y="42" width="12" height="12" fill="{colour}"/>{_text(left + 17, 53, name)}')
-    cpu = f"{record['machine']['cpu']}, {record['machine']['cores']} cores"
-    title = _text(16, 24, f"busigen bench: milliseconds per image ({cpu})", size=15)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n{title}\n'
-        + "\n".join(shapes)
-        + "\n</svg>\n"
-    )
-
-
 def _overview(record: Record) -> tuple[str, list[str], list[list[str]]]:
-    predicted = f"{record['options']['count_for']:,} images"
+    options = record["options"]
+    predicted = f"{options['count_for']:,} images"
     header = ["provider, batch", "images/s", "engines alone", "of engines", "idle", "accepted", "peak MB", predicted]
     rows = []
     for result in record["results"]:
-        rate, alone, peak = (
-            result[key] for key in ("images_per_second", "engines_alone_images_per_second", "peak_memory")
-        )
-        described = f"{duration(result['predicted']['seconds'])}, {result['predicted']['bytes'] / 1e9:.2f} GB"
+        rate, alone = result["images_per_second"], result["engines_alone_images_per_second"]
+        peak, predicted_for = result["peak_memory"], result["predicted"]
         rows.append(
             [
                 _name(result),
@@ -146,29 +85,25 @@ def _overview(record: Record) -> tuple[str, list[str], list[list[str]]]:
                 f"{result['idle_share']:.1%}",
                 f"{result['acceptance']:.1%}",
                 "-" if peak is None else f"{peak / 1e6:.0f}",
-                described,
+                f"{duration(predicted_for['seconds'])}, {predicted_for['bytes'] / 1e9:.2f} GB",
             ]
         )
-    options = record["options"]
-    title = f"Whole pipeline: median of {options['repeat']} x {options['count']} images"
-    return title, header, rows
+    return f"Whole pipeline: median of {options['repeat']} x {options['count']} images", header, rows
 
 
 def _stages(record: Record) -> tuple[str, list[str], list[list[str]]]:
     results: Sequence[Record] = record["results"]
-    names = dict.fromkeys(name for result in results for name in result["stages"])
-    rows = [[name, *(_stage_cell(result["stages"].get(name)) for result in results)] for name in names]
-    rows.append([_IDLE, *(_cell(_idle_ms(result), result["idle_share"]) for result in results)])
-    rows.append(["all", *(_cell(result["ms_per_image"], 1.0) for result in results)])
+    shares = [
+        {
+            **{name: (stage["ms_per_image"], stage["share"]) for name, stage in result["stages"].items()},
+            _IDLE: (_idle_ms(result), result["idle_share"]),
+            "all": (result["ms_per_image"], 1.0),
+        }
+        for result in results
+    ]
+    names = [*dict.fromkeys(name for result in results for name in result["stages"]), _IDLE, "all"]
+    rows = [[name, *("{:.1f} ({:.1%})".format(*one[name]) if name in one else "-" for one in shares)] for name in names]
     return "Milliseconds per image, and share of the wall time", ["stage", *map(_name, results)], rows
-
-
-def _stage_cell(stage: Record | None) -> str:
-    return _cell(stage["ms_per_image"], stage["share"]) if stage else "-"
-
-
-def _cell(milliseconds: float, share: float) -> str:
-    return f"{milliseconds:.1f} ({share:.1%})"
 
 
 def _idle_ms(result: Record) -> float:
@@ -177,6 +112,41 @@ def _idle_ms(result: Record) -> float:
 
 def _name(result: Record) -> str:
     return f"{result['provider']}, {result['batch_size']}"
+
+
+def plot(record: Record) -> str:
+    """An SVG with a bar per provider and batch size: milliseconds per image by stage, and those without an engine.
+
+    Drawn here and not with matplotlib, which only the extra ``eval`` brings.
+    """
+    bars = [_bar_parts(result) for result in record["results"]]
+    names = [name for name in dict.fromkeys(name for parts in bars for name in parts) if name != _IDLE]
+    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)} | {_IDLE: _IDLE_COLOUR}
+    scale = _WIDTH / max(sum(parts.values()) for parts in bars)
+    width, height = _LEFT + _WIDTH + 190, _TOP + len(bars) * (_BAR + _GAP) + 10
+    cpu = f"{record['machine']['cpu']}, {record['machine']['cores']} cores"
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif">',
+        '<rect width="100%" height="100%" fill="#ffffff"/>',
+        _text(16, 24, f"busigen bench: milliseconds per image ({cpu})", size=15),
+    ]
+    for number, (result, parts) in enumerate(zip(record["results"], bars, strict=True)):
+        top, left = _TOP + number * (_BAR + _GAP), float(_LEFT)
+        lines.append(_text(_LEFT - 8, top + 18, _name(result), anchor="end"))
+        for name, value in parts.items():
+            about = xml(f"{name}: {value:.1f} ms per image")
+            lines.append(
+                f'<rect x="{left:.1f}" y="{top}" width="{value * scale:.1f}" height="{_BAR}" fill="{colours[name]}">'
+                f"<title>{about}</title></rect>"
+            )
+            left += value * scale
+        rate = f"{result['ms_per_image']:.0f} ms, {result['images_per_second']:.2f} images/s"
+        lines.append(_text(left + 6, top + 18, rate))
+    for number, (name, colour) in enumerate(colours.items()):
+        left = 16 + number * (width - 32) // len(colours)
+        lines.append(f'<rect x="{left}" y="42" width="12" height="12" fill="{colour}"/>{_text(left + 17, 53, name)}')
+    return "\n".join([*lines, "</svg>", ""])
 
 
 def _bar_parts(result: Record) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""A run of `generate`: options, partition, workers, signals, events."""
+"""A run of `generate`: options, shards, workers, signals, events."""

@@ -2,43 +2,117 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+from busigen.errors import UsageError
 from busigen.runtime.dataset.finalize import dataset_info
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, RUN_FILE, Plan
 from busigen.runtime.dataset.sample import SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
-from busigen.runtime.execution.estimate import Estimator, explained_when_full, require_room
-from busigen.runtime.execution.partition import Share
-from busigen.runtime.execution.signals import GenerationInterrupted, Stopping
-from busigen.runtime.output.base import DatasetFinalizer, Output, aborting
-from busigen.runtime.output.local import LocalOutput
+from busigen.runtime.execution.estimate import ShardJob, require_room
+from busigen.runtime.execution.signals import Stopping
+from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
+from busigen.runtime.storage.lock import turn
 from busigen.runtime.storage.url import Address
 from busigen.text import counted, duration, unproven_line
 
 
+def part_of(plan: Plan, indices: range | None = None, task: tuple[int, int] | None = None) -> Plan | None:
+    """The part of a dataset that one of several commands makes in the dataset's folder; None for all of it.
+
+    Args:
+        plan: of the dataset.
+        indices: samples that the part is cut from, of whole shards; None for all of them.
+        task: ``(K, N)``: of these, the K-th of N parts of about equal size, K from 1; None for all of them.
+    """
+    part, whole = plan, plan.span
+    if indices is not None:
+        inside = whole.start <= indices.start and indices.stop <= whole.stop
+        ends_whole = indices.stop % plan.shard_size == 0 or indices.stop == whole.stop
+        if not inside or indices.start % plan.shard_size or not ends_whole:
+            raise UsageError(
+                f"--index-range is {indices.start}:{indices.stop}, which is not made of whole shards of the dataset.",
+                fix=f"Both numbers have to be multiples of --shard-size ({plan.shard_size}); the second one may also "
+                f"be --count ({whole.stop}), and none may be larger.",
+            )
+        part = plan.part(range(indices.start // plan.shard_size, -(-indices.stop // plan.shard_size)))
+    if task is not None:
+        position, tasks = task
+        if tasks > part.shards:
+            raise UsageError(
+                f"--array-task {position}/{tasks}: there are only {part.shards} shards to make.",
+                fix=f"Use at most {part.shards} tasks, or a smaller --shard-size.",
+            )
+        start, stop = (part.shards * border // tasks for border in (position - 1, position))
+        part = part.part(part.numbers[start:stop])
+    return part if indices is not None or task is not None else None
+
+
+def parse_range(text: str) -> range:
+    """Read ``first:end``, whose end is not part of it; a ``UsageError`` where it is none, or holds nothing."""
+    # More digits than an index can have would only make Python refuse to read them.
+    found = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text, re.ASCII)
+    indices = range(int(found[1]), int(found[2])) if found else range(0)
+    if not indices:
+        raise UsageError(
+            f"--index-range is {text!r}.",
+            fix="Give --index-range as first:end, such as 0:500 for the samples 0 to 499.",
+        )
+    return indices
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """Read ``K/N``; a ``UsageError`` where it is none."""
+    found = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text, re.ASCII)
+    position, tasks = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= position <= tasks:
+        raise UsageError(f"--array-task is {text!r}.", fix="Give --array-task as K/N with K from 1 to N, such as 1/8.")
+    return position, tasks
+
+
+def planned(
+    count: int | None, index_range: str | None, array_task: str | None, *, seed: int, shard_size: int
+) -> tuple[Plan, Plan | None]:
+    """What the options ask for: the dataset in the folder, and the part of it that this command makes.
+
+    With ``count``, the dataset's samples, ``index_range`` is the part of this command; without it, the dataset.
+    """
+    task = parse_task(array_task) if array_task is not None else None
+    indices = parse_range(index_range) if index_range is not None else None
+    if count is not None:
+        plan = Plan(count=count, seed=seed, shard_size=shard_size)
+    elif indices is not None:
+        plan = Plan(count=len(indices), seed=seed, shard_size=shard_size, first=indices.start)
+        indices = None
+    else:
+        raise UsageError(
+            "neither --count nor --index-range is given.",
+            fix="Give --count, such as --count 1000; see `busigen generate --help`.",
+        )
+    return plan, part_of(plan, indices, task)
+
+
 @dataclass(frozen=True)
 class GenerateReport:
-    """What a call to ``generate`` did.
+    """What a call to ``generate`` did. Of a task that did not complete the dataset, it reports on the task's part.
 
     Attributes:
         folder: the dataset, a folder or a URL.
-        samples: samples in the dataset; of a task that did not complete it, samples of its part.
-        shards: shards, likewise.
+        samples, shards, classes: in the dataset; samples by class.
         written: shards that this call wrote; the others were complete before.
-        classes: samples per class.
-        rejected: refused draws per reason, over all these samples.
-        size: bytes of all these shards.
+        rejected: refused draws per reason.
+        size: bytes of all shards.
         seconds: wall-clock time of this call.
         already_complete: the dataset was finished before, and nothing was done.
         missing: shards of other tasks that the dataset still lacks; the last of these tasks completes it.
@@ -56,24 +130,6 @@ class GenerateReport:
     missing: int = 0
 
 
-class ShardJob(NamedTuple):
-    """Shards to be made, by :func:`draw_missing` with a source of this process, or by a pool of workers.
-
-    Attributes:
-        destination: where they go.
-        plan: names them.
-        records: of the shards that are complete; whoever makes others adds theirs.
-        progress: counts every sample.
-        stop: asked before each shard whether to end here.
-    """
-
-    destination: Output
-    plan: Plan
-    records: dict[int, ShardRecord]
-    progress: Progress
-    stop: Stopping
-
-
 def generate(
     source: Source,
     out: Path | Output,
@@ -82,7 +138,7 @@ def generate(
     seed: int,
     shard_size: int = DEFAULT_SHARD_SIZE,
     first: int = 0,
-    share: Share | None = None,
+    part: Plan | None = None,
     make: Callable[[Source, ShardJob], None] | None = None,
     progress: Progress | None = None,
     stop: Stopping | None = None,
@@ -90,8 +146,7 @@ def generate(
     """Make the dataset of ``count`` accepted samples in ``out``, or finish one that the same call began earlier.
 
     Samples, shards and every hashed file depend on the source's fingerprint and these arguments alone, not on where
-    earlier runs were stopped. A folder keeps the count that it was started with: a larger one is refused like any other
-    difference, because it would change a last, short shard that may have been used already.
+    earlier runs were stopped. Another count is refused like any other difference: it would change a last, short shard.
 
     Args:
         source: where samples come from.
@@ -101,8 +156,8 @@ def generate(
         shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
             source has drawn ahead of it.
         first: index of the first sample, a multiple of ``shard_size``.
-        share: the part that this call makes, beside others that make theirs in the same folder; None makes all. The
-            call that finds all shards there completes the dataset.
+        part: of the dataset that this call makes, beside others that make theirs in the same folder; None makes all.
+            The call that finds all shards there completes the dataset.
         make: who makes the shards; None for this process.
         progress: counts every sample; None shows nothing.
         stop: asked after each shard whether to end here; None never ends early.
@@ -116,34 +171,21 @@ def generate(
     started = time.monotonic()
     progress, stop = progress or Progress(), stop or Stopping()
     plan = Plan(count=count, seed=seed, shard_size=shard_size, first=first)
-    part = share.of(plan) if share else None
     mine = part or plan
-    destination = out if isinstance(out, Output) else LocalOutput(out)
+    output = out if isinstance(out, Output) else LocalOutput(out)
     schema_of(source.row_types())
-    refuse_small_disk(destination, plan)
+    refuse_small_disk(output, plan)
     record = run_record(source, plan)
     if "unproven" in record:
         progress.note(f"unproven: {unproven_line(record['unproven'])}")
-    with destination.acquire(record, part) as run:
-        closing = DatasetFinalizer(destination, run, plan, part)
-        with output_errors(destination.folder):
-            records = destination.sound(mine)
-            kept, finished = len(records), closing.is_done(records)
-        try:
-            if not finished:
-                with output_errors(destination.folder):
-                    closing.reopen(records)
-                (make or draw_missing)(source, ShardJob(destination, mine, records, progress, stop))
-                if len(records) < mine.shards:
-                    raise KeyboardInterrupt
-            # A run that was asked to stop in its last shard is complete but for this, which takes moments.
-            with aborting(destination), output_errors(destination.folder):
-                existing, missing = closing.close(records)
-        except KeyboardInterrupt:
-            raise _interrupted(destination, mine, progress, stop) from None
+    with output.acquire(record, part) as run:
+        with output_errors(output.folder):
+            job = ShardJob(output, mine, output.sound(mine), progress, stop)
+        kept = len(job.records)
+        existing, missing, finished = _complete(source, job, run, plan, part, make or draw_missing)
         info = dataset_info(run, existing, {})
     report = GenerateReport(
-        folder=destination.name,
+        folder=output.name,
         samples=info["samples"],
         shards=len(existing),
         written=mine.shards - kept,
@@ -154,102 +196,139 @@ def generate(
         already_complete=finished,
         missing=missing,
     )
-    progress.finished(report)
+    progress.event(
+        "finished",
+        samples=report.samples,
+        shards=report.shards,
+        shards_written=report.written,
+        classes=report.classes,
+        rejected=report.rejected,
+        bytes=report.size,
+        seconds=round(report.seconds, 3),
+        already_complete=report.already_complete,
+        shards_missing=report.missing,
+    )
     return report
 
 
-def refuse_small_disk(destination: Output, plan: Plan) -> None:
-    """Refuse a new run that its disk cannot hold, before anything is read or written; one to continue is asked later.
+def _complete(
+    source: Source,
+    job: ShardJob,
+    run: dict[str, Any],
+    plan: Plan,
+    part: Plan | None,
+    make: Callable[[Source, ShardJob], None],
+) -> tuple[list[ShardRecord], int, bool]:
+    """Make the job's missing shards, and the files that describe the whole dataset once all its shards are there.
 
-    Raises:
-        OutputError: the disk has no room for the plan's samples.
+    Gives the records of the dataset's shards, or of the job's if others are still missing; how many are; whether the
+    dataset was complete before.
     """
-    with output_errors(destination.folder):
-        new = not (destination.folder / RUN_FILE).exists()
+    output, records = job.output, job.records
+
+    def alone() -> AbstractContextManager[None]:
+        return turn(output.folder) if part else nullcontext()
+
+    def found() -> list[ShardRecord]:
+        complete = output.complete(plan) if part else records
+        return [complete[number] for number in sorted(complete)]
+
+    finished = False
+    with output_errors(output.folder):
+        if len(records) == job.plan.shards:
+            existing = found()
+            finished = len(existing) == plan.shards and output.is_finished(run, existing)
+        if not finished and (part is None or len(records) < part.shards):
+            with alone():
+                output.unfinish()
+    try:
+        if not finished:
+            try:
+                make(source, job)
+            finally:
+                job.progress.stop()
+            if len(records) < job.plan.shards:
+                raise KeyboardInterrupt
+        # A run that was asked to stop in its last shard is complete but for this, which takes moments.
+        with output.aborting(), output_errors(output.folder), alone():
+            existing = found()
+            missing = plan.shards - len(existing)
+            if missing:
+                existing = [records[number] for number in sorted(records)]
+            # Two tasks may end at once.
+            elif not output.is_finished(run, existing):
+                output.finish(run, existing)
+    except KeyboardInterrupt:
+        complete = output.complete(job.plan).values()
+        lost = max(0, job.progress.done - sum(record.count for record in complete))
+        loss = f"; lost with the unfinished shard: {counted(lost, 'sample')} drawn by then" if lost else ""
+        raise job.stop.interruption(
+            f"with {len(complete)} of {counted(job.plan.shards, 'shard')} complete in {output.name}{loss}"
+        ) from None
+    return existing, missing, finished
+
+
+def refuse_small_disk(output: Output, plan: Plan) -> None:
+    """Refuse a new run that its disk cannot hold before anything is read or written; one to continue is asked later."""
+    with output_errors(output.folder):
+        new = not (output.folder / RUN_FILE).exists()
     if new:
-        require_room(destination.folder, *destination.held(plan, {}), destination.elsewhere)
+        require_room(output, plan, {})
 
 
 def draw_missing(source: Source, job: ShardJob) -> None:
-    """Draw and write the shards that the job's ``records`` lack until asked to stop, and add them to these."""
-    destination, plan, records, progress, stop = job
-    types = source.row_types()
-    missing = (number for number in plan.numbers if number not in records)
+    """Draw and write the shards that are missing until asked to stop."""
+    plan, progress, types = job.plan, job.progress, source.row_types()
     opened: deque[int] = deque()
-    done = sum(record.count for record in records.values())
-    estimator = Estimator(destination, plan, records, progress)
     pending: Future[ShardRecord] | None = None
-    before = done
+    before = sum(record.count for record in job.records.values())
 
     def requests() -> Iterator[range]:
-        for number in missing:
-            if stop.requested:
+        for number in job.missing():
+            if job.stop.requested:
                 return
             opened.append(number)
             yield plan.indices(number)
 
-    def write(number: int, generated: SampleBatch) -> ShardRecord:
-        record = write_shard(destination.folder, number, generated, types)
-        destination.keep(record, kept)
+    def write(number: int, batch: SampleBatch) -> ShardRecord:
+        record = write_shard(job.output.folder, number, batch, types)
+        job.keep(record)
         return record
-
-    def kept(record: ShardRecord) -> None:
-        progress.shard_written(record)
-        estimator.written(record)
 
     def settle() -> None:
         if pending is not None:
-            with output_errors(destination.folder), explained_when_full(destination, plan, records):
+            with job.disk_errors():
                 record = pending.result()
-            records[record.number] = record.counted()
-            estimator.check()
+            job.add(record)
 
     def advance(samples: int) -> None:
         progress.advance(samples)
-        estimator.advanced()
+        job.advanced()
 
     def open_shard() -> str:
         if not opened:
             return "before the first shard" if pending is None else "the shard that is being written"
         count = len(plan.indices(opened[0]))
         # Samples of later shards may have been drawn ahead, and are counted as well.
-        generated = min(progress.done - before, count)
-        left = f", about {duration((count - generated) / progress.rate)} left" if progress.rate else ""
-        return f"the open shard ({generated} of {counted(count, 'sample')} drawn so far{left})"
+        drawn = min(progress.done - before, count)
+        left = f", about {duration((count - drawn) / progress.rate)} left" if progress.rate else ""
+        return f"the open shard ({drawn} of {counted(count, 'sample')} drawn so far{left})"
 
-    try:
-        # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving
-        # the block waits for the writer: a shard that was drawn is not thrown away because the next draw failed.
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
-            aborting(destination),
-            stop.finishing(open_shard),
-        ):
-            progress.start("generating", plan.count, done, shards=(len(records), plan.shards))
-            estimator.begin()
-            with closing(batches_of(source, plan.seed, requests(), advance, lambda: stop.requested)) as stream:
-                for generated in stream:
-                    _check_indices(generated, plan.indices(opened[0]))
-                    progress.rejected(len(generated.rejections))
-                    estimator.generated()
-                    settle()
-                    pending = writer.submit(write, opened[0], generated)
-                    before += len(generated.samples)
-                    opened.popleft()
+    # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving the
+    # block waits for the writer: a shard that was drawn is not thrown away because the next draw failed.
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
+        job.running(open_shard),
+        closing(batches_of(source, plan.seed, requests(), advance, lambda: job.stop.requested)) as stream,
+    ):
+        for batch in stream:
+            indices = plan.indices(opened[0])
+            if [sample.index for sample in batch.samples] != list(indices):
+                raise ValueError(f"the source was asked for {indices} and answered with other indices")
+            progress.rejected(len(batch.rejections))
+            job.generated()
             settle()
-    finally:
-        progress.stop()
-
-
-def _check_indices(generated: SampleBatch, indices: range) -> None:
-    if [sample.index for sample in generated.samples] != list(indices):
-        raise ValueError(f"the source was asked for {indices} and answered with other indices")
-
-
-def _interrupted(destination: Output, plan: Plan, progress: Progress, stop: Stopping) -> GenerationInterrupted:
-    kept = [record.count for record in destination.complete(plan).values()]
-    lost = max(0, progress.done - sum(kept))
-    loss = f"; lost with the unfinished shard: {counted(lost, 'sample')} drawn by then" if lost else ""
-    return stop.interruption(
-        f"with {len(kept)} of {counted(plan.shards, 'shard')} complete in {destination.name}{loss}"
-    )
+            pending = writer.submit(write, opened[0], batch)
+            before += len(batch.samples)
+            opened.popleft()
+        settle()

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, InputError, MissingDependencyError, UsageError
 from busigen.runtime.backends.base import provider_named, usable_cores
-from busigen.runtime.dataset.format import Plan
-from busigen.runtime.execution.coordinator import Event
-from busigen.runtime.execution.local_workers import require_workers
-from busigen.runtime.execution.worker import Identity, SourceMaker, Worker, WorkerMessage, WorkerStopped
+from busigen.runtime.execution.coordinator import Event, WorkerPool
+from busigen.runtime.execution.launchers import Launcher, require_workers
+from busigen.runtime.execution.worker import (
+    Order,
+    RemoteSourceInfo,
+    SourceMaker,
+    Worker,
+    WorkerMessage,
+    WorkerStopped,
+)
 from busigen.text import counted, install_command, without_credentials
 
 if TYPE_CHECKING:
@@ -22,16 +28,15 @@ if TYPE_CHECKING:
 _THREADS = 2
 """Cores per actor, where nothing else is asked for."""
 
+_ORDERS = "orders"
+"""What an actor does in a thread of its own, so that it can be called while it makes a shard."""
 
-class OnRay:
+
+class OnRay(Launcher):
     """One actor per so many cores, or per GPU, wherever Ray finds them."""
 
-    def task(self, asked: str | None) -> str | None:
-        """See :class:`busigen.runtime.execution.launchers.Launcher`."""
-        return asked
-
-    def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> RayWorkerPool:
-        """See :class:`busigen.runtime.execution.launchers.Launcher`."""
+    def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> WorkerPool:
+        """A pool of actors."""
         if options.workers is not None:
             require_workers(options.workers)
         threads = options.threads or (min(_THREADS, usable_cores()) if options.ray_address is None else _THREADS)
@@ -39,19 +44,15 @@ class OnRay:
         return RayWorkerPool(make(threads), options.workers, resources, options.ray_address)
 
 
-_ORDERS = "orders"
-"""What an actor does in a thread of its own, so that it can be called while it makes a shard."""
-
-
 class _Actor:
     """A worker inside of Ray. Opening its source is a call of its own, so that an error there comes back as it is."""
 
-    def open(self, make: SourceMaker) -> Identity | Exception:
+    def open(self, make: SourceMaker) -> RemoteSourceInfo | Exception:
         try:
             self._worker = Worker(make)
         except BusigenError as error:
             return error
-        return self._worker.identity()
+        return self._worker.source_info()
 
     def messages(self) -> Iterator[WorkerMessage | Exception]:
         try:
@@ -59,11 +60,8 @@ class _Actor:
         except BusigenError as error:
             yield error
 
-    def hand(self, plan: Plan, number: int) -> None:
-        self._worker.hand(plan, number)
-
-    def end(self) -> None:
-        self._worker.end()
+    def order(self, order: Order | None) -> None:
+        self._worker.order(order)
 
 
 class RayWorkerPool:
@@ -74,9 +72,6 @@ class RayWorkerPool:
         size: number of workers; None for as many as the cluster has room for.
         resources: cores and GPUs of each worker, as Ray names them.
         address: of a cluster that runs; None for one that begins and ends with this pool.
-
-    Raises:
-        MissingDependencyError: Ray is not installed.
     """
 
     def __init__(self, make: SourceMaker, size: int | None, resources: dict[str, int], address: str | None) -> None:
@@ -88,25 +83,33 @@ class RayWorkerPool:
             ) from error
         self._ray = ray
         self.where = "a Ray cluster" if address else "Ray on this machine"
-        self._make, self._size, self._resources, self._address = make, size, resources, address
         self.size = size or 0
+        self._make, self._resources, self._address = make, resources, address
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, int] = {}
         self._next = 0
 
     def __enter__(self) -> Self:
+        # A cluster of our own has as many cores as there are, or as the workers that were asked for need.
+        cores = max(usable_cores(), (self.size or 1) * self._resources["num_cpus"])
+        own = {} if self._address else {"include_dashboard": False, "num_cpus": cores}
         with _handlers_kept():
             try:
-                self._ray.init(
-                    address=self._address or "local",
-                    log_to_driver=False,
-                    configure_logging=False,
-                    **({} if self._address else {"include_dashboard": False, "num_cpus": self._cores()}),
-                )
+                self._ray.init(address=self._address or "local", log_to_driver=False, configure_logging=False, **own)
             except Exception as error:  # Ray's have no base class: a node that comes up too slowly raises a plain one.
                 with suppress(Exception):
                     self._ray.shutdown()
-                raise self._unreachable(str(error)) from error
+                lines = str(error).splitlines() or ["it does not say why"]
+                place = (
+                    f"reached at {without_credentials(self._address)}" if self._address else "started on this machine"
+                )
+                raise InputError(
+                    f"Ray cannot be {place}: {without_credentials(lines[0].rstrip('.'))}.",
+                    fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine."
+                    if self._address
+                    else "Try again when the machine has less to do, or use --launcher local with --workers, without "
+                    "Ray.",
+                ) from error
         try:
             self._start_all()
         except BaseException:
@@ -121,26 +124,23 @@ class RayWorkerPool:
         with _handlers_kept():
             self._ray.shutdown()
 
-    def hand(self, worker: int, plan: Plan, number: int) -> None:
+    def order(self, worker: int, order: Order | None) -> None:
         """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
-        self._actors[worker].hand.options(concurrency_group=_ORDERS).remote(plan, number)
-
-    def end(self, worker: int) -> None:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
-        self._actors[worker].end.options(concurrency_group=_ORDERS).remote()
+        self._actors[worker].order.options(concurrency_group=_ORDERS).remote(order)
 
     def events(self, timeout: float) -> list[Event]:
         """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
         if not self._calls:
             return []
         ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout, fetch_local=True)
-        return [event for call in ready if (event := self._heard(call)) is not None]
+        return [event for call in ready if (event := self._received(call)) is not None]
 
-    def _heard(self, call: Any) -> Event | None:
+    def _received(self, call: Any) -> Event | None:
         worker = self._calls[call]
+        # What a worker makes is a stream of messages; what opens its source is one of them.
+        streaming = isinstance(call, self._ray.ObjectRefGenerator)
         try:
-            # What a worker makes is a stream of messages; what opens its source is one of them.
-            message = self._ray.get(next(call) if isinstance(call, self._ray.ObjectRefGenerator) else call)
+            message = self._ray.get(next(call) if streaming else call)
         except StopIteration:
             del self._calls[call]
             return None
@@ -148,33 +148,32 @@ class RayWorkerPool:
             raise RuntimeError(str(error)) from error  # A bug: what is the user's own comes back as a value.
         except self._ray.exceptions.RayError as error:
             del self._calls[call]
-            self._replace(worker)
-            return Event(worker, str(error).splitlines()[0].rstrip(":. "))
-        if not isinstance(call, self._ray.ObjectRefGenerator) or isinstance(message, WorkerStopped):
+            with suppress(Exception):
+                self._ray.kill(self._actors[worker])
+            del self._actors[worker]
+            self._start_worker()
+            return worker, str(error).splitlines()[0].rstrip(":. ")
+        if not streaming or isinstance(message, WorkerStopped):
             del self._calls[call]
-        if isinstance(message, Identity):
+        if isinstance(message, RemoteSourceInfo):
             self._calls[self._actors[worker].messages.options(num_returns="streaming").remote()] = worker
-        return Event(worker, message)
-
-    def _replace(self, worker: int) -> None:
-        with suppress(Exception):
-            self._ray.kill(self._actors[worker])
-        del self._actors[worker]
-        self._start_worker()
+        return worker, message
 
     def _start_all(self) -> None:
+        cores, gpu = self._resources["num_cpus"], self._resources["num_gpus"]
+        each = "a GPU" if gpu else counted(cores, "core")
         total = self._ray.cluster_resources()
-        room = int(total.get("CPU", 0) // self._resources["num_cpus"])
-        if self._resources["num_gpus"]:
+        room = int(total.get("CPU", 0) // cores)
+        if gpu:
             room = min(room, int(total.get("GPU", 0)))
-        self.size = size = self._size or room
-        if room < max(1, size):
+        self.size = self.size or room
+        if room < max(1, self.size):
             raise UsageError(
-                f"{self.where} has room for {room} workers of {self._reported()} each, not for {max(1, size)}.",
+                f"{self.where} has room for {room} workers of {each} each, not for {max(1, self.size)}.",
                 fix="Give fewer --workers or --threads.",
             )
-        self.where += f": {counted(size, 'worker')} of {self._reported()}"
-        for _ in range(size):
+        self.where += f": {counted(self.size, 'worker')} of {each}"
+        for _ in range(self.size):
             self._start_worker()
 
     def _start_worker(self) -> None:
@@ -183,25 +182,6 @@ class RayWorkerPool:
         self._actors[self._next] = actor
         self._calls[actor.open.remote(self._make)] = self._next
         self._next += 1
-
-    def _unreachable(self, reason: str) -> InputError:
-        described = without_credentials((reason.splitlines() or ["it does not say why"])[0].rstrip("."))
-        if self._address:
-            return InputError(
-                f"Ray cannot be reached at {without_credentials(self._address)}: {described}.",
-                fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine.",
-            )
-        return InputError(
-            f"Ray cannot be started on this machine: {described}.",
-            fix="Try again when the machine has less to do, or use --launcher local with --workers, without Ray.",
-        )
-
-    def _reported(self) -> str:
-        return "a GPU" if self._resources["num_gpus"] else counted(self._resources["num_cpus"], "core")
-
-    def _cores(self) -> int:
-        """Cores of a cluster of our own: as many as there are, or as the workers that were asked for need."""
-        return max(usable_cores(), (self._size or 1) * self._resources["num_cpus"])
 
 
 @contextmanager

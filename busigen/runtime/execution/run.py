@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, SYNTHETIC
-from busigen.runtime.backends.base import Backend, EngineOptions, TimedBackend, open_backend
+from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, Plan, decided
 from busigen.runtime.execution.coordinator import Coordinator
-from busigen.runtime.execution.factory import GenerateReport, generate, refuse_small_disk
-from busigen.runtime.execution.launchers import Launcher, launcher
-from busigen.runtime.execution.partition import Share, planned
+from busigen.runtime.execution.factory import GenerateReport, generate, planned, refuse_small_disk
+from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.signals import Stopping
 from busigen.runtime.execution.worker import SourceMaker
-from busigen.runtime.output.base import Output
-from busigen.runtime.output.local import LocalOutput
+from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
@@ -32,49 +29,22 @@ from busigen.runtime.storage.url import Address
 
 
 @dataclass(frozen=True)
-class Request:
-    """What checked options ask for.
-
-    Attributes:
-        launcher: that starts the workers.
-        plan: of the dataset.
-        share: the part of it that this command makes.
-        classes: class weights, which sum to 1.
-        asked: conditions on outlines and the BI-RADS category.
-    """
-
-    launcher: Launcher
-    plan: Plan
-    share: Share
-    classes: dict[str, float]
-    asked: SampleConditions
-
-
-@dataclass(frozen=True)
 class GenerateOptions:
-    """The options of ``busigen generate`` as they were typed; :meth:`checked` is where they are checked.
+    """The options of ``busigen generate`` as they were typed; :meth:`run` checks them.
 
-    The command line, :meth:`run`, launchers and workers share one object, which is pickled for workers. It is no
-    pydantic model: what is wrong is said by the checks that other commands share.
+    The command line, launchers and workers share one object, which is pickled for workers. It is no pydantic model:
+    what is wrong is said by the checks that other commands share.
 
     Attributes:
-        out: the dataset's folder or URL.
         count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
         bundle: a bundle's folder; ``None`` for the shipped one.
         healthy: a folder of healthy images, or ``synthetic``.
-        classes: class weights.
-        seed: of the noise.
-        batch_size: images per engine call.
-        shard_size: samples per shard.
         provider: a name in ``registry.PROVIDERS``, or ``auto``: the one that ``out`` was begun with, else the best that
             works here.
         threads: compute threads; ``None`` for one per core.
         size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
-        taller_than_wide: short for a ``height_width`` above 1.
-        birads: BI-RADS category.
         index_range: ``first:end``, the samples that this command makes.
         array_task: ``K/N``, the part of these that it makes.
-        launcher: a name in ``registry.LAUNCHERS``.
         workers: processes that make shards; ``None`` for what the launcher takes by itself.
         ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
         allow_fallback: where the provider cannot be used, go on with the processor.
@@ -105,47 +75,29 @@ class GenerateOptions:
     allow_fallback: bool = False
     spool: Path | None = None
 
-    def checked(self) -> Request:
-        """What the options ask for, as far as it can be checked before anything is opened.
-
-        Bundle, provider, threads and batch size are checked by what opens them, :meth:`source`.
-
-        Raises:
-            UsageError: an option has a value that cannot be used, or not beside another one.
-        """
-        chosen = launcher(self.launcher)
-        task = chosen.task(self.array_task)
-        plan, share = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
-        classes, asked = self._conditions()
-        if isinstance(self.out, Path):
-            if self.spool is not None:
-                raise UsageError(
-                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
-                )
-        elif share.of(plan) is not None:
-            from busigen.runtime.output.remote import tasks_refused
-
-            raise tasks_refused(self.out)
-        return Request(chosen, plan, share, classes, asked)
-
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
-        """Generate the dataset, or finish one that the same options began.
-
-        Args:
-            progress: shows all that happens.
-            stop: asked after each shard whether to end here; None never ends early.
-
-        Raises:
-            BusigenError: as for what it calls: an option, an input or the output is not usable.
-        """
+        """Generate the dataset, or finish one that the same options began; ``stop`` may end it after any shard."""
         begun_with = self._begun_with(progress) if self.provider == AUTO else None
         choice = choose(begun_with) if self.provider == AUTO else None
         options = replace(self, provider=choice.provider) if choice else self
-        progress.began(options._facts())
+        progress.event(
+            "started",
+            busigen=busigen.__version__,
+            process=os.getpid(),
+            out=str(self.out.absolute() if isinstance(self.out, Path) else self.out),
+            count=self.count,
+            seed=self.seed,
+            shard_size=self.shard_size,
+            provider=options.provider,
+            index_range=self.index_range,
+            array_task=self.array_task,
+            launcher=self.launcher,
+            workers=self.workers,
+        )
         if choice:
             progress.note(f"provider: {choice.provider} ({choice.why})")
         try:
-            return options._run(options.checked(), progress, stop or Stopping())
+            return options._run(progress, stop or Stopping())
         except ProviderError as error:
             if not begun_with:
                 raise
@@ -154,81 +106,65 @@ class GenerateOptions:
                 fix="Continue it on a machine like the first one, or choose another --out.",
             ) from error
 
-    def _run(self, request: Request, progress: Progress, stop: Stopping) -> GenerateReport:
-        """All of :meth:`run`, with a provider that has a name."""
-        plan, share = request.plan, request.share
-        for line in hardly_known(request.classes, request.asked) if self.bundle is None else ():
+    def _run(self, progress: Progress, stop: Stopping) -> GenerateReport:
+        """All of :meth:`run`, with a provider that has a name; what is cheap to check comes first."""
+        chosen = launcher(self.launcher)
+        task = chosen.task(self.array_task)
+        plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
+        classes, asked = self._conditions()
+        if isinstance(self.out, Path):
+            if self.spool is not None:
+                raise UsageError(
+                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
+                )
+        elif part is not None:
+            from busigen.runtime.output.remote import tasks_refused
+
+            raise tasks_refused(self.out)
+        for line in hardly_known(classes, asked) if self.bundle is None else ():
             progress.note(line)
-        destination = self._destination(progress)
-        refuse_small_disk(destination, plan)
-        worker_pool = request.launcher.worker_pool(self._maker, self)
-        run = partial(
-            generate,
-            out=destination,
-            count=plan.count,
-            seed=plan.seed,
-            shard_size=plan.shard_size,
-            first=plan.first,
-            share=share,
-            progress=progress,
-            stop=stop,
-        )
+        output = self._output(progress)
+        refuse_small_disk(output, plan)
+        worker_pool = chosen.worker_pool(self._maker, self)
+        options: dict[str, Any] = {**asdict(plan), "part": part, "progress": progress, "stop": stop}
         if worker_pool is None:
-            return run(self.source(progress, plan, destination))
+            return generate(self.source(progress, plan, output), output, **options)
         with worker_pool:
             coordinator = Coordinator(worker_pool, progress)
-            return run(coordinator.source(), make=coordinator.make)
+            return generate(coordinator.source(), output, make=coordinator.make, **options)
 
-    def source(self, progress: Progress, plan: Plan | None = None, destination: Output | None = None) -> Sampler:
-        """Where the samples come from.
+    def source(self, progress: Progress, plan: Plan | None = None, output: Output | None = None) -> Sampler:
+        """Where samples come from; this checks bundle, provider, threads and batch size.
 
-        Args:
-            progress: shows how healthy images are read, and gets the engine's time by stage.
-            plan: of a run in this process: whatever ``destination`` holds is then refused early where it is another's.
-            destination: of that run.
-
-        Raises:
-            BusigenError: an option or an input is not usable.
+        With ``plan`` and ``output`` of a run in this process, another run that is there is refused early.
         """
         classes, asked = self._conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
-        backend = TimedBackend(self._backend(bundle))
-        progress.engine(backend.seconds)
+        name = choose().provider if self.provider == AUTO else self.provider
+        engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,))
+        backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
+        progress.stage_seconds = backend.seconds
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
-            existing = destination.stored_run() if destination else None
-            if destination and plan and existing:
-                refuse_other_run(destination.name, existing, sampler, plan, healthy=Path(self.healthy))
+            existing = output.stored_run() if output else None
+            if output and plan and existing:
+                refuse_other_run(output.name, existing, sampler, plan, healthy=Path(self.healthy))
             out = self.out if isinstance(self.out, Path) else None
             sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out)
         return sampler
 
-    def _backend(self, bundle: Bundle) -> Backend:
-        name = choose().provider if self.provider == AUTO else self.provider
-        return open_backend(
-            bundle,
-            name,
-            EngineOptions(self.threads, batch_sizes=(self.batch_size,)),
-            allow_fallback=self.allow_fallback,
-        )
-
     def _begun_with(self, progress: Progress) -> str | None:
         """The provider of the run that already stands where this one is to go; ``None`` where none does."""
         try:
-            existing = self._destination(progress).stored_run()
+            existing = self._output(progress).stored_run()
             found = decided(existing, "--provider") if existing else None
         except (BusigenError, ValueError, AttributeError):
             # Whatever is wrong there is raised again when the run claims the place.
             return None
         return found if isinstance(found, str) else None
 
-    def _destination(self, progress: Progress) -> Output:
-        """Where the dataset goes.
-
-        Raises:
-            BusigenError: a URL that cannot be used.
-        """
+    def _output(self, progress: Progress) -> Output:
         if isinstance(self.out, Path):
             return LocalOutput(self.out)
         from busigen.runtime.output.remote import RemoteOutput
@@ -250,18 +186,3 @@ class GenerateOptions:
             taller_than_wide=self.taller_than_wide,
             birads=self.birads,
         )
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "busigen": busigen.__version__,
-            "process": os.getpid(),
-            "out": str(self.out.absolute() if isinstance(self.out, Path) else self.out),
-            "count": self.count,
-            "seed": self.seed,
-            "shard_size": self.shard_size,
-            "provider": self.provider,
-            "index_range": self.index_range,
-            "array_task": self.array_task,
-            "launcher": self.launcher,
-            "workers": self.workers,
-        }

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn, Self
 
 from busigen.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, BusigenError
@@ -21,7 +21,6 @@ _SIGNALS = {
     signal.SIGTERM: ("SIGTERM", "Terminated", TERMINATED_EXIT_CODE),
 }
 
-
 _GRACE = 2.0
 """Seconds in which the main thread has to hear a second signal, and in which the process has to be gone afterwards."""
 
@@ -30,11 +29,7 @@ _ENDING = 10.0
 
 
 class GenerationInterrupted(BusigenError):
-    """A signal ended the run; every complete shard is kept. The exit code tells which signal it was.
-
-    Attributes:
-        signal: the signal's number.
-    """
+    """The signal of number ``signal`` ended the run; every complete shard is kept. The exit code tells which it was."""
 
     exit_code = INTERRUPTED_EXIT_CODE
 
@@ -45,7 +40,7 @@ class GenerationInterrupted(BusigenError):
 
 
 class Stopping:
-    """Listens for Ctrl-C and SIGTERM while its block runs.
+    """Listens for Ctrl-C and SIGTERM while its block runs; ``notify`` gets a line, in a thread of its own.
 
     Outside of ``finishing`` a signal raises ``KeyboardInterrupt`` in the main thread. Inside, the first one is only
     noted (``requested``), and each further one raises. An exception that leaves the block becomes a
@@ -53,17 +48,12 @@ class Stopping:
 
     The main thread may be inside an engine, or wait for a thread that is, and neither can be interrupted. So the
     process is ended where the main thread does not hear a second signal within two seconds, or does not come to an end
-    ten seconds later, and on a third one at once. Nor does it wait for such threads once the block has ended.
-
-    An object whose block was never entered listens to nothing and never asks to stop.
-
-    Args:
-        tell: called, from a thread of its own, with a line on what a noted signal leads to.
+    ten seconds later, and on a third one at once. An object whose block was never entered never asks to stop.
     """
 
-    def __init__(self, tell: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, notify: Callable[[str], None] = lambda line: None) -> None:
         self.signal: int | None = None
-        self._tell = tell
+        self._notify = notify
         self._work: Callable[[], str] | None = None
         self._received = self._own = 0
         self._raise = False
@@ -76,13 +66,23 @@ class Stopping:
 
     def __enter__(self) -> Self:
         # Python allows handlers in the main thread only. Elsewhere, whoever owns that one decides when to stop.
-        if threading.current_thread() is threading.main_thread():
-            self._listen()
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # A Python handler runs between two bytecodes of the main thread, which may be minutes away inside an engine,
+        # and several signals until then count as one. The wake-up socket hears of each at once.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._former = {
+            number: signal.signal(number, self._handle)
+            for number in _SIGNALS
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+        }
+        self._former_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._former:
             for number, handler in self._former.items():
                 signal.signal(number, handler)
@@ -97,11 +97,7 @@ class Stopping:
 
     @contextmanager
     def finishing(self, work: Callable[[], str]) -> Iterator[None]:
-        """Let the block come to a good end after a first signal.
-
-        Args:
-            work: says what is being finished, such as ``shard 3 (12 of 100 samples)``; called from another thread.
-        """
+        """Let the block come to a good end after a first signal; ``work`` says, in another thread, what is finished."""
         self._work = work
         try:
             yield
@@ -114,27 +110,23 @@ class Stopping:
         said = f"{_SIGNALS[number][1]} {state}".strip()
         return GenerationInterrupted(f"{said}.", fix="Run the same command again to continue.", number=number)
 
-    def _listen(self) -> None:
-        # A Python handler runs between two bytecodes of the main thread, which may be minutes away inside an engine,
-        # and several signals until then count as one. The wake-up socket hears of each at once.
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._former = {
-            number: signal.signal(number, self._handle)
-            for number in _SIGNALS
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-        }
-        self._former_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._thread.start()
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._raise:
             self._raise = False
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        while number := self._next():
+        while True:
+            try:
+                received = self._reader.recv(1)
+            except TimeoutError:
+                if self._raise or self._reader.gettimeout() == _ENDING:
+                    self._end()
+                self._reader.settimeout(_ENDING)
+                continue
+            number = next(iter(received), 0)
+            if number == 0:  # The block has ended.
+                return
             if number not in self._former:
                 continue
             if self._own:
@@ -144,23 +136,19 @@ class Stopping:
             self.signal = self.signal or number
             work, name = self._work, _SIGNALS[signal.Signals(number)][0]
             if self._received == 1 and work is not None:
-                self._tell(f"{name}: finishing {work()}. Once more to stop at once.")
+                self._notify(f"{name}: finishing {work()}. Once more to stop at once.")
             elif self._received <= 2:
-                self._wake(number)
+                # Have the main thread raise, even where it waits for a lock or sleeps.
+                self._raise = True
+                self._own += 1
+                if hasattr(signal, "pthread_kill"):
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
+                else:
+                    _thread.interrupt_main(signal.Signals(number))
             else:
                 self._end()
             if self._received >= 2:
                 self._reader.settimeout(_GRACE)
-
-    def _next(self) -> int:
-        """The next signal's number; 0 once the block has ended."""
-        try:
-            return next(iter(self._reader.recv(1)), 0)
-        except TimeoutError:
-            if self._raise or self._reader.gettimeout() == _ENDING:
-                self._end()
-            self._reader.settimeout(_ENDING)
-            return self._next()
 
     def _end(self) -> NoReturn:
         """End the process, whatever its other threads do; what is complete on disk is whole, as after any kill."""
@@ -176,12 +164,3 @@ class Stopping:
         """End a process that Python keeps for the sake of threads inside an engine, which it would wait for."""
         time.sleep(_GRACE)
         os._exit(self.interruption().exit_code)
-
-    def _wake(self, number: int) -> None:
-        """Have the main thread raise, even where it waits for a lock or sleeps."""
-        self._raise = True
-        self._own += 1
-        if hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(threading.main_thread().ident or 0, number)
-        else:
-            _thread.interrupt_main(signal.Signals(number))

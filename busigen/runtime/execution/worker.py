@@ -10,7 +10,7 @@ import queue
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -29,28 +29,57 @@ from busigen.runtime.storage.files import output_errors
 SourceMaker = Callable[[Progress], Source]
 """Opens a worker's source. It is sent to the worker, so it has to be picklable; paths in it have to hold there."""
 
+Order = tuple[Plan, int]
+"""A shard to make: the plan, the same for all shards, and the shard's number."""
+
+
+class RemoteSourceInfo:
+    """What a source is, without the source: it can be sent, and cannot draw. ``record`` is its process's run record."""
+
+    def __init__(self, source: Source) -> None:
+        self._fingerprint, self._options = source.fingerprint(), source.options()
+        self._row_types = source.row_types()
+        self.record = record_of(source)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The source's."""
+        return self._fingerprint
+
+    def options(self) -> Mapping[str, str | None]:
+        """The source's."""
+        return self._options
+
+    def row_types(self) -> Mapping[str, type]:
+        """The source's."""
+        return self._row_types
+
+    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
+        """Not here."""
+        raise NotImplementedError("the source is in the workers")
+
+
+def record_of(source: Source) -> dict[str, Any]:
+    """What a run with this source would record of it, and of this process's versions."""
+    return run_record(source, Plan(count=1, seed=0, shard_size=1))
+
+
+@dataclass(frozen=True)
+class ShardStarted:
+    """A shard is being drawn, so that another one may wait for its turn."""
+
+    number: int
+
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard as bytes.
-
-    Attributes:
-        record: of the shard.
-        files: content of its tar and its table, by their names in the dataset.
-        stages: seconds that the worker has spent in each stage's engine so far.
-    """
+    """A shard as bytes: its record, its files by their names in the dataset, the worker's seconds by stage so far."""
 
     record: ShardRecord
     files: Mapping[str, bytes]
     stages: Mapping[str, float] = field(default_factory=dict)
 
     def put(self, folder: Path) -> None:
-        """Write the shard into the dataset, its record last.
-
-        Raises:
-            OSError: the disk refused.
-            IntegrityError: the bytes are not those that the worker wrote.
-        """
+        """Write the shard into the dataset, its record last; an ``IntegrityError`` if its bytes were damaged."""
         record = folder / shard_path(self.record.number, "json")
         record.unlink(missing_ok=True)
         for file in (self.record.tar, self.record.parquet):
@@ -65,13 +94,6 @@ class ShardDone:
 
 
 @dataclass(frozen=True)
-class ShardStarted:
-    """A shard is being drawn, so that another one may wait for its turn."""
-
-    number: int
-
-
-@dataclass(frozen=True)
 class WorkerStopped:
     """A worker that was asked to end has done so; what it had drawn ahead is dropped."""
 
@@ -80,94 +102,32 @@ WorkerMessage = int | ShardStarted | ShardDone | WorkerStopped
 """What a worker sends: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a worker says of its source: all that :class:`busigen.runtime.dataset.sample.Source` tells without drawing.
-
-    Attributes:
-        fingerprint, options, row_types: as a source tells them.
-        record: the run record that this worker would write.
-    """
-
-    fingerprint: dict[str, Any]
-    options: Mapping[str, str | None]
-    row_types: Mapping[str, type]
-    record: dict[str, Any]
-
-
-class RemoteSourceInfo:
-    """A source that is elsewhere: it says what it is and cannot draw."""
-
-    def __init__(self, identity: Identity) -> None:
-        self.identity = identity
-
-    def fingerprint(self) -> dict[str, Any]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
-        return self.identity.fingerprint
-
-    def options(self) -> Mapping[str, str | None]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
-        return self.identity.options
-
-    def row_types(self) -> Mapping[str, type]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
-        return self.identity.row_types
-
-    def draw(self, seed: int, indices: Any, done: Callable[[int], None]) -> SampleBatch:
-        """Not here.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("the source is in the workers")
-
-
-def record_of(source: Source) -> dict[str, Any]:
-    """What a run with this source would record of it, and of this process's versions."""
-    return run_record(source, Plan(count=1, seed=0, shard_size=1))
-
-
 class Worker:
     """Makes shards of one source, drawing ahead of the oldest one where the source can, so that batches fill.
 
-    Shards may be handed over from any thread, at any time.
-
-    Args:
-        make: opens the source.
-        scratch: existing folder for shards that are being made; None for the system's.
-
-    Raises:
-        BusigenError: the source cannot be opened.
+    ``make`` opens the source; ``scratch`` is a folder for shards that are being made, None for the system's.
     """
 
     def __init__(self, make: SourceMaker, scratch: Path | None = None) -> None:
         self._progress, self._scratch = Progress(), scratch
         self._source = make(self._progress)
-        self._orders: queue.SimpleQueue[tuple[Plan, int] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[WorkerMessage | BaseException] = queue.SimpleQueue()
         self._opened: deque[int] = deque()
         self._ending = threading.Event()
 
-    def identity(self) -> Identity:
+    def source_info(self) -> RemoteSourceInfo:
         """What the source is."""
-        source = self._source
-        return Identity(source.fingerprint(), source.options(), source.row_types(), record_of(source))
+        return RemoteSourceInfo(self._source)
 
-    def hand(self, plan: Plan, number: int) -> None:
-        """Have a shard wait until those before it leave room to begin it. All of them are of one plan."""
-        self._orders.put((plan, number))
-
-    def end(self) -> None:
-        """Finish the oldest shard that was begun, and nothing else."""
-        self._ending.set()
-        self._orders.put(None)
+    def order(self, order: Order | None) -> None:
+        """Have a shard made once those before it leave room; None: finish the oldest one that was begun, then end."""
+        if order is None:
+            self._ending.set()
+        self._orders.put(order)
 
     def messages(self) -> Iterator[WorkerMessage]:
-        """Make what is handed over, until asked to end; to be called once.
-
-        Raises:
-            BusigenError: whatever the source raises, or the machine has no room for one shard.
-        """
+        """Make what is ordered, until asked to end; raises whatever the source does. To be called once."""
         threading.Thread(target=self._work, name="shards", daemon=True).start()
         while not isinstance(message := self._messages.get(), WorkerStopped):
             if isinstance(message, BaseException):
@@ -177,17 +137,15 @@ class Worker:
 
     def _work(self) -> None:
         try:
-            self._make()
+            if (order := self._orders.get()) is not None:
+                self._make(*order)
             self._messages.put(WorkerStopped())
         except BaseException as error:
             self._messages.put(error)
 
-    def _make(self) -> None:
-        order = self._orders.get()
-        if order is None:
-            return
-        requests = self._requests(*order)
-        stream = batches_of(self._source, order[0].seed, requests, self._messages.put, self._ending.is_set)
+    def _make(self, plan: Plan, first: int) -> None:
+        requests = self._requests(plan, first)
+        stream = batches_of(self._source, plan.seed, requests, self._messages.put, self._ending.is_set)
         pending: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer, closing(stream):
             for batch in stream:
@@ -202,29 +160,26 @@ class Worker:
             self._opened.append(number)
             self._messages.put(ShardStarted(number))
             yield plan.indices(number)
-            while (order := self._next_order()) is None:
+            while True:
+                try:
+                    order = self._orders.get(block=not self._opened)
+                except queue.Empty:
+                    order = None
+                if order is not None:
+                    break
                 if self._ending.is_set():
                     return
                 yield range(0)
             plan, number = order
 
-    def _next_order(self) -> tuple[Plan, int] | None:
-        try:
-            return self._orders.get(block=not self._opened)
-        except queue.Empty:
-            return None
-
     def _pack(self, number: int, batch: SampleBatch) -> None:
         try:
-            self._messages.put(self._packed(number, batch))
+            with tempfile.TemporaryDirectory(prefix="busigen-", dir=self._scratch) as name, output_errors(Path(name)):
+                folder = Path(name)
+                (folder / SHARD_FOLDER).mkdir()
+                record = write_shard(folder, number, batch, self._source.row_types())
+                files = {file.file: (folder / file.file).read_bytes() for file in (record.tar, record.parquet)}
+            self._messages.put(ShardDone(record, files, dict(self._progress.stage_seconds())))
         except BaseException as error:
             # The next shard may be far off, and so may be who asks for this one's outcome.
             self._messages.put(error)
-
-    def _packed(self, number: int, batch: SampleBatch) -> ShardDone:
-        with tempfile.TemporaryDirectory(prefix="busigen-", dir=self._scratch) as name, output_errors(Path(name)):
-            folder = Path(name)
-            (folder / SHARD_FOLDER).mkdir()
-            record = write_shard(folder, number, batch, self._source.row_types())
-            files = {file.file: (folder / file.file).read_bytes() for file in (record.tar, record.parquet)}
-        return ShardDone(record, files, dict(self._progress.stage_seconds))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +15,25 @@ import polars as pl
 
 from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.files import atomic_file
+from busigen.records import checked
 from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
 from busigen.runtime.backends.bundle import unproven
-from busigen.runtime.dataset.collection import find_sample
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
-    IMAGE_SUFFIX,
     MANIFEST_FILE,
-    MASK_SUFFIX,
-    ROW_SUFFIX,
+    MEMBER_SUFFIXES,
     RUN_FILE,
-    SHARD_FOLDER,
     Plan,
     as_typed,
     differences,
     key_of,
     shard_path,
 )
-from busigen.runtime.dataset.reader import (
-    Member,
-    decode_image,
-    decode_mask,
-    plan_of,
-    read_members,
-    read_object,
-    refuse_unreadable,
-)
-from busigen.runtime.dataset.sample import Rejection, SampleBatch, Source
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord, write_shard
-from busigen.runtime.dataset.untrusted import find_rows
-from busigen.runtime.maintenance.replay import Inputs, other_conditions
+from busigen.runtime.dataset.reader import ListedShard, Member, plan_of, read_members, read_object, refuse_unreadable
+from busigen.runtime.dataset.sample import Rejection, Source
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_row
+from busigen.runtime.maintenance.merge import find_sample
+from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now
 from busigen.runtime.maintenance.verify import read_run
 from busigen.runtime.storage.files import output_errors
 from busigen.text import describe
@@ -56,47 +43,25 @@ REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a dataset holds of one sample.
+    """What a dataset holds of one sample."""
 
-    Attributes:
-        run: content of ``run.json``.
-        plan: of the run.
-        index: the sample's.
-        number: its shard's.
-        record: that shard's record; None if it is missing or damaged.
-        rows: the sample's row by the file that it stands in; one at least.
-        stored: image, mask and row as they lie in the shard; None if they cannot be read.
-        problems: what is missing, damaged or contradicts the rest, in words.
-    """
-
-    run: dict[str, Any]
+    run: dict[str, Any]  # content of run.json
     plan: Plan
     index: int
-    number: int
-    record: ShardRecord | None
-    rows: dict[str, dict[str, Any]]
-    stored: Member | None
-    problems: list[str]
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The row of the first place that has one."""
-        return next(iter(self.rows.values()))
+    number: int  # its shard's
+    record: ShardRecord | None  # that shard's; None if it is missing or damaged
+    rows: dict[str, dict[str, Any]]  # the sample's row by the file that it stands in; one at least
+    stored: Member | None  # None if it cannot be read
+    problems: list[str]  # what is missing, damaged or contradicts the rest
 
     @property
     def refused(self) -> list[Rejection] | None:
         """Refused draws of this index; None where the shard's record is lost."""
-        if self.record is None:
-            return None
-        return [draw for draw in self.record.rejections if draw.index == self.index]
+        return [draw for draw in self.record.rejections if draw.index == self.index] if self.record else None
 
 
 def parse_key(key: str, plan: Plan) -> int:
-    """The index that a key stands for.
-
-    Raises:
-        UsageError: it is no number, or beyond the dataset's count.
-    """
+    """The index that a key stands for; a UsageError for anything but a number among the dataset's indices."""
     # No key has more digits, and Python refuses to read thousands of them.
     index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 18 else -1
     if index not in plan.span:
@@ -120,22 +85,30 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     plan = plan_of(run, folder / RUN_FILE)
     index = parse_key(key, plan)
     number = index // plan.shard_size
+    indices, tar, table = plan.indices(number), shard_path(number, "tar"), shard_path(number, "parquet")
     problems: list[str] = []
-    record = _tried(lambda: ShardRecord.read(folder, number), shard_path(number, "json"), problems)
-    member = _tried(
-        lambda: next(read_members(folder / shard_path(number, "tar"), plan.indices(number), only=[index])),
-        shard_path(number, "tar"),
-        problems,
-    )
-    rows: dict[str, dict[str, Any]] = {}
-    for name, height in ((MANIFEST_FILE, plan.count), (shard_path(number, "parquet"), len(plan.indices(number)))):
-        if name == MANIFEST_FILE and not (folder / DATASET_FILE).exists():
-            continue  # The run is unfinished, so there is none yet.
-        row = _tried(partial(_table_row, folder / name, height, index), name, problems)
-        if row is not None:
-            rows[name] = row
+
+    def tried(name: str, read: Callable[[], Any]) -> Any:
+        """What ``read`` returns; None, with a problem, where the file is missing or damaged."""
+        try:
+            return read()
+        except (IntegrityError, OSError, pl.exceptions.PolarsError) as error:
+            if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
+                problems.append(f"{name} is missing.")
+            else:
+                reason = error.problem if isinstance(error, IntegrityError) else str(error)
+                problems.append(f"{name}: {reason.splitlines()[0] if reason else 'it cannot be read.'}")
+        return None
+
+    record = tried(shard_path(number, "json"), lambda: ShardRecord.read(folder, number))
+    member = tried(tar, lambda: next(read_members(folder / tar, indices, only=[index])))
+    rows: dict[str, Any] = {}
+    if (folder / DATASET_FILE).exists():  # Else the run is unfinished, and has no manifest yet.
+        rows[MANIFEST_FILE] = tried(MANIFEST_FILE, lambda: find_row(folder / MANIFEST_FILE, plan.count, index))
+    rows[table] = tried(table, lambda: find_row(folder / table, len(indices), index))
     if member is not None:
-        rows[f"{shard_path(number, 'tar')}:{member.key}.{ROW_SUFFIX}"] = member.row
+        rows[f"{tar}:{member.key}.json"] = member.row
+    rows = {name: row for name, row in rows.items() if row is not None}
     if not rows:
         raise IntegrityError(f"nothing is left of sample {key_of(index)}: {' '.join(problems)}", fix=REPAIR_FIRST)
     recorded = Recorded(run, plan, index, number, record, rows, member, problems)
@@ -143,76 +116,66 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     return recorded
 
 
-def _tried(read: Callable[[], Any], name: str, problems: list[str]) -> Any:
-    try:
-        return read()
-    except (IntegrityError, OSError, pl.exceptions.PolarsError) as error:
-        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
-            problems.append(f"{name} is missing.")
-        else:
-            reason = error.problem if isinstance(error, IntegrityError) else str(error)
-            problems.append(f"{name}: {reason.splitlines()[0] if reason else 'it cannot be read.'}")
-    return None
-
-
-def _table_row(path: Path, height: int, index: int) -> dict[str, Any]:
-    found = find_rows(path, height, index)
-    if len(found) != 1:
-        raise IntegrityError(f"{path} has {len(found)} rows of index {index}.")
-    return found[0]
-
-
 def _contradictions(folder: Path, recorded: Recorded) -> list[str]:
-    """Links of the fingerprint chain that do not fit: dataset, shard, row, file."""
+    """Where dataset, shard, row and file do not fit one another."""
     found = []
     (first, row), *others = recorded.rows.items()
     for name, other in others:
         found += [
             f"{name} says {field} is {describe(b)}, {first} {describe(a)}." for field, a, b in differences(row, other)
         ]
-    for kind, content in contents(recorded.stored).items():
+    for kind, content in recorded.stored.pictures.items() if recorded.stored else ():
         for name, other in recorded.rows.items():
             if other.get(f"{kind}_sha256") != hashlib.sha256(content).hexdigest():
                 found.append(f"the {kind} in the shard has another sha256 than {name} records.")
-    if recorded.record is not None:
-        for file in (recorded.record.tar, recorded.record.parquet):
-            try:
-                # By its size first: what has another one may be endless to hash.
-                if (folder / file.file).stat().st_size != file.size or FileRecord.of(folder, file.file) != file:
-                    found.append(f"{file.file} has another sha256 or size than its shard's record says.")
-            except OSError:
-                continue  # Named already, by who wanted to read it.
-        info = read_object(folder / DATASET_FILE)
-        if info is not None:
-            listed = listed_shards(info).get(recorded.number, {})
-            if listed.get("tar") != asdict(recorded.record.tar):
-                found.append(f"{DATASET_FILE} records another {recorded.record.tar.file} than the shard's own record.")
+    if recorded.record is None:
+        return found
+    for file in (recorded.record.tar, recorded.record.parquet):
+        try:
+            # By its size first: what has another one may be endless to hash.
+            if (folder / file.file).stat().st_size != file.size or FileRecord.of(folder, file.file) != file:
+                found.append(f"{file.file} has another sha256 or size than its shard's record says.")
+        except OSError:
+            continue  # Named already, by who wanted to read it.
+    info = read_object(folder / DATASET_FILE)
+    if info is not None and listed_files(info).get(recorded.number, (None,))[0] != recorded.record.tar:
+        found.append(f"{DATASET_FILE} records another {recorded.record.tar.file} than the shard's own record.")
     return found
 
 
-def listed_shards(info: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The shards that a ``dataset.json`` lists, by number; whatever else is in that list is passed over."""
-    entries = info.get("shards")
-    listed = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return {entry["number"]: entry for entry in listed if isinstance(entry.get("number"), int)}
+def listed_files(info: Mapping[str, Any]) -> dict[int, tuple[FileRecord, FileRecord]]:
+    """Tar and table of the shards that a ``dataset.json`` lists, by number; whatever else it lists is passed over."""
+    entries, found = info.get("shards"), {}
+    for entry in entries if isinstance(entries, list) else []:
+        try:
+            shard = checked(ListedShard, entry, DATASET_FILE, fix="")
+        except IntegrityError:
+            continue
+        found[shard.number] = (shard.tar, shard.parquet)
+    return found
 
 
-def contents(member: Member | None) -> dict[str, bytes]:
-    """A member's two PNG files by what they are."""
-    return {} if member is None else {"image": member.image, "mask": member.mask}
-
-
-def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's history by topic, as plain JSON.
-
-    Args:
-        folder: the dataset, as it was given.
-        recorded: what it holds of the sample.
-        graphs: the graphs of the run's bundle, as ``bundle.json`` records them; empty where that is not at hand.
-    """
-    run, row = recorded.run, recorded.row
+def _history(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample's history by topic, as plain JSON; ``graphs`` are those of the run's bundle, if that is at hand."""
+    run, row = recorded.run, next(iter(recorded.rows.values()))
     fingerprint = run["fingerprint"]
     refused = recorded.refused
+    tar = shard_path(recorded.number, "tar")
+    # The graphs that drew the sample, in the order in which they ran.
+    label, side = row.get("class"), row.get("window_side")
+    used = ["prior", f"decoder@{BUCKETS[-1]}"] if row.get("background") == SYNTHETIC else []
+    used += ["context", f"mask-{label}", f"encoder@{side}", f"lesion-{label}@{side}", f"blend-{label}@{side}"]
+    used = list(dict.fromkeys([*used, f"decoder@{side}"]))
+    chain = [
+        ("training split", fingerprint.get("split_hash")),
+        ("checkpoint (base, LoRA, merged)", fingerprint.get("checkpoint")),
+        ("bundle", fingerprint.get("bundle")),
+        *((f"ONNX {name}", graphs[name]["files"][graphs[name]["file"]]) for name in used if name in graphs),
+        ("healthy image", row.get("healthy_sha256")),
+        (tar, recorded.record.tar.sha256 if recorded.record else None),
+        ("image", row.get("image_sha256")),
+        ("mask", row.get("mask_sha256")),
+    ]
     return {
         "dataset": str(folder),
         "key": key_of(recorded.index),
@@ -234,8 +197,8 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
         },
         "unproven": unproven(fingerprint),
         "bundle": {"name": as_typed(run, "--bundle") or "shipped with busigen", "sha256": fingerprint.get("bundle")},
-        "shard": {"number": recorded.number, "file": shard_path(recorded.number, "tar")},
-        "chain": _chain(recorded, graphs),
+        "shard": {"number": recorded.number, "file": tar},
+        "chain": [{"link": name, "sha256": sha256} for name, sha256 in chain if sha256 is not None],
         "made_with": {
             "busigen": run.get("busigen"),
             "provider": fingerprint.get("provider"),
@@ -246,65 +209,25 @@ def history_of(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> d
     }
 
 
-def _chain(recorded: Recorded, graphs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every link from the training split to the sample's files. Base, LoRA and merged weights are the checkpoint's."""
-    run, row = recorded.run, recorded.row
-    fingerprint = run["fingerprint"]
-    links = [
-        ("training split", fingerprint.get("split_hash")),
-        ("checkpoint (base, LoRA, merged)", fingerprint.get("checkpoint")),
-        ("bundle", fingerprint.get("bundle")),
-        *((f"ONNX {name}", graphs[name]["files"][graphs[name]["file"]]) for name in _used(row) if name in graphs),
-        ("healthy image", row.get("healthy_sha256")),
-        (shard_path(recorded.number, "tar"), recorded.record.tar.sha256 if recorded.record else None),
-        ("image", row.get("image_sha256")),
-        ("mask", row.get("mask_sha256")),
-    ]
-    return [{"link": name, "sha256": sha256} for name, sha256 in links if sha256 is not None]
-
-
-def _used(row: Mapping[str, Any]) -> list[str]:
-    """The graphs that drew a sample, in the order in which they ran."""
-    label, side = row.get("class"), row.get("window_side")
-    prior = ["prior", f"decoder@{BUCKETS[-1]}"] if row.get("background") == SYNTHETIC else []
-    stages = [f"mask-{label}", f"encoder@{side}", f"lesion-{label}@{side}", f"blend-{label}@{side}", f"decoder@{side}"]
-    return list(dict.fromkeys([*prior, "context", *stages]))
-
-
 @dataclass(frozen=True)
 class Replay:
-    """What drawing the sample again showed.
+    """What drawing the sample again showed."""
 
-    Attributes:
-        image_agrees: the drawn PNG's bytes are those in the shard and those that every row records.
-        mask_agrees: likewise.
-        differs: everything in which the drawn sample and the dataset differ, in words.
-        conditions: in what the replay's conditions differ from the run's, in words.
-        files: hashes of the drawn files by their kind.
-    """
-
-    image_agrees: bool
+    image_agrees: bool  # the PNG's bytes are those in the shard and those that every row records
     mask_agrees: bool
-    differs: tuple[str, ...]
-    conditions: tuple[str, ...]
-    files: dict[str, str]
+    differs: tuple[str, ...]  # everything in which the new sample and the dataset differ
+    conditions: tuple[str, ...]  # in what the replay's conditions differ from the run's
+    files: dict[str, str]  # hashes of the new files by their kind
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A sample's history; everything in it is plain JSON but ``error``.
+    """A sample's history; everything in it is plain JSON but ``error``."""
 
-    Attributes:
-        history: what the dataset records, by topic.
-        problems: where the dataset's records contradict each other or its files, in words.
-        replay: what drawing it again showed; None if that was not asked for or not possible.
-        error: what the command ends with; None if everything agrees.
-    """
-
-    history: dict[str, Any]
-    problems: tuple[str, ...]
-    replay: Replay | None
-    error: BusigenError | None
+    history: dict[str, Any]  # what the dataset records, by topic
+    problems: tuple[str, ...]  # where the dataset's records contradict each other or its files
+    replay: Replay | None  # None if it was not asked for or not possible
+    error: BusigenError | None  # what the command ends with; None if everything agrees
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
@@ -326,7 +249,7 @@ def explain(
         key: the sample's key as it stands in the manifest, or its index; of a merged dataset in parts, ``part/key``.
         inputs: where the run's bundle and healthy images lie; None for the shipped bundle.
         replay: whether to draw the sample again.
-        out: folder for the drawn image, mask and row; nothing is written if None.
+        out: folder for the new image, mask and row; nothing is written if None.
 
     Raises:
         InputError: ``folder`` is no dataset.
@@ -341,17 +264,21 @@ def explain(
         raise UsageError(f"--out {out} lies inside the dataset.", fix="Choose a folder outside it.")
     folder, key = find_sample(folder, key)
     recorded = read_recorded(folder, key)
-    history = history_of(folder, recorded, inputs.graphs(recorded.run))
+    history = _history(folder, recorded, inputs.graphs(recorded.run))
     result, error = None, None
     if replay:
         try:
-            source = inputs.open(recorded.run, other_bundle=True)
-            result, batch = _replay(recorded, source)
+            result, member = _replay(recorded, inputs.open(recorded.run, other_bundle=True))
         except BusigenError as refusal:
             error = refusal
         else:
             if out is not None:
-                _write(batch, out)
+                with output_errors(out):
+                    out.mkdir(parents=True, exist_ok=True)
+                    row = json.dumps(member.row, ensure_ascii=False).encode()
+                    for suffix, content in zip(MEMBER_SUFFIXES, (member.image, member.mask, row), strict=True):
+                        with atomic_file(out / f"{member.key}.{suffix}") as file:
+                            file.write(content)
             error = _disagreement(recorded, result)
     if error is None and recorded.problems:
         error = IntegrityError(
@@ -363,59 +290,45 @@ def explain(
 def _replay(recorded: Recorded, source: Source) -> tuple[Replay, Member]:
     """Draw the sample alone and compare it with everything that the dataset holds of it.
 
-    Alone is enough: a row of a batch is computed as if it were the only one, from two rows on, which every engine call
-    has (``MIN_BATCH``). ONNX Runtime's CPU kernels cut a product into tiles by rows and columns but add up each
-    entry in one order, whatever else is in the batch; only a single row takes another kernel (matrix times vector).
-    Fourteen samples drawn alone, in batches of 16 and of 64 had the same bytes, and tests hold this for other sizes. On
-    a GPU, libraries choose kernels by the batch's shape, so there a difference of few grey levels can be the batch's.
+    Alone is enough: a row of a batch does not depend on the others, from two rows on, which every engine call has
+    (``MIN_BATCH``): ONNX Runtime's CPU kernels cut a product into tiles by rows and columns but add up each entry in
+    one order; only a single row takes another kernel (matrix times vector). Tests hold this. On a GPU, libraries choose
+    kernels by the batch's shape, so there a difference of few grey levels can be the batch's.
     """
-    batch = source.draw(recorded.plan.seed, [recorded.index], lambda accepted: None)
-    member = _packed(batch, recorded.number, source)
+    alone = range(recorded.index, recorded.index + 1)
+    with redrawn_shard(source, recorded.plan, recorded.number, alone, lambda accepted: None) as (folder, record):
+        member = next(read_members(folder / record.tar.file, alone))
+    files = {kind: hashlib.sha256(content).hexdigest() for kind, content in member.pictures.items()}
     differs, agrees = [], {}
-    for kind, content in contents(member).items():
-        wrong = [] if recorded.stored is None else _file_differences(kind, content, recorded.stored)
-        sha256 = hashlib.sha256(content).hexdigest()
+    for kind, sha256 in files.items():
+        wrong = _pixel_differences(kind, member, recorded.stored) if recorded.stored else []
         for name, row in recorded.rows.items():
-            if row.get(f"{kind}_sha256") != sha256:
-                recorded_hash = str(row.get(f"{kind}_sha256"))[:12]
-                wrong.append(f"{kind}: {name} records another sha256, {recorded_hash}... and not {sha256[:12]}....")
+            then = row.get(f"{kind}_sha256")
+            if then != sha256:
+                wrong.append(f"{kind}: {name} records another sha256, {str(then)[:12]}... and not {sha256[:12]}....")
         differs += wrong
         agrees[kind] = not wrong
-    hashed = ("image_sha256", "mask_sha256")
     for name, row in recorded.rows.items():
-        changed = [change for change in differences(row, member.row) if change[0] not in hashed]
         differs += [
-            f"{name}: {field} is {describe(then)}, drawn again {describe(now)}." for field, then, now in changed
+            f"{name}: {field} is {describe(then)}, drawn again {describe(now)}."
+            for field, then, now in differences(row, member.row)
+            if field not in ("image_sha256", "mask_sha256")
         ]
-    if recorded.refused is not None and recorded.refused != batch.rejections:
-        draws = (recorded.refused, batch.rejections)
-        then, now = (", ".join(draw.reason for draw in refused) or "none" for refused in draws)
+    if recorded.refused is not None and recorded.refused != record.rejections:
+        then, now = (
+            ", ".join(draw.reason for draw in draws) or "none" for draws in (recorded.refused, record.rejections)
+        )
         differs.append(f"refused draws: {then}, drawn again {now}.")
-    conditions = tuple(
-        f"{name}: {describe(then)} then, {describe(now)} now"
-        for name, then, now in other_conditions(recorded.run, source)
-    )
-    files = {kind: hashlib.sha256(content).hexdigest() for kind, content in contents(member).items()}
+    conditions = tuple(then_and_now(other_conditions(recorded.run, source)))
     return Replay(agrees["image"], agrees["mask"], tuple(differs), conditions, files), member
 
 
-def _packed(batch: SampleBatch, number: int, source: Source) -> Member:
-    """The sample as the factory's own writer packs it."""
-    index = batch.samples[0].index
-    with tempfile.TemporaryDirectory(prefix="busigen-") as name, output_errors(Path(name)):
-        folder = Path(name)
-        (folder / SHARD_FOLDER).mkdir()
-        record = write_shard(folder, number, batch, source.row_types())
-        return next(read_members(folder / record.tar.file, range(index, index + 1)))
-
-
-def _file_differences(kind: str, content: bytes, stored: Member) -> list[str]:
-    before = contents(stored)[kind]
-    if content == before:
+def _pixel_differences(kind: str, member: Member, stored: Member) -> list[str]:
+    """In what a picture drawn again differs from the stored one, in words; empty where the bytes agree."""
+    if member.pictures[kind] == stored.pictures[kind]:
         return []
-    decode: Callable[[bytes], Any] = decode_image if kind == "image" else decode_mask
     try:
-        new, old = decode(content).astype(np.int16), decode(before).astype(np.int16)
+        new, old = (one.decoded(kind).astype(np.int16) for one in (member, stored))
     except ValueError as error:
         return [f"{kind}: what the shard holds is {error}."]
     changed = int((new != old).sum())
@@ -437,12 +350,3 @@ def _disagreement(recorded: Recorded, replay: Replay) -> IntegrityError | None:
     else:
         fix = "Another kind of processor can shift grey levels; if this is the run's, the dataset was altered."
     return IntegrityError(f"sample {key_of(recorded.index)} does not replay: {what}.", fix=fix)
-
-
-def _write(member: Member, out: Path) -> None:
-    row = json.dumps(member.row, ensure_ascii=False).encode()
-    with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for suffix, content in ((IMAGE_SUFFIX, member.image), (MASK_SUFFIX, member.mask), (ROW_SUFFIX, row)):
-            with atomic_file(out / f"{member.key}.{suffix}") as file:
-                file.write(content)

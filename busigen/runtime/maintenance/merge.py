@@ -1,13 +1,19 @@
-"""Joining finished datasets of one bundle into one, without changing a byte of their shards."""
+"""Merged datasets: joining finished ones without changing a byte of their shards, and the parts that some consist of.
+
+A merged dataset of several seeds, or of ranges with a gap, cannot be renumbered without changing bytes. So it is a
+collection: it keeps its parts as they were made, in ``parts/000`` and so on, beside a table of all rows and a
+``dataset.json``.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,27 +21,36 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import InputError, IntegrityError, UsageError
-from busigen.files import atomic_file, sha256_of, write_json
-from busigen.foreign import ForeignFileError, open_file
-from busigen.records import MAX_BYTES
-from busigen.runtime.dataset.collection import Sources, open_with_sources, part_name, write_collection
+from busigen.files import atomic_file, atomic_path, sha256_of, write_json
+from busigen.foreign import ForeignFileError, names_in, open_file
+from busigen.records import MAX_BYTES, Many, Record, read_checked
+from busigen.runtime.dataset.card import LICENCE, front_matter, privacy
 from busigen.runtime.dataset.finalize import dataset_info, finish, run_of
 from busigen.runtime.dataset.format import (
+    CARD_FILE,
     DATASET_FILE,
     MANIFEST_FILE,
     RUN_FILE,
+    SCHEMA_VERSION,
     SHARD_FOLDER,
     Plan,
     differences,
+    key_of,
     shard_path,
 )
-from busigen.runtime.dataset.reader import Dataset, read_object
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord
-from busigen.runtime.dataset.untrusted import read_table
+from busigen.runtime.dataset.reader import Dataset, SourceRecord, link_refused, read_object
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, write_joined
 from busigen.runtime.output.ownership import shown_changes
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder, output_errors
-from busigen.text import shell_word
+from busigen.text import counted, shell_word
+
+PARTS_FOLDER = "parts"
+COLLECTION_FILES = (MANIFEST_FILE, CARD_FILE, DATASET_FILE)
+"""What a collection holds beside its parts."""
+
+Sources = list[dict[str, Any]]
+"""What a dataset was merged from, in order: folders, plans, versions and the sha256 of their ``dataset.json``."""
 
 _NOT_COMPARED = ("config", "engine_batches", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
@@ -43,29 +58,21 @@ _NOT_COMPARED = ("config", "engine_batches", "options", "schema_version", "sourc
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge`` made.
-
-    Attributes:
-        folder: the merged dataset.
-        samples: in it.
-        parts: 1 where it is what one run would have made, else the number of its parts.
-        size: bytes of its shards.
-        copied: whether a shard had to be copied because it could not be linked.
-    """
+    """What ``merge`` made."""
 
     folder: Path
     samples: int
-    parts: int
-    size: int
-    copied: bool
+    parts: int  # 1 where it is what one run would have made
+    size: int  # bytes of its shards
+    copied: bool  # whether a shard had to be copied because it could not be linked
 
 
 def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = None) -> MergeReport:
     """Join datasets; they stay as they are.
 
     Ranges of one seed that follow one another become one dataset with the bytes of a single run. Everything else stays
-    in parts (:mod:`busigen.runtime.dataset.collection`). Shards are linked where the file system allows it, and copied
-    otherwise; each is checked against its recorded hash. ``out`` appears by a rename, whole.
+    in parts. Shards are linked where the file system allows it, and copied otherwise; each is checked against its
+    recorded hash. ``out`` appears by a rename, whole.
 
     Args:
         out: the merged dataset; must not exist, or be empty.
@@ -81,11 +88,23 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
     progress = progress or Progress()
     if len(folders) < 2:
         raise UsageError("fewer than two datasets are given.", fix="Give two or more to merge.")
-    opened = [pair for folder in folders for pair in open_with_sources(folder)]
-    origin = {dataset.folder: sources for dataset, sources in opened}
-    datasets = sorted((dataset for dataset, _ in opened), key=lambda one: (one.plan.seed, one.plan.first))
+    datasets: list[Dataset] = []
+    origin: dict[Path, Sources] = {}
+    for folder in folders:
+        parts = open_parts(folder)
+        datasets += parts
+        recorded = recorded_sources(folder) or [_source_of(part) for part in parts]
+        origin.update(zip((part.folder for part in parts), recorded, strict=True))
+    datasets.sort(key=lambda one: (one.plan.seed, one.plan.first))
     _refuse_misfits(datasets)
-    runs = _runs(datasets)
+    runs = [[datasets[0]]]  # by what one run each would have made
+    for one, two in pairwise(datasets):
+        # A short last shard would have to be filled up, which changes its bytes.
+        alike = one.plan.shard_size == two.plan.shard_size and not one.plan.span.stop % one.plan.shard_size
+        if one.plan.seed == two.plan.seed and two.plan.first == one.plan.span.stop and alike:
+            runs[-1].append(two)
+        else:
+            runs.append([two])
     records = {dataset.folder: _records(dataset) for dataset in datasets}
     try:
         with output_errors(out), atomic_folder(out) as place:
@@ -103,9 +122,11 @@ def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = Non
 
 def _refuse_misfits(datasets: Sequence[Dataset]) -> None:
     first = datasets[0]
-    for other in datasets[1:]:
-        changes = shown_changes(_decisive(first), _decisive(other))
-        if changes:
+    compared = [
+        {name: value for name, value in run_of(one.info).items() if name not in _NOT_COMPARED} for one in datasets
+    ]
+    for other, record in zip(datasets, compared, strict=True):
+        if changes := shown_changes(compared[0], record):
             raise InputError(
                 f"{first.folder} and {other.folder} are of different runs ({'; '.join(changes)}).",
                 fix="Merge datasets that differ in nothing but seed and index range; the same bundle and busigen made "
@@ -120,31 +141,8 @@ def _refuse_misfits(datasets: Sequence[Dataset]) -> None:
             )
 
 
-def _decisive(dataset: Dataset) -> dict[str, Any]:
-    return {name: value for name, value in run_of(dataset.info).items() if name not in _NOT_COMPARED}
-
-
-def _runs(datasets: Sequence[Dataset]) -> list[list[Dataset]]:
-    """The datasets, by what one run each would have made."""
-    runs = [[datasets[0]]]
-    for one, two in pairwise(datasets):
-        follows = one.plan.seed == two.plan.seed and two.plan.first == one.plan.span.stop
-        # A short last shard would have to be filled up, which changes its bytes.
-        alike = one.plan.shard_size == two.plan.shard_size and not one.plan.span.stop % one.plan.shard_size
-        if follows and alike:
-            runs[-1].append(two)
-        else:
-            runs.append([two])
-    return runs
-
-
 def _records(dataset: Dataset) -> list[ShardRecord]:
-    """Every shard's record, where the plan, these records, ``run.json`` and all that ``dataset.json`` says agree.
-
-    Raises:
-        IntegrityError: they do not.
-        InputError: a file cannot be read.
-    """
+    """Every shard's record, of a dataset whose plan, records, ``run.json`` and ``dataset.json`` agree, or an error."""
     run = read_object(dataset.folder / RUN_FILE)
     if run is None or differences(run, run_of(dataset.info)):
         raise _damaged(dataset, RUN_FILE)
@@ -158,10 +156,8 @@ def _records(dataset: Dataset) -> list[ShardRecord]:
     changed = differences(dataset.info, dataset_info(run, records, {MANIFEST_FILE: manifest}))
     if changed:
         named = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _, _ in changed))
-        raise IntegrityError(
-            f"{dataset.folder / DATASET_FILE} differs from the shards' records or the manifest in: {named}.",
-            fix=_repair(dataset),
-        )
+        path = dataset.folder / DATASET_FILE
+        raise _broken(dataset, f"{path} differs from the shards' records or the manifest in: {named}.")
     return records
 
 
@@ -172,20 +168,17 @@ def _join(
     recorded: Mapping[Path, Sequence[ShardRecord]],
     progress: Progress,
 ) -> bool:
-    """Make one dataset of those that one run would have made; tell whether a file had to be copied.
-
-    Shards are theirs, by their hashes. Whatever no hash covers is made anew and not taken over.
-    """
+    """Make one dataset of those that one run would have made; returns whether a file had to be copied."""
     (target / SHARD_FOLDER).mkdir(parents=True)
     records, copied = [], False
     for dataset in run:
         for record in recorded[dataset.folder]:
             for file in (record.tar, record.parquet):
-                copied |= _bring(dataset, target, file.file, file.size)
+                copied |= _link_or_copy(dataset, target, file.file, file.size)
                 if sha256_of(target / file.file) != file.sha256:
                     raise _damaged(dataset, file.file)
             name = shard_path(record.number, "json")
-            copied |= _bring(dataset, target, name, MAX_BYTES)
+            copied |= _link_or_copy(dataset, target, name, MAX_BYTES)
             if ShardRecord.read(target, record.number).counted() != record:
                 raise _damaged(dataset, name)
             records.append(record)
@@ -197,39 +190,20 @@ def _join(
         made |= {"schema_version": plan.schema_version, "config": plan.config(), "sources": sources}
     write_json(target / RUN_FILE, made)
     finish(target, made, records)
-    if len(run) == 1:
-        _refuse_other_rows(run[0], target)
+    (dataset, *more), manifest = run, target / MANIFEST_FILE
+    # Another version of polars packs the same rows into other bytes.
+    if not more and sha256_of(manifest) != dataset.info["files"][MANIFEST_FILE]["sha256"]:
+        try:
+            same = dataset.manifest().equals(read_table(manifest, dataset.plan.count))
+        except (OSError, IntegrityError, pl.exceptions.PolarsError):
+            same = False
+        if not same:
+            raise _damaged(dataset, MANIFEST_FILE)
     return copied
 
 
-def _refuse_other_rows(dataset: Dataset, target: Path) -> None:
-    """The manifest follows from the shards. Another version of polars packs the same rows into other bytes."""
-    if sha256_of(target / MANIFEST_FILE) == dataset.info["files"][MANIFEST_FILE]["sha256"]:
-        return
-    try:
-        same = dataset.manifest().equals(read_table(target / MANIFEST_FILE, dataset.plan.count))
-    except (OSError, IntegrityError, pl.exceptions.PolarsError):
-        same = False
-    if not same:
-        raise _damaged(dataset, MANIFEST_FILE)
-
-
-def _bring(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
-    """Link a regular file of a dataset into the target, or copy it where that is not possible.
-
-    Args:
-        dataset: from anywhere, so none of its links is followed.
-        target: the folder to bring it to.
-        name: the file's path relative to either.
-        limit: most bytes that it may have.
-
-    Returns:
-        Whether it was copied.
-
-    Raises:
-        IntegrityError: it is missing, is no regular file, or is larger.
-        InputError: it cannot be read.
-    """
+def _link_or_copy(dataset: Dataset, target: Path, name: str, limit: int) -> bool:
+    """Link a regular file of at most ``limit`` bytes, or copy it; returns whether it was copied."""
     source, copied = dataset.folder / name, False
     with _reading(dataset):
         # Opened in any case, which refuses what is no file.
@@ -255,18 +229,180 @@ def _reading(dataset: Dataset) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise IntegrityError(f"{error.filename} is missing.", fix=_repair(dataset)) from error
+        raise _broken(dataset, f"{error.filename} is missing.") from error
     except ForeignFileError as error:
-        raise IntegrityError(f"{error.filename} {error.strerror}.", fix=_repair(dataset)) from error
+        raise _broken(dataset, f"{error.filename} {error.strerror}.") from error
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
 
 
 def _damaged(dataset: Dataset, name: str) -> IntegrityError:
-    return IntegrityError(
-        f"{dataset.folder}: {name} is not what {dataset.folder.name}/{DATASET_FILE} records.", fix=_repair(dataset)
+    return _broken(dataset, f"{dataset.folder}: {name} is not what {dataset.folder.name}/{DATASET_FILE} records.")
+
+
+def _broken(dataset: Dataset, problem: str) -> IntegrityError:
+    return IntegrityError(problem, fix=f"Run `busigen verify --repair {shell_word(dataset.folder)}`, then merge again.")
+
+
+class PartRecord(Record):
+    """What is used of a part in it."""
+
+    sources: Many[SourceRecord]
+
+
+class CollectionRecord(Record):
+    """What is used of a collection's ``dataset.json``."""
+
+    parts: Many[PartRecord]
+
+
+def part_name(number: int) -> str:
+    """A part's folder in its collection, with forward slashes."""
+    return f"{PARTS_FOLDER}/{number:03d}"
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of a collection's parts, in order; empty for others; an InputError for a link or a newer schema."""
+    parts = folder / PARTS_FOLDER
+    places = [parts / name for name in names_in(parts) if name.isdecimal() and (parts / name).is_dir()]
+    if places:
+        for path in (parts, *places):
+            if path.is_symlink():
+                raise link_refused(path)
+        read_object(folder / DATASET_FILE)  # For its schema alone.
+    return sorted(places, key=lambda path: int(path.name))
+
+
+def open_parts(folder: Path) -> list[Dataset]:
+    """The datasets of a folder: a collection's parts, or the one that it is; raises what :meth:`Dataset.open` does."""
+    return [Dataset.open(place) for place in parts_of(folder) or [folder]]
+
+
+def write_collection(folder: Path, sources: Sequence[Sources] | None = None) -> None:
+    """Write a collection's own files, ``dataset.json`` last; without ``sources``, they are taken from the parts."""
+    parts = open_parts(folder)
+    with atomic_path(folder / MANIFEST_FILE) as path:
+        write_joined(path, collection_rows(parts))
+    info = collection_info(folder, parts, sources or [_source_of(part) for part in parts])
+    with atomic_file(folder / CARD_FILE) as file:
+        file.write(_readme(info).encode())
+    write_json(folder / DATASET_FILE, info)
+
+
+def collection_rows(parts: Sequence[Dataset]) -> Iterator[pl.DataFrame]:
+    """Each part's rows, as the collection's manifest holds them."""
+    for number, part in enumerate(parts):
+        yield part.manifest().select(pl.lit(part_name(number)).alias("part"), pl.all())
+
+
+def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[Sources]) -> dict[str, Any]:
+    """Content of a collection's ``dataset.json``, of its opened parts and where each of them came from."""
+    classes, rejected = Counter[str](), Counter[str]()
+    for part in parts:
+        classes.update(part.info["classes"])
+        rejected.update(part.info["rejected"])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **{name: parts[0].info.get(name) for name in ("busigen", "columns", "fingerprint")},
+        "samples": sum(part.plan.count for part in parts),
+        "classes": dict(sorted(classes.items())),
+        "rejected": dict(sorted(rejected.items())),
+        "files": {MANIFEST_FILE: asdict(FileRecord.of(folder, MANIFEST_FILE))},
+        "parts": [
+            {
+                "folder": part_name(number),
+                "config": part.info["config"],
+                "samples": part.plan.count,
+                "dataset_sha256": sha256_of(part.folder / DATASET_FILE),
+                "sources": list(origin),
+            }
+            for number, (part, origin) in enumerate(zip(parts, sources, strict=True))
+        ],
+    }
+
+
+def recorded_sources(folder: Path) -> list[Sources] | None:
+    """The sources of each part, as the collection's ``dataset.json`` lists them; None if it cannot be read."""
+    try:
+        info = read_checked(CollectionRecord, folder / DATASET_FILE, fix="", root=folder)
+    except (OSError, IntegrityError):
+        return None
+    found = [part["sources"] for part in info["parts"]]
+    return found if len(found) == len(parts_of(folder)) else None
+
+
+def find_sample(folder: Path, key: str) -> tuple[Path, str]:
+    """The part that holds a sample, and its key there.
+
+    Args:
+        folder: a dataset, merged or not.
+        key: ``000/000000012``, with or without ``parts/`` before it; or the key alone where one part has it.
+
+    Raises:
+        UsageError: no part has the sample, or several have.
+        IntegrityError: a part's records are damaged.
+    """
+    places = parts_of(folder)
+    if not places:
+        return folder, key
+    name, _, rest = key.removeprefix(f"{PARTS_FOLDER}/").rpartition("/")
+    if name:
+        chosen = [place for place in places if place.name == name]
+    else:
+        index = int(rest) if rest.isascii() and rest.isdecimal() and len(rest) <= 18 else -1
+        chosen = [part.folder for part in open_parts(folder) if index in part.plan.span]
+    if len(chosen) != 1:
+        names = [place.name for place in chosen or places]
+        problem = "is in several parts" if chosen else "is in no part"
+        raise UsageError(
+            f"sample {key!r} {problem} of {folder}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
+            fix=f"Name part and key, such as {names[0]}/{key_of(int(rest)) if chosen else key_of(0)}.",
+        )
+    return chosen[0], rest
+
+
+def _source_of(dataset: Dataset) -> Sources:
+    sources = dataset.info.get("sources")
+    if isinstance(sources, list):
+        return sources
+    return [
+        {
+            "folder": dataset.folder.resolve().name,
+            "config": dataset.info["config"],
+            "dataset_sha256": sha256_of(dataset.folder / DATASET_FILE),
+            "options": dataset.info.get("options", {}),
+            "versions": dataset.info.get("versions", {}),
+        }
+    ]
+
+
+def _readme(info: Mapping[str, Any]) -> str:
+    rows = "\n".join(
+        f"| `{part['folder']}` | {part['samples']} | {part['config']['seed']} | "
+        f"{', '.join(source['folder'] for source in part['sources'])} |"
+        for part in info["parts"]
     )
+    title = f"{counted(info['samples'], 'sample')} in {counted(len(info['parts']), 'part')}"
+    return f"""{front_matter(f"{PARTS_FOLDER}/*/{SHARD_FOLDER}/*.tar")}
+# Synthetic breast ultrasound, {title}
 
+Merged by busigen. Each part is a dataset of its own, with the bytes it was made with; its README.md says how to read it
+and how it was made. For research; not for diagnosis.
 
-def _repair(dataset: Dataset) -> str:
-    return f"Run `busigen verify --repair {shell_word(dataset.folder)}`, then merge again."
+| part | samples | seed | merged from |
+|---|---:|---:|---|
+{rows}
+
+- `manifest.parquet`: the rows of all parts. `part` names the folder that `shard` is in. A key is unique within a part.
+- `dataset.json`: where each part came from, and the sha256 of its own `dataset.json`.
+
+`busigen verify` checks all parts; `busigen explain` takes a part and a key, such as `000/{key_of(0)}`.
+
+## Licence
+
+{LICENCE}
+
+## Privacy
+
+{privacy(info)}
+"""

@@ -11,23 +11,23 @@ from pathlib import Path
 
 from busigen.errors import InputError, UsageError
 from busigen.records import BYTES_PER_SHARD, MAX_BYTES
-from busigen.runtime.dataset.collection import PARTS_FOLDER
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     FINISHED_FILES,
     RUN_FILE,
     SHARD_FOLDER,
     record_number,
+    shard_number,
     shard_path,
 )
 from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.maintenance.explain import Explanation, explain, parse_key
+from busigen.runtime.maintenance.merge import PARTS_FOLDER
 from busigen.runtime.maintenance.replay import Inputs
-from busigen.runtime.maintenance.verify import VerifyReport, View, read_run, verify
+from busigen.runtime.maintenance.verify import VerifyReport, read_run, verify
 from busigen.runtime.maintenance.verify_shard import FINISH, MEND, REPAIR, Problem
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.object_store import Store, in_groups
-from busigen.runtime.storage.retry import RetryingCaller
+from busigen.runtime.storage.object_store import RetryingCaller, Store
 from busigen.runtime.storage.url import Address
 from busigen.text import disk_size
 
@@ -38,24 +38,20 @@ def verify_place(
     """Check a dataset in a folder or at a URL; see :func:`busigen.runtime.maintenance.verify.verify`.
 
     Raises:
-        InputError: there is no dataset, or it cannot be read.
         UsageError, MissingDependencyError: the URL's protocol is unknown, or needs an extra.
     """
     if isinstance(place, Path):
         return verify(place, healthy=healthy, progress=progress)
     with viewed(place, progress) as view:
-        report = verify(view.folder, healthy=healthy, progress=progress, view=view)
+        names = view.store.sizes
+        report = verify(view.folder, healthy=healthy, progress=progress, names=names, shard=view.shard)
     return replace(report, folder=place, problems=tuple(_at_url(problem) for problem in report.problems))
 
 
 def explain_place(
     place: Path | Address, key: str, *, inputs: Inputs, replay: bool = True, out: Path | None = None
 ) -> Explanation:
-    """Tell the history of a sample in a folder or at a URL; see :func:`busigen.runtime.maintenance.explain.explain`.
-
-    Raises:
-        BusigenError: as there, and for :func:`verify_place`.
-    """
+    """Explain a sample in a folder or at a URL; see :func:`busigen.runtime.maintenance.explain.explain`."""
     if isinstance(place, Path):
         return explain(place, key, inputs=inputs, replay=replay, out=out)
     with viewed(place, inputs.progress) as view:
@@ -66,11 +62,7 @@ def explain_place(
 
 
 def refuse_repair(place: Path | Address) -> Path:
-    """The folder that is to be repaired.
-
-    Raises:
-        UsageError: it is a URL.
-    """
+    """The folder that is to be repaired; a UsageError if it is a URL."""
     if isinstance(place, Path):
         return place
     raise UsageError(
@@ -81,31 +73,20 @@ def refuse_repair(place: Path | Address) -> Path:
 
 @contextmanager
 def viewed(address: Address, progress: Progress | None = None) -> Iterator[RemoteView]:
-    """See a dataset at a URL as a folder while the block runs.
-
-    Raises:
-        InputError: there is no dataset, or it cannot be read.
-        UsageError, MissingDependencyError: the URL's protocol is unknown, or needs an extra.
-    """
+    """See a dataset at a URL as a folder while the block runs; raises what :func:`verify_place` does."""
     store = Store(RetryingCaller(address, notify=(progress or Progress()).note, kind=InputError))
     with tempfile.TemporaryDirectory(prefix="busigen-") as name:
         yield RemoteView(store, Path(name))
 
 
-class RemoteView(View):
+class RemoteView:
     """A dataset at a URL, of which the small files are fetched at once, and shards as they are needed.
 
-    Args:
-        store: the dataset's place.
-        folder: to put files into.
-
-    Raises:
-        InputError: it is no dataset, or one in parts, or the disk has no room for it.
+    An InputError says that it is no dataset, or one in parts, or that the disk has no room for it.
     """
 
     def __init__(self, store: Store, folder: Path) -> None:
-        super().__init__(folder)
-        self._store = store
+        self.store, self.folder = store, folder
         sizes = store.sizes
         if any(name.startswith(f"{PARTS_FOLDER}/") for name in sizes):
             raise InputError(
@@ -117,25 +98,19 @@ class RemoteView(View):
                 f"{store.address} is no busigen dataset: it has neither {RUN_FILE} nor {DATASET_FILE}.",
                 fix="Give the URL that was the `--out` of `busigen generate`.",
             )
-        records = sorted(
-            name for name in sizes if (n := record_number(name)) is not None and name == shard_path(n, "json")
-        )
+        records = sorted(name for name in sizes if record_number(name) is not None)
         for name in FINISHED_FILES:
             json = name in (RUN_FILE, DATASET_FILE)
             self._fetch(name, MAX_BYTES + BYTES_PER_SHARD * len(records) if json else None)
         (folder / SHARD_FOLDER).mkdir(exist_ok=True)
         for name in [name for name in records if sizes[name] > MAX_BYTES]:
             self._fetch(name, MAX_BYTES)
-        for name, content in in_groups(store, [name for name in records if sizes[name] <= MAX_BYTES]):
+        for name, content in store.read_all([name for name in records if sizes[name] <= MAX_BYTES]):
             (folder / name).write_bytes(content)
-
-    def names(self) -> Iterator[str]:
-        """See :class:`busigen.runtime.maintenance.verify.View`."""
-        yield from self._store.sizes
 
     @contextmanager
     def shard(self, number: int) -> Iterator[None]:
-        """See :class:`busigen.runtime.maintenance.verify.View`."""
+        """Have a shard's tar and table in the folder while the block runs; its record is there in any case."""
         names = [shard_path(number, suffix) for suffix in ("tar", "parquet")]
         try:
             for name in names:
@@ -147,7 +122,7 @@ class RemoteView(View):
 
     def _fetch(self, name: str, limit: int | None = None) -> None:
         """Have a file in the folder if there is one; in place of one beyond the limit, a hole of its size."""
-        size, path = self._store.sizes.get(name), self.folder / name
+        size, path = self.store.sizes.get(name), self.folder / name
         if size is None:
             return
         if limit is not None and size > limit:
@@ -157,24 +132,24 @@ class RemoteView(View):
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise InputError(
-                f"{self._store.address / name} has {disk_size(size)}, and {self.folder} {disk_size(free)} free.",
+                f"{self.store.address / name} has {disk_size(size)}, and {self.folder} {disk_size(free)} free.",
                 fix="Set TMPDIR to a folder with more room.",
             )
         try:
-            self._store.get(name, path)
+            self.store.get(name, path)
         except FileNotFoundError:
             return  # Gone since it was listed, which the check tells.
 
 
 def _at_url(problem: Problem) -> Problem:
-    """What helps at a URL, where nothing is repaired in place."""
+    """The problem with what helps at a URL, where nothing is repaired in place."""
     if not any(problem.fix.endswith(fix) for fix in (FINISH, MEND, REPAIR)):
         return problem
-    stem, _, suffix = problem.file.rpartition(".")
-    of_shard = problem.file.startswith(f"{SHARD_FOLDER}/") and suffix in ("tar", "parquet", "json")
-    record = f"{stem}.json" if of_shard else DATASET_FILE
+    number = shard_number(problem.file)
+    record = DATASET_FILE if number is None else shard_path(number, "json")
+    anew = "the files that describe the dataset" if number is None else "that shard"
     return replace(
         problem,
         fix=f"Delete {record} there, if it is there, and run `busigen generate` with the same options again: it makes "
-        f"anew {'that shard' if of_shard else 'the files that describe the dataset'}.",
+        f"anew {anew}.",
     )

@@ -2,54 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from busigen.errors import InputError, IntegrityError, UsageError
 from busigen.registry import ATTRIBUTES, AUTO, DEFAULT_BATCH, SYNTHETIC
-from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
+from busigen.runtime.backends.base import EngineOptions, open_backend
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.backends.tensorrt.profiles import Batches
-from busigen.runtime.dataset.format import RUN_FILE, as_typed, differences
+from busigen.runtime.dataset.format import RUN_FILE, SHARD_FOLDER, Plan, as_typed, differences
 from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.dataset.sample import Source
+from busigen.runtime.dataset.shards import ShardRecord, write_shard
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import parse_classes, parse_conditions
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
+from busigen.runtime.storage.files import output_errors
 from busigen.text import describe
 
 BYTES_ONLY = ("busigen", "fingerprint.engine_version", "versions.")
-"""Fields of a run record whose change leaves which samples exist alone, but may change a sample's bytes."""
+"""Fields of a run record that may change a sample's bytes, but not which samples exist."""
+
+Change = tuple[str, Any, Any]
+"""Dotted field of a run record, its value then, and its value now."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the inputs of a dataset's run lie now: a dataset holds their hashes, not their paths.
+    """Where the inputs of a dataset's run lie now: a dataset holds their hashes, not their paths."""
 
-    Attributes:
-        bundle: a bundle's folder; ``None`` for the shipped one.
-        healthy: the folder with the run's healthy images; not needed where backgrounds are synthetic.
-        provider: a name in ``registry.PROVIDERS``; ``None`` for the run's own.
-        threads: compute threads; ``None`` for one per core.
-        progress: counts healthy images that are read and samples that are drawn.
-    """
-
-    bundle: Path | None = None
-    healthy: Path | None = None
-    provider: str | None = None
-    threads: int | None = None
+    bundle: Path | None = None  # None for the shipped one
+    healthy: Path | None = None  # not needed where backgrounds are synthetic
+    provider: str | None = None  # a name in registry.PROVIDERS; None for the run's own
+    threads: int | None = None  # None for one per core
     progress: Progress = field(default_factory=Progress)
 
     def open(self, run: Mapping[str, Any], *, other_bundle: bool = False) -> Source:
-        """The source that made the dataset, with the same healthy images.
+        """The source of a run, with the same healthy images.
 
         Args:
             run: content of ``run.json``.
-            other_bundle: take a bundle that was given by name even if it is not the run's.
+            other_bundle: accept a bundle that was given by name even if it is not the run's.
 
         Raises:
             InputError: bundle or healthy images are not given or not those of the run, or its provider is not usable.
@@ -60,21 +59,24 @@ class Inputs:
         if not isinstance(recorded, Mapping) or "bundle" not in recorded:
             raise IntegrityError(f"{RUN_FILE} names no bundle.", fix="Get the original dataset again.")
         bundle = self._bundle(run, other_bundle)
-        backend = self._backend(bundle, run)
+        # What auto takes where a run stands already: that run's.
+        provider = str(recorded.get("provider") if self.provider in (None, AUTO) else self.provider)
+        try:
+            backend = open_backend(bundle, provider, EngineOptions(self.threads, exact_batches=Batches.recorded(run)))
+        except UsageError as error:
+            if self.provider or self.threads is not None:
+                raise
+            raise InputError(f"the run's provider cannot be used here: {error.problem}", fix=error.fix) from error
         # Calls of a fixed size are filled: a smaller batch would be padded to it.
         batch_size = backend.batches.sizes[0] if backend.batches else DEFAULT_BATCH
-        sampler = Sampler(bundle, backend, **_asked_of(run), batch_size=batch_size)
+        sampler = Sampler(bundle, backend, **recorded_conditions(run), batch_size=batch_size)
         # What a hash of the folder decides comes last: reading its images may take minutes.
         if recorded.get("healthy") != SYNTHETIC:
             sampler.healthy = self._healthy(run)
         return sampler
 
     def graphs(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """The graphs that the run's bundle records, by name; empty where that bundle is not at hand.
-
-        Reads the bundle's record alone, so that telling a sample's history stays quick. Its hash, which the run
-        recorded, vouches for it.
-        """
+        """The graphs in the record of the run's bundle, by name; empty where that bundle is not at hand."""
         try:
             bundle = Bundle.recorded(self.bundle or default_bundle())
         except (InputError, IntegrityError):
@@ -82,29 +84,19 @@ class Inputs:
         return bundle.info.get("graphs", {}) if bundle.sha256 == run["fingerprint"].get("bundle") else {}
 
     def _bundle(self, run: Mapping[str, Any], other: bool) -> Bundle:
-        folder = self.bundle or default_bundle()
-        recorded = str(run["fingerprint"]["bundle"])
+        folder, recorded = self.bundle or default_bundle(), str(run["fingerprint"]["bundle"])
         found = Bundle.recorded(folder).sha256
         if found != recorded and not (other and self.bundle):
             name = as_typed(run, "--bundle") or "the one that came with it"
             given = f"{folder} is" if self.bundle else "the shipped one is"
+            shipped = not (run.get("options") or {}).get("--bundle")
             raise InputError(
                 f"the dataset was made with another bundle ({name}, {RECORD} {recorded[:12]}...): {given} "
                 f"{found[:12]}..., which draws other samples.",
                 fix="Give the run's own bundle with --bundle"
-                + ("." if options_name_bundle(run) else f", or use busigen {run.get('busigen')}, which ships it."),
+                + (f", or use busigen {run.get('busigen')}, which ships it." if shipped else "."),
             )
         return Bundle.open(folder)
-
-    def _backend(self, bundle: Bundle, run: Mapping[str, Any]) -> Backend:
-        try:
-            # What auto takes where a run stands already: that run's.
-            name = self.provider if self.provider not in (None, AUTO) else run["fingerprint"].get("provider")
-            return open_backend(bundle, str(name), EngineOptions(self.threads, exact_batches=Batches.recorded(run)))
-        except UsageError as error:
-            if self.provider or self.threads is not None:
-                raise
-            raise InputError(f"the run's provider cannot be used here: {error.problem}", fix=error.fix) from error
 
     def _healthy(self, run: Mapping[str, Any]) -> HealthyFolder:
         name, recorded = as_typed(run, "--healthy"), str(run["fingerprint"]["healthy"])
@@ -123,42 +115,8 @@ class Inputs:
         return folder
 
 
-def options_name_bundle(run: Mapping[str, Any]) -> bool:
-    """Whether the run was given its bundle, rather than taking the one that shipped with it."""
-    return bool((run.get("options") or {}).get("--bundle"))
-
-
-def other_conditions(run: Mapping[str, Any], source: Source) -> list[tuple[str, Any, Any]]:
-    """In what a source differs from the run that made a dataset, as (dotted field, then, now).
-
-    Args:
-        run: content of ``run.json``.
-        source: what would draw the samples again.
-    """
-    now = run_record(source, plan_of(dict(run), Path(RUN_FILE)))
-    return [
-        change
-        for change in differences(run, now)
-        if not change[0].startswith(("options.", "unproven", "engine_batches"))
-    ]
-
-
-def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:
-    """Refuse a source that would draw other samples than those of the dataset.
-
-    Raises:
-        InputError: it differs in more than what changes bytes alone.
-    """
-    changed = [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]
-    if changed:
-        named = "; ".join(f"{name}: {describe(then)} -> {describe(now)}" for name, then, now in changed[:3])
-        raise InputError(
-            f"this busigen would draw other samples than the dataset's ({named}).",
-            fix=f"Use the version that made it: busigen {run.get('busigen')}, with the run's own provider.",
-        )
-
-
-def _asked_of(run: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Class weights and conditions of a run, as :class:`Sampler` takes them, or an IntegrityError."""
     recorded = run["fingerprint"]
     try:
         classes = parse_classes(",".join(f"{name}={weight!r}" for name, weight in recorded["classes"].items()))
@@ -168,3 +126,40 @@ def _asked_of(run: Mapping[str, Any]) -> dict[str, Any]:
             f"{RUN_FILE} does not say what was asked for: {error}.", fix="Get the original dataset again."
         ) from error
     return {"classes": classes, "asked": asked}
+
+
+@contextmanager
+def redrawn_shard(
+    source: Source, plan: Plan, number: int, indices: range, done: Callable[[int], None]
+) -> Iterator[tuple[Path, ShardRecord]]:
+    """Draw samples of one shard again and write them, as generate does, to a temporary folder: it, and their record."""
+    batch = source.draw(plan.seed, indices, done)
+    with tempfile.TemporaryDirectory(prefix="busigen-") as name:
+        folder = Path(name)
+        with output_errors(folder):
+            (folder / SHARD_FOLDER).mkdir()
+            record = write_shard(folder, number, batch, source.row_types())
+        yield folder, record
+
+
+def other_conditions(run: Mapping[str, Any], source: Source) -> list[Change]:
+    """In what a source differs from the run (content of ``run.json``) that made a dataset."""
+    now = run_record(source, plan_of(dict(run), Path(RUN_FILE)))
+    ignored = ("options.", "unproven", "engine_batches")
+    return [change for change in differences(run, now) if not change[0].startswith(ignored)]
+
+
+def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:
+    """Raise an InputError on a source that would draw other samples than the dataset's."""
+    changed = [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]
+    if changed:
+        named = "; ".join(f"{name}: {describe(then)} -> {describe(now)}" for name, then, now in changed[:3])
+        raise InputError(
+            f"this busigen would draw other samples than the dataset's ({named}).",
+            fix=f"Use the version that made it: busigen {run.get('busigen')}, with the run's own provider.",
+        )
+
+
+def then_and_now(changes: Iterable[Change]) -> list[str]:
+    """Changed conditions in words."""
+    return [f"{name}: {describe(then)} then, {describe(now)} now" for name, then, now in changes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from busigen.text import counted, disk_size, printable, shell_word, unproven_line
 
@@ -89,14 +89,20 @@ def explained(described: Explanation) -> Iterator[str]:
     yield f"sample {past['key']} of {past['dataset']}: index {past['index']}, seed {past['seed']}, {past['class']}"
     yield f"  bundle        {bundle['name']} ({bundle['sha256']})"
     yield "  made with     " + ", ".join(f"{name} {version}" for name, version in made.items())
-    asked = {name: value for name, value in past["asked"].items() if value is not None}
-    yield f"  asked for     {', '.join(f'{name} {_short(value)}' for name, value in asked.items())}"
+    # What a person wants to read of a number; --json and the manifest hold all its digits.
+    asked = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in past["asked"].items()}
+    yield f"  asked for     {', '.join(f'{name} {value}' for name, value in asked.items() if value is not None)}"
     if background["sha256"]:
         yield f"  painted into  {background['file']} of {background['folder']} ({background['sha256']})"
     else:
         yield f"  painted into  a {background['kind'] or 'generated'} background"
-    refused = past["refused"]
-    yield f"  attempts      {'unknown: the record is lost' if refused is None else _attempts(refused)}"
+    attempts, refused = "1, nothing refused", past["refused"]
+    if refused is None:
+        attempts = "unknown: the record is lost"
+    elif refused:
+        reasons = ", ".join(f"attempt {draw['attempt']} refused: {draw['reason']}" for draw in refused)
+        attempts = f"{len(refused) + 1} ({reasons})"
+    yield f"  attempts      {attempts}"
     yield f"  shard         {past['shard']['file']}"
     yield "  fingerprints"
     width = max(len(link["link"]) for link in past["chain"])
@@ -113,16 +119,6 @@ def explained(described: Explanation) -> Iterator[str]:
     if replay.conditions:
         yield "  replay: under other conditions than the run's; with another engine, grey levels may differ:"
         yield from (f"    {condition}" for condition in replay.conditions)
-
-
-def _attempts(refused: list[dict[str, Any]]) -> str:
-    reasons = ", ".join(f"attempt {draw['attempt']} refused: {draw['reason']}" for draw in refused)
-    return f"{len(refused) + 1} ({reasons})" if refused else "1, nothing refused"
-
-
-def _short(value: Any) -> str:
-    """What a person wants to read of a value; ``--json`` and the manifest hold all its digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _counts(numbers: dict[str, int]) -> str:

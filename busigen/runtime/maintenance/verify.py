@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -13,29 +13,43 @@ from typing import Any
 
 import polars as pl
 
-from busigen.errors import InputError, IntegrityError
+from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.files import is_temporary
 from busigen.foreign import walk
 from busigen.records import checked, read_json
-from busigen.runtime.dataset.collection import parts_of
 from busigen.runtime.dataset.finalize import dataset_info, run_of
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     FINISHED_FILES,
     MANIFEST_FILE,
-    OWN_FILE,
     RUN_FILE,
     SHARD_FOLDER,
     WRITTEN,
     Plan,
     differences,
     shard_files,
+    shard_number,
     shard_path,
 )
-from busigen.runtime.dataset.reader import RunRecord, links, plan_of, read_object, recorded_shards, refuse_newer
-from busigen.runtime.dataset.shards import COLUMN_TYPES, FileRecord, schema_of
-from busigen.runtime.dataset.untrusted import read_table
-from busigen.runtime.maintenance.verify_collection import check_collection
+from busigen.runtime.dataset.reader import (
+    Dataset,
+    RunRecord,
+    links,
+    plan_of,
+    read_object,
+    recorded_shards,
+    refuse_newer,
+)
+from busigen.runtime.dataset.shards import FileRecord, read_table, recorded_schema
+from busigen.runtime.maintenance.merge import (
+    COLLECTION_FILES,
+    PARTS_FOLDER,
+    collection_info,
+    collection_rows,
+    open_parts,
+    parts_of,
+    recorded_sources,
+)
 from busigen.runtime.maintenance.verify_shard import DELETE, FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
@@ -46,32 +60,25 @@ from busigen.text import counted
 _LISTED, _LISTED_SHARDS = 8, 1000
 """Fields and missing shards that are named one by one."""
 
+Shards = Callable[[int], AbstractContextManager[object]]
+"""Gives a context in which the tar and the table of the shard of a number are in the dataset's folder."""
+
 _WORKERS = min(8, os.cpu_count() or 1)
+_LINK = "is a link, and links are not followed."
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Outcome of ``verify``.
-
-    Attributes:
-        folder: the dataset, a folder or a URL.
-        samples: samples that were read.
-        shards: shards that the dataset should have.
-        problems: everything found wrong.
-        duplicates: samples whose image equals an earlier one's.
-        backgrounds_proven: samples whose pixels outside the edit region equal their healthy image, bit for bit.
-        backgrounds_unproven: samples with a real healthy image for which that was not shown.
-        backgrounds_synthetic: samples with a synthetic background, for which there is nothing to show.
-    """
+    """Outcome of ``verify``."""
 
     folder: Path | Address
-    samples: int
-    shards: int
+    samples: int  # that were read
+    shards: int  # that there should be
     problems: tuple[Problem, ...]
-    duplicates: int
-    backgrounds_proven: int
-    backgrounds_unproven: int
-    backgrounds_synthetic: int
+    duplicates: int  # samples whose image equals an earlier one's
+    backgrounds_proven: int  # samples that equal their healthy image outside the edit region, bit for bit
+    backgrounds_unproven: int  # samples with a real healthy image for which that was not shown
+    backgrounds_synthetic: int  # samples with nothing to show
 
     @property
     def ok(self) -> bool:
@@ -79,29 +86,13 @@ class VerifyReport:
         return not self.problems
 
 
-class View:
-    """The files of a dataset as the check sees them. This one: all of them, in their folder.
-
-    Attributes:
-        folder: where they are.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def names(self) -> Iterator[str]:
-        """Every file, relative to the dataset, with forward slashes."""
-        for path in walk(self.folder):
-            if not path.is_dir():
-                yield path.relative_to(self.folder).as_posix()
-
-    def shard(self, number: int) -> AbstractContextManager[None]:
-        """Have a shard's files in the folder while the block runs; its record is there in any case."""
-        return nullcontext()
-
-
 def verify(
-    folder: Path, *, healthy: Path | None = None, progress: Progress | None = None, view: View | None = None
+    folder: Path,
+    *,
+    healthy: Path | None = None,
+    progress: Progress | None = None,
+    names: Iterable[str] | None = None,
+    shard: Shards = nullcontext,
 ) -> VerifyReport:
     """Check a whole dataset; nothing is changed.
 
@@ -109,25 +100,75 @@ def verify(
         folder: the dataset.
         healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
         progress: counts every sample; None shows nothing.
-        view: brings the files; None where they are all in ``folder``.
+        names: every file of the dataset, relative to it, with forward slashes; None for those in ``folder``.
+        shard: brings a shard's files; by default they are all in ``folder``.
 
     Raises:
         InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
     """
     progress = progress or Progress()
-    places = parts_of(folder)
-    if places:
-        return combined(folder, [_verify_one(View(place), healthy, progress) for place in places])
-    return _verify_one(view or View(folder), healthy, progress)
+    if places := parts_of(folder):
+        return combined(folder, [_verify_one(place, healthy, progress) for place in places])
+    return _verify_one(folder, healthy, progress, names, shard)
+
+
+def _verify_one(
+    folder: Path,
+    healthy: Path | None,
+    progress: Progress,
+    names: Iterable[str] | None = None,
+    shard: Shards = nullcontext,
+) -> VerifyReport:
+    run = read_run(folder)
+    plan, schema = plan_of(run, folder / RUN_FILE), recorded_schema(run["columns"])
+    backgrounds = Backgrounds.below(healthy) if healthy else None
+    linked = {path.relative_to(folder).as_posix() for path in links(folder)}
+    problems = [Problem(name, _LINK, REPAIR) for name in sorted(linked)]
+    progress.start("verifying", plan.count)
+
+    def check(number: int) -> ShardFindings:
+        if not linked.isdisjoint(shard_files(number)):
+            return ShardFindings(number)
+        with shard(number):
+            return check_shard(folder, plan, number, schema, backgrounds, progress)
+
+    try:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            # Those that are there: how many there should be is a claim, which may be a billion.
+            there = [] if SHARD_FOLDER in linked else recorded_shards(folder)
+            shards = list(pool.map(check, [number for number in there if number in plan.numbers]))
+    finally:
+        progress.stop()
+    problems += [problem for one in shards for problem in one.problems]
+    if healthy:
+        problems += _absent(healthy, shards)
+    # Without it the run has not been finished, and what it would have written last is not missing but still to come.
+    finished = (folder / DATASET_FILE).exists()
+    if finished:
+        problems += _check_dataset(folder, run, plan, shards)
+    else:
+        complete = sum(one.started for one in shards)
+        problem = f"is missing, the run is unfinished: {complete} of {counted(plan.shards, 'shard')}."
+        problems.append(Problem(DATASET_FILE, problem, "The same `busigen generate` command continues it."))
+    duplicates = list(_duplicates(shards))
+    problems += duplicates
+    if names is None:
+        names = (path.relative_to(folder).as_posix() for path in walk(folder) if not path.is_dir())
+    problems += _strangers(names, plan, finished)
+    return VerifyReport(
+        folder=folder,
+        samples=sum(one.samples for one in shards),
+        shards=plan.shards,
+        problems=tuple(problems),
+        duplicates=len(duplicates),
+        backgrounds_proven=sum(one.proven for one in shards),
+        backgrounds_unproven=sum(one.unproven for one in shards),
+        backgrounds_synthetic=sum(one.synthetic for one in shards),
+    )
 
 
 def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
-    """What is to be said of a merged dataset.
-
-    Args:
-        folder: the dataset.
-        reports: on its parts, in order.
-    """
+    """The report on a merged dataset, from those on its parts, in order."""
     own = check_collection(folder)
     inside = [
         replace(problem, file=f"{place.relative_to(folder).as_posix()}/{problem.file}")
@@ -146,52 +187,6 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
     )
 
 
-def _verify_one(view: View, healthy: Path | None, progress: Progress) -> VerifyReport:
-    problems: list[Problem] = []
-    folder = view.folder
-    run = read_run(folder)
-    plan, schema = plan_of(run, folder / RUN_FILE), schema_of(types_of(run))
-    backgrounds = Backgrounds.below(healthy) if healthy else None
-    linked = {path.relative_to(folder).as_posix() for path in links(folder)}
-    problems += [Problem(name, "is a link, and links are not followed.", REPAIR) for name in sorted(linked)]
-    progress.start("verifying", plan.count)
-
-    def check(number: int) -> ShardFindings:
-        if not linked.isdisjoint(shard_files(number)):
-            return ShardFindings(number)
-        with view.shard(number):
-            return check_shard(folder, plan, number, schema, backgrounds, progress)
-
-    try:
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            # Those that are there: how many there should be is a claim, which may be a billion.
-            there = [] if SHARD_FOLDER in linked else recorded_shards(folder)
-            numbers = [number for number in there if number in plan.numbers]
-            shards = list(pool.map(check, numbers))
-    finally:
-        progress.stop()
-    for shard in shards:
-        problems += shard.problems
-    if healthy:
-        problems += _absent(healthy, shards)
-    # Without it the run has not been finished, and what it would have written last is not missing but still to come.
-    finished = (folder / DATASET_FILE).exists()
-    problems += _check_dataset(folder, run, plan, shards) if finished else [_unfinished(plan, shards)]
-    duplicates = list(_duplicates(shards))
-    problems += duplicates
-    problems += _strangers(view.names(), plan, finished)
-    return VerifyReport(
-        folder=folder,
-        samples=sum(shard.samples for shard in shards),
-        shards=plan.shards,
-        problems=tuple(problems),
-        duplicates=len(duplicates),
-        backgrounds_proven=sum(shard.proven for shard in shards),
-        backgrounds_unproven=sum(shard.unproven for shard in shards),
-        backgrounds_synthetic=sum(shard.synthetic for shard in shards),
-    )
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """A dataset's run record: ``run.json``, or what ``dataset.json`` says of it where that cannot be read.
 
@@ -202,7 +197,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     wrong: list[IntegrityError] = []
     for name in (RUN_FILE, DATASET_FILE):
         try:
-            run = read_run_record(folder / name)
+            run = _read_run_record(folder / name)
         except IntegrityError as error:
             wrong.append(error)
             continue
@@ -216,12 +211,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     )
 
 
-def read_run_record(path: Path) -> dict[str, Any] | None:
-    """The run record in a ``run.json`` or ``dataset.json``; None if the file is missing or no JSON object.
+def has_run(folder: Path) -> bool:
+    """Whether ``run.json`` is there and a run record."""
+    try:
+        return _read_run_record(folder / RUN_FILE) is not None
+    except IntegrityError:
+        return False
 
-    Raises:
-        IntegrityError: it is no run record.
-    """
+
+def _read_run_record(path: Path) -> dict[str, Any] | None:
+    """The run record in a ``run.json`` or ``dataset.json``; None if the file is missing or no JSON object."""
     found = read_object(path)
     if found is None:
         return None
@@ -231,19 +230,6 @@ def read_run_record(path: Path) -> dict[str, Any] | None:
     return run
 
 
-def has_run(folder: Path) -> bool:
-    """Whether ``run.json`` is there and a run record."""
-    try:
-        return read_run_record(folder / RUN_FILE) is not None
-    except IntegrityError:
-        return False
-
-
-def types_of(run: dict[str, Any]) -> dict[str, type]:
-    """Types of the columns that the source of a run, as :func:`read_run` read it, added to the fixed ones."""
-    return {name: COLUMN_TYPES[kind] for name, kind in run["columns"].items()}
-
-
 def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
     """dataset.json and the manifest must follow from run.json and the shards."""
     linked = [name for name in FINISHED_FILES if (folder / name).is_symlink()]
@@ -251,7 +237,12 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
     yield from (Problem(name, "is missing.", FINISH) for name in missing if name not in linked)
     if RUN_FILE not in missing and not has_run(folder):
         yield Problem(RUN_FILE, "cannot be read as a run record.", REPAIR)
-    yield from _missing(plan, shards)
+    started = {shard.number for shard in shards if shard.started}
+    absent = plan.shards - len(started)
+    for number in islice((number for number in plan.numbers if number not in started), min(absent, _LISTED_SHARDS)):
+        yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
+    if absent > _LISTED_SHARDS:
+        yield Problem(SHARD_FOLDER, f"lacks {counted(absent - _LISTED_SHARDS, 'more shard')}.", FINISH)
     if DATASET_FILE in linked:
         return
     try:
@@ -262,7 +253,7 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
         yield Problem(DATASET_FILE, "cannot be read as JSON.", MEND)
         return
     records = [shard.record for shard in shards if shard.record is not None]
-    files = {name: FileRecord.of(folder, name) for name in (MANIFEST_FILE,) if name not in missing}
+    files = {} if MANIFEST_FILE in missing else {MANIFEST_FILE: FileRecord.of(folder, MANIFEST_FILE)}
     recorded = info.get("files") if isinstance(info, dict) else None
     # A changed manifest is the manifest's problem; dataset.json is judged by all the rest of what it says.
     blamed = [name for name, file in files.items() if isinstance(recorded, dict) and recorded.get(name) != asdict(file)]
@@ -279,28 +270,21 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
             named = ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED)) or "everything"
             problem = f"differs from {RUN_FILE}, the shards' records or the manifest in: {named}."
             yield Problem(DATASET_FILE, problem, MEND)
+    tables = [shard.rows for shard in shards if shard.rows is not None]
     # What its hash gives away is named already, and damaged bytes are nothing to hand to a parser.
-    if files and not blamed:
-        yield from _check_manifest(folder, plan, shards)
-
-
-def _missing(plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
-    """A problem for each missing shard, and one for all that are too many to be listed."""
-    there = {shard.number for shard in shards if shard.started}
-    absent = plan.shards - len(there)
-    for number in islice((number for number in plan.numbers if number not in there), min(absent, _LISTED_SHARDS)):
-        yield Problem(shard_path(number, "json"), "is missing: the shard is not complete.", FINISH)
-    if absent > _LISTED_SHARDS:
-        yield Problem(SHARD_FOLDER, f"lacks {counted(absent - _LISTED_SHARDS, 'more shard')}.", FINISH)
-
-
-def _unfinished(plan: Plan, shards: list[ShardFindings]) -> Problem:
-    complete = sum(shard.started for shard in shards)
-    return Problem(
-        DATASET_FILE,
-        f"is missing, the run is unfinished: {complete} of {counted(plan.shards, 'shard')}.",
-        "The same `busigen generate` command continues it.",
-    )
+    if not files or blamed or len(tables) != plan.shards:
+        return
+    try:
+        manifest = read_table(folder / MANIFEST_FILE, plan.count)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", MEND)
+        return
+    try:
+        equal = manifest.equals(pl.concat(tables))
+    except pl.exceptions.PolarsError:
+        equal = False
+    if not equal:
+        yield Problem(MANIFEST_FILE, "does not equal the shards' rows.", f"Delete it. {FINISH}")
 
 
 def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
@@ -318,23 +302,6 @@ def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
     )
 
 
-def _check_manifest(folder: Path, plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
-    tables = [shard.rows for shard in shards if shard.rows is not None]
-    if len(tables) != plan.shards:
-        return
-    try:
-        manifest = read_table(folder / MANIFEST_FILE, plan.count)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", MEND)
-        return
-    try:
-        equal = manifest.equals(pl.concat(tables))
-    except pl.exceptions.PolarsError:
-        equal = False
-    if not equal:
-        yield Problem(MANIFEST_FILE, "does not equal the shards' rows.", f"Delete it. {FINISH}")
-
-
 def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for shard in shards:
@@ -346,21 +313,58 @@ def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:
 
 
 def _strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Problem]:
-    expected = set(FINISHED_FILES)
     for name in sorted(names):
         if is_temporary(name, WRITTEN):
-            if not finished:  # It goes when the same command continues.
-                continue
-            yield Problem(name, "is a temporary file of a killed run.", FINISH)
-        elif name in expected or is_lock(name) or _is_of_shard(name, plan):
-            continue
-        else:
+            if finished:  # Else it goes when the same command continues.
+                yield Problem(name, "is a temporary file of a killed run.", FINISH)
+        elif name not in FINISHED_FILES and not is_lock(name) and shard_number(name) not in plan.numbers:
             yield Problem(name, "is no part of the dataset.", DELETE)
 
 
-def _is_of_shard(name: str, plan: Plan) -> bool:
-    found = OWN_FILE.fullmatch(name)
-    if found is None or found["number"] is None:
-        return False
-    number = int(found["number"])
-    return number in plan.numbers and shard_path(number, name.rpartition(".")[2]) == name
+def check_collection(folder: Path) -> list[Problem]:
+    """What is wrong with the files of a merged dataset beside its parts, whose own content is checked elsewhere."""
+    linked = [path.name for path in links(folder)]
+    missing = [name for name in COLLECTION_FILES if name in linked or not (folder / name).is_file()]
+    found = [Problem(name, _LINK if name in linked else "is missing.", REPAIR) for name in missing]
+    try:
+        parts = open_parts(folder)
+    except BusigenError:
+        return found  # What its own check tells comes first; without it, nothing follows from the parts.
+    for path in sorted(folder.iterdir()):
+        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name, WRITTEN)
+        if not known:
+            found.append(Problem(path.name, "is no part of the dataset.", DELETE))
+    return found if missing else [*found, *_check_collection_files(folder, parts)]
+
+
+def _check_collection_files(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
+    sources = recorded_sources(folder)
+    if sources is None:
+        yield Problem(DATASET_FILE, "does not list the parts that are there.", REPAIR)
+    else:
+        info = read_json(folder / DATASET_FILE)
+        wanted = collection_info(folder, parts, sources)
+        if info.get("files") != wanted["files"]:
+            yield Problem(MANIFEST_FILE, f"has another sha256 or size than {DATASET_FILE} records.", REPAIR)
+            wanted["files"] = info.get("files")
+        if changed := differences(info, wanted):
+            yield Problem(
+                DATASET_FILE, f"differs from the parts in: {', '.join(name for name, _, _ in changed)}.", REPAIR
+            )
+    try:
+        rows = read_table(folder / MANIFEST_FILE, sum(part.plan.count for part in parts))
+        same = rows.equals(pl.concat(collection_rows(parts)))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        yield Problem(MANIFEST_FILE, f"cannot be read as a table: {error}.", REPAIR)
+        return
+    except BusigenError:
+        return  # A part's own table, which its check has named.
+    if not same:
+        yield Problem(MANIFEST_FILE, "does not equal the parts' rows.", REPAIR)
+        return
+    repeated = rows.filter(pl.col("part").n_unique().over("image_sha256") > 1)
+    for group in repeated.partition_by("image_sha256", maintain_order=True):
+        one, *others = (f"{row['part']}/{row['key']}" for row in group.iter_rows(named=True))
+        for other in others:
+            problem = f"sample {other}: its image equals that of sample {one}."
+            yield Problem(MANIFEST_FILE, problem, "Report it: every seed has noise of its own.")

@@ -14,31 +14,30 @@ import polars as pl
 
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
-from busigen.runtime.dataset.format import SHARD_FOLDER, Plan, differences, key_of, shard_path
-from busigen.runtime.dataset.reader import Member, decode_image, decode_mask, read_members
-from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box
-from busigen.runtime.dataset.untrusted import read_table
+from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
+from busigen.runtime.dataset.reader import Member, read_members
+from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
 
 DELETE = "Delete it, or move it out of the dataset."
-"""What helps against a file that is none of the dataset's."""
+"""Fix for a file that is none of the dataset's."""
 
 REPAIR = "Run `busigen verify --repair`."
-"""What helps where ``generate`` cannot know that the folder is its own."""
+"""Fix where ``generate`` cannot know that the folder is its own."""
 
 FINISH = "Run `busigen verify --repair`, or `busigen generate` with the same options again, to finish the dataset."
-"""What helps wherever a file is missing."""
+"""Fix for a missing file."""
 
 MEND = (
     "Run `busigen verify --repair`, or `busigen generate` with the same options again: it makes anew what differs from "
     "its record, and no more."
 )
-"""What helps wherever a hash gives the damage away, because ``generate`` checks them as well."""
+"""Fix where a hash gives the damage away, because ``generate`` checks hashes as well."""
 
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
-"""What helps against content that is wrong behind hashes that fit."""
+"""Fix for content that is wrong behind hashes that fit."""
 
 LEAST_SAMPLE = 3 * 1024
 """Bytes in a tar that a sample takes at least: a header and a block for each of its members."""
@@ -63,34 +62,19 @@ class Problem:
 
 @dataclass
 class ShardFindings:
-    """What the check of one shard found.
-
-    Attributes:
-        number: the shard's number.
-        record: the shard's record; None if it is missing or damaged.
-        rows: the shard's table; None if it is missing or damaged.
-        samples: samples read.
-        synthetic: of these, samples with a synthetic background.
-        proven: samples that equal their healthy image outside the edit region.
-        unproven: samples with a healthy image for which that was not shown.
-        started: whether the shard is there at all: a run that was interrupted lacks whole shards.
-        needed: sha256 of every healthy image that a sample was painted into.
-        absent: of these, the ones that are not among the healthy images given, with the first sample of each.
-        hashes: each image's sha256 with its sample's key.
-        problems: everything else found wrong.
-    """
+    """What the check of one shard found."""
 
     number: int
-    record: ShardRecord | None = None
-    rows: pl.DataFrame | None = None
-    samples: int = 0
-    synthetic: int = 0
-    proven: int = 0
-    unproven: int = 0
-    started: bool = True
-    needed: set[str] = field(default_factory=set)
-    absent: dict[str, dict[str, Any]] = field(default_factory=dict)
-    hashes: list[tuple[str, str]] = field(default_factory=list)
+    record: ShardRecord | None = None  # None if it is missing or damaged
+    rows: pl.DataFrame | None = None  # the table; None if it is missing or damaged
+    samples: int = 0  # that were read
+    synthetic: int = 0  # of these, those with a synthetic background
+    proven: int = 0  # those that equal their healthy image outside the edit region
+    unproven: int = 0  # those with a healthy image for which that was not shown
+    started: bool = True  # whether the shard is there at all: a run that was interrupted lacks whole shards
+    needed: set[str] = field(default_factory=set)  # sha256 of the healthy images that samples were painted into
+    absent: dict[str, dict[str, Any]] = field(default_factory=dict)  # those not at hand, with a first sample's row
+    hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
     def report(self, file: str, problem: str, remake: str | None = None) -> None:
@@ -101,53 +85,63 @@ class ShardFindings:
 def check_shard(
     folder: Path, plan: Plan, number: int, schema: pl.Schema, backgrounds: Backgrounds | None, progress: Progress
 ) -> ShardFindings:
-    """Check one shard and everything in it.
-
-    Args:
-        folder: the dataset.
-        plan: which samples the dataset should hold.
-        number: the shard's number.
-        schema: columns that its table must have.
-        backgrounds: healthy images to compare with; None compares none.
-        progress: counts every sample.
-    """
-    found = ShardFindings(number)
-    indices = plan.indices(number)
-    names = {suffix: shard_path(number, suffix) for suffix in ("json", "tar", "parquet")}
+    """Check one shard and everything in it: its table against ``schema``, samples against ``backgrounds``, if given."""
+    found, indices = ShardFindings(number), plan.indices(number)
+    json, tar, table = (shard_path(number, suffix) for suffix in ("json", "tar", "parquet"))
     try:
         record = found.record = ShardRecord.read(folder, number)
     except FileNotFoundError:
         found.started = False
         return found
     except (OSError, IntegrityError):
-        found.report(names["json"], "is not the record of its shard.")
+        found.report(json, "is not the record of its shard.")
         return found
     if (record.first, record.count) != (indices.start, len(indices)):
         held = f"{record.first} to {record.first + record.count - 1}"
-        found.report(names["json"], f"records the samples {held}, not {indices.start} to {indices[-1]}.")
+        found.report(json, f"records the samples {held}, not {indices.start} to {indices[-1]}.")
     if Counter(rejection.reason for rejection in record.rejections) != Counter(record.rejected):
-        found.report(names["json"], "lists other rejections than it counts.", names["json"])
+        found.report(json, "lists other rejections than it counts.", json)
     if record.tar.size < LEAST_SAMPLE * len(indices):
         # How many rows a table may have follows from the plan, which may be made up; so large a tar may not.
-        found.report(names["json"], f"records a tar too small for {len(indices)} samples.")
+        found.report(json, f"records a tar too small for {len(indices)} samples.")
         return found
     if _check_file(folder, record.parquet, found):
-        found.rows = _read_rows(folder, names["parquet"], indices, schema, found)
-    tar_is_whole = _check_file(folder, record.tar, found)
-    if found.rows is None or not (folder / names["tar"]).is_file():
+        try:
+            rows = read_table(folder / table, len(indices))
+            if (
+                rows.schema == schema
+                and rows["index"].to_list() == list(indices)
+                and rows["key"].to_list() == [key_of(n) for n in indices]
+            ):
+                found.rows = rows
+            else:
+                found.report(
+                    table, f"does not hold the rows {indices.start} to {indices[-1]} once each, in order.", json
+                )
+        except (OSError, pl.exceptions.PolarsError) as error:
+            found.report(table, f"cannot be read as a table: {error}.", json)
+    whole = _check_file(folder, record.tar, found)
+    if found.rows is None or not (folder / tar).is_file():
         return found
+    # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
+    remake = json if whole else None
     try:
-        # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
-        remake = names["json"] if tar_is_whole else None
-        _check_members(folder / names["tar"], indices, found.rows, found, backgrounds, progress, remake)
+        for member, row in zip(read_members(folder / tar, indices), found.rows.iter_rows(named=True), strict=True):
+            found.samples += 1
+            progress.advance(1)
+            found.hashes.append((row["image_sha256"], member.key))
+            wrong = list(_member_problems(member, row))
+            for problem in wrong:
+                found.report(tar, f"sample {member.key}: {problem}", remake)
+            _check_background(tar, member, row, bool(wrong), found, backgrounds)
     except IntegrityError as error:
         # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
-        if tar_is_whole:
-            found.report(names["tar"], error.problem, names["json"])
+        if whole:
+            found.report(tar, error.problem, json)
     if Counter(found.rows["class"].to_list()) != Counter(record.classes):
-        found.report(names["json"], "counts other classes than the shard's rows hold.", names["json"])
+        found.report(json, "counts other classes than the shard's rows hold.", json)
     if not _refusals_fit(record, found.rows):
-        found.report(names["json"], "lists other refused draws than the shard's rows count.", names["json"])
+        found.report(json, "lists other refused draws than the shard's rows count.", json)
     return found
 
 
@@ -184,71 +178,36 @@ def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
     return False
 
 
-def _read_rows(folder: Path, name: str, indices: range, schema: pl.Schema, found: ShardFindings) -> pl.DataFrame | None:
-    remake = name.replace(".parquet", ".json")
-    try:
-        rows = read_table(folder / name, len(indices))
-        fits = (
-            rows.schema == schema
-            and rows["index"].to_list() == list(indices)
-            and rows["key"].to_list() == [key_of(n) for n in indices]
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        found.report(name, f"cannot be read as a table: {error}.", remake)
-        return None
-    if not fits:
-        found.report(name, f"does not hold the rows {indices.start} to {indices[-1]} once each, in order.", remake)
-        return None
-    return rows
-
-
-def _check_members(
-    tar: Path,
-    indices: range,
-    rows: pl.DataFrame,
-    found: ShardFindings,
-    backgrounds: Backgrounds | None,
-    progress: Progress,
-    remake: str | None,
+def _check_background(
+    tar: str, member: Member, row: dict[str, Any], damaged: bool, found: ShardFindings, backgrounds: Backgrounds | None
 ) -> None:
-    name = f"{SHARD_FOLDER}/{tar.name}"
-    for member, row in zip(read_members(tar, indices), rows.iter_rows(named=True), strict=True):
-        found.samples += 1
-        progress.advance(1)
-        found.hashes.append((row["image_sha256"], member.key))
-        wrong = list(_member_problems(member, row))
-        for problem in wrong:
-            found.report(name, f"sample {member.key}: {problem}", remake)
-        healthy = row.get("healthy_sha256")
-        if healthy is None:
-            found.synthetic += 1
-            continue
-        found.needed.add(healthy)
-        if backgrounds is not None and healthy not in backgrounds.paths:
-            found.absent.setdefault(healthy, row)
-            found.unproven += 1
-            continue
-        if backgrounds is None or wrong:
-            found.unproven += 1
-            continue
-        reason = backgrounds.difference(healthy, decode_image(member.image), decode_mask(member.mask))
+    """Compare a sample with its healthy image, if it has one that is at hand, and count it."""
+    healthy = row.get("healthy_sha256")
+    if healthy is None:
+        found.synthetic += 1
+        return
+    found.needed.add(healthy)
+    if backgrounds is not None and healthy in backgrounds.paths and not damaged:
+        reason = backgrounds.difference(healthy, member.decoded("image"), member.decoded("mask"))
         if reason is None:
             found.proven += 1
-        else:
-            found.unproven += 1
-            found.problems.append(Problem(name, f"sample {member.key}: {reason.problem}", reason.fix))
+            return
+        found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))
+    elif backgrounds is not None and healthy not in backgrounds.paths:
+        found.absent.setdefault(healthy, row)
+    found.unproven += 1
 
 
 def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
     if member.row != row:
         changed = ", ".join(name for name, _, _ in differences(member.row, row))
         yield f"its json differs from its row in the table ({changed})."
-    for kind, content in (("image", member.image), ("mask", member.mask)):
+    for kind, content in member.pictures.items():
         if hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
             yield f"its {kind} has another sha256 than its row says."
     try:
-        decode_image(member.image)
-        mask = decode_mask(member.mask)
+        member.decoded("image")
+        mask = member.decoded("mask")
     except ValueError as error:
         yield f"its image or mask is {error}."
         return

@@ -2,11 +2,10 @@
 
 The lock is a file that its holder rewrites every few seconds. Who finds it watches it: one that changes is held, one
 that stays as it is for long enough belongs to a process that is gone. A process that was killed leaves its staging
-folder, with its mark. Whoever holds that folder, whose lock is the operating system's, knows at once that the mark is a
-dead one's.
+folder, with its mark: who holds that folder, by a lock of the operating system, knows at once that the mark is dead.
 
 Where a pause or a network outlasts that time, two processes may both believe that they hold it, so a holder looks again
-before everything that counts (:meth:`Lease.confirm`), and the one that no longer finds its own mark ends.
+before everything that counts (:meth:`Lease.confirm`), and one that no longer finds its own mark ends.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from busigen.errors import IntegrityError, OutputError
 from busigen.files import json_bytes, write_json
 from busigen.records import Record, Text, Whole, checked, parse_json, read_json
-from busigen.runtime.storage.lock import LOCK_FILE
-from busigen.runtime.storage.object_store import Store
-from busigen.runtime.storage.retry import RetryPolicy
+from busigen.runtime.storage.lock import LOCK_FILE, in_use
+from busigen.runtime.storage.object_store import RetryPolicy, Store
 from busigen.text import duration
 
 MARKS_FILE = f"{LOCK_FILE}-marks"
@@ -38,11 +37,11 @@ _BRIEF = RetryPolicy(total=0.0, attempt=5.0)
 
 @dataclass(frozen=True)
 class Beat:
-    """Times in seconds.
+    """Times of a lock, in seconds.
 
     Attributes:
-        every: so often a holder rewrites the lock.
-        dead: a lock that has not changed for so long is nobody's.
+        every: so often a holder rewrites it.
+        dead: one that has not changed for so long is nobody's.
         settle: wait where the store cannot create a file exclusively, so that of two writers one sees the other.
     """
 
@@ -52,62 +51,43 @@ class Beat:
 
 
 class _Held(Record):
-    """Content of the lock."""
-
     mark: Text
     holder: Text
     beat: Whole
 
 
 class Lease:
-    """Holds a URL for this process while its block runs.
-
-    Args:
-        store: the place.
-        staging: folder that this process holds, with an operating system's lock.
-        notify: called with a line where others have to be waited for.
-        beat: times.
-
-    Raises:
-        OutputError: another process holds it, on entering; or the store cannot be used.
-    """
+    """The lock of a URL; ``staging`` is a folder that this process holds meanwhile, with an operating system's lock."""
 
     def __init__(self, store: Store, staging: Path, notify: Callable[[str], None], beat: Beat | None = None) -> None:
-        self._store, self._staging, self._notify, self._beat = store, staging, notify, beat or Beat()
+        self._store, self._marks, self._notify = store, staging / MARKS_FILE, notify
+        self._beat = beat or Beat()
         self._mark = secrets.token_hex(8)
         self._count = 0
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the URL for this process while the block runs; an ``OutputError`` if another one holds it."""
         known = self._known_marks()
-        write_json(self._staging / MARKS_FILE, [*known, self._mark])
+        write_json(self._marks, [*known, self._mark])
+        ended = threading.Event()
+        thread = threading.Thread(target=self._keep_beating, args=(ended,), name="lease", daemon=True)
         try:
             self._acquire(known)
             self.confirm()
-            write_json(self._staging / MARKS_FILE, [self._mark])
-        except BaseException:
+            write_json(self._marks, [self._mark])
+            thread.start()
+            yield
+        finally:
+            ended.set()
+            if thread.ident is not None:
+                thread.join(2 * self._beat.settle)
             self._release()
-            raise
-        self._ended.clear()
-        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join(2 * self._beat.settle)
-        self._release()
 
     def confirm(self) -> None:
-        """See that the lock is still this process's.
-
-        Raises:
-            OutputError: it is not.
-        """
+        """Raise an ``OutputError`` unless the lock is still this process's."""
         held = self._read()
-        if held is None or held.get("mark") != self._mark:
+        if held is None or held["mark"] != self._mark:
             who = f"taken over by {held['holder']}" if held else "removed"
             raise OutputError(
                 f"{self._store.address}: the lock {LOCK_FILE} was {who} while this process could not be heard.",
@@ -115,32 +95,23 @@ class Lease:
             )
 
     def _acquire(self, known: list[str]) -> None:
-        while not self._create():
+        while not self._store.create(LOCK_FILE, self._content()):
             held = self._read()
             if held is None:
                 continue
-            if held.get("mark") not in known and not self._is_dead(held):
-                continue
-            self._write()
-            # Another process may have come to the same conclusion.
-            if held.get("mark") not in known:
-                time.sleep(self._beat.settle)
-            return
-
-    def _create(self) -> bool:
-        if not self._store.create(LOCK_FILE, self._content()):
-            return False
+            ours = held["mark"] in known
+            if ours or self._is_dead(held):
+                self._store.write(LOCK_FILE, self._content())
+                if not ours:
+                    # Another process may have come to the same conclusion.
+                    time.sleep(self._beat.settle)
+                return
         if self._store.create(LOCK_FILE, self._content()):
             # This store replaces what it should leave alone, so another process may have "created" it as well.
             time.sleep(self._beat.settle)
-        return True
 
     def _is_dead(self, held: dict[str, Any]) -> bool:
-        """Watch a lock: True once it has not changed for long enough, False where it is gone.
-
-        Raises:
-            OutputError: it changes, so somebody holds it.
-        """
+        """Watch a lock: True once it has not changed for long enough, False where it is gone; raises if it changes."""
         self._notify(
             f"{self._store.address} was being written by {held['holder']}; "
             f"waiting up to {duration(self._beat.dead)} to see whether it still is"
@@ -152,32 +123,29 @@ class Lease:
             if now is None:
                 return False
             if now != held:
-                raise OutputError(
-                    f"{self._store.address} is being written by {now['holder']}.",
-                    fix="Wait until it ends, stop it, or choose another --out.",
-                )
+                raise in_use(self._store.address, now["holder"])
         return True
 
-    def _keep_beating(self) -> None:
-        while not self._ended.wait(self._beat.every):
+    def _keep_beating(self, ended: threading.Event) -> None:
+        while not ended.wait(self._beat.every):
             # A store that is out of reach is a matter of whoever does the work; so is a lock that was taken over.
             with contextlib.suppress(Exception, KeyboardInterrupt):
                 held = self._read(_BRIEF)
-                if held is not None and held.get("mark") == self._mark and not self._ended.is_set():
-                    self._write()
+                if held is not None and held["mark"] == self._mark and not ended.is_set():
+                    self._store.write(LOCK_FILE, self._content())
 
     def _release(self) -> None:
         """Remove the lock, if it is there and this process's; a store that cannot be reached keeps it."""
-        self._store.caller.resume()
+        self._store.caller.aborted.clear()  # It is time to tidy up.
         with contextlib.suppress(Exception, KeyboardInterrupt):
             held = self._read(_BRIEF)
-            if held is not None and held.get("mark") == self._mark:
+            if held is not None and held["mark"] == self._mark:
                 self._store.remove(LOCK_FILE, _BRIEF)
-            (self._staging / MARKS_FILE).unlink()
+            self._marks.unlink()
 
     def _known_marks(self) -> list[str]:
         try:
-            marks = read_json(self._staging / MARKS_FILE)
+            marks = read_json(self._marks)
         except (OSError, ValueError):
             return []
         return [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []
@@ -192,9 +160,6 @@ class Lease:
         except (ValueError, IntegrityError):
             # Cut short by a kill, where a store writes in place.
             return {"mark": "", "holder": "another process", "beat": content.hex()[:200]}
-
-    def _write(self) -> None:
-        self._store.write(LOCK_FILE, self._content())
 
     def _content(self) -> bytes:
         self._count += 1

@@ -1,12 +1,11 @@
-"""Whose an output folder is: the run record that it holds, and refusing whatever belongs to another run."""
+"""Whose a dataset's place is: the run record that it holds, and refusing whatever belongs to another run."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,13 @@ import polars as pl
 
 import busigen
 from busigen.errors import IntegrityError, OutputError
-from busigen.files import is_temporary, leftovers, make_folder, write_json
-from busigen.records import checked, read_json
+from busigen.files import is_temporary
+from busigen.records import checked
 from busigen.runtime.backends.bundle import unproven
-from busigen.runtime.dataset.format import (
-    DATASET_FILE,
-    FIELDS,
-    RUN_FILE,
-    SHARD_FOLDER,
-    WRITTEN,
-    Plan,
-    changed_options,
-    decided,
-    differences,
-)
-from busigen.runtime.dataset.reader import RunRecord, link_refused, links, read_object, refuse_newer
+from busigen.runtime.dataset.format import FIELDS, RUN_FILE, WRITTEN, Plan, changed_options, decided, differences
+from busigen.runtime.dataset.reader import RunRecord, refuse_newer
 from busigen.runtime.dataset.sample import Source
-from busigen.runtime.storage.files import output_errors
-from busigen.runtime.storage.lock import exclusive, forget_tasks, is_lock, joined, living, turn
+from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
 from busigen.text import counted
 
@@ -70,76 +58,10 @@ def run_record(source: Source, plan: Plan) -> dict[str, Any]:
     return normal
 
 
-@contextmanager
-def acquire_run(out: Path, run: Mapping[str, Any], part: Plan | None = None) -> Iterator[dict[str, Any]]:
-    """Hold ``out`` for this run until the block ends; create it or continue it.
-
-    Args:
-        out: the dataset's folder.
-        run: what this run would record.
-        part: hold the shards of this plan alone, beside tasks that hold others; None holds the whole folder.
-
-    Yields:
-        The run record that stands in the folder: ``run`` itself, or that of the run which is continued.
-
-    Raises:
-        InputError: the dataset there is newer than this busigen.
-        OutputError: the folder holds something else, belongs to another run or process, or cannot be written.
-    """
-    with output_errors(out):
-        # Before anything is made or removed: the folder may be somebody else's.
-        existing_run(out)
-        read_object(out / DATASET_FILE)  # For its schema alone: what is newer is not made again.
-        make_folder(out / SHARD_FOLDER)
-        lock = joined(out, part.numbers) if part else exclusive(out)
-        lock.__enter__()
-    try:
-        with output_errors(out), turn(out) if part else nullcontext():
-            # Again: another run may have begun here before the lock was held.
-            existing = existing_run(out)
-            if existing is not None:
-                refuse_other(out, existing, run)
-            # A temporary file may be that of another task, as long as there is one.
-            if part is None or len(living(out)) == 1:
-                for path in leftovers(out, WRITTEN) + leftovers(out / SHARD_FOLDER, WRITTEN):
-                    path.unlink()
-            if part is None:
-                forget_tasks(out)
-            if existing is None:
-                existing = dict(run)
-                write_json(out / RUN_FILE, existing)
-        yield existing
-    finally:
-        lock.__exit__(None, None, None)
-
-
-def existing_run(out: Path) -> dict[str, Any] | None:
-    """The run record in a folder; None where a run could begin.
-
-    Raises:
-        InputError: the dataset is newer than this busigen.
-        OutputError: the folder holds something else, or a link in a dataset's place.
-    """
-    with output_errors(out):
-        _refuse_foreign_folder(out)
-        return read_run_file(out / RUN_FILE)
-
-
 def refuse_other_run(
     out: Path | Address, existing: Mapping[str, Any], source: Source, plan: Plan, healthy: Path
 ) -> None:
-    """Refuse early what :func:`acquire_run` would refuse once the healthy images are read.
-
-    Args:
-        out: the dataset's place.
-        existing: the run record that is there.
-        source: the source without its healthy images.
-        plan: of the run.
-        healthy: the folder that the healthy images will come from.
-
-    Raises:
-        OutputError: the run that is there differs in more than its healthy images can tell.
-    """
+    """Refuse early what would be refused once ``healthy`` is read, whose images ``source`` lacks."""
     run = run_record(source, plan)
     run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
     before = decided(existing, "--healthy")
@@ -147,30 +69,10 @@ def refuse_other_run(
     refuse_other(out, existing, run)
 
 
-def _refuse_foreign_folder(out: Path) -> None:
-    if not out.is_dir():
-        if out.exists():
-            raise OutputError(f"{out} is a file, not a folder.", fix="Choose another --out.")
-        return
-    if linked := links(out):
-        raise link_refused(linked[0], OutputError)
-    if (out / RUN_FILE).exists():
-        return
-    names = [p.name for p in out.iterdir() if p.name != SHARD_FOLDER]
-    if (out / SHARD_FOLDER).is_dir():
-        names += [f"{SHARD_FOLDER}/{p.name}" for p in (out / SHARD_FOLDER).iterdir()]
-    refuse_foreign(out, names)
-
-
 def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
-    """Refuse a place that holds files and no run record.
+    """Refuse a place that holds files, of these names, and no run record.
 
-    Args:
-        out: the place.
-        names: of the files there, relative to it.
-
-    Raises:
-        OutputError: a file is none of those that a run which was killed before it could write ``run.json`` may leave.
+    A run that was killed before it could write ``run.json`` may leave locks and temporary files.
     """
     foreign = sorted(
         (name for name in names if not is_lock(name) and not is_temporary(name, WRITTEN)),
@@ -184,76 +86,42 @@ def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
         )
 
 
-def read_run_file(path: Path) -> dict[str, Any] | None:
-    """What a ``run.json`` holds; None if there is none.
-
-    Raises:
-        OutputError: it is damaged.
-    """
-    try:
-        return checked_run(read_json(path, root=path.parent), path)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _unreadable(path, str(error)) from error
-
-
 def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
-    """A run record that was read from ``path``.
-
-    Raises:
-        InputError: it is newer than this busigen.
-        OutputError: it is none.
-    """
+    """A run record that was read from ``path``; raises if it is newer than this busigen, or none."""
     if isinstance(run, dict):
         refuse_newer(run, path)
     try:
         checked(RunRecord, run, path, fix="")
     except IntegrityError as error:
-        raise _unreadable(path, error.problem) from error
+        raise unreadable_run(path, error.problem) from error
     found: dict[str, Any] = run
     return found
 
 
 def refuse_other(out: Path | Address, existing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Refuse to continue another run, with the difference.
-
-    Args:
-        out: the dataset's place.
-        existing: the run record that is there.
-        run: this run's.
-
-    Raises:
-        OutputError: they differ in something that decides which samples exist.
-    """
-    shown = shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, existing, run)
+    """Raise an ``OutputError`` if the records of two runs differ in what decides which samples exist."""
+    options = changed_options(existing, run)
+    shown = shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, options)
     if not shown:
         return
     fix = "Choose another --out, or repeat the options that the folder was started with."
-    if list(changed_options(existing, run)) == ["--count"]:
+    if list(options) == ["--count"]:
         fix += " For more samples, generate them with another --seed into another --out, and join both with "
         fix += "`busigen merge`."
     raise OutputError(f"{out} belongs to another run ({'; '.join(shown)}).", fix=fix)
 
 
 def shown_changes(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    old_options: Mapping[str, Any] | None = None,
-    new_options: Mapping[str, Any] | None = None,
+    old: Mapping[str, Any], new: Mapping[str, Any], options: Mapping[str, str] | None = None
 ) -> list[str]:
-    """In what two run records differ, in words: by the options that decide it, else by some fields.
+    """In what two run records, or what counts of them, differ, in words: by the options that decide it, else by fields.
 
-    Args:
-        old: a record, or what counts of it.
-        new: another one.
-        old_options: the whole of it, for the names of folders; None for the same.
-        new_options: likewise.
+    ``options`` are those of the whole records, which know the names of folders.
     """
     changed = differences(old, new)
     if not changed:
         return []
-    options = changed_options(old_options or old, new_options or new)
+    options = changed_options(old, new) if options is None else options
     known = tuple(".".join(FIELDS[option]) for option in options)
     rest = [(name, old, new) for name, old, new in changed if not name.startswith(known)]
     shown = [f"{option}: {change}" for option, change in options.items()]
@@ -271,5 +139,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _unreadable(path: Path | Address, why: str) -> OutputError:
+def unreadable_run(path: Path | Address, why: str) -> OutputError:
+    """The error where a ``run.json`` is none."""
     return OutputError(f"{path} is not a run record of busigen: {why.rstrip('.')}.", fix="Choose another --out.")

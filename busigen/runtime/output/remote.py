@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +16,15 @@ from typing import Any
 
 import polars as pl
 
-from busigen.errors import IntegrityError, UsageError
-from busigen.files import is_temporary, json_bytes, sha256_of
-from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json
-from busigen.runtime.dataset.finalize import dataset_info, finish
+from busigen.errors import IntegrityError, OutputError, UsageError
+from busigen.files import is_temporary, json_bytes, leftovers, sha256_of, write_json
+from busigen.records import BYTES_PER_SHARD, MAX_BYTES, parse_json, read_json
+from busigen.runtime.dataset.finalize import FileProvider, dataset_info, finish
 from busigen.runtime.dataset.format import (
-    CARD_FILE,
-    CROISSANT_FILE,
     DATASET_FILE,
     FINISHED_FILES,
     MANIFEST_FILE,
-    PREVIEW_FILE,
+    OWN_FILE,
     RUN_FILE,
     SHARD_FOLDER,
     WRITTEN,
@@ -31,17 +32,15 @@ from busigen.runtime.dataset.format import (
     record_number,
     shard_path,
 )
-from busigen.runtime.dataset.reader import refuse_newer
+from busigen.runtime.dataset.reader import recorded_shards, refuse_newer
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord
-from busigen.runtime.output.base import Output, Records
-from busigen.runtime.output.completed_shards import is_complete, sound_shards
-from busigen.runtime.output.lease import Beat, Lease
+from busigen.runtime.output.base import LocalOutput, Output, Records, is_complete
+from busigen.runtime.output.lease import MARKS_FILE, Beat, Lease
 from busigen.runtime.output.ownership import checked_run, refuse_foreign, refuse_other
-from busigen.runtime.output.staging import bind_to_run, default_staging, empty, hold_staging, staging_folder
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.files import output_errors
-from busigen.runtime.storage.object_store import Store, in_groups
-from busigen.runtime.storage.retry import RetryingCaller, RetryPolicy
+from busigen.runtime.storage.files import cache_folder, output_errors
+from busigen.runtime.storage.lock import exclusive
+from busigen.runtime.storage.object_store import RetryingCaller, RetryPolicy, Store
 from busigen.runtime.storage.url import Address
 
 _STAGED = 4
@@ -55,11 +54,8 @@ class RemoteOutput(Output):
         address: the URL.
         staging: folder below which its staging folder lies; None for this user's caches.
         progress: gets a line about what has to be waited for.
-        retry: with a store that is out of reach; None for the usual one.
-        beat: of its lock; None for the usual one.
-
-    Raises:
-        BusigenError: see :class:`busigen.runtime.storage.object_store.Store`.
+        retry: how long to wait for a store that is out of reach.
+        beat: times of the URL's lock.
     """
 
     holds_all = False
@@ -74,7 +70,11 @@ class RemoteOutput(Output):
         retry: RetryPolicy | None = None,
         beat: Beat | None = None,
     ) -> None:
-        self.folder = staging_folder(address, staging or default_staging())
+        # The folder's name holds the machine's, since a home may be shared by several.
+        digest = hashlib.sha256(address.url.encode()).hexdigest()[:16]
+        machine = re.sub(r"[^A-Za-z0-9.-]+", "-", platform.node())[:64]
+        # In the user's caches, since some systems empty other places.
+        self.folder = (staging or cache_folder() / "spool") / f"busigen-{digest}-{machine}"
         self.name = self.address = address
         notify = (progress or Progress()).note
         self._caller = RetryingCaller(address, retry or RetryPolicy(), notify)
@@ -98,17 +98,17 @@ class RemoteOutput(Output):
 
     @contextmanager
     def acquire(self, run: Mapping[str, Any], part: Plan | None) -> Iterator[dict[str, Any]]:
-        """Hold the URL for this run until the block ends; see :func:`busigen.runtime.output.ownership.acquire_run`.
-
-        Raises:
-            UsageError: the run is one of several tasks.
-            OutputError: as for a folder.
-        """
+        """See :class:`Output`; a ``UsageError`` if the run is one of several tasks."""
         if part is not None:
             raise tasks_refused(self.address)
         self.stored_run()  # Not even a lock is left among files that are not ours.
-        self._refuse_newer()
-        with hold_staging(self.folder, self.address), self._lease:
+        # Nobody's newer dataset is made again.
+        if 0 < self._store.sizes.get(DATASET_FILE, 0) <= MAX_BYTES:
+            with contextlib.suppress(ValueError):
+                info = parse_json(self._store.read(DATASET_FILE) or b"", DATASET_FILE)
+                if isinstance(info, dict):
+                    refuse_newer(info, self.address / DATASET_FILE)
+        with _staging_held(self.folder, self.address), self._lease.held():
             self._store.look()
             existing = self.stored_run()
             if existing is not None:
@@ -119,34 +119,30 @@ class RemoteOutput(Output):
                 existing = dict(run)
                 self._store.write(RUN_FILE, json_bytes(existing))
             with output_errors(self.folder):
-                bind_to_run(self.folder, existing)
+                # The staging folder holds nothing but this run's: shards that a killed run left are kept if they are.
+                staged = None
+                with contextlib.suppress(OSError, ValueError):
+                    staged = read_json(self.folder / RUN_FILE)
+                if staged != json.loads(json.dumps(existing)):
+                    _empty(self.folder / SHARD_FOLDER)
+                (self.folder / SHARD_FOLDER).mkdir(exist_ok=True)
+                write_json(self.folder / RUN_FILE, existing)
             yield existing
 
-    def _refuse_newer(self) -> None:
-        """See that nobody's newer dataset is made again."""
-        if 0 < self._store.sizes.get(DATASET_FILE, 0) <= MAX_BYTES:
-            with contextlib.suppress(ValueError):
-                info = parse_json(self._store.read(DATASET_FILE) or b"", DATASET_FILE)
-                if isinstance(info, dict):
-                    refuse_newer(info, self.address / DATASET_FILE)
-
     def sound(self, plan: Plan) -> dict[int, ShardRecord]:
-        """The plan's shards whose record is at the URL, and whose files are there with their recorded sizes.
-
-        Shards that a killed run left in the staging folder are sent first.
-        """
+        """The shards whose record and files are at the URL; those that a killed run left in staging are sent first."""
         self._complete = self._recorded(plan)
-        for number, record in sound_shards(self.folder, plan).items():
+        for number, record in LocalOutput(self.folder).sound(plan).items():
             if number not in self._complete:
-                self.keep(record, lambda record: None)
-        empty(self.folder / SHARD_FOLDER)
+                self.keep(record)
+        _empty(self.folder / SHARD_FOLDER)
         return self.complete(plan)
 
     def complete(self, plan: Plan) -> dict[int, ShardRecord]:
         """See :class:`Output`."""
         return dict(sorted(self._complete.items()))
 
-    def keep(self, record: ShardRecord, kept: Callable[[ShardRecord], None]) -> None:
+    def keep(self, record: ShardRecord) -> None:
         """Send a shard, its record last, and free the staging folder of it."""
         # Another run's shard may have other bytes, where its processors or versions differ.
         self._lease.confirm()
@@ -161,11 +157,15 @@ class RemoteOutput(Output):
         self._complete[record.number] = record
         for file in [name, *files]:
             (self.folder / file).unlink()
-        kept(record)
 
-    def abort(self) -> None:
-        """See :class:`Output`."""
-        self._caller.abort()
+    @contextmanager
+    def aborting(self) -> Iterator[None]:
+        """See :class:`Output`: a store that is out of reach is waited for no longer."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._caller.aborted.set()
+            raise
 
     def is_finished(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:
         """See :class:`Output`; the manifest is known by its size."""
@@ -192,7 +192,7 @@ class RemoteOutput(Output):
         provider = _FromStore(self._store, self.folder)
         # The signals that are to end this reach Python only where polars does not have the main thread.
         self._caller.in_thread(lambda: finish(self.folder, run, records, provider))
-        names = (MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE, DATASET_FILE)
+        names = [*(name for name in FINISHED_FILES if name not in (RUN_FILE, DATASET_FILE)), DATASET_FILE]
         for name in names:
             if name == DATASET_FILE:
                 self._lease.confirm()
@@ -206,24 +206,60 @@ class RemoteOutput(Output):
 
     def _recorded(self, plan: Plan) -> dict[int, ShardRecord]:
         sizes = self._store.sizes
-        names = {name: number for name in sizes if (number := record_number(name)) is not None}
+        numbers = {name: number for name in sorted(sizes) if (number := record_number(name)) is not None}
         wanted = [
             name
-            for name, number in sorted(names.items())
+            for name, number in numbers.items()
             if number in plan.numbers and name == shard_path(number, "json") and sizes[name] <= MAX_BYTES
         ]
         found = {}
-        for name, content in in_groups(self._store, wanted):
-            try:
-                record = ShardRecord.of(parse_json(content, name), names[name], self.address / name)
-            except (ValueError, IntegrityError):
-                continue
-            if is_complete(record, plan, sizes):
-                found[record.number] = record
+        for name, content in self._store.read_all(wanted):
+            with contextlib.suppress(ValueError, IntegrityError):
+                record = ShardRecord.of(parse_json(content, name), numbers[name], self.address / name)
+                if is_complete(record, plan, sizes):
+                    found[record.number] = record
         return found
 
 
-class _FromStore:
+@contextmanager
+def _staging_held(staging: Path, address: Address) -> Iterator[None]:
+    """Hold a staging folder until the block ends; it is removed unless the next run needs what it holds.
+
+    That may be shards, and the mark by which the next run knows a lock at the URL that could not be removed.
+    """
+    for path in (staging, staging / SHARD_FOLDER):
+        if path.is_symlink():
+            raise OutputError(f"{path} is a link.", fix="Remove it, or choose another --spool.")
+    with output_errors(staging):
+        (staging / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        lock = exclusive(staging, address)
+        lock.__enter__()
+    try:
+        with output_errors(staging):
+            for path in leftovers(staging, WRITTEN) + leftovers(staging / SHARD_FOLDER, WRITTEN):
+                path.unlink()
+        yield
+    finally:
+        if not recorded_shards(staging) and not (staging / MARKS_FILE).exists():
+            _empty(staging)
+        lock.__exit__(None, None, None)
+        # One that holds shards stays, and so does one that another process has begun to use.
+        with contextlib.suppress(OSError):
+            staging.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Remove the files of this program from a staging folder; any others stay, and their folder with them."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if path.name == SHARD_FOLDER and not path.is_symlink():
+                _empty(path)
+                path.rmdir()
+            elif OWN_FILE.fullmatch(path.name) or is_temporary(path.name, WRITTEN):
+                path.unlink()
+
+
+class _FromStore(FileProvider):
     """Brings files of complete shards back; see :class:`busigen.runtime.dataset.finalize.FileProvider`."""
 
     def __init__(self, store: Store, folder: Path) -> None:
@@ -249,7 +285,7 @@ class _FromStore:
     def tables(self, records: Sequence[ShardRecord]) -> Iterator[pl.DataFrame]:
         """The shards' rows, of which some tables' are held at a time."""
         tables = {record.parquet.file: record.parquet for record in records}
-        for name, content in in_groups(self._store, list(tables)):
+        for name, content in self._store.read_all(list(tables)):
             if hashlib.sha256(content).hexdigest() != tables[name].sha256:
                 raise self._other(tables[name])
             yield pl.read_parquet(io.BytesIO(content))

@@ -1,53 +1,106 @@
-"""Scheduling of batches: draws of one kind, from any shard, are worked on together once they fill a batch."""
+"""Draws between stages, and their batches: draws of one kind, from any shard, are worked on together."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.data.geometry import Mask, Window
+from busigen.registry import ATTRIBUTES
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
-from busigen.runtime.sampling.draft import Draft, DrawRequest
+from busigen.runtime.sampling.conditions import measured
+from busigen.runtime.sampling.healthy_images import Healthy
 
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
-R = TypeVar("R")
+BEGIN, OUTLINE, PAINT = range(3)
+"""The stages of a draw."""
+
+CONCURRENT_BATCHES = 2
+"""Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
 
 
-class BatchScheduler(Generic[K, T, R]):
-    """Runs items in batches of one kind each. It begins a part-filled batch only where no batch can be filled.
+class Kind(NamedTuple):
+    """The kind of a draw, by which batches form: its next stage, and its class and window side where they matter."""
 
-    A few batches are worked on at once, so that what one needs of the processor before and after its engine calls
-    overlaps with the engine calls of another. One thread puts the items and takes the results. Leaving the block waits
-    for the batches that were begun.
+    stage: int
+    label: str = ""
+    side: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRequest:
+    """A draw that was not begun yet. ``position`` counts the samples in the order in which they were requested."""
+
+    index: int
+    attempt: int
+    position: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """With which draws this one may share a batch."""
+        return Kind(BEGIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft(DrawRequest):
+    """A draw that was begun; the stages fill its later fields one after the other."""
+
+    label: str
+    healthy: Healthy
+    wanted: Mapping[str, float] = field(default_factory=dict)
+    mask: Mask | None = None
+    edit: Mask | None = None
+    window: Window | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """With which draws this one may share a batch."""
+        return Kind(PAINT, self.label, self.window.side) if self.window else Kind(OUTLINE, self.label)
+
+    def sample(self, image: NDArray[np.uint8], birads: str | None) -> Sample:
+        """The accepted sample, of a draft that went through all stages."""
+        assert self.mask is not None and self.edit is not None and self.window is not None
+        found = measured(self.mask, self.healthy.valid)
+        row = {
+            **self.healthy.row,
+            "window_top": self.window.top,
+            "window_left": self.window.left,
+            "window_side": self.window.side,
+            "edit_pixels": int(self.edit.sum()),
+            "area_share": found.pop("size"),
+            **found,
+            **{f"asked_{name}": self.wanted.get(name) for name in ATTRIBUTES},
+            "asked_birads": birads,
+        }
+        return Sample(self.index, self.attempt, self.label, image, self.mask, row)
+
+
+Outcome = Draft | Sample | Rejection
+"""Result of a stage for one draw: it goes on to the next stage, is accepted, or is refused."""
+
+
+class BatchScheduler:
+    """Runs draws in batches of one kind each. It begins a part-filled batch only where no batch can be filled.
+
+    One thread puts draws and takes the results. Leaving the block waits for the batches that were begun.
 
     Args:
-        lanes: batches that are worked on at once.
-        kind: gives an item's kind.
-        size: gives the number of items that fill a batch of a kind.
-        rank: gives a kind's rank; of two kinds that could fill a batch, the one of the higher rank comes first.
-        age: gives an item's age; items of the lowest age come first.
-        work: takes a batch and returns each item's result, in their order; it is called in a thread of its own.
+        size: returns the number of draws that fill a batch of a kind.
+        work: takes a batch and returns each draw's outcome, in their order; it is called in a thread of its own.
     """
 
-    def __init__(
-        self,
-        lanes: int,
-        *,
-        kind: Callable[[T], K],
-        size: Callable[[K], int],
-        rank: Callable[[K], int],
-        age: Callable[[T], int],
-        work: Callable[[Sequence[T]], Sequence[R]],
-    ) -> None:
-        self._lanes, self._kind, self._size, self._rank, self._age, self._work = lanes, kind, size, rank, age, work
-        self._waiting: dict[K, list[T]] = {}
-        self._running: dict[Future[Sequence[R]], Sequence[T]] = {}
-        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="stages")
+    def __init__(self, size: Callable[[Kind], int], work: Callable[[Sequence[DrawRequest]], Sequence[Outcome]]) -> None:
+        self._size, self._work = size, work
+        self._waiting: dict[Kind, list[DrawRequest]] = {}
+        self._running: dict[Future[Sequence[Outcome]], Sequence[DrawRequest]] = {}
+        self._pool = ThreadPoolExecutor(CONCURRENT_BATCHES, thread_name_prefix="stages")
 
     def __enter__(self) -> Self:
         return self
@@ -57,49 +110,40 @@ class BatchScheduler(Generic[K, T, R]):
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __bool__(self) -> bool:
-        """Whether an item waits or is worked on."""
-        return bool(self._running) or any(self._waiting.values())
+    def put(self, item: DrawRequest) -> None:
+        """Add a draw, which waits until its batch is begun."""
+        self._waiting.setdefault(item.kind, []).append(item)
 
-    def put(self, item: T) -> None:
-        """Add an item, which waits until its batch is begun."""
-        self._waiting.setdefault(self._kind(item), []).append(item)
-
-    def keep(self, ages: Container[int]) -> None:
-        """Drop the waiting items of all other ages. Items that are worked on already are finished all the same."""
+    def keep(self, positions: Container[int]) -> None:
+        """Drop the waiting draws of all other positions; those that are worked on already are finished all the same."""
         for items in self._waiting.values():
-            items[:] = [item for item in items if self._age(item) in ages]
+            items[:] = [item for item in items if item.position in positions]
 
-    def finished(self) -> list[tuple[T, R]]:
-        """Begin the batches that can be begun, wait for one to end, and return its items with their results.
+    def finished(self) -> list[tuple[DrawRequest, Outcome]]:
+        """Begin the batches that can be begun, wait for one to end, and return its draws with their outcomes.
 
         Raises:
             Exception: what ``work`` raised.
         """
-        while len(self._running) < self._lanes:
+        while len(self._running) < CONCURRENT_BATCHES:
             full = [kind for kind, items in self._waiting.items() if len(items) >= self._size(kind)]
             if full:
-                self._begin(max(full, key=self._rank))
+                # Draws near their end come first, because they hold memory.
+                kind = max(full, key=lambda kind: kind.stage)
             elif not self._running and any(self._waiting.values()):
-                # No result is outstanding that could fill a batch, and the oldest item holds up the others.
-                self._begin(min(filter(self._waiting.get, self._waiting), key=self._oldest))
+                # No result is outstanding that could fill a batch, and the oldest draw holds up the others.
+                kind = min(
+                    (kind for kind, items in self._waiting.items() if items),
+                    key=lambda kind: min(item.position for item in self._waiting[kind]),
+                )
             else:
                 break
+            items = sorted(self._waiting[kind], key=lambda item: item.position)
+            batch, self._waiting[kind] = items[: self._size(kind)], items[self._size(kind) :]
+            self._running[self._pool.submit(self._work, batch)] = batch
         done, _ = wait(self._running, return_when=FIRST_COMPLETED)
         batches = [(self._running.pop(future), future) for future in done]
         return [pair for items, future in batches for pair in zip(items, future.result(), strict=True)]
-
-    def _oldest(self, kind: K) -> int:
-        return min(map(self._age, self._waiting[kind]))
-
-    def _begin(self, kind: K) -> None:
-        items = sorted(self._waiting[kind], key=self._age)
-        batch, self._waiting[kind] = items[: self._size(kind)], items[self._size(kind) :]
-        self._running[self._pool.submit(self._work, batch)] = batch
-
-
-Outcome = Draft | Sample | Rejection
-"""Result of a stage for one draw: it goes on to the next stage, is accepted, or is refused."""
 
 
 @dataclass(eq=False)
@@ -110,17 +154,13 @@ class _Request:
     samples: dict[int, Sample] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
 
-    @property
-    def complete(self) -> bool:
-        return len(self.samples) == len(self.indices)
-
-    def generated(self) -> SampleBatch:
+    def answer(self) -> SampleBatch:
         refused = sorted(self.rejections, key=lambda rejection: (rejection.index, rejection.attempt))
         return SampleBatch([self.samples[index] for index in self.indices], refused)
 
 
 def in_order(
-    stages: BatchScheduler[Any, DrawRequest, Outcome],
+    stages: BatchScheduler,
     requests: Iterable[Sequence[int]],
     *,
     window: int,
@@ -147,9 +187,11 @@ def in_order(
     while True:
         if stopping() and not stopped:
             stopped = True
-            _forget_later_ones(pending, owners)
+            while len(pending) > 1:
+                pending.pop()
+            owners = {place: request for place, request in owners.items() if request in pending}
             stages.keep(owners)
-            coming = _rest_of(pending, coming)
+            coming = _rest_of(pending[0] if pending else None, coming)
         while position - next(iter(owners), position) < window and (begun := next(coming, None)) is not None:
             request, index = begun
             if not pending or pending[-1] is not request:
@@ -176,16 +218,8 @@ def in_order(
                 stages.put(outcome)
         if accepted:
             done(accepted)
-        while pending and pending[0].complete:
-            yield pending.popleft().generated()
-
-
-def _forget_later_ones(pending: deque[_Request], owners: dict[int, _Request]) -> None:
-    """Drop all requests but the oldest one, in place."""
-    while len(pending) > 1:
-        pending.pop()
-    for place in [place for place, request in owners.items() if request not in pending]:
-        del owners[place]
+        while pending and len(pending[0].samples) == len(pending[0].indices):
+            yield pending.popleft().answer()
 
 
 def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, int] | None]:
@@ -198,8 +232,7 @@ def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, i
 
 
 def _rest_of(
-    pending: deque[_Request], coming: Iterator[tuple[_Request, int] | None]
+    request: _Request | None, coming: Iterator[tuple[_Request, int] | None]
 ) -> Iterator[tuple[_Request, int] | None]:
-    """The indices of the oldest request that were not begun yet."""
-    last = pending[0] if pending else None
-    return takewhile(lambda pair: pair is not None and pair[0] is last, coming)
+    """The indices of a request that were not begun yet."""
+    return takewhile(lambda pair: pair is not None and pair[0] is request, coming)

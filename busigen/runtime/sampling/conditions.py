@@ -1,6 +1,6 @@
 """Conditions on lesions, as a user gives them: parsing, the values of each sample, measuring a mask by them.
 
-Shares are of the *valid* image, without letterbox bars: what a person sees as the image.
+Shares are of the valid image, without letterbox bars.
 """
 
 from __future__ import annotations
@@ -8,38 +8,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, attributes
 from busigen.errors import UsageError
-from busigen.registry import ASKED_LENGTH, ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, TALLER_THAN_WIDE
+from busigen.registry import ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, TALLER_THAN_WIDE
 from busigen.runtime.sampling.noise import uniforms
 
 BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "height_width": (0.25, 1.7)}
 """Least and greatest value that can be asked for: beyond lie at most 1 in 100 of BUSI's and BUS-BRA's 1,644 lesions by
 any of them, too few to learn from."""
 
-FEW_IMAGES = 20
+_FEW_IMAGES = 20
 """Training images of a category below which a user is warned that the bundle hardly knows it."""
 
-MEANINGS = {
+_MEANINGS = {
     "across": "the share of the image's width left of the lesion's centre",
     "depth": "the share of the image's height above the lesion's centre",
     "size": "the lesion's area as a share of the image's",
     "height_width": "the lesion's height over its width",
 }
 
-Values = Mapping[str, float]
-
 
 @dataclass(frozen=True)
 class SampleConditions:
     """The conditions of a run: a range per attribute (equal ends for a single value) and a BI-RADS category or None."""
 
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     birads: str | None = None
 
     def __bool__(self) -> bool:
@@ -58,16 +55,8 @@ class SampleConditions:
         shares = dict(zip(ATTRIBUTES, uniforms(seed, index, 0, "asked", len(ATTRIBUTES)), strict=True))
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
-    def vector(self, values: Values, valid: Mask) -> NDArray[np.float32]:
-        """Stage 1's input: attributes as :mod:`busigen.data.geometry` counts them, their flags, BI-RADS one-hot.
-
-        Args:
-            values: this sample's.
-            valid: ``(256, 256)`` bool, the pixels that are image.
-
-        Returns:
-            ``(ASKED_LENGTH,)`` float32.
-        """
+    def vector(self, values: Mapping[str, float], valid: Mask) -> NDArray[np.float32]:
+        """Stage 1's input, (ASKED_LENGTH,) float32: attributes as `data.geometry` has them, flags, BI-RADS."""
         rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
         found = dict.fromkeys(ATTRIBUTES, 0.0)
         if "across" in values:
@@ -78,20 +67,13 @@ class SampleConditions:
             found["size"] = 0.5 * np.log(values["size"] * valid.sum())
         if "height_width" in values:
             found["height_width"] = np.log(values["height_width"])
-        result = np.zeros(ASKED_LENGTH, dtype=np.float32)
-        result[: len(ATTRIBUTES)] = [found[name] for name in ATTRIBUTES]
-        result[len(ATTRIBUTES) : 2 * len(ATTRIBUTES)] = [name in values for name in ATTRIBUTES]
-        result[2 * len(ATTRIBUTES) :] = [known == self.birads for known in BIRADS]
-        return result
+        numbers = [found[name] for name in ATTRIBUTES]
+        flags = [*(name in values for name in ATTRIBUTES), *(known == self.birads for known in BIRADS)]
+        return np.array([*numbers, *flags], dtype=np.float32)
 
 
 def measured(mask: Mask, valid: Mask) -> dict[str, float]:
-    """The attributes of a lesion's mask, by name, in the units of ``BOUNDS``.
-
-    Args:
-        mask: ``(256, 256)`` bool, not empty.
-        valid: ``(256, 256)`` bool, the pixels that are image.
-    """
+    """The attributes of a mask in the ``valid`` part of an image, ``(256, 256)`` bool, in the units of ``BOUNDS``."""
     rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
     across, depth, _, ratio = attributes(mask)
     return {
@@ -131,14 +113,14 @@ def parse_conditions(
     if birads is not None and birads not in BIRADS:
         raise UsageError(f"--birads is {birads!r}.", fix=f"Choose one of: {', '.join(BIRADS)}.")
     ranges = {name: _range(name, text) for name, text in texts.items() if text is not None}
-    return SampleConditions(MappingProxyType(ranges), birads)
+    return SampleConditions(ranges, birads)
 
 
 def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[str]:
     """A warning for each class of which the shipped bundle has seen few images in the requested BI-RADS category."""
     for label in classes:
-        seen = BIRADS_IMAGES[label].get(asked.birads or "", FEW_IMAGES)
-        if seen < FEW_IMAGES:
+        seen = BIRADS_IMAGES[label].get(asked.birads or "", _FEW_IMAGES)
+        if seen < _FEW_IMAGES:
             yield (
                 f"--birads {asked.birads} with {label}: the shipped bundle learned it from {seen} images, so it "
                 f"hardly knows what such lesions look like"
@@ -152,7 +134,7 @@ def _shortest(value: float) -> str:
 
 def _range(name: str, text: str) -> tuple[float, float]:
     option, (least, greatest) = f"--{name.replace('_', '-')}", BOUNDS[name]
-    fix = f"Give {MEANINGS[name]}, from {least:g} to {greatest:g}, as one number or a range such as "
+    fix = f"Give {_MEANINGS[name]}, from {least:g} to {greatest:g}, as one number or a range such as "
     fix += f"{least:g}:{greatest:g}."
     parts = text.split(":")
     try:
@@ -171,7 +153,6 @@ def _range(name: str, text: str) -> tuple[float, float]:
 
 
 _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
-
 
 _ROUNDED = 1e-3
 """Difference from 1 that the sum of shares may have: a third cannot be typed exactly."""
@@ -220,8 +201,8 @@ def parse_shares(text: str) -> dict[str, float]:
 def class_at(index: int, weights: Mapping[str, float]) -> str:
     """The class of a sample: among the first n, each class has its share of n to within one per class.
 
-    A pure function of index and weights. Each class in turn takes its share of what the classes before it left, spread
-    evenly (Bresenham's line), computed in fractions of the weights' decimals so that no platform rounds differently.
+    Each class in turn takes its share of what the classes before it left, spread evenly (Bresenham's line), computed in
+    fractions of the weights' decimals so that no platform rounds differently.
     """
     names = sorted(weights)
     rest = sum((Fraction(str(weights[name])) for name in names), start=Fraction(0))

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, edit_region
-from busigen.data.images import has_two_levels, read_image, read_mask
+from busigen.data.images import has_two_levels, read_image
 from busigen.data.letterbox import Letterbox, fit, letterbox
-from busigen.data.sources.files import find_images
-from busigen.data.sources.masks import mask_of
+from busigen.data.masks import read_mask
+from busigen.data.sources.files import find_images, mask_of
 from busigen.data.sources.read import read_images
 from busigen.data.sources.records import Listing, Record, counted
 from busigen.errors import BusigenError, InputError, IntegrityError
@@ -46,51 +46,42 @@ _WITH_LESION = (_LESION_FOLDER, _LESION_MASK, _LESION_SAID, _DOUBTFUL)
 
 @dataclass(frozen=True)
 class Healthy:
-    """One healthy image on the working grid.
-
-    Attributes:
-        pixels: ``(256, 256)`` uint8.
-        valid: pixels that are image rather than letterbox bars, ``(256, 256)`` bool.
-        row: manifest fields: background, healthy_file, healthy_sha256, letterbox_scale, letterbox_left, letterbox_top.
-    """
+    """One healthy image, ``(256, 256)`` uint8."""
 
     pixels: NDArray[np.uint8]
-    valid: Mask
-    row: dict[str, Any]
+    valid: Mask  # pixels that are image rather than letterbox bars
+    row: dict[str, Any]  # manifest fields: kind of background, file, hash, letterbox
 
 
 def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width, in pixels, of the part of the prior's square picture that becomes the image.
+    """Top, left, height and width of the part of the prior's square picture that becomes an image of this frame.
 
-    The part begins at the top, where the skin is, and lies in the middle from left to right.
-
-    Args:
-        frame: height and width of the image, the longer one 256.
+    It begins at the top, where the skin is, and lies in the middle from left to right. ``frame`` is the image's height
+    and width, the longer one 256.
     """
     box = fit(width=frame[1], height=frame[0])
     return 0, box.left, box.height, box.width
 
 
 def synthetic(pixels: NDArray[np.uint8], frame: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Healthy:
-    """A synthetic background as a :class:`Healthy`: the prior's picture cut to a real image's shape, with bars.
-
-    Args:
-        pixels: ``(256, 256)`` uint8.
-        frame: as for :func:`place_of`.
-    """
+    """A synthetic background: the prior's picture, ``(256, 256)`` uint8, cut to a frame (see `place_of`), with bars."""
     box = fit(width=frame[1], height=frame[0])
     top, left, height, width = place_of(frame)
     framed = np.zeros_like(pixels)
-    framed[box.rows, box.columns] = pixels[top : top + height, left : left + width]
+    framed[box.slices] = pixels[top : top + height, left : left + width]
+    return _healthy(SYNTHETIC, None, None, framed, box)
+
+
+def _healthy(kind: str, file: str | None, sha256: str | None, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
     row = {
-        "background": SYNTHETIC,
-        "healthy_file": None,
-        "healthy_sha256": None,
+        "background": kind,
+        "healthy_file": file,
+        "healthy_sha256": sha256,
         "letterbox_scale": box.scale,
         "letterbox_left": box.left,
         "letterbox_top": box.top,
     }
-    return Healthy(framed, box.valid, row)
+    return Healthy(pixels, box.valid, row)
 
 
 class HealthyFolder:
@@ -99,19 +90,13 @@ class HealthyFolder:
     Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
     image's own name say (:func:`busigen.data.sources.read.read_images`); pictures of two grey levels, which are masks,
     and the images whose masks they are by their names; and repeated files. Left out and named one by one: files that
-    cannot be read, images whose class or mask is unclear, and black, white or flat images
-    (:func:`busigen.runtime.sampling.quality_gates.background_reason`, without the letterbox bars). Whatever else was
-    passed over is logged, and so is how many images have nothing that calls them healthy.
+    cannot be read, images whose class or mask is unclear, and black, white or flat images. Whatever else was passed
+    over is logged, and so is how many images have nothing that calls them healthy.
 
     Args:
-        folder: The folder.
-        progress: Shows the reading.
-        out: A folder to pass over, where the run writes to. Datasets are passed over in any case.
-
-    Attributes:
-        left_out: number of files left out, by reason.
-        refused: files that are not read although they may be images.
-        notes: what else was passed over, one line a kind.
+        folder: the folder.
+        progress: shows the reading.
+        out: a folder to pass over, where the run writes to. Datasets are passed over in any case.
 
     Raises:
         InputError: the folder is missing, or holds no healthy image.
@@ -122,24 +107,33 @@ class HealthyFolder:
             raise InputError(f"--healthy {folder} is no folder.", fix="Give a folder of images, or 'synthetic'.")
         self.folder = folder
         self.out = out
-        self.left_out: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()  # files by the reason
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
         listing = read_images(folder, skip=out)
-        self.refused, self.notes = tuple(listing.refused), tuple(listing.notes)
+        self._readings: dict[str, list[str]] = {}
         found, self._kept, problems = self._find(listing, progress or Progress())
-        for refusal in self.refused:
+        for refusal in listing.refused:
             log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
         if not found:
             raise self._nothing_left(problems, listing)
         for problem in problems:
             log.warning("left out: %s", printable(problem))
-        for note in self.notes:
+        for note in listing.notes:
             log.info("healthy images: %s", note)
         for note, files in self._readings.items():
             log.warning("%s", counted(note, files))
         lesions = sum(self.left_out[reason] for reason in _WITH_LESION)
         log.log(logging.WARNING if lesions else logging.INFO, "healthy images: %d used%s", len(found), self._reported())
-        self._tell_of_trust(listing, set(found.values()))
+        used = set(found.values())
+        unsaid = sum(
+            record.image_class not in CLASSES and not record.masks for record in listing.records if record.image in used
+        )
+        if unsaid:
+            log.warning(
+                "healthy images: nothing says that %d of them are healthy (no mask, no table, no folder 'normal'), and "
+                "whether they are was not checked",
+                unsaid,
+            )
         self.items = sorted(found.items())
         self._stamps = self._stamped()
 
@@ -152,7 +146,6 @@ class HealthyFolder:
         read: dict[str, Healthy] = {}
         problems: list[str] = []
         masks: list[Path] = []
-        self._readings: dict[str, list[str]] = {}
         progress.start("reading healthy images", len(listing.records), unit="image")
         try:
             for record in listing.records:
@@ -173,8 +166,8 @@ class HealthyFolder:
                         else:
                             for note in image.notes:
                                 self._readings.setdefault(note, []).append(path.name)
-                        if reason is None and len(found) <= CACHED_IMAGES:
-                            read[image.sha256] = self._healthy(path, image.sha256, pixels, box)
+                            if len(found) <= CACHED_IMAGES:
+                                read[image.sha256] = self._real(path, image.sha256, pixels, box)
                 except InputError as error:
                     reason = _UNREADABLE
                     problems.append(str(error))
@@ -183,8 +176,13 @@ class HealthyFolder:
                 progress.advance(1)
         finally:
             progress.stop()
-        if masks:
-            self._leave_out_marked(found, masks, problems)
+        # Each image that has a picture of two grey levels named like a mask of it.
+        marked = mask_of(masks, list(found.values())) if masks else {}
+        for sha256, path in list(found.items()):
+            if path in marked:
+                del found[sha256]
+                problems.append(f"{path.name}: {marked[path].name} is named like a mask of it, and looks like one.")
+                self.left_out[_LESION_MASK] += 1
         return found, read if len(found) <= CACHED_IMAGES else {}, problems
 
     def _lesion_reason(self, record: Record, doubtful: Mapping[Path, str]) -> str | None:
@@ -196,27 +194,6 @@ class HealthyFolder:
             return _LESION_SAID
         return _DOUBTFUL if record.image in doubtful else None
 
-    def _leave_out_marked(self, found: dict[str, Path], masks: list[Path], problems: list[str]) -> None:
-        """Take out each image that has a picture of two grey levels named like a mask of it."""
-        marked = mask_of(masks, list(found.values()))
-        for sha256, path in list(found.items()):
-            if path in marked:
-                del found[sha256]
-                problems.append(f"{path.name}: {marked[path].name} is named like a mask of it, and looks like one.")
-                self.left_out[_LESION_MASK] += 1
-
-    def _tell_of_trust(self, listing: Listing, used: set[Path]) -> None:
-        """Log how many of the used images no class name, no table and no empty mask calls healthy."""
-        unsaid = sum(
-            record.image_class not in CLASSES and not record.masks for record in listing.records if record.image in used
-        )
-        if unsaid:
-            log.warning(
-                "healthy images: nothing says that %d of them are healthy (no mask, no table, no folder 'normal'), and "
-                "whether they are was not checked",
-                unsaid,
-            )
-
     def _reported(self) -> str:
         if not self.left_out:
             return ""
@@ -224,11 +201,12 @@ class HealthyFolder:
         return f", {self.left_out.total()} left out ({reasons})"
 
     def _nothing_left(self, problems: list[str], listing: Listing) -> InputError:
-        normal = next((place / "normal" for place in (self.folder, self.folder.parent) if _is_normal(place)), None)
+        fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
+        normal = next(
+            (place for place in (self.folder / "normal", self.folder.parent / "normal") if place.is_dir()), None
+        )
         if normal is not None and normal != self.folder:
             fix = f"Did you mean {normal}?"
-        else:
-            fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
         # Files that busigen does not read are named, so that nobody takes the folder for empty.
         holds = f"; it holds {listing.tree.found()}" if not listing.records else ""
         first = f" For example: {problems[0]}" if problems else ""
@@ -244,21 +222,15 @@ class HealthyFolder:
         return hashlib.sha256("\n".join(sha256 for sha256, _ in self.items).encode()).hexdigest()
 
     def pick(self, position: float) -> Healthy:
-        """The image at a position in [0, 1) of the folder's order.
-
-        Raises:
-            IntegrityError: the image is not kept, and its file has changed since the run began or cannot be read any
-                more.
-        """
+        """The image at a position in [0, 1); an IntegrityError where its file had to be read again and has changed."""
         number = int(position * len(self.items))
         return self._kept.get(self.items[number][0]) or self._load(number)
 
     def refuse_changes(self) -> None:
         """Raise an error if the folder no longer holds the images that the run began with.
 
-        Images are kept in memory, so the samples are sound all the same; but a run whose images are gone can be neither
-        continued nor replayed, and its user should know early. The folder is read again only where a time or a size
-        has changed.
+        Without them, the run can be neither continued nor replayed, and its user should know early. The folder is read
+        again only where a time or a size has changed.
 
         Raises:
             IntegrityError: an image was changed, removed or added.
@@ -295,20 +267,12 @@ class HealthyFolder:
 
     def _read(self, number: int) -> Healthy:
         sha256, path = self.items[number]
-        pixels, box = letterbox(read_image(path, self._unchanged(path, sha256)).pixels)
-        return self._healthy(path, sha256, pixels, box)
+        return self._real(path, sha256, *letterbox(read_image(path, self._unchanged(path, sha256)).pixels))
 
-    def _healthy(self, path: Path, sha256: str, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
-        row = {
-            "background": "real",
-            # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.
-            "healthy_file": path.relative_to(self.folder).as_posix().encode("utf-8", "replace").decode(),
-            "healthy_sha256": sha256,
-            "letterbox_scale": box.scale,
-            "letterbox_left": box.left,
-            "letterbox_top": box.top,
-        }
-        return Healthy(pixels, box.valid, row)
+    def _real(self, path: Path, sha256: str, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
+        # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.
+        name = path.relative_to(self.folder).as_posix().encode("utf-8", "replace").decode()
+        return _healthy("real", name, sha256, pixels, box)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -326,10 +290,6 @@ def _changed(path: Path, how: str) -> IntegrityError:
     )
 
 
-def _is_normal(place: Path) -> bool:
-    return (place / "normal").is_dir()
-
-
 @lru_cache(maxsize=64)
 def _frame(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     pixels, box = letterbox(read_image(path).pixels)
@@ -340,33 +300,25 @@ def _frame(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
 class Backgrounds:
     """Healthy images by the sha256 of their files."""
 
-    folder: Path
     paths: dict[str, Path]
 
     @classmethod
     def below(cls, folder: Path) -> Backgrounds:
-        """Hash every image below a folder.
-
-        Raises:
-            InputError: the folder does not exist or an image cannot be read.
-        """
+        """Hash every image below a folder; an InputError where it is missing or an image cannot be read."""
         try:
-            return cls(folder=folder, paths={sha256_of(path): path for path in find_images(folder)})
+            return cls({sha256_of(path): path for path in find_images(folder)})
         except OSError as error:
             raise InputError(
                 f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions."
             ) from error
 
     def difference(self, sha256: str, image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> BusigenError | None:
-        """Compare a sample with its healthy image outside the edit region, which follows from the mask alone.
+        """What is wrong with a sample outside its edit region, which follows from the mask alone; None if nothing.
 
         Args:
             sha256: of the healthy image's file, which must be among ``paths``.
-            image: (256, 256) uint8.
+            image: (256, 256) uint8, which must equal the healthy image there.
             mask: (256, 256) bool.
-
-        Returns:
-            None where every such pixel is equal, else what is wrong.
         """
         path = self.paths[sha256]
         try:

@@ -31,14 +31,7 @@ _PIECE = 1 << 12
 
 
 def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> NDArray[np.uint64]:
-    """``count`` random 64-bit words.
-
-    Args:
-        seed: 0 to 2^64 - 1.
-        index: the sample's index.
-        attempt: draws refused for this index before.
-        stream: a name in ``STREAMS``.
-        count: number of words.
+    """``count`` random 64-bit words of a seed (0 to 2^64 - 1), a sample's index and attempt, and a stream.
 
     Raises:
         ValueError: the stream is unknown.

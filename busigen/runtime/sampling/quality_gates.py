@@ -9,11 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.geometry import Mask, around
-from busigen.data.images import (
-    BACKGROUND_DEVIATION,  # Recorded with the gates of every run.
-    BACKGROUND_MEAN,
-    picture_fault,
-)
+from busigen.data.images import BACKGROUND_DEVIATION, BACKGROUND_MEAN, picture_fault
 
 AREA_RANGE = (0.002, 0.45)
 """Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
@@ -36,8 +32,7 @@ share of the condition. A lesion of the least size is 14 pixels wide: a pixel mo
 def limits() -> dict[str, object]:
     """The limits that decide which draws pass, by name, as a run's record holds them.
 
-    The list is written out: a constant that joins this module, or gets another name, must not make today's datasets
-    another run's.
+    Written out, so that another constant in this module, or another name for one, makes no dataset another run's.
     """
     return {
         "AREA_RANGE": AREA_RANGE,
@@ -105,11 +100,6 @@ def image_reason(image: NDArray[np.uint8], mask: Mask, valid: Mask) -> str | Non
 
 
 def background_reason(image: NDArray[np.uint8], valid: Mask | None = None) -> str | None:
-    """Judge a background: neither black, nor white, nor flat, nor of two grey levels.
-
-    Args:
-        image: ``(256, 256)`` uint8.
-        valid: pixels that are image rather than letterbox bars; ``None`` if there are no bars.
-    """
+    """Judge a background, (256, 256) uint8, where it is ``valid``: not black, white, flat, or of two grey levels."""
     fault = picture_fault(image, valid)
     return "flat background" if fault == "flat" else None if fault is None else f"background {fault}"

@@ -11,12 +11,21 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
+from busigen.data.geometry import (
+    Mask,
+    Window,
+    edit_region,
+    largest_component,
+    paste,
+    patches_outside,
+    ring_region,
+    window_for,
+)
 from busigen.errors import AcceptanceError, CapacityError, UsageError
 from busigen.mtf import apply_to_pair
 from busigen.noise_styles import styled
@@ -34,23 +43,19 @@ from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.sampling.batching import BatchScheduler, Outcome, in_order
-from busigen.runtime.sampling.conditions import SampleConditions, class_at
-from busigen.runtime.sampling.draft import (
+from busigen.runtime.sampling.batching import (
+    BEGIN,
+    OUTLINE,
+    PAINT,
+    BatchScheduler,
     Draft,
     DrawRequest,
-    Floats,
-    background_reason,
-    cells_of,
-    cut,
-    mask_reason,
-    padded_to,
-    pictures,
-    sample_of,
-    to_grey,
-    to_unit,
+    Kind,
+    Outcome,
+    in_order,
 )
-from busigen.runtime.sampling.healthy_images import HealthyFolder, place_of, synthetic
+from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
+from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform
 
 MAX_ATTEMPTS = 64
@@ -59,33 +64,22 @@ MAX_ATTEMPTS = 64
 WINDOW_BATCHES = 8
 """Batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill."""
 
-LANES = 2
-"""Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
-
 CACHED_TOKENS = 256
 """Number of healthy images whose context tokens are kept: those used last."""
 
 
-class Kind(NamedTuple):
-    """The kind of a draw, by which batches form: its next stage, and its class and window side where they matter."""
-
-    stage: int
-    label: str = ""
-    side: int = 0
-
-
-BEGIN, OUTLINE, PAINT = range(3)
+Floats = NDArray[np.float32]
 
 
 class Sampler:
-    """A :class:`busigen.runtime.dataset.sample.Source` on top of a bundle's graphs.
+    """A :class:`busigen.runtime.dataset.sample.Stream` on top of a bundle's graphs.
 
     Args:
         bundle: says what the graphs are.
         backend: runs them.
         classes: class weights (:func:`busigen.runtime.sampling.conditions.parse_classes`).
         healthy: a folder of healthy images, or ``None`` for synthetic backgrounds.
-        asked: what the outlines are asked to be.
+        asked: conditions on the outlines.
         batch_size: images per engine call at the smallest window; larger windows use fewer, none fewer than
             ``MIN_BATCH``.
 
@@ -113,8 +107,8 @@ class Sampler:
         # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
         # A card takes the next call's inputs while it computes.
         self._engine = threading.Semaphore(backend.max_concurrent_calls)
-        self._known: OrderedDict[Hashable, Floats] = OrderedDict()
-        self._knowing = threading.Lock()
+        self._token_cache: OrderedDict[Hashable, Floats] = OrderedDict()
+        self._token_lock = threading.Lock()
 
     def fingerprint(self) -> dict[str, Any]:
         """See :class:`busigen.runtime.dataset.sample.Source`. The batch size is absent: it changes no sample."""
@@ -175,12 +169,7 @@ class Sampler:
         done: Callable[[int], None],
         stopping: Callable[[], bool] = lambda: False,
     ) -> Generator[SampleBatch, None, None]:
-        """See :class:`busigen.runtime.dataset.sample.Stream`.
-
-        Raises:
-            AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
-            IntegrityError: the healthy images are no longer those that the run began with.
-        """
+        """See :class:`busigen.runtime.dataset.sample.Stream`; raises what :meth:`draw` does."""
         reasons: Counter[str] = Counter()
 
         def refused(rejection: Rejection) -> None:
@@ -215,51 +204,25 @@ class Sampler:
                     else:
                         ended[item.position] = outcome
         outcomes = [ended[position] for position in sorted(ended)]
-        return (
-            [outcome for outcome in outcomes if isinstance(outcome, Sample)],
-            [outcome for outcome in outcomes if isinstance(outcome, Rejection)],
-        )
+        accepted = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
+        return accepted, [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
 
-    def _stages(self, seed: int) -> BatchScheduler[Kind, DrawRequest, Outcome]:
+    def _stages(self, seed: int) -> BatchScheduler:
         steps = {BEGIN: self._begin, OUTLINE: self._outline, PAINT: self._paint}
 
-        def work(batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-            return steps[_kind(batch[0]).stage](seed, batch)
+        def size(kind: Kind) -> int:
+            # Where whole images are synthesised, the prior's batch is that of the large windows.
+            first = BUCKETS[-1] if kind.stage == BEGIN and self.healthy is None else BUCKETS[0]
+            return rows_per_call(kind.side or first, self.batch_size)
 
-        return BatchScheduler(
-            LANES,
-            kind=_kind,
-            size=self._full,
-            # Draws near their end come first, because they hold memory.
-            rank=lambda kind: kind.stage,
-            age=lambda item: item.position,
-            work=work,
-        )
-
-    def _full(self, kind: Kind) -> int:
-        if kind.stage == PAINT:
-            return self._size(kind.side)
-        # Where whole images are synthesised, the prior's batch is that of the large windows.
-        return self._size(BUCKETS[-1] if kind.stage == BEGIN and self.healthy is None else BUCKETS[0])
+        return BatchScheduler(size, lambda batch: steps[batch[0].kind.stage](seed, batch))
 
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         """Pick or synthesise each draw's healthy image."""
         if self.healthy is not None:
             picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
         else:
-            frames = [self._frame(seed, job) for job in batch]
-            latents = self._run(
-                "prior",
-                BUCKETS[-1],
-                len(batch),
-                noise=self._prior_noise(seed, batch),
-                frame=np.array([place_of(frame) for frame in frames], np.float32),
-            )
-            speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
-            speckle *= np.float32(self.bundle.background_speckle)
-            nothing = np.zeros_like(speckle)
-            pixels = self._run("decoder", BUCKETS[-1], len(batch), latents=latents, noise=speckle, mask=nothing)
-            picked = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
+            picked = self._backgrounds(seed, batch)
         drafts = [
             Draft(
                 index=job.index,
@@ -271,26 +234,40 @@ class Sampler:
             )
             for job, picture in zip(batch, picked, strict=True)
         ]
-        return [_refused(draft, reason) if (reason := background_reason(draft)) else draft for draft in drafts]
+        if self.healthy is not None:
+            return drafts  # Judged when their folder was read.
+        reasons = [quality_gates.background_reason(draft.healthy.pixels) for draft in drafts]
+        return [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
 
-    def _prior_noise(self, seed: int, batch: Sequence[DrawRequest]) -> NDArray[np.float32]:
-        noise, factor = _noise(seed, batch, "prior", self.bundle.latent_shape), self.bundle.styles
-        return noise if factor is None else styled(noise, factor, _noise(seed, batch, "style", factor.shape[1:]))
-
-    def _frame(self, seed: int, job: DrawRequest) -> tuple[int, int]:
-        frames = self.bundle.frames
-        return frames[int(uniform(seed, job.index, job.attempt, "frame") * len(frames))]
+    def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
+        """Synthetic backgrounds, which the prior and the decoder draw in frames of the training images' shapes."""
+        shapes, count = self.bundle.frames, len(batch)
+        frames = [shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))] for d in batch]
+        places = np.array([place_of(frame) for frame in frames], np.float32)
+        noise, styles = _noise(seed, batch, "prior", self.bundle.latent_shape), self.bundle.styles
+        if styles is not None:
+            noise = styled(noise, styles, _noise(seed, batch, "style", styles.shape[1:]))
+        latents = self._run("prior", BUCKETS[-1], count, noise=noise, frame=places)
+        speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
+        speckle *= np.float32(self.bundle.background_speckle)
+        nothing = np.zeros_like(speckle)
+        pixels = self._run("decoder", BUCKETS[-1], count, latents=latents, noise=speckle, mask=nothing)
+        return [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
 
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         """Run stage 1 and its gates; draws that pass go on with mask, edit region and window."""
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
-            mask = largest_component(raw & draft.healthy.valid)
-            if reason := mask_reason(draft, raw, mask):
+            valid = draft.healthy.valid
+            mask = largest_component(raw & valid)
+            reason = quality_gates.mask_reason(raw, mask, valid) or quality_gates.asked_reason(
+                measured(mask, valid), draft.wanted
+            )
+            if reason:
                 outcomes.append(_refused(draft, reason))
             else:
-                edit = edit_region(mask, draft.healthy.valid)
+                edit = edit_region(mask, valid)
                 outcomes.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
         return outcomes
 
@@ -302,7 +279,7 @@ class Sampler:
             assert draft.mask is not None
             picture = self._shown(seed, draft, image)
             reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            outcomes.append(_refused(draft, reason) if reason else sample_of(draft, picture, self.asked.birads))
+            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, self.asked.birads))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -328,7 +305,7 @@ class Sampler:
 
     def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
         """The whole images that stages 2 and 3 paint for drafts of one class and window side, ``(256, 256)`` uint8."""
-        count, (_, label, side) = len(batch), _kind(batch[0])
+        count, (_, label, side) = len(batch), batch[0].kind
         shape = (self.bundle.latent_shape[0], side // LATENT_FACTOR, side // LATENT_FACTOR)
         masks = [draft.mask for draft in batch if draft.mask is not None]
         edits = [draft.edit for draft in batch if draft.edit is not None]
@@ -358,31 +335,26 @@ class Sampler:
             for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)
         ]
 
-    def _tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
-        return self._run("context", None, len(batch), image=pictures(batch), keep=keep)
-
     def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
         """Context tokens of whole healthy images; those of a user's image are computed once and kept."""
         keys: list[Hashable] = [draft.healthy.row["healthy_sha256"] or draft.position for draft in batch]
-        with self._knowing:
-            found = {key: self._known[key] for key in keys if key in self._known}
+        with self._token_lock:
+            found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
         # Keyed by image, so that several draws of a batch share one computation, too.
         fresh = {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}
         if fresh:
-            tokens = self._tokens(list(fresh.values()), keep[: len(fresh)])
+            images = pictures(list(fresh.values()))
+            tokens = self._run("context", None, len(fresh), image=images, keep=keep[: len(fresh)])
             # Copied, because a view of one row would keep its whole batch in memory.
             found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
-        with self._knowing:
+        with self._token_lock:
             for key in dict.fromkeys(keys):
                 if isinstance(key, str):
-                    self._known[key] = found[key]
-                    self._known.move_to_end(key)
-            while len(self._known) > CACHED_TOKENS:
-                self._known.popitem(last=False)
+                    self._token_cache[key] = found[key]
+                    self._token_cache.move_to_end(key)
+            while len(self._token_cache) > CACHED_TOKENS:
+                self._token_cache.popitem(last=False)
         return np.stack([found[key] for key in keys])
-
-    def _size(self, side: int) -> int:
-        return rows_per_call(side, self.batch_size)
 
     def _run(self, graph: str, side: int | None, count: int, **inputs: Any) -> Floats:
         """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
@@ -400,7 +372,7 @@ class Sampler:
 
         So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
         """
-        full = max(count, self._size(side or BUCKETS[0]))
+        full = max(count, rows_per_call(side or BUCKETS[0], self.batch_size))
         size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
         # Kept outputs are padded already, and may be on the device.
         padded = {
@@ -412,24 +384,50 @@ class Sampler:
             with self._engine:
                 return run(name, padded)
         except CapacityError as error:
-            raise self._too_large(error) from error
-
-    def _too_large(self, error: CapacityError) -> CapacityError:
-        fitting = self.batch_size * error.fits // max(1, error.rows)
-        if not fitting:
-            return error
-        return CapacityError(
-            f"--batch-size is {self.batch_size}: {error.problem}",
-            fix=f"Run the same command with --batch-size {fitting}, which changes no sample.",
-            rows=error.rows,
-            fits=error.fits,
-        )
+            fitting = self.batch_size * error.fits // max(1, error.rows)
+            if not fitting:
+                raise
+            raise CapacityError(
+                f"--batch-size is {self.batch_size}: {error.problem}",
+                fix=f"Run the same command with --batch-size {fitting}, which changes no sample.",
+                rows=error.rows,
+                fits=error.fits,
+            ) from error
 
 
-def _kind(item: DrawRequest) -> Kind:
-    if not isinstance(item, Draft):
-        return Kind(BEGIN)
-    return Kind(PAINT, item.label, item.window.side) if item.window else Kind(OUTLINE, item.label)
+def to_unit(pixels: NDArray[np.uint8]) -> Floats:
+    """Grey levels to [-1, 1]."""
+    return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)).astype(np.float32)
+
+
+def to_grey(pixels: Floats) -> NDArray[np.uint8]:
+    """[-1, 1] to grey levels."""
+    grey: NDArray[np.uint8] = np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    return grey
+
+
+def cells_of(region: Floats) -> NDArray[np.bool_]:
+    """Latent cells that a region of windows ``(B, 1, S, S)`` touches, ``(B, 1, S/8, S/8)``."""
+    batch, _, side, _ = region.shape
+    cells = side // LATENT_FACTOR
+    tiles = region.reshape(batch, 1, cells, LATENT_FACTOR, cells, LATENT_FACTOR)
+    return np.asarray((tiles > 0).any(axis=(3, 5)))
+
+
+def cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
+    """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
+    cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
+    return np.stack(cuts)[:, None].astype(np.float32)
+
+
+def pictures(batch: Sequence[Draft]) -> Floats:
+    """The drafts' healthy images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
+    return np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
+
+
+def padded_to(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """An array with its last row repeated until it has ``size`` rows."""
+    return np.concatenate((array, np.repeat(array[-1:], size - len(array), axis=0)))
 
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +16,13 @@ from pathlib import Path
 import polars as pl
 
 from busigen.errors import OutputError
-from busigen.files import (
-    TEMPORARY_PREFIX,
-    is_temporary,
-    make_folder,
-    remove,
-    sync,
-    sync_tree,
-    temporary_name,
-)
+from busigen.files import TEMPORARY_PREFIX, is_temporary, make_folder, remove, sync, sync_tree, temporary_name
 from busigen.runtime.storage.lock import locked
 
 _AGAIN = "then run the same command again: what is complete is kept."
 _FULL = f"Free some space there or raise the quota, {_AGAIN}"
 _DENIED = f"Give yourself write access to it, {_AGAIN} Or choose another --out."
-_FIXES = {
+FIXES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
     errno.EFBIG: f"Raise the file-size limit (ulimit -f) or choose another --out with a smaller --shard-size, {_AGAIN}",
@@ -41,25 +34,26 @@ _FIXES = {
     errno.EEXIST: "A file is in the way: choose another --out.",
     errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
 }
+"""What helps against an operating-system error, by its number."""
 
 
-def fix_of(number: int | None) -> str | None:
-    """What helps against an operating-system error of this number; None for one that says little."""
-    return _FIXES.get(number or 0)
+def cache_folder() -> Path:
+    """The folder for ``busigen`` where this system keeps a user's caches."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "busigen" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "busigen"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "busigen"
 
 
 @contextmanager
 def output_errors(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into an ``OutputError`` that names the folder and what helps.
-
-    Raises:
-        OutputError: the block raised an ``OSError`` or polars could not write.
-    """
+    """Turn an ``OSError``, or polars' own, into an ``OutputError`` that names the folder and what helps."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        fix = fix_of(error.errno) or f"Check the disk, {_AGAIN}"
+        fix = FIXES.get(error.errno or 0) or f"Check the disk, {_AGAIN}"
         raise OutputError(f"Cannot write to {folder}: {reason}.", fix=fix) from error
     except pl.exceptions.PolarsError as error:
         raise OutputError(f"Cannot write to {folder}: {error}.", fix=f"Check the disk, {_AGAIN}") from error
@@ -74,7 +68,6 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         OutputError: ``out`` is a link, a file, or a folder that is not empty, or another process is making it.
-        OSError: the disk refused.
     """
     if out.is_symlink():
         raise OutputError(f"{out} is a link.", fix="Choose a folder that does not exist or is empty.")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from busigen.errors import OutputError, UsageError
 from busigen.foreign import read_file
+from busigen.runtime.storage.url import Address
 
 try:
     import fcntl
@@ -42,28 +43,16 @@ _LOCK_WAIT_SECONDS = 2.0
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process until the block ends.
-
-    Raises:
-        OutputError: another process holds the folder, or tasks do.
-    """
-    with locked(folder / LOCK_FILE, folder):
+def exclusive(folder: Path, place: Path | Address | None = None) -> Iterator[None]:
+    """Hold the folder for this process until the block ends; see :func:`locked`. ``place`` is its name in errors."""
+    with locked(folder / LOCK_FILE, place or folder):
         yield
 
 
 @contextmanager
-def locked(path: Path, place: Path) -> Iterator[None]:
-    """Hold a lock file for this process until the block ends, which removes it.
-
-    Args:
-        path: the lock file.
-        place: what it guards, for the error.
-
-    Raises:
-        OutputError: another process holds it, or the file is none of this program's.
-    """
-    handle = _acquire(path, place)
+def locked(path: Path, place: Path | Address) -> Iterator[None]:
+    """Hold a lock file, which guards ``place``, until the block ends; an ``OutputError`` if another process has it."""
+    handle = _flock(path, fcntl.LOCK_EX, place) if fcntl else _open_exclusively(path, place)
     try:
         _sign(handle, str(os.getpid()))
         yield
@@ -73,11 +62,7 @@ def locked(path: Path, place: Path) -> Iterator[None]:
 
 @contextmanager
 def joined(folder: Path, numbers: range) -> Iterator[None]:
-    """Hold some of the folder's shards for this process until the block ends, beside tasks that hold others.
-
-    Args:
-        folder: the dataset.
-        numbers: of the shards.
+    """Hold the dataset's shards of these numbers until the block ends, beside tasks that hold others.
 
     Raises:
         OutputError: a process holds the whole folder, or another task one of the shards.
@@ -89,15 +74,19 @@ def joined(folder: Path, numbers: range) -> Iterator[None]:
             fix="Give every task an --index-range and an --out of its own, and join them with `busigen merge`.",
         )
     everyone = folder / LOCK_FILE
-    shared = _flock(everyone, fcntl.LOCK_SH, wait_seconds=_LOCK_WAIT_SECONDS)
+    shared = _flock(everyone, fcntl.LOCK_SH, folder, wait_seconds=_LOCK_WAIT_SECONDS)
     try:
         _sign(shared, _TASKS)
         with turn(folder):
             for others, path in living(folder):
                 if others.start < numbers.stop and numbers.start < others.stop:
-                    raise _overlapping(folder, others, path)
+                    raise OutputError(
+                        f"shards {others.start} to {others.stop - 1} of {folder} are being made by "
+                        f"{_holder(path) or 'another process'}.",
+                        fix="Give every task an --array-task or --index-range of its own, or wait until that one ends.",
+                    )
             own = folder / f"{_TASK}{numbers.start}-{numbers.stop}"
-            handle = _flock(own, fcntl.LOCK_EX)
+            handle = _flock(own, fcntl.LOCK_EX, folder)
             _sign(handle, f"process {os.getpid()} on {platform.node()}")
         try:
             yield
@@ -117,7 +106,7 @@ def joined(folder: Path, numbers: range) -> Iterator[None]:
 def turn(folder: Path) -> Iterator[None]:
     """Wait until no other task is in such a block, and be the only one there until it ends."""
     path = folder / _TURN
-    handle = _flock(path, fcntl.LOCK_EX, wait_seconds=float("inf"))
+    handle = _flock(path, fcntl.LOCK_EX, folder, wait_seconds=float("inf"))
     try:
         yield
     finally:
@@ -125,9 +114,9 @@ def turn(folder: Path) -> Iterator[None]:
 
 
 def living(folder: Path) -> list[tuple[range, Path]]:
-    """Shard numbers of the tasks that are at work, this process's included, with the file that each holds.
+    """Shard numbers of the tasks that are at work, with the file that each holds; files of killed ones are removed.
 
-    Files of tasks that were killed are removed. To be called in one's turn.
+    To be called in one's turn.
     """
     found = []
     for path in sorted(folder.glob(f"{_TASK}*")):
@@ -135,7 +124,7 @@ def living(folder: Path) -> list[tuple[range, Path]]:
         if task is None:
             continue
         try:
-            handle = _flock(path, fcntl.LOCK_EX)
+            handle = _flock(path, fcntl.LOCK_EX, folder)
         except OutputError:
             found.append((range(int(task[1]), int(task[2])), path))
         else:
@@ -155,10 +144,6 @@ def is_lock(name: str) -> bool:
     return name in (LOCK_FILE, _TURN) or _TASK_NAME.fullmatch(name) is not None
 
 
-def _acquire(path: Path, place: Path) -> int:
-    return _flock(path, fcntl.LOCK_EX, place=place) if fcntl else _acquire_open_file(path, place)
-
-
 def _release(handle: int, path: Path) -> None:
     if fcntl:
         # Removed while still held: whoever opened the old file meanwhile sees that it is no longer the one there.
@@ -175,7 +160,7 @@ def _sign(handle: int, holder: str) -> None:
     os.pwrite(handle, holder.encode(), 0)
 
 
-def _flock(path: Path, kind: int, wait_seconds: float = 0.0, place: Path | None = None) -> int:
+def _flock(path: Path, kind: int, place: Path | Address, wait_seconds: float = 0.0) -> int:
     """Open and lock the file, which must still be there under its name once it is locked."""
     deadline = time.monotonic() + wait_seconds
     # Waiting inside the system call is exact; a deadline has to look again and again.
@@ -185,13 +170,19 @@ def _flock(path: Path, kind: int, wait_seconds: float = 0.0, place: Path | None 
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, kind | nonblocking)
-            if _is_same_file(handle, path):
-                _refuse_foreign(handle, path)
-                return handle
+            opened = os.fstat(handle)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(opened, path.stat()):
+                    if not stat.S_ISREG(opened.st_mode) or not _SIGNED.fullmatch(os.pread(handle, 1 << 10, 0)):
+                        raise OutputError(
+                            f"{path} is another program's file.",
+                            fix="Choose another folder, or delete the file if nobody needs it.",
+                        )
+                    return handle
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(handle)
-                raise _held(path, place or path.parent) from None
+                raise _held(path, place) from None
             time.sleep(0.05)
         except BaseException:
             os.close(handle)
@@ -199,7 +190,7 @@ def _flock(path: Path, kind: int, wait_seconds: float = 0.0, place: Path | None 
         os.close(handle)
 
 
-def _acquire_open_file(path: Path, place: Path) -> int:
+def _open_exclusively(path: Path, place: Path | Address) -> int:
     # Windows refuses to delete a file that a living process has open, which is all that a lock needs.
     try:
         path.unlink(missing_ok=True)
@@ -208,35 +199,16 @@ def _acquire_open_file(path: Path, place: Path) -> int:
         raise _held(path, place) from None
 
 
-def _refuse_foreign(handle: int, path: Path) -> None:
-    """Another program's file is neither overwritten nor removed."""
-    regular = stat.S_ISREG(os.fstat(handle).st_mode)
-    if not regular or not _SIGNED.fullmatch(os.pread(handle, 1 << 10, 0)):
-        raise OutputError(
-            f"{path} is another program's file.", fix="Choose another folder, or delete the file if nobody needs it."
-        )
-
-
-def _is_same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _held(path: Path, place: Path) -> OutputError:
+def _held(path: Path, place: Path | Address) -> OutputError:
     holder = _holder(path)
     who = f"process {holder}" if holder.isdigit() else "array tasks" if holder == _TASKS else "another process"
-    return OutputError(
-        f"{place} is being written by {who}.", fix="Wait until it ends, stop it, or choose another --out."
-    )
+    return in_use(place, who)
 
 
-def _overlapping(folder: Path, numbers: range, path: Path) -> OutputError:
-    who = _holder(path) or "another process"
+def in_use(place: Path | Address, holder: str) -> OutputError:
+    """The error where somebody else writes a dataset's place."""
     return OutputError(
-        f"shards {numbers.start} to {numbers.stop - 1} of {folder} are being made by {who}.",
-        fix="Give every task an --array-task or --index-range of its own, or wait until that one ends.",
+        f"{place} is being written by {holder}.", fix="Wait until it ends, stop it, or choose another --out."
     )
 
 

@@ -50,11 +50,7 @@ class Address:
 
 
 def place_of(text: str) -> Path | Address:
-    """The folder or URL that was typed.
-
-    Raises:
-        UsageError: it is a URL that no dataset can be written to.
-    """
+    """The folder or URL that was typed; a ``UsageError`` where it is a URL that no dataset can be written to."""
     found = _URL.fullmatch(text)
     if found is None:
         return Path(text)
@@ -69,15 +65,7 @@ def place_of(text: str) -> Path | Address:
 
 
 def refuse_urls(*places: Path, what: str) -> None:
-    """Refuse a URL where only a folder will do; a ``Path`` has made one slash of its two.
-
-    Args:
-        places: what was typed.
-        what: the command.
-
-    Raises:
-        UsageError: one of the places is a URL.
-    """
+    """Raise a ``UsageError`` for a URL where the command ``what`` needs a folder; ``Path`` has cut its two slashes."""
     for place in places:
         found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", place.as_posix())
         if found and not place.exists():

@@ -1,13 +1,13 @@
-"""Between a lesion's mask and its code: attributes, and principal components of its form.
+"""Codes of outlines: a lesion's attributes, and principal components of its form.
 
 A code is the lesion's four attributes (place, size, slenderness) and its form's principal components in the canonical
-frame (:mod:`busigen.data.geometry`), all standardised. Every way back from a code is in torch, so that it is exported
-with the network, and puts in place exactly what a user asked for.
+frame (:mod:`busigen.data.geometry`), all standardised. Decoding is in torch, so that it is exported with the network,
+and gives exactly the attributes that a user asks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,22 +22,17 @@ from busigen.data.sources.records import birads_category
 from busigen.registry import ATTRIBUTES, BIRADS, FIELD_EDGE, RESOLUTION
 from busigen.training.networks.variance import Spread
 
-COUNT = len(ATTRIBUTES)
+Floats = NDArray[np.float64]
 
-CODE_LIMIT = 8.0
-"""Deviations at which a sampled code is clipped, because areas grow as an attribute's exponential. One in a hundred
-held-out lesions has a single component beyond 6, and next to none one beyond this."""
+COUNT = len(ATTRIBUTES)
+CODE_LIMIT = 8.0  # Deviations at which a sampled code is clipped; 1 % of held-out lesions have a component beyond 6.
 
 
 class OutlineSpace(nn.Module):
-    """Between masks and standardised codes. The basis is fitted once, on the base's training lesions.
+    """Masks to standardised codes and back, in a basis that is fitted on the base's training lesions.
 
-    An outline is as likely as its mirror image, so every component is symmetric or antisymmetric, and its left half is
-    all that is kept.
-
-    Args:
-        coefficients: principal components of the form.
-        grid: samples a side of the canonical field.
+    An outline is as likely as its mirror image, so every component is symmetric or antisymmetric, and only its left
+    half is kept. ``coefficients`` counts components, ``grid`` samples a side of the canonical field.
     """
 
     attribute_mean: Tensor
@@ -52,35 +47,29 @@ class OutlineSpace(nn.Module):
         self.register_buffer("attribute_mean", torch.zeros(COUNT))
         self.register_buffer("attribute_std", torch.ones(COUNT))
         self.register_buffer("field", torch.zeros(grid * grid))
-        # Left half of each component times its deviation over the training lesions; 1 if symmetric, -1 if not.
+        # Left half of each component times its deviation over the training lesions.
         self.register_buffer("left", torch.zeros(coefficients, grid, grid // 2))
-        self.register_buffer("parity", torch.ones(coefficients))
+        self.register_buffer("parity", torch.ones(coefficients))  # 1 if symmetric, else -1.
 
-    def fit(self, masks: Iterable[Mask]) -> None:
-        """Fit mean, deviations and principal components on lesions and their mirror images.
-
-        Args:
-            masks: ``(256, 256)`` bool each, one lesion, not empty.
-        """
-        described = [(attributes(mask), canonical_field(mask, self.grid)) for mask in masks]
-        values = np.stack([found for found, _ in described])
+    def fit(self, masks: Sequence[Mask]) -> None:
+        """Fit mean, deviations and components on lesions, ``(256, 256)`` bool each, and their mirror images."""
+        values = np.stack([attributes(mask) for mask in masks])
         values = np.concatenate((values, values * [-1.0, 1.0, 1.0, 1.0] + [1.0, 0.0, 0.0, 0.0]))
-        fields = np.stack([field for _, field in described]).astype(np.float64)
+        fields = np.stack([canonical_field(mask, self.grid) for mask in masks]).astype(np.float64)
         mean = 0.5 * (fields + fields[:, :, ::-1]).mean(axis=0)
         parts = [_components(fields - mean, parity, self.coefficients) for parity in (1.0, -1.0)]
         power, left, parity = (np.concatenate(found) for found in zip(*parts, strict=True))
         order = np.argsort(-power, kind="stable")[: self.coefficients]
-        # A handful of lesions spans fewer components than asked for; the rest stay at next to nothing, but not so near
-        # it that another lesion's code would be astronomical.
+        # A handful of lesions spans fewer components; the rest are small, but not so small that codes explode.
         deviation = np.sqrt(np.maximum(power[order], 1e-5 * power.max() + 1e-12))
-        for name, value in (
-            ("attribute_mean", values.mean(axis=0)),
-            ("attribute_std", np.maximum(values.std(axis=0), 1e-3)),
-            ("field", mean.ravel()),
-            ("left", left[order] * deviation[:, None, None]),
-            ("parity", parity[order]),
+        for buffer, value in (
+            (self.attribute_mean, values.mean(axis=0)),
+            (self.attribute_std, np.maximum(values.std(axis=0), 1e-3)),
+            (self.field, mean.ravel()),
+            (self.left, left[order] * deviation[:, None, None]),
+            (self.parity, parity[order]),
         ):
-            getattr(self, name).copy_(torch.from_numpy(np.ascontiguousarray(value)))
+            buffer.copy_(torch.from_numpy(np.ascontiguousarray(value)))
 
     def basis(self) -> Tensor:
         """The components times their deviations, ``(coefficients, grid * grid)``."""
@@ -88,7 +77,7 @@ class OutlineSpace(nn.Module):
         return torch.cat((self.left, right), dim=2).flatten(1)
 
     def encode(self, masks: Sequence[Mask]) -> Tensor:
-        """Codes of lesions, ``(B, 4 + coefficients)`` float32, standardised; masks as for :meth:`fit`."""
+        """Codes of lesions, ``(B, 4 + coefficients)`` float32; masks as for :meth:`fit`."""
         device = self.field.device
         found = torch.from_numpy(np.stack([attributes(mask) for mask in masks])).float().to(device)
         fields = torch.from_numpy(np.stack([canonical_field(mask, self.grid) for mask in masks])).to(device)
@@ -96,45 +85,31 @@ class OutlineSpace(nn.Module):
         forms = (fields.flatten(1) - self.field) @ basis.T / basis.pow(2).sum(dim=1)
         return torch.cat(((found - self.attribute_mean) / self.attribute_std, forms), dim=1)
 
-    def asked_attributes(self, values: Tensor) -> Tensor:
-        """Standardised attributes ``(B, 4)`` in the units of :func:`busigen.data.geometry.attributes`."""
-        return values * self.attribute_std + self.attribute_mean
-
     def condition(self, asked: Tensor) -> Tensor:
-        """What was asked for, as the network sees it.
+        """What is asked for, as the network reads it: attributes standardised, or 0 if not asked for.
 
-        Args:
-            asked: ``(B, ASKED_LENGTH)``: attributes in their own units, their flags (1 asked, 0 not), BI-RADS one-hot.
-
-        Returns:
-            ``(B, ASKED_LENGTH)``: the attributes standardised, and 0 where they are not asked for.
+        ``asked`` ``(B, ASKED_LENGTH)`` holds attributes in the units of :func:`busigen.data.geometry.attributes`, their
+        flags (1 if asked for), and BI-RADS one-hot.
         """
         values, flags, birads = asked.split([COUNT, COUNT, len(BIRADS)], dim=1)
         return torch.cat(((values - self.attribute_mean) / self.attribute_std * flags, flags, birads), dim=1)
 
     def distance(self, sample: Tensor, asked: Tensor) -> Tensor:
-        """A code as a signed distance per pixel, with the asked-for attributes put in place of the sampled ones.
+        """Codes ``(B, 4 + coefficients)`` as signed distances ``(B, 1, 256, 256)``, with the attributes asked for.
 
-        Args:
-            sample: ``(B, 4 + coefficients)``.
-            asked: as for :meth:`condition`.
-
-        Returns:
-            ``(B, 1, 256, 256)``, about pixels near the outline, inside > 0, negative far outside.
+        They are about pixels near the outline, and above 0 inside. ``asked`` is as for :meth:`condition`.
         """
         code = sample.clamp(-CODE_LIMIT, CODE_LIMIT)
         values, flags = asked[:, :COUNT], asked[:, COUNT : 2 * COUNT]
-        found = self.asked_attributes(code[:, :COUNT]) * (1.0 - flags) + values * flags
+        found = (code[:, :COUNT] * self.attribute_std + self.attribute_mean) * (1.0 - flags) + values * flags
         across, down, size, ratio = (part[:, 0] for part in found.split(1, dim=1))
         at = torch.from_numpy(grid_positions(self.grid)).to(code)
         step = 2.0 * FIELD_EDGE / self.grid
         far = torch.maximum(at.abs()[:, None], at.abs()[None, :])
         field = (self.field + code[:, COUNT:] @ self.basis()).view(-1, self.grid, self.grid)
-        # Nothing reaches the frame's edge, whatever the components add up to.
+        # Nothing reaches the frame's edge.
         field = torch.minimum(field, FIELD_EDGE - step - far)
-
-        # A sampled form has only about the area, centre and proportions that the frame promises; what it lacks is made
-        # up for here, so that the attributes come out as they are.
+        # A sampled form has only about the frame's area, centre and proportions: rescaling it makes attributes exact.
         cover = (field / step + 0.5).clamp(0.0, 1.0)
         total = cover.sum(dim=(1, 2)).clamp(min=1.0)
         centre_x = (cover.sum(dim=1) * at).sum(dim=1) / total
@@ -144,14 +119,13 @@ class OutlineSpace(nn.Module):
         slender = torch.exp(ratio) * width / height
         scale = torch.exp(size) / (total.sqrt() * step)
         scale_x, scale_y = scale / slender.sqrt(), scale * slender.sqrt()
-
         columns = self._weights(across, scale_x, centre_x, step)
         rows = self._weights(down, scale_y, centre_y, step)
         pixels = rows @ field @ columns.transpose(1, 2)
         return (pixels * scale[:, None, None]).unsqueeze(1)
 
     def _weights(self, place: Tensor, scale: Tensor, centre: Tensor, step: float) -> Tensor:
-        """Cubic interpolation (Keys 1981) along one axis as matrices ``(B, 256, grid)``; beyond the edge, the edge."""
+        """Cubic interpolation (Keys 1981) along one axis, clamped at the edges, as matrices ``(B, 256, grid)``."""
         pixels = torch.arange(RESOLUTION, device=place.device, dtype=place.dtype) + 0.5
         canonical = (pixels[None] - RESOLUTION * place[:, None]) / scale[:, None] + centre[:, None]
         index = ((canonical + FIELD_EDGE) / step - 0.5).clamp(0.0, self.grid - 1.0)
@@ -163,68 +137,45 @@ class OutlineSpace(nn.Module):
         return weights / weights.sum(dim=2, keepdim=True)
 
 
-def _components(
-    fields: NDArray[np.float64], parity: float, count: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Principal components among the symmetric (``parity`` 1) or antisymmetric (-1) parts of fields.
+def _components(fields: Floats, parity: float, count: int) -> tuple[Floats, Floats, Floats]:
+    """Principal components of the symmetric (``parity`` 1) or antisymmetric (-1) parts of fields, at most ``count``.
 
-    Returns:
-        Power over the fields and their mirror images ``(k,)``, left halves of the components ``(k, grid, grid / 2)``,
-        each of norm 1 when whole, and ``parity`` ``(k,)``; ``k`` is ``count``, or fewer where the halves are smaller.
+    Gives their power ``(k,)``, their left halves ``(k, grid, grid / 2)``, with norm 1 when whole, and ``parity``.
     """
     half = fields.shape[2] // 2
     left = 0.5 * (fields + parity * fields[:, :, ::-1])[:, :, :half].reshape(len(fields), -1)
-    # A whole component has twice the power of its half.
+    # A component has twice the power of its half.
     covariance = 2.0 * left.T @ left / len(left)
     last = len(covariance) - 1
     power, vectors = eigh(covariance, subset_by_index=(max(0, last - count + 1), last))
     basis = vectors.T * np.sqrt(0.5)
-    # The larger side is positive: the same lesions give the same basis every time.
+    # The larger side is positive, so that the same lesions give the same basis.
     basis *= np.sign((basis**3).sum(axis=1, keepdims=True) + 1e-30)
     return power, basis.reshape(-1, fields.shape[1], half), np.full(len(power), parity)
 
 
 def birads_flags(categories: Sequence[str | None]) -> NDArray[np.bool_]:
-    """BI-RADS categories one-hot, ``(N, 4)`` bool; all false where none is known, or one that is not learnt."""
-    # Folders that were prepared earlier hold categories as their tables wrote them.
+    """BI-RADS categories one-hot, ``(N, 4)`` bool; all false for unknown ones and those that are not learnt."""
+    # Folders prepared by older versions hold categories as their tables wrote them.
     found = [birads_category(category) for category in categories]
     return np.array([[category == known for known in BIRADS] for category in found]).reshape(-1, len(BIRADS))
 
 
-LEVELS = (0.02, *(k / 16 for k in range(1, 16)), 0.98)
-"""Quantiles at which an attribute's drawn and real distributions are matched."""
-
-EDGES = (4, 36)
-"""Components of the form at which its two bands begin: lobes, and what is finer. Before them lie broad shapes."""
-
-LEAST_AMPLITUDE = 1e-3
-"""Below it, a band holds nothing to amplify."""
-
-FEWEST = 64
-"""Lesions, real and drawn, from which a distribution is believed."""
-
-EVALUATIONS = 100
-"""Sets of drawn outlines that the search for the bands' gains looks at, each a second or so."""
-
-FINE = 2.0
-"""Deviation in pixels of the filter that takes the finest of an outline away."""
-
-RELUCTANCE = 0.03
-"""What a gain costs, against distances in deviations: of gains that do as well, the smallest are taken."""
-
-Floats = NDArray[np.float64]
+LEVELS = (0.02, *(k / 16 for k in range(1, 16)), 0.98)  # Quantiles at which attributes are matched.
+EDGES = (4, 36)  # Components of the form at which its two bands begin, after the broad shapes: lobes, and finer detail.
+LEAST_AMPLITUDE = 1e-3  # Least amplitude of a band that is amplified.
+FEWEST = 64  # Fewest lesions, real and drawn, from which a distribution is fitted.
+EVALUATIONS = 100  # Sets of drawn outlines that the search for the bands' gains evaluates, in a second or so each.
+FINE = 2.0  # Deviation in pixels of the filter that removes the finest detail of an outline.
+RELUCTANCE = 0.03  # Cost of a gain, against distances in deviations: of gains that are as good, the smallest are taken.
 
 
 class OutlineSpread(Spread):
-    """A spread for each number of a code, and after the last step the class's own distributions.
+    """A spread for each of a code's ``length`` numbers, and after the last step the class's own distributions.
 
-    A network that has seen a few hundred lesions draws their places and sizes about right, and its outlines are too
-    regular: a code leaves out the finest of a contour, and lesions differ in how ragged they are more than its draws
-    do. So attributes are carried over quantile by quantile, and the deviation of each of two bands of the form by a
-    power law, ``a' = exp(gain) a^(1 + power)``. What a user asks for replaces its attribute afterwards.
-
-    Args:
-        length: numbers in a code.
+    A network that has seen a few hundred lesions draws places and sizes about right, but too regular outlines: codes
+    lack the finest detail, and real lesions differ more in how ragged they are. So attributes are mapped quantile by
+    quantile, and the deviations of two bands of the form by a power law, ``a' = exp(gain) a^(1 + power)``.
     """
 
     drawn: Tensor
@@ -240,12 +191,12 @@ class OutlineSpread(Spread):
         self.forget()
 
     def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *_: Tensor) -> Tensor:
-        """Go from time ``t`` to ``s``; see :meth:`Spread.forward`."""
+        """:meth:`Spread.forward`, calibrated after the last step."""
         moved = super().forward(x, velocity, t, s)
         return torch.where(s <= 0.0, self.calibrated(moved), moved)
 
     def calibrated(self, code: Tensor) -> Tensor:
-        """Codes ``(B, length)`` as they are drawn, distributed as real ones."""
+        """Drawn codes ``(B, length)``, mapped to the distribution of real ones."""
         values = code[:, :COUNT, None]
         widths = self.drawn.diff(dim=1)
         slopes = self.wanted.diff(dim=1) / widths
@@ -263,7 +214,7 @@ class OutlineSpread(Spread):
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Take draws as they are, until they are measured."""
+        """Reset the mapping to the identity."""
         identity = torch.linspace(-2.0, 2.0, len(LEVELS)).expand(COUNT, -1)
         self.drawn.copy_(identity)
         self.wanted.copy_(identity)
@@ -271,41 +222,33 @@ class OutlineSpread(Spread):
 
     @torch.no_grad()
     def fit_attributes(self, drawn: Tensor, real: Tensor) -> None:
-        """Match the attributes' quantiles.
-
-        Args:
-            drawn: codes ``(N, length)`` as the solver draws them without this.
-            real: codes of the class's lesions.
-        """
+        """Match the attributes' quantiles of uncalibrated ``drawn`` codes ``(N, length)`` to those of ``real`` ones."""
         if min(len(drawn), len(real)) < FEWEST:
             return
         levels = torch.tensor(LEVELS, dtype=torch.float32)
         for table, codes in ((self.drawn, drawn), (self.wanted, real)):
             quantiles = torch.quantile(codes[:, :COUNT].float().cpu(), levels, dim=0).T
-            # No two alike: between them, a line must have a slope.
+            # No two are equal, so that slopes between them are finite.
             steps = quantiles.diff(dim=1).clamp(min=1e-3).cumsum(dim=1)
             table.copy_(torch.cat((quantiles[:, :1], quantiles[:, :1] + steps), dim=1))
 
     @torch.no_grad()
     def fit_form(self, codes: Tensor, outlined: Callable[[Tensor], Sequence[Mask]], real: Sequence[Mask]) -> None:
-        """Find the bands' gains with which outlines are as irregular, and as variously so, as real ones.
+        """Find the bands' gains with which the irregularity of outlines is distributed as that of real ones.
 
-        Args:
-            codes: as the solver draws them without this.
-            outlined: draws the outlines of codes that are calibrated; those that are no lesion are left out.
-            real: lesions of the class.
+        ``codes`` are uncalibrated; ``outlined`` gives the masks of calibrated ones, without those that are no lesion.
         """
         if min(len(codes), len(real)) < FEWEST or not self.bands:
             return
-        target = _irregularity(real)
-        scale = target.std(axis=0)
+        target, levels = _irregularity(real), np.linspace(0.02, 0.98, 49)
+        scale, wanted = target.std(axis=0), np.quantile(target, levels, axis=0)
 
         def missed(gains: Floats) -> float:
             self.gains.view(-1)[: gains.size] = torch.from_numpy(gains).to(self.gains)
             found = _irregularity(outlined(self.calibrated(codes)))
             if len(found) < FEWEST // 2:
                 return float("inf")
-            distance = (np.abs(_quantiles(found) - _quantiles(target)).mean(axis=0) / scale).sum()
+            distance = (np.abs(np.quantile(found, levels, axis=0) - wanted).mean(axis=0) / scale).sum()
             return float(distance + RELUCTANCE * np.abs(gains).sum())
 
         start = np.zeros(2 * len(self.bands))
@@ -316,17 +259,10 @@ class OutlineSpread(Spread):
 
 
 def _irregularity(masks: Sequence[Mask]) -> Floats:
-    """Circularity and solidity of lesions, and their circularity without what is finer than ``FINE``: ``(N, 3)``."""
-    found = [(circularity(mask), solidity(mask), circularity(_smoothed(mask))) for mask in masks]
+    """Circularity and solidity of lesions, and their circularity without detail finer than ``FINE``, ``(N, 3)``."""
+    found = []
+    for mask in masks:
+        part = np.pad(mask[around(mask, 0)], 4 * round(FINE))
+        smooth = ndimage.gaussian_filter(part.astype(np.float32), FINE) >= 0.5
+        found.append((circularity(mask), solidity(mask), circularity(smooth if smooth.any() else mask)))
     return np.array(found, dtype=np.float64).reshape(-1, 3)
-
-
-def _smoothed(mask: Mask) -> Mask:
-    """A lesion without the finest of its outline; it stays one that has pixels."""
-    part = np.pad(mask[around(mask, 0)], 4 * round(FINE))
-    smooth: Mask = ndimage.gaussian_filter(part.astype(np.float32), FINE) >= 0.5
-    return smooth if smooth.any() else mask
-
-
-def _quantiles(values: Floats) -> Floats:
-    return np.asarray(np.quantile(values, np.linspace(0.02, 0.98, 49), axis=0))

@@ -1,4 +1,4 @@
-"""How much samples differ in each coefficient, and the solver step that makes use of it."""
+"""The spread of the training data in each coefficient, and the solver step that uses it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from busigen.noise_styles import LIMIT
 from busigen.solver import gaussian_constants
 
-LEAST = 0.05
-"""Smallest deviation that is believed: a frequency in which no training image differs from the others would freeze."""
+LEAST = 0.05  # Smallest deviation: without it, a frequency in which all training images are equal would freeze.
 
 
 class Spread(nn.Module):
-    """Solver steps whose spread is each coefficient's own instead of one number.
+    """Solver steps with a spread for each coefficient of samples of a ``shape``, in place of one number.
 
-    Stage 1's codes are standardised over all lesions, and those of one class are not: malignant outlines vary half as
-    much again in their fine components as benign ones do. With one spread for all, eight steps made malignant outlines
-    too smooth.
-
-    Args:
-        shape: of one sample.
+    Stage 1's codes are standardised over all lesions, but malignant outlines vary half as much again in their fine
+    components as benign ones do. With one spread for all, eight steps made malignant outlines too smooth.
     """
 
     spread: Tensor
@@ -34,71 +29,58 @@ class Spread(nn.Module):
 
     @torch.no_grad()
     def assume(self, spread: float) -> None:
-        """Take one deviation for everything, until :meth:`fit` measures it."""
+        """Set one deviation for everything, until :meth:`fit` measures it."""
         self.spread.fill_(spread)
 
     def coefficients(self, sample: Tensor) -> Tensor:
-        """What of a sample varies independently of the rest, as far as is known; linear."""
+        """A linear transform of samples whose components are nearly independent."""
         return sample
 
     def sample(self, coefficients: Tensor) -> Tensor:
-        """The way back from :meth:`coefficients`."""
+        """The inverse of :meth:`coefficients`."""
         return coefficients
 
     @torch.no_grad()
     def fit(self, clean: Tensor) -> None:
-        """Measure the spread on training samples ``(N, ...)``; of fewer than two, there is none to measure."""
+        """Measure the spread of at least two training samples ``(N, ...)``."""
         if len(clean) < 2:
             return
-        # In parts: the training split's coefficients all at once would be as large as the split itself.
+        # In parts, because all coefficients at once would take as much memory as the training split.
         total = torch.zeros_like(self.spread, dtype=torch.float64)
         mean = clean.double().mean(0).float()
         for part in clean.split(64):
-            total += self.coefficients(part.float() - mean).double().square().sum(0)
+            total += (part.float() - mean).double().square().sum(0)
         self.spread.copy_((total / (len(clean) - 1)).sqrt().clamp(min=LEAST).float())
 
     def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *_: Tensor) -> Tensor:
-        """Go from time ``t`` to ``s``.
-
-        Args:
-            x: noisy samples ``(B, ...)``.
-            velocity: the network's answer to them, of the same shape.
-            t: time of ``x``, ``(1,)`` in (0, 1].
-            s: time to go to, ``(1,)`` in [0, t).
-        """
+        """Noisy samples ``x`` ``(B, ...)`` and their velocity, taken from time ``t``, ``(1,)``, to ``s`` below it."""
         a, b = gaussian_constants(t, s, self.spread)
         return self.sample(a * self.coefficients(x) + b * self.coefficients(velocity))
 
 
 class Spectrum(Spread):
-    """Solver steps whose spread is that of each spatial frequency, along axes of its own among the channels.
+    """Solver steps with the spread of each spatial frequency of latents, ``channels`` of ``cells`` a side.
 
-    Latents are standardised cell by cell, but neighbouring cells vary together: the mean of a whole image's latents
-    varies up to eighteen times as much as independent cells would let it, their finest detail less than half as much.
-    With one spread for all, ten steps lost a third of what images differ by in brightness and overdid the detail. In
-    the basis of the discrete cosine transform the coefficients of natural images are nearly uncorrelated (Ahmed et al.
-    1974), so each can have a step of its own (:func:`busigen.solver.gaussian_constants`). The channels of one frequency
-    are not: an image's brightness shows in several of them at once. They are turned to the axes on which they are.
-
-    Args:
-        channels: of the latents.
-        cells: their rows and columns.
+    Neighbouring cells vary together: the mean of an image's latents varies up to eighteen times as much as that of
+    independent cells, their finest detail less than half as much. With one spread, ten steps lost a third of the
+    differences in brightness and overdid the detail. Coefficients of the discrete cosine transform are nearly
+    uncorrelated (Ahmed et al. 1974), so each has a step of its own (:func:`busigen.solver.gaussian_constants`), along
+    the principal axes of a frequency's channels.
     """
 
     axes: Tensor
 
     def __init__(self, channels: int, cells: int) -> None:
         super().__init__(channels, cells, cells)
-        # Alike for all directions of one frequency: a matrix for each pair of row and column would be half of what the
-        # prior's largest layer takes in a bundle.
+        # The same for all directions of a frequency, or they would take half as much as the prior's largest layer.
         self.register_buffer("axes", torch.eye(channels).repeat(int(_radius(cells).max()) + 1, 1, 1))
 
     def coefficients(self, sample: Tensor) -> Tensor:
-        """Latents ``(B, C, s, s)`` by frequency, ``(B, K, s, s)``: along the ``K = C`` axes of each."""
+        """Latents ``(B, C, s, s)`` by frequency, along the ``K = C`` axes of each, ``(B, K, s, s)``."""
         return turned(transformed(sample), self._axes())
 
     def sample(self, coefficients: Tensor) -> Tensor:
-        """Its inverse."""
+        """The inverse of :meth:`coefficients`."""
         found = turned(coefficients, self._axes().transpose(2, 3))
         basis = cosines(found.shape[-1]).to(found)
         return basis.T @ found @ basis
@@ -111,7 +93,7 @@ class Spectrum(Spread):
 
     @torch.no_grad()
     def fit(self, clean: Tensor) -> None:
-        """Measure axes and spread on training latents ``(N, C, s, s)``; of fewer than two, there is none to measure."""
+        """Measure axes and spread of at least two training latents ``(N, C, s, s)``."""
         if len(clean) < 2:
             return
         total = torch.zeros_like(self._axes(), dtype=torch.float64)
@@ -135,7 +117,7 @@ class Spectrum(Spread):
 
 
 def _radius(cells: int) -> Tensor:
-    """Each coefficient's frequency whatever its direction, in half periods per side, to the next whole number."""
+    """Each coefficient's frequency in any direction, in half periods per side, rounded."""
     frequency = torch.arange(cells, dtype=torch.float64)
     return (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().round().long()
 
@@ -160,33 +142,20 @@ def cosines(size: int) -> Tensor:
 
 
 Residuals = tuple[Tensor, Tensor, Tensor]
-"""What two answers to pure noise miss of the same windows, ``(B, C, n, n)``, and the region to paint ``(B, 1, n, n)``.
+"""Residuals ``(B, C, n, n)`` of two answers to pure noise in the same windows, and the regions to paint."""
 
-A network that is asked at pure noise should answer with the mean of all that may be painted; trained for any finite
-time, it is swayed by the noise. What two answers miss in common is the windows' own."""
-
-MOST_COMPENSATED = 1.5
-"""Greatest factor by which :meth:`Wavelets.compensate` changes a deviation."""
-
-LEAST_CELLS = 6
-"""Cells of a lesion from which its power is believed."""
-
-FEWEST = 24
-"""Windows from which a spread is believed; with fewer, that of the base stays."""
+MOST_COMPENSATED = 1.5  # Greatest factor by which :meth:`Wavelets.compensate` changes a deviation.
+LEAST_CELLS = 6  # Fewest cells of a lesion whose power is measured.
+FEWEST = 24  # Fewest windows from which a spread is fitted; with fewer, that of the base stays.
 
 
 class Wavelets(nn.Module):
-    """Solver steps whose spread is that of each size of Haar wavelet, in the region that is painted.
+    """Solver steps with the spread of each scale of Haar wavelets, in the region to paint.
 
-    What stages 2 and 3 leave open once they have seen the surroundings and the outline is not white: brightness varies
-    more over blocks of four cells than cells that are independent would let it, and from cell to cell half as much.
-    Steps with one spread for all paint lesions that are too much alike as a whole and too grainy within. Cosines know
-    no place, and the region to paint is one; wavelets have both a place and a scale (Mallat 1989). Channels are turned
-    to axes on which they are uncorrelated, as in :class:`Spectrum`.
-
-    Args:
-        channels: of the latents.
-        sizes: rows (and columns) of cells that windows have, powers of two.
+    What surroundings and outline leave open is not white: brightness varies more over blocks of four cells than that of
+    independent cells, and half as much from cell to cell. With one spread, lesions are too much alike as a whole and
+    too grainy within. The region to paint is a place, which cosines lack and wavelets have (Mallat 1989). Channels are
+    rotated as in :class:`Spectrum`. ``sizes`` are the windows' sides in cells, powers of two.
     """
 
     styles: Tensor
@@ -195,28 +164,22 @@ class Wavelets(nn.Module):
         super().__init__()
         for size in sizes:
             scales = len(_counts(size))
-            # Scales by row and by column; the first is that of the mean.
+            # By scale of row and of column, of which the first is the mean.
             self.register_buffer(f"spread_{size}", torch.ones(scales, scales, channels))
             self.register_buffer(f"axes_{size}", torch.eye(channels).repeat(scales, scales, 1, 1))
         self.register_buffer("styles", torch.zeros(channels, channels))
 
     @torch.no_grad()
     def assume(self, spread: float) -> None:
-        """Take one deviation for everything, until :meth:`fit` measures it."""
+        """Set one deviation for everything, until :meth:`fit` measures it."""
         for name, table in self.named_buffers():
             if name.startswith("spread"):
                 table.fill_(spread)
 
     def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *condition: Tensor) -> Tensor:
-        """Go from time ``t`` to ``s``.
+        """Noisy latents ``(B, C, n, n)`` and their velocity, taken from time ``t``, ``(1,)``, to ``s`` below it.
 
-        Args:
-            x: noisy latents ``(B, C, n, n)``.
-            velocity: the network's answer to them, of the same shape.
-            t: time of ``x``, ``(1,)`` in (0, 1].
-            s: time to go to, ``(1,)`` in [0, t).
-            condition: the stage's condition channels, of which the last is the region to paint, ``(B, 1, n, n)``, and
-                the one before it the lesion's mask, ``(B, 4, n, n)`` in [0, 1].
+        ``condition`` ends with the mask, ``(B, 4, n, n)`` in [0, 1], and the region to paint, ``(B, 1, n, n)``.
         """
         *_, mask, region = condition
         change = self._style(x, mask, region) * (t >= 1.0).to(x)
@@ -227,14 +190,14 @@ class Wavelets(nn.Module):
         a, b = gaussian_constants(t, s, spread.permute(2, 0, 1))
         moved = a * turned(basis @ x @ basis.T, axes) + b * turned(basis @ velocity @ basis.T, axes)
         inside = basis.T @ turned(moved, axes.transpose(2, 3)) @ basis
-        # What is not to be painted is known, and goes there straight.
+        # The rest is known, and goes there straight.
         return inside * region + (x + (s - t) * velocity) * (1.0 - region)
 
     def _style(self, noise: Tensor, mask: Tensor, region: Tensor) -> Tensor:
-        """What a window's style changes of pure noise: within the lesion, every channel gets a factor.
+        """The change of pure noise by a window's style: a factor for each channel within the lesion.
 
-        Some lesions are empty and some are coarse as a whole. A few steps leave what is normal, and do not draw that
-        (:mod:`busigen.noise_styles`). The noise beside the region to paint decides nothing but the style.
+        A few steps from normal noise do not draw lesions that are empty or coarse as a whole
+        (:mod:`busigen.noise_styles`). The noise outside the region to paint decides the style, and nothing else.
         """
         beside = 1.0 - region
         normals = (noise * beside).sum(dim=(2, 3)) / beside.sum(dim=(2, 3)).clamp(min=1.0).sqrt()
@@ -243,13 +206,7 @@ class Wavelets(nn.Module):
 
     @torch.no_grad()
     def fit(self, size: int, parts: Sequence[Residuals], factor: float = 1.0) -> None:
-        """Measure what is left open of windows of one size.
-
-        Args:
-            size: rows of cells.
-            parts: training windows of that size, on the CPU; outside of the region to paint, nothing is looked at.
-            factor: on the variances.
-        """
+        """Measure the spread in windows of ``size`` cells a side; ``factor`` multiplies the residuals' variances."""
         if sum(len(first) for first, _, _ in parts) < FEWEST:
             return
         axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
@@ -259,14 +216,7 @@ class Wavelets(nn.Module):
 
     @torch.no_grad()
     def compensate(self, size: int, parts: Sequence[Residuals]) -> None:
-        """Change the spread by what a trained network's few steps make of it.
-
-        Its first answer is swayed by the noise, which adds to what is drawn, and later ones take back a part of that.
-
-        Args:
-            size: rows of cells.
-            parts: windows that were drawn with the spread as it is.
-        """
+        """Correct the spread, which noise in the network's answers changes, by residuals of windows drawn with it."""
         if sum(len(first) for first, _, _ in parts) < FEWEST:
             return
         axes, spread = (self.get_buffer(f"{name}_{size}") for name in ("axes", "spread"))
@@ -277,18 +227,18 @@ class Wavelets(nn.Module):
 
 
 def _covariances(size: int, parts: Sequence[Residuals]) -> Tensor:
-    """Covariance of the channels for each pair of scales, by row and by column, ``(S * S, C, C)``."""
-    basis = haar(size)
-    counts = _counts(size)
+    """Covariances of the channels for each pair of scales, of rows and of columns, ``(S * S, C, C)``."""
+    basis, counts = haar(size), _counts(size)
+    squares = basis.square()
     scale_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     pair = (scale_of[:, None] * len(counts) + scale_of[None]).flatten()
     channels = parts[0][0].shape[1]
     weights = torch.zeros(len(counts) ** 2, dtype=torch.float64)
     moments = torch.zeros(len(counts) ** 2, channels, channels, dtype=torch.float64)
     for first, second, region in parts:
-        share = shares(region, basis).double().flatten(2)[:, 0]
+        share = (squares @ region @ squares.T).clamp(0.0, 1.0).double().flatten(2)[:, 0]
         one, other = ((basis @ (part * region) @ basis.T).double().flatten(2) for part in (first, second))
-        # Of a wavelet that lies in the region in part, a part is seen; those that lie in it as a whole count most.
+        # Wavelets count by the share of them that lies in the region.
         both = torch.einsum("bcp,bdp,bp->pcd", one, other, share**4)
         moments.index_add_(0, pair, 0.5 * (both + both.transpose(1, 2)))
         weights.index_add_(0, pair, (share**5).sum(0))
@@ -296,12 +246,7 @@ def _covariances(size: int, parts: Sequence[Residuals]) -> Tensor:
 
 
 def amplitudes(latents: Tensor, mask: Tensor) -> Tensor:
-    """Half the logarithm of the power within each lesion, ``(N, C)``, of the windows with enough of one.
-
-    Args:
-        latents: ``(B, C, n, n)``.
-        mask: as for :meth:`Wavelets.forward`.
-    """
+    """Half the logarithm of the power of latents ``(B, C, n, n)`` in each lesion that is large enough, ``(N, C)``."""
     within = (mask.mean(dim=1, keepdim=True) > 0.9).to(latents)
     latents, within = (part[within.sum(dim=(1, 2, 3)) >= LEAST_CELLS] for part in (latents, within))
     cells = within.sum(dim=(2, 3), keepdim=True)
@@ -311,16 +256,10 @@ def amplitudes(latents: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_square(parts: Sequence[Residuals]) -> float:
-    """Mean square in the region to paint of what both of two answers miss: what the noise sways them by is no part."""
+    """Mean square in the region to paint of what two answers miss in common, which is none of their noise's doing."""
     total = sum(float((first * second * region).sum()) for first, second, region in parts)
     cells = sum(float(region.sum()) * first.shape[1] for first, _, region in parts)
     return max(total, 0.0) / max(cells, 1.0)
-
-
-def shares(region: Tensor, basis: Tensor) -> Tensor:
-    """The share of every wavelet that lies in a region, ``(B, 1, n, n)`` both."""
-    squares = basis.square()
-    return (squares @ region @ squares.T).clamp(0.0, 1.0)
 
 
 def _by_wavelet(table: Tensor, size: int) -> Tensor:
@@ -330,7 +269,7 @@ def _by_wavelet(table: Tensor, size: int) -> Tensor:
 
 
 def _counts(size: int) -> list[int]:
-    """Wavelets of each scale among ``size`` samples: the mean, and then from the widest to the finest."""
+    """Wavelets of each scale among ``size`` samples: the mean, then from the widest to the finest."""
     return [1, *(2**k for k in range(round(math.log2(size))))]
 
 

@@ -1,49 +1,81 @@
-"""The tasks that train the autoencoder: as a whole, its decoder alone, and the decoder against what stages draw."""
+"""The tasks that learn from pixels: those of the autoencoder, of its decoder and of the context encoder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from busigen.data.geometry import GRAIN_SCALE
+from busigen.data.geometry import GRAIN_SCALE, Mask, around
+from busigen.mtf import KNOTS, LARGEST_GAIN, Transfer, detail, passed
+from busigen.noise_styles import Floats, bounded, fitted
 from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SPECKLE_GAIN
 from busigen.training import losses
-from busigen.training.examples import Frames, to_tensor
-from busigen.training.fitting import Picture, fit_transfer
+from busigen.training.examples import Frame, Frames, to_tensor
 from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
 from busigen.training.networks.autoencoder import Critic
-from busigen.training.networks.build import mask_condition, region_condition
+from busigen.training.networks.build import MaskedAutoencoder, mask_condition, region_condition
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
-from busigen.training.tasks import base as sheets
-from busigen.training.tasks.base import PixelTask, TaskContext, mean_loss, random_frames
+from busigen.training.tasks import Task, TaskContext, grid, random_frames, to_pictures
 from busigen.training.trainer import load_state, save_state
 
-HOLE_SHARE = 0.3
-"""Share of the autoencoder's crops with a grey hole, as the windows of stage 2 have."""
 
-LATENT_NOISE = 0.15
-"""Noise on the latents in the autoencoder's training, as a share of each channel's deviation."""
+class ContextTask(Task):
+    """Masked-autoencoder pre-training of the context encoder on all images."""
+
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
+        super().__init__(spec, context)
+        self.module = self.network = MaskedAutoencoder(module).to(context.device)
+
+    def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        side = 256 // self.network.patch
+        images, keeps = [], []
+        for frame, rng in random_frames(frames, size, generator):
+            keep = np.ones((side, side), dtype=np.float32)
+            # Blocks, as edit regions drop patches, and scattered ones, which make the task hard enough.
+            for _ in range(2):
+                y, x = rng.integers(0, side, 2)
+                keep[y : y + rng.integers(side // 4, side // 2 + 1), x : x + rng.integers(side // 4, side // 2 + 1)] = 0
+            keep[rng.random((side, side)) < 0.4] = 0
+            images.append(to_tensor(frame.image))
+            keeps.append(torch.from_numpy(keep.ravel()))
+        return torch.stack(images).to(self.device), torch.stack(keeps).to(self.device)
+
+    def _loss(self, data: Frames, generator: Generator) -> Tensor:
+        images, keep = self._batch(data, self.spec.batch, generator)
+        return losses.masked_patches(self.network(images, keep).float(), images, keep, self.network.patch)
+
+    def sheet(self) -> Image.Image:
+        """Images, their kept patches, and what is predicted."""
+        images, keep = self._batch(self.held_out, 6, Generator().manual_seed(1))
+        output = self.network(images, keep).transpose(1, 2)
+        patch = self.network.patch
+        full = nn.functional.fold(output, 256, patch, stride=patch)
+        seen = nn.functional.interpolate(keep.view(-1, 1, 256 // patch, 256 // patch), scale_factor=patch)
+        return grid([to_pictures(row) for row in (images, images * seen, full)])
 
 
-Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Two decodings of a batch, the pixels, where they count, and the latents that were decoded, without noise."""
+HOLE_SHARE = 0.3  # Share of the autoencoder's crops with a grey hole, as windows of stage 2 have.
+LATENT_NOISE = 0.15  # Noise on the latents in the autoencoder's training, as a share of each channel's deviation.
+
+Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # Two decodings, pixels, their weight, and latents.
 
 
-class AutoencoderTask(PixelTask):
-    """Random crops through encoder and decoder; some crops carry a grey hole, as the windows of stage 2 do."""
+class AutoencoderTask(Task):
+    """The whole autoencoder, on random crops."""
 
     crop = 96
 
-    def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        super().__init__(spec, setting)
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
+        super().__init__(spec, context)
         self.autoencoder = self.module = module
 
     def _batch(self, frames: Frames, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -56,138 +88,161 @@ class AutoencoderTask(PixelTask):
             if rng.random() < HOLE_SHARE:
                 y, x = rng.integers(0, 64, 2)
                 hole = (..., slice(y, y + rng.integers(16, 64)), slice(x, x + rng.integers(16, 64)))
-                # The encoder must cope with holes; nobody will ever ask the decoder for one.
+                # The encoder must cope with holes, and the decoder need not paint them.
                 window[hole], weight[hole] = 0.0, 0.0
             pixels.append(window)
             weights.append(weight)
         return torch.stack(pixels).to(self.device), torch.stack(weights).to(self.device)
 
-    def _noise(self, pixels: Tensor, generator: Generator) -> Tensor:
-        return torch.randn(pixels.shape, generator=generator).to(pixels)
-
     def _decoded(self, frames: Frames, generator: Generator) -> Decoded:
         pixels, weight = self._batch(frames, self.spec.batch, generator)
         latents = self.autoencoder.encoder(pixels)
         spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
-        # Noise makes the decoder forgive what the denoisers get slightly wrong, and keeps grains out of the latents.
+        # Noise makes the decoder forgive small errors of the denoisers, and keeps grains out of the latents.
         noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=generator).to(latents)
-        noise = torch.cat([self._noise(pixels, generator) for _ in range(2)])
+        noise = torch.cat([torch.randn(pixels.shape, generator=generator).to(pixels) for _ in range(2)])
         first, second = self.autoencoder.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
         return first, second, pixels, weight, latents.float()
 
-    def _loss(self, frames: Frames, generator: Generator) -> Tensor:
-        return losses.reconstruction(*self._decoded(frames, generator), generator)
+    def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
+        return losses.reconstruction(*decoded, generator)
+
+    def _loss(self, data: Frames, generator: Generator) -> Tensor:
+        return self._score(self._decoded(data, generator), generator)
 
     def sheet(self) -> Image.Image:
         """Held-out crops above their reconstructions."""
         generator = Generator().manual_seed(1)
         pixels, _ = self._batch(self.held_out, 8, generator)
-        output = self.autoencoder(pixels, self._noise(pixels, generator))
-        return sheets.grid([[sheets.to_picture(p) for p in pixels], [sheets.to_picture(p) for p in output]])
+        output = self.autoencoder(pixels, torch.randn(pixels.shape, generator=generator).to(pixels))
+        return grid([to_pictures(pixels), to_pictures(output)])
 
 
 class DecoderTask(AutoencoderTask):
-    """The decoder alone, once the latents are settled: against its cells' showing in what it draws, and a critic.
+    """The decoder alone, against visible cells of the latents and a critic, which sees more than single patches.
 
-    From the start on, pressure against the cells would cost sharpness: the decoder then flees from edges instead. The
-    critic finds what the energy distance, which compares patch by patch, does not see.
+    With the lattice loss from the start on, the decoder would avoid edges, and lose sharpness.
     """
 
-    def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        super().__init__(spec, setting, module)
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
+        super().__init__(spec, context, module)
         module.encoder.requires_grad_(False)
-        self.critic = Critic(module.config.latent_channels).to(setting.device)
+        self.critic = Critic(module.config.latent_channels).to(context.device)
         self.module = nn.ModuleDict({"autoencoder": module, "critic": self.critic})
 
     def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
-        """The sum of what the decoder and what the critic lose."""
         first, _, pixels, weight, latents = decoded
         ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
         return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
-        first, second, pixels, weight, latents = decoded
+        """The decoder's loss without its critic, whose scores change their meaning with every step."""
+        first, second, pixels, _, _ = decoded
         seams = losses.lattice(first, pixels) + losses.lattice(second, pixels)
-        score = losses.reconstruction(first, second, pixels, weight, latents, generator)
-        return score + losses.LATTICE_WEIGHT * seams
+        return super()._score(decoded, generator) + losses.LATTICE_WEIGHT * seams
 
     def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what the critic lose."""
+        """The sum of the decoder's and the critic's losses of one training batch."""
         return self._contested(self._decoded(self.train, generator), generator)
 
-    def validate(self) -> float:
-        """Mean loss of fixed held-out crops, without the critic's part: its scores mean another thing every step."""
-        return mean_loss(lambda g: self._score(self._decoded(self.held_out, g), g))
+
+FEWEST = 128  # Fewest images, real and drawn, from which filters are fitted.
+CORRECTIONS = 2  # Times that the fit corrects its filters, since short ones cannot follow every gain.
+MOST_MENDED = 2.0  # Largest factor by which a correction changes the filters' spread.
+Picture = tuple[NDArray[np.uint8], Mask]  # An image ``(H, W)`` and its pixels that count.
 
 
-BACKGROUNDS = 512
-"""Backgrounds that are drawn, if there are as many training images."""
+def fit_transfer(real: Iterable[Picture], generated: Sequence[Picture], seed: int) -> Transfer | None:
+    """The filters through which drawn images have their detail distributed as real ones have.
 
-Generated = dict[str, Tensor]
+    Pixels of ``generated`` images that do not count lie outside their frame; ``seed`` seeds the filters that are tried.
+
+    Returns:
+        Filters, clipped to :data:`busigen.mtf.LARGEST_GAIN` with a warning; None with fewer than ``FEWEST`` images of
+        either, or if drawn images lack nothing that real ones vary by.
+    """
+    if len(generated) < FEWEST:
+        return None
+    wanted, plain = _measured(real), _measured(generated)
+    if min(len(wanted), len(plain)) < FEWEST:
+        return None
+    result = Transfer(wanted.mean(axis=0) - plain.mean(axis=0), fitted(wanted, plain))
+    if not result.factor.size:
+        return None
+    for _ in range(CORRECTIONS):
+        # Clipped as in use: what lies beyond the bound has no effect, and must not sway the rest.
+        clipped = Transfer(*(np.clip(part, -LARGEST_GAIN, LARGEST_GAIN) for part in (result.mean, result.factor)))
+        found = _measured(_filtered(clipped, generated, seed))
+        before, aim, after = (float(values.var(axis=0).sum()) for values in (plain, wanted, found))
+        share = math.sqrt(max(aim - before, 1e-9) / max(after - before, 1e-9))
+        share = min(max(share, 1.0 / MOST_MENDED), MOST_MENDED)
+        result = Transfer(result.mean + wanted.mean(axis=0) - found.mean(axis=0), share * result.factor)
+    return Transfer(*(bounded(part, LARGEST_GAIN, "transfer") for part in (result.mean, result.factor)))
+
+
+def _measured(pictures: Iterable[Picture]) -> Floats:
+    found = [detail(image, usable) for image, usable in pictures]
+    return np.array([part for part in found if part is not None]).reshape(-1, 2 * len(KNOTS))
+
+
+def _filtered(transfer: Transfer, generated: Iterable[Picture], seed: int) -> Iterable[Picture]:
+    rng = np.random.default_rng(seed)
+    for image, usable in generated:
+        frame = around(usable, 0)
+        result = image.copy()
+        normals = rng.standard_normal((transfer.factor.shape[1],))
+        result[frame] = passed(image[frame], transfer.kernels(normals))
+        yield result, usable
+
+
+BACKGROUNDS = 512  # Most backgrounds that are drawn; no more than there are training images.
 
 
 class FinishTask(DecoderTask):
     """The decoder, against opponents that see its pixels as a user will.
 
-    It has learnt on latents of real images. Drawn ones differ from these in what no loss of stage 2 or 3 sees, and a
-    lesion's window is pasted into an image: so here the decoder is given what the stages draw at the places of real
-    lesions, and backgrounds that the prior draws, and both are judged after the paste and beside what is really there.
-    Here it is first told masks, and can draw a margin where the outline says. One opponent is a critic, told the
-    outline pixel by pixel as well; others are linear discriminants between statistics of texture, and of how brightness
-    goes across the outline.
-    Latents of real images stay a part of every batch, or the decoder would forget what they mean.
+    Drawn latents differ from real ones in what the losses of stages 2 and 3 do not see, and lesions are pasted. So the
+    decoder gets what the stages draw in the places of real lesions, and backgrounds of the prior, and both are judged
+    after the paste against real pixels. Here it first reads masks, to draw margins. The opponents are a second critic,
+    which sees the outline, and linear discriminants of texture and of brightness across outlines. Real latents stay a
+    part of every batch, lest they be forgotten.
     """
 
-    def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        super().__init__(spec, setting, module)
-        self.setting = setting
-        mean, std = setting.networks.latents_mean, setting.networks.latents_std
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
+        super().__init__(spec, context, module)
+        mean, std = context.networks.latents_mean, context.networks.latents_std
         self.latents_mean, self.latents_std = (part.view(1, -1, 1, 1).to(self.device) for part in (mean, std))
         self.texture = Texture().to(self.device)
         self.judge = Critic(MASK_CHANNELS + 1, pixel_channels=2).to(self.device)
         groups = ("image", "background", *ZONES)
-        self.discriminants = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
+        self.discriminants: Any = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
         self.discriminants["profile"] = Discriminant(FEATURES)
         self.discriminants.to(self.device)
-        self.module = nn.ModuleDict(
-            {
-                "autoencoder": module,
-                "critic": self.critic,
-                "judge": self.judge,
-                "discriminants": self.discriminants,
-            }
-        )
-        self.windows = self._cached(
-            "drawn", lambda options: rollout_windows(self.train, variants=spec.variants, **options)
-        )
+        parts = {"critic": self.critic, "judge": self.judge, "discriminants": self.discriminants}
+        self.module = nn.ModuleDict({"autoencoder": module, **parts})
+        self.windows = self._cached("drawn", rollout_windows, frames=self.train, variants=spec.variants)
         count = min(BACKGROUNDS, len(self.train))
-        self.backgrounds = self._cached(
-            "drawn-backgrounds", lambda options: rollout_backgrounds(count=count, **options)
-        )
+        self.backgrounds = self._cached("drawn-backgrounds", rollout_backgrounds, count=count)
 
-    def _cached(self, name: str, draw: Callable[[dict[str, Any]], Generated]) -> Generated:
-        """What the stages draw, from the run's cache or for it."""
-        path = self.setting.cache / f"{name}-{self.spec.variants}.safetensors"
+    def _cached(self, name: str, draw: Callable[..., dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
+        """Drawn latents, from the run's cache."""
+        path = self.context.cache / f"{name}-{self.spec.variants}.safetensors"
         if not path.exists():
-            assert self.setting.drawer is not None
-            options = {
-                "drawer": self.setting.drawer,
-                "seed": self.setting.seed,
-                "device": self.device,
-                "progress": self.setting.report(f"{name}: drawing"),
-            }
-            save_state(path, draw(options), {})
+            assert self.context.drawer is not None
+            progress = self.context.report(f"{name}: drawing")
+            found = draw(drawer=self.context.drawer, seed=self.context.seed, progress=progress, **options)
+            save_state(path, found, {})
         return load_state(path)[0]
 
     def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`; the sum of what the decoder and what its opponents lose."""
+        """The sum of the decoder's and its opponents' losses of one training batch."""
         decoded = self._decoded(self.train, generator)
         first, _, pixels, weight, _ = decoded
         total = self._contested(decoded, generator) + self._texture_loss(("image",), first, pixels, weight)
         return total + self._windows_loss(generator) + self._backgrounds_loss(generator)
 
     def _texture_loss(self, names: tuple[str, ...], generated: Tensor, real: Tensor, zones: Tensor) -> Tensor:
-        """What is lost to the discriminants of some zones ``(B, Z, H, W)``, each of which has its own."""
+        """Loss to the discriminants of zones ``(B, Z, H, W)``, one for each."""
         usable = large_enough(zones)
         ours, theirs = self.texture(generated, zones), self.texture(real, zones)
         total = generated.new_zeros(())
@@ -196,42 +251,43 @@ class FinishTask(DecoderTask):
             total = total + self.discriminants[name](ours[rows, number], theirs[rows, number])
         return losses.TEXTURE_WEIGHT * total
 
-    def _decode(self, latents: Tensor, mask: Tensor | None, gain: float, generator: Generator) -> Tensor:
-        """Normalised latents, and a mask if they show a lesion, to pixels as in use."""
+    def _decode(self, latents: Tensor, mask: Tensor | None, generator: Generator) -> Tensor:
+        """Normalised latents of lesions with their masks, or of backgrounds, to pixels as in use."""
         noise = torch.randn(len(latents), 1, *(LATENT_FACTOR * n for n in latents.shape[2:]), generator=generator)
+        gain = BACKGROUND_SPECKLE * SPECKLE_GAIN if mask is None else SPECKLE_GAIN
         raw = latents * self.latents_std + self.latents_mean
         pixels: Tensor = self.autoencoder.decoder(raw, gain * noise.to(latents), mask).float()
         return pixels
 
+    def _pasted(self, chosen: Tensor, generator: Generator) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """Drawn lesions: their batch, the real pixels, the decoded ones, and these pasted into the real ones."""
+        batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
+        real = batch["pixels"] / 127.5 - 1.0
+        decoded = self._decode(batch["latents"], batch["mask"], generator)
+        return batch, real, decoded, pasted_into(real, decoded.clamp(-1.0, 1.0), batch["brightness"], batch["grains"])
+
     def _windows_loss(self, generator: Generator) -> Tensor:
-        """Of lesions in real images, once they are pasted."""
+        """Loss of drawn lesions, pasted into real images."""
         if not self.windows:
             return self.latents_mean.new_zeros(())
         chosen = torch.randint(len(self.windows["latents"]), (self.spec.batch,), generator=generator)
-        batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
-        real, usable = batch["pixels"] / 127.5 - 1.0, batch["usable"]
-        mask = batch["mask"]
-        decoded = self._decode(batch["latents"], mask, SPECKLE_GAIN, generator)
-        pasted = pasted_into(real, decoded.clamp(-1.0, 1.0), batch["brightness"], batch["grains"])
+        batch, real, decoded, pasted = self._pasted(chosen, generator)
+        usable, mask = batch["usable"], batch["mask"]
         described = torch.cat((mask_condition(mask), region_condition(batch["edit"])), dim=1)
         ours, critics = self._judged(pasted * usable, real * usable, mask, described)
         seams = losses.LATTICE_WEIGHT * losses.lattice(decoded, real)
         textures = self._texture_loss(ZONES, pasted, real, batch["zones"] * usable)
-        margins = self._margin_loss(pasted, real, patches(mask, usable))
-        return losses.CRITIC_WEIGHT * ours + critics + seams + textures + margins
-
-    def _margin_loss(self, generated: Tensor, real: Tensor, places: Tensor) -> Tensor:
-        """What is lost to the discriminant of how brightness goes across outlines."""
-        (ours, seen), (theirs, _) = profile(generated, places), profile(real, places)
-        return losses.TEXTURE_WEIGHT * self.discriminants["profile"](ours[seen], theirs[seen])
+        places = patches(mask, usable)
+        (ours_across, seen), (theirs_across, _) = profile(pasted, places), profile(real, places)
+        margins = self.discriminants["profile"](ours_across[seen], theirs_across[seen])
+        return losses.CRITIC_WEIGHT * ours + critics + seams + textures + losses.TEXTURE_WEIGHT * margins
 
     def _judged(self, generated: Tensor, real: Tensor, mask: Tensor, described: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder and its judge lose over crops ``(B, 1, S, S)`` with a mask of the same shape."""
         generated, real = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
         return self.judge.contest(generated, real, described)
 
     def _backgrounds_loss(self, generator: Generator) -> Tensor:
-        """Of backgrounds, beside places of real images as deep that show no lesion."""
+        """Loss of drawn backgrounds, compared with healthy places of real images at the same depth."""
         count = self.spec.batch
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         latents, real, weights = [], [], []
@@ -242,13 +298,9 @@ class FinishTask(DecoderTask):
             latents.append(cells)
             real.append(pixels)
             weights.append(inside * healthy)
-        generated = self._decode(
-            torch.stack(latents).to(self.device), None, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator
-        )
+        generated = self._decode(torch.stack(latents).to(self.device), None, generator)
         theirs, weight = torch.stack(real).to(self.device), torch.stack(weights).to(self.device)
-        described = torch.zeros(
-            count, MASK_CHANNELS + 1, *(n // LATENT_FACTOR for n in generated.shape[2:]), device=self.device
-        )
+        described = torch.zeros(count, MASK_CHANNELS + 1, *(SIDE // LATENT_FACTOR,) * 2, device=self.device)
         pixels = generated.clamp(-1.0, 1.0)
         ours, critics = self._judged(pixels * weight, theirs * weight, torch.zeros_like(weight), described)
         seams = losses.LATTICE_WEIGHT * losses.lattice(generated, theirs)
@@ -257,40 +309,25 @@ class FinishTask(DecoderTask):
 
     def _place(self, depth: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A crop of a real image at a depth of 0 (its top) to 1, and where it shows healthy tissue."""
-        frame = self.train[int(rng.integers(len(self.train)))]
-        frame = (frame.flipped() if rng.random() < 0.5 else frame).with_gain(rng)
+        frame = self.train[int(rng.integers(len(self.train)))].varied(rng)
         top, left, height, width = frame.place
         y = min(top + round(depth * max(0, height - SIDE)), RESOLUTION - SIDE)
         x = min(left + int(rng.integers(0, max(0, width - SIDE) + 1)), RESOLUTION - SIDE)
         cut = (slice(y, y + SIDE), slice(x, x + SIDE))
-        healthy = frame.valid & ~frame.overlay & (frame.lesions == 0)
-        return to_tensor(frame.image[cut]), torch.from_numpy(healthy[cut].astype(np.float32))[None]
+        return to_tensor(frame.image[cut]), torch.from_numpy(_healthy(frame)[cut].astype(np.float32))[None]
 
     def findings(self) -> dict[str, Any]:
-        """How far apart drawn and real statistics were at the end, and what filters drawn images still want.
-
-        The first is half the squared Mahalanobis distance; the others see :mod:`busigen.mtf`.
-        """
-        parts = {name: part for name, part in self.discriminants.items() if isinstance(part, Discriminant)}
-        distances = {name: round(part.distance, 3) for name, part in parts.items()}
-        transfer = fit_transfer(self._healthy(), self._background_pictures(), self.setting.seed)
-        return {"texture": distances, "transfer": None if transfer is None else transfer.to_json()}
-
-    def _healthy(self) -> Iterator[Picture]:
-        """Training images, and where they show healthy tissue."""
-        for position in range(len(self.train)):
-            frame = self.train[position]
-            yield frame.image, frame.valid & ~frame.overlay & (frame.lesions == 0)
-
-    def _background_pictures(self) -> list[Picture]:
-        """What the prior draws, as it is decoded in use."""
-        generator = Generator().manual_seed(self.setting.seed)
-        found: list[Picture] = []
+        """Half the squared Mahalanobis distances of statistics, and the filters of :mod:`busigen.mtf`."""
+        distances = {name: round(part.distance, 3) for name, part in self.discriminants.items()}
+        frames = (self.train[position] for position in range(len(self.train)))
+        real = ((frame.image, _healthy(frame)) for frame in frames)
+        generator = Generator().manual_seed(self.context.seed)
+        generated: list[Picture] = []
         parts = (self.backgrounds[name].split(self.spec.batch) for name in ("latents", "frame"))
-        for latents, frames in zip(*parts, strict=True):
-            raw = latents.to(self.device).float()
-            found += letterboxed(self._decode(raw, None, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator), frames)
-        return found
+        for latents, places in zip(*parts, strict=True):
+            generated += letterboxed(self._decode(latents.to(self.device).float(), None, generator), places)
+        transfer = fit_transfer(real, generated, self.context.seed)
+        return {"texture": distances, "transfer": None if transfer is None else transfer.to_json()}
 
     def sheet(self) -> Image.Image:
         """Real windows, what is drawn in their places, and drawn backgrounds."""
@@ -298,23 +335,20 @@ class FinishTask(DecoderTask):
         rows = []
         if self.windows:
             chosen = torch.linspace(0, len(self.windows["latents"]) - 1, 10).long()
-            batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
-            real = batch["pixels"] / 127.5 - 1.0
-            decoded = self._decode(batch["latents"], batch["mask"], SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
-            pasted = pasted_into(real, decoded, batch["brightness"], batch["grains"])
-            rows += [[sheets.to_picture(p) for p in part] for part in (real, pasted)]
+            _, real, _, pasted = self._pasted(chosen, generator)
+            rows += [to_pictures(real), to_pictures(pasted)]
         cells = SIDE // LATENT_FACTOR
         latents = self.backgrounds["latents"][:10, :, :cells, :cells].to(self.device).float()
-        generated = self._decode(latents, None, BACKGROUND_SPECKLE * SPECKLE_GAIN, generator).clamp(-1.0, 1.0)
-        rows.append([sheets.to_picture(p) for p in generated])
-        return sheets.grid(rows)
+        rows.append(to_pictures(self._decode(latents, None, generator).clamp(-1.0, 1.0)))
+        return grid(rows)
+
+
+def _healthy(frame: Frame) -> Mask:
+    return frame.valid & ~frame.overlay & (frame.lesions == 0)
 
 
 def _part_of(latents: Tensor, frame: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
-    """A part of a drawn background: latents of ``SIDE`` pixels a side, which of these count, and how deep it lies.
-
-    What lies outside the image's frame does not count, nor what the decoder draws along a cut.
-    """
+    """A crop of a drawn background: latents of ``SIDE`` pixels a side, which pixels count, and its depth."""
     top, left, height, width = frame.tolist()
     depth = float(rng.random())
     places = (top + depth * max(0, height - SIDE), left + rng.random() * max(0, width - SIDE))
@@ -329,18 +363,14 @@ def _part_of(latents: Tensor, frame: Tensor, rng: np.random.Generator) -> tuple[
 
 
 def pasted_into(image: Tensor, painted: Tensor, brightness: Tensor, grains: Tensor) -> Tensor:
-    """:func:`busigen.data.geometry.paste` with a gradient: all ``(B, 1, S, S)``, the last two are its opacities."""
+    """:func:`busigen.data.geometry.paste` with a gradient; all ``(B, 1, S, S)``, the last two its opacities."""
     with torch.autocast(image.device.type, enabled=False):
         change = painted - image
-        smooth = _smoothed(change)
+        # A Gaussian, cut off as that of scipy.ndimage.
+        radius = math.ceil(4.0 * GRAIN_SCALE)
+        offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
+        kernel = torch.exp(-0.5 * (offsets / GRAIN_SCALE) ** 2)
+        kernel = (kernel / kernel.sum()).to(change)
+        padded = F.pad(change, (radius,) * 4, mode="replicate")
+        smooth = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
         return image + brightness * smooth + grains * (change - smooth)
-
-
-def _smoothed(image: Tensor) -> Tensor:
-    """A Gaussian of ``GRAIN_SCALE`` pixels, cut off where ``scipy.ndimage`` does."""
-    radius = math.ceil(4.0 * GRAIN_SCALE)
-    offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / GRAIN_SCALE) ** 2)
-    kernel = (kernel / kernel.sum()).to(image)
-    padded = F.pad(image, (radius,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))

@@ -1,120 +1,100 @@
-"""What the trainings of all denoisers have in common, and the windows of stages 2 and 3."""
+"""The tasks that train denoisers: what all have in common, the windows of stages 2 and 3, and the healthy prior."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from busigen.registry import CLASSES, LATENT_FACTOR, SOLVER_STEPS
+from busigen.noise_styles import LARGEST_FACTOR, Floats, bounded, fitted, powers, styled
+from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
 from busigen.solver import solver_steps
 from busigen.training import losses
 from busigen.training.examples import (
     Frames,
     WindowExamples,
-    bucket_sizes,
+    background_examples,
     load_examples,
     save_examples,
-    select,
     window_examples,
 )
-from busigen.training.fitting import fit_lesion_styles
+from busigen.training.networks.build import place_condition
 from busigen.training.networks.inference import Velocity, blend_input, integrate
-from busigen.training.networks.variance import Residuals, amplitudes, mean_square
+from busigen.training.networks.variance import Residuals, Spectrum, amplitudes, mean_square, transformed
 from busigen.training.recipe import TaskSpec
-from busigen.training.tasks import base as sheets
-from busigen.training.tasks.base import TaskContext, mean_loss, nothing_to_train_on
+from busigen.training.tasks import Picture, Task, TaskContext, grid, nothing_to_train_on, outlined, to_pictures
 from busigen.training.trainer import mixed_precision
 
+Batch = dict[str, Tensor]
+Buckets = dict[int, WindowExamples]
 
-class DenoiserTask:
-    """Common to all denoisers: the velocity objective over examples that a subclass supplies.
 
-    ``examples`` names the encoding that a subclass draws from.
-    """
+class DenoiserTask(Task):
+    """A denoiser's velocity objective, over ``examples`` of a name that a stage's base and adapters share."""
 
     examples: str
 
-    def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        self.spec, self.setting, self.device = spec, setting, setting.device
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
         self.module, self.velocity = module, Velocity(module)
-        self.times = [step.t for step in solver_steps(spec.component, SOLVER_STEPS[spec.component])]
-        self.train, self.held_out = self._examples("train"), self._examples("val")
+        self.steps = solver_steps(spec.component, SOLVER_STEPS[spec.component])
+        super().__init__(spec, context)
 
-    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
-        """Encode all of a split's images; supplied by the subclass."""
+    def _encode(self, frames: Frames, **options: Any) -> Buckets:
         raise NotImplementedError
 
-    def _examples(self, split: str) -> dict[int, WindowExamples]:
-        """The task's share of the stage's examples."""
-        wanted = torch.tensor(self.setting.frames(split, self.spec).table["row"].to_list())
+    def _data(self, split: str) -> Buckets:
+        """The task's share of the examples."""
+        wanted = torch.tensor(self.context.frames(split, self.spec).table["row"].to_list())
         label = None if self.spec.label is None else CLASSES.index(self.spec.label)
         chosen = {side: part.only(wanted, label) for side, part in self._encoded(split).items()}
         chosen = {side: part for side, part in chosen.items() if len(part)}
         if not chosen and split == "train":
             raise nothing_to_train_on(self.spec)
         # A class without a held-out image is validated on training ones: a poor figure, but no crash on small sets.
-        return chosen or self._examples("train")
+        return chosen or self._data("train")
 
-    def _encoded(self, split: str) -> dict[int, WindowExamples]:
-        """All of a split's examples; base and adapters draw from one encoding, which is kept on disk."""
+    def _encoded(self, split: str) -> Buckets:
+        """All of a split's examples, from the run's cache."""
         variants = self.spec.variants if split == "train" else 1
-        path = self.setting.cache / f"{self.examples}-{split}-{variants}.safetensors"
+        path = self.context.cache / f"{self.examples}-{split}-{variants}.safetensors"
         if not path.exists():
-            frames = Frames(self.setting.prepared, select(self.setting.prepared, split, limit=self.setting.max_images))
+            frames = self.context.images(split)
             options = {
-                "networks": self.setting.networks,
+                "networks": self.context.networks,
                 "variants": variants,
-                "seed": self.setting.seed,
-                "device": self.device,
-                "progress": self.setting.report(f"{self.examples}: encoding {len(frames)} {split} images"),
+                "seed": self.context.seed,
+                "progress": self.context.report(f"{self.examples}: encoding {len(frames)} {split} images"),
             }
-            save_examples(path, self._encode(frames, options) if len(frames) else {})
+            save_examples(path, self._encode(frames, **options) if len(frames) else {})
         return load_examples(path)
 
-    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
-        """Condition channels and, in ``batch['weight']``, where the loss counts."""
-        return ()
+    def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
+        """The condition's channels; may change ``batch['weight']``, where the loss counts."""
+        raise NotImplementedError
 
-    def _draw(self, examples: dict[int, WindowExamples], generator: Generator) -> dict[str, Tensor]:
-        sides = list(examples)
-        counts = torch.tensor([float(len(examples[side])) for side in sides])
-        side = sides[int(torch.multinomial(counts, 1, generator=generator))]
-        size = bucket_sizes(examples, self.spec.batch)[side]
-        return examples[side].batch(torch.randint(len(examples[side]), (size,), generator=generator), self.device)
-
-    def _loss(
-        self,
-        examples: dict[int, WindowExamples],
-        generator: Generator,
-        change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch,
-    ) -> Tensor:
-        batch = change(self._draw(examples, generator))
+    def _loss(self, data: Buckets, generator: Generator, change: Callable[[Batch], Batch] | None = None) -> Tensor:
+        counts = torch.tensor([float(len(part)) for part in data.values()])
+        side = list(data)[int(torch.multinomial(counts, 1, generator=generator))]
+        # A batch of large windows costs about what one of small ones does.
+        size = max(2, self.spec.batch * min(data) ** 2 // side**2)
+        batch = data[side].batch(torch.randint(len(data[side]), (size,), generator=generator), self.device)
+        batch = batch if change is None else change(batch)
         condition = self._condition(batch, generator)
-        x, t, target = losses.noisy(batch["clean"], generator, self.times)
+        x, t, target = losses.noisy(batch["clean"], generator, [step.t for step in self.steps])
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
         return losses.velocity(output.float(), target, batch["weight"])
 
-    def loss(self, generator: Generator) -> Tensor:
-        """See :class:`busigen.training.trainer.Task`."""
-        return self._loss(self.train, generator)
-
-    def error(self, generator: Generator, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Tensor:
-        """Velocity error of a held-out batch after a change to it, for ablations."""
+    def error(self, generator: Generator, change: Callable[[Batch], Batch]) -> Tensor:
+        """Loss of a held-out batch after a change to it, for ablations."""
         return self._loss(self.held_out, generator, change)
 
-    def validate(self) -> float:
-        """Mean velocity error on held-out groups."""
-        return mean_loss(lambda g: self._loss(self.held_out, g))
-
-    def findings(self) -> dict[str, Any]:
-        """See :class:`busigen.training.trainer.Task`."""
-        return {}
-
-    def _sampled(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _sampled(self, count: int) -> tuple[Batch, Tensor]:
+        """Held-out examples, and what is sampled in their places."""
         generator = Generator().manual_seed(1)
         examples = self.held_out[min(self.held_out)]
         index = torch.linspace(0, len(examples) - 1, min(count, len(examples))).long()
@@ -124,34 +104,53 @@ class DenoiserTask:
         steps = solver_steps(self.spec.component, 8)
         return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], steps, *condition)
 
-    def _decoder(self) -> Callable[[Tensor], Tensor]:
-        """Decode with fixed noise, so that sheets of different steps can be compared."""
-
-        def decode(latents: Tensor) -> Tensor:
-            side = latents.shape[-1] * LATENT_FACTOR
-            noise = torch.randn(latents.shape[0], 1, side, side, generator=Generator().manual_seed(2))
-            return self.setting.networks.decoder(latents, noise.to(latents))
-
-        return decode
+    def _pictures(self, latents: Tensor) -> list[Picture]:
+        """Decoded latents, with the same speckle in every sheet."""
+        side = latents.shape[-1] * LATENT_FACTOR
+        noise = torch.randn(latents.shape[0], 1, side, side, generator=Generator().manual_seed(2))
+        return to_pictures(self.context.networks.decoder(latents, noise.to(latents)))
 
 
-MEASURED, MEASURED_BATCH = 384, 32
-"""Windows of one size on which it is measured how much a trained network leaves open, and how many at a time."""
+MEASURED, MEASURED_BATCH = 384, 32  # Windows of one size on which a trained network is measured, and batch.
 
-PAINTED_NOISE = 0.15
-"""Noise put on the painted latents that stage 3 sees in training, where they are real, because in use they are not
-(conditioning augmentation, Ho et al. 2022)."""
+PAINTED_NOISE = 0.15  # On the latents that stage 3 continues, which are real only in training (Ho et al. 2022).
+LESIONS = 64  # Fewest lesions, real or drawn, from which their variation is fitted.
+TRIAL = 0.35  # Share of the missing deviation that is tried first; the network carries on and adds to what it is given.
+
+
+def _share(has: Tensor | Floats, wants: Tensor | Floats, got: Tensor | Floats) -> float:
+    """The share of the missing deviation by which drawn samples ``(N, K)`` vary as they should, from one trial."""
+    before, aim, after = (float(values.var(0).sum()) for values in (has, wants, got))
+    return min(1.0, TRIAL * math.sqrt(max(aim - before, 0.0) / max(after - before, 1e-9)))
+
+
+def fit_lesion_styles(real: Tensor, draw: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+    """The ``styles`` ``(C, C)`` of Wavelets with which drawn lesions differ from each other as training lesions do.
+
+    ``real`` are :func:`busigen.training.networks.variance.amplitudes` ``(N, C)`` of training lesions; ``draw`` gives
+    those of lesions drawn with some styles. Zeros if these lack nothing or there are fewer than ``LESIONS`` of either.
+    """
+    nothing = torch.zeros(channels, channels)
+    plain = draw(nothing)
+    if min(len(real), len(plain)) < LESIONS:
+        return nothing
+    factor = torch.from_numpy(fitted(real.double().numpy(), plain.double().numpy(), least=0.1)).float()
+    if not factor.numel():
+        return nothing
+    wanted = nn.functional.pad(factor, (0, channels - factor.shape[1]))
+    found = wanted * _share(plain, real, draw(TRIAL * wanted))
+    return torch.from_numpy(bounded(found.numpy(), LARGEST_FACTOR, "styles of lesions"))
 
 
 class WindowTask(DenoiserTask):
-    """Stages 2 and 3: paint the edit region, or the ring inside its rim, of a window."""
+    """Stages 2 and 3: paint a window's edit region, or the ring inside its rim."""
 
     examples = "windows"
 
-    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
+    def _encode(self, frames: Frames, **options: Any) -> Buckets:
         return window_examples(frames, **options)
 
-    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
+    def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
         region, known, outside = batch["edit"], batch["known"], 0.25
         if self.spec.component == "blend":
             noise = torch.randn(known.shape, generator=generator).to(known)
@@ -161,33 +160,32 @@ class WindowTask(DenoiserTask):
         return known, batch["mask"], region
 
     def findings(self) -> dict[str, Any]:
-        """How much more is missed of held-out windows; by what is left open of all, the solver's steps are set."""
+        """Fit the solver's steps to the residuals, of which ``held_out_gap`` is held-out ones by training ones."""
         spectrum = self.module.spectrum
         residuals = {side: list(self._residuals(part)) for side, part in self.train.items()}
         held_out = [part for found in self.held_out.values() for part in self._residuals(found)]
-        # Training windows tell how what is left open is shaped, and held-out ones how much it is.
+        # Training windows tell its shape, and held-out ones its size.
         gap = mean_square(held_out) / max(mean_square([part for found in residuals.values() for part in found]), 1e-9)
         for side, parts in residuals.items():
             spectrum.fit(side // LATENT_FACTOR, parts, max(1.0, gap))
-        # Drawn at held-out places of any class: at those it has learnt, a network holds back more than it will in use.
+        # At held-out places of any class: where it has learnt, a network holds back more than in use.
         places = self._places()
         for side, part in places.items():
             spectrum.compensate(side // LATENT_FACTOR, list(self._residuals(part, generated=True)))
         if self.spec.component == "lesion" and places:
-            # Stage 3 goes on with what is on both sides of its ring.
+            # Stage 3 continues what lies on both sides of its ring, and needs none.
             real = [amplitudes(b["clean"], b["mask"]) for part in self.train.values() for b in self._batches(part)]
 
             def draw(styles: Tensor) -> Tensor:
                 spectrum.styles.copy_(styles)
-                return torch.cat(
-                    [amplitudes(self._generated(b), b["mask"]) for part in places.values() for b in self._batches(part)]
-                ).cpu()
+                found = [amplitudes(self._generated(b), b["mask"]) for p in places.values() for b in self._batches(p)]
+                return torch.cat(found).cpu()
 
             spectrum.styles.copy_(fit_lesion_styles(torch.cat(real).cpu(), draw, len(spectrum.styles)))
         return {"held_out_gap": round(gap, 4)}
 
-    def _places(self) -> dict[int, WindowExamples]:
-        """All held-out windows, if there are any; for an adapter, those around lesions, as if of its class."""
+    def _places(self) -> Buckets:
+        """All held-out windows; for an adapter, those around lesions, as if of its class."""
         places = self._encoded("val")
         if self.spec.label is not None:
             for part in places.values():
@@ -196,15 +194,15 @@ class WindowTask(DenoiserTask):
                 part.tensors["label"].fill_(CLASSES.index(self.spec.label))
         return {side: part for side, part in places.items() if len(part)}
 
-    def _batches(self, part: WindowExamples) -> Iterator[dict[str, Tensor]]:
-        """At most ``MEASURED`` examples, the same ones whenever they are asked for, in batches."""
-        generator = Generator().manual_seed(self.setting.seed)
+    def _batches(self, part: WindowExamples) -> Iterator[Batch]:
+        """At most ``MEASURED`` examples in batches, the same ones every time."""
+        generator = Generator().manual_seed(self.context.seed)
         for index in torch.randperm(len(part), generator=generator)[:MEASURED].split(MEASURED_BATCH):
             yield part.batch(index, self.device)
 
     def _residuals(self, part: WindowExamples, *, generated: bool = False) -> Iterator[Residuals]:
-        """What two answers to pure noise miss of windows, or of those that the solver draws in their places."""
-        generator = Generator().manual_seed(self.setting.seed)
+        """What two answers to pure noise miss of real windows, or of those that the solver draws in their places."""
+        generator = Generator().manual_seed(self.context.seed)
         for batch in self._batches(part):
             usable = batch["weight"]
             target = self._generated(batch) if generated else batch["clean"]
@@ -218,22 +216,95 @@ class WindowTask(DenoiserTask):
                 residuals.append(((target - answer) * usable).float().cpu())
             yield residuals[0], residuals[1], (condition[-1] * usable).cpu()
 
-    def _generated(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the solver draws in the place of examples."""
-        generator = Generator().manual_seed(self.setting.seed + 1)
+    def _generated(self, batch: Batch) -> Tensor:
+        generator = Generator().manual_seed(self.context.seed + 1)
         noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
         seen = (batch["label"], batch["tokens"], batch["keep"])
-        table = solver_steps(self.spec.component, SOLVER_STEPS[self.spec.component])
         with mixed_precision(self.device):
-            return integrate(self.velocity, noise, *seen, table, *self._condition(dict(batch), generator)).float()
+            return integrate(self.velocity, noise, *seen, self.steps, *self._condition(dict(batch), generator)).float()
 
     def sheet(self) -> Image.Image:
-        """Real windows, the same with the model's latents, outlines of masks drawn in."""
+        """Real windows, the same with the model's latents, and these with outlines of the masks."""
         batch, latents = self._sampled(8)
-        decode = self._decoder()
-        rows = [[sheets.to_picture(p) for p in decode(z)] for z in (batch["clean"], latents)]
+        rows = [self._pictures(batch["clean"]), self._pictures(latents)]
         grids = nn.functional.pixel_shuffle(batch["mask"], 2)
         grids = nn.functional.interpolate(grids, scale_factor=LATENT_FACTOR // 2, mode="bilinear")
-        masks = [grid[0].cpu().numpy() >= 0.5 for grid in grids]
-        rows.append([sheets.outlined(p, m) for p, m in zip(rows[1], masks, strict=True)])
-        return sheets.grid(rows)
+        masks = [mask[0].cpu().numpy() >= 0.5 for mask in grids]
+        rows.append([outlined(p, m) for p, m in zip(rows[1], masks, strict=True)])
+        return grid(rows)
+
+
+COUNT = 128  # Images that are drawn to see what the prior varies by, and as many again to see the effect of styles.
+
+
+def fit_styles(spectrum: Spectrum, clean: Tensor, draw: Callable[[Tensor], Tensor], seed: int) -> list[list[float]]:
+    """The ``styles`` of a bundle, with which drawn latents vary in their bands as training latents do.
+
+    One trial measures how much of a style the solver carries on: the sum of all bands' variances grows with the square
+    of the share that is tried. ``clean`` are training latents ``(N, C, s, s)``; ``draw`` samples the prior from noise.
+
+    Returns:
+        Rows of :func:`busigen.noise_styles.styled`'s ``factor``, within the bounds of bundles; none if drawn images
+        lack nothing or there are fewer than ``COUNT`` training images.
+    """
+    if len(clean) < COUNT:
+        return []
+    mean, spread = clean.double().mean(0).float(), spectrum.marginal.cpu()
+
+    def measured(latents: Tensor) -> Floats:
+        parts = [powers((transformed(part.float() - mean) / spread).numpy()) for part in latents.split(64)]
+        return np.concatenate(parts)
+
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(COUNT, *clean.shape[1:], generator=generator)
+    real, plain = measured(clean), measured(draw(noise))
+    factor = fitted(real, plain)
+    if not factor.size:
+        return []
+    normals = torch.randn(COUNT, factor.shape[1], generator=generator).numpy()
+    tried = measured(draw(torch.from_numpy(styled(noise.numpy(), TRIAL * factor, normals))))
+    styles = bounded(_share(plain, real, tried) * factor, LARGEST_FACTOR, "styles")
+    return [[round(float(value), 4) for value in row] for row in styles]
+
+
+class BackgroundTask(DenoiserTask):
+    """The healthy prior: whole healthy images from noise."""
+
+    examples = "backgrounds"
+
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
+        super().__init__(spec, context, module)
+        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
+
+    def _encode(self, frames: Frames, **options: Any) -> Buckets:
+        assert self.context.healed is not None
+        tensors = background_examples(frames, self.context.healed, **options)
+        count = tensors["clean"].shape[0]
+        tokens, keep = self.context.networks.no_context(1)
+        tensors["tokens"], tensors["keep"] = tokens.repeat(count, 1, 1), keep.repeat(count, 1)
+        tensors["label"] = torch.full((count,), CLASSES.index("normal"))
+        return {BUCKETS[0]: WindowExamples(tensors)}
+
+    def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
+        return (place_condition(batch["clean"], batch["frame"]),)
+
+    def findings(self) -> dict[str, Any]:
+        """The styles that drawn images lack (:mod:`busigen.noise_styles`)."""
+        clean, places = (torch.cat([part.tensors[name] for part in self.train.values()]) for name in ("clean", "frame"))
+        chosen = places[torch.randperm(len(places), generator=Generator().manual_seed(self.context.seed))]
+
+        def draw(noise: Tensor) -> Tensor:
+            parts = []
+            for x, frame in zip(noise.split(16), chosen.split(16), strict=False):
+                x, frame = x.to(self.device), frame.to(self.device)
+                label = torch.full((len(x),), CLASSES.index("normal"), device=self.device)
+                context = self.context.networks.no_context(len(x))
+                parts.append(integrate(self.velocity, x, label, *context, self.steps, place_condition(x, frame)).cpu())
+            return torch.cat(parts)
+
+        return {"styles": fit_styles(self.module.spectrum, clean, draw, self.context.seed)}
+
+    def sheet(self) -> Image.Image:
+        """Held-out backgrounds (through the autoencoder) above sampled ones."""
+        batch, latents = self._sampled(6)
+        return grid([self._pictures(batch["clean"]), self._pictures(latents)])

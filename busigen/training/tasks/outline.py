@@ -1,9 +1,8 @@
-"""Stage 1's training: outlines' codes, the images that they are learnt in, and the calibration to a class's lesions."""
+"""The task that trains stage 1: codes of outlines, the images around them, and the calibration to a class's lesions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,107 +12,28 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from busigen.data.geometry import Mask, largest_component
-from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, SOLVER_STEPS
+from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES
 from busigen.runtime.sampling import quality_gates
-from busigen.solver import solver_steps
-from busigen.training.examples import (
-    ENCODE_BATCH,
-    Frame,
-    Frames,
-    Progress,
-    WindowExamples,
-    joined,
-    random_lesion,
-    select,
-    to_tensor,
-)
-from busigen.training.networks.inference import Networks, integrate
-from busigen.training.networks.outline import COUNT, OutlineSpace, birads_flags
+from busigen.training.examples import Frames, WindowExamples, outline_examples, random_lesion, to_tensor
+from busigen.training.networks.inference import integrate
+from busigen.training.networks.outline import COUNT
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import background_images
-from busigen.training.tasks import base as sheets
-from busigen.training.tasks.base import TaskContext
-from busigen.training.tasks.denoiser import DenoiserTask
+from busigen.training.tasks import TaskContext, grid, outlined, to_pictures
+from busigen.training.tasks.denoiser import Batch, Buckets, DenoiserTask
 
-CONDITIONED_SHARE, ATTRIBUTE_SHARE, BIRADS_SHARE = 0.5, 0.3, 0.5
-"""Share of draws in which anything is asked for, and then of each attribute; share of known BI-RADS that is shown."""
+CONDITIONED_SHARE = 0.5  # Share of examples with any attribute given.
+ATTRIBUTE_SHARE = 0.3  # Share of these with each attribute given.
+BIRADS_SHARE = 0.5  # Share of examples with a known BI-RADS category given.
 
 
 def lesions(frames: Frames, seed: int) -> list[Mask]:
-    """One lesion of each image that has any: what the outline space is fitted on."""
-    rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
-    return [random_lesion(frames[k], np.random.default_rng((seed, k))) for k in rows]
-
-
-@torch.no_grad()
-def outline_examples(
-    frames: Frames,
-    healed: Callable[[int, int], NDArray[np.uint8]],
-    space: OutlineSpace,
-    *,
-    networks: Networks,
-    variants: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """Encode stage 1's examples.
-
-    ``healed(row, variant)`` returns the image without lesion, with decoy edits (:mod:`busigen.training.healing`).
-    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
-
-    Returns:
-        ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
-        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; nothing at all where no row has a lesion.
-    """
-    parts: list[dict[str, Tensor]] = []
-    rows = [k for k in range(len(frames)) if frames.table["class"][k] != "normal"]
-    jobs = [(position, variant) for position in rows for variant in range(variants)]
-    for start in range(0, len(jobs), ENCODE_BATCH):
-        part = jobs[start : start + ENCODE_BATCH]
-        chosen = [_varied(frames, position, variant, healed, seed) for position, variant in part]
-        images = torch.stack([to_tensor(frame.image) for frame in chosen]).to(device)
-        keep = torch.ones(len(chosen), networks.preset.tokens, device=device)
-        parts.append(
-            {
-                "clean": space.encode([frame.lesions > 0 for frame in chosen]).cpu(),
-                "birads": torch.from_numpy(birads_flags([frames.table["birads"][position] for position, _ in part])),
-                "tokens": networks.tokens(images, keep).half().cpu(),
-                "keep": keep.bool().cpu(),
-                "weight": torch.ones(len(chosen), 1),
-                "label": torch.tensor([CLASSES.index(frame.label) for frame in chosen]),
-                "row": torch.tensor([int(frames.table["row"][position]) for position, _ in part]),
-            }
-        )
-        progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))
-    return joined(parts) if parts else {}
-
-
-def _varied(
-    frames: Frames, position: int, variant: int, healed: Callable[[int, int], NDArray[np.uint8]], seed: int
-) -> Frame:
-    """One healed image with one of its lesions, under another gain, flip and cut per variant."""
-    row = int(frames.table["row"][position])
-    rng = np.random.default_rng((seed, row, variant, 1))
-    frame = frames[position]
-    # One lesion is drawn before the geometry changes, so that the others do not become targets half way.
-    lesion = random_lesion(frame, rng).astype(np.uint8)
-    frame = replace(frame, image=healed(row, variant), lesions=lesion).with_gain(rng)
-    frame = frame.flipped() if rng.random() < 0.5 else frame
-    return frame.filling(rng) if rng.random() < 0.5 else frame
+    """One lesion of each image that has any."""
+    return [random_lesion(frames[k], np.random.default_rng((seed, k))) for k in frames.with_lesion()]
 
 
 def random_condition(code: Tensor, birads: Tensor, generator: Generator) -> Tensor:
-    """The part of the answer that a training step conditions stage 1 on.
-
-    Args:
-        code: ``(B, D)``, standardised.
-        birads: ``(B, 4)`` one-hot or all zero.
-        generator: draws which attributes are given.
-
-    Returns:
-        ``(B, ASKED_LENGTH)`` as :meth:`OutlineSpace.condition` gives it.
-    """
+    """A random part of codes ``(B, D)`` and BI-RADS flags ``(B, 4)``, as of :meth:`OutlineSpace.condition`."""
     size = code.shape[0]
     anything = torch.rand(size, 1, generator=generator) < CONDITIONED_SHARE
     flags = (anything & (torch.rand(size, COUNT, generator=generator) < ATTRIBUTE_SHARE)).to(code)
@@ -121,99 +41,82 @@ def random_condition(code: Tensor, birads: Tensor, generator: Generator) -> Tens
     return torch.cat((code[:, :COUNT] * flags, flags, birads * shown), dim=1)
 
 
-MEASURED_OUTLINES, MEASURED_FORMS, BATCH = 768, 256, 32
-"""Outlines whose attributes are measured, half of them in healed images and half in backgrounds that the prior draws;
-of these, those whose form is; how many are drawn at a time."""
+MEASURED_OUTLINES = 768  # Outlines whose attributes are measured, half in healed images and half in backgrounds.
+MEASURED_FORMS = 256  # Those of them whose form is measured.
+BATCH = 32  # Outlines that are measured at a time.
 
 
 class MaskTask(DenoiserTask):
-    """Stage 1: the outline's code from the healed image's tokens and, now and then, a part of the answer."""
+    """Stage 1: an outline's code from the healed image's tokens and, at times, a part of the answer."""
 
     examples = "outlines"
 
-    def __init__(self, spec: TaskSpec, setting: TaskContext, module: Any) -> None:
-        # Adapters keep the base's basis, or their codes would mean something else to the frozen weights.
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
+        # Adapters keep the base's basis, since the frozen weights read codes in it.
         if spec.label is None:
-            module.space.fit(lesions(setting.frames("train", spec), setting.seed))
+            module.space.fit(lesions(context.frames("train", spec), context.seed))
         self.space = module.space
-        super().__init__(spec, setting, module)
-        # An adapter's outlines differ from each other by as much as its class's do.
+        super().__init__(spec, context, module)
+        # An adapter has the spread of its class.
         module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
 
-    def _encode(self, frames: Frames, options: dict[str, Any]) -> dict[int, WindowExamples]:
-        assert self.setting.healed is not None
-        tensors = outline_examples(frames, self.setting.healed, self.space, **options)
+    def _encode(self, frames: Frames, **options: Any) -> Buckets:
+        assert self.context.healed is not None
+        tensors = outline_examples(frames, self.context.healed, self.space, **options)
         return {BUCKETS[0]: WindowExamples(tensors)} if tensors else {}
 
-    def _condition(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Tensor, ...]:
+    def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
         return (random_condition(batch["clean"], batch["birads"], generator),)
 
     def findings(self) -> dict[str, Any]:
-        """Carries a class's drawn outlines over to how its lesions are distributed."""
+        """Calibrate an adapter's outlines to its class's lesions."""
         spread = self.module.spectrum
         spread.forget()
         if self.spec.label is None:
             return {}
         images, valid = self._healthy_images()
         codes = self._sampled_codes(images).to(self.device)
-        # Its distribution is that of all lesions of the class, of which an adapter's sources may hold few, and where
-        # they are: training mirrors and crops images, and what it was shown lies elsewhere.
-        frames = self._rows(self.spec.label)
-        real = lesions(frames, self.setting.seed)
+        # Of all of the class's lesions, where they are: the adapter's sources may hold few of them, and training
+        # mirrors and crops images.
+        real = lesions(self.context.images("train", label=self.spec.label), self.context.seed)
         spread.fit_attributes(codes, self.space.encode(real))
-        spread.fit_form(
-            codes[:MEASURED_FORMS], lambda calibrated: self._accepted(calibrated, valid[:MEASURED_FORMS]), real
-        )
+        spread.fit_form(codes[:MEASURED_FORMS], lambda calibrated: self._accepted(calibrated, valid), real)
         return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
 
-    def _rows(self, label: str | None) -> Frames:
-        """Training images of a class, or of all."""
-        rows = select(self.setting.prepared, "train", limit=self.setting.max_images, label=label)
-        return Frames(self.setting.prepared, rows)
-
     def _healthy_images(self) -> tuple[list[NDArray[np.uint8]], list[Mask]]:
-        """Healthy images as stage 1 will see them, of both kinds and in no order, and which pixels are image."""
-        assert self.setting.healed is not None
-        frames = self._rows(None)
-        # Any lesion's image: where its own class is, an adapter has learnt by heart.
-        places = np.flatnonzero((frames.table["class"] != "normal").to_numpy())
-        rng = np.random.default_rng(self.setting.seed)
-        chosen = [int(k) for k in rng.permutation(places)[: MEASURED_OUTLINES // 2]]
-        found = [(self.setting.healed(int(frames.table["row"][k]), 0), frames[k].valid) for k in chosen]
-        if self.setting.drawer is not None:
-            found += background_images(
-                self.setting.drawer,
-                len(found),
-                seed=self.setting.seed,
-                device=self.device,
-                progress=self.setting.report("backgrounds: drawing"),
-            )
+        """Healed images and backgrounds, shuffled, and which of their pixels are no bars."""
+        assert self.context.healed is not None
+        frames = self.context.images("train")
+        rng = np.random.default_rng(self.context.seed)
+        # Of lesions of any class, because the adapter knows the images of its own by heart.
+        chosen = [int(k) for k in rng.permutation(frames.with_lesion())[: MEASURED_OUTLINES // 2]]
+        found = [(self.context.healed(int(frames.table["row"][k]), 0), frames[k].valid) for k in chosen]
+        if self.context.drawer is not None:
+            progress = self.context.report("backgrounds: drawing")
+            found += background_images(self.context.drawer, len(found), seed=self.context.seed, progress=progress)
         mixed = [found[int(k)] for k in rng.permutation(len(found))]
         return [image for image, _ in mixed], [valid for _, valid in mixed]
 
     def _sampled_codes(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """What the solver draws of the task's class in images where nothing is asked for."""
-        generator = Generator().manual_seed(self.setting.seed + 1)
-        table = solver_steps("mask", SOLVER_STEPS["mask"])
+        """The solver's codes of the task's class in images, without conditions."""
+        generator = Generator().manual_seed(self.context.seed + 1)
         parts = []
         for start in range(0, len(images), BATCH):
             seen = torch.stack([to_tensor(image) for image in images[start : start + BATCH]]).to(self.device)
-            keep = torch.ones(len(seen), self.setting.networks.preset.tokens, device=self.device)
+            keep = torch.ones(len(seen), self.context.networks.preset.tokens, device=self.device)
             noise = torch.randn(len(seen), self.module.length, generator=generator).to(self.device)
             label = torch.full((len(seen),), CLASSES.index(str(self.spec.label)), device=self.device)
             asked = torch.zeros(len(seen), ASKED_LENGTH, device=self.device)
-            tokens = self.setting.networks.tokens(seen, keep).float()
-            parts.append(integrate(self.velocity, noise, label, tokens, keep, table, asked).cpu())
+            tokens = self.context.networks.tokens(seen, keep).float()
+            parts.append(integrate(self.velocity, noise, label, tokens, keep, self.steps, asked).cpu())
         return torch.cat(parts)
 
     def _accepted(self, codes: Tensor, valid: Sequence[Mask]) -> list[Mask]:
-        """The lesions that codes stand for in images with these pixels, but for those that gates refuse."""
-        nothing = torch.zeros(len(codes), ASKED_LENGTH, device=self.device)
-        distances = torch.cat(
-            [self.space.distance(*part) for part in zip(codes.split(BATCH), nothing.split(BATCH), strict=True)]
-        )
+        """The codes' lesions within the valid pixels of images, without those that the quality gates refuse."""
+        nothing = torch.zeros(1, ASKED_LENGTH, device=self.device)
+        distances = torch.cat([self.space.distance(part, nothing) for part in codes.split(BATCH)])
         accepted = []
-        for distance, inside in zip(distances, valid, strict=True):
+        for distance, inside in zip(distances, valid, strict=False):
             raw = distance[0].cpu().numpy() > 0
             mask = largest_component(raw & inside)
             if quality_gates.mask_reason(raw, mask, inside) is None:
@@ -223,9 +126,10 @@ class MaskTask(DenoiserTask):
     def sheet(self) -> Image.Image:
         """Real and sampled outlines on their signed distances."""
         batch, samples = self._sampled(10)
-        nothing = torch.zeros(len(samples), ASKED_LENGTH, device=self.device)
+        nothing = torch.zeros(1, ASKED_LENGTH, device=self.device)
         rows = []
         for code in (batch["clean"], samples):
-            pictures = self.space.distance(code, nothing) / 32.0
-            rows.append([sheets.outlined(sheets.to_picture(p), p[0].cpu().numpy() > 0) for p in pictures])
-        return sheets.grid(rows)
+            fields = self.space.distance(code, nothing) / 32.0
+            masks = (fields[:, 0] > 0).cpu().numpy()
+            rows.append([outlined(p, mask) for p, mask in zip(to_pictures(fields), masks, strict=True)])
+        return grid(rows)

@@ -1,4 +1,4 @@
-"""Engines on the card: the same numbers as ONNX Runtime's, whatever the batch, the lane and the replay."""
+"""Engines on the card: the same numbers as ONNX Runtime's, whatever the batch, the slot and the replay."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import ENGINE, EngineBackend
-from busigen.runtime.backends.tensorrt.build import Library
 from busigen.runtime.backends.tensorrt.engine_cache import Cache
+from busigen.runtime.backends.tensorrt.library import Library
 
 pytestmark = [
     pytest.mark.gpu,

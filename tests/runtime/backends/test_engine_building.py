@@ -25,16 +25,16 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.onnx_graph import with_conditions
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import trial_engine
-from busigen.runtime.backends.tensorrt.build import (
+from busigen.runtime.backends.tensorrt.engine_builder import KIND, EngineBuilder, kept_batches, key_of
+from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache
+from busigen.runtime.backends.tensorrt.library import (
     BuildSpec,
     Library,
     build,
     capabilities,
     check_capability,
-    check_operators,
+    parsed,
 )
-from busigen.runtime.backends.tensorrt.engine_builder import KIND, EngineBuilder, kept_batches, key_of
-from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache
 from busigen.runtime.backends.tensorrt.profiles import Batches, Profile
 from busigen.runtime.storage.lock import LOCK_FILE
 from tests.harness.checkpoints import untrained
@@ -77,7 +77,7 @@ def spec(model: ModelProto | bytes, capability: str = "") -> BuildSpec:
 def test_every_graph_of_the_shipped_bundle_is_parsed(library: Library, bundle: Bundle, graph: str) -> None:
     """That each becomes an engine takes minutes (below, slow); that its operators are taken, a tenth of a second."""
     path = bundle.graph(graph)
-    check_operators(library, BuildSpec(graph, path, path.read_bytes(), []))
+    parsed(library, BuildSpec(graph, path, path.read_bytes(), []))
 
 
 def test_a_network_of_one_node_becomes_an_engine(library: Library) -> None:
@@ -313,7 +313,7 @@ def test_what_was_built_ahead_is_what_a_run_finds(library: Library, bundle: Bund
     assert kept_batches(library, bundle, cache, 16) == built[:3]
     assert kept_batches(library, bundle, cache, 8) == [built[4], built[3]]
     # One graph's engine is not a bundle's.
-    assert not EngineBuilder(library, bundle, built[0], cache, capability="8.9").has_all()
+    assert EngineBuilder(library, bundle, built[0], cache, capability="8.9").lacking()
 
 
 def test_a_graph_that_changes_under_the_run_is_refused(library: Library, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from busigen.errors import OutputError
-from busigen.runtime.backends.tensorrt.build import Timings
-from busigen.runtime.backends.tensorrt.device import Device
 from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache, default_folder
+from busigen.runtime.backends.tensorrt.library import TIMINGS, Device
 from tests.harness.command import ROOT
 from tests.harness.engine_library import rtx
 
@@ -72,19 +71,15 @@ def test_an_entry_under_another_ones_name_is_refused(cache: Cache, caplog: pytes
 def test_measured_times_are_those_of_this_card_driver_and_version(cache: Cache) -> None:
     """Another's would have TensorRT choose wrong kernels: what is not this card's, or damaged, is as if not there."""
     library, card = rtx(), Device(0, "NVIDIA L4", "8.9", 13000)
-    timings = Timings(library, card, cache)
-    assert timings.read() == b""
-    timings.write(b"measured")
-    assert Timings(library, card, Cache(cache.folder)).read() == b"measured"
-    others = [
-        Timings(library, replace(card, name="NVIDIA L40S"), cache),
-        Timings(library, replace(card, driver=13010), cache),
-        Timings(replace(library, version="1.0"), card, cache),
-    ]
-    assert [other.read() for other in others] == [b""] * 3
+    key = {**library.key, **card.key}
+    cache.write(TIMINGS, key, b"measured")
+    assert Cache(cache.folder).read(TIMINGS, key) == b"measured"
+    for other in (replace(card, name="NVIDIA L40S"), replace(card, driver=13010)):
+        assert cache.read(TIMINGS, {**library.key, **other.key}) is None
+    assert cache.read(TIMINGS, {**replace(library, version="1.0").key, **card.key}) is None
     (content,) = cache.folder.rglob(CONTENT)
     content.write_bytes(b"measureD")
-    assert timings.read() == b""
+    assert cache.read(TIMINGS, key) is None
 
 
 def test_a_cache_that_was_copied_is_read_where_it_lies(cache: Cache, tmp_path: Path) -> None:

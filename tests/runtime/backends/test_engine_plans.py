@@ -19,18 +19,18 @@ from busigen.runtime.backends.base import EngineOptions
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import EngineBackend, wanted_batches
-from busigen.runtime.backends.tensorrt.device import (
+from busigen.runtime.backends.tensorrt.engine_builder import KIND, key_of
+from busigen.runtime.backends.tensorrt.engine_cache import Cache
+from busigen.runtime.backends.tensorrt.library import (
     CudaFailure,
     card_for,
     cuda,
     cuda_problem,
     device_problem,
     memory_problem,
+    unusable,
 )
-from busigen.runtime.backends.tensorrt.engine_builder import KIND, key_of
-from busigen.runtime.backends.tensorrt.engine_cache import Cache
-from busigen.runtime.backends.tensorrt.profiles import Batches, Profile, calls
-from busigen.runtime.backends.tensorrt.session import ALIGNMENT, fill, places, unusable, view
+from busigen.runtime.backends.tensorrt.profiles import ALIGNMENT, Batches, Profile, calls, fill, places
 from tests.harness.command import error_line, run
 from tests.harness.engine_library import TARGET, rtx
 from tests.harness.quick_engine import QuickEngine, quick_sampler
@@ -93,7 +93,7 @@ def test_rows_lie_apart_and_the_last_one_is_repeated() -> None:
     fill(block, laid, inputs, 6, 9)
     for name, array in inputs.items():
         assert laid[name].offset % ALIGNMENT == 0
-        found = view(block, laid[name])
+        found = laid[name].view(block)
         np.testing.assert_array_equal(found[:3], array[6:9])
         np.testing.assert_array_equal(found[3], array[8])
 

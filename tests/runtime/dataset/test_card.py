@@ -50,7 +50,7 @@ def test_the_code_in_the_card_gives_images_and_masks(
     monkeypatch.chdir(tmp_path)
     found: list[tuple[np.ndarray, np.ndarray, dict]] = []
     exec(code + "    found.append((image, mask, row))\n", {"found": found})
-    expected = list(Dataset.open(tmp_path).iter_samples())
+    expected = Dataset.open(tmp_path).samples(range(5))
     for (image, mask, row), sample in zip(found, expected, strict=True):
         assert (image.dtype, mask.dtype) == (np.uint8, np.bool_)
         assert np.array_equal(image, sample.image)

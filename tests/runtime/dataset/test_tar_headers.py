@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from busigen.runtime.dataset.untrusted import open_headers
+from busigen.runtime.dataset.reader import open_headers
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,7 +21,7 @@ LIMITED = f"""
 import resource, sys
 from pathlib import Path
 from busigen.errors import IntegrityError
-from busigen.evaluation.reading.archives import list_archives
+from busigen.evaluation.reading.listing import list_archives
 from busigen.runtime.dataset.reader import read_members
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + {ROOM},) * 2)

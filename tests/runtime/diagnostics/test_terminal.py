@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from busigen.runtime.backends.bundle import default_bundle
-from busigen.runtime.progress import BarProgress
+from busigen.runtime.progress import Bar, Progress
 from busigen.runtime.storage.url import place_of
 from busigen.terminal import LineFormatter, Terminal
 from busigen.text import printable, without_credentials
@@ -89,7 +89,7 @@ def test_log_lines_and_bars() -> None:
     assert first == f"{printable(EVIL)}\\nfake line"
     assert is_safe("\n".join(rest)) and "Traceback" in rest[0]
     file = io.StringIO()
-    with BarProgress(Terminal(file=file, force_terminal=True, width=200)) as progress:
+    with Progress(Bar(Terminal(file=file, force_terminal=True, width=200))) as progress:
         progress.start(f"{EVIL}[/x]", 3)
         progress.note(EVIL)
     assert file.getvalue().count(printable(EVIL)) >= 2

@@ -40,7 +40,7 @@ def test_what_may_not_be_read_is_neither_damaged_nor_missing(dataset: Path) -> N
         if shutil.which(WITHOUT_RIGHTS[0]) is None:
             pytest.skip("root may read everything, and nothing here takes that from it")
         command = WITHOUT_RIGHTS + command
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 6 * len(names)

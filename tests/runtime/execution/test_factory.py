@@ -13,9 +13,9 @@ import polars as pl
 import pytest
 
 from busigen.errors import OutputError, UsageError
-from busigen.runtime.dataset.format import FINISHED_FILES
-from busigen.runtime.execution.factory import GenerationInterrupted, generate
-from busigen.runtime.execution.partition import Share
+from busigen.runtime.dataset.format import FINISHED_FILES, Plan
+from busigen.runtime.execution.factory import generate, part_of
+from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.maintenance.explain import explain
 from busigen.runtime.maintenance.summaries import explained
 from busigen.runtime.maintenance.verify import verify
@@ -149,9 +149,9 @@ def test_a_run_record_of_another_program_has_its_folder_left_alone(tmp_path: Pat
         (tmp_path / "shards").mkdir(exist_ok=True)
         (tmp_path / "shards" / name).write_text("mine")
     before = hashes(tmp_path)
-    for share in (None, Share(task=(1, 2))):
+    for part in (None, part_of(Plan(count=4, seed=7, shard_size=2), task=(1, 2))):
         with pytest.raises(OutputError, match="is not a run record of busigen"):
-            generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=2, share=share)
+            generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=2, part=part)
         assert hashes(tmp_path) == before
 
 
@@ -178,9 +178,9 @@ def test_what_only_looks_like_a_leftover_stays(tmp_path: Path) -> None:
 
 def test_a_lock_of_another_program_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("pid=12 of another program")
-    for share in (None, Share(task=(1, 2))):
+    for part in (None, part_of(Plan(count=4, seed=7, shard_size=2), task=(1, 2))):
         with pytest.raises(OutputError, match=r"\.lock is another program's file"):
-            generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=2, share=share)
+            generate(NoiseSource(), tmp_path, count=4, seed=7, shard_size=2, part=part)
     assert (tmp_path / ".lock").read_text() == "pid=12 of another program"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from busigen.errors import InputError
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.progress import BarProgress, LineProgress, Progress, console_progress
+from busigen.runtime.progress import Bar, Progress, console_progress
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.terminal import Terminal
 from busigen.text import counted, disk_size, duration
@@ -34,7 +34,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = console_progress()
-    assert isinstance(progress, LineProgress)
     generate(NoiseSource(), tmp_path, count=8, seed=7, shard_size=4, progress=progress)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "generating: 0/8"
@@ -45,7 +44,7 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
 
 def test_lines_tell_shards_stages_and_the_rate_of_now(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with console_progress() as progress:
-        progress.engine(lambda: {"lesion": 3.0, "mask": 1.0})
+        progress.stage_seconds = lambda: {"lesion": 3.0, "mask": 1.0}
         progress.start("generating", 2000, 100, shards=(1, 20))
         progress.advance(1000)
         assert progress.rate_now is None, "now is all there is"
@@ -64,8 +63,8 @@ def test_lines_tell_shards_stages_and_the_rate_of_now(clock: Clock, capsys: pyte
 
 def test_a_bar_tells_the_same_and_leaves_notes_standing() -> None:
     file = StringIO()
-    with BarProgress(Terminal(file=file, force_terminal=True, width=160)) as progress:
-        progress.engine(lambda: {"lesion": 3.0, "mask": 1.0})
+    with Progress(Bar(Terminal(file=file, force_terminal=True, width=160))) as progress:
+        progress.stage_seconds = lambda: {"lesion": 3.0, "mask": 1.0}
         progress.start("generating", 20, shards=(0, 2))
         progress.advance(5)
         progress.note("[half] way")

@@ -12,20 +12,26 @@ import pytest
 from busigen.errors import OutputError, UsageError
 from busigen.runtime.dataset.format import Plan
 from busigen.runtime.dataset.reader import Dataset
-from busigen.runtime.execution.factory import generate
-from busigen.runtime.execution.local_workers import _NAMES, array_task
-from busigen.runtime.execution.partition import Share, parse_range, parse_task, planned
+from busigen.runtime.execution.factory import generate, parse_range, parse_task, part_of, planned
+from busigen.runtime.execution.launchers import array_task
 from busigen.runtime.maintenance.explain import explain
 from busigen.runtime.maintenance.repair import repair
 from busigen.runtime.maintenance.verify import verify
 from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource
-from tests.harness.processes import wait_for
+from tests.harness.processes import GUARD_SECONDS, wait_for
 from tests.harness.replaying import NoiseInputs, flip
 from tests.harness.scaled import SEED, started
 
 COUNT, SIZE = 22, 2
 NUMBERS = {"count": COUNT, "seed": SEED, "shard_size": SIZE}
+PLAN = Plan(**NUMBERS)
+
+
+def kth(position: int, tasks: int) -> Plan:
+    part = part_of(PLAN, task=(position, tasks))
+    assert part is not None
+    return part
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, described = process.communicate(timeout=240)
+    _, described = process.communicate(timeout=GUARD_SECONDS)
     return process.returncode, described
 
 
@@ -52,11 +58,11 @@ def test_tasks_that_start_at_once_make_the_dataset_of_one_run(tmp_path: Path, al
 def test_the_last_of_many_tasks_completes_the_dataset(tmp_path: Path, alone: dict[str, str]) -> None:
     left = []
     for part in ("0:6", "6:20", "20:22"):
-        report = generate(NoiseSource(), tmp_path, **NUMBERS, share=Share(parse_range(part)))
+        report = generate(NoiseSource(), tmp_path, **NUMBERS, part=part_of(PLAN, parse_range(part)))
         left.append((report.samples, report.shards, report.written, report.missing))
     assert left == [(6, 3, 3, 8), (14, 7, 7, 1), (22, 11, 1, 0)]
     assert hashes(tmp_path) == alone
-    again = generate(NoiseSource(), tmp_path, **NUMBERS, share=Share(task=(2, 3)))
+    again = generate(NoiseSource(), tmp_path, **NUMBERS, part=kth(2, 3))
     assert (again.already_complete, again.written) == (True, 0)
 
 
@@ -66,18 +72,18 @@ def test_a_killed_task_is_refused_twice_at_once_and_continues(tmp_path: Path, al
     try:
         wait_for(task, (out / "shards" / "000000.json").exists)
         with pytest.raises(OutputError, match=rf"shards 0 to 4 of .* are being made by process {task.pid} on "):
-            generate(NoiseSource(), out, **NUMBERS, share=Share(task=(1, 3)))
+            generate(NoiseSource(), out, **NUMBERS, part=kth(1, 3))
         with pytest.raises(OutputError, match="is being written by array tasks"):
             generate(NoiseSource(), out, **NUMBERS)
         with pytest.raises(OutputError, match="belongs to another run"):
-            generate(NoiseSource(), out, **{**NUMBERS, "seed": 8}, share=Share(task=(2, 2)))
+            generate(NoiseSource(), out, **{**NUMBERS, "seed": 8}, part=kth(2, 2))
         # The other part is made beside it.
-        assert generate(NoiseSource(), out, **NUMBERS, share=Share(task=(2, 2))).missing >= 1
+        assert generate(NoiseSource(), out, **NUMBERS, part=kth(2, 2)).missing >= 1
     finally:
         task.send_signal(signal.SIGKILL)
         ended(task)
     assert list(out.glob(".lock-task-*"))
-    assert generate(NoiseSource(), out, **NUMBERS, share=Share(task=(1, 2))).missing == 0
+    assert generate(NoiseSource(), out, **NUMBERS, part=kth(1, 2)).missing == 0
     assert hashes(out) == alone
 
 
@@ -85,7 +91,7 @@ def test_a_task_is_refused_beside_a_run_of_the_whole(tmp_path: Path) -> None:
     class Peeking(NoiseSource):
         def draw(self, seed, indices, done):
             with pytest.raises(OutputError, match="is being written by process"):
-                generate(NoiseSource(), tmp_path, **NUMBERS, share=Share(task=(1, 2)))
+                generate(NoiseSource(), tmp_path, **NUMBERS, part=kth(1, 2))
             return super().draw(seed, indices, done)
 
     generate(Peeking(), tmp_path, **{**NUMBERS, "count": 2})
@@ -94,8 +100,8 @@ def test_a_task_is_refused_beside_a_run_of_the_whole(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_made_again_by_its_task(tmp_path: Path, alone: dict[str, str]) -> None:
     generate(NoiseSource(), tmp_path, **NUMBERS)
     flip(tmp_path / "shards" / "000001.tar")
-    assert generate(NoiseSource(), tmp_path, **NUMBERS, share=Share(task=(2, 2))).already_complete
-    assert generate(NoiseSource(), tmp_path, **NUMBERS, share=Share(task=(1, 2))).written == 1
+    assert generate(NoiseSource(), tmp_path, **NUMBERS, part=kth(2, 2)).already_complete
+    assert generate(NoiseSource(), tmp_path, **NUMBERS, part=kth(1, 2)).written == 1
     assert hashes(tmp_path) == alone
 
 
@@ -137,13 +143,13 @@ def test_an_older_reader_refuses_what_it_would_misread(tmp_path: Path) -> None:
 def test_parts_cover_the_dataset_once_and_are_of_whole_shards() -> None:
     plan = Plan(count=1005, seed=0, shard_size=10)
     for tasks in (1, 2, 7, 101):
-        parts = [Share(task=(number, tasks)).of(plan) for number in range(1, tasks + 1)]
+        parts = [part_of(plan, task=(number, tasks)) for number in range(1, tasks + 1)]
         assert [index for part in parts for index in part.span] == list(plan.span)
         assert max(part.shards for part in parts) - min(part.shards for part in parts) <= 1
-    _, share = planned(1005, "500:1005", "2/2", seed=0, shard_size=10)
-    assert share.of(plan).span == range(750, 1005)
-    whole, share = planned(None, "500:1005", None, seed=0, shard_size=10)
-    assert (whole.span, share.of(whole)) == (range(500, 1005), None)
+    _, part = planned(1005, "500:1005", "2/2", seed=0, shard_size=10)
+    assert part.span == range(750, 1005)
+    whole, part = planned(None, "500:1005", None, seed=0, shard_size=10)
+    assert (whole.span, part) == (range(500, 1005), None)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,10 @@ def test_impossible_parts_are_refused(options: tuple[int | None, str | None, str
 
 def test_slurm_says_which_task_this_is() -> None:
     def names(*values: int) -> dict[str, str]:
-        return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(_NAMES, values, strict=True)}
+        return {
+            f"SLURM_ARRAY_TASK_{name}": str(value)
+            for name, value in zip(("ID", "COUNT", "MIN", "MAX"), values, strict=True)
+        }
 
     assert [array_task(names(number, 4, 0, 3)) for number in range(4)] == ["1/4", "2/4", "3/4", "4/4"]
     assert [array_task(names(number, 3, 10, 20)) for number in (10, 15, 20)] == ["1/3", "2/3", "3/3"]

@@ -18,8 +18,7 @@ from busigen.errors import InputError, UsageError, WorkerError
 from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.execution.launchers import launcher
-from busigen.runtime.execution.local_workers import LocalWorkerPool
+from busigen.runtime.execution.launchers import LocalWorkerPool, launcher
 from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.execution.worker import ShardDone, ShardStarted, SourceMaker, Worker, WorkerStopped
 from busigen.runtime.progress import Progress
@@ -217,14 +216,14 @@ class Watched(LocalWorkerPool):
         self.waiting: Counter[int] = Counter()
         self.most = 0
 
-    def hand(self, worker, plan, number):
-        self.waiting[worker] += 1
+    def order(self, worker, order):
+        self.waiting[worker] += order is not None
         self.most = max(self.most, self.waiting[worker])
-        super().hand(worker, plan, number)
+        super().order(worker, order)
 
     def events(self, timeout):
         events = super().events(timeout)
-        self.waiting.subtract(event.worker for event in events if isinstance(event.message, ShardStarted))
+        self.waiting.subtract(worker for worker, message in events if isinstance(message, ShardStarted))
         return events
 
 
@@ -315,12 +314,12 @@ def test_a_lost_worker_loses_none_of_its_shards(tmp_path: Path, streamed: dict[s
 def test_a_worker_that_is_told_to_end_finishes_its_oldest_shard_alone() -> None:
     worker = Worker(lambda progress: quick_sampler(QuickEngine()))
     for number in range(4):
-        worker.hand(Plan(**STREAM), number)
+        worker.order((Plan(**STREAM), number))
     described = []
     for message in worker.messages():
         described.append(message)
         if isinstance(message, int):
-            worker.end()
+            worker.order(None)
     begun = [message.number for message in described if isinstance(message, ShardStarted)]
     made = [message.record.number for message in described if isinstance(message, ShardDone)]
     assert begun == list(range(len(begun))) and len(begun) > len(made)

@@ -19,12 +19,11 @@ import pytest
 
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.evaluation.reading.sets import read_set
-from busigen.runtime.dataset.collection import open_parts
 from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.dataset.shards import FileRecord
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.explain import explain
-from busigen.runtime.maintenance.merge import merge
+from busigen.runtime.maintenance.merge import merge, open_parts
 from busigen.runtime.maintenance.repair import repair
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.storage.files import atomic_folder

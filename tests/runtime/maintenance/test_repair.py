@@ -16,7 +16,8 @@ from busigen.errors import InputError, IntegrityError, OutputError
 from busigen.runtime.dataset.format import FINISHED_FILES
 from busigen.runtime.dataset.sample import SampleBatch
 from busigen.runtime.dataset.shards import write_shard
-from busigen.runtime.execution.factory import GenerationInterrupted, generate
+from busigen.runtime.execution.factory import generate
+from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.maintenance.repair import RepairInterrupted, RepairReport, repair
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.storage.lock import exclusive

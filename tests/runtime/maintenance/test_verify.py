@@ -22,7 +22,8 @@ from busigen.evaluation.reading.sets import read_set
 from busigen.runtime.dataset.finalize import contact_sheet, outline, pick_evenly
 from busigen.runtime.dataset.reader import Dataset, read_members
 from busigen.runtime.dataset.sample import SampleBatch
-from busigen.runtime.execution.factory import GenerationInterrupted, generate
+from busigen.runtime.execution.factory import generate
+from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.maintenance.explain import explain
 from busigen.runtime.maintenance.merge import merge
 from busigen.runtime.maintenance.repair import repair
@@ -207,7 +208,7 @@ def test_verify_and_open_refuse_what_is_no_dataset(tmp_path: Path, dataset: Path
 
 def test_dataset_reads_back(pristine: Path) -> None:
     dataset = Dataset.open(pristine)
-    samples = list(dataset.iter_samples())
+    samples = dataset.samples(dataset.plan.span)
     assert [sample.index for sample in samples] == list(range(8))
     assert sum(record.count for record in dataset.shards()) == dataset.manifest().height == 8
     fresh = NoiseSource().draw(7, range(8), lambda _: None).samples
@@ -298,15 +299,13 @@ def test_backgrounds_are_proven_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_contact_sheet_shows_lesion_and_contour(pristine: Path) -> None:
-    samples = list(Dataset.open(pristine).iter_samples())
-    sheet = contact_sheet(samples[:5], columns=4)
-    assert sheet.size == (1024, 3 * 278)
-    assert sheet.tobytes() == contact_sheet(samples[:5], columns=4).tobytes()
+    samples = Dataset.open(pristine).samples(range(8))
+    sheet = contact_sheet(samples[:5])
+    assert sheet.size == (2048, 2 * 278)
+    assert sheet.tobytes() == contact_sheet(samples[:5]).tobytes()
     painted = outline(samples[0].image, samples[0].mask, (255, 0, 0))
     changed = (painted != samples[0].image[..., None]).any(axis=2)
     assert changed.any()
     assert not (changed & samples[0].mask).any()
     picked = pick_evenly(Dataset.open(pristine).manifest(), per_class=2)
     assert {samples[index].label for index in picked} == {"benign", "malignant"}
-    with pytest.raises(ValueError, match="even number"):
-        contact_sheet(samples, columns=3)

@@ -227,7 +227,7 @@ def test_a_second_writer_is_refused_from_here_and_from_elsewhere(
         write(url, tmp_path)
     # Another spool is another machine as far as anyone can tell: it has to see the lock change.
     with pytest.raises(OutputError, match=rf"{url} is being written by process {process.pid} on "):
-        write(url, tmp_path, spools="elsewhere", beat=Beat(0.5, 30.0, 0.1))
+        write(url, tmp_path, spools="elsewhere", beat=Beat(0.5, GUARD_SECONDS, 0.1))
     process.kill()
     process.wait()
     write(url, tmp_path)
@@ -269,7 +269,7 @@ def test_writers_that_start_at_once_do_not_disturb_each_other(
     url: str, there: Path, tmp_path: Path, pristine: Path
 ) -> None:
     """As if from three machines; who waits for the first one may find the dataset complete."""
-    timing = ("--seconds", 0.1, "--beat", 0.5, "--dead", 20)
+    timing = ("--seconds", 0.1, "--beat", 0.5, "--dead", GUARD_SECONDS)
     processes = [started(url, tmp_path / f"spools-{number}", *timing) for number in range(3)]
     errors = [process.communicate(timeout=GUARD_SECONDS)[1] for process in processes]
     codes = [process.returncode for process in processes]

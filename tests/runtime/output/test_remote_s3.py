@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from busigen.errors import OutputError
-from busigen.runtime.storage.object_store import Store
-from busigen.runtime.storage.retry import RetryingCaller, RetryPolicy
+from busigen.runtime.storage.object_store import RetryingCaller, RetryPolicy, Store
 from busigen.runtime.storage.url import Address
 from tests.harness.command import CLI
 from tests.harness.hashing import hashes
@@ -113,9 +112,11 @@ def test_a_network_that_comes_back_is_waited_for(line: Line, url: str, tmp_path:
 def test_a_network_that_stays_away_ends_the_run_and_a_rerun_sends_what_the_spool_holds(
     line: Line, url: str, tmp_path: Path, pristine: Path
 ) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.3, "--retry", 2)
-    read_until(process, "generating")
+    hold = Hold(tmp_path, 4)
+    process = started(url, tmp_path / "spools", "--retry", 2, hold=hold)
+    wait_for(process, hold.reached)
     line.cut()
+    hold.release()
     _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 4, errors
     assert f"{url} cannot be reached or used" in errors
@@ -131,22 +132,26 @@ def test_a_network_that_stays_away_ends_the_run_and_a_rerun_sends_what_the_spool
 
 
 def test_a_second_ctrl_c_ends_a_run_that_waits_for_its_network(line: Line, url: str, tmp_path: Path) -> None:
-    process = started(url, tmp_path / "spools", "--seconds", 0.3)
-    read_until(process, "generating")
+    hold = Hold(tmp_path, 4)
+    process = started(url, tmp_path / "spools", "--retry", 2 * GUARD_SECONDS, hold=hold)
+    wait_for(process, hold.reached)
     line.cut()
+    hold.release()
     read_until(process, "out of reach")
     process.terminate()
     read_until(process, "finishing ")
     process.terminate()
-    _, errors = process.communicate(timeout=GUARD_SECONDS / 4)
+    _, errors = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 143, errors
-    assert "Terminated with" in errors and "Run the same command again to continue" in errors
+    # The latter where this machine has so much to do that the process is taken for stuck.
+    assert "Terminated with" in errors or "Terminated while work was under way" in errors
+    assert "Run the same command again to continue" in errors
 
 
 def test_a_second_writer_is_refused(s3: None, url: str, tmp_path: Path, pristine: Path) -> None:
     first = started(url, tmp_path / "spools", "--seconds", GUARD_SECONDS, "--beat", 1)
     read_until(first, "generating")
-    second = started(url, tmp_path / "elsewhere", "--beat", 1)
+    second = started(url, tmp_path / "elsewhere", "--beat", 1, "--dead", GUARD_SECONDS)
     _, errors = second.communicate(timeout=GUARD_SECONDS)
     assert second.returncode == 4, errors
     assert f"{url} is being written by process {first.pid} on " in errors

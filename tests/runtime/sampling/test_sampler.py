@@ -26,7 +26,7 @@ from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_back
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.dataset.sample import Sample, SampleBatch
-from busigen.runtime.diagnostics.bench import CallRecorder
+from busigen.runtime.diagnostics.bench import ReplayBackend
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.conditions import class_at, parse_conditions
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -370,7 +370,7 @@ class TwoAtOnce(QuickEngine):
             return super().run(graph, inputs)
 
 
-@pytest.mark.parametrize("wrapper", [TimedBackend, CallRecorder])
+@pytest.mark.parametrize("wrapper", [TimedBackend, ReplayBackend])
 def test_a_backend_that_takes_two_calls_at_once_gets_them_in_generate_and_in_bench(wrapper: type[TimedBackend]) -> None:
     engine = TwoAtOnce()
     sampler = Sampler(

@@ -1,11 +1,11 @@
-"""Makes engines of a bundle's graphs, from the cache or by building them."""
+"""Makes TensorRT engines of a bundle's graphs: takes them from the cache, or builds them and puts them there."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,42 +13,39 @@ from typing import Any
 
 from busigen.errors import CapacityError, IntegrityError, ProviderError
 from busigen.foreign import read_file
-from busigen.registry import ENGINE_TARGETS
 from busigen.runtime.backends.base import largest_that_fits, usable_cores
 from busigen.runtime.backends.bundle import Bundle, graph_names
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES
-from busigen.runtime.backends.tensorrt.build import (
-    REVISION,
+from busigen.runtime.backends.tensorrt.engine_cache import RECORD, Cache, Key
+from busigen.runtime.backends.tensorrt.library import (
     BuildSpec,
+    Device,
     Library,
-    Timings,
+    answered,
     build,
     check_capability,
-    check_operators,
+    cuda,
+    open_device,
+    parsed,
     target_named,
 )
-from busigen.runtime.backends.tensorrt.device import Device, answered, cuda, open_device
-from busigen.runtime.backends.tensorrt.engine_cache import RECORD, Cache, Key
 from busigen.runtime.backends.tensorrt.profiles import Batches
 
-_log = logging.getLogger(__name__)
+REVISION = 1
+"""Of this builder: counted up when the same graph and options give another engine, so that all are made anew."""
 
 KIND = "engines"
 """The cache's kind of engines."""
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine that is in the cache now.
+    """An engine that is in the cache now, under this key.
 
-    Attributes:
-        graph: its name.
-        capability: that it was built for; empty for the library's own choice.
-        size: of the serialised engine, in bytes.
-        sha256: of it.
-        key: that it is kept under.
-        seconds: that its building took; 0 where the cache had it.
-        cached: whether the cache had it.
+    ``capability`` is empty for the library's own choice, ``size`` in bytes, ``seconds`` the time that building it took:
+    0 if the cache had it.
     """
 
     graph: str
@@ -64,9 +61,7 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
     """All that an engine depends on. The hashes are those that the bundle was checked against."""
     record = bundle.info["graphs"][graph]
     return {
-        "target": library.name,
-        "version": library.version,
-        "system": library.system,
+        **library.key,
         "capability": capability,
         "onnx": record["files"][record["file"]],
         "files": sorted(record["files"].values()),
@@ -77,15 +72,10 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
 
 
 class EngineBuilder:
-    """Makes engines of one bundle for one library and one kind of card.
+    """Makes engines of an opened, checked bundle for one library, some batches and one kind of card.
 
-    Args:
-        library: what builds.
-        bundle: an opened, checked bundle.
-        batches: what to build for.
-        cache: where engines are kept.
-        capability: of the card, such as ``8.9``; empty for the library's own choice.
-        device: the card of this machine, where there is one and the library measures kernels on it.
+    ``capability`` is the card's, such as ``8.9``, and empty for the library's own choice; ``device`` is the card of
+    this machine, where there is one.
     """
 
     def __init__(
@@ -100,84 +90,38 @@ class EngineBuilder:
     ) -> None:
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
         self._capability, self._device = capability, device
-        self._timings = None if device is None or library.target.ahead else Timings(library, device, cache)
-        self._reported = False
+        # A library that builds ahead of time measures nothing.
+        measured_on = None if library.target.ahead else device
+        self._timings = (cache, {**library.key, **measured_on.key}) if measured_on else None
+        self._told = False
 
-    def has_all(self) -> bool:
-        """Whether the cache has an engine of every graph, as far as names tell; ``make`` looks at the hashes."""
-        return not self._lacking()
-
-    def _lacking(self) -> list[str]:
+    def lacking(self) -> list[str]:
+        """Graphs that the cache has no engine of, as far as names tell; ``make`` looks at the hashes."""
         return [name for name in graph_names() if not (self._cache.entry(KIND, self._key(name)) / RECORD).is_file()]
 
-    def _key(self, graph: str) -> Key:
-        return key_of(self._library, self._bundle, graph, self._batches, self._capability)
-
     def make(self, graph: str) -> tuple[EngineInfo, bytes]:
-        """A graph's engine, serialised, from the cache or built and put there.
-
-        Raises:
-            BusigenError: it cannot be built (:func:`busigen.runtime.backends.tensorrt.build.build`) or kept.
-        """
+        """A graph's engine, serialised, from the cache or built (:func:`build`) and put there."""
         key, seconds = self._key(graph), 0.0
         if (content := self._cache.read(KIND, key)) is None:
             with self._cache.making(KIND, key):
                 # Another process may have made it while this one waited.
                 if (content := self._cache.read(KIND, key)) is None:
-                    content, seconds = self._build(graph, key)
+                    self._tell_of_others(key)
+                    started = time.perf_counter()
+                    content = self._build(self._spec(graph))
+                    seconds = time.perf_counter() - started
+                    self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
         sha256 = hashlib.sha256(content).hexdigest()
         return EngineInfo(graph, self._capability, len(content), sha256, key, seconds, cached=not seconds), content
 
-    def _build(self, graph: str, key: Key) -> tuple[bytes, float]:
-        self._tell_of_others(key)
-        started = time.perf_counter()
-        spec = self._spec(graph)
-        try:
-            content = build(self._library, spec, self._timings)
-        except CapacityError as error:
-            raise self._too_large(spec, error) from error
-        seconds = time.perf_counter() - started
-        self._cache.write(KIND, key, content, graph=graph, seconds=round(seconds, 3))
-        return content, seconds
-
-    def _spec(self, graph: str) -> BuildSpec:
-        record, path = self._bundle.info["graphs"][graph], self._bundle.graph(graph)
-        model = read_file(path, MAX_GRAPH_BYTES)
-        if hashlib.sha256(model).hexdigest() != record["files"][record["file"]]:
-            raise IntegrityError(f"{path} has changed since the bundle was opened.", fix="Run the same command again.")
-        # A library that builds on the card knows it; the capability is then part of the key alone.
-        capability = self._capability if self._library.target.ahead else ""
-        return BuildSpec(graph, path, model, self._batches.profiles(graph), capability)
-
-    def _too_large(self, spec: BuildSpec, error: CapacityError) -> CapacityError:
-        """The error for a batch that cannot be built for, with one that can: half of it is tried, and half of that."""
-
-        def builds(size: int) -> bool:
-            profiles = replace(self._batches, sizes=(size,)).profiles(spec.name)
-            try:
-                build(self._library, replace(spec, profiles=profiles), self._timings)
-            except CapacityError:
-                return False
-            return True
-
-        full = self._batches.sizes[0]
-        fitting = largest_that_fits(full, builds)
-        end = "end what else uses the memory (nvidia-smi shows what holds a card's)"
-        fix = f"Give --batch-size {fitting}, for which it was built, or {end}." if fitting else f"No batch fits: {end}."
-        return CapacityError(error.problem, fix=fix, rows=full, fits=fitting)
-
     def make_all(self, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
-        """The engines of all graphs, in the bundle's order.
+        """Make the engines of all graphs, in the bundle's order, and call ``done`` with each as it is finished.
 
-        Args:
-            done: told of each as it is finished.
-
-        Raises:
-            BusigenError: one of them cannot be made; those that were finished stay in the cache.
+        If one of them cannot be made, those that were finished stay in the cache.
         """
         # All are parsed first: what cannot be built is refused before minutes have gone into the others.
-        for graph in self._lacking():
-            check_operators(self._library, self._spec(graph))
+        for graph in self.lacking():
+            parsed(self._library, self._spec(graph))
         # Kernels are timed on the card, where two builds would disturb each other. Ahead of time nothing is timed.
         workers = usable_cores() if self._library.target.ahead else 1
         pool = ThreadPoolExecutor(workers, "engine", self._enter_thread)
@@ -195,81 +139,78 @@ class EngineBuilder:
         if self._device is not None:
             answered(cuda().cudaSetDevice(self._device.number))
 
+    def _key(self, graph: str) -> Key:
+        return key_of(self._library, self._bundle, graph, self._batches, self._capability)
+
+    def _spec(self, graph: str) -> BuildSpec:
+        record, path = self._bundle.info["graphs"][graph], self._bundle.graph(graph)
+        model = read_file(path, MAX_GRAPH_BYTES)
+        if hashlib.sha256(model).hexdigest() != record["files"][record["file"]]:
+            raise IntegrityError(f"{path} has changed since the bundle was opened.", fix="Run the same command again.")
+        # A library that builds on the card knows it; the capability is then part of the key alone.
+        capability = self._capability if self._library.target.ahead else ""
+        return BuildSpec(graph, path, model, self._batches.profiles(graph), capability)
+
+    def _build(self, spec: BuildSpec) -> bytes:
+        """Build an engine; if the memory does not suffice, find a batch size for which it does, and name it."""
+
+        def builds(size: int) -> bool:
+            profiles = replace(self._batches, sizes=(size,)).profiles(spec.name)
+            try:
+                build(self._library, replace(spec, profiles=profiles), self._timings)
+            except CapacityError:
+                return False
+            return True
+
+        try:
+            return build(self._library, spec, self._timings)
+        except CapacityError as error:
+            full = self._batches.sizes[0]
+            fitting = largest_that_fits(full, builds)
+            end = "end what else uses the memory (nvidia-smi shows what holds a card's)"
+            given = f"Give --batch-size {fitting}, for which it was built, or {end}."
+            fix = given if fitting else f"No batch fits: {end}."
+            raise CapacityError(error.problem, fix=fix, rows=full, fits=fitting) from error
+
     def _tell_of_others(self, key: Key) -> None:
-        """Say once why engines that seem to be there are built again."""
-        if self._reported:
+        """Say once why engines are built again although the cache has some of the same graph, target and batches."""
+        if self._told:
             return
-        differences = set(_differences(key, self._cache))
-        if differences:
-            self._reported = True
-            _log.info("engines are built again: those kept are for %s", "; ".join(sorted(differences)))
+        said = {"version": "version {}", "capability": "compute capability {}", "system": "{}"}
+        differences = set()
+        for other in self._cache.keys(KIND):
+            if all(other.get(part) == key[part] for part in set(key) - set(said)):
+                parts = [part for part in said if other.get(part) != key[part]]
+                differences.add(", ".join(said[part].format(other.get(part) or "any") for part in parts))
+        if others := sorted(differences - {""}):
+            self._told = True
+            _log.info("engines are built again: those kept are for %s", "; ".join(others))
 
 
 def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> list[Batches]:
-    """Other batches with this full one that the cache has engines for, those with the most profiles first.
+    """Batches with this full one that the cache has engines for, those with the most sizes first.
 
     Whoever built for 16 and 4 ahead of a run wants these used, although the run asks for 16 alone.
     """
-    # Its rows are the batch sizes themselves.
-    graph = "context"
-    own = key_of(library, bundle, graph, Batches((size,)), "")
+    # The context encoder's rows are the batch sizes themselves.
+    own = key_of(library, bundle, "context", Batches((size,)), "")
     same = set(own) - {"profiles", "capability"}
     found = set()
     for key in cache.keys(KIND):
         if all(key.get(part) == own[part] for part in same) and isinstance(key.get("profiles"), list):
             profiles = [tuple(profile) for profile in key["profiles"]]
             dynamic = len(profiles) == 1 and profiles[0][0] != profiles[0][2]
-            batches = Batches(tuple(most for _, _, most in profiles), dynamic)
-            if batches.sizes[0] == size:
-                found.add(batches)
-    return sorted(found, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
-
-
-def _differences(key: Key, cache: Cache) -> Iterator[str]:
-    """What other entries of the same graph, target and batches were made for."""
-    said = {"version": "version {}", "capability": "compute capability {}", "system": "{}"}
-    same = set(key) - set(said)
-    for other in cache.keys(KIND):
-        if all(other.get(part) == key[part] for part in same):
-            parts = [
-                text.format(other.get(part) or "any") for part, text in said.items() if other.get(part) != key[part]
-            ]
-            if parts:
-                yield ", ".join(parts)
-
-
-def summary(made: list[EngineInfo]) -> dict[str, Any]:
-    """Figures of engines, as JSON has them."""
-    return {
-        "engines": [
-            {
-                "graph": one.graph,
-                "compute_capability": one.capability or None,
-                "seconds": round(one.seconds, 2),
-                "bytes": one.size,
-                "sha256": one.sha256,
-                "cached": one.cached,
-                **{name: one.key[name] for name in ("target", "version", "precision", "profiles", "onnx")},
-            }
-            for one in made
-        ],
-        "seconds": round(sum(one.seconds for one in made), 2),
-        "bytes": sum(one.size for one in made),
-    }
+            found.add(Batches(tuple(most for _, _, most in profiles), dynamic))
+    fitting = [batches for batches in found if batches.sizes[0] == size]
+    return sorted(fitting, key=lambda batches: (-len(batches.sizes), batches.dynamic, batches.sizes))
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """Engines to be made.
+    """Engines to be made, for one or more targets and batches.
 
-    Attributes:
-        targets: names in ``registry.ENGINE_TARGETS``.
-        batches: to build for.
-        capabilities: compute capabilities to build for, each engine for one; none for the library's own choice.
-        folder: the cache's; ``None`` for this user's.
-
-    Raises:
-        UsageError: a target is unknown.
+    ``capabilities`` are compute capabilities, each with engines of its own; none for the library's own choice.
+    ``folder`` is the cache's; None for this user's.
     """
 
     targets: Sequence[str]
@@ -277,46 +218,38 @@ class BuildRequest:
     capabilities: Sequence[str] = ()
     folder: Path | None = None
 
-    def __post_init__(self) -> None:
-        for name in self.targets:
-            target_named(name)
-
     @property
     def count(self) -> int:
-        """Engines that it asks for."""
-        ahead = sum(ENGINE_TARGETS[name].ahead for name in self.targets)
-        return len(graph_names()) * (ahead * max(1, len(self.capabilities)) + len(self.targets) - ahead)
+        """Number of engines that it asks for."""
+        return len(self.check()) * len(graph_names())
 
     def check(self) -> list[tuple[Library, str, Device | None]]:
         """What builds, for which compute capability and on which card: all that can be wrong before a bundle is read.
 
         Raises:
+            UsageError: a target is unknown, or its library does not build for a capability.
             MissingDependencyError: a library is not installed.
-            UsageError: a library does not build for a capability.
             ProviderError: a library builds on the card that runs the engines, and there is none.
         """
         jobs: list[tuple[Library, str, Device | None]] = []
-        for name in dict.fromkeys(self.targets):
+        for name, target in {name: target_named(name) for name in self.targets}.items():
             library = Library.load(name)
-            for capability in self.capabilities:
+            for capability in filter(None, self.capabilities):
                 check_capability(library, capability)
-            if library.target.ahead:
+            if target.ahead:
                 jobs += [(library, capability, None) for capability in dict.fromkeys(self.capabilities or ("",))]
-            else:
-                device = _card(name)
-                jobs.append((library, device.capability, device))
+                continue
+            try:
+                device = open_device(name)
+            except ProviderError as error:
+                # It speaks of a provider, which is what this target's engines are run by.
+                fix = "Build on the kind of machine that is to run the engines, or choose --target tensorrt-rtx."
+                raise ProviderError(error.problem.replace("--provider", "--target", 1), fix=fix) from error
+            jobs.append((library, device.capability, device))
         return jobs
 
     def fill(self, bundle: Bundle, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
-        """Make every engine that the cache lacks.
-
-        Args:
-            bundle: an opened, checked bundle.
-            done: told of each as it is finished.
-
-        Raises:
-            BusigenError: what ``check`` says, or an engine cannot be made; those that were finished stay in the cache.
-        """
+        """Make every engine that the cache lacks, as :meth:`EngineBuilder.make_all` does, after :meth:`check`."""
         cache, made = Cache(self.folder), []
         for library, capability, device in self.check():
             builder = EngineBuilder(library, bundle, self.batches, cache, capability=capability, device=device)
@@ -324,12 +257,19 @@ class BuildRequest:
         return made
 
 
-def _card(target: str) -> Device:
-    try:
-        return open_device(target)
-    except ProviderError as error:
-        # It speaks of a provider, which is what this target's engines are run by.
-        raise ProviderError(
-            error.problem.replace("--provider", "--target", 1),
-            fix="Build on the kind of machine that is to run the engines, or choose --target tensorrt-rtx.",
-        ) from error
+def summary(made: list[EngineInfo]) -> dict[str, Any]:
+    """Figures of engines, as JSON has them."""
+    engines = [
+        {
+            "graph": one.graph,
+            "compute_capability": one.capability or None,
+            "seconds": round(one.seconds, 2),
+            "bytes": one.size,
+            "sha256": one.sha256,
+            "cached": one.cached,
+            **{name: one.key[name] for name in ("target", "version", "precision", "profiles", "onnx")},
+        }
+        for one in made
+    ]
+    seconds, size = sum(one.seconds for one in made), sum(one.size for one in made)
+    return {"engines": engines, "seconds": round(seconds, 2), "bytes": size}

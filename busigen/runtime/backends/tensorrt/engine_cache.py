@@ -1,8 +1,8 @@
-"""Where engines are kept: an entry is found by everything that it depends on, and believed by its hash alone.
+"""The cache of engines: entries are found by all that they depend on, and used only if their hash is right.
 
 ``<cache>/<kind>/<digest>/content`` with ``record.json`` beside it, which holds the key that the digest is of and the
-content's sha256. Both appear by rename, the record last: content without a record is no entry. Whoever can write to the
-folder can put an engine there, and an engine is code: the hashes are for damage and mistakes, not against malice.
+content's sha256. Both appear by rename, the record last: content without a record is no entry. The hashes are for
+damage and mistakes, not against malice: an engine is code, and whoever can write to the folder can replace it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,11 +23,8 @@ from busigen.errors import IntegrityError, OutputError
 from busigen.files import atomic_file, leftovers, write_json
 from busigen.foreign import read_file
 from busigen.records import Record, Text, read_checked
-from busigen.runtime.storage.files import output_errors
+from busigen.runtime.storage.files import cache_folder, output_errors
 from busigen.runtime.storage.lock import exclusive
-
-VARIABLE = "BUSIGEN_CACHE"
-"""Environment variable that names the cache folder."""
 
 CONTENT, RECORD = "content", "record.json"
 _NAMES = re.compile(f"{re.escape(CONTENT)}|{re.escape(RECORD)}")
@@ -43,44 +39,29 @@ Key = Mapping[str, Any]
 
 
 class _Record(Record):
-    """What stands beside an entry's content."""
-
     key: dict[Text, Any]
     sha256: Text
 
 
 def default_folder() -> Path:
     """What ``BUSIGEN_CACHE`` names, else the folder for ``busigen`` where this system keeps caches."""
-    if named := os.environ.get(VARIABLE):
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "busigen" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "busigen"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "busigen"
-
-
-def digest_of(key: Key) -> str:
-    """Hexadecimal sha256 of a key, whatever the order of its parts."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    named = os.environ.get("BUSIGEN_CACHE")
+    return Path(named) if named else cache_folder()
 
 
 class Cache:
-    """A folder of entries, shared by processes.
-
-    Args:
-        folder: need not exist yet.
-    """
+    """A folder of entries that processes share; it need not exist yet, and by default is the user's."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or default_folder()
 
     def entry(self, kind: str, key: Key) -> Path:
         """The folder of an entry, whether or not it is there. Its name proves nothing."""
-        return self.folder / kind / digest_of(key)[:32]
+        text = json.dumps(key, sort_keys=True, separators=(",", ":"))
+        return self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def read(self, kind: str, key: Key) -> bytes | None:
-        """An entry's content; ``None`` where there is none or, which is logged, it is not what its record says."""
+        """An entry's content; None if there is none or, which is logged, it is not what its record says."""
         entry = self.entry(kind, key)
         try:
             record = read_checked(_Record, entry / RECORD, fix="")
@@ -101,17 +82,7 @@ class Cache:
         return content
 
     def write(self, kind: str, key: Key, content: bytes, **facts: Any) -> None:
-        """Keep content under its key, in place of what is there.
-
-        Args:
-            kind: of the entry.
-            key: what the content depends on.
-            content: what is kept.
-            facts: recorded with it, for people.
-
-        Raises:
-            OutputError: the folder cannot be written to.
-        """
+        """Keep content under its key, and facts for people; an ``OutputError`` if the folder cannot be written to."""
         entry = self._made(kind, key)
         with output_errors(entry):
             # Gone before its content changes: a kill in between must not leave the old record beside the new content.
@@ -123,32 +94,24 @@ class Cache:
 
     @contextmanager
     def making(self, kind: str, key: Key) -> Iterator[None]:
-        """Be the only process that makes an entry until the block ends, after any that does now.
-
-        Raises:
-            OutputError: the folder cannot be written to.
-        """
+        """Be the only process that makes an entry until the block ends, after any other that is making it."""
         entry, said = self._made(kind, key), False
-        while True:
-            lock = exclusive(entry)
-            try:
-                lock.__enter__()
-            except OutputError:
-                if not said:
-                    _log.info("%s is being made by another process; waiting for it", entry)
-                said = True
-                time.sleep(_POLL)
-                continue
-            except OSError as error:
-                with output_errors(entry):
-                    raise error
-            break
-        try:
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(exclusive(entry))
+                    break
+                except OutputError:
+                    if not said:
+                        _log.info("%s is being made by another process; waiting for it", entry)
+                    said = True
+                    time.sleep(_POLL)
+                except OSError as error:
+                    with output_errors(entry):
+                        raise error
             for path in leftovers(entry, _NAMES):  # Of a process that was killed: its lock died with it.
                 path.unlink(missing_ok=True)
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def keys(self, kind: str) -> list[dict[str, Any]]:
         """The keys of all entries of a kind that have a readable record."""

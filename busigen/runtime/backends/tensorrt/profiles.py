@@ -1,24 +1,33 @@
-"""Which batches an engine is built for: a full one, smaller ones for what is left over, or any up to a size."""
+"""Batch sizes that engines are built for, the calls that compute other batches, and where a call's tensors lie."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
-from busigen.errors import UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.errors import IntegrityError, UsageError
 from busigen.registry import BUCKETS, DEFAULT_BATCH, MIN_BATCH, rows_per_call
 
 MAX_BATCH = 4096
-"""Largest batch size, that of ``generate``, too."""
+"""Largest ``--batch-size``."""
 
+ALIGNMENT = 256
+"""Bytes at whose multiples a tensor begins, as cudaMalloc's blocks do."""
+
+_ITEM = np.dtype(np.float32).itemsize
+"""Bytes of a number: bundles take and give fp32, whatever they compute in."""
 
 _IN_VERSION = re.compile(r"\bbatch (?P<dynamic>up to )?(?P<sizes>\d{1,4}(,\d{1,4})*)$")
 
 
 class Profile(NamedTuple):
-    """Rows that an engine takes in a call: at least, at best and at most. A static one has three times the same."""
+    """Rows that an engine takes in a call: least, best and most. All three are the same for a fixed batch."""
 
     least: int
     best: int
@@ -26,22 +35,22 @@ class Profile(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of an engine: which rows of a batch it computes, and with which of the engine's profiles."""
+    """One engine call on rows ``first`` to before ``end`` of a batch, with the last row repeated up to ``rows``."""
 
     first: int
     end: int
     profile: int
     rows: int
-    """That the engine is run with: the last row is repeated up to there."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What engines are to be built for.
+    """Batch sizes to build engines for, the full one first; as in ``generate``, they count rows at the smallest window.
 
-    Attributes:
-        sizes: batch sizes, the full one first; as in ``generate``, they count rows at the smallest window.
-        dynamic: one profile for every batch up to the full one, in place of a static one for each size.
+    ``dynamic`` asks for one profile for every batch up to the full one, in place of a fixed one per size.
+
+    Raises:
+        UsageError: there is no size, or one is out of range.
     """
 
     sizes: tuple[int, ...] = (DEFAULT_BATCH,)
@@ -54,11 +63,7 @@ class Batches:
 
     @classmethod
     def parse(cls, text: str, *, dynamic: bool = False) -> Batches:
-        """Read ``16`` or ``16,4``.
-
-        Raises:
-            UsageError: that is not what it says.
-        """
+        """Read ``16`` or ``16,4``; a ``UsageError`` if it is neither."""
         try:
             return cls(tuple(sorted({int(size) for size in text.split(",")}, reverse=True)), dynamic)
         except ValueError:
@@ -67,46 +72,32 @@ class Batches:
 
     @classmethod
     def recorded(cls, run: Mapping[str, Any]) -> Batches | None:
-        """Those of the engines that drew a dataset; ``None`` where its provider takes any batch.
-
-        Args:
-            run: content of ``run.json``. Records of before they had a field for it say it in the engines' version.
-        """
+        """Those of the engines that drew a dataset with this ``run.json``; None if its provider takes any batch."""
         try:
             if field := run.get("engine_batches"):
                 return cls(tuple(field["sizes"]), bool(field["dynamic"]))
+            # Older records have no such field, but the engines' version names the batches.
             if found := _IN_VERSION.search(str(run.get("fingerprint", {}).get("engine_version"))):
                 return cls(tuple(int(size) for size in found["sizes"].split(",")), bool(found["dynamic"]))
-        except UsageError:  # A record that somebody wrote by hand.
+        except UsageError:  # Somebody wrote the record by hand.
             pass
         return None
 
     def __str__(self) -> str:
-        shown = ",".join(map(str, self.sizes))
-        return f"batch up to {shown}" if self.dynamic else f"batch {shown}"
+        return f"batch {'up to ' if self.dynamic else ''}{','.join(map(str, self.sizes))}"
 
     def profiles(self, graph: str) -> tuple[Profile, ...]:
-        """Those of a graph's engine, the largest first."""
-        rows = sorted({rows_per_call(side_of(graph), size) for size in self.sizes}, reverse=True)
+        """Profiles of a graph's engine, the largest first."""
+        # The prior draws whole images; other graphs without a window cost as little as a small window.
+        side = int(graph.partition("@")[2] or (BUCKETS[-1] if graph == "prior" else BUCKETS[0]))
+        rows = sorted({rows_per_call(side, size) for size in self.sizes}, reverse=True)
         if self.dynamic:
             return (Profile(MIN_BATCH, rows[0], rows[0]),)
         return tuple(Profile(count, count, count) for count in rows)
 
 
-def side_of(graph: str) -> int:
-    """The window's side, in pixels, that says how many rows a call of a graph has."""
-    _, _, side = graph.partition("@")
-    # The prior draws whole images; what has no window otherwise is as cheap as a small one.
-    return int(side) if side else BUCKETS[-1] if graph == "prior" else BUCKETS[0]
-
-
 def calls(count: int, profiles: Sequence[Profile]) -> list[Call]:
-    """How a batch of ``count`` rows is computed: in full calls, the rest by the smallest profile that holds it.
-
-    Args:
-        count: rows, one at least.
-        profiles: an engine's, the largest first.
-    """
+    """Split a batch of ``count`` rows into full calls and one for the rest, by the smallest profile that holds it."""
     full = profiles[0].most
     planned = []
     for first in range(0, count, full):
@@ -114,3 +105,47 @@ def calls(count: int, profiles: Sequence[Profile]) -> list[Call]:
         profile = max(number for number, profile in enumerate(profiles) if profile.most >= left)
         planned.append(Call(first, first + left, profile, max(left, profiles[profile].least)))
     return planned
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a block of memory: first byte, and shape with the batch in front."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * _ITEM
+
+    def view(self, block: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The tensor as an array."""
+        return block[self.offset : self.offset + self.size].view(np.float32).reshape(self.shape)
+
+
+def places(shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Place], int]:
+    """Places of tensors of these shapes one after the other, and the block's size in bytes."""
+    laid, at = {}, 0
+    for name, shape in shapes.items():
+        laid[name] = Place(at, tuple(shape))
+        at += -(-laid[name].size // ALIGNMENT) * ALIGNMENT
+    return laid, at
+
+
+def fill(
+    block: NDArray[np.uint8], laid: Mapping[str, Place], inputs: Mapping[str, NDArray[Any]], first: int, end: int
+) -> None:
+    """Write rows ``first`` to before ``end`` of a batch to their places, the last one repeated to the end of each.
+
+    An ``IntegrityError`` says that an input is missing or has another shape than the engine's.
+    """
+    for name, place in laid.items():
+        rows = inputs.get(name)
+        if rows is None or rows.shape[1:] != place.shape[1:]:
+            found = "is missing" if rows is None else f"has rows of shape {rows.shape[1:]}"
+            wrong = f"the engine's input {name!r} {found}; it takes {place.shape[1:]}."
+            raise IntegrityError(wrong, fix="Export the bundle again with 'busigen export'.")
+        room = place.view(block)
+        room[: end - first] = rows[first:end]
+        room[end - first :] = rows[end - 1]
