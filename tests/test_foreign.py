@@ -301,6 +301,8 @@ DIRECT = {
     "runtime/storage/lock.py": ("open", "a lock that is opened to write to"),
     "runtime/storage/object_store.py": ("open", _OWN),
     "training/checkpoint.py": ("from_pretrained", _CHECKED),
+    "training/stable_diffusion/base_model.py": ("from_pretrained safe_open", _CHECKED),
+    "training/stable_diffusion/lora.py": ("safe_open", _CHECKED),
     "training/trainer.py": ("load_file safe_open", _CHECKED),
 }
 """What opens files itself, with the reason why it may."""

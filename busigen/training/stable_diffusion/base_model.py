@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from busigen.errors import AccessError, InputError, IntegrityError, UsageError
 from busigen.files import sha256_of
-from busigen.foreign import open_file, read_file
+from busigen.foreign import ForeignFileError, open_file, read_file, walk
 from busigen.records import Record, Text, Whole, checked, read_json
 from busigen.registry import LATENT_FACTOR
 from busigen.text import describe
@@ -33,7 +33,7 @@ INPUT_CHANNELS = 2 * LATENT_CHANNELS + 1
 MAX_WEIGHTS_BYTES = 8 << 30
 """Largest file of weights that is read; a whole Stable Diffusion 1.5 in fp32 has 4.3 GB, with two copies of it 7.7."""
 
-MAX_OTHER_BYTES = 16 << 20
+MAX_OTHER_BYTES = 16 << 20  # Of any other file; CLIP's vocabulary has 1 MB.
 
 LICENCE = (
     "not stated beside the files; Stable Diffusion 1.5 and its inpainting model are published under CreativeML "
@@ -293,6 +293,14 @@ def _settings(folder: Path) -> dict[str, Any]:
             checked(model, found[part], folder / files[part], fix=_NEEDED)
         except IntegrityError as error:
             raise InputError(error.problem, fix=_NEEDED) from error
+    for part in (*files, "tokenizer"):
+        # The libraries open what they like of these folders, and would wait for a pipe.
+        for path in walk(folder / part) if (folder / part).is_dir() else ():
+            if not path.is_dir() and path.suffix != ".safetensors":
+                try:
+                    open_file(path, limit=MAX_OTHER_BYTES).close()
+                except ForeignFileError as error:
+                    raise InputError(f"{folder} is no base model: {error}.", fix=_NEEDED) from error
     unet, vae, text = found["unet"], found["vae"], found["text_encoder"]
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     prediction = found["scheduler"].get("prediction_type", "epsilon")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,11 @@ def _text_for_a_number(folder: Path) -> None:
     _edit(folder, "unet/config.json", in_channels="nine")
 
 
+def _pipe(folder: Path) -> None:
+    (folder / "tokenizer" / "vocab.json").unlink()
+    os.mkfifo(folder / "tokenizer" / "vocab.json")
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -155,6 +161,7 @@ def _text_for_a_number(folder: Path) -> None:
         (_wider_than_its_weights, "is another model"),
         (_no_json, "unet/config.json"),
         (_text_for_a_number, "in_channels"),
+        pytest.param(_pipe, "is a pipe", marks=pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")),
     ],
 )
 def test_what_cannot_be_a_base_is_refused_before_it_is_loaded(
