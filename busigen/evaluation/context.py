@@ -82,7 +82,7 @@ class ImageSet:
         return replace(self, **{name: getattr(self, name)[rows] for name in names}, table=self.table[rows.tolist()])
 
     def without_overlays(self) -> ImageSet:
-        """The set with its clean images: a classifier would find real images by their calipers, and lesions too."""
+        """The set with its clean images, for what learns: calipers give real images away, and where lesions are."""
         return self if self.clean is None else replace(self, images=self.clean)
 
     def with_lesions(self) -> ImageSet:

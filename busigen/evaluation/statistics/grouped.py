@@ -42,7 +42,7 @@ def joint_groups(first: Rows, second: Rows) -> Rows:
 
 
 def deal(sizes: Rows, wanted: int, rng: np.random.Generator) -> tuple[Rows, int]:
-    """All group numbers in random order, and how many from the start hold ``wanted`` rows: one too many for too few."""
+    """All group numbers in random order, and how many from the start hold ``wanted`` rows: all plus one if none do."""
     order = rng.permutation(len(sizes))
     return order, int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
 

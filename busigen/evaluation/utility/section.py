@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from busigen.evaluation.context import CLEAN, AuditContext, Figure, ImageSet, Interval, SectionResult
+from busigen.evaluation.context import CLEAN, AuditContext, Better, Figure, ImageSet, Interval, SectionResult
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted, bootstrap, permutation_p
 from busigen.evaluation.utility import training
 from busigen.evaluation.utility.training import ADDED, ALONE, ARMS, CLASSIC, REAL, Counts, Outcome, Split, dice
@@ -249,9 +249,10 @@ def probe_figures(context: AuditContext, found: list[Outcome], parts: list[Split
         note = (
             "The network trained on real images segments synthetic ones; the floor is the same on held-out real images."
         )
-        better, unit, main = ("higher", "", True) if name == "dice" else ("near", "px", False)
-        key, counts = f"{SECTION}.masks.{name}", (len(second[0]), count)
-        figures.append(Figure(key, label, value, floor, *counts, better, unit, p, headline=main, note=note))
+        better: Better = "higher" if name == "dice" else "near"
+        key, unit, counts = f"{SECTION}.masks.{name}", "" if name == "dice" else "px", (len(second[0]), count)
+        figure = Figure(key, label, value, floor, *counts, better, unit, p, headline=name == "dice", note=note)
+        figures.append(figure)
 
     def median(values: Floats, labels: Rows) -> float:
         return float(np.median(values))
