@@ -17,7 +17,7 @@ from scipy import ndimage, stats
 
 from busigen.data.overlays import find_overlays
 from busigen.data.splits import NEAR_DUPLICATE
-from busigen.evaluation.context import AuditContext, Figure, ImageSet, Interval, Picture, SectionResult
+from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, Interval, Picture, SectionResult
 from busigen.evaluation.reading.sets import correlations, thumbnails
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Comparison, Groups
@@ -161,8 +161,9 @@ def _report(
             note += f" Of {counts[1]} drawn at random, {100 * alike.mean():.3g}% repeat another"
             note += "." if flagged else ", no more than can be chance: not flagged."
     key, p_value = f"integrity.{measure.key}", None if measure.absolute or np.isnan(p) else p
-    figure = Figure(key, measure.label, value, floor, *counts, unit=measure.unit, headline=measure.headline, note=note)
-    result.figures.append(replace(figure, better="higher" if less else "lower", p=p_value, flagged=flagged))
+    figure = Figure(key, measure.label, value, floor, counts[0], counts[1], unit=measure.unit, p=p_value, note=note)
+    better: Better = "higher" if less else "lower"
+    result.figures.append(replace(figure, better=better, flagged=flagged, headline=measure.headline))
     if flagged:
         unit = measure.unit if measure.unit == "%" else f" {measure.unit}".rstrip()
         texts = ["none" if one is None else f"{one.value:.3g}{unit}" for one in (value, floor)]

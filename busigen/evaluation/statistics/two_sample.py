@@ -97,7 +97,7 @@ def compare(real: Sample, synthetic: Sample, rng: np.random.Generator) -> Compar
     known = ~np.isnan(joint.values)
     counts = [np.stack([(known & (side & one.rows)[:, None]).sum(axis=0) for one in scopes]) for side in (mine, theirs)]
     shift = np.stack([one.shift(mine, theirs) for one in scopes])
-    return Comparison(tuple(joint.scopes), ks, wasserstein, swap, shift, *counts, reweighted=joint.reweighted)
+    return Comparison(tuple(joint.scopes), ks, wasserstein, swap, shift, counts[0], counts[1], joint.reweighted)
 
 
 class _Scope:
