@@ -283,7 +283,7 @@ def small_bundle(folder: Path) -> Path:
 
 def training_readers(place: Path) -> list[Reader]:
     """Everything that reads JSON with torch, with what it reads, made below ``place``."""
-    from busigen.evaluation.results import Figure, Finding, Interval, SectionResult, store
+    from busigen.evaluation.context import Figure, Finding, Interval, SectionResult, store
     from busigen.files import write_json
     from busigen.training.recipe import recipe_for
     from tests.harness.checkpoints import untrained
@@ -362,8 +362,8 @@ def _trained(folder: Path, prepared: Prepared, recipe: Any) -> None:
 
 
 def _report(folder: Path) -> None:
+    from busigen.evaluation.context import jsonable, load
     from busigen.evaluation.report.page import write_html
-    from busigen.evaluation.results import jsonable, load
     from busigen.evaluation.utility.training import _kept, _outcome
 
     found = load(folder, "physics", "key")
