@@ -12,8 +12,7 @@ from typing import Any
 
 from busigen.registry import SOLVER_SHIFT
 
-TIME_SCALE = 1000.0
-"""The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for."""
+TIME_SCALE = 1000.0  # The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for.
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 # Importing the modules adds their commands, in the order of --help.
-# isort: off
-from busigen.cli import generate, audit, train_export, doctor  # noqa: F401
-
-# isort: on
+from busigen.cli import generate, train_export  # noqa: F401
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, OutputError, UsageError
 from busigen.foreign import access_error

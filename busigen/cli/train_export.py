@@ -1,4 +1,4 @@
-"""Commands that make a model: prepare, train, export."""
+"""Commands that make a model: prepare, train, export, restore, build-engines; and doctor, for the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
-from busigen.errors import UsageError
+from busigen.errors import FlaggedError, UsageError
 from busigen.registry import (
     DEFAULT_PRESET,
     ENGINE_TARGETS,
@@ -47,7 +47,13 @@ def prepare(
     from busigen.data.prepare import prepare as run
     from busigen.runtime.progress import console_progress
 
-    values = _mask_values(mask_values)
+    parts = [] if mask_values is None else [part.strip() for part in mask_values.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
+        raise UsageError(
+            f"--mask-values is {mask_values!r}.",
+            fix="Give grey levels from 1 to 65535, with commas between, such as 1,2.",
+        )
+    values = tuple(map(int, parts))
     with console_progress() as progress:
         started: list[int] = []
 
@@ -78,15 +84,6 @@ def prepare(
         stdout.print(f"    {refusal.file}: {refusal.problem} {refusal.fix}")
     if len(result.refused) > SHOWN_PROBLEMS:
         stdout.print(f"    and {len(result.refused) - SHOWN_PROBLEMS} more, all of them in {out / 'prepared.json'}")
-
-
-def _mask_values(text: str | None) -> tuple[int, ...]:
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
-        raise UsageError(
-            f"--mask-values is {text!r}.", fix="Give grey levels from 1 to 65535, with commas between, such as 1,2."
-        )
-    return tuple(int(part) for part in parts)
 
 
 @app.command(
@@ -276,6 +273,31 @@ def build_engines(
         stdout.print_as_json(summary(made))
     else:
         show(made)
+
+
+@app.command(
+    epilog="Examples: `busigen doctor`; `busigen doctor --json --out /data/run`. Exit codes: 0 generate can run, "
+    "9 it cannot."
+)
+def doctor(
+    out: Annotated[Path, typer.Option(help="Folder that datasets would be written into.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine can run, what it cannot and why, and what helps."""
+    from busigen.runtime.diagnostics.doctor import State, can_generate, examine, to_json
+
+    findings = []
+    for finding in examine(out):
+        findings.append(finding)
+        if not as_json:
+            stdout.print(f"{finding.state:8} {finding.name}: {finding.described}")
+            if finding.fix:
+                stdout.print(f"{'':8} -> {finding.fix}")
+    if as_json:
+        stdout.print_as_json(to_json(findings))
+    if not can_generate(findings):
+        broken = next(finding for finding in findings if finding.state is State.PROBLEM)
+        raise FlaggedError(f"generate cannot run here: {broken.name}: {broken.described}.", fix=broken.fix)
 
 
 def order_for(targets: list[str], batch_sizes: tuple[int, ...]) -> BuildRequest:

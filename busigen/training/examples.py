@@ -34,9 +34,7 @@ Progress = Callable[[int, int], None]  # Is called with what is done and of how 
 Healed = Callable[[int, int], NDArray[np.uint8]]  # The image of a prepared row and variant, without its lesion.
 
 ENCODE_BATCH = 16
-
 FRAMES = 64  # Most image shapes that a checkpoint records for synthetic backgrounds.
-
 WIDE = 15  # Least side in pixels of overlays that no loss counts: text, but not calipers at a lesion's outline.
 
 assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"
@@ -373,11 +371,8 @@ def outline_examples(
 ) -> dict[str, Tensor]:
     """Encode stage 1's examples: healed images, each with one of its lesions, under another gain, flip and cut.
 
-    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
-
-    Returns:
-        ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
-        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; empty if no image has a lesion.
+    ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep``
+    ``(N, T)`` bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; empty if no image has a lesion.
     """
     parts: list[dict[str, Tensor]] = []
     jobs = frames.jobs(variants, lesions_only=True)
@@ -392,6 +387,7 @@ def outline_examples(
             lesion = random_lesion(frame, rng).astype(np.uint8)
             frame = replace(frame, image=healed(row, variant), lesions=lesion).with_gain(rng)
             frame = frame.flipped() if rng.random() < 0.5 else frame
+            # Synthetic backgrounds have no letterbox bars.
             chosen.append(frame.filling(rng) if rng.random() < 0.5 else frame)
         images = torch.stack([to_tensor(frame.image) for frame in chosen]).to(networks.device)
         keep = torch.ones(len(chosen), networks.preset.tokens, device=networks.device)

@@ -49,8 +49,8 @@ _WORDS = ("mask", "tumor", "tumour", "lesion", "segmentation", "seg", "gt", "lab
 
 _WORD_AT_END = re.compile(rf"(.+)[_ -]({'|'.join(_WORDS)})([_ -]?\d+)?", re.IGNORECASE)
 _BREAK = re.compile(r"[\W_]+")
+# Folders of masks that somebody put aside; keys as of `name_key`.
 _SET_ASIDE = frozenset({"old", "backup", "backups", "bak", "trash", "archive", "archived", "deleted"})
-"""Folders of masks that somebody put aside; keys as of `name_key`."""
 
 _REASONS = {
     "link": ("Links are not followed out of the folder that was given, nor to folders.", "Put the files there instead"),
@@ -66,13 +66,7 @@ _NOTES = {
 
 @dataclass(frozen=True)
 class Place:
-    """One folder.
-
-    Attributes:
-        folders: The folders in it that are looked into, in natural order.
-        images: The files in it with an image's ending, masks among them, in natural order.
-        others: Names of the other files.
-    """
+    """One folder: in natural order the folders that are looked into, and images, masks among them; other files."""
 
     path: Path
     folders: tuple[Path, ...] = ()
@@ -165,7 +159,7 @@ class Tree:
         # Of links that lead in circles, a directory entry raises what `os.path` answers.
         folder = os.path.isdir(path) if linked else entry.is_dir()
         document = _DOCUMENTS.fullmatch(ending) is not None
-        if _hidden(entry.name):
+        if entry.name.startswith(".") or entry.name.casefold() in _FOREIGN_FOLDERS:
             return self._pass("hidden", path) if folder or ending in SUFFIXES else ""
         target = os.path.realpath(path) if linked else ""  # Never raises, whatever the link's loops.
         if linked and (folder or not (os.path.isfile(target) and Path(target).is_relative_to(self._inside))):
@@ -185,11 +179,7 @@ class Tree:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Paths of the images below a folder in natural order: no masks, nothing hidden, no links that leave the folder.
-
-    Raises:
-        InputError: The folder does not exist or cannot be read.
-    """
+    """The images below a folder in natural order, without masks, hidden ones and links out; else an InputError."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
     return images_below(Tree(folder), folder)
@@ -245,12 +235,9 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class Match:
-    """The masks of one image.
+    """The masks of one image, or ``rivals``, of which only a person can say which is the mask.
 
-    Attributes:
-        masks: One or more lesions each; empty where there are none.
-        rivals: Files of which only a person can say which is the mask; ``masks`` is empty then.
-        guessed: Images and masks lie in different folders and only the name, which is the only one, joins them.
+    ``guessed`` ones lie in another folder, and only a name that nothing else has joins them.
     """
 
     masks: tuple[Path, ...] = ()
@@ -266,15 +253,8 @@ class MaskFiles:
     folder of the image's own name (``masks/benign`` for ``images/benign``). Where either side has no such folders, the
     name alone decides, but only if one image and one folder of masks have it: ``masks/benign/2.png`` is never the mask
     of ``images/malignant/2.png``. Folders that put masks aside (``old``) count for nothing. Names are compared without
-    case and in one Unicode form where no name is exactly the same.
-
-    Args:
-        images: The images, in or below a folder.
-        folder: That folder.
-        channel: Ends the images' names, but not those of their masks.
-
-    Attributes:
-        all: The mask files that were taken in.
+    case and in one Unicode form where no name is exactly the same. ``channel`` ends the images' names, but not those of
+    their masks; ``all`` are the masks that were taken in.
     """
 
     def __init__(self, images: Iterable[Path], folder: Path, channel: str = "") -> None:
@@ -389,7 +369,3 @@ def _name_and_word(path: Path) -> tuple[str, str] | None:
     """``("X", "mask")`` of ``X_mask_1.png``: the image's name and the word for a mask; None where there is no word."""
     match = _WORD_AT_END.fullmatch(path.stem)
     return (match[1], match[2].lower()) if match else None
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in _FOREIGN_FOLDERS
