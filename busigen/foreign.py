@@ -69,7 +69,7 @@ def access_error(error: OSError, path: Path | None = None) -> AccessError | None
 def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BufferedReader:
     """Open a regular file for reading in binary.
 
-    ``limit`` is the most bytes that it may have, checked once; ``root`` a folder above, beneath which no link is followed.
+    ``limit`` is the most bytes that it may have, checked once; beneath ``root``, no link is followed.
 
     Raises:
         ForeignFileError: it is no regular file, behind a link, or larger than ``limit``.

@@ -71,16 +71,13 @@ class Transfer:
 
 def kernels(gains: Floats) -> Kernels:
     """Zero-phase filters from logarithms of gains ``(2 * len(KNOTS),)``; brightness is kept."""
-    axial, lateral = (_kernel(part) for part in np.split(np.asarray(gains, np.float64), 2))
-    return axial, lateral
-
-
-def _kernel(gains: Floats) -> NDArray[np.float64]:
-    frequencies = np.linspace(0.0, 0.5, 2 * TILE + 1)
-    response = np.exp(np.interp(frequencies, (REFERENCE, *KNOTS), (0.0, *gains)))
-    taps = np.roll(np.fft.irfft(response), RADIUS)[: 2 * RADIUS + 1]
-    taps *= np.hanning(2 * RADIUS + 3)[1:-1]
-    return np.asarray(taps / taps.sum())
+    found = []
+    for part in np.split(np.asarray(gains, np.float64), 2):
+        response = np.exp(np.interp(np.linspace(0.0, 0.5, 2 * TILE + 1), (REFERENCE, *KNOTS), (0.0, *part)))
+        taps = np.roll(np.fft.irfft(response), RADIUS)[: 2 * RADIUS + 1]
+        taps *= np.hanning(2 * RADIUS + 3)[1:-1]
+        found.append(taps / taps.sum())
+    return found[0], found[1]
 
 
 def passed(image: NDArray[np.uint8], filters: Kernels) -> NDArray[np.uint8]:

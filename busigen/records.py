@@ -36,9 +36,8 @@ def _plain(name: str) -> str:
     return name
 
 
+# The name of a file in the record's folder.
 FileName = Annotated[str, Strict(), Field(max_length=255), AfterValidator(_plain)]
-"""The name of a file in the record's folder."""
-
 _T = TypeVar("_T")
 
 Many = Annotated[list[_T], FailFast()]  # A list of any length, refused at its first invalid item.
@@ -102,9 +101,9 @@ def read_given(
 def parse_json(content: bytes, name: object, *, nodes: int = MAX_NODES, nan: bool = False) -> Any:
     """The value of a JSON text.
 
-    ``name`` is what errors call it, ``nodes`` the most values in it, and ``nan`` whether numbers may be NaN or infinite,
-    as after a training that diverged. A ValueError says that it is no JSON, has too many values or keys, is nested too
-    deeply, or holds text that is no Unicode.
+    ``name`` is what errors call it, ``nodes`` the most values in it, and ``nan`` whether numbers may be NaN or
+    infinite, as after a training that diverged. A ValueError says that it is no JSON, has too many values or keys, is
+    nested too deeply, or holds text that is no Unicode.
     """
     # Counted in the text, because values take fifty times the room of their brackets.
     if sum(map(content.count, (b"[", b"{", b","))) > nodes:

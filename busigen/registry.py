@@ -21,10 +21,7 @@ TALLER_THAN_WIDE = "1.05:1.6"  # The ``generate --height-width`` that ``--taller
 BIRADS = ("2", "3", "4", "5")  # Categories that can be asked for, in the order of stage 1's condition.
 
 # Images by class and BI-RADS category in BUS-BRA's ``bus_data.csv``; BUSI has no categories.
-BIRADS_IMAGES = {
-    "benign": {"2": 314, "3": 274, "4": 170, "5": 2},
-    "malignant": {"2": 4, "3": 15, "4": 248, "5": 100},
-}
+BIRADS_IMAGES = {"benign": {"2": 314, "3": 274, "4": 170, "5": 2}, "malignant": {"2": 4, "3": 15, "4": 248, "5": 100}}
 # Length of stage 1's condition: each attribute's value, whether it is asked for, the category as one-hot.
 ASKED_LENGTH = 2 * len(ATTRIBUTES) + len(BIRADS)
 FIELD_EDGE = 1.0  # Half the side of an outline's frame, in units of the root of the lesion's area.
@@ -146,20 +143,18 @@ class Precision:
     above: str
 
 
+# What ``export --precision`` accepts, the default first.
 PRECISIONS = {
     "fp32": Precision("fp32 throughout, weights stored in fp16: the choice for CPUs", ""),
     "fp16": Precision("convolutions and matrix products in fp16, norms, softmax and the solver in fp32", "fp32"),
     "bf16": Precision("the same in bf16: fp32's range, an eighth of fp16's precision", "fp32"),
     "int8": Precision("the context encoder's matrix products in int8, where that is faster; all else in fp32", "fp32"),
 }
-"""What ``export --precision`` accepts, the default first."""
-
+# What ``export --loop`` accepts.
 LOOPS = {
     "loop": "one node that runs an evaluation per step: opens fast, which the CPU wants",
     "unrolled": "every step written out: slow to open, and nothing is left to decide while it runs, as on a GPU",
 }
-"""What ``export --loop`` accepts."""
-
 PARITY_DRAWS = 64  # Per class, over which export compares each target with the checkpoint.
 
 
@@ -186,6 +181,7 @@ _CUDA = (
     ("arena_extend_strategy", "kSameAsRequested"),
 )
 
+# By name, from the slowest to the fastest; ``auto`` tries them from the last.
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -220,8 +216,6 @@ PROVIDERS = {
         ),
     )
 }
-"""By name, from the slowest to the fastest; ``auto`` tries them from the last."""
-
 AUTO = "auto"
 
 
@@ -240,14 +234,12 @@ class EngineTarget:
     portable: bool
 
 
+# What ``export --target`` and ``build-engines`` make beside the ONNX graphs.
 ENGINE_TARGETS = {
     "tensorrt": EngineTarget("TensorRT; built on the card that runs them", "tensorrt", "tensorrt", False, False),
     "tensorrt-rtx": EngineTarget("TensorRT for RTX; built anywhere", "tensorrt_rtx", "tensorrt-rtx", True, True),
 }
-"""What ``export --target`` and ``build-engines`` make beside the ONNX graphs."""
-
 LAUNCHERS = ("local", "ray", "slurm")
-
 # Extras by the protocol of an ``--out`` URL; for all others, it is "remote".
 STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 # Protocols whose objects appear whole or not at all; elsewhere a file is renamed once it is written.

@@ -105,7 +105,7 @@ def generate(
 )
 def bench(
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
-    provider: Annotated[
+    providers: Annotated[
         str, typer.Option("--provider", "--providers", help=f"One or more of: {', '.join((AUTO, *PROVIDERS))}.")
     ] = AUTO,
     allow_fallback: Annotated[
@@ -125,23 +125,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure `generate` on this machine: every stage, engines alone, the whole pipeline; predict a long run."""
+    typed = dict(locals())
     from busigen.runtime.diagnostics.bench import Bench
     from busigen.runtime.diagnostics.bench_report import LEDGER_FILE, show
     from busigen.runtime.progress import console_progress
 
-    options = Bench(
-        out=out,
-        ledger=ledger or out / LEDGER_FILE,
-        bundle=bundle,
-        providers=provider,
-        batch_sizes=batch_sizes,
-        count=count,
-        count_for=count_for,
-        repeat=repeat,
-        healthy=healthy,
-        threads=threads,
-        allow_fallback=allow_fallback,
-    )
+    options = Bench(**{**typed, "ledger": ledger or out / LEDGER_FILE})
     with console_progress() as progress:
         try:
             record = options.run(progress)

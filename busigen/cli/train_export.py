@@ -153,8 +153,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; must not exist yet, or be empty.")],
     target: Annotated[
-        list[str],
-        typer.Option(help=f"onnx, {', '.join(ENGINE_TARGETS)}; may be repeated. Engines go into the cache."),
+        list[str], typer.Option(help=f"onnx, {', '.join(ENGINE_TARGETS)}; may be repeated. Engines go into the cache.")
     ] = ["onnx"],  # noqa: B006  # typer copies it.
     precision: Annotated[
         str,
@@ -179,6 +178,8 @@ def export(
         from busigen.export.exporter import Options, batch_sizes
         from busigen.export.exporter import export as run
         from busigen.export.report import check_report, write_report
+    from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
+    from busigen.runtime.backends.tensorrt.profiles import Batches
     from busigen.runtime.progress import console_progress
 
     options = Options(
@@ -191,7 +192,9 @@ def export(
     )
     if report is not None:
         check_report(report)
-    order = order_for(list(options.engines), options.batch_sizes)
+    batches = Batches(tuple(sorted(options.batch_sizes, reverse=True))) if options.batch_sizes else Batches()
+    order = BuildRequest(list(options.engines), batches)
+    order.check()
     made: list[EngineInfo] = []
 
     def built(written: Bundle) -> None:
@@ -298,16 +301,6 @@ def doctor(
     if not can_generate(findings):
         broken = next(finding for finding in findings if finding.state is State.PROBLEM)
         raise FlaggedError(f"generate cannot run here: {broken.name}: {broken.described}.", fix=broken.fix)
-
-
-def order_for(targets: list[str], batch_sizes: tuple[int, ...]) -> BuildRequest:
-    """The order that `export` gives, checked before it begins."""
-    from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
-    from busigen.runtime.backends.tensorrt.profiles import Batches
-
-    order = BuildRequest(targets, Batches(tuple(sorted(batch_sizes, reverse=True))) if batch_sizes else Batches())
-    order.check()
-    return order
 
 
 def fill(order: BuildRequest, bundle: Bundle) -> list[EngineInfo]:

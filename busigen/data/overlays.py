@@ -131,9 +131,8 @@ def suspect_mask(pixels: NDArray[np.uint8], coloured: _Mask | None = None, found
     """Mark whatever may be text, a caliper, a dotted line, a ruler, a scale of grey levels, a badge or colour.
 
     Much more generous than `find_overlays`, whose marks (``found``) it includes with ``coloured`` pixels: a wrong mark
-    costs a small patch of texture (`busigen.data.inpainting.without_overlays`), a missed one is learnt. By eye, of 33
-    random images of BUSI and BUS-BRA with overlays, 28 had none left after painting over. All are ``(H, W)``, with 2
-    pixels around what is suspected.
+    costs a small patch of texture, a missed one is learnt. By eye, of 33 random images of BUSI and BUS-BRA with
+    overlays, 28 had none left after painting over. All are ``(H, W)``, with 2 pixels around what is suspected.
     """
     found = find_overlays(pixels).mask if found is None else found
     fine, upright = pixels - np.minimum(grow(shrink(pixels, 4), 4), pixels), _top_hat(pixels, STROKE_WIDTH // 2, axis=1)

@@ -75,13 +75,9 @@ def prepare(
     Files that are damaged, missing or mismatched are named in the report and left out; the rest is prepared. A run
     into an existing prepared folder replaces it and keeps the split of every image it held.
 
-    Args:
-        sources: Folders in any of the layouts of `busigen.data.sources.read.LAYOUTS`.
-        out: The folder to write; created if missing.
-        seed: Decides the splits, with the names of the groups.
-        strict: Stop at the first file that would be left out.
-        mask_values: As ``values`` of `busigen.data.masks.read_mask`.
-        progress: Called after every image.
+    ``sources`` have any of the layouts of `busigen.data.sources.read.LAYOUTS`; ``seed`` and the groups' names decide
+    the splits; ``strict`` stops at the first file that would be left out; ``mask_values`` are the ``values`` of
+    `busigen.data.masks.read_mask`.
 
     Raises:
         InputError: A source has no known layout, none of its images is usable, or ``strict`` met a bad file.

@@ -57,8 +57,7 @@ COLUMNS: dict[str, pl.DataType] = {
     "birads": pl.String(),
     "class_conflict": pl.Boolean(),
 }
-"""The table's columns. ``mask_area`` is a fraction of the native image; ``lesions`` is the largest value in the row's
-label mask; file names begin with the source folder's name."""
+"""``mask_area`` is a share of the native image, ``lesions`` the largest label; file names begin with the source's."""
 
 
 def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
@@ -82,15 +81,10 @@ class PreparedRecord(Record):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A prepared folder: one table, and arrays ``(N, 256, 256)`` with one row per image, memory-mapped read-only.
+    """A prepared folder: a table of `COLUMNS`, and arrays ``(N, 256, 256)``, memory-mapped read-only; a row per image.
 
-    Attributes:
-        info: The content of ``prepared.json``.
-        table: One row per image, with the columns of `COLUMNS`.
-        images: Letterboxed grey levels.
-        masks: 0 outside lesions and k on the k-th.
-        overlays: Where the scanner probably painted.
-        clean: ``images`` with all ``suspects`` painted over, which include ``overlays``.
+    ``info`` is the content of ``prepared.json``. ``masks`` are 0 outside lesions and k on the k-th; ``overlays`` is
+    where the scanner probably painted; ``clean`` are ``images`` with all ``suspects``, overlays included, painted over.
     """
 
     folder: Path

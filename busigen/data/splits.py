@@ -31,17 +31,16 @@ EXCLUDED = "excluded"  # Split of an image that would link two splits; it takes 
 # Whose images stay when two splits turn out to be linked: what a model is judged on must not change under it.
 _PROTECTED = ("test", "val", "train")
 
+# Given the indices of some images, their group numbers when the others do not exist.
 Regroup = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Given the indices of some images, their group numbers when the others do not exist."""
-
 _THUMBNAIL_SIDE, _SIDE, _MARGIN = 64, 32, 3
 _FINE, _COARSE = 0.6, 2.0
 _TURNS, _SCALES = (6.0, 12.0), (0.9, 0.8)
 _BLOCK_ROWS = 512
 
 _Structure = NDArray[np.float32]
+# Positions of images in two arrays, pair by pair, some at a time, perhaps several times.
 _Pairs = Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
-"""Positions of images in two arrays, pair by pair, some at a time, perhaps several times."""
 
 
 def copies_of(

@@ -94,9 +94,8 @@ class Frame:
 class Frames:
     """The rows of a prepared folder that a task trains on, as :class:`Frame`."""
 
-    def __init__(self, prepared: Prepared, rows: pl.DataFrame, images: NDArray[np.uint8] | None = None) -> None:
+    def __init__(self, prepared: Prepared, rows: pl.DataFrame) -> None:
         self.prepared, self.table = prepared, rows
-        self.images = prepared.clean if images is None else images
 
     def __len__(self) -> int:
         return self.table.height
@@ -107,7 +106,7 @@ class Frames:
         valid = np.zeros((RESOLUTION, RESOLUTION), dtype=bool)
         valid[top : top + record["inner_height"], left : left + record["inner_width"]] = True
         return Frame(
-            image=np.array(self.images[row]),
+            image=np.array(self.prepared.clean[row]),
             lesions=np.array(self.prepared.masks[row]),
             overlay=grow(shrink(np.array(self.prepared.suspects[row]), WIDE // 2), WIDE // 2),
             valid=valid,
@@ -197,8 +196,7 @@ class WindowExamples:
     """Encoded windows of one size; ``s`` is their side / 8.
 
     ``clean``/``known`` ``(N, C, s, s)`` fp16 latents of the whole and of the greyed window; ``mask`` ``(N, 4, s, s)``;
-    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)`` fp16; ``keep`` ``(N, T)``; ``label`` and
-    ``row`` ``(N,)``.
+    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)``; ``keep`` ``(N, T)``; ``label``, ``row``.
     """
 
     tensors: dict[str, Tensor]

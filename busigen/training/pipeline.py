@@ -41,6 +41,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 log = logging.getLogger("busigen.training")
 
+# Task classes by the kind that a recipe names; an adapter has the class of its stage's base task.
 KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
     "autoencoder": AutoencoderTask,
     "decoder": DecoderTask,
@@ -50,11 +51,8 @@ KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
     "background": BackgroundTask,
     "finish": FinishTask,
 }
-"""Task classes by the kind that a recipe names; an adapter has the class of its stage's base task."""
-
+# Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint.
 GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
-"""Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint."""
-
 RUN, HEALED, CACHE = "run.json", "healed.npz", "cache"
 _WRITTEN = re.compile(r"[a-z0-9.-]+")  # Names of the files and folders that a run writes.
 _SHOWN = 3  # Fields of recipes that are named as different.

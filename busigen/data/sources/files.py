@@ -19,16 +19,14 @@ from busigen.data.sources.records import Refusal, named
 from busigen.errors import InputError
 from busigen.foreign import MAX_DEPTH
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff")
-"""File name endings, lower case, that count as an image."""
-
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff")  # Endings of images, lower case.
 _FORMATS = "PNG, JPEG, BMP and TIFF"
+# Endings of files that nobody takes for images; all others are named where they are passed over.
 _DOCUMENTS = re.compile(
     r"|\.(csv|tsv|docx?|htm|html|ini|ipynb|jsonl?|lnk|log|m|md|ods|pdf|pptx?|py|rst|txt|url|xlsx?|xml|ya?ml|db)"
 )
-"""Endings of files that nobody takes for images; all others are named where they are passed over."""
-
 _FOREIGN_FOLDERS = frozenset({"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir"})
+# Names that tell a folder that busigen wrote: a dataset, a report, prepared data, a checkpoint, a bundle, timings.
 _OURS = (
     frozenset(("run.json", "shards")),
     frozenset(("dataset.json", "shards")),
@@ -36,22 +34,19 @@ _OURS = (
     frozenset(("report.json", "sections")),
     *(frozenset((name,)) for name in ("prepared.json", "busigen.json", "bundle.json", "bench.json")),
 )
-"""Names that tell a folder that busigen wrote: a dataset, a report, prepared data, a checkpoint, a bundle, timings."""
-
 _MASK_NAME = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
 _MASK_FOLDER = re.compile(
     r"(.*[\W_])?(masks?|gt|ground[\W_]?truths?|segmentations?|annotations?|labelst[rs])", re.IGNORECASE
 )
 _DIGITS = re.compile(r"(\d+)")
-
+# Words for a mask that may follow its image's name, the plainest first.
 _WORDS = ("mask", "tumor", "tumour", "lesion", "segmentation", "seg", "gt", "label", "annotation")
-"""Words for a mask that may follow its image's name, the plainest first."""
-
 _WORD_AT_END = re.compile(rf"(.+)[_ -]({'|'.join(_WORDS)})([_ -]?\d+)?", re.IGNORECASE)
 _BREAK = re.compile(r"[\W_]+")
 # Folders of masks that somebody put aside; keys as of `name_key`.
 _SET_ASIDE = frozenset({"old", "backup", "backups", "bak", "trash", "archive", "archived", "deleted"})
 
+# Why files are passed over, by what they are: as a refusal with its fix, or as a note. Others are unknown endings.
 _REASONS = {
     "link": ("Links are not followed out of the folder that was given, nor to folders.", "Put the files there instead"),
     "deep": (f"Folders are looked into {MAX_DEPTH} deep.", "Give a folder further down"),
@@ -61,7 +56,6 @@ _NOTES = {
     "ours": "written by busigen, passed over",
     "again": "other names of a folder that was read, passed over",
 }
-"""Why files are passed over, by what they are: as a refusal with its fix, or as a note. Others are unknown endings."""
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,7 @@ def birads_category(text: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is left out, why, and what to do about it, as printable text.
-
-    ``file`` begins with the source folder's name. Where ``count`` files are left out for one reason, it names some of
-    them and how many there are besides.
-    """
+    """What is left out, why, and what to do about it, as printable text; ``file`` names some of ``count`` files."""
 
     file: str
     problem: str
@@ -135,12 +131,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of laying out a labelled folder.
+    """One way of laying out a labelled folder, which ``looks_like`` describes in messages.
 
-    Attributes:
-        looks_like: What such a folder holds, for messages.
-        is_root: Whether a place is the root of a set in this layout; asked loosely for a folder of healthy images.
-        read: Fills a listing whose ``folder`` is that root.
+    ``is_root`` says whether a place is the root of such a set (asked loosely for a folder of healthy images), and
+    ``read`` fills a listing whose ``folder`` is that root.
     """
 
     name: str

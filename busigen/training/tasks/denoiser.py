@@ -72,13 +72,9 @@ class DenoiserTask(Task):
         path = self.context.cache / f"{self.examples}-{split}-{variants}.safetensors"
         if not path.exists():
             frames = self.context.images(split)
-            options = {
-                "networks": self.context.networks,
-                "variants": variants,
-                "seed": self.context.seed,
-                "progress": self.context.report(f"{self.examples}: encoding {len(frames)} {split} images"),
-            }
-            save_examples(path, self._encode(frames, **options) if len(frames) else {})
+            progress = self.context.report(f"{self.examples}: encoding {len(frames)} {split} images")
+            options = {"networks": self.context.networks, "variants": variants, "seed": self.context.seed}
+            save_examples(path, self._encode(frames, progress=progress, **options) if len(frames) else {})
         return load_examples(path)
 
     def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
@@ -120,7 +116,6 @@ class DenoiserTask(Task):
 
 
 MEASURED, MEASURED_BATCH = 384, 32  # Windows of one size on which a trained network is measured, and batch.
-
 PAINTED_NOISE = 0.15  # On the latents that stage 3 continues, which are real only in training (Ho et al. 2022).
 LESIONS = 64  # Fewest lesions, real or drawn, from which their variation is fitted.
 TRIAL = 0.35  # Share of the missing deviation that is tried first; the network carries on and adds to what it is given.
@@ -250,10 +245,8 @@ def fit_styles(spectrum: Spectrum, clean: Tensor, draw: Callable[[Tensor], Tenso
 
     One trial measures how much of a style the solver carries on: the sum of all bands' variances grows with the square
     of the share that is tried. ``clean`` are training latents ``(N, C, s, s)``; ``draw`` samples the prior from noise.
-
-    Returns:
-        Rows of :func:`busigen.noise_styles.styled`'s ``factor``, within the bounds of bundles; none if drawn images
-        lack nothing or there are fewer than ``STYLED_IMAGES`` training images.
+    Rows are those of :func:`busigen.noise_styles.styled`'s ``factor``; none if drawn images lack nothing or there are
+    fewer than ``STYLED_IMAGES`` training images.
     """
     if len(clean) < STYLED_IMAGES:
         return []
