@@ -17,10 +17,7 @@ TIME_SCALE = 1000.0  # The networks' timestep embedding is fed ``t * TIME_SCALE`
 
 @dataclass(frozen=True)
 class SolverStep:
-    """One step of a sample from ``t`` to ``s``, in [0, 1], 1 being pure noise.
-
-    It goes ``x = a x + b net(x, t)``, with constants for every coefficient of the sample (:func:`gaussian_constants`).
-    """
+    """One step ``x = a x + b net(x, t)`` from ``t`` to ``s``, in [0, 1], 1 being pure noise (`gaussian_constants`)."""
 
     t: float
     s: float

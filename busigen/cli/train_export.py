@@ -55,14 +55,11 @@ def prepare(
         )
     values = tuple(map(int, parts))
     with console_progress() as progress:
-        started: list[int] = []
 
         def report(done: int, total: int) -> None:
-            if not started:
+            if done == 1:
                 progress.start("preparing", total, unit="image")
-                started.append(0)
-            progress.advance(done - started[0])
-            started[0] = done
+            progress.advance(1)
 
         result = run(sources, out, seed=seed, strict=strict, mask_values=values, progress=report)
     stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")

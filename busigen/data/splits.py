@@ -183,10 +183,7 @@ def _alike(thumbnails: NDArray[np.float32], threshold: float, aspects: Sequence[
 
 
 def draw_split(seed: int, key: str) -> str:
-    """The split of a new group: a key of ``registry.SPLITS``, with the probability that stands there.
-
-    ``key`` is the group's name, which must not change when images are added.
-    """
+    """The split of a new group, whose name ``key`` must not change when images are added, by ``registry.SPLITS``."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64 * sum(SPLITS.values())
     for name, share in SPLITS.items():

@@ -195,9 +195,8 @@ def write_record(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any]:
     """Read and check ``busigen.json``.
 
-    Raises:
-        InputError: there is no finished checkpoint, or one with an unknown schema or preset.
-        IntegrityError: the record is invalid, or a weight file is missing, not recorded or changed.
+    An InputError says that there is no finished checkpoint, or one with an unknown schema or preset, an IntegrityError
+    that the record is invalid, or a weight file is missing, not recorded or changed.
     """
     path = folder / RECORD
     record, _ = read_given(path, "finished checkpoint", schemas=(SCHEMA,), fix=_TRAIN)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from busigen.data.sources import layouts
-from busigen.data.sources.files import Place, Tree, is_mask_folder, masks_beside, name_key, natural_key
-from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, counted, named
+from busigen.data.sources.files import Tree, is_mask_folder, masks_beside, name_key, natural_key
+from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal, counted, named
 from busigen.errors import InputError
 from busigen.registry import CLASSES, LESION_CLASSES
 from busigen.text import printable
@@ -120,7 +120,7 @@ def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[List
     waiting = [tree.root]
     while waiting:
         place = tree.at(waiting.pop())
-        layout = _layout_of(tree, place, known, loose=loose)
+        layout = next((layout for layout in known if layout.is_root(tree, place, loose)), None)
         if layout is not None:
             listing = Listing(layout.name, place.path, tree, unlabelled=unlabelled, loose=loose)
             layout.read(listing)
@@ -129,16 +129,12 @@ def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[List
             waiting.extend(reversed(place.folders))
 
 
-def _layout_of(tree: Tree, place: Place, known: Iterable[Layout], *, loose: bool) -> Layout | None:
-    return next((layout for layout in known if layout.is_root(tree, place, loose)), None)
-
-
 def _sets_above(folder: Path) -> Iterator[Listing]:
     """The sets near above a folder, of which it may be a part."""
     for above in folder.parents[:_ABOVE]:
         tree = Tree(above)
         try:
-            layout = _layout_of(tree, tree.at(above), LAYOUTS, loose=True)
+            layout = next((layout for layout in LAYOUTS if layout.is_root(tree, tree.at(above), True)), None)
         except InputError:  # There is nothing above that busigen may look at.
             return
         if layout is not None:
