@@ -47,13 +47,13 @@ def prepare(
     from busigen.data.prepare import prepare as run
     from busigen.runtime.progress import console_progress
 
-    parts = [] if mask_values is None else [part.strip() for part in mask_values.split(",")]
-    if not all(part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
+    levels = [] if mask_values is None else [level.strip() for level in mask_values.split(",")]
+    if not all(level.isdecimal() and 0 < int(level) < 1 << 16 for level in levels):
         raise UsageError(
             f"--mask-values is {mask_values!r}.",
             fix="Give grey levels from 1 to 65535, with commas between, such as 1,2.",
         )
-    values = tuple(map(int, parts))
+    values = tuple(map(int, levels))
     with console_progress() as progress:
 
         def report(done: int, total: int) -> None:
