@@ -11,7 +11,6 @@ from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
 from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
-from busigen.runtime.maintenance.summaries import explained, generated, merged, repaired, verified
 from busigen.runtime.storage.url import place_of, refuse_urls
 
 
@@ -95,7 +94,7 @@ def generate(
     options = GenerateOptions(**{**typed, "out": place})
     with supervised(place, log_json) as (progress, stop):
         report = options.run(progress, stop)
-    for line in generated(report):
+    for line in report.lines():
         (stderr if log_json == "-" else stdout).print(line)
 
 
@@ -181,7 +180,7 @@ def verify(
         inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
         mended = mend(refuse_repair(place), inputs=inputs) if repair else None
         report = mended.after if mended else verify_place(place, healthy=healthy, progress=progress)
-    for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
+    for line in (*(mended.lines() if mended else ()), *report.lines(proving=healthy is not None)):
         stdout.print(line)
     if mended and mended.error:
         raise mended.error
@@ -207,7 +206,7 @@ def merge(
             report = run(out, datasets, progress=progress)
         except KeyboardInterrupt:
             raise Interrupted("Interrupted; nothing was merged.", fix="Run the same command again.") from None
-    for line in merged(report):
+    for line in report.lines():
         stdout.print(line)
 
 
@@ -234,7 +233,7 @@ def explain(
     if as_json:
         stdout.print_as_json(described.to_json())
     else:
-        for line in explained(described):
+        for line in described.lines():
             stdout.print(line)
     if described.error:
         raise described.error

@@ -20,14 +20,9 @@ if TYPE_CHECKING:
     from busigen.runtime.dataset.shards import ShardRecord
     from busigen.runtime.execution.estimate import Forecast
 
-LINE_SECONDS = 10.0
-"""Seconds between two lines where no terminal shows a bar."""
-
-NOW_SECONDS = 60.0
-"""Seconds that the rate of "now" looks back: a few batches of a slow machine."""
-
-LONG_SECONDS = 60.0
-"""A run that will take longer than this shows its forecast; the others are over before it is read."""
+LINE_SECONDS = 10.0  # seconds between two lines where no terminal shows a bar
+NOW_SECONDS = 60.0  # seconds that the rate of "now" looks back: a few batches of a slow machine
+LONG_SECONDS = 60.0  # a run that will take longer than this shows its forecast; the others are over before it is read
 
 
 class Observer:

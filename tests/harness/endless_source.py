@@ -17,7 +17,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from busigen.errors import BusigenError
-from busigen.runtime.dataset.sample import SampleBatch
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate

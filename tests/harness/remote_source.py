@@ -18,7 +18,7 @@ from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.run import GenerateOptions
-from busigen.runtime.output.lease import Beat
+from busigen.runtime.output.ownership import Beat
 from busigen.runtime.output.remote import RemoteOutput
 from busigen.runtime.storage.object_store import RetryPolicy
 from busigen.runtime.storage.url import Address

@@ -36,11 +36,8 @@ MAX_WEIGHTS_BYTES = 4 << 30
 MAX_TURNS = 1000
 """Turns that the loop of a graph may take: as many as diffusion has steps in training, where those in use have ten."""
 
-LEAST_FRAME, MAX_FRAMES = 32, 1024
-"""Shortest side in pixels, and number, of the frames that a bundle may record."""
-
-LARGEST_SPECKLE = 4.0
-"""Greatest deviation of the noise that a bundle may ask to decode backgrounds with."""
+LEAST_FRAME, MAX_FRAMES = 32, 1024  # shortest side in pixels, and number, of the frames that a bundle may record
+LARGEST_SPECKLE = 4.0  # greatest deviation of the noise that a bundle may ask to decode backgrounds with
 
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
 

@@ -41,8 +41,7 @@ _SCHEMA = {
 }
 """The fields of onnx.proto that are used, as ``name:number:type``, by message; ``*`` marks what is repeated."""
 
-_LARGEST_FIELD = (1 << 29) - 1
-"""Largest number that protobuf gives a field."""
+_LARGEST_FIELD = (1 << 29) - 1  # largest number that protobuf gives a field
 
 
 @cache
@@ -191,11 +190,9 @@ def with_conditions(model: bytes) -> bytes:
     return bytes(parsed.SerializeToString())
 
 
-FLOAT, BOOL = 1, 9
-"""Element types, as TensorProto.DataType numbers them."""
+FLOAT, BOOL = 1, 9  # element types, as TensorProto.DataType numbers them
 
-Value = tuple[int, Sequence[int | str]]
-"""Element type and dimensions: a number, or a name for one that is free."""
+Value = tuple[int, Sequence[int | str]]  # element type and dimensions: a number, or a name for one that is free
 
 
 def one_node(operator: str, inputs: Mapping[str, Value], output: Value) -> bytes:

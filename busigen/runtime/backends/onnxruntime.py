@@ -23,14 +23,9 @@ from busigen.runtime.backends.onnx_graph import BOOL, FLOAT, Graph, one_node
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.text import install_command
 
-_NO_CAPTURE = "-1"
-"""ONNX Runtime's ``gpu_graph_id`` of a run that is neither captured nor replayed."""
-
-_SHOWN = 200
-"""Characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes."""
-
-_CONTROL_FLOW = {"If", "Loop", "Scan"}
-"""What a CUDA graph cannot hold."""
+_NO_CAPTURE = "-1"  # ONNX Runtime's `gpu_graph_id` of a run that is neither captured nor replayed
+_SHOWN = 200  # characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes
+_CONTROL_FLOW = {"If", "Loop", "Scan"}  # what a CUDA graph cannot hold
 
 _HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedConv", "FusedMatMul", "Gemm", "MatMul"}
 """Operators that do the work: what else a card leaves to the processor are shapes and counters."""

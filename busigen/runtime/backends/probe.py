@@ -35,11 +35,8 @@ LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "polars", "sci
 PROBE_SECONDS = 120.0
 """Seconds that a provider may take for a network of one node: loading CUDA's libraries from a cold disk is slow."""
 
-_QUERY_SECONDS = 20.0
-"""Seconds for nvidia-smi, which may have to wake a sleeping card."""
-
-_SHOWN = 300
-"""Characters of what a library says that are shown."""
+_QUERY_SECONDS = 20.0  # seconds for nvidia-smi, which may have to wake a sleeping card
+_SHOWN = 300  # characters of what a library says that are shown
 
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _QUERY = ("name", "driver_version", "memory.total", "memory.free", "compute_cap")

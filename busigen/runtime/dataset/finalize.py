@@ -29,9 +29,9 @@ from busigen.runtime.dataset.format import (
     MANIFEST_FILE,
     PREVIEW_FILE,
     RUN_FILE,
+    Sample,
 )
 from busigen.runtime.dataset.reader import Dataset, plan_of
-from busigen.runtime.dataset.sample import Sample
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, write_joined
 
 COLOURS = {"benign": (0, 200, 255), "malignant": (255, 96, 64)}

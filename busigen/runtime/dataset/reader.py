@@ -33,10 +33,10 @@ from busigen.runtime.dataset.format import (
     SCHEMA_VERSION,
     SHARD_FOLDER,
     Plan,
+    Sample,
     key_of,
     shard_path,
 )
-from busigen.runtime.dataset.sample import Sample
 from busigen.runtime.dataset.shards import FIXED_COLUMNS, FileRecord, ShardRecord, read_table, recorded_schema
 from busigen.runtime.storage.url import Address
 

@@ -35,8 +35,16 @@ from busigen.files import atomic_file, sha256_of, write_json
 from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
-from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, MEMBER_SUFFIXES, SHARD_FOLDER, key_of, shard_path
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import (
+    FIRST_SCHEMA_VERSION,
+    MEMBER_SUFFIXES,
+    SHARD_FOLDER,
+    Rejection,
+    Sample,
+    SampleBatch,
+    key_of,
+    shard_path,
+)
 from busigen.runtime.storage.url import Address
 
 FIXED_COLUMNS: dict[str, type] = {

@@ -32,28 +32,23 @@ ROW_MEMORY = 16 << 20
 """Bytes to reckon with per image of a batch. The shipped bundle's graphs take 4.3 MB on the processor (peak memory at
 batches of 32 and of 8 images, ONNX Runtime 1.31); a card's libraries want room to work in beside that."""
 
-FIXED_MEMORY = 1 << 30
-"""Bytes for the graphs' weights, CUDA's context and its libraries."""
+FIXED_MEMORY = 1 << 30  # bytes for the graphs' weights, CUDA's context and its libraries
 
 _FEW_ROWS, _FEW_SAMPLES = 16, 1000
 """Batch size and number of samples for which there should be room in memory and on the disk."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
-Installed = dict[str, str]
-"""Distributions by their names as PyPI writes them, with their versions."""
+Installed = dict[str, str]  # distributions by their names as PyPI writes them, with their versions
 
 
 class State(StrEnum):
     """How serious a finding is."""
 
     OK = "ok"
-    OFF = "off"
-    """Not for this machine, which lacks the card that it is for."""
-    WARNING = "warning"
-    """`generate` runs, but slower than it could, or not with everything that is installed."""
-    PROBLEM = "problem"
-    """`generate` cannot run."""
+    OFF = "off"  # not for this machine, which lacks the card that it is for
+    WARNING = "warning"  # `generate` runs, but slower than it could, or not with everything that is installed
+    PROBLEM = "problem"  # `generate` cannot run
 
 
 @dataclass(frozen=True)

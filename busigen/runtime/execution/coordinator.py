@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol, Self
 
 from busigen.errors import InputError, WorkerError
-from busigen.runtime.dataset.format import differences
-from busigen.runtime.dataset.sample import Source
+from busigen.runtime.dataset.format import Source, differences
 from busigen.runtime.execution.estimate import ShardJob
 from busigen.runtime.execution.worker import (
     Order,
@@ -22,11 +21,8 @@ from busigen.runtime.execution.worker import (
 from busigen.runtime.progress import Progress
 from busigen.text import counted, describe
 
-_POLL_SECONDS = 0.5
-"""Seconds between two looks at whether to stop."""
-
-MOST_LOSSES = 3
-"""Workers that one shard, or the pool before it is ready, may lose: one more is no accident."""
+_POLL_SECONDS = 0.5  # seconds between two looks at whether to stop
+MOST_LOSSES = 3  # workers that one shard, or the pool before it is ready, may lose: one more is no accident
 
 Event = tuple[int, RemoteSourceInfo | WorkerMessage | Exception | str]
 """A worker's number, which is never given to another one, and what happened to it: it is ready for a first shard, it
@@ -34,13 +30,10 @@ sent a message, an error ended it, or it is lost, in words."""
 
 
 class WorkerPool(Protocol):
-    """Workers, as a context manager that starts and ends them; one that is lost is replaced by a new one.
+    """Workers, as a context manager that starts and ends them; one that is lost is replaced by a new one."""
 
-    ``where`` says who they are; ``size``, how many, is known once they are started.
-    """
-
-    where: str
-    size: int
+    where: str  # who they are, in words
+    size: int  # how many they are, known once they are started
 
     def __enter__(self) -> Self: ...
 
@@ -160,8 +153,7 @@ class Coordinator:
         self._first = self._first or source
         # The first worker's source with the versions of this process, which are the ones that run.json will name.
         expected = record_of(self._first)
-        changed = [change for change in differences(expected, source.record) if not change[0].startswith("options.")]
-        if changed:
+        if changed := [one for one in differences(expected, source.record) if not one[0].startswith("options.")]:
             named = "; ".join(f"{name}: {describe(one)} and {describe(other)}" for name, one, other in changed[:3])
             raise InputError(
                 f"worker {worker} would draw other samples, or write them in other bytes ({named}).",
@@ -188,8 +180,7 @@ class Coordinator:
                 )
 
     def _open_shards(self) -> str:
-        busy = [worker for worker, claims in self._claims.items() if claims]
-        if not busy:
+        if not (busy := [worker for worker, claims in self._claims.items() if claims]):
             return "before the first shard"
         drawn = sum(self._accepted[worker] for worker in busy)
         return f"{counted(len(busy), 'open shard')} ({counted(drawn, 'sample')} drawn so far)"

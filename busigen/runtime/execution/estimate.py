@@ -40,19 +40,12 @@ _LEAST_GAPS = 2
 
 @dataclass(frozen=True)
 class Space:
-    """Disk space that a plan's missing samples need.
+    """Disk space that a plan's missing samples need."""
 
-    Attributes:
-        samples: that are missing.
-        per_sample: bytes, without the manifest's row.
-        needed: bytes in all: the missing samples, every sample's row once more for the manifest, ``FINISH_BYTES``.
-        measured: whether ``per_sample`` comes from this run's shards.
-    """
-
-    samples: int
-    per_sample: float
-    needed: int
-    measured: bool
+    samples: int  # that are missing
+    per_sample: float  # bytes, without the manifest's row
+    needed: int  # bytes: the missing samples, every sample's row once more for the manifest, ``FINISH_BYTES``
+    measured: bool  # whether ``per_sample`` comes from this run's shards
 
     @classmethod
     def of(cls, plan: Plan, records: Records) -> Space:
@@ -78,15 +71,12 @@ class Space:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is left of a run: the space and the seconds that it takes, the bytes that are free, where the disk is known.
-
-    ``basis`` says what the pace was measured on.
-    """
+    """What is left of a run."""
 
     space: Space
     seconds: float
-    free: int | None
-    basis: str
+    free: int | None  # bytes, where the disk is known
+    basis: str  # what the pace was measured on
 
     def __str__(self) -> str:
         size = f"{'' if self.space.measured else 'at most '}{disk_size(self.space.needed)}"
@@ -134,26 +124,20 @@ def pace_of(out: Path, records: Records) -> float | None:
     """
     places = {number: out / shard_path(number, "json") for number in records}
     written = {number: place.stat().st_mtime for number, place in places.items() if place.exists()}
-    gaps = [
-        (written[number + 1] - written[number]) / records[number + 1].count
-        for number in written
-        if number + 1 in written
-    ]
     # A clock that was set back gives gaps below zero.
-    gaps = [gap for gap in gaps if gap > 0]
+    gaps = [
+        (written[number + 1] - time) / records[number + 1].count
+        for number, time in written.items()
+        if written.get(number + 1, time) > time
+    ]
     return statistics.median(gaps) if len(gaps) >= _LEAST_GAPS else None
 
 
 class ShardJob:
     """Shards to be made, by this process or by a pool of workers; calls may come from any thread.
 
-    It forecasts the run once, as soon as there is something to go by, and has the disk checked for room.
-
-    Attributes:
-        output, plan: where the shards go, and which they are.
-        records: of the shards that are complete.
-        progress: counts every sample.
-        stop: asked before each shard whether to end here.
+    It forecasts the run once, as soon as there is something to go by, and has the disk checked for room. ``records``
+    are those of the shards that are complete; ``stop`` is asked before each shard whether to end here.
     """
 
     def __init__(

@@ -131,10 +131,7 @@ def _rounded(value: float | None, digits: int = 3) -> float | None:
 def supervised(out: Path | Address, log_json: str | None) -> Iterator[tuple[Progress, Stopping]]:
     """Show, log and stop what the block runs; ``log_json`` is a file, ``-`` for standard output, or None.
 
-    Raises:
-        UsageError: the log lies in the dataset ``out``.
-        OutputError: the log cannot be written.
-        GenerationInterrupted: on Ctrl-C or SIGTERM.
+    Raises what `EventLog.open` does, and a GenerationInterrupted on Ctrl-C or SIGTERM.
     """
     with ExitStack() as stack:
         # Outermost, so that it hears of whatever error ends the run, an interruption included.

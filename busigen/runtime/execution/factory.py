@@ -14,8 +14,7 @@ from typing import Any
 
 from busigen.errors import UsageError
 from busigen.runtime.dataset.finalize import dataset_info
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, RUN_FILE, Plan
-from busigen.runtime.dataset.sample import SampleBatch, Source, batches_of
+from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, RUN_FILE, Plan, SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.execution.estimate import ShardJob, require_room
 from busigen.runtime.execution.signals import Stopping
@@ -25,16 +24,14 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import turn
 from busigen.runtime.storage.url import Address
-from busigen.text import counted, duration, unproven_line
+from busigen.text import counted, duration, shell_word, unproven_line
 
 
 def part_of(plan: Plan, indices: range | None = None, task: tuple[int, int] | None = None) -> Plan | None:
     """The part of a dataset that one of several commands makes in the dataset's folder; None for all of it.
 
-    Args:
-        plan: of the dataset.
-        indices: samples that the part is cut from, of whole shards; None for all of them.
-        task: ``(K, N)``: of these, the K-th of N parts of about equal size, K from 1; None for all of them.
+    It is cut from the samples of these ``indices``, of whole shards: with ``task`` ``(K, N)`` the K-th of N parts of
+    about equal size, K from 1.
     """
     part, whole = plan, plan.span
     if indices is not None:
@@ -105,29 +102,44 @@ def planned(
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What a call to ``generate`` did. Of a task that did not complete the dataset, it reports on the task's part.
-
-    Attributes:
-        folder: the dataset, a folder or a URL.
-        samples, shards, classes: in the dataset; samples by class.
-        written: shards that this call wrote; the others were complete before.
-        rejected: refused draws per reason.
-        size: bytes of all shards.
-        seconds: wall-clock time of this call.
-        already_complete: the dataset was finished before, and nothing was done.
-        missing: shards of other tasks that the dataset still lacks; the last of these tasks completes it.
-    """
+    """What a call to ``generate`` did. Of a task that did not complete the dataset, it reports on the task's part."""
 
     folder: Path | Address
     samples: int
     shards: int
-    written: int
-    classes: dict[str, int]
-    rejected: dict[str, int]
-    size: int
-    seconds: float
-    already_complete: bool
-    missing: int = 0
+    written: int  # shards that this call wrote; the others were complete before
+    classes: dict[str, int]  # samples of each
+    rejected: dict[str, int]  # refused draws per reason
+    size: int  # bytes of all shards
+    seconds: float  # wall-clock time of this call
+    already_complete: bool  # the dataset was finished before, and nothing was done
+    missing: int = 0  # shards of other tasks that the dataset still lacks; the last of these tasks completes it
+
+    def lines(self) -> Iterator[str]:
+        """The lines of ``busigen generate``."""
+
+        def counts(numbers: dict[str, int]) -> str:
+            return ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+        samples = f"{counted(self.samples, 'sample')} ({counts(self.classes)})"
+        if self.already_complete:
+            yield f"{self.folder} is complete already: {samples}."
+            return
+        yield (
+            f"{samples} in {self.folder}: {counted(self.shards, 'shard')}, {self.size / 1e6:.1f} MB; "
+            f"{counted(self.written, 'shard')} written in {self.seconds:.1f} s"
+        )
+        if self.missing:
+            yield (
+                f"  this task's part is complete; still to come from others: {counted(self.missing, 'shard')}; "
+                "the last of them completes the dataset"
+            )
+        if self.rejected:
+            refused = sum(self.rejected.values())
+            share = refused / (refused + self.samples)
+            yield f"  draws refused by the gates: {share:.1%} ({counts(dict(sorted(self.rejected.items())))})"
+        if not self.missing:
+            yield f"  look at {self.folder / 'preview.png'}; check with: busigen verify {shell_word(self.folder)}"
 
 
 def generate(
@@ -148,19 +160,9 @@ def generate(
     Samples, shards and every hashed file depend on the source's fingerprint and these arguments alone, not on where
     earlier runs were stopped. Another count is refused like any other difference: it would change a last, short shard.
 
-    Args:
-        source: where samples come from.
-        out: the dataset's folder, created if it does not exist, or an output elsewhere.
-        count: number of samples, 1 to 10^9.
-        seed: 0 to 2^64 - 1.
-        shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
-            source has drawn ahead of it.
-        first: index of the first sample, a multiple of ``shard_size``.
-        part: of the dataset that this call makes, beside others that make theirs in the same folder; None makes all.
-            The call that finds all shards there completes the dataset.
-        make: who makes the shards; None for this process.
-        progress: counts every sample; None shows nothing.
-        stop: asked after each shard whether to end here; None never ends early.
+    ``count``, ``seed``, ``shard_size`` and ``first`` are those of a `Plan`. ``part`` is what this call makes of the
+    dataset, beside others that make theirs in the same folder; None makes all, and the call that finds all shards there
+    completes the dataset. ``make`` makes the shards; None does so in this process. ``stop`` is asked after each shard.
 
     Raises:
         UsageError: a number is out of range.
@@ -221,8 +223,7 @@ def _complete(
 ) -> tuple[list[ShardRecord], int, bool]:
     """Make the job's missing shards, and the files that describe the whole dataset once all its shards are there.
 
-    Gives the records of the dataset's shards, or of the job's if others are still missing; how many are; whether the
-    dataset was complete before.
+    Returns the dataset's records, or the job's if others are missing; how many are; whether it was complete before.
     """
     output, records = job.output, job.records
 

@@ -25,11 +25,8 @@ from busigen.text import counted, install_command, without_credentials
 if TYPE_CHECKING:
     from busigen.runtime.execution.run import GenerateOptions
 
-_THREADS = 2
-"""Cores per actor, where nothing else is asked for."""
-
-_ORDERS = "orders"
-"""What an actor does in a thread of its own, so that it can be called while it makes a shard."""
+_THREADS = 2  # cores per actor, where nothing else is asked for
+_ORDERS = "orders"  # what an actor does in a thread of its own, so that it can be called while it makes a shard
 
 
 class OnRay(Launcher):
@@ -67,11 +64,9 @@ class _Actor:
 class RayWorkerPool:
     """Ray actors. One that is lost, with its machine or without, is replaced wherever Ray has room.
 
-    Args:
-        make: opens a worker's source; its paths have to hold on every machine.
-        size: number of workers; None for as many as the cluster has room for.
-        resources: cores and GPUs of each worker, as Ray names them.
-        address: of a cluster that runs; None for one that begins and ends with this pool.
+    ``make`` opens a worker's source, by paths that hold on every machine. Without ``size``, there are as many workers,
+    of these ``resources`` as Ray names them, as there is room for. ``address`` is that of a cluster that runs; None for
+    one that begins and ends with this pool.
     """
 
     def __init__(self, make: SourceMaker, size: int | None, resources: dict[str, int], address: str | None) -> None:
@@ -100,16 +95,13 @@ class RayWorkerPool:
                 with suppress(Exception):
                     self._ray.shutdown()
                 lines = str(error).splitlines() or ["it does not say why"]
-                place = (
-                    f"reached at {without_credentials(self._address)}" if self._address else "started on this machine"
-                )
-                raise InputError(
-                    f"Ray cannot be {place}: {without_credentials(lines[0].rstrip('.'))}.",
-                    fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine."
-                    if self._address
-                    else "Try again when the machine has less to do, or use --launcher local with --workers, without "
-                    "Ray.",
-                ) from error
+                place, fix = "started on this machine", "Try again when the machine has less to do, or use --launcher "
+                fix += "local with --workers, without Ray."
+                if self._address:
+                    place = f"reached at {without_credentials(self._address)}"
+                    fix = "Give the --ray-address of a cluster that runs, or leave it out for one on this machine."
+                problem = f"Ray cannot be {place}: {without_credentials(lines[0].rstrip('.'))}."
+                raise InputError(problem, fix=fix) from error
         try:
             self._start_all()
         except BaseException:

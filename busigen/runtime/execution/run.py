@@ -34,46 +34,31 @@ class GenerateOptions:
 
     The command line, launchers and workers share one object, which is pickled for workers. It is no pydantic model:
     what is wrong is said by the checks that other commands share.
-
-    Attributes:
-        count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
-        bundle: a bundle's folder; ``None`` for the shipped one.
-        healthy: a folder of healthy images, or ``synthetic``.
-        provider: a name in ``registry.PROVIDERS``, or ``auto``: the one that ``out`` was begun with, else the best that
-            works here.
-        threads: compute threads; ``None`` for one per core.
-        size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
-        index_range: ``first:end``, the samples that this command makes.
-        array_task: ``K/N``, the part of these that it makes.
-        workers: processes that make shards; ``None`` for what the launcher takes by itself.
-        ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
-        allow_fallback: where the provider cannot be used, go on with the processor.
-        spool: staging folder for shards on their way to a URL; ``None`` for one in the user's cache folder.
     """
 
     out: Path | Address
-    count: int | None = None
-    bundle: Path | None = None
-    healthy: str = SYNTHETIC
+    count: int | None = None  # accepted samples in the dataset; None where ``index_range`` says so
+    bundle: Path | None = None  # None for the shipped one
+    healthy: str = SYNTHETIC  # or a folder of healthy images
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
     shard_size: int = DEFAULT_SHARD_SIZE
-    provider: str = AUTO
-    threads: int | None = None
-    size: str | None = None
+    provider: str = AUTO  # the one that ``out`` was begun with, else the best here; or a name in registry.PROVIDERS
+    threads: int | None = None  # None for one per core
+    size: str | None = None  # of outlines, a number or ``low:high``, as the next three
     depth: str | None = None
     across: str | None = None
     height_width: str | None = None
     taller_than_wide: bool = False
     birads: str | None = None
-    index_range: str | None = None
-    array_task: str | None = None
+    index_range: str | None = None  # ``first:end``, the samples that this command makes
+    array_task: str | None = None  # ``K/N``, the part of these that it makes
     launcher: str = "local"
-    workers: int | None = None
-    ray_address: str | None = None
-    allow_fallback: bool = False
-    spool: Path | None = None
+    workers: int | None = None  # processes that make shards; None for what the launcher takes by itself
+    ray_address: str | None = None  # of a cluster that runs; None for one of this command's own
+    allow_fallback: bool = False  # where the provider cannot be used, go on with the processor
+    spool: Path | None = None  # staging folder on the way to a URL; None for one in the user's cache folder
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began; ``stop`` may end it after any shard."""

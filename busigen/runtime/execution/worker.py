@@ -19,8 +19,15 @@ from typing import Any
 
 from busigen.errors import IntegrityError
 from busigen.files import atomic_file, write_json
-from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, SHARD_FOLDER, Plan, shard_path
-from busigen.runtime.dataset.sample import SampleBatch, Source, batches_of
+from busigen.runtime.dataset.format import (
+    FIRST_SCHEMA_VERSION,
+    SHARD_FOLDER,
+    Plan,
+    SampleBatch,
+    Source,
+    batches_of,
+    shard_path,
+)
 from busigen.runtime.dataset.shards import ShardRecord, write_shard
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
@@ -29,8 +36,7 @@ from busigen.runtime.storage.files import output_errors
 SourceMaker = Callable[[Progress], Source]
 """Opens a worker's source. It is sent to the worker, so it has to be picklable; paths in it have to hold there."""
 
-Order = tuple[Plan, int]
-"""A shard to make: the plan, the same for all shards, and the shard's number."""
+Order = tuple[Plan, int]  # a shard to make: the plan, the same for all shards, and the shard's number
 
 
 class RemoteSourceInfo:

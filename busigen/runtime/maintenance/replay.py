@@ -14,9 +14,8 @@ from busigen.registry import ATTRIBUTES, AUTO, DEFAULT_BATCH, SYNTHETIC
 from busigen.runtime.backends.base import EngineOptions, open_backend
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.backends.tensorrt.profiles import Batches
-from busigen.runtime.dataset.format import RUN_FILE, SHARD_FOLDER, Plan, as_typed, differences
+from busigen.runtime.dataset.format import RUN_FILE, SHARD_FOLDER, Plan, Source, as_typed, differences
 from busigen.runtime.dataset.reader import plan_of
-from busigen.runtime.dataset.sample import Source
 from busigen.runtime.dataset.shards import ShardRecord, write_shard
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
@@ -29,8 +28,7 @@ from busigen.text import describe
 BYTES_ONLY = ("busigen", "fingerprint.engine_version", "versions.")
 """Fields of a run record that may change a sample's bytes, but not which samples exist."""
 
-Change = tuple[str, Any, Any]
-"""Dotted field of a run record, its value then, and its value now."""
+Change = tuple[str, Any, Any]  # dotted field of a run record, its value then, and its value now
 
 
 @dataclass(frozen=True)

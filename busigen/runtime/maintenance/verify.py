@@ -55,10 +55,9 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
-from busigen.text import counted
+from busigen.text import SHOWN_PROBLEMS, counted, printable
 
-_LISTED, _LISTED_SHARDS = 8, 1000
-"""Fields and missing shards that are named one by one."""
+_LISTED, _LISTED_SHARDS = 8, 1000  # fields and missing shards that are named one by one
 
 Shards = Callable[[int], AbstractContextManager[object]]
 """Gives a context in which the tar and the table of the shard of a number are in the dataset's folder."""
@@ -85,6 +84,29 @@ class VerifyReport:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def lines(self, *, proving: bool) -> Iterator[str]:
+        """The lines of ``busigen verify``; ``proving`` says whether the healthy images were given."""
+        shown = self.problems[:SHOWN_PROBLEMS]
+        for fix in dict.fromkeys(problem.fix for problem in shown):
+            yield from (problem.finding for problem in shown if problem.fix == fix)
+            yield f"  -> {printable(fix)}"
+        if len(self.problems) > SHOWN_PROBLEMS:
+            yield f"and {counted(len(self.problems) - SHOWN_PROBLEMS, 'more problem')}"
+        state = "is sound" if self.ok else f"has {counted(len(self.problems), 'problem')}"
+        # The report counts the shards that there should be, which are those that were read only where none is missing.
+        shards = f" in {counted(self.shards, 'shard')}" if self.ok else ""
+        yield f"{self.folder} {state}: {counted(self.samples, 'sample')}{shards} read"
+        if not proving:
+            return
+        if self.backgrounds_synthetic:
+            synthetic = counted(self.backgrounds_synthetic, "synthetic background")
+            yield f"  {synthetic}: made from no healthy image, so there is nothing to prove"
+        if self.backgrounds_synthetic < self.samples:
+            yield (
+                f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
+                f"{self.backgrounds_proven}; not proven: {self.backgrounds_unproven}"
+            )
+
 
 def verify(
     folder: Path,
@@ -94,17 +116,14 @@ def verify(
     names: Iterable[str] | None = None,
     shard: Shards = nullcontext,
 ) -> VerifyReport:
-    """Check a whole dataset; nothing is changed.
+    """Check a whole dataset; nothing is changed. An InputError says that ``folder`` is no busigen dataset at all.
 
     Args:
         folder: the dataset.
         healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
-        progress: counts every sample; None shows nothing.
+        progress: counts every sample.
         names: every file of the dataset, relative to it, with forward slashes; None for those in ``folder``.
         shard: brings a shard's files; by default they are all in ``folder``.
-
-    Raises:
-        InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
     """
     progress = progress or Progress()
     if places := parts_of(folder):
@@ -190,9 +209,7 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
 def read_run(folder: Path) -> dict[str, Any]:
     """A dataset's run record: ``run.json``, or what ``dataset.json`` says of it where that cannot be read.
 
-    Raises:
-        InputError: ``folder`` is no busigen dataset.
-        IntegrityError: neither is a run record, and one of them nearly is.
+    An InputError says that ``folder`` is no dataset, an IntegrityError that neither file is more than nearly a record.
     """
     wrong: list[IntegrityError] = []
     for name in (RUN_FILE, DATASET_FILE):
@@ -264,8 +281,7 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
         wanted = dataset_info(run, records, files)
         if isinstance(info, dict) and (blamed or missing):
             wanted["files"] = recorded
-        changed = differences(info, wanted)
-        if changed:
+        if changed := differences(info, wanted):
             names = [name[:80] for name, _, _ in changed if name]
             named = ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED)) or "everything"
             problem = f"differs from {RUN_FILE}, the shards' records or the manifest in: {named}."

@@ -21,11 +21,8 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
 
-DELETE = "Delete it, or move it out of the dataset."
-"""Fix for a file that is none of the dataset's."""
-
-REPAIR = "Run `busigen verify --repair`."
-"""Fix where ``generate`` cannot know that the folder is its own."""
+DELETE = "Delete it, or move it out of the dataset."  # fix for a file that is none of the dataset's
+REPAIR = "Run `busigen verify --repair`."  # fix where `generate` cannot know that the folder is its own
 
 FINISH = "Run `busigen verify --repair`, or `busigen generate` with the same options again, to finish the dataset."
 """Fix for a missing file."""
@@ -39,8 +36,7 @@ MEND = (
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
 """Fix for content that is wrong behind hashes that fit."""
 
-LEAST_SAMPLE = 3 * 1024
-"""Bytes in a tar that a sample takes at least: a header and a block for each of its members."""
+LEAST_SAMPLE = 3 * 1024  # bytes in a tar that a sample takes at least: a header and a block for each of its members
 
 
 @dataclass(frozen=True)

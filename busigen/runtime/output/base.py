@@ -22,8 +22,7 @@ from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, forget_tasks, joined, living, turn
 from busigen.runtime.storage.url import Address
 
-Records = Mapping[int, ShardRecord]
-"""Shards' records by number."""
+Records = Mapping[int, ShardRecord]  # shards' records by number
 
 _HASHERS = min(8, os.cpu_count() or 1)
 

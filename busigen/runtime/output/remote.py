@@ -35,8 +35,7 @@ from busigen.runtime.dataset.format import (
 from busigen.runtime.dataset.reader import recorded_shards, refuse_newer
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord
 from busigen.runtime.output.base import LocalOutput, Output, Records, is_complete
-from busigen.runtime.output.lease import MARKS_FILE, Beat, Lease
-from busigen.runtime.output.ownership import checked_run, refuse_foreign, refuse_other
+from busigen.runtime.output.ownership import MARKS_FILE, Beat, Lease, checked_run, refuse_foreign, refuse_other
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import cache_folder, output_errors
 from busigen.runtime.storage.lock import exclusive

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, Window
 from busigen.registry import ATTRIBUTES
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling.conditions import measured
 from busigen.runtime.sampling.healthy_images import Healthy
 
-BEGIN, OUTLINE, PAINT = range(3)
-"""The stages of a draw."""
+BEGIN, OUTLINE, PAINT = range(3)  # the stages of a draw
 
 CONCURRENT_BATCHES = 2
 """Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""

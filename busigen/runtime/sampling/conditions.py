@@ -21,8 +21,7 @@ BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "he
 """Least and greatest value that can be asked for: beyond lie at most 1 in 100 of BUSI's and BUS-BRA's 1,644 lesions by
 any of them, too few to learn from."""
 
-_FEW_IMAGES = 20
-"""Training images of a category below which a user is warned that the bundle hardly knows it."""
+_FEW_IMAGES = 20  # training images of a category below which a user is warned that the bundle hardly knows it
 
 _MEANINGS = {
     "across": "the share of the image's width left of the lesion's centre",
@@ -154,8 +153,7 @@ def _range(name: str, text: str) -> tuple[float, float]:
 
 _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
 
-_ROUNDED = 1e-3
-"""Difference from 1 that the sum of shares may have: a third cannot be typed exactly."""
+_ROUNDED = 1e-3  # difference from 1 that the sum of shares may have: a third cannot be typed exactly
 
 
 def parse_classes(text: str) -> dict[str, float]:

@@ -32,8 +32,7 @@ from busigen.text import printable
 
 log = logging.getLogger("busigen.runtime")
 
-CACHED_IMAGES = 512
-"""Letterboxed images that are kept in memory, 67 MB; of a larger folder, those used last."""
+CACHED_IMAGES = 512  # letterboxed images that are kept in memory, 67 MB; of a larger folder, those used last
 
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in its mask file"

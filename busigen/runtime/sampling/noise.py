@@ -26,8 +26,7 @@ STREAMS = (
 )
 """Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
-_PIECE = 1 << 12
-"""Pairs of numbers that are computed at a time."""
+_PIECE = 1 << 12  # pairs of numbers that are computed at a time
 
 
 def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> NDArray[np.uint64]:

@@ -21,8 +21,7 @@ BORDER_SHARE = 0.02
 """Share of the lesion's outline that may run along the image's border before the lesion counts as cut off. Annotators,
 too, let an outline graze the border: 11 of the 1,234 training lesions touch it, 9 with more than this share."""
 
-MIN_CONTRAST = 4.0
-"""Least difference in mean grey levels between the lesion and the band around it."""
+MIN_CONTRAST = 4.0  # least difference in mean grey levels between the lesion and the band around it
 
 ASKED_TOLERANCE = {"across": 0.02, "depth": 0.02, "size": 0.1, "height_width": 0.12}
 """Greatest difference between a mask and its conditions: of places as a share of the image's side, of the rest as a

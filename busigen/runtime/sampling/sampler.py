@@ -41,7 +41,7 @@ from busigen.registry import (
 )
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import (
     BEGIN,
@@ -61,18 +61,15 @@ from busigen.runtime.sampling.noise import normal, uniform
 MAX_ATTEMPTS = 64
 """Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
 
-WINDOW_BATCHES = 8
-"""Batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill."""
-
-CACHED_TOKENS = 256
-"""Number of healthy images whose context tokens are kept: those used last."""
+WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
+CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
 
 
 Floats = NDArray[np.float32]
 
 
 class Sampler:
-    """A :class:`busigen.runtime.dataset.sample.Stream` on top of a bundle's graphs.
+    """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
     Args:
         bundle: says what the graphs are.
@@ -111,7 +108,7 @@ class Sampler:
         self._token_lock = threading.Lock()
 
     def fingerprint(self) -> dict[str, Any]:
-        """See :class:`busigen.runtime.dataset.sample.Source`. The batch size is absent: it changes no sample."""
+        """See :class:`busigen.runtime.dataset.format.Source`. The batch size is absent: it changes no sample."""
         return {
             "bundle": self.bundle.sha256,
             "checkpoint": self.bundle.info.get("checkpoint"),
@@ -127,14 +124,14 @@ class Sampler:
         }
 
     def options(self) -> Mapping[str, str | None]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
             "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
             "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
         }
 
     def row_types(self) -> Mapping[str, type]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
             "background": str,
             "healthy_file": str,
@@ -169,7 +166,7 @@ class Sampler:
         done: Callable[[int], None],
         stopping: Callable[[], bool] = lambda: False,
     ) -> Generator[SampleBatch, None, None]:
-        """See :class:`busigen.runtime.dataset.sample.Stream`; raises what :meth:`draw` does."""
+        """See :class:`busigen.runtime.dataset.format.Stream`; raises what :meth:`draw` does."""
         reasons: Counter[str] = Counter()
 
         def refused(rejection: Rejection) -> None:

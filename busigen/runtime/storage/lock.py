@@ -28,8 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK_FILE = ".lock"
-"""Name of the file by which a process holds a folder."""
+LOCK_FILE = ".lock"  # name of the file by which a process holds a folder
 
 _TASK = f"{LOCK_FILE}-task-"
 _TURN = f"{LOCK_FILE}-turn"

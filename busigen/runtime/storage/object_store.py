@@ -27,8 +27,7 @@ from busigen.text import duration, install_command
 Result = TypeVar("Result")
 
 _AGAIN = "then run the same command again: what is complete is kept."
-_NEVER_TAKEN = (errno.EINVAL, errno.ENOSYS)
-"""Beside those of ``FIXES``: a request that the store will never take."""
+_NEVER_TAKEN = (errno.EINVAL, errno.ENOSYS)  # beside those of `FIXES`: a request that the store will never take
 
 _TRANSIENT = {307, 408, 409, 423, 425, 429, *range(500, 600)} - {501, 505}
 """HTTP status codes after which the same request may be answered otherwise."""
@@ -44,11 +43,8 @@ _CHECKSUMS = re.compile(
 )
 """In the refusal of a server that speaks S3 but does not know the checksums that clients send with it since 2025."""
 
-_AT_ONCE = 32
-"""Small files that are asked for together."""
-
-_STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}
-"""How gcsfs begins the errors that it gives no status."""
+_AT_ONCE = 32  # small files that are asked for together
+_STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}  # how gcsfs begins the errors that it gives no status
 
 _NETWORK = {
     *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"),

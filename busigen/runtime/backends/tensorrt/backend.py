@@ -37,11 +37,8 @@ from busigen.runtime.backends.tensorrt.library import (
 )
 from busigen.runtime.backends.tensorrt.profiles import Batches, Call, Place, Profile, calls, fill, places
 
-MAX_CONCURRENT_CALLS = 2
-"""Calls that are under way at once: while one computes, another is uploaded or downloaded."""
-
-_KERNELS = "kernels"
-"""The cache's kind of what a library compiled for a card."""
+MAX_CONCURRENT_CALLS = 2  # calls that are under way at once: while one computes, another is uploaded or downloaded
+_KERNELS = "kernels"  # the cache's kind of what a library compiled for a card
 
 _log = logging.getLogger(__name__)
 

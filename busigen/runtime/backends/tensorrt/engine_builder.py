@@ -34,8 +34,7 @@ from busigen.runtime.backends.tensorrt.profiles import Batches
 REVISION = 1
 """Of this builder: counted up when the same graph and options give another engine, so that all are made anew."""
 
-KIND = "engines"
-"""The cache's kind of engines."""
+KIND = "engines"  # the cache's kind of engines
 
 _log = logging.getLogger(__name__)
 

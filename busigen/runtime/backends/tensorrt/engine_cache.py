@@ -29,13 +29,11 @@ from busigen.runtime.storage.lock import exclusive
 CONTENT, RECORD = "content", "record.json"
 _NAMES = re.compile(f"{re.escape(CONTENT)}|{re.escape(RECORD)}")
 _MAX_CONTENT_BYTES = 8 << 30
-_POLL = 0.2
-"""Seconds between looks at an entry that another process is making."""
+_POLL = 0.2  # seconds between looks at an entry that another process is making
 
 _log = logging.getLogger(__name__)
 
-Key = Mapping[str, Any]
-"""All that an entry depends on, as JSON has it: texts, numbers, booleans, and lists of those."""
+Key = Mapping[str, Any]  # all that an entry depends on, as JSON has it: texts, numbers, booleans, and lists of those
 
 
 class _Record(Record):

@@ -23,15 +23,11 @@ from busigen.runtime.backends.tensorrt.engine_cache import Cache, Key
 from busigen.runtime.backends.tensorrt.profiles import Profile
 from busigen.text import install_command
 
-TIMINGS = "timings"
-"""The cache's kind of what kernels were measured to take on a card."""
-
-_SHOWN = 300
-"""Characters of the library's own message that an error quotes."""
+TIMINGS = "timings"  # the cache's kind of what kernels were measured to take on a card
+_SHOWN = 300  # characters of the library's own message that an error quotes
 
 _GIB = 1 << 30
-_NO_MEMORY = 2
-"""cudaErrorMemoryAllocation."""
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation
 
 _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no CUDA-capable device", re.IGNORECASE)
 

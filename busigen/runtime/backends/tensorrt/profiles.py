@@ -14,14 +14,9 @@ from numpy.typing import NDArray
 from busigen.errors import IntegrityError, UsageError
 from busigen.registry import BUCKETS, DEFAULT_BATCH, MIN_BATCH, rows_per_call
 
-MAX_BATCH = 4096
-"""Largest ``--batch-size``."""
-
-ALIGNMENT = 256
-"""Bytes at whose multiples a tensor begins, as cudaMalloc's blocks do."""
-
-_ITEM = np.dtype(np.float32).itemsize
-"""Bytes of a number: bundles take and give fp32, whatever they compute in."""
+MAX_BATCH = 4096  # largest `--batch-size`
+ALIGNMENT = 256  # bytes at whose multiples a tensor begins, as cudaMalloc's blocks do
+_ITEM = np.dtype(np.float32).itemsize  # bytes of a number: bundles take and give fp32, whatever they compute in
 
 _IN_VERSION = re.compile(r"\bbatch (?P<dynamic>up to )?(?P<sizes>\d{1,4}(,\d{1,4})*)$")
 
