@@ -66,10 +66,9 @@ class Observer:
 
 
 class Progress:
-    """Counts samples for its observers; without one, it shows nothing.
+    """Counts samples for its observers; calls may come from any thread. As a context manager, it takes a bar down.
 
-    A context manager around ``start`` takes a bar down whatever happens. Calls may come from any thread. Whoever knows
-    the seconds that each stage has spent in the engine sets ``stage_seconds``.
+    Whoever knows the seconds that each stage has spent in the engine sets ``stage_seconds``.
     """
 
     _recent: deque[tuple[float, int]]
@@ -95,8 +94,7 @@ class Progress:
     ) -> None:
         """Begin to count to ``total``; the ``done`` samples exist already and do not count towards the rate.
 
-        ``what`` is shown before the count, ``unit`` names one of what is counted, and ``shards`` is how many shards
-        exist and how many there will be, where shards are written.
+        ``what`` stands before the count, ``unit`` names one; ``shards`` is how many exist and how many there will be.
         """
         with self._lock:
             for observer in self._observers:

@@ -58,10 +58,9 @@ class Backend(ABC):
         """Run one graph on a batch and return its single output; some of the inputs may have been kept."""
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """Run one graph, and leave its output where it was computed, for the graphs that read it next.
+        """Run one graph, and leave its output where it was computed, for the graphs of this backend that read it next.
 
-        ``len`` of the result is the rows of its batch, ``numpy.asarray`` makes it an array, and only the same backend's
-        methods read it without that.
+        ``len`` of the result is the rows of its batch, ``numpy.asarray`` makes it an array.
         """
         return self.run(graph, inputs)
 
@@ -72,11 +71,7 @@ class Backend(ABC):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How graphs are to be run. An engine reads what concerns it.
-
-    ``exact_batches`` are those of the engines that drew samples which are to be drawn again, in place of
-    ``batch_sizes``: other batches may round otherwise.
-    """
+    """How graphs are to be run. An engine reads what concerns it."""
 
     threads: int | None = None  # on the processor; None for one per core that this process may use
     bound: bool | None = None  # keep inputs and outputs in fixed buffers on the device; None does so on a card
@@ -142,11 +137,7 @@ def provider_named(name: str) -> Provider:
 
 
 def open_backend(
-    bundle: Bundle,
-    provider: str = FALLBACK,
-    options: EngineOptions | None = None,
-    *,
-    allow_fallback: bool = False,
+    bundle: Bundle, provider: str = FALLBACK, options: EngineOptions | None = None, *, allow_fallback: bool = False
 ) -> Backend:
     """A backend on an opened, checked bundle, by the provider's name in ``registry.PROVIDERS``; see `Engine`.
 
@@ -183,10 +174,7 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
 
 
 class TimedBackend(Backend):
-    """A backend that runs another one and adds up the time of its calls, by stage.
-
-    A graph's first call includes what loading it takes. It takes as many calls at once as the backend that it wraps.
-    """
+    """A backend that runs another one and adds up the time of its calls, by stage; first calls include loading."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name, self.version = backend, backend.name, backend.version

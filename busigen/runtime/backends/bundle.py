@@ -109,10 +109,7 @@ class TrainingRecord(Record):
 
 
 class BundleRecord(ImagesRecord):
-    """Content of ``bundle.json``, as far as it is used.
-
-    Sizes are bounded: a damaged record is not to ask noise and inputs of all memory.
-    """
+    """Content of ``bundle.json`` as far as it is used, bounded: a damaged record is not to ask for all memory."""
 
     graphs: dict[Text, GraphRecord]
     latent_channels: Annotated[int, Strict(), Field(ge=1, le=256)]
@@ -128,10 +125,7 @@ class BundleRecord(ImagesRecord):
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, the content of ``bundle.json``, and that file's sha256.
-
-    Since the record names every file's hash, its sha256 stands for the whole bundle.
-    """
+    """An opened bundle: its folder, the content of ``bundle.json``, and that file's sha256, which stands for all."""
 
     folder: Path
     info: dict[str, Any]
@@ -141,9 +135,8 @@ class Bundle:
     def open(cls, folder: Path) -> Bundle:
         """Open a bundle and check every file against its recorded hash.
 
-        Raises:
-            InputError: no bundle is there, or one that this busigen does not read.
-            IntegrityError: a file is missing or changed, or a recorded path leaves the folder.
+        An InputError says that no bundle is there, or one that this busigen does not read; an IntegrityError, that a
+        file is missing or changed, or a recorded path leaves the folder.
         """
         bundle = cls.recorded(folder)
         expected: dict[str, str] = {}
@@ -162,12 +155,7 @@ class Bundle:
 
     @classmethod
     def recorded(cls, folder: Path) -> Bundle:
-        """Read a bundle's record and none of its other files: what it says, not whether they are what it says.
-
-        Raises:
-            InputError: no bundle is there, or one that this busigen does not read.
-            IntegrityError: the record is invalid.
-        """
+        """Read a bundle's record and none of its other files; raises what :meth:`open` does."""
         path = folder / RECORD
         info, content = read_given(path, "bundle", schemas=READABLE, fix=_EXPORT, limit=MAX_RECORD_BYTES)
         record = checked(BundleRecord, info, path, fix=_EXPORT)
@@ -251,8 +239,8 @@ def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
     """A graph's path as ONNX and ONNX Runtime open it for the block; an ``OSError`` if there is no room for a copy.
 
     Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
-    conda) leave them so. Then the files that the graph needs, itself among them, are copied for the block. Weights
-    handed over in memory are no way out: ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
+    conda) leave them so: then the graph's files are copied for the block. Weights in memory are no way out, since ONNX
+    Runtime 1.31 looks for those of a loop's body on the disk all the same.
     """
     if all((graph.parent / name).stat().st_nlink == 1 for name in files):
         yield graph

@@ -1,9 +1,7 @@
 """ONNX graphs as protobuf messages: checks of graphs from anywhere, and small graphs that are written.
 
-A graph names its weights' files itself, anywhere in its nested graphs, and ONNX Runtime opens what is named: weights
-that nobody hashed would run. A loop takes as many turns as the graph says, and no signal reaches it. The runtime has no
-onnx package: the fields of ONNX's schema that are used are named here, and protobuf, which ONNX Runtime brings, keeps
-all others as they were.
+A graph names its weights' files and its loops' turns itself: weights that nobody hashed could run, or a loop without
+end. The runtime has no onnx package: protobuf, which ONNX Runtime brings, reads the fields that are named here.
 """
 
 from __future__ import annotations
@@ -96,10 +94,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 class Graph:
-    """The graph in an ONNX file from anywhere.
-
-    It raises a ``ValueError`` if that is no protobuf message, and an ``OSError`` if it cannot be read or is too large.
-    """
+    """The graph in an ONNX file from anywhere: ``ValueError`` if it is none, ``OSError`` if unreadable or too large."""
 
     def __init__(self, path: Path) -> None:
         content = read_file(path, MAX_GRAPH_BYTES)
@@ -121,14 +116,11 @@ class Graph:
         return {node.op_type for node in self._model.graph.node}
 
     def refuse_endless(self, most: int) -> None:
-        """Refuse a graph that may compute for longer than its nodes and loops of at most ``most`` turns account for.
+        """Raise a ValueError for a graph that may compute for longer than its nodes and ``most`` turns account for.
 
         What export writes has one ``Loop`` at most, whose number of turns is a constant and whose body holds no further
         graph. All else that repeats nodes is refused: other operators that hold graphs, loops in loops, and functions,
         of which each may call the one before it twice.
-
-        Raises:
-            ValueError: it is refused, or a name in it is no text.
         """
         if self._model.functions:
             raise ValueError("it defines functions, which may call one another without end")
@@ -173,9 +165,8 @@ def with_conditions(model: bytes) -> bytes:
     """The same serialised model with nothing that reads the condition of a loop which has none.
 
     ONNX lets a ``Loop`` go without a condition and still hands its body one, which the body must hand back. TensorRT's
-    parser (tensorrt-rtx 1.7.1) then leaves the body's condition unregistered and fails at the node that hands it back:
-    here that node reads a constant. The shipped graphs stay the bytes that were proved. A ``ValueError`` says that the
-    model is no protobuf message.
+    parser (tensorrt-rtx 1.7.1) fails at the node that does so: here that node reads a constant. A ``ValueError`` says
+    that the model is no protobuf message.
     """
     always = "busigen/always"
     parsed = _parsed(model)

@@ -57,8 +57,7 @@ class _Buffers:
 class BoundSession:
     """A session that is fed through fixed buffers on its device, made once per shape of the inputs.
 
-    What comes from the host is copied into them, and so is what another graph has left on the device. CUDA graphs,
-    which the session records for every shape if it is to ``capture``, need that, because they replay addresses.
+    CUDA graphs, which it records for every shape if it is to ``capture``, replay addresses and so need that.
     """
 
     def __init__(self, session: ort.InferenceSession, device: str, *, capture: bool = False) -> None:
@@ -117,12 +116,7 @@ class BoundSession:
 
 
 class OnnxBackend(Backend):
-    """ONNX Runtime sessions on an opened, checked bundle, all but the first opened when first needed.
-
-    Raises:
-        ProviderError: the provider is not usable here.
-        IntegrityError: a graph cannot be loaded.
-    """
+    """ONNX Runtime sessions on an opened, checked bundle, all but the first opened when first needed; see `Engine`."""
 
     def __init__(
         self, bundle: Bundle, provider: Provider = PROVIDERS["cpu"], options: EngineOptions | None = None
@@ -140,12 +134,7 @@ class OnnxBackend(Backend):
         self._sessions: dict[str, BoundSession | ort.InferenceSession] = {"context": self._open("context")}
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
-        """See :class:`Backend`.
-
-        Raises:
-            CapacityError: the batch needs more memory than there is.
-            IntegrityError: the graph cannot be run, or what it yields is no batch of numbers.
-        """
+        """See :class:`Backend`; a CapacityError if memory is short, an IntegrityError if no numbers come out."""
         result = np.asarray(self._output(graph, inputs, kept=False), dtype=np.float32)
         # A NaN has no grey level: what a cast makes of it depends on the processor, and some of it passes the gates.
         if not np.isfinite(result).all():
@@ -153,10 +142,8 @@ class OnnxBackend(Backend):
         return result
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """See :class:`Backend`; raises what :meth:`run` does.
-
-        On a card nobody looks for NaN here: the last graph of the chain would hand it on to :meth:`run`.
-        """
+        """See :class:`Backend`; raises what :meth:`run` does."""
+        # On a card nobody looks for NaN here: the last graph of the chain would hand it on to ``run``.
         return self._output(graph, inputs, kept=True) if self._is_bound else self.run(graph, inputs)
 
     def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:

@@ -202,10 +202,8 @@ class Choice:
 
 
 def choose(begun_with: str | None = None) -> Choice:
-    """What ``--provider auto`` is on this machine: the last of ``registry.PROVIDERS`` that works here.
-
-    A dataset goes on with the provider that it was ``begun_with``, if that is known: another would change bytes.
-    """
+    """What ``--provider auto`` is on this machine: the last of ``registry.PROVIDERS`` that works here."""
+    # A dataset goes on with the provider that it was begun with, if that is known: another would change bytes.
     if begun_with in PROVIDERS:
         return Choice(str(begun_with), "this dataset was begun with it")
     failed: dict[str, list[str]] = {}

@@ -70,11 +70,10 @@ def shard_files(number: int) -> set[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples a dataset, or one task's part of it, holds and how they are cut into shards.
+    """Which samples a dataset, or a task's part of it, holds and how they are cut into shards, or a UsageError.
 
     Shards are numbered from index 0 whatever the first sample is, so the same samples lie in the same shards, byte for
     byte, whether one run makes them or several.
-    A value that is out of range is a UsageError.
     """
 
     count: int  # of samples
@@ -91,10 +90,8 @@ class Plan:
             if not low <= value <= high:
                 raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
         if self.first % self.shard_size or not 0 <= self.first <= MAX_COUNT - self.count:
-            raise UsageError(
-                f"--index-range begins at {self.first}.",
-                fix=f"Begin at a multiple of --shard-size ({self.shard_size}) and end at {MAX_COUNT} at most.",
-            )
+            fix = f"Begin at a multiple of --shard-size ({self.shard_size}) and end at {MAX_COUNT} at most."
+            raise UsageError(f"--index-range begins at {self.first}.", fix=fix)
 
     @property
     def span(self) -> range:
@@ -206,10 +203,8 @@ def as_typed(record: Mapping[str, Any], option: str) -> str | None:
 
 
 def command_line(record: Mapping[str, Any]) -> str:
-    """The command that makes a dataset again, without ``--out`` and with folders by name alone.
-
-    All options that decide which samples exist are named: a default may be another one in another version.
-    """
+    """The command that makes a dataset again, without ``--out`` and with folders by name alone."""
+    # All options that decide which samples exist are named: a default may be another one in another version.
     typed = ((option, as_typed(record, option)) for option in FIELDS)
     return " ".join(["busigen generate", *(f"{option} {shlex.quote(value)}" for option, value in typed if value)])
 

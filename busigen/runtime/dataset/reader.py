@@ -141,11 +141,7 @@ class Member:
         return {"image": self.image, "mask": self.mask}
 
     def decoded(self, kind: str) -> NDArray[Any]:
-        """Its "image", (256, 256) uint8, or its "mask", (256, 256) bool.
-
-        Raises:
-            ValueError: it is no PNG of that size, 8-bit grey for an image and 1-bit for a mask.
-        """
+        """Its "image", (256, 256) uint8, or its "mask", (256, 256) bool; a ValueError if that is no such PNG."""
         mode = "L" if kind == "image" else "1"
         try:
             # Pillow imports the code for a format here, which opens files.
@@ -169,11 +165,9 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
-        """Open a finished dataset.
+        """Open a finished dataset; an IntegrityError if ``dataset.json`` is damaged.
 
-        Raises:
-            InputError: the folder is missing, unfinished, no dataset, newer than this busigen, or has links.
-            IntegrityError: ``dataset.json`` is damaged.
+        An InputError says that it is missing, unfinished, no dataset, newer than this busigen, or has links.
         """
         path = folder / DATASET_FILE
         if linked := links(folder):
@@ -213,12 +207,7 @@ class Dataset:
             raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of these indices, in the order asked for.
-
-        Raises:
-            IndexError: an index is not in the dataset.
-            IntegrityError: a shard is missing or holds anything but its samples.
-        """
+        """The samples of these indices, in the order asked for; an IndexError, or an IntegrityError for damage."""
         outside = [index for index in indices if index not in self.plan.span]
         if outside:
             raise IndexError(f"index {outside[0]} is outside {self.plan.span[0]} to {self.plan.span[-1]}")
@@ -247,10 +236,8 @@ def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
     """Whether a ``run.json`` or ``dataset.json`` names a schema; an InputError for a newer one. All readers call it."""
     version = record.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}.",
-            fix="Upgrade: `pip install --upgrade busigen`.",
-        )
+        problem = f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}."
+        raise InputError(problem, fix="Upgrade: `pip install --upgrade busigen`.")
     return type(version) is int and version >= FIRST_SCHEMA_VERSION
 
 
@@ -284,10 +271,8 @@ def refuse_unreadable(folder: Path) -> None:
 
 def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenError:
     """The error about a dataset with a link, for the caller to raise."""
-    return kind(
-        f"{path} is a link, and links in a dataset are not followed.",
-        fix="Put the file or folder itself there, or remove the link and run `busigen verify --repair` on the dataset.",
-    )
+    fix = "Put the file or folder itself there, or remove the link and run `busigen verify --repair` on the dataset."
+    return kind(f"{path} is a link, and links in a dataset are not followed.", fix=fix)
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:
@@ -303,15 +288,9 @@ def _damaged(path: Path) -> IntegrityError:
 
 
 def read_members(path: Path, indices: range, only: Sequence[int] | None = None) -> Iterator[Member]:
-    """Read a shard's tar, whose members must be exactly those of ``indices``, in order.
+    """Read a shard's tar, whose members must be exactly those of ``indices``, in order, or it is an IntegrityError.
 
-    Args:
-        path: the tar file.
-        indices: the shard's sample indices.
-        only: yield these alone; the names of all others are checked, their content is skipped.
-
-    Raises:
-        IntegrityError: the file is missing, is no tar, or a member has an unexpected name, kind, size or content.
+    With ``only``, these alone are yielded: the names of all others are checked, their content is skipped.
     """
     wanted = set(indices if only is None else only)
     try:
@@ -374,12 +353,7 @@ class TarHeaders:
         return self._tar.offset
 
     def next(self) -> tarfile.TarInfo | None:
-        """The next member; None at the end of the archive or at a damaged header.
-
-        Raises:
-            tarfile.TarError: its headers are malformed, or take more than ``HEADER_LIMIT`` bytes.
-            OSError: the file cannot be read.
-        """
+        """The next member; None at the end or a damaged header; a TarError for malformed or too large ones."""
         self._file.left = HEADER_LIMIT
         with _malformed_as_tar_error():
             member = self._tar.next()
@@ -399,9 +373,7 @@ class TarHeaders:
 def open_headers(path: Path) -> Iterator[TarHeaders]:
     """The headers of an uncompressed tar file; a few kilobytes of a compressed one could unpack to terabytes.
 
-    Raises:
-        tarfile.TarError: it is no tar file, or its first member is refused; see ``TarHeaders.next``.
-        OSError: the file cannot be read, or is no regular one.
+    A TarError says that it is no tar file, an OSError that it cannot be read, or is no regular file.
     """
     with _BoundedFile(open_file(path).detach()) as file:
         with _malformed_as_tar_error():

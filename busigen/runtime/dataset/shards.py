@@ -142,15 +142,8 @@ def _damaged(path: Path | Address) -> IntegrityError:
 def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[str, type]) -> ShardRecord:
     """Write one shard into the dataset ``folder``, its record last; equal samples give equal bytes.
 
-    Args:
-        folder: the dataset's folder; its ``shards`` folder must exist.
-        number: the shard's number, from 0.
-        batch: the samples in index order with nothing missing, and the refused draws.
-        types: type of each field of the samples' rows.
-
-    Raises:
-        OSError: the disk refused.
-        ValueError: the source broke its contract: shapes, classes, order or fields.
+    ``batch`` has the samples in index order with nothing missing; ``types`` are those of their rows' fields. A
+    ValueError says that the source broke its contract: shapes, classes, order or fields.
     """
     _check_samples(batch.samples, types)
     record_path = folder / shard_path(number, "json")
@@ -284,17 +277,10 @@ def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
 
 
 def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: int | None = None) -> None:
-    """Write the rows of several tables as one, in order; each table is taken from the iterator when it is written.
+    """Write the rows of several tables, one at least, as one, in order; each is taken when it is written.
 
-    Args:
-        path: the file, overwritten.
-        tables: one at least, all of the columns of the first.
-        row_group_size: rows that are gathered before they are written; None for polars' choice.
-
-    Raises:
-        OSError: the file cannot be written.
-        PolarsError: a table has other columns than the first.
-        Exception: raised by ``tables``.
+    ``row_group_size`` rows are gathered before they are written; None for polars' choice. A PolarsError says that a
+    table has other columns than the first.
     """
     rest = iter(tables)
     first = next(rest)
@@ -325,9 +311,7 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
 def read_table(path: Path, rows: int) -> pl.DataFrame:
     """A table that should have ``rows`` rows.
 
-    Raises:
-        OSError: the file is missing or cannot be read.
-        PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
+    A PolarsError says that it is none, or has other than ``rows`` rows or takes more room than they can need.
     """
     with _open_table(path, rows) as file:
         table = pl.read_parquet(file)
@@ -337,11 +321,7 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
 
 
 def find_row(path: Path, rows: int, index: int) -> dict[str, Any]:
-    """The row of an index in a table that should have ``rows`` rows, most of which are not read; see `read_table`.
-
-    Raises:
-        IntegrityError: the table has no such row, or several.
-    """
+    """The row of an index in a table, most of which is not read; raises as `read_table`, or an IntegrityError."""
     with _open_table(path, rows) as file:
         found = pl.scan_parquet(file).filter(pl.col("index") == index).collect().to_dicts()
     if len(found) != 1:

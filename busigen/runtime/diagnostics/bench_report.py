@@ -115,10 +115,8 @@ def _name(result: Record) -> str:
 
 
 def plot(record: Record) -> str:
-    """An SVG with a bar per provider and batch size: milliseconds per image by stage, and those without an engine.
-
-    Drawn here and not with matplotlib, which only the extra ``eval`` brings.
-    """
+    """An SVG with a bar per provider and batch size: milliseconds per image by stage, and those without an engine."""
+    # Drawn here and not with matplotlib, which only the extra ``eval`` brings.
     bars = [_bar_parts(result) for result in record["results"]]
     names = [name for name in dict.fromkeys(name for parts in bars for name in parts) if name != _IDLE]
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)} | {_IDLE: _IDLE_COLOUR}

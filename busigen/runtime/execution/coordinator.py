@@ -49,11 +49,10 @@ class WorkerPool(Protocol):
 
 
 class Coordinator:
-    """Has a pool of workers make shards, writes them, and gives a lost worker's to another one.
+    """Has a pool of workers, which is entered, make shards, writes them, and gives a lost worker's to another one.
 
     A worker has those shards that it draws at the same time, and one that waits, so that it never runs dry; towards the
     end of the run, only its even share. One that has lost a worker is made alone, so that it is known which one it is.
-    The pool is entered already.
     """
 
     def __init__(self, worker_pool: WorkerPool, progress: Progress) -> None:
@@ -155,10 +154,8 @@ class Coordinator:
         expected = record_of(self._first)
         if changed := [one for one in differences(expected, source.record) if not one[0].startswith("options.")]:
             named = "; ".join(f"{name}: {describe(one)} and {describe(other)}" for name, one, other in changed[:3])
-            raise InputError(
-                f"worker {worker} would draw other samples, or write them in other bytes ({named}).",
-                fix="Give all machines the same bundle, healthy images and versions.",
-            )
+            problem = f"worker {worker} would draw other samples, or write them in other bytes ({named})."
+            raise InputError(problem, fix="Give all machines the same bundle, healthy images and versions.")
         self._losses.pop(None, None)
         self._claims[worker] = deque()
 

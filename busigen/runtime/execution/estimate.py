@@ -118,10 +118,8 @@ def require_room(output: Output, plan: Plan, records: Records) -> None:
 
 
 def pace_of(out: Path, records: Records) -> float | None:
-    """Seconds per sample that the shards on disk took, by when their records were written; None for too few.
-
-    The median over neighbouring shards: the pause between two runs is one gap among many.
-    """
+    """Seconds per sample that the shards on disk took, by when their records were written; None for too few."""
+    # The median over neighbouring shards: the pause between two runs is one gap among many.
     places = {number: out / shard_path(number, "json") for number in records}
     written = {number: place.stat().st_mtime for number, place in places.items() if place.exists()}
     # A clock that was set back gives gaps below zero.

@@ -118,9 +118,8 @@ def _opened(path: str, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise OutputError(
-            f"--log-json {printable(path)} is a pipe that nobody reads from.", fix="Start its reader first."
-        ) from error
+        problem = f"--log-json {printable(path)} is a pipe that nobody reads from."
+        raise OutputError(problem, fix="Start its reader first.") from error
 
 
 def _rounded(value: float | None, digits: int = 3) -> float | None:
@@ -129,10 +128,7 @@ def _rounded(value: float | None, digits: int = 3) -> float | None:
 
 @contextmanager
 def supervised(out: Path | Address, log_json: str | None) -> Iterator[tuple[Progress, Stopping]]:
-    """Show, log and stop what the block runs; ``log_json`` is a file, ``-`` for standard output, or None.
-
-    Raises what `EventLog.open` does, and a GenerationInterrupted on Ctrl-C or SIGTERM.
-    """
+    """Show, log and stop what the block runs; raises as `EventLog.open`, or a GenerationInterrupted."""
     with ExitStack() as stack:
         # Outermost, so that it hears of whatever error ends the run, an interruption included.
         logs = [stack.enter_context(EventLog.open(log_json, out=out))] if log_json else []

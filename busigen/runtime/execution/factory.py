@@ -47,10 +47,8 @@ def part_of(plan: Plan, indices: range | None = None, task: tuple[int, int] | No
     if task is not None:
         position, tasks = task
         if tasks > part.shards:
-            raise UsageError(
-                f"--array-task {position}/{tasks}: there are only {part.shards} shards to make.",
-                fix=f"Use at most {part.shards} tasks, or a smaller --shard-size.",
-            )
+            problem = f"--array-task {position}/{tasks}: there are only {part.shards} shards to make."
+            raise UsageError(problem, fix=f"Use at most {part.shards} tasks, or a smaller --shard-size.")
         start, stop = (part.shards * border // tasks for border in (position - 1, position))
         part = part.part(part.numbers[start:stop])
     return part if indices is not None or task is not None else None
@@ -62,10 +60,8 @@ def parse_range(text: str) -> range:
     found = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text, re.ASCII)
     indices = range(int(found[1]), int(found[2])) if found else range(0)
     if not indices:
-        raise UsageError(
-            f"--index-range is {text!r}.",
-            fix="Give --index-range as first:end, such as 0:500 for the samples 0 to 499.",
-        )
+        problem = f"--index-range is {text!r}."
+        raise UsageError(problem, fix="Give --index-range as first:end, such as 0:500 for the samples 0 to 499.")
     return indices
 
 
@@ -81,10 +77,8 @@ def parse_task(text: str) -> tuple[int, int]:
 def planned(
     count: int | None, index_range: str | None, array_task: str | None, *, seed: int, shard_size: int
 ) -> tuple[Plan, Plan | None]:
-    """What the options ask for: the dataset in the folder, and the part of it that this command makes.
-
-    With ``count``, the dataset's samples, ``index_range`` is the part of this command; without it, the dataset.
-    """
+    """What the options ask for: the dataset in the folder, and the part of it that this command makes."""
+    # With a count, the range is the part of this command; without it, the dataset.
     task = parse_task(array_task) if array_task is not None else None
     indices = parse_range(index_range) if index_range is not None else None
     if count is not None:
@@ -93,10 +87,8 @@ def planned(
         plan = Plan(count=len(indices), seed=seed, shard_size=shard_size, first=indices.start)
         indices = None
     else:
-        raise UsageError(
-            "neither --count nor --index-range is given.",
-            fix="Give --count, such as --count 1000; see `busigen generate --help`.",
-        )
+        problem = "neither --count nor --index-range is given."
+        raise UsageError(problem, fix="Give --count, such as --count 1000; see `busigen generate --help`.")
     return plan, part_of(plan, indices, task)
 
 
@@ -221,10 +213,8 @@ def _complete(
     part: Plan | None,
     make: Callable[[Source, ShardJob], None],
 ) -> tuple[list[ShardRecord], int, bool]:
-    """Make the job's missing shards, and the files that describe the whole dataset once all its shards are there.
-
-    Returns the dataset's records, or the job's if others are missing; how many are; whether it was complete before.
-    """
+    """Make the missing shards and, once all are there, the files that describe the whole dataset."""
+    # Returns the dataset's records, or the job's if others are missing; how many are; whether it was complete before.
     output, records = job.output, job.records
 
     def alone() -> AbstractContextManager[None]:

@@ -66,10 +66,8 @@ class Slurm(Local):
     def task(self, asked: str | None) -> str | None:
         """The task that Slurm's variables name."""
         if asked is not None:
-            raise UsageError(
-                f"--array-task {asked} is given with --launcher slurm, which reads it from Slurm.",
-                fix="Leave out one of them.",
-            )
+            problem = f"--array-task {asked} is given with --launcher slurm, which reads it from Slurm."
+            raise UsageError(problem, fix="Leave out one of them.")
         return array_task(os.environ)
 
 
@@ -102,10 +100,8 @@ def array_task(environment: Mapping[str, str]) -> str:
     for name in ("ID", "COUNT", "MIN", "MAX"):
         text = environment.get(f"SLURM_ARRAY_TASK_{name}", "")
         if not text.isdecimal():
-            raise UsageError(
-                f"--launcher slurm: SLURM_ARRAY_TASK_{name} is {text!r}, so this is no task of a job array.",
-                fix="Start it with `sbatch --array=1-N`, or give --array-task K/N yourself.",
-            )
+            problem = f"--launcher slurm: SLURM_ARRAY_TASK_{name} is {text!r}, so this is no task of a job array."
+            raise UsageError(problem, fix="Start it with `sbatch --array=1-N`, or give --array-task K/N yourself.")
         values[name] = int(text)
     step = (values["MAX"] - values["MIN"]) / max(1, values["COUNT"] - 1) or 1
     position = (values["ID"] - values["MIN"]) / step

@@ -12,14 +12,7 @@ from busigen.errors import BusigenError, InputError, MissingDependencyError, Usa
 from busigen.runtime.backends.base import provider_named, usable_cores
 from busigen.runtime.execution.coordinator import Event, WorkerPool
 from busigen.runtime.execution.launchers import Launcher, require_workers
-from busigen.runtime.execution.worker import (
-    Order,
-    RemoteSourceInfo,
-    SourceMaker,
-    Worker,
-    WorkerMessage,
-    WorkerStopped,
-)
+from busigen.runtime.execution.worker import Order, RemoteSourceInfo, SourceMaker, Worker, WorkerMessage, WorkerStopped
 from busigen.text import counted, install_command, without_credentials
 
 if TYPE_CHECKING:
@@ -73,9 +66,8 @@ class RayWorkerPool:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise MissingDependencyError(
-                f"--launcher ray needs {error.name}, which is not installed.", fix=f"Run {install_command('ray')}."
-            ) from error
+            problem = f"--launcher ray needs {error.name}, which is not installed."
+            raise MissingDependencyError(problem, fix=f"Run {install_command('ray')}.") from error
         self._ray = ray
         self.where = "a Ray cluster" if address else "Ray on this machine"
         self.size = size or 0
@@ -160,10 +152,8 @@ class RayWorkerPool:
             room = min(room, int(total.get("GPU", 0)))
         self.size = self.size or room
         if room < max(1, self.size):
-            raise UsageError(
-                f"{self.where} has room for {room} workers of {each} each, not for {max(1, self.size)}.",
-                fix="Give fewer --workers or --threads.",
-            )
+            problem = f"{self.where} has room for {room} workers of {each} each, not for {max(1, self.size)}."
+            raise UsageError(problem, fix="Give fewer --workers or --threads.")
         self.where += f": {counted(self.size, 'worker')} of {each}"
         for _ in range(self.size):
             self._start_worker()

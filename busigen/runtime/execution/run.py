@@ -99,9 +99,8 @@ class GenerateOptions:
         classes, asked = self._conditions()
         if isinstance(self.out, Path):
             if self.spool is not None:
-                raise UsageError(
-                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
-                )
+                problem = f"--spool {self.spool} is for URLs, and --out {self.out} is a folder."
+                raise UsageError(problem, fix="Leave --spool out.")
         elif part is not None:
             from busigen.runtime.output.remote import tasks_refused
 

@@ -91,9 +91,8 @@ class ShardDone:
         for file in (self.record.tar, self.record.parquet):
             content = self.files[file.file]
             if hashlib.sha256(content).hexdigest() != file.sha256:
-                raise IntegrityError(
-                    f"{file.file} came damaged from its worker.", fix="Check memory and network, then run again."
-                )
+                problem = f"{file.file} came damaged from its worker."
+                raise IntegrityError(problem, fix="Check memory and network, then run again.")
             with atomic_file(folder / file.file) as target:
                 target.write(content)
         write_json(record, {"schema_version": FIRST_SCHEMA_VERSION, **asdict(self.record)})
@@ -109,10 +108,7 @@ WorkerMessage = int | ShardStarted | ShardDone | WorkerStopped
 
 
 class Worker:
-    """Makes shards of one source, drawing ahead of the oldest one where the source can, so that batches fill.
-
-    ``make`` opens the source; ``scratch`` is a folder for shards that are being made, None for the system's.
-    """
+    """Makes shards of the source that ``make`` opens, in ``scratch``; draws ahead if it can, so that batches fill."""
 
     def __init__(self, make: SourceMaker, scratch: Path | None = None) -> None:
         self._progress, self._scratch = Progress(), scratch

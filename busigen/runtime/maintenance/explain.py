@@ -66,20 +66,15 @@ def parse_key(key: str, plan: Plan) -> int:
     # No key has more digits, and Python refuses to read thousands of them.
     index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 18 else -1
     if index not in plan.span:
-        raise UsageError(
-            f"the dataset has no sample {key!r}.",
-            fix=f"Give a key from {key_of(plan.span[0])} to {key_of(plan.span[-1])}.",
-        )
+        problem = f"the dataset has no sample {key!r}."
+        raise UsageError(problem, fix=f"Give a key from {key_of(plan.span[0])} to {key_of(plan.span[-1])}.")
     return index
 
 
 def read_recorded(folder: Path, key: str) -> Recorded:
-    """Gather what a dataset, whole or damaged, holds of a sample.
+    """Gather what a dataset, whole or damaged, holds of a sample; raises as `read_run` and `parse_key`.
 
-    Raises:
-        InputError: ``folder`` is no dataset, has links, or is newer than this busigen.
-        UsageError: the key is none of the dataset's.
-        IntegrityError: nothing is left of the sample.
+    An IntegrityError says that nothing is left of the sample, an InputError also that there are links.
     """
     refuse_unreadable(folder)
     run = read_run(folder)

@@ -123,9 +123,8 @@ def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
     try:
         return _repair(folder, inputs)
     except KeyboardInterrupt:
-        raise RepairInterrupted(
-            f"Interrupted; what was repaired in {folder} is kept.", fix="Run the same command again to continue."
-        ) from None
+        problem = f"Interrupted; what was repaired in {folder} is kept."
+        raise RepairInterrupted(problem, fix="Run the same command again to continue.") from None
     finally:
         lock.__exit__(None, None, None)
 
@@ -187,10 +186,8 @@ class _Repair:
     refused: list[str] = field(default_factory=list)
 
     def damaged(self, blamed: set[str]) -> list[int]:
-        """Shards of which verify blames a file, and those whose record is not the one that ``dataset.json`` lists.
-
-        Behind such a record, a shard and its hashes may have been changed together.
-        """
+        """Shards of which verify blames a file, and those whose record is not the one that ``dataset.json`` lists."""
+        # Behind such a record, a shard and its hashes may have been changed together.
 
         def is_damaged(number: int) -> bool:
             record, expected = self._record(number), self.listed.get(number)
@@ -290,10 +287,8 @@ class _Repair:
             self.repaired.append(f"{path}: written again")
 
     def _fits(self, record: ShardRecord, rows: pl.DataFrame, expected: tuple[FileRecord, FileRecord]) -> bool:
-        """Whether the new tar is the recorded one, and the new table that one too or at least of the same rows.
-
-        Another version of polars packs the same rows into other bytes: then the table that stands there is kept.
-        """
+        """Whether the new tar is the recorded one, and the new table that one too or at least of the same rows."""
+        # Another version of polars packs the same rows into other bytes: then the table that stands there is kept.
         tar, parquet = expected
         if record.tar != tar:
             return False

@@ -222,10 +222,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             return run
     if wrong:
         raise wrong[0]
-    raise InputError(
-        f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read.",
-        fix="Give the folder that was the `--out` of `busigen generate`.",
-    )
+    problem = f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read."
+    raise InputError(problem, fix="Give the folder that was the `--out` of `busigen generate`.")
 
 
 def has_run(folder: Path) -> bool:

@@ -30,11 +30,8 @@ _HASHERS = min(8, os.cpu_count() or 1)
 class Output(ABC):
     """The place that a dataset is written to. A run writes each shard to ``folder`` and hands it over with ``keep``.
 
-    Attributes:
-        folder: local folder where shards are written.
-        name: what the user called the dataset's place.
-        holds_all: whether the whole dataset lies on the disk of ``folder``.
-        elsewhere: what to choose where that disk is too small.
+    ``name`` is what the user called the place; ``holds_all`` says whether the whole dataset lies on the disk of
+    ``folder``, and ``elsewhere`` what to choose where that disk is too small.
     """
 
     folder: Path
@@ -50,11 +47,8 @@ class Output(ABC):
     def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
         """Hold the place for this run until the block ends; create it, or continue the run whose record it then yields.
 
-        ``part`` holds the shards of this plan alone, beside tasks that hold others.
-
-        Raises:
-            InputError: the dataset there is newer than this busigen.
-            OutputError: the place holds something else, belongs to another run or process, or cannot be written.
+        ``part`` holds the shards of this plan alone, beside tasks that hold others. An OutputError says that the place
+        holds something else, belongs to another run or process, or cannot be written; an InputError, that it is newer.
         """
 
     @abstractmethod

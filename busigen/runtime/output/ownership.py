@@ -96,20 +96,16 @@ def refuse_other_run(
 
 
 def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
-    """Refuse a place that holds files, of these names, and no run record.
-
-    A run that was killed before it could write ``run.json`` may leave locks and temporary files.
-    """
+    """Refuse a place that holds files, of these names, and no run record."""
+    # A run that was killed before it could write ``run.json`` may leave locks and temporary files.
     foreign = sorted(
         (name for name in names if not is_lock(name) and not is_temporary(name, WRITTEN)),
         key=lambda name: ("/" in name, name),
     )
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise OutputError(
-            f"{out} holds other files ({', '.join(foreign[:3])}{more}) and no {RUN_FILE}.",
-            fix="Choose an --out that is empty or does not exist.",
-        )
+        problem = f"{out} holds other files ({', '.join(foreign[:3])}{more}) and no {RUN_FILE}."
+        raise OutputError(problem, fix="Choose an --out that is empty or does not exist.")
 
 
 def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
@@ -172,17 +168,11 @@ def unreadable_run(path: Path | Address, why: str) -> OutputError:
 
 @dataclass(frozen=True)
 class Beat:
-    """Times of a lock, in seconds.
+    """Times of a lock, in seconds."""
 
-    Attributes:
-        every: so often a holder rewrites it.
-        dead: one that has not changed for so long is nobody's.
-        settle: wait where the store cannot create a file exclusively, so that of two writers one sees the other.
-    """
-
-    every: float = 10.0
-    dead: float = 60.0
-    settle: float = 2.0
+    every: float = 10.0  # so often a holder rewrites it
+    dead: float = 60.0  # one that has not changed for so long is nobody's
+    settle: float = 2.0  # wait where a store cannot create exclusively, so that of two writers one sees the other
 
 
 class _Held(Record):

@@ -47,15 +47,7 @@ _STAGED = 4
 
 
 class RemoteOutput(Output):
-    """A dataset at a URL.
-
-    Args:
-        address: the URL.
-        staging: folder below which its staging folder lies; None for this user's caches.
-        progress: gets a line about what has to be waited for.
-        retry: how long to wait for a store that is out of reach.
-        beat: times of the URL's lock.
-    """
+    """A dataset at a URL; its staging folder lies below ``staging``, or in this user's caches."""
 
     holds_all = False
     elsewhere = "another --spool or a smaller --shard-size"

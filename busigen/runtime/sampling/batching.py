@@ -88,11 +88,8 @@ Outcome = Draft | Sample | Rejection
 class BatchScheduler:
     """Runs draws in batches of one kind each. It begins a part-filled batch only where no batch can be filled.
 
-    One thread puts draws and takes the results. Leaving the block waits for the batches that were begun.
-
-    Args:
-        size: returns the number of draws that fill a batch of a kind.
-        work: takes a batch and returns each draw's outcome, in their order; it is called in a thread of its own.
+    One thread puts draws and takes the results; leaving the block waits for the batches that were begun. ``size`` is
+    the number of draws that fill a batch of a kind; ``work`` gives a batch's outcomes, in order, in another thread.
     """
 
     def __init__(self, size: Callable[[Kind], int], work: Callable[[Sequence[DrawRequest]], Sequence[Outcome]]) -> None:
@@ -119,11 +116,7 @@ class BatchScheduler:
             items[:] = [item for item in items if item.position in positions]
 
     def finished(self) -> list[tuple[DrawRequest, Outcome]]:
-        """Begin the batches that can be begun, wait for one to end, and return its draws with their outcomes.
-
-        Raises:
-            Exception: what ``work`` raised.
-        """
+        """Begin what can be begun, wait for a batch to end, and return its draws with outcomes, or raise."""
         while len(self._running) < CONCURRENT_BATCHES:
             full = [kind for kind, items in self._waiting.items() if len(items) >= self._size(kind)]
             if full:
@@ -169,14 +162,10 @@ def in_order(
 ) -> Generator[SampleBatch, None, None]:
     """Yield each request's samples, in the requests' order; later ones are drawn ahead, so that batches fill.
 
-    Args:
-        stages: begins and continues draws; empty.
-        requests: indices; the next request is read when its samples can be begun. An empty one says that there is none
-            for now, which is allowed while another one is unanswered: the next is read when a batch has ended.
-        window: samples that may be begun from the oldest unfinished one on, which bounds what is held in memory.
-        done: called with the number of samples that were accepted since the last call.
-        refused: called with each refused draw; an error that it raises ends the stream.
-        stopping: returns whether to end with the oldest request that has been begun; later draws are dropped.
+    ``requests`` are indices; the next is read when its samples can be begun. An empty one says that there is none for
+    now, while another is unanswered: the next is read when a batch has ended. ``window`` samples, from the oldest
+    unfinished one on, may be begun, which bounds memory. ``done`` gets the number of newly accepted samples, and
+    ``refused`` each refused draw; its error ends the stream. ``stopping``: whether to end with the oldest request.
     """
     pending: deque[_Request] = deque()
     # The request of each unfinished sample, by the sample's position, the oldest first.

@@ -92,17 +92,10 @@ def parse_conditions(
     taller_than_wide: bool = False,
     birads: str | None = None,
 ) -> SampleConditions:
-    """The conditions that the options state, each typed as a number or as ``low:high``.
-
-    Raises:
-        UsageError: a value is no number or range, or lies outside ``BOUNDS``; an unknown BI-RADS category; both
-            ``--height-width`` and ``--taller-than-wide``.
-    """
+    """The conditions that the options state, each a number or ``low:high``; a UsageError if one is unfit."""
     if taller_than_wide and height_width is not None:
-        raise UsageError(
-            f"--height-width {height_width} and --taller-than-wide are both given.",
-            fix=f"Give one of them; --taller-than-wide is short for --height-width {TALLER_THAN_WIDE}.",
-        )
+        fix = f"Give one of them; --taller-than-wide is short for --height-width {TALLER_THAN_WIDE}."
+        raise UsageError(f"--height-width {height_width} and --taller-than-wide are both given.", fix=fix)
     texts = {
         "across": across,
         "depth": depth,
@@ -157,11 +150,7 @@ _ROUNDED = 1e-3  # difference from 1 that the sum of shares may have: a third ca
 
 
 def parse_classes(text: str) -> dict[str, float]:
-    """Class weights by name, from text as a dataset records it; a name alone weighs 1, and case is ignored.
-
-    Raises:
-        UsageError: unknown or repeated class, or a weight that is not a positive finite number.
-    """
+    """Class weights by name, from text as recorded, or a UsageError; a name alone weighs 1, case is ignored."""
     weights: dict[str, float] = {}
     for part in (piece.strip() for piece in text.split(",")):
         given, _, value = part.partition("=")
@@ -181,27 +170,18 @@ def parse_classes(text: str) -> dict[str, float]:
 
 
 def parse_shares(text: str) -> dict[str, float]:
-    """Class weights by name, from what a user typed: shares that sum to 1, or whole numbers.
-
-    Raises:
-        UsageError: as for :func:`parse_classes`; or shares do not sum to 1, so that one is not what was meant.
-    """
+    """Class weights by name, from what a user typed: shares that sum to 1, or whole numbers; or a UsageError."""
     weights = parse_classes(text)
     total = sum(weights.values())
     if not all(weight.is_integer() for weight in weights.values()) and abs(total - 1) > _ROUNDED:
-        raise UsageError(
-            f"--classes is {text!r}, whose shares sum to {total:g}.",
-            fix="Give shares that sum to 1, or whole numbers as weights, such as benign=2,malignant=1.",
-        )
+        fix = "Give shares that sum to 1, or whole numbers as weights, such as benign=2,malignant=1."
+        raise UsageError(f"--classes is {text!r}, whose shares sum to {total:g}.", fix=fix)
     return weights
 
 
 def class_at(index: int, weights: Mapping[str, float]) -> str:
-    """The class of a sample: among the first n, each class has its share of n to within one per class.
-
-    Each class in turn takes its share of what the classes before it left, spread evenly (Bresenham's line), computed in
-    fractions of the weights' decimals so that no platform rounds differently.
-    """
+    """The class of a sample: among the first n, each class has its share of n to within one per class."""
+    # Each takes its share of what those before it left, spread evenly (Bresenham's line), in fractions: no rounding.
     names = sorted(weights)
     rest = sum((Fraction(str(weights[name])) for name in names), start=Fraction(0))
     for name in names[:-1]:

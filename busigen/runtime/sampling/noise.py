@@ -30,11 +30,7 @@ _PIECE = 1 << 12  # pairs of numbers that are computed at a time
 
 
 def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> NDArray[np.uint64]:
-    """``count`` random 64-bit words of a seed (0 to 2^64 - 1), a sample's index and attempt, and a stream.
-
-    Raises:
-        ValueError: the stream is unknown.
-    """
+    """``count`` random 64-bit words of a seed (0 to 2^64 - 1), a sample's index and attempt, and one of ``STREAMS``."""
     if stream not in STREAMS:
         raise ValueError(f"stream is {stream!r}, must be one of: {', '.join(STREAMS)}")
     philox = np.random.Philox(

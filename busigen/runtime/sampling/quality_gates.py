@@ -29,10 +29,8 @@ share of the condition. A lesion of the least size is 14 pixels wide: a pixel mo
 
 
 def limits() -> dict[str, object]:
-    """The limits that decide which draws pass, by name, as a run's record holds them.
-
-    Written out, so that another constant in this module, or another name for one, makes no dataset another run's.
-    """
+    """The limits that decide which draws pass, by name, as a run's record holds them."""
+    # Written out: another constant in this module, or another name for one, makes no dataset another run's.
     return {
         "AREA_RANGE": AREA_RANGE,
         "ASKED_TOLERANCE": ASKED_TOLERANCE,
@@ -54,13 +52,7 @@ def asked_reason(found: Mapping[str, float], wanted: Mapping[str, float]) -> str
 
 
 def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
-    """Judge stage 1's outline.
-
-    Args:
-        raw: where the predicted distance is positive, ``(256, 256)`` bool.
-        mask: its largest part with holes filled and cut to ``valid``.
-        valid: pixels that are image rather than letterbox bars.
-    """
+    """Judge stage 1's outline: ``raw`` where its distance is positive, ``mask`` its largest part within ``valid``."""
     if not mask.any():
         return "empty mask"
     share = mask.sum() / max(int(valid.sum()), 1)

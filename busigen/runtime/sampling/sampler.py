@@ -71,17 +71,9 @@ Floats = NDArray[np.float32]
 class Sampler:
     """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
-    Args:
-        bundle: says what the graphs are.
-        backend: runs them.
-        classes: class weights (:func:`busigen.runtime.sampling.conditions.parse_classes`).
-        healthy: a folder of healthy images, or ``None`` for synthetic backgrounds.
-        asked: conditions on the outlines.
-        batch_size: images per engine call at the smallest window; larger windows use fewer, none fewer than
-            ``MIN_BATCH``.
-
-    Raises:
-        UsageError: ``batch_size`` is not between 1 and 4096.
+    ``classes`` are weights (`parse_classes`), ``asked`` conditions on outlines; without ``healthy``, backgrounds are
+    synthetic. ``batch_size``, 1 to 4096 or a UsageError, counts images per engine call at the smallest window; larger
+    windows use fewer, none fewer than ``MIN_BATCH``.
     """
 
     def __init__(
@@ -150,12 +142,7 @@ class Sampler:
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
-        """Draw until every index has an accepted sample.
-
-        Raises:
-            AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
-            IntegrityError: the healthy images are no longer those that the run began with.
-        """
+        """Draw until every index has an accepted sample; an AcceptanceError, or an IntegrityError as `stream`."""
         with closing(self.stream(seed, [indices], done)) as drawings:
             return next(drawings, SampleBatch([], []))
 
@@ -365,10 +352,8 @@ class Sampler:
     def _call(
         self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, side: int | None, count: int, inputs: Any
     ) -> Any:
-        """Pad the batch to a power of two and call the engine.
-
-        So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
-        """
+        """Pad the batch to a power of two and call the engine."""
+        # So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
         full = max(count, rows_per_call(side or BUCKETS[0], self.batch_size))
         size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
         # Kept outputs are padded already, and may be on the device.

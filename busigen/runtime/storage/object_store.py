@@ -55,27 +55,20 @@ _NETWORK = {
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to try, in seconds from the first failure to giving up; pauses double from ``first`` to ``longest``.
+    """How long to try, in seconds; pauses double from ``first`` to ``longest``."""
 
-    A single attempt may take ``attempt`` seconds; None for whatever the store's library allows.
-    """
-
-    total: float = 300.0
+    total: float = 300.0  # from the first failure to giving up
     first: float = 1.0
     longest: float = 30.0
-    attempt: float | None = None
+    attempt: float | None = None  # of a single one; None for whatever the store's library allows
 
 
 @dataclass
 class RetryingCaller:
     """Calls a store, each time in a thread of its own: a call that hangs must not keep anybody from stopping.
 
-    Attributes:
-        address: what messages name.
-        retry: how long to try.
-        notify: called once in a while with a line that says that the store is out of reach.
-        kind: of the error that a store which cannot be used ends with.
-        aborted: while it is set, all calls end at once, with ``KeyboardInterrupt``.
+    ``notify`` gets a line once the store is out of reach; ``kind`` is the error that an unusable store ends with.
+    While ``aborted`` is set, all calls end at once, with ``KeyboardInterrupt``.
     """
 
     address: Address
@@ -153,10 +146,8 @@ class RetryingCaller:
     def missing(self) -> BusigenError:
         """The error where the bucket, or whatever holds the place, is not there."""
         holder = str(self.address).partition("://")[2].split("/")[0]
-        return self.kind(
-            f"{self.address}: there is no {holder!r}.",
-            fix="Create it first, or check the URL's spelling and the endpoint.",
-        )
+        problem = f"{self.address}: there is no {holder!r}."
+        return self.kind(problem, fix="Create it first, or check the URL's spelling and the endpoint.")
 
     def _described(self, error: BaseException) -> str:
         """What an error says, in one line that is not too long."""
@@ -393,11 +384,8 @@ def _stated_md5(info: Mapping[str, Any]) -> str | None:
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """HTTP status and error code that a store answered with; None where it did not.
-
-    Botocore's errors hold a mapping, and s3fs hides them behind those of the operating system; gcsfs, aiohttp, requests
-    and Azure's keep the status as an attribute, or say it in words.
-    """
+    """HTTP status and error code that a store answered with; None where it did not."""
+    # Botocore's errors hold a mapping, which s3fs hides; the others' keep the status as an attribute, or in words.
     found: BaseException | None = error
     for _ in range(8):
         if found is None:

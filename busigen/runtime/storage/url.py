@@ -57,10 +57,8 @@ def place_of(text: str) -> Path | Address:
     protocol, rest = found[1].lower(), found[2].rstrip("/")
     reason = "chains two protocols" if "::" in protocol else UNFIT_STORES.get(protocol)
     if reason or not rest:
-        raise UsageError(
-            f"{without_credentials(text)} {reason or 'names no place'}.",
-            fix="Give a folder, or a URL such as s3://bucket/name or gs://bucket/name.",
-        )
+        problem = f"{without_credentials(text)} {reason or 'names no place'}."
+        raise UsageError(problem, fix="Give a folder, or a URL such as s3://bucket/name or gs://bucket/name.")
     return Address(f"{protocol}://{rest}")
 
 
@@ -72,7 +70,5 @@ def refuse_urls(*places: Path, what: str) -> None:
             url = without_credentials(f"{found[1]}://{found[2]}")
             tool = COPY_COMMANDS.get(found[1])
             how = f", such as `{tool.format(shlex.quote(url))}`" if tool else ""
-            raise UsageError(
-                f"`busigen {what}` reads folders, and {url} is a URL.",
-                fix=f"Copy it to a folder first, with the store's own tool{how}.",
-            )
+            problem = f"`busigen {what}` reads folders, and {url} is a URL."
+            raise UsageError(problem, fix=f"Copy it to a folder first, with the store's own tool{how}.")

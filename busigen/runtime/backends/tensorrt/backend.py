@@ -46,9 +46,8 @@ _log = logging.getLogger(__name__)
 class Slot:
     """Memory and stream of one call at a time; two of them, taken in turns, are the double buffer.
 
-    Inputs and output of so many bytes have pinned host memory, ``sent`` and ``received``, and an address on the card
-    each. Upload, computation and download follow one another on ``stream``; after a computation, the event ``computed``
-    is recorded. A `CudaFailure` says that there is no room.
+    Inputs and output have pinned host memory and an address on the card each. Upload, computation and download follow
+    one another on ``stream``; ``computed`` is recorded after a computation. A `CudaFailure` says that there is no room.
     """
 
     def __init__(self, number: int, inputs: int, output: int) -> None:
@@ -81,18 +80,10 @@ class _Context:
 
 
 class Session:
-    """A deserialised engine.
+    """A deserialised engine of a library's ``runtime``, built with these ``profiles``.
 
-    Args:
-        library: that made it.
-        runtime: the library's, which deserialises.
-        content: the serialised engine.
-        profiles: that it was built with.
-        kept: the library's cache of kernels that it compiled for this card; empty for none.
-
-    Raises:
-        ProviderError: the engine cannot be used on this card.
-        CapacityError: the card has too little memory for it.
+    ``kept`` is the library's cache of kernels that it compiled for this card. A ProviderError says that the engine
+    cannot be used on this card, a CapacityError that the card has too little memory for it.
     """
 
     def __init__(
@@ -156,10 +147,9 @@ class Session:
         return b"" if kept is None else bytes(kept)
 
     def enqueue(self, call: Call, inputs: Arrays, slot: Slot, before: Any) -> bool:
-        """Have the card upload rows of a batch, compute, and download the result.
+        """Have the card upload rows of a batch, compute after the event ``before``, and download the result.
 
-        It waits only for the first call with a profile and number of rows, and says whether this is one. ``before`` is
-        the event after which the computation may begin, because it uses the same memory in between.
+        It waits only for the first call with a profile and number of rows, and says whether this is one.
         """
         runtime, stream, said = cuda(), slot.stream, len(self._library.said)
         context = self._context(call)
@@ -216,12 +206,8 @@ class Session:
 class EngineBackend(Backend):
     """Engines of every graph, made where the cache lacks them, and loaded on the card before anything is drawn.
 
-    ``MAX_CONCURRENT_CALLS`` calls of ``run`` overlap, and one computes at a time. ``cache`` is the user's by default.
-
-    Raises:
-        ProviderError: library, card or driver is missing or too old.
-        CapacityError: the card has too little memory; the largest batch that fits is named.
-        BusigenError: an engine cannot be made.
+    ``MAX_CONCURRENT_CALLS`` calls of ``run`` overlap, and one computes at a time. A CapacityError names the largest
+    batch that fits; a ProviderError says that library, card or driver is missing or too old.
     """
 
     def __init__(self, bundle: Bundle, provider: Provider, options: EngineOptions, cache: Cache | None = None) -> None:
@@ -314,11 +300,8 @@ def library_of(provider: Provider) -> Library:
 
 
 def wanted_batches(library: Library, bundle: Bundle, options: EngineOptions, cache: Cache) -> list[Batches]:
-    """Batches whose engines may be taken, the best first; the last are built for if the cache has engines for none.
-
-    Samples that are drawn again need engines for the same batches; several batch sizes, as in ``build-engines``, mean
-    just these; and a single one may be the first of several that somebody built ahead.
-    """
+    """Batches whose engines may be taken, the best first; the last are built for if the cache has engines for none."""
+    # Several sizes, as in build-engines, mean just these; a single one may be the first of several built ahead.
     if options.exact_batches:
         return [options.exact_batches]
     batches = Batches(options.batch_sizes)

@@ -41,18 +41,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine that is in the cache now, under this key.
-
-    ``capability`` is empty for the library's own choice, ``size`` in bytes, ``seconds`` the time that building it took:
-    0 if the cache had it.
-    """
+    """An engine that is in the cache now."""
 
     graph: str
-    capability: str
-    size: int
+    capability: str  # empty for the library's own choice
+    size: int  # bytes
     sha256: str
     key: Key
-    seconds: float
+    seconds: float  # that building it took; 0 if the cache had it
     cached: bool
 
 
@@ -71,11 +67,7 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
 
 
 class EngineBuilder:
-    """Makes engines of an opened, checked bundle for one library, some batches and one kind of card.
-
-    ``capability`` is the card's, such as ``8.9``, and empty for the library's own choice; ``device`` is the card of
-    this machine, where there is one.
-    """
+    """Makes engines of a checked bundle for a library, some batches and one kind of card."""
 
     def __init__(
         self,
@@ -84,8 +76,8 @@ class EngineBuilder:
         batches: Batches,
         cache: Cache,
         *,
-        capability: str = "",
-        device: Device | None = None,
+        capability: str = "",  # the card's, such as ``8.9``; empty for the library's own choice
+        device: Device | None = None,  # this machine's card, where there is one
     ) -> None:
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
         self._capability, self._device = capability, device
@@ -114,10 +106,7 @@ class EngineBuilder:
         return EngineInfo(graph, self._capability, len(content), sha256, key, seconds, cached=not seconds), content
 
     def make_all(self, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
-        """Make the engines of all graphs, in the bundle's order, and call ``done`` with each as it is finished.
-
-        If one of them cannot be made, those that were finished stay in the cache.
-        """
+        """Make the engines of all graphs, in the bundle's order, and call ``done`` with each; finished ones stay."""
         # All are parsed first: what cannot be built is refused before minutes have gone into the others.
         for graph in self.lacking():
             parsed(self._library, self._spec(graph))
@@ -187,10 +176,8 @@ class EngineBuilder:
 
 
 def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> list[Batches]:
-    """Batches with this full one that the cache has engines for, those with the most sizes first.
-
-    Whoever built for 16 and 4 ahead of a run wants these used, although the run asks for 16 alone.
-    """
+    """Batches with this full one that the cache has engines for, those with the most sizes first."""
+    # Whoever built for 16 and 4 ahead of a run wants these used, although the run asks for 16 alone.
     # The context encoder's rows are the batch sizes themselves.
     own = key_of(library, bundle, "context", Batches((size,)), "")
     same = set(own) - {"profiles", "capability"}
@@ -206,16 +193,12 @@ def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> l
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """Engines to be made, for one or more targets and batches.
-
-    ``capabilities`` are compute capabilities, each with engines of its own; none for the library's own choice.
-    ``folder`` is the cache's; None for this user's.
-    """
+    """Engines to be made, for one or more targets and batches."""
 
     targets: Sequence[str]
     batches: Batches = Batches()  # noqa: RUF009  # It is frozen.
-    capabilities: Sequence[str] = ()
-    folder: Path | None = None
+    capabilities: Sequence[str] = ()  # each with engines of its own; none for the library's own choice
+    folder: Path | None = None  # the cache's; None for this user's
 
     @property
     def count(self) -> int:
@@ -227,8 +210,7 @@ class BuildRequest:
 
         Raises:
             UsageError: a target is unknown, or its library does not build for a capability.
-            MissingDependencyError: a library is not installed.
-            ProviderError: a library builds on the card that runs the engines, and there is none.
+            BusigenError: a library is not installed, or needs the card that runs the engines.
         """
         jobs: list[tuple[Library, str, Device | None]] = []
         for name, target in {name: target_named(name) for name in self.targets}.items():

@@ -1,8 +1,7 @@
 """The cache of engines: entries are found by all that they depend on, and used only if their hash is right.
 
-``<cache>/<kind>/<digest>/content`` with ``record.json`` beside it, which holds the key that the digest is of and the
-content's sha256. Both appear by rename, the record last: content without a record is no entry. The hashes are for
-damage and mistakes, not against malice: an engine is code, and whoever can write to the folder can replace it.
+An entry is ``<cache>/<kind>/<digest of its key>/content``, with key and content's sha256 in ``record.json``, which is
+written last. The hashes are for damage, not against malice: an engine is code that anybody with the folder can replace.
 """
 
 from __future__ import annotations

@@ -34,17 +34,14 @@ _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no 
 
 @dataclass(frozen=True)
 class Library:
-    """An imported engine library, by its name and entry in ``registry.ENGINE_TARGETS``.
-
-    ``said`` are its errors so far, oldest first: it has no other way to say why it returns nothing.
-    """
+    """An imported engine library, by its name and entry in ``registry.ENGINE_TARGETS``."""
 
     name: str
     target: EngineTarget
     module: Any
     version: str
     logger: Any
-    said: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # its errors: it has no other way to say why it returns nothing
 
     @classmethod
     def load(cls, name: str) -> Library:
@@ -106,16 +103,13 @@ def check_capability(library: Library, capability: str) -> None:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """A graph to build for some batches, and for a compute capability or, if that is empty, the library's own choice.
-
-    ``model`` is what the file at ``path`` held when it was hashed; its weights lie beside it.
-    """
+    """A graph to build for some batches."""
 
     name: str
     path: Path
-    model: bytes
+    model: bytes  # what the file held when it was hashed; its weights lie beside it
     profiles: Sequence[Profile]
-    capability: str = ""
+    capability: str = ""  # empty for the library's own choice
 
 
 def parsed(library: Library, spec: BuildSpec) -> tuple[Any, Any]:
@@ -143,13 +137,8 @@ def parsed(library: Library, spec: BuildSpec) -> tuple[Any, Any]:
 def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None = None) -> bytes:
     """A serialised engine. Numbers are computed as the graph types them: fp32 stays fp32 and is not cut to TF32.
 
-    ``timings`` are cache and key of what kernels take on this card; None where nothing is measured.
-
-    Raises:
-        InputError: the library refuses the graph; its operator and node are named.
-        UsageError: it cannot build for these batches, or for this compute capability.
-        CapacityError: the memory does not suffice.
-        ProviderError: it needs a card, or a newer driver, and there is none.
+    ``timings`` are cache and key of what kernels take on this card; None where nothing is measured. Raises what
+    :func:`parsed` does; a UsageError, CapacityError or ProviderError says why the library cannot build here.
     """
     module, said = library.module, len(library.said)
     builder, network = parsed(library, spec)
@@ -257,10 +246,8 @@ def open_device(provider: str) -> Device:
 
 
 def card_for(process: str, count: int) -> int:
-    """The number of the card, of ``count``, that a process of this name takes: ``worker-3`` and others share evenly.
-
-    Ray, and Slurm with ``--gpus-per-task``, show each process a card of its own.
-    """
+    """The number of the card, of ``count``, that a process of this name takes: ``worker-3`` and others share evenly."""
+    # Ray, and Slurm with ``--gpus-per-task``, show each process a card of its own.
     _, _, number = process.rpartition("worker-")
     return int(number) % count if number.isdigit() and number != process else 0
 
@@ -268,11 +255,8 @@ def card_for(process: str, count: int) -> int:
 def device_problem(provider: str, status: int, driver: int, needed: int) -> ProviderError | None:
     """Why a provider cannot use CUDA here; None if it can.
 
-    Args:
-        provider: its name.
-        status: CUDA's number of the error when it was asked for cards; 0 for none.
-        driver: newest CUDA version that the driver knows, as CUDA counts (13000 is 13.0); 0 without a driver.
-        needed: CUDA version of the library that asks.
+    ``status`` is CUDA's answer when it was asked for cards, ``driver`` the newest CUDA that the driver knows and
+    ``needed`` that of the library that asks, as CUDA counts (13000 is 13.0; 0 is no error, or no driver).
     """
     other = "or use --provider cpu"
     if not driver:

@@ -43,9 +43,6 @@ class Batches:
     """Batch sizes to build engines for, the full one first; as in ``generate``, they count rows at the smallest window.
 
     ``dynamic`` asks for one profile for every batch up to the full one, in place of a fixed one per size.
-
-    Raises:
-        UsageError: there is no size, or one is out of range.
     """
 
     sizes: tuple[int, ...] = (DEFAULT_BATCH,)
@@ -131,10 +128,7 @@ def places(shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Place], int]:
 def fill(
     block: NDArray[np.uint8], laid: Mapping[str, Place], inputs: Mapping[str, NDArray[Any]], first: int, end: int
 ) -> None:
-    """Write rows ``first`` to before ``end`` of a batch to their places, the last one repeated to the end of each.
-
-    An ``IntegrityError`` says that an input is missing or has another shape than the engine's.
-    """
+    """Write rows to their places, the last one repeated to the end; an ``IntegrityError`` if an input does not fit."""
     for name, place in laid.items():
         rows = inputs.get(name)
         if rows is None or rows.shape[1:] != place.shape[1:]:
