@@ -25,8 +25,8 @@ from typing import Any
 from measuring import RESULTS, about, run, show, size_of, write
 from ready_made import ReadyMade
 
+from busigen.registry import DEFAULT_SHARD_SIZE
 from busigen.runtime.backends.probe import peak_memory, reset_peak_memory
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
 from busigen.runtime.dataset.shards import ShardRecord
 from busigen.runtime.execution.estimate import Forecast
 from busigen.runtime.execution.factory import generate

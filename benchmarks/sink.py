@@ -26,8 +26,9 @@ from measuring import RESULTS, about, in_turns, median, ratios, run, show, size_
 from PIL import Image
 from ready_made import ReadyMade
 
+from busigen.registry import DEFAULT_SHARD_SIZE
 from busigen.runtime.backends.probe import peak_memory
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, key_of
+from busigen.runtime.dataset.format import key_of
 from busigen.runtime.execution.factory import generate
 
 SEED = 7

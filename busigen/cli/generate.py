@@ -9,8 +9,16 @@ import typer
 
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
-from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
+from busigen.registry import (
+    AUTO,
+    BIRADS,
+    DEFAULT_BATCH,
+    DEFAULT_SHARD_SIZE,
+    LAUNCHERS,
+    PROVIDERS,
+    SYNTHETIC,
+    TALLER_THAN_WIDE,
+)
 from busigen.runtime.storage.url import place_of, refuse_urls
 
 

@@ -376,7 +376,7 @@ def _report(folder: Path) -> None:
 
 
 def _engines(folder: Path) -> Any:
-    from busigen.runtime.backends.tensorrt.engine_cache import Cache
+    from busigen.runtime.backends.tensorrt.engine_builder import Cache
 
     return Cache(folder)
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
-from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
+from busigen.errors import BusigenError, CapacityError, IntegrityError, OutputError, ProviderError
 from busigen.registry import PROVIDERS, Provider
 from busigen.runtime.backends.base import Backend, Engine, EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle, openable
@@ -161,7 +161,7 @@ class OnnxBackend(Backend):
         try:
             result = self._evaluate(graph, inputs, kept=kept)
             found = len(result)
-        except (IntegrityError, ProviderError):
+        except BusigenError:
             raise
         except Exception as error:  # ONNX Runtime's share no public base class; the rest is a graph of another make
             if ran_out(error):

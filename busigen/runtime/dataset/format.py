@@ -45,9 +45,6 @@ OWN_FILE = re.compile(
 WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
 """Names of the files that are written into a dataset, its locks included."""
 
-DEFAULT_SHARD_SIZE = 100
-"""Samples per shard. A shard is what an interruption loses, so on a CPU it has to be minutes of work and not hours."""
-
 MAX_COUNT = 10**9  # keys have nine digits; beyond them their order as text would no longer be the order of the indices
 
 MAX_SEED = 2**64 - 1

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 import busigen
 from busigen.errors import UsageError
 from busigen.files import TEMPORARY_PREFIX
-from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
+from busigen.registry import AUTO, DEFAULT_SHARD_SIZE, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
 from busigen.runtime.backends.base import Backend, EngineOptions, Feed, TimedBackend, open_backend, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose, machine, peak_memory, reset_peak_memory
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, MANIFEST_FILE, MAX_COUNT, SHARD_FOLDER, Plan
+from busigen.runtime.dataset.format import MANIFEST_FILE, MAX_COUNT, SHARD_FOLDER, Plan
 from busigen.runtime.diagnostics.bench_report import write
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.signals import GenerationInterrupted

@@ -43,7 +43,8 @@ def append_line(ledger: Path, value: Mapping[str, Any]) -> None:
     line = f"{json.dumps(value, ensure_ascii=False, allow_nan=False)}\n".encode()
     # One write to a file that is opened for appending lands in one piece.
     with ledger.open("ab", buffering=0) as file:
-        if file.write(line) != len(line):
+        if (written := file.write(line)) != len(line):
+            file.truncate(file.tell() - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
 

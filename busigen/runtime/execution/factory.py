@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import UsageError
+from busigen.registry import DEFAULT_SHARD_SIZE
 from busigen.runtime.dataset.finalize import dataset_info
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, RUN_FILE, Plan, SampleBatch, Source, batches_of
+from busigen.runtime.dataset.format import RUN_FILE, Plan, SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.execution.estimate import ShardJob, require_room
 from busigen.runtime.execution.signals import Stopping

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, UsageError
 from busigen.runtime.backends.base import usable_cores
-from busigen.runtime.execution.coordinator import Event, WorkerPool
-from busigen.runtime.execution.worker import Order, SourceMaker, Worker
+from busigen.runtime.execution.workers import Event, Order, SourceMaker, Worker, WorkerPool
 from busigen.terminal import log_to_stderr
 from busigen.text import counted, without_credentials
 
@@ -143,13 +142,13 @@ class LocalWorkerPool:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def order(self, worker: int, order: Order | None) -> None:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         # Of a worker that is gone, its closed pipe tells in a moment.
         with contextlib.suppress(OSError):
             self._workers[worker][1].send(order)
 
     def events(self, timeout: float) -> list[Event]:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         ready = wait([pipe for _, pipe in self._workers.values()], timeout)
         return [(number, self._received(number)) for number, (_, pipe) in list(self._workers.items()) if pipe in ready]
 

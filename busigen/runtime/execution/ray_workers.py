@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, InputError, MissingDependencyError, UsageError
 from busigen.runtime.backends.base import provider_named, usable_cores
-from busigen.runtime.execution.coordinator import Event, WorkerPool
 from busigen.runtime.execution.launchers import Launcher, require_workers
-from busigen.runtime.execution.worker import Order, RemoteSourceInfo, SourceMaker, Worker, WorkerMessage, WorkerStopped
+from busigen.runtime.execution.workers import (
+    Event,
+    Order,
+    RemoteSourceInfo,
+    SourceMaker,
+    Worker,
+    WorkerMessage,
+    WorkerPool,
+    WorkerStopped,
+)
 from busigen.text import counted, install_command, without_credentials
 
 if TYPE_CHECKING:
@@ -109,11 +117,11 @@ class RayWorkerPool:
             self._ray.shutdown()
 
     def order(self, worker: int, order: Order | None) -> None:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         self._actors[worker].order.options(concurrency_group=_ORDERS).remote(order)
 
     def events(self, timeout: float) -> list[Event]:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         if not self._calls:
             return []
         ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout, fetch_local=True)

@@ -9,16 +9,15 @@ from typing import Any
 
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
-from busigen.registry import AUTO, DEFAULT_BATCH, SYNTHETIC
+from busigen.registry import AUTO, DEFAULT_BATCH, DEFAULT_SHARD_SIZE, SYNTHETIC
 from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, Plan, decided
-from busigen.runtime.execution.coordinator import Coordinator
+from busigen.runtime.dataset.format import Plan, decided
 from busigen.runtime.execution.factory import GenerateReport, generate, planned, refuse_small_disk
 from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.signals import Stopping
-from busigen.runtime.execution.worker import SourceMaker
+from busigen.runtime.execution.workers import Coordinator, SourceMaker
 from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress

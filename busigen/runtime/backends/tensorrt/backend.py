@@ -19,8 +19,7 @@ from busigen.registry import Provider
 from busigen.runtime.backends.base import Arrays, Backend, Engine, EngineOptions, Feed
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.onnx_graph import FLOAT, one_node
-from busigen.runtime.backends.tensorrt.engine_builder import EngineBuilder, EngineInfo, kept_batches
-from busigen.runtime.backends.tensorrt.engine_cache import Cache, Key
+from busigen.runtime.backends.tensorrt.engine_builder import Cache, EngineBuilder, EngineInfo, Key, kept_batches
 from busigen.runtime.backends.tensorrt.library import (
     BuildSpec,
     CudaFailure,

@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from platform import machine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from busigen.errors import BusigenError, CapacityError, InputError, MissingDependencyError, ProviderError, UsageError
 from busigen.registry import ENGINE_TARGETS, MIN_BATCH, EngineTarget
 from busigen.runtime.backends.base import ran_out
 from busigen.runtime.backends.onnx_graph import with_conditions
-from busigen.runtime.backends.tensorrt.engine_cache import Cache, Key
 from busigen.runtime.backends.tensorrt.profiles import Profile
 from busigen.text import install_command
+
+if TYPE_CHECKING:
+    from busigen.runtime.backends.tensorrt.engine_builder import Cache, Key
 
 TIMINGS = "timings"  # the cache's kind of what kernels were measured to take on a card
 _SHOWN = 300  # characters of the library's own message that an error quotes
