@@ -114,8 +114,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     "cuda-tf32": _onnxruntime,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
-}
-"""What imports the engine of each provider of ``registry.PROVIDERS``."""
+}  # of each provider of `registry.PROVIDERS`, what imports its engine
 
 
 def engine_of(provider: Provider) -> Engine:

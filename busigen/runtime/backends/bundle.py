@@ -27,18 +27,12 @@ from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION,
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 
 RECORD = "bundle.json"
-SCHEMA, READABLE = 5, (4, 5)
-"""What export writes, and what can be read: pairs of a bundle of schema 4 are not filtered (busigen.mtf)."""
-
+SCHEMA, READABLE = 5, (4, 5)  # what export writes, what can be read: pairs of schema 4 are not filtered (`busigen.mtf`)
 MAX_RECORD_BYTES = 4 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
-
-MAX_TURNS = 1000
-"""Turns that the loop of a graph may take: as many as diffusion has steps in training, where those in use have ten."""
-
+MAX_TURNS = 1000  # turns that a graph's loop may take: diffusion's steps in training, where those in use have ten
 LEAST_FRAME, MAX_FRAMES = 32, 1024  # shortest side in pixels, and number, of the frames that a bundle may record
 LARGEST_SPECKLE = 4.0  # greatest deviation of the noise that a bundle may ask to decode backgrounds with
-
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
 
 
@@ -91,17 +85,13 @@ class ImagesRecord(Record):
     transfer: Annotated[Any, AfterValidator(_transfer)] = None
 
 
-class GraphRecord(Record):
-    """A graph of a bundle: its file, and the sha256 of all that it reads."""
-
+class _GraphRecord(Record):
     file: FileName
     files: dict[FileName, Text]
     precision: Text = ""
 
 
-class TrainingRecord(Record):
-    """What a bundle knows of the training of its checkpoint."""
-
+class _TrainingRecord(Record):
     recipe: dict[Text, Any] = Field(default_factory=dict)
     data: dict[Text, Any] = Field(default_factory=dict)
     tasks: dict[Text, Any] = Field(default_factory=dict)
@@ -111,7 +101,7 @@ class TrainingRecord(Record):
 class BundleRecord(ImagesRecord):
     """Content of ``bundle.json`` as far as it is used, bounded: a damaged record is not to ask for all memory."""
 
-    graphs: dict[Text, GraphRecord]
+    graphs: dict[Text, _GraphRecord]
     latent_channels: Annotated[int, Strict(), Field(ge=1, le=256)]
     code_length: Annotated[int, Strict(), Field(ge=1, le=4096)]
     patch: Annotated[int, Strict(), Field(ge=1, le=RESOLUTION)]
@@ -120,7 +110,7 @@ class BundleRecord(ImagesRecord):
     precision: Text = ""
     split_hash: Text | None = None
     checkpoint: Text | None = None
-    training: TrainingRecord | None = None
+    training: _TrainingRecord | None = None
 
 
 @dataclass(frozen=True)

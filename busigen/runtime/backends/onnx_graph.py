@@ -13,8 +13,7 @@ from typing import Any
 
 from busigen.foreign import read_file
 
-MAX_GRAPH_BYTES = 8 << 20
-"""Largest graph that is read. Its weights lie in files beside it; what is left is some 200 KB."""
+MAX_GRAPH_BYTES = 8 << 20  # of a graph, whose weights lie in files beside it; what is left is some 200 KB
 
 _SCHEMA = {
     "ModelProto": "ir_version:1:int64 graph:7:GraphProto opset_import:8*:OperatorSetIdProto"
@@ -36,8 +35,7 @@ _SCHEMA = {
     "Tensor": "elem_type:1:int32 shape:2:TensorShapeProto",
     "TensorShapeProto": "dim:1*:Dimension",
     "Dimension": "dim_value:1:int64 dim_param:2:string",
-}
-"""The fields of onnx.proto that are used, as ``name:number:type``, by message; ``*`` marks what is repeated."""
+}  # the fields of onnx.proto that are used, as ``name:number:type``, by message; ``*`` marks what is repeated
 
 _LARGEST_FIELD = (1 << 29) - 1  # largest number that protobuf gives a field
 
@@ -170,8 +168,7 @@ def with_conditions(model: bytes) -> bytes:
     """
     always = "busigen/always"
     parsed = _parsed(model)
-    loops = [node for node in parsed.graph.node if node.op_type == "Loop" and not "".join(node.input[1:2])]
-    if not loops:
+    if not (loops := [node for node in parsed.graph.node if node.op_type == "Loop" and not "".join(node.input[1:2])]):
         return model
     for body in (body for loop in loops for body in _subgraphs(loop)):
         condition = [value.name for value in body.input[1:2]]

@@ -29,15 +29,10 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "polars", "scipy")
-"""Distributions that decide how fast samples are made and written."""
-
-PROBE_SECONDS = 120.0
-"""Seconds that a provider may take for a network of one node: loading CUDA's libraries from a cold disk is slow."""
-
+LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "polars", "scipy")  # decide how fast samples are made
+PROBE_SECONDS = 120.0  # for a network of one node: loading CUDA's libraries from a cold disk is slow
 _QUERY_SECONDS = 20.0  # seconds for nvidia-smi, which may have to wake a sleeping card
 _SHOWN = 300  # characters of what a library says that are shown
-
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _QUERY = ("name", "driver_version", "memory.total", "memory.free", "compute_cap")
 _PROCESS = Path("/proc/self")
@@ -69,8 +64,7 @@ def driver_cuda() -> tuple[int, int] | None:
 
 def gpus() -> list[Gpu]:
     """The cards that nvidia-smi lists; none where there is no such program or it fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if (tool := shutil.which("nvidia-smi")) is None:
         return []
     command = [tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     try:

@@ -56,8 +56,7 @@ _CONTEXT = {
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "rai": "http://mlcommons.org/croissant/RAI/",
     "sc": "https://schema.org/",
-}
-"""What the words of Croissant 1.0 stand for in JSON-LD."""
+}  # what the words of Croissant 1.0 stand for in JSON-LD
 
 
 def dataset_card(info: Mapping[str, Any]) -> str:

@@ -27,26 +27,16 @@ PREVIEW_FILE = "preview.png"
 CARD_FILE = "README.md"
 CROISSANT_FILE = "croissant.json"
 SHARD_FOLDER = "shards"
-
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
-"""Top-level files of a finished dataset."""
-
-MEMBER_SUFFIXES = ("image.png", "mask.png", "json")
-"""What follows ``<key>.`` in a shard's tar, in the order in which a sample's members are stored."""
-
-MEMBER_LIMIT = 1 << 20
-"""Largest tar member in bytes that a reader accepts; an honest one holds less than a tenth of this."""
+MEMBER_SUFFIXES = ("image.png", "mask.png", "json")  # after ``<key>.`` in a shard's tar, in their order
+MEMBER_LIMIT = 1 << 20  # bytes of a tar member that a reader accepts; an honest one holds less than a tenth of this
 
 OWN_FILE = re.compile(
     "|".join(map(re.escape, FINISHED_FILES)) + rf"|(?:{SHARD_FOLDER}/)?(?P<number>[0-9]{{6,10}})\.(?:tar|parquet|json)"
-)
-"""Files that a dataset consists of, by their names or paths: nothing else in its folder is this program's to remove."""
+)  # a dataset's files, by names or paths: nothing else in its folder is this program's to remove
 
-WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
-"""Names of the files that are written into a dataset, its locks included."""
-
+WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")  # locks included
 MAX_COUNT = 10**9  # keys have nine digits; beyond them their order as text would no longer be the order of the indices
-
 MAX_SEED = 2**64 - 1
 
 
@@ -180,8 +170,7 @@ FIELDS = {
     "--height-width": ("fingerprint", "height_width"),
     "--birads": ("fingerprint", "birads"),
     "--provider": ("fingerprint", "provider"),
-}
-"""Where a run record keeps what each option decides. For a folder that is a hash; ``options`` holds its name."""
+}  # where a run record keeps what each option decides: of a folder a hash, whose name ``options`` holds
 
 
 def decided(record: Mapping[str, Any], option: str) -> Any:

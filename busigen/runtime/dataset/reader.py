@@ -43,7 +43,7 @@ from busigen.runtime.storage.url import Address
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
 
 
-class Fingerprint(Record):
+class _Fingerprint(Record):
     """The fields of a run's fingerprint that are used; None where its source has no such field. Ranges are texts."""
 
     bundle: Text | None = None
@@ -71,9 +71,7 @@ def _schematic(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
-class BatchesRecord(Record):
-    """What engines with fixed batches were built for (`busigen.runtime.backends.tensorrt.profiles.Batches`)."""
-
+class _BatchesRecord(Record):
     sizes: Annotated[Many[Annotated[int, Strict(), Field(ge=1, le=4096)]], Field(min_length=1)]
     dynamic: Annotated[bool, Strict()]
 
@@ -85,8 +83,8 @@ class RunRecord(Record):
     config: dict[Text, Any]
     busigen: Text
     columns: Annotated[dict[Text, Literal["str", "int", "float", "bool"]], AfterValidator(_schematic)]
-    fingerprint: Fingerprint
-    engine_batches: BatchesRecord | None = None
+    fingerprint: _Fingerprint
+    engine_batches: _BatchesRecord | None = None
     options: dict[Text, Text | None] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     sources: Many[SourceRecord] = Field(default_factory=list)
@@ -102,9 +100,7 @@ class ListedShard(Record):
     parquet: FileRecord
 
 
-class FilesRecord(Record):
-    """The files that ``dataset.json`` vouches for."""
-
+class _FilesRecord(Record):
     manifest: FileRecord = Field(alias="manifest.parquet")
 
 
@@ -114,13 +110,11 @@ class DatasetRecord(RunRecord):
     samples: Whole
     classes: dict[Text, Whole]
     rejected: dict[Text, Whole]
-    files: FilesRecord
+    files: _FilesRecord
     shards: Many[ListedShard]
 
 
-class SampleRow(Record):
-    """A sample's row in its shard, as far as it is used for the sample itself."""
-
+class _SampleRow(Record):
     index: Whole
     attempt: Whole
     label: Text = Field(alias="class")
@@ -208,15 +202,14 @@ class Dataset:
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of these indices, in the order asked for; an IndexError, or an IntegrityError for damage."""
-        outside = [index for index in indices if index not in self.plan.span]
-        if outside:
+        if outside := [index for index in indices if index not in self.plan.span]:
             raise IndexError(f"index {outside[0]} is outside {self.plan.span[0]} to {self.plan.span[-1]}")
         found: dict[int, Sample] = {}
         for number in sorted({index // self.plan.shard_size for index in indices}):
             for member in read_members(
                 self.folder / shard_path(number, "tar"), self.plan.indices(number), only=indices
             ):
-                row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
+                row = checked(_SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
                 own = {name: value for name, value in member.row.items() if name not in FIXED_COLUMNS}
                 try:
                     image, mask = member.decoded("image"), member.decoded("mask")
@@ -313,16 +306,14 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
                 if not isinstance(row, dict) or row.get("key") != key:
                     raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
                 yield Member(key=key, image=image, mask=mask, row=row)
-            extra = tar.next()
-            if extra is not None:
+            if (extra := tar.next()) is not None:
                 raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
     except (OSError, tarfile.TarError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
 
 def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
-    member = tar.next()
-    if member is None:
+    if (member := tar.next()) is None:
         raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
     # Names are only compared, so an absolute path, a "..", a link or a device fails here and does no harm.
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()

@@ -60,13 +60,9 @@ FIXED_COLUMNS: dict[str, type] = {
     "box_top": int,
     "box_right": int,
     "box_bottom": int,
-}
-"""Columns of every manifest. Box edges are pixels, right and bottom exclusive, None for an empty mask. The hashes are
-of the PNG files' bytes."""
+}  # of every manifest; boxes in pixels, right and bottom exclusive, None if empty; hashes of the PNG files
 
-COLUMN_TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, float, bool)}
-"""Types that a column can have, by the names that ``run.json`` stores."""
-
+COLUMN_TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, float, bool)}  # by the names in run.json
 _POLARS_TYPES: dict[type, type[pl.DataType]] = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
 
 # Speckle does not repeat itself, so run lengths alone give files of the same size in half the time.
@@ -257,8 +253,7 @@ def _encode(sample: Sample) -> list[bytes]:
 
 def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool | None:
     """A row field of a sample, held to its declared type."""
-    value = sample.row[name]
-    if value is None:
+    if (value := sample.row[name]) is None:
         return None
     plain: Any = value.item() if isinstance(value, np.generic) else value
     # A whole number may stand for a float, but 2.5 is no int and True is neither: a cast would hide the source's error.

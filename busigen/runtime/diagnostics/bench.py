@@ -32,10 +32,7 @@ from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.files import output_errors
 
 SCHEMA = 1  # version of `bench.json` and of the ledger's lines
-
-WARM_SECONDS = 5.0
-"""A warm-up takes all samples where that takes no longer than this, so that a fast engine has seen every shape."""
-
+WARM_SECONDS = 5.0  # a warm-up that takes no longer has all samples, so that a fast engine has seen every shape
 _BUSY = 0.25  # load per core from which on the machine counts as busy with other work
 
 

@@ -33,10 +33,7 @@ ROW_MEMORY = 16 << 20
 batches of 32 and of 8 images, ONNX Runtime 1.31); a card's libraries want room to work in beside that."""
 
 FIXED_MEMORY = 1 << 30  # bytes for the graphs' weights, CUDA's context and its libraries
-
-_FEW_ROWS, _FEW_SAMPLES = 16, 1000
-"""Batch size and number of samples for which there should be room in memory and on the disk."""
-
+_FEW_ROWS, _FEW_SAMPLES = 16, 1000  # batch size and samples for which there should be room in memory and on the disk
 _CGROUP = Path("/sys/fs/cgroup")
 
 Installed = dict[str, str]  # distributions by their names as PyPI writes them, with their versions

@@ -26,15 +26,9 @@ BYTES_PER_SAMPLE = 80_000
 """Bytes on disk per sample until a shard has been measured. In shards of ten or more, no sample takes more: 66 kB of a
 grey image that does not compress, 8 kB of such a mask, 4 kB of tar headers and padding, 2 kB of rows."""
 
-FINISH_BYTES = 4_000_000
-"""Bytes that the files besides shards and manifest take at most: the preview of 32 tiles, 256 x 256 in colour."""
-
-LARGE_BYTES = 1_000_000_000
-"""A run that may need more disk space than this says so before its first sample; the time it takes is known later."""
-
-BATCHES_SECONDS = 120.0
-"""Seconds after which the samples drawn so far have to do as a measure of the pace, if no shard is complete by then."""
-
+FINISH_BYTES = 4_000_000  # of files besides shards and manifest, at most: the preview of 32 tiles, 256 x 256 in colour
+LARGE_BYTES = 1_000_000_000  # a run that may need more says so before its first sample; its time is known later
+BATCHES_SECONDS = 120.0  # after which the samples drawn so far have to do as a measure of the pace, without a shard
 _LEAST_GAPS = 2
 
 

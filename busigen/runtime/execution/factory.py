@@ -244,8 +244,7 @@ def _complete(
         # A run that was asked to stop in its last shard is complete but for this, which takes moments.
         with output.aborting(), output_errors(output.folder), alone():
             existing = found()
-            missing = plan.shards - len(existing)
-            if missing:
+            if missing := plan.shards - len(existing):
                 existing = [records[number] for number in sorted(records)]
             # Two tasks may end at once.
             elif not output.is_finished(run, existing):

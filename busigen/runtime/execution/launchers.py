@@ -76,8 +76,7 @@ def _ray() -> Launcher:
     return OnRay()
 
 
-LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": Local, "ray": _ray, "slurm": Slurm}
-"""What makes the launcher of each name in ``registry.LAUNCHERS``."""
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": Local, "ray": _ray, "slurm": Slurm}  # see registry.LAUNCHERS
 
 
 def launcher(name: str) -> Launcher:
@@ -225,8 +224,7 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
 
 def _follow_parent(scratch: Path) -> None:
     """End with the process that started this one: what it would make, nobody would fetch."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         shutil.rmtree(scratch, ignore_errors=True)
         os._exit(1)

@@ -21,11 +21,8 @@ _SIGNALS = {
     signal.SIGTERM: ("SIGTERM", "Terminated", TERMINATED_EXIT_CODE),
 }
 
-_GRACE = 2.0
-"""Seconds in which the main thread has to hear a second signal, and in which the process has to be gone afterwards."""
-
-_ENDING = 10.0
-"""Seconds that the main thread has to end in good order once it has heard it: an attempt at a network takes five."""
+_GRACE = 2.0  # seconds for the main thread to hear a second signal, and for the process to be gone afterwards
+_ENDING = 10.0  # seconds for the main thread to end in good order after that: an attempt at a network takes five
 
 
 class GenerationInterrupted(BusigenError):

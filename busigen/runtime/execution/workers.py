@@ -39,8 +39,7 @@ from busigen.text import counted, describe
 _POLL_SECONDS = 0.5  # seconds between two looks at whether to stop
 MOST_LOSSES = 3  # workers that one shard, or the pool before it is ready, may lose: one more is no accident
 
-SourceMaker = Callable[[Progress], Source]
-"""Opens a worker's source. It is sent to the worker, so it has to be picklable; paths in it have to hold there."""
+SourceMaker = Callable[[Progress], Source]  # opens a worker's source; picklable, by paths that hold there
 
 Order = tuple[Plan, int]  # a shard to make: the plan, the same for all shards, and the shard's number
 
@@ -109,8 +108,7 @@ class WorkerStopped:
     """A worker that was asked to end has done so; what it had drawn ahead is dropped."""
 
 
-WorkerMessage = int | ShardStarted | ShardDone | WorkerStopped
-"""What a worker sends: samples that were accepted, of whichever shard; a shard begun; a shard made; its end."""
+WorkerMessage = int | ShardStarted | ShardDone | WorkerStopped  # an int: samples that were accepted
 
 
 class Worker:
@@ -261,8 +259,7 @@ class Coordinator:
                         self._claims[worker].append(number)
                         self._worker_pool.order(worker, (job.plan, number))
                 for event in self._worker_pool.events(_POLL_SECONDS):
-                    done = self._handle(event)
-                    if done is None:
+                    if (done := self._handle(event)) is None:
                         job.advanced()
                         continue
                     job.generated()

@@ -104,8 +104,7 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     rows[table] = tried(table, lambda: find_row(folder / table, len(indices), index))
     if member is not None:
         rows[f"{tar}:{member.key}.json"] = member.row
-    rows = {name: row for name, row in rows.items() if row is not None}
-    if not rows:
+    if not (rows := {name: row for name, row in rows.items() if row is not None}):
         raise IntegrityError(f"nothing is left of sample {key_of(index)}: {' '.join(problems)}", fix=REPAIR_FIRST)
     recorded = Recorded(run, plan, index, number, record, rows, member, problems)
     problems += _contradictions(folder, recorded)

@@ -48,8 +48,7 @@ from busigen.text import counted, disk_size, shell_word
 PARTS_FOLDER = "parts"
 COLLECTION_FILES = (MANIFEST_FILE, CARD_FILE, DATASET_FILE)  # what a collection holds beside its parts
 
-Sources = list[dict[str, Any]]
-"""What a dataset was merged from, in order: folders, plans, versions and the sha256 of their ``dataset.json``."""
+Sources = list[dict[str, Any]]  # what a dataset was merged from, in order: folder, plan, versions, sha256 of its record
 
 _NOT_COMPARED = ("config", "engine_batches", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
@@ -144,8 +143,7 @@ def _refuse_misfits(datasets: Sequence[Dataset]) -> None:
 
 def _records(dataset: Dataset) -> list[ShardRecord]:
     """Every shard's record, of a dataset whose plan, records, ``run.json`` and ``dataset.json`` agree, or an error."""
-    run = read_object(dataset.folder / RUN_FILE)
-    if run is None or differences(run, run_of(dataset.info)):
+    if (run := read_object(dataset.folder / RUN_FILE)) is None or differences(run, run_of(dataset.info)):
         raise _damaged(dataset, RUN_FILE)
     with _reading(dataset):
         records = [record.counted() for record in dataset.shards()]
@@ -262,8 +260,7 @@ def part_name(number: int) -> str:
 def parts_of(folder: Path) -> list[Path]:
     """The folders of a collection's parts, in order; empty for others; an InputError for a link or a newer schema."""
     parts = folder / PARTS_FOLDER
-    places = [parts / name for name in names_in(parts) if name.isdecimal() and (parts / name).is_dir()]
-    if places:
+    if places := [parts / name for name in names_in(parts) if name.isdecimal() and (parts / name).is_dir()]:
         for path in (parts, *places):
             if path.is_symlink():
                 raise link_refused(path)
@@ -334,8 +331,7 @@ def find_sample(folder: Path, key: str) -> tuple[Path, str]:
 
     ``key`` is ``000/000000012``, with or without ``parts/`` before it; or the key alone where one part has it.
     """
-    places = parts_of(folder)
-    if not places:
+    if not (places := parts_of(folder)):
         return folder, key
     name, _, rest = key.removeprefix(f"{PARTS_FOLDER}/").rpartition("/")
     if name:

@@ -89,8 +89,7 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
         RepairInterrupted: on Ctrl-C.
     """
     inputs = inputs or Inputs()
-    places = parts_of(folder)
-    if not places:
+    if not (places := parts_of(folder)):
         return _repair_alone(folder, inputs)
     reports = {place.relative_to(folder).as_posix(): _repair_alone(place, inputs) for place in places}
     repaired = [f"{name}/{line}" for name, report in reports.items() for line in report.repaired]

@@ -140,8 +140,7 @@ def other_conditions(run: Mapping[str, Any], source: Source) -> list[Change]:
 
 def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:
     """Raise an InputError on a source that would draw other samples than the dataset's."""
-    changed = [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]
-    if changed:
+    if changed := [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]:
         named = "; ".join(f"{name}: {describe(then)} -> {describe(now)}" for name, then, now in changed[:3])
         fix = f"Use the version that made it: busigen {run.get('busigen')}, with the run's own provider."
         raise InputError(f"this busigen would draw other samples than the dataset's ({named}).", fix=fix)

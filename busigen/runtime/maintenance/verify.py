@@ -59,8 +59,7 @@ from busigen.text import SHOWN_PROBLEMS, counted, printable
 
 _LISTED, _LISTED_SHARDS = 8, 1000  # fields and missing shards that are named one by one
 
-Shards = Callable[[int], AbstractContextManager[object]]
-"""Gives a context in which the tar and the table of the shard of a number are in the dataset's folder."""
+Shards = Callable[[int], AbstractContextManager[object]]  # in its context, a shard's tar and table are there
 
 _WORKERS = min(8, os.cpu_count() or 1)
 _LINK = "is a link, and links are not followed."
@@ -194,16 +193,10 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
         for place, report in zip(parts_of(folder), reports, strict=True)
         for problem in report.problems
     ]
-    return VerifyReport(
-        folder=folder,
-        samples=sum(report.samples for report in reports),
-        shards=sum(report.shards for report in reports),
-        problems=(*inside, *own),
-        duplicates=sum(report.duplicates for report in reports) + sum("equals that of" in p.problem for p in own),
-        backgrounds_proven=sum(report.backgrounds_proven for report in reports),
-        backgrounds_unproven=sum(report.backgrounds_unproven for report in reports),
-        backgrounds_synthetic=sum(report.backgrounds_synthetic for report in reports),
-    )
+    summed = ("samples", "shards", "duplicates", "backgrounds_proven", "backgrounds_unproven", "backgrounds_synthetic")
+    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in summed}
+    sums["duplicates"] += sum("equals that of" in problem.problem for problem in own)
+    return VerifyReport(folder=folder, problems=(*inside, *own), **sums)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -236,8 +229,7 @@ def has_run(folder: Path) -> bool:
 
 def _read_run_record(path: Path) -> dict[str, Any] | None:
     """The run record in a ``run.json`` or ``dataset.json``; None if the file is missing or no JSON object."""
-    found = read_object(path)
-    if found is None:
+    if (found := read_object(path)) is None:
         return None
     run = run_of(found) if path.name == DATASET_FILE else found
     checked(RunRecord, run, path, fix="Get the original file again.")
@@ -304,8 +296,7 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
 def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
     """One problem for all healthy images that are not where they were looked for: the folder is wrong, not each one."""
     needed = set().union(*(shard.needed for shard in shards))
-    absent = {sha256: row for shard in reversed(shards) for sha256, row in shard.absent.items()}
-    if not absent:
+    if not (absent := {sha256: row for shard in reversed(shards) for sha256, row in shard.absent.items()}):
         return
     row = min(absent.values(), key=lambda row: row["index"])
     yield Problem(
@@ -352,8 +343,7 @@ def check_collection(folder: Path) -> list[Problem]:
 
 
 def _check_collection_files(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
-    sources = recorded_sources(folder)
-    if sources is None:
+    if (sources := recorded_sources(folder)) is None:
         yield Problem(DATASET_FILE, "does not list the parts that are there.", REPAIR)
     else:
         info = read_json(folder / DATASET_FILE)

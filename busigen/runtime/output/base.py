@@ -13,7 +13,7 @@ from typing import Any
 from busigen.errors import IntegrityError, OutputError
 from busigen.files import leftovers, make_folder, sha256_of, write_json
 from busigen.records import read_json
-from busigen.runtime.dataset.finalize import finish, is_finished, unfinish
+from busigen.runtime.dataset.finalize import finish, is_finished
 from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER, WRITTEN, Plan
 from busigen.runtime.dataset.reader import link_refused, links, read_object, recorded_shards
 from busigen.runtime.dataset.shards import ShardRecord
@@ -69,7 +69,7 @@ class Output(ABC):
 
     def unfinish(self) -> None:
         """Take back the claim that the dataset is complete."""
-        unfinish(self.folder)
+        (self.folder / DATASET_FILE).unlink(missing_ok=True)
 
     def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
         """Write the files that describe the whole dataset, ``dataset.json`` last."""
@@ -125,8 +125,7 @@ class LocalOutput(Output):
         try:
             with output_errors(out), turn(out) if part else nullcontext():
                 # Again: another run may have begun here before the lock was held.
-                existing = self.stored_run()
-                if existing is not None:
+                if (existing := self.stored_run()) is not None:
                     refuse_other(out, existing, run)
                 # A temporary file may be that of another task, as long as there is one.
                 if part is None or len(living(out)) == 1:

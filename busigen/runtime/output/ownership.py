@@ -47,9 +47,7 @@ from busigen.runtime.storage.object_store import RetryPolicy, Store
 from busigen.runtime.storage.url import Address
 from busigen.text import counted, duration
 
-MARKS_FILE = f"{LOCK_FILE}-marks"
-"""File in the staging folder with the marks of its processes, written before one of them is at the URL."""
-
+MARKS_FILE = f"{LOCK_FILE}-marks"  # in the staging folder, with its processes' marks, written before one is at the URL
 _BRIEF = RetryPolicy(total=0.0, attempt=5.0)
 _SHOWN = 3
 _NOT_COMPARED = {"engine_batches": None, "options": None, "versions": None, "sources": None, "unproven": None}
@@ -123,8 +121,7 @@ def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
 def refuse_other(out: Path | Address, existing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Raise an ``OutputError`` if the records of two runs differ in what decides which samples exist."""
     options = changed_options(existing, run)
-    shown = shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, options)
-    if not shown:
+    if not (shown := shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, options)):
         return
     fix = "Choose another --out, or repeat the options that the folder was started with."
     if list(options) == ["--count"]:
@@ -140,8 +137,7 @@ def shown_changes(
 
     ``options`` are those of the whole records, which know the names of folders.
     """
-    changed = differences(old, new)
-    if not changed:
+    if not (changed := differences(old, new)):
         return []
     options = changed_options(old, new) if options is None else options
     known = tuple(".".join(FIELDS[option]) for option in options)
@@ -193,7 +189,10 @@ class Lease:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the URL for this process while the block runs; an ``OutputError`` if another one holds it."""
-        known = self._known_marks()
+        known: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            marks = read_json(self._marks)
+            known = [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []
         write_json(self._marks, [*known, self._mark])
         ended = threading.Event()
         thread = threading.Thread(target=self._keep_beating, args=(ended,), name="lease", daemon=True)
@@ -211,8 +210,7 @@ class Lease:
 
     def confirm(self) -> None:
         """Raise an ``OutputError`` unless the lock is still this process's."""
-        held = self._read()
-        if held is None or held["mark"] != self._mark:
+        if (held := self._read()) is None or held["mark"] != self._mark:
             who = f"taken over by {held['holder']}" if held else "removed"
             raise OutputError(
                 f"{self._store.address}: the lock {LOCK_FILE} was {who} while this process could not be heard.",
@@ -221,8 +219,7 @@ class Lease:
 
     def _acquire(self, known: list[str]) -> None:
         while not self._store.create(LOCK_FILE, self._content()):
-            held = self._read()
-            if held is None:
+            if (held := self._read()) is None:
                 continue
             ours = held["mark"] in known
             if ours or self._is_dead(held):
@@ -244,8 +241,7 @@ class Lease:
         deadline = time.monotonic() + self._beat.dead
         while time.monotonic() < deadline:
             time.sleep(min(self._beat.every / 4, self._beat.dead / 4))
-            now = self._read()
-            if now is None:
+            if (now := self._read()) is None:
                 return False
             if now != held:
                 raise in_use(self._store.address, now["holder"])
@@ -255,29 +251,19 @@ class Lease:
         while not ended.wait(self._beat.every):
             # A store that is out of reach is a matter of whoever does the work; so is a lock that was taken over.
             with contextlib.suppress(Exception, KeyboardInterrupt):
-                held = self._read(_BRIEF)
-                if held is not None and held["mark"] == self._mark and not ended.is_set():
+                if (held := self._read(_BRIEF)) is not None and held["mark"] == self._mark and not ended.is_set():
                     self._store.write(LOCK_FILE, self._content())
 
     def _release(self) -> None:
         """Remove the lock, if it is there and this process's; a store that cannot be reached keeps it."""
         self._store.caller.aborted.clear()  # It is time to tidy up.
         with contextlib.suppress(Exception, KeyboardInterrupt):
-            held = self._read(_BRIEF)
-            if held is not None and held["mark"] == self._mark:
+            if (held := self._read(_BRIEF)) is not None and held["mark"] == self._mark:
                 self._store.remove(LOCK_FILE, _BRIEF)
             self._marks.unlink()
 
-    def _known_marks(self) -> list[str]:
-        try:
-            marks = read_json(self._marks)
-        except (OSError, ValueError):
-            return []
-        return [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []
-
     def _read(self, retry: RetryPolicy | None = None) -> dict[str, Any] | None:
-        content = self._store.read(LOCK_FILE, retry)
-        if content is None:
+        if (content := self._store.read(LOCK_FILE, retry)) is None:
             return None
         try:
             held = checked(_Held, parse_json(content, LOCK_FILE), LOCK_FILE, fix="")

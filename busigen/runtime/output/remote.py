@@ -42,8 +42,7 @@ from busigen.runtime.storage.lock import exclusive
 from busigen.runtime.storage.object_store import RetryingCaller, RetryPolicy, Store
 from busigen.runtime.storage.url import Address
 
-_STAGED = 4
-"""Most shards in the staging folder at a time: one being written or sent, and what workers hand over meanwhile."""
+_STAGED = 4  # shards in staging at most: one being written or sent, and what workers hand over meanwhile
 
 
 class RemoteOutput(Output):
@@ -101,8 +100,7 @@ class RemoteOutput(Output):
                     refuse_newer(info, self.address / DATASET_FILE)
         with _staging_held(self.folder, self.address), self._lease.held():
             self._store.look()
-            existing = self.stored_run()
-            if existing is not None:
+            if (existing := self.stored_run()) is not None:
                 refuse_other(self.address, existing, run)
             for name in [name for name in self._store.sizes if is_temporary(name, WRITTEN)]:
                 self._store.remove(name)

@@ -20,9 +20,7 @@ from busigen.runtime.sampling.conditions import measured
 from busigen.runtime.sampling.healthy_images import Healthy
 
 BEGIN, OUTLINE, PAINT = range(3)  # the stages of a draw
-
-CONCURRENT_BATCHES = 2
-"""Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
+CONCURRENT_BATCHES = 2  # while the engine computes for one, another is prepared or judged
 
 
 class Kind(NamedTuple):
@@ -81,8 +79,7 @@ class Draft(DrawRequest):
         return Sample(self.index, self.attempt, self.label, image, self.mask, row)
 
 
-Outcome = Draft | Sample | Rejection
-"""Result of a stage for one draw: it goes on to the next stage, is accepted, or is refused."""
+Outcome = Draft | Sample | Rejection  # of a stage for one draw: on to the next stage, accepted or refused
 
 
 class BatchScheduler:
@@ -118,8 +115,7 @@ class BatchScheduler:
     def finished(self) -> list[tuple[DrawRequest, Outcome]]:
         """Begin what can be begun, wait for a batch to end, and return its draws with outcomes, or raise."""
         while len(self._running) < CONCURRENT_BATCHES:
-            full = [kind for kind, items in self._waiting.items() if len(items) >= self._size(kind)]
-            if full:
+            if full := [kind for kind, items in self._waiting.items() if len(items) >= self._size(kind)]:
                 # Draws near their end come first, because they hold memory.
                 kind = max(full, key=lambda kind: kind.stage)
             elif not self._running and any(self._waiting.values()):
@@ -191,8 +187,7 @@ def in_order(
             return
         accepted = 0
         for item, outcome in stages.finished():
-            owner = owners.get(item.position)
-            if owner is None:
+            if (owner := owners.get(item.position)) is None:
                 continue
             if isinstance(outcome, Sample):
                 owner.samples[outcome.index] = outcome

@@ -145,7 +145,6 @@ def _range(name: str, text: str) -> tuple[float, float]:
 
 
 _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
-
 _ROUNDED = 1e-3  # difference from 1 that the sum of shares may have: a third cannot be typed exactly
 
 

@@ -33,7 +33,6 @@ from busigen.text import printable
 log = logging.getLogger("busigen.runtime")
 
 CACHED_IMAGES = 512  # letterboxed images that are kept in memory, 67 MB; of a larger folder, those used last
-
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in its mask file"
 _LESION_SAID = "that its set or its name calls one of a lesion"
@@ -141,8 +140,7 @@ class HealthyFolder:
                     if reason is None:
                         image = read_image(path)
                         pixels, box = letterbox(image.pixels)
-                        reason = quality_gates.background_reason(pixels, box.valid)
-                        if reason is not None:
+                        if (reason := quality_gates.background_reason(pixels, box.valid)) is not None:
                             problems.append(f"{path.name}: {reason}.")
                             masks.extend([path] if has_two_levels(pixels[box.valid]) else [])
                         elif found.setdefault(image.sha256, path) != path:

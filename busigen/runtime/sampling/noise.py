@@ -11,20 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+# A stream's position is part of its key, so new ones are appended.
 STREAMS = (
-    "healthy",
-    "prior",
-    "mask",
-    "lesion",
-    "blend",
-    "speckle",
-    "prior speckle",
-    "asked",
-    "frame",
-    "style",
-    "transfer",
+    *("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked"),
+    *("frame", "style", "transfer"),
 )
-"""Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
 _PIECE = 1 << 12  # pairs of numbers that are computed at a time
 

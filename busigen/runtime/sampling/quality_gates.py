@@ -11,11 +11,8 @@ from scipy import ndimage
 from busigen.data.geometry import Mask, around
 from busigen.data.images import BACKGROUND_DEVIATION, BACKGROUND_MEAN, picture_fault
 
-AREA_RANGE = (0.002, 0.45)
-"""Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
-
-CRUMB_SHARE = 0.10
-"""Greatest share of the outline's area that may lie outside its largest part; beyond it the mask is crumbling."""
+AREA_RANGE = (0.002, 0.45)  # lesion area as a share of the valid image; BUSI's run from 0.3 % to 56 %
+CRUMB_SHARE = 0.10  # of the outline's area outside its largest part, at most; beyond it the mask is crumbling
 
 BORDER_SHARE = 0.02
 """Share of the lesion's outline that may run along the image's border before the lesion counts as cut off. Annotators,

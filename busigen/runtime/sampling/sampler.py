@@ -58,9 +58,7 @@ from busigen.runtime.sampling.conditions import SampleConditions, class_at, meas
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform
 
-MAX_ATTEMPTS = 64
-"""Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
-
+MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
 WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
 CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
 
@@ -125,18 +123,11 @@ class Sampler:
     def row_types(self) -> Mapping[str, type]:
         """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
-            "background": str,
-            "healthy_file": str,
-            "healthy_sha256": str,
+            **dict.fromkeys(("background", "healthy_file", "healthy_sha256"), str),
             "letterbox_scale": float,
-            "letterbox_left": int,
-            "letterbox_top": int,
-            "window_top": int,
-            "window_left": int,
-            "window_side": int,
-            "edit_pixels": int,
-            "area_share": float,
-            **{name: float for name in ATTRIBUTES if name != "size"},
+            **dict.fromkeys(("letterbox_left", "letterbox_top"), int),
+            **dict.fromkeys(("window_top", "window_left", "window_side", "edit_pixels"), int),
+            **dict.fromkeys(("area_share", *(name for name in ATTRIBUTES if name != "size")), float),
             **{f"asked_{name}": float for name in ATTRIBUTES},
             "asked_birads": str,
         }
@@ -325,8 +316,7 @@ class Sampler:
         with self._token_lock:
             found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
         # Keyed by image, so that several draws of a batch share one computation, too.
-        fresh = {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}
-        if fresh:
+        if fresh := {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}:
             images = pictures(list(fresh.values()))
             tokens = self._run("context", None, len(fresh), image=images, keep=keep[: len(fresh)])
             # Copied, because a view of one row would keep its whole batch in memory.
@@ -366,8 +356,7 @@ class Sampler:
             with self._engine:
                 return run(name, padded)
         except CapacityError as error:
-            fitting = self.batch_size * error.fits // max(1, error.rows)
-            if not fitting:
+            if not (fitting := self.batch_size * error.fits // max(1, error.rows)):
                 raise
             raise CapacityError(
                 f"--batch-size is {self.batch_size}: {error.problem}",

@@ -33,8 +33,7 @@ FIXES = {
     errno.ELOOP: "A link is in the way: remove it, or choose another --out.",
     errno.EEXIST: "A file is in the way: choose another --out.",
     errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
-}
-"""What helps against an operating-system error, by its number."""
+}  # what helps against an operating-system error, by its number
 
 
 def cache_folder() -> Path:

@@ -29,7 +29,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"  # name of the file by which a process holds a folder
-
 _TASK = f"{LOCK_FILE}-task-"
 _TURN = f"{LOCK_FILE}-turn"
 _TASKS = "tasks"
@@ -37,8 +36,7 @@ _TASK_NAME = re.compile(rf"{re.escape(_TASK)}([0-9]+)-([0-9]+)")
 _SIGNED = re.compile(rb"\0*|%b|[0-9]+|process [0-9]+ on .*" % _TASKS.encode())
 """What a lock's file may hold: nothing where its process was killed before it could sign, zeros after a power cut."""
 
-_LOCK_WAIT_SECONDS = 2.0
-"""Seconds that a task waits for ``.lock``: one that ends holds it alone for moments, to remove it."""
+_LOCK_WAIT_SECONDS = 2.0  # of a task, for ``.lock``: one that ends holds it alone for moments, to remove it
 
 
 @contextmanager
@@ -112,8 +110,7 @@ def living(folder: Path) -> list[tuple[range, Path]]:
     """Shard numbers of the tasks at work, with each one's file; killed ones' are removed. To be called in turn."""
     found = []
     for path in sorted(folder.glob(f"{_TASK}*")):
-        task = _TASK_NAME.fullmatch(path.name)
-        if task is None:
+        if (task := _TASK_NAME.fullmatch(path.name)) is None:
             continue
         try:
             handle = _flock(path, fcntl.LOCK_EX, folder)

@@ -28,20 +28,16 @@ Result = TypeVar("Result")
 
 _AGAIN = "then run the same command again: what is complete is kept."
 _NEVER_TAKEN = (errno.EINVAL, errno.ENOSYS)  # beside those of `FIXES`: a request that the store will never take
-
-_TRANSIENT = {307, 408, 409, 423, 425, 429, *range(500, 600)} - {501, 505}
-"""HTTP status codes after which the same request may be answered otherwise."""
+_TRANSIENT = {307, 408, 409, 423, 425, 429, *range(500, 600)} - {501, 505}  # after which an answer may differ
 
 _TRANSIENT_CODES = re.compile(
     "Throttl|SlowDown|TooManyRequests|LimitExceeded|RequestTimeout|RequestTimeTooSkewed|IncompleteBody|InternalError"
     "|ServiceUnavailable|OperationAborted|PriorRequestNotComplete"
-)
-"""What S3 calls the like; some of it comes with status 400 or 403."""
+)  # what S3 calls the like; some of it comes with status 400 or 403
 
 _CHECKSUMS = re.compile(
     "checksum|sha-?256|md5|digest|trailer|aws-chunked|contentlength|content-length|header you", re.I
-)
-"""In the refusal of a server that speaks S3 but does not know the checksums that clients send with it since 2025."""
+)  # in the refusal of a server that does not know the checksums that S3's clients send since 2025
 
 _AT_ONCE = 32  # small files that are asked for together
 _STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}  # how gcsfs begins the errors that it gives no status
@@ -49,8 +45,7 @@ _STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}  # how gcsfs begins the
 _NETWORK = {
     *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"),
     *("MetadataRetrievalError", "CredentialRetrievalError", "TokenRetrievalError", "CapacityNotAvailableError"),
-}
-"""Botocore's errors that time may mend; others, such as of a profile that is not there, are of settings."""
+}  # botocore's errors that time may mend; others, such as of a missing profile, are of settings
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,7 @@ class RetryingCaller:
             except (FileNotFoundError, FileExistsError, BusigenError):
                 raise
             except Exception as error:
-                refusal = self.refusal(error)
-                if refusal is not None:
+                if (refusal := self.refusal(error)) is not None:
                     raise refusal from error
                 # The network's or the store's, and not a slip of this program.
                 if not isinstance(error, OSError) and type(error).__module__.startswith(("builtins", "busigen")):

@@ -51,8 +51,7 @@ class Address:
 
 def place_of(text: str) -> Path | Address:
     """The folder or URL that was typed; a ``UsageError`` where it is a URL that no dataset can be written to."""
-    found = _URL.fullmatch(text)
-    if found is None:
+    if (found := _URL.fullmatch(text)) is None:
         return Path(text)
     protocol, rest = found[1].lower(), found[2].rstrip("/")
     reason = "chains two protocols" if "::" in protocol else UNFIT_STORES.get(protocol)
@@ -65,8 +64,7 @@ def place_of(text: str) -> Path | Address:
 def refuse_urls(*places: Path, what: str) -> None:
     """Raise a ``UsageError`` for a URL where the command ``what`` needs a folder; ``Path`` has cut its two slashes."""
     for place in places:
-        found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", place.as_posix())
-        if found and not place.exists():
+        if (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", place.as_posix())) and not place.exists():
             url = without_credentials(f"{found[1]}://{found[2]}")
             tool = COPY_COMMANDS.get(found[1])
             how = f", such as `{tool.format(shlex.quote(url))}`" if tool else ""

@@ -115,8 +115,7 @@ class Session:
 
     def _opened(self, number: int, rows: int) -> _Context:
         runtime, said = cuda(), len(self._library.said)
-        context = self._engine.create_execution_context(self._config)
-        if context is None:
+        if (context := self._engine.create_execution_context(self._config)) is None:
             raise unusable(self._library.name, self._library.version, self._library.said[said:])
         stream = answered(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
         context.set_optimization_profile_async(number, int(stream))

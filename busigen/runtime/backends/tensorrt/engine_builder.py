@@ -51,9 +51,7 @@ _POLL = 0.2  # seconds between looks at an entry that another process is making
 
 Key = Mapping[str, Any]  # all that an entry depends on, as JSON has it: texts, numbers, booleans, and lists of those
 
-REVISION = 1
-"""Of this builder: counted up when the same graph and options give another engine, so that all are made anew."""
-
+REVISION = 1  # counted up when the same graph and options give another engine, so that all are made anew
 KIND = "engines"  # the cache's kind of engines
 
 _log = logging.getLogger(__name__)

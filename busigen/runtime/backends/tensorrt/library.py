@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
 TIMINGS = "timings"  # the cache's kind of what kernels were measured to take on a card
 _SHOWN = 300  # characters of the library's own message that an error quotes
-
 _GIB = 1 << 30
 _NO_MEMORY = 2  # cudaErrorMemoryAllocation
-
 _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no CUDA-capable device", re.IGNORECASE)
 
 
@@ -84,8 +82,7 @@ def target_named(name: str) -> EngineTarget:
 
 def capabilities(library: Library) -> tuple[str, ...]:
     """Compute capabilities, such as ``8.9``, that a library can build for; none if it builds for the card at hand."""
-    members = getattr(library.module, "ComputeCapability", None)
-    if members is None or not library.target.ahead:
+    if (members := getattr(library.module, "ComputeCapability", None)) is None or not library.target.ahead:
         return ()
     names = sorted(name for name in members.__members__ if re.fullmatch(r"SM\d+", name))
     return tuple(f"{name[2:-1]}.{name[-1]}" for name in names)
@@ -93,8 +90,7 @@ def capabilities(library: Library) -> tuple[str, ...]:
 
 def check_capability(library: Library, capability: str) -> None:
     """Refuse a compute capability that a library cannot build for, with a ``UsageError``."""
-    known = capabilities(library)
-    if not known:
+    if not (known := capabilities(library)):
         wrong = f"--compute-capability {capability}: {library.name} builds for the card of this machine alone."
         raise UsageError(wrong, fix="Leave it out, and build on each kind of card.")
     if capability not in known:
@@ -160,8 +156,7 @@ def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None =
         cache, key = timings
         # False: a timing cache of another version, card or driver is an error.
         config.set_timing_cache(config.create_timing_cache(cache.read(TIMINGS, key) or b""), False)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
+    if (engine := builder.build_serialized_network(network, config)) is None:
         raise _failed(library, spec, library.said[said:])
     if timings:
         with cache.making(TIMINGS, key):

@@ -17,7 +17,6 @@ from busigen.registry import BUCKETS, DEFAULT_BATCH, MIN_BATCH, rows_per_call
 MAX_BATCH = 4096  # largest `--batch-size`
 ALIGNMENT = 256  # bytes at whose multiples a tensor begins, as cudaMalloc's blocks do
 _ITEM = np.dtype(np.float32).itemsize  # bytes of a number: bundles take and give fp32, whatever they compute in
-
 _IN_VERSION = re.compile(r"\bbatch (?P<dynamic>up to )?(?P<sizes>\d{1,4}(,\d{1,4})*)$")
 
 
@@ -130,8 +129,7 @@ def fill(
 ) -> None:
     """Write rows to their places, the last one repeated to the end; an ``IntegrityError`` if an input does not fit."""
     for name, place in laid.items():
-        rows = inputs.get(name)
-        if rows is None or rows.shape[1:] != place.shape[1:]:
+        if (rows := inputs.get(name)) is None or rows.shape[1:] != place.shape[1:]:
             found = "is missing" if rows is None else f"has rows of shape {rows.shape[1:]}"
             wrong = f"the engine's input {name!r} {found}; it takes {place.shape[1:]}."
             raise IntegrityError(wrong, fix="Export the bundle again with 'busigen export'.")
