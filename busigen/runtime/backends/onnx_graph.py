@@ -145,7 +145,6 @@ class Graph:
 
 
 def _subgraphs(node: Any) -> list[Any]:
-    """The graphs that a node holds as attributes."""
     return [graph for one in node.attribute for graph in (*([one.g] if one.HasField("g") else []), *one.graphs)]
 
 

@@ -46,8 +46,6 @@ class OnDevice:
 
 @dataclass
 class _Buffers:
-    """What one shape of inputs is run in."""
-
     binding: ort.IOBinding
     inputs: dict[str, ort.OrtValue]
     output: ort.OrtValue

@@ -212,7 +212,6 @@ def _count_sorted(names: Iterable[str]) -> dict[str, int]:
 
 
 def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[str, type]) -> list[dict[str, Any]]:
-    """Write a shard's tar; returns its rows."""
     tar_name = shard_path(number, "tar")
     rows = []
     with (
@@ -252,7 +251,6 @@ def _encode(sample: Sample) -> list[bytes]:
 
 
 def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool | None:
-    """A row field of a sample, held to its declared type."""
     if (value := sample.row[name]) is None:
         return None
     plain: Any = value.item() if isinstance(value, np.generic) else value

@@ -258,7 +258,6 @@ class Bench:
 
 
 def _listed(text: str) -> list[str]:
-    """Entries of a comma-separated option, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 

@@ -276,7 +276,6 @@ def _tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
 
 
 def _torch_build(version: str, card: bool) -> Finding:
-    """Whether PyTorch can use the card, where there is one."""
     if not card or not version.endswith("+cpu"):
         return _finding("PyTorch", f"torch {version}; generate does without")
     described = f"torch {version} is a build without CUDA: train and audit would not use the card"
@@ -299,7 +298,6 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    """Memory that is free, as Linux tells."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

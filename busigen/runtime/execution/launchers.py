@@ -193,7 +193,6 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> None:
-    """What runs in the worker's process."""
 
     def listen() -> None:
         with contextlib.suppress(EOFError, OSError):

@@ -247,8 +247,6 @@ class _Part(Record):
 
 
 class _Collection(Record):
-    """What is used of a collection's ``dataset.json``."""
-
     parts: Many[_Part]
 
 

@@ -174,8 +174,6 @@ def _opened(folder: Path) -> _Repair:
 
 @dataclass
 class _Repair:
-    """The repair of one dataset: what is known of it, and what has been done."""
-
     folder: Path
     run: dict[str, Any]
     plan: Plan
@@ -241,7 +239,6 @@ class _Repair:
         return None
 
     def finish(self) -> None:
-        """Write the files that describe the whole dataset."""
         hashes = {name: hash_or_none(self.folder / name) for name in FINISHED_FILES}
         records = [ShardRecord.read(self.folder, number) for number in self.plan.numbers]
         with output_errors(self.folder):

@@ -238,7 +238,6 @@ def _read_run_record(path: Path) -> dict[str, Any] | None:
 
 
 def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
-    """dataset.json and the manifest must follow from run.json and the shards."""
     linked = [name for name in FINISHED_FILES if (folder / name).is_symlink()]
     missing = [name for name in FINISHED_FILES if name in linked or not (folder / name).is_file()]
     yield from (Problem(name, "is missing.", FINISH) for name in missing if name not in linked)

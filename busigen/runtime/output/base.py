@@ -156,7 +156,6 @@ class LocalOutput(Output):
         return [number for number in recorded_shards(self.folder) if number in plan.numbers]
 
     def _read(self, plan: Plan, number: int, *, hashed: bool = False) -> ShardRecord | None:
-        """A complete shard's record, without its refused draws."""
         try:
             record = ShardRecord.read(self.folder, number)
             files = {file: self.folder / file.file for file in (record.tar, record.parquet)}

@@ -249,14 +249,11 @@ def _empty(folder: Path) -> None:
 
 
 class _FromStore(FileProvider):
-    """Brings files of complete shards back; see :class:`busigen.runtime.dataset.finalize.FileProvider`."""
-
     def __init__(self, store: Store, folder: Path) -> None:
         self._store, self._folder = store, folder
 
     @contextmanager
     def files(self, records: Sequence[FileRecord]) -> Iterator[None]:
-        """Have these files in the folder while the block runs."""
         try:
             for record in records:
                 path = self._folder / record.file

@@ -217,5 +217,4 @@ def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, i
 def _rest_of(
     request: _Request | None, coming: Iterator[tuple[_Request, int] | None]
 ) -> Iterator[tuple[_Request, int] | None]:
-    """The indices of a request that were not begun yet."""
     return takewhile(lambda pair: pair is not None and pair[0] is request, coming)

@@ -62,7 +62,6 @@ def normal(seed: int, index: int, attempt: int, stream: str, shape: Sequence[int
 
 
 def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Words as numbers in (0, 1)."""
     unit = (words >> np.uint64(11)).astype(np.float64)
     # Half a step above zero, so that the logarithm is finite.
     unit += 0.5

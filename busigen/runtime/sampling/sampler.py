@@ -193,7 +193,6 @@ class Sampler:
         return BatchScheduler(size, lambda batch: steps[batch[0].kind.stage](seed, batch))
 
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Pick or synthesise each draw's healthy image."""
         if self.healthy is not None:
             picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
         else:
@@ -215,7 +214,6 @@ class Sampler:
         return [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
-        """Synthetic backgrounds, which the prior and the decoder draw in frames of the training images' shapes."""
         shapes, count = self.bundle.frames, len(batch)
         frames = [shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))] for d in batch]
         places = np.array([place_of(frame) for frame in frames], np.float32)
@@ -230,7 +228,6 @@ class Sampler:
         return [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
 
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Run stage 1 and its gates; draws that pass go on with mask, edit region and window."""
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
@@ -247,7 +244,6 @@ class Sampler:
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Run stages 2 and 3, paste into the healthy image, and judge the result by the last gate."""
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, image in zip(drafts, self._images(seed, drafts), strict=True):

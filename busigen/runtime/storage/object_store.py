@@ -144,7 +144,6 @@ class RetryingCaller:
         return self.kind(problem, fix="Create it first, or check the URL's spelling and the endpoint.")
 
     def _described(self, error: BaseException) -> str:
-        """What an error says, in one line that is not too long."""
         described = self.address.redact(getattr(error, "strerror", None) or str(error) or type(error).__name__)
         text = " ".join(described.split()).rstrip(".")
         return text if len(text) <= 160 else f"{text[:157]}..."

@@ -241,7 +241,6 @@ class EngineBackend(Backend):
             raise cuda_problem(provider.name, error, self._largest) from error
 
     def _claim_memory(self) -> None:
-        """Take two slots for the largest call of all graphs, and the memory in which all of them compute."""
         sessions = self._sessions.values()
         inputs = max(session.input_bytes for session in sessions)
         output = max(session.output_bytes for session in sessions)

@@ -165,7 +165,6 @@ def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None =
 
 
 def _failed(library: Library, spec: BuildSpec, said: Sequence[str]) -> BusigenError:
-    """Why there is no engine, from what the library said while it built."""
     account = " ".join(said)
     # The first message names the cause, those after it who passed it on.
     reason = " ".join(said[0].split())[:_SHOWN] if said else "it does not say why"
