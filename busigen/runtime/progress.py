@@ -66,10 +66,7 @@ class Observer:
 
 
 class Progress:
-    """Counts samples for its observers; calls may come from any thread. As a context manager, it takes a bar down.
-
-    Whoever knows the seconds that each stage has spent in the engine sets ``stage_seconds``.
-    """
+    """Counts samples for its observers, from any thread; as a context manager, it takes a bar down whatever happens."""
 
     _recent: deque[tuple[float, int]]
     _advanced: float
@@ -78,6 +75,7 @@ class Progress:
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
         self._lock = threading.Lock()
+        # Set by whoever knows the seconds that each stage has spent in the engine.
         self.stage_seconds: Callable[[], Mapping[str, float]] = dict
         self._begin("", 0, 0)
         self.unit = "sample"

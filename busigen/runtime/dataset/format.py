@@ -247,10 +247,8 @@ class Source(Protocol):
         ...
 
     def row_types(self) -> Mapping[str, type]:
-        """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None.
-
-        Declared, so that a shard whose column is all None gets the same table schema as its neighbours.
-        """
+        """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None."""
+        # Declared, so that a shard whose column is all None gets the same table schema as its neighbours.
         ...
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
@@ -267,12 +265,9 @@ class Stream(Source, Protocol):
     ) -> Generator[SampleBatch, None, None]:
         """Yield the samples of one request after the other, each as :meth:`Source.draw` would return them.
 
-        Args:
-            seed: of the noise.
-            requests: indices; read no further ahead than batches need. An empty request says that there is none for
-                now; it may come only while another one is unanswered, and the next one is read later.
-            done: called with the number of newly accepted samples, of any request.
-            stopping: returns whether to end with the oldest request that has been begun.
+        ``requests`` are indices, read no further ahead than batches need. An empty one says that there is none for now;
+        it may come only while another one is unanswered, and the next one is read later. ``done`` gets the number of
+        newly accepted samples; ``stopping`` says whether to end with the oldest request that has been begun.
         """
         ...
 

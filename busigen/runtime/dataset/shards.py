@@ -1,8 +1,4 @@
-"""Shards: a WebDataset tar, a table of its rows, and the record that says both are complete; tables from anywhere.
-
-polars is handed open files, never paths: it takes ``[``, ``*`` and ``?`` in a path for a pattern, whatever the files
-are called, and refuses names that are no UTF-8.
-"""
+"""Shards: a WebDataset tar, a table of its rows, and the record that says both are complete; tables from anywhere."""
 
 from __future__ import annotations
 
@@ -329,6 +325,7 @@ def _open_table(path: Path, rows: int) -> Iterator[BinaryIO]:
         refuse_costly(path, rows)
     except ValueError as error:
         raise pl.exceptions.ComputeError(str(error)) from error
+    # Open files, not paths: polars takes ``[``, ``*`` and ``?`` for a pattern, and refuses names that are no UTF-8.
     with looking(path), open_file(path) as file, _as_pythons_errors(path):
         yield file
 

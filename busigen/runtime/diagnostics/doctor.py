@@ -97,8 +97,13 @@ def examine(out: Path) -> Iterator[Finding]:
         yield Finding("generate", State.OK if found.works else State.PROBLEM, described, found.fix)
     if works:
         yield _finding("auto", f"--provider auto takes {works[-1]}")
-    if "torch" in packages:
-        yield _torch_build(packages["torch"], card)
+    if version := packages.get("torch"):
+        if card and version.endswith("+cpu"):
+            described = f"torch {version} is a build without CUDA: train and audit would not use the card"
+            fix = "Run `pip install --force-reinstall torch` without an index of CPU builds."
+            yield _finding("PyTorch", described, fix)
+        else:
+            yield _finding("PyTorch", f"torch {version}; generate does without")
     yield _processor()
     if sys.platform == "linux":
         yield _memory()
@@ -273,13 +278,6 @@ def _tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
     if plain and strays:
         described = f"{strays[0]} is of another major version than the packages, and is found before them"
         yield _finding("TensorRT libraries", described, f"Take {strays[0].parent} out of LD_LIBRARY_PATH.")
-
-
-def _torch_build(version: str, card: bool) -> Finding:
-    if not card or not version.endswith("+cpu"):
-        return _finding("PyTorch", f"torch {version}; generate does without")
-    described = f"torch {version} is a build without CUDA: train and audit would not use the card"
-    return _finding("PyTorch", described, "Run `pip install --force-reinstall torch` without an index of CPU builds.")
 
 
 def _processor() -> Finding:

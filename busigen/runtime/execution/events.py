@@ -27,10 +27,7 @@ log = logging.getLogger("busigen.runtime")
 
 
 class EventLog(Observer):
-    """Writes events, each at once and whole. As a context manager it logs the error that ends its block, and closes.
-
-    A log that can no longer be written is given up with one warning, and the run goes on.
-    """
+    """Writes events, each at once and whole; a context manager that logs its block's error; given up if unwritable."""
 
     def __init__(self, file: IO[str]) -> None:
         super().__init__()
@@ -40,10 +37,8 @@ class EventLog(Observer):
 
     @classmethod
     def open(cls, target: str, *, out: Path | Address) -> EventLog:
-        """Append to the file ``target``, or write to standard output for ``-``; it may not lie in the dataset ``out``.
-
-        A pipe will do if somebody reads from it, and so will a terminal; one that takes no more is not waited for.
-        """
+        """Append to the file ``target``, outside of the dataset ``out``, or write to standard output for ``-``."""
+        # A pipe will do if somebody reads from it, and so will a terminal; one that takes no more is not waited for.
         if target == "-":
             return cls(sys.stdout)
         path = Path(target)

@@ -150,17 +150,14 @@ def generate(
 ) -> GenerateReport:
     """Make the dataset of ``count`` accepted samples in ``out``, or finish one that the same call began earlier.
 
-    Samples, shards and every hashed file depend on the source's fingerprint and these arguments alone, not on where
-    earlier runs were stopped. Another count is refused like any other difference: it would change a last, short shard.
-
-    ``count``, ``seed``, ``shard_size`` and ``first`` are those of a `Plan`. ``part`` is what this call makes of the
-    dataset, beside others that make theirs in the same folder; None makes all, and the call that finds all shards there
-    completes the dataset. ``make`` makes the shards; None does so in this process. ``stop`` is asked after each shard.
+    Samples, shards and every hashed file depend on the source's fingerprint and the `Plan` alone, not on where earlier
+    runs were stopped. Another count is refused like any other difference: it would change a last, short shard. ``part``
+    is what this call makes of the dataset, beside others that make theirs in the same folder; None makes all, and the
+    call that finds all shards there completes the dataset. ``make`` makes the shards; None does so in this process.
 
     Raises:
-        UsageError: a number is out of range.
         OutputError: the place is foreign, in use, of another run, too small, not writable or not reached.
-        GenerationInterrupted: ``stop`` was asked to, or on Ctrl-C.
+        GenerationInterrupted: ``stop``, which is asked after each shard, says so, or on Ctrl-C.
         BusigenError: whatever the source raises; complete shards are kept.
     """
     started = time.monotonic()

@@ -37,10 +37,8 @@ class Launcher:
         return asked
 
     def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> WorkerPool | None:
-        """The workers; None where this process makes the shards itself.
-
-        ``make`` gives what a worker of so many threads opens its source with. Raises for options of other launchers.
-        """
+        """The workers; None where this process makes the shards itself. Raises for options of other launchers."""
+        # ``make`` gives what a worker of so many threads opens its source with.
         raise NotImplementedError
 
 

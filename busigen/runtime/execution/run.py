@@ -26,6 +26,8 @@ from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.url import Address
 
+_LOGGED = ("count", "seed", "shard_size", "provider", "index_range", "array_task", "launcher", "workers")
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -69,14 +71,7 @@ class GenerateOptions:
             busigen=busigen.__version__,
             process=os.getpid(),
             out=str(self.out.absolute() if isinstance(self.out, Path) else self.out),
-            count=self.count,
-            seed=self.seed,
-            shard_size=self.shard_size,
-            provider=options.provider,
-            index_range=self.index_range,
-            array_task=self.array_task,
-            launcher=self.launcher,
-            workers=self.workers,
+            **{name: getattr(options, name) for name in _LOGGED},
         )
         if choice:
             progress.note(f"provider: {choice.provider} ({choice.why})")
@@ -117,10 +112,8 @@ class GenerateOptions:
             return generate(coordinator.source(), output, make=coordinator.make, **options)
 
     def source(self, progress: Progress, plan: Plan | None = None, output: Output | None = None) -> Sampler:
-        """Where samples come from; this checks bundle, provider, threads and batch size.
-
-        With ``plan`` and ``output`` of a run in this process, another run that is there is refused early.
-        """
+        """Where samples come from; this checks bundle, provider, threads and batch size."""
+        # With plan and output of a run in this process, another run that is there is refused early.
         classes, asked = self._conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
         name = choose().provider if self.provider == AUTO else self.provider
@@ -161,11 +154,5 @@ class GenerateOptions:
         return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
 
     def _conditions(self) -> tuple[dict[str, float], SampleConditions]:
-        return parse_shares(self.classes), parse_conditions(
-            size=self.size,
-            depth=self.depth,
-            across=self.across,
-            height_width=self.height_width,
-            taller_than_wide=self.taller_than_wide,
-            birads=self.birads,
-        )
+        names = ("size", "depth", "across", "height_width", "taller_than_wide", "birads")
+        return parse_shares(self.classes), parse_conditions(**{name: getattr(self, name) for name in names})

@@ -275,12 +275,8 @@ def explain(
 ) -> Explanation:
     """Tell one sample's history and draw it again; raises what `read_recorded` does.
 
-    Args:
-        folder: a dataset, whole or damaged.
-        key: the sample's key as it stands in the manifest, or its index; of a merged dataset in parts, ``part/key``.
-        inputs: where the run's bundle and healthy images lie; None for the shipped bundle.
-        replay: whether to draw the sample again.
-        out: folder outside the dataset for the new image, mask and row; None writes nothing.
+    ``key`` is the sample's in the manifest, or its index; of a merged dataset in parts, ``part/key``. ``inputs`` say
+    where the run's bundle and healthy images lie; ``out`` is a folder outside the dataset for image, mask and row.
     """
     inputs = inputs or Inputs()
     if out is not None and not replay:

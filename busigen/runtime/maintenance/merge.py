@@ -1,8 +1,7 @@
 """Merged datasets: joining finished ones without changing a byte of their shards, and the parts that some consist of.
 
-A merged dataset of several seeds, or of ranges with a gap, cannot be renumbered without changing bytes. So it is a
-collection: it keeps its parts as they were made, in ``parts/000`` and so on, beside a table of all rows and a
-``dataset.json``.
+What would have to be renumbered, several seeds or ranges with a gap, becomes a collection: it keeps its parts as they
+were made, in ``parts/000`` and so on, beside a table of all rows and a ``dataset.json``.
 """
 
 from __future__ import annotations

@@ -74,10 +74,7 @@ def viewed(address: Address, progress: Progress | None = None) -> Iterator[Remot
 
 
 class RemoteView:
-    """A dataset at a URL, of which the small files are fetched at once, and shards as they are needed.
-
-    An InputError says that it is no dataset, or one in parts, or that the disk has no room for it.
-    """
+    """A dataset at a URL: small files are fetched at once, shards as needed; or an InputError."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.store, self.folder = store, folder

@@ -80,7 +80,6 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
     A shard is drawn again beside the dataset and compared with the hashes that its record or ``dataset.json`` holds;
     only files that differ are replaced, by rename. A table whose tar is whole is written from that, without drawing.
     The files that describe the whole dataset follow from the shards. Killed half way, it can be given again.
-    ``inputs`` are opened only if a shard has to be drawn.
 
     Raises:
         InputError: ``folder`` is no busigen dataset.

@@ -117,12 +117,9 @@ def verify(
 ) -> VerifyReport:
     """Check a whole dataset; nothing is changed. An InputError says that ``folder`` is no busigen dataset at all.
 
-    Args:
-        folder: the dataset.
-        healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
-        progress: counts every sample.
-        names: every file of the dataset, relative to it, with forward slashes; None for those in ``folder``.
-        shard: brings a shard's files; by default they are all in ``folder``.
+    Where ``healthy`` is given, the run's folder of healthy images, backgrounds are proven against it. ``names`` are all
+    files of the dataset, relative to it, with forward slashes; ``shard`` brings a shard's files. By default, both are
+    those in ``folder``.
     """
     progress = progress or Progress()
     if places := parts_of(folder):

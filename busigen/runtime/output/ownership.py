@@ -133,10 +133,8 @@ def refuse_other(out: Path | Address, existing: Mapping[str, Any], run: Mapping[
 def shown_changes(
     old: Mapping[str, Any], new: Mapping[str, Any], options: Mapping[str, str] | None = None
 ) -> list[str]:
-    """In what two run records, or what counts of them, differ, in words: by the options that decide it, else by fields.
-
-    ``options`` are those of the whole records, which know the names of folders.
-    """
+    """In what two run records, or parts of them, differ, in words: by the options that decide it, else by fields."""
+    # The options are those of the whole records, which know the names of folders.
     if not (changed := differences(old, new)):
         return []
     options = changed_options(old, new) if options is None else options

@@ -212,10 +212,8 @@ class RemoteOutput(Output):
 
 @contextmanager
 def _staging_held(staging: Path, address: Address) -> Iterator[None]:
-    """Hold a staging folder until the block ends; it is removed unless the next run needs what it holds.
-
-    That may be shards, and the mark by which the next run knows a lock at the URL that could not be removed.
-    """
+    """Hold a staging folder until the block ends; it is removed unless the next run needs what it holds."""
+    # That may be shards, and the mark by which the next run knows a lock at the URL that could not be removed.
     for path in (staging, staging / SHARD_FOLDER):
         if path.is_symlink():
             raise OutputError(f"{path} is a link.", fix="Remove it, or choose another --spool.")

@@ -1,7 +1,4 @@
-"""Conditions on lesions, as a user gives them: parsing, the values of each sample, measuring a mask by them.
-
-Shares are of the valid image, without letterbox bars.
-"""
+"""Conditions on lesions: parsing, each sample's values, measuring a mask. Shares are of the image without its bars."""
 
 from __future__ import annotations
 

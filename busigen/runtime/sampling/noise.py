@@ -1,6 +1,6 @@
 """Noise as a pure function of (seed, index, attempt, stream): no state, no order, no batch.
 
-Philox is counter-based (Salmon et al. 2011), and NumPy guarantees its raw stream across versions, which it does not for
+Philox is counter-based (Salmon et al. 2011). NumPy guarantees its raw stream across versions, but not
 ``Generator.normal``; so the step from bits to normals (Box and Muller 1958) is ours.
 """
 

@@ -73,10 +73,7 @@ class RetryingCaller:
     aborted: threading.Event = field(default_factory=threading.Event)
 
     def call(self, what: Callable[[], Result], retry: RetryPolicy | None = None) -> Result:
-        """Do something that a repetition does no harm to, if need be several times.
-
-        A ``FileNotFoundError`` or ``FileExistsError`` is raised as it is; of others, ``kind`` once there is no hope.
-        """
+        """Do, several times if need be, what repetition does not harm; a missing or existing file is raised as it is."""
         retry = retry or self.retry
         began, pause = time.monotonic(), retry.first
         while True:
@@ -169,10 +166,7 @@ class RetryingCaller:
 
 
 class Store:
-    """Files below the caller's URL, by names with forward slashes.
-
-    ``sizes`` has the bytes of the files that are there, as of the last look and of what was done since.
-    """
+    """Files below the caller's URL, by names with forward slashes; ``sizes`` has their bytes as of the last look."""
 
     def __init__(self, caller: RetryingCaller) -> None:
         self.caller, self.address = caller, caller.address

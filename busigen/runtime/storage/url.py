@@ -17,10 +17,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
 @dataclass(frozen=True, repr=False)
 class Address:
-    """A URL without a slash at its end. It can be joined and shown as a ``Path`` can.
-
-    Shown, it lacks its credentials: ``url`` is for the store's library alone.
-    """
+    """A URL without a slash at its end, which can be joined and shown, without its credentials, as a ``Path`` can."""
 
     url: str
 

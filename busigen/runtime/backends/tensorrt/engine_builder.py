@@ -318,11 +318,9 @@ class BuildRequest:
         return len(self.check()) * len(graph_names())
 
     def check(self) -> list[tuple[Library, str, Device | None]]:
-        """What builds, for which compute capability and on which card: all that can be wrong before a bundle is read.
+        """What builds, for which compute capability and on which card; all that can be wrong before a bundle is read.
 
-        Raises:
-            UsageError: a target is unknown, or its library does not build for a capability.
-            BusigenError: a library is not installed, or needs the card that runs the engines.
+        A BusigenError says that a target is unknown, its library not installed, or not able to build that here.
         """
         jobs: list[tuple[Library, str, Device | None]] = []
         for name, target in {name: target_named(name) for name in self.targets}.items():

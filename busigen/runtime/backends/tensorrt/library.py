@@ -1,7 +1,4 @@
-"""TensorRT and the card: importing the library, building an engine, opening the card, and their errors as advice.
-
-TensorRT and TensorRT for RTX have one API in two modules, which are imported when they are needed.
-"""
+"""TensorRT, or TensorRT for RTX, and the card: importing and opening them, building an engine, errors as advice."""
 
 from __future__ import annotations
 

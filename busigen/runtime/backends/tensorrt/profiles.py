@@ -39,10 +39,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch sizes to build engines for, the full one first; as in ``generate``, they count rows at the smallest window.
+    """Batch sizes to build engines for, the full one first, in rows at the smallest window; or a UsageError."""
 
-    ``dynamic`` asks for one profile for every batch up to the full one, in place of a fixed one per size.
-    """
+    # ``dynamic`` asks for one profile for every batch up to the full one, in place of a fixed one per size.
 
     sizes: tuple[int, ...] = (DEFAULT_BATCH,)
     dynamic: bool = False
