@@ -87,9 +87,8 @@ class EngineOptions:
 class Engine:
     """What a provider's module offers; both raise a ``ProviderError`` if the provider cannot be used here.
 
-    ``open`` makes a backend on an opened, checked bundle, with the first graph loaded; an ``IntegrityError`` if that
-    cannot be loaded. ``probe`` runs a network of one node, and says in a few words on what it ran. Libraries of a
-    broken installation may end the process, so it is called in one of its own (`probe.probe`).
+    ``open`` makes a backend on a checked bundle, with the first graph loaded, or raises an ``IntegrityError``. ``probe``
+    runs a network of one node, and says in a few words on what; broken libraries may end its process (`probe.probe`).
     """
 
     open: Callable[[Bundle, Provider, EngineOptions], Backend]

@@ -159,11 +159,10 @@ def _whole_number(tensor: Any) -> int | None:
 
 
 def with_conditions(model: bytes) -> bytes:
-    """The same serialised model with nothing that reads the condition of a loop which has none.
+    """The same serialised model with nothing that reads the condition of a loop which has none; or a ValueError.
 
     ONNX lets a ``Loop`` go without a condition and still hands its body one, which the body must hand back. TensorRT's
-    parser (tensorrt-rtx 1.7.1) fails at the node that does so: here that node reads a constant. A ``ValueError`` says
-    that the model is no protobuf message.
+    parser (tensorrt-rtx 1.7.1) fails at the node that does so: here that node reads a constant.
     """
     always = "busigen/always"
     parsed = _parsed(model)

@@ -69,9 +69,8 @@ Floats = NDArray[np.float32]
 class Sampler:
     """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
-    ``classes`` are weights (`parse_classes`), ``asked`` conditions on outlines; without ``healthy``, backgrounds are
-    synthetic. ``batch_size``, 1 to 4096 or a UsageError, counts images per engine call at the smallest window; larger
-    windows use fewer, none fewer than ``MIN_BATCH``.
+    Without ``healthy``, backgrounds are synthetic. ``batch_size``, 1 to 4096 or a UsageError, counts images per engine
+    call at the smallest window; larger windows use fewer, none fewer than ``MIN_BATCH``.
     """
 
     def __init__(

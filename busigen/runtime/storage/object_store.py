@@ -73,7 +73,7 @@ class RetryingCaller:
     aborted: threading.Event = field(default_factory=threading.Event)
 
     def call(self, what: Callable[[], Result], retry: RetryPolicy | None = None) -> Result:
-        """Do, several times if need be, what repetition does not harm; a missing or existing file is raised as it is."""
+        """Do, several times if need be, what repetition does not harm; FileNotFoundError and FileExistsError pass."""
         retry = retry or self.retry
         began, pause = time.monotonic(), retry.first
         while True:
