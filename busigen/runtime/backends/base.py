@@ -87,8 +87,9 @@ class EngineOptions:
 class Engine:
     """What a provider's module offers; both raise a ``ProviderError`` if the provider cannot be used here.
 
-    ``open`` makes a backend on a checked bundle, with the first graph loaded, or raises an ``IntegrityError``. ``probe``
-    runs a network of one node, and says in a few words on what; broken libraries may end its process (`probe.probe`).
+    ``open`` makes a backend on a checked bundle, with the first graph loaded, or raises an ``IntegrityError``.
+    ``probe`` runs a network of one node, and says in a few words on what; broken libraries may end its process
+    (`probe.probe`).
     """
 
     open: Callable[[Bundle, Provider, EngineOptions], Backend]

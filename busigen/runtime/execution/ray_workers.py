@@ -65,8 +65,9 @@ class _Actor:
 class RayWorkerPool:
     """Ray actors. One that is lost, with its machine or without, is replaced wherever Ray has room.
 
-    ``make`` opens a worker's source, by paths that hold on every machine. Without ``size``, there are as many workers, of
-    these ``resources``, as there is room for. Without the ``address`` of a cluster, one begins and ends with this pool.
+    ``make`` opens a worker's source, by paths that hold on every machine. Without ``size``, there are as many workers,
+    of these ``resources``, as there is room for. Without the ``address`` of a cluster, one begins and ends with this
+    pool.
     """
 
     def __init__(self, make: SourceMaker, size: int | None, resources: dict[str, int], address: str | None) -> None:

@@ -39,11 +39,11 @@ class GenerationInterrupted(BusigenError):
 class Stopping:
     """Listens for Ctrl-C and SIGTERM while its block runs; ``notify`` gets a line, in a thread of its own.
 
-    Outside of ``finishing`` a signal raises ``KeyboardInterrupt`` in the main thread. Inside, the first one is only noted
-    (``requested``), and each further one raises. An interrupt that leaves the block becomes a ``GenerationInterrupted``.
-    A signal that the process was started to ignore stays ignored. The main thread may be inside an engine, which cannot
-    be interrupted: the process is ended where it does not hear a second signal within two seconds, or does not end ten
-    seconds later, and on a third one at once. Never entered, it never asks to stop.
+    Outside of ``finishing`` a signal raises ``KeyboardInterrupt`` in the main thread. Inside, the first one is only
+    noted (``requested``), and each further one raises. An interrupt that leaves the block becomes a
+    ``GenerationInterrupted``. A signal that the process was started to ignore stays ignored. The main thread may be
+    inside an engine, which cannot be interrupted: the process is ended where it does not hear a second signal within
+    two seconds, or does not end ten seconds later, and on a third one at once. Never entered, it never asks to stop.
     """
 
     def __init__(self, notify: Callable[[str], None] = lambda line: None) -> None:
