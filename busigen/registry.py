@@ -306,7 +306,7 @@ MIN_BATCH = 2
 the bytes of a sample must not depend on the batch size."""
 
 DEFAULT_BATCH = 16
-DEFAULT_SHARD_SIZE = 100  # samples; what an interruption loses: on a CPU, minutes of work and not hours
+SHARD_SIZE = 100  # samples, unless asked otherwise; what an interruption loses: minutes of work on a CPU, not hours
 
 
 def rows_per_call(side: int, batch_size: int) -> int:

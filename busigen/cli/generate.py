@@ -9,16 +9,7 @@ import typer
 
 from busigen.cli.app import Interrupted, app, stderr, stdout
 from busigen.errors import InputError, UsageError
-from busigen.registry import (
-    AUTO,
-    BIRADS,
-    DEFAULT_BATCH,
-    DEFAULT_SHARD_SIZE,
-    LAUNCHERS,
-    PROVIDERS,
-    SYNTHETIC,
-    TALLER_THAN_WIDE,
-)
+from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SHARD_SIZE, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.storage.url import place_of, refuse_urls
 
 
@@ -56,9 +47,7 @@ def generate(
     birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = DEFAULT_BATCH,
-    shard_size: Annotated[
-        int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
-    ] = DEFAULT_SHARD_SIZE,
+    shard_size: Annotated[int, typer.Option(help="Samples per shard; a kill loses up to two shards.")] = SHARD_SIZE,
     provider: Annotated[
         str, typer.Option(help=f"{', '.join(PROVIDERS)}; or auto: what --out was begun with, else the best that works.")
     ] = AUTO,

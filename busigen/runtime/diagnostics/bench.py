@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import busigen
 from busigen.errors import UsageError
 from busigen.files import TEMPORARY_PREFIX
-from busigen.registry import AUTO, DEFAULT_SHARD_SIZE, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
+from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SHARD_SIZE, SYNTHETIC
 from busigen.runtime.backends.base import Backend, EngineOptions, Feed, TimedBackend, open_backend, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose, machine, peak_memory, reset_peak_memory
@@ -190,7 +190,7 @@ class Bench:
         for option, value in (("--count-for", self.count_for), ("--repeat", self.repeat)):
             if not 1 <= value <= MAX_COUNT:
                 raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from 1 to {MAX_COUNT}.")
-        plan = Plan(count=self.count, seed=0, shard_size=DEFAULT_SHARD_SIZE)
+        plan = Plan(count=self.count, seed=0, shard_size=SHARD_SIZE)
         sizes = _listed(self.batch_sizes)
         if wrong := [text for text in sizes if not text.isdecimal()]:
             fix = "Give whole numbers separated by commas: --batch-sizes 4,16."

@@ -118,9 +118,9 @@ def pace_of(out: Path, records: Records) -> float | None:
     written = {number: place.stat().st_mtime for number, place in places.items() if place.exists()}
     # A clock that was set back gives gaps below zero.
     gaps = [
-        (written[number + 1] - time) / records[number + 1].count
-        for number, time in written.items()
-        if written.get(number + 1, time) > time
+        (written[number + 1] - moment) / records[number + 1].count
+        for number, moment in written.items()
+        if written.get(number + 1, moment) > moment
     ]
     return statistics.median(gaps) if len(gaps) >= _LEAST_GAPS else None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import UsageError
-from busigen.registry import DEFAULT_SHARD_SIZE
+from busigen.registry import SHARD_SIZE
 from busigen.runtime.dataset.finalize import dataset_info
 from busigen.runtime.dataset.format import RUN_FILE, Plan, SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
@@ -141,7 +141,7 @@ def generate(
     *,
     count: int,
     seed: int,
-    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_size: int = SHARD_SIZE,
     first: int = 0,
     part: Plan | None = None,
     make: Callable[[Source, ShardJob], None] | None = None,

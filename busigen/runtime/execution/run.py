@@ -9,7 +9,7 @@ from typing import Any
 
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
-from busigen.registry import AUTO, DEFAULT_BATCH, DEFAULT_SHARD_SIZE, SYNTHETIC
+from busigen.registry import AUTO, DEFAULT_BATCH, SHARD_SIZE, SYNTHETIC
 from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose
@@ -44,7 +44,7 @@ class GenerateOptions:
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
-    shard_size: int = DEFAULT_SHARD_SIZE
+    shard_size: int = SHARD_SIZE
     provider: str = AUTO  # the one that ``out`` was begun with, else the best here; or a name in registry.PROVIDERS
     threads: int | None = None  # None for one per core
     size: str | None = None  # of outlines, a number or ``low:high``, as the next three

@@ -31,16 +31,7 @@ from busigen.errors import IntegrityError, OutputError
 from busigen.files import is_temporary, json_bytes, write_json
 from busigen.records import Record, Text, Whole, checked, parse_json, read_json
 from busigen.runtime.backends.bundle import unproven
-from busigen.runtime.dataset.format import (
-    FIELDS,
-    RUN_FILE,
-    WRITTEN,
-    Plan,
-    Source,
-    changed_options,
-    decided,
-    differences,
-)
+from busigen.runtime.dataset.format import FIELDS, RUN_FILE, WRITTEN, Plan, Source, changed_options, differences
 from busigen.runtime.dataset.reader import RunRecord, refuse_newer
 from busigen.runtime.storage.lock import LOCK_FILE, in_use, is_lock
 from busigen.runtime.storage.object_store import RetryPolicy, Store
@@ -88,7 +79,7 @@ def refuse_other_run(
     """Refuse early what would be refused once ``healthy`` is read, whose images ``source`` lacks."""
     run = run_record(source, plan)
     run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
-    before = decided(existing, "--healthy")
+    before = existing.get("fingerprint", {}).get("healthy")
     run["fingerprint"]["healthy"] = before if before != run["fingerprint"]["healthy"] else None
     refuse_other(out, existing, run)
 

@@ -63,8 +63,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     """Give a new folder beside ``out`` that becomes it, with all in it on disk, on success and is removed on failure.
 
     A lock file lies beside it meanwhile. One that no living process holds tells the next call for the same ``out`` what
-    a killed one left, and nothing else is ever removed. An OutputError: ``out`` is a link, a file, not empty, or in
-    use.
+    a killed one left, and nothing else is removed. An OutputError: ``out`` is a link, a file, not empty, or in use.
     """
     if out.is_symlink():
         raise OutputError(f"{out} is a link.", fix="Choose a folder that does not exist or is empty.")
