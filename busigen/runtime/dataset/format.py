@@ -240,20 +240,16 @@ class Source(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides which samples exist, nested and JSON-able (bundle, healthy images, classes)."""
-        ...
 
     def options(self) -> Mapping[str, str | None]:
         """Names, never paths, of the folders that options gave, for people; None where the default was taken."""
-        ...
 
     def row_types(self) -> Mapping[str, type]:
         """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None."""
         # Declared, so that a shard whose column is all None gets the same table schema as its neighbours.
-        ...
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
         """Draw one accepted sample per index; call ``done(n)`` whenever ``n`` more samples have been accepted."""
-        ...
 
 
 @runtime_checkable
@@ -269,7 +265,6 @@ class Stream(Source, Protocol):
         it may come only while another one is unanswered, and the next one is read later. ``done`` gets the number of
         newly accepted samples; ``stopping`` says whether to end with the oldest request that has been begun.
         """
-        ...
 
 
 def batches_of(

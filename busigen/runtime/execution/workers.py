@@ -208,11 +208,9 @@ class WorkerPool(Protocol):
 
     def order(self, worker: int, order: Order | None) -> None:
         """Give a worker that is ready a shard; None: it is to finish the oldest one that it has begun, and end."""
-        ...
 
     def events(self, timeout: float) -> list[Event]:
         """What has happened, in order for each worker; empty after so many seconds without a message."""
-        ...
 
 
 class Coordinator:
