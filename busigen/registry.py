@@ -258,6 +258,7 @@ COPY_COMMANDS = {"s3": "aws s3 sync {} copy", "gs": "gcloud storage rsync -r {} 
 # the bytes of a sample must not depend on the batch size.
 MIN_BATCH = 2
 DEFAULT_BATCH = 16
+SHARD_SIZE = 100  # samples, unless asked otherwise; what an interruption loses: minutes of work on a CPU, not hours
 
 
 def rows_per_call(side: int, batch_size: int) -> int:

@@ -9,9 +9,7 @@ import typer
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
 from busigen.errors import BusigenError, FlaggedError, InputError, UsageError
-from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
-from busigen.runtime.maintenance.summaries import explained, generated, merged, repaired, verified
+from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SHARD_SIZE, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.storage.url import place_of, refuse_urls
 
 
@@ -49,9 +47,7 @@ def generate(
     birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = DEFAULT_BATCH,
-    shard_size: Annotated[
-        int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
-    ] = DEFAULT_SHARD_SIZE,
+    shard_size: Annotated[int, typer.Option(help="Samples per shard; a kill loses up to two shards.")] = SHARD_SIZE,
     provider: Annotated[
         str, typer.Option(help=f"{', '.join(PROVIDERS)}; or auto: what --out was begun with, else the best that works.")
     ] = AUTO,
@@ -95,7 +91,7 @@ def generate(
     options = GenerateOptions(**{**typed, "out": place})
     with supervised(place, log_json) as (progress, stop):
         report = options.run(progress, stop)
-    for line in generated(report):
+    for line in report.lines():
         (stderr if log_json == "-" else stdout).print(line)
 
 
@@ -170,7 +166,7 @@ def verify(
         inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
         mended = mend(refuse_repair(place), inputs=inputs) if repair else None
         report = mended.after if mended else verify_place(place, healthy=healthy, progress=progress)
-    for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
+    for line in (*(mended.lines() if mended else ()), *report.lines(proving=healthy is not None)):
         stdout.print(line)
     if mended and mended.error:
         raise mended.error
@@ -196,7 +192,7 @@ def merge(
             report = run(out, datasets, progress=progress)
         except KeyboardInterrupt:
             raise Interrupted("Interrupted; nothing was merged.", fix="Run the same command again.") from None
-    for line in merged(report):
+    for line in report.lines():
         stdout.print(line)
 
 
@@ -223,7 +219,7 @@ def explain(
     if as_json:
         stdout.print_as_json(described.to_json())
     else:
-        for line in explained(described):
+        for line in described.lines():
             stdout.print(line)
     if described.error:
         raise described.error

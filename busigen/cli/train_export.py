@@ -21,8 +21,7 @@ from busigen.registry import (
     PRECISIONS,
     PRESETS,
 )
-from busigen.runtime.maintenance.summaries import SHOWN_PROBLEMS
-from busigen.text import shell_word
+from busigen.text import SHOWN_PROBLEMS, shell_word
 
 if TYPE_CHECKING:
     from busigen.runtime.backends.bundle import Bundle

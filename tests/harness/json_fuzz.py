@@ -231,7 +231,7 @@ def _replayed(folder: Path) -> None:
 
 
 def _continued(folder: Path) -> None:
-    from busigen.runtime.output.lease import Beat
+    from busigen.runtime.output.ownership import Beat
     from busigen.runtime.output.remote import RemoteOutput
 
     beat = Beat(every=0.02, dead=0.06, settle=0.0)
@@ -376,7 +376,7 @@ def _report(folder: Path) -> None:
 
 
 def _engines(folder: Path) -> Any:
-    from busigen.runtime.backends.tensorrt.engine_cache import Cache
+    from busigen.runtime.backends.tensorrt.engine_builder import Cache
 
     return Cache(folder)
 
