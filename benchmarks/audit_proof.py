@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.context import AuditContext, Figure, ImageSet, SectionResult, jsonable
 from busigen.evaluation.reading.sets import from_prepared
-from busigen.evaluation.results import Figure, SectionResult, jsonable
 from busigen.evaluation.sections import SECTIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -25,8 +25,8 @@ from typing import Any
 from measuring import RESULTS, about, run, show, size_of, write
 from ready_made import ReadyMade
 
+from busigen.registry import SHARD_SIZE
 from busigen.runtime.backends.probe import peak_memory, reset_peak_memory
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
 from busigen.runtime.dataset.shards import ShardRecord
 from busigen.runtime.execution.estimate import Forecast
 from busigen.runtime.execution.factory import generate
@@ -79,7 +79,7 @@ def main() -> None:
     print(f"From {first['count']:,} to {last['count']:,}:")
     for name, value in growth.items():
         print(f"  {name.replace('_', ' ')} {value:+.1%}")
-    record = {"command": {"counts": options.counts, "shard_size": DEFAULT_SHARD_SIZE, "seed": SEED}}
+    record = {"command": {"counts": options.counts, "shard_size": SHARD_SIZE, "seed": SEED}}
     write(options.results, {**record, "machine": machine, "growth": growth, "runs": runs})
 
 
@@ -143,7 +143,7 @@ def generated(count: int, out: Path) -> dict[str, Any]:
     source, progress = ReadyMade(), Watched()
     # A first, small dataset loads what is loaded on first use; what is measured is what the count adds.
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        generate(source, Path(folder) / "first", count=DEFAULT_SHARD_SIZE, seed=SEED)
+        generate(source, Path(folder) / "first", count=SHARD_SIZE, seed=SEED)
     reset_peak_memory()
     progress.began = time.perf_counter()
     with MemoryCurve() as curve:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.registry import ATTRIBUTES, RESOLUTION
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 
 POOL = 64
 """Images that are drawn before anything is measured."""
@@ -26,17 +26,17 @@ _STRIDE = 641
 
 
 class ReadyMade:
-    """A :class:`busigen.runtime.dataset.sample.Source`. A sample is an image of the pool, rotated by its index."""
+    """A :class:`busigen.runtime.dataset.format.Source`. A sample is an image of the pool, rotated by its index."""
 
     def __init__(self) -> None:
         self._pool = [_speckle(np.random.default_rng(number)) for number in range(POOL)]
 
     def fingerprint(self) -> dict[str, Any]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        """See :class:`busigen.runtime.dataset.format.Source`."""
         return {"source": "ready made", "pool": POOL}
 
     def options(self) -> Mapping[str, str | None]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        """See :class:`busigen.runtime.dataset.format.Source`."""
         return {}
 
     def row_types(self) -> Mapping[str, type]:
@@ -55,7 +55,7 @@ class ReadyMade:
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        """See :class:`busigen.runtime.dataset.format.Source`."""
         samples = list(self.samples(indices))
         done(len(samples))
         refused = [Rejection(s.index, 0, s.label, "the lesion is too small") for s in samples if s.attempt]

@@ -26,8 +26,9 @@ from measuring import RESULTS, about, in_turns, median, ratios, run, show, size_
 from PIL import Image
 from ready_made import ReadyMade
 
+from busigen.registry import SHARD_SIZE
 from busigen.runtime.backends.probe import peak_memory
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, key_of
+from busigen.runtime.dataset.format import key_of
 from busigen.runtime.execution.factory import generate
 
 SEED = 7
@@ -58,7 +59,7 @@ def main() -> None:
         ],
     )
     record = {
-        "command": {"count": options.count, "repeat": options.repeat, "shard_size": DEFAULT_SHARD_SIZE},
+        "command": {"count": options.count, "repeat": options.repeat, "shard_size": SHARD_SIZE},
         "machine": about("webdataset", "datasets", "pyarrow"),
         "medians": rows,
         "runs": runs,
@@ -132,7 +133,7 @@ def webdataset() -> Writer:
 
     def writes(source: ReadyMade, out: Path, count: int) -> None:
         out.mkdir()
-        with ShardWriter(str(out / "%06d.tar"), maxcount=DEFAULT_SHARD_SIZE, verbose=0) as sink:
+        with ShardWriter(str(out / "%06d.tar"), maxcount=SHARD_SIZE, verbose=0) as sink:
             for sample in source.samples(range(count)):
                 sink.write(
                     {

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.context import AuditContext
+from busigen.evaluation.context import AuditContext, Figure
 from busigen.evaluation.reading.sets import from_prepared, read_set
-from busigen.evaluation.results import Figure
 from busigen.evaluation.utility import training as arms
 from busigen.evaluation.utility import training as segmentation
 from busigen.evaluation.utility.section import run

@@ -14,10 +14,9 @@ SILENCE = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "DO_NOT_TRACK": "1",
 }
-"""What keeps libraries from reporting home. ONNX Runtime, for one, queues the path of the Python interpreter, the
-machine's identity and names of graphs under the user's cache folder, and posts them. It reads this once, when it is
-imported, so it is set here, which every process passes first; whatever a process starts inherits it. What the
-environment said before does not count: medical images are about."""
+"""What keeps libraries from reporting home, whatever the environment said before: medical images are about. ONNX
+Runtime posts paths, the machine's identity and names of graphs. It reads this once, when it is imported, so it is set
+here, which every process passes first; whatever a process starts inherits it."""
 
 REPORTED = "onnxruntime" in sys.modules and os.environ.get("ORT_DISABLE_TELEMETRY") != "1"
 """Whether ONNX Runtime was imported before busigen, and may have reported what it does at that moment."""

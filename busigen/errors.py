@@ -92,8 +92,5 @@ class CapacityError(BusigenError):
         self.rows, self.fits = rows, fits
 
 
-INTERRUPTED_EXIT_CODE = 130
-"""Ctrl-C (SIGINT)."""
-
-TERMINATED_EXIT_CODE = 143
-"""SIGTERM, as the shell numbers it: 128 + 15."""
+INTERRUPTED_EXIT_CODE = 130  # Ctrl-C (SIGINT).
+TERMINATED_EXIT_CODE = 143  # SIGTERM, as the shell numbers it: 128 + 15.

@@ -17,8 +17,7 @@ from typing import IO, Any
 
 from busigen.foreign import open_file, walk
 
-TEMPORARY_PREFIX = ".tmp-"
-"""Start of the names of unfinished files."""
+TEMPORARY_PREFIX = ".tmp-"  # Start of the names of unfinished files.
 
 # Older versions gave a number or a token alone.
 _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:[0-9]+(?:-[0-9a-f]{{8}})?|[0-9a-f]{{8}})-(.+)", re.DOTALL)

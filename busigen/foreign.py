@@ -21,18 +21,16 @@ from busigen.errors import AccessError
 
 _AGAIN = "then run the same command again."
 _DISK = f"Check the disk, or the connection to it, {_AGAIN}"
+_ACCESS = f"Give yourself read access to it and to the folders above it, {_AGAIN}"
+# The fix to suggest for each error of the system that says nothing about the file itself.
 _FIXES = {
-    errno.EACCES: f"Give yourself read access to it and to the folders above it, {_AGAIN}",
-    errno.EPERM: f"Give yourself read access to it and to the folders above it, {_AGAIN}",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _ACCESS),
     errno.EMFILE: f"Allow more open files (ulimit -n 1024), {_AGAIN}",
     errno.ENFILE: f"End other programs, which hold all files that this machine can have open, {_AGAIN}",
     errno.ENOMEM: f"Free some memory, {_AGAIN}",
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN), _DISK),
 }
-"""The fix to suggest for each error of the system that says nothing about the file itself."""
-
-MAX_DEPTH = 64
-"""Levels of folders that are read; longer paths cannot be opened."""
+MAX_DEPTH = 64  # Levels of folders that are read; longer paths cannot be opened.
 
 
 class ForeignFileError(OSError):
@@ -71,10 +69,7 @@ def access_error(error: OSError, path: Path | None = None) -> AccessError | None
 def open_file(path: Path, *, limit: int | None = None, root: Path | None = None) -> BufferedReader:
     """Open a regular file for reading in binary.
 
-    Args:
-        path: the file.
-        limit: most bytes that it may have, checked once; None for no limit.
-        root: a folder above ``path``, beneath which no link is followed; None follows links.
+    ``limit`` is the most bytes that it may have, checked once; beneath ``root``, no link is followed.
 
     Raises:
         ForeignFileError: it is no regular file, behind a link, or larger than ``limit``.
@@ -169,12 +164,8 @@ Struct = dict[int, Any]
 def refuse_costly(path: Path, rows: int, *, lists: bool = False) -> None:
     """Refuse a Parquet table that claims other than ``rows`` rows, or more room than these can need.
 
-    Reading it then takes at most some 2 KiB for each row beside what its pages unpack to, 8 KiB for each row.
-    ``lists`` says whether columns may be lists.
-
-    Raises:
-        OSError: it is missing, cannot be read, or is no regular file.
-        ValueError: it is refused, or no table.
+    Reading it then takes at most some 2 KiB for each row beside what its pages unpack to, 8 KiB for each row. ``lists``
+    says whether columns may be lists. A ValueError refuses it, an OSError says that it cannot be read.
     """
     limit = _SPARE_BYTES + _ROW_BYTES * rows
     try:

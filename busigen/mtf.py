@@ -1,10 +1,9 @@
 """How sharp an image is as a whole, along its depth and across: what scanners, settings and zoom differ by.
 
-A decoder draws speckle of one width from white noise, give or take what the latents tell it. Real sets hold images of
-many scanners, at many zooms, and the width of a speckle differs between them more than within any. What a scanner does
-to detail is to first order a filter, and one that can be taken apart into an axial and a lateral one (Wagner et al.
-1983, IEEE Trans. Sonics Ultrasonics 30). So pairs on synthetic backgrounds pass through such a filter last: each pair
-through its own, drawn from how real images' detail is distributed and drawn images' is not.
+A decoder draws speckle of about one width, and real sets hold images of many scanners, at many zooms. What a scanner
+does to detail is to first order an axial and a lateral filter (Wagner et al. 1983, IEEE Trans. Sonics Ultrasonics 30).
+So each pair on a synthetic background passes through one of its own last, drawn from how real images' detail is
+distributed and drawn images' is not.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from busigen.noise_styles import LIMIT
 from busigen.text import printable
 
 REFERENCE = 0.03  # Cycles per pixel up to which filters change nothing: anatomy.
-KNOTS = (0.08, 0.13, 0.18, 0.24, 0.31, 0.39, 0.46)
-"""Frequencies in cycles per pixel, on each axis, between which a filter's gain is interpolated."""
-
+KNOTS = (0.08, 0.13, 0.18, 0.24, 0.31, 0.39, 0.46)  # Cycles per pixel between which a filter's gain is interpolated.
 RADIUS = 10  # Pixels that a filter reaches to either side.
 TILE = 32  # Side in pixels of the tiles whose spectra are measured; they overlap by half (Welch 1967).
 FLOOR = 0.02  # Added to a band's power in grey levels squared; rounding to grey levels leaves a twelfth.
@@ -31,17 +28,15 @@ FEWEST_TILES = 4  # On which an image's detail is measured.
 LARGEST_GAIN = 3.0  # Greatest magnitude of a number in a bundle's ``transfer``: 26 dB.
 
 Floats = NDArray[Any]
+# Taps along columns (axial) and along rows (lateral), ``(2 * RADIUS + 1,)`` each; they add up to 1.
 Kernels = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Taps along columns (axial) and along rows (lateral), ``(2 * RADIUS + 1,)`` each; they add up to 1."""
 
 
 @dataclass(frozen=True)
 class Transfer:
     """How images' filters are distributed: logarithms of gains at the axial ``KNOTS``, then at the lateral ones.
 
-    Attributes:
-        mean: ``(2 * len(KNOTS),)``.
-        factor: ``(2 * len(KNOTS), K)``, how ``K`` independent normals make what is added to the mean.
+    To the mean is added what ``factor``, ``(2 * len(KNOTS), K)``, makes of ``K`` independent normals.
     """
 
     mean: Floats
@@ -58,11 +53,7 @@ class Transfer:
 
     @classmethod
     def from_json(cls, found: Any) -> Self:
-        """Read what :meth:`to_json` gave.
-
-        Raises:
-            ValueError: it is anything else, or holds a number that is not finite or larger than ``LARGEST``.
-        """
+        """Read what :meth:`to_json` gave; a ValueError for all else and for numbers beyond ``LARGEST_GAIN``."""
         if not isinstance(found, dict) or found.keys() != {"mean", "factor"} or not isinstance(found["factor"], list):
             raise ValueError("no mapping of 'mean' and 'factor'")
         rows = [found["mean"], *found["factor"]]
@@ -80,16 +71,13 @@ class Transfer:
 
 def kernels(gains: Floats) -> Kernels:
     """Zero-phase filters from logarithms of gains ``(2 * len(KNOTS),)``; brightness is kept."""
-    axial, lateral = (_kernel(part) for part in np.split(np.asarray(gains, np.float64), 2))
-    return axial, lateral
-
-
-def _kernel(gains: Floats) -> NDArray[np.float64]:
-    frequencies = np.linspace(0.0, 0.5, 2 * TILE + 1)
-    response = np.exp(np.interp(frequencies, (REFERENCE, *KNOTS), (0.0, *gains)))
-    taps = np.roll(np.fft.irfft(response), RADIUS)[: 2 * RADIUS + 1]
-    taps *= np.hanning(2 * RADIUS + 3)[1:-1]
-    return np.asarray(taps / taps.sum())
+    found = []
+    for part in np.split(np.asarray(gains, np.float64), 2):
+        response = np.exp(np.interp(np.linspace(0.0, 0.5, 2 * TILE + 1), (REFERENCE, *KNOTS), (0.0, *part)))
+        taps = np.roll(np.fft.irfft(response), RADIUS)[: 2 * RADIUS + 1]
+        taps *= np.hanning(2 * RADIUS + 3)[1:-1]
+        found.append(taps / taps.sum())
+    return found[0], found[1]
 
 
 def passed(image: NDArray[np.uint8], filters: Kernels) -> NDArray[np.uint8]:
@@ -103,14 +91,9 @@ def passed(image: NDArray[np.uint8], filters: Kernels) -> NDArray[np.uint8]:
 def apply_to_pair(
     image: NDArray[np.uint8], background: NDArray[np.uint8], edit: Mask, valid: Mask, filters: Kernels
 ) -> NDArray[np.uint8]:
-    """A pair's image after its filters; outside the edit region it equals the filtered background.
+    """A pair's image after its filters; outside the edit region it equals the filtered ``background``.
 
-    Args:
-        image: with its lesion, ``(256, 256)``.
-        background: the same without it.
-        edit: where they differ.
-        valid: pixels that are image rather than letterbox bars.
-        filters: as :meth:`Transfer.kernels` gives them.
+    All are ``(256, 256)``; ``valid`` pixels are no letterbox bars, and ``edit`` says where image and background differ.
     """
     frame = around(valid, 0)
     result = background.copy()
@@ -126,10 +109,8 @@ def apply_to_pair(
 def detail(image: NDArray[np.uint8], usable: Mask) -> Floats | None:
     """Half the logarithm of an image's power at the axial ``KNOTS``, then at the lateral ones, over ``REFERENCE``'s.
 
-    Logarithms are averaged over all frequencies of the other axis. ``usable`` says which pixels ``(H, W)`` count.
-
-    Returns:
-        ``(2 * len(KNOTS),)``; None with fewer than ``FEWEST_TILES`` wholly usable tiles.
+    Logarithms are averaged over all frequencies of the other axis. ``usable`` says which pixels ``(H, W)`` count; with
+    fewer than ``FEWEST_TILES`` wholly usable tiles, None.
     """
     tiles = _tiles(image)[_tiles(usable).all(axis=(1, 2))].astype(np.float64)
     tiles = tiles[tiles.std(axis=(1, 2)) > 1.0]

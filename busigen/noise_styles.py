@@ -17,9 +17,7 @@ from scipy.fft import dctn, idctn
 
 log = logging.getLogger("busigen.training")
 
-EDGES = (3.0, 8.0, 16.0, math.inf)
-"""Upper ends of the bands, in half periods per image side; the mean over the image is in none."""
-
+EDGES = (3.0, 8.0, 16.0, math.inf)  # Upper ends of bands, in half periods per image side; the mean is in none.
 LIMIT = 2.5  # Deviations at which a style's normals are clipped.
 LARGEST_FACTOR = 4.0  # Greatest magnitude of a number in a bundle's ``styles``.
 
@@ -47,12 +45,9 @@ def powers(latents: Floats) -> Floats:
 
 
 def styled(noise: NDArray[np.float32], factor: Floats, generated: Floats) -> NDArray[np.float32]:
-    """Noise ``float32 (B, C, s, s)`` with a style.
+    """Standard normal noise ``(B, C, s, s)`` with a style.
 
-    Args:
-        noise: ``(B, C, s, s)`` standard normal.
-        factor: ``(C * len(EDGES), K)``, which turns ``K`` normals into logarithms of factors.
-        generated: ``(B, K)`` standard normal.
+    ``factor`` ``(C * len(EDGES), K)`` turns ``generated`` standard normals ``(B, K)`` into logarithms of factors.
     """
     count, channels, cells, _ = noise.shape
     logarithms = (np.clip(generated, -LIMIT, LIMIT) @ factor.T).reshape(count, channels, len(EDGES))

@@ -19,12 +19,8 @@ from busigen.errors import InputError, IntegrityError
 from busigen.foreign import ForeignFileError, read_file
 from busigen.text import printable
 
-MAX_BYTES = 64 << 20
-"""Largest file that is read. A shard's record takes some 100 bytes for each refused draw."""
-
-MAX_NODES = 1 << 21
-"""Most values in a file, counted by commas and brackets. Python takes up to 200 bytes for each."""
-
+MAX_BYTES = 64 << 20  # Largest file that is read. A shard's record takes some 100 bytes for each refused draw.
+MAX_NODES = 1 << 21  # Most values in a file, counted by commas and brackets. Python takes up to 200 bytes for each.
 BYTES_PER_SHARD, NODES_PER_SHARD = 1 << 10, 1 << 5  # Of ``dataset.json``, beyond that; it needs a third.
 MAX_KEYS = 1 << 16  # Of one object: pydantic lists all that is wrong with one before the first is said.
 MAX_DEPTH = 100  # Levels of nesting; real files have less than ten.
@@ -40,13 +36,11 @@ def _plain(name: str) -> str:
     return name
 
 
+# The name of a file in the record's folder.
 FileName = Annotated[str, Strict(), Field(max_length=255), AfterValidator(_plain)]
-"""The name of a file in the record's folder."""
-
 _T = TypeVar("_T")
 
-Many = Annotated[list[_T], FailFast()]
-"""A list of any length, refused at its first invalid item."""
+Many = Annotated[list[_T], FailFast()]  # A list of any length, refused at its first invalid item.
 
 
 class Record(BaseModel):
@@ -59,11 +53,8 @@ def read_json(path: Path, *, shards: int = 0, root: Path | None = None, nan: boo
     """The content of a JSON file.
 
     ``shards`` is the number of shards that are there, each of which may take room in the file; ``root`` and ``nan`` are
-    those of `busigen.foreign.open_file` and `parse_json`.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: it is no regular file, too large, or not what `parse_json` reads.
+    those of `busigen.foreign.open_file` and `parse_json`. An OSError says that the file is missing or cannot be read, a
+    ValueError that it is no regular file, too large, or not what `parse_json` reads.
     """
     try:
         content = read_file(path, MAX_BYTES + BYTES_PER_SHARD * shards, root=root)
@@ -75,9 +66,7 @@ def read_json(path: Path, *, shards: int = 0, root: Path | None = None, nan: boo
 def read_checked(model: type[Any], path: Path, *, fix: str, root: Path | None = None, nan: bool = False) -> Any:
     """The content of a JSON file that a model validates; arguments are those of `read_json` and `checked`.
 
-    Raises:
-        OSError: the file is missing or cannot be read.
-        IntegrityError: it is invalid.
+    An OSError says that the file is missing or cannot be read, an IntegrityError that it is invalid.
     """
     try:
         found = read_json(path, root=root, nan=nan)
@@ -90,17 +79,9 @@ def read_checked(model: type[Any], path: Path, *, fix: str, root: Path | None = 
 def read_given(
     path: Path, what: str, *, schemas: tuple[int, ...], fix: str, limit: int = MAX_BYTES
 ) -> tuple[dict[str, Any], bytes]:
-    """The record in a folder that a user named, and its bytes.
+    """The record in a folder that a user named, which should be a ``what``, and its bytes, at most ``limit``.
 
-    Args:
-        path: the record.
-        what: the folder should be, for the message.
-        schemas: values of ``schema`` that can be read.
-        fix: of the error.
-        limit: most bytes.
-
-    Raises:
-        InputError: there is none, it cannot be read, or it has another schema.
+    An InputError says that there is none, it cannot be read, or its ``schema`` is none of ``schemas``.
     """
     try:
         content = read_file(path, limit, root=path.parent)
@@ -121,10 +102,8 @@ def parse_json(content: bytes, name: object, *, nodes: int = MAX_NODES, nan: boo
     """The value of a JSON text.
 
     ``name`` is what errors call it, ``nodes`` the most values in it, and ``nan`` whether numbers may be NaN or
-    infinite, as they are in the record of a training that diverged.
-
-    Raises:
-        ValueError: it is no JSON, has too many values or keys, is nested too deeply, or holds text that is no Unicode.
+    infinite, as after a training that diverged. A ValueError says that it is no JSON, has too many values or keys, is
+    nested too deeply, or holds text that is no Unicode.
     """
     # Counted in the text, because values take fifty times the room of their brackets.
     if sum(map(content.count, (b"[", b"{", b","))) > nodes:
@@ -184,6 +163,5 @@ def _finite(text: str) -> float:
 
 
 def _parts(value: Any) -> list[Any]:
-    """The lists and objects that lie directly in a value."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [part for part in inside if isinstance(part, (dict, list))]
+    """The lists and objects that lie directly in one of them."""
+    return [part for part in (value.values() if isinstance(value, dict) else value) if isinstance(part, (dict, list))]

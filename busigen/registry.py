@@ -4,49 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-RESOLUTION = 256
-"""Side of the square, letterboxed working image in pixels."""
-
-CLASSES = ("normal", "benign", "malignant")
-"""Every image class, in the order of the denoisers' class embedding."""
-
-LESION_CLASSES = ("benign", "malignant")
-"""The classes with a LoRA adapter, which ``generate --classes`` accepts."""
-
-SYNTHETIC = "synthetic"
-"""The value of ``generate --healthy`` that asks for synthetic backgrounds."""
-
-STAGES = ("mask", "lesion", "blend")
-"""The three denoising stages, in sampling order."""
-
-BUCKETS = (128, 256)
-"""Window sides in pixels, smallest first; each sample uses the smallest that holds its edit region."""
-
+RESOLUTION = 256  # Side of the square, letterboxed working image in pixels.
+CLASSES = ("normal", "benign", "malignant")  # Every image class, in the order of the denoisers' class embedding.
+LESION_CLASSES = ("benign", "malignant")  # The classes with a LoRA adapter, which ``generate --classes`` accepts.
+SYNTHETIC = "synthetic"  # The value of ``generate --healthy`` that asks for synthetic backgrounds.
+STAGES = ("mask", "lesion", "blend")  # The three denoising stages, in sampling order.
+BUCKETS = (128, 256)  # Window sides in pixels; each sample uses the smallest that holds its edit region.
 BUCKET_CONTEXT = 8  # Pixels around the edit region that a window holds, where the image allows.
 LATENT_FACTOR = 8  # Pixels per latent cell and axis.
 MASK_CHANNELS = 4  # Of a pixel-unshuffled mask condition: 2 x 2 grid points per cell.
 PLACE_CHANNELS = 2  # Row and column of each cell, which the healthy prior reads.
 
+# What a user can ask of an outline, in the order of its code's first numbers (busigen.data.geometry).
 ATTRIBUTES = ("across", "depth", "size", "height_width")
-"""What a user can ask of an outline, in the order of its code's first numbers (busigen.data.geometry)."""
-
 TALLER_THAN_WIDE = "1.05:1.6"  # The ``generate --height-width`` that ``--taller-than-wide`` stands for.
 BIRADS = ("2", "3", "4", "5")  # Categories that can be asked for, in the order of stage 1's condition.
 
-BIRADS_IMAGES = {
-    "benign": {"2": 314, "3": 274, "4": 170, "5": 2},
-    "malignant": {"2": 4, "3": 15, "4": 248, "5": 100},
-}
-"""Images by class and BI-RADS category in BUS-BRA's ``bus_data.csv``; BUSI has no categories."""
-
+# Images by class and BI-RADS category in BUS-BRA's ``bus_data.csv``; BUSI has no categories.
+BIRADS_IMAGES = {"benign": {"2": 314, "3": 274, "4": 170, "5": 2}, "malignant": {"2": 4, "3": 15, "4": 248, "5": 100}}
+# Length of stage 1's condition: each attribute's value, whether it is asked for, the category as one-hot.
 ASKED_LENGTH = 2 * len(ATTRIBUTES) + len(BIRADS)
-"""Length of stage 1's condition: each attribute's value, whether it is asked for, the category as one-hot."""
-
 FIELD_EDGE = 1.0  # Half the side of an outline's frame, in units of the root of the lesion's area.
 FIELD_LIMIT = 0.35  # Signed distance, in the same units, at which an outline's field saturates.
 
-SPLITS = {"train": 0.75, "val": 0.10, "test": 0.15}
-"""Share of groups in each split."""
+SPLITS = {"train": 0.75, "val": 0.10, "test": 0.15}  # Share of groups in each split.
 
 
 @dataclass(frozen=True)
@@ -143,22 +124,15 @@ PRESETS = {
 
 DEFAULT_PRESET = "compact"
 
-SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}
-"""Network evaluations per denoiser, fixed at export."""
-
+SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}  # Network evaluations per denoiser, fixed at export.
+# Deviation of what a denoiser leaves open, until it is measured (busigen.training.networks.variance).
 SOLVER_SPREAD = {"lesion": 0.85, "blend": 0.7, "prior": 1.0}
-"""Deviation of what a denoiser leaves open, until it is measured (busigen.training.networks.variance)."""
-
+# How much denser a denoiser's steps lie near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2).
 SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
-"""How much denser a denoiser's steps lie near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2). What
-varies with a deviation of s is decided at a time of about s / (1 + s)."""
-
+# Deviation of the decoder's noise in use, and a further factor for synthetic backgrounds. It is trained with 1 on real
+# images' latents; generated ones vary more between cells and would come out too grainy (docs/model-card.md).
 SPECKLE_GAIN, BACKGROUND_SPECKLE = 0.94, 0.95
-"""Deviation of the decoder's noise in use, and a further factor for synthetic backgrounds. It is trained with 1 on the
-latents of real images; generated ones vary more between cells and would come out too grainy (docs/model-card.md)."""
-
-OPSETS = (20, 23)
-"""ONNX opsets that export can write, the default first (docs/export.md)."""
+OPSETS = (20, 23)  # ONNX opsets that export can write, the default first (docs/export.md).
 
 
 @dataclass(frozen=True)
@@ -169,20 +143,18 @@ class Precision:
     above: str
 
 
+# What ``export --precision`` accepts, the default first.
 PRECISIONS = {
     "fp32": Precision("fp32 throughout, weights stored in fp16: the choice for CPUs", ""),
     "fp16": Precision("convolutions and matrix products in fp16, norms, softmax and the solver in fp32", "fp32"),
     "bf16": Precision("the same in bf16: fp32's range, an eighth of fp16's precision", "fp32"),
     "int8": Precision("the context encoder's matrix products in int8, where that is faster; all else in fp32", "fp32"),
 }
-"""What ``export --precision`` accepts, the default first."""
-
+# What ``export --loop`` accepts.
 LOOPS = {
     "loop": "one node that runs an evaluation per step: opens fast, which the CPU wants",
     "unrolled": "every step written out: slow to open, and nothing is left to decide while it runs, as on a GPU",
 }
-"""What ``export --loop`` accepts."""
-
 PARITY_DRAWS = 64  # Per class, over which export compares each target with the checkpoint.
 
 
@@ -203,20 +175,17 @@ class Provider:
 
 _CUDA = (
     ("device_id", "0"),
-    # The default tries all algorithms and takes the fastest of that moment, so that two runs may differ in their bytes.
+    # The default takes the algorithm that is fastest at that moment, so that two runs may differ in their bytes.
     ("cudnn_conv_algo_search", "HEURISTIC"),
     # Every session has an arena of its own; by default they double, and sixteen of them hold much for nothing.
     ("arena_extend_strategy", "kSameAsRequested"),
 )
 
+# By name, from the slowest to the fastest; ``auto`` tries them from the last.
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(
-            name="cpu",
-            about="ONNX Runtime on the processor; runs everywhere",
-            onnxruntime="CPUExecutionProvider",
-        ),
+        Provider("cpu", "ONNX Runtime on the processor; runs everywhere", onnxruntime="CPUExecutionProvider"),
         Provider(
             name="cuda-tf32",
             about="cuda, with matrix products in TF32: faster, less exact, and never chosen by auto before cuda",
@@ -247,8 +216,6 @@ PROVIDERS = {
         ),
     )
 }
-"""By name, from the slowest to the fastest; ``auto`` tries them from the last."""
-
 AUTO = "auto"
 
 
@@ -256,11 +223,8 @@ AUTO = "auto"
 class EngineTarget:
     """A library that builds engines from a bundle's graphs, and runs them as the provider of the same name.
 
-    Attributes:
-        library: its Python module.
-        extra: of pyproject.toml, which installs it.
-        ahead: whether it builds without a card, for other machines.
-        portable: whether an engine runs on every operating system that the library supports.
+    ``ahead``: it builds without a card, for other machines; ``portable``: engines run on every operating system that it
+    supports.
     """
 
     about: str
@@ -270,42 +234,31 @@ class EngineTarget:
     portable: bool
 
 
+# What ``export --target`` and ``build-engines`` make beside the ONNX graphs.
 ENGINE_TARGETS = {
     "tensorrt": EngineTarget("TensorRT; built on the card that runs them", "tensorrt", "tensorrt", False, False),
     "tensorrt-rtx": EngineTarget("TensorRT for RTX; built anywhere", "tensorrt_rtx", "tensorrt-rtx", True, True),
 }
-"""What ``export --target`` and ``build-engines`` make beside the ONNX graphs."""
-
 LAUNCHERS = ("local", "ray", "slurm")
-
+# Extras by the protocol of an ``--out`` URL; for all others, it is "remote".
 STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extras by the protocol of an ``--out`` URL; for all others, it is "remote"."""
-
+# Protocols whose objects appear whole or not at all; elsewhere a file is renamed once it is written.
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci")
-"""Protocols whose objects appear whole or not at all; elsewhere a file is renamed once it is written."""
-
+# Options of fsspec unless its user sets others; with its own, one attempt on a dead network takes minutes.
 STORE_OPTIONS = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}}}
-"""Options of fsspec unless its user sets others; with its own, one attempt on a dead network takes minutes."""
-
+# Protocols that no dataset can be written to, and why.
 UNFIT_STORES = {
     "memory": "lies in the memory of a process, and is gone with it",
-    "http": "can be read but not written to",
-    "https": "can be read but not written to",
-    "data": "can be read but not written to",
-    "github": "can be read but not written to",
-    "zip": "is an archive, which cannot be continued",
-    "tar": "is an archive, which cannot be continued",
+    **dict.fromkeys(("http", "https", "data", "github"), "can be read but not written to"),
+    **dict.fromkeys(("zip", "tar"), "is an archive, which cannot be continued"),
 }
-"""Protocols that no dataset can be written to, and why."""
-
+# Commands that copy a dataset from a URL to the folder ``copy``.
 COPY_COMMANDS = {"s3": "aws s3 sync {} copy", "gs": "gcloud storage rsync -r {} copy"}
-"""Commands that copy a dataset from a URL to the folder ``copy``."""
-
+# Fewest rows of an engine call: ONNX Runtime sums a batch of one in another order than the rows of a larger one, and
+# the bytes of a sample must not depend on the batch size.
 MIN_BATCH = 2
-"""Fewest rows of an engine call: ONNX Runtime sums a batch of one in another order than the rows of a larger one, and
-the bytes of a sample must not depend on the batch size."""
-
 DEFAULT_BATCH = 16
+SHARD_SIZE = 100  # samples, unless asked otherwise; what an interruption loses: minutes of work on a CPU, not hours
 
 
 def rows_per_call(side: int, batch_size: int) -> int:

@@ -12,16 +12,12 @@ from typing import Any
 
 from busigen.registry import SOLVER_SHIFT
 
-TIME_SCALE = 1000.0
-"""The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for."""
+TIME_SCALE = 1000.0  # The networks' timestep embedding is fed ``t * TIME_SCALE``, the range it was designed for.
 
 
 @dataclass(frozen=True)
 class SolverStep:
-    """One step of a sample from ``t`` to ``s``, in [0, 1], 1 being pure noise.
-
-    It goes ``x = a x + b net(x, t)``, with constants for every coefficient of the sample (:func:`gaussian_constants`).
-    """
+    """One step ``x = a x + b net(x, t)`` from ``t`` to ``s``, in [0, 1], 1 being pure noise (`gaussian_constants`)."""
 
     t: float
     s: float
@@ -30,12 +26,10 @@ class SolverStep:
 def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
     """``a`` and ``b`` of the step from ``t`` to ``s`` that is exact where the data have the deviation ``spread``.
 
-    A network predicts the mean of all data that may have led to ``x_t``. Euler steps go there in a straight line and
-    lose the spread: eight of them leave standard normal data with a deviation of 0.84, and images smooth. For normal
-    data the path is ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``, along which this step
-    goes (an exponential integrator, as DPM-Solver, Lu et al. 2022). Without spread it is Euler's step.
-
-    Arguments are numbers, arrays or tensors, such as a spread for each coefficient.
+    Euler steps go straight to the mean of all data that may have led to ``x_t``, and lose the spread: images get too
+    smooth. For normal data the path is ``x_t = (1 - t) mean + d(t) z`` with ``d(t)^2 = (1 - t)^2 spread^2 + t^2``,
+    along which this step goes (an exponential integrator, as DPM-Solver, Lu et al. 2022). Without spread it is Euler's
+    step. Arguments are numbers, arrays or tensors.
     """
 
     def deviation(time: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import busigen
 
 HIDDEN = "***"
+SHOWN_PROBLEMS = 20  # that a command lists one by one
 # With one slash, too: so a ``Path`` writes a URL.
 _URL = re.compile(r"""\b([A-Za-z][A-Za-z0-9+.-]{1,30}:/{1,2})([^\s"'<>\\]+)""")
 

@@ -24,9 +24,8 @@ from PIL import Image
 from busigen.data.geometry import edit_region
 from busigen.data.letterbox import fit
 from busigen.runtime.backends.bundle import default_bundle
-from busigen.runtime.dataset.format import FINISHED_FILES
+from busigen.runtime.dataset.format import FINISHED_FILES, SampleBatch
 from busigen.runtime.dataset.reader import Dataset
-from busigen.runtime.dataset.sample import SampleBatch
 from busigen.runtime.dataset.shards import write_shard
 from tests.harness.command import CLI, ROOT, SMALL, Done, error_line, run
 from tests.harness.hashing import hash_of, hashes

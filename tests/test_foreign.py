@@ -24,7 +24,7 @@ from busigen.data.prepared import Prepared
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.evaluation.reading.sets import read_set
 from busigen.foreign import ForeignFileError, open_file, read_file
-from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache
+from busigen.runtime.backends.tensorrt.engine_builder import CONTENT, RECORD, Cache
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.explain import explain
 from tests.harness.command import error_line, run
@@ -284,9 +284,11 @@ DIRECT = {
     "data/sources/records.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
     "evaluation/physics/features.py": ("read_parquet", _CHECKED),
+    "export/exporter.py": ("safe_open", _CHECKED),
     "export/import_bundle.py": ("load", _CHECKED),
     "export/precision_search.py": ("load", _OWN),
     "export/report.py": ("load", _OWN),
+    "export/weights.py": ("safe_open", _CHECKED),
     "files.py": ("open", "to have a written file on the disk"),
     "foreign.py": ("open", "the opener"),
     "runtime/backends/probe.py": ("read_text", _SYSTEM),
@@ -295,7 +297,7 @@ DIRECT = {
     "runtime/diagnostics/bench.py": ("open", "to write"),
     "runtime/diagnostics/doctor.py": ("read_text", _SYSTEM),
     "runtime/execution/events.py": ("open", "to write"),
-    "runtime/execution/worker.py": ("read_bytes", _OWN),
+    "runtime/execution/workers.py": ("read_bytes", _OWN),
     "runtime/maintenance/repair.py": ("open", _OWN),
     "runtime/output/remote.py": ("read_parquet", "from memory"),
     "runtime/storage/lock.py": ("open", "a lock that is opened to write to"),

@@ -32,7 +32,7 @@ from busigen.evaluation.physics.features import outline
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.backends.base import EngineOptions, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
-from busigen.runtime.dataset.sample import Rejection
+from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling.batching import Draft, DrawRequest, Outcome
 from busigen.runtime.sampling.conditions import SampleConditions, measured, parse_conditions
 from busigen.runtime.sampling.healthy_images import HealthyFolder

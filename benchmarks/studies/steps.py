@@ -27,7 +27,7 @@ from busigen.evaluation.sections import SECTIONS
 from busigen.export.parity import TorchBackend
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.backends.bundle import Bundle
-from busigen.runtime.dataset.sample import Sample
+from busigen.runtime.dataset.format import Sample
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.checkpoint import load_networks
 

@@ -14,10 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 # Importing the modules adds their commands, in the order of --help.
-# isort: off
-from busigen.cli import generate, audit, train_export, doctor  # noqa: F401
-
-# isort: on
+from busigen.cli import generate, train_export  # noqa: F401
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, OutputError, UsageError
 from busigen.foreign import access_error
@@ -71,9 +68,8 @@ def _fail(error: BusigenError, debug: bool) -> NoReturn:
 def _refuse_unusable(arguments: list[str]) -> None:
     """Refuse arguments that no command can work with, before any begins.
 
-    Raises:
-        UsageError: one is empty, as an unset variable of the shell makes it: as a path, it would be the current folder.
-            Or it is no UTF-8: neither JSON nor a table could name it.
+    These are empty ones, as an unset variable of the shell makes them (as a path, the current folder), and those that
+    are no UTF-8, which neither JSON nor a table could name.
     """
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)

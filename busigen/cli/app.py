@@ -26,19 +26,8 @@ app = typer.Typer(
 stdout, stderr = Terminal(), Terminal(stderr=True)
 
 DEBUG = "--debug"
-
-_TALKATIVE = (
-    "absl",
-    "aiobotocore",
-    "botocore",
-    "httpx",
-    "onnx_ir",
-    "onnxscript",
-    "PIL",
-    "tensorboard",
-    "torch",
-    "urllib3",
-)
+# Libraries that log how they load files, which is of no use to a user.
+_NOISY = ("absl", "aiobotocore", "botocore", "httpx", "onnx_ir", "onnxscript", "PIL", "tensorboard", "torch", "urllib3")
 
 
 class Interrupted(BusigenError):
@@ -63,8 +52,7 @@ def _main(
     ] = False,
 ) -> None:
     log_to_stderr(logging.INFO)
-    # These libraries log how they load files, which is of no use to a user.
-    for name in _TALKATIVE:
+    for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

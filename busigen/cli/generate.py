@@ -1,4 +1,4 @@
-"""Commands that make a dataset, and look at one: generate, bench, verify, merge, explain."""
+"""Commands that make a dataset, look at one, and judge one: generate, bench, verify, merge, explain, audit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from busigen.cli.app import Interrupted, app, stderr, stdout
-from busigen.errors import InputError, UsageError
-from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SYNTHETIC, TALLER_THAN_WIDE
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE
-from busigen.runtime.maintenance.summaries import explained, generated, merged, repaired, verified
+from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
+from busigen.errors import BusigenError, FlaggedError, InputError, UsageError
+from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SHARD_SIZE, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.storage.url import place_of, refuse_urls
 
 
@@ -49,9 +47,7 @@ def generate(
     birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = DEFAULT_BATCH,
-    shard_size: Annotated[
-        int, typer.Option(help="Samples per shard; a kill loses up to two shards.")
-    ] = DEFAULT_SHARD_SIZE,
+    shard_size: Annotated[int, typer.Option(help="Samples per shard; a kill loses up to two shards.")] = SHARD_SIZE,
     provider: Annotated[
         str, typer.Option(help=f"{', '.join(PROVIDERS)}; or auto: what --out was begun with, else the best that works.")
     ] = AUTO,
@@ -95,7 +91,7 @@ def generate(
     options = GenerateOptions(**{**typed, "out": place})
     with supervised(place, log_json) as (progress, stop):
         report = options.run(progress, stop)
-    for line in generated(report):
+    for line in report.lines():
         (stderr if log_json == "-" else stdout).print(line)
 
 
@@ -105,7 +101,7 @@ def generate(
 )
 def bench(
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
-    provider: Annotated[
+    providers: Annotated[
         str, typer.Option("--provider", "--providers", help=f"One or more of: {', '.join((AUTO, *PROVIDERS))}.")
     ] = AUTO,
     allow_fallback: Annotated[
@@ -125,23 +121,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure `generate` on this machine: every stage, engines alone, the whole pipeline; predict a long run."""
+    typed = dict(locals())
     from busigen.runtime.diagnostics.bench import Bench
     from busigen.runtime.diagnostics.bench_report import LEDGER_FILE, show
     from busigen.runtime.progress import console_progress
 
-    options = Bench(
-        out=out,
-        ledger=ledger or out / LEDGER_FILE,
-        bundle=bundle,
-        providers=provider,
-        batch_sizes=batch_sizes,
-        count=count,
-        count_for=count_for,
-        repeat=repeat,
-        healthy=healthy,
-        threads=threads,
-        allow_fallback=allow_fallback,
-    )
+    options = Bench(**{**typed, "ledger": ledger or out / LEDGER_FILE})
     with console_progress() as progress:
         try:
             record = options.run(progress)
@@ -181,7 +166,7 @@ def verify(
         inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
         mended = mend(refuse_repair(place), inputs=inputs) if repair else None
         report = mended.after if mended else verify_place(place, healthy=healthy, progress=progress)
-    for line in (*(repaired(mended) if mended else ()), *verified(report, proving=healthy is not None)):
+    for line in (*(mended.lines() if mended else ()), *report.lines(proving=healthy is not None)):
         stdout.print(line)
     if mended and mended.error:
         raise mended.error
@@ -207,7 +192,7 @@ def merge(
             report = run(out, datasets, progress=progress)
         except KeyboardInterrupt:
             raise Interrupted("Interrupted; nothing was merged.", fix="Run the same command again.") from None
-    for line in merged(report):
+    for line in report.lines():
         stdout.print(line)
 
 
@@ -234,7 +219,77 @@ def explain(
     if as_json:
         stdout.print_as_json(described.to_json())
     else:
-        for line in explained(described):
+        for line in described.lines():
             stdout.print(line)
     if described.error:
         raise described.error
+
+
+@app.command(
+    epilog="Examples: `busigen audit data --real prepared --train-split prepared --out report` judges a dataset by the "
+    "images that its generator has not seen; `busigen audit others/ --real Dataset_BUSI_with_GT --out report --only "
+    "integrity,physics` looks at any folder of images and masks without a neural network."
+)
+def audit(
+    synthetic: Annotated[Path, typer.Argument(help="A dataset, WebDataset shards, or a folder of images and masks.")],
+    real: Annotated[Path, typer.Option(help="Real images to judge it by, in any of these layouts, or prepared.")],
+    out: Annotated[Path, typer.Option(help="The report's folder. A rerun continues in it.")],
+    train_split: Annotated[
+        Path | None, typer.Option(help="Prepared folder that trained the generator; its images judge nothing.")
+    ] = None,
+    healthy: Annotated[Path | None, typer.Option(help="The healthy images that the set was painted into.")] = None,
+    external: Annotated[Path | None, typer.Option(help="A further real set, to test the utility on.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="Everything, for hours, or at most 500 images, for minutes.")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Sections to run, such as integrity,physics. [default: all six]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds every draw.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Images per set. [default: 500 for --quick, else all]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="TorchScript file with Inception, for FID, KID and IS: a program that will be run, so only take it "
+            "from a source you trust."
+        ),
+    ] = None,
+    fail_on_flag: Annotated[bool, typer.Option("--fail-on-flag", help="Exit with code 9 if anything is flagged.")] = (
+        False
+    ),
+) -> None:
+    """Judge any synthetic set against real images: integrity, physics, fidelity, realness, utility, privacy."""
+    from busigen.runtime.progress import console_progress
+
+    with needs("eval"):
+        from busigen.evaluation.audit import audit as run
+        from busigen.evaluation.audit import audited
+    refuse_urls(synthetic, real, *filter(None, (train_split, healthy, external)), what="audit")
+    with quiet_libraries(), console_progress() as progress:
+        try:
+            report = run(
+                synthetic,
+                real,
+                out,
+                train_split=train_split,
+                healthy=healthy,
+                external=external,
+                effort="full" if full else "quick",
+                only=None if only is None else only.split(","),
+                seed=seed,
+                device=device,
+                inception=inception,
+                limit=limit,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Interrupted; {out} keeps the sections that were finished.", fix="Run the same command to continue."
+            ) from None
+    for line in audited(report):
+        stdout.print(line)
+    if report.failed:
+        raise BusigenError(f"sections that could not run: {', '.join(report.failed)}.", fix=f"See {report.html}.")
+    if fail_on_flag and report.flagged:
+        raise FlaggedError(f"flagged: {', '.join(report.flagged)}.", fix=f"See {report.html}.")

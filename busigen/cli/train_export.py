@@ -1,4 +1,4 @@
-"""Commands that make a model: prepare, train, export."""
+"""Commands that make a model: prepare, train, export, restore, build-engines; and doctor, for the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
-from busigen.errors import UsageError
+from busigen.errors import FlaggedError, UsageError
 from busigen.registry import (
     DEFAULT_PRESET,
     ENGINE_TARGETS,
@@ -21,8 +21,7 @@ from busigen.registry import (
     PRECISIONS,
     PRESETS,
 )
-from busigen.runtime.maintenance.summaries import SHOWN_PROBLEMS
-from busigen.text import shell_word
+from busigen.text import SHOWN_PROBLEMS, shell_word
 
 if TYPE_CHECKING:
     from busigen.runtime.backends.bundle import Bundle
@@ -47,16 +46,19 @@ def prepare(
     from busigen.data.prepare import prepare as run
     from busigen.runtime.progress import console_progress
 
-    values = _mask_values(mask_values)
+    levels = [] if mask_values is None else [level.strip() for level in mask_values.split(",")]
+    if not all(level.isdecimal() and 0 < int(level) < 1 << 16 for level in levels):
+        raise UsageError(
+            f"--mask-values is {mask_values!r}.",
+            fix="Give grey levels from 1 to 65535, with commas between, such as 1,2.",
+        )
+    values = tuple(map(int, levels))
     with console_progress() as progress:
-        started: list[int] = []
 
         def report(done: int, total: int) -> None:
-            if not started:
+            if done == 1:
                 progress.start("preparing", total, unit="image")
-                started.append(0)
-            progress.advance(done - started[0])
-            started[0] = done
+            progress.advance(1)
 
         result = run(sources, out, seed=seed, strict=strict, mask_values=values, progress=report)
     stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
@@ -78,15 +80,6 @@ def prepare(
         stdout.print(f"    {refusal.file}: {refusal.problem} {refusal.fix}")
     if len(result.refused) > SHOWN_PROBLEMS:
         stdout.print(f"    and {len(result.refused) - SHOWN_PROBLEMS} more, all of them in {out / 'prepared.json'}")
-
-
-def _mask_values(text: str | None) -> tuple[int, ...]:
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
-        raise UsageError(
-            f"--mask-values is {text!r}.", fix="Give grey levels from 1 to 65535, with commas between, such as 1,2."
-        )
-    return tuple(int(part) for part in parts)
 
 
 @app.command(
@@ -156,8 +149,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
     out: Annotated[Path, typer.Option(help="The bundle's folder; must not exist yet, or be empty.")],
     target: Annotated[
-        list[str],
-        typer.Option(help=f"onnx, {', '.join(ENGINE_TARGETS)}; may be repeated. Engines go into the cache."),
+        list[str], typer.Option(help=f"onnx, {', '.join(ENGINE_TARGETS)}; may be repeated. Engines go into the cache.")
     ] = ["onnx"],  # noqa: B006  # typer copies it.
     precision: Annotated[
         str,
@@ -182,6 +174,8 @@ def export(
         from busigen.export.exporter import Options, batch_sizes
         from busigen.export.exporter import export as run
         from busigen.export.report import check_report, write_report
+    from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
+    from busigen.runtime.backends.tensorrt.profiles import Batches
     from busigen.runtime.progress import console_progress
 
     options = Options(
@@ -194,7 +188,9 @@ def export(
     )
     if report is not None:
         check_report(report)
-    order = order_for(list(options.engines), options.batch_sizes)
+    batches = Batches(tuple(sorted(options.batch_sizes, reverse=True))) if options.batch_sizes else Batches()
+    order = BuildRequest(list(options.engines), batches)
+    order.check()
     made: list[EngineInfo] = []
 
     def built(written: Bundle) -> None:
@@ -278,14 +274,29 @@ def build_engines(
         show(made)
 
 
-def order_for(targets: list[str], batch_sizes: tuple[int, ...]) -> BuildRequest:
-    """The order that `export` gives, checked before it begins."""
-    from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
-    from busigen.runtime.backends.tensorrt.profiles import Batches
+@app.command(
+    epilog="Examples: `busigen doctor`; `busigen doctor --json --out /data/run`. Exit codes: 0 generate can run, "
+    "9 it cannot."
+)
+def doctor(
+    out: Annotated[Path, typer.Option(help="Folder that datasets would be written into.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine can run, what it cannot and why, and what helps."""
+    from busigen.runtime.diagnostics.doctor import State, can_generate, examine, to_json
 
-    order = BuildRequest(targets, Batches(tuple(sorted(batch_sizes, reverse=True))) if batch_sizes else Batches())
-    order.check()
-    return order
+    findings = []
+    for finding in examine(out):
+        findings.append(finding)
+        if not as_json:
+            stdout.print(f"{finding.state:8} {finding.name}: {finding.described}")
+            if finding.fix:
+                stdout.print(f"{'':8} -> {finding.fix}")
+    if as_json:
+        stdout.print_as_json(to_json(findings))
+    if not can_generate(findings):
+        broken = next(finding for finding in findings if finding.state is State.PROBLEM)
+        raise FlaggedError(f"generate cannot run here: {broken.name}: {broken.described}.", fix=broken.fix)
 
 
 def fill(order: BuildRequest, bundle: Bundle) -> list[EngineInfo]:

@@ -4,9 +4,7 @@ Training, runtime and ``verify`` all call these, so that an edit region means th
 functions; masks are ``(256, 256)`` bool arrays on the letterboxed grid, distances are pixels.
 
 An outline is described by place, size and slenderness, and its form in a *canonical frame*, centred on the lesion's
-centroid and scaled so that the lesion has area one and a bounding box as high as it is wide: what is left is form alone
-(Cootes et al. 1995 align shapes for the same reason; Leventon et al. 2000 take principal components of signed
-distances).
+centroid and scaled so that the lesion has area one and a bounding box as high as it is wide (as Cootes et al. 1995).
 """
 
 from __future__ import annotations
@@ -24,27 +22,13 @@ from busigen.registry import BUCKET_CONTEXT, BUCKETS, FIELD_EDGE, FIELD_LIMIT, L
 Mask = NDArray[np.bool_]
 _Value = TypeVar("_Value", np.bool_, np.uint8)
 
-MARGIN_SHARE, MARGIN_RANGE = 0.15, (6.0, 16.0)
-"""Margin around the lesion as a share of its equivalent diameter, and its bounds in pixels."""
-
-SHADOW_SHARE, SHADOW_RANGE = 0.6, (12, 64)
-"""Room below the lesion for shadow or enhancement as a share of its height, and its bounds in pixels."""
-
-RING_WIDTH = 2 * LATENT_FACTOR
-"""Width in pixels of the band inside the edit region's rim that stage 3 repaints: two latent cells."""
-
-FEATHER_WIDTH, GRAIN_WIDTH = 6.0, 1.5
-"""Pixels over which the paste's brightness fades in, inwards from the edit region's rim, and in their middle its
-speckle: two speckle patterns half and half have half the variance of either, so a wide fade leaves a smooth line."""
-
-GRAIN_SCALE = 3.0
-"""Deviation in pixels of the Gaussian that parts brightness from speckle."""
-
-_FIELD_OVERSAMPLING = 2
-"""Samples per grid step and axis from which a signed distance is measured."""
-
-_STAIRCASE_SMOOTHING = 0.6
-"""Deviation in pixels of the filter that takes the pixels' staircase out of an outline before it is resampled."""
+MARGIN_SHARE, MARGIN_RANGE = 0.15, (6.0, 16.0)  # Margin around the lesion by its equivalent diameter; its bounds.
+SHADOW_SHARE, SHADOW_RANGE = 0.6, (12, 64)  # Room below it for shadow or enhancement, by its height; its bounds.
+RING_WIDTH = 2 * LATENT_FACTOR  # Of the band inside the edit region's rim that stage 3 repaints: two latent cells.
+FEATHER_WIDTH, GRAIN_WIDTH = 6.0, 1.5  # Over which pasted brightness fades in, from the rim, and amid them its speckle.
+GRAIN_SCALE = 3.0  # Deviation in pixels of the Gaussian that parts brightness from speckle.
+_FIELD_OVERSAMPLING = 2  # Samples per grid step and axis from which a signed distance is measured.
+_STAIRCASE_SMOOTHING = 0.6  # Deviation of the filter that takes the pixels' staircase out of an outline.
 
 
 @dataclass(frozen=True)
@@ -88,13 +72,8 @@ def edit_region(mask: Mask, valid: Mask, *, margin_scale: float = 1.0, shadow_sc
     """The pixels that may change when a lesion is painted, ``(256, 256)`` bool; none for an empty mask.
 
     The lesion, a margin around it, and room straight below it for posterior shadowing or enhancement, cut to the
-    ``valid`` pixels. Training varies the two scales; in use both are 1, so that anyone can recompute the region.
-
-    Args:
-        mask: lesion, ``(256, 256)`` bool.
-        valid: pixels that hold image rather than letterbox bars, same shape.
-        margin_scale: factor on the margin.
-        shadow_scale: factor on the room below.
+    ``valid`` pixels, which are no letterbox bars. Training varies the two scales; in use both are 1, so that anyone can
+    recompute the region.
     """
     if not mask.any():
         return np.zeros_like(mask)
@@ -118,9 +97,12 @@ def ring_region(edit: Mask) -> Mask:
     return edit & (_depth(edit) <= RING_WIDTH)
 
 
-def feather(edit: Mask) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Opacity of the pasted brightness and speckle, ``(256, 256)`` float32: 0 outside the region, up to 1 inside."""
-    depth = _depth(edit)
+def feather(edit: Mask, window: Window | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Opacity of the pasted brightness and speckle, float32 from 0 outside the region to 1 inside, in a window or all.
+
+    Speckle fades within a grain, because two patterns half and half have half the variance of either.
+    """
+    depth = _depth(edit) if window is None else _depth(edit)[window.slices]
     middle = (FEATHER_WIDTH - GRAIN_WIDTH) / 2.0
     brightness, grains = depth / FEATHER_WIDTH, (depth - middle) / GRAIN_WIDTH
     return np.clip(brightness, 0.0, 1.0).astype(np.float32), np.clip(grains, 0.0, 1.0).astype(np.float32)
@@ -161,21 +143,15 @@ def patches_outside(edit: Mask, patch: int) -> Mask:
 def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:
     """Put a painted window into the image; pixels outside the edit region keep their bytes.
 
-    Brightness and speckle fade in by `feather` (two bands of Burt and Adelson 1983, A multiresolution spline with
-    application to image mosaics).
-
-    Args:
-        image: ``(256, 256)`` uint8.
-        painted: the window's new pixels, ``(side, side)`` float32 in [-1, 1].
-        edit: edit region, ``(256, 256)`` bool.
-        window: where ``painted`` belongs.
+    ``painted`` are the window's new pixels, ``(side, side)`` in [-1, 1]. Brightness and speckle fade in by `feather`
+    (two bands of Burt and Adelson 1983, A multiresolution spline with application to image mosaics).
     """
     result = image.copy()
     old = image[window.slices].astype(np.float32)
     new = np.clip((painted + 1.0) * 127.5, 0.0, 255.0)
     change = new - old
     brightness = ndimage.gaussian_filter(change, GRAIN_SCALE, mode="nearest")
-    opacity, opacity_of_grains = (part[window.slices] for part in feather(edit))
+    opacity, opacity_of_grains = feather(edit, window)
     mixed = old + opacity * brightness + opacity_of_grains * (change - brightness)
     mixed = np.clip(np.rint(mixed), 0.0, 255.0)
     result[window.slices] = np.where(opacity > 0, mixed, old).astype(np.uint8)

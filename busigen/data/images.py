@@ -18,31 +18,17 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from busigen.errors import InputError
 from busigen.foreign import ForeignFileError, looking, read_file
 
-MIN_SIDE, MAX_SIDE = 32, 20_000
-"""Shortest side in pixels that still shows anatomy, not an icon or a thumbnail; longest that is decoded."""
-
+MIN_SIDE, MAX_SIDE = 32, 20_000  # Shortest side in pixels that still shows anatomy; longest that is decoded.
+# Largest width x height that is decoded, twenty times the largest screen capture. Pixels take up to four bytes, and
+# what is made of them, in bands of rows, up to five more.
 MAX_PIXELS = 64_000_000
-"""Largest width x height that is decoded: some twenty times the largest clinical screen capture. Decoded pixels take
-one byte (grey), two (16-bit grey) or four (colour, at any depth), so at most 256 MB; what is made of them takes at most
-five bytes more per pixel, because it is made in bands of rows."""
-
-MAX_FILE_BYTES = 256 * 1024 * 1024
-"""Largest file that is read into memory, in bytes."""
-
+MAX_FILE_BYTES = 256 * 1024 * 1024  # Largest file that is read into memory, in bytes.
+# Largest levels of grey with 8, 10, 12 and 16 bits: scanners store any of these in 16, and no file says which.
 FULL = (255, 1023, 4095, 65_535)
-"""Largest levels of grey with 8, 10, 12 and 16 bits: scanners store any of these in 16, and no file says which."""
-
-COLOUR_STEP = 12
-"""Grey levels between the channels of one pixel above which it is coloured; JPEG chroma noise stays below."""
-
-MARK_SHARE = 0.0001
-"""Share of coloured pixels above which a scanner painted a coloured mark. Of BUSI's 15 files with unequal channels (of
-623 images), 11 lie at 0.9 % or above (Doppler, colour maps), three have small marks (0.017 to 0.05 %), and one has a
-tint that never exceeds `COLOUR_STEP`."""
-
+COLOUR_STEP = 12  # Grey levels between a pixel's channels above which it is coloured; JPEG chroma noise stays below.
+MARK_SHARE = 0.0001  # Share of coloured pixels above which they are a mark: BUSI's smallest marks have 0.00017.
+# Mean grey levels that any image may have, and the least deviation: BUSI and BUS-BRA lie within 13 to 187, above 15.
 BACKGROUND_MEAN, BACKGROUND_DEVIATION = (12.0, 200.0), 8.0
-"""Mean grey levels that an image may have, and the least deviation. They hold for what is prepared, judged and painted
-into: all of BUSI's and BUS-BRA's 1,750 images lie within 13 to 187, and above 15."""
 
 TURNED = "turned upright, as its EXIF orientation says"
 WHITE_IS_ZERO = "read with 0 as white, as its TIFF header says"
@@ -56,9 +42,7 @@ _COLOUR_MODES = frozenset({"LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
 _BAND_PIXELS = 1 << 20
 _SHALLOW = 64
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _SIGNED = 262, 258, 339, 2
-_LEVEL_WIDTH = 9
-_TWO_LEVELS_SHARE = 0.95
-"""Share of pixels in two windows of grey levels; at most 0.73 in BUSI and BUS-BRA. Edges of masks are the rest."""
+_LEVEL_WIDTH, _TWO_LEVELS_SHARE = 9, 0.95  # Windows of grey levels, and pixels in two; in BUSI and BUS-BRA up to 0.73.
 
 _RESAVE = "Open it in an image viewer and save it again as an 8-bit PNG, or remove it."
 _CROP = "Crop or shrink it to the ultrasound frame."
@@ -67,14 +51,10 @@ _Kind = TypeVar("_Kind", bound=np.generic)
 
 @dataclass(frozen=True)
 class Decoded:
-    """One decoded file.
+    """One decoded file, its ``image`` upright, of ``deep_colour`` (16 bits) the upper 8 bits.
 
-    Attributes:
-        image: Its pixels, upright.
-        white_is_zero: Its 16-bit levels count from white.
-        deep_colour: It has colour channels of 16 bits, of which ``image`` holds the upper 8.
-        lossy: Its levels are near those that were saved, as JPEG leaves them.
-        turned: It was stored turned or mirrored, and its EXIF orientation said so.
+    Of ``white_is_zero`` ones, 16-bit levels count from white; ``lossy`` ones have levels near those that were saved;
+    ``turned`` ones were stored turned or mirrored.
     """
 
     name: str
@@ -129,15 +109,9 @@ class Decoded:
 
 
 def decode(path: Path, data: bytes | None = None) -> Decoded:
-    """Read a PNG, JPEG, BMP or TIFF file, and turn it upright by its EXIF orientation.
+    """Read a PNG, JPEG, BMP or TIFF file, or its ``data`` by its name, and turn it upright by its EXIF orientation.
 
-    Args:
-        path: The file to read.
-        data: Its content where that is at hand; ``path`` then only names it.
-
-    Raises:
-        InputError: The file is missing, unreadable, damaged, not an image, or outside the limits.
-        MemoryError: There is not enough.
+    An InputError says that it is missing, unreadable, damaged, not an image, or outside the limits; also MemoryError.
     """
     data = _read_bytes(path) if data is None else data
     try:
@@ -182,15 +156,10 @@ def look_up(table: NDArray[_Kind], levels: Levels) -> NDArray[_Kind]:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One decoded image file.
+    """One decoded image file: upright grey levels ``uint8 (H, W)``, and the hex sha256 of its bytes.
 
-    Attributes:
-        path: The file that was read.
-        pixels: Grey levels, ``uint8 (H, W)``, 0 to 255, upright.
-        sha256: Hex digest of the file's bytes.
-        coloured: ``bool (H, W)``, pixels whose channels differ by more than ``COLOUR_STEP``; None if there are none.
-        mode: Pillow's name of the file's pixel format, such as ``L``, ``RGB`` or ``I;16``.
-        notes: How it was read where that was not as stored, for people, such as ``TURNED``.
+    ``coloured`` is ``bool (H, W)``, where channels differ by more than ``COLOUR_STEP``, None if nowhere; ``mode`` is
+    Pillow's name of the pixel format; ``notes`` say how it was read where that was not as stored.
     """
 
     path: Path
@@ -207,15 +176,7 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
     """Read a PNG, JPEG, BMP or TIFF file as grey levels, turned upright by its EXIF orientation.
 
     Accepts 1-bit, grey, palette and colour files, with or without alpha (composited on black), and 16-bit grey, which
-    is scaled to 8 bits.
-
-    Args:
-        path: The file to read.
-        data: Its content where that is at hand, as from an archive; ``path`` then only names it.
-
-    Raises:
-        InputError: The file is missing, unreadable, damaged, not an image, outside the size limits, or has levels of
-            unknown range.
+    is scaled to 8 bits. Arguments and errors are those of `decode`, and an InputError for levels of unknown range.
     """
     with enough_memory(path):
         data = _read_bytes(path) if data is None else data
@@ -250,11 +211,9 @@ def enough_memory(path: Path) -> Iterator[None]:
 
 
 def picture_fault(frame: NDArray[np.uint8], valid: NDArray[np.bool_] | None = None) -> str | None:
-    """Why an image is none: it is black or white, flat, or has two grey levels, as masks and drawings do; or None.
+    """Why a letterboxed image is none, by its ``valid`` pixels (all by default); None if it is one.
 
-    Args:
-        frame: ``(256, 256)`` uint8, letterboxed.
-        valid: Pixels that are image rather than letterbox bars; None if there are no bars.
+    It is black or white, flat, or has two grey levels, as masks and drawings do.
     """
     inside = frame if valid is None else frame[valid]
     if not BACKGROUND_MEAN[0] <= float(inside.mean()) <= BACKGROUND_MEAN[1]:
@@ -307,8 +266,7 @@ def _from_colour(decoded: Decoded) -> tuple[NDArray[np.uint8], NDArray[np.bool_]
 
 def _full_scale(levels: Levels) -> int:
     """The largest level of the fewest bits in ``FULL`` that hold the largest of these."""
-    peak = int(levels.max())
-    return next(full for full in FULL if peak <= full)
+    return next(full for full in FULL if int(levels.max()) <= full)
 
 
 def _read_bytes(path: Path) -> bytes:

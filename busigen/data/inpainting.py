@@ -31,18 +31,8 @@ def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> N
 
     Grey levels are interpolated from the pixels around (a pull-push pyramid: Gortler et al., The Lumigraph, SIGGRAPH
     1996, 3.4); texture, what a blur takes away, is copied from the nearby place whose surroundings agree best with the
-    gap's (exemplar-based inpainting, Criminisi et al. 2004), so that the patch is as grainy as its surroundings.
-
-    Args:
-        pixels: Grey levels, ``uint8 (H, W)``.
-        suspect: The pixels to replace, ``bool (H, W)``.
-
-    Returns:
-        ``uint8 (H, W)``, equal to ``pixels`` wherever ``suspect`` is False, and everywhere if nothing or everything is
-        suspected.
-
-    Raises:
-        ValueError: Shapes or types are others.
+    gap's (exemplar-based inpainting, Criminisi et al. 2004). ``pixels`` are ``uint8 (H, W)``, ``suspect`` ``bool (H,
+    W)``; if everything is suspected, nothing changes. Other shapes or types raise ValueError.
     """
     if pixels.ndim != 2 or pixels.dtype != np.uint8 or suspect.shape != pixels.shape or suspect.dtype != np.bool_:
         found = f"{pixels.dtype} {pixels.shape} and {suspect.dtype} {suspect.shape}"

@@ -10,20 +10,14 @@ from PIL import Image
 
 from busigen.registry import RESOLUTION
 
-HALF = np.float32(0.5 - 1e-5)
-"""Coverage from which a working pixel is lesion; a pixel that is exactly half covered counts despite rounding."""
+HALF = np.float32(0.5 - 1e-5)  # Coverage from which a working pixel is lesion; exactly half counts despite rounding.
 
 
 @dataclass(frozen=True)
 class Letterbox:
     """Where a native image lies in the working frame: a native ``x`` (pixel edges at integers) at ``left + x * scale``.
 
-    Attributes:
-        scale: Working pixels per native pixel, the same for both axes.
-        left: Columns of bar before the image.
-        top: Rows of bar above the image.
-        width: Columns the image takes.
-        height: Rows the image takes.
+    ``left`` and ``top`` are columns and rows of bar before the image, ``width`` and ``height`` those that it takes.
     """
 
     scale: float
@@ -58,10 +52,9 @@ def fit(width: int, height: int) -> Letterbox:
 def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
     """Scale an image, ``uint8 (H, W)``, into the frame, ``uint8 (256, 256)``, centred, with black bars.
 
-    The filter is Pillow's Hamming: antialiased, and its weights are never negative, so bright calipers and specular
-    lines get no dark ring that a network would learn as texture, as Lanczos gives them. It keeps more speckle contrast
-    than the bilinear triangle, and at ratios near 1 (BUS-BRA) it does not beat against the pixel grid as box does.
-    Other shapes and types raise ValueError.
+    The filter is Pillow's Hamming: bright lines get no dark ring that a network would learn, as Lanczos gives them; it
+    keeps more speckle contrast than the bilinear triangle, and does not beat against the pixel grid as box does. Other
+    shapes and types raise ValueError.
     """
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         raise ValueError(f"pixels must be uint8 (H, W), not {pixels.dtype} {pixels.shape}")
@@ -73,12 +66,7 @@ def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
 
 
 def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.float32]:
-    """The share of every working pixel that a native mask covers, ``float32 (256, 256)``, exact to rounding.
-
-    Args:
-        mask: ``bool (H, W)`` at the native size that ``box`` was made for.
-        box: Where the image lies.
-    """
+    """The share of every working pixel that a native mask ``bool (H, W)`` covers, ``float32 (256, 256)``."""
     if mask.ndim != 2:
         raise ValueError(f"mask must be (H, W), not {mask.shape}")
     # Masks leave most columns empty, and summing those takes most of the time.

@@ -16,24 +16,13 @@ from busigen.data.sources.records import Record
 from busigen.errors import InputError
 from busigen.registry import LESION_CLASSES, RESOLUTION
 
-MAX_MASK_AREA = 0.90
-"""Largest fraction of an image that a lesion can take; BUSI's largest takes 0.56. Above it the mask is inverted."""
-
-MIN_LESION_AREA = 0.0005
-"""Smallest fraction of an image that counts as a lesion of its own; smaller specks are slips of the annotator's brush.
-BUSI's smallest lesion takes 0.003."""
-
-MAX_LESIONS = 255
-"""What a label mask of eight bits can count."""
-
-_LABELS = 16
-"""Most levels of a file that is taken for labels. Masks with soft edges, or saved as JPEG, have more, or none but one
-that covers an area."""
-
+MAX_MASK_AREA = 0.90  # Largest share of an image that a lesion can take (BUSI's: 0.56); above, the mask is inverted.
+MIN_LESION_AREA = 0.0005  # Smallest share of a lesion of its own (BUSI's: 0.003); specks are slips of the brush.
+MAX_LESIONS = 255  # What a label mask of eight bits can count.
+_LABELS = 16  # Most levels of a file that is taken for labels; masks with soft edges have more.
+# Half the side, without its middle, of squares that a label's area holds somewhere, and that grey of soft edges never
+# holds. In photographs such squares are common: their middles take at least 2.8 % of BUSI's and BUS-BRA's images.
 _LABEL_MARGIN, _GREY_MARGIN = 2, 4
-"""Half the side, without its middle, of a square that a label's area holds somewhere, and that the grey between
-background and lesion never holds: soft edges are narrower. In photographs such squares are common: their middles make
-up at least 2.8 % of each of BUSI's and BUS-BRA's images."""
 
 # Limits above which a file is no mask of lesions, and in brackets the largest of BUSI's and BUS-BRA's 1,655 masks.
 _GREY_SHARE, _GREY_MOST = 0.001, 0.25  # Of the image: middles of squares of grey, and grey, as in a picture.
@@ -56,18 +45,12 @@ def read_mask(
     """Read a lesion mask, ``bool (H, W)``: bright is lesion, black is not.
 
     A pixel is lesion where its brightest channel is above half of the range; a mask of one small label (such as 0 and
-    1) is lesion wherever it is not 0. Alpha counts only where the colour channels say nothing.
+    1) is lesion wherever it is not 0. Alpha counts only where the colour channels say nothing. With ``values``, these
+    stored levels are lesion, and no others.
 
-    Args:
-        path: The file to read.
-        size: ``(width, height)`` that the mask must have, or None to accept any.
-        data: The file's content where that is at hand; ``path`` then only names it.
-        values: The levels that are lesion, as stored; all others are not. Empty: as above.
-        notes: Gets a line on how the file was read where that is not as stored.
-
-    Raises:
-        InputError: As for `busigen.data.images.read_image`, the mask has another size, it is a picture, or it marks
-            several labels or colours, or 255 ("ignore") beside a label.
+    ``size`` is the ``(width, height)`` that the mask must have; ``notes`` get a line where it is not read as stored.
+    ``data`` and errors are those of `busigen.data.images.read_image`, and an InputError for another size, a picture,
+    several labels or colours, or 255 ("ignore") beside a label.
     """
     with enough_memory(path):
         decoded = decode(path, data)
@@ -88,8 +71,7 @@ def read_mask(
 def read_lesions(record: Record, file: ImageFile, values: Collection[int], notes: list[str]) -> list[NDArray[np.bool_]]:
     """One native ``bool (H, W)`` mask per lesion of an image, none for a normal one; arguments as for `read_mask`.
 
-    Raises:
-        InputError: A mask cannot be read, is empty, inverted, an outline or full of specks, or contradicts the class.
+    An InputError says that a mask cannot be read, is no mask of lesions, or contradicts the class.
     """
     masks = [read_mask(path, (file.width, file.height), values=values, notes=notes) for path in record.masks]
     name = record.image.name

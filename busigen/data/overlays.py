@@ -21,22 +21,14 @@ CORNER_SIDE = 40  # From the upper left corner: a cross in there is part of a ba
 
 _Level = TypeVar("_Level", np.uint8, np.int16)
 _Mask = NDArray[np.bool_]
-_LINE_GAP = 13
-_ARM = 4
-_GROW = 2
+_LINE_GAP, _ARM, _GROW = 13, 4, 2
 _STRAIGHT = ((-1, 0), (1, 0), (0, -1), (0, 1))
 _OBLIQUE = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 
 
 @dataclass(frozen=True)
 class Overlays:
-    """What is suspected in one image.
-
-    Attributes:
-        text: At least one line of letters or digits.
-        calipers: At least two measuring crosses.
-        mask: ``bool (H, W)``, the suspected pixels and 2 pixels around them.
-    """
+    """What is suspected in one image: a line of text, two calipers, and ``bool (H, W)`` pixels with 2 around them."""
 
     text: bool
     calipers: bool
@@ -50,9 +42,8 @@ def find_overlays(pixels: NDArray[np.uint8]) -> Overlays:
     upright with crisp sides are pen strokes, and several side by side are text. A caliper is a bright cross with four
     dark quadrants, and comes in pairs.
 
-    By eye, on 18 random images of BUSI and BUS-BRA with each result: all 18 with ``text`` had letters (four only the
-    maker's badge), 17 of the 18 with ``calipers`` had calipers, and of 18 with neither, 9 still had a faint, dark or
-    single caliper or a ruler: a suspicion is nearly always right, its absence proves nothing.
+    A suspicion is nearly always right (by eye, on 18 images each of BUSI and BUS-BRA: 18 of 18 with ``text``, 17 with
+    ``calipers``), its absence proves nothing (9 of 18 still had a faint, dark or single caliper or a ruler).
     """
     contrast = _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
     noise = NOISE_FACTOR * float(contrast.mean())
@@ -113,8 +104,7 @@ def _excess(
 
 
 # Least contrast in grey levels, and as a multiple of what is usual nearby (strokes, labels), in the whole image (large
-# letters, outlines, dashes, ticks) or of fine structure (crosses, dots). Crosses count each arm over its own two sides;
-# tissue has more dark gaps than bright ones.
+# letters, outlines, dashes, ticks) or of fine structure (crosses, dots).
 STROKE_FLOOR, STROKE_NOISE = 22.0, 5.5  # Upright strokes, over both of their sides.
 LARGE_FLOOR, LARGE_NOISE = 60.0, 6.0  # Strokes of large letters.
 OUTLINE_FLOOR, OUTLINE_NOISE = 26.0, 8.0  # Dark upright lines of a pixel or two, as around marks on bright ground.
@@ -134,26 +124,15 @@ SIDE_SHARE = 0.1  # Of the width, on either side, that may hold a ruler, ticks o
 BAR_ROWS, BAR_STEP = 25, 8  # Least height of a scale of grey levels, and least step in grey levels at its sides.
 BADGE_SIDE = 24  # Pixels from the upper left corner within which some scanners put a badge.
 _REACHES = ((1, 2, 3), (2, 4, 5))
-_MARGIN = 8
-_LABEL = 16
-_ANGLES = 180
+_MARGIN, _LABEL, _ANGLES = 8, 16, 180
 
 
 def suspect_mask(pixels: NDArray[np.uint8], coloured: _Mask | None = None, found: _Mask | None = None) -> _Mask:
     """Mark whatever may be text, a caliper, a dotted line, a ruler, a scale of grey levels, a badge or colour.
 
-    Much more generous than `find_overlays`, whose marks it includes: a wrong mark costs a small patch of texture
-    (`busigen.data.inpainting.without_overlays`), a missed one is learnt. By eye, on 40 random images of BUSI and
-    BUS-BRA: of 33 with overlays (5 only with the maker's badge) 28 had none left after painting over; in 5 part of a
-    large letter, dark symbols beside a lesion (in 2) or a few dots (in 2) remained.
-
-    Args:
-        pixels: Native grey levels, ``uint8 (H, W)``.
-        coloured: Pixels that are not grey in the file, ``bool (H, W)``, if any.
-        found: The mask that `find_overlays` gave for these pixels, where it is at hand.
-
-    Returns:
-        ``bool (H, W)``, the suspected pixels and 2 pixels around them.
+    Much more generous than `find_overlays`, whose marks (``found``) it includes with ``coloured`` pixels: a wrong mark
+    costs a small patch of texture, a missed one is learnt. By eye, of 33 random images of BUSI and BUS-BRA with
+    overlays, 28 had none left after painting over. All are ``(H, W)``, with 2 pixels around what is suspected.
     """
     found = find_overlays(pixels).mask if found is None else found
     fine, upright = pixels - np.minimum(grow(shrink(pixels, 4), 4), pixels), _top_hat(pixels, STROKE_WIDTH // 2, axis=1)
@@ -217,8 +196,7 @@ def _upright_runs(crisp: _Mask, rows: int) -> _Mask:
 def _faint_crosses(pixels: NDArray[np.uint8], floor: NDArray[np.float32]) -> _Mask:
     """Centres of upright and oblique crosses, small and large, ``bool (H, W)``.
 
-    Each arm must stand out from both of its own sides, not from the four quadrants at once: a caliper lies on the
-    lesion's edge, where some quadrants are as bright as its arms elsewhere.
+    Each arm must stand out from both of its own sides: on the lesion's edge, quadrants may be as bright as other arms.
     """
     bright = np.pad(highest(highest(pixels, 1, 0, axis=0), 1, 0, axis=1), 2 * _MARGIN, mode="edge").astype(np.int16)
     dark = np.pad(pixels, 2 * _MARGIN, mode="edge").astype(np.int16)

@@ -34,23 +34,15 @@ from busigen.records import read_checked
 from busigen.registry import BIRADS, RESOLUTION
 from busigen.text import printable
 
-Progress = Callable[[int, int], None]
-"""Called with (images looked at, images in all)."""
+Progress = Callable[[int, int], None]  # Called with (images looked at, images in all).
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did: counts of images, and what a person should know.
+    """What `prepare` did: counts of images, what was left out and why, and what a person should know (``notes``).
 
-    Attributes:
-        by_split: Images per split; ``excluded`` only if there are any.
-        groups: Groups of near-duplicates and patients.
-        conflicts: Images whose frame also stands under another class.
-        overlays: Images with suspected ``colour``, ``text`` and ``calipers``.
-        kept_splits: Images that kept the split of an earlier run in the same folder.
-        refused: What was left out and why.
-        notes: What was passed over, joined, guessed or read otherwise than it is stored, one line a kind.
-        split_hash: Fingerprint of who is in which split.
+    ``groups`` counts those of near-duplicates and patients, ``conflicts`` images whose frame also stands under another
+    class, ``overlays`` suspected ones by kind, ``kept_splits`` images that kept the split of an earlier run.
     """
 
     out: Path
@@ -83,14 +75,9 @@ def prepare(
     Files that are damaged, missing or mismatched are named in the report and left out; the rest is prepared. A run
     into an existing prepared folder replaces it and keeps the split of every image it held.
 
-    Args:
-        sources: Folders in any of the layouts of `busigen.data.sources.read.LAYOUTS`.
-        out: The folder to write; created if missing.
-        seed: Decides the splits, with the names of the groups.
-        strict: Stop at the first file that would be left out.
-        mask_values: Grey levels of the masks that are lesion, as stored; all others are not. Empty: white, or the only
-            label of a mask.
-        progress: Called after every image.
+    ``sources`` have any of the layouts of `busigen.data.sources.read.LAYOUTS`; ``seed`` and the groups' names decide
+    the splits; ``strict`` stops at the first file that would be left out; ``mask_values`` are the ``values`` of
+    `busigen.data.masks.read_mask`.
 
     Raises:
         InputError: A source has no known layout, none of its images is usable, or ``strict`` met a bad file.
@@ -146,13 +133,7 @@ def _list_all(sources: Sequence[Path], out: Path) -> list[Listing]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image that passed, in the working frame.
-
-    Attributes:
-        arrays: ``(256, 256)`` each, by their names in `busigen.data.prepared.ARRAYS`.
-        row: The table's columns that need no other image.
-        notes: How its files were read where that is not as stored.
-    """
+    """One image that passed: arrays ``(256, 256)`` by name (`busigen.data.prepared.ARRAYS`), and table columns."""
 
     arrays: dict[str, NDArray[Any]]
     thumbnail: NDArray[np.float32]
@@ -161,13 +142,10 @@ class Sample:
 
 
 def read_sample(record: Record, values: Collection[int] = ()) -> Sample:
-    """Read a record's files, check them and fit them into the working frame.
+    """Read a record's files, check them and fit them into the working frame; ``values`` are those of `read_mask`.
 
-    ``values``: The masks' grey levels that are lesion, as for `busigen.data.masks.read_mask`.
-
-    Raises:
-        InputError: A file is missing, damaged or mismatched, the image is none, the mask is none of lesions, or it
-            contradicts the class.
+    An InputError says that a file is missing, damaged or mismatched, the image is none, the mask is none of lesions, or
+    contradicts the class.
     """
     file = read_image(record.image)
     image, box = letterbox(file.pixels)
@@ -265,9 +243,8 @@ def _write_headers(streams: Mapping[str, IO[bytes]], rows: int) -> None:
     """Write the arrays' headers, which NumPy pads so that the number of rows can grow in place."""
     for name, stream in streams.items():
         stream.seek(0)
-        descr = npy.dtype_to_descr(schema.DTYPES[name])
-        shape = (rows, RESOLUTION, RESOLUTION)
-        npy.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+        header = {"descr": npy.dtype_to_descr(schema.DTYPES[name]), "fortran_order": False}
+        npy.write_array_header_1_0(stream, {**header, "shape": (rows, RESOLUTION, RESOLUTION)})
 
 
 def _tabulate(
@@ -300,9 +277,8 @@ def _report(
 ) -> PrepareReport:
     """The report of a table; ``notes`` gets which images lost their split, and what nothing is learnt from."""
     by_class_and_split: dict[str, dict[str, int]] = {}
-    for image_class, split in zip(table["class"], table["split"], strict=True):
-        per_split = by_class_and_split.setdefault(image_class, {})
-        per_split[split] = per_split.get(split, 0) + 1
+    for (image_class, split), count in Counter(zip(table["class"], table["split"], strict=True)).items():
+        by_class_and_split.setdefault(image_class, {})[split] = count
     before = [earlier.get(sha256) for sha256 in table["sha256"]]
     kept = [was == now for was, now in zip(before, table["split"], strict=True)]
     parted = [id_ for id_, was, same in zip(table["id"], before, kept, strict=True) if was is not None and not same]

@@ -22,25 +22,14 @@ from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Record, Text, Whole, checked, read_given
 from busigen.registry import RESOLUTION
 
-SCHEMA_VERSION = 2
-"""Raised whenever a column or an array changes meaning."""
-
-INFO = "prepared.json"
-TABLE = "table.parquet"
+SCHEMA_VERSION = 2  # Raised whenever a column or an array changes meaning.
+INFO, TABLE = "prepared.json", "table.parquet"
+# The audit measures on the first three, and training reads the last two.
 ARRAYS = {name: f"{name}.npy" for name in ("images", "masks", "overlays", "clean", "suspects")}
-"""Array names and their files. The first three are what the audit measures on, the last two what training reads."""
-
 DTYPES = {name: np.dtype(np.bool_ if name in ("overlays", "suspects") else np.uint8) for name in ARRAYS}
-"""Types of the arrays' values."""
-
-FILES = (*ARRAYS.values(), TABLE, INFO)
-"""Everything in a prepared folder; the last one makes it valid."""
-
-WRITTEN = re.compile("|".join(map(re.escape, FILES)))
-"""Matches the names in `FILES`."""
-
-PARTIAL = frozenset(f"{name}.partial" for name in FILES)
-"""Names that an earlier busigen gave files that were still being written."""
+FILES = (*ARRAYS.values(), TABLE, INFO)  # Everything in a prepared folder; the last one makes it valid.
+WRITTEN = re.compile("|".join(map(re.escape, FILES)))  # Matches the names in `FILES`.
+PARTIAL = frozenset(f"{name}.partial" for name in FILES)  # An earlier busigen's names of unfinished files.
 
 COLUMNS: dict[str, pl.DataType] = {
     "row": pl.Int64(),
@@ -68,8 +57,7 @@ COLUMNS: dict[str, pl.DataType] = {
     "birads": pl.String(),
     "class_conflict": pl.Boolean(),
 }
-"""The table's columns. ``mask_area`` is a fraction of the native image; ``lesions`` is the largest value in the row's
-label mask; file names begin with the source folder's name."""
+"""``mask_area`` is a share of the native image, ``lesions`` the largest label; file names begin with the source's."""
 
 
 def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
@@ -79,8 +67,7 @@ def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
 
 
 _PREPARE = "Run 'busigen prepare' into a new folder."
-_LARGEST_TABLE = 4 << 30
-"""Bytes of a table whose hash is looked at; a row has some hundred."""
+_LARGEST_TABLE = 4 << 30  # Bytes of a table whose hash is looked at; a row has some hundred.
 
 
 class PreparedRecord(Record):
@@ -94,17 +81,10 @@ class PreparedRecord(Record):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A prepared folder: one table, and arrays with one row per image, memory-mapped read-only.
+    """A prepared folder: a table of `COLUMNS`, and arrays ``(N, 256, 256)``, memory-mapped read-only; a row per image.
 
-    Attributes:
-        folder: The folder.
-        info: The content of ``prepared.json``.
-        table: One row per image, with the columns of `COLUMNS`.
-        images: ``uint8 (N, 256, 256)``, letterboxed grey levels 0 to 255.
-        masks: ``uint8 (N, 256, 256)``, 0 outside lesions and k on the k-th.
-        overlays: ``bool (N, 256, 256)``, True where the scanner probably painted.
-        clean: ``uint8 (N, 256, 256)``, ``images`` with all ``suspects`` painted over.
-        suspects: ``bool (N, 256, 256)``, True where ``clean`` was painted over; includes ``overlays``.
+    ``info`` is the content of ``prepared.json``. ``masks`` are 0 outside lesions and k on the k-th; ``overlays`` is
+    where the scanner probably painted; ``clean`` are ``images`` with all ``suspects``, overlays included, painted over.
     """
 
     folder: Path
@@ -121,11 +101,8 @@ class Prepared:
         """Open a prepared folder.
 
         The table is always checked against its hash, the arrays for shape and type; with ``check``, which reads every
-        byte, also against theirs.
-
-        Raises:
-            InputError: It is no prepared folder, or one of another schema version.
-            IntegrityError: A file is missing, damaged or not the one that was written.
+        byte, also against theirs. An InputError says that it is no prepared folder, or one of another schema version,
+        an IntegrityError that a file is missing, damaged or not the one that was written.
         """
         folder = Path(folder)
         info, _ = read_given(folder / INFO, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)

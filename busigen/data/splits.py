@@ -16,44 +16,31 @@ from scipy.sparse.csgraph import connected_components
 from busigen.data.sources.files import natural_key
 from busigen.registry import SPLITS
 
+# Correlation of two thumbnails above which the images belong together. With single link, BUSI's groups are exactly
+# those of the published list, and no two patients of BUS-BRA are linked (at 0.85, nine pairs chain 15 images).
 NEAR_DUPLICATE = 0.90
-"""Correlation of two thumbnails above which the images belong together. Measured with single link: on BUSI's 623 images
-the groups are exactly those of the published list (`COPY` then joins four pairs of them); on BUS-BRA's 1,127 no two
-patients are linked (at 0.85, nine pairs already chain 15 images together); across the two the highest is 0.8999."""
-
+# Correlation above which two images are one frame, cropped or annotated differently. Between BUSI's classes, pairs of
+# the same frame by eye lie at 0.949 or above, those of different lesions at 0.908 and below.
 SAME_FRAME = 0.93
-"""Correlation above which two images are one frame, cropped or annotated differently. Between BUSI's classes, seven
-pairs lie at 0.949 or above and show the same frame by eye; the next, at 0.908 and below, are different lesions."""
-
+# Correlation of two images' aligned fine structure from which they are one frame: copies of 60 images that were
+# mirrored, turned by up to 15 degrees or cropped by 3 to 10 % a side lie at 0.80 and above, different lesions of BUSI
+# and BUS-BRA at 0.64 and below. Copies cropped at one side alone are not found reliably.
 COPY = 0.70
-"""Correlation of two images' fine structure, aligned, from which they are one frame.
 
-Of the pairs of BUSI's and BUS-BRA's 1,750 images that are no near-duplicates, five lie above it, each one frame cropped
-twice by eye; different lesions lie at 0.64 and below. Of 60 images, every copy that was mirrored, turned by up to 15
-degrees, cropped by 3 to 10 % a side, or mirrored and one of these, lies at 0.80 and above. Copies that were cropped at
-one side alone, or whose frame grew as they were turned, are not found reliably.
-"""
-
-EXCLUDED = "excluded"
-"""Split of an image that would link two splits; it takes part in nothing."""
-
+EXCLUDED = "excluded"  # Split of an image that would link two splits; it takes part in nothing.
+# Whose images stay when two splits turn out to be linked: what a model is judged on must not change under it.
 _PROTECTED = ("test", "val", "train")
-"""Whose images stay when two splits turn out to be linked: what a model is judged on must not change under it."""
 
+# Given the indices of some images, their group numbers when the others do not exist.
 Regroup = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Given the indices of some images, their group numbers when the others do not exist."""
-
-_THUMBNAIL_SIDE = 64
-_SIDE = 32
-_MARGIN = 3
+_THUMBNAIL_SIDE, _SIDE, _MARGIN = 64, 32, 3
 _FINE, _COARSE = 0.6, 2.0
-_TURNS = (6.0, 12.0)
-_SCALES = (0.9, 0.8)
+_TURNS, _SCALES = (6.0, 12.0), (0.9, 0.8)
 _BLOCK_ROWS = 512
 
 _Structure = NDArray[np.float32]
+# Positions of images in two arrays, pair by pair, some at a time, perhaps several times.
 _Pairs = Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
-"""Positions of images in two arrays, pair by pair, some at a time, perhaps several times."""
 
 
 def copies_of(
@@ -130,11 +117,7 @@ def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """A native image squashed to ``float32 (64, 64)``, 0 to 255, for comparison.
-
-    Pillow's antialiased bilinear filter is part of the definition: with box or Lanczos up to 30 of BUSI's images
-    change group.
-    """
+    """A native image squashed to ``float32 (64, 64)`` for comparison; other filters change some of BUSI's groups."""
     small = Image.fromarray(pixels).resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
     return np.asarray(small, dtype=np.float32)
 
@@ -144,16 +127,9 @@ def near_duplicate_groups(
 ) -> NDArray[np.int64]:
     """Group images that look alike, are mirrored, turned or cropped copies, or show the same patient, by single link.
 
-    Args:
-        thumbnails: ``float32 (N, 64, 64)`` from `thumbnail`.
-        patients: N patient names; None where unknown, which links nothing.
-        aspects: N times width over height; None where all images are squares.
-
-    Returns:
-        ``int64 (N,)``: group numbers from 0, in order of first appearance.
-
-    Raises:
-        ValueError: The arguments differ in length.
+    ``thumbnails`` are ``float32 (N, 64, 64)`` from `thumbnail`; an unknown patient links nothing; ``aspects`` are width
+    over height, None where all images are squares. Numbers begin at 0, in order of first appearance. Arguments that
+    differ in length raise ValueError.
     """
     if len(patients) != len(thumbnails):
         raise ValueError(f"{len(thumbnails)} thumbnails but {len(patients)} patients")
@@ -207,10 +183,7 @@ def _alike(thumbnails: NDArray[np.float32], threshold: float, aspects: Sequence[
 
 
 def draw_split(seed: int, key: str) -> str:
-    """The split of a new group: a key of ``registry.SPLITS``, with the probability that stands there.
-
-    ``key`` is the group's name, which must not change when images are added.
-    """
+    """The split of a new group, whose name ``key`` must not change when images are added, by ``registry.SPLITS``."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64 * sum(SPLITS.values())
     for name, share in SPLITS.items():
@@ -221,12 +194,7 @@ def draw_split(seed: int, key: str) -> str:
 
 
 def assign_splits(
-    ids: Sequence[str],
-    patients: Sequence[str | None],
-    earlier: Sequence[str | None],
-    regroup: Regroup,
-    *,
-    seed: int,
+    ids: Sequence[str], patients: Sequence[str | None], earlier: Sequence[str | None], regroup: Regroup, *, seed: int
 ) -> tuple[list[str], NDArray[np.int64]]:
     """Give every image a split such that no group spans two.
 
@@ -234,15 +202,8 @@ def assign_splits(
     that links two splits is excluded. Where images that already have splits turn out to be linked (a patient's name
     was added, say), those of the test split stay and the others are excluded.
 
-    Args:
-        ids: N image ids.
-        patients: N patient names or None.
-        earlier: N splits of an earlier run, None for new images.
-        regroup: See `Regroup`.
-        seed: The run's seed.
-
-    Returns:
-        N split names and N group numbers; an excluded image is a group of its own.
+    ``earlier`` are splits of an earlier run, None for new images. Gives N split names and N group numbers; an excluded
+    image is a group of its own.
     """
     splits: list[str | None] = list(earlier)
     groups = regroup(np.arange(len(ids)))

@@ -16,11 +16,10 @@ from typing import Any
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
-from busigen.evaluation.context import AuditContext, Effort
-from busigen.evaluation.reading.inputs import read_inputs
+from busigen.evaluation.context import AuditContext, Effort, SectionResult, jsonable, load, section_folder, store
+from busigen.evaluation.reading.sets import read_inputs
 from busigen.evaluation.report.page import CONTACT_SHEET, contact_sheet, write_html
 from busigen.evaluation.report.text import sentence
-from busigen.evaluation.results import SectionResult, jsonable, load, section_folder, store
 from busigen.evaluation.sections import SECTIONS, Prints, Section, key_of
 from busigen.files import write_json
 from busigen.records import read_json
@@ -30,14 +29,10 @@ from busigen.text import install_command
 
 log = logging.getLogger("busigen.evaluation")
 
-REPORT_SCHEMA = 1
-"""Version of ``report.json``; raised when a reader of the older one would misread it."""
-
+REPORT_SCHEMA = 1  # Version of report.json; raised when a reader of the older one would misread it
 REPORT_FILE = "report.json"
 
-QUICK_LIMIT = 500
-"""Images per set that ``quick`` looks at."""
-
+QUICK_LIMIT = 500  # Images per set that quick looks at
 _LIBRARIES = (
     *("numpy", "scipy", "polars", "pillow", "scikit-image", "scikit-learn"),
     *("torch", "torchmetrics", "torch-fidelity", "monai", "matplotlib"),
@@ -145,6 +140,10 @@ def audit(
         progress=progress,
     )
     paths = {"train": train_split, "healthy": healthy, "external": external, "inception": inception}
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     with output_errors(out):
         prints = {name: part and part["fingerprint"] for name, part in about["sets"].items()}
         outcomes = {section.name: _outcome(section, context, prints) for section in sections}
@@ -165,7 +164,7 @@ def audit(
                 "device": device,
             },
             **about,
-            "versions": _library_versions(),
+            "versions": versions,
             "sections": [
                 {
                     **jsonable(outcome.result.to_dict()),
@@ -191,26 +190,23 @@ def audited(report: Report) -> Iterator[str]:
     for note in report.content["notes"]:
         yield f"  {note}"
     for name, outcome in report.outcomes.items():
+        result = outcome.result
+        silent = "nothing flagged" if result.figures else "nothing measured"
+        verdict = "NOT RUN" if outcome.error else "FLAGGED" if result.flagged else silent
+        kept = " (kept from an earlier run)" if outcome.cached else ""
+        lines = [f"{name:10} {verdict}, {result.seconds:.0f} s{kept}"]
+        for figure in result.figures:
+            if figure.headline:
+                lines.append(f"  {figure.label}: {sentence(figure)}{'  FLAGGED' if figure.flagged else ''}")
+        for finding in result.findings:
+            if finding.level == "flag" or outcome.error:
+                lines.append(f"  ! {finding.text}")
+            elif not result.flagged:
+                # Why nothing is flagged, or could be: a silent section would otherwise look like a clean one.
+                lines.append(f"    {finding.text}")
         # A page ties numbers to their units; a terminal is shown plain spaces.
-        yield from (line.replace("\N{NO-BREAK SPACE}", " ") for line in _section(name, outcome))
+        yield from (line.replace("\N{NO-BREAK SPACE}", " ") for line in lines)
     yield f"Report: {report.html}"
-
-
-def _section(name: str, outcome: Outcome) -> Iterator[str]:
-    result = outcome.result
-    silent = "nothing flagged" if result.figures else "nothing measured"
-    verdict = "NOT RUN" if outcome.error else "FLAGGED" if result.flagged else silent
-    kept = " (kept from an earlier run)" if outcome.cached else ""
-    yield f"{name:10} {verdict}, {result.seconds:.0f} s{kept}"
-    for figure in result.figures:
-        if figure.headline:
-            yield f"  {figure.label}: {sentence(figure)}{'  FLAGGED' if figure.flagged else ''}"
-    for finding in result.findings:
-        if finding.level == "flag" or outcome.error:
-            yield f"  ! {finding.text}"
-        elif not result.flagged:
-            # Why nothing is flagged, or could be: a silent section would otherwise look like a clean one.
-            yield f"    {finding.text}"
 
 
 def _choose_sections(only: Sequence[str] | None) -> list[Section]:
@@ -259,15 +255,6 @@ def _claim(out: Path) -> None:
             f"{out} is not empty and holds no report: {sorted(foreign)[0]!r}.", fix="Name a new or empty folder."
         )
     sections.mkdir(exist_ok=True)
-
-
-def _library_versions() -> dict[str, str]:
-    """Version of Python and of every installed library that a figure may depend on."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _outcome(section: Section, context: AuditContext, prints: Prints) -> Outcome:

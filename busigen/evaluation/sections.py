@@ -11,8 +11,7 @@ from typing import Any
 
 from busigen import __version__
 from busigen.data.sources.files import find_images
-from busigen.evaluation.context import AuditContext
-from busigen.evaluation.results import SectionResult
+from busigen.evaluation.context import AuditContext, SectionResult
 from busigen.files import sha256_of
 
 Prints = dict[str, str | None]
@@ -21,12 +20,10 @@ Prints = dict[str, str | None]
 
 @dataclass(frozen=True)
 class Section:
-    """One section.
+    """One section. ``version`` is part of a kept result's key: raise it whenever its figures change meaning.
 
-    Attributes:
-        reads: What it looks at besides the synthetic and the real set, of `INPUTS`: another value of these, and of no
-            others, runs it again.
-        version: Part of a kept result's key: raise it whenever the section's figures change meaning.
+    ``reads``: What it looks at besides the synthetic and the real set, of `INPUTS`; another value of these, and of no
+    others, runs it again.
     """
 
     name: str
@@ -41,7 +38,7 @@ class Section:
 
 
 def _integrity(context: AuditContext) -> SectionResult:
-    from busigen.evaluation.integrity.section import run
+    from busigen.evaluation.integrity import run
 
     return run(context)
 

@@ -247,7 +247,7 @@ def _skeleton(module: nn.Module, weights: Iterable[Tensor]) -> nn.Module:
     # The meta device would do as well, but PyTorch then takes attention apart otherwise, and names change.
     with FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True):
         empty = {id(value): torch.empty(value.shape, dtype=value.dtype) for value in weights}
-        empty |= {id(value): nn.Parameter(empty[id(value)]) for value in module.parameters() if id(value) in empty}
+        empty |= {id(value): nn.Parameter(empty[id(value)]) for value in module.parameters()}
         return copy.deepcopy(module, empty)
 
 

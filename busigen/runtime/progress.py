@@ -20,14 +20,9 @@ if TYPE_CHECKING:
     from busigen.runtime.dataset.shards import ShardRecord
     from busigen.runtime.execution.estimate import Forecast
 
-LINE_SECONDS = 10.0
-"""Seconds between two lines where no terminal shows a bar."""
-
-NOW_SECONDS = 60.0
-"""Seconds that the rate of "now" looks back: a few batches of a slow machine."""
-
-LONG_SECONDS = 60.0
-"""A run that will take longer than this shows its forecast; the others are over before it is read."""
+LINE_SECONDS = 10.0  # seconds between two lines where no terminal shows a bar
+NOW_SECONDS = 60.0  # seconds that the rate of "now" looks back: a few batches of a slow machine
+LONG_SECONDS = 60.0  # a run that will take longer than this shows its forecast; the others are over before it is read
 
 
 class Observer:
@@ -71,11 +66,7 @@ class Observer:
 
 
 class Progress:
-    """Counts samples for its observers; without one, it shows nothing.
-
-    A context manager around ``start`` takes a bar down whatever happens. Calls may come from any thread. Whoever knows
-    the seconds that each stage has spent in the engine sets ``stage_seconds``.
-    """
+    """Counts samples for its observers, from any thread; as a context manager, it takes a bar down whatever happens."""
 
     _recent: deque[tuple[float, int]]
     _advanced: float
@@ -84,6 +75,7 @@ class Progress:
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
         self._lock = threading.Lock()
+        # Set by whoever knows the seconds that each stage has spent in the engine.
         self.stage_seconds: Callable[[], Mapping[str, float]] = dict
         self._begin("", 0, 0)
         self.unit = "sample"
@@ -100,8 +92,7 @@ class Progress:
     ) -> None:
         """Begin to count to ``total``; the ``done`` samples exist already and do not count towards the rate.
 
-        ``what`` is shown before the count, ``unit`` names one of what is counted, and ``shards`` is how many shards
-        exist and how many there will be, where shards are written.
+        ``what`` stands before the count, ``unit`` names one; ``shards`` is how many exist and how many there will be.
         """
         with self._lock:
             for observer in self._observers:

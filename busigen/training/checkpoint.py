@@ -41,11 +41,9 @@ from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, LoraSpec, Recipe, TaskSpec, recipe_for
 from busigen.training.trainer import MAX_WEIGHTS_BYTES, write_json
 
-RECORD = "busigen.json"
-SCHEMA = 1
+RECORD, SCHEMA = "busigen.json", 1
 WRITABLE = "Use a folder that you may write to."
 BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
-
 LATER = ("spectrum.", "decoder.outlines.")  # Weights that components of older versions may lack.
 MAX_RECORD_BYTES = 64 << 20  # Largest file of a component's folder that is read, apart from weights.
 
@@ -54,10 +52,6 @@ _REFIT = (
     "Delete busigen.json and done/finish.json there (for 'styles' done/prior.json as well), and give the same "
     "'busigen train' command again: what is finished is kept, and only the fit is repeated."
 )
-
-
-class ConfigRecord(Record):
-    """A component's ``config.json``: any object."""
 
 
 class Latents(Record):
@@ -132,7 +126,7 @@ def save_component(model: ModelMixin, folder: Path) -> None:
 
 def _refuse_other_sizes(component: str, path: Path, preset: Preset) -> None:
     """Refuse a ``config.json`` with other sizes than the preset's: such a network might take all memory."""
-    config = read_checked(ConfigRecord, path, fix=_TRAIN)
+    config = read_checked(Record, path, fix=_TRAIN)
     with torch.random.fork_rng(devices=[]):  # Building a network must not advance the training's generator.
         sizes = json.loads(json.dumps(dict(build(component, preset).config)))
     for key, value in sizes.items():
@@ -142,13 +136,10 @@ def _refuse_other_sizes(component: str, path: Path, preset: Preset) -> None:
 
 
 def load_component(component: str, folder: Path, preset: Preset | None = None) -> ModelMixin:
-    """Load a component in evaluation mode; with a preset, one of its sizes.
+    """Load a component in evaluation mode; without weights in ``LATER``, with one spread and a decoder without masks.
 
-    Weights in ``LATER`` may be missing: the solver then assumes one spread, and the decoder ignores masks.
-
-    Raises:
-        InputError: the folder holds no such component, or one whose weights do not fit its configuration.
-        IntegrityError: its configuration is not the preset's.
+    An InputError says that there is none, or that its weights do not fit its configuration, an IntegrityError that this
+    is not the preset's.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no {component}.", fix=_TRAIN)
@@ -204,9 +195,8 @@ def write_record(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any]:
     """Read and check ``busigen.json``.
 
-    Raises:
-        InputError: there is no finished checkpoint, or one with an unknown schema or preset.
-        IntegrityError: the record is invalid, or a weight file is missing, not recorded or changed.
+    An InputError says that there is no finished checkpoint, or one with an unknown schema or preset, an IntegrityError
+    that the record is invalid, or a weight file is missing, not recorded or changed.
     """
     path = folder / RECORD
     record, _ = read_given(path, "finished checkpoint", schemas=(SCHEMA,), fix=_TRAIN)
@@ -275,10 +265,7 @@ class Base:
 
         Without ``retrain``, these are all adapters, which learn from all sources of the data. With it, the named
         components, of ``RETRAINABLE``, start from the base's weights at ``RETRAIN_RATE`` of the rate, and their
-        adapters are trained as without a base. Stage 3 then starts from stage 2's weights if both are named.
-
-        Raises:
-            UsageError: another preset, a scale that is not positive, or a component that cannot be retrained.
+        adapters are trained as without a base. A UsageError refuses another preset, scale or component.
         """
         own = self.record["preset"]
         if preset not in (None, own):

@@ -34,9 +34,7 @@ Progress = Callable[[int, int], None]  # Is called with what is done and of how 
 Healed = Callable[[int, int], NDArray[np.uint8]]  # The image of a prepared row and variant, without its lesion.
 
 ENCODE_BATCH = 16
-
 FRAMES = 64  # Most image shapes that a checkpoint records for synthetic backgrounds.
-
 WIDE = 15  # Least side in pixels of overlays that no loss counts: text, but not calipers at a lesion's outline.
 
 assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"
@@ -96,9 +94,8 @@ class Frame:
 class Frames:
     """The rows of a prepared folder that a task trains on, as :class:`Frame`."""
 
-    def __init__(self, prepared: Prepared, rows: pl.DataFrame, images: NDArray[np.uint8] | None = None) -> None:
+    def __init__(self, prepared: Prepared, rows: pl.DataFrame) -> None:
         self.prepared, self.table = prepared, rows
-        self.images = prepared.clean if images is None else images
 
     def __len__(self) -> int:
         return self.table.height
@@ -109,7 +106,7 @@ class Frames:
         valid = np.zeros((RESOLUTION, RESOLUTION), dtype=bool)
         valid[top : top + record["inner_height"], left : left + record["inner_width"]] = True
         return Frame(
-            image=np.array(self.images[row]),
+            image=np.array(self.prepared.clean[row]),
             lesions=np.array(self.prepared.masks[row]),
             overlay=grow(shrink(np.array(self.prepared.suspects[row]), WIDE // 2), WIDE // 2),
             valid=valid,
@@ -199,8 +196,7 @@ class WindowExamples:
     """Encoded windows of one size; ``s`` is their side / 8.
 
     ``clean``/``known`` ``(N, C, s, s)`` fp16 latents of the whole and of the greyed window; ``mask`` ``(N, 4, s, s)``;
-    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)`` fp16; ``keep`` ``(N, T)``; ``label`` and
-    ``row`` ``(N,)``.
+    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)``; ``keep`` ``(N, T)``; ``label``, ``row``.
     """
 
     tensors: dict[str, Tensor]
@@ -373,11 +369,8 @@ def outline_examples(
 ) -> dict[str, Tensor]:
     """Encode stage 1's examples: healed images, each with one of its lesions, under another gain, flip and cut.
 
-    Half of the variants fill the frame, because synthetic backgrounds have no letterbox bars.
-
-    Returns:
-        ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep`` ``(N, T)``
-        bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; empty if no image has a lesion.
+    ``clean`` ``(N, D)`` fp32 codes, ``birads`` ``(N, 4)`` bool, ``tokens`` ``(N, T, C)`` fp16, ``keep``
+    ``(N, T)`` bool, ``weight`` ``(N, 1)``, ``label`` and ``row`` ``(N,)``; empty if no image has a lesion.
     """
     parts: list[dict[str, Tensor]] = []
     jobs = frames.jobs(variants, lesions_only=True)
@@ -392,6 +385,7 @@ def outline_examples(
             lesion = random_lesion(frame, rng).astype(np.uint8)
             frame = replace(frame, image=healed(row, variant), lesions=lesion).with_gain(rng)
             frame = frame.flipped() if rng.random() < 0.5 else frame
+            # Synthetic backgrounds have no letterbox bars.
             chosen.append(frame.filling(rng) if rng.random() < 0.5 else frame)
         images = torch.stack([to_tensor(frame.image) for frame in chosen]).to(networks.device)
         keep = torch.ones(len(chosen), networks.preset.tokens, device=networks.device)

@@ -43,23 +43,22 @@ def _views(image: Tensor, offsets: list[int]) -> Iterator[tuple[float, Tensor]]:
         yield SPECTRAL_WEIGHT, torch.log(torch.fft.rfft2(patches).abs() / side + 0.004).flatten(2)
 
 
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """Mean over patches of the root mean square difference, whose root makes the energy distance a proper score."""
-    return ((first - second).pow(2).mean(dim=-1) + 1e-6).sqrt().mean()
-
-
 def energy(first: Tensor, second: Tensor, target: Tensor, generator: Generator) -> Tensor:
     """Generalised energy distance of a decoder's draws and the image, ``(B, 1, H, W)`` each.
 
-    ``first`` and ``second`` are draws from the same latents. Both are pulled to the image and pushed from each other:
-    at the minimum, they differ from the image as from one another. Without the push, it would be a blur (Gritsenko et
-    al. 2020, A spectral energy distance for parallel speech synthesis).
+    ``first`` and ``second`` are draws from the same latents. Both are pulled to the image and pushed from each other,
+    or they would be a blur (Gritsenko et al. 2020, A spectral energy distance for parallel speech synthesis).
     """
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        # The root of the mean square of each patch makes the energy distance a proper score.
+        return ((a - b).pow(2).mean(dim=-1) + 1e-6).sqrt().mean()
+
     offsets = [int(torch.randint(side, (1,), generator=generator)) for side in (GRAIN_PATCH, *SPECTRAL_PATCHES)]
     total = first.new_zeros(())
     views = (_views(image, offsets) for image in (first, second, target))
     for (weight, one), (_, two), (_, real) in zip(*views, strict=True):
-        total = total + weight * (_distance(one, real) + _distance(two, real) - _distance(one, two))
+        total = total + weight * (distance(one, real) + distance(two, real) - distance(one, two))
     return total
 
 
@@ -154,11 +153,7 @@ class Texture(nn.Module):
             filters += [window * (wave - (window * wave).sum()) for wave in (torch.cos(phase), torch.sin(phase))]
         self.register_buffer("bank", torch.stack(filters).unsqueeze(1).float(), persistent=False)
 
-    @property
-    def features(self) -> int:
-        """Numbers per zone."""
-        deeper = ORIENTATIONS**2 * OCTAVES * (OCTAVES - 1) // 2
-        return 2 * ORIENTATIONS * OCTAVES + deeper
+    features = 2 * ORIENTATIONS * OCTAVES + ORIENTATIONS**2 * OCTAVES * (OCTAVES - 1) // 2  # Numbers per zone.
 
     def forward(self, image: Tensor, zones: Tensor) -> Tensor:
         """Statistics ``(B, Z, features)`` of images ``(B, 1, H, W)`` in zones ``(B, Z, H, W)`` in [0, 1]."""
@@ -255,10 +250,9 @@ FEATURES = BANDS + BANDS - 1  # Numbers per lesion.
 
 
 def patches(mask: Tensor, usable: Tensor) -> Tensor:
-    """The patch of every pixel near an outline, by band and sector, ``(B, H * W)`` int64.
+    """The patch of every pixel near an outline by band and sector, ``(B, H * W)`` int64; ``BANDS * SECTORS`` is none.
 
-    ``mask`` and ``usable`` are ``(B, 1, H, W)``, above 0 in the lesion and where pixels count. ``BANDS * SECTORS`` is
-    no patch.
+    ``mask`` and ``usable`` are ``(B, 1, H, W)``, above 0 in the lesion and where pixels count.
     """
     pairs = zip(mask[:, 0].cpu().numpy() > 0, usable[:, 0].cpu().numpy() > 0, strict=True)
     return torch.from_numpy(np.stack([_places(*pair) for pair in pairs])).flatten(1).to(mask.device)
@@ -281,9 +275,8 @@ def _places(inside: NDArray[np.bool_], usable: NDArray[np.bool_]) -> NDArray[np.
 def profile(image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """How brightness changes across outlines, in images ``(B, 1, H, W)`` and their :func:`patches`.
 
-    Returns:
-        ``(B, FEATURES)``: each band's mean, from the inmost, relative to that of all, and the logarithm of the mean
-        square over sectors of the steps from band to band; and ``(B,)`` bool, which lesions are seen well enough.
+    Gives ``(B, FEATURES)``: each band's mean, from the inmost, relative to that of all, and the logarithm of the mean
+    square over sectors of the steps from band to band; and ``(B,)`` bool, which lesions are seen well enough.
     """
     with torch.autocast(image.device.type, enabled=False):
         flat = image.float().flatten(1)

@@ -33,8 +33,7 @@ from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.rollouts import Drawer, healed_reader, remove_lesion, save_healed
 from busigen.training.tasks import Task, TaskContext
 from busigen.training.tasks.autoencoder import AutoencoderTask, ContextTask, DecoderTask, FinishTask
-from busigen.training.tasks.denoiser import BackgroundTask, WindowTask
-from busigen.training.tasks.outline import MaskTask
+from busigen.training.tasks.denoiser import BackgroundTask, MaskTask, WindowTask
 from busigen.training.trainer import Trainer, check_finite, write_json
 
 # Deterministic kernels where there are any: a resumed run should end where an undisturbed one does.
@@ -42,6 +41,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 log = logging.getLogger("busigen.training")
 
+# Task classes by the kind that a recipe names; an adapter has the class of its stage's base task.
 KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
     "autoencoder": AutoencoderTask,
     "decoder": DecoderTask,
@@ -51,16 +51,10 @@ KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
     "background": BackgroundTask,
     "finish": FinishTask,
 }
-"""Task classes by the kind that a recipe names; an adapter has the class of its stage's base task."""
-
+# Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint.
 GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
-"""Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint."""
-
-RUN = "run.json"
-HEALED = "healed.npz"
-CACHE = "cache"
+RUN, HEALED, CACHE = "run.json", "healed.npz", "cache"
 _WRITTEN = re.compile(r"[a-z0-9.-]+")  # Names of the files and folders that a run writes.
-
 _SHOWN = 3  # Fields of recipes that are named as different.
 _ANOTHER = "Use another --out."
 _AGAIN = "Delete it, and give the same command again: that task is trained anew."
@@ -176,12 +170,8 @@ def train(
     """Run a recipe on a prepared folder, or resume the run in ``out``, which becomes the checkpoint.
 
     With a ``base``, the recipe is that of :meth:`Base.recipe`. Progress goes to ``console``, by default to stderr. What
-    is returned is the content of ``busigen.json``.
-
-    Raises:
-        InputError: the prepared folder lacks a lesion class in its training split.
-        OutputError: ``out`` belongs to a run with another recipe, other data or another base, or cannot be written.
-        IntegrityError: the base's components cannot be copied as they are.
+    is returned is the content of ``busigen.json``. Errors are those of :func:`claim` and :meth:`Base.copy`, and an
+    InputError where the training split lacks a lesion class.
     """
     prepared = Prepared.open(data)
     present = set(select(prepared, "train")["class"])

@@ -17,10 +17,9 @@ LEARN_FROM_HEALED = ("mask", "prior")  # Components that are trained on healed i
 class TaskSpec:
     """One step of a recipe.
 
-    ``kind`` names the task class (:data:`busigen.training.pipeline.KINDS`), ``component`` its network, ``start`` the
-    component whose weights it begins with, and ``label`` an adapter's class. ``variants`` counts encodings per image,
-    ``batch`` 128-pixel windows (or images). ``keep`` says which weights stay: the ``best`` on held-out images, or the
-    ``last``, where a critic judges what the held-out loss does not measure.
+    ``kind`` names the task class (:data:`busigen.training.pipeline.KINDS`), ``start`` the component whose weights it
+    begins with, ``label`` an adapter's class. ``variants`` counts encodings per image, ``batch`` 128-pixel windows (or
+    images). ``keep`` says which weights stay: the ``best`` on held-out images, or, with critics, the ``last``.
     """
 
     name: str
@@ -126,12 +125,9 @@ _RECIPES: dict[str, Callable[[int], Recipe]] = {
 
 
 def recipe_for(preset: str, *, seed: int = 0, scale: float = 1.0) -> Recipe:
-    """The recipe of a preset.
+    """The recipe of a preset; a UsageError if it is unknown.
 
-    ``scale`` is a factor on every task's steps, of which at least 2 remain; warm-ups are at most a tenth of them.
-
-    Raises:
-        UsageError: unknown preset, or a scale that is not positive.
+    ``scale``, above 0, is a factor on every task's steps, of which at least 2 remain; warm-ups are a tenth of them.
     """
     if preset not in _RECIPES:
         raise UsageError(f"unknown preset {preset!r}.", fix=f"Choose one of: {', '.join(sorted(_RECIPES))}.")

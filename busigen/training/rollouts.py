@@ -46,7 +46,6 @@ from busigen.training.trainer import REMAKE, mixed_precision
 Pixels = NDArray[np.uint8]
 
 REPAINT_BATCH = 16
-
 HEAL_STEPS = 3  # Network evaluations per repaint: half of a lesion's, since normal tissue is forgiving.
 
 
@@ -184,11 +183,9 @@ def rollout_windows(
 ) -> dict[str, Tensor]:
     """Lesions painted by stages 2 and 3 in the places of the images' own.
 
-    Returns:
-        ``latents`` ``(N, C, 16, 16)`` fp16, the decoder's input; ``pixels`` ``(N, 1, 128, 128)`` uint8, the real image;
-        ``zones`` ``(N, 3, 128, 128)`` bool, those of :data:`ZONES`; ``mask`` and ``edit`` ``(N, 1, 128, 128)`` bool;
-        ``brightness`` and ``grains`` of the same shape, fp16, the paste's opacities; ``usable`` bool, without bars and
-        overlays. Empty without a lesion.
+    ``latents`` ``(N, C, 16, 16)`` fp16 are the decoder's input, ``pixels`` ``(N, 1, 128, 128)`` uint8 the real image,
+    ``zones`` ``(N, 3, 128, 128)`` bool those of :data:`ZONES`, ``brightness`` and ``grains`` fp16 the paste's
+    opacities; ``mask``, ``edit`` and ``usable`` (no bars or overlays) are bool. Empty without a lesion.
     """
     pending: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
     parts: list[dict[str, Tensor]] = []
@@ -217,15 +214,15 @@ def rollout_windows(
 
 def _arrays(frame: Frame, mask: Mask, edit: Mask, patch: int) -> dict[str, Tensor]:
     window = window_for(edit)
-    cut, (brightness, grains) = window.slices, feather(edit)
+    cut, (brightness, grains) = window.slices, feather(edit, window)
     distance = ndimage.distance_transform_edt(~mask) + ndimage.distance_transform_edt(mask)
     margin = edit & (distance <= BAND)
     zones = np.stack([mask & ~margin, margin, edit & ~mask & ~margin])
     return {
         **window_tensors(frame, mask, edit, frame.label, window, patch),
         "zones": torch.from_numpy(zones[(slice(None), *cut)]),
-        "brightness": torch.from_numpy(brightness[cut])[None],
-        "grains": torch.from_numpy(grains[cut])[None],
+        "brightness": torch.from_numpy(brightness)[None],
+        "grains": torch.from_numpy(grains)[None],
     }
 
 
@@ -287,12 +284,10 @@ def _cropped(found: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Te
 
 def away_from_cuts(top: int, left: int, cells: int) -> Tensor:
     """Which pixels count, ``(1, SIDE, SIDE)`` bool, of a crop at a cell of a window of ``cells`` a side."""
-    counts = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+    counts = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
     last = cells - SIDE // LATENT_FACTOR
-    counts[:, : RIM * (top > 0)] = False
-    counts[:, SIDE - RIM * (top < last) :] = False
-    counts[:, :, : RIM * (left > 0)] = False
-    counts[:, :, SIDE - RIM * (left < last) :] = False
+    rows, columns = (slice(RIM * (at > 0), SIDE - RIM * (at < last)) for at in (top, left))
+    counts[:, rows, columns] = True
     return counts
 
 

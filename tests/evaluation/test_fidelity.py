@@ -10,9 +10,8 @@ import polars as pl
 import pytest
 from scipy import ndimage
 
-from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.context import AuditContext, ImageSet, SectionResult
 from busigen.evaluation.fidelity import section as fidelity
-from busigen.evaluation.results import SectionResult
 from busigen.evaluation.statistics.grouped import halves
 from tests.harness.synthetic_sets import synthetic_set
 

@@ -17,11 +17,9 @@ from PIL import Image
 from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
-from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.integrity.section import edge_fit, run
-from busigen.evaluation.reading.inputs import draw
-from busigen.evaluation.reading.sets import from_prepared, read_set
-from busigen.evaluation.results import SectionResult
+from busigen.evaluation.context import AuditContext, ImageSet, SectionResult
+from busigen.evaluation.integrity import edge_fit, run
+from busigen.evaluation.reading.sets import draw, from_prepared, read_set
 from busigen.evaluation.statistics.grouped import ALPHA
 from tests.conftest import Sources
 from tests.harness.planted_defects import halved, repeated, with_calipers

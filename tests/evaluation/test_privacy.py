@@ -12,11 +12,10 @@ from PIL import Image
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
-from busigen.evaluation.context import AuditContext, Backgrounds, ImageSet
+from busigen.evaluation.context import AuditContext, Backgrounds, ImageSet, SectionResult
 from busigen.evaluation.privacy import nearest
 from busigen.evaluation.privacy import section as privacy
 from busigen.evaluation.reading.sets import from_prepared
-from busigen.evaluation.results import SectionResult
 from busigen.evaluation.statistics.grouped import halves
 from busigen.runtime.progress import Progress
 from tests.harness.planted_defects import with_copies

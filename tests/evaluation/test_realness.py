@@ -71,11 +71,13 @@ def test_calipers_that_are_painted_over_give_nothing_away(real, others, tmp_path
     assert hidden.figures == _audit(others, real, tmp_path / "without").figures
 
 
-def test_the_same_seed_gives_the_same_figures(real, others, tmp_path):
+def test_the_same_seed_gives_the_same_figures_and_pictures(real, others, tmp_path):
     small, few = real.take(np.arange(16)), others.take(np.arange(16))
     first, second = (_audit(few, small, tmp_path / name, seed=4) for name in "ab")
     assert first.figures == second.figures
     assert all("never flagged" in figure.note for figure in first.figures)
+    one, other = (tmp_path / name / "sections" / "realness" for name in "ab")
+    assert all((one / at.file).read_bytes() == (other / at.file).read_bytes() for at in first.pictures)
 
 
 def test_crop_and_ring_are_the_headline_where_backgrounds_are_real(real, others, tmp_path):

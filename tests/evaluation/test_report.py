@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from busigen.evaluation.context import Figure, Interval, Picture, SectionResult, section_folder
 from busigen.evaluation.report.page import CONTACT_SHEET, LARGEST, inline, write_html
-from busigen.evaluation.results import Figure, Interval, Picture, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
 from busigen.text import printable
 

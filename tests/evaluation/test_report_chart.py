@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from busigen.evaluation.context import Figure, Interval
 from busigen.evaluation.report import text as words
 from busigen.evaluation.report.page import chosen, panels
-from busigen.evaluation.results import Figure, Interval
 
 
 def figure(key: str, value: float = 0.62, **others: Any) -> Figure:

@@ -3,8 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from busigen.evaluation.context import AuditContext
-from busigen.evaluation.results import SectionResult
+from busigen.evaluation.context import AuditContext, SectionResult
 from busigen.evaluation.utility.section import flagged, grouped_wilcoxon, probe_figures, run
 from busigen.evaluation.utility.training import RECIPES, Outcome, Split
 from tests.harness.synthetic_sets import synthetic_set

@@ -20,7 +20,7 @@ from busigen.registry import OPSETS, PRESETS
 from busigen.runtime.backends.base import EngineOptions
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
-from busigen.runtime.dataset.sample import Sample
+from busigen.runtime.dataset.format import Sample
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from busigen.errors import BusigenError
 from busigen.files import TEMPORARY_PREFIX
-from busigen.runtime.dataset.sample import Source
+from busigen.runtime.dataset.format import Source
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.repair import repair

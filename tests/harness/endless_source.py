@@ -17,12 +17,12 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from busigen.errors import BusigenError
-from busigen.runtime.dataset.sample import SampleBatch
-from busigen.runtime.execution.coordinator import Coordinator
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.run import GenerateOptions
+from busigen.runtime.execution.workers import Coordinator
 from busigen.runtime.progress import Progress
 from tests.harness.noise_source import NoiseSource
 

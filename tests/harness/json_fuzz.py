@@ -231,7 +231,7 @@ def _replayed(folder: Path) -> None:
 
 
 def _continued(folder: Path) -> None:
-    from busigen.runtime.output.lease import Beat
+    from busigen.runtime.output.ownership import Beat
     from busigen.runtime.output.remote import RemoteOutput
 
     beat = Beat(every=0.02, dead=0.06, settle=0.0)
@@ -283,7 +283,7 @@ def small_bundle(folder: Path) -> Path:
 
 def training_readers(place: Path) -> list[Reader]:
     """Everything that reads JSON with torch, with what it reads, made below ``place``."""
-    from busigen.evaluation.results import Figure, Finding, Interval, SectionResult, store
+    from busigen.evaluation.context import Figure, Finding, Interval, SectionResult, store
     from busigen.files import write_json
     from busigen.training.recipe import recipe_for
     from tests.harness.checkpoints import untrained
@@ -362,8 +362,8 @@ def _trained(folder: Path, prepared: Prepared, recipe: Any) -> None:
 
 
 def _report(folder: Path) -> None:
+    from busigen.evaluation.context import jsonable, load
     from busigen.evaluation.report.page import write_html
-    from busigen.evaluation.results import jsonable, load
     from busigen.evaluation.utility.training import _kept, _outcome
 
     found = load(folder, "physics", "key")
@@ -376,7 +376,7 @@ def _report(folder: Path) -> None:
 
 
 def _engines(folder: Path) -> Any:
-    from busigen.runtime.backends.tensorrt.engine_cache import Cache
+    from busigen.runtime.backends.tensorrt.engine_builder import Cache
 
     return Cache(folder)
 

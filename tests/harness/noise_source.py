@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from busigen.errors import BusigenError
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.progress import Progress

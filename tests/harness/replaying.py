@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from busigen.runtime.dataset.sample import SampleBatch
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.maintenance.replay import Inputs
 from tests.harness.noise_source import NoiseSource
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from busigen.errors import BusigenError
 from busigen.runtime.dataset.format import Plan
-from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.events import supervised
 from busigen.runtime.execution.factory import generate, parse_range, parse_task, part_of
 from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.run import GenerateOptions
+from busigen.runtime.execution.workers import Coordinator
 from tests.harness.noise_source import NoiseSource, noise
 from tests.harness.processes import ROOT, Hold, listening
 

@@ -101,7 +101,7 @@ def test_filling_the_frame_keeps_the_scale_and_mirrors_what_was_a_bar(frames: Fr
 def test_the_prior_learns_depth_as_a_share_of_each_images_own_height(frames: Frames, networks: Networks) -> None:
     """What counts in its loss are the cells that lie in the frame, and these alone have places from -1 to 1."""
     options = {"variants": 1, "seed": 3, "progress": lambda done, total: None}
-    examples = background_examples(frames, lambda row, variant: frames.images[row], networks, **options)
+    examples = background_examples(frames, lambda row, variant: frames.prepared.clean[row], networks, **options)
     place = place_condition(examples["clean"].float(), examples["frame"].float())
     inside = (place.abs() <= 1.0).all(dim=1, keepdim=True)
     counted = examples["weight"]

@@ -13,7 +13,7 @@ from busigen.registry import ASKED_LENGTH, ATTRIBUTES, LESION_CLASSES, PRESETS
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Velocity
 from busigen.training.networks.outline import OutlineSpace
-from busigen.training.tasks.outline import random_condition
+from busigen.training.tasks.denoiser import random_condition
 from tests.conftest import Sources
 
 TINY = PRESETS["tiny"]

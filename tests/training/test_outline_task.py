@@ -17,7 +17,7 @@ from busigen.training.networks.inference import Networks, Velocity
 from busigen.training.networks.outline import birads_flags
 from busigen.training.recipe import LoraSpec, TaskSpec
 from busigen.training.tasks import TaskContext
-from busigen.training.tasks.outline import MaskTask
+from busigen.training.tasks.denoiser import MaskTask
 from busigen.training.trainer import Trainer
 
 TINY = PRESETS["tiny"]

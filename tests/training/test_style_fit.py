@@ -9,7 +9,7 @@ from torch import Tensor
 
 from busigen.noise_styles import EDGES, LARGEST_FACTOR, are_styles, bands, powers, styled
 from busigen.training.networks.variance import Spectrum
-from busigen.training.tasks.denoiser import COUNT, LESIONS, fit_lesion_styles, fit_styles
+from busigen.training.tasks.denoiser import LESIONS, STYLED_IMAGES, fit_lesion_styles, fit_styles
 
 CHANNELS, CELLS = 2, 32
 
@@ -68,7 +68,7 @@ def test_styled_images_vary_as_training_images_do(response: float) -> None:
 
 def test_images_that_differ_without_bounds_get_styles_that_a_bundle_may_hold(caplog: pytest.LogCaptureFixture) -> None:
     """Half of the training images have 100,000 times the contrast of the others, and the prior draws one image only."""
-    some = training_latents(COUNT) - 0.3
+    some = training_latents(STYLED_IMAGES) - 0.3
     clean = 0.3 + torch.cat((1e3 * some, -1e3 * some, 1e-2 * some, -1e-2 * some))
 
     def draw(noise: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def test_images_that_differ_without_bounds_get_styles_that_a_bundle_may_hold(cap
 
 
 def test_too_few_images_say_nothing_of_styles() -> None:
-    assert fit_styles(spectrum(), training_latents(COUNT - 1), latents, seed=0) == []
+    assert fit_styles(spectrum(), training_latents(STYLED_IMAGES - 1), latents, seed=0) == []
 
 
 @pytest.mark.parametrize("response", [1.0, 1.5])

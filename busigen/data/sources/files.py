@@ -19,16 +19,14 @@ from busigen.data.sources.records import Refusal, named
 from busigen.errors import InputError
 from busigen.foreign import MAX_DEPTH
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff")
-"""File name endings, lower case, that count as an image."""
-
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff")  # Endings of images, lower case.
 _FORMATS = "PNG, JPEG, BMP and TIFF"
+# Endings of files that nobody takes for images; all others are named where they are passed over.
 _DOCUMENTS = re.compile(
     r"|\.(csv|tsv|docx?|htm|html|ini|ipynb|jsonl?|lnk|log|m|md|ods|pdf|pptx?|py|rst|txt|url|xlsx?|xml|ya?ml|db)"
 )
-"""Endings of files that nobody takes for images; all others are named where they are passed over."""
-
 _FOREIGN_FOLDERS = frozenset({"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir"})
+# Names that tell a folder that busigen wrote: a dataset, a report, prepared data, a checkpoint, a bundle, timings.
 _OURS = (
     frozenset(("run.json", "shards")),
     frozenset(("dataset.json", "shards")),
@@ -36,22 +34,19 @@ _OURS = (
     frozenset(("report.json", "sections")),
     *(frozenset((name,)) for name in ("prepared.json", "busigen.json", "bundle.json", "bench.json")),
 )
-"""Names that tell a folder that busigen wrote: a dataset, a report, prepared data, a checkpoint, a bundle, timings."""
-
 _MASK_NAME = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
 _MASK_FOLDER = re.compile(
     r"(.*[\W_])?(masks?|gt|ground[\W_]?truths?|segmentations?|annotations?|labelst[rs])", re.IGNORECASE
 )
 _DIGITS = re.compile(r"(\d+)")
-
+# Words for a mask that may follow its image's name, the plainest first.
 _WORDS = ("mask", "tumor", "tumour", "lesion", "segmentation", "seg", "gt", "label", "annotation")
-"""Words for a mask that may follow its image's name, the plainest first."""
-
 _WORD_AT_END = re.compile(rf"(.+)[_ -]({'|'.join(_WORDS)})([_ -]?\d+)?", re.IGNORECASE)
 _BREAK = re.compile(r"[\W_]+")
+# Folders of masks that somebody put aside; keys as of `name_key`.
 _SET_ASIDE = frozenset({"old", "backup", "backups", "bak", "trash", "archive", "archived", "deleted"})
-"""Folders of masks that somebody put aside; keys as of `name_key`."""
 
+# Why files are passed over, by what they are: as a refusal with its fix, or as a note. Others are unknown endings.
 _REASONS = {
     "link": ("Links are not followed out of the folder that was given, nor to folders.", "Put the files there instead"),
     "deep": (f"Folders are looked into {MAX_DEPTH} deep.", "Give a folder further down"),
@@ -61,18 +56,11 @@ _NOTES = {
     "ours": "written by busigen, passed over",
     "again": "other names of a folder that was read, passed over",
 }
-"""Why files are passed over, by what they are: as a refusal with its fix, or as a note. Others are unknown endings."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One folder.
-
-    Attributes:
-        folders: The folders in it that are looked into, in natural order.
-        images: The files in it with an image's ending, masks among them, in natural order.
-        others: Names of the other files.
-    """
+    """One folder: in natural order the folders that are looked into, and images, masks among them; other files."""
 
     path: Path
     folders: tuple[Path, ...] = ()
@@ -165,7 +153,7 @@ class Tree:
         # Of links that lead in circles, a directory entry raises what `os.path` answers.
         folder = os.path.isdir(path) if linked else entry.is_dir()
         document = _DOCUMENTS.fullmatch(ending) is not None
-        if _hidden(entry.name):
+        if entry.name.startswith(".") or entry.name.casefold() in _FOREIGN_FOLDERS:
             return self._pass("hidden", path) if folder or ending in SUFFIXES else ""
         target = os.path.realpath(path) if linked else ""  # Never raises, whatever the link's loops.
         if linked and (folder or not (os.path.isfile(target) and Path(target).is_relative_to(self._inside))):
@@ -185,11 +173,7 @@ class Tree:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Paths of the images below a folder in natural order: no masks, nothing hidden, no links that leave the folder.
-
-    Raises:
-        InputError: The folder does not exist or cannot be read.
-    """
+    """The images below a folder in natural order, without masks, hidden ones and links out; else an InputError."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
     return images_below(Tree(folder), folder)
@@ -245,12 +229,9 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class Match:
-    """The masks of one image.
+    """The masks of one image, or ``rivals``, of which only a person can say which is the mask.
 
-    Attributes:
-        masks: One or more lesions each; empty where there are none.
-        rivals: Files of which only a person can say which is the mask; ``masks`` is empty then.
-        guessed: Images and masks lie in different folders and only the name, which is the only one, joins them.
+    ``guessed`` ones lie in another folder, and only a name that nothing else has joins them.
     """
 
     masks: tuple[Path, ...] = ()
@@ -266,15 +247,8 @@ class MaskFiles:
     folder of the image's own name (``masks/benign`` for ``images/benign``). Where either side has no such folders, the
     name alone decides, but only if one image and one folder of masks have it: ``masks/benign/2.png`` is never the mask
     of ``images/malignant/2.png``. Folders that put masks aside (``old``) count for nothing. Names are compared without
-    case and in one Unicode form where no name is exactly the same.
-
-    Args:
-        images: The images, in or below a folder.
-        folder: That folder.
-        channel: Ends the images' names, but not those of their masks.
-
-    Attributes:
-        all: The mask files that were taken in.
+    case and in one Unicode form where no name is exactly the same. ``channel`` ends the images' names, but not those of
+    their masks; ``all`` are the masks that were taken in.
     """
 
     def __init__(self, images: Iterable[Path], folder: Path, channel: str = "") -> None:
@@ -389,7 +363,3 @@ def _name_and_word(path: Path) -> tuple[str, str] | None:
     """``("X", "mask")`` of ``X_mask_1.png``: the image's name and the word for a mask; None where there is no word."""
     match = _WORD_AT_END.fullmatch(path.stem)
     return (match[1], match[2].lower()) if match else None
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in _FOREIGN_FOLDERS

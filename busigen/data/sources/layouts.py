@@ -32,11 +32,10 @@ from busigen.text import printable
 _LABELS = "labels.csv"
 _IMAGES_OR_MASKS = re.compile(r"(.*[\W_])?(image|mask)s?", re.IGNORECASE)
 _PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-_CONTRADICTION = "contradiction"
-"""Key of a row of ``labels.csv`` that says in what the rows for one file differ; it is absent where they agree."""
+_CONTRADICTION = "contradiction"  # Key of a row of ``labels.csv`` that says in what the rows for one file differ.
 
+# Gives the folders of images in a place, each with its folders of masks; loosely also images without any masks.
 Halves = Callable[[Place, bool], list[tuple[Path, list[Path]]]]
-"""Gives the folders of images in a place, each with its folders of masks; loosely also images without any masks."""
 
 
 def _of_words(place: Place, loose: bool) -> list[tuple[Path, list[Path]]]:
@@ -175,11 +174,8 @@ def _plain(name: str, looks_like: str, halves: Halves, channel: str = "") -> Lay
     return Layout(name, looks_like, is_root, read)
 
 
-PAIRS = _plain(
-    "pairs",
-    "images/ and masks/ with the same file names, classes from images/<class>/ or labels.csv (file,class)",
-    _of_words,
-)
+_FILES_ALIKE = "images/ and masks/ with the same file names, classes from images/<class>/ or labels.csv (file,class)"
+PAIRS = _plain("pairs", _FILES_ALIKE, _of_words)
 UDIAT = _plain("UDIAT", "original/ and GT/, classes as for pairs", _of_udiat)
 NNUNET = _plain("nnU-Net", "imagesTr/X_0000.png and labelsTr/X.png, classes as for pairs", _of_nnunet, "_0000")
 BESIDE = _plain("images", "images with masks/ or labels.csv beside them", _beside)
@@ -221,12 +217,8 @@ def _is_busi_image(image: Path, name: str) -> bool:
     return match is not None and match[1].lower() == name
 
 
-BUSI = Layout(
-    name="BUSI",
-    looks_like="folders normal, benign, malignant with 'benign (1).png' and 'benign (1)_mask.png'",
-    is_root=_is_busi,
-    read=_read_busi,
-)
+_BUSI_LOOK = "folders normal, benign, malignant with 'benign (1).png' and 'benign (1)_mask.png'"
+BUSI = Layout("BUSI", _BUSI_LOOK, _is_busi, _read_busi)
 
 _BUSBRA_TABLE, _IMAGES, _MASKS = "bus_data.csv", "Images", "Masks"
 
@@ -270,12 +262,7 @@ def _busbra_mask(listing: Listing, name: str) -> Path:
     return listing.folder / _MASKS / f"{name.replace('bus_', 'mask_', 1)}.png"
 
 
-BUSBRA = Layout(
-    name="BUS-BRA",
-    looks_like="Images/bus_0001-l.png, Masks/mask_0001-l.png and bus_data.csv",
-    is_root=_is_busbra,
-    read=_read_busbra,
-)
+BUSBRA = Layout("BUS-BRA", "Images/bus_0001-l.png, Masks/mask_0001-l.png and bus_data.csv", _is_busbra, _read_busbra)
 
 _TUMOR, _OTHER = "_tumor", "_other"
 
@@ -324,9 +311,5 @@ def _breast_rows(place: Place) -> Iterable[Row]:
     return ()
 
 
-BREAST = Layout(
-    name="BrEaST",
-    looks_like="case001.png, case001_tumor.png and the table as CSV (Image_filename,Classification)",
-    is_root=_is_breast,
-    read=_read_breast,
-)
+_BREAST_LOOK = "case001.png, case001_tumor.png and the table as CSV (Image_filename,Classification)"
+BREAST = Layout("BrEaST", _BREAST_LOOK, _is_breast, _read_breast)

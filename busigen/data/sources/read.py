@@ -10,26 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from busigen.data.sources import layouts
-from busigen.data.sources.files import Place, Tree, is_mask_folder, masks_beside, name_key, natural_key
-from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, Refusal, counted, named
+from busigen.data.sources.files import Tree, is_mask_folder, masks_beside, name_key, natural_key
+from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal, counted, named
 from busigen.errors import InputError
 from busigen.registry import CLASSES, LESION_CLASSES
 from busigen.text import printable
 
-LAYOUTS: tuple[Layout, ...] = (
-    layouts.BUSBRA,
-    layouts.PAIRS,
-    layouts.UDIAT,
-    layouts.NNUNET,
-    layouts.BUSI,
-    layouts.BREAST,
-)
-"""Every layout. BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has, too; and pairs before BUSI, whose
-file names they may have."""
+# BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has; and pairs before BUSI, whose names they may have.
+LAYOUTS = (layouts.BUSBRA, layouts.PAIRS, layouts.UDIAT, layouts.NNUNET, layouts.BUSI, layouts.BREAST)
 
-_ABOVE = 4
-"""Folders above one of healthy images in which its set's masks and table are looked for."""
-
+_ABOVE = 4  # Folders above one of healthy images in which its set's masks and table are looked for.
 _WORDS = re.compile(r"[^\W\d_]+")
 
 
@@ -40,13 +30,9 @@ class UnknownLayoutError(InputError):
 def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = None) -> Listing:
     """List a labelled folder in whichever layout it has.
 
-    Args:
-        folder: A set's folder, or one that holds sets at any depth; all of them are listed then.
-        unlabelled: List images that have no known class, too, as class ``unknown``.
-        skip: A folder below that is passed over, where the command writes to.
-
-    Raises:
-        InputError: The folder is missing, unreadable or laid out in no way that busigen knows.
+    Of a folder that holds sets at any depth, all are listed; ``unlabelled``, also images of no known class, as
+    ``unknown``. ``skip`` is a folder below that is passed over, where the command writes to. An InputError says that
+    the folder is missing, unreadable or laid out in no way that busigen knows.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -85,13 +71,7 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
 
     The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too. Paths
     begin with ``folder``; the class is ``unknown`` where nothing says one; what is ``doubtful`` is listed, too.
-
-    Args:
-        folder: The folder.
-        skip: A folder below that is passed over, where the command writes to.
-
-    Raises:
-        InputError: The folder cannot be read, or a table of its set cannot.
+    ``skip`` and errors are those of `read_source`, but for unknown layouts.
     """
     tree = Tree(folder, skip)
     listing = Listing("images", folder, tree, unlabelled=True, loose=True)
@@ -140,7 +120,7 @@ def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[List
     waiting = [tree.root]
     while waiting:
         place = tree.at(waiting.pop())
-        layout = _layout_of(tree, place, known, loose=loose)
+        layout = next((layout for layout in known if layout.is_root(tree, place, loose)), None)
         if layout is not None:
             listing = Listing(layout.name, place.path, tree, unlabelled=unlabelled, loose=loose)
             layout.read(listing)
@@ -149,16 +129,12 @@ def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[List
             waiting.extend(reversed(place.folders))
 
 
-def _layout_of(tree: Tree, place: Place, known: Iterable[Layout], *, loose: bool) -> Layout | None:
-    return next((layout for layout in known if layout.is_root(tree, place, loose)), None)
-
-
 def _sets_above(folder: Path) -> Iterator[Listing]:
     """The sets near above a folder, of which it may be a part."""
     for above in folder.parents[:_ABOVE]:
         tree = Tree(above)
         try:
-            layout = _layout_of(tree, tree.at(above), LAYOUTS, loose=True)
+            layout = next((layout for layout in LAYOUTS if layout.is_root(tree, tree.at(above), True)), None)
         except InputError:  # There is nothing above that busigen may look at.
             return
         if layout is not None:

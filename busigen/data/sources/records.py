@@ -15,14 +15,9 @@ from busigen.text import printable
 if TYPE_CHECKING:
     from busigen.data.sources.files import Place, Tree
 
-UNKNOWN_CLASS = "unknown"
-"""The class of an image that nobody classified."""
-
-Row = dict[str, str | None]
-"""A row of a table of text, by column."""
-
-_NAMED = 3
-"""Names that stand for more files of their kind."""
+UNKNOWN_CLASS = "unknown"  # The class of an image that nobody classified.
+Row = dict[str, str | None]  # A row of a table of text, by column.
+_NAMED = 3  # Names that stand for more files of their kind.
 
 _BIRADS = re.compile(
     r"(?:bi-?rads)?[ :_-]*(?:cat(?:egory|\.)?)?[ :_-]*([0-6]|vi|iv|v|i{1,3})(?:\.0|(?:(?<=4)|(?<=iv))[ -]?[abc])?"
@@ -32,15 +27,10 @@ _ROMAN = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "v": "5", "vi": "6"}
 
 @dataclass(frozen=True)
 class Record:
-    """One image that a source lists.
+    """One image that a source lists, with a file that may turn out to be missing, and its mask files.
 
-    Attributes:
-        id: Unique name, such as ``busi/benign (1)``; it does not depend on where the source lies.
-        image_class: One of ``registry.CLASSES``.
-        image: The image file, which may turn out to be missing.
-        masks: Its mask files, one or more lesions each; empty if there are none.
-        patient: Patient name, unique across sources, or None.
-        birads: BI-RADS category as text, which `birads_category` normalises, or None.
+    ``id``, such as ``busi/benign (1)``, does not depend on where the source lies; ``patient`` is unique across sources;
+    ``birads`` is normalised by `birads_category`.
     """
 
     id: str
@@ -63,11 +53,7 @@ def birads_category(text: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is left out, why, and what to do about it, as printable text.
-
-    ``file`` begins with the source folder's name. Where ``count`` files are left out for one reason, it names some of
-    them and how many there are besides.
-    """
+    """What is left out, why, and what to do about it, as printable text; ``file`` names some of ``count`` files."""
 
     file: str
     problem: str
@@ -103,15 +89,10 @@ def named(files: Iterable[str]) -> str:
 class Listing:
     """All that a source folder lists, what it lists in vain, and what else a person should know of it.
 
-    Attributes:
-        folder: The set's folder, in which the layout was found.
-        tree: The files, as they were looked at.
-        unlabelled: Images of no class are listed, too, under class `UNKNOWN_CLASS`.
-        loose: Images are listed even where nothing else of the layout is there, as for a folder of healthy images.
-        records: The images, in natural order.
-        refused: What is left out and should not be.
-        notes: What was passed over, joined or guessed as it should be, one line a kind.
-        doubtful: Why, by file, of all that the layout refused.
+    ``folder`` is that in which the layout was found. ``unlabelled``: images of no class are listed, too, under class
+    `UNKNOWN_CLASS`. ``loose``: also where nothing else of the layout is there, as for a folder of healthy images.
+    ``refused`` is what is left out and should not be, ``doubtful`` says why by file; ``notes`` are on what is as it
+    should be, one line a kind.
     """
 
     layout: str
@@ -150,12 +131,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of laying out a labelled folder.
+    """One way of laying out a labelled folder, which ``looks_like`` describes in messages.
 
-    Attributes:
-        looks_like: What such a folder holds, for messages.
-        is_root: Whether a place is the root of a set in this layout; asked loosely for a folder of healthy images.
-        read: Fills a listing whose ``folder`` is that root.
+    ``is_root`` says whether a place is the root of such a set (asked loosely for a folder of healthy images), and
+    ``read`` fills a listing whose ``folder`` is that root.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Inception's features of both sets, where somebody brought its weights. Nothing is ever downloaded.
 
-A TorchScript file is a program, and this module runs it. Its code is read first, and refused where it names an
-operation on files or on other machines; that narrows what a hostile file can do and does not make one safe.
+A TorchScript file is a program, and this module runs it. Its code is refused where it names an operation on files or on
+other machines; that narrows what a hostile file can do and does not make one safe.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import BusigenError, InputError, MissingDependencyError
-from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.results import Figure, Interval
+from busigen.evaluation.context import AuditContext, Figure, ImageSet, Interval
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import Rows
 from busigen.foreign import open_file
@@ -33,12 +31,8 @@ log = logging.getLogger("busigen.evaluation")
 
 BATCH = 32
 
-_MAX_BYTES = 1 << 30
-"""Largest file of weights that is read, packed and unpacked; Inception's take a tenth."""
-
-SPLITS = 10
-"""Parts over which the Inception score is averaged (Salimans et al. 2016)."""
-
+_MAX_BYTES = 1 << 30  # Largest file of weights that is read, packed and unpacked; Inception's take a tenth
+SPLITS = 10  # Parts over which the Inception score is averaged (Salimans et al. 2016)
 CACHED_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's converted TensorFlow Inception, in torch hub's folder of checkpoints."""
 
@@ -61,8 +55,7 @@ _Extract = Callable[[Any], tuple[Any, Any]]
 """Maps ``uint8 (N, 3, H, W)`` to features and to the logarithm of class probabilities (or None)."""
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """A network and its weights' file name, or neither, and the report's sentence about them."""
 
     extract: _Extract | None
@@ -70,8 +63,7 @@ class Network:
     text: str
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """``float64 (N, D)`` features of both sets, and log-probabilities of both where the network gives them."""
 
     synthetic: NDArray[np.float64]
@@ -82,9 +74,7 @@ class Features:
 def load(context: AuditContext) -> Network:
     """The network at ``context.inception``, a program which is run, or else the one in the library's own cache.
 
-    Raises:
-        InputError: ``context.inception`` cannot be used.
-        MissingDependencyError: torchmetrics cannot be imported.
+    Raises one of ``LOADING_ERRORS`` where the weights cannot be used.
     """
     path = context.inception
     extract = _cached(context.device) if path is None else _torchscript(path, context.device)
@@ -150,10 +140,7 @@ def _run(
 
 
 def library_figures(features: Features, synthetic: Rows, real: Rows, context: AuditContext) -> list[Figure]:
-    """FID and Inception score of some rows of both sets, by torchmetrics.
-
-    FID over all images is what papers print; it has no floor, because no two halves of the real set are that large.
-    """
+    """FID over all images, which papers print, and Inception score of some rows of both sets, by torchmetrics."""
     import torch
 
     identity = torch.nn.Identity()
@@ -162,17 +149,9 @@ def library_figures(features: Features, synthetic: Rows, real: Rows, context: Au
     fid.set_dtype(torch.float64)
     fid.update(torch.from_numpy(features.real[real]), real=True)
     fid.update(torch.from_numpy(features.synthetic[synthetic]), real=False)
-    figures = [
-        Figure(
-            key="fidelity.inception.all.fid.all_images",
-            label="FID over all images",
-            value=Interval(float(fid.compute())),
-            floor=None,
-            synthetic=len(synthetic),
-            real=len(real),
-            note="biased by sample size, so no floor: judge by the Frechet distance between samples of one size",
-        )
-    ]
+    note = "biased by sample size, so no floor: judge by the Frechet distance between samples of one size"
+    key, counts = "fidelity.inception.all.fid.all_images", (len(synthetic), len(real))
+    figures = [Figure(key, "FID over all images", Interval(float(fid.compute())), None, *counts, note=note)]
     if len(features.logits) < 2:
         return figures
     groups = context.synthetic.groups[synthetic], context.real.groups[real]
@@ -182,17 +161,9 @@ def library_figures(features: Features, synthetic: Rows, real: Rows, context: Au
     splits = context.rng("fidelity", "inception splits")
     scores = [[_score(part[rows], splits) for part, rows in zip(logits, pair, strict=True)] for pair in pairs]
     value, floor = (grouped.middle(list(column)) for column in zip(*scores, strict=True))
-    score = Figure(
-        key="fidelity.inception.all.score.value",
-        label="Inception score",
-        value=value,
-        floor=floor,
-        synthetic=len(synthetic),
-        real=len(real),
-        better="near",
-        note=f"never flagged: it has no notion of ultrasound; floor: real images; {size} images each",
-    )
-    return [*figures, score]
+    note = f"never flagged: it has no notion of ultrasound; floor: real images; {size} images each"
+    key = "fidelity.inception.all.score.value"
+    return [*figures, Figure(key, "Inception score", value, floor, *counts, better="near", note=note)]
 
 
 def _torchmetrics(name: str) -> Any:

@@ -1,16 +1,15 @@
 """Fidelity: how far a set is from real images, and how much of their variety it covers.
 
 All measures are taken over the radiomic vector (`physics.features`), in the spirit of the Frechet radiomic distance
-(Konz et al. 2024, arXiv 2412.01496), and over Inception's features where its weights are at hand (`inception`).
-
-Intervals, floors and tests evaluate a measure thousands of times on subsets of the same rows. So what is costly
-(kernel, pairwise distances) is computed once for all rows, and every measure takes that array and two sets of rows.
+(Konz et al. 2024, arXiv 2412.01496), and over Inception's features where its weights are at hand (`inception`). What is
+costly (kernel, pairwise distances) is computed once, and every measure takes that array and two sets of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,43 +17,24 @@ from scipy import linalg
 from sklearn.metrics import pairwise
 
 from busigen.errors import BusigenError
-from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, SectionResult
 from busigen.evaluation.fidelity import inception
 from busigen.evaluation.physics import features as radiomics
-from busigen.evaluation.results import Better, Figure, SectionResult
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted
 from busigen.registry import LESION_CLASSES
 
 Array = NDArray[np.float64]
 
-DRAWS = 100
-"""Draws behind an interval and behind a floor."""
-
-PERMUTATIONS = {"quick": 1999, "full": 9999}
-"""Group permutations per test. With 18 tests, fewer could not get one adjusted p-value below ``ALPHA``."""
-
-INCEPTION_PERMUTATIONS = {"quick": 199, "full": 1999}
-"""The same for Inception's 2,048 features: six tests, and a permutation takes thirty times as long."""
-
-NEAREST_PRECISION = 3
-"""Neighbours that span the manifold for precision and recall (Kynkaanniemi et al. 2019, section 3.1)."""
-
-NEAREST_DENSITY = 5
-"""Neighbours for density and coverage (Naeem et al. 2020, section 4)."""
-
-_LEAST = NEAREST_DENSITY + 1
-"""Images that hold a neighbourhood."""
-
-SMALLEST = 2 * (_LEAST + 1)
-"""Images a side below which there are no figures: half of them must hold a neighbourhood."""
-
-CLIP = 5.0
-"""Greatest standardised feature: the tails of ratios such as kurtosis would otherwise decide a covariance."""
-
-_TO_SIGMA = 1.349
-"""Interquartile range of a normal distribution in standard deviations."""
-
+DRAWS = 100  # Draws behind an interval and behind a floor
+PERMUTATIONS = {"quick": 1999, "full": 9999}  # Per test; fewer give 18 tests no adjusted p-value below ALPHA
+INCEPTION_PERMUTATIONS = {"quick": 199, "full": 1999}  # Six tests, each thirty times as long
+NEAREST_PRECISION = 3  # Neighbours for precision and recall (Kynkaanniemi et al. 2019, section 3.1)
+NEAREST_DENSITY = 5  # Neighbours for density and coverage (Naeem et al. 2020, section 4)
+_LEAST = NEAREST_DENSITY + 1  # Images that hold a neighbourhood
+SMALLEST = 2 * (_LEAST + 1)  # Images a side below which there are no figures: half of them must hold a neighbourhood
+CLIP = 5.0  # Greatest standardised feature: the tails of ratios such as kurtosis would otherwise decide a covariance
+_TO_SIGMA = 1.349  # Interquartile range of a normal distribution in standard deviations
 _INCEPTION_FEATURES = 2048
 _PAPER_SIZE = 600
 
@@ -70,8 +50,7 @@ MEASURES: tuple[tuple[str, str, Better, str], ...] = (
 """What a `comparison` computes, in order: its name, its label, which way is better, and a note for the report."""
 
 
-@dataclass(frozen=True)
-class _Scope:
+class _Scope(NamedTuple):
     """The rows of both sets that one comparison takes."""
 
     name: str
@@ -79,8 +58,7 @@ class _Scope:
     real: Rows
 
 
-@dataclass(frozen=True)
-class _Space:
+class _Space(NamedTuple):
     """Features of both sets, one row per image, and how they are compared."""
 
     name: str
@@ -95,8 +73,7 @@ class _Space:
 def run(context: AuditContext) -> SectionResult:
     """Figures ``fidelity.<radiomic|inception>.<all|class>.<measure>.value`` of the synthetic set against the real one.
 
-    Only classes that both sets hold are compared, the synthetic ones thinned to the real shares where all classes are
-    taken together: a set may hold as many of a class as it likes.
+    Only classes that both sets hold are compared, the synthetic ones thinned to the real shares for all together.
     """
     result = SectionResult("fidelity")
     scopes = _scopes(context, result)
@@ -108,17 +85,15 @@ def run(context: AuditContext) -> SectionResult:
     count = PERMUTATIONS[context.effort]
     space = _Space("radiomic", "radiomic features", synthetic, real, count, gaussian_kernel, "MMD², Gaussian kernel")
     _compare(context, space, scopes, result)
-    everything = scopes[0]
-    _explain_bias(real[everything.real], len(everything.synthetic), context, result)
-    _inception(context, network, everything, result)
+    _explain_bias(real[scopes[0].real], len(scopes[0].synthetic), context, result)
+    _inception(context, network, scopes[0], result)
     return result
 
 
 def radiomic_vectors(context: AuditContext, reference: ImageSet, *others: ImageSet) -> list[Array]:
     """Radiomic vectors ``(N, K)`` of the reference and of other sets, all standardised by the reference.
 
-    Median and interquartile range are the reference's, so that no other set changes the ruler; features that do not
-    vary in it are left out, and values lie within `CLIP`.
+    Features that do not vary in the reference are left out, and values lie within `CLIP`.
     """
     tables = [radiomics.for_set(context, images) for images in (reference, *others)]
     return standardised(*(radiomics.matrix(table, tables[0]) for table in tables))
@@ -268,21 +243,16 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[Figure
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
         beyond += signs * compare(a, b) >= signs * observed
     p_values = (beyond + 1) / (space.permutations + 1)
-    return [
-        Figure(
-            key=f"fidelity.{space.name}.{scope.name}.{name}.value",
-            label=f"{space.mmd if name == 'mmd' else label}, {space.label}, {scope.name}",
-            value=grouped.middle([found[k] for found in values]),
-            floor=grouped.middle([found[k] for found in floors]),
-            synthetic=count,
-            real=len(scope.real),
-            better=better,
-            p=float(p_values[k]),
-            headline=scope.name == "all" and name in ("frechet", "mmd", "precision", "recall"),
-            note=f"{note}; value and floor between samples of {size} images a side",
-        )
-        for k, (name, label, better, note) in enumerate(MEASURES)
-    ]
+    figures = []
+    for k, (name, label, better, note) in enumerate(MEASURES):
+        key = f"fidelity.{space.name}.{scope.name}.{name}.value"
+        label = f"{space.mmd if name == 'mmd' else label}, {space.label}, {scope.name}"
+        value, floor = (grouped.middle([found[k] for found in draws]) for draws in (values, floors))
+        figure = Figure(key, label, value, floor, count, len(scope.real), better, p=float(p_values[k]))
+        headline = scope.name == "all" and name in ("frechet", "mmd", "precision", "recall")
+        note = f"{note}; value and floor between samples of {size} images a side"
+        figures.append(replace(figure, headline=headline, note=note))
+    return figures
 
 
 def _explain_bias(real: Array, synthetic_size: int, context: AuditContext, result: SectionResult) -> None:
@@ -343,8 +313,7 @@ def frechet_distance(first: Array, second: Array) -> float:
     """Frechet distance of the Gaussians fitted to samples ``(N, D)`` and ``(M, D)`` (Heusel et al. 2017).
 
     The trace of the square root of the covariances' product is the sum of the singular values of ``A'B``, where ``AA'``
-    and ``BB'`` are the two covariances. That is exact for any rank, so samples smaller than the dimension need no
-    shrinkage and no complex square roots; only their bias remains, see `frechet_bias`. Squared, as usual (eq. 6).
+    and ``BB'`` are the two covariances, exactly for any rank. Squared, as usual (eq. 6).
     """
     roots = [_root(sample) for sample in (first, second)]
     shift = first.mean(axis=0) - second.mean(axis=0)
@@ -363,11 +332,10 @@ def _root(sample: Array) -> Array:
 
 
 def frechet_bias(variances: Array, first: int, second: int) -> float:
-    """What `frechet_distance` gives on average for two samples of one Gaussian, to first order in 1/N.
+    """What `frechet_distance` gives on average for two samples of one Gaussian, larger than the dimension, ``(D,)``.
 
-    The means contribute the sum of the variances ``(D,)``; the covariances the second-order term of the Bures metric,
+    To first order in 1/N: the sum of the variances, and of the covariances the second-order term of the Bures metric,
     ``sum_ij E[d_ij^2] / (2 (v_i + v_j))``, with the Wishart distribution's ``E[d_ij^2] = v_i v_j (1 + [i = j]) / N``.
-    Holds for samples much larger than the dimension.
     """
     positive = variances[variances > 0]
     pairs = np.outer(positive, positive) / (2.0 * np.add.outer(positive, positive))
@@ -395,8 +363,7 @@ def mmd2(kernel: Array, first: Rows, second: Rows) -> float:
 def neighbourhoods(distance: Array, synthetic: Rows, real: Rows) -> tuple[float, float, float, float]:
     """Precision, recall (Kynkaanniemi et al. 2019, eq. 1), density, coverage (Naeem et al. 2020, eqs. 4 and 7).
 
-    Each is 0 to 1 but density, which may exceed 1. ``distance``: ``(N, N)`` over the rows of both samples.
-    ``synthetic``: More than `NEAREST_DENSITY` rows.
+    ``distance``: ``(N, N)`` over the rows of both samples. ``synthetic``: More than `NEAREST_DENSITY` rows.
     """
     across = distance[np.ix_(synthetic, real)]
     # The distance of each row to its k-th other, by k: its own 0 comes first.

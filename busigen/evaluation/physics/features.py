@@ -25,38 +25,21 @@ from busigen.runtime.storage.files import output_errors
 Grey = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-VERSION = 5
-"""Part of the cache's key: raise it whenever a feature's meaning changes."""
-
-DEPTH_BANDS = 6
-"""Bands of equal depth in the depth-intensity profile."""
-
-RING = (2.0, 12.0)
-"""Distances in pixels from the outline between which the ring lies. The 2 px gap leaves the blurred margin out."""
+VERSION = 5  # Part of the cache's key: raise it whenever a feature's meaning changes
+DEPTH_BANDS = 6  # Bands of equal depth in the depth-intensity profile
+RING = (2.0, 12.0)  # Pixels from the outline between which the ring lies, the blurred margin left out
 
 POSTERIOR_GAP, LATERAL_GAP = 4, 4
-"""Rows between a lesion's lowest pixel and the strips below it, to neither of which the bright posterior margin
-belongs, and columns between its width and the strips beside it, which leaves out refraction at its edges."""
+"""Rows below a lesion that leave its bright posterior margin out, columns beside it that leave out refraction."""
 
-POSTERIOR_DEPTH = (16, 48)
-"""Least and greatest depth in rows of the strips; between these it is the lesion's own height."""
-
-MIN_PIXELS = 64
-"""A region of fewer pixels is not measured: its moments would be mostly noise."""
-
-CONTOUR_POINTS = 128
-"""Points at equal distances to which an outline is resampled."""
-
+POSTERIOR_DEPTH = (16, 48)  # Least and greatest rows of the strips; between these as many as the lesion has
+MIN_PIXELS = 64  # A region of fewer pixels is not measured: its moments would be mostly noise
+CONTOUR_POINTS = 128  # Points at equal distances to which an outline is resampled
 ROUGH_HARMONICS, RIPPLE_HARMONICS = (5, 24), (15, 50)
-"""Fourier harmonics of an outline that count as roughness, below which lie position, ellipse and broad lobes, and as
-ripple, how a hand, or a network's grid, draws a line."""
+"""Fourier harmonics of an outline that are its roughness, above its broad lobes, and how a hand or a grid draws it."""
 
-MARGIN = 3.0
-"""Pixels on both sides of the outline that a margin's sharpness is measured over."""
-
-SEARCH = 10
-"""Pixels by which an outline is moved at most to find where it fits the image best."""
-
+MARGIN = 3.0  # Pixels on both sides of the outline that a margin's sharpness is measured over
+SEARCH = 10  # Pixels by which an outline is moved at most to find where it fits the image best
 _NAN = float("nan")
 
 
@@ -64,8 +47,7 @@ _NAN = float("nan")
 class Feature:
     """One measurement; ``more`` and ``less`` complete "The images ..." where it differs from real ones.
 
-    ``name`` is its column in the table, ``region_measure``; ``source`` says where the method comes from, if not from
-    here.
+    ``name`` is its column in the table, ``region_measure``; ``source`` names the method's paper, if there is one.
     """
 
     name: str
@@ -88,8 +70,7 @@ def _features() -> Iterator[Feature]:
     yield from (Feature(**row) for row in rows if row["region"] != "{}")
 
 
-NAMES: dict[str, Feature] = {feature.name: feature for feature in _features()}
-"""Every feature, in the order of the table's columns."""
+NAMES: dict[str, Feature] = {feature.name: feature for feature in _features()}  # In the order of the columns
 
 
 def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
@@ -123,9 +104,8 @@ def features(images: ImageSet, track: Callable[[str, Iterable[int], int], Iterat
     rows: Iterable[int] = range(len(images))
     if track is not None:
         rows = track(f"measuring {images.name}", rows, len(images))
-    values = [
-        list(measure(images.images[k], images.masks[k], images.valid[k], images.overlays[k]).values()) for k in rows
-    ]
+    parts = (images.images, images.masks, images.valid, images.overlays)
+    values = [list(measure(*(part[k] for part in parts)).values()) for k in rows]
     return _table(images, np.array(values, dtype=np.float64).reshape(len(images), len(NAMES)))
 
 
@@ -137,8 +117,8 @@ def _table(images: ImageSet, values: NDArray[np.float64]) -> pl.DataFrame:
 def matrix(table: pl.DataFrame, reference: pl.DataFrame | None = None) -> NDArray[np.float64]:
     """The features without gaps, ``float64 (N, D)``, in their own units: standardise before mixing them.
 
-    A NaN becomes the median of its column in ``reference`` (by default the table itself), 0 where that has none. Give
-    the *real* table as reference when sets are compared, so that both are filled with the same numbers.
+    A NaN becomes the median of its column in ``reference`` (by default the table itself), 0 where that has none: give
+    the *real* table when sets are compared.
     """
     values = table.select(list(NAMES)).to_numpy().astype(np.float64)
     usual = values if reference is None else reference.select(list(NAMES)).to_numpy().astype(np.float64)
@@ -214,8 +194,7 @@ class Regions:
     Attributes:
         tissue: All that may be measured: the image without its overlays.
         ring: The band around lesions, ``RING`` px outside the outline.
-        posterior: Below the largest lesion, as wide as it, ``POSTERIOR_GAP`` rows under its lowest pixel and as deep as
-            it is high (within ``POSTERIOR_DEPTH``; less where the image ends).
+        posterior: Below the largest lesion, as wide and as deep as it (within ``POSTERIOR_DEPTH``).
         lateral: The same rows on both sides, each half as wide as the lesion.
         distance: ``float32 (H, W)``, distance in pixels to the outline, negative inside, ``inf`` beyond the ring,
             ``-inf`` where the lesion fills the frame and has no outline.
@@ -273,6 +252,17 @@ def bounds(mask: Mask) -> tuple[int, int, int, int]:
     return rows.start, columns.start, rows.stop, columns.stop
 
 
+def square(
+    box: tuple[int, int, int, int], side: float, within: tuple[int, int, int, int]
+) -> tuple[float, float, float]:
+    """Top, left and side of the square about the middle of a box, moved and if need be shrunk to lie within another."""
+    top, left, bottom, right = within
+    side = min(side, bottom - top, right - left)
+    y = float(np.clip((box[0] + box[2] - side) / 2, top, bottom - side))
+    x = float(np.clip((box[1] + box[3] - side) / 2, left, right - side))
+    return y, x, side
+
+
 def largest_part(mask: Mask) -> Mask:
     """The largest 8-connected part of a mask that is not empty; its holes stay."""
     box = around(mask, 0)
@@ -298,10 +288,7 @@ def _strips(lesion: Mask, free: Mask) -> tuple[Mask, Mask]:
 
 
 def depth_profile(grey: Grey, tissue: Mask, bands: int) -> NDArray[np.float64]:
-    """Mean grey of equal bands of depth over that of the image, ``(bands,)``, the shallowest first.
-
-    1 where a band is as bright as the image; NaN where it holds no pixel of ``tissue``.
-    """
+    """Mean grey of equal bands of depth over that of the image, ``(bands,)``, shallowest first; NaN without tissue."""
     count = tissue.sum(axis=1)
     rows = np.flatnonzero(count)
     if not len(rows):
@@ -316,15 +303,11 @@ def depth_profile(grey: Grey, tissue: Mask, bands: int) -> NDArray[np.float64]:
 
 
 def outline(lesion: Mask, valid: Mask) -> dict[str, float]:
-    """Size, place and form of one connected lesion.
+    """Size, place (``depth`` and ``lateral`` of the centroid, 0 to 1 across the image) and form of a connected lesion.
 
     Circularity is ``4 pi A / P^2`` with Crofton's perimeter, which does not grow with the staircase of pixels.
     Roughness and ripple are the root of the outline's power in the ``ROUGH_HARMONICS`` and ``RIPPLE_HARMONICS`` over
     that of its first harmonic (Fourier descriptors: Zahn and Roskies 1972).
-
-    Returns:
-        ``area_fraction``, ``height_width``, ``circularity``, ``solidity``, ``roughness``, ``ripple``, ``depth`` and
-        ``lateral`` (both of the centroid, 0 at the upper and left edge of the image, 1 at the other).
     """
     from skimage.measure import perimeter_crofton, regionprops
 
@@ -367,20 +350,17 @@ def _roughness(part: Mask) -> list[float]:
 def margin(grey: Grey, regions: Regions) -> dict[str, float]:
     """How grey levels, ``float32 (H, W)`` from 0 to 255, change across the outline and below the lesion.
 
-    Returns:
-        ``contrast`` (ring over lesion, dB), ``sharpness`` (``MARGIN`` px outside over inside, dB), ``step`` (mean
-        absolute difference of neighbours across the outline over that of neighbours within ``MARGIN`` px of it),
-        ``offset`` (pixels by which the outline would have to move for the greatest change across it) and ``posterior``
-        (below over beside, dB: negative is shadow, positive enhancement). Letterbox bars and overlays count nowhere.
-        NaN where a region has fewer than ``MIN_PIXELS`` px.
+    ``contrast`` (ring over lesion, dB), ``sharpness`` (``MARGIN`` px outside over inside, dB), ``step`` (mean absolute
+    difference of neighbours across the outline over that of neighbours within ``MARGIN`` px of it), ``offset`` (pixels
+    by which the outline would have to move for the greatest change across it) and ``posterior`` (below over beside, dB:
+    negative is shadow). NaN where a region has fewer than ``MIN_PIXELS`` px.
     """
     distance = regions.distance
     outer, inner = (distance > 0) & (distance <= MARGIN), (distance < 0) & (distance >= -MARGIN)
 
     def difference(first: Mask, second: Mask) -> float:
-        if min(int(first.sum()), int(second.sum())) < MIN_PIXELS:
-            return _NAN
-        return float(grey[first].mean() - grey[second].mean()) * (speckle.DYNAMIC_RANGE / 255.0)
+        few = min(int(first.sum()), int(second.sum())) < MIN_PIXELS
+        return _NAN if few else float(grey[first].mean() - grey[second].mean()) * (speckle.DYNAMIC_RANGE / 255.0)
 
     return {
         "contrast": difference(regions.ring, regions.lesion),

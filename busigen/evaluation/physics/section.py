@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.context import AuditContext, Figure, ImageSet, Interval, Picture, SectionResult
 from busigen.evaluation.physics import speckle
-from busigen.evaluation.physics.features import DEPTH_BANDS, NAMES, for_set
-from busigen.evaluation.physics.findings import Evidence, describe
-from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
+from busigen.evaluation.physics.features import DEPTH_BANDS, NAMES, Feature, for_set
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, adjusted, halves
 from busigen.evaluation.statistics.two_sample import ALL, Comparison, Distances, Sample, compare
 from busigen.files import atomic_path
+from busigen.records import read_json
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.storage.files import output_errors
 
 SECTION = "physics"
 
-MIN_VALUES = 5
-"""With fewer values on either side there is no figure at all."""
-
+MIN_VALUES = 5  # With fewer values on either side there is no figure at all
 HEADLINES = 4
 
-DISTRIBUTIONS = 4
-"""Features whose distributions are drawn; with the two curves that makes six plots."""
-
-SPECTRA = 200
-"""Images per set whose spectra are averaged: more would not move the curves visibly."""
+DISTRIBUTIONS = 4  # Features whose distributions are drawn; with the two curves that makes six plots
+SPECTRA = 200  # Images per set whose spectra are averaged: more would not move the curves visibly
+CLEAR_SHIFT = 0.1  # Distance of Mann-Whitney's probability from a half beyond which one set's values are called greater
+SWAPPED = 0.5  # Classes beyond the middle between their own place and the other's are called exchanged
+MOST_SENTENCES = 12  # Features that get a sentence of their own; the rest are counted
 
 Floats = NDArray[np.float64]
 Tables = dict[str, pl.DataFrame]
@@ -60,19 +58,23 @@ _STYLE: Any = {
 def run(context: AuditContext) -> SectionResult:
     """Compare every feature of `features.NAMES` between both sets, per class and with the classes together.
 
-    A figure is flagged where its p-value, adjusted for all of the section's tests, is below ``ALPHA`` and its value
-    lies above the floor's upper end.
-
-    Returns:
-        Per feature and scope a Kolmogorov-Smirnov and a Wasserstein distance (in standard deviations of the real
-        set), one figure for exchanged classes, findings in plain words, and at most six plots.
+    A figure (Kolmogorov-Smirnov, or Wasserstein in the real set's standard deviations) is flagged where its p-value,
+    adjusted for all of the section's tests, is below ``ALPHA`` and its value lies above the floor's upper end.
     """
     result = SectionResult(SECTION)
     if not len(context.real) or not len(context.synthetic):
         result.note("One of the sets holds no images: there is nothing to compare.")
         return result
     tables = {name: for_set(context, getattr(context, name)) for name in ("real", "synthetic")}
-    comparison = compare(_sample(tables["real"]), _sample(tables["synthetic"]), context.rng(SECTION))
+    real, synthetic = (
+        Sample(
+            table.select(list(NAMES)).to_numpy().astype(np.float64),
+            table["class"].to_numpy().astype(np.str_),
+            table["group"].to_numpy(),
+        )
+        for table in tables.values()
+    )
+    comparison = compare(real, synthetic, context.rng(SECTION))
     adjusted_p = _adjusted(comparison)
     figures = _figures(comparison, adjusted_p)
     _add_notes(context, comparison, result)
@@ -94,20 +96,14 @@ def run(context: AuditContext) -> SectionResult:
     return result
 
 
-def _sample(table: pl.DataFrame) -> Sample:
-    values = table.select(list(NAMES)).to_numpy().astype(np.float64)
-    return Sample(values, table["class"].to_numpy().astype(np.str_), table["group"].to_numpy())
-
-
 def _in_scope(table: pl.DataFrame, scope: str) -> pl.DataFrame:
     return table if scope == ALL else table.filter(pl.col("class") == scope)
 
 
 def _values(tables: Tables, scope: str, name: str) -> dict[str, Floats]:
     """A feature's values in one scope that are known, by side."""
-    return {
-        side: _in_scope(table, scope)[name].fill_nan(None).drop_nulls().to_numpy() for side, table in tables.items()
-    }
+    parts = {side: _in_scope(table, scope)[name] for side, table in tables.items()}
+    return {side: part.fill_nan(None).drop_nulls().to_numpy() for side, part in parts.items()}
 
 
 def _adjusted(comparison: Comparison) -> dict[str, Floats]:
@@ -131,15 +127,9 @@ def _figures(comparison: Comparison, p: dict[str, Floats]) -> dict[tuple[str, st
                 distances: Distances = getattr(comparison, name)
                 if min(counts) < MIN_VALUES or np.isnan(distances.value[row, column]):
                     continue
-                figures[feature.name, scope, name] = _figure(
-                    f"{SECTION}.{region}.{scope}.{measure}.{name}",
-                    f"{feature.label}, {scope} ({label})",
-                    (distances, row, column),
-                    counts,
-                    float(p[name][row, column]),
-                    unit,
-                    feature.meaning,
-                )
+                key, label = f"{SECTION}.{region}.{scope}.{measure}.{name}", f"{feature.label}, {scope} ({label})"
+                place, one_p = (distances, row, column), float(p[name][row, column])
+                figures[feature.name, scope, name] = _figure(key, label, place, counts, one_p, unit, feature.meaning)
     return figures
 
 
@@ -158,19 +148,9 @@ def _figure(
         note = f"{note}; no floor: too few groups of real images have a value to be halved"
     if number("low") is None:
         note = f"{note}; no interval: most resamples hold no value"
-    beyond = floor is not None and floor.high is not None and value > floor.high
-    return Figure(
-        key=key,
-        label=label,
-        value=Interval(value, number("low"), number("high")),
-        floor=floor,
-        synthetic=counts[0],
-        real=counts[1],
-        unit=unit,
-        p=None if np.isnan(p) else p,
-        flagged=beyond and p < ALPHA,
-        note=note,
-    )
+    flagged = floor is not None and floor.high is not None and value > floor.high and p < ALPHA
+    ends, p_value = (number("low"), number("high")), None if np.isnan(p) else p
+    return Figure(key, label, Interval(value, *ends), floor, *counts, unit=unit, p=p_value, flagged=flagged, note=note)
 
 
 def _evidence(comparison: Comparison, figures: dict[tuple[str, str, str], Figure], tables: Tables) -> list[Evidence]:
@@ -182,17 +162,11 @@ def _evidence(comparison: Comparison, figures: dict[tuple[str, str, str], Figure
             if not pair:
                 continue
             values = _values(tables, scope, name)
-            quarters = [np.percentile(values[side], [25.0, 75.0]) for side in ("synthetic", "real")]
-            found.append(
-                Evidence(
-                    feature=NAMES[name],
-                    scope=scope,
-                    figures=tuple(pair),
-                    shift=float(comparison.shift[row, column]),
-                    medians=[float(np.median(values[side])) for side in ("synthetic", "real")],
-                    ranges=[float(high - low) for low, high in quarters],
-                )
-            )
+            sides = [values[side] for side in ("synthetic", "real")]
+            medians = [float(np.median(side)) for side in sides]
+            ranges = [float(high - low) for low, high in (np.percentile(side, [25.0, 75.0]) for side in sides)]
+            shift = float(comparison.shift[row, column])
+            found.append(Evidence(NAMES[name], scope, tuple(pair), shift, medians, ranges))
     return sorted(found, key=lambda item: (item.flagged, item.excess), reverse=True)
 
 
@@ -230,11 +204,7 @@ def _add_notes(context: AuditContext, comparison: Comparison, result: SectionRes
 
 
 def _plot(context: AuditContext, tables: Tables, evidence: list[Evidence]) -> list[Picture]:
-    """Draw the two curves and the worst features' distributions into the section's folder.
-
-    Raises:
-        OutputError: The folder cannot be written.
-    """
+    """Draw the two curves and the worst features' distributions into the section's folder."""
     names = [f"depth_{band}" for band in range(1, DEPTH_BANDS + 1)]
     curves = [
         _curves(
@@ -350,3 +320,108 @@ def _axes(context: AuditContext, name: str, across: str, up: str) -> Iterator[An
         yield axes
         with output_errors(context.out), atomic_path(context.folder("physics") / f"{name}.svg") as temporary:
             canvas.print_svg(str(temporary), metadata={"Date": None})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one feature shows in one scope, a class or ``all``: medians and interquartile ranges, synthetic then real.
+
+    ``shift``: Probability that a synthetic value exceeds a real one, minus 0.5.
+    """
+
+    feature: Feature
+    scope: str
+    figures: tuple[Figure, ...]
+    shift: float
+    medians: Sequence[float]
+    ranges: Sequence[float]
+
+    @property
+    def flagged(self) -> bool:
+        """One of its figures is."""
+        return any(figure.flagged for figure in self.figures)
+
+    @property
+    def excess(self) -> float:
+        """The greatest ratio of a value to its floor's upper end; 0 without floors."""
+        return max((_excess(figure) for figure in self.figures), default=0.0)
+
+    @property
+    def worst(self) -> Figure:
+        """The figure with that ratio; flagged ones come first."""
+        return max(self.figures, key=lambda figure: (figure.flagged, _excess(figure)))
+
+
+def _excess(figure: Figure) -> float:
+    high = figure.floor and figure.floor.high
+    return figure.value.value / high if high else 0.0
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A defect that raises some features and lowers others, of which at least ``needed`` must have moved so.
+
+    ``still``: Features of which none is flagged, or another defect explains it: noise hides margins as well.
+    ``mirrored``: One whose median must also have changed sign, by at least half of its size; empty for none.
+    """
+
+    text: str
+    raised: Sequence[str]
+    lowered: Sequence[str]
+    needed: int
+    still: Sequence[str] = ()
+    mirrored: str = ""
+
+
+PATTERNS = tuple(Pattern(**row) for row in read_json(Path(__file__).with_name("patterns.json")))
+"""In the order of the report."""
+
+
+def describe(evidence: list[Evidence], result: SectionResult) -> None:
+    """Add the flags to a result that holds its figures: what features say together, then one by one."""
+    for figure in result.figures:
+        if figure.flagged and figure.key.endswith("classes.swap"):
+            swap = figure.value.value
+            result.flag(
+                "Classes look exchanged: benign images resemble real malignant ones, and the other way round."
+                if swap >= SWAPPED
+                else f"Benign and malignant images differ only {100 * (1 - 2 * swap):.0f} % as far as real ones do.",
+                figure.key,
+            )
+    flagged: dict[str, list[Evidence]] = {}
+    for item in evidence:
+        if item.flagged:
+            flagged.setdefault(item.feature.name, []).append(item)
+    for pattern in PATTERNS:
+        keys = []
+        for names, sign in ((pattern.raised, 1.0), (pattern.lowered, -1.0)):
+            for name in names:
+                moved = [item for item in flagged.get(name, []) if item.shift * sign > CLEAR_SHIFT]
+                keys += [item.worst.key for item in moved[:1]]
+        medians = [item.medians for item in flagged.get(pattern.mirrored, [])]
+        mirrored = not pattern.mirrored or any(synthetic * real < -(real**2) / 2 for synthetic, real in medians)
+        if len(keys) >= pattern.needed and flagged.keys().isdisjoint(pattern.still) and mirrored:
+            result.flag(pattern.text, *keys)
+    items = list(flagged.values())
+    for same in items[:MOST_SENTENCES]:
+        result.flag(_sentence(same), *(item.worst.key for item in same))
+    if rest := items[MOST_SENTENCES:]:
+        labels = ", ".join(same[0].feature.label for same in rest)
+        result.flag(f"{len(rest)} more features differ: {labels}.", *(same[0].worst.key for same in rest))
+
+
+def _sentence(same: list[Evidence]) -> str:
+    worst = same[0]
+    feature = worst.feature
+    scopes = ", ".join(item.scope for item in same)
+    if abs(worst.shift) > CLEAR_SHIFT:
+        claim = f"The images {feature.more if worst.shift > 0 else feature.less}"
+    else:
+        narrower = worst.ranges[0] < worst.ranges[1]
+        claim = f"The images' {feature.label} varies {'less' if narrower else 'otherwise'} than real"
+    unit = f" {feature.unit}" if feature.unit else ""
+    figure = worst.worst
+    floor = "" if figure.floor is None else f", floor up to {figure.floor.high:.2f}"
+    mine, theirs = (f"{median:.3g}{unit}" for median in worst.medians)
+    measured = f"{feature.label[0].upper()}{feature.label[1:]}: median {mine} against {theirs}"
+    return f"{claim} ({scopes}). {measured} ({worst.scope}; distance {figure.value.value:.2f}{floor})."

@@ -15,42 +15,22 @@ Grey = NDArray[np.float32]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-DYNAMIC_RANGE = 60.0
-"""dB that the grey levels 0 to 255 are taken to span. Scanners differ, and none of the public sets says: an
-approximation that is the same for both sides of a comparison."""
-
-BLOCK = 16
-"""Side in pixels of the blocks over which a region's speckle is measured: small enough to hold one tissue."""
-
-DETREND = 17
-"""Side in pixels of the moving average that is subtracted before a width is measured: what is wider is anatomy."""
-
-LAGS = 12
-"""Greatest lag of an autocovariance in pixels."""
-
-TILE = 64
-"""Side in pixels of the tiles of the power spectrum; they overlap by half (Welch 1967)."""
-
-SLOPE_BAND = (0.05, 0.40)
-"""Cycles per pixel between which the spectrum's slope is fitted: below lies anatomy, above the resampling filter."""
-
-HALF_NYQUIST = 0.25
-"""Cycles per pixel from which power counts as high-frequency."""
-
-JPEG_GRID = 8
-"""Side in pixels of JPEG's blocks."""
-
-FREQUENCIES = (np.arange(TILE // 2) + 0.5) / TILE
-"""Centres of the power spectrum's radial bins in cycles per pixel."""
-
+DYNAMIC_RANGE = 60.0  # dB that grey levels 0 to 255 are taken to span, for both sets: the public ones do not say
+BLOCK = 16  # Side in pixels of the blocks over which a region's speckle is measured: small enough to hold one tissue
+DETREND = 17  # Side in pixels of the moving average that is subtracted before a width is measured: wider is anatomy
+LAGS = 12  # Greatest lag of an autocovariance in pixels
+TILE = 64  # Side in pixels of the tiles of the power spectrum; they overlap by half (Welch 1967)
+SLOPE_BAND = (0.05, 0.40)  # Cycles per pixel of the slope's fit, above anatomy and below the resampling filter
+HALF_NYQUIST = 0.25  # Cycles per pixel from which power counts as high-frequency
+JPEG_GRID = 8  # Side in pixels of JPEG's blocks
+FREQUENCIES = (np.arange(TILE // 2) + 0.5) / TILE  # Centres of the power spectrum's radial bins in cycles per pixel
 _NAN = float("nan")
 
 
 def envelope(grey: NDArray[np.generic]) -> Floats:
     """Relative amplitude without the log compression, ``10 ** (DYNAMIC_RANGE * grey / 255 / 20)``: 1 for black.
 
-    Scanners also apply a grey map, spatial compounding and edge enhancement, which nothing undoes: distributions of
-    this approximation can be compared between sets, its values are not those of radio-frequency data.
+    Scanners do more that nothing undoes: it can be compared between sets, and is not that of radio-frequency data.
     """
     return np.asarray(10.0 ** (np.asarray(grey, dtype=np.float64) * (DYNAMIC_RANGE / 255.0 / 20.0)))
 
@@ -58,10 +38,9 @@ def envelope(grey: NDArray[np.generic]) -> Floats:
 def moments(amplitude: Floats) -> Floats:
     """Contrast, kurtosis and Nakagami parameter along the last axis, ``(..., 3)``; NaN entries do not count.
 
-    Contrast is standard deviation over mean (0.52 for fully developed speckle). Kurtosis is the fourth standardised
-    moment (3.25 for Rayleigh). The Nakagami parameter comes from moments, ``m = E[A^2]^2 / Var[A^2]``: 1 for fully
-    developed speckle, below 1 for few or clustered scatterers (Shankar 2000, IEEE Trans. UFFC 47, eq. 6). All are NaN
-    where the amplitudes do not vary.
+    Contrast is standard deviation over mean, kurtosis the fourth standardised moment, the Nakagami parameter
+    ``m = E[A^2]^2 / Var[A^2]`` (Shankar 2000, IEEE Trans. UFFC 47, eq. 6): 0.52, 3.25 and 1 for fully developed
+    speckle. All are NaN where the amplitudes do not vary.
     """
     known = ~np.isnan(amplitude)
     count = np.maximum(known.sum(axis=-1), 1)
@@ -75,9 +54,8 @@ def moments(amplitude: Floats) -> Floats:
     power = amplitude**2
     spread = mean(power**2) - mean(power) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        result = np.stack(
-            [np.sqrt(variance) / centre, mean(square**2) / variance**2, mean(power) ** 2 / spread], axis=-1
-        )
+        parts = (np.sqrt(variance) / centre, mean(square**2) / variance**2, mean(power) ** 2 / spread)
+    result = np.stack(parts, axis=-1)
     result[~(variance > 1e-9 * centre**2)] = np.nan
     return result
 
@@ -85,9 +63,8 @@ def moments(amplitude: Floats) -> Floats:
 def local_moments(amplitude: Floats, region: Mask) -> Floats:
     """The medians of `moments`, ``(3,)``, over a grid's blocks that lie at least half in a region.
 
-    Over a whole region, amplitudes vary mostly because tissues do; within a block they vary because of speckle. (Local
-    windows are how Nakagami images are made: Tsui and Chang 2007, Ultrasound Med. Biol. 33.) A region without such a
-    block counts as one block.
+    Within a block amplitudes vary because of speckle, over a whole region because tissues do (Tsui and Chang 2007,
+    Ultrasound Med. Biol. 33). A region without such a block counts as one block.
     """
 
     def blocks(values: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -113,12 +90,8 @@ def detrended(grey: Grey, tissue: Mask) -> Grey:
 def autocovariance_widths(residual: Grey, region: Mask) -> tuple[float, float]:
     """The speckle's size: full widths at half maximum of the autocovariance of `detrended` pixels inside a region.
 
-    Pairs of pixels count where both lie in the region (Wagner et al. 1983, IEEE Trans. Sonics Ultrasonics 30, for the
-    meaning; widths of decompressed and compressed data differ by a near-constant factor, so grey levels are used).
-
-    Returns:
-        Axial (along columns) and lateral (along rows) width in pixels; NaN where the region is empty, does not vary or
-        is too narrow; ``2 * LAGS`` where the autocovariance never falls to a half.
+    Axial (along columns) and lateral width in pixels (Wagner et al. 1983, IEEE Trans. Sonics Ultrasonics 30); NaN where
+    the region is empty, does not vary or is too narrow; ``2 * LAGS`` where the autocovariance never falls to a half.
     """
     weight = region.astype(np.float32)
     values = residual * weight
@@ -150,8 +123,7 @@ def fine_share(grey: Grey, residual: Grey, region: Mask) -> float:
     """Share of a region's `detrended` variance that a 3 x 3 binomial filter removes; 0.86 for white noise.
 
     It stands for the high-frequency share where a region is too small for a spectrum. Only pixels count whose whole
-    neighbourhood lies in the region: the step to a letterbox bar beside them is no speckle. NaN where nothing varies,
-    or the region has no such pixel.
+    neighbourhood lies in the region. NaN where nothing varies, or the region has no such pixel.
     """
     region = ndimage.binary_erosion(region, np.ones((3, 3)), border_value=1)
     smooth = grey
@@ -164,16 +136,12 @@ def fine_share(grey: Grey, residual: Grey, region: Mask) -> float:
 def radial_spectrum(grey: Grey, tissue: Mask) -> Floats:
     """Mean power per frequency of half-overlapping Hann-windowed tiles that are wholly tissue (Welch 1967).
 
-    Where overlays leave no tile whole, tiles of at least 90 % tissue count, their gaps filled with the tile's mean.
-
-    Returns:
-        ``(TILE / 2,)`` power density in grey^2 at `FREQUENCIES`; NaN where there is no tile.
+    ``(TILE / 2,)`` power density in grey^2 at `FREQUENCIES`; NaN where there is no tile. Where overlays leave no tile
+    whole, tiles of at least 90 % tissue count, their gaps filled with the tile's mean.
     """
     pixels, inside = _tiles(grey), _tiles(tissue)
     share = inside.mean(axis=(1, 2))
-    chosen = share == 1.0
-    if not chosen.any():
-        chosen = share >= 0.9
+    chosen = share == 1.0 if (share == 1.0).any() else share >= 0.9
     if not chosen.any():
         return np.full(TILE // 2, np.nan)
     pixels, inside = pixels[chosen], inside[chosen]
@@ -217,13 +185,10 @@ def high_frequency_share(spectrum: Floats) -> float:
 
 
 def blockiness(grey: Grey, tissue: Mask) -> float:
-    """How far steps between neighbours on a grid of 8 px stand out from the steps beside them: JPEG's blocks.
+    """How far steps between neighbours on a grid of 8 px, of any phase, stand out from those beside them: JPEG.
 
-    The grid may lie at any phase. Comparing a line of steps with the lines next to it leaves anatomy out.
-
-    Returns:
-        Excess of the strongest phase over its neighbours as a share of the mean absolute step, averaged over both axes;
-        near 0 without blocks, NaN where nothing varies.
+    Excess of the strongest phase over its neighbours as a share of the mean absolute step, averaged over both axes, or
+    NaN where nothing varies.
     """
     excess = []
     for pixels, inside in ((grey, tissue), (grey.T, tissue.T)):

@@ -1,15 +1,14 @@
 """Nearest images, by correlation or by radiomic distance, and what their similarities tell of memory.
 
 Images, or lesions with their surroundings, are reduced to views of 48 x 48 pixels, freed of everything but fine detail,
-and correlated at every shift of up to five view pixels, upright and mirrored, whatever their gain and contrast. Without
-the filter two unrelated breasts of one layout correlate at 0.9; with it, nearest unrelated images lie near 0.3 and
-shifted copies near 0.9. Views of 64 pixels separate the two no better and take three times as long.
+and correlated at every shift of up to five view pixels, upright and mirrored, whatever their gain and contrast. Nearest
+unrelated images then correlate near 0.3 and shifted copies near 0.9.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,33 +21,20 @@ from sklearn.metrics import pairwise
 
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity.section import radiomic_vectors
-from busigen.evaluation.physics.features import bounds
+from busigen.evaluation.physics.features import bounds, square
 from busigen.evaluation.statistics.grouped import Rows
 
 Values = NDArray[np.float64]
 Views = NDArray[np.float32]
 """``float32 (N, SIDE, SIDE)``."""
 
-SIDE = 48
-"""Side of a view in pixels."""
-
-SHIFT = 5
-"""Largest shift that is undone, in view pixels and along each axis: 10 % of the view's side."""
-
-DETAIL = 3.0
-"""Standard deviation in view pixels of the Gaussian whose result is taken away."""
-
-CROP_MARGIN = 1.4
-"""Side of a lesion's square crop over the longer side of its bounding box."""
-
-REPEATED = 0.9
-"""Correlation within the synthetic set above which two images are one piece of evidence."""
-
-COPY_SIGMAS = 6.0
-"""Robust standard deviations, on Fisher's z scale, that a copy lies above the usual nearest neighbour."""
-
-LOW_FALSE_POSITIVES = 0.01
-"""False positives at which an attack's true positives are read (Carlini et al. 2022, section IV)."""
+SIDE = 48  # Side of a view in pixels
+SHIFT = 5  # Largest shift that is undone, in view pixels and along each axis: 10 % of the view's side
+DETAIL = 3.0  # Standard deviation in view pixels of the Gaussian whose result is taken away
+CROP_MARGIN = 1.4  # Side of a lesion's square crop over the longer side of its bounding box
+REPEATED = 0.9  # Correlation within the synthetic set above which two images are one piece of evidence
+COPY_SIGMAS = 6.0  # Robust standard deviations, on Fisher's z scale, that a copy lies above the usual nearest neighbour
+LOW_FALSE_POSITIVES = 0.01  # Where an attack's true positives are read (Carlini et al. 2022, section IV)
 
 _REPEAT_SHIFT = 2
 _FLAT = 1e-3
@@ -61,15 +47,12 @@ class Space:
 
     Attributes:
         name: ``crop``, ``whole`` or ``radiomic``.
-        train: None where nobody named a training set.
+        train: None where nobody named a training set; then ``(S, T)`` and ``(H, T)`` are None, too.
         groups: Groups of the synthetic images, in which repeated images are one.
         shared: Whether training and held-out images have a class in common, to which they were then restricted.
         usual: ``(H,)``, what is usual between a real image and its nearest neighbour: of held-out images among the
             training images or, where there are none, among held-out images of other groups.
-        to_held: ``(S, H)``.
-        to_train: ``(S, T)``, or None.
-        held_to_train: ``(H, T)``, or None.
-        within: ``(T, T)`` in the radiomic space.
+        to_held: ``(S, H)``; the others by their names, ``within`` being ``(T, T)`` in the radiomic space.
         views: Synthetic, training (or held-out) views, where the space has them.
     """
 
@@ -135,11 +118,11 @@ def radiomic_space(context: AuditContext, crop: Space) -> Space | None:
     if crop.train is None:
         return None
     train, synthetic, held = radiomic_vectors(context, crop.train, crop.synthetic, crop.held)
-    about = ("radiomic", "radiomic features", crop.synthetic, crop.train, crop.held, crop.groups, crop.shared)
     to_held, to_train = (-pairwise.euclidean_distances(synthetic, others) for others in (held, train))
-    held_to_train = -pairwise.euclidean_distances(held, train)
-    within = -pairwise.euclidean_distances(train)
-    return Space(*about, held_to_train.max(axis=1), to_held, to_train, held_to_train, within)
+    held_to_train, within = -pairwise.euclidean_distances(held, train), -pairwise.euclidean_distances(train)
+    between = {"to_held": to_held, "to_train": to_train, "held_to_train": held_to_train, "within": within}
+    usual = held_to_train.max(axis=1)
+    return replace(crop, name="radiomic", label="radiomic features", usual=usual, views=None, **between)
 
 
 def _only(images: ImageSet, classes: NDArray[np.str_]) -> ImageSet:
@@ -165,21 +148,15 @@ def views(images: ImageSet, *, lesions: bool) -> Views:
 
 
 def crop_box(mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the square crop around a lesion, in pixels.
+    """Left, top, right and bottom of the square crop around a lesion; a `ValueError` where the mask is empty.
 
-    It is moved and cut so that it shows no letterbox bar: bars look alike everywhere. ``mask`` and ``valid``: ``bool
-    (H, W)``, True on lesions and on the image.
-
-    Raises:
-        ValueError: The mask is empty.
+    It is moved and cut so that it shows no letterbox bar: bars look alike everywhere.
     """
     if not mask.any():
         raise ValueError("an empty mask has no lesion to crop to")
     top, left, bottom, right = bounds(mask)
-    upper, leftmost, lower, rightmost = _image_bounds(valid)
-    side = min(CROP_MARGIN * max(bottom - top, right - left), lower - upper, rightmost - leftmost)
-    y = float(np.clip((top + bottom - side) / 2, upper, lower - side))
-    x = float(np.clip((left + right - side) / 2, leftmost, rightmost - side))
+    longer = CROP_MARGIN * max(bottom - top, right - left)
+    y, x, side = square((top, left, bottom, right), longer, _image_bounds(valid))
     return x, y, x + side, y + side
 
 
@@ -193,8 +170,8 @@ def correlations(
     """Best normalised correlation of every query with every target, over mirrors and shifts: ``float32 (Q, T)``.
 
     The query's middle is laid on the target at every position within ``shift`` view pixels (at most a quarter of the
-    side); both are standardised over the very pixels that overlap. One matrix product per position does all pairs. A
-    view without any detail correlates at 0 with all. ``track``: Shows progress over the positions.
+    side); both are standardised over the very pixels that overlap. A view without any detail correlates at 0 with all.
+    ``track``: Shows progress over the positions.
     """
     inner = slice(shift, SIDE - shift)
     middles = [_standard(view[:, inner, inner]) for view in (queries, queries[:, :, ::-1])]
@@ -214,9 +191,8 @@ def align(query: NDArray[np.float32], target: NDArray[np.float32]) -> tuple[floa
     inner = slice(SHIFT, SIDE - SHIFT)
     windows = np.lib.stride_tricks.sliding_window_view(target, (SIDE - 2 * SHIFT,) * 2)
     flat = _standard(windows.reshape(-1, *windows.shape[2:]))
-    upright, mirrored = (
-        float((flat @ _standard(view[None, inner, inner])[0]).max()) for view in (query, query[:, ::-1])
-    )
+    both = (_standard(view[None, inner, inner])[0] for view in (query, query[:, ::-1]))
+    upright, mirrored = (float((flat @ middle).max()) for middle in both)
     return max(upright, mirrored), mirrored > upright
 
 
@@ -232,9 +208,8 @@ def _standard(windows: NDArray[Any]) -> NDArray[np.float32]:
 def copy_threshold(reference: Values) -> float:
     """The correlation above which an image counts as a copy of its nearest neighbour.
 
-    Nearest-neighbour correlations of real images that certainly are no copies say what is usual. Median and median
-    absolute deviation of their Fisher z leave a stray near-duplicate among them without influence, which their maximum
-    would not; the threshold lies six robust standard deviations up.
+    ``reference``: Such correlations of real images that certainly are no copies. Median and median absolute deviation
+    of their Fisher z leave a stray near-duplicate among them without influence, which their maximum would not.
     """
     z = np.arctanh(reference.clip(-0.999999, 0.999999))
     middle = float(np.median(z))
@@ -261,8 +236,7 @@ def detected(members: Values, others: Values) -> float:
 def authentic(to_train: Values, within_train: Values, train_groups: Rows) -> NDArray[np.bool_]:
     """Which images are not nearer to their nearest training image than that is to any other group's training image.
 
-    Alaa et al. 2022, section 3.3. Training images of the same patient do not count as another, because a held-out image
-    has no such companion either. ``to_train``: ``(N, T)`` similarities. ``within_train``: ``(T, T)`` similarities.
+    Alaa et al. 2022, section 3.3. ``to_train``: ``(N, T)`` similarities. ``within_train``: ``(T, T)`` similarities.
     """
     others = np.where(train_groups[:, None] == train_groups[None, :], -np.inf, within_train).max(axis=1)
     nearest = to_train.argmax(axis=1)

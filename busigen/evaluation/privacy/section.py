@@ -1,8 +1,4 @@
-"""Privacy: whether the set shows or betrays the images that its generator was trained on.
-
-Tests are on nearest neighbours and exchange whole groups. ``train`` trained the generator, ``held`` are real images
-that did not.
-"""
+"""Privacy: whether the set shows or betrays the images that its generator was trained on, by nearest neighbours."""
 
 from __future__ import annotations
 
@@ -15,34 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from busigen.evaluation.context import AuditContext, ImageSet
+from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, Picture, SectionResult
 from busigen.evaluation.fidelity.section import judge
 from busigen.evaluation.privacy import nearest
 from busigen.evaluation.privacy.nearest import Space, Values, Views
 from busigen.evaluation.report.text import PRIVACY
-from busigen.evaluation.results import Better, Figure, Picture, SectionResult
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, Rows, adjusted, bootstrap, middle
 from busigen.files import atomic_path
 from busigen.runtime.storage.files import output_errors
 
-PERMUTATIONS = {"quick": 1999, "full": 9999}
-"""Group permutations per test. With 15 tests, fewer could not get one adjusted p-value below ``ALPHA``."""
+PERMUTATIONS = {"quick": 1999, "full": 9999}  # Per test; fewer give 15 tests no adjusted p-value below ALPHA
 
 FLOOR_DRAWS = 100
 
-FEWEST_GROUPS = 4
-"""Independent images a side without which there is nothing to exchange."""
-
-LISTED = 20
-"""Nearest pairs listed in ``details``."""
-
-COLUMNS = 8
-"""Nearest pairs shown."""
-
-TILE = 140
-"""Side of a tile in pixels. Eight columns of two tiles stay below 400 kB even if nothing could be compressed."""
-
+FEWEST_GROUPS = 4  # Independent images a side without which there is nothing to exchange
+LISTED = 20  # Nearest pairs listed in details
+COLUMNS = 8  # Nearest pairs shown
+TILE = 140  # Side of a tile in pixels. Eight columns of two tiles stay below 400 kB even if nothing could be compressed
 _TEXT = 14
 
 Measure = Callable[[Values, Values], float]
@@ -52,7 +38,7 @@ Sample = tuple[Values, Rows]
 
 @dataclass(frozen=True)
 class _Test:
-    """A two-sample measure. Its floor is the same between halves of the second side."""
+    """A two-sample measure; its floor is the same between halves of the second side."""
 
     name: str
     label: str
@@ -67,9 +53,7 @@ class _Test:
 def run(context: AuditContext) -> SectionResult:
     """Look for training images in the synthetic set; without ``context.train`` only copies of ``real`` can be found.
 
-    Returns:
-        Figures ``privacy.<crop|whole|radiomic>.all.<measure>.value``, the nearest pairs as pictures, and in ``details``
-        the thresholds and the nearest pairs by name.
+    Figures are ``privacy.<crop|whole|radiomic>.all.<measure>.value``; the nearest pairs are shown and listed.
     """
     result = SectionResult("privacy")
     result.note(PRIVACY[context.backgrounds])
@@ -102,9 +86,8 @@ def _figures(context: AuditContext, space: Space, result: SectionResult) -> list
     """All figures of one space; ``p`` is not adjusted yet."""
     tests = _tests(space)
     if min(len(np.unique(groups)) for test in tests for _, groups in (test.first, test.second)) < FEWEST_GROUPS:
-        result.note(
-            f"Too few independent images for the tests on {space.label}: at least {FEWEST_GROUPS} a side are needed."
-        )
+        fewest = f"at least {FEWEST_GROUPS} a side are needed"
+        result.note(f"Too few independent images for the tests on {space.label}: {fewest}.")
         return []
     figures = [_figure(context, space, test) for test in context.track(f"testing {space.label}", tests, len(tests))]
     if space.train is not None and space.to_train is not None:
@@ -142,7 +125,10 @@ def _tests(space: Space) -> list[_Test]:
         for to, groups in ((space.to_train, space.groups), (space.held_to_train, space.held.groups))
     )
     note = "share not nearer to a training image than that is to other patients' (Alaa et al. 2022)"
-    return [*tests, _Test("authenticity", "authenticity", _mean, own, theirs, note, better="higher")]
+    return [
+        *tests,
+        _Test("authenticity", "authenticity", lambda a, _: float(a.mean()), own, theirs, note, better="higher"),
+    ]
 
 
 def _copies(mine: Sample, usual: Sample, note: str) -> _Test:
@@ -153,10 +139,6 @@ def _copies(mine: Sample, usual: Sample, note: str) -> _Test:
         f"deviations above the usual one; {above} of {len(usual[0])} reference images do; {note}"
     )
     return _Test("copies", "copied images", nearest.copied_share, mine, usual, note, headline=True)
-
-
-def _mean(first: Values, second: Values) -> float:
-    return float(first.mean())
 
 
 def _figure(context: AuditContext, space: Space, test: _Test) -> Figure:
@@ -177,26 +159,17 @@ def _figure(context: AuditContext, space: Space, test: _Test) -> Figure:
     observed = against(np.arange(len(first)), np.arange(len(first), len(joint)))
     exchanged = grouped.permutations(first_groups, second_groups, rng, count)
     beyond = sum(against(a, b) >= observed for a, b in exchanged)
-    return Figure(
-        key=f"privacy.{space.name}.all.{test.name}.value",
-        label=f"{test.label}, {space.label}",
-        value=value,
-        floor=floor,
-        synthetic=len(space.synthetic),
-        real=len(space.held) + (0 if space.train is None else len(space.train)),
-        better=test.better,
-        p=(beyond + 1) / (count + 1),
-        headline=test.headline,
-        note=test.note,
-    )
+    key, label = f"privacy.{space.name}.all.{test.name}.value", f"{test.label}, {space.label}"
+    counts = len(space.synthetic), len(space.held) + (0 if space.train is None else len(space.train))
+    p = (beyond + 1) / (count + 1)
+    return Figure(key, label, value, floor, *counts, test.better, p=p, headline=test.headline, note=test.note)
 
 
 def _preference(context: AuditContext, space: Space, train: ImageSet, to_train: Values) -> Figure:
     """How much more often a synthetic image's nearest real neighbour is a training image than chance would have it.
 
     Chance is exact here: had the generator seen neither set, exchanging "trained on" and "held out" between groups
-    changed nothing. So, unlike distances to the training set alone, this cannot mistake blur, noise or a narrow choice
-    of images for memory.
+    changed nothing. So this cannot mistake blur, noise or a narrow choice of images for memory.
     """
     rng = context.rng("privacy", space.name, "preference")
     joint = grouped.joint_groups(train.groups, space.held.groups)
@@ -213,17 +186,14 @@ def _preference(context: AuditContext, space: Space, train: ImageSet, to_train: 
     nearer = (to_train.max(axis=1) >= space.to_held.max(axis=1)).astype(np.float64)
     chance = float(nearer.mean()) - value
     spread = bootstrap(lambda rows: float(nearer[rows].mean()) - chance, rng, space.groups)
-    return Figure(
-        key=f"privacy.{space.name}.all.preference.value",
-        label=f"preference for training images, {space.label}",
-        value=replace(spread, value=value),
-        floor=middle(exchanged),
-        synthetic=len(space.synthetic),
-        real=len(joint),
-        p=float((np.sum(exchanged >= value - 1e-12) + 1) / (len(exchanged) + 1)),
-        note="share whose nearest real image is a training image, less the training images' share of the real ones; "
-        "floor: the same with 'trained on' and 'held out' exchanged between groups",
+    key, label = f"privacy.{space.name}.all.preference.value", f"preference for training images, {space.label}"
+    p = float((np.sum(exchanged >= value - 1e-12) + 1) / (len(exchanged) + 1))
+    note = (
+        "share whose nearest real image is a training image, less the training images' share of the real ones; "
+        "floor: the same with 'trained on' and 'held out' exchanged between groups"
     )
+    interval, floor = replace(spread, value=value), middle(exchanged)
+    return Figure(key, label, interval, floor, len(space.synthetic), len(joint), p=p, note=note)
 
 
 def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: SectionResult) -> None:
@@ -233,19 +203,17 @@ def _judge(context: AuditContext, found: list[tuple[Space, Figure]], result: Sec
     copies = np.array([figure.key.endswith(".copies.value") for _, figure in found], dtype=np.bool_)
     for family in (copies, ~copies):
         p_values[family] = adjusted(p_values[family])
-    preferring = {
-        space.name
-        for (space, figure), p in zip(found, p_values, strict=True)
-        if figure.key.endswith(".preference.value") and p < ALPHA
-    }
-    for (space, figure), p in zip(found, p_values, strict=True):
+    p_of = {figure.key: float(p) for (_, figure), p in zip(found, p_values, strict=True)}
+    for space, figure in found:
+        p = p_of[figure.key]
         by_construction = space.name == "whole" and context.backgrounds == "real"
         if by_construction:
             never = "never flagged: whole images painted into real ones copy those by construction"
             figure = replace(figure, note=f"{figure.note}; {never}")
-        alone = figure.key.endswith(".nearer.value") and space.name not in preferring
+        preferring = p_of.get(f"privacy.{space.name}.all.preference.value", 1.0) < ALPHA
+        alone = figure.key.endswith(".nearer.value") and not preferring
         smallest = min(len(part) for part in (space.synthetic, space.train, space.held) if part is not None)
-        judge(figure, float(p), smallest, "real images", result, allowed=not by_construction and not alone)
+        judge(figure, p, smallest, "real images", result, allowed=not by_construction and not alone)
 
 
 def _show(context: AuditContext, space: Space, views: tuple[Views, Views], result: SectionResult) -> None:
@@ -289,7 +257,7 @@ def _show(context: AuditContext, space: Space, views: tuple[Views, Views], resul
 def _picture(space: Space, images: ImageSet, row: int) -> NDArray[np.uint8]:
     if space.name == "whole":
         return images.images[row]
-    left, top, right, bottom = (round(edge) for edge in nearest.crop_box(images.masks[row], images.valid[row]))
+    left, top, right, bottom = map(round, nearest.crop_box(images.masks[row], images.valid[row]))
     return images.images[row][top:bottom, left:right]
 
 

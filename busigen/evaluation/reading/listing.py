@@ -28,9 +28,7 @@ from busigen.runtime.dataset.reader import open_headers, refuse_unreadable
 from busigen.runtime.maintenance.merge import open_parts, parts_of
 from busigen.text import printable
 
-NAME_LIMIT = 512
-"""Longest member name in characters."""
-
+NAME_LIMIT = 512  # Longest member name in characters
 _LIMITS = {"image": 32 << 20, "mask": 32 << 20, "row": 1 << 20, "class": 64}
 """Largest member in bytes that is read from an archive, by its role."""
 
@@ -44,28 +42,24 @@ _BEFORE = re.compile(r"(?:(?P<image>image|img|bus)|mask|seg|label|gt)[_-](?P<key
 
 _FOLDERS = re.compile(rf"(?P<image>{_IMAGE})|{_MASK}", re.I)
 _TEXTS = {"json": "row", "cls": "class"}
-_KINDS, _KINDS_SHOWN = 64, 5
-"""Kinds of members without a role that are told apart, and named."""
-
+_KINDS, _KINDS_SHOWN = 64, 5  # Kinds of members without a role that are told apart, and named
 _WHOLE = "Get the archive again, or write it anew."
+
+
+Opened = tuple[ImageFile, NDArray[np.bool_], int]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One listed image.
+    """One listed image; ``background`` as in ``ImageSet.table``, ``patient`` is whatever several images share.
 
-    Attributes:
-        image_class: One of ``registry.CLASSES``, or ``unknown``.
-        read: Opens it: the image, its native lesion mask, the number of mask files. Raises ``InputError`` where a file
-            is damaged.
-        patient: Patient, or whatever else several images share; None where unknown.
-        background: As in ``ImageSet.table``.
+    ``read`` opens it: the image, its native lesion mask, the number of mask files, or an ``InputError``.
     """
 
     id: str
     file: str
     image_class: str
-    read: Callable[[], tuple[ImageFile, NDArray[np.bool_], int]]
+    read: Callable[[], Opened]
     patient: str | None = None
     background: str | None = None
 
@@ -73,8 +67,7 @@ class Item:
 def list_set(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, list[Item]]:
     """The layout's name and the images of a set that is not prepared; what is refused or to be known is appended.
 
-    Raises:
-        InputError: the folder is missing or has no known layout.
+    Raises `InputError` where the folder is missing or has no known layout.
     """
     if path.is_file() and path.suffix == ".tar":
         return "WebDataset shards", list_archives([path], refused, notes)
@@ -116,15 +109,13 @@ def _list_dataset(path: Path, refused: list[Refusal], notes: list[str]) -> list[
 
 
 def _source_item(listing: Listing, record: Record) -> Item:
-    def read() -> tuple[ImageFile, NDArray[np.bool_], int]:
+    def read() -> Opened:
         return _with_masks(read_image(record.image), ((path, None) for path in record.masks))
 
     return Item(record.id, listing.relative(record.image), record.image_class, read, record.patient)
 
 
-def _with_masks(
-    image: ImageFile, masks: Iterable[tuple[Path, bytes | None]]
-) -> tuple[ImageFile, NDArray[np.bool_], int]:
+def _with_masks(image: ImageFile, masks: Iterable[tuple[Path, bytes | None]]) -> Opened:
     """The image with the notes on its masks, the lesions of all masks, and how many there are."""
     lesions, notes, count = np.zeros(image.pixels.shape, np.bool_), list(image.notes), 0
     for path, data in masks:
@@ -137,10 +128,9 @@ def list_archives(archives: Sequence[Path], refused: list[Refusal], notes: list[
     """List every sample of some tar files by their headers alone.
 
     A sample is an image, ``<key>.image.png`` or ``<key>.png``, its masks, ``<key>.mask.png``, and perhaps
-    ``<key>.json`` with ``class``, or ``<key>.cls`` with a class's name or number. The words for image and mask that
-    people use are known, before a dot, an underscore, or as a folder. Members of which nothing says what they are, such
-    as ``<key>.left.png``, are no images. Links, devices, sparse and oversized members are refused; names serve as names
-    only, never as paths.
+    ``<key>.json`` with ``class``, or ``<key>.cls`` with a class's name or number. People's other words for image and
+    mask are known as well, also as a folder's name. Links, devices, sparse and oversized members are refused; names
+    serve as names only, never as paths.
     """
     reader = _Archives(refused)
     items = [item for archive in archives for item in reader.items(archive)]
@@ -189,11 +179,7 @@ class _Member:
     size: int
 
     def read(self) -> bytes:
-        """The member's bytes.
-
-        Raises:
-            InputError: the archive was cut short or cannot be read.
-        """
+        """The member's bytes; an `InputError` where the archive was cut short or cannot be read."""
         try:
             with open_file(self.archive) as file:
                 file.seek(self.offset)
@@ -214,10 +200,9 @@ class _Archives:
 
     def __init__(self, refused: list[Refusal]) -> None:
         self._refused = refused
-        self._unknown: Counter[str] = Counter()
+        self._unknown, self._strange = Counter[str](), Counter[str]()
         self._examples: dict[str, str] = {}
         self._numbered = False
-        self._strange: Counter[str] = Counter()
 
     def items(self, archive: Path) -> Iterator[Item]:
         samples: dict[str, _Sample] = {}
@@ -235,10 +220,8 @@ class _Archives:
         """What a report says of the guesses, one line a kind."""
         notes = []
         if self._unknown:
-            kinds = [
-                f"{kind}: {count}, such as {self._examples[kind]}"
-                for kind, count in self._unknown.most_common(_KINDS_SHOWN)
-            ]
+            shown = self._unknown.most_common(_KINDS_SHOWN)
+            kinds = [f"{kind}: {count}, such as {self._examples[kind]}" for kind, count in shown]
             more = len(self._unknown) - len(kinds)
             notes.append(
                 f"{self._unknown.total()} members of shards are passed over, because nothing in their names says what "
@@ -299,7 +282,7 @@ class _Archives:
         label = str(described or next((part for part in folders if part in CLASSES), "")).lower()
         patient = row.get("patient") or (background if background != SYNTHETIC else None)
 
-        def read() -> tuple[ImageFile, NDArray[np.bool_], int]:
+        def read() -> Opened:
             image = read_image(Path(picture.name), picture.read())
             if row.get("image_sha256") not in (None, image.sha256):
                 raise InputError(f"{key}: its image is not the one that its row names.", fix=_WHOLE)

@@ -1,4 +1,4 @@
-"""Reading a labelled set, whatever its layout, into the working frame."""
+"""The sets of an audit, of any layout, in the working frame; and which real images the generator has not seen."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from busigen.data.geometry import around
 from busigen.data.images import MARK_SHARE, refuse_fault
 from busigen.data.inpainting import without_overlays
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_coverage, letterbox_mask
 from busigen.data.overlays import find_overlays, suspect_mask
 from busigen.data.prepared import INFO, Prepared
 from busigen.data.sources.records import Refusal, counted
-from busigen.data.splits import near_duplicate_groups, thumbnail
+from busigen.data.splits import NEAR_DUPLICATE, copies_of, near_duplicate_groups, thumbnail
 from busigen.errors import BusigenError, InputError
-from busigen.evaluation.context import Backgrounds, ImageSet
+from busigen.evaluation.context import Backgrounds, ImageSet, fingerprint
 from busigen.evaluation.reading.listing import Item, list_set
+from busigen.evaluation.statistics.grouped import rows_by_group, take
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
 from busigen.runtime.progress import Progress
 
@@ -45,8 +47,9 @@ TABLE = {
 """Columns of ``ImageSet.table``, which says what they hold."""
 
 BAR_LEVEL, BAR_WIDTH = 6, 3
-"""Grey level that no pixel of a letterbox bar exceeds; compression and networks leave a few levels in them. And least
-width in pixels of a pair of bars; anything thinner may be the image's own dark rim."""
+"""Greatest grey level in a letterbox bar, and least width of one: anything thinner may be the image's own dark rim."""
+
+READ_FACTOR = 4  # So many times the limit are read before whole groups are drawn: reading takes the time
 
 _ARRAYS = {"images": np.uint8, "masks": np.bool_, "valid": np.bool_, "overlays": np.bool_, "clean": np.uint8}
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -58,9 +61,8 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
     """Read a labelled set, whatever its layout.
 
     Layouts: a busigen dataset; a folder of WebDataset shards (or one shard); a prepared folder, without its excluded
-    images; BUSI, BUS-BRA, or ``images/`` and ``masks/``. Images are letterboxed, never squashed; groups are patients,
-    shared backgrounds and near-duplicates. Files that cannot be read are named in ``refused``, the rest is read. At
-    most ``limit`` images are read, drawn at random. Five thousand images take about 1.8 GB.
+    images; BUSI, BUS-BRA, or ``images/`` and ``masks/``. Groups are patients, shared backgrounds and near-duplicates.
+    At most ``limit`` images are read, drawn at random. Five thousand images take about 1.8 GB.
 
     Raises:
         InputError: the folder is missing, has no known layout, or none of its images can be read.
@@ -148,10 +150,7 @@ def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: 
 
 
 def background_mode(images: ImageSet) -> Backgrounds:
-    """What the set's lesions were painted into, by its own records: ``real`` where any image was, else ``synthetic``.
-
-    ``unknown`` where nothing is recorded.
-    """
+    """What the set's lesions were painted into, by its own records: ``real`` where any image was."""
     backgrounds = images.table["background"].drop_nulls().unique().to_list()
     if any(background != SYNTHETIC for background in backgrounds):
         return "real"
@@ -165,12 +164,8 @@ def _draw(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng([seed, count]).permutation(count)[:limit])
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """One image in the working frame: its arrays in an `ImageSet`, a ``(64, 64)`` thumbnail, the table's row.
-
-    ``notes`` say how its files were read where that is not as stored.
-    """
+class _Frame(NamedTuple):
+    """One image in the working frame: its arrays in an `ImageSet`, a ``(64, 64)`` thumbnail, the table's row, notes."""
 
     arrays: dict[str, NDArray[Any]]
     thumbnail: NDArray[np.float32]
@@ -181,8 +176,7 @@ class _Frame:
 def _try_frame(item: Item) -> _Frame | BusigenError:
     """Read an item and fit it into the working frame; an error where a file is missing, damaged or no image.
 
-    Unlike ``data.prepare.read_sample`` this refuses no mask for what it marks: a set's empty, inverted or
-    surplus masks are what an audit looks for.
+    No mask is refused for what it marks: empty, inverted or surplus ones are what an audit looks for.
     """
     try:
         file, lesions, mask_files = item.read()
@@ -232,3 +226,181 @@ def _valid(image: NDArray[np.uint8], box: Letterbox) -> NDArray[np.bool_]:
             np.moveaxis(valid, axis, 0)[[*range(before), *range(len(image) - after, len(image))]] = False
             break
     return valid
+
+
+def read_inputs(
+    synthetic: Path,
+    real: Path,
+    train_split: Path | None,
+    external: Path | None,
+    limit: int | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sets of an audit by their name in `AuditContext`, and what the report says about them.
+
+    At most ``limit`` images each are kept, and no training images among the real ones. Raises as `audit` does.
+    """
+    notes: list[str] = []
+    read_limit = None if limit is None else READ_FACTOR * limit
+    prepared = None if train_split is None else Prepared.open(train_split)
+    try:
+        made, judge = (read_set(path, progress, limit=read_limit, seed=seed) for path in (synthetic, real))
+        other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
+    finally:
+        progress.stop()
+    files = set(judge.table["sha256"])
+    shared = sum(sha256 in files for sha256 in made.table["sha256"])
+    if shared == len(made):
+        raise InputError(
+            f"every image of {synthetic} is one of {real} as well: a set cannot be judged by itself.",
+            fix="Give the synthetic set first and real images with --real.",
+        )
+    if shared:
+        notes.append(f"{shared} of the synthetic images are also files of the real set: the figures flatter them.")
+    train = None
+    if prepared is not None:
+        parted = split_by_training(judge, prepared)
+        judge, train = parted.held_out, parted.train
+        if not len(judge):
+            raise InputError(
+                f"every image of {real} trained the generator, or is a near-duplicate of one that did.",
+                fix="Give real images that it has not seen, such as the prepared folder with its val and test splits.",
+            )
+        notes.append(
+            f"Of the real images read, {parted.same} trained the generator and {parted.near} more resemble a training "
+            f"image or share its patient; {len(judge)} are held out, and only these are compared with."
+        )
+        if other is not None:
+            other = _external(other, external, prepared, notes)
+    else:
+        notes.append(
+            "Nobody said which real images trained the generator: if the real set holds some, the figures flatter it. "
+            "--train-split names them."
+        )
+
+    def cut(name: str, images: ImageSet) -> ImageSet:
+        kept = draw(images, limit, seed)
+        if len(kept) < len(images) or len(images) == read_limit:
+            notes.append(f"The {name} set is judged by {len(kept)} images, drawn at random in whole groups.")
+        return kept
+
+    parts = {
+        "synthetic": cut("synthetic", made),
+        "real": cut("real", judge),
+        "train": train,
+        "external": other and cut("external", other),
+    }
+    notes.extend(f"Of the {name} set: {note}." for name, part in parts.items() if part for note in part.notes)
+    sets = {name: None if part is None else _description(part) for name, part in parts.items()}
+    counts = {
+        name: f"{part['images']} images with {part['lesions']} lesions in {part['groups']} groups"
+        + (f"; {len(part['refused'])} files refused" if part["refused"] else "")
+        for name, part in sets.items()
+        if part is not None
+    }
+    return {**parts, "backgrounds": background_mode(made)}, {"sets": sets, "counts": counts, "notes": notes}
+
+
+def _external(images: ImageSet, path: Path | None, prepared: Prepared, notes: list[str]) -> ImageSet:
+    """The external images that trained nothing: the utility section's networks learn from the training images."""
+    parted = split_by_training(images, prepared)
+    kept = len(parted.held_out)
+    if not kept:
+        raise InputError(
+            f"--external {path}: every image trained the generator, or is a near-duplicate of one that did.",
+            fix="Give real images that it has not seen, or leave --external out.",
+        )
+    if gone := len(images) - kept:
+        reasons = {
+            "trained the generator": parted.same,
+            "resemble a training image or share its patient": parted.near,
+            "are in no split of the prepared folder": gone - parted.same - parted.near,
+        }
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        notes.append(f"Of the external images read, {gone} were left out ({listed}); {kept} are tested on.")
+    return parted.held_out
+
+
+def draw(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
+    """At most ``limit`` images: whole groups in random order, the last of them cut to fit."""
+    if limit is None or len(images) <= limit:
+        return images
+    rows = take(rows_by_group(images.groups), limit, np.random.default_rng([seed, len(images)]))
+    return images.take(np.sort(rows))
+
+
+def _description(images: ImageSet) -> dict[str, Any]:
+    """What a report says of a set, in JSON types."""
+    return {
+        "name": images.name,
+        "layout": images.layout,
+        "images": len(images),
+        "lesions": len(np.flatnonzero(images.masks.any(axis=(1, 2)))),
+        "groups": int(images.table["group"].n_unique()),
+        "classes": dict(images.table["class"].value_counts().sort("class").iter_rows()),
+        "refused": [refusal.to_dict() for refusal in images.refused],
+        "notes": list(images.notes),
+        "fingerprint": fingerprint(images),
+    }
+
+
+@dataclass(frozen=True)
+class TrainingSplit:
+    """Real images by what the generator knows of them.
+
+    ``held_out`` neither trained it nor are neighbours of such; ``train`` are all that did, whether or not the real set
+    holds them. Counted in the real set: training images by hash or name, and their near-duplicates or patients' others.
+    """
+
+    held_out: ImageSet
+    train: ImageSet
+    same: int
+    near: int
+
+
+def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
+    """Part a real set into what trained the generator and what did not.
+
+    An image that the prepared folder knows by its file's sha256 keeps the split it has there. Any other counts as
+    training where its name is a training image's, it looks like one (thumbnail correlation above
+    ``splits.NEAR_DUPLICATE``), is a mirrored, turned or cropped copy of one, or where one of its group does.
+    """
+    train = from_prepared(prepared, ("train",))
+    known = dict(prepared.table.select("sha256", "split").iter_rows())
+    splits = np.array([known.get(sha256, "") for sha256 in real.table["sha256"]], dtype=np.str_)
+    stranger = splits == ""
+    names = set(train.table["id"])
+    same = (splits == "train") | (stranger & np.array([name in names for name in real.table["id"]], dtype=np.bool_))
+    like = same.copy()
+    if stranger.any():
+        unknown = real.take(stranger)
+        small, other = thumbnails(unknown), thumbnails(train)
+        aspects, others = ((part.table["width"] / part.table["height"]).to_numpy() for part in (unknown, train))
+        like[stranger] |= copies_of(small, aspects, other, others)
+        if len(train):
+            like[stranger] |= correlations(small, other).max(axis=1) > NEAR_DUPLICATE
+    related = like | (stranger & np.isin(real.groups, np.unique(real.groups[like])))
+    # Images that the prepared folder excluded link its splits: they prove nothing on either side.
+    held_out = real.take(~related & ~np.isin(splits, ["train", "excluded"]))
+    return TrainingSplit(held_out, train, same=int(same.sum()), near=int(related.sum() - same.sum()))
+
+
+def thumbnails(images: ImageSet) -> NDArray[np.float32]:
+    """``float32 (N, 64, 64)`` of the images without their letterbox bars, for ``data.splits``."""
+    small = np.zeros((len(images), 64, 64), np.float32)
+    for row, (image, valid) in enumerate(zip(images.images, images.valid, strict=True)):
+        if valid.any():
+            small[row] = thumbnail(np.ascontiguousarray(image[around(valid, 0)]))
+    return small
+
+
+def correlations(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Correlation of every thumbnail with every other, ``float32 (N, M)``; a flat one correlates with none."""
+
+    def scores(small: NDArray[np.float32]) -> NDArray[np.float32]:
+        flat = small.reshape(len(small), -1) - small.mean(axis=(1, 2))[:, None]
+        length = np.linalg.norm(flat, axis=1, keepdims=True)
+        return np.asarray(flat / np.where(length > 1e-3, length, np.inf), dtype=np.float32)
+
+    return np.asarray(scores(first) @ scores(second).T)

@@ -20,53 +20,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from busigen.evaluation.context import ImageSet
-from busigen.evaluation.physics.features import bounds, largest_part
+from busigen.evaluation.physics.features import bounds, largest_part, square
+from busigen.evaluation.statistics.grouped import RESAMPLES
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
-MARGIN = 1.5
-"""Side of the lesion crop over the longer side of the lesion's box."""
+MARGIN = 1.5  # Side of the lesion crop over the longer side of the lesion's box
+SMALLEST = 64  # Pixels of the working frame that a lesion crop spans at least
+BAND = 16  # Pixels that the ring reaches inwards and outwards of the outline
+RING_LENGTH = 256  # Pixels along the outline; shorter outlines go round again, longer ones are cut
+_SMOOTHING = 2.0  # Sigma in pixels of the distance map whose gradient gives the normals, so that they do not cross
 
-SMALLEST = 64
-"""Pixels of the working frame that a lesion crop spans at least."""
-
-BAND = 16
-"""Pixels that the ring reaches inwards and outwards of the outline."""
-
-RING_LENGTH = 256
-"""Pixels along the outline; shorter outlines go round again, longer ones are cut."""
-
-_SMOOTHING = 2.0
-"""Sigma in pixels of the distance map whose gradient gives the outline's normals, so that jags do not cross them."""
-
-RIDGE = 0.1
-"""Weight of the ridge term against a kernel whose diagonal is about one: of 0.001 to 10 the value that told 210 BUSI
-and BUS-BRA images with planted defects from 209 others best."""
+RIDGE = 0.1  # Ridge term against a kernel whose diagonal is about one: of 0.001 to 10 what found planted defects best
 
 NETWORKS = {"cuda": "resnet101", "cpu": "resnet18"}
-"""The paper's network (Wen et al. 2026, ResNet101) where there is a GPU; one that finishes in hours where not. Both
-start from random weights: MONAI has none for two dimensions."""
+"""The network of Wen et al. 2026 where there is a GPU; one that finishes in hours where not. Weights start random."""
 
 EPOCHS = 20
 BATCH = 32
 RATE = 3e-4
 
-SCALES = 4
-"""Octaves of the scattering network: filters span 7, 14, 28 and 56 pixels."""
-
+SCALES = 4  # Octaves of the scattering network: filters span 7, 14, 28 and 56 pixels
 ORIENTATIONS = 4
 
 _SIZE = 7
-_FREQUENCY = 0.75 * math.pi
-_SIGMA = 1.3
-"""Centre frequency in radians per pixel and width in pixels of the Morlet wavelets: the frequency of Bruna and Mallat
-2013, and the width that seven pixels hold."""
-
-_FLOOR = 1e-3
-"""Below a tenth of a grey level, a response is rounding."""
+_FREQUENCY = 0.75 * math.pi  # Centre frequency of the Morlet wavelets in radians per pixel (Bruna and Mallat 2013)
+_SIGMA = 1.3  # Their width in pixels, that seven pixels hold
+_FLOOR = 1e-3  # Below a tenth of a grey level, a response is rounding
 
 
 @dataclass(frozen=True)
@@ -88,34 +71,31 @@ class View:
 
 def whole(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """The largest centred square inside the letterbox bars, as 192 by 192 pixels."""
-    top, left, bottom, right = bounds(valid)
-    side = min(bottom - top, right - left)
-    y, x = (bottom - top - side) / 2, (right - left - side) / 2
-    return _resized(image[top:bottom, left:right], y, x, side, 192)
+    return _crop(image, bounds(valid), math.inf, valid, 192)
 
 
 def lesion(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """A square around the largest lesion, moved and if need be shrunk to lie on the image, as 128 by 128 pixels."""
-    top, left, bottom, right = bounds(valid)
-    y0, x0, y1, x1 = bounds(largest_part(mask))
-    side = min(max(MARGIN * max(y1 - y0, x1 - x0), SMALLEST), bottom - top, right - left)
-    y = np.clip((y0 + y1 - side) / 2, top, bottom - side)
-    x = np.clip((x0 + x1 - side) / 2, left, right - side)
+    top, left, bottom, right = bounds(largest_part(mask))
+    side = max(MARGIN * max(bottom - top, right - left), SMALLEST)
+    return _crop(image, (top, left, bottom, right), side, valid, 128)
+
+
+def _crop(image: Pixels, box: tuple[int, int, int, int], side: float, valid: Mask, to: int) -> Pixels:
+    within = bounds(valid)
+    top, left, bottom, right = within
+    y, x, side = square(box, side, within)
     # Cut to the image first: resampling reaches a pixel beyond its box, which must not be a bar's.
-    return _resized(image[top:bottom, left:right], y - top, x - left, side, 128)
-
-
-def _resized(image: Pixels, y: float, x: float, side: float, to: int) -> Pixels:
-    box = (x, y, x + side, y + side)
-    return np.asarray(Image.fromarray(image).resize((to, to), Image.Resampling.BILINEAR, box=box))
+    place = (x - left, y - top, x - left + side, y - top + side)
+    part = Image.fromarray(image[top:bottom, left:right])
+    return np.asarray(part.resize((to, to), Image.Resampling.BILINEAR, box=place))
 
 
 def ring(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """The band within ``BAND`` pixels of the largest lesion's outline, unrolled: 32 rows from inside to outside.
 
-    Blanking all other pixels in place would leave the outline's shape in the picture. Unrolled along the outline's
-    normals at the image's own pixel scale, the strip shows only what lies across the edge; a seam is a line along its
-    middle. Where a normal leaves the image, the last pixel is repeated.
+    Unrolled along the outline's normals at the image's own pixel scale, the strip shows what lies across the edge and
+    not the outline's shape. Where a normal leaves the image, the last pixel is repeated.
     """
     padded = np.pad(largest_part(mask), 1)
     distance = ndimage.distance_transform_edt(~padded) - ndimage.distance_transform_edt(padded)
@@ -172,8 +152,7 @@ def folds(task: Task, count: int, seed: int) -> Ints:
 def auc(scores: Floats, task: Task, fold: Ints, weights: Floats | None = None) -> float:
     """Chance that a row of side 1 scores above one of side 0 **of the same class and fold**; ties count half.
 
-    Scores of different folds come from different classifiers and are not comparable. NaN where no pair exists.
-    ``weights``: N weights, such as how often a bootstrap drew each row.
+    NaN where no pair exists. ``weights``: N weights, such as how often a bootstrap drew each row.
     """
     above = pairs = 0.0
     stratum = task.label * (int(fold.max()) + 1) + fold
@@ -192,7 +171,7 @@ def auc(scores: Floats, task: Task, fold: Ints, weights: Floats | None = None) -
 
 
 def bootstrap_auc(
-    scores: Floats, task: Task, fold: Ints, rng: np.random.Generator, resamples: int
+    scores: Floats, task: Task, fold: Ints, rng: np.random.Generator, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """95 % percentile interval of ``auc``: whole groups of each side drawn with replacement, the scores held fixed."""
     _, code = np.unique(task.group, return_inverse=True)
@@ -205,8 +184,8 @@ def bootstrap_auc(
             members = np.flatnonzero(side_of == side)
             counts += np.bincount(rng.choice(members, len(members)), minlength=len(side_of))
         values.append(auc(scores, task, fold, counts[code]))
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    low, high = np.nanpercentile(values, [2.5, 97.5]).tolist()
+    return low, high
 
 
 def shuffled_sides(task: Task, rng: np.random.Generator) -> Ints:
@@ -222,8 +201,7 @@ def shuffled_sides(task: Task, rng: np.random.Generator) -> Ints:
 class Ridge:
     """Ridge classifier on fixed features, whose out-of-fold scores are linear in the labels.
 
-    So a permutation test can train anew for every permutation, at the price of a matrix product: the null holds the
-    whole procedure, and not just fixed scores.
+    So a permutation test can train anew for every permutation, at the price of a matrix product.
     """
 
     def __init__(self, features: NDArray[np.float32], task: Task, fold: Ints) -> None:
@@ -262,8 +240,7 @@ def scattering_features(
 
     As in Bruna and Mallat, "Invariant scattering convolution networks", TPAMI 2013, section 2, with an average-pooling
     pyramid in place of low-pass filters. Added are mean and standard deviation of grey levels and the *largest* modulus
-    per cell and first-order path: averages alone do not see a few bright marks. Cells in mirrored columns are averaged,
-    because left and right mean nothing in ultrasound.
+    per cell and first-order path. Cells in mirrored columns are averaged: left and right mean nothing in ultrasound.
     """
     bank = _wavelets().to(device)
     parts = []
@@ -280,13 +257,10 @@ def _wavelets() -> Tensor:
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     window = torch.exp(-(x**2 + y**2) / (2 * _SIGMA**2))
     window /= window.sum()
-    filters = []
-    for k in range(ORIENTATIONS):
-        angle = math.pi * k / ORIENTATIONS
-        phase = _FREQUENCY * (x * math.cos(angle) + y * math.sin(angle))
-        for wave in (torch.cos(phase), torch.sin(phase)):
-            filters.append(window * (wave - (window * wave).sum()))
-    return torch.stack(filters).unsqueeze(1).float()
+    angles = [math.pi * k / ORIENTATIONS for k in range(ORIENTATIONS)]
+    phases = [_FREQUENCY * (x * math.cos(angle) + y * math.sin(angle)) for angle in angles]
+    waves = [part(phase) for phase in phases for part in (torch.cos, torch.sin)]
+    return torch.stack([window * (wave - (window * wave).sum()) for wave in waves]).unsqueeze(1).float()
 
 
 def _modulus(maps: Tensor, bank: Tensor) -> Tensor:

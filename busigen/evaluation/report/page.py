@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,10 +18,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from busigen.errors import InputError
-from busigen.evaluation.context import ImageSet
+from busigen.evaluation.context import Figure, Finding, ImageSet, Interval, SectionResult, section_folder
 from busigen.evaluation.report import text as words
 from busigen.evaluation.report.text import PRIVACY, known
-from busigen.evaluation.results import Figure, Finding, Interval, SectionResult, section_folder
 from busigen.evaluation.sections import SECTIONS
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG
 from busigen.files import atomic_file
@@ -31,50 +30,22 @@ from busigen.runtime.dataset.finalize import COLOURS, outline, pick_evenly
 from busigen.runtime.storage.files import output_errors
 from busigen.text import printable
 
-REPORT = "report.html"
-"""The report's name in its folder."""
-
-CONTACT_SHEET = "contact.jpg"
-"""The contact sheet's name in that folder."""
-
-ROWS = 14
-"""Figures that a section's chart shows at most; the table below it has them all."""
-
-LARGEST = 400_000
-"""Bytes above which a raster picture is scaled and compressed for the page; the file in the folder stays as it is."""
-
-LARGEST_PLOT = 1_500_000
-"""Bytes above which an SVG plot stays out of the page."""
-
-SMALL = 100
-"""Images of a set below which the report warns that only large differences can show."""
-
-PAIRS = 16
-"""Images of each set on the contact sheet."""
-
+REPORT, CONTACT_SHEET = "report.html", "contact.jpg"  # Names in the report's folder
+ROWS = 14  # Figures that a section's chart shows at most; the table below it has them all
+LARGEST = 400_000  # Bytes above which a raster picture is compressed for the page; the file stays as it is
+LARGEST_PLOT = 1_500_000  # Bytes above which an SVG plot stays out of the page
+SMALL = 100  # Images of a set below which the report warns that only large differences can show
+PAIRS = 16  # Images of each set on the contact sheet
 _WORST = 3
-_CAP = 20.0
-"""Excess over the floor above which defects count as equally bad: no figure is so exact that more would mean more."""
-
-_MARGIN = 4.0
-"""Percent of an axis left free at either end, so that no mark is cut."""
-
-_SAME_SCALE = 8.0
-"""Figures share an axis while the greatest is at most this many times the smallest: below, intervals turn to dots."""
-
-_MAX_BYTES = 256 << 20
-"""Largest picture that is read."""
-
+_CAP = 20.0  # Excess over the floor above which defects count as equally bad: no figure is so exact
+_MARGIN = 4.0  # Percent of an axis left free at either end, so that no mark is cut
+_SAME_SCALE = 8.0  # Figures share an axis while the greatest is at most this many times the smallest
+_MAX_BYTES = 256 << 20  # Largest picture that is read
 _WIDEST = 1600
 _QUALITY = 85
 
-_COLUMNS = 4
-_TILE = 176
-_LABEL = 18
-_HEADER = 30
-_GAP = 28
-_PAPER = (24, 27, 31)
-_INK = (235, 238, 241)
+_COLUMNS, _TILE, _LABEL, _HEADER, _GAP = 4, 176, 18, 30, 28
+_PAPER, _INK = (24, 27, 31), (235, 238, 241)
 
 # Browsers older than the ::details-content selector need this to print what is folded. Nothing else is scripted.
 _SCRIPT = (
@@ -85,8 +56,7 @@ _SCRIPT = (
 )
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """A picture for the page as a ``data:`` URI. ``problem``: Why there is none, or why it is not quite the file."""
 
     uri: str = ""
@@ -95,8 +65,7 @@ class Shown:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One figure's marks, in percent of the axis; None where the figure has no such number."""
 
     figure: Figure
@@ -108,8 +77,7 @@ class Row:
     floor_width: float | None
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """Figures of one unit and scale, on one axis. ``ticks``: Places in percent of its length, and their labels."""
 
     unit: str
@@ -151,25 +119,20 @@ class SectionView:
 def write_html(report: Mapping[str, Any], out: Path) -> Path:
     """Turn the audit's results into one self-contained page, ``out / "report.html"``.
 
-    Pictures are read from the sections' folders below ``out`` and written into the page, as is the contact sheet where
-    ``out`` holds one. Whatever the report says is escaped: file names and findings come from data that others made.
+    Pictures are read from the sections' folders below ``out``, as is the contact sheet. Whatever the report says is
+    escaped: file names and findings come from data that others made.
 
-    ``report``: What ``report.json`` holds: ``sections`` is a list of ``SectionResult.to_dict()`` with ``title`` and
-    ``question``, and ``error`` where it could not run. ``busigen``, ``created``, ``inputs``, ``counts``, ``sets``,
-    ``notes``, ``versions`` and ``seconds`` may be absent.
+    ``report``: What ``report.json`` holds, of which all but ``sections`` may be absent.
 
     Raises:
         OutputError: it cannot be written.
         KeyError, TypeError: the content is no report.
     """
     views = [_view(number, entry, out) for number, entry in enumerate(report["sections"], start=1)]
+    loader = PackageLoader("busigen.evaluation.report", ".")
+    # Escaping is not chosen by file name: everything that goes into the page is escaped.
     environment = Environment(
-        loader=PackageLoader("busigen.evaluation.report", "."),
-        # Not chosen by file name: everything that goes into the page is escaped.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update(words=words)
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode("ascii")
@@ -181,16 +144,15 @@ def write_html(report: Mapping[str, Any], out: Path) -> Path:
         "Versions": report.get("versions"),
         "Wall time": {name: words.duration(value) for name, value in (report.get("seconds") or {}).items()},
     }
+    # The last part of either path.
+    parts = {side: re.split(r"[/\\]", str(inputs.get(side) or "").rstrip("/\\")) for side in ("synthetic", "real")}
     page = environment.get_template("report.html.j2").render(
         alpha=ALPHA,
         script=_SCRIPT,
         script_hash=f"sha256-{digest}",
         version=report.get("busigen", ""),
         created=re.sub(r"(?<=\d)T(?=\d)", " ", str(report.get("created") or "")),
-        # The last part of either path.
-        names={
-            side: re.split(r"[/\\]", str(inputs.get(side) or "").rstrip("/\\"))[-1] for side in ("synthetic", "real")
-        },
+        names={side: part[-1] for side, part in parts.items()},
         sections=views,
         defects=_worst(views),
         nearest=_nearest(views),
@@ -244,8 +206,7 @@ def _nearest(views: list[SectionView]) -> tuple[SectionView, Figure] | None:
 
 def _unsaid(views: list[SectionView]) -> list[str]:
     """Which questions are unanswered, and whether a headline figure rests on few images."""
-    said = []
-    ran = {view.result.section for view in views if not view.error}
+    said, ran = [], {view.result.section for view in views if not view.error}
     if missing := [f"{section.question} ({section.title})" for section in SECTIONS.values() if section.name not in ran]:
         said.append(f"Not every section ran. Unanswered: {' · '.join(missing)}")
     figures = [figure for view in views for figure in view.headlines]
@@ -280,7 +241,7 @@ def panels(figures: Sequence[Figure]) -> list[Panel]:
 
 
 def _numbers(figure: Figure) -> list[float]:
-    parts = [figure.value, *([] if figure.floor is None else [figure.floor])]
+    parts = [part for part in (figure.value, figure.floor) if part is not None]
     return [value for part in parts for value in (part.value, part.low, part.high) if known(value)]
 
 
@@ -317,12 +278,9 @@ def _panel(group: list[Figure]) -> Panel:
 
 
 def inline(folder: Path, file: str) -> Shown:
-    """A picture of a section as a data URI, or why there is none.
+    """A picture of a section as a data URI, or why there is none. Nothing outside ``folder`` is read.
 
-    SVG goes into an ``<img>`` like any other picture, not into the page's own tree: there it can run no script, load
-    nothing from elsewhere, and its ids and styles cannot meet those of another plot.
-
-    ``folder``: The section's folder. Nothing outside is read, whatever ``file`` says.
+    SVG goes into an ``<img>`` like any other picture: there it can run no script and load nothing from elsewhere.
     """
     path = folder / file
     try:
@@ -369,16 +327,13 @@ def _uri(kind: str, content: bytes) -> str:
 def contact_sheet(synthetic: ImageSet, real: ImageSet, path: Path, pairs: int = PAIRS) -> Path:
     """Draw images with the contours of their masks: synthetic ones on the left, real ones on the right.
 
-    The images are spread evenly over each set, half of them benign and half malignant where the set has both; nobody
-    chose them. The same sets give the same sheet.
-
-    Raises:
-        InputError: a set is empty.
+    They are spread evenly over each set, half of them benign and half malignant where the set has both. The same sets
+    give the same sheet. Raises `InputError` where a set is empty.
     """
     for images in (synthetic, real):
         if not len(images):
             raise InputError(f"The set {images.name} holds no image to show.", fix="Name a folder with images.")
-    left, right = (_board(kind, images, pairs) for kind, images in (("Synthetic", synthetic), ("Real", real)))
+    left, right = _board("Synthetic", synthetic, pairs), _board("Real", real, pairs)
     sheet = Image.new("RGB", (left.width + _GAP + right.width, max(left.height, right.height)), _PAPER)
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + _GAP, 0))

@@ -6,11 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import TypeGuard
 
-from busigen.evaluation.results import Figure, Interval
+from busigen.evaluation.context import Figure, Interval
 
-NOTHING = "–"
-"""Stands where there is no number."""
-
+NOTHING = "–"  # Stands where there is no number
 SHOULD_BE = {"lower": "not above floor", "higher": "not below floor", "near": "inside floor"}
 """Where a figure should lie, per ``Figure.better``."""
 
@@ -32,8 +30,7 @@ PRIVACY = {
 }
 """What is private and what is not, per ``AuditContext.backgrounds``: for the privacy section and for every report."""
 
-_SIGNIFICANT = 3
-_TINY = 1e-3
+_SIGNIFICANT, _TINY = 3, 1e-3
 _TIED = "\N{NO-BREAK SPACE}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -50,10 +47,9 @@ def _decimals(values: Iterable[float]) -> int:
 
 
 def number(value: float | None, places: int | None = None) -> str:
-    """A number for people: three significant digits, or ``places`` after the point.
+    """A number for people: three significant digits, or ``places`` after the point; a dash where it is none.
 
-    Whole numbers stay whole, thousands are set apart, and what is too small for decimals is written with a power of
-    ten. None, NaN and infinities give a dash.
+    Whole numbers stay whole, thousands are set apart, and the tiny are written with a power of ten.
     """
     if not known(value):
         return NOTHING

@@ -10,37 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from busigen.evaluation.results import Interval
+from busigen.evaluation.context import Interval
 
 Rows = NDArray[np.int64]
+Sides = tuple[Rows, Rows]
 Array = NDArray[np.float64]
 Weights = NDArray[np.float32]
 Side = Literal["greater", "less"]
 
-ALPHA = 0.01
-"""Adjusted p-value below which a difference counts as a defect, in every section, if it also lies beyond the floor."""
-
-FEWEST_TO_FLAG = 20
-"""Images (or lesions) on either side below which a section shows a figure but never flags it."""
-
-RESAMPLES = 200
-"""Bootstrap draws. Enough for a 95 % interval whose ends move by a few percent of its width."""
-
-HALVINGS = 20
-"""Random splits of the real set that give the floor."""
-
-PERMUTATIONS = 4999
-"""Exchanges of groups in `Groups`; the smallest p-value is one in so many and one."""
-
-GROUPED_HALVINGS = 200
-"""Random halves of the real set behind a floor of `Groups`."""
-
-BINS = 64
-"""Steps of the empirical distributions that are compared, at quantiles of both sets together."""
-
+ALPHA = 0.01  # Adjusted p-value below which a difference beyond the floor is a defect, in every section
+FEWEST_TO_FLAG = 20  # Images (or lesions) on either side below which a section shows a figure but never flags it
+RESAMPLES = 200  # Bootstrap draws. Enough for a 95 % interval whose ends move by a few percent of its width
+HALVINGS = 20  # Random splits of the real set that give the floor
+PERMUTATIONS = 4999  # Exchanges of groups in Groups; the smallest p-value is one in so many and one
+GROUPED_HALVINGS = 200  # Random halves of the real set behind a floor of Groups
+BINS = 64  # Steps of the empirical distributions that are compared, at quantiles of both sets together
 _TRIALS = 100
-_DEALS = 1000
-"""Deals after which none is looked for any more. Where `divisible`, that many fail with a chance of 2^-1000."""
+_DEALS = 1000  # Deals after which none is looked for any more. Where divisible, that many fail with a chance of 2^-1000
 
 
 def rows_by_group(groups: Rows) -> list[Rows]:
@@ -56,10 +42,7 @@ def joint_groups(first: Rows, second: Rows) -> Rows:
 
 
 def deal(sizes: Rows, wanted: int, rng: np.random.Generator) -> tuple[Rows, int]:
-    """All group numbers in random order, and how many of them from the start it takes to hold ``wanted`` rows.
-
-    The number is one more than there are groups where all of them hold fewer rows.
-    """
+    """All group numbers in random order, and how many from the start hold ``wanted`` rows: all plus one if none do."""
     order = rng.permutation(len(sizes))
     return order, int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
 
@@ -71,10 +54,8 @@ def sizes_of(parts: list[Rows]) -> Rows:
 
 def ends(values: Array | list[float]) -> tuple[float | None, float | None]:
     """Where the middle 95 % of some draws lie; None where none of them is known."""
-    if np.isnan(values).all():
-        return None, None
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    low, high = (None, None) if np.isnan(values).all() else np.nanpercentile(values, [2.5, 97.5]).tolist()
+    return low, high
 
 
 def middle(draws: Array | list[float]) -> Interval:
@@ -83,10 +64,7 @@ def middle(draws: Array | list[float]) -> Interval:
 
 
 def bootstrap(statistic: Callable[..., float], rng: np.random.Generator, *groups: Rows) -> Interval:
-    """A statistic of one or more sets' row numbers, with its 95 % cluster-bootstrap interval.
-
-    A draw takes whole groups with replacement.
-    """
+    """A statistic of one or more sets' row numbers; for its 95 % interval, whole groups are drawn with replacement."""
     sides = [rows_by_group(side) for side in groups]
 
     def resample(parts: list[Rows]) -> Rows:
@@ -96,12 +74,8 @@ def bootstrap(statistic: Callable[..., float], rng: np.random.Generator, *groups
     return Interval(statistic(*(np.arange(len(side)) for side in groups)), *ends(draws))
 
 
-def halves(groups: Rows, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """Two random group-disjoint halves of about the same number of rows, each sorted.
-
-    Raises:
-        ValueError: fewer than two groups.
-    """
+def halves(groups: Rows, rng: np.random.Generator) -> Sides:
+    """Two random group-disjoint halves of about the same number of rows, each sorted; `ValueError` for one group."""
     parts = rows_by_group(groups)
     if len(parts) < 2:
         raise ValueError(f"a floor needs at least two groups, not {len(parts)}")
@@ -186,10 +160,9 @@ class Groups:
 
 
 def compare_means(first: Array, second: Array, groups: Groups, side: Side) -> Comparison:
-    """Mean over the first set; its floor is the mean over halves of the second.
+    """Mean over the first set; its floor is the mean over halves of the second. Each image has a number, or NaN.
 
-    Each image has a number, or NaN; shares are means of 0 and 1. ``side``: On which side of the second set's mean a
-    value speaks against the first set.
+    ``side``: On which side of the second set's mean a value speaks against the first set.
     """
     values = np.concatenate([first, second])
     known = ~np.isnan(values)
@@ -202,11 +175,8 @@ def compare_means(first: Array, second: Array, groups: Groups, side: Side) -> Co
     sign = -1.0 if side == "less" else 1.0
     difference = sign * (mean(groups.sides) - mean(1 - groups.sides))
     value = mean(groups.own)
-    return Comparison(
-        value=Interval(float(value[0]), *ends(mean(groups.draws[0]))),
-        floor=_middle(mean(groups.halves)),
-        p=_p(difference, sign * float((value - mean(1 - groups.own))[0])),
-    )
+    p = _p(difference, sign * float((value - mean(1 - groups.own))[0]))
+    return Comparison(Interval(float(value[0]), *ends(mean(groups.draws[0]))), _middle(mean(groups.halves)), p)
 
 
 def compare_distributions(first: Array, second: Array, groups: Groups) -> Comparison:
@@ -234,15 +204,12 @@ def compare_distributions(first: Array, second: Array, groups: Groups) -> Compar
     if low is not None and high is not None:
         bias = float(np.nanmedian(draws)) - value
         low, high = min(max(low - bias, 0.0), value), max(high - bias, value)
-    return Comparison(
-        value=Interval(value, low, high),
-        floor=_middle(distance(groups.halves, (1 - groups.own) - groups.halves)),
-        p=_p(distance(groups.sides, 1 - groups.sides), value),
-    )
+    floor = _middle(distance(groups.halves, (1 - groups.own) - groups.halves))
+    return Comparison(Interval(value, low, high), floor, _p(distance(groups.sides, 1 - groups.sides), value))
 
 
 def _parts(groups: Rows, sizes: Rows, images: int, times: int, rng: np.random.Generator) -> Weights:
-    """Random sets of whole groups that hold about so many images each, as 0 and 1 per group."""
+    """Random sets of whole groups that hold about so many images each: 1 for a group that is in."""
     chosen = np.zeros((times, len(sizes)), np.float32)
     for row in chosen:
         order = rng.permutation(groups)
@@ -277,7 +244,7 @@ def matched_size(first: Rows, second: Rows) -> int:
     return min(len(first), len(second)) // 2
 
 
-def draws(first: Rows, second: Rows, size: int, rng: np.random.Generator, count: int) -> Iterator[tuple[Rows, Rows]]:
+def draws(first: Rows, second: Rows, size: int, rng: np.random.Generator, count: int) -> Iterator[Sides]:
     """``count`` times ``size`` rows of the first and of the second set, whole groups but for the last."""
     parts = rows_by_group(first), rows_by_group(second)
     for _ in range(count):
@@ -287,8 +254,7 @@ def draws(first: Rows, second: Rows, size: int, rng: np.random.Generator, count:
 def divisible(first: Rows, second: Rows, least: int, rng: np.random.Generator) -> bool:
     """Whether whole groups can be dealt to two sides of ``least`` rows: the second set's own, and both sets'.
 
-    Tried out, because few large groups allow some deals and forbid others: at least half must do. Then the draws below
-    deal again where one does not.
+    Tried out: at least half of the deals must do. Then the draws below deal again where one does not.
     """
     size = matched_size(first, second)
     _, own = np.unique(second, return_counts=True)
@@ -302,28 +268,17 @@ def divisible(first: Rows, second: Rows, least: int, rng: np.random.Generator) -
     return True
 
 
-def disjoint_draws(
-    groups: Rows, size: int, rng: np.random.Generator, count: int, least: int = 1
-) -> Iterator[tuple[Rows, Rows]]:
-    """``count`` times two group-disjoint samples of ``size`` rows, or less where groups forbid it.
-
-    Deals again where a side has fewer than ``least`` rows; see `divisible`.
-    """
+def disjoint_draws(groups: Rows, size: int, rng: np.random.Generator, count: int, least: int = 1) -> Iterator[Sides]:
+    """``count`` times two group-disjoint samples of ``size`` rows, or of ``least`` to that where groups forbid it."""
     parts = rows_by_group(groups)
     sizes = sizes_of(parts)
     for _ in range(count):
-        sides = _sides(sizes, size, rng, least)
-        first, second = (np.concatenate([parts[k] for k in side])[:size] for side in sides)
-        yield first, second
+        first, second = _sides(sizes, size, rng, least)
+        yield np.concatenate([parts[k] for k in first])[:size], np.concatenate([parts[k] for k in second])[:size]
 
 
-def permutations(
-    first: Rows, second: Rows, rng: np.random.Generator, count: int, least: int = 1
-) -> Iterator[tuple[Rows, Rows]]:
-    """Rows of the *concatenated* sets, dealt anew by whole groups to two sides of about the same sizes as before.
-
-    Deals again where a side has fewer than ``least`` rows; see `divisible`.
-    """
+def permutations(first: Rows, second: Rows, rng: np.random.Generator, count: int, least: int = 1) -> Iterator[Sides]:
+    """Rows of the *concatenated* sets, dealt anew by whole groups to two sides of about the same sizes as before."""
     _, index, sizes = np.unique(joint_groups(first, second), return_inverse=True, return_counts=True)
     for _ in range(count):
         chosen = np.isin(index, _sides(sizes, len(first), rng, least)[0])
@@ -336,7 +291,7 @@ def take(parts: list[Rows], size: int, rng: np.random.Generator) -> Rows:
     return np.concatenate([parts[k] for k in order[:cut]])[:size]
 
 
-def _sides(sizes: Rows, wanted: int, rng: np.random.Generator, least: int = 1) -> tuple[Rows, Rows]:
+def _sides(sizes: Rows, wanted: int, rng: np.random.Generator, least: int = 1) -> Sides:
     """Group numbers of two sides of ``least`` rows or more, the first ending where it reaches ``wanted`` rows."""
     if len(sizes) < 2:
         raise ValueError(f"two sides need at least two groups, not {len(sizes)}")

@@ -19,17 +19,10 @@ Floats = NDArray[np.float64]
 Draw = NDArray[np.generic]
 """One weight per row of the joint set; two of them make two sides."""
 
-ALL = "all"
-"""The scope of all classes together."""
-
-PERMUTATIONS = 400
-"""Exchanges of groups between the sets. Smaller p-values come from a gamma tail fitted to these (see `tail_p`)."""
-
-FLOOR_HALVINGS = 100
-"""Halvings of the real set. They are cheap here, and a 97.5 % point of 20 would be their greatest."""
-
-SMALLEST_P = 1e-6
-"""No p-value is given below this: that far out, a fitted tail is a guess."""
+ALL = "all"  # The scope of all classes together
+PERMUTATIONS = 400  # Exchanges of groups between the sets; `tail_p` fits smaller p-values to them
+FLOOR_HALVINGS = 100  # Halvings of the real set. They are cheap here, and a 97.5 % point of 20 would be their greatest
+SMALLEST_P = 1e-6  # No p-value is given below this: that far out, a fitted tail is a guess
 
 
 @dataclass(frozen=True)
@@ -45,10 +38,9 @@ class Sample:
 class Distances:
     """A distance for every scope and feature; arrays are ``float64 (S, D)``, NaN where undefined.
 
-    ``value`` lies between the two sets, with the ends of its 95 % bootstrap interval; ``floor`` is the median between
-    group-disjoint halves of the real set, with their 2.5 and 97.5 % points; ``p`` is of "both sets are one", not
-    adjusted. Of a feature that few images have, a draw may hold none. Such draws are left out; where they are more than
-    half of them, what is taken from the draws is NaN.
+    ``value`` lies between the two sets, with its 95 % bootstrap interval; ``floor`` is the median of group-disjoint
+    halves of the real set, with their 2.5 and 97.5 % points; ``p`` is of "both sets are one", not adjusted. Where more
+    than half of the draws hold no image with the feature, what is taken from them is NaN.
     """
 
     value: Floats
@@ -68,10 +60,9 @@ class Comparison:
         scopes: Names of the S scopes: each class that both sets have, and `ALL`.
         ks: Kolmogorov-Smirnov distance, 0 to 1.
         wasserstein: First Wasserstein distance in units of the real scope's standard deviation.
-        swap: Of shape ``(1, 1)``; see `_Joint.swap`. NaN unless there are two classes.
+        swap: How far classes are exchanged, ``(1, 1)``: see `_Joint.swap`. NaN unless there are two classes.
         shift: ``(S, D)``, probability that a synthetic value exceeds a real one, minus 0.5 (Mann-Whitney).
-        synthetic: ``(S, D)``, synthetic images with a value.
-        real: ``(S, D)``, real ones.
+        synthetic: ``(S, D)``, synthetic images with a value; ``real`` the same.
         reweighted: Class shares differ by more than 5 %, and `ALL` makes up for it.
     """
 
@@ -90,12 +81,7 @@ def compare(real: Sample, synthetic: Sample, rng: np.random.Generator) -> Compar
 
     In the scope `ALL`, each class counts with its share of the *real* set on both sides, so that another mix of classes
     alone is no difference. Groups stay together in every draw, and permutations exchange groups within classes. Where
-    the sets share no class, classes are ignored.
-
-    The bootstrap's distances are greater than the sets' own, because repeated images make samples rougher; the interval
-    is moved back by the difference between the draws' median and the value.
-
-    Floors and p-values are NaN where too few groups have a value to divide them.
+    the sets share no class, classes are ignored. Floors and p-values are NaN where too few groups have a value.
     """
     joint = _Joint(real, synthetic)
     mine, theirs = joint.mine, ~joint.mine
@@ -110,16 +96,8 @@ def compare(real: Sample, synthetic: Sample, rng: np.random.Generator) -> Compar
     scopes = joint.scopes.values()
     known = ~np.isnan(joint.values)
     counts = [np.stack([(known & (side & one.rows)[:, None]).sum(axis=0) for one in scopes]) for side in (mine, theirs)]
-    return Comparison(
-        scopes=tuple(joint.scopes),
-        ks=ks,
-        wasserstein=wasserstein,
-        swap=swap,
-        shift=np.stack([one.shift(mine, theirs) for one in scopes]),
-        synthetic=counts[0],
-        real=counts[1],
-        reweighted=joint.reweighted,
-    )
+    shift = np.stack([one.shift(mine, theirs) for one in scopes])
+    return Comparison(tuple(joint.scopes), ks, wasserstein, swap, shift, counts[0], counts[1], joint.reweighted)
 
 
 class _Scope:
@@ -166,7 +144,7 @@ class _Scope:
 
 
 class _Joint:
-    """The joint set, and how draws weigh its rows. ``mine`` marks synthetic rows.
+    """The joint set, and how draws weigh its rows, of which ``mine`` marks synthetic ones.
 
     A unit is what draws take or leave: the images of one side, class and group.
     """
@@ -249,8 +227,7 @@ class _Joint:
         """How far the first side's classes lie on the way to each other's place, by mean ranks over all features.
 
         0 where each class of the first side lies where the second side's does, 1 where each has gone the whole way
-        from one real class to the other, below 0 where they lie further apart. Only the component along the axis
-        between the real classes counts.
+        along the axis between the real classes, below 0 where they lie further apart.
         """
         if self._codes.max(initial=0) != 1:
             return float("nan")
@@ -269,8 +246,7 @@ def tail_p(observed: Floats, null: Floats) -> Floats:
     """P-values of observations ``(...)`` from permutations ``(P, ...)``; greater speaks against the null hypothesis.
 
     From ten exceedances on it is their share. Below, it is that of a gamma distribution with the permutations' first
-    three moments, which needs far fewer of them (Winkler et al. 2016, NeuroImage 141, section 2.2.4), and at least
-    ``SMALLEST_P``. Undefined permutations are left out; where most are, so is the p-value.
+    three moments (Winkler et al. 2016, NeuroImage 141, section 2.2.4), and at least ``SMALLEST_P``.
     """
     null = _mostly_known(null)
     draws = (~np.isnan(null)).sum(axis=0)
@@ -289,6 +265,7 @@ def _summary(value: Floats, boots: Floats, nulls: Floats, floors: Floats) -> Dis
         (low, middle, high), (floor_low, floor, floor_high) = (
             np.nanpercentile(_mostly_known(draws), [2.5, 50.0, 97.5], axis=0) for draws in (boots, floors)
         )
+    # Repeated images make samples rougher, so that the draws' distances are too great: the interval is moved back.
     bias = middle - value
     # A distance is not negative, whatever the correction says; the swap may be.
     least = np.where((floors < 0).any(axis=0), -np.inf, 0.0)

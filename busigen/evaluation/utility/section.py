@@ -11,34 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from busigen.evaluation.context import CLEAN, AuditContext, ImageSet
-from busigen.evaluation.results import Figure, Interval, SectionResult
+from busigen.evaluation.context import CLEAN, AuditContext, Better, Figure, ImageSet, Interval, SectionResult
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted, bootstrap, permutation_p
 from busigen.evaluation.utility import training
 from busigen.evaluation.utility.training import ADDED, ALONE, ARMS, CLASSIC, REAL, Counts, Outcome, Split, dice
 
 SECTION = "utility"
 
-HARM = 0.05
-"""Loss of Dice through *added* synthetic images that counts as a defect; smaller ones come and go with the seed."""
-
-FAILURE = 0.10
-"""Loss of Dice with synthetic *instead of* real images that counts as a defect: about what two readers of breast
-ultrasound disagree by, so a network that loses more has learnt other outlines."""
-
-OFFSET = 1.5
-"""Median displacement in pixels of the working frame, beyond the real set's, that counts: about one pixel of the quick
-network's input."""
-
-LEARNT = 0.3
-"""Least mean Dice of a network that has learnt what a lesion is: a box of a third of the image reaches as much where it
-holds all of a lesion of 6 %, the mean in BUSI and BUS-BRA."""
-
-NEAR = 0.3
-"""Least Dice at which prediction and mask mean the same lesion, so that their displacement means something."""
-
-FALSE_POSITIVE_AREA = 0.003
-"""Share of a normal image that a prediction must cover to count: that of BUSI's smallest lesion."""
+HARM = 0.05  # Loss of Dice through *added* synthetic images that is a defect; smaller ones come with the seed
+FAILURE = 0.10  # Loss of Dice with synthetic *instead of* real images that is a defect: two readers differ so
+OFFSET = 1.5  # Median displacement in pixels, beyond the real set's, that is a defect; about one of the quick network's
+LEARNT = 0.3  # Least mean Dice of a network that knows lesions; a box of a third of the image reaches as much
+NEAR = 0.3  # Least Dice at which prediction and mask mean the same lesion, so that their displacement means something
+FALSE_POSITIVE_AREA = 0.003  # Share of a normal image that a prediction must cover: that of BUSI's smallest lesion
 
 PERMUTATIONS = 999
 
@@ -49,8 +34,7 @@ def run(context: AuditContext) -> SectionResult:
     """Train the arms of `training.ARMS` with equal optimiser steps and test all of them on the same real images.
 
     With ``context.train``, those images train and all of ``real`` tests; else group folds of ``real``. Besides, the
-    network trained on real images alone segments the synthetic ones: masks that do not belong to their images show
-    there at once. Every training is kept under the section's folder, so a killed run goes on where it stood.
+    network trained on real images alone segments the synthetic ones. Every training is kept under the section's folder.
     """
     result = SectionResult(SECTION)
     context = context.without_overlays()
@@ -79,11 +63,9 @@ def run(context: AuditContext) -> SectionResult:
         )
     for text in (*notes, *left_out, CLEAN):
         result.note(text)
-    result.details["experiment"] = {
-        "training_images": {part.name: len(part.train) for part in parts},
-        "seeds": training.EXTENTS[context.effort].seeds,
-        "arms": {arm.name: arm.label for arm in arms},
-    }
+    images, labels = {part.name: len(part.train) for part in parts}, {arm.name: arm.label for arm in arms}
+    seeds = training.EXTENTS[context.effort].seeds
+    result.details["experiment"] = {"training_images": images, "seeds": seeds, "arms": labels}
     return result
 
 
@@ -144,7 +126,7 @@ def _arm_figures(context: AuditContext, found: list[Outcome], parts: list[Split]
 def _on(
     context: AuditContext, scores: dict[str, list[Counts]], real: ImageSet, tested: Rows, train: int, external: bool
 ) -> list[Figure]:
-    """Every arm's figures on one test set. ``scores``: Counts of each arm on every image, one array per seed."""
+    """Every arm's figures on one test set. ``scores``: Counts of each arm on every image, an array per seed."""
     lesion = np.asarray(real.masks.any(axis=(1, 2)))
     rows, normals = tested[lesion[tested]], tested[~lesion[tested]]
     if not len(rows):
@@ -155,22 +137,16 @@ def _on(
     lesions = int(context.synthetic.masks.any(axis=(1, 2)).sum())
     least = FALSE_POSITIVE_AREA * training.RECIPES[context.effort].side ** 2
     averages = {name: np.mean([dice(counts) for counts in seeds], axis=0) for name, seeds in scores.items()}
-
     rngs = {name: context.rng(SECTION, prefix, name) for name in scores}
+    alone = "To be compared with the arm 'real': between halves of a set there is no such figure."
 
     def add(
         arm: str, key: str, label: str, statistic: Callable[[Rows], float], members: Rows, after: str = "", **more: Any
     ) -> None:
-        figure = Figure(
-            key=f"{prefix}{arm}.{key}",
-            label=f"{label}, {words}{ARMS[arm].label}{after}",
-            value=bootstrap(statistic, rngs[arm], real.groups[members]),
-            floor=None,
-            synthetic=min(round(ARMS[arm].synthetic * train), lesions),
-            real=len(members),
-            better="higher",
-            note="To be compared with the arm 'real': between halves of a set there is no such figure.",
-        )
+        value = bootstrap(statistic, rngs[arm], real.groups[members])
+        key, label = f"{prefix}{arm}.{key}", f"{label}, {words}{ARMS[arm].label}{after}"
+        synthetic = min(round(ARMS[arm].synthetic * train), lesions)
+        figure = Figure(key, label, value, None, synthetic, len(members), better="higher", note=alone)
         figures.append(replace(figure, **more))
 
     for name, seeds in scores.items():
@@ -182,17 +158,14 @@ def _on(
         for reference in (REAL, CLASSIC):
             if reference in scores and name not in (REAL, reference):
                 difference = (mine - averages[reference])[rows]
-                add(
-                    name,
-                    f"gain_over_{reference}",
-                    f"Dice gained over '{ARMS[reference].label}'",
-                    _mean_of(difference),
-                    rows,
-                    floor=floor,
-                    p=grouped_wilcoxon(difference, real.groups[rows]),
-                    headline=not external and reference == REAL and name in (ADDED, ALONE, CLASSIC),
-                    note="The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
-                )
+                about: dict[str, Any] = {
+                    "floor": floor,
+                    "p": grouped_wilcoxon(difference, real.groups[rows]),
+                    "headline": not external and reference == REAL and name in (ADDED, ALONE, CLASSIC),
+                    "note": "The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
+                }
+                key, label = f"gain_over_{reference}", f"Dice gained over '{ARMS[reference].label}'"
+                add(name, key, label, _mean_of(difference), rows, **about)
         if len(normals):
             share = _mean_of(np.mean([counts[normals, 1] >= least for counts in seeds], axis=0), scale=100.0)
             key, label = "normals.false_positives", "Normals with a false lesion"
@@ -271,25 +244,22 @@ def probe_figures(context: AuditContext, found: list[Outcome], parts: list[Split
 
         rng = context.rng(SECTION, "masks", name)
         floor = bootstrap(of, rng, first[2])
-        figure = Figure(
-            key=f"{SECTION}.masks.{name}",
-            label=label,
-            value=bootstrap(lambda rows: of(rows + count), rng, second[2]),
-            floor=floor,
-            synthetic=len(second[0]),
-            real=count,
-            better="higher" if name == "dice" else "near",
-            unit="" if name == "dice" else "px",
-            p=permutation_p(lambda a, b: abs(of(a) - of(b)), first[2], second[2], rng, PERMUTATIONS),
-            headline=name == "dice",
-            note="The network trained on real images segments synthetic ones; the floor is the same on held-out real "
-            "images.",
+        value = bootstrap(lambda rows: of(rows + count), rng, second[2])
+        p = permutation_p(lambda a, b: abs(of(a) - of(b)), first[2], second[2], rng, PERMUTATIONS)
+        note = (
+            "The network trained on real images segments synthetic ones; the floor is the same on held-out real images."
         )
+        better: Better = "higher" if name == "dice" else "near"
+        key, unit, counts = f"{SECTION}.masks.{name}", "" if name == "dice" else "px", (len(second[0]), count)
+        figure = Figure(key, label, value, floor, *counts, better, unit, p, headline=name == "dice", note=note)
         figures.append(figure)
 
+    def median(values: Floats, labels: Rows) -> float:
+        return float(np.median(values))
+
     add(0, "dice", "Agreement of a real-trained network with the masks", _balanced_mean)
-    add(1, "offset_y", "Downward offset of that network from the masks", _median)
-    add(2, "offset_x", "Rightward offset of that network from the masks", _median)
+    add(1, "offset_y", "Downward offset of that network from the masks", median)
+    add(2, "offset_x", "Rightward offset of that network from the masks", median)
     return figures
 
 
@@ -304,7 +274,3 @@ def _scores(tested: list[tuple[Counts, Floats]]) -> Floats:
 
 def _balanced_mean(values: Floats, labels: Rows) -> float:
     return float(np.mean([values[labels == label].mean() for label in np.unique(labels)]))
-
-
-def _median(values: Floats, labels: Rows) -> float:
-    return float(np.median(values))

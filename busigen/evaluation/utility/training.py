@@ -31,16 +31,14 @@ Counts = NDArray[np.int64]
 """``(N, 3)``: pixels of each image that are true positive, false positive, false negative."""
 
 
-VERSION = 1
-"""Part of every kept training's key: raise it whenever training changes."""
+VERSION = 1  # Part of every kept training's key: raise it whenever training changes
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a network is built and trained: the same in every arm. ``side``: Pixels of the square input; divides 256.
 
-    ``channels``: Features per level of the U-Net (Ronneberger et al. 2015; MONAI's with strided convolutions, which
-    work at half resolution from the first layer on).
+    ``channels``: Features per level of MONAI's U-Net, whose strided convolutions halve the resolution at once.
     """
 
     side: int
@@ -58,11 +56,10 @@ RECIPES: dict[Effort, Recipe] = {
 
 @dataclass(frozen=True)
 class Extent:
-    """How much one effort does.
+    """How much one effort does. ``limit``: The most real training images; None for all.
 
     ``real_seeds`` are those of the arm ``real``: two at least, for the floor. ``folds`` are group folds of the real
-    images, where nobody named those that trained the generator, and ``folds_run`` of them are tested. ``limit`` is the
-    most real training images; None for all.
+    images, where nobody named those that trained the generator, and ``folds_run`` of them are tested.
     """
 
     seeds: int
@@ -77,12 +74,10 @@ EXTENTS: dict[Effort, Extent] = {"quick": Extent(1, 2, 3, 1, 400), "full": Exten
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm trains on.
+    """What one arm trains on. ``synthetic`` is a multiple of the number of real training images.
 
-    Attributes:
-        paste: Lesions of real training images pasted into others.
-        synthetic: Synthetic images, as a multiple of the number of real training images.
-        first: The synthetic images train alone for the first half of the steps, the real ones for the second.
+    ``paste``: Lesions of training images pasted into others. ``first``: Synthetic images train alone for the first half
+    of the steps, real ones for the second.
     """
 
     name: str
@@ -126,10 +121,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One training's scores: ``test`` on the split's test rows, ``synthetic`` and ``external`` on those whole sets.
-
-    ``offsets`` and ``synthetic_offsets`` are ``(N, 2)`` of `centroid_offsets`.
-    """
+    """One training's scores on the split's test rows and on the other whole sets; offsets are of `centroid_offsets`."""
 
     arm: str
     seed: int
@@ -164,7 +156,7 @@ def splits(context: AuditContext, synthetic: int) -> tuple[list[Split], list[str
     """How real images are divided, and what a reader should know about it.
 
     The generator's own training images train and ``context.real`` tests, where those are known: then the synthetic
-    images add nothing that the arm ``real`` could not have seen. Else group folds of ``context.real``.
+    images add nothing that the arm ``real`` could not have seen. Else group folds.
     """
     extent, real = EXTENTS[context.effort], context.real
     everything = np.arange(len(real))
@@ -220,6 +212,7 @@ def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list
     ]
     folder = context.folder("utility") / "trainings"
     folder.mkdir(exist_ok=True)
+    device, done = context.device, context.progress.advance
     result = []
     context.progress.start(f"{len(jobs)} trainings", len(jobs) * recipe.steps, unit="step")
     for part, arm, seed in jobs:
@@ -234,31 +227,21 @@ def outcomes(context: AuditContext, parts: list[Split], arms: list[Arm]) -> list
         path = folder / f"{arm.name}-{part.name}-{seed}-{key[:12]}.json"
         kept = _kept(path, key)
         if kept is None:
+            together = Examples(np.concatenate([s.images for s in sources]), np.concatenate([s.masks for s in sources]))
+            phases, seeded = sources[::-1] if arm.first else [together], 1000 * context.seed + seed
+            network = train(phases, recipe, seed=seeded, device=device, classic=arm.classic, paste=arm.paste, done=done)
+            kept = {}
             probed = {"synthetic": synthetic} if arm.name == REAL else {}
-            tested = {"test": test, **probed, **outside}
-            kept = _trained(sources, recipe, arm, 1000 * context.seed + seed, context, tested)
+            for name, tested in {"test": test, **probed, **outside}.items():
+                predicted = predict(network, tested.images, device)
+                offsets = centroid_offsets(predicted, tested.masks)
+                kept[name] = overlap(predicted, tested.masks).tolist()
+                kept[f"{name}_offsets"] = [None if np.isnan(row).any() else row.tolist() for row in offsets]
             write_json(path, {"key": key, **kept})
         else:
-            context.progress.advance(recipe.steps)
+            done(recipe.steps)
         result.append(_outcome(arm.name, seed, part.name, kept))
     return result
-
-
-def _trained(
-    sources: list[Examples], recipe: Recipe, arm: Arm, seed: int, context: AuditContext, tested: dict[str, Examples]
-) -> dict[str, Any]:
-    """Counts and offsets on every set that the arm is tested on, as a kept training's file has them."""
-    together = Examples(np.concatenate([s.images for s in sources]), np.concatenate([s.masks for s in sources]))
-    phases = sources[::-1] if arm.first else [together]
-    device, done = context.device, context.progress.advance
-    network = train(phases, recipe, seed=seed, device=device, classic=arm.classic, paste=arm.paste, done=done)
-    content: dict[str, Any] = {}
-    for name, part in tested.items():
-        predicted = predict(network, part.images, device)
-        content[name] = overlap(predicted, part.masks).tolist()
-        offsets = centroid_offsets(predicted, part.masks)
-        content[f"{name}_offsets"] = [None if np.isnan(row).any() else row.tolist() for row in offsets]
-    return content
 
 
 def _key(recipe: Recipe, arm: Arm, seeds: list[int], parts: tuple[Examples, ...]) -> str:
@@ -319,13 +302,11 @@ def train(
 
     ``phases``: What trains one after the other, each for as many of the steps; at least one example in each.
     ``classic``: Mirror, rotate, scale and shift images, and change their gain and gamma. ``paste``: Paste the lesion of
-    another image into every second one (Ghiasi et al., "Simple copy-paste is a strong data augmentation method", CVPR
-    2021), edges blurred. ``done``: Called with 1 after every step.
+    another image into every second one (Ghiasi et al. 2021). ``done``: Called with 1 after every step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # No residual units: with them MONAI's network normalises its one output channel per image, and trainings stuck
-        # at a Dice of 0.04 to 0.27 with seeds and rates with which this one reaches 0.58 (64 pixels, 150 steps).
+        # No residual units: with them MONAI's network normalises its one output channel per image, and gets stuck.
         norm = ("instance", {"affine": True})
         network = UNet(2, 1, 1, recipe.channels, (2,) * (len(recipe.channels) - 1), num_res_units=0, norm=norm)
         network.to(device).train()

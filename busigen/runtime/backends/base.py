@@ -20,8 +20,7 @@ from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.text import install_command
 
-FALLBACK = "cpu"
-"""The provider that ``--allow-fallback`` goes on with: the one that needs nothing."""
+FALLBACK = "cpu"  # the provider that `--allow-fallback` goes on with: the one that needs nothing
 
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA's own words, and TensorRT's
@@ -42,35 +41,26 @@ _log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
 
-Feed = Mapping[str, Any]
-"""Inputs of a graph: arrays, or what :meth:`Backend.keep` returned."""
+Feed = Mapping[str, Any]  # inputs of a graph: arrays, or what :meth:`Backend.keep` returned
 
 
 class Backend(ABC):
-    """Runs a bundle's graphs.
+    """Runs a bundle's graphs."""
 
-    Attributes:
-        name: of the provider; part of a dataset's record, as is ``version``, of what decides the bytes of a sample.
-        providers: what the library calls what really runs the graphs, the one that is asked first in front.
-        max_concurrent_calls: calls of ``run`` that may be under way at once.
-        batches: what calls of a fixed size were built for, which is recorded; None where calls take any batch.
-    """
-
-    name: str
-    version: str
-    providers: tuple[str, ...] = ()
-    max_concurrent_calls: int = 1
-    batches: Batches | None = None
+    name: str  # of the provider; part of a dataset's record
+    version: str  # of what decides the bytes of a sample; recorded as well
+    providers: tuple[str, ...] = ()  # the library's names of what really runs the graphs, the one asked first in front
+    max_concurrent_calls: int = 1  # of ``run``
+    batches: Batches | None = None  # that calls of a fixed size were built for, recorded; None where they take any
 
     @abstractmethod
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
         """Run one graph on a batch and return its single output; some of the inputs may have been kept."""
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """Run one graph, and leave its output where it was computed, for the graphs that read it next.
+        """Run one graph, and leave its output where it was computed, for the graphs of this backend that read it next.
 
-        ``len`` of the result is the rows of its batch, ``numpy.asarray`` makes it an array, and only the same backend's
-        methods read it without that.
+        ``len`` of the result is the rows of its batch, ``numpy.asarray`` makes it an array.
         """
         return self.run(graph, inputs)
 
@@ -81,19 +71,11 @@ class Backend(ABC):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How graphs are to be run. An engine reads what concerns it.
+    """How graphs are to be run. An engine reads what concerns it."""
 
-    Attributes:
-        threads: compute threads on the processor; None takes one per core that this process may use.
-        bound: keep inputs and outputs in fixed buffers on the device; None does so on a card.
-        batch_sizes: that engines with fixed batches are made for, the full one first (``generate --batch-size``).
-        exact_batches: of the engines that drew samples which are to be drawn again, in place of ``batch_sizes``: other
-            batches may round otherwise.
-    """
-
-    threads: int | None = None
-    bound: bool | None = None
-    batch_sizes: tuple[int, ...] = (DEFAULT_BATCH,)
+    threads: int | None = None  # on the processor; None for one per core that this process may use
+    bound: bool | None = None  # keep inputs and outputs in fixed buffers on the device; None does so on a card
+    batch_sizes: tuple[int, ...] = (DEFAULT_BATCH,)  # that fixed engines are made for, the full one first
     exact_batches: Batches | None = None
 
     def __post_init__(self) -> None:
@@ -103,13 +85,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a provider's module offers.
+    """What a provider's module offers; both raise a ``ProviderError`` if the provider cannot be used here.
 
-    Attributes:
-        open: makes a backend on an opened, checked bundle, with the first graph loaded. Raises a ``ProviderError`` if
-            the provider cannot be used here, an ``IntegrityError`` if a graph cannot be loaded.
-        probe: runs a network of one node, and says in a few words on what it ran, or raises a ``ProviderError``.
-            Libraries of a broken installation may end the process, so it is called in one of its own (`probe.probe`).
+    ``open`` makes a backend on a checked bundle, with the first graph loaded, or raises an ``IntegrityError``.
+    ``probe`` runs a network of one node, and says in a few words on what; broken libraries may end its process
+    (`probe.probe`).
     """
 
     open: Callable[[Bundle, Provider, EngineOptions], Backend]
@@ -134,8 +114,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     "cuda-tf32": _onnxruntime,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
-}
-"""What imports the engine of each provider of ``registry.PROVIDERS``."""
+}  # of each provider of `registry.PROVIDERS`, what imports its engine
 
 
 def engine_of(provider: Provider) -> Engine:
@@ -157,20 +136,12 @@ def provider_named(name: str) -> Provider:
 
 
 def open_backend(
-    bundle: Bundle,
-    provider: str = FALLBACK,
-    options: EngineOptions | None = None,
-    *,
-    allow_fallback: bool = False,
+    bundle: Bundle, provider: str = FALLBACK, options: EngineOptions | None = None, *, allow_fallback: bool = False
 ) -> Backend:
-    """A backend on an opened, checked bundle, by the provider's name in ``registry.PROVIDERS``.
+    """A backend on an opened, checked bundle, by the provider's name in ``registry.PROVIDERS``; see `Engine`.
 
     With ``allow_fallback``, the processor takes the place of a provider that cannot be used. The backend then says
-    ``cpu``, as the dataset's record will.
-
-    Raises:
-        UsageError: there is no such provider, or, a :class:`busigen.errors.ProviderError`, it is not usable here.
-        IntegrityError: a graph cannot be loaded.
+    ``cpu``, as the dataset's record will. A ``UsageError`` says that there is no such provider.
     """
     chosen, options = provider_named(provider), options or EngineOptions()
     try:
@@ -202,10 +173,7 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
 
 
 class TimedBackend(Backend):
-    """A backend that runs another one and adds up the time of its calls, by stage.
-
-    A graph's first call includes what loading it takes. It takes as many calls at once as the backend that it wraps.
-    """
+    """A backend that runs another one and adds up the time of its calls, by stage; first calls include loading."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name, self.version = backend, backend.name, backend.version

@@ -27,21 +27,12 @@ from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION,
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 
 RECORD = "bundle.json"
-SCHEMA, READABLE = 5, (4, 5)
-"""What export writes, and what can be read: pairs of a bundle of schema 4 are not filtered (busigen.mtf)."""
-
+SCHEMA, READABLE = 5, (4, 5)  # what export writes, what can be read: pairs of schema 4 are not filtered (`busigen.mtf`)
 MAX_RECORD_BYTES = 4 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
-
-MAX_TURNS = 1000
-"""Turns that the loop of a graph may take: as many as diffusion has steps in training, where those in use have ten."""
-
-LEAST_FRAME, MAX_FRAMES = 32, 1024
-"""Shortest side in pixels, and number, of the frames that a bundle may record."""
-
-LARGEST_SPECKLE = 4.0
-"""Greatest deviation of the noise that a bundle may ask to decode backgrounds with."""
-
+MAX_TURNS = 1000  # turns that a graph's loop may take: diffusion's steps in training, where those in use have ten
+LEAST_FRAME, MAX_FRAMES = 32, 1024  # shortest side in pixels, and number, of the frames that a bundle may record
+LARGEST_SPECKLE = 4.0  # greatest deviation of the noise that a bundle may ask to decode backgrounds with
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
 
 
@@ -94,17 +85,13 @@ class ImagesRecord(Record):
     transfer: Annotated[Any, AfterValidator(_transfer)] = None
 
 
-class GraphRecord(Record):
-    """A graph of a bundle: its file, and the sha256 of all that it reads."""
-
+class _GraphRecord(Record):
     file: FileName
     files: dict[FileName, Text]
     precision: Text = ""
 
 
-class TrainingRecord(Record):
-    """What a bundle knows of the training of its checkpoint."""
-
+class _TrainingRecord(Record):
     recipe: dict[Text, Any] = Field(default_factory=dict)
     data: dict[Text, Any] = Field(default_factory=dict)
     tasks: dict[Text, Any] = Field(default_factory=dict)
@@ -112,12 +99,9 @@ class TrainingRecord(Record):
 
 
 class BundleRecord(ImagesRecord):
-    """Content of ``bundle.json``, as far as it is used.
+    """Content of ``bundle.json`` as far as it is used, bounded: a damaged record is not to ask for all memory."""
 
-    Sizes are bounded: a damaged record is not to ask noise and inputs of all memory.
-    """
-
-    graphs: dict[Text, GraphRecord]
+    graphs: dict[Text, _GraphRecord]
     latent_channels: Annotated[int, Strict(), Field(ge=1, le=256)]
     code_length: Annotated[int, Strict(), Field(ge=1, le=4096)]
     patch: Annotated[int, Strict(), Field(ge=1, le=RESOLUTION)]
@@ -126,15 +110,12 @@ class BundleRecord(ImagesRecord):
     precision: Text = ""
     split_hash: Text | None = None
     checkpoint: Text | None = None
-    training: TrainingRecord | None = None
+    training: _TrainingRecord | None = None
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, the content of ``bundle.json``, and that file's sha256.
-
-    Since the record names every file's hash, its sha256 stands for the whole bundle.
-    """
+    """An opened bundle: its folder, the content of ``bundle.json``, and that file's sha256, which stands for all."""
 
     folder: Path
     info: dict[str, Any]
@@ -144,9 +125,8 @@ class Bundle:
     def open(cls, folder: Path) -> Bundle:
         """Open a bundle and check every file against its recorded hash.
 
-        Raises:
-            InputError: no bundle is there, or one that this busigen does not read.
-            IntegrityError: a file is missing or changed, or a recorded path leaves the folder.
+        An InputError says that no bundle is there, or one that this busigen does not read; an IntegrityError, that a
+        file is missing or changed, or a recorded path leaves the folder.
         """
         bundle = cls.recorded(folder)
         expected: dict[str, str] = {}
@@ -165,12 +145,7 @@ class Bundle:
 
     @classmethod
     def recorded(cls, folder: Path) -> Bundle:
-        """Read a bundle's record and none of its other files: what it says, not whether they are what it says.
-
-        Raises:
-            InputError: no bundle is there, or one that this busigen does not read.
-            IntegrityError: the record is invalid.
-        """
+        """Read a bundle's record and none of its other files; raises what :meth:`open` does."""
         path = folder / RECORD
         info, content = read_given(path, "bundle", schemas=READABLE, fix=_EXPORT, limit=MAX_RECORD_BYTES)
         record = checked(BundleRecord, info, path, fix=_EXPORT)
@@ -254,8 +229,8 @@ def openable(graph: Path, files: Iterable[str]) -> Iterator[Path]:
     """A graph's path as ONNX and ONNX Runtime open it for the block; an ``OSError`` if there is no room for a copy.
 
     Both refuse weights of which the file system has a second name, and installers that link packages from a cache (uv,
-    conda) leave them so. Then the files that the graph needs, itself among them, are copied for the block. Weights
-    handed over in memory are no way out: ONNX Runtime 1.31 looks for those of a loop's body on the disk all the same.
+    conda) leave them so: then the graph's files are copied for the block. Weights in memory are no way out, since ONNX
+    Runtime 1.31 looks for those of a loop's body on the disk all the same.
     """
     if all((graph.parent / name).stat().st_nlink == 1 for name in files):
         yield graph

@@ -1,9 +1,7 @@
 """ONNX graphs as protobuf messages: checks of graphs from anywhere, and small graphs that are written.
 
-A graph names its weights' files itself, anywhere in its nested graphs, and ONNX Runtime opens what is named: weights
-that nobody hashed would run. A loop takes as many turns as the graph says, and no signal reaches it. The runtime has no
-onnx package: the fields of ONNX's schema that are used are named here, and protobuf, which ONNX Runtime brings, keeps
-all others as they were.
+A graph names its weights' files and its loops' turns itself: weights that nobody hashed could run, or a loop without
+end. The runtime has no onnx package: protobuf, which ONNX Runtime brings, reads the fields that are named here.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from typing import Any
 
 from busigen.foreign import read_file
 
-MAX_GRAPH_BYTES = 8 << 20
-"""Largest graph that is read. Its weights lie in files beside it; what is left is some 200 KB."""
+MAX_GRAPH_BYTES = 8 << 20  # of a graph, whose weights lie in files beside it; what is left is some 200 KB
 
 _SCHEMA = {
     "ModelProto": "ir_version:1:int64 graph:7:GraphProto opset_import:8*:OperatorSetIdProto"
@@ -38,11 +35,9 @@ _SCHEMA = {
     "Tensor": "elem_type:1:int32 shape:2:TensorShapeProto",
     "TensorShapeProto": "dim:1*:Dimension",
     "Dimension": "dim_value:1:int64 dim_param:2:string",
-}
-"""The fields of onnx.proto that are used, as ``name:number:type``, by message; ``*`` marks what is repeated."""
+}  # the fields of onnx.proto that are used, as ``name:number:type``, by message; ``*`` marks what is repeated
 
-_LARGEST_FIELD = (1 << 29) - 1
-"""Largest number that protobuf gives a field."""
+_LARGEST_FIELD = (1 << 29) - 1  # largest number that protobuf gives a field
 
 
 @cache
@@ -97,10 +92,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 class Graph:
-    """The graph in an ONNX file from anywhere.
-
-    It raises a ``ValueError`` if that is no protobuf message, and an ``OSError`` if it cannot be read or is too large.
-    """
+    """The graph in an ONNX file from anywhere: ``ValueError`` if it is none, ``OSError`` if unreadable or too large."""
 
     def __init__(self, path: Path) -> None:
         content = read_file(path, MAX_GRAPH_BYTES)
@@ -122,14 +114,11 @@ class Graph:
         return {node.op_type for node in self._model.graph.node}
 
     def refuse_endless(self, most: int) -> None:
-        """Refuse a graph that may compute for longer than its nodes and loops of at most ``most`` turns account for.
+        """Raise a ValueError for a graph that may compute for longer than its nodes and ``most`` turns account for.
 
         What export writes has one ``Loop`` at most, whose number of turns is a constant and whose body holds no further
         graph. All else that repeats nodes is refused: other operators that hold graphs, loops in loops, and functions,
         of which each may call the one before it twice.
-
-        Raises:
-            ValueError: it is refused, or a name in it is no text.
         """
         if self._model.functions:
             raise ValueError("it defines functions, which may call one another without end")
@@ -156,7 +145,6 @@ class Graph:
 
 
 def _subgraphs(node: Any) -> list[Any]:
-    """The graphs that a node holds as attributes."""
     return [graph for one in node.attribute for graph in (*([one.g] if one.HasField("g") else []), *one.graphs)]
 
 
@@ -171,17 +159,14 @@ def _whole_number(tensor: Any) -> int | None:
 
 
 def with_conditions(model: bytes) -> bytes:
-    """The same serialised model with nothing that reads the condition of a loop which has none.
+    """The same serialised model with nothing that reads the condition of a loop which has none; or a ValueError.
 
     ONNX lets a ``Loop`` go without a condition and still hands its body one, which the body must hand back. TensorRT's
-    parser (tensorrt-rtx 1.7.1) then leaves the body's condition unregistered and fails at the node that hands it back:
-    here that node reads a constant. The shipped graphs stay the bytes that were proved. A ``ValueError`` says that the
-    model is no protobuf message.
+    parser (tensorrt-rtx 1.7.1) fails at the node that does so: here that node reads a constant.
     """
     always = "busigen/always"
     parsed = _parsed(model)
-    loops = [node for node in parsed.graph.node if node.op_type == "Loop" and not "".join(node.input[1:2])]
-    if not loops:
+    if not (loops := [node for node in parsed.graph.node if node.op_type == "Loop" and not "".join(node.input[1:2])]):
         return model
     for body in (body for loop in loops for body in _subgraphs(loop)):
         condition = [value.name for value in body.input[1:2]]
@@ -191,11 +176,9 @@ def with_conditions(model: bytes) -> bytes:
     return bytes(parsed.SerializeToString())
 
 
-FLOAT, BOOL = 1, 9
-"""Element types, as TensorProto.DataType numbers them."""
+FLOAT, BOOL = 1, 9  # element types, as TensorProto.DataType numbers them
 
-Value = tuple[int, Sequence[int | str]]
-"""Element type and dimensions: a number, or a name for one that is free."""
+Value = tuple[int, Sequence[int | str]]  # element type and dimensions: a number, or a name for one that is free
 
 
 def one_node(operator: str, inputs: Mapping[str, Value], output: Value) -> bytes:

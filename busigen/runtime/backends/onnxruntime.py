@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
-from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
+from busigen.errors import BusigenError, CapacityError, IntegrityError, OutputError, ProviderError
 from busigen.registry import PROVIDERS, Provider
 from busigen.runtime.backends.base import Backend, Engine, EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle, openable
@@ -23,14 +23,9 @@ from busigen.runtime.backends.onnx_graph import BOOL, FLOAT, Graph, one_node
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.text import install_command
 
-_NO_CAPTURE = "-1"
-"""ONNX Runtime's ``gpu_graph_id`` of a run that is neither captured nor replayed."""
-
-_SHOWN = 200
-"""Characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes."""
-
-_CONTROL_FLOW = {"If", "Loop", "Scan"}
-"""What a CUDA graph cannot hold."""
+_NO_CAPTURE = "-1"  # ONNX Runtime's `gpu_graph_id` of a run that is neither captured nor replayed
+_SHOWN = 200  # characters of the beginning, and of the end, of ONNX Runtime's own message that an error quotes
+_CONTROL_FLOW = {"If", "Loop", "Scan"}  # what a CUDA graph cannot hold
 
 _HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedConv", "FusedMatMul", "Gemm", "MatMul"}
 """Operators that do the work: what else a card leaves to the processor are shapes and counters."""
@@ -51,8 +46,6 @@ class OnDevice:
 
 @dataclass
 class _Buffers:
-    """What one shape of inputs is run in."""
-
     binding: ort.IOBinding
     inputs: dict[str, ort.OrtValue]
     output: ort.OrtValue
@@ -62,8 +55,7 @@ class _Buffers:
 class BoundSession:
     """A session that is fed through fixed buffers on its device, made once per shape of the inputs.
 
-    What comes from the host is copied into them, and so is what another graph has left on the device. CUDA graphs,
-    which the session records for every shape if it is to ``capture``, need that, because they replay addresses.
+    CUDA graphs, which it records for every shape if it is to ``capture``, replay addresses and so need that.
     """
 
     def __init__(self, session: ort.InferenceSession, device: str, *, capture: bool = False) -> None:
@@ -122,12 +114,7 @@ class BoundSession:
 
 
 class OnnxBackend(Backend):
-    """ONNX Runtime sessions on an opened, checked bundle, all but the first opened when first needed.
-
-    Raises:
-        ProviderError: the provider is not usable here.
-        IntegrityError: a graph cannot be loaded.
-    """
+    """ONNX Runtime sessions on an opened, checked bundle, all but the first opened when first needed; see `Engine`."""
 
     def __init__(
         self, bundle: Bundle, provider: Provider = PROVIDERS["cpu"], options: EngineOptions | None = None
@@ -145,12 +132,7 @@ class OnnxBackend(Backend):
         self._sessions: dict[str, BoundSession | ort.InferenceSession] = {"context": self._open("context")}
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
-        """See :class:`Backend`.
-
-        Raises:
-            CapacityError: the batch needs more memory than there is.
-            IntegrityError: the graph cannot be run, or what it yields is no batch of numbers.
-        """
+        """See :class:`Backend`; a CapacityError if memory is short, an IntegrityError if no numbers come out."""
         result = np.asarray(self._output(graph, inputs, kept=False), dtype=np.float32)
         # A NaN has no grey level: what a cast makes of it depends on the processor, and some of it passes the gates.
         if not np.isfinite(result).all():
@@ -158,10 +140,8 @@ class OnnxBackend(Backend):
         return result
 
     def keep(self, graph: str, inputs: Feed) -> Any:
-        """See :class:`Backend`; raises what :meth:`run` does.
-
-        On a card nobody looks for NaN here: the last graph of the chain would hand it on to :meth:`run`.
-        """
+        """See :class:`Backend`; raises what :meth:`run` does."""
+        # On a card nobody looks for NaN here: the last graph of the chain would hand it on to ``run``.
         return self._output(graph, inputs, kept=True) if self._is_bound else self.run(graph, inputs)
 
     def select(self, where: NDArray[np.bool_], chosen: Any, other: Any) -> Any:
@@ -179,7 +159,7 @@ class OnnxBackend(Backend):
         try:
             result = self._evaluate(graph, inputs, kept=kept)
             found = len(result)
-        except (IntegrityError, ProviderError):
+        except BusigenError:
             raise
         except Exception as error:  # ONNX Runtime's share no public base class; the rest is a graph of another make
             if ran_out(error):

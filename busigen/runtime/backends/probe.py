@@ -29,18 +29,10 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "polars", "scipy")
-"""Distributions that decide how fast samples are made and written."""
-
-PROBE_SECONDS = 120.0
-"""Seconds that a provider may take for a network of one node: loading CUDA's libraries from a cold disk is slow."""
-
-_QUERY_SECONDS = 20.0
-"""Seconds for nvidia-smi, which may have to wake a sleeping card."""
-
-_SHOWN = 300
-"""Characters of what a library says that are shown."""
-
+LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "polars", "scipy")  # decide how fast samples are made
+PROBE_SECONDS = 120.0  # for a network of one node: loading CUDA's libraries from a cold disk is slow
+_QUERY_SECONDS = 20.0  # seconds for nvidia-smi, which may have to wake a sleeping card
+_SHOWN = 300  # characters of what a library says that are shown
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _QUERY = ("name", "driver_version", "memory.total", "memory.free", "compute_cap")
 _PROCESS = Path("/proc/self")
@@ -72,8 +64,7 @@ def driver_cuda() -> tuple[int, int] | None:
 
 def gpus() -> list[Gpu]:
     """The cards that nvidia-smi lists; none where there is no such program or it fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if (tool := shutil.which("nvidia-smi")) is None:
         return []
     command = [tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     try:
@@ -205,10 +196,8 @@ class Choice:
 
 
 def choose(begun_with: str | None = None) -> Choice:
-    """What ``--provider auto`` is on this machine: the last of ``registry.PROVIDERS`` that works here.
-
-    A dataset goes on with the provider that it was ``begun_with``, if that is known: another would change bytes.
-    """
+    """What ``--provider auto`` is on this machine: the last of ``registry.PROVIDERS`` that works here."""
+    # A dataset goes on with the provider that it was begun with, if that is known: another would change bytes.
     if begun_with in PROVIDERS:
         return Choice(str(begun_with), "this dataset was begun with it")
     failed: dict[str, list[str]] = {}

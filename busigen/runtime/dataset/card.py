@@ -56,8 +56,7 @@ _CONTEXT = {
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "rai": "http://mlcommons.org/croissant/RAI/",
     "sc": "https://schema.org/",
-}
-"""What the words of Croissant 1.0 stand for in JSON-LD."""
+}  # what the words of Croissant 1.0 stand for in JSON-LD
 
 
 def dataset_card(info: Mapping[str, Any]) -> str:
@@ -165,6 +164,7 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
         _file_object(f"shard-{shard['number']:06d}", "WebDataset shard.", shard["tar"], "application/x-tar")
         for shard in info["shards"]
     ]
+    table = {"fileObject": {"@id": "manifest"}}
     columns = {name: kind.__name__ for name, kind in FIXED_COLUMNS.items()} | dict(info["columns"])
     return {
         "@context": dict(sorted(_CONTEXT.items())),
@@ -199,13 +199,7 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
                 "description": "The manifest's rows.",
                 "key": {"@id": "samples/key"},
                 "field": [
-                    {
-                        "@type": "cr:Field",
-                        "@id": f"samples/{name}",
-                        "name": name,
-                        "dataType": _CROISSANT_TYPES[kind],
-                        "source": {"fileObject": {"@id": "manifest"}, "extract": {"column": name}},
-                    }
+                    _field("samples", name, _CROISSANT_TYPES[kind], source={**table, "extract": {"column": name}})
                     for name, kind in columns.items()
                 ],
             },
@@ -233,27 +227,20 @@ def _file_object(name: str, about: str, record: Mapping[str, Any], encoding: str
 
 
 def _pictures(name: str) -> dict[str, Any]:
-    source = {"fileSet": {"@id": name}}
+    content, files = f"{name}_content", {"fileSet": {"@id": name}}
+    key = {**files, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^(\d{9})"}}
+    pixels = {**files, "extract": {"fileProperty": "content"}}
     return {
         "@type": "cr:RecordSet",
-        "@id": f"{name}_content",
-        "name": f"{name}_content",
+        "@id": content,
+        "name": content,
         "description": f"The {name}, joined to the rows by key.",
         "field": [
-            {
-                "@type": "cr:Field",
-                "@id": f"{name}_content/key",
-                "name": "key",
-                "dataType": "sc:Text",
-                "references": {"field": {"@id": "samples/key"}},
-                "source": {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^(\d{9})"}},
-            },
-            {
-                "@type": "cr:Field",
-                "@id": f"{name}_content/pixels",
-                "name": "pixels",
-                "dataType": "sc:ImageObject",
-                "source": {**source, "extract": {"fileProperty": "content"}},
-            },
+            _field(content, "key", "sc:Text", references={"field": {"@id": "samples/key"}}, source=key),
+            _field(content, "pixels", "sc:ImageObject", source=pixels),
         ],
     }
+
+
+def _field(records: str, name: str, kind: str, **more: Any) -> dict[str, Any]:
+    return {"@type": "cr:Field", "@id": f"{records}/{name}", "name": name, "dataType": kind, **more}

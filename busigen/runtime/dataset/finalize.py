@@ -29,30 +29,20 @@ from busigen.runtime.dataset.format import (
     MANIFEST_FILE,
     PREVIEW_FILE,
     RUN_FILE,
+    Sample,
 )
 from busigen.runtime.dataset.reader import Dataset, plan_of
-from busigen.runtime.dataset.sample import Sample
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, write_joined
 
-COLOURS = {"benign": (0, 200, 255), "malignant": (255, 96, 64)}
-"""Contour and label colour per class, RGB; told apart by colour-blind eyes too."""
-
+COLOURS = {"benign": (0, 200, 255), "malignant": (255, 96, 64)}  # RGB; the colour-blind can tell them apart, too
 _LABEL_HEIGHT, _FONT_SIZE = 22, 14
-
-_ROW_GROUP = 1 << 12
-"""Rows of the manifest that are gathered before they are written: 65,536 took 73 MB for a manifest of 100,000, these
-take 14 MB, for a file that is 3 % larger."""
-
+_ROW_GROUP = 1 << 12  # rows that are gathered: 65,536 took 73 MB for 100,000 rows, these 14, for 3 % more on disk
 _MEND = "Run `busigen verify --repair`, or the same `busigen generate` command again: both make it anew."
 _DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 
 def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
-    """Draw every sample twice, side by side: as it is, and with its mask's contour; its class stands below.
-
-    Returns:
-        RGB image of four samples a row; equal samples give equal pixels.
-    """
+    """An RGB image of four samples a row: each as it is, beside it with its mask's contour, its class below."""
     per_row, height = min(4, len(samples)), RESOLUTION + _LABEL_HEIGHT
     sheet = Image.new("RGB", (2 * RESOLUTION * per_row, height * -(-len(samples) // per_row)))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
@@ -66,16 +56,7 @@ def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
 
 
 def outline(image: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Draw a one-pixel contour around a mask, outside it, so that the lesion itself stays visible.
-
-    Args:
-        image: (H, W) uint8.
-        mask: (H, W) bool.
-        colour: RGB, 0 to 255.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """Draw a one-pixel contour around an (H, W) mask, outside it, in RGB from 0 to 255, as (H, W, 3) uint8."""
     painted = np.repeat(image[..., None], 3, axis=2)
     painted[ndimage.binary_dilation(mask) & ~mask] = colour
     return painted
@@ -93,10 +74,7 @@ def pick_evenly(manifest: pl.DataFrame, per_class: int = 8) -> list[int]:
 
 
 class FileProvider:
-    """Provides shards' files in a dataset's folder while a block runs. This one: they are all there already.
-
-    A file that cannot be had, or differs from its record, is a BusigenError.
-    """
+    """Provides shards' files in a dataset's folder while a block runs, or raises. This one: all are there already."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -120,14 +98,8 @@ def finish(
 ) -> None:
     """Write every file that describes the whole dataset, ``dataset.json`` last.
 
-    Args:
-        folder: the dataset.
-        run: its run record.
-        records: every shard's record, in order.
-        provider: provides the shards' files; None where they are all in ``folder``.
-
-    Raises:
-        IntegrityError: a shard was damaged since it was written.
+    ``run`` is its run record, ``records`` are those of all shards, in order, whose files ``provider`` provides; None
+    where they are all in ``folder``. An IntegrityError says that a shard was damaged since it was written.
     """
     provider = provider or FileProvider(folder)
     write_manifest(folder, records, provider)
@@ -149,11 +121,6 @@ def finish(
         file.write(dataset_card(info).encode())
     write_json(folder / CROISSANT_FILE, croissant(info))
     write_json(folder / DATASET_FILE, info)
-
-
-def unfinish(folder: Path) -> None:
-    """Remove ``dataset.json``, so that the dataset counts as unfinished while parts of it are made again."""
-    (folder / DATASET_FILE).unlink(missing_ok=True)
 
 
 def is_finished(folder: Path, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> bool:

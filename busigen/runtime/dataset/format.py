@@ -1,15 +1,20 @@
-"""The dataset folder's format: names, versions, limits, and how samples are cut into shards."""
+"""What a dataset is: its files' names, versions and limits, samples and their sources, how they are cut into shards."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from busigen.errors import UsageError
+from busigen.records import Text, Whole
 from busigen.runtime.storage.lock import LOCK_FILE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FIRST_SCHEMA_VERSION, SCHEMA_VERSION = 1, 2
 """Oldest and newest version of the folder's layout and JSON files that are read. A file records the oldest one that
@@ -22,30 +27,16 @@ PREVIEW_FILE = "preview.png"
 CARD_FILE = "README.md"
 CROISSANT_FILE = "croissant.json"
 SHARD_FOLDER = "shards"
-
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
-"""Top-level files of a finished dataset."""
-
-MEMBER_SUFFIXES = ("image.png", "mask.png", "json")
-"""What follows ``<key>.`` in a shard's tar, in the order in which a sample's members are stored."""
-
-MEMBER_LIMIT = 1 << 20
-"""Largest tar member in bytes that a reader accepts; an honest one holds less than a tenth of this."""
+MEMBER_SUFFIXES = ("image.png", "mask.png", "json")  # after ``<key>.`` in a shard's tar, in their order
+MEMBER_LIMIT = 1 << 20  # bytes of a tar member that a reader accepts; an honest one holds less than a tenth of this
 
 OWN_FILE = re.compile(
     "|".join(map(re.escape, FINISHED_FILES)) + rf"|(?:{SHARD_FOLDER}/)?(?P<number>[0-9]{{6,10}})\.(?:tar|parquet|json)"
-)
-"""Files that a dataset consists of, by their names or paths: nothing else in its folder is this program's to remove."""
+)  # a dataset's files, by names or paths: nothing else in its folder is this program's to remove
 
-WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")
-"""Names of the files that are written into a dataset, its locks included."""
-
-DEFAULT_SHARD_SIZE = 100
-"""Samples per shard. A shard is what an interruption loses, so on a CPU it has to be minutes of work and not hours."""
-
-MAX_COUNT = 10**9
-"""Keys have nine digits; beyond them their order as text would no longer be the order of the indices."""
-
+WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")  # locks included
+MAX_COUNT = 10**9  # keys have nine digits; beyond them their order as text would no longer be the order of the indices
 MAX_SEED = 2**64 - 1
 
 
@@ -66,11 +57,10 @@ def shard_files(number: int) -> set[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples a dataset, or one task's part of it, holds and how they are cut into shards.
+    """Which samples a dataset, or a task's part of it, holds and how they are cut into shards, or a UsageError.
 
     Shards are numbered from index 0 whatever the first sample is, so the same samples lie in the same shards, byte for
     byte, whether one run makes them or several.
-    A value that is out of range is a UsageError.
     """
 
     count: int  # of samples
@@ -87,10 +77,8 @@ class Plan:
             if not low <= value <= high:
                 raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from {low} to {high}.")
         if self.first % self.shard_size or not 0 <= self.first <= MAX_COUNT - self.count:
-            raise UsageError(
-                f"--index-range begins at {self.first}.",
-                fix=f"Begin at a multiple of --shard-size ({self.shard_size}) and end at {MAX_COUNT} at most.",
-            )
+            fix = f"Begin at a multiple of --shard-size ({self.shard_size}) and end at {MAX_COUNT} at most."
+            raise UsageError(f"--index-range begins at {self.first}.", fix=fix)
 
     @property
     def span(self) -> range:
@@ -182,8 +170,7 @@ FIELDS = {
     "--height-width": ("fingerprint", "height_width"),
     "--birads": ("fingerprint", "birads"),
     "--provider": ("fingerprint", "provider"),
-}
-"""Where a run record keeps what each option decides. For a folder that is a hash; ``options`` holds its name."""
+}  # where a run record keeps what each option decides: of a folder a hash, whose name ``options`` holds
 
 
 def decided(record: Mapping[str, Any], option: str) -> Any:
@@ -202,10 +189,8 @@ def as_typed(record: Mapping[str, Any], option: str) -> str | None:
 
 
 def command_line(record: Mapping[str, Any]) -> str:
-    """The command that makes a dataset again, without ``--out`` and with folders by name alone.
-
-    All options that decide which samples exist are named: a default may be another one in another version.
-    """
+    """The command that makes a dataset again, without ``--out`` and with folders by name alone."""
+    # All options that decide which samples exist are named: a default may be another one in another version.
     typed = ((option, as_typed(record, option)) for option in FIELDS)
     return " ".join(["busigen generate", *(f"{option} {shlex.quote(value)}" for option, value in typed if value)])
 
@@ -218,3 +203,79 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
             before, now = (as_typed(record, option) or "the default" for record in (old, new))
             changed[option] = f"{before} -> {now}" if before != now else f"{now}, but its content is another"
     return changed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One accepted sample: a grey image and the lesion's mask, both (256, 256)."""
+
+    index: int  # position in the dataset, from 0
+    attempt: int  # draws that the quality gates refused for this index before this one
+    label: str  # one of registry.LESION_CLASSES
+    image: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    row: dict[str, Any]  # further manifest fields: JSON-able scalars under the same keys in every sample of a source
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One draw that a quality gate refused, and the gate's reason."""
+
+    index: Whole
+    attempt: Whole
+    label: Text
+    reason: Text
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """The samples of one request, one per index, in index order, and every refused draw on the way to them."""
+
+    samples: list[Sample]
+    rejections: list[Rejection]
+
+
+class Source(Protocol):
+    """A source of samples, which must be a pure function of its fingerprint, the seed and the index."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides which samples exist, nested and JSON-able (bundle, healthy images, classes)."""
+
+    def options(self) -> Mapping[str, str | None]:
+        """Names, never paths, of the folders that options gave, for people; None where the default was taken."""
+
+    def row_types(self) -> Mapping[str, type]:
+        """Type (``str``, ``int``, ``float`` or ``bool``) of each field of ``Sample.row``; any field may hold None."""
+        # Declared, so that a shard whose column is all None gets the same table schema as its neighbours.
+
+    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
+        """Draw one accepted sample per index; call ``done(n)`` whenever ``n`` more samples have been accepted."""
+
+
+@runtime_checkable
+class Stream(Source, Protocol):
+    """A source that draws ahead of the oldest request, so that its batches fill across shards."""
+
+    def stream(
+        self, seed: int, requests: Iterable[Sequence[int]], done: Callable[[int], None], stopping: Callable[[], bool]
+    ) -> Generator[SampleBatch, None, None]:
+        """Yield the samples of one request after the other, each as :meth:`Source.draw` would return them.
+
+        ``requests`` are indices, read no further ahead than batches need. An empty one says that there is none for now;
+        it may come only while another one is unanswered, and the next one is read later. ``done`` gets the number of
+        newly accepted samples; ``stopping`` says whether to end with the oldest request that has been begun.
+        """
+
+
+def batches_of(
+    source: Source,
+    seed: int,
+    requests: Iterable[Sequence[int]],
+    done: Callable[[int], None],
+    stopping: Callable[[], bool],
+) -> Generator[SampleBatch, None, None]:
+    """A source's samples for one request after the other; a :class:`Stream` draws ahead, other sources do not."""
+    if isinstance(source, Stream):
+        yield from source.stream(seed, requests, done, stopping)
+    else:
+        yield from (source.draw(seed, indices, done) for indices in requests if len(indices))

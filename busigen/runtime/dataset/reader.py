@@ -33,17 +33,17 @@ from busigen.runtime.dataset.format import (
     SCHEMA_VERSION,
     SHARD_FOLDER,
     Plan,
+    Sample,
     key_of,
     shard_path,
 )
-from busigen.runtime.dataset.sample import Sample
 from busigen.runtime.dataset.shards import FIXED_COLUMNS, FileRecord, ShardRecord, read_table, recorded_schema
 from busigen.runtime.storage.url import Address
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get or generate it again."
 
 
-class Fingerprint(Record):
+class _Fingerprint(Record):
     """The fields of a run's fingerprint that are used; None where its source has no such field. Ranges are texts."""
 
     bundle: Text | None = None
@@ -71,9 +71,7 @@ def _schematic(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
-class BatchesRecord(Record):
-    """What engines with fixed batches were built for (`busigen.runtime.backends.tensorrt.profiles.Batches`)."""
-
+class _BatchesRecord(Record):
     sizes: Annotated[Many[Annotated[int, Strict(), Field(ge=1, le=4096)]], Field(min_length=1)]
     dynamic: Annotated[bool, Strict()]
 
@@ -85,8 +83,8 @@ class RunRecord(Record):
     config: dict[Text, Any]
     busigen: Text
     columns: Annotated[dict[Text, Literal["str", "int", "float", "bool"]], AfterValidator(_schematic)]
-    fingerprint: Fingerprint
-    engine_batches: BatchesRecord | None = None
+    fingerprint: _Fingerprint
+    engine_batches: _BatchesRecord | None = None
     options: dict[Text, Text | None] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     sources: Many[SourceRecord] = Field(default_factory=list)
@@ -102,9 +100,7 @@ class ListedShard(Record):
     parquet: FileRecord
 
 
-class FilesRecord(Record):
-    """The files that ``dataset.json`` vouches for."""
-
+class _FilesRecord(Record):
     manifest: FileRecord = Field(alias="manifest.parquet")
 
 
@@ -114,13 +110,11 @@ class DatasetRecord(RunRecord):
     samples: Whole
     classes: dict[Text, Whole]
     rejected: dict[Text, Whole]
-    files: FilesRecord
+    files: _FilesRecord
     shards: Many[ListedShard]
 
 
-class SampleRow(Record):
-    """A sample's row in its shard, as far as it is used for the sample itself."""
-
+class _SampleRow(Record):
     index: Whole
     attempt: Whole
     label: Text = Field(alias="class")
@@ -141,11 +135,7 @@ class Member:
         return {"image": self.image, "mask": self.mask}
 
     def decoded(self, kind: str) -> NDArray[Any]:
-        """Its "image", (256, 256) uint8, or its "mask", (256, 256) bool.
-
-        Raises:
-            ValueError: it is no PNG of that size, 8-bit grey for an image and 1-bit for a mask.
-        """
+        """Its "image", (256, 256) uint8, or its "mask", (256, 256) bool; a ValueError if that is no such PNG."""
         mode = "L" if kind == "image" else "1"
         try:
             # Pillow imports the code for a format here, which opens files.
@@ -169,11 +159,9 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
-        """Open a finished dataset.
+        """Open a finished dataset; an IntegrityError if ``dataset.json`` is damaged.
 
-        Raises:
-            InputError: the folder is missing, unfinished, no dataset, newer than this busigen, or has links.
-            IntegrityError: ``dataset.json`` is damaged.
+        An InputError says that it is missing, unfinished, no dataset, newer than this busigen, or has links.
         """
         path = folder / DATASET_FILE
         if linked := links(folder):
@@ -213,21 +201,15 @@ class Dataset:
             raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of these indices, in the order asked for.
-
-        Raises:
-            IndexError: an index is not in the dataset.
-            IntegrityError: a shard is missing or holds anything but its samples.
-        """
-        outside = [index for index in indices if index not in self.plan.span]
-        if outside:
+        """The samples of these indices, in the order asked for; an IndexError, or an IntegrityError for damage."""
+        if outside := [index for index in indices if index not in self.plan.span]:
             raise IndexError(f"index {outside[0]} is outside {self.plan.span[0]} to {self.plan.span[-1]}")
         found: dict[int, Sample] = {}
         for number in sorted({index // self.plan.shard_size for index in indices}):
             for member in read_members(
                 self.folder / shard_path(number, "tar"), self.plan.indices(number), only=indices
             ):
-                row = checked(SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
+                row = checked(_SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
                 own = {name: value for name, value in member.row.items() if name not in FIXED_COLUMNS}
                 try:
                     image, mask = member.decoded("image"), member.decoded("mask")
@@ -247,10 +229,8 @@ def refuse_newer(record: Mapping[str, Any], path: Path | Address) -> bool:
     """Whether a ``run.json`` or ``dataset.json`` names a schema; an InputError for a newer one. All readers call it."""
     version = record.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}.",
-            fix="Upgrade: `pip install --upgrade busigen`.",
-        )
+        problem = f"{path} has schema version {version}; this busigen reads up to {SCHEMA_VERSION}."
+        raise InputError(problem, fix="Upgrade: `pip install --upgrade busigen`.")
     return type(version) is int and version >= FIRST_SCHEMA_VERSION
 
 
@@ -284,10 +264,8 @@ def refuse_unreadable(folder: Path) -> None:
 
 def link_refused(path: Path, kind: type[BusigenError] = InputError) -> BusigenError:
     """The error about a dataset with a link, for the caller to raise."""
-    return kind(
-        f"{path} is a link, and links in a dataset are not followed.",
-        fix="Put the file or folder itself there, or remove the link and run `busigen verify --repair` on the dataset.",
-    )
+    fix = "Put the file or folder itself there, or remove the link and run `busigen verify --repair` on the dataset."
+    return kind(f"{path} is a link, and links in a dataset are not followed.", fix=fix)
 
 
 def plan_of(info: dict[str, Any], path: Path) -> Plan:
@@ -303,15 +281,9 @@ def _damaged(path: Path) -> IntegrityError:
 
 
 def read_members(path: Path, indices: range, only: Sequence[int] | None = None) -> Iterator[Member]:
-    """Read a shard's tar, whose members must be exactly those of ``indices``, in order.
+    """Read a shard's tar, whose members must be exactly those of ``indices``, in order, or it is an IntegrityError.
 
-    Args:
-        path: the tar file.
-        indices: the shard's sample indices.
-        only: yield these alone; the names of all others are checked, their content is skipped.
-
-    Raises:
-        IntegrityError: the file is missing, is no tar, or a member has an unexpected name, kind, size or content.
+    With ``only``, these alone are yielded: the names of all others are checked, their content is skipped.
     """
     wanted = set(indices if only is None else only)
     try:
@@ -334,16 +306,14 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
                 if not isinstance(row, dict) or row.get("key") != key:
                     raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
                 yield Member(key=key, image=image, mask=mask, row=row)
-            extra = tar.next()
-            if extra is not None:
+            if (extra := tar.next()) is not None:
                 raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
     except (OSError, tarfile.TarError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
 
 def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
-    member = tar.next()
-    if member is None:
+    if (member := tar.next()) is None:
         raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
     # Names are only compared, so an absolute path, a "..", a link or a device fails here and does no harm.
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
@@ -374,12 +344,7 @@ class TarHeaders:
         return self._tar.offset
 
     def next(self) -> tarfile.TarInfo | None:
-        """The next member; None at the end of the archive or at a damaged header.
-
-        Raises:
-            tarfile.TarError: its headers are malformed, or take more than ``HEADER_LIMIT`` bytes.
-            OSError: the file cannot be read.
-        """
+        """The next member; None at the end or a damaged header; a TarError for malformed or too large ones."""
         self._file.left = HEADER_LIMIT
         with _malformed_as_tar_error():
             member = self._tar.next()
@@ -399,9 +364,7 @@ class TarHeaders:
 def open_headers(path: Path) -> Iterator[TarHeaders]:
     """The headers of an uncompressed tar file; a few kilobytes of a compressed one could unpack to terabytes.
 
-    Raises:
-        tarfile.TarError: it is no tar file, or its first member is refused; see ``TarHeaders.next``.
-        OSError: the file cannot be read, or is no regular one.
+    A TarError says that it is no tar file, an OSError that it cannot be read, or is no regular file.
     """
     with _BoundedFile(open_file(path).detach()) as file:
         with _malformed_as_tar_error():

@@ -1,8 +1,4 @@
-"""Shards: a WebDataset tar, a table of its rows, and the record that says both are complete; tables from anywhere.
-
-polars is handed open files, never paths: it takes ``[``, ``*`` and ``?`` in a path for a pattern, whatever the files
-are called, and refuses names that are no UTF-8.
-"""
+"""Shards: a WebDataset tar, a table of its rows, and the record that says both are complete; tables from anywhere."""
 
 from __future__ import annotations
 
@@ -35,8 +31,16 @@ from busigen.files import atomic_file, sha256_of, write_json
 from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
-from busigen.runtime.dataset.format import FIRST_SCHEMA_VERSION, MEMBER_SUFFIXES, SHARD_FOLDER, key_of, shard_path
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import (
+    FIRST_SCHEMA_VERSION,
+    MEMBER_SUFFIXES,
+    SHARD_FOLDER,
+    Rejection,
+    Sample,
+    SampleBatch,
+    key_of,
+    shard_path,
+)
 from busigen.runtime.storage.url import Address
 
 FIXED_COLUMNS: dict[str, type] = {
@@ -52,13 +56,9 @@ FIXED_COLUMNS: dict[str, type] = {
     "box_top": int,
     "box_right": int,
     "box_bottom": int,
-}
-"""Columns of every manifest. Box edges are pixels, right and bottom exclusive, None for an empty mask. The hashes are
-of the PNG files' bytes."""
+}  # of every manifest; boxes in pixels, right and bottom exclusive, None if empty; hashes of the PNG files
 
-COLUMN_TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, float, bool)}
-"""Types that a column can have, by the names that ``run.json`` stores."""
-
+COLUMN_TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, float, bool)}  # by the names in run.json
 _POLARS_TYPES: dict[type, type[pl.DataType]] = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
 
 # Speckle does not repeat itself, so run lengths alone give files of the same size in half the time.
@@ -134,15 +134,8 @@ def _damaged(path: Path | Address) -> IntegrityError:
 def write_shard(folder: Path, number: int, batch: SampleBatch, types: Mapping[str, type]) -> ShardRecord:
     """Write one shard into the dataset ``folder``, its record last; equal samples give equal bytes.
 
-    Args:
-        folder: the dataset's folder; its ``shards`` folder must exist.
-        number: the shard's number, from 0.
-        batch: the samples in index order with nothing missing, and the refused draws.
-        types: type of each field of the samples' rows.
-
-    Raises:
-        OSError: the disk refused.
-        ValueError: the source broke its contract: shapes, classes, order or fields.
+    ``batch`` has the samples in index order with nothing missing; ``types`` are those of their rows' fields. A
+    ValueError says that the source broke its contract: shapes, classes, order or fields.
     """
     _check_samples(batch.samples, types)
     record_path = folder / shard_path(number, "json")
@@ -215,7 +208,6 @@ def _count_sorted(names: Iterable[str]) -> dict[str, int]:
 
 
 def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[str, type]) -> list[dict[str, Any]]:
-    """Write a shard's tar; returns its rows."""
     tar_name = shard_path(number, "tar")
     rows = []
     with (
@@ -255,9 +247,7 @@ def _encode(sample: Sample) -> list[bytes]:
 
 
 def _scalar(sample: Sample, name: str, kind: type) -> str | int | float | bool | None:
-    """A row field of a sample, held to its declared type."""
-    value = sample.row[name]
-    if value is None:
+    if (value := sample.row[name]) is None:
         return None
     plain: Any = value.item() if isinstance(value, np.generic) else value
     # A whole number may stand for a float, but 2.5 is no int and True is neither: a cast would hide the source's error.
@@ -276,17 +266,10 @@ def write_table(table: pl.DataFrame, file: io.BytesIO) -> None:
 
 
 def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: int | None = None) -> None:
-    """Write the rows of several tables as one, in order; each table is taken from the iterator when it is written.
+    """Write the rows of several tables, one at least, as one, in order; each is taken when it is written.
 
-    Args:
-        path: the file, overwritten.
-        tables: one at least, all of the columns of the first.
-        row_group_size: rows that are gathered before they are written; None for polars' choice.
-
-    Raises:
-        OSError: the file cannot be written.
-        PolarsError: a table has other columns than the first.
-        Exception: raised by ``tables``.
+    ``row_group_size`` rows are gathered before they are written; None for polars' choice. A PolarsError says that a
+    table has other columns than the first.
     """
     rest = iter(tables)
     first = next(rest)
@@ -317,9 +300,7 @@ def write_joined(path: Path, tables: Iterable[pl.DataFrame], *, row_group_size: 
 def read_table(path: Path, rows: int) -> pl.DataFrame:
     """A table that should have ``rows`` rows.
 
-    Raises:
-        OSError: the file is missing or cannot be read.
-        PolarsError: it is no table, or one that does not have as many rows or takes more room than they can need.
+    A PolarsError says that it is none, or has other than ``rows`` rows or takes more room than they can need.
     """
     with _open_table(path, rows) as file:
         table = pl.read_parquet(file)
@@ -329,11 +310,7 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
 
 
 def find_row(path: Path, rows: int, index: int) -> dict[str, Any]:
-    """The row of an index in a table that should have ``rows`` rows, most of which are not read; see `read_table`.
-
-    Raises:
-        IntegrityError: the table has no such row, or several.
-    """
+    """The row of an index in a table, most of which is not read; raises as `read_table`, or an IntegrityError."""
     with _open_table(path, rows) as file:
         found = pl.scan_parquet(file).filter(pl.col("index") == index).collect().to_dicts()
     if len(found) != 1:
@@ -348,6 +325,7 @@ def _open_table(path: Path, rows: int) -> Iterator[BinaryIO]:
         refuse_costly(path, rows)
     except ValueError as error:
         raise pl.exceptions.ComputeError(str(error)) from error
+    # Open files, not paths: polars takes ``[``, ``*`` and ``?`` for a pattern, and refuses names that are no UTF-8.
     with looking(path), open_file(path) as file, _as_pythons_errors(path):
         yield file
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 import busigen
 from busigen.errors import UsageError
 from busigen.files import TEMPORARY_PREFIX
-from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SYNTHETIC
+from busigen.registry import AUTO, ENGINE_TARGETS, LESION_CLASSES, SHARD_SIZE, SYNTHETIC
 from busigen.runtime.backends.base import Backend, EngineOptions, Feed, TimedBackend, open_backend, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose, machine, peak_memory, reset_peak_memory
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, MANIFEST_FILE, MAX_COUNT, SHARD_FOLDER, Plan
+from busigen.runtime.dataset.format import MANIFEST_FILE, MAX_COUNT, SHARD_FOLDER, Plan
 from busigen.runtime.diagnostics.bench_report import write
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.signals import GenerationInterrupted
@@ -31,14 +31,9 @@ from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.files import output_errors
 
-SCHEMA = 1
-"""Version of ``bench.json`` and of the ledger's lines."""
-
-WARM_SECONDS = 5.0
-"""A warm-up takes all samples where that takes no longer than this, so that a fast engine has seen every shape."""
-
-_BUSY = 0.25
-"""Load per core from which on the machine counts as busy with other work."""
+SCHEMA = 1  # version of `bench.json` and of the ledger's lines
+WARM_SECONDS = 5.0  # a warm-up that takes no longer has all samples, so that a fast engine has seen every shape
+_BUSY = 0.25  # load per core from which on the machine counts as busy with other work
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,8 @@ class ReplayBackend(TimedBackend):
             self._row_of[graph] = {name: np.asarray(array)[-1:].copy() for name, array in inputs.items()}
 
     def replay(self, count: int, progress: Progress) -> float:
-        """Seconds that the kept calls, which drew ``count`` samples, take with nothing beside them.
-
-        What they took the first time is no measure of that: the thread that writes shards shares their cores.
-        """
+        """Seconds that the kept calls, which drew ``count`` samples, take with nothing beside them."""
+        # What they took the first time is no measure of that: the thread that writes shards shares their cores.
         seconds, counted = 0.0, 0
         for number, call in enumerate(self.calls, start=1):
             inputs = {name: np.repeat(row, call.rows, axis=0) for name, row in self._row_of[call.graph].items()}
@@ -84,13 +77,8 @@ class ReplayBackend(TimedBackend):
 
 
 Run = dict[str, Any]
-"""One measured run, as it stands in ``bench.json``.
-
-``seconds`` is the wall-clock time of ``generate``, ``engine_seconds`` the sum over all engine calls, ``busy_seconds``
-the time in which at least one of them ran, ``alone_seconds`` what they take with nothing beside them. ``draws`` are
-accepted and refused, ``size`` is bytes of shards and manifest, ``peak_memory`` bytes or None where the system does not
-tell. ``stages`` has calls, rows of their batches and seconds, in the order in which stages first ran.
-"""
+"""One measured run, as it stands in ``bench.json``: ``busy_seconds`` is the time in which at least one engine call ran,
+``alone_seconds`` what all take with nothing beside them, ``size`` the bytes of shards and manifest."""
 
 
 class _Part(Progress):
@@ -179,10 +167,7 @@ def _run(sampler: Sampler, backend: ReplayBackend, plan: Plan, folder: Path, pro
 
 @dataclass(frozen=True)
 class Bench:
-    """The options of ``busigen bench``, unchecked and as they were typed; its ``--help`` says what they mean.
-
-    Runs go into a temporary folder in ``out``, so that it is this disk that counts.
-    """
+    """The options of ``busigen bench``, unchecked and as they were typed; its ``--help`` says what they mean."""
 
     out: Path
     ledger: Path
@@ -197,20 +182,15 @@ class Bench:
     allow_fallback: bool = False
 
     def run(self, progress: Progress) -> dict[str, Any]:
-        """Measure, and write the results.
+        """Measure, write the results and return them, the content of ``bench.json``; Ctrl-C keeps none.
 
-        Returns:
-            The content of ``bench.json``: date, machine, bundle, options, one entry of ``results`` per provider and
-            batch size (medians, shares from 0 to 1, times in seconds unless named ``ms``, sizes in bytes), ``notes``.
-
-        Raises:
-            BusigenError: something that was asked for cannot be used or written, or the gates refuse too much.
-            KeyboardInterrupt: on Ctrl-C; no result is kept.
+        There is one entry of ``results`` per provider and batch size: medians, shares from 0 to 1, times in seconds
+        unless named ``ms``, sizes in bytes.
         """
         for option, value in (("--count-for", self.count_for), ("--repeat", self.repeat)):
             if not 1 <= value <= MAX_COUNT:
                 raise UsageError(f"{option} is {value}.", fix=f"Give a whole number from 1 to {MAX_COUNT}.")
-        plan = Plan(count=self.count, seed=0, shard_size=DEFAULT_SHARD_SIZE)
+        plan = Plan(count=self.count, seed=0, shard_size=SHARD_SIZE)
         sizes = _listed(self.batch_sizes)
         if wrong := [text for text in sizes if not text.isdecimal()]:
             fix = "Give whole numbers separated by commas: --batch-sizes 4,16."
@@ -260,10 +240,8 @@ class Bench:
     def _backends(
         self, bundle: Bundle, batch_sizes: Sequence[int], progress: Progress
     ) -> dict[tuple[str, int], Backend]:
-        """By name and batch size: one per provider that really runs, as several may come down to the same.
-
-        Engines are built for a batch, so their providers have one for each, as a run with that ``--batch-size`` would.
-        """
+        """By name and batch size: one per provider that really runs, as several may come down to the same."""
+        # Engines are built for a batch, so their providers have one for each, as a run with that size would.
         opened: dict[tuple[str, int], Backend] = {}
         for name in _listed(self.providers):
             if name == AUTO:
@@ -280,7 +258,6 @@ class Bench:
 
 
 def _listed(text: str) -> list[str]:
-    """Entries of a comma-separated option, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 

@@ -43,7 +43,8 @@ def append_line(ledger: Path, value: Mapping[str, Any]) -> None:
     line = f"{json.dumps(value, ensure_ascii=False, allow_nan=False)}\n".encode()
     # One write to a file that is opened for appending lands in one piece.
     with ledger.open("ab", buffering=0) as file:
-        if file.write(line) != len(line):
+        if (written := file.write(line)) != len(line):
+            file.truncate(file.tell() - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
 
@@ -115,10 +116,8 @@ def _name(result: Record) -> str:
 
 
 def plot(record: Record) -> str:
-    """An SVG with a bar per provider and batch size: milliseconds per image by stage, and those without an engine.
-
-    Drawn here and not with matplotlib, which only the extra ``eval`` brings.
-    """
+    """An SVG with a bar per provider and batch size: milliseconds per image by stage, and those without an engine."""
+    # Drawn here and not with matplotlib, which only the extra ``eval`` brings.
     bars = [_bar_parts(result) for result in record["results"]]
     names = [name for name in dict.fromkeys(name for parts in bars for name in parts) if name != _IDLE]
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)} | {_IDLE: _IDLE_COLOUR}

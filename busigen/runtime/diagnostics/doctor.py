@@ -32,28 +32,20 @@ ROW_MEMORY = 16 << 20
 """Bytes to reckon with per image of a batch. The shipped bundle's graphs take 4.3 MB on the processor (peak memory at
 batches of 32 and of 8 images, ONNX Runtime 1.31); a card's libraries want room to work in beside that."""
 
-FIXED_MEMORY = 1 << 30
-"""Bytes for the graphs' weights, CUDA's context and its libraries."""
-
-_FEW_ROWS, _FEW_SAMPLES = 16, 1000
-"""Batch size and number of samples for which there should be room in memory and on the disk."""
-
+FIXED_MEMORY = 1 << 30  # bytes for the graphs' weights, CUDA's context and its libraries
+_FEW_ROWS, _FEW_SAMPLES = 16, 1000  # batch size and samples for which there should be room in memory and on the disk
 _CGROUP = Path("/sys/fs/cgroup")
 
-Installed = dict[str, str]
-"""Distributions by their names as PyPI writes them, with their versions."""
+Installed = dict[str, str]  # distributions by their names as PyPI writes them, with their versions
 
 
 class State(StrEnum):
     """How serious a finding is."""
 
     OK = "ok"
-    OFF = "off"
-    """Not for this machine, which lacks the card that it is for."""
-    WARNING = "warning"
-    """`generate` runs, but slower than it could, or not with everything that is installed."""
-    PROBLEM = "problem"
-    """`generate` cannot run."""
+    OFF = "off"  # not for this machine, which lacks the card that it is for
+    WARNING = "warning"  # `generate` runs, but slower than it could, or not with everything that is installed
+    PROBLEM = "problem"  # `generate` cannot run
 
 
 @dataclass(frozen=True)
@@ -105,8 +97,13 @@ def examine(out: Path) -> Iterator[Finding]:
         yield Finding("generate", State.OK if found.works else State.PROBLEM, described, found.fix)
     if works:
         yield _finding("auto", f"--provider auto takes {works[-1]}")
-    if "torch" in packages:
-        yield _torch_build(packages["torch"], card)
+    if version := packages.get("torch"):
+        if card and version.endswith("+cpu"):
+            described = f"torch {version} is a build without CUDA: train and audit would not use the card"
+            fix = "Run `pip install --force-reinstall torch` without an index of CPU builds."
+            yield _finding("PyTorch", described, fix)
+        else:
+            yield _finding("PyTorch", f"torch {version}; generate does without")
     yield _processor()
     if sys.platform == "linux":
         yield _memory()
@@ -283,14 +280,6 @@ def _tensorrts(packages: Installed, library_path: str) -> Iterator[Finding]:
         yield _finding("TensorRT libraries", described, f"Take {strays[0].parent} out of LD_LIBRARY_PATH.")
 
 
-def _torch_build(version: str, card: bool) -> Finding:
-    """Whether PyTorch can use the card, where there is one."""
-    if not card or not version.endswith("+cpu"):
-        return _finding("PyTorch", f"torch {version}; generate does without")
-    described = f"torch {version} is a build without CUDA: train and audit would not use the card"
-    return _finding("PyTorch", described, "Run `pip install --force-reinstall torch` without an index of CPU builds.")
-
-
 def _processor() -> Finding:
     """Cores that this process may use, and whether a limit on its time makes that many threads wait."""
     cores = usable_cores()
@@ -307,7 +296,6 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    """Memory that is free, as Linux tells."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

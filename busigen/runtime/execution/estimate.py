@@ -26,33 +26,20 @@ BYTES_PER_SAMPLE = 80_000
 """Bytes on disk per sample until a shard has been measured. In shards of ten or more, no sample takes more: 66 kB of a
 grey image that does not compress, 8 kB of such a mask, 4 kB of tar headers and padding, 2 kB of rows."""
 
-FINISH_BYTES = 4_000_000
-"""Bytes that the files besides shards and manifest take at most: the preview of 32 tiles, 256 x 256 in colour."""
-
-LARGE_BYTES = 1_000_000_000
-"""A run that may need more disk space than this says so before its first sample; the time it takes is known later."""
-
-BATCHES_SECONDS = 120.0
-"""Seconds after which the samples drawn so far have to do as a measure of the pace, if no shard is complete by then."""
-
+FINISH_BYTES = 4_000_000  # of files besides shards and manifest, at most: the preview of 32 tiles, 256 x 256 in colour
+LARGE_BYTES = 1_000_000_000  # a run that may need more says so before its first sample; its time is known later
+BATCHES_SECONDS = 120.0  # after which the samples drawn so far have to do as a measure of the pace, without a shard
 _LEAST_GAPS = 2
 
 
 @dataclass(frozen=True)
 class Space:
-    """Disk space that a plan's missing samples need.
+    """Disk space that a plan's missing samples need."""
 
-    Attributes:
-        samples: that are missing.
-        per_sample: bytes, without the manifest's row.
-        needed: bytes in all: the missing samples, every sample's row once more for the manifest, ``FINISH_BYTES``.
-        measured: whether ``per_sample`` comes from this run's shards.
-    """
-
-    samples: int
-    per_sample: float
-    needed: int
-    measured: bool
+    samples: int  # that are missing
+    per_sample: float  # bytes, without the manifest's row
+    needed: int  # bytes: the missing samples, every sample's row once more for the manifest, ``FINISH_BYTES``
+    measured: bool  # whether ``per_sample`` comes from this run's shards
 
     @classmethod
     def of(cls, plan: Plan, records: Records) -> Space:
@@ -78,15 +65,12 @@ class Space:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is left of a run: the space and the seconds that it takes, the bytes that are free, where the disk is known.
-
-    ``basis`` says what the pace was measured on.
-    """
+    """What is left of a run."""
 
     space: Space
     seconds: float
-    free: int | None
-    basis: str
+    free: int | None  # bytes, where the disk is known
+    basis: str  # what the pace was measured on
 
     def __str__(self) -> str:
         size = f"{'' if self.space.measured else 'at most '}{disk_size(self.space.needed)}"
@@ -128,32 +112,24 @@ def require_room(output: Output, plan: Plan, records: Records) -> None:
 
 
 def pace_of(out: Path, records: Records) -> float | None:
-    """Seconds per sample that the shards on disk took, by when their records were written; None for too few.
-
-    The median over neighbouring shards: the pause between two runs is one gap among many.
-    """
+    """Seconds per sample that the shards on disk took, by when their records were written; None for too few."""
+    # The median over neighbouring shards: the pause between two runs is one gap among many.
     places = {number: out / shard_path(number, "json") for number in records}
     written = {number: place.stat().st_mtime for number, place in places.items() if place.exists()}
-    gaps = [
-        (written[number + 1] - written[number]) / records[number + 1].count
-        for number in written
-        if number + 1 in written
-    ]
     # A clock that was set back gives gaps below zero.
-    gaps = [gap for gap in gaps if gap > 0]
+    gaps = [
+        (written[number + 1] - moment) / records[number + 1].count
+        for number, moment in written.items()
+        if written.get(number + 1, moment) > moment
+    ]
     return statistics.median(gaps) if len(gaps) >= _LEAST_GAPS else None
 
 
 class ShardJob:
     """Shards to be made, by this process or by a pool of workers; calls may come from any thread.
 
-    It forecasts the run once, as soon as there is something to go by, and has the disk checked for room.
-
-    Attributes:
-        output, plan: where the shards go, and which they are.
-        records: of the shards that are complete.
-        progress: counts every sample.
-        stop: asked before each shard whether to end here.
+    It forecasts the run once, as soon as there is something to go by, and has the disk checked for room. ``records``
+    are those of the shards that are complete; ``stop`` is asked before each shard whether to end here.
     """
 
     def __init__(

@@ -27,10 +27,7 @@ log = logging.getLogger("busigen.runtime")
 
 
 class EventLog(Observer):
-    """Writes events, each at once and whole. As a context manager it logs the error that ends its block, and closes.
-
-    A log that can no longer be written is given up with one warning, and the run goes on.
-    """
+    """Writes events, each at once and whole; a context manager that logs its block's error; given up if unwritable."""
 
     def __init__(self, file: IO[str]) -> None:
         super().__init__()
@@ -40,10 +37,8 @@ class EventLog(Observer):
 
     @classmethod
     def open(cls, target: str, *, out: Path | Address) -> EventLog:
-        """Append to the file ``target``, or write to standard output for ``-``; it may not lie in the dataset ``out``.
-
-        A pipe will do if somebody reads from it, and so will a terminal; one that takes no more is not waited for.
-        """
+        """Append to the file ``target``, outside of the dataset ``out``, or write to standard output for ``-``."""
+        # A pipe will do if somebody reads from it, and so will a terminal; one that takes no more is not waited for.
         if target == "-":
             return cls(sys.stdout)
         path = Path(target)
@@ -118,9 +113,8 @@ def _opened(path: str, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise OutputError(
-            f"--log-json {printable(path)} is a pipe that nobody reads from.", fix="Start its reader first."
-        ) from error
+        problem = f"--log-json {printable(path)} is a pipe that nobody reads from."
+        raise OutputError(problem, fix="Start its reader first.") from error
 
 
 def _rounded(value: float | None, digits: int = 3) -> float | None:
@@ -129,13 +123,7 @@ def _rounded(value: float | None, digits: int = 3) -> float | None:
 
 @contextmanager
 def supervised(out: Path | Address, log_json: str | None) -> Iterator[tuple[Progress, Stopping]]:
-    """Show, log and stop what the block runs; ``log_json`` is a file, ``-`` for standard output, or None.
-
-    Raises:
-        UsageError: the log lies in the dataset ``out``.
-        OutputError: the log cannot be written.
-        GenerationInterrupted: on Ctrl-C or SIGTERM.
-    """
+    """Show, log and stop what the block runs; raises as `EventLog.open`, or a GenerationInterrupted."""
     with ExitStack() as stack:
         # Outermost, so that it hears of whatever error ends the run, an interruption included.
         logs = [stack.enter_context(EventLog.open(log_json, out=out))] if log_json else []

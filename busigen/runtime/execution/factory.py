@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from busigen.errors import UsageError
+from busigen.registry import SHARD_SIZE
 from busigen.runtime.dataset.finalize import dataset_info
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, RUN_FILE, Plan
-from busigen.runtime.dataset.sample import SampleBatch, Source, batches_of
+from busigen.runtime.dataset.format import RUN_FILE, Plan, SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.execution.estimate import ShardJob, require_room
 from busigen.runtime.execution.signals import Stopping
@@ -25,16 +25,14 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import turn
 from busigen.runtime.storage.url import Address
-from busigen.text import counted, duration, unproven_line
+from busigen.text import counted, duration, shell_word, unproven_line
 
 
 def part_of(plan: Plan, indices: range | None = None, task: tuple[int, int] | None = None) -> Plan | None:
     """The part of a dataset that one of several commands makes in the dataset's folder; None for all of it.
 
-    Args:
-        plan: of the dataset.
-        indices: samples that the part is cut from, of whole shards; None for all of them.
-        task: ``(K, N)``: of these, the K-th of N parts of about equal size, K from 1; None for all of them.
+    It is cut from the samples of these ``indices``, of whole shards: with ``task`` ``(K, N)`` the K-th of N parts of
+    about equal size, K from 1.
     """
     part, whole = plan, plan.span
     if indices is not None:
@@ -50,10 +48,8 @@ def part_of(plan: Plan, indices: range | None = None, task: tuple[int, int] | No
     if task is not None:
         position, tasks = task
         if tasks > part.shards:
-            raise UsageError(
-                f"--array-task {position}/{tasks}: there are only {part.shards} shards to make.",
-                fix=f"Use at most {part.shards} tasks, or a smaller --shard-size.",
-            )
+            problem = f"--array-task {position}/{tasks}: there are only {part.shards} shards to make."
+            raise UsageError(problem, fix=f"Use at most {part.shards} tasks, or a smaller --shard-size.")
         start, stop = (part.shards * border // tasks for border in (position - 1, position))
         part = part.part(part.numbers[start:stop])
     return part if indices is not None or task is not None else None
@@ -65,10 +61,8 @@ def parse_range(text: str) -> range:
     found = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text, re.ASCII)
     indices = range(int(found[1]), int(found[2])) if found else range(0)
     if not indices:
-        raise UsageError(
-            f"--index-range is {text!r}.",
-            fix="Give --index-range as first:end, such as 0:500 for the samples 0 to 499.",
-        )
+        problem = f"--index-range is {text!r}."
+        raise UsageError(problem, fix="Give --index-range as first:end, such as 0:500 for the samples 0 to 499.")
     return indices
 
 
@@ -84,10 +78,8 @@ def parse_task(text: str) -> tuple[int, int]:
 def planned(
     count: int | None, index_range: str | None, array_task: str | None, *, seed: int, shard_size: int
 ) -> tuple[Plan, Plan | None]:
-    """What the options ask for: the dataset in the folder, and the part of it that this command makes.
-
-    With ``count``, the dataset's samples, ``index_range`` is the part of this command; without it, the dataset.
-    """
+    """What the options ask for: the dataset in the folder, and the part of it that this command makes."""
+    # With a count, the range is the part of this command; without it, the dataset.
     task = parse_task(array_task) if array_task is not None else None
     indices = parse_range(index_range) if index_range is not None else None
     if count is not None:
@@ -96,38 +88,51 @@ def planned(
         plan = Plan(count=len(indices), seed=seed, shard_size=shard_size, first=indices.start)
         indices = None
     else:
-        raise UsageError(
-            "neither --count nor --index-range is given.",
-            fix="Give --count, such as --count 1000; see `busigen generate --help`.",
-        )
+        problem = "neither --count nor --index-range is given."
+        raise UsageError(problem, fix="Give --count, such as --count 1000; see `busigen generate --help`.")
     return plan, part_of(plan, indices, task)
 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What a call to ``generate`` did. Of a task that did not complete the dataset, it reports on the task's part.
-
-    Attributes:
-        folder: the dataset, a folder or a URL.
-        samples, shards, classes: in the dataset; samples by class.
-        written: shards that this call wrote; the others were complete before.
-        rejected: refused draws per reason.
-        size: bytes of all shards.
-        seconds: wall-clock time of this call.
-        already_complete: the dataset was finished before, and nothing was done.
-        missing: shards of other tasks that the dataset still lacks; the last of these tasks completes it.
-    """
+    """What a call to ``generate`` did. Of a task that did not complete the dataset, it reports on the task's part."""
 
     folder: Path | Address
     samples: int
     shards: int
-    written: int
-    classes: dict[str, int]
-    rejected: dict[str, int]
-    size: int
-    seconds: float
-    already_complete: bool
-    missing: int = 0
+    written: int  # shards that this call wrote; the others were complete before
+    classes: dict[str, int]  # samples of each
+    rejected: dict[str, int]  # refused draws per reason
+    size: int  # bytes of all shards
+    seconds: float  # wall-clock time of this call
+    already_complete: bool  # the dataset was finished before, and nothing was done
+    missing: int = 0  # shards of other tasks that the dataset still lacks; the last of these tasks completes it
+
+    def lines(self) -> Iterator[str]:
+        """The lines of ``busigen generate``."""
+
+        def counts(numbers: dict[str, int]) -> str:
+            return ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+        samples = f"{counted(self.samples, 'sample')} ({counts(self.classes)})"
+        if self.already_complete:
+            yield f"{self.folder} is complete already: {samples}."
+            return
+        yield (
+            f"{samples} in {self.folder}: {counted(self.shards, 'shard')}, {self.size / 1e6:.1f} MB; "
+            f"{counted(self.written, 'shard')} written in {self.seconds:.1f} s"
+        )
+        if self.missing:
+            yield (
+                f"  this task's part is complete; still to come from others: {counted(self.missing, 'shard')}; "
+                "the last of them completes the dataset"
+            )
+        if self.rejected:
+            refused = sum(self.rejected.values())
+            share = refused / (refused + self.samples)
+            yield f"  draws refused by the gates: {share:.1%} ({counts(dict(sorted(self.rejected.items())))})"
+        if not self.missing:
+            yield f"  look at {self.folder / 'preview.png'}; check with: busigen verify {shell_word(self.folder)}"
 
 
 def generate(
@@ -136,7 +141,7 @@ def generate(
     *,
     count: int,
     seed: int,
-    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_size: int = SHARD_SIZE,
     first: int = 0,
     part: Plan | None = None,
     make: Callable[[Source, ShardJob], None] | None = None,
@@ -145,27 +150,14 @@ def generate(
 ) -> GenerateReport:
     """Make the dataset of ``count`` accepted samples in ``out``, or finish one that the same call began earlier.
 
-    Samples, shards and every hashed file depend on the source's fingerprint and these arguments alone, not on where
-    earlier runs were stopped. Another count is refused like any other difference: it would change a last, short shard.
-
-    Args:
-        source: where samples come from.
-        out: the dataset's folder, created if it does not exist, or an output elsewhere.
-        count: number of samples, 1 to 10^9.
-        seed: 0 to 2^64 - 1.
-        shard_size: samples per shard. A killed run loses the shard being written, the one being drawn, and what a
-            source has drawn ahead of it.
-        first: index of the first sample, a multiple of ``shard_size``.
-        part: of the dataset that this call makes, beside others that make theirs in the same folder; None makes all.
-            The call that finds all shards there completes the dataset.
-        make: who makes the shards; None for this process.
-        progress: counts every sample; None shows nothing.
-        stop: asked after each shard whether to end here; None never ends early.
+    Samples, shards and every hashed file depend on the source's fingerprint and the `Plan` alone, not on where earlier
+    runs were stopped. Another count is refused like any other difference: it would change a last, short shard. ``part``
+    is what this call makes of the dataset, beside others that make theirs in the same folder; None makes all, and the
+    call that finds all shards there completes the dataset. ``make`` makes the shards; None does so in this process.
 
     Raises:
-        UsageError: a number is out of range.
         OutputError: the place is foreign, in use, of another run, too small, not writable or not reached.
-        GenerationInterrupted: ``stop`` was asked to, or on Ctrl-C.
+        GenerationInterrupted: ``stop``, which is asked after each shard, says so, or on Ctrl-C.
         BusigenError: whatever the source raises; complete shards are kept.
     """
     started = time.monotonic()
@@ -219,11 +211,8 @@ def _complete(
     part: Plan | None,
     make: Callable[[Source, ShardJob], None],
 ) -> tuple[list[ShardRecord], int, bool]:
-    """Make the job's missing shards, and the files that describe the whole dataset once all its shards are there.
-
-    Gives the records of the dataset's shards, or of the job's if others are still missing; how many are; whether the
-    dataset was complete before.
-    """
+    """Make the missing shards and, once all are there, the files that describe the whole dataset."""
+    # Returns the dataset's records, or the job's if others are missing; how many are; whether it was complete before.
     output, records = job.output, job.records
 
     def alone() -> AbstractContextManager[None]:
@@ -252,8 +241,7 @@ def _complete(
         # A run that was asked to stop in its last shard is complete but for this, which takes moments.
         with output.aborting(), output_errors(output.folder), alone():
             existing = found()
-            missing = plan.shards - len(existing)
-            if missing:
+            if missing := plan.shards - len(existing):
                 existing = [records[number] for number in sorted(records)]
             # Two tasks may end at once.
             elif not output.is_finished(run, existing):

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, UsageError
 from busigen.runtime.backends.base import usable_cores
-from busigen.runtime.execution.coordinator import Event, WorkerPool
-from busigen.runtime.execution.worker import Order, SourceMaker, Worker
+from busigen.runtime.execution.workers import Event, Order, SourceMaker, Worker, WorkerPool
 from busigen.terminal import log_to_stderr
 from busigen.text import counted, without_credentials
 
@@ -38,10 +37,8 @@ class Launcher:
         return asked
 
     def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> WorkerPool | None:
-        """The workers; None where this process makes the shards itself.
-
-        ``make`` gives what a worker of so many threads opens its source with. Raises for options of other launchers.
-        """
+        """The workers; None where this process makes the shards itself. Raises for options of other launchers."""
+        # ``make`` gives what a worker of so many threads opens its source with.
         raise NotImplementedError
 
 
@@ -66,10 +63,8 @@ class Slurm(Local):
     def task(self, asked: str | None) -> str | None:
         """The task that Slurm's variables name."""
         if asked is not None:
-            raise UsageError(
-                f"--array-task {asked} is given with --launcher slurm, which reads it from Slurm.",
-                fix="Leave out one of them.",
-            )
+            problem = f"--array-task {asked} is given with --launcher slurm, which reads it from Slurm."
+            raise UsageError(problem, fix="Leave out one of them.")
         return array_task(os.environ)
 
 
@@ -79,8 +74,7 @@ def _ray() -> Launcher:
     return OnRay()
 
 
-LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": Local, "ray": _ray, "slurm": Slurm}
-"""What makes the launcher of each name in ``registry.LAUNCHERS``."""
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": Local, "ray": _ray, "slurm": Slurm}  # see registry.LAUNCHERS
 
 
 def launcher(name: str) -> Launcher:
@@ -102,10 +96,8 @@ def array_task(environment: Mapping[str, str]) -> str:
     for name in ("ID", "COUNT", "MIN", "MAX"):
         text = environment.get(f"SLURM_ARRAY_TASK_{name}", "")
         if not text.isdecimal():
-            raise UsageError(
-                f"--launcher slurm: SLURM_ARRAY_TASK_{name} is {text!r}, so this is no task of a job array.",
-                fix="Start it with `sbatch --array=1-N`, or give --array-task K/N yourself.",
-            )
+            problem = f"--launcher slurm: SLURM_ARRAY_TASK_{name} is {text!r}, so this is no task of a job array."
+            raise UsageError(problem, fix="Start it with `sbatch --array=1-N`, or give --array-task K/N yourself.")
         values[name] = int(text)
     step = (values["MAX"] - values["MIN"]) / max(1, values["COUNT"] - 1) or 1
     position = (values["ID"] - values["MIN"]) / step
@@ -147,13 +139,13 @@ class LocalWorkerPool:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def order(self, worker: int, order: Order | None) -> None:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         # Of a worker that is gone, its closed pipe tells in a moment.
         with contextlib.suppress(OSError):
             self._workers[worker][1].send(order)
 
     def events(self, timeout: float) -> list[Event]:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         ready = wait([pipe for _, pipe in self._workers.values()], timeout)
         return [(number, self._received(number)) for number, (_, pipe) in list(self._workers.items()) if pipe in ready]
 
@@ -199,7 +191,6 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> None:
-    """What runs in the worker's process."""
 
     def listen() -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -230,8 +221,7 @@ def _work(pipe: Connection, make: SourceMaker, scratch: Path, speaks: bool) -> N
 
 def _follow_parent(scratch: Path) -> None:
     """End with the process that started this one: what it would make, nobody would fetch."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         shutil.rmtree(scratch, ignore_errors=True)
         os._exit(1)

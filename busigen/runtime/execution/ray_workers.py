@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from busigen.errors import BusigenError, InputError, MissingDependencyError, UsageError
 from busigen.runtime.backends.base import provider_named, usable_cores
-from busigen.runtime.execution.coordinator import Event, WorkerPool
 from busigen.runtime.execution.launchers import Launcher, require_workers
-from busigen.runtime.execution.worker import (
+from busigen.runtime.execution.workers import (
+    Event,
     Order,
     RemoteSourceInfo,
     SourceMaker,
     Worker,
     WorkerMessage,
+    WorkerPool,
     WorkerStopped,
 )
 from busigen.text import counted, install_command, without_credentials
@@ -25,11 +26,8 @@ from busigen.text import counted, install_command, without_credentials
 if TYPE_CHECKING:
     from busigen.runtime.execution.run import GenerateOptions
 
-_THREADS = 2
-"""Cores per actor, where nothing else is asked for."""
-
-_ORDERS = "orders"
-"""What an actor does in a thread of its own, so that it can be called while it makes a shard."""
+_THREADS = 2  # cores per actor, where nothing else is asked for
+_ORDERS = "orders"  # what an actor does in a thread of its own, so that it can be called while it makes a shard
 
 
 class OnRay(Launcher):
@@ -67,20 +65,17 @@ class _Actor:
 class RayWorkerPool:
     """Ray actors. One that is lost, with its machine or without, is replaced wherever Ray has room.
 
-    Args:
-        make: opens a worker's source; its paths have to hold on every machine.
-        size: number of workers; None for as many as the cluster has room for.
-        resources: cores and GPUs of each worker, as Ray names them.
-        address: of a cluster that runs; None for one that begins and ends with this pool.
+    ``make`` opens a worker's source, by paths that hold on every machine. Without ``size``, there are as many workers,
+    of these ``resources``, as there is room for. Without the ``address`` of a cluster, one begins and ends with this
+    pool.
     """
 
     def __init__(self, make: SourceMaker, size: int | None, resources: dict[str, int], address: str | None) -> None:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise MissingDependencyError(
-                f"--launcher ray needs {error.name}, which is not installed.", fix=f"Run {install_command('ray')}."
-            ) from error
+            problem = f"--launcher ray needs {error.name}, which is not installed."
+            raise MissingDependencyError(problem, fix=f"Run {install_command('ray')}.") from error
         self._ray = ray
         self.where = "a Ray cluster" if address else "Ray on this machine"
         self.size = size or 0
@@ -100,16 +95,13 @@ class RayWorkerPool:
                 with suppress(Exception):
                     self._ray.shutdown()
                 lines = str(error).splitlines() or ["it does not say why"]
-                place = (
-                    f"reached at {without_credentials(self._address)}" if self._address else "started on this machine"
-                )
-                raise InputError(
-                    f"Ray cannot be {place}: {without_credentials(lines[0].rstrip('.'))}.",
-                    fix="Give the --ray-address of a cluster that runs, or leave it out for one on this machine."
-                    if self._address
-                    else "Try again when the machine has less to do, or use --launcher local with --workers, without "
-                    "Ray.",
-                ) from error
+                place, fix = "started on this machine", "Try again when the machine has less to do, or use --launcher "
+                fix += "local with --workers, without Ray."
+                if self._address:
+                    place = f"reached at {without_credentials(self._address)}"
+                    fix = "Give the --ray-address of a cluster that runs, or leave it out for one on this machine."
+                problem = f"Ray cannot be {place}: {without_credentials(lines[0].rstrip('.'))}."
+                raise InputError(problem, fix=fix) from error
         try:
             self._start_all()
         except BaseException:
@@ -125,11 +117,11 @@ class RayWorkerPool:
             self._ray.shutdown()
 
     def order(self, worker: int, order: Order | None) -> None:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         self._actors[worker].order.options(concurrency_group=_ORDERS).remote(order)
 
     def events(self, timeout: float) -> list[Event]:
-        """See :class:`busigen.runtime.execution.coordinator.WorkerPool`."""
+        """See :class:`busigen.runtime.execution.workers.WorkerPool`."""
         if not self._calls:
             return []
         ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout, fetch_local=True)
@@ -168,10 +160,8 @@ class RayWorkerPool:
             room = min(room, int(total.get("GPU", 0)))
         self.size = self.size or room
         if room < max(1, self.size):
-            raise UsageError(
-                f"{self.where} has room for {room} workers of {each} each, not for {max(1, self.size)}.",
-                fix="Give fewer --workers or --threads.",
-            )
+            problem = f"{self.where} has room for {room} workers of {each} each, not for {max(1, self.size)}."
+            raise UsageError(problem, fix="Give fewer --workers or --threads.")
         self.where += f": {counted(self.size, 'worker')} of {each}"
         for _ in range(self.size):
             self._start_worker()

@@ -9,16 +9,15 @@ from typing import Any
 
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
-from busigen.registry import AUTO, DEFAULT_BATCH, SYNTHETIC
+from busigen.registry import AUTO, DEFAULT_BATCH, SHARD_SIZE, SYNTHETIC
 from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import choose
-from busigen.runtime.dataset.format import DEFAULT_SHARD_SIZE, Plan, decided
-from busigen.runtime.execution.coordinator import Coordinator
+from busigen.runtime.dataset.format import Plan, decided
 from busigen.runtime.execution.factory import GenerateReport, generate, planned, refuse_small_disk
 from busigen.runtime.execution.launchers import launcher
 from busigen.runtime.execution.signals import Stopping
-from busigen.runtime.execution.worker import SourceMaker
+from busigen.runtime.execution.workers import Coordinator, SourceMaker
 from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
@@ -27,6 +26,8 @@ from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.url import Address
 
+_LOGGED = ("count", "seed", "shard_size", "provider", "index_range", "array_task", "launcher", "workers")
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -34,46 +35,31 @@ class GenerateOptions:
 
     The command line, launchers and workers share one object, which is pickled for workers. It is no pydantic model:
     what is wrong is said by the checks that other commands share.
-
-    Attributes:
-        count: accepted samples in the dataset; ``None`` where ``index_range`` says so.
-        bundle: a bundle's folder; ``None`` for the shipped one.
-        healthy: a folder of healthy images, or ``synthetic``.
-        provider: a name in ``registry.PROVIDERS``, or ``auto``: the one that ``out`` was begun with, else the best that
-            works here.
-        threads: compute threads; ``None`` for one per core.
-        size, depth, across, height_width: what outlines are asked to be, a number or ``low:high``.
-        index_range: ``first:end``, the samples that this command makes.
-        array_task: ``K/N``, the part of these that it makes.
-        workers: processes that make shards; ``None`` for what the launcher takes by itself.
-        ray_address: of a Ray cluster that runs; ``None`` for one of this command's own.
-        allow_fallback: where the provider cannot be used, go on with the processor.
-        spool: staging folder for shards on their way to a URL; ``None`` for one in the user's cache folder.
     """
 
     out: Path | Address
-    count: int | None = None
-    bundle: Path | None = None
-    healthy: str = SYNTHETIC
+    count: int | None = None  # accepted samples in the dataset; None where ``index_range`` says so
+    bundle: Path | None = None  # None for the shipped one
+    healthy: str = SYNTHETIC  # or a folder of healthy images
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
-    shard_size: int = DEFAULT_SHARD_SIZE
-    provider: str = AUTO
-    threads: int | None = None
-    size: str | None = None
+    shard_size: int = SHARD_SIZE
+    provider: str = AUTO  # the one that ``out`` was begun with, else the best here; or a name in registry.PROVIDERS
+    threads: int | None = None  # None for one per core
+    size: str | None = None  # of outlines, a number or ``low:high``, as the next three
     depth: str | None = None
     across: str | None = None
     height_width: str | None = None
     taller_than_wide: bool = False
     birads: str | None = None
-    index_range: str | None = None
-    array_task: str | None = None
+    index_range: str | None = None  # ``first:end``, the samples that this command makes
+    array_task: str | None = None  # ``K/N``, the part of these that it makes
     launcher: str = "local"
-    workers: int | None = None
-    ray_address: str | None = None
-    allow_fallback: bool = False
-    spool: Path | None = None
+    workers: int | None = None  # processes that make shards; None for what the launcher takes by itself
+    ray_address: str | None = None  # of a cluster that runs; None for one of this command's own
+    allow_fallback: bool = False  # where the provider cannot be used, go on with the processor
+    spool: Path | None = None  # staging folder on the way to a URL; None for one in the user's cache folder
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began; ``stop`` may end it after any shard."""
@@ -85,14 +71,7 @@ class GenerateOptions:
             busigen=busigen.__version__,
             process=os.getpid(),
             out=str(self.out.absolute() if isinstance(self.out, Path) else self.out),
-            count=self.count,
-            seed=self.seed,
-            shard_size=self.shard_size,
-            provider=options.provider,
-            index_range=self.index_range,
-            array_task=self.array_task,
-            launcher=self.launcher,
-            workers=self.workers,
+            **{name: getattr(options, name) for name in _LOGGED},
         )
         if choice:
             progress.note(f"provider: {choice.provider} ({choice.why})")
@@ -114,9 +93,8 @@ class GenerateOptions:
         classes, asked = self._conditions()
         if isinstance(self.out, Path):
             if self.spool is not None:
-                raise UsageError(
-                    f"--spool {self.spool} is for URLs, and --out {self.out} is a folder.", fix="Leave --spool out."
-                )
+                problem = f"--spool {self.spool} is for URLs, and --out {self.out} is a folder."
+                raise UsageError(problem, fix="Leave --spool out.")
         elif part is not None:
             from busigen.runtime.output.remote import tasks_refused
 
@@ -134,10 +112,8 @@ class GenerateOptions:
             return generate(coordinator.source(), output, make=coordinator.make, **options)
 
     def source(self, progress: Progress, plan: Plan | None = None, output: Output | None = None) -> Sampler:
-        """Where samples come from; this checks bundle, provider, threads and batch size.
-
-        With ``plan`` and ``output`` of a run in this process, another run that is there is refused early.
-        """
+        """Where samples come from; this checks bundle, provider, threads and batch size."""
+        # With plan and output of a run in this process, another run that is there is refused early.
         classes, asked = self._conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
         name = choose().provider if self.provider == AUTO else self.provider
@@ -178,11 +154,5 @@ class GenerateOptions:
         return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
 
     def _conditions(self) -> tuple[dict[str, float], SampleConditions]:
-        return parse_shares(self.classes), parse_conditions(
-            size=self.size,
-            depth=self.depth,
-            across=self.across,
-            height_width=self.height_width,
-            taller_than_wide=self.taller_than_wide,
-            birads=self.birads,
-        )
+        names = ("size", "depth", "across", "height_width", "taller_than_wide", "birads")
+        return parse_shares(self.classes), parse_conditions(**{name: getattr(self, name) for name in names})

@@ -21,11 +21,8 @@ _SIGNALS = {
     signal.SIGTERM: ("SIGTERM", "Terminated", TERMINATED_EXIT_CODE),
 }
 
-_GRACE = 2.0
-"""Seconds in which the main thread has to hear a second signal, and in which the process has to be gone afterwards."""
-
-_ENDING = 10.0
-"""Seconds that the main thread has to end in good order once it has heard it: an attempt at a network takes five."""
+_GRACE = 2.0  # seconds for the main thread to hear a second signal, and for the process to be gone afterwards
+_ENDING = 10.0  # seconds for the main thread to end in good order after that: an attempt at a network takes five
 
 
 class GenerationInterrupted(BusigenError):
@@ -43,12 +40,10 @@ class Stopping:
     """Listens for Ctrl-C and SIGTERM while its block runs; ``notify`` gets a line, in a thread of its own.
 
     Outside of ``finishing`` a signal raises ``KeyboardInterrupt`` in the main thread. Inside, the first one is only
-    noted (``requested``), and each further one raises. An exception that leaves the block becomes a
-    ``GenerationInterrupted``. A signal that the process was started to ignore stays ignored.
-
-    The main thread may be inside an engine, or wait for a thread that is, and neither can be interrupted. So the
-    process is ended where the main thread does not hear a second signal within two seconds, or does not come to an end
-    ten seconds later, and on a third one at once. An object whose block was never entered never asks to stop.
+    noted (``requested``), and each further one raises. An interrupt that leaves the block becomes a
+    ``GenerationInterrupted``. A signal that the process was started to ignore stays ignored. The main thread may be
+    inside an engine, which cannot be interrupted: the process is ended where it does not hear a second signal within
+    two seconds, or does not end ten seconds later, and on a third one at once. Never entered, it never asks to stop.
     """
 
     def __init__(self, notify: Callable[[str], None] = lambda line: None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,20 @@ from busigen.runtime.dataset.format import (
     MEMBER_SUFFIXES,
     RUN_FILE,
     Plan,
+    Rejection,
+    Source,
     as_typed,
     differences,
     key_of,
     shard_path,
 )
 from busigen.runtime.dataset.reader import ListedShard, Member, plan_of, read_members, read_object, refuse_unreadable
-from busigen.runtime.dataset.sample import Rejection, Source
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_row
 from busigen.runtime.maintenance.merge import find_sample
 from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now
 from busigen.runtime.maintenance.verify import read_run
 from busigen.runtime.storage.files import output_errors
-from busigen.text import describe
+from busigen.text import describe, unproven_line
 
 REPAIR_FIRST = "Run `busigen verify --repair` on the dataset."
 
@@ -65,20 +66,15 @@ def parse_key(key: str, plan: Plan) -> int:
     # No key has more digits, and Python refuses to read thousands of them.
     index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 18 else -1
     if index not in plan.span:
-        raise UsageError(
-            f"the dataset has no sample {key!r}.",
-            fix=f"Give a key from {key_of(plan.span[0])} to {key_of(plan.span[-1])}.",
-        )
+        problem = f"the dataset has no sample {key!r}."
+        raise UsageError(problem, fix=f"Give a key from {key_of(plan.span[0])} to {key_of(plan.span[-1])}.")
     return index
 
 
 def read_recorded(folder: Path, key: str) -> Recorded:
-    """Gather what a dataset, whole or damaged, holds of a sample.
+    """Gather what a dataset, whole or damaged, holds of a sample; raises as `read_run` and `parse_key`.
 
-    Raises:
-        InputError: ``folder`` is no dataset, has links, or is newer than this busigen.
-        UsageError: the key is none of the dataset's.
-        IntegrityError: nothing is left of the sample.
+    An IntegrityError says that nothing is left of the sample, an InputError also that there are links.
     """
     refuse_unreadable(folder)
     run = read_run(folder)
@@ -108,8 +104,7 @@ def read_recorded(folder: Path, key: str) -> Recorded:
     rows[table] = tried(table, lambda: find_row(folder / table, len(indices), index))
     if member is not None:
         rows[f"{tar}:{member.key}.json"] = member.row
-    rows = {name: row for name, row in rows.items() if row is not None}
-    if not rows:
+    if not (rows := {name: row for name, row in rows.items() if row is not None}):
         raise IntegrityError(f"nothing is left of sample {key_of(index)}: {' '.join(problems)}", fix=REPAIR_FIRST)
     recorded = Recorded(run, plan, index, number, record, rows, member, problems)
     problems += _contradictions(folder, recorded)
@@ -117,7 +112,6 @@ def read_recorded(folder: Path, key: str) -> Recorded:
 
 
 def _contradictions(folder: Path, recorded: Recorded) -> list[str]:
-    """Where dataset, shard, row and file do not fit one another."""
     found = []
     (first, row), *others = recorded.rows.items()
     for name, other in others:
@@ -157,9 +151,8 @@ def listed_files(info: Mapping[str, Any]) -> dict[int, tuple[FileRecord, FileRec
 
 def _history(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dict[str, Any]:
     """A sample's history by topic, as plain JSON; ``graphs`` are those of the run's bundle, if that is at hand."""
-    run, row = recorded.run, next(iter(recorded.rows.values()))
+    run, row, refused = recorded.run, next(iter(recorded.rows.values())), recorded.refused
     fingerprint = run["fingerprint"]
-    refused = recorded.refused
     tar = shard_path(recorded.number, "tar")
     # The graphs that drew the sample, in the order in which they ran.
     label, side = row.get("class"), row.get("window_side")
@@ -238,24 +231,52 @@ class Explanation:
             "error": str(self.error) if self.error else None,
         }
 
+    def lines(self) -> Iterator[str]:
+        """The lines of ``busigen explain``."""
+        past = self.history
+        made, background, bundle = past["made_with"], past["background"], past["bundle"]
+        yield f"sample {past['key']} of {past['dataset']}: index {past['index']}, seed {past['seed']}, {past['class']}"
+        yield f"  bundle        {bundle['name']} ({bundle['sha256']})"
+        yield "  made with     " + ", ".join(f"{name} {version}" for name, version in made.items())
+        # What a person wants to read of a number; --json and the manifest hold all its digits.
+        asked = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in past["asked"].items()}
+        yield f"  asked for     {', '.join(f'{name} {value}' for name, value in asked.items() if value is not None)}"
+        if background["sha256"]:
+            yield f"  painted into  {background['file']} of {background['folder']} ({background['sha256']})"
+        else:
+            yield f"  painted into  a {background['kind'] or 'generated'} background"
+        attempts, refused = "1, nothing refused", past["refused"]
+        if refused is None:
+            attempts = "unknown: the record is lost"
+        elif refused:
+            reasons = ", ".join(f"attempt {draw['attempt']} refused: {draw['reason']}" for draw in refused)
+            attempts = f"{len(refused) + 1} ({reasons})"
+        yield f"  attempts      {attempts}"
+        yield f"  shard         {past['shard']['file']}"
+        yield "  fingerprints"
+        width = max(len(link["link"]) for link in past["chain"])
+        yield from (f"    {link['link']:{width}}  {link['sha256']}" for link in past["chain"])
+        if past["unproven"]:
+            yield f"  unproven: {unproven_line(past['unproven'])}"
+        yield from (f"  problem: {problem}" for problem in self.problems)
+        replay = self.replay
+        if replay is None:
+            return
+        for kind, agrees in (("image", replay.image_agrees), ("mask", replay.mask_agrees)):
+            yield f"  replay: the {kind}'s bytes {'agree' if agrees else 'DIFFER'} ({replay.files[kind]})"
+        yield from (f"    {difference}" for difference in replay.differs)
+        if replay.conditions:
+            yield "  replay: under other conditions than the run's; with another engine, grey levels may differ:"
+            yield from (f"    {condition}" for condition in replay.conditions)
+
 
 def explain(
     folder: Path, key: str, *, inputs: Inputs | None = None, replay: bool = True, out: Path | None = None
 ) -> Explanation:
-    """Tell one sample's history and draw it again.
+    """Tell one sample's history and draw it again; raises what `read_recorded` does.
 
-    Args:
-        folder: a dataset, whole or damaged.
-        key: the sample's key as it stands in the manifest, or its index; of a merged dataset in parts, ``part/key``.
-        inputs: where the run's bundle and healthy images lie; None for the shipped bundle.
-        replay: whether to draw the sample again.
-        out: folder for the new image, mask and row; nothing is written if None.
-
-    Raises:
-        InputError: ``folder`` is no dataset.
-        UsageError: no sample of that key can be in the dataset, or ``out`` lies inside it.
-        IntegrityError: nothing is left of the sample in the dataset.
-        OutputError: ``out`` cannot be written.
+    ``key`` is the sample's in the manifest, or its index; of a merged dataset in parts, ``part/key``. ``inputs`` say
+    where the run's bundle and healthy images lie; ``out`` is a folder outside the dataset for image, mask and row.
     """
     inputs = inputs or Inputs()
     if out is not None and not replay:
@@ -290,10 +311,8 @@ def explain(
 def _replay(recorded: Recorded, source: Source) -> tuple[Replay, Member]:
     """Draw the sample alone and compare it with everything that the dataset holds of it.
 
-    Alone is enough: a row of a batch does not depend on the others, from two rows on, which every engine call has
-    (``MIN_BATCH``): ONNX Runtime's CPU kernels cut a product into tiles by rows and columns but add up each entry in
-    one order; only a single row takes another kernel (matrix times vector). Tests hold this. On a GPU, libraries choose
-    kernels by the batch's shape, so there a difference of few grey levels can be the batch's.
+    Alone is enough: on the processor, a row of a batch of ``MIN_BATCH`` or more does not depend on the others, as tests
+    hold. On a GPU, libraries choose kernels by the batch's shape, so a difference of few grey levels can be due to it.
     """
     alone = range(recorded.index, recorded.index + 1)
     with redrawn_shard(source, recorded.plan, recorded.number, alone, lambda accepted: None) as (folder, record):
@@ -331,8 +350,7 @@ def _pixel_differences(kind: str, member: Member, stored: Member) -> list[str]:
         new, old = (one.decoded(kind).astype(np.int16) for one in (member, stored))
     except ValueError as error:
         return [f"{kind}: what the shard holds is {error}."]
-    changed = int((new != old).sum())
-    if changed == 0:
+    if not (changed := int((new != old).sum())):
         return [f"{kind}: the same pixels, packed into other bytes."]
     levels = f", by up to {int(np.abs(new - old).max())} grey levels" if kind == "image" else ""
     return [f"{kind}: {changed} of {new.size} pixels differ{levels}."]

@@ -1,8 +1,7 @@
 """Merged datasets: joining finished ones without changing a byte of their shards, and the parts that some consist of.
 
-A merged dataset of several seeds, or of ranges with a gap, cannot be renumbered without changing bytes. So it is a
-collection: it keeps its parts as they were made, in ``parts/000`` and so on, beside a table of all rows and a
-``dataset.json``.
+What would have to be renumbered, several seeds or ranges with a gap, becomes a collection: it keeps its parts as they
+were made, in ``parts/000`` and so on, beside a table of all rows and a ``dataset.json``.
 """
 
 from __future__ import annotations
@@ -43,14 +42,12 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, 
 from busigen.runtime.output.ownership import shown_changes
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder, output_errors
-from busigen.text import counted, shell_word
+from busigen.text import counted, disk_size, shell_word
 
 PARTS_FOLDER = "parts"
-COLLECTION_FILES = (MANIFEST_FILE, CARD_FILE, DATASET_FILE)
-"""What a collection holds beside its parts."""
+COLLECTION_FILES = (MANIFEST_FILE, CARD_FILE, DATASET_FILE)  # what a collection holds beside its parts
 
-Sources = list[dict[str, Any]]
-"""What a dataset was merged from, in order: folders, plans, versions and the sha256 of their ``dataset.json``."""
+Sources = list[dict[str, Any]]  # what a dataset was merged from, in order: folder, plan, versions, sha256 of its record
 
 _NOT_COMPARED = ("config", "engine_batches", "options", "schema_version", "sources", "unproven", "versions")
 """Fields of a run record in which datasets that are merged may differ."""
@@ -66,24 +63,26 @@ class MergeReport:
     size: int  # bytes of its shards
     copied: bool  # whether a shard had to be copied because it could not be linked
 
+    def lines(self) -> Iterator[str]:
+        """The lines of ``busigen merge``."""
+        shape = "as one run would have made it" if self.parts == 1 else f"in {counted(self.parts, 'part')}"
+        yield f"{counted(self.samples, 'sample')} in {self.folder}, {shape}; {disk_size(self.size)} of shards"
+        if self.copied:
+            yield "  shards were copied: this file system cannot link them"
+        yield f"  check with: busigen verify {shell_word(self.folder)}"
+
 
 def merge(out: Path, folders: Sequence[Path], *, progress: Progress | None = None) -> MergeReport:
-    """Join datasets; they stay as they are.
+    """Join finished datasets of one bundle, which stay as they are; merged ones are taken apart first.
 
     Ranges of one seed that follow one another become one dataset with the bytes of a single run. Everything else stays
     in parts. Shards are linked where the file system allows it, and copied otherwise; each is checked against its
-    recorded hash. ``out`` appears by a rename, whole.
-
-    Args:
-        out: the merged dataset; must not exist, or be empty.
-        folders: finished datasets of one bundle; merged ones are taken apart first.
-        progress: counts every shard.
+    recorded hash. ``out``, which must not exist or be empty, appears by a rename, whole. ``progress`` counts shards.
 
     Raises:
-        UsageError: there are fewer than two datasets.
         InputError: one is no finished dataset, differs in what decides its samples, or has samples of another one.
         IntegrityError: one is damaged.
-        OutputError: ``out`` exists, or cannot be written.
+        OutputError: ``out`` is not empty, or cannot be written.
     """
     progress = progress or Progress()
     if len(folders) < 2:
@@ -143,8 +142,7 @@ def _refuse_misfits(datasets: Sequence[Dataset]) -> None:
 
 def _records(dataset: Dataset) -> list[ShardRecord]:
     """Every shard's record, of a dataset whose plan, records, ``run.json`` and ``dataset.json`` agree, or an error."""
-    run = read_object(dataset.folder / RUN_FILE)
-    if run is None or differences(run, run_of(dataset.info)):
+    if (run := read_object(dataset.folder / RUN_FILE)) is None or differences(run, run_of(dataset.info)):
         raise _damaged(dataset, RUN_FILE)
     with _reading(dataset):
         records = [record.counted() for record in dataset.shards()]
@@ -153,8 +151,7 @@ def _records(dataset: Dataset) -> list[ShardRecord]:
         indices = dataset.plan.indices(record.number)
         if (record.first, record.count) != (indices.start, len(indices)):
             raise _damaged(dataset, shard_path(record.number, "json"))
-    changed = differences(dataset.info, dataset_info(run, records, {MANIFEST_FILE: manifest}))
-    if changed:
+    if changed := differences(dataset.info, dataset_info(run, records, {MANIFEST_FILE: manifest})):
         named = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _, _ in changed))
         path = dataset.folder / DATASET_FILE
         raise _broken(dataset, f"{path} differs from the shards' records or the manifest in: {named}.")
@@ -244,16 +241,12 @@ def _broken(dataset: Dataset, problem: str) -> IntegrityError:
     return IntegrityError(problem, fix=f"Run `busigen verify --repair {shell_word(dataset.folder)}`, then merge again.")
 
 
-class PartRecord(Record):
-    """What is used of a part in it."""
-
+class _Part(Record):
     sources: Many[SourceRecord]
 
 
-class CollectionRecord(Record):
-    """What is used of a collection's ``dataset.json``."""
-
-    parts: Many[PartRecord]
+class _Collection(Record):
+    parts: Many[_Part]
 
 
 def part_name(number: int) -> str:
@@ -264,8 +257,7 @@ def part_name(number: int) -> str:
 def parts_of(folder: Path) -> list[Path]:
     """The folders of a collection's parts, in order; empty for others; an InputError for a link or a newer schema."""
     parts = folder / PARTS_FOLDER
-    places = [parts / name for name in names_in(parts) if name.isdecimal() and (parts / name).is_dir()]
-    if places:
+    if places := [parts / name for name in names_in(parts) if name.isdecimal() and (parts / name).is_dir()]:
         for path in (parts, *places):
             if path.is_symlink():
                 raise link_refused(path)
@@ -324,7 +316,7 @@ def collection_info(folder: Path, parts: Sequence[Dataset], sources: Sequence[So
 def recorded_sources(folder: Path) -> list[Sources] | None:
     """The sources of each part, as the collection's ``dataset.json`` lists them; None if it cannot be read."""
     try:
-        info = read_checked(CollectionRecord, folder / DATASET_FILE, fix="", root=folder)
+        info = read_checked(_Collection, folder / DATASET_FILE, fix="", root=folder)
     except (OSError, IntegrityError):
         return None
     found = [part["sources"] for part in info["parts"]]
@@ -332,18 +324,11 @@ def recorded_sources(folder: Path) -> list[Sources] | None:
 
 
 def find_sample(folder: Path, key: str) -> tuple[Path, str]:
-    """The part that holds a sample, and its key there.
+    """The part of a dataset, merged or not, that holds a sample, and its key there; a UsageError if not exactly one.
 
-    Args:
-        folder: a dataset, merged or not.
-        key: ``000/000000012``, with or without ``parts/`` before it; or the key alone where one part has it.
-
-    Raises:
-        UsageError: no part has the sample, or several have.
-        IntegrityError: a part's records are damaged.
+    ``key`` is ``000/000000012``, with or without ``parts/`` before it; or the key alone where one part has it.
     """
-    places = parts_of(folder)
-    if not places:
+    if not (places := parts_of(folder)):
         return folder, key
     name, _, rest = key.removeprefix(f"{PARTS_FOLDER}/").rpartition("/")
     if name:

@@ -35,11 +35,7 @@ from busigen.text import disk_size
 def verify_place(
     place: Path | Address, *, healthy: Path | None = None, progress: Progress | None = None
 ) -> VerifyReport:
-    """Check a dataset in a folder or at a URL; see :func:`busigen.runtime.maintenance.verify.verify`.
-
-    Raises:
-        UsageError, MissingDependencyError: the URL's protocol is unknown, or needs an extra.
-    """
+    """Check a dataset in a folder or at a URL (`verify`); a BusigenError if nothing here speaks its protocol."""
     if isinstance(place, Path):
         return verify(place, healthy=healthy, progress=progress)
     with viewed(place, progress) as view:
@@ -65,10 +61,8 @@ def refuse_repair(place: Path | Address) -> Path:
     """The folder that is to be repaired; a UsageError if it is a URL."""
     if isinstance(place, Path):
         return place
-    raise UsageError(
-        f"--repair mends folders, and {place} is a URL.",
-        fix="Without it, verify names what to delete there, so that the same `busigen generate` command makes it anew.",
-    )
+    fix = "Without it, verify names what to delete there, so that the same `busigen generate` command makes it anew."
+    raise UsageError(f"--repair mends folders, and {place} is a URL.", fix=fix)
 
 
 @contextmanager
@@ -80,19 +74,14 @@ def viewed(address: Address, progress: Progress | None = None) -> Iterator[Remot
 
 
 class RemoteView:
-    """A dataset at a URL, of which the small files are fetched at once, and shards as they are needed.
-
-    An InputError says that it is no dataset, or one in parts, or that the disk has no room for it.
-    """
+    """A dataset at a URL: small files are fetched at once, shards as needed; or an InputError."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.store, self.folder = store, folder
         sizes = store.sizes
         if any(name.startswith(f"{PARTS_FOLDER}/") for name in sizes):
-            raise InputError(
-                f"{store.address} is a merged dataset in parts.",
-                fix=f"Name one part, such as {store.address}/parts/000.",
-            )
+            problem = f"{store.address} is a merged dataset in parts."
+            raise InputError(problem, fix=f"Name one part, such as {store.address}/parts/000.")
         if RUN_FILE not in sizes and DATASET_FILE not in sizes:
             raise InputError(
                 f"{store.address} is no busigen dataset: it has neither {RUN_FILE} nor {DATASET_FILE}.",
@@ -131,10 +120,8 @@ class RemoteView:
             return
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise InputError(
-                f"{self.store.address / name} has {disk_size(size)}, and {self.folder} {disk_size(free)} free.",
-                fix="Set TMPDIR to a folder with more room.",
-            )
+            problem = f"{self.store.address / name} has {disk_size(size)}, and {self.folder} {disk_size(free)} free."
+            raise InputError(problem, fix="Set TMPDIR to a folder with more room.")
         try:
             self.store.get(name, path)
         except FileNotFoundError:

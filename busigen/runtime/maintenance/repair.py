@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,12 +25,12 @@ from busigen.runtime.dataset.format import (
     SHARD_FOLDER,
     WRITTEN,
     Plan,
+    Source,
     differences,
     shard_files,
     shard_path,
 )
 from busigen.runtime.dataset.reader import link_refused, plan_of, read_members, read_object
-from busigen.runtime.dataset.sample import Source
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, recorded_schema, write_table
 from busigen.runtime.execution.estimate import require_room
 from busigen.runtime.maintenance.explain import listed_files
@@ -65,6 +66,13 @@ class RepairReport:
     after: VerifyReport
     error: BusigenError | None  # None if the dataset is sound now
 
+    def lines(self) -> Iterator[str]:
+        """The lines of ``busigen verify --repair`` that come before those of what verify says now."""
+        yield from (f"repaired {line}" for line in self.repaired)
+        yield from (f"not repaired {line}" for line in self.refused)
+        if not self.repaired and not self.refused:
+            yield "nothing was repaired"
+
 
 def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
     """Make again what ``verify`` finds damaged or missing, and leave everything else as it is.
@@ -73,21 +81,14 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
     only files that differ are replaced, by rename. A table whose tar is whole is written from that, without drawing.
     The files that describe the whole dataset follow from the shards. Killed half way, it can be given again.
 
-    Args:
-        folder: the dataset.
-        inputs: where the run's bundle and healthy images lie; None for the shipped bundle. They are opened only if a
-            shard has to be drawn.
-
     Raises:
         InputError: ``folder`` is no busigen dataset.
         IntegrityError: ``run.json`` and ``dataset.json`` contradict each other.
-        OutputError: another process holds the folder, its shards lie elsewhere, it cannot be written, or the disk has
-            no room for the samples that are missing.
+        OutputError: the folder is in use, its shards lie elsewhere, it cannot be written, or the disk has no room.
         RepairInterrupted: on Ctrl-C.
     """
     inputs = inputs or Inputs()
-    places = parts_of(folder)
-    if not places:
+    if not (places := parts_of(folder)):
         return _repair_alone(folder, inputs)
     reports = {place.relative_to(folder).as_posix(): _repair_alone(place, inputs) for place in places}
     repaired = [f"{name}/{line}" for name, report in reports.items() for line in report.repaired]
@@ -120,9 +121,8 @@ def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
     try:
         return _repair(folder, inputs)
     except KeyboardInterrupt:
-        raise RepairInterrupted(
-            f"Interrupted; what was repaired in {folder} is kept.", fix="Run the same command again to continue."
-        ) from None
+        problem = f"Interrupted; what was repaired in {folder} is kept."
+        raise RepairInterrupted(problem, fix="Run the same command again to continue.") from None
     finally:
         lock.__exit__(None, None, None)
 
@@ -173,8 +173,6 @@ def _opened(folder: Path) -> _Repair:
 
 @dataclass
 class _Repair:
-    """The repair of one dataset: what is known of it, and what has been done."""
-
     folder: Path
     run: dict[str, Any]
     plan: Plan
@@ -184,16 +182,15 @@ class _Repair:
     refused: list[str] = field(default_factory=list)
 
     def damaged(self, blamed: set[str]) -> list[int]:
-        """Shards of which verify blames a file, and those whose record is not the one that ``dataset.json`` lists.
+        """Shards of which verify blames a file, and those whose record is not the one that ``dataset.json`` lists."""
+        # Behind such a record, a shard and its hashes may have been changed together.
 
-        Behind such a record, a shard and its hashes may have been changed together.
-        """
-        found = []
-        for number in self.plan.numbers:
+        def is_damaged(number: int) -> bool:
             record, expected = self._record(number), self.listed.get(number)
-            if record is None or shard_files(number) & blamed or expected not in (None, (record.tar, record.parquet)):
-                found.append(number)
-        return found
+            unlisted = record is None or expected not in (None, (record.tar, record.parquet))
+            return unlisted or not shard_files(number).isdisjoint(blamed)
+
+        return [number for number in self.plan.numbers if is_damaged(number)]
 
     def write_table_from_tar(self, number: int, blamed: set[str]) -> bool:
         """Write a shard's table from its tar if that table alone is damaged, and what is recorded of the two agrees."""
@@ -241,7 +238,6 @@ class _Repair:
         return None
 
     def finish(self) -> None:
-        """Write the files that describe the whole dataset."""
         hashes = {name: hash_or_none(self.folder / name) for name in FINISHED_FILES}
         records = [ShardRecord.read(self.folder, number) for number in self.plan.numbers]
         with output_errors(self.folder):
@@ -286,10 +282,8 @@ class _Repair:
             self.repaired.append(f"{path}: written again")
 
     def _fits(self, record: ShardRecord, rows: pl.DataFrame, expected: tuple[FileRecord, FileRecord]) -> bool:
-        """Whether the new tar is the recorded one, and the new table that one too or at least of the same rows.
-
-        Another version of polars packs the same rows into other bytes: then the table that stands there is kept.
-        """
+        """Whether the new tar is the recorded one, and the new table that one too or at least of the same rows."""
+        # Another version of polars packs the same rows into other bytes: then the table that stands there is kept.
         tar, parquet = expected
         if record.tar != tar:
             return False

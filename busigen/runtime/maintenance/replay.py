@@ -14,9 +14,8 @@ from busigen.registry import ATTRIBUTES, AUTO, DEFAULT_BATCH, SYNTHETIC
 from busigen.runtime.backends.base import EngineOptions, open_backend
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle
 from busigen.runtime.backends.tensorrt.profiles import Batches
-from busigen.runtime.dataset.format import RUN_FILE, SHARD_FOLDER, Plan, as_typed, differences
+from busigen.runtime.dataset.format import RUN_FILE, SHARD_FOLDER, Plan, Source, as_typed, differences
 from busigen.runtime.dataset.reader import plan_of
-from busigen.runtime.dataset.sample import Source
 from busigen.runtime.dataset.shards import ShardRecord, write_shard
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
@@ -29,8 +28,7 @@ from busigen.text import describe
 BYTES_ONLY = ("busigen", "fingerprint.engine_version", "versions.")
 """Fields of a run record that may change a sample's bytes, but not which samples exist."""
 
-Change = tuple[str, Any, Any]
-"""Dotted field of a run record, its value then, and its value now."""
+Change = tuple[str, Any, Any]  # dotted field of a run record, its value then, and its value now
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,10 @@ class Inputs:
     progress: Progress = field(default_factory=Progress)
 
     def open(self, run: Mapping[str, Any], *, other_bundle: bool = False) -> Source:
-        """The source of a run, with the same healthy images.
+        """The source of a run, by the content of its ``run.json``, with the same healthy images.
 
-        Args:
-            run: content of ``run.json``.
-            other_bundle: accept a bundle that was given by name even if it is not the run's.
-
-        Raises:
-            InputError: bundle or healthy images are not given or not those of the run, or its provider is not usable.
-            IntegrityError: the run record is no record of a sampler, or the bundle is damaged.
-            UsageError: an option has a value that cannot be used.
+        With ``other_bundle``, a bundle that was given by name is taken even if it is not the run's. Raises an
+        InputError for inputs that are not the run's, or a provider that is not usable; an IntegrityError for damage.
         """
         recorded = run.get("fingerprint")
         if not isinstance(recorded, Mapping) or "bundle" not in recorded:
@@ -101,10 +93,8 @@ class Inputs:
     def _healthy(self, run: Mapping[str, Any]) -> HealthyFolder:
         name, recorded = as_typed(run, "--healthy"), str(run["fingerprint"]["healthy"])
         if self.healthy is None:
-            raise InputError(
-                f"the dataset was painted into the healthy images of a folder named {name!r}, which is not given.",
-                fix="Give that folder with --healthy.",
-            )
+            problem = f"the dataset was painted into the healthy images of a folder named {name!r}, which is not given."
+            raise InputError(problem, fix="Give that folder with --healthy.")
         folder = HealthyFolder(self.healthy, self.progress)
         if folder.fingerprint() != recorded:
             raise InputError(
@@ -122,9 +112,8 @@ def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
         classes = parse_classes(",".join(f"{name}={weight!r}" for name, weight in recorded["classes"].items()))
         asked = parse_conditions(**{name: recorded.get(name) for name in (*ATTRIBUTES, "birads")})
     except (KeyError, TypeError, AttributeError, UsageError) as error:
-        raise IntegrityError(
-            f"{RUN_FILE} does not say what was asked for: {error}.", fix="Get the original dataset again."
-        ) from error
+        problem = f"{RUN_FILE} does not say what was asked for: {error}."
+        raise IntegrityError(problem, fix="Get the original dataset again.") from error
     return {"classes": classes, "asked": asked}
 
 
@@ -151,13 +140,10 @@ def other_conditions(run: Mapping[str, Any], source: Source) -> list[Change]:
 
 def refuse_other_samples(run: Mapping[str, Any], source: Source) -> None:
     """Raise an InputError on a source that would draw other samples than the dataset's."""
-    changed = [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]
-    if changed:
+    if changed := [change for change in other_conditions(run, source) if not change[0].startswith(BYTES_ONLY)]:
         named = "; ".join(f"{name}: {describe(then)} -> {describe(now)}" for name, then, now in changed[:3])
-        raise InputError(
-            f"this busigen would draw other samples than the dataset's ({named}).",
-            fix=f"Use the version that made it: busigen {run.get('busigen')}, with the run's own provider.",
-        )
+        fix = f"Use the version that made it: busigen {run.get('busigen')}, with the run's own provider."
+        raise InputError(f"this busigen would draw other samples than the dataset's ({named}).", fix=fix)
 
 
 def then_and_now(changes: Iterable[Change]) -> list[str]:

@@ -55,13 +55,11 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
-from busigen.text import counted
+from busigen.text import SHOWN_PROBLEMS, counted, printable
 
-_LISTED, _LISTED_SHARDS = 8, 1000
-"""Fields and missing shards that are named one by one."""
+_LISTED, _LISTED_SHARDS = 8, 1000  # fields and missing shards that are named one by one
 
-Shards = Callable[[int], AbstractContextManager[object]]
-"""Gives a context in which the tar and the table of the shard of a number are in the dataset's folder."""
+Shards = Callable[[int], AbstractContextManager[object]]  # in its context, a shard's tar and table are there
 
 _WORKERS = min(8, os.cpu_count() or 1)
 _LINK = "is a link, and links are not followed."
@@ -85,6 +83,29 @@ class VerifyReport:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def lines(self, *, proving: bool) -> Iterator[str]:
+        """The lines of ``busigen verify``; ``proving`` says whether the healthy images were given."""
+        shown = self.problems[:SHOWN_PROBLEMS]
+        for fix in dict.fromkeys(problem.fix for problem in shown):
+            yield from (problem.finding for problem in shown if problem.fix == fix)
+            yield f"  -> {printable(fix)}"
+        if len(self.problems) > SHOWN_PROBLEMS:
+            yield f"and {counted(len(self.problems) - SHOWN_PROBLEMS, 'more problem')}"
+        state = "is sound" if self.ok else f"has {counted(len(self.problems), 'problem')}"
+        # The report counts the shards that there should be, which are those that were read only where none is missing.
+        shards = f" in {counted(self.shards, 'shard')}" if self.ok else ""
+        yield f"{self.folder} {state}: {counted(self.samples, 'sample')}{shards} read"
+        if not proving:
+            return
+        if self.backgrounds_synthetic:
+            synthetic = counted(self.backgrounds_synthetic, "synthetic background")
+            yield f"  {synthetic}: made from no healthy image, so there is nothing to prove"
+        if self.backgrounds_synthetic < self.samples:
+            yield (
+                f"  backgrounds equal to their healthy image outside the edit region, bit for bit: "
+                f"{self.backgrounds_proven}; not proven: {self.backgrounds_unproven}"
+            )
+
 
 def verify(
     folder: Path,
@@ -94,17 +115,11 @@ def verify(
     names: Iterable[str] | None = None,
     shard: Shards = nullcontext,
 ) -> VerifyReport:
-    """Check a whole dataset; nothing is changed.
+    """Check a whole dataset; nothing is changed. An InputError says that ``folder`` is no busigen dataset at all.
 
-    Args:
-        folder: the dataset.
-        healthy: folder with the healthy images of the run; where given, backgrounds are proven against it.
-        progress: counts every sample; None shows nothing.
-        names: every file of the dataset, relative to it, with forward slashes; None for those in ``folder``.
-        shard: brings a shard's files; by default they are all in ``folder``.
-
-    Raises:
-        InputError: ``folder`` is no busigen dataset at all, or ``healthy`` is no folder.
+    Where ``healthy`` is given, the run's folder of healthy images, backgrounds are proven against it. ``names`` are all
+    files of the dataset, relative to it, with forward slashes; ``shard`` brings a shard's files. By default, both are
+    those in ``folder``.
     """
     progress = progress or Progress()
     if places := parts_of(folder):
@@ -175,24 +190,16 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
         for place, report in zip(parts_of(folder), reports, strict=True)
         for problem in report.problems
     ]
-    return VerifyReport(
-        folder=folder,
-        samples=sum(report.samples for report in reports),
-        shards=sum(report.shards for report in reports),
-        problems=(*inside, *own),
-        duplicates=sum(report.duplicates for report in reports) + sum("equals that of" in p.problem for p in own),
-        backgrounds_proven=sum(report.backgrounds_proven for report in reports),
-        backgrounds_unproven=sum(report.backgrounds_unproven for report in reports),
-        backgrounds_synthetic=sum(report.backgrounds_synthetic for report in reports),
-    )
+    summed = ("samples", "shards", "duplicates", "backgrounds_proven", "backgrounds_unproven", "backgrounds_synthetic")
+    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in summed}
+    sums["duplicates"] += sum("equals that of" in problem.problem for problem in own)
+    return VerifyReport(folder=folder, problems=(*inside, *own), **sums)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """A dataset's run record: ``run.json``, or what ``dataset.json`` says of it where that cannot be read.
 
-    Raises:
-        InputError: ``folder`` is no busigen dataset.
-        IntegrityError: neither is a run record, and one of them nearly is.
+    An InputError says that ``folder`` is no dataset, an IntegrityError that neither file is more than nearly a record.
     """
     wrong: list[IntegrityError] = []
     for name in (RUN_FILE, DATASET_FILE):
@@ -205,10 +212,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             return run
     if wrong:
         raise wrong[0]
-    raise InputError(
-        f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read.",
-        fix="Give the folder that was the `--out` of `busigen generate`.",
-    )
+    problem = f"{folder} is no busigen dataset: neither {RUN_FILE} nor {DATASET_FILE} can be read."
+    raise InputError(problem, fix="Give the folder that was the `--out` of `busigen generate`.")
 
 
 def has_run(folder: Path) -> bool:
@@ -221,8 +226,7 @@ def has_run(folder: Path) -> bool:
 
 def _read_run_record(path: Path) -> dict[str, Any] | None:
     """The run record in a ``run.json`` or ``dataset.json``; None if the file is missing or no JSON object."""
-    found = read_object(path)
-    if found is None:
+    if (found := read_object(path)) is None:
         return None
     run = run_of(found) if path.name == DATASET_FILE else found
     checked(RunRecord, run, path, fix="Get the original file again.")
@@ -231,7 +235,6 @@ def _read_run_record(path: Path) -> dict[str, Any] | None:
 
 
 def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[ShardFindings]) -> Iterator[Problem]:
-    """dataset.json and the manifest must follow from run.json and the shards."""
     linked = [name for name in FINISHED_FILES if (folder / name).is_symlink()]
     missing = [name for name in FINISHED_FILES if name in linked or not (folder / name).is_file()]
     yield from (Problem(name, "is missing.", FINISH) for name in missing if name not in linked)
@@ -264,8 +267,7 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
         wanted = dataset_info(run, records, files)
         if isinstance(info, dict) and (blamed or missing):
             wanted["files"] = recorded
-        changed = differences(info, wanted)
-        if changed:
+        if changed := differences(info, wanted):
             names = [name[:80] for name, _, _ in changed if name]
             named = ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED)) or "everything"
             problem = f"differs from {RUN_FILE}, the shards' records or the manifest in: {named}."
@@ -290,8 +292,7 @@ def _check_dataset(folder: Path, run: dict[str, Any], plan: Plan, shards: list[S
 def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
     """One problem for all healthy images that are not where they were looked for: the folder is wrong, not each one."""
     needed = set().union(*(shard.needed for shard in shards))
-    absent = {sha256: row for shard in reversed(shards) for sha256, row in shard.absent.items()}
-    if not absent:
+    if not (absent := {sha256: row for shard in reversed(shards) for sha256, row in shard.absent.items()}):
         return
     row = min(absent.values(), key=lambda row: row["index"])
     yield Problem(
@@ -338,8 +339,7 @@ def check_collection(folder: Path) -> list[Problem]:
 
 
 def _check_collection_files(folder: Path, parts: Sequence[Dataset]) -> Iterator[Problem]:
-    sources = recorded_sources(folder)
-    if sources is None:
+    if (sources := recorded_sources(folder)) is None:
         yield Problem(DATASET_FILE, "does not list the parts that are there.", REPAIR)
     else:
         info = read_json(folder / DATASET_FILE)

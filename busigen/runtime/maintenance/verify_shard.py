@@ -21,26 +21,17 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
 
-DELETE = "Delete it, or move it out of the dataset."
-"""Fix for a file that is none of the dataset's."""
-
-REPAIR = "Run `busigen verify --repair`."
-"""Fix where ``generate`` cannot know that the folder is its own."""
-
+DELETE = "Delete it, or move it out of the dataset."  # fix for a file that is none of the dataset's
+REPAIR = "Run `busigen verify --repair`."  # fix where `generate` cannot know that the folder is its own
 FINISH = "Run `busigen verify --repair`, or `busigen generate` with the same options again, to finish the dataset."
-"""Fix for a missing file."""
 
 MEND = (
     "Run `busigen verify --repair`, or `busigen generate` with the same options again: it makes anew what differs from "
     "its record, and no more."
-)
-"""Fix where a hash gives the damage away, because ``generate`` checks hashes as well."""
+)  # where a hash gives the damage away, because ``generate`` checks hashes as well
 
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
-"""Fix for content that is wrong behind hashes that fit."""
-
-LEAST_SAMPLE = 3 * 1024
-"""Bytes in a tar that a sample takes at least: a header and a block for each of its members."""
+LEAST_SAMPLE = 3 * 1024  # bytes in a tar that a sample takes at least: a header and a block for each of its members
 
 
 @dataclass(frozen=True)
@@ -162,8 +153,7 @@ def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
 def _check_file(folder: Path, record: FileRecord, found: ShardFindings) -> bool:
     try:
         with open_file(folder / record.file) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != record.size:
+            if (size := os.fstat(file.fileno()).st_size) != record.size:
                 found.report(record.file, f"has {size} bytes instead of {record.size}.")
             elif hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 found.report(record.file, "has another sha256 than recorded: its content was changed or damaged.")
@@ -182,14 +172,12 @@ def _check_background(
     tar: str, member: Member, row: dict[str, Any], damaged: bool, found: ShardFindings, backgrounds: Backgrounds | None
 ) -> None:
     """Compare a sample with its healthy image, if it has one that is at hand, and count it."""
-    healthy = row.get("healthy_sha256")
-    if healthy is None:
+    if (healthy := row.get("healthy_sha256")) is None:
         found.synthetic += 1
         return
     found.needed.add(healthy)
     if backgrounds is not None and healthy in backgrounds.paths and not damaged:
-        reason = backgrounds.difference(healthy, member.decoded("image"), member.decoded("mask"))
-        if reason is None:
+        if (reason := backgrounds.difference(healthy, member.decoded("image"), member.decoded("mask"))) is None:
             found.proven += 1
             return
         found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))

@@ -13,7 +13,7 @@ from typing import Any
 from busigen.errors import IntegrityError, OutputError
 from busigen.files import leftovers, make_folder, sha256_of, write_json
 from busigen.records import read_json
-from busigen.runtime.dataset.finalize import finish, is_finished, unfinish
+from busigen.runtime.dataset.finalize import finish, is_finished
 from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER, WRITTEN, Plan
 from busigen.runtime.dataset.reader import link_refused, links, read_object, recorded_shards
 from busigen.runtime.dataset.shards import ShardRecord
@@ -22,8 +22,7 @@ from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, forget_tasks, joined, living, turn
 from busigen.runtime.storage.url import Address
 
-Records = Mapping[int, ShardRecord]
-"""Shards' records by number."""
+Records = Mapping[int, ShardRecord]  # shards' records by number
 
 _HASHERS = min(8, os.cpu_count() or 1)
 
@@ -31,11 +30,8 @@ _HASHERS = min(8, os.cpu_count() or 1)
 class Output(ABC):
     """The place that a dataset is written to. A run writes each shard to ``folder`` and hands it over with ``keep``.
 
-    Attributes:
-        folder: local folder where shards are written.
-        name: what the user called the dataset's place.
-        holds_all: whether the whole dataset lies on the disk of ``folder``.
-        elsewhere: what to choose where that disk is too small.
+    ``name`` is what the user called the place; ``holds_all`` says whether the whole dataset lies on the disk of
+    ``folder``, and ``elsewhere`` what to choose where that disk is too small.
     """
 
     folder: Path
@@ -51,11 +47,8 @@ class Output(ABC):
     def acquire(self, run: Mapping[str, Any], part: Plan | None) -> AbstractContextManager[dict[str, Any]]:
         """Hold the place for this run until the block ends; create it, or continue the run whose record it then yields.
 
-        ``part`` holds the shards of this plan alone, beside tasks that hold others.
-
-        Raises:
-            InputError: the dataset there is newer than this busigen.
-            OutputError: the place holds something else, belongs to another run or process, or cannot be written.
+        ``part`` holds the shards of this plan alone, beside tasks that hold others. An OutputError says that the place
+        holds something else, belongs to another run or process, or cannot be written; an InputError, that it is newer.
         """
 
     @abstractmethod
@@ -76,7 +69,7 @@ class Output(ABC):
 
     def unfinish(self) -> None:
         """Take back the claim that the dataset is complete."""
-        unfinish(self.folder)
+        (self.folder / DATASET_FILE).unlink(missing_ok=True)
 
     def finish(self, run: Mapping[str, Any], records: Sequence[ShardRecord]) -> None:
         """Write the files that describe the whole dataset, ``dataset.json`` last."""
@@ -132,8 +125,7 @@ class LocalOutput(Output):
         try:
             with output_errors(out), turn(out) if part else nullcontext():
                 # Again: another run may have begun here before the lock was held.
-                existing = self.stored_run()
-                if existing is not None:
+                if (existing := self.stored_run()) is not None:
                     refuse_other(out, existing, run)
                 # A temporary file may be that of another task, as long as there is one.
                 if part is None or len(living(out)) == 1:
@@ -164,7 +156,6 @@ class LocalOutput(Output):
         return [number for number in recorded_shards(self.folder) if number in plan.numbers]
 
     def _read(self, plan: Plan, number: int, *, hashed: bool = False) -> ShardRecord | None:
-        """A complete shard's record, without its refused draws."""
         try:
             record = ShardRecord.read(self.folder, number)
             files = {file: self.folder / file.file for file in (record.tar, record.parquet)}

@@ -1,11 +1,24 @@
-"""Whose a dataset's place is: the run record that it holds, and refusing whatever belongs to another run."""
+"""Whose a dataset's place is: the run record that it holds, refusing what belongs to another run, a URL's lock.
+
+At a URL no operating system lends a lock that dies with its holder. The lock there is a file that its holder rewrites
+every few seconds: one that changes is held, one that stays as it is for long enough belongs to a process that is gone.
+A killed process leaves its staging folder with its mark: who holds that folder, by a lock of the operating system,
+knows at once that the mark is dead. Where a pause or a network outlasts that time, two processes may both believe that
+they hold it, so a holder looks again before everything that counts (:meth:`Lease.confirm`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +28,18 @@ import polars as pl
 
 import busigen
 from busigen.errors import IntegrityError, OutputError
-from busigen.files import is_temporary
-from busigen.records import checked
+from busigen.files import is_temporary, json_bytes, write_json
+from busigen.records import Record, Text, Whole, checked, parse_json, read_json
 from busigen.runtime.backends.bundle import unproven
-from busigen.runtime.dataset.format import FIELDS, RUN_FILE, WRITTEN, Plan, changed_options, decided, differences
+from busigen.runtime.dataset.format import FIELDS, RUN_FILE, WRITTEN, Plan, Source, changed_options, differences
 from busigen.runtime.dataset.reader import RunRecord, refuse_newer
-from busigen.runtime.dataset.sample import Source
-from busigen.runtime.storage.lock import is_lock
+from busigen.runtime.storage.lock import LOCK_FILE, in_use, is_lock
+from busigen.runtime.storage.object_store import RetryPolicy, Store
 from busigen.runtime.storage.url import Address
-from busigen.text import counted
+from busigen.text import counted, duration
 
+MARKS_FILE = f"{LOCK_FILE}-marks"  # in the staging folder, with its processes' marks, written before one is at the URL
+_BRIEF = RetryPolicy(total=0.0, attempt=5.0)
 _SHOWN = 3
 _NOT_COMPARED = {"engine_batches": None, "options": None, "versions": None, "sources": None, "unproven": None}
 
@@ -64,26 +79,22 @@ def refuse_other_run(
     """Refuse early what would be refused once ``healthy`` is read, whose images ``source`` lacks."""
     run = run_record(source, plan)
     run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
-    before = decided(existing, "--healthy")
+    before = existing.get("fingerprint", {}).get("healthy")
     run["fingerprint"]["healthy"] = before if before != run["fingerprint"]["healthy"] else None
     refuse_other(out, existing, run)
 
 
 def refuse_foreign(out: Path | Address, names: Iterable[str]) -> None:
-    """Refuse a place that holds files, of these names, and no run record.
-
-    A run that was killed before it could write ``run.json`` may leave locks and temporary files.
-    """
+    """Refuse a place that holds files, of these names, and no run record."""
+    # A run that was killed before it could write ``run.json`` may leave locks and temporary files.
     foreign = sorted(
         (name for name in names if not is_lock(name) and not is_temporary(name, WRITTEN)),
         key=lambda name: ("/" in name, name),
     )
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise OutputError(
-            f"{out} holds other files ({', '.join(foreign[:3])}{more}) and no {RUN_FILE}.",
-            fix="Choose an --out that is empty or does not exist.",
-        )
+        problem = f"{out} holds other files ({', '.join(foreign[:3])}{more}) and no {RUN_FILE}."
+        raise OutputError(problem, fix="Choose an --out that is empty or does not exist.")
 
 
 def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
@@ -101,8 +112,7 @@ def checked_run(run: Any, path: Path | Address) -> dict[str, Any]:
 def refuse_other(out: Path | Address, existing: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Raise an ``OutputError`` if the records of two runs differ in what decides which samples exist."""
     options = changed_options(existing, run)
-    shown = shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, options)
-    if not shown:
+    if not (shown := shown_changes({**existing, **_NOT_COMPARED}, {**run, **_NOT_COMPARED}, options)):
         return
     fix = "Choose another --out, or repeat the options that the folder was started with."
     if list(options) == ["--count"]:
@@ -114,12 +124,9 @@ def refuse_other(out: Path | Address, existing: Mapping[str, Any], run: Mapping[
 def shown_changes(
     old: Mapping[str, Any], new: Mapping[str, Any], options: Mapping[str, str] | None = None
 ) -> list[str]:
-    """In what two run records, or what counts of them, differ, in words: by the options that decide it, else by fields.
-
-    ``options`` are those of the whole records, which know the names of folders.
-    """
-    changed = differences(old, new)
-    if not changed:
+    """In what two run records, or parts of them, differ, in words: by the options that decide it, else by fields."""
+    # The options are those of the whole records, which know the names of folders.
+    if not (changed := differences(old, new)):
         return []
     options = changed_options(old, new) if options is None else options
     known = tuple(".".join(FIELDS[option]) for option in options)
@@ -142,3 +149,119 @@ def _short(value: Any) -> str:
 def unreadable_run(path: Path | Address, why: str) -> OutputError:
     """The error where a ``run.json`` is none."""
     return OutputError(f"{path} is not a run record of busigen: {why.rstrip('.')}.", fix="Choose another --out.")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Times of a lock, in seconds."""
+
+    every: float = 10.0  # so often a holder rewrites it
+    dead: float = 60.0  # one that has not changed for so long is nobody's
+    settle: float = 2.0  # wait where a store cannot create exclusively, so that of two writers one sees the other
+
+
+class _Held(Record):
+    mark: Text
+    holder: Text
+    beat: Whole
+
+
+class Lease:
+    """The lock of a URL; ``staging`` is a folder that this process holds meanwhile, with an operating system's lock."""
+
+    def __init__(self, store: Store, staging: Path, notify: Callable[[str], None], beat: Beat | None = None) -> None:
+        self._store, self._marks, self._notify = store, staging / MARKS_FILE, notify
+        self._beat = beat or Beat()
+        self._mark = secrets.token_hex(8)
+        self._count = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the URL for this process while the block runs; an ``OutputError`` if another one holds it."""
+        known: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            marks = read_json(self._marks)
+            known = [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []
+        write_json(self._marks, [*known, self._mark])
+        ended = threading.Event()
+        thread = threading.Thread(target=self._keep_beating, args=(ended,), name="lease", daemon=True)
+        try:
+            self._acquire(known)
+            self.confirm()
+            write_json(self._marks, [self._mark])
+            thread.start()
+            yield
+        finally:
+            ended.set()
+            if thread.ident is not None:
+                thread.join(2 * self._beat.settle)
+            self._release()
+
+    def confirm(self) -> None:
+        """Raise an ``OutputError`` unless the lock is still this process's."""
+        if (held := self._read()) is None or held["mark"] != self._mark:
+            who = f"taken over by {held['holder']}" if held else "removed"
+            raise OutputError(
+                f"{self._store.address}: the lock {LOCK_FILE} was {who} while this process could not be heard.",
+                fix="Wait until nobody writes there, then run the same command again: what is complete is kept.",
+            )
+
+    def _acquire(self, known: list[str]) -> None:
+        while not self._store.create(LOCK_FILE, self._content()):
+            if (held := self._read()) is None:
+                continue
+            ours = held["mark"] in known
+            if ours or self._is_dead(held):
+                self._store.write(LOCK_FILE, self._content())
+                if not ours:
+                    # Another process may have come to the same conclusion.
+                    time.sleep(self._beat.settle)
+                return
+        if self._store.create(LOCK_FILE, self._content()):
+            # This store replaces what it should leave alone, so another process may have "created" it as well.
+            time.sleep(self._beat.settle)
+
+    def _is_dead(self, held: dict[str, Any]) -> bool:
+        """Watch a lock: True once it has not changed for long enough, False where it is gone; raises if it changes."""
+        self._notify(
+            f"{self._store.address} was being written by {held['holder']}; "
+            f"waiting up to {duration(self._beat.dead)} to see whether it still is"
+        )
+        deadline = time.monotonic() + self._beat.dead
+        while time.monotonic() < deadline:
+            time.sleep(min(self._beat.every / 4, self._beat.dead / 4))
+            if (now := self._read()) is None:
+                return False
+            if now != held:
+                raise in_use(self._store.address, now["holder"])
+        return True
+
+    def _keep_beating(self, ended: threading.Event) -> None:
+        while not ended.wait(self._beat.every):
+            # A store that is out of reach is a matter of whoever does the work; so is a lock that was taken over.
+            with contextlib.suppress(Exception, KeyboardInterrupt):
+                if (held := self._read(_BRIEF)) is not None and held["mark"] == self._mark and not ended.is_set():
+                    self._store.write(LOCK_FILE, self._content())
+
+    def _release(self) -> None:
+        """Remove the lock, if it is there and this process's; a store that cannot be reached keeps it."""
+        self._store.caller.aborted.clear()  # It is time to tidy up.
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            if (held := self._read(_BRIEF)) is not None and held["mark"] == self._mark:
+                self._store.remove(LOCK_FILE, _BRIEF)
+            self._marks.unlink()
+
+    def _read(self, retry: RetryPolicy | None = None) -> dict[str, Any] | None:
+        if (content := self._store.read(LOCK_FILE, retry)) is None:
+            return None
+        try:
+            held = checked(_Held, parse_json(content, LOCK_FILE), LOCK_FILE, fix="")
+            return {"mark": held.mark, "holder": held.holder[:200], "beat": held.beat}
+        except (ValueError, IntegrityError):
+            # Cut short by a kill, where a store writes in place.
+            return {"mark": "", "holder": "another process", "beat": content.hex()[:200]}
+
+    def _content(self) -> bytes:
+        self._count += 1
+        holder = f"process {os.getpid()} on {platform.node()}"
+        return json_bytes({"mark": self._mark, "holder": holder, "beat": self._count})

@@ -35,28 +35,18 @@ from busigen.runtime.dataset.format import (
 from busigen.runtime.dataset.reader import recorded_shards, refuse_newer
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord
 from busigen.runtime.output.base import LocalOutput, Output, Records, is_complete
-from busigen.runtime.output.lease import MARKS_FILE, Beat, Lease
-from busigen.runtime.output.ownership import checked_run, refuse_foreign, refuse_other
+from busigen.runtime.output.ownership import MARKS_FILE, Beat, Lease, checked_run, refuse_foreign, refuse_other
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import cache_folder, output_errors
 from busigen.runtime.storage.lock import exclusive
 from busigen.runtime.storage.object_store import RetryingCaller, RetryPolicy, Store
 from busigen.runtime.storage.url import Address
 
-_STAGED = 4
-"""Most shards in the staging folder at a time: one being written or sent, and what workers hand over meanwhile."""
+_STAGED = 4  # shards in staging at most: one being written or sent, and what workers hand over meanwhile
 
 
 class RemoteOutput(Output):
-    """A dataset at a URL.
-
-    Args:
-        address: the URL.
-        staging: folder below which its staging folder lies; None for this user's caches.
-        progress: gets a line about what has to be waited for.
-        retry: how long to wait for a store that is out of reach.
-        beat: times of the URL's lock.
-    """
+    """A dataset at a URL; its staging folder lies below ``staging``, or in this user's caches."""
 
     holds_all = False
     elsewhere = "another --spool or a smaller --shard-size"
@@ -110,8 +100,7 @@ class RemoteOutput(Output):
                     refuse_newer(info, self.address / DATASET_FILE)
         with _staging_held(self.folder, self.address), self._lease.held():
             self._store.look()
-            existing = self.stored_run()
-            if existing is not None:
+            if (existing := self.stored_run()) is not None:
                 refuse_other(self.address, existing, run)
             for name in [name for name in self._store.sizes if is_temporary(name, WRITTEN)]:
                 self._store.remove(name)
@@ -223,10 +212,8 @@ class RemoteOutput(Output):
 
 @contextmanager
 def _staging_held(staging: Path, address: Address) -> Iterator[None]:
-    """Hold a staging folder until the block ends; it is removed unless the next run needs what it holds.
-
-    That may be shards, and the mark by which the next run knows a lock at the URL that could not be removed.
-    """
+    """Hold a staging folder until the block ends; it is removed unless the next run needs what it holds."""
+    # That may be shards, and the mark by which the next run knows a lock at the URL that could not be removed.
     for path in (staging, staging / SHARD_FOLDER):
         if path.is_symlink():
             raise OutputError(f"{path} is a link.", fix="Remove it, or choose another --spool.")
@@ -260,14 +247,11 @@ def _empty(folder: Path) -> None:
 
 
 class _FromStore(FileProvider):
-    """Brings files of complete shards back; see :class:`busigen.runtime.dataset.finalize.FileProvider`."""
-
     def __init__(self, store: Store, folder: Path) -> None:
         self._store, self._folder = store, folder
 
     @contextmanager
     def files(self, records: Sequence[FileRecord]) -> Iterator[None]:
-        """Have these files in the folder while the block runs."""
         try:
             for record in records:
                 path = self._folder / record.file

@@ -15,15 +15,12 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, Window
 from busigen.registry import ATTRIBUTES
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling.conditions import measured
 from busigen.runtime.sampling.healthy_images import Healthy
 
-BEGIN, OUTLINE, PAINT = range(3)
-"""The stages of a draw."""
-
-CONCURRENT_BATCHES = 2
-"""Batches that are worked on at once: while the engine computes for one, another is prepared or judged."""
+BEGIN, OUTLINE, PAINT = range(3)  # the stages of a draw
+CONCURRENT_BATCHES = 2  # while the engine computes for one, another is prepared or judged
 
 
 class Kind(NamedTuple):
@@ -82,18 +79,14 @@ class Draft(DrawRequest):
         return Sample(self.index, self.attempt, self.label, image, self.mask, row)
 
 
-Outcome = Draft | Sample | Rejection
-"""Result of a stage for one draw: it goes on to the next stage, is accepted, or is refused."""
+Outcome = Draft | Sample | Rejection  # of a stage for one draw: on to the next stage, accepted or refused
 
 
 class BatchScheduler:
     """Runs draws in batches of one kind each. It begins a part-filled batch only where no batch can be filled.
 
-    One thread puts draws and takes the results. Leaving the block waits for the batches that were begun.
-
-    Args:
-        size: returns the number of draws that fill a batch of a kind.
-        work: takes a batch and returns each draw's outcome, in their order; it is called in a thread of its own.
+    One thread puts draws and takes the results; leaving the block waits for the batches that were begun. ``size`` is
+    the number of draws that fill a batch of a kind; ``work`` gives a batch's outcomes, in order, in another thread.
     """
 
     def __init__(self, size: Callable[[Kind], int], work: Callable[[Sequence[DrawRequest]], Sequence[Outcome]]) -> None:
@@ -120,14 +113,9 @@ class BatchScheduler:
             items[:] = [item for item in items if item.position in positions]
 
     def finished(self) -> list[tuple[DrawRequest, Outcome]]:
-        """Begin the batches that can be begun, wait for one to end, and return its draws with their outcomes.
-
-        Raises:
-            Exception: what ``work`` raised.
-        """
+        """Begin what can be begun, wait for a batch to end, and return its draws with outcomes, or raise."""
         while len(self._running) < CONCURRENT_BATCHES:
-            full = [kind for kind, items in self._waiting.items() if len(items) >= self._size(kind)]
-            if full:
+            if full := [kind for kind, items in self._waiting.items() if len(items) >= self._size(kind)]:
                 # Draws near their end come first, because they hold memory.
                 kind = max(full, key=lambda kind: kind.stage)
             elif not self._running and any(self._waiting.values()):
@@ -170,14 +158,10 @@ def in_order(
 ) -> Generator[SampleBatch, None, None]:
     """Yield each request's samples, in the requests' order; later ones are drawn ahead, so that batches fill.
 
-    Args:
-        stages: begins and continues draws; empty.
-        requests: indices; the next request is read when its samples can be begun. An empty one says that there is none
-            for now, which is allowed while another one is unanswered: the next is read when a batch has ended.
-        window: samples that may be begun from the oldest unfinished one on, which bounds what is held in memory.
-        done: called with the number of samples that were accepted since the last call.
-        refused: called with each refused draw; an error that it raises ends the stream.
-        stopping: returns whether to end with the oldest request that has been begun; later draws are dropped.
+    ``requests`` are indices; the next is read when its samples can be begun. An empty one says that there is none for
+    now, while another is unanswered: the next is read when a batch has ended. ``window`` samples, from the oldest
+    unfinished one on, may be begun, which bounds memory. ``done`` gets the number of newly accepted samples, and
+    ``refused`` each refused draw; its error ends the stream. ``stopping``: whether to end with the oldest request.
     """
     pending: deque[_Request] = deque()
     # The request of each unfinished sample, by the sample's position, the oldest first.
@@ -203,8 +187,7 @@ def in_order(
             return
         accepted = 0
         for item, outcome in stages.finished():
-            owner = owners.get(item.position)
-            if owner is None:
+            if (owner := owners.get(item.position)) is None:
                 continue
             if isinstance(outcome, Sample):
                 owner.samples[outcome.index] = outcome
@@ -234,5 +217,4 @@ def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, i
 def _rest_of(
     request: _Request | None, coming: Iterator[tuple[_Request, int] | None]
 ) -> Iterator[tuple[_Request, int] | None]:
-    """The indices of a request that were not begun yet."""
     return takewhile(lambda pair: pair is not None and pair[0] is request, coming)

@@ -1,7 +1,4 @@
-"""Conditions on lesions, as a user gives them: parsing, the values of each sample, measuring a mask by them.
-
-Shares are of the valid image, without letterbox bars.
-"""
+"""Conditions on lesions: parsing, each sample's values, measuring a mask. Shares are of the image without its bars."""
 
 from __future__ import annotations
 
@@ -21,8 +18,7 @@ BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "he
 """Least and greatest value that can be asked for: beyond lie at most 1 in 100 of BUSI's and BUS-BRA's 1,644 lesions by
 any of them, too few to learn from."""
 
-_FEW_IMAGES = 20
-"""Training images of a category below which a user is warned that the bundle hardly knows it."""
+_FEW_IMAGES = 20  # training images of a category below which a user is warned that the bundle hardly knows it
 
 _MEANINGS = {
     "across": "the share of the image's width left of the lesion's centre",
@@ -93,17 +89,10 @@ def parse_conditions(
     taller_than_wide: bool = False,
     birads: str | None = None,
 ) -> SampleConditions:
-    """The conditions that the options state, each typed as a number or as ``low:high``.
-
-    Raises:
-        UsageError: a value is no number or range, or lies outside ``BOUNDS``; an unknown BI-RADS category; both
-            ``--height-width`` and ``--taller-than-wide``.
-    """
+    """The conditions that the options state, each a number or ``low:high``; a UsageError if one is unfit."""
     if taller_than_wide and height_width is not None:
-        raise UsageError(
-            f"--height-width {height_width} and --taller-than-wide are both given.",
-            fix=f"Give one of them; --taller-than-wide is short for --height-width {TALLER_THAN_WIDE}.",
-        )
+        fix = f"Give one of them; --taller-than-wide is short for --height-width {TALLER_THAN_WIDE}."
+        raise UsageError(f"--height-width {height_width} and --taller-than-wide are both given.", fix=fix)
     texts = {
         "across": across,
         "depth": depth,
@@ -153,17 +142,11 @@ def _range(name: str, text: str) -> tuple[float, float]:
 
 
 _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
-
-_ROUNDED = 1e-3
-"""Difference from 1 that the sum of shares may have: a third cannot be typed exactly."""
+_ROUNDED = 1e-3  # difference from 1 that the sum of shares may have: a third cannot be typed exactly
 
 
 def parse_classes(text: str) -> dict[str, float]:
-    """Class weights by name, from text as a dataset records it; a name alone weighs 1, and case is ignored.
-
-    Raises:
-        UsageError: unknown or repeated class, or a weight that is not a positive finite number.
-    """
+    """Class weights by name, from text as recorded, or a UsageError; a name alone weighs 1, case is ignored."""
     weights: dict[str, float] = {}
     for part in (piece.strip() for piece in text.split(",")):
         given, _, value = part.partition("=")
@@ -183,27 +166,18 @@ def parse_classes(text: str) -> dict[str, float]:
 
 
 def parse_shares(text: str) -> dict[str, float]:
-    """Class weights by name, from what a user typed: shares that sum to 1, or whole numbers.
-
-    Raises:
-        UsageError: as for :func:`parse_classes`; or shares do not sum to 1, so that one is not what was meant.
-    """
+    """Class weights by name, from what a user typed: shares that sum to 1, or whole numbers; or a UsageError."""
     weights = parse_classes(text)
     total = sum(weights.values())
     if not all(weight.is_integer() for weight in weights.values()) and abs(total - 1) > _ROUNDED:
-        raise UsageError(
-            f"--classes is {text!r}, whose shares sum to {total:g}.",
-            fix="Give shares that sum to 1, or whole numbers as weights, such as benign=2,malignant=1.",
-        )
+        fix = "Give shares that sum to 1, or whole numbers as weights, such as benign=2,malignant=1."
+        raise UsageError(f"--classes is {text!r}, whose shares sum to {total:g}.", fix=fix)
     return weights
 
 
 def class_at(index: int, weights: Mapping[str, float]) -> str:
-    """The class of a sample: among the first n, each class has its share of n to within one per class.
-
-    Each class in turn takes its share of what the classes before it left, spread evenly (Bresenham's line), computed in
-    fractions of the weights' decimals so that no platform rounds differently.
-    """
+    """The class of a sample: among the first n, each class has its share of n to within one per class."""
+    # Each takes its share of what those before it left, spread evenly (Bresenham's line), in fractions: no rounding.
     names = sorted(weights)
     rest = sum((Fraction(str(weights[name])) for name in names), start=Fraction(0))
     for name in names[:-1]:

@@ -32,9 +32,7 @@ from busigen.text import printable
 
 log = logging.getLogger("busigen.runtime")
 
-CACHED_IMAGES = 512
-"""Letterboxed images that are kept in memory, 67 MB; of a larger folder, those used last."""
-
+CACHED_IMAGES = 512  # letterboxed images that are kept in memory, 67 MB; of a larger folder, those used last
 _LESION_FOLDER = f"in a folder named {' or '.join(LESION_CLASSES)}"
 _LESION_MASK = "with a lesion in its mask file"
 _LESION_SAID = "that its set or its name calls one of a lesion"
@@ -54,11 +52,7 @@ class Healthy:
 
 
 def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the part of the prior's square picture that becomes an image of this frame.
-
-    It begins at the top, where the skin is, and lies in the middle from left to right. ``frame`` is the image's height
-    and width, the longer one 256.
-    """
+    """Top, left, height and width of the part of the prior's square picture that becomes an image of this frame."""
     box = fit(width=frame[1], height=frame[0])
     return 0, box.left, box.height, box.width
 
@@ -90,16 +84,8 @@ class HealthyFolder:
     Left out, and counted in one log line: images of a lesion, as the folder's name, a mask file, the set's table or the
     image's own name say (:func:`busigen.data.sources.read.read_images`); pictures of two grey levels, which are masks,
     and the images whose masks they are by their names; and repeated files. Left out and named one by one: files that
-    cannot be read, images whose class or mask is unclear, and black, white or flat images. Whatever else was passed
-    over is logged, and so is how many images have nothing that calls them healthy.
-
-    Args:
-        folder: the folder.
-        progress: shows the reading.
-        out: a folder to pass over, where the run writes to. Datasets are passed over in any case.
-
-    Raises:
-        InputError: the folder is missing, or holds no healthy image.
+    cannot be read, images whose class or mask is unclear, and black, white or flat images. ``out``, where the run
+    writes to, is passed over. An InputError says that the folder is missing, or holds no healthy image.
     """
 
     def __init__(self, folder: Path, progress: Progress | None = None, *, out: Path | None = None) -> None:
@@ -138,10 +124,7 @@ class HealthyFolder:
         self._stamps = self._stamped()
 
     def _find(self, listing: Listing, progress: Progress) -> tuple[dict[str, Path], dict[str, Healthy], list[str]]:
-        """Paths of the usable images by sha256, the images themselves, and a line for each problem.
-
-        The images are left out where there are more than ``CACHED_IMAGES``.
-        """
+        """Paths of the usable images by sha256, the images themselves if not too many, and a line for each problem."""
         found: dict[str, Path] = {}
         read: dict[str, Healthy] = {}
         problems: list[str] = []
@@ -157,8 +140,7 @@ class HealthyFolder:
                     if reason is None:
                         image = read_image(path)
                         pixels, box = letterbox(image.pixels)
-                        reason = quality_gates.background_reason(pixels, box.valid)
-                        if reason is not None:
+                        if (reason := quality_gates.background_reason(pixels, box.valid)) is not None:
                             problems.append(f"{path.name}: {reason}.")
                             masks.extend([path] if has_two_levels(pixels[box.valid]) else [])
                         elif found.setdefault(image.sha256, path) != path:
@@ -210,9 +192,8 @@ class HealthyFolder:
         # Files that busigen does not read are named, so that nobody takes the folder for empty.
         holds = f"; it holds {listing.tree.found()}" if not listing.records else ""
         first = f" For example: {problems[0]}" if problems else ""
-        return InputError(
-            f"--healthy {self.folder} holds no healthy image that can be used{self._reported()}{holds}.{first}", fix=fix
-        )
+        problem = f"--healthy {self.folder} holds no healthy image that can be used{self._reported()}{holds}.{first}"
+        return InputError(problem, fix=fix)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -227,14 +208,8 @@ class HealthyFolder:
         return self._kept.get(self.items[number][0]) or self._load(number)
 
     def refuse_changes(self) -> None:
-        """Raise an error if the folder no longer holds the images that the run began with.
-
-        Without them, the run can be neither continued nor replayed, and its user should know early. The folder is read
-        again only where a time or a size has changed.
-
-        Raises:
-            IntegrityError: an image was changed, removed or added.
-        """
+        """Raise an IntegrityError if an image was changed, removed or added since the run began."""
+        # Without them, the run can be neither continued nor replayed. Read again only where a time or size has changed.
         stamps = self._stamped()
         if stamps == self._stamps:
             return
@@ -284,10 +259,8 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _changed(path: Path, how: str) -> IntegrityError:
-    return IntegrityError(
-        f"{path} {how}.",
-        fix="Put the folder back as it was and give the same command again to continue, or start a run of its own.",
-    )
+    fix = "Put the folder back as it was and give the same command again to continue, or start a run of its own."
+    return IntegrityError(f"{path} {how}.", fix=fix)
 
 
 @lru_cache(maxsize=64)
@@ -308,17 +281,13 @@ class Backgrounds:
         try:
             return cls({sha256_of(path): path for path in find_images(folder)})
         except OSError as error:
-            raise InputError(
-                f"{error.filename} cannot be read: {error.strerror}.", fix="Check its permissions."
-            ) from error
+            problem = f"{error.filename} cannot be read: {error.strerror}."
+            raise InputError(problem, fix="Check its permissions.") from error
 
     def difference(self, sha256: str, image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> BusigenError | None:
         """What is wrong with a sample outside its edit region, which follows from the mask alone; None if nothing.
 
-        Args:
-            sha256: of the healthy image's file, which must be among ``paths``.
-            image: (256, 256) uint8, which must equal the healthy image there.
-            mask: (256, 256) bool.
+        ``image`` and ``mask`` are (256, 256) uint8 and bool; ``sha256`` is of a healthy image among ``paths``.
         """
         path = self.paths[sha256]
         try:

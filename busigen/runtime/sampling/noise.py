@@ -1,6 +1,6 @@
 """Noise as a pure function of (seed, index, attempt, stream): no state, no order, no batch.
 
-Philox is counter-based (Salmon et al. 2011), and NumPy guarantees its raw stream across versions, which it does not for
+Philox is counter-based (Salmon et al. 2011). NumPy guarantees its raw stream across versions, but not
 ``Generator.normal``; so the step from bits to normals (Box and Muller 1958) is ours.
 """
 
@@ -11,31 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+# A stream's position is part of its key, so new ones are appended.
 STREAMS = (
-    "healthy",
-    "prior",
-    "mask",
-    "lesion",
-    "blend",
-    "speckle",
-    "prior speckle",
-    "asked",
-    "frame",
-    "style",
-    "transfer",
+    *("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked"),
+    *("frame", "style", "transfer"),
 )
-"""Named streams of one draw. A stream's position is part of its key, so new ones are appended."""
 
-_PIECE = 1 << 12
-"""Pairs of numbers that are computed at a time."""
+_PIECE = 1 << 12  # pairs of numbers that are computed at a time
 
 
 def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> NDArray[np.uint64]:
-    """``count`` random 64-bit words of a seed (0 to 2^64 - 1), a sample's index and attempt, and a stream.
-
-    Raises:
-        ValueError: the stream is unknown.
-    """
+    """``count`` random 64-bit words of a seed (0 to 2^64 - 1), a sample's index and attempt, and one of ``STREAMS``."""
     if stream not in STREAMS:
         raise ValueError(f"stream is {stream!r}, must be one of: {', '.join(STREAMS)}")
     philox = np.random.Philox(
@@ -76,7 +62,6 @@ def normal(seed: int, index: int, attempt: int, stream: str, shape: Sequence[int
 
 
 def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Words as numbers in (0, 1)."""
     unit = (words >> np.uint64(11)).astype(np.float64)
     # Half a step above zero, so that the logarithm is finite.
     unit += 0.5

@@ -11,18 +11,14 @@ from scipy import ndimage
 from busigen.data.geometry import Mask, around
 from busigen.data.images import BACKGROUND_DEVIATION, BACKGROUND_MEAN, picture_fault
 
-AREA_RANGE = (0.002, 0.45)
-"""Least and greatest lesion area as a share of the valid image; BUSI's lesions run from 0.3 % to 56 %."""
-
-CRUMB_SHARE = 0.10
-"""Greatest share of the outline's area that may lie outside its largest part; beyond it the mask is crumbling."""
+AREA_RANGE = (0.002, 0.45)  # lesion area as a share of the valid image; BUSI's run from 0.3 % to 56 %
+CRUMB_SHARE = 0.10  # of the outline's area outside its largest part, at most; beyond it the mask is crumbling
 
 BORDER_SHARE = 0.02
 """Share of the lesion's outline that may run along the image's border before the lesion counts as cut off. Annotators,
 too, let an outline graze the border: 11 of the 1,234 training lesions touch it, 9 with more than this share."""
 
-MIN_CONTRAST = 4.0
-"""Least difference in mean grey levels between the lesion and the band around it."""
+MIN_CONTRAST = 4.0  # least difference in mean grey levels between the lesion and the band around it
 
 ASKED_TOLERANCE = {"across": 0.02, "depth": 0.02, "size": 0.1, "height_width": 0.12}
 """Greatest difference between a mask and its conditions: of places as a share of the image's side, of the rest as a
@@ -30,10 +26,8 @@ share of the condition. A lesion of the least size is 14 pixels wide: a pixel mo
 
 
 def limits() -> dict[str, object]:
-    """The limits that decide which draws pass, by name, as a run's record holds them.
-
-    Written out, so that another constant in this module, or another name for one, makes no dataset another run's.
-    """
+    """The limits that decide which draws pass, by name, as a run's record holds them."""
+    # Written out: another constant in this module, or another name for one, makes no dataset another run's.
     return {
         "AREA_RANGE": AREA_RANGE,
         "ASKED_TOLERANCE": ASKED_TOLERANCE,
@@ -55,13 +49,7 @@ def asked_reason(found: Mapping[str, float], wanted: Mapping[str, float]) -> str
 
 
 def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
-    """Judge stage 1's outline.
-
-    Args:
-        raw: where the predicted distance is positive, ``(256, 256)`` bool.
-        mask: its largest part with holes filled and cut to ``valid``.
-        valid: pixels that are image rather than letterbox bars.
-    """
+    """Judge stage 1's outline: ``raw`` where its distance is positive, ``mask`` its largest part within ``valid``."""
     if not mask.any():
         return "empty mask"
     share = mask.sum() / max(int(valid.sum()), 1)

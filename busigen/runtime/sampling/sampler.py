@@ -41,7 +41,7 @@ from busigen.registry import (
 )
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
-from busigen.runtime.dataset.sample import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import (
     BEGIN,
@@ -58,33 +58,19 @@ from busigen.runtime.sampling.conditions import SampleConditions, class_at, meas
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform
 
-MAX_ATTEMPTS = 64
-"""Draws per index before the run is given up: at half of all draws refused, no index in 10^18 gets here."""
-
-WINDOW_BATCHES = 8
-"""Batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill."""
-
-CACHED_TOKENS = 256
-"""Number of healthy images whose context tokens are kept: those used last."""
+MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
+WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
+CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
 
 
 Floats = NDArray[np.float32]
 
 
 class Sampler:
-    """A :class:`busigen.runtime.dataset.sample.Stream` on top of a bundle's graphs.
+    """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
-    Args:
-        bundle: says what the graphs are.
-        backend: runs them.
-        classes: class weights (:func:`busigen.runtime.sampling.conditions.parse_classes`).
-        healthy: a folder of healthy images, or ``None`` for synthetic backgrounds.
-        asked: conditions on the outlines.
-        batch_size: images per engine call at the smallest window; larger windows use fewer, none fewer than
-            ``MIN_BATCH``.
-
-    Raises:
-        UsageError: ``batch_size`` is not between 1 and 4096.
+    Without ``healthy``, backgrounds are synthetic. ``batch_size``, 1 to 4096 or a UsageError, counts images per engine
+    call at the smallest window; larger windows use fewer, none fewer than ``MIN_BATCH``.
     """
 
     def __init__(
@@ -111,7 +97,7 @@ class Sampler:
         self._token_lock = threading.Lock()
 
     def fingerprint(self) -> dict[str, Any]:
-        """See :class:`busigen.runtime.dataset.sample.Source`. The batch size is absent: it changes no sample."""
+        """See :class:`busigen.runtime.dataset.format.Source`. The batch size is absent: it changes no sample."""
         return {
             "bundle": self.bundle.sha256,
             "checkpoint": self.bundle.info.get("checkpoint"),
@@ -127,38 +113,26 @@ class Sampler:
         }
 
     def options(self) -> Mapping[str, str | None]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
             "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
             "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
         }
 
     def row_types(self) -> Mapping[str, type]:
-        """See :class:`busigen.runtime.dataset.sample.Source`."""
+        """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
-            "background": str,
-            "healthy_file": str,
-            "healthy_sha256": str,
+            **dict.fromkeys(("background", "healthy_file", "healthy_sha256"), str),
             "letterbox_scale": float,
-            "letterbox_left": int,
-            "letterbox_top": int,
-            "window_top": int,
-            "window_left": int,
-            "window_side": int,
-            "edit_pixels": int,
-            "area_share": float,
-            **{name: float for name in ATTRIBUTES if name != "size"},
+            **dict.fromkeys(("letterbox_left", "letterbox_top"), int),
+            **dict.fromkeys(("window_top", "window_left", "window_side", "edit_pixels"), int),
+            **dict.fromkeys(("area_share", *(name for name in ATTRIBUTES if name != "size")), float),
             **{f"asked_{name}": float for name in ATTRIBUTES},
             "asked_birads": str,
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
-        """Draw until every index has an accepted sample.
-
-        Raises:
-            AcceptanceError: an index was refused ``MAX_ATTEMPTS`` times.
-            IntegrityError: the healthy images are no longer those that the run began with.
-        """
+        """Draw until every index has an accepted sample; an AcceptanceError, or an IntegrityError as `stream`."""
         with closing(self.stream(seed, [indices], done)) as drawings:
             return next(drawings, SampleBatch([], []))
 
@@ -169,7 +143,7 @@ class Sampler:
         done: Callable[[int], None],
         stopping: Callable[[], bool] = lambda: False,
     ) -> Generator[SampleBatch, None, None]:
-        """See :class:`busigen.runtime.dataset.sample.Stream`; raises what :meth:`draw` does."""
+        """See :class:`busigen.runtime.dataset.format.Stream`; raises what :meth:`draw` does."""
         reasons: Counter[str] = Counter()
 
         def refused(rejection: Rejection) -> None:
@@ -218,7 +192,6 @@ class Sampler:
         return BatchScheduler(size, lambda batch: steps[batch[0].kind.stage](seed, batch))
 
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Pick or synthesise each draw's healthy image."""
         if self.healthy is not None:
             picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
         else:
@@ -240,7 +213,6 @@ class Sampler:
         return [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
-        """Synthetic backgrounds, which the prior and the decoder draw in frames of the training images' shapes."""
         shapes, count = self.bundle.frames, len(batch)
         frames = [shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))] for d in batch]
         places = np.array([place_of(frame) for frame in frames], np.float32)
@@ -255,7 +227,6 @@ class Sampler:
         return [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
 
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Run stage 1 and its gates; draws that pass go on with mask, edit region and window."""
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
@@ -272,7 +243,6 @@ class Sampler:
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        """Run stages 2 and 3, paste into the healthy image, and judge the result by the last gate."""
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, image in zip(drafts, self._images(seed, drafts), strict=True):
@@ -341,8 +311,7 @@ class Sampler:
         with self._token_lock:
             found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
         # Keyed by image, so that several draws of a batch share one computation, too.
-        fresh = {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}
-        if fresh:
+        if fresh := {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}:
             images = pictures(list(fresh.values()))
             tokens = self._run("context", None, len(fresh), image=images, keep=keep[: len(fresh)])
             # Copied, because a view of one row would keep its whole batch in memory.
@@ -368,10 +337,8 @@ class Sampler:
     def _call(
         self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, side: int | None, count: int, inputs: Any
     ) -> Any:
-        """Pad the batch to a power of two and call the engine.
-
-        So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
-        """
+        """Pad the batch to a power of two and call the engine."""
+        # So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
         full = max(count, rows_per_call(side or BUCKETS[0], self.batch_size))
         size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
         # Kept outputs are padded already, and may be on the device.
@@ -384,8 +351,7 @@ class Sampler:
             with self._engine:
                 return run(name, padded)
         except CapacityError as error:
-            fitting = self.batch_size * error.fits // max(1, error.rows)
-            if not fitting:
+            if not (fitting := self.batch_size * error.fits // max(1, error.rows)):
                 raise
             raise CapacityError(
                 f"--batch-size is {self.batch_size}: {error.problem}",

@@ -33,8 +33,7 @@ FIXES = {
     errno.ELOOP: "A link is in the way: remove it, or choose another --out.",
     errno.EEXIST: "A file is in the way: choose another --out.",
     errno.ENAMETOOLONG: "The path is too long for this file system: choose a shorter --out.",
-}
-"""What helps against an operating-system error, by its number."""
+}  # what helps against an operating-system error, by its number
 
 
 def cache_folder() -> Path:
@@ -63,11 +62,8 @@ def output_errors(folder: Path) -> Iterator[None]:
 def atomic_folder(out: Path) -> Iterator[Path]:
     """Give a new folder beside ``out`` that becomes it, with all in it on disk, on success and is removed on failure.
 
-    A lock file lies beside it for as long as it is filled. One that no living process holds tells the next call for the
-    same ``out`` what a killed one left, and nothing else is ever removed.
-
-    Raises:
-        OutputError: ``out`` is a link, a file, or a folder that is not empty, or another process is making it.
+    A lock file lies beside it meanwhile. One that no living process holds tells the next call for the same ``out`` what
+    a killed one left, and nothing else is removed. An OutputError: ``out`` is a link, a file, not empty, or in use.
     """
     if out.is_symlink():
         raise OutputError(f"{out} is a link.", fix="Choose a folder that does not exist or is empty.")

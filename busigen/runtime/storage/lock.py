@@ -28,9 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK_FILE = ".lock"
-"""Name of the file by which a process holds a folder."""
-
+LOCK_FILE = ".lock"  # name of the file by which a process holds a folder
 _TASK = f"{LOCK_FILE}-task-"
 _TURN = f"{LOCK_FILE}-turn"
 _TASKS = "tasks"
@@ -38,8 +36,7 @@ _TASK_NAME = re.compile(rf"{re.escape(_TASK)}([0-9]+)-([0-9]+)")
 _SIGNED = re.compile(rb"\0*|%b|[0-9]+|process [0-9]+ on .*" % _TASKS.encode())
 """What a lock's file may hold: nothing where its process was killed before it could sign, zeros after a power cut."""
 
-_LOCK_WAIT_SECONDS = 2.0
-"""Seconds that a task waits for ``.lock``: one that ends holds it alone for moments, to remove it."""
+_LOCK_WAIT_SECONDS = 2.0  # of a task, for ``.lock``: one that ends holds it alone for moments, to remove it
 
 
 @contextmanager
@@ -64,15 +61,11 @@ def locked(path: Path, place: Path | Address) -> Iterator[None]:
 def joined(folder: Path, numbers: range) -> Iterator[None]:
     """Hold the dataset's shards of these numbers until the block ends, beside tasks that hold others.
 
-    Raises:
-        OutputError: a process holds the whole folder, or another task one of the shards.
-        UsageError: this system has no such locks.
+    An OutputError says that a process holds the whole folder, or a task one of the shards.
     """
     if not fcntl:
-        raise UsageError(
-            "--index-range with --count and --array-task need file locks that this system lacks.",
-            fix="Give every task an --index-range and an --out of its own, and join them with `busigen merge`.",
-        )
+        fix = "Give every task an --index-range and an --out of its own, and join them with `busigen merge`."
+        raise UsageError("--index-range with --count and --array-task need file locks that this system lacks.", fix=fix)
     everyone = folder / LOCK_FILE
     shared = _flock(everyone, fcntl.LOCK_SH, folder, wait_seconds=_LOCK_WAIT_SECONDS)
     try:
@@ -114,14 +107,10 @@ def turn(folder: Path) -> Iterator[None]:
 
 
 def living(folder: Path) -> list[tuple[range, Path]]:
-    """Shard numbers of the tasks that are at work, with the file that each holds; files of killed ones are removed.
-
-    To be called in one's turn.
-    """
+    """Shard numbers of the tasks at work, with each one's file; killed ones' are removed. To be called in turn."""
     found = []
     for path in sorted(folder.glob(f"{_TASK}*")):
-        task = _TASK_NAME.fullmatch(path.name)
-        if task is None:
+        if (task := _TASK_NAME.fullmatch(path.name)) is None:
             continue
         try:
             handle = _flock(path, fcntl.LOCK_EX, folder)
@@ -174,10 +163,8 @@ def _flock(path: Path, kind: int, place: Path | Address, wait_seconds: float = 0
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(opened, path.stat()):
                     if not stat.S_ISREG(opened.st_mode) or not _SIGNED.fullmatch(os.pread(handle, 1 << 10, 0)):
-                        raise OutputError(
-                            f"{path} is another program's file.",
-                            fix="Choose another folder, or delete the file if nobody needs it.",
-                        )
+                        problem = f"{path} is another program's file."
+                        raise OutputError(problem, fix="Choose another folder, or delete the file if nobody needs it.")
                     return handle
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -207,9 +194,8 @@ def _held(path: Path, place: Path | Address) -> OutputError:
 
 def in_use(place: Path | Address, holder: str) -> OutputError:
     """The error where somebody else writes a dataset's place."""
-    return OutputError(
-        f"{place} is being written by {holder}.", fix="Wait until it ends, stop it, or choose another --out."
-    )
+    problem = f"{place} is being written by {holder}."
+    return OutputError(problem, fix="Wait until it ends, stop it, or choose another --out.")
 
 
 def _holder(path: Path) -> str:

@@ -27,59 +27,43 @@ from busigen.text import duration, install_command
 Result = TypeVar("Result")
 
 _AGAIN = "then run the same command again: what is complete is kept."
-_NEVER_TAKEN = (errno.EINVAL, errno.ENOSYS)
-"""Beside those of ``FIXES``: a request that the store will never take."""
-
-_TRANSIENT = {307, 408, 409, 423, 425, 429, *range(500, 600)} - {501, 505}
-"""HTTP status codes after which the same request may be answered otherwise."""
+_NEVER_TAKEN = (errno.EINVAL, errno.ENOSYS)  # beside those of `FIXES`: a request that the store will never take
+_TRANSIENT = {307, 408, 409, 423, 425, 429, *range(500, 600)} - {501, 505}  # after which an answer may differ
 
 _TRANSIENT_CODES = re.compile(
     "Throttl|SlowDown|TooManyRequests|LimitExceeded|RequestTimeout|RequestTimeTooSkewed|IncompleteBody|InternalError"
     "|ServiceUnavailable|OperationAborted|PriorRequestNotComplete"
-)
-"""What S3 calls the like; some of it comes with status 400 or 403."""
+)  # what S3 calls the like; some of it comes with status 400 or 403
 
 _CHECKSUMS = re.compile(
     "checksum|sha-?256|md5|digest|trailer|aws-chunked|contentlength|content-length|header you", re.I
-)
-"""In the refusal of a server that speaks S3 but does not know the checksums that clients send with it since 2025."""
+)  # in the refusal of a server that does not know the checksums that S3's clients send since 2025
 
-_AT_ONCE = 32
-"""Small files that are asked for together."""
-
-_STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}
-"""How gcsfs begins the errors that it gives no status."""
+_AT_ONCE = 32  # small files that are asked for together
+_STATUS_OF_TEXT = {"Forbidden": 403, "Bad Request": 400}  # how gcsfs begins the errors that it gives no status
 
 _NETWORK = {
     *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"),
     *("MetadataRetrievalError", "CredentialRetrievalError", "TokenRetrievalError", "CapacityNotAvailableError"),
-}
-"""Botocore's errors that time may mend; others, such as of a profile that is not there, are of settings."""
+}  # botocore's errors that time may mend; others, such as of a missing profile, are of settings
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to try, in seconds from the first failure to giving up; pauses double from ``first`` to ``longest``.
+    """How long to try, in seconds; pauses double from ``first`` to ``longest``."""
 
-    A single attempt may take ``attempt`` seconds; None for whatever the store's library allows.
-    """
-
-    total: float = 300.0
+    total: float = 300.0  # from the first failure to giving up
     first: float = 1.0
     longest: float = 30.0
-    attempt: float | None = None
+    attempt: float | None = None  # of a single one; None for whatever the store's library allows
 
 
 @dataclass
 class RetryingCaller:
     """Calls a store, each time in a thread of its own: a call that hangs must not keep anybody from stopping.
 
-    Attributes:
-        address: what messages name.
-        retry: how long to try.
-        notify: called once in a while with a line that says that the store is out of reach.
-        kind: of the error that a store which cannot be used ends with.
-        aborted: while it is set, all calls end at once, with ``KeyboardInterrupt``.
+    ``notify`` gets a line once the store is out of reach; ``kind`` is the error that an unusable store ends with.
+    While ``aborted`` is set, all calls end at once, with ``KeyboardInterrupt``.
     """
 
     address: Address
@@ -89,10 +73,7 @@ class RetryingCaller:
     aborted: threading.Event = field(default_factory=threading.Event)
 
     def call(self, what: Callable[[], Result], retry: RetryPolicy | None = None) -> Result:
-        """Do something that a repetition does no harm to, if need be several times.
-
-        A ``FileNotFoundError`` or ``FileExistsError`` is raised as it is; of others, ``kind`` once there is no hope.
-        """
+        """Do, several times if need be, what repetition does not harm; FileNotFoundError and FileExistsError pass."""
         retry = retry or self.retry
         began, pause = time.monotonic(), retry.first
         while True:
@@ -101,8 +82,7 @@ class RetryingCaller:
             except (FileNotFoundError, FileExistsError, BusigenError):
                 raise
             except Exception as error:
-                refusal = self.refusal(error)
-                if refusal is not None:
+                if (refusal := self.refusal(error)) is not None:
                     raise refusal from error
                 # The network's or the store's, and not a slip of this program.
                 if not isinstance(error, OSError) and type(error).__module__.startswith(("builtins", "busigen")):
@@ -157,13 +137,10 @@ class RetryingCaller:
     def missing(self) -> BusigenError:
         """The error where the bucket, or whatever holds the place, is not there."""
         holder = str(self.address).partition("://")[2].split("/")[0]
-        return self.kind(
-            f"{self.address}: there is no {holder!r}.",
-            fix="Create it first, or check the URL's spelling and the endpoint.",
-        )
+        problem = f"{self.address}: there is no {holder!r}."
+        return self.kind(problem, fix="Create it first, or check the URL's spelling and the endpoint.")
 
     def _described(self, error: BaseException) -> str:
-        """What an error says, in one line that is not too long."""
         described = self.address.redact(getattr(error, "strerror", None) or str(error) or type(error).__name__)
         text = " ".join(described.split()).rstrip(".")
         return text if len(text) <= 160 else f"{text[:157]}..."
@@ -189,10 +166,7 @@ class RetryingCaller:
 
 
 class Store:
-    """Files below the caller's URL, by names with forward slashes.
-
-    ``sizes`` has the bytes of the files that are there, as of the last look and of what was done since.
-    """
+    """Files below the caller's URL, by names with forward slashes; ``sizes`` has their bytes as of the last look."""
 
     def __init__(self, caller: RetryingCaller) -> None:
         self.caller, self.address = caller, caller.address
@@ -397,11 +371,8 @@ def _stated_md5(info: Mapping[str, Any]) -> str | None:
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """HTTP status and error code that a store answered with; None where it did not.
-
-    Botocore's errors hold a mapping, and s3fs hides them behind those of the operating system; gcsfs, aiohttp, requests
-    and Azure's keep the status as an attribute, or say it in words.
-    """
+    """HTTP status and error code that a store answered with; None where it did not."""
+    # Botocore's errors hold a mapping, which s3fs hides; the others' keep the status as an attribute, or in words.
     found: BaseException | None = error
     for _ in range(8):
         if found is None:

@@ -17,10 +17,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
 @dataclass(frozen=True, repr=False)
 class Address:
-    """A URL without a slash at its end. It can be joined and shown as a ``Path`` can.
-
-    Shown, it lacks its credentials: ``url`` is for the store's library alone.
-    """
+    """A URL without a slash at its end, which can be joined and shown, without its credentials, as a ``Path`` can."""
 
     url: str
 
@@ -51,28 +48,22 @@ class Address:
 
 def place_of(text: str) -> Path | Address:
     """The folder or URL that was typed; a ``UsageError`` where it is a URL that no dataset can be written to."""
-    found = _URL.fullmatch(text)
-    if found is None:
+    if (found := _URL.fullmatch(text)) is None:
         return Path(text)
     protocol, rest = found[1].lower(), found[2].rstrip("/")
     reason = "chains two protocols" if "::" in protocol else UNFIT_STORES.get(protocol)
     if reason or not rest:
-        raise UsageError(
-            f"{without_credentials(text)} {reason or 'names no place'}.",
-            fix="Give a folder, or a URL such as s3://bucket/name or gs://bucket/name.",
-        )
+        problem = f"{without_credentials(text)} {reason or 'names no place'}."
+        raise UsageError(problem, fix="Give a folder, or a URL such as s3://bucket/name or gs://bucket/name.")
     return Address(f"{protocol}://{rest}")
 
 
 def refuse_urls(*places: Path, what: str) -> None:
     """Raise a ``UsageError`` for a URL where the command ``what`` needs a folder; ``Path`` has cut its two slashes."""
     for place in places:
-        found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", place.as_posix())
-        if found and not place.exists():
+        if (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", place.as_posix())) and not place.exists():
             url = without_credentials(f"{found[1]}://{found[2]}")
             tool = COPY_COMMANDS.get(found[1])
             how = f", such as `{tool.format(shlex.quote(url))}`" if tool else ""
-            raise UsageError(
-                f"`busigen {what}` reads folders, and {url} is a URL.",
-                fix=f"Copy it to a folder first, with the store's own tool{how}.",
-            )
+            problem = f"`busigen {what}` reads folders, and {url} is a URL."
+            raise UsageError(problem, fix=f"Copy it to a folder first, with the store's own tool{how}.")

@@ -1,9 +1,8 @@
 """The autoencoder, whose latents hold the anatomy and whose decoder draws speckle from noise, and its critic.
 
-Speckle's grains say nothing about the tissue, and f8 latents could not hold them. An autoencoder that should repeat the
-grains averages over all that are possible, and paints smooth grey. So this decoder gets white noise at every scale (as
-StyleGAN does, Karras et al. 2019, 3.2), and what it draws is only to be *distributed* like the image
-(:func:`busigen.training.losses.reconstruction`). The denoisers are spared the grains as well, and need few steps.
+An autoencoder that should repeat the speckle's grains averages over all that are possible, and paints smooth grey. So
+this decoder gets white noise at every scale (as StyleGAN does, Karras et al. 2019, 3.2), and what it draws is only to
+be *distributed* like the image (:func:`busigen.training.losses.reconstruction`).
 """
 
 from __future__ import annotations
@@ -118,10 +117,9 @@ SLOPE = 0.2  # Negative slope of the critic's leaky ReLUs.
 
 
 class Critic(nn.Module):
-    """Scores each cell of the latents by the pixels around it, about 60 x 60.
+    """Scores each cell of the latents by these (Mirza and Osindero 2014) and the pixels around it, about 60 x 60.
 
-    It sees the latents as well (Mirza and Osindero 2014), because every scanner has its own speckle. Spectral
-    normalisation (Miyato et al. 2018) bounds its scores without a second derivative.
+    Spectral normalisation (Miyato et al. 2018) bounds its scores without a second derivative.
     """
 
     def __init__(self, latent_channels: int, channels: Sequence[int] = CHANNELS, *, pixel_channels: int = 1) -> None:

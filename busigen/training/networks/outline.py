@@ -173,9 +173,9 @@ RELUCTANCE = 0.03  # Cost of a gain, against distances in deviations: of gains t
 class OutlineSpread(Spread):
     """A spread for each of a code's ``length`` numbers, and after the last step the class's own distributions.
 
-    A network that has seen a few hundred lesions draws places and sizes about right, but too regular outlines: codes
-    lack the finest detail, and real lesions differ more in how ragged they are. So attributes are mapped quantile by
-    quantile, and the deviations of two bands of the form by a power law, ``a' = exp(gain) a^(1 + power)``.
+    A network that has seen a few hundred lesions draws too regular outlines, and real ones differ more in how ragged
+    they are. So attributes are mapped quantile by quantile, and the deviations of two bands of the form by a power law,
+    ``a' = exp(gain) a^(1 + power)``.
     """
 
     drawn: Tensor

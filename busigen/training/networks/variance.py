@@ -17,8 +17,7 @@ LEAST = 0.05  # Smallest deviation: without it, a frequency in which all trainin
 class Spread(nn.Module):
     """Solver steps with a spread for each coefficient of samples of a ``shape``, in place of one number.
 
-    Stage 1's codes are standardised over all lesions, but malignant outlines vary half as much again in their fine
-    components as benign ones do. With one spread for all, eight steps made malignant outlines too smooth.
+    Malignant outlines vary half as much again in their fine components as benign ones, and would be too smooth.
     """
 
     spread: Tensor
@@ -61,11 +60,9 @@ class Spread(nn.Module):
 class Spectrum(Spread):
     """Solver steps with the spread of each spatial frequency of latents, ``channels`` of ``cells`` a side.
 
-    Neighbouring cells vary together: the mean of an image's latents varies up to eighteen times as much as that of
-    independent cells, their finest detail less than half as much. With one spread, ten steps lost a third of the
-    differences in brightness and overdid the detail. Coefficients of the discrete cosine transform are nearly
-    uncorrelated (Ahmed et al. 1974), so each has a step of its own (:func:`busigen.solver.gaussian_constants`), along
-    the principal axes of a frequency's channels.
+    With one spread, ten steps lost a third of the differences in brightness and overdid the detail. Coefficients of the
+    cosine transform are nearly uncorrelated (Ahmed et al. 1974), so each has a step of its own
+    (:func:`busigen.solver.gaussian_constants`), along the principal axes of a frequency's channels.
     """
 
     axes: Tensor
@@ -141,9 +138,8 @@ def cosines(size: int) -> Tensor:
     return basis.float()
 
 
+# Residuals ``(B, C, n, n)`` of two answers to pure noise in the same windows, and the regions to paint.
 Residuals = tuple[Tensor, Tensor, Tensor]
-"""Residuals ``(B, C, n, n)`` of two answers to pure noise in the same windows, and the regions to paint."""
-
 MOST_COMPENSATED = 1.5  # Greatest factor by which :meth:`Wavelets.compensate` changes a deviation.
 LEAST_CELLS = 6  # Fewest cells of a lesion whose power is measured.
 FEWEST = 24  # Fewest windows from which a spread is fitted; with fewer, that of the base stays.
@@ -152,10 +148,9 @@ FEWEST = 24  # Fewest windows from which a spread is fitted; with fewer, that of
 class Wavelets(nn.Module):
     """Solver steps with the spread of each scale of Haar wavelets, in the region to paint.
 
-    What surroundings and outline leave open is not white: brightness varies more over blocks of four cells than that of
-    independent cells, and half as much from cell to cell. With one spread, lesions are too much alike as a whole and
-    too grainy within. The region to paint is a place, which cosines lack and wavelets have (Mallat 1989). Channels are
-    rotated as in :class:`Spectrum`. ``sizes`` are the windows' sides in cells, powers of two.
+    With one spread, lesions are too much alike as a whole and too grainy within. The region to paint is a place, which
+    cosines lack and wavelets have (Mallat 1989). Channels are rotated as in :class:`Spectrum`. ``sizes`` are the
+    windows' sides in cells, powers of two.
     """
 
     styles: Tensor

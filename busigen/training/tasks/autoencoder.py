@@ -146,7 +146,7 @@ class DecoderTask(AutoencoderTask):
         return self._contested(self._decoded(self.train, generator), generator)
 
 
-FEWEST = 128  # Fewest images, real and drawn, from which filters are fitted.
+FEWEST, BACKGROUNDS = 128, 512  # Fewest images of either kind from which filters are fitted; most that are drawn.
 CORRECTIONS = 2  # Times that the fit corrects its filters, since short ones cannot follow every gain.
 MOST_MENDED = 2.0  # Largest factor by which a correction changes the filters' spread.
 Picture = tuple[NDArray[np.uint8], Mask]  # An image ``(H, W)`` and its pixels that count.
@@ -156,10 +156,8 @@ def fit_transfer(real: Iterable[Picture], generated: Sequence[Picture], seed: in
     """The filters through which drawn images have their detail distributed as real ones have.
 
     Pixels of ``generated`` images that do not count lie outside their frame; ``seed`` seeds the filters that are tried.
-
-    Returns:
-        Filters, clipped to :data:`busigen.mtf.LARGEST_GAIN` with a warning; None with fewer than ``FEWEST`` images of
-        either, or if drawn images lack nothing that real ones vary by.
+    They are clipped to :data:`busigen.mtf.LARGEST_GAIN` with a warning. None with fewer than ``FEWEST`` images of
+    either, or if drawn images lack nothing that real ones vary by.
     """
     if len(generated) < FEWEST:
         return None
@@ -195,17 +193,12 @@ def _filtered(transfer: Transfer, generated: Iterable[Picture], seed: int) -> It
         yield result, usable
 
 
-BACKGROUNDS = 512  # Most backgrounds that are drawn; no more than there are training images.
-
-
 class FinishTask(DecoderTask):
     """The decoder, against opponents that see its pixels as a user will.
 
-    Drawn latents differ from real ones in what the losses of stages 2 and 3 do not see, and lesions are pasted. So the
-    decoder gets what the stages draw in the places of real lesions, and backgrounds of the prior, and both are judged
-    after the paste against real pixels. Here it first reads masks, to draw margins. The opponents are a second critic,
-    which sees the outline, and linear discriminants of texture and of brightness across outlines. Real latents stay a
-    part of every batch, lest they be forgotten.
+    It gets what the stages draw in the places of real lesions, judged after the paste against real pixels, backgrounds
+    of the prior, and real latents, lest they be forgotten. Here it first reads masks, to draw margins. Opponents are a
+    second critic, which sees the outline, and linear discriminants of texture and of brightness across outlines.
     """
 
     def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:

@@ -1,18 +1,21 @@
-"""The tasks that train denoisers: what all have in common, the windows of stages 2 and 3, and the healthy prior."""
+"""The tasks that train denoisers: what all have in common, windows (stages 2, 3), the healthy prior, outlines (1)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from busigen.data.geometry import Mask, largest_component
 from busigen.noise_styles import LARGEST_FACTOR, Floats, bounded, fitted, powers, styled
-from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
+from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
+from busigen.runtime.sampling import quality_gates
 from busigen.solver import solver_steps
 from busigen.training import losses
 from busigen.training.examples import (
@@ -20,13 +23,18 @@ from busigen.training.examples import (
     WindowExamples,
     background_examples,
     load_examples,
+    outline_examples,
+    random_lesion,
     save_examples,
+    to_tensor,
     window_examples,
 )
 from busigen.training.networks.build import place_condition
 from busigen.training.networks.inference import Velocity, blend_input, integrate
+from busigen.training.networks.outline import COUNT
 from busigen.training.networks.variance import Residuals, Spectrum, amplitudes, mean_square, transformed
 from busigen.training.recipe import TaskSpec
+from busigen.training.rollouts import background_images
 from busigen.training.tasks import Picture, Task, TaskContext, grid, nothing_to_train_on, outlined, to_pictures
 from busigen.training.trainer import mixed_precision
 
@@ -64,13 +72,9 @@ class DenoiserTask(Task):
         path = self.context.cache / f"{self.examples}-{split}-{variants}.safetensors"
         if not path.exists():
             frames = self.context.images(split)
-            options = {
-                "networks": self.context.networks,
-                "variants": variants,
-                "seed": self.context.seed,
-                "progress": self.context.report(f"{self.examples}: encoding {len(frames)} {split} images"),
-            }
-            save_examples(path, self._encode(frames, **options) if len(frames) else {})
+            progress = self.context.report(f"{self.examples}: encoding {len(frames)} {split} images")
+            options = {"networks": self.context.networks, "variants": variants, "seed": self.context.seed}
+            save_examples(path, self._encode(frames, progress=progress, **options) if len(frames) else {})
         return load_examples(path)
 
     def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
@@ -112,7 +116,6 @@ class DenoiserTask(Task):
 
 
 MEASURED, MEASURED_BATCH = 384, 32  # Windows of one size on which a trained network is measured, and batch.
-
 PAINTED_NOISE = 0.15  # On the latents that stage 3 continues, which are real only in training (Ho et al. 2022).
 LESIONS = 64  # Fewest lesions, real or drawn, from which their variation is fitted.
 TRIAL = 0.35  # Share of the missing deviation that is tried first; the network carries on and adds to what it is given.
@@ -234,7 +237,7 @@ class WindowTask(DenoiserTask):
         return grid(rows)
 
 
-COUNT = 128  # Images that are drawn to see what the prior varies by, and as many again to see the effect of styles.
+STYLED_IMAGES = 128  # Images that are drawn to see what the prior varies by, and again to see the effect of styles.
 
 
 def fit_styles(spectrum: Spectrum, clean: Tensor, draw: Callable[[Tensor], Tensor], seed: int) -> list[list[float]]:
@@ -242,12 +245,10 @@ def fit_styles(spectrum: Spectrum, clean: Tensor, draw: Callable[[Tensor], Tenso
 
     One trial measures how much of a style the solver carries on: the sum of all bands' variances grows with the square
     of the share that is tried. ``clean`` are training latents ``(N, C, s, s)``; ``draw`` samples the prior from noise.
-
-    Returns:
-        Rows of :func:`busigen.noise_styles.styled`'s ``factor``, within the bounds of bundles; none if drawn images
-        lack nothing or there are fewer than ``COUNT`` training images.
+    Rows are those of :func:`busigen.noise_styles.styled`'s ``factor``; none if drawn images lack nothing or there are
+    fewer than ``STYLED_IMAGES`` training images.
     """
-    if len(clean) < COUNT:
+    if len(clean) < STYLED_IMAGES:
         return []
     mean, spread = clean.double().mean(0).float(), spectrum.marginal.cpu()
 
@@ -256,12 +257,12 @@ def fit_styles(spectrum: Spectrum, clean: Tensor, draw: Callable[[Tensor], Tenso
         return np.concatenate(parts)
 
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(COUNT, *clean.shape[1:], generator=generator)
+    noise = torch.randn(STYLED_IMAGES, *clean.shape[1:], generator=generator)
     real, plain = measured(clean), measured(draw(noise))
     factor = fitted(real, plain)
     if not factor.size:
         return []
-    normals = torch.randn(COUNT, factor.shape[1], generator=generator).numpy()
+    normals = torch.randn(STYLED_IMAGES, factor.shape[1], generator=generator).numpy()
     tried = measured(draw(torch.from_numpy(styled(noise.numpy(), TRIAL * factor, normals))))
     styles = bounded(_share(plain, real, tried) * factor, LARGEST_FACTOR, "styles")
     return [[round(float(value), 4) for value in row] for row in styles]
@@ -308,3 +309,116 @@ class BackgroundTask(DenoiserTask):
         """Held-out backgrounds (through the autoencoder) above sampled ones."""
         batch, latents = self._sampled(6)
         return grid([self._pictures(batch["clean"]), self._pictures(latents)])
+
+
+CONDITIONED_SHARE = 0.5  # Share of examples with any attribute given.
+ATTRIBUTE_SHARE = 0.3  # Share of these with each attribute given.
+BIRADS_SHARE = 0.5  # Share of examples with a known BI-RADS category given.
+
+
+def lesions(frames: Frames, seed: int) -> list[Mask]:
+    """One lesion of each image that has any."""
+    return [random_lesion(frames[k], np.random.default_rng((seed, k))) for k in frames.with_lesion()]
+
+
+def random_condition(code: Tensor, birads: Tensor, generator: Generator) -> Tensor:
+    """A random part of codes ``(B, D)`` and BI-RADS flags ``(B, 4)``, as of :meth:`OutlineSpace.condition`."""
+    size = code.shape[0]
+    anything = torch.rand(size, 1, generator=generator) < CONDITIONED_SHARE
+    flags = (anything & (torch.rand(size, COUNT, generator=generator) < ATTRIBUTE_SHARE)).to(code)
+    shown = (torch.rand(size, 1, generator=generator) < BIRADS_SHARE).to(code)
+    return torch.cat((code[:, :COUNT] * flags, flags, birads * shown), dim=1)
+
+
+MEASURED_OUTLINES = 768  # Outlines whose attributes are measured, half in healed images and half in backgrounds.
+MEASURED_FORMS = 256  # Those of them whose form is measured.
+BATCH = 32  # Outlines that are measured at a time.
+
+
+class MaskTask(DenoiserTask):
+    """Stage 1: an outline's code from the healed image's tokens and, at times, a part of the answer."""
+
+    examples = "outlines"
+
+    def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
+        # Adapters keep the base's basis, since the frozen weights read codes in it.
+        if spec.label is None:
+            module.space.fit(lesions(context.frames("train", spec), context.seed))
+        self.space = module.space
+        super().__init__(spec, context, module)
+        # An adapter has the spread of its class.
+        module.spectrum.fit(torch.cat([part.tensors["clean"] for part in self.train.values()]))
+
+    def _encode(self, frames: Frames, **options: Any) -> Buckets:
+        assert self.context.healed is not None
+        tensors = outline_examples(frames, self.context.healed, self.space, **options)
+        return {BUCKETS[0]: WindowExamples(tensors)} if tensors else {}
+
+    def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
+        return (random_condition(batch["clean"], batch["birads"], generator),)
+
+    def findings(self) -> dict[str, Any]:
+        """Calibrate an adapter's outlines to its class's lesions."""
+        spread = self.module.spectrum
+        spread.forget()
+        if self.spec.label is None:
+            return {}
+        images, valid = self._healthy_images()
+        codes = self._sampled_codes(images).to(self.device)
+        # Of all of the class's lesions, where they are: the adapter's sources may hold few of them, and training
+        # mirrors and crops images.
+        real = lesions(self.context.images("train", label=self.spec.label), self.context.seed)
+        spread.fit_attributes(codes, self.space.encode(real))
+        spread.fit_form(codes[:MEASURED_FORMS], lambda calibrated: self._accepted(calibrated, valid), real)
+        return {"gains": [[round(float(value), 3) for value in band] for band in spread.gains]}
+
+    def _healthy_images(self) -> tuple[list[NDArray[np.uint8]], list[Mask]]:
+        """Healed images and backgrounds, shuffled, and which of their pixels are no bars."""
+        assert self.context.healed is not None
+        frames = self.context.images("train")
+        rng = np.random.default_rng(self.context.seed)
+        # Of lesions of any class, because the adapter knows the images of its own by heart.
+        chosen = [int(k) for k in rng.permutation(frames.with_lesion())[: MEASURED_OUTLINES // 2]]
+        found = [(self.context.healed(int(frames.table["row"][k]), 0), frames[k].valid) for k in chosen]
+        if self.context.drawer is not None:
+            progress = self.context.report("backgrounds: drawing")
+            found += background_images(self.context.drawer, len(found), seed=self.context.seed, progress=progress)
+        mixed = [found[int(k)] for k in rng.permutation(len(found))]
+        return [image for image, _ in mixed], [valid for _, valid in mixed]
+
+    def _sampled_codes(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """The solver's codes of the task's class in images, without conditions."""
+        generator = Generator().manual_seed(self.context.seed + 1)
+        parts = []
+        for start in range(0, len(images), BATCH):
+            seen = torch.stack([to_tensor(image) for image in images[start : start + BATCH]]).to(self.device)
+            keep = torch.ones(len(seen), self.context.networks.preset.tokens, device=self.device)
+            noise = torch.randn(len(seen), self.module.length, generator=generator).to(self.device)
+            label = torch.full((len(seen),), CLASSES.index(str(self.spec.label)), device=self.device)
+            asked = torch.zeros(len(seen), ASKED_LENGTH, device=self.device)
+            tokens = self.context.networks.tokens(seen, keep).float()
+            parts.append(integrate(self.velocity, noise, label, tokens, keep, self.steps, asked).cpu())
+        return torch.cat(parts)
+
+    def _accepted(self, codes: Tensor, valid: Sequence[Mask]) -> list[Mask]:
+        """The codes' lesions within the valid pixels of images, without those that the quality gates refuse."""
+        nothing = torch.zeros(1, ASKED_LENGTH, device=self.device)
+        distances = torch.cat([self.space.distance(part, nothing) for part in codes.split(BATCH)])
+        accepted = []
+        for distance, inside in zip(distances, valid, strict=False):
+            raw = distance[0].cpu().numpy() > 0
+            mask = largest_component(raw & inside)
+            if quality_gates.mask_reason(raw, mask, inside) is None:
+                accepted.append(mask)
+        return accepted
+
+    def sheet(self) -> Image.Image:
+        """Real and sampled outlines on their signed distances."""
+        batch, samples = self._sampled(10)
+        nothing = torch.zeros(1, ASKED_LENGTH, device=self.device)
+        rows = []
+        for code in (batch["clean"], samples):
+            fields = self.space.distance(code, nothing) / 32.0
+            masks = (fields[:, 0] > 0).cpu().numpy()
+            rows.append([outlined(p, mask) for p, mask in zip(to_pictures(fields), masks, strict=True)])
+        return grid(rows)

@@ -15,7 +15,7 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import ENGINE, EngineBackend
-from busigen.runtime.backends.tensorrt.engine_cache import Cache
+from busigen.runtime.backends.tensorrt.engine_builder import Cache
 from busigen.runtime.backends.tensorrt.library import Library
 
 pytestmark = [

@@ -25,8 +25,15 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.onnx_graph import with_conditions
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import trial_engine
-from busigen.runtime.backends.tensorrt.engine_builder import KIND, EngineBuilder, kept_batches, key_of
-from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache
+from busigen.runtime.backends.tensorrt.engine_builder import (
+    CONTENT,
+    KIND,
+    RECORD,
+    Cache,
+    EngineBuilder,
+    kept_batches,
+    key_of,
+)
 from busigen.runtime.backends.tensorrt.library import (
     BuildSpec,
     Library,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from busigen.errors import OutputError
-from busigen.runtime.backends.tensorrt.engine_cache import CONTENT, RECORD, Cache, default_folder
+from busigen.runtime.backends.tensorrt.engine_builder import CONTENT, RECORD, Cache, default_folder
 from busigen.runtime.backends.tensorrt.library import TIMINGS, Device
 from tests.harness.command import ROOT
 from tests.harness.engine_library import rtx
@@ -105,13 +105,21 @@ def test_a_folder_that_cannot_be_written_to_is_an_output_error(tmp_path: Path) -
         pass
 
 
+def test_another_programs_file_in_place_of_the_lock_is_not_waited_for(cache: Cache) -> None:
+    entry = cache.entry("engines", KEY)
+    entry.mkdir(parents=True)
+    (entry / ".lock").write_text("somebody's notes")
+    with pytest.raises(OutputError, match="another program's file"), cache.making("engines", KEY):
+        pass
+
+
 def test_two_processes_do_not_make_the_same_entry(cache: Cache, tmp_path: Path) -> None:
     """Four processes want one engine: one makes it, three find it made."""
     program = textwrap.dedent(
         f"""
         import sys, time
         from pathlib import Path
-        from busigen.runtime.backends.tensorrt.engine_cache import Cache
+        from busigen.runtime.backends.tensorrt.engine_builder import Cache
         cache, key = Cache(Path({str(cache.folder)!r})), {KEY!r}
         with cache.making("engines", key):
             if cache.read("engines", key) is None:
@@ -134,7 +142,7 @@ def test_a_kill_while_an_entry_is_written_leaves_none_and_blocks_nobody(cache: C
         f"""
         import os, time
         from pathlib import Path
-        from busigen.runtime.backends.tensorrt.engine_cache import Cache
+        from busigen.runtime.backends.tensorrt.engine_builder import Cache
         cache, key = Cache(Path({str(cache.folder)!r})), {KEY!r}
         real = os.replace
         def slow(source, target):

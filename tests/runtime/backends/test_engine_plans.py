@@ -19,8 +19,7 @@ from busigen.runtime.backends.base import EngineOptions
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import EngineBackend, wanted_batches
-from busigen.runtime.backends.tensorrt.engine_builder import KIND, key_of
-from busigen.runtime.backends.tensorrt.engine_cache import Cache
+from busigen.runtime.backends.tensorrt.engine_builder import KIND, Cache, key_of
 from busigen.runtime.backends.tensorrt.library import (
     CudaFailure,
     card_for,

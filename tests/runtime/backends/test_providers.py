@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,8 +13,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from busigen.errors import ProviderError, UsageError
+from busigen.errors import OutputError, ProviderError, UsageError
 from busigen.registry import AUTO, LAUNCHERS, PROVIDERS
+from busigen.runtime.backends import onnxruntime
 from busigen.runtime.backends.base import ENGINES, EngineOptions, largest_that_fits, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
 from busigen.runtime.backends.onnx_graph import Graph
@@ -197,6 +199,16 @@ def test_only_graphs_without_loops_are_captured(bundle: Bundle) -> None:
 
 
 # Memory
+
+
+def test_no_room_for_a_copy_of_the_weights_is_told_as_such(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(graph: Path, files: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    backend = open_backend(bundle, options=EngineOptions(1))
+    monkeypatch.setattr(onnxruntime, "openable", full)
+    with pytest.raises(OutputError, match="needs a copy of its weights"):
+        backend.run("prior", {"noise": np.zeros((2, 1), np.float32)})
 
 
 def test_halving_finds_what_fits() -> None:

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from busigen.runtime.dataset.sample import SampleBatch
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.dataset.shards import ShardRecord, lesion_box, schema_of, write_shard
 from tests.harness.noise_source import NoiseSource, noise_sample
 

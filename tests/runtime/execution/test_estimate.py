@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from busigen.errors import OutputError
-from busigen.runtime.dataset.sample import SampleBatch
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.dataset.shards import ShardRecord
 from busigen.runtime.execution.estimate import Forecast, pace_of
 from busigen.runtime.execution.factory import generate

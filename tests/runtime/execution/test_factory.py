@@ -17,7 +17,6 @@ from busigen.runtime.dataset.format import FINISHED_FILES, Plan
 from busigen.runtime.execution.factory import generate, part_of
 from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.maintenance.explain import explain
-from busigen.runtime.maintenance.summaries import explained
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.lock import exclusive
@@ -218,7 +217,7 @@ def test_a_bundle_without_its_origin_is_called_unproven(tmp_path: Path) -> None:
         assert [record.get("unproven") for record in records] == [missing, missing]
         described = explain(out, "0", inputs=NoiseInputs(source=source))
         assert described.error is None and described.history["unproven"] == (missing or [])
-        texts = ["\n".join(notes.described), (out / "README.md").read_text(), "\n".join(explained(described))]
+        texts = ["\n".join(notes.described), (out / "README.md").read_text(), "\n".join(described.lines())]
         named = f"records no valid {' and no valid '.join(missing)}, so nothing proves" if missing else "nproven"
         assert [named in text for text in texts] == [bool(missing)] * 3
         # A run that was begun before this was recorded goes on.

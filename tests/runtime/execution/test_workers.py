@@ -16,11 +16,10 @@ import pytest
 
 from busigen.errors import InputError, UsageError, WorkerError
 from busigen.runtime.dataset.format import Plan
-from busigen.runtime.execution.coordinator import Coordinator
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.launchers import LocalWorkerPool, launcher
 from busigen.runtime.execution.run import GenerateOptions
-from busigen.runtime.execution.worker import ShardDone, ShardStarted, SourceMaker, Worker, WorkerStopped
+from busigen.runtime.execution.workers import Coordinator, ShardDone, ShardStarted, SourceMaker, Worker, WorkerStopped
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler

@@ -10,11 +10,10 @@ import polars as pl
 import pytest
 
 from busigen.errors import IntegrityError, UsageError
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.dataset.reader import read_members
-from busigen.runtime.dataset.sample import SampleBatch
 from busigen.runtime.dataset.shards import write_shard
 from busigen.runtime.maintenance.explain import explain
-from busigen.runtime.maintenance.summaries import explained
 from tests.harness.hashing import hashes
 from tests.harness.noise_source import NoiseSource, noise_sample
 from tests.harness.replaying import NoiseInputs, flip, reseal, truncate
@@ -45,7 +44,7 @@ def test_the_history_is_what_the_dataset_records_and_the_replay_agrees(pristine:
     assert hashes(tmp_path / "again")["000000003.mask.png"] == chain["mask"] == described.replay.files["mask"]
     assert hashes(pristine) == before, "the dataset itself is left alone"
     json.dumps(described.to_json(), allow_nan=False)
-    text = "\n".join(explained(described))
+    text = "\n".join(described.lines())
     assert "2 (attempt 0 refused: too dark)" in text
     assert f"the image's bytes agree ({chain['image']})" in text
 

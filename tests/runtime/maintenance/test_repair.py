@@ -13,8 +13,7 @@ import polars as pl
 import pytest
 
 from busigen.errors import InputError, IntegrityError, OutputError
-from busigen.runtime.dataset.format import FINISHED_FILES
-from busigen.runtime.dataset.sample import SampleBatch
+from busigen.runtime.dataset.format import FINISHED_FILES, SampleBatch
 from busigen.runtime.dataset.shards import write_shard
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.signals import GenerationInterrupted

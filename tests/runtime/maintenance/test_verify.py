@@ -20,8 +20,8 @@ from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.evaluation.reading.sets import read_set
 from busigen.runtime.dataset.finalize import contact_sheet, outline, pick_evenly
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.dataset.reader import Dataset, read_members
-from busigen.runtime.dataset.sample import SampleBatch
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.maintenance.explain import explain

@@ -23,7 +23,7 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord, write_table
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.maintenance.remote import explain_place, refuse_repair, verify_place, viewed
-from busigen.runtime.output.lease import Beat
+from busigen.runtime.output.ownership import Beat
 from busigen.runtime.output.remote import RemoteOutput, _FromStore
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.url import Address, place_of

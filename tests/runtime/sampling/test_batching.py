@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from busigen.errors import IntegrityError
-from busigen.runtime.dataset.sample import SampleBatch, batches_of
+from busigen.runtime.dataset.format import SampleBatch, batches_of
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.sampling import sampler as sampler_module
 from busigen.runtime.sampling.healthy_images import HealthyFolder

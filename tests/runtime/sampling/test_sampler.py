@@ -25,7 +25,7 @@ from busigen.registry import LATENT_FACTOR, LESION_CLASSES
 from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
-from busigen.runtime.dataset.sample import Sample, SampleBatch
+from busigen.runtime.dataset.format import Sample, SampleBatch
 from busigen.runtime.diagnostics.bench import ReplayBackend
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.conditions import class_at, parse_conditions

@@ -19,8 +19,7 @@ from busigen.registry import Provider
 from busigen.runtime.backends.base import Arrays, Backend, Engine, EngineOptions, Feed
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.onnx_graph import FLOAT, one_node
-from busigen.runtime.backends.tensorrt.engine_builder import EngineBuilder, EngineInfo, kept_batches
-from busigen.runtime.backends.tensorrt.engine_cache import Cache, Key
+from busigen.runtime.backends.tensorrt.engine_builder import Cache, EngineBuilder, EngineInfo, Key, kept_batches
 from busigen.runtime.backends.tensorrt.library import (
     BuildSpec,
     CudaFailure,
@@ -37,11 +36,8 @@ from busigen.runtime.backends.tensorrt.library import (
 )
 from busigen.runtime.backends.tensorrt.profiles import Batches, Call, Place, Profile, calls, fill, places
 
-MAX_CONCURRENT_CALLS = 2
-"""Calls that are under way at once: while one computes, another is uploaded or downloaded."""
-
-_KERNELS = "kernels"
-"""The cache's kind of what a library compiled for a card."""
+MAX_CONCURRENT_CALLS = 2  # calls that are under way at once: while one computes, another is uploaded or downloaded
+_KERNELS = "kernels"  # the cache's kind of what a library compiled for a card
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +45,8 @@ _log = logging.getLogger(__name__)
 class Slot:
     """Memory and stream of one call at a time; two of them, taken in turns, are the double buffer.
 
-    Inputs and output of so many bytes have pinned host memory, ``sent`` and ``received``, and an address on the card
-    each. Upload, computation and download follow one another on ``stream``; after a computation, the event ``computed``
-    is recorded. A `CudaFailure` says that there is no room.
+    Inputs and output have pinned host memory and an address on the card each. Upload, computation and download follow
+    one another on ``stream``; ``computed`` is recorded after a computation. A `CudaFailure` says that there is no room.
     """
 
     def __init__(self, number: int, inputs: int, output: int) -> None:
@@ -84,18 +79,10 @@ class _Context:
 
 
 class Session:
-    """A deserialised engine.
+    """A deserialised engine of a library's ``runtime``, built with these ``profiles``.
 
-    Args:
-        library: that made it.
-        runtime: the library's, which deserialises.
-        content: the serialised engine.
-        profiles: that it was built with.
-        kept: the library's cache of kernels that it compiled for this card; empty for none.
-
-    Raises:
-        ProviderError: the engine cannot be used on this card.
-        CapacityError: the card has too little memory for it.
+    ``kept`` is the library's cache of kernels that it compiled for this card. A ProviderError says that the engine
+    cannot be used on this card, a CapacityError that the card has too little memory for it.
     """
 
     def __init__(
@@ -128,8 +115,7 @@ class Session:
 
     def _opened(self, number: int, rows: int) -> _Context:
         runtime, said = cuda(), len(self._library.said)
-        context = self._engine.create_execution_context(self._config)
-        if context is None:
+        if (context := self._engine.create_execution_context(self._config)) is None:
             raise unusable(self._library.name, self._library.version, self._library.said[said:])
         stream = answered(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
         context.set_optimization_profile_async(number, int(stream))
@@ -159,10 +145,9 @@ class Session:
         return b"" if kept is None else bytes(kept)
 
     def enqueue(self, call: Call, inputs: Arrays, slot: Slot, before: Any) -> bool:
-        """Have the card upload rows of a batch, compute, and download the result.
+        """Have the card upload rows of a batch, compute after the event ``before``, and download the result.
 
-        It waits only for the first call with a profile and number of rows, and says whether this is one. ``before`` is
-        the event after which the computation may begin, because it uses the same memory in between.
+        It waits only for the first call with a profile and number of rows, and says whether this is one.
         """
         runtime, stream, said = cuda(), slot.stream, len(self._library.said)
         context = self._context(call)
@@ -219,12 +204,8 @@ class Session:
 class EngineBackend(Backend):
     """Engines of every graph, made where the cache lacks them, and loaded on the card before anything is drawn.
 
-    ``MAX_CONCURRENT_CALLS`` calls of ``run`` overlap, and one computes at a time. ``cache`` is the user's by default.
-
-    Raises:
-        ProviderError: library, card or driver is missing or too old.
-        CapacityError: the card has too little memory; the largest batch that fits is named.
-        BusigenError: an engine cannot be made.
+    ``MAX_CONCURRENT_CALLS`` calls of ``run`` overlap, and one computes at a time. A CapacityError names the largest
+    batch that fits; a ProviderError says that library, card or driver is missing or too old.
     """
 
     def __init__(self, bundle: Bundle, provider: Provider, options: EngineOptions, cache: Cache | None = None) -> None:
@@ -260,7 +241,6 @@ class EngineBackend(Backend):
             raise cuda_problem(provider.name, error, self._largest) from error
 
     def _claim_memory(self) -> None:
-        """Take two slots for the largest call of all graphs, and the memory in which all of them compute."""
         sessions = self._sessions.values()
         inputs = max(session.input_bytes for session in sessions)
         output = max(session.output_bytes for session in sessions)
@@ -317,11 +297,8 @@ def library_of(provider: Provider) -> Library:
 
 
 def wanted_batches(library: Library, bundle: Bundle, options: EngineOptions, cache: Cache) -> list[Batches]:
-    """Batches whose engines may be taken, the best first; the last are built for if the cache has engines for none.
-
-    Samples that are drawn again need engines for the same batches; several batch sizes, as in ``build-engines``, mean
-    just these; and a single one may be the first of several that somebody built ahead.
-    """
+    """Batches whose engines may be taken, the best first; the last are built for if the cache has engines for none."""
+    # Several sizes, as in build-engines, mean just these; a single one may be the first of several built ahead.
     if options.exact_batches:
         return [options.exact_batches]
     batches = Batches(options.batch_sizes)

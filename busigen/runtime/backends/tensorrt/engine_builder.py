@@ -1,22 +1,32 @@
-"""Makes TensorRT engines of a bundle's graphs: takes them from the cache, or builds them and puts them there."""
+"""Makes TensorRT engines of a bundle's graphs: takes them from the cache, or builds them and puts them there.
+
+An entry is ``<cache>/<kind>/<digest of its key>/content``, with key and content's sha256 in ``record.json``, which is
+written last. The hashes are for damage, not against malice: an engine is code that anybody with the folder can replace.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
+import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from busigen.errors import CapacityError, IntegrityError, ProviderError
+from busigen.errors import CapacityError, IntegrityError, OutputError, ProviderError
+from busigen.files import atomic_file, leftovers, write_json
 from busigen.foreign import read_file
+from busigen.records import Record, Text, read_checked
 from busigen.runtime.backends.base import largest_that_fits, usable_cores
 from busigen.runtime.backends.bundle import Bundle, graph_names
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES
-from busigen.runtime.backends.tensorrt.engine_cache import RECORD, Cache, Key
 from busigen.runtime.backends.tensorrt.library import (
     BuildSpec,
     Device,
@@ -30,30 +40,127 @@ from busigen.runtime.backends.tensorrt.library import (
     target_named,
 )
 from busigen.runtime.backends.tensorrt.profiles import Batches
+from busigen.runtime.storage.files import cache_folder, output_errors
+from busigen.runtime.storage.lock import exclusive
 
-REVISION = 1
-"""Of this builder: counted up when the same graph and options give another engine, so that all are made anew."""
+CONTENT, RECORD = "content", "record.json"
+_NAMES = re.compile(f"{re.escape(CONTENT)}|{re.escape(RECORD)}")
+_MAX_CONTENT_BYTES = 8 << 30
+_POLL = 0.2  # seconds between looks at an entry that another process is making
 
-KIND = "engines"
-"""The cache's kind of engines."""
+
+Key = Mapping[str, Any]  # all that an entry depends on, as JSON has it: texts, numbers, booleans, and lists of those
+
+REVISION = 1  # counted up when the same graph and options give another engine, so that all are made anew
+KIND = "engines"  # the cache's kind of engines
 
 _log = logging.getLogger(__name__)
 
 
+class _Record(Record):
+    key: dict[Text, Any]
+    sha256: Text
+
+
+def default_folder() -> Path:
+    """What ``BUSIGEN_CACHE`` names, else the folder for ``busigen`` where this system keeps caches."""
+    named = os.environ.get("BUSIGEN_CACHE")
+    return Path(named) if named else cache_folder()
+
+
+class Cache:
+    """A folder of entries that processes share; it need not exist yet, and by default is the user's."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or default_folder()
+
+    def entry(self, kind: str, key: Key) -> Path:
+        """The folder of an entry, whether or not it is there. Its name proves nothing."""
+        text = json.dumps(key, sort_keys=True, separators=(",", ":"))
+        return self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def read(self, kind: str, key: Key) -> bytes | None:
+        """An entry's content; None if there is none or, which is logged, it is not what its record says."""
+        entry = self.entry(kind, key)
+        try:
+            record = read_checked(_Record, entry / RECORD, fix="")
+            # Read once and used as read: what is hashed is what runs.
+            content = read_file(entry / CONTENT, _MAX_CONTENT_BYTES)
+        except FileNotFoundError:
+            return None
+        except (OSError, IntegrityError) as error:
+            _log.warning("%s cannot be used and is made again: %s", entry, error)
+            return None
+        # Through JSON, as the recorded one: a tuple comes back as a list.
+        if record["key"] != json.loads(json.dumps(key)):
+            _log.warning("%s is the entry of something else and is made again", entry)
+            return None
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            _log.warning("%s is not what was kept there, by its sha256, and is made again", entry / CONTENT)
+            return None
+        return content
+
+    def write(self, kind: str, key: Key, content: bytes, **facts: Any) -> None:
+        """Keep content under its key, and facts for people; an ``OutputError`` if the folder cannot be written to."""
+        entry = self._made(kind, key)
+        with output_errors(entry):
+            # Gone before its content changes: a kill in between must not leave the old record beside the new content.
+            (entry / RECORD).unlink(missing_ok=True)
+            with atomic_file(entry / CONTENT) as file:
+                file.write(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            write_json(entry / RECORD, {"key": key, "sha256": sha256, "bytes": len(content), **facts})
+
+    @contextmanager
+    def making(self, kind: str, key: Key) -> Iterator[None]:
+        """Be the only process that makes an entry until the block ends, after any other that is making it."""
+        entry, said = self._made(kind, key), False
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(exclusive(entry))
+                    break
+                except OutputError as error:
+                    if not isinstance(error.__context__, OSError):  # No lock that is held: another program's file.
+                        raise
+                    if not said:
+                        _log.info("%s is being made by another process; waiting for it", entry)
+                    said = True
+                    time.sleep(_POLL)
+                except OSError as error:
+                    with output_errors(entry):
+                        raise error
+            for path in leftovers(entry, _NAMES):  # Of a process that was killed: its lock died with it.
+                path.unlink(missing_ok=True)
+            yield
+
+    def keys(self, kind: str) -> list[dict[str, Any]]:
+        """The keys of all entries of a kind that have a readable record."""
+        found = []
+        for path in sorted((self.folder / kind).glob(f"*/{RECORD}")):
+            with contextlib.suppress(OSError, IntegrityError):
+                found.append(read_checked(_Record, path, fix="")["key"])
+        return found
+
+    def _made(self, kind: str, key: Key) -> Path:
+        entry = self.entry(kind, key)
+        with output_errors(entry):
+            # For this user alone: what lies here runs.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            entry.mkdir(parents=True, exist_ok=True)
+        return entry
+
+
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine that is in the cache now, under this key.
-
-    ``capability`` is empty for the library's own choice, ``size`` in bytes, ``seconds`` the time that building it took:
-    0 if the cache had it.
-    """
+    """An engine that is in the cache now."""
 
     graph: str
-    capability: str
-    size: int
+    capability: str  # empty for the library's own choice
+    size: int  # bytes
     sha256: str
     key: Key
-    seconds: float
+    seconds: float  # that building it took; 0 if the cache had it
     cached: bool
 
 
@@ -72,11 +179,7 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
 
 
 class EngineBuilder:
-    """Makes engines of an opened, checked bundle for one library, some batches and one kind of card.
-
-    ``capability`` is the card's, such as ``8.9``, and empty for the library's own choice; ``device`` is the card of
-    this machine, where there is one.
-    """
+    """Makes engines of a checked bundle for a library, some batches and one kind of card."""
 
     def __init__(
         self,
@@ -85,8 +188,8 @@ class EngineBuilder:
         batches: Batches,
         cache: Cache,
         *,
-        capability: str = "",
-        device: Device | None = None,
+        capability: str = "",  # the card's, such as ``8.9``; empty for the library's own choice
+        device: Device | None = None,  # this machine's card, where there is one
     ) -> None:
         self._library, self._bundle, self._batches, self._cache = library, bundle, batches, cache
         self._capability, self._device = capability, device
@@ -115,10 +218,7 @@ class EngineBuilder:
         return EngineInfo(graph, self._capability, len(content), sha256, key, seconds, cached=not seconds), content
 
     def make_all(self, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
-        """Make the engines of all graphs, in the bundle's order, and call ``done`` with each as it is finished.
-
-        If one of them cannot be made, those that were finished stay in the cache.
-        """
+        """Make the engines of all graphs, in the bundle's order, and call ``done`` with each; finished ones stay."""
         # All are parsed first: what cannot be built is refused before minutes have gone into the others.
         for graph in self.lacking():
             parsed(self._library, self._spec(graph))
@@ -188,10 +288,8 @@ class EngineBuilder:
 
 
 def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> list[Batches]:
-    """Batches with this full one that the cache has engines for, those with the most sizes first.
-
-    Whoever built for 16 and 4 ahead of a run wants these used, although the run asks for 16 alone.
-    """
+    """Batches with this full one that the cache has engines for, those with the most sizes first."""
+    # Whoever built for 16 and 4 ahead of a run wants these used, although the run asks for 16 alone.
     # The context encoder's rows are the batch sizes themselves.
     own = key_of(library, bundle, "context", Batches((size,)), "")
     same = set(own) - {"profiles", "capability"}
@@ -207,16 +305,12 @@ def kept_batches(library: Library, bundle: Bundle, cache: Cache, size: int) -> l
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """Engines to be made, for one or more targets and batches.
-
-    ``capabilities`` are compute capabilities, each with engines of its own; none for the library's own choice.
-    ``folder`` is the cache's; None for this user's.
-    """
+    """Engines to be made, for one or more targets and batches."""
 
     targets: Sequence[str]
     batches: Batches = Batches()  # noqa: RUF009  # It is frozen.
-    capabilities: Sequence[str] = ()
-    folder: Path | None = None
+    capabilities: Sequence[str] = ()  # each with engines of its own; none for the library's own choice
+    folder: Path | None = None  # the cache's; None for this user's
 
     @property
     def count(self) -> int:
@@ -224,12 +318,9 @@ class BuildRequest:
         return len(self.check()) * len(graph_names())
 
     def check(self) -> list[tuple[Library, str, Device | None]]:
-        """What builds, for which compute capability and on which card: all that can be wrong before a bundle is read.
+        """What builds, for which compute capability and on which card; all that can be wrong before a bundle is read.
 
-        Raises:
-            UsageError: a target is unknown, or its library does not build for a capability.
-            MissingDependencyError: a library is not installed.
-            ProviderError: a library builds on the card that runs the engines, and there is none.
+        A BusigenError says that a target is unknown, its library not installed, or not able to build that here.
         """
         jobs: list[tuple[Library, str, Device | None]] = []
         for name, target in {name: target_named(name) for name in self.targets}.items():

@@ -1,7 +1,4 @@
-"""TensorRT and the card: importing the library, building an engine, opening the card, and their errors as advice.
-
-TensorRT and TensorRT for RTX have one API in two modules, which are imported when they are needed.
-"""
+"""TensorRT, or TensorRT for RTX, and the card: importing and opening them, building an engine, errors as advice."""
 
 from __future__ import annotations
 
@@ -13,42 +10,35 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from platform import machine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from busigen.errors import BusigenError, CapacityError, InputError, MissingDependencyError, ProviderError, UsageError
 from busigen.registry import ENGINE_TARGETS, MIN_BATCH, EngineTarget
 from busigen.runtime.backends.base import ran_out
 from busigen.runtime.backends.onnx_graph import with_conditions
-from busigen.runtime.backends.tensorrt.engine_cache import Cache, Key
 from busigen.runtime.backends.tensorrt.profiles import Profile
 from busigen.text import install_command
 
-TIMINGS = "timings"
-"""The cache's kind of what kernels were measured to take on a card."""
+if TYPE_CHECKING:
+    from busigen.runtime.backends.tensorrt.engine_builder import Cache, Key
 
-_SHOWN = 300
-"""Characters of the library's own message that an error quotes."""
-
+TIMINGS = "timings"  # the cache's kind of what kernels were measured to take on a card
+_SHOWN = 300  # characters of the library's own message that an error quotes
 _GIB = 1 << 30
-_NO_MEMORY = 2
-"""cudaErrorMemoryAllocation."""
-
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation
 _NO_DRIVER = re.compile(r"cudaError (35|100):|driver version is insufficient|no CUDA-capable device", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Library:
-    """An imported engine library, by its name and entry in ``registry.ENGINE_TARGETS``.
-
-    ``said`` are its errors so far, oldest first: it has no other way to say why it returns nothing.
-    """
+    """An imported engine library, by its name and entry in ``registry.ENGINE_TARGETS``."""
 
     name: str
     target: EngineTarget
     module: Any
     version: str
     logger: Any
-    said: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # its errors: it has no other way to say why it returns nothing
 
     @classmethod
     def load(cls, name: str) -> Library:
@@ -89,8 +79,7 @@ def target_named(name: str) -> EngineTarget:
 
 def capabilities(library: Library) -> tuple[str, ...]:
     """Compute capabilities, such as ``8.9``, that a library can build for; none if it builds for the card at hand."""
-    members = getattr(library.module, "ComputeCapability", None)
-    if members is None or not library.target.ahead:
+    if (members := getattr(library.module, "ComputeCapability", None)) is None or not library.target.ahead:
         return ()
     names = sorted(name for name in members.__members__ if re.fullmatch(r"SM\d+", name))
     return tuple(f"{name[2:-1]}.{name[-1]}" for name in names)
@@ -98,8 +87,7 @@ def capabilities(library: Library) -> tuple[str, ...]:
 
 def check_capability(library: Library, capability: str) -> None:
     """Refuse a compute capability that a library cannot build for, with a ``UsageError``."""
-    known = capabilities(library)
-    if not known:
+    if not (known := capabilities(library)):
         wrong = f"--compute-capability {capability}: {library.name} builds for the card of this machine alone."
         raise UsageError(wrong, fix="Leave it out, and build on each kind of card.")
     if capability not in known:
@@ -110,16 +98,13 @@ def check_capability(library: Library, capability: str) -> None:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """A graph to build for some batches, and for a compute capability or, if that is empty, the library's own choice.
-
-    ``model`` is what the file at ``path`` held when it was hashed; its weights lie beside it.
-    """
+    """A graph to build for some batches."""
 
     name: str
     path: Path
-    model: bytes
+    model: bytes  # what the file held when it was hashed; its weights lie beside it
     profiles: Sequence[Profile]
-    capability: str = ""
+    capability: str = ""  # empty for the library's own choice
 
 
 def parsed(library: Library, spec: BuildSpec) -> tuple[Any, Any]:
@@ -147,13 +132,8 @@ def parsed(library: Library, spec: BuildSpec) -> tuple[Any, Any]:
 def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None = None) -> bytes:
     """A serialised engine. Numbers are computed as the graph types them: fp32 stays fp32 and is not cut to TF32.
 
-    ``timings`` are cache and key of what kernels take on this card; None where nothing is measured.
-
-    Raises:
-        InputError: the library refuses the graph; its operator and node are named.
-        UsageError: it cannot build for these batches, or for this compute capability.
-        CapacityError: the memory does not suffice.
-        ProviderError: it needs a card, or a newer driver, and there is none.
+    ``timings`` are cache and key of what kernels take on this card; None where nothing is measured. Raises what
+    :func:`parsed` does; a UsageError, CapacityError or ProviderError says why the library cannot build here.
     """
     module, said = library.module, len(library.said)
     builder, network = parsed(library, spec)
@@ -173,8 +153,7 @@ def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None =
         cache, key = timings
         # False: a timing cache of another version, card or driver is an error.
         config.set_timing_cache(config.create_timing_cache(cache.read(TIMINGS, key) or b""), False)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
+    if (engine := builder.build_serialized_network(network, config)) is None:
         raise _failed(library, spec, library.said[said:])
     if timings:
         with cache.making(TIMINGS, key):
@@ -183,7 +162,6 @@ def build(library: Library, spec: BuildSpec, timings: tuple[Cache, Key] | None =
 
 
 def _failed(library: Library, spec: BuildSpec, said: Sequence[str]) -> BusigenError:
-    """Why there is no engine, from what the library said while it built."""
     account = " ".join(said)
     # The first message names the cause, those after it who passed it on.
     reason = " ".join(said[0].split())[:_SHOWN] if said else "it does not say why"
@@ -261,10 +239,8 @@ def open_device(provider: str) -> Device:
 
 
 def card_for(process: str, count: int) -> int:
-    """The number of the card, of ``count``, that a process of this name takes: ``worker-3`` and others share evenly.
-
-    Ray, and Slurm with ``--gpus-per-task``, show each process a card of its own.
-    """
+    """The number of the card, of ``count``, that a process of this name takes: ``worker-3`` and others share evenly."""
+    # Ray, and Slurm with ``--gpus-per-task``, show each process a card of its own.
     _, _, number = process.rpartition("worker-")
     return int(number) % count if number.isdigit() and number != process else 0
 
@@ -272,11 +248,8 @@ def card_for(process: str, count: int) -> int:
 def device_problem(provider: str, status: int, driver: int, needed: int) -> ProviderError | None:
     """Why a provider cannot use CUDA here; None if it can.
 
-    Args:
-        provider: its name.
-        status: CUDA's number of the error when it was asked for cards; 0 for none.
-        driver: newest CUDA version that the driver knows, as CUDA counts (13000 is 13.0); 0 without a driver.
-        needed: CUDA version of the library that asks.
+    ``status`` is CUDA's answer when it was asked for cards, ``driver`` the newest CUDA that the driver knows and
+    ``needed`` that of the library that asks, as CUDA counts (13000 is 13.0; 0 is no error, or no driver).
     """
     other = "or use --provider cpu"
     if not driver:

@@ -14,15 +14,9 @@ from numpy.typing import NDArray
 from busigen.errors import IntegrityError, UsageError
 from busigen.registry import BUCKETS, DEFAULT_BATCH, MIN_BATCH, rows_per_call
 
-MAX_BATCH = 4096
-"""Largest ``--batch-size``."""
-
-ALIGNMENT = 256
-"""Bytes at whose multiples a tensor begins, as cudaMalloc's blocks do."""
-
-_ITEM = np.dtype(np.float32).itemsize
-"""Bytes of a number: bundles take and give fp32, whatever they compute in."""
-
+MAX_BATCH = 4096  # largest `--batch-size`
+ALIGNMENT = 256  # bytes at whose multiples a tensor begins, as cudaMalloc's blocks do
+_ITEM = np.dtype(np.float32).itemsize  # bytes of a number: bundles take and give fp32, whatever they compute in
 _IN_VERSION = re.compile(r"\bbatch (?P<dynamic>up to )?(?P<sizes>\d{1,4}(,\d{1,4})*)$")
 
 
@@ -45,13 +39,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch sizes to build engines for, the full one first; as in ``generate``, they count rows at the smallest window.
+    """Batch sizes to build engines for, the full one first, in rows at the smallest window; or a UsageError."""
 
-    ``dynamic`` asks for one profile for every batch up to the full one, in place of a fixed one per size.
-
-    Raises:
-        UsageError: there is no size, or one is out of range.
-    """
+    # ``dynamic`` asks for one profile for every batch up to the full one, in place of a fixed one per size.
 
     sizes: tuple[int, ...] = (DEFAULT_BATCH,)
     dynamic: bool = False
@@ -136,13 +126,9 @@ def places(shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Place], int]:
 def fill(
     block: NDArray[np.uint8], laid: Mapping[str, Place], inputs: Mapping[str, NDArray[Any]], first: int, end: int
 ) -> None:
-    """Write rows ``first`` to before ``end`` of a batch to their places, the last one repeated to the end of each.
-
-    An ``IntegrityError`` says that an input is missing or has another shape than the engine's.
-    """
+    """Write rows to their places, the last one repeated to the end; an ``IntegrityError`` if an input does not fit."""
     for name, place in laid.items():
-        rows = inputs.get(name)
-        if rows is None or rows.shape[1:] != place.shape[1:]:
+        if (rows := inputs.get(name)) is None or rows.shape[1:] != place.shape[1:]:
             found = "is missing" if rows is None else f"has rows of shape {rows.shape[1:]}"
             wrong = f"the engine's input {name!r} {found}; it takes {place.shape[1:]}."
             raise IntegrityError(wrong, fix="Export the bundle again with 'busigen export'.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,9 +17,8 @@ from scipy import ndimage, stats
 
 from busigen.data.overlays import find_overlays
 from busigen.data.splits import NEAR_DUPLICATE
-from busigen.evaluation.context import AuditContext, ImageSet
-from busigen.evaluation.reading.inputs import correlations, thumbnails
-from busigen.evaluation.results import Figure, Interval, Picture, SectionResult
+from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, Interval, Picture, SectionResult
+from busigen.evaluation.reading.sets import correlations, thumbnails
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Comparison, Groups
 from busigen.files import atomic_file
@@ -34,11 +33,9 @@ Facts = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of the section.
+    """One figure of the section, of a ``fact`` of `image_facts` or `find_duplicates`.
 
     Attributes:
-        fact: Name in `image_facts` or `find_duplicates`.
-        key: The figure's key after ``integrity.``.
         defect: Sentence of the finding, with ``{value}`` and ``{floor}``.
         side: Where the synthetic mean must lie to be a defect; None compares distributions.
         unit: ``%`` for shares.
@@ -57,31 +54,14 @@ class Measure:
     headline: bool = False
 
 
-MEASURES = tuple(Measure(**row) for row in read_json(Path(__file__).with_name("measures.json")))
-"""In the order of the report."""
-
-REACH, STEP = 16, 2
-"""Farthest displacement in pixels, down and across, at which the outline is tried, and pixels between tried ones; finer
-ones move the best place by less than annotators disagree."""
-
-BLUR = 2.0
-"""Width in pixels of the Gaussian before the gradient, above a speckle grain: speckle has edges everywhere."""
-
-MIN_OUTLINE = 24
-"""Outline pixels on the image, away from its rim, that a judgement needs."""
-
-RIM = 3
-"""Pixels along the image's rim that do not count: the step to a letterbox bar is no lesion's edge."""
-
-TINY, HUGE = 0.002, 0.60
-"""Shares of the image below and above which a mask is tiny or huge; BUSI's lesions take 0.003 to 0.56."""
-
-SPECK = 9
-"""Pixels below which a part of a mask is a speck that resampling may have left."""
-
-SHOWN = 12
-"""Masks, or images of near-duplicates, in a picture."""
-
+MEASURES = tuple(Measure(**row) for row in read_json(Path(__file__).with_suffix(".json")))  # In the order of the report
+REACH, STEP = 16, 2  # Farthest displacement in pixels, down and across, at which an outline is tried, and the step
+BLUR = 2.0  # Width in pixels of the Gaussian before the gradient, above a speckle grain: speckle has edges everywhere
+MIN_OUTLINE = 24  # Outline pixels on the image, away from its rim, that a judgement needs
+RIM = 3  # Pixels along the image's rim that do not count: the step to a letterbox bar is no lesion's edge
+TINY, HUGE = 0.002, 0.60  # Shares of the image beyond which a mask is tiny or huge; BUSI's lesions take 0.003 to 0.56
+SPECK = 9  # Pixels below which a part of a mask is a speck that resampling may have left
+SHOWN = 12  # Masks, or images of near-duplicates, in a picture
 _NAMED, _BLOCK = 50, 512
 _SIDE, _LABEL = 192, 18
 _CONTOUR = (0, 200, 255)
@@ -112,8 +92,7 @@ def run(context: AuditContext) -> SectionResult:
         return find_duplicates(synthetic.take(np.sort(rows)))[0]
 
     groups = Groups(synthetic.groups, real.groups, context.rng("integrity"))
-    every = ((measure, _compare(measure, mine, theirs, groups)) for measure in MEASURES)
-    compared = [(measure, comparison) for measure, comparison in every if comparison is not None]
+    compared = [(one, found) for one in MEASURES if (found := _compare(one, mine, theirs, groups)) is not None]
     p_values = grouped.adjusted(np.array([np.nan if measure.absolute else one.p for measure, one in compared]))
     for (measure, comparison), p in zip(compared, p_values, strict=True):
         _report(result, measure, comparison, float(p), mine, theirs, thinned)
@@ -181,23 +160,10 @@ def _report(
             flagged = _repeats_p(alike, real[measure.fact] > 0) < ALPHA
             note += f" Of {counts[1]} drawn at random, {100 * alike.mean():.3g}% repeat another"
             note += "." if flagged else ", no more than can be chance: not flagged."
-    key = f"integrity.{measure.key}"
-    result.figures.append(
-        Figure(
-            key=key,
-            label=measure.label,
-            value=value,
-            floor=floor,
-            synthetic=counts[0],
-            real=counts[1],
-            better="higher" if less else "lower",
-            unit=measure.unit,
-            p=None if measure.absolute or np.isnan(p) else p,
-            flagged=flagged,
-            headline=measure.headline,
-            note=note,
-        )
-    )
+    key, p_value = f"integrity.{measure.key}", None if measure.absolute or np.isnan(p) else p
+    figure = Figure(key, measure.label, value, floor, counts[0], counts[1], unit=measure.unit, p=p_value, note=note)
+    better: Better = "higher" if less else "lower"
+    result.figures.append(replace(figure, better=better, flagged=flagged, headline=measure.headline))
     if flagged:
         unit = measure.unit if measure.unit == "%" else f" {measure.unit}".rstrip()
         texts = ["none" if one is None else f"{one.value:.3g}{unit}" for one in (value, floor)]
@@ -221,14 +187,10 @@ def _report_files(result: SectionResult, synthetic: ImageSet) -> None:
 
 
 def _prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
-    """Compare every sample that names its healthy image with it, bit for bit outside the edit region.
-
-    Adds one figure, and a flag where a background is not its healthy image's; a note where nothing can be proven.
-    """
+    """Compare every sample that names its healthy image with it, bit for bit outside the edit region."""
     images = context.synthetic
-    named = [
-        (row, str(name)) for row, name in enumerate(images.table["background"]) if name not in (None, SYNTHETIC, "real")
-    ]
+    names = enumerate(images.table["background"])
+    named = [(row, str(name)) for row, name in names if name not in (None, SYNTHETIC, "real")]
     if context.healthy is None:
         if named:
             result.note("The set was painted into real images; --healthy DIR proves that it left them as they were.")
@@ -244,23 +206,15 @@ def _prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
             problems.append(f"{images.table['id'][row]} names a healthy image that is not below --healthy.")
         elif problem := backgrounds.difference(sha256, images.images[row], images.masks[row]):
             problems.append(f"{images.table['id'][row]}: {problem.problem}")
-    figure = Figure(
-        key="integrity.background.unproven",
-        label="Backgrounds that are not their healthy image's",
-        value=Interval(100 * len(problems) / len(named)),
-        floor=None,
-        synthetic=len(named),
-        real=len(backgrounds.paths),
-        unit="%",
-        flagged=bool(problems),
-        note="Every pixel outside the edit region is compared; there is nothing to estimate, hence no interval.",
-    )
-    result.figures.append(figure)
+    key, share = "integrity.background.unproven", Interval(100 * len(problems) / len(named))
+    label, counts = "Backgrounds that are not their healthy image's", (len(named), len(backgrounds.paths))
+    note = "Every pixel outside the edit region is compared; there is nothing to estimate, hence no interval."
+    result.figures.append(Figure(key, label, share, None, *counts, unit="%", flagged=bool(problems), note=note))
     if problems:
-        result.flag(f"{len(problems)} of {len(named)} backgrounds are not proven. The first: {problems[0]}", figure.key)
+        result.flag(f"{len(problems)} of {len(named)} backgrounds are not proven. The first: {problems[0]}", key)
     else:
         result.note(
-            f"All {len(named)} backgrounds equal their healthy image outside the edit region, bit for bit.", figure.key
+            f"All {len(named)} backgrounds equal their healthy image outside the edit region, bit for bit.", key
         )
 
 
@@ -271,17 +225,11 @@ def _draw_pictures(context: AuditContext, result: SectionResult, facts: Facts, t
     worst = worst[off[worst] > 0]
     pairs = np.flatnonzero(twins >= 0)[: SHOWN // 2]
     pairs = np.stack([pairs, twins[pairs]], axis=1).ravel()
-    for rows, captions, picture in (
-        (
-            worst,
-            [f"{names[k]}: {off[k]:.0f} px" for k in worst],
-            Picture("masks-worst.png", "Synthetic masks that lie farthest from an edge of their image."),
-        ),
-        (
-            pairs,
-            [names[k] for k in pairs],
-            Picture("near-duplicates.png", "Synthetic images that nearly equal another: pairs, side by side."),
-        ),
+    masks = Picture("masks-worst.png", "Synthetic masks that lie farthest from an edge of their image.")
+    twice = Picture("near-duplicates.png", "Synthetic images that nearly equal another: pairs, side by side.")
+    for picture, rows, captions in (
+        (masks, worst, [f"{names[k]}: {off[k]:.0f} px" for k in worst]),
+        (twice, pairs, [names[k] for k in pairs]),
     ):
         if len(rows):
             _write_tiles(context.synthetic.take(rows), captions, context.folder("integrity") / picture.file)
@@ -317,15 +265,23 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
     rows = []
     # Where there is no mask file, nobody marked nothing: that is another defect, and said apart.
     to_mark = (images.classes != "normal") & (images.table["mask_files"] > 0).to_numpy()
-    for image, mask, valid, label, lesion in zip(
-        images.images, images.masks, images.valid, images.classes, to_mark, strict=True
-    ):
+    frames = zip(images.images, images.masks, images.valid, images.classes, to_mark, strict=True)
+    for image, mask, valid, label, lesion in frames:
         marked = bool(mask.any())
         row = {"empty": float(not marked)} if lesion else {}
         if label == "normal":
             row["contradiction"] = float(marked)
         if valid.any():
-            row |= _pixel_facts(image, valid)
+            grey, overlays = image[valid], find_overlays(image)
+            low, high = np.percentile(grey, [1, 99])
+            row |= {
+                "aspect": float(valid.any(axis=0).sum() / valid.any(axis=1).sum()),
+                "levels": float(len(np.unique(grey))),
+                "range": float(high - low),
+                "clipped": float((grey == 255).mean()),
+                "text": float(overlays.text),
+                "calipers": float(overlays.calipers),
+            }
         if marked:
             row |= _mask_facts(image, mask, valid)
         rows.append(row)
@@ -335,20 +291,6 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
     modes = images.table["mode"].to_list()
     facts["depth"] = np.array([np.nan if mode is None else float(mode[0] in "IF") for mode in modes])
     return facts
-
-
-def _pixel_facts(image: NDArray[np.uint8], valid: NDArray[np.bool_]) -> dict[str, float]:
-    grey = image[valid]
-    low, high = np.percentile(grey, [1, 99])
-    overlays = find_overlays(image)
-    return {
-        "aspect": float(valid.any(axis=0).sum() / valid.any(axis=1).sum()),
-        "levels": float(len(np.unique(grey))),
-        "range": float(high - low),
-        "clipped": float((grey == 255).mean()),
-        "text": float(overlays.text),
-        "calipers": float(overlays.calipers),
-    }
 
 
 def _mask_facts(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, float]:
@@ -368,14 +310,10 @@ def _mask_facts(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArra
 def edge_fit(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, float]:
     """How well an outline fits in its place, compared with every place up to ``REACH`` pixels away.
 
-    In each place the smoothed image's gradient is averaged along the outline's outward normals. Nearly all lesions are
-    darker than what is around them, so the sum is largest where outline and edge agree.
-
-    Returns:
-        ``displacement``, pixels from the outline's place to the place nearby where it fits best, 0 to 22.6, and
-        ``contrast``, grey levels per pixel by which the image brightens across the outline in its place, less the mean
-        over all places tried, in standard deviations over them. Empty where less than ``MIN_OUTLINE`` pixels of outline
-        lie on the image.
+    In each place the smoothed image's gradient is averaged along the outline's outward normals: nearly all lesions are
+    darker than what is around them. ``displacement`` is the distance to the place that fits best, 0 to 22.6 pixels;
+    ``contrast`` is the average in the outline's own place, standardised over all places tried. Empty where less than
+    ``MIN_OUTLINE`` pixels of outline lie on the image.
     """
     inside = ndimage.binary_erosion(valid, iterations=RIM)
     rows, columns = np.nonzero((mask ^ ndimage.binary_erosion(mask)) & inside)
@@ -412,10 +350,9 @@ def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:
     """
     small = thumbnails(images)
     # Images of one background are alike by construction: each image without a real one gets a name of its own.
-    names = [
-        name if name not in (None, SYNTHETIC) else f"#{row}" for row, name in enumerate(images.table["background"])
-    ]
-    _, background = np.unique(np.array(names, dtype=np.str_), return_inverse=True)
+    names = enumerate(images.table["background"])
+    named = [name if name not in (None, SYNTHETIC) else f"#{row}" for row, name in names]
+    _, background = np.unique(np.array(named, dtype=np.str_), return_inverse=True)
     twin = np.full(len(images), -1, np.int64)
     rows = np.arange(len(images))
     for start in range(0, len(images), _BLOCK):

@@ -1,1 +1,0 @@
-"""Section: integrity and masks."""
