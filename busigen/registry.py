@@ -26,7 +26,6 @@ BIRADS_IMAGES = {"benign": {"2": 314, "3": 274, "4": 170, "5": 2}, "malignant": 
 ASKED_LENGTH = 2 * len(ATTRIBUTES) + len(BIRADS)
 FIELD_EDGE = 1.0  # Half the side of an outline's frame, in units of the root of the lesion's area.
 FIELD_LIMIT = 0.35  # Signed distance, in the same units, at which an outline's field saturates.
-
 SPLITS = {"train": 0.75, "val": 0.10, "test": 0.15}  # Share of groups in each split.
 
 

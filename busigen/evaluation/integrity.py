@@ -27,8 +27,7 @@ from busigen.registry import SYNTHETIC
 from busigen.runtime.dataset.finalize import outline
 from busigen.runtime.sampling.healthy_images import Backgrounds
 
-Facts = dict[str, NDArray[np.float64]]
-"""One number per image, by name; NaN where it has none."""
+Facts = dict[str, NDArray[np.float64]]  # One number per image, by name; NaN where it has none.
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from busigen.data.sources.files import find_images
 from busigen.evaluation.context import AuditContext, SectionResult
 from busigen.files import sha256_of
 
-Prints = dict[str, str | None]
-"""Fingerprint per set, None for one that is not there."""
+Prints = dict[str, str | None]  # Fingerprint per set, None for one that is not there.
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,7 @@ class Assembly:
         return helper.make_model(graph, opset_imports=self._opset, ir_version=self._ir_version)
 
 
-TIMES = ("t", "s")
-"""What a solver step reads of its :class:`SolverStep`."""
+TIMES = ("t", "s")  # What a solver step reads of its :class:`SolverStep`.
 
 
 def with_solver(

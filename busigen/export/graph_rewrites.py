@@ -24,8 +24,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, help
 
 from busigen.export.weights import as_type
 
-TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-"""ONNX's name of each half precision."""
+TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}  # ONNX's name of each half precision.
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Computed in half precision: nearly all the arithmetic, summed in fp32 by the hardware that has half precision."""
@@ -50,8 +49,7 @@ they are constants, or next to nothing, anyway."""
 _OPSETS = {"fp16": 0, "bf16": 22}
 """The opset from which on convolutions and pools may be in each. No operator that is traced changed otherwise."""
 
-_FIXED_INPUTS = {"Resize": (1, 2)}
-"""Inputs that an operator reads in fp32 whatever the others are."""
+_FIXED_INPUTS = {"Resize": (1, 2)}  # Inputs that an operator reads in fp32 whatever the others are.
 
 _BATCHLESS = ("t", "label")
 

@@ -30,8 +30,7 @@ from busigen.training.recipe import recipe_for
 
 _EXPORT = "Use a bundle that this busigen exported, or train again."
 
-VELOCITY = "velocity.unet."
-"""What a traced evaluation puts before its denoiser's names."""
+VELOCITY = "velocity.unet."  # What a traced evaluation puts before its denoiser's names.
 
 UPDATE = "update/"
 """What a graph puts before the names of what the solver steps of a denoiser with a spread are made of."""
@@ -41,8 +40,7 @@ SPREAD = "spectrum.spread"
 
 Weights = dict[str, Tensor]
 
-DEFAULT = "default"
-"""The ``train --base`` that stands for the shipped bundle, unless a folder has that name."""
+DEFAULT = "default"  # The ``train --base`` that stands for the shipped bundle, unless a folder has that name.
 
 
 @contextmanager

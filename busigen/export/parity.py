@@ -25,11 +25,8 @@ from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.networks.build import region_condition
 from busigen.training.networks.inference import Networks, blend_input, window_condition
 
-BATCH = 16
-"""Draws that are computed together."""
-
-ROWS = 16
-"""Rows per graph that are kept of what the reference was asked: as many as one batch of small windows."""
+BATCH = 16  # Draws that are computed together.
+ROWS = 16  # Rows per graph that are kept of what the reference was asked: as many as one batch of small windows.
 
 
 @dataclass
@@ -134,8 +131,7 @@ def _ellipse(index: int) -> Mask:
 
 Image = NDArray[np.uint8]
 
-MAX_PSNR = 99.0
-"""Reported for images that are equal to the byte."""
+MAX_PSNR = 99.0  # Reported for images that are equal to the byte.
 
 _SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 1.5, 0.01, 0.03
 """Of Wang et al. 2004 (IEEE Trans. Image Process. 13(4)), section III.C."""

@@ -32,8 +32,7 @@ from busigen.export.weights import WeightFiles, whole, write_graphs
 from busigen.registry import OPSETS, PRECISIONS
 from busigen.runtime.backends.base import Backend, usable_cores
 
-QUANTISED = ("context",)
-"""Components, and their only graphs, that int8 is for."""
+QUANTISED = ("context",)  # Components, and their only graphs, that int8 is for.
 
 OPERATORS = ("MatMul",)
 

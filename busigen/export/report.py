@@ -55,8 +55,7 @@ def fused(graph: Path | bytes, provider: str = "CPUExecutionProvider") -> dict[s
     return {"nodes": nodes.total(), **{kind: sum(nodes[name] for name in names) for kind, names in KINDS.items()}}
 
 
-ENDINGS = (".md", ".json")
-"""Kinds of reports, by the file's ending."""
+ENDINGS = (".md", ".json")  # Kinds of reports, by the file's ending.
 
 _HEADERS = {
     "dice": "smallest Dice",

@@ -94,8 +94,7 @@ def _shapes_at(model: ModelProto, batch: int, weights: set[str]) -> dict[str, li
     return found
 
 
-EXAMPLE_BATCH = 2
-"""A batch of one would be frozen into the graph by the tracer."""
+EXAMPLE_BATCH = 2  # A batch of one would be frozen into the graph by the tracer.
 
 
 class _Step(nn.Module):

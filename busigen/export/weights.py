@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from busigen.files import sha256_of
 
-SMALL = 64
-"""Weights of fewer elements stay inside the graph: halving them saves nothing."""
+SMALL = 64  # Weights of fewer elements stay inside the graph: halving them saves nothing.
 
 EXACT = "update/"
 """What the names of the solver's own weights begin with, which stay fp32: a transform and its inverse, rounded, would
@@ -37,8 +36,7 @@ ALIGNMENT = 64
 LARGEST_FILE = 12 << 20
 """Bytes of weights after which another file begins: code hosts warn of large ones. A single weight is never split."""
 
-_PLACE = "busigen_place"
-"""Attribute of a parameter: the safetensors file that holds it, and its name there."""
+_PLACE = "busigen_place"  # Attribute of a parameter: the safetensors file that holds it, and its name there.
 
 
 def emptied(module: nn.Module, folder: Path) -> None:

@@ -34,8 +34,7 @@ SWAPPED = 0.5  # Classes beyond the middle between their own place and the other
 MOST_SENTENCES = 12  # Features that get a sentence of their own; the rest are counted
 
 Floats = NDArray[np.float64]
-Tables = dict[str, pl.DataFrame]
-"""``real`` and ``synthetic``, from `features.features`."""
+Tables = dict[str, pl.DataFrame]  # ``real`` and ``synthetic``, from `features.features`.
 
 _SWAP = "0: classes differ as real ones do; 0.5: not at all; 1: each lies where the other real one does (mean ranks)"
 _STATISTICS = {"ks": ("Kolmogorov-Smirnov", ""), "wasserstein": ("Wasserstein", "SD")}

@@ -25,8 +25,7 @@ from busigen.evaluation.physics.features import bounds, square
 from busigen.evaluation.statistics.grouped import Rows
 
 Values = NDArray[np.float64]
-Views = NDArray[np.float32]
-"""``float32 (N, SIDE, SIDE)``."""
+Views = NDArray[np.float32]  # ``float32 (N, SIDE, SIDE)``.
 
 SIDE = 48  # Side of a view in pixels
 SHIFT = 5  # Largest shift that is undone, in view pixels and along each axis: 10 % of the view's side

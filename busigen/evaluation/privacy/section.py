@@ -32,8 +32,7 @@ TILE = 140  # Side of a tile in pixels. Eight columns of two tiles stay below 40
 _TEXT = 14
 
 Measure = Callable[[Values, Values], float]
-Sample = tuple[Values, Rows]
-"""Values of one side of a test, with their groups."""
+Sample = tuple[Values, Rows]  # Values of one side of a test, with their groups.
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ SMALLEST = 64  # Pixels of the working frame that a lesion crop spans at least
 BAND = 16  # Pixels that the ring reaches inwards and outwards of the outline
 RING_LENGTH = 256  # Pixels along the outline; shorter outlines go round again, longer ones are cut
 _SMOOTHING = 2.0  # Sigma in pixels of the distance map whose gradient gives the normals, so that they do not cross
-
 RIDGE = 0.1  # Ridge term against a kernel whose diagonal is about one: of 0.001 to 10 what found planted defects best
 
 NETWORKS = {"cuda": "resnet101", "cpu": "resnet18"}

@@ -16,8 +16,7 @@ from scipy import stats
 from busigen.evaluation.statistics.grouped import RESAMPLES
 
 Floats = NDArray[np.float64]
-Draw = NDArray[np.generic]
-"""One weight per row of the joint set; two of them make two sides."""
+Draw = NDArray[np.generic]  # One weight per row of the joint set; two of them make two sides.
 
 ALL = "all"  # The scope of all classes together
 PERMUTATIONS = 400  # Exchanges of groups between the sets; `tail_p` fits smaller p-values to them

@@ -27,8 +27,7 @@ from busigen.registry import RESOLUTION
 
 Pixels = NDArray[np.uint8]
 Masks = NDArray[np.bool_]
-Counts = NDArray[np.int64]
-"""``(N, 3)``: pixels of each image that are true positive, false positive, false negative."""
+Counts = NDArray[np.int64]  # ``(N, 3)``: pixels of each image that are true positive, false positive, false negative.
 
 
 VERSION = 1  # Part of every kept training's key: raise it whenever training changes

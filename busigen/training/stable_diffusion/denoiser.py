@@ -7,7 +7,6 @@ Stable Diffusion noises latents as ``alpha x_0 + sigma noise`` with ``alpha^2 + 
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
@@ -28,25 +27,14 @@ def times_of(alphas: Tensor) -> Tensor:
 
 
 def ddim_steps(alphas: Tensor, count: int, *, offset: int = 1) -> list[SolverStep]:
-    """The steps that DDIM takes with ``timestep_spacing="leading"`` and ``set_alpha_to_one=False``.
-
-    Args:
-        alphas: cumulative products of the noise schedule, ``(1000,)``.
-        count: evaluations.
-        offset: the scheduler's ``steps_offset``.
-    """
+    """DDIM's ``count`` steps with ``timestep_spacing="leading"``, ``steps_offset`` and ``set_alpha_to_one=False``."""
     times = times_of(alphas.double())
     numbers = [k * (len(times) // count) + offset for k in reversed(range(count))]
     return [SolverStep(t, s) for t, s in pairwise([*times[numbers].tolist(), float(times[0])])]
 
 
 class WidenedConv(nn.Module):
-    """A convolution that reads further channels: with weights of zero to begin with, it is the convolution alone.
-
-    Args:
-        conv: for the first channels; it is kept as it is.
-        channels: further ones.
-    """
+    """A convolution that reads further channels, with weights of zero to begin with."""
 
     def __init__(self, conv: nn.Conv2d, channels: int) -> None:
         super().__init__()
@@ -55,7 +43,7 @@ class WidenedConv(nn.Module):
         nn.init.zeros_(self.more.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``(B, C + channels, s, s)``."""
+        """``(B, C + channels, s, s)`` to ``(B, C', s, s)``."""
         first, more = x.split([self.conv.in_channels, self.more.in_channels], dim=1)
         return self.conv(first) + self.more(more)
 
@@ -75,10 +63,9 @@ class StableDiffusionDenoiser(nn.Module):
         unet: 9 input channels in diffusers' order: latents 4, region 1, latents of the image without the region 4.
         prompts: what the UNet attends to for each class, ``(classes, 77, D)``.
         alphas: cumulative products of the noise schedule, ``(1000,)``.
-        context_dim: length of the context tokens that are projected to ``D`` and attended to beside the prompt, the
-            place that Wen et al. 2026 give their Vision Transformer; None to leave them out.
-        guidance: factor on what a prompt changes, both evaluated in one doubled batch (Ho and Salimans 2022); None for
-            the prompt alone.
+        context_dim: length of context tokens, projected to ``D`` and attended to behind the prompt, as Wen et al. 2026
+            do with their Vision Transformer's; None to leave them out.
+        guidance: factor on what a prompt changes (Ho and Salimans 2022), evaluated in a doubled batch; None for none.
         unconditional: ``(1, 77, D)``, of the empty prompt; needed with ``guidance``.
     """
 
@@ -119,12 +106,9 @@ class StableDiffusionDenoiser(nn.Module):
     ) -> Transformer2DModelOutput:
         """Predict the velocity.
 
-        Args:
-            sample: ``(B, 13, s, s)``: noisy latents 4, known latents 4, the lesion's mask 4, the region 1.
-            timestep: ``(B,)`` in (0, 1000), a thousand times the straight path's; clamped to the noise schedule's.
-            encoder_hidden_states: context tokens ``(B, N, context_dim)``.
-            class_labels: ``(B,)`` int64.
-            encoder_attention_mask: ``(B, N)``, 1 for tokens to see.
+        ``sample`` holds noisy and known latents, the lesion's mask and the region, ``(B, 4 + 4 + 4 + 1, s, s)``;
+        ``timestep`` a thousand times the straight path's, clamped to the noise schedule's; the rest are context tokens
+        ``(B, N, context_dim)``, classes ``(B,)`` and which tokens to see ``(B, N)``.
         """
         x, known, outline, region = sample.split([LATENT_CHANNELS, LATENT_CHANNELS, MASK_CHANNELS, 1], dim=1)
         t = (timestep / TIME_SCALE).clamp(float(self.times[0]), float(self.times[-1]))
@@ -159,8 +143,3 @@ class StableDiffusionDenoiser(nn.Module):
         below = (self.times[None] <= t[:, None]).sum(dim=1).clamp(1, len(self.times) - 1) - 1
         low, high = self.times[below], self.times[below + 1]
         return below + (t - low) / (high - low)
-
-
-def noise_scale(time: float) -> float:
-    """Deviation of a point of the straight path whose image and noise both have 1; 1 at the path's ends."""
-    return math.hypot(1.0 - time, time)

@@ -22,15 +22,15 @@ from busigen.foreign import open_file
 from busigen.records import Number, Record, Text, Whole, checked, parse_json, read_json
 from busigen.text import counted
 
-MAX_BYTES = 4 << 30
-"""Largest file that is read; a LoRA of rank 128 on all layers of Stable Diffusion 1.5 has 0.3 GB."""
-
-UNET, TEXT = "unet", "text_encoder"
-"""The networks that a LoRA may change."""
+MAX_BYTES = 4 << 30  # A LoRA of rank 128 on all layers of Stable Diffusion 1.5 has 0.3 GB.
+UNET, TEXT = "unet", "text_encoder"  # The networks that a LoRA may change.
 
 _ADAPTER = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _KNOWN = "Known are LoRAs as peft, diffusers, kohya's scripts and the paper's code write them."
+_AGAIN = "Get the file again."
+_NOT_PLAIN = re.compile(r"dora_scale|lora_magnitude_vector|hada_|lokr_|\.oft_|\.ia3_")
+_OTHER = "Use a LoRA for Stable Diffusion 1.x."
 
 
 class AdapterConfig(Record):
@@ -39,7 +39,6 @@ class AdapterConfig(Record):
     peft_type: Text = "LORA"
     r: Whole
     lora_alpha: Number
-    rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
     alpha_pattern: dict[Text, Number] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
@@ -47,12 +46,9 @@ class AdapterConfig(Record):
 
 @dataclass(frozen=True)
 class Layer:
-    """What a LoRA adds to a layer's weight: ``scale * up @ down``.
+    """What a LoRA adds to a layer's weight: ``scale * up @ down``, of ``(outputs, rank)`` and ``(rank, inputs)``.
 
-    Attributes:
-        down: ``(rank, inputs)``, of a convolution with its rows and columns.
-        up: ``(outputs, rank)``, of a convolution with rows and columns of 1.
-        scale: alpha over rank.
+    Convolutions have rows and columns behind these; ``scale`` is alpha over rank.
     """
 
     down: Tensor
@@ -68,32 +64,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA of a file.
-
-    Attributes:
-        path: of the file.
-        layout: who writes such files: ``peft``, ``diffusers``, ``kohya`` or ``paper``.
-        layers: by the network and the name of its layer.
-    """
+    """A LoRA of a file: ``layers`` by network and name; ``layout`` is peft, diffusers, kohya or paper."""
 
     path: Path
     layout: str
     layers: Mapping[tuple[str, str], Layer]
 
     def merge(self, network: nn.Module, part: str = UNET, weight: float = 1.0) -> int:
-        """Add this LoRA to a network's weights.
-
-        Args:
-            network: a UNet or text encoder; changed in place.
-            part: which of the two it is.
-            weight: factor on what is added.
-
-        Returns:
-            The number of layers that were changed.
+        """Add this LoRA times ``weight`` to the weights of a UNet or text encoder, and return the number of its layers.
 
         Raises:
-            InputError: the network lacks a layer, or has one of another shape, or nothing is changed; the network is as
-                it was.
+            InputError: a layer is missing or has another shape, or nothing would change; the network is as it was.
         """
         modules = dict(network.named_modules())
         found: list[tuple[Tensor, Tensor]] = []
@@ -104,17 +85,13 @@ class Lora:
             if target is None:
                 raise InputError(f"{self.path} is for another base: this one has no layer {name}.", fix=_KNOWN)
             delta = layer.delta()
-            if delta.shape != target.shape:
+            if delta.numel() != target.numel():
                 wanted, given = tuple(target.shape), tuple(delta.shape)
-                if delta.numel() != target.numel():
-                    raise InputError(
-                        f"{self.path} is for another base: {name} has weights of {wanted} here and of {given} there.",
-                        fix="Use a LoRA for Stable Diffusion 1.x.",
-                    )
-                delta = delta.reshape(target.shape)
+                problem = f"{self.path} is for another base: {name} has weights of {wanted} here and of {given} there."
+                raise InputError(problem, fix=_OTHER)
             if not bool(torch.isfinite(delta).all()):
-                raise InputError(f"{self.path} holds numbers that are not finite, in {name}.", fix="Get it again.")
-            found.append((target, weight * delta))
+                raise InputError(f"{self.path} holds numbers that are not finite, in {name}.", fix=_AGAIN)
+            found.append((target, weight * delta.reshape(target.shape)))
         if found and not any(bool(delta.abs().max() > 0) for _, delta in found):
             raise InputError(f"{self.path} changes nothing: all that it adds is zero.", fix="Was it ever trained?")
         with torch.no_grad():
@@ -124,11 +101,7 @@ class Lora:
 
 
 def parse_option(text: str) -> tuple[Path, float]:
-    """A value of ``--lora``, ``FILE[:WEIGHT]``, as path and weight.
-
-    Raises:
-        UsageError: the weight is zero or not finite.
-    """
+    """A value of ``--lora``, ``FILE[:WEIGHT]``, as path and weight; a UsageError for a weight that is none."""
     place, colon, number = text.rpartition(":")
     if colon and re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?|nan|[-+]?inf", number, flags=re.IGNORECASE):
         weight = float(number)
@@ -141,23 +114,23 @@ def parse_option(text: str) -> tuple[Path, float]:
 def read_lora(
     path: Path, network: nn.Module, *, text_encoder: nn.Module | None = None, alpha: float | None = None
 ) -> Lora:
-    """Read a LoRA, whoever wrote it.
+    """Read a LoRA from a ``.safetensors`` file, or a folder that holds one.
 
-    Args:
-        path: a ``.safetensors`` file, or a folder that holds one.
-        network: the UNet that it is for, which tells what its names mean.
-        text_encoder: the base's text encoder, where its part is wanted; without it, that part is left out.
-        alpha: in place of what the file says, or where it says nothing.
+    Its names are matched with the layers of the UNet ``network`` and of ``text_encoder``; without that, its part is
+    left out. ``alpha`` takes the place of what the file says.
 
     Raises:
         InputError: it is a pickle, damaged, no LoRA, of a kind that cannot be merged, or matches no layer.
         UsageError: the file does not say its alpha, and none is given.
     """
     file, config = _files_of(path)
-    weights, metadata = _read(file)
-    if odd := [
-        name for name in weights if re.search(r"dora_scale|lora_magnitude_vector|hada_|lokr_|\.oft_|\.ia3_", name)
-    ]:
+    try:
+        open_file(file, limit=MAX_BYTES).close()
+        with safe_open(file, framework="pt") as opened:
+            weights, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read: {error}.", fix=_AGAIN) from error
+    if odd := [name for name in weights if _NOT_PLAIN.search(name)]:
         raise InputError(f"{file} is no plain LoRA: it has {odd[0]}.", fix="Train or convert it as a LoRA.")
     layout = _layout(weights, config is not None)
     if layout is None:
@@ -175,28 +148,24 @@ def read_lora(
             continue
         pairs.setdefault((where, known), {})[kind] = value
     if lost:
-        total = len(weights)
-        raise InputError(
-            f"{file} is for another base: {counted(len(lost), 'weight')} of {total} match no layer, such as {lost[0]} "
-            f"({layout}'s names).",
-            fix="Use a LoRA for Stable Diffusion 1.x.",
+        problem = (
+            f"{counted(len(lost), 'weight')} of {len(weights)} match no layer ({layout}'s names), such as {lost[0]}"
         )
-    recorded = _recorded_alphas(config, metadata, file)
+        raise InputError(f"{file} is for another base: {problem}.", fix=_OTHER)
+    recorded = _recorded_alphas(config, metadata or {}, file)
     layers = {}
     for (where, layer), pair in sorted(pairs.items()):
         if not {"down", "up"} <= pair.keys():
-            raise InputError(f"{file} is damaged: {layer} has {' and '.join(sorted(pair))} alone.", fix="Get it again.")
+            raise InputError(f"{file} is damaged: {layer} has {' and '.join(sorted(pair))} alone.", fix=_AGAIN)
         rank = pair["down"].shape[0]
-        if pair["up"].ndim < 2 or pair["up"].shape[1] != rank:
-            raise InputError(
-                f"{file} is damaged: {layer} has ranks {rank} and {tuple(pair['up'].shape)}.", fix="Get it again."
-            )
+        if not rank or pair["up"].ndim < 2 or pair["up"].shape[1] != rank or pair.get("alpha", _ONE).numel() != 1:
+            raise InputError(f"{file} is damaged: {layer} has ranks {rank} and {tuple(pair['up'].shape)}.", fix=_AGAIN)
         if alpha is not None:
             scale = alpha / rank
         elif "alpha" in pair:
             scale = float(pair["alpha"]) / rank
         elif recorded is not None:
-            scale = recorded.scale(layer, rank)
+            scale = _scale(recorded, layer, rank)
         else:
             raise UsageError(
                 f"{file} ({layout}'s names) does not say its alpha, without which its effect is unknown.",
@@ -208,23 +177,12 @@ def read_lora(
     return Lora(file, layout, layers)
 
 
-@dataclass(frozen=True)
-class _Alphas:
-    """Alphas by layer, as peft's configuration has them."""
-
-    config: AdapterConfig
-
-    def scale(self, layer: str, rank: int) -> float:
-        alpha = next(
-            (value for pattern, value in self.config.alpha_pattern.items() if _matches(pattern, layer)),
-            self.config.lora_alpha,
-        )
-        return float(alpha) / (rank**0.5 if self.config.use_rslora else rank)
-
-
-def _matches(pattern: str, layer: str) -> bool:
-    # As names, not as the regular expressions that peft takes them for: those may take for ever.
-    return layer == pattern or layer.endswith(f".{pattern.lstrip('^').replace(chr(92), '').rstrip('$')}")
+def _scale(config: AdapterConfig, layer: str, rank: int) -> float:
+    """Alpha over rank of a layer, by peft's configuration."""
+    # Patterns are compared as names, not as the regular expressions that peft takes them for: those may take for ever.
+    plain = {re.sub(r"[\\^$]", "", pattern): value for pattern, value in config.alpha_pattern.items()}
+    fitting = (value for name, value in plain.items() if layer == name or layer.endswith(f".{name}"))
+    return float(next(fitting, config.lora_alpha)) / (rank**0.5 if config.use_rslora else rank)
 
 
 def _files_of(path: Path) -> tuple[Path, Any]:
@@ -232,14 +190,10 @@ def _files_of(path: Path) -> tuple[Path, Any]:
     file = path
     if path.is_dir():
         found = [path / name for name in (_ADAPTER, "pytorch_lora_weights.safetensors") if (path / name).is_file()]
+        found += sorted(entry for entry in path.glob("*") if entry.suffix in (".bin", ".pt", ".ckpt"))
         if not found:
-            pickles = sorted(entry.name for entry in path.glob("*") if entry.suffix in (".bin", ".pt", ".ckpt"))
-            if pickles:
-                file = path / pickles[0]
-            else:
-                raise InputError(f"{path} holds no {_ADAPTER}.", fix=_KNOWN)
-        else:
-            file = found[0]
+            raise InputError(f"{path} holds no {_ADAPTER}.", fix=_KNOWN)
+        file = found[0]
     if file.suffix != ".safetensors":
         raise InputError(
             f"{file} is no .safetensors file; a pickle may run any program when it is read.",
@@ -251,16 +205,7 @@ def _files_of(path: Path) -> tuple[Path, Any]:
     try:
         return file, read_json(beside)
     except (OSError, ValueError) as error:
-        raise InputError(f"{beside} cannot be read: {error}.", fix="Get it again.") from error
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    try:
-        open_file(file, limit=MAX_BYTES).close()
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read: {error}.", fix="Get the file again.") from error
+        raise InputError(f"{beside} cannot be read: {error}.", fix=_AGAIN) from error
 
 
 def _layout(weights: Mapping[str, Tensor], configured: bool) -> str | None:
@@ -276,6 +221,8 @@ def _layout(weights: Mapping[str, Tensor], configured: bool) -> str | None:
     return "peft" if configured and any(".lora_A." in name for name in weights) else None
 
 
+_ONE = torch.ones(1)
+_PAIR = re.compile(r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(lora_A|lora_B|lora_down|lora_up|down|up)\.weight")
 _KINDS = {"lora_A": "down", "lora_B": "up", "down": "down", "up": "up", "lora_down": "down", "lora_up": "up"}
 
 
@@ -288,9 +235,7 @@ def _parsed(name: str, layout: str) -> tuple[str, str, str | None]:
         plain = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.", plain)
     if plain.endswith(".alpha"):
         return where, plain.removesuffix(".alpha"), "alpha"
-    found = re.fullmatch(
-        r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(lora_A|lora_B|lora_down|lora_up|down|up)\.weight", plain
-    )
+    found = _PAIR.fullmatch(plain)
     return (where, found[1], _KINDS[found[2]]) if found else (where, plain, None)
 
 
@@ -305,18 +250,18 @@ def _layer_names(network: nn.Module) -> dict[str, str]:
     return {**{name.removesuffix("_0"): full for name, full in found.items() if name.endswith("to_out_0")}, **found}
 
 
-def _recorded_alphas(config: Any, metadata: Mapping[str, str], file: Path) -> _Alphas | None:
+def _recorded_alphas(config: Any, metadata: Mapping[str, str], file: Path) -> AdapterConfig | None:
     """What peft's configuration says, beside the file or within it as diffusers writes it."""
     if config is None and "lora_adapter_metadata" in metadata:
         try:
             flat = parse_json(metadata["lora_adapter_metadata"].encode(), file)
         except ValueError as error:
-            raise InputError(f"{error}.", fix="Get the file again.") from error
+            raise InputError(f"{error}.", fix=_AGAIN) from error
         prefix = f"{UNET}."
         config = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
     if config is None:
         return None
-    found = checked(AdapterConfig, config, file, fix="Get the file again.")
+    found: AdapterConfig = checked(AdapterConfig, config, file, fix=_AGAIN)
     if found.peft_type != "LORA" or found.use_dora:
         raise InputError(f"{file} is no plain LoRA, but {found.peft_type}{' (DoRA)' * found.use_dora}.", fix=_KNOWN)
-    return _Alphas(found)
+    return found

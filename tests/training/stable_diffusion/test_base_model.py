@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 from safetensors.torch import load_file, save_file
 
-from busigen.errors import BusigenError, InputError, IntegrityError, UsageError
-from busigen.training.stable_diffusion.base_model import LICENCE, BaseModel, fetch
+from busigen.errors import InputError, IntegrityError, UsageError
+from busigen.training.stable_diffusion.base_model import LICENCE, BaseModel
 from tests.harness import stable_diffusion as tiny
 
 
@@ -183,20 +183,3 @@ def test_a_single_file_needs_a_configuration_and_no_pickle(folder: Path, tmp_pat
         BaseModel.open(pickle, config=folder)
     with pytest.raises(InputError, match="there is no base model at"):
         BaseModel.open(tmp_path / "none")
-
-
-@pytest.mark.parametrize(
-    ("name", "revision", "said"),
-    [("no-such-folder", "main", "neither a folder nor a file"), ("owner/name", None, "no revision is given")],
-)
-def test_a_hub_is_asked_only_with_a_name_and_a_revision(
-    tmp_path: Path, name: str, revision: str | None, said: str
-) -> None:
-    with pytest.raises(UsageError, match=said):
-        fetch(name, revision, tmp_path)
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BusigenError, match="owner/name cannot be fetched at revision main"):
-        fetch("owner/name", "main", tmp_path / "fetched")

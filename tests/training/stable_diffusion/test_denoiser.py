@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from busigen.training.stable_diffusion.denoiser import (
     StableDiffusionDenoiser,
     WidenedConv,
     ddim_steps,
-    noise_scale,
     times_of,
 )
 from tests.harness import stable_diffusion as tiny
@@ -37,13 +37,13 @@ def sampled(
     """Euler steps on the straight path, as the exported graphs take them, from and to Stable Diffusion's scale."""
     steps = ddim_steps(alphas, count)
     outline = torch.zeros(1, 4, *noise.shape[2:])
-    x = noise * noise_scale(steps[0].t)
+    x = noise * math.hypot(1.0 - steps[0].t, steps[0].t)
     for step in steps:
         t = torch.full((1,), step.t * TIME_SCALE)
         read = torch.cat((x, known, outline, region), dim=1)
         velocity = denoiser(read, t, torch.zeros(1, 1, 8), torch.tensor([1]), torch.ones(1, 1)).sample
         x = denoiser.spectrum(x, velocity, torch.tensor([step.t]), torch.tensor([step.s]), known, outline, region)
-    return x / noise_scale(steps[-1].s)
+    return x / math.hypot(1.0 - steps[-1].s, steps[-1].s)
 
 
 @pytest.mark.parametrize("count", [4, 10, 50])
