@@ -181,9 +181,10 @@ def model_card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
         f"| {name} | {task.get('steps', '')} | {_held_out(task)} | {task['seconds']:.0f} |"
         for name, task in record["tasks"].items()
     )
+    images = record["data"].get("images", "unrecorded")
     return f"""# Model card
 
-Preset `{info["preset"]}`, trained on {record["device"]} on the training split of {record["data"]["images"]} images
+Preset `{info["preset"]}`, trained on {record["device"]} on the training split of {images} images
 (split hash `{info["split_hash"]}`).
 {_origin(record.get("base"))}
 Solver steps per stage: {", ".join(f"{k} {v}" for k, v in info["solver_steps"].items())}.

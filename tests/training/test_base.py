@@ -110,6 +110,8 @@ def test_the_model_card_says_what_was_trained_on_which_images(base: Path, hospit
         assert split_hash in text
         assert ("All else is the base's" in text) == adapted
         assert all(value in text for value in record.get("base", {}).values())
+        del record["data"]["images"]  # Nothing but the card reads it, so that a record may lack it.
+        assert "unrecorded images" in model_card(record, info)
 
 
 @pytest.mark.parametrize("name", NAMES)
