@@ -147,8 +147,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
 def shard_number(path: str) -> int | None:
     """The number of the shard that a file belongs to, by its path in the dataset; None for any other file."""
     found = OWN_FILE.fullmatch(path)
-    number = int(found["number"]) if found and found["number"] else -1
-    return number if path in shard_files(number) else None
+    number = int(found["number"]) if found and found["number"] else None
+    return number if number is not None and path in shard_files(number) else None
 
 
 def record_number(path: str) -> int | None:

@@ -17,6 +17,11 @@ from busigen.files import atomic_file, write_json
 from busigen.runtime.storage.files import output_errors
 from busigen.text import duration
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 JSON_FILE, PLOT_FILE, LEDGER_FILE = "bench.json", "bench.svg", "ledger.jsonl"
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey is no engine.
@@ -39,14 +44,21 @@ def write(record: Record, out: Path, ledger: Path) -> None:
 
 
 def append_line(ledger: Path, value: Mapping[str, Any]) -> None:
-    """Append one line of JSON, whatever other processes append to the same file meanwhile."""
+    """Append one line of JSON, whole or not at all, whatever other processes append to the same file meanwhile."""
     line = f"{json.dumps(value, ensure_ascii=False, allow_nan=False)}\n".encode()
-    # One write to a file that is opened for appending lands in one piece.
+    # One write to a file opened for appending lands in one piece; the lock is for taking back a part of a line.
     with ledger.open("ab", buffering=0) as file:
-        if (written := file.write(line)) != len(line):
-            file.truncate(file.tell() - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(file.fileno())
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        before = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            if fcntl:
+                file.truncate(before)
+            raise
 
 
 def show(record: Record, console: Console) -> None:

@@ -227,11 +227,11 @@ def _complete(
         if len(records) == job.plan.shards:
             existing = found()
             finished = len(existing) == plan.shards and output.is_finished(run, existing)
-        if not finished and (part is None or len(records) < part.shards):
-            with alone():
-                output.unfinish()
     try:
         if not finished:
+            if part is None or len(records) < part.shards:
+                with output_errors(output.folder), alone():
+                    output.unfinish()
             try:
                 make(source, job)
             finally:

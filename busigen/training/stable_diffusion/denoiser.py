@@ -47,14 +47,6 @@ class WidenedConv(nn.Module):
         first, more = x.split([self.conv.in_channels, self.more.in_channels], dim=1)
         return self.conv(first) + self.more(more)
 
-    def merged(self) -> nn.Conv2d:
-        """One convolution that gives the same."""
-        found = nn.Conv2d(self.conv.in_channels + self.more.in_channels, self.conv.out_channels, 3, padding=1)
-        found.weight.data = torch.cat((self.conv.weight.data, self.more.weight.data), dim=1)
-        assert self.conv.bias is not None
-        found.bias = nn.Parameter(self.conv.bias.data.clone())
-        return found
-
 
 class StableDiffusionDenoiser(nn.Module):
     """A UNet for inpainting, called as the other denoisers are (`busigen.training.networks.inference.Velocity`).

@@ -1,8 +1,4 @@
-"""LoRAs from elsewhere: read by what their weights are called, checked against the base, and merged into it.
-
-Loaders of libraries that meet names which they do not know do nothing and say nothing. Here every weight of a file has
-to find its layer, and a merge that leaves the network's output as it was is refused.
-"""
+"""LoRAs from elsewhere: every weight of a file has to find its layer in the base, and a merge has to change it."""
 
 from __future__ import annotations
 
@@ -46,10 +42,7 @@ class AdapterConfig(Record):
 
 @dataclass(frozen=True)
 class Layer:
-    """What a LoRA adds to a layer's weight: ``scale * up @ down``, of ``(outputs, rank)`` and ``(rank, inputs)``.
-
-    Convolutions have rows and columns behind these; ``scale`` is alpha over rank.
-    """
+    """``scale * up @ down``, of ``(outputs, rank)`` and ``(rank, inputs)``, with rows and columns for convolutions."""
 
     down: Tensor
     up: Tensor

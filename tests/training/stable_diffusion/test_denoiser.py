@@ -91,8 +91,6 @@ def test_the_outline_says_nothing_until_it_is_trained(folder: Path) -> None:
     wide, x = WidenedConv(conv, 4), torch.randn(2, 13, 8, 8)
     assert torch.equal(wide(x), conv(x[:, :9]))
     torch.nn.init.normal_(wide.more.weight)
-    # Another order of sums.
-    torch.testing.assert_close(wide.merged()(x), wide(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(wide(x), conv(x[:, :9]))
 
 
