@@ -133,7 +133,7 @@ def check_layout(checkpoint: Path) -> None:
             if path.name not in expected:
                 problem = f"{path} is no component; known: {', '.join(expected)}."
                 raise InputError(problem, fix="Move it out of the checkpoint.")
-    for path in sorted(checkpoint.glob(f"{MERGED}/*/*.safetensors")):
+    for path in sorted(checkpoint.glob(f"{MERGED}/*/*.safetensors")):  # `read_record` has hashed them.
         try:
             with safe_open(path, "pt") as file:
                 adapted = next((name for name in file.keys() if "lora_" in name), None)  # noqa: SIM118

@@ -272,12 +272,14 @@ def _attempt(
     graphs = quantised(plain, calls) if precision == "int8" else plain
     proved = component.graphs(precision, rounded=True) if precision in TYPES else graphs
     with scratch() as folder:
-        backend = GraphsBackend(folder / "proved", {component.name: proved})
         errors = {}
         try:
+            backend = GraphsBackend(folder / "proved", {component.name: proved})
             for graph in proved:
                 errors[graph] = _error(component.name, backend, graph, calls.get(graph, ()))
                 backend.close()
+        except OSError:  # No room, which another precision would not have either.
+            raise
         except Exception as problem:  # ONNX Runtime's exceptions share no public base class
             return graphs, float("inf"), f"cannot be run: {str(problem).splitlines()[0][:200]}"
         worst = max(errors, key=lambda graph: errors[graph])

@@ -20,21 +20,19 @@ from onnx.external_data_helper import ExternalDataInfo
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from busigen.errors import InputError
 from busigen.files import sha256_of
 
 SMALL = 64  # Weights of fewer elements stay inside the graph: halving them saves nothing.
-
+# What the names of the solver's own weights begin with, which stay fp32: a transform and its inverse, rounded, would no
+# longer cancel, at every step, and in whole images' brightness above all.
 EXACT = "update/"
-"""What the names of the solver's own weights begin with, which stay fp32: a transform and its inverse, rounded, would
-no longer cancel, at every step, and in whole images' brightness above all."""
 
 STORED = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8)
 """Types of weights; integers of other types are shapes and indices, which engines want to see in the graph."""
 
 ALIGNMENT = 64
-
-LARGEST_FILE = 12 << 20
-"""Bytes of weights after which another file begins: code hosts warn of large ones. A single weight is never split."""
+LARGEST_FILE = 12 << 20  # Bytes of weights after which another file begins: code hosts warn of large ones.
 
 _PLACE = "busigen_place"  # Attribute of a parameter: the safetensors file that holds it, and its name there.
 
@@ -42,8 +40,10 @@ _PLACE = "busigen_place"  # Attribute of a parameter: the safetensors file that 
 def emptied(module: nn.Module, folder: Path) -> None:
     """Take the numbers of a saved network's parameters out of memory; what reads them later finds them in its files."""
     files: dict[str, Path] = {}
-    for path in folder.glob("*.safetensors"):
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
+            if twice := files.keys() & file.keys():
+                raise InputError(f"{path} holds {min(twice)} once more.", fix="Leave the file that training wrote.")
             files |= dict.fromkeys(file.keys(), path)
     for name, parameter in list(module.named_parameters()):
         if name in files:

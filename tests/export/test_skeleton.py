@@ -13,12 +13,13 @@ import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from busigen.errors import InputError
 from busigen.export.components import components
 from busigen.export.exporter import Options, empty, export
 from busigen.export.import_bundle import restore
-from busigen.export.weights import SMALL, WeightFiles, weights_of, write_graphs
+from busigen.export.weights import SMALL, WeightFiles, emptied, weights_of, write_graphs
 from busigen.registry import LESION_CLASSES, OPSETS
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
@@ -135,3 +136,12 @@ def test_the_shipped_model_exported_anew_draws_the_same_bytes(tmp_path: Path) ->
         drawn.append(sampler.draw(3, range(4), lambda accepted: None).samples)
     for one, other in zip(*drawn, strict=True):
         assert one.image.tobytes() == other.image.tobytes() and one.mask.tobytes() == other.mask.tobytes()
+
+
+def test_a_weight_in_two_files_of_a_component_is_refused(tmp_path: Path) -> None:
+    """Which of them training meant cannot be told."""
+    network = torch.nn.Linear(2, 2)
+    for name in ("a", "b"):
+        save_file(network.state_dict(), tmp_path / f"{name}.safetensors")
+    with pytest.raises(InputError, match=r"b\.safetensors holds bias once more"):
+        emptied(network, tmp_path)
