@@ -284,8 +284,8 @@ class Reference:
         same = self._witness(bundle, backend, label, forced=reference.painted)
         outlines = [(mask, own.outlines[k]) for k, mask in reference.outlines.items() if k in own.outlines]
         seen, ends = (
-            [(image, drawn[k], reference.edits[k]) for k, image in reference.images.items() if k in drawn]
-            for drawn in (same.images, own.images)
+            [(image, painted[k], reference.edits[k]) for k, image in reference.images.items() if k in painted]
+            for painted in (same.images, own.images)
         )
         judged = reference.refused.keys() | own.refused.keys()
         alike = [reference.refused.get(k, "background") == own.refused.get(k, "background") for k in judged]

@@ -298,9 +298,9 @@ def draw_missing(source: Source, job: ShardJob) -> None:
             return "before the first shard" if pending is None else "the shard that is being written"
         count = len(plan.indices(opened[0]))
         # Samples of later shards may have been drawn ahead, and are counted as well.
-        drawn = min(progress.done - before, count)
-        left = f", about {duration((count - drawn) / progress.rate)} left" if progress.rate else ""
-        return f"the open shard ({drawn} of {counted(count, 'sample')} drawn so far{left})"
+        accepted = min(progress.done - before, count)
+        left = f", about {duration((count - accepted) / progress.rate)} left" if progress.rate else ""
+        return f"the open shard ({accepted} of {counted(count, 'sample')} drawn so far{left})"
 
     # One shard is written while the next one is drawn, so the accelerator does not wait for PNG and disk. Leaving the
     # block waits for the writer: a shard that was drawn is not thrown away because the next draw failed.

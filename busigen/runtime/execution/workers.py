@@ -343,8 +343,8 @@ class Coordinator:
     def _open_shards(self) -> str:
         if not (busy := [worker for worker, claims in self._claims.items() if claims]):
             return "before the first shard"
-        drawn = sum(self._accepted[worker] for worker in busy)
-        return f"{counted(len(busy), 'open shard')} ({counted(drawn, 'sample')} drawn so far)"
+        accepted = sum(self._accepted[worker] for worker in busy)
+        return f"{counted(len(busy), 'open shard')} ({counted(accepted, 'sample')} drawn so far)"
 
     def _stage_seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()

@@ -221,12 +221,12 @@ class OutlineSpread(Spread):
         self.gains.zero_()
 
     @torch.no_grad()
-    def fit_attributes(self, drawn: Tensor, real: Tensor) -> None:
-        """Match the attributes' quantiles of uncalibrated ``drawn`` codes ``(N, length)`` to those of ``real`` ones."""
-        if min(len(drawn), len(real)) < FEWEST:
+    def fit_attributes(self, generated: Tensor, real: Tensor) -> None:
+        """Match the attributes' quantiles of uncalibrated ``generated`` codes ``(N, length)`` to those of ``real`` ones."""
+        if min(len(generated), len(real)) < FEWEST:
             return
         levels = torch.tensor(LEVELS, dtype=torch.float32)
-        for table, codes in ((self.drawn, drawn), (self.wanted, real)):
+        for table, codes in ((self.drawn, generated), (self.wanted, real)):
             quantiles = torch.quantile(codes[:, :COUNT].float().cpu(), levels, dim=0).T
             # No two are equal, so that slopes between them are finite.
             steps = quantiles.diff(dim=1).clamp(min=1e-3).cumsum(dim=1)

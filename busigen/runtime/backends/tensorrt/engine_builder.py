@@ -196,7 +196,7 @@ class EngineBuilder:
         # A library that builds ahead of time measures nothing.
         measured_on = None if library.target.ahead else device
         self._timings = (cache, {**library.key, **measured_on.key}) if measured_on else None
-        self._told = False
+        self._announced = False
 
     def lacking(self) -> list[str]:
         """Graphs that the cache has no engine of, as far as names tell; ``make`` looks at the hashes."""
@@ -274,7 +274,7 @@ class EngineBuilder:
 
     def _tell_of_others(self, key: Key) -> None:
         """Say once why engines are built again although the cache has some of the same graph, target and batches."""
-        if self._told:
+        if self._announced:
             return
         said = {"version": "version {}", "capability": "compute capability {}", "system": "{}"}
         differences = set()
@@ -283,7 +283,7 @@ class EngineBuilder:
                 parts = [part for part in said if other.get(part) != key[part]]
                 differences.add(", ".join(said[part].format(other.get(part) or "any") for part in parts))
         if others := sorted(differences - {""}):
-            self._told = True
+            self._announced = True
             _log.info("engines are built again: those kept are for %s", "; ".join(others))
 
 
