@@ -222,7 +222,7 @@ class OutlineSpread(Spread):
 
     @torch.no_grad()
     def fit_attributes(self, generated: Tensor, real: Tensor) -> None:
-        """Match the attributes' quantiles of uncalibrated ``generated`` codes ``(N, length)`` to those of ``real`` ones."""
+        """Match the attributes' quantiles of uncalibrated codes ``(N, length)`` to those of ``real`` ones."""
         if min(len(generated), len(real)) < FEWEST:
             return
         levels = torch.tensor(LEVELS, dtype=torch.float32)
