@@ -17,14 +17,7 @@ import pytest
 
 from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.registry import BUCKETS, LESION_CLASSES
-from busigen.runtime.backends.bundle import (
-    MAX_RECORD_BYTES,
-    MAX_TURNS,
-    SCHEMA,
-    Bundle,
-    default_bundle,
-    graph_names,
-)
+from busigen.runtime.backends.bundle import MAX_RECORD_BYTES, MAX_TURNS, SCHEMA, Bundle, default_bundle, graph_names
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from tests.harness.command import ROOT
