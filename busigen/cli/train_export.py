@@ -304,7 +304,7 @@ def fill(order: BuildRequest, bundle: Bundle) -> list[EngineInfo]:
     from busigen.runtime.progress import console_progress
 
     with console_progress() as progress:
-        progress.start("building engines", order.count, unit="engine")
+        progress.start("building engines", order.count(bundle), unit="engine")
         return order.fill(bundle, lambda made: progress.advance(1))
 
 

@@ -22,7 +22,7 @@ from busigen.registry import (
     PLACE_CHANNELS,
     RESOLUTION,
 )
-from busigen.runtime.backends.bundle import graphs_of
+from busigen.runtime.backends.bundle_record import graphs_of
 from busigen.solver import solver_steps
 from busigen.training.networks.inference import Networks
 

@@ -29,6 +29,7 @@ from busigen.registry import (
     BACKGROUND_SPECKLE,
     DEFAULT_BATCH,
     ENGINE_TARGETS,
+    LATENT_FACTOR,
     LESION_CLASSES,
     LOOPS,
     OPSETS,
@@ -40,6 +41,7 @@ from busigen.registry import (
 )
 from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
+from busigen.runtime.backends.bundle_record import DEFAULT_WINDOWS, WHOLE_DECODER
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder
 from busigen.training import trainer
@@ -373,6 +375,10 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
     return {
         "schema": SCHEMA,
         "preset": record["preset"],
+        "resolution": RESOLUTION,
+        "latent_factor": LATENT_FACTOR,
+        "windows": DEFAULT_WINDOWS,
+        "background": {"decoder": WHOLE_DECODER, "latent_channels": networks.preset.latent_channels},
         "classes": list(LESION_CLASSES),
         "latent_channels": networks.preset.latent_channels,
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,

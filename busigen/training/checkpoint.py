@@ -34,7 +34,7 @@ from busigen.foreign import open_file, walk
 from busigen.noise_styles import are_styles
 from busigen.records import Many, Number, Record, Text, Whole, checked, read_checked, read_given
 from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES, Preset
-from busigen.runtime.backends.bundle import ImagesRecord
+from busigen.runtime.backends.bundle_record import ImagesRecord
 from busigen.text import printable
 from busigen.training.networks.build import build, model_class
 from busigen.training.networks.inference import Networks

@@ -153,7 +153,7 @@ def test_a_bundle_in_fp16_is_proved_falls_back_and_is_restored(sound: Path, tmp_
     assert "yields NaN or infinity" in (bundle.folder / "MODEL_CARD.md").read_text()
     json.dumps(bundle.info, allow_nan=False)
 
-    noise = np.random.default_rng(0).standard_normal((2, *bundle.latent_shape)).astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal((2, *bundle.background_shape)).astype(np.float32)
     asked = {"noise": noise, "frame": np.array([[0, 0, 180, 256], [0, 40, 256, 176]] * 4, np.float32)[:2]}
     networks, _ = load_networks(loud)
     expected = TorchBackend(networks).run("prior", asked)

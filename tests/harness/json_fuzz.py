@@ -244,7 +244,7 @@ def _opened(folder: Path) -> None:
     from busigen.runtime.maintenance.verify import read_run
 
     run = read_run(folder)
-    Inputs().graphs(run)
+    Inputs().recorded_bundle(run)
     recorded_conditions(run)
 
 
@@ -252,7 +252,7 @@ def _bundle(folder: Path) -> None:
     bundle = Bundle.open(folder)
     for name in bundle.info["graphs"]:
         assert bundle.graph(name).is_file()
-    np.zeros(bundle.latent_shape), np.zeros(bundle.code_length), bundle.patch + 1, bundle.background_speckle + 1
+    np.zeros(bundle.background_shape), np.zeros(bundle.code_length), bundle.patch + 1, bundle.background_speckle + 1
     assert all(height + width for height, width in bundle.frames)
     for part in (bundle.styles, bundle.transfer and bundle.transfer.factor):
         assert part is None or np.isfinite(part).all()
