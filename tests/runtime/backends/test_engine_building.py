@@ -29,6 +29,7 @@ from busigen.runtime.backends.tensorrt.engine_builder import (
     CONTENT,
     KIND,
     RECORD,
+    BuildRequest,
     Cache,
     EngineBuilder,
     kept_batches,
@@ -121,6 +122,14 @@ def test_a_bundle_with_an_operator_that_is_refused_is_refused_before_anything_is
     with pytest.raises(InputError, match=rf"{odd['file']} .*operator Det, node 'stage/odd'"):
         EngineBuilder(library, Bundle.open(folder), Batches((2,)), cache).make_all()
     assert not cache.keys(KIND)
+
+
+def test_graphs_that_share_a_file_get_one_engine(library: Library, bundle: Bundle, tmp_path: Path) -> None:
+    graphs = {**bundle.info["graphs"], "decoder@128": bundle.info["graphs"]["decoder@256"]}
+    sharing = replace(bundle, info={**bundle.info, "graphs": graphs})
+    lacking = EngineBuilder(library, sharing, Batches((2,)), Cache(tmp_path)).lacking()
+    assert set(GRAPHS) - set(lacking) == {"decoder@256"}
+    assert BuildRequest([TARGET]).count(sharing) == len(GRAPHS) - 1
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x00" * 100], ids=["empty", "text", "zeros"])
