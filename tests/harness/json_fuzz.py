@@ -269,7 +269,7 @@ def _set(folder: Path) -> None:
 
 
 def small_bundle(folder: Path) -> Path:
-    """The shipped bundle's record, with all that schema 6 says, beside graphs of no weights: opening it takes no time."""
+    """The shipped bundle's record, in schema 6, beside graphs of no weights, so that opening it takes no time."""
     import hashlib
 
     folder.mkdir()
