@@ -250,11 +250,11 @@ def export(
         steps=solver_counts(steps or ()),
     )
     if base_model is not None:
-        from busigen.training.stable_diffusion.base_model import BaseModel
+        from busigen.training.stable_diffusion.hub import open_base
         from busigen.training.stable_diffusion.painter import PaintingOptions, parse_loras
 
         painting = PaintingOptions(parse_loras(lora or ()), lora_alpha, guidance, fresh_noise, decoder)
-        options = replace(options, base_model=BaseModel.open(Path(base_model), base_config), painting=painting)
+        options = replace(options, base_model=open_base(base_model, base_config), painting=painting)
     elif base_config or guidance or lora or fresh_noise or decoder:
         problem = "--guidance, --lora, --fresh-noise, --decoder and --base-config are for a Stable Diffusion."
         raise UsageError(problem, fix="Name it by --base-model, or leave them out.")

@@ -41,6 +41,7 @@ from busigen.runtime.storage.files import atomic_folder
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.networks.inference import Networks
 from busigen.training.stable_diffusion.lora import files_of
+from busigen.training.stable_diffusion.room import require_disk
 from busigen.training.trainer import write_json
 
 log = logging.getLogger("busigen.export")
@@ -73,12 +74,15 @@ def export(
         InputError: ``checkpoint`` is not finished, not readable, lacks a component, has one too many, has adapters that
             were not merged, or weights that are no numbers.
         IntegrityError: its weights are not those that training recorded.
-        OutputError: ``out`` is taken or cannot be written.
+        OutputError: ``out`` is taken or cannot be written, or the disk has no room.
+        CapacityError: a Stable Diffusion does not fit into memory.
         ParityError: the graphs do not reproduce the checkpoint; nothing is left at ``out``.
     """
     options, progress = options or Options(), progress or Progress()
     check_opset(options.opset)
     providers, unproved = _provers(options.precision), _unproved(options.engines)
+    if options.base_model is not None:
+        require_disk(options.base_model, out)
     networks, record = opened(checkpoint, options)
     check_finite(networks)
     info = _info(networks, record, checkpoint, options)

@@ -33,6 +33,7 @@ from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.rollouts import Drawer, healed_reader, remove_lesion, save_healed
 from busigen.training.stable_diffusion import painter
 from busigen.training.stable_diffusion.base_model import BaseModel
+from busigen.training.stable_diffusion.room import require_memory
 from busigen.training.tasks import Task, TaskContext
 from busigen.training.tasks.autoencoder import AutoencoderTask, ContextTask, DecoderTask, FinishTask
 from busigen.training.tasks.denoiser import BackgroundTask, MaskTask, PaintingTask, WindowTask
@@ -94,7 +95,8 @@ def claim(
     if base is not None:
         config["base"] = base.identity
     if painting is not None:
-        config["painting"] = painting.model_dump()
+        # The same weights may come from elsewhere when a run is continued.
+        config["painting"] = painting.model_dump(exclude={"source"})
     path = out / RUN
     try:
         if path.exists():
@@ -186,8 +188,8 @@ def train(
 
     With a ``base``, the recipe is that of :meth:`Base.recipe`; ``base_model`` and ``painting`` are for Stable Diffusion
     and what it is asked, which that preset's recipe needs. Progress goes to ``console``, by default to stderr. What
-    is returned is the content of ``busigen.json``. Errors are those of :func:`claim` and :meth:`Base.copy`, and an
-    InputError where the training split lacks a lesion class.
+    is returned is the content of ``busigen.json``. Errors are those of :func:`claim` and :meth:`Base.copy`, an
+    InputError where the training split lacks a lesion class, and a CapacityError where Stable Diffusion does not fit.
     """
     prepared = Prepared.open(data)
     present = set(select(prepared, "train")["class"])
@@ -196,6 +198,8 @@ def train(
             f"{data} has no {missing[0]} image in its training split.", fix="Prepare more images of that class."
         )
     picked = pick_device(device)
+    if base_model is not None and painting is not None:
+        require_memory(base_model, painting.shown_at, picked)
     claim(out, recipe, prepared, base, painting)
     what = recipe.preset if base is None else f"{', '.join(_trained(recipe))} on the base of {base.folder}"
     splits = ", ".join(f"{name} {select(prepared, name).height}" for name in SPLITS)

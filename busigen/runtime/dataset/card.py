@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from busigen.registry import RESOLUTION, SYNTHETIC
+from busigen.registry import RESOLUTION, STABLE_DIFFUSION, SYNTHETIC
 from busigen.runtime.dataset.format import MANIFEST_FILE, SHARD_FOLDER, command_line, decided, key_of
 from busigen.runtime.dataset.shards import FIXED_COLUMNS
 from busigen.text import counted, unproven_line
@@ -35,6 +35,10 @@ A sample is {RESOLUTION} x {RESOLUTION}. Its background has the shape of a train
 LICENCE = (
     "The samples inherit the terms of what they were made from: the bundle's training data and the healthy images. "
     "Check both before you publish or sell."
+)
+_LICENCE_OF_MODEL = (
+    " The lesions were drawn by a Stable Diffusion of others, whose licence the bundle's MODEL_CARD.md names: under an "
+    "OpenRAIL-M licence, samples may not be used for what it forbids."
 )
 
 _CROISSANT_TYPES = {"str": "sc:Text", "int": "sc:Integer", "float": "sc:Float", "bool": "sc:Boolean"}
@@ -123,7 +127,7 @@ with tarfile.open("{first["tar"]["file"]}") as shard:
 
 ## Licence
 
-{LICENCE}
+{licence(info)}
 
 ## Privacy
 
@@ -152,6 +156,12 @@ configs:
 """
 
 
+def licence(info: Mapping[str, Any]) -> str:
+    """The text on terms; those of a Stable Diffusion are named where one drew the samples."""
+    drawn = info["fingerprint"].get("preset") == STABLE_DIFFUSION
+    return LICENCE + _LICENCE_OF_MODEL * drawn
+
+
 def privacy(info: Mapping[str, Any]) -> str:
     """The text on privacy; a record that does not say what its backgrounds are is taken to have used real images."""
     return _PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL
@@ -174,7 +184,7 @@ def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
         "description": f"{info['samples']} synthetic breast ultrasound images with lesion masks. {privacy(info)}",
         "version": f"{info['schema_version']}.0.0",
         "keywords": ["breast", "ultrasound", "synthetic", "segmentation"],
-        "usageInfo": LICENCE,
+        "usageInfo": licence(info),
         "distribution": [
             _file_object("manifest", "One row per sample, in index order.", manifest, "application/x-parquet"),
             *shards,

@@ -22,6 +22,7 @@ from busigen.training.networks.inference import ADAPTERS, Networks
 from busigen.training.stable_diffusion.autoencoder import GreyAutoencoder, TinyDecoder
 from busigen.training.stable_diffusion.base_model import MAX_WEIGHTS_BYTES, BaseModel
 from busigen.training.stable_diffusion.denoiser import StableDiffusionDenoiser
+from busigen.training.stable_diffusion.hub import open_base
 from busigen.training.stable_diffusion.lora import TEXT, UNET, Layer, Lora, parse_option, read_lora
 
 CONDITIONS = "conditions.safetensors"  # Beside an adapter's LoRA: how it reads outline and context.
@@ -81,14 +82,19 @@ def asked_of(
 ) -> dict[str, Any]:
     """What :func:`busigen.training.pipeline.train` takes for Stable Diffusion, of options as a user gives them."""
     if place is None:
-        fix = "Name a folder or .safetensors file of an inpainting model by --base-model (docs/sd15.md)."
+        fix = "Name a folder, a file or a model of the hub by --base-model (docs/sd15.md)."
         raise UsageError("--preset sd15 needs a Stable Diffusion.", fix=fix)
     if shown_at not in SHOWN_AT:
         raise UsageError(f"--window is {shown_at}.", fix=f"Choose one of: {', '.join(map(str, SHOWN_AT))}.")
     known = parse_prompts(prompts)
-    base = BaseModel.open(Path(place), config)
+    base = open_base(place, config)
     painting = Painting(
-        sha256=dict(base.sha256), licence=base.licence, prompts=known, context=context, shown_at=shown_at
+        sha256=dict(base.sha256),
+        licence=base.licence,
+        source=base.source,
+        prompts=known,
+        context=context,
+        shown_at=shown_at,
     )
     return {"base_model": base, "painting": painting}
 
