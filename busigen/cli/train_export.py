@@ -173,7 +173,8 @@ def train(
             ) from None
     seconds = sum(task["seconds"] for task in record["tasks"].values())
     stdout.print(f"Checkpoint finished in {out}: preset {record['preset']}, {seconds / 60:.1f} minutes of training.")
-    stdout.print(f"Next: busigen export {shell_word(out)} --out bundle")
+    named = f" --base-model {shell_word(base_model)}" if base_model else ""
+    stdout.print(f"Next: busigen export {shell_word(out)}{named} --out bundle")
 
 
 @app.command(

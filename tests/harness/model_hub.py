@@ -16,10 +16,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serving(folder: Path, name: str, revision: str, *, claimed: int | None = None) -> Iterator[tuple[str, list[str]]]:
+def serving(
+    folder: Path, name: str, revision: str, *, claimed: int | None = None, gated: bool = False
+) -> Iterator[tuple[str, list[str]]]:
     """The address of a hub with one model, whose files are a folder's, and the paths of files that were fetched.
 
-    ``claimed`` is the size that the hub says each file has, by default the true one.
+    ``claimed`` is the size that the hub says each file has, by default the true one; ``gated`` models are for those who
+    were given access.
     """
     fetched: list[str] = []
 
@@ -34,6 +37,8 @@ def serving(folder: Path, name: str, revision: str, *, claimed: int | None = Non
                     files = [{"type": "file", "path": p, "size": n, "oid": COMMIT} for p, n in _sizes(folder).items()]
                     return self._send(_json(files))
                 file = place.removeprefix(f"/{name}/resolve/{known}/")
+                if file != place and gated:
+                    return self._send(b"{}", {"X-Error-Code": "GatedRepo"}, status=403)
                 if file != place and (folder / file).is_file():
                     content = (folder / file).read_bytes()
                     if self.command == "GET":

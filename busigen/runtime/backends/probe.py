@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +36,6 @@ _SHOWN = 300  # characters of what a library says that are shown
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _QUERY = ("name", "driver_version", "memory.total", "memory.free", "compute_cap")
 _PROCESS = Path("/proc/self")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -48,37 +47,6 @@ class Gpu:
     memory: int
     free: int
     capability: str
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that this process can still take, within its control group's limit; None where Linux is not."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
-    return max(0, min([free, *_group_room()]))
-
-
-def _group_room() -> Iterator[int]:
-    """What the limits of control groups, of version 2 and of 1, leave of memory; pages of files can be given up."""
-    own = ""
-    with contextlib.suppress(OSError):
-        own = (_PROCESS / "cgroup").read_text(encoding="utf-8", errors="replace")
-    for base, line, names in (
-        (_CGROUP, r"^0::/(.*)$", ("memory.max", "memory.current", r"^inactive_file (\d+)$")),
-        (
-            _CGROUP / "memory",
-            r"^\d+:memory:/(.*)$",
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_inactive_file (\d+)$"),
-        ),
-    ):
-        found = re.search(line, own, flags=re.MULTILINE)
-        for place in {base, base / (found[1] if found else "")}:
-            with contextlib.suppress(OSError, ValueError):
-                limit, used = (int((place / name).read_text(encoding="ascii")) for name in names[:2])
-                files = re.search(names[2], (place / "memory.stat").read_text(encoding="ascii"), flags=re.MULTILINE)
-                yield limit - used + (int(files[1]) if files else 0)
 
 
 def driver_cuda() -> tuple[int, int] | None:

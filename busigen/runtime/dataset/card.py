@@ -158,8 +158,7 @@ configs:
 
 def licence(info: Mapping[str, Any]) -> str:
     """The text on terms; those of a Stable Diffusion are named where one drew the samples."""
-    drawn = info["fingerprint"].get("preset") == STABLE_DIFFUSION
-    return LICENCE + _LICENCE_OF_MODEL * drawn
+    return f"{LICENCE}{_LICENCE_OF_MODEL if info['fingerprint'].get('preset') == STABLE_DIFFUSION else ''}"
 
 
 def privacy(info: Mapping[str, Any]) -> str:

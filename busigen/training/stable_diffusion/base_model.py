@@ -175,10 +175,17 @@ class BaseModel:
         return model.float().eval()
 
     def prompt(self, text: str, encoder: CLIPTextModel | None = None) -> Tensor:
-        """What the UNet attends to for a prompt, ``float32 (1, 77, D)``; a UsageError for one with more than 77 tokens.
+        """What the UNet attends to for a prompt, ``float32 (1, 77, D)``; errors are those of `tokens`.
 
         ``encoder`` takes the place of the model's own text encoder. Guidance compares with the empty prompt.
         """
+        numbers = self.tokens(text)
+        with torch.no_grad():
+            found: Tensor = (encoder or self.text_encoder())(numbers).last_hidden_state
+        return found
+
+    def tokens(self, text: str) -> Tensor:
+        """A prompt's tokens, ``int64 (1, 77)``; a UsageError for one with more than 77."""
         length = self.settings.text_encoder.max_position_embeddings
         with _loading(self.config / "tokenizer"):
             tokenizer = CLIPTokenizer.from_pretrained(str(self.config / "tokenizer"), local_files_only=True)
@@ -186,10 +193,7 @@ class BaseModel:
         if len(found) > length:
             problem = f"the prompt {describe(text)} has {len(found)} tokens; at most {length} are read."
             raise UsageError(problem, fix="Shorten it.")
-        numbers = torch.tensor([found + [tokenizer.pad_token_id] * (length - len(found))])
-        with torch.no_grad():
-            tokens: Tensor = (encoder or self.text_encoder())(numbers).last_hidden_state
-        return tokens
+        return torch.tensor([found + [tokenizer.pad_token_id] * (length - len(found))])
 
     def alphas(self) -> Tensor:
         """Cumulative products of the noise schedule, ``float64 (1000,)``, as ``scheduler_config.json`` says it."""

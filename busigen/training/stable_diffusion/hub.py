@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from busigen.errors import BusigenError, InputError, OutputError
 from busigen.runtime.execution.estimate import free_space
@@ -55,13 +56,10 @@ def _fetched(name: str, revision: str) -> Path:
     """The folder of the hub's cache with a model's files."""
     asked = f"{name}@{revision}"
     try:
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
-    except GatedRepoError as error:
-        fix = "Ask for access on its page, and log in with 'hf auth login'."
-        raise InputError(f"{asked} is shown by the hub only to those who were given access.", fix=fix) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        what = "no such revision" if isinstance(error, RevisionNotFoundError) else "no such model, or it is private"
-        raise InputError(f"there is no base model at {asked}, and the hub has {what}.", fix=_FOLDER) from error
+        with _refusals(asked):
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except BusigenError:
+        raise
     except Exception as error:  # Which library speaks to the hub, and what it raises, depends on the version.
         return _cached(name, revision, error)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -78,16 +76,30 @@ def _fetched(name: str, revision: str) -> Path:
     if missing:
         log.info("downloading %s, commit %s: %s to %s", asked, info.sha, disk_size(missing), cache)
     try:
-        if missing:
-            # Its configuration first, which may say that the rest is of no use.
-            settings_of(Path(snapshot_download(name, revision=revision, allow_patterns=list(_OTHERS))))
-        return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
+        with _refusals(asked):
+            if missing:
+                # Its configuration first, which may say that the rest is of no use.
+                settings_of(Path(snapshot_download(name, revision=revision, allow_patterns=list(_OTHERS))))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
     except BusigenError:
         raise
     except Exception as error:
         raise InputError(
             f"{asked} was not downloaded: {_reason(error)}.", fix="Give the same command again, which continues it."
         ) from error
+
+
+@contextmanager
+def _refusals(asked: str) -> Iterator[None]:
+    """A context that words what the hub refuses as InputErrors; what else fails is the caller's."""
+    try:
+        yield
+    except GatedRepoError as error:
+        fix = "Ask for access on its page, and log in with 'hf auth login'."
+        raise InputError(f"{asked} is given by the hub only to those who have access.", fix=fix) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        what = "no such revision" if isinstance(error, RevisionNotFoundError) else "no such model, or it is private"
+        raise InputError(f"there is no base model at {asked}, and the hub has {what}.", fix=_FOLDER) from error
 
 
 def _chosen(names: Collection[str], asked: str) -> list[str]:

@@ -88,6 +88,8 @@ def asked_of(
         raise UsageError(f"--window is {shown_at}.", fix=f"Choose one of: {', '.join(map(str, SHOWN_AT))}.")
     known = parse_prompts(prompts)
     base = open_base(place, config)
+    for prompt in known.values():
+        base.tokens(prompt)  # Refuses a prompt that is too long.
     painting = Painting(
         sha256=dict(base.sha256),
         licence=base.licence,
@@ -151,6 +153,7 @@ def with_painter(
     for where, path, weight in options.loras:
         lora = read_lora(path, unet, text_encoder=text, alpha=options.alpha)
         if where:
+            lora.targets(unet)  # Refuses what does not fit, or changes nothing.
             further[where].append(_times(lora, weight))
         else:
             lora.merge(unet, weight=weight)

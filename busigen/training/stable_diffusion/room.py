@@ -9,7 +9,7 @@ import torch
 
 from busigen.errors import CapacityError, OutputError
 from busigen.registry import SHOWN_AT
-from busigen.runtime.backends.probe import free_memory
+from busigen.runtime.backends.memory import available_memory
 from busigen.runtime.execution.estimate import free_space
 from busigen.text import disk_size
 from busigen.training.stable_diffusion.base_model import BaseModel
@@ -24,10 +24,10 @@ def require_memory(base: BaseModel, shown_at: int, device: torch.device | None =
     ``shown_at`` is the side in pixels of `registry.SHOWN_AT`, ``device`` where it is computed, by default the CPU.
     """
     weights, beside = _COMPUTED * sum(base.sizes.values()), _BESIDE * (shown_at // SHOWN_AT[0]) ** 2
-    places = [("memory", free_memory(), weights + beside)]
+    places = [("memory", available_memory(), weights + beside)]
     if device is not None and device.type == "cuda":
         places = [
-            ("memory", free_memory(), weights),
+            ("memory", available_memory(), weights),
             ("memory on the card", torch.cuda.mem_get_info(device)[0], weights + beside),
         ]
     for what, free, needed in places:

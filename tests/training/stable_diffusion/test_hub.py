@@ -123,6 +123,16 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_downloaded(
         assert "safe_serialization" in caught.value.fix
 
 
+def test_a_model_that_is_not_for_everybody_says_how_to_get_access(
+    repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(repository, NAME, "v1", gated=True) as (address, _):
+        _point(monkeypatch, address)
+        with pytest.raises(InputError, match="only to those who have access") as caught:
+            open_base(f"{NAME}@v1")
+        assert "hf auth login" in caught.value.fix
+
+
 def test_a_full_disk_is_seen_before_the_download(
     repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

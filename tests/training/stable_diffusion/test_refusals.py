@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from busigen.data.prepared import Prepared
-from busigen.errors import CapacityError, InputError, OutputError
+from busigen.errors import CapacityError, InputError, OutputError, UsageError
 from busigen.export.import_bundle import restore
 from busigen.export.report import model_card
-from busigen.runtime.backends import probe
+from busigen.runtime.backends import memory
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
@@ -45,19 +45,16 @@ def test_a_base_is_as_large_as_its_networks_in_every_layout(folder: Path, tmp_pa
 def test_too_little_memory_is_seen_before_anything_is_loaded(
     folder: Path, tmp_path: Path, synthetic_prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = tmp_path / "cgroup"
-    group.mkdir()
-    for name, content in (("max", "500000000\n"), ("current", "300000000\n"), ("stat", "file 7\ninactive_file 5\n")):
-        (group / f"memory.{name}").write_text(content)
-    monkeypatch.setattr(probe, "_CGROUP", group)
-    assert probe.free_memory() == 200_000_005
+    (tmp_path / "meminfo").write_text("MemAvailable: 200000 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     asked = asked_of(str(folder), None, prompts=(), context=True, shown_at=512)
-    with pytest.raises(CapacityError, match=r"needs at least 4\.31 GB of memory, and 200 MB are free") as caught:
+    with pytest.raises(CapacityError, match=r"needs at least 4\.31 GB of memory, and 205 MB are free") as caught:
         train(synthetic_prepared.folder, tmp_path / "out", recipe_for("sd15"), device="cpu", **asked)
     assert "--window 256" in caught.value.fix
+    with pytest.raises(UsageError, match="at most 77 are read"):
+        asked_of(str(folder), None, prompts=["malignant=" + 20 * "lesion "], context=True, shown_at=256)
     assert not (tmp_path / "out").exists()
-    (group / "memory.max").write_text("max\n")
-    assert (probe.free_memory() or 0) > 200_000_005
+    (tmp_path / "meminfo").write_text("MemAvailable: 2000000 kB\n")
     room.require_memory(asked["base_model"], 256, torch.device("cpu"))
 
 
