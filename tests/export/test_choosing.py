@@ -14,11 +14,12 @@ from torch import Tensor
 
 from busigen.errors import ParityError
 from busigen.export.components import Component, Part
-from busigen.export.exporter import Options, export
+from busigen.export.exporter import export
 from busigen.export.import_bundle import restore
 from busigen.export.parity import LIMITS, RecordedCall, TorchBackend
 from busigen.export.precision_search import choose, escalate
 from busigen.export.report import report
+from busigen.export.request import Options
 from busigen.export.trace import Tracer
 from busigen.registry import LESION_CLASSES, OPSETS
 from busigen.runtime.backends.base import open_backend
