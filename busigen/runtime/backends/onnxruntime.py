@@ -219,6 +219,9 @@ class OnnxBackend(Backend):
         options = _session_options(self._threads)
         if self._frugal:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            # An arena grows by steps, which for such weights is much that nobody uses.
+            options.add_session_config_entry("session.use_env_allocators", "0")
+            options.enable_cpu_mem_arena = False
         given = dict(self._provider.options)
         if self._provider.gpu:
             options.use_deterministic_compute = True

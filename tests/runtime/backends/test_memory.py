@@ -8,13 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from busigen.errors import CapacityError
 from busigen.runtime.backends import memory
 from busigen.runtime.backends.base import open_backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
-from busigen.runtime.backends.memory import available_memory, memory_of, require_memory
+from busigen.runtime.backends.memory import LARGE, available_memory, memory_of, require_memory
 from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.progress import Progress
 from tests.harness.made_bundles import stated, written
@@ -76,6 +77,15 @@ def test_much_memory_is_said_once_with_what_there_is(
     caplog.clear()
     require_memory(saying(shipped, 6 * GB), 3)
     assert caplog.messages == ["opening the graphs in 3 processes takes about 18.0 GB of memory; 21.0 GB are available"]
+
+
+def test_large_graphs_are_opened_in_another_way_and_compute_the_same(shipped: Bundle) -> None:
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 1, 128, 128)).astype(np.float32)
+    plain, large = (
+        open_backend(bundle).run("encoder@128", {"pixels": pixels}) for bundle in (shipped, saying(shipped, LARGE + 1))
+    )
+    # Sums in another order.
+    np.testing.assert_allclose(large, plain, atol=1e-4 * np.abs(plain).max())
 
 
 def test_too_little_memory_is_refused_before_a_graph_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
