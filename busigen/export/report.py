@@ -216,13 +216,14 @@ def _painting(info: Mapping[str, Any]) -> str:
     prompts = "\n".join(f"- {label}: `{prompt}`" for label, prompt in found["prompts"].items())
     loras = [[lora["for"] or "all", f"{lora['weight']:g}", f"`{lora['sha256']}`"] for lora in found["loras"]]
     merged = _table(["stage and class", "weight", "sha256"], loras) if loras else "No other LoRAs were merged."
-    steps = ", ".join(f"{info['solver_steps'][stage]} steps of the stage {stage}" for stage in PAINTING)
-    guidance = "no guidance" if found["guidance"] is None else f"guidance {found['guidance']:g}"
+    steps = ", ".join(f"{stage} {info['solver_steps'][stage]}" for stage in PAINTING)
+    guidance = "none" if found["guidance"] is None else f"{found['guidance']:g}"
+    source = f" (`{found['source']}`)" if found.get("source") else ""
     return f"""
 ## Stable Diffusion
 
-Stages 2 and 3 are a Stable Diffusion inpainting model{f" ({found['source']})" if found.get("source") else ""} with the
-LoRAs of the training above. Its files have these sha256:
+Stages 2 and 3 are a Stable Diffusion inpainting model{source} with the LoRAs of the training
+above. Its files have these sha256:
 
 {sums}
 
@@ -230,14 +231,15 @@ Prompts:
 
 {prompts}
 
-It draws with {steps}, {guidance}, a share of {found["fresh_noise"]:g} of fresh noise a step, windows shown at
-{found["shown_at"]} pixels, {"ViT tokens" if found["context"] else "no ViT tokens"}, and the decoder {found["decoder"]}.
+- steps: {steps}; guidance: {guidance}; share of fresh noise: {found["fresh_noise"]:g}
+- windows shown at {found["shown_at"]} pixels; ViT tokens: {"yes" if found["context"] else "no"}
+- decoder: {found["decoder"]}
 
 {merged}
 
 **Licence of the model:** {found["licence"]}. Where it is one of the OpenRAIL-M licences, its use restrictions travel
 with whatever is derived from the model, and this bundle is: whoever passes it on passes on the licence with it, binds
-others to the same restrictions, and says what was changed. What it draws may not be used against them either.
+others to the same restrictions, and says what was changed. What it draws may not be used for what they forbid.
 
 **What this does not protect.** The model was trained on images of others, from the web, that busigen has never seen:
 how much of these it repeats, `busigen audit` cannot measure, which compares with the training split alone. The LoRAs

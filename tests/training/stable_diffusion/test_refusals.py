@@ -108,7 +108,7 @@ def test_the_card_says_which_terms_and_weights_come_with_a_stable_diffusion() ->
     card = model_card(record, info | {"painting": PAINTING, "solver_steps": info["solver_steps"] | {"lesion": 30}})
     for said in ("1" * 64, "2" * 40, "3" * 64, "creativeml-openrail-m", "use restrictions", "a malignant lesion"):
         assert said in card
-    for said in ("30 steps of the stage lesion", "guidance 7.5", "0.25 of fresh noise", "decoder TAESD", "0.8"):
+    for said in ("lesion 30", "guidance: 7.5", "fresh noise: 0.25", "decoder: TAESD", "0.8"):
         assert said in card
 
 
