@@ -14,8 +14,12 @@ def polygons(mask: NDArray[np.bool_]) -> list[Points]:
 
     A hole is joined to its part by a line there and back, so that whoever fills by the even-odd rule leaves it out.
     """
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    return [_joined(_rings(labels == number)) for number in range(1, count + 1)]
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    found = []
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        top, left = box[0].start, box[1].start
+        found.append([(x + left, y + top) for x, y in _joined(_rings(labels[box] == number))])
+    return found
 
 
 def polygon(mask: NDArray[np.bool_]) -> Points:

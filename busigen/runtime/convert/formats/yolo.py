@@ -40,4 +40,5 @@ class Converter(Format):
 
     def lines(self, left_out: int) -> Iterator[str]:
         """How YOLO reads it."""
-        yield f"train with: yolo segment train model=yolo11n-seg.yaml imgsz=256 data={shell_word(self.job.out / 'data.yaml')}"
+        data = shell_word(self.job.out / "data.yaml")
+        yield f"train with: yolo segment train model=yolo11n-seg.yaml imgsz=256 data={data}"
