@@ -1,4 +1,4 @@
-"""The commands that are cut off by `tests.harness.power_cut`: generate, merge, repair, convert, prepare, train and export."""
+"""The commands that are cut off by `tests.harness.power_cut`: from generate and prepare to train and export."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ Points = list[tuple[int, int]]
 def polygons(mask: NDArray[np.bool_]) -> list[Points]:
     """A polygon of (x, y) corners for each part of a mask, in pixels; parts that touch at a corner are one.
 
-    A hole is joined to its part by a line there and back, so that whoever fills by the even-odd rule leaves it out.
+    A hole is joined to its part by lines there and back, so that whoever fills by the even-odd rule leaves it out.
     """
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     found = []
@@ -33,7 +33,8 @@ def _joined(rings: list[Points]) -> Points:
     start = rings[0][0]
     found = [*rings[0], start]
     for ring in rings[1:]:
-        found += [*ring, ring[0], start]
+        turn = (ring[0][0], start[1])  # Lines along the pixels' edges meet no pixel's centre.
+        found += [turn, *ring, ring[0], turn, start]
     return found[:-1]
 
 

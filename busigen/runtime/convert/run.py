@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import polars as pl
 import busigen
 from busigen.data.prepared import Prepared
 from busigen.errors import OutputError, UsageError
-from busigen.files import atomic_file, is_temporary, make_folder, write_json
+from busigen.files import atomic_file, is_temporary, make_folder, remove, sync, write_json
 from busigen.foreign import names_in
 from busigen.records import read_json
 from busigen.registry import FORMATS, LESION_CLASSES
@@ -116,6 +115,8 @@ def convert(
                     left_out = _write(converter, source, chosen, record)
                 else:
                     left_out = int(earlier["left_out"])
+                remove(out / WORK_FOLDER)
+                sync(out)
         seconds = None if earlier and earlier["finished"] else time.perf_counter() - start
         notes = tuple(converter.lines(left_out))
     return ConvertReport(out, to, chosen.height - left_out, left_out, job.counts, seconds, notes)
@@ -198,7 +199,6 @@ def _write(converter: Format, source: Source, chosen: pl.DataFrame, record: dict
     converter.finish(Entries(files, chosen.height, progress))
     target.settle()
     write_json(out / RECORD, {**record, "finished": True, "left_out": left_out})
-    shutil.rmtree(work)
     return left_out
 
 
