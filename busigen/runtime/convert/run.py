@@ -18,7 +18,7 @@ from busigen.errors import OutputError, UsageError
 from busigen.files import atomic_file, is_temporary, make_folder, remove, sync, write_json
 from busigen.foreign import names_in
 from busigen.records import read_json
-from busigen.registry import FORMATS, LESION_CLASSES
+from busigen.registry import LESION_CLASSES
 from busigen.runtime.convert.base import WORK_FOLDER, Entries, Format, Job, Target, converter_of
 from busigen.runtime.convert.selection import parse_class_names, parse_split
 from busigen.runtime.convert.source import Source, opened, pairs_of
@@ -81,18 +81,13 @@ def convert(
     start = time.perf_counter()
     progress = progress or Progress()
     kind = converter_of(to)
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit is {limit}.", fix="Give a whole number above 0.")
-    if real is not None and not kind.takes_real:
-        raise UsageError(f"--real means nothing to {to}.", fix=f"It is for: {', '.join(_merging())}.")
-    if real is not None and split is not None:
-        raise UsageError("--split and --real are both given.", fix="Leave --split out: the real set has splits.")
+    _refuse_unfit(kind, to, split, limit, real)
     shares = dict(kind.default_splits) if split is None else parse_split(split, kind.allowed_splits)
     wanted = None if classes is None else parse_class_names(classes)
     prepared = None if real is None else Prepared.open(real, check=True)
+    if isinstance(place, Path) and out.resolve().is_relative_to(place.resolve()):
+        raise UsageError(f"--out {out} lies in the dataset {place}.", fix="Choose a folder outside of it.")
     with opened(place, progress) as source:
-        if isinstance(place, Path) and out.resolve().is_relative_to(place.resolve()):
-            raise UsageError(f"--out {out} lies in the dataset {place}.", fix="Choose a folder outside of it.")
         chosen = source.choose(where, wanted, limit, shares)
         job = _job(out, source, chosen, shares, prepared)
         record = {
@@ -105,25 +100,28 @@ def convert(
             "pairs": chosen.height,
             "splits": dict(job.counts),
         }
+        converter = kind(job, Target(out), progress)
+        converter.begin()
         with output_errors(out):
             make_folder(out)
             with exclusive(out):
-                converter = kind(job, Target(out), progress)
                 earlier = _refuse_others(out, record)
-                if not (earlier and earlier["finished"]):
-                    converter.begin()
-                    left_out = _write(converter, source, chosen, record)
-                else:
-                    left_out = int(earlier["left_out"])
+                finished = earlier is not None and earlier["finished"]
+                left_out = earlier["left_out"] if earlier and finished else _write(converter, source, chosen, record)
                 remove(out / WORK_FOLDER)
                 sync(out)
-        seconds = None if earlier and earlier["finished"] else time.perf_counter() - start
-        notes = tuple(converter.lines(left_out))
+    seconds = None if finished else time.perf_counter() - start
+    notes = tuple(converter.lines(left_out))
     return ConvertReport(out, to, chosen.height - left_out, left_out, job.counts, seconds, notes)
 
 
-def _merging() -> list[str]:
-    return [name for name, one in FORMATS.items() if not one.extra and converter_of(name).takes_real]
+def _refuse_unfit(kind: type[Format], to: str, split: str | None, limit: int | None, real: Path | None) -> None:
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}.", fix="Give a whole number above 0.")
+    if real is not None and not kind.takes_real:
+        raise UsageError(f"--real means nothing to {to}.", fix="Leave it out, or convert to nnunet.")
+    if real is not None and split is not None:
+        raise UsageError("--split and --real are both given.", fix="Leave --split out: the real set has splits.")
 
 
 def _job(out: Path, source: Source, chosen: pl.DataFrame, splits: Sequence[str], prepared: Prepared | None) -> Job:
