@@ -89,7 +89,7 @@ def convert(
         raise UsageError(f"--out {out} lies in the dataset {place}.", fix="Choose a folder outside of it.")
     with opened(place, progress) as source:
         chosen = source.choose(where, wanted, limit, shares)
-        job = _job(out, source, chosen, shares, prepared)
+        job = _job(out, source, chosen, list(shares), prepared)
         record = {
             "schema_version": 1,
             "busigen": busigen.__version__,
@@ -166,7 +166,7 @@ def _refuse_others(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | Non
 def _write(converter: Format, source: Source, chosen: pl.DataFrame, record: dict[str, Any]) -> int:
     """Write all that is not written yet; returns how many pairs the format left out."""
     out, target, progress = converter.job.out, converter.target, converter.progress
-    work = target.open()
+    work = target.begin()
     write_json(out / RECORD, {**record, "finished": False, "left_out": 0})
     files: list[Path] = []
     left_out = 0
