@@ -3,9 +3,9 @@
 python benchmarks/conversion.py
 python benchmarks/conversion.py --counts 1000 --formats coco yolo --out /some/disk
 
-The pairs are a null engine's (``ready_made.py``), in default shards. Each conversion is the command, in a process of its
-own, whose start-up counts. 100,000 pairs take about 5 GB, and their conversion as much
-again; both are removed afterwards.
+The pairs are a null engine's (``ready_made.py``), in default shards. Each conversion is the command, in a process of
+its own, whose start-up counts. 100,000 pairs take about 5 GB, and their conversion as much again; both are removed
+afterwards.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(folder: Path, name: str, count: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "cpu_seconds": done.cpu_seconds,
         "peak_memory": done.peak_memory,
-        "size": size_of(out),
+        "size": size_of(out)[1],
     }
     shutil.rmtree(out)
     return found
