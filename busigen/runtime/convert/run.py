@@ -22,6 +22,7 @@ from busigen.registry import LESION_CLASSES
 from busigen.runtime.convert.base import WORK_FOLDER, Entries, Format, Job, Target, converter_of
 from busigen.runtime.convert.selection import parse_class_names, parse_split
 from busigen.runtime.convert.source import Source, opened, pairs_of
+from busigen.runtime.dataset.card import LICENCE, privacy
 from busigen.runtime.dataset.format import differences
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
@@ -47,9 +48,9 @@ class ConvertReport:
 
     def lines(self) -> Iterator[str]:
         """The lines of ``busigen convert``."""
-        done = "was converted before" if self.seconds is None else f"in {duration(self.seconds)}"
-        parts = ", ".join(f"{name} {count:,}" for name, count in self.splits.items() if name)
-        yield f"{self.pairs:,} pairs as {self.to} in {self.out}{f' ({parts})' if parts else ''}, {done}"
+        done = "converted before" if self.seconds is None else f"in {duration(self.seconds)}"
+        parts = ", ".join(f"{name} {count}" for name, count in self.splits.items() if name)
+        yield f"{counted(self.pairs, 'pair')} as {self.to} in {self.out}{f' ({parts})' if parts else ''}, {done}"
         yield from (f"  {note}" for note in self.notes)
 
 
@@ -99,6 +100,8 @@ def convert(
             "real": None if prepared is None else prepared.split_hash,
             "pairs": chosen.height,
             "splits": dict(job.counts),
+            "licence": LICENCE,
+            "privacy": privacy(source.info),
         }
         converter = kind(job, Target(out), progress)
         converter.begin()

@@ -117,7 +117,7 @@ def opened(place: Path | Address, progress: Progress) -> Iterator[Source]:
     """A finished dataset in a folder or at a URL, its records checked; raises what `Dataset.open` and `viewed` do."""
     if isinstance(place, Address):
         with viewed(place, progress) as view:
-            yield _source(view.folder, place.url.rpartition("/")[2], view.shard)
+            yield _source(view.folder, str(place).rpartition("/")[2], view.shard)
     else:
         yield _source(place, place.resolve().name, lambda number: nullcontext())
 
