@@ -28,7 +28,7 @@ from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, is_lock
 from busigen.runtime.storage.url import Address
-from busigen.text import describe, duration
+from busigen.text import counted, describe, duration
 
 RECORD = "convert.json"  # In the target: what it was converted from, and whether it is finished.
 _ELSEWHERE = "Choose an --out that is empty or does not exist."
