@@ -15,7 +15,7 @@ import polars as pl
 import busigen
 from busigen.data.prepared import Prepared
 from busigen.errors import OutputError, UsageError
-from busigen.files import atomic_file, is_temporary, make_folder, remove, sync, write_json
+from busigen.files import atomic_file, is_temporary, leftovers, make_folder, remove, sync, write_json
 from busigen.foreign import names_in
 from busigen.records import read_json
 from busigen.registry import LESION_CLASSES
@@ -31,6 +31,7 @@ from busigen.runtime.storage.url import Address
 from busigen.text import counted, describe, duration
 
 RECORD = "convert.json"  # In the target: what it was converted from, and whether it is finished.
+_RECORD = re.compile(re.escape(RECORD))
 _ELSEWHERE = "Choose an --out that is empty or does not exist."
 
 
@@ -144,7 +145,7 @@ def _job(out: Path, source: Source, chosen: pl.DataFrame, splits: Sequence[str],
 
 def _refuse_others(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an earlier run of the same conversion; an OutputError where ``out`` holds anything else."""
-    names = [name for name in names_in(out) if not is_lock(name) and not is_temporary(name, re.compile(RECORD))]
+    names = [name for name in names_in(out) if not is_lock(name) and not is_temporary(name, _RECORD)]
     if not names or names == [WORK_FOLDER]:
         return None
     try:
@@ -170,6 +171,8 @@ def _write(converter: Format, source: Source, chosen: pl.DataFrame, record: dict
     """Write all that is not written yet; returns how many pairs the format left out."""
     out, target, progress = converter.job.out, converter.target, converter.progress
     work = target.begin()
+    for left in leftovers(out, _RECORD):
+        left.unlink()
     write_json(out / RECORD, {**record, "finished": False, "left_out": 0})
     files: list[Path] = []
     left_out = 0
