@@ -35,6 +35,7 @@ A sample is {RESOLUTION} x {RESOLUTION}. Its background has the shape of a train
 """
 
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # between which the Hub sorts data sets
+LABEL_TYPE = {"class_label": {"names": {str(number): name for number, name in enumerate(LESION_CLASSES)}}}
 _HUB_TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}
 
 _CITATION = """@software{busigen,
@@ -70,7 +71,7 @@ def dataset_card(info: Mapping[str, Any]) -> str:
         refusals = f"The quality gates refused {counted(refused, 'draw')}, drawn again since ({listed})."
     gap = f"\nUnproven: {unproven_line(info['unproven'])}\n" if info.get("unproven") else ""
     bars = (_FRAMES if _is_synthetic(info) else _LETTERBOX) if "letterbox_scale" in info["columns"] else ""
-    return f"""{front_matter(info, f"{SHARD_FOLDER}/*.tar", sample_features(info["columns"]))}
+    return f"""{front_matter(info["samples"], {"train": f"{SHARD_FOLDER}/*.tar"}, sample_features(info["columns"]))}
 # Synthetic breast ultrasound, {counted(info["samples"], "sample")}
 
 Images with a synthetic {" or ".join(info["classes"])} lesion and that lesion's exact mask, made by busigen
@@ -122,7 +123,7 @@ with tarfile.open("{first["tar"]["file"]}") as shard:
 
 `busigen verify` checks every file, hash, pair and row.
 
-{_closing(info)}"""
+{closing(info)}"""
 
 
 def collection_card(info: Mapping[str, Any], pattern: str) -> str:
@@ -133,7 +134,7 @@ def collection_card(info: Mapping[str, Any], pattern: str) -> str:
         for part in info["parts"]
     )
     title = f"{counted(info['samples'], 'sample')} in {counted(len(info['parts']), 'part')}"
-    return f"""{front_matter(info, pattern, sample_features(info["columns"]))}
+    return f"""{front_matter(info["samples"], {"train": pattern}, sample_features(info["columns"]))}
 # Synthetic breast ultrasound, {title}
 
 Merged by busigen. Each part is a dataset of its own, with the bytes it was made with; its README.md says how to read it
@@ -150,7 +151,7 @@ and how it was made. For research; not for diagnosis.
 `busigen verify` checks all parts; `busigen explain` takes a part and a key, such as `000/{key_of(0)}`.
 
 {_hugging_face()}
-{_closing(info)}"""
+{closing(info)}"""
 
 
 def _hugging_face() -> str:
@@ -168,7 +169,8 @@ image, mask, row = rows[0]["image.png"], rows[0]["mask.png"], rows[0]["json"]  #
 """
 
 
-def _closing(info: Mapping[str, Any]) -> str:
+def closing(info: Mapping[str, Any]) -> str:
+    """The sections on licence, citation and privacy, with which every card ends."""
     return f"""## Licence
 
 {LICENCE}
@@ -185,15 +187,17 @@ def _closing(info: Mapping[str, Any]) -> str:
 """
 
 
-def front_matter(info: Mapping[str, Any], pattern: str, features: Sequence[Mapping[str, Any]]) -> str:
+def front_matter(samples: int, files: Mapping[str, str], features: Sequence[Mapping[str, Any]]) -> str:
     """The card's header for Hugging Face `datasets` and its Hub.
 
-    ``pattern`` matches the sample files: without one, all JSON would be read. ``features`` are the columns, in the form
-    that `datasets` gives a header: without them it guesses from the first rows, and fails where these lack a value.
+    ``files`` has a pattern of the sample files for each split: without one, all JSON would be read. ``features`` are
+    the columns, in the form that `datasets` gives a header: without them it guesses from the first rows, and fails
+    where these lack a value.
     """
     # A line of JSON is YAML as well, and quotes whatever a column is called.
     columns = "\n".join(f"  - {json.dumps(feature)}" for feature in features)
-    place = max(len(str(info["samples"])) - 3, 0)
+    splits = "\n".join(f'  - split: {name}\n    path: "{pattern}"' for name, pattern in files.items())
+    place = max(len(str(samples)) - 3, 0)
     size = f"{_SIZES[place - 1]}<n<{_SIZES[place]}" if place else f"n<{_SIZES[0]}"
     return f"""---
 pretty_name: Synthetic breast ultrasound
@@ -210,12 +214,10 @@ tags:
 - medical
 - ultrasound
 - synthetic
-- webdataset
 configs:
 - config_name: default
   data_files:
-  - split: train
-    path: "{pattern}"
+{splits}
 dataset_info:
   features:
 {columns}
@@ -227,18 +229,15 @@ def sample_features(columns: Mapping[str, str]) -> list[dict[str, Any]]:
     """What `datasets` makes of a shard: image, mask, row, and where it read them; ``columns`` are those of a record."""
     return [
         *({"name": name, "dtype": "image"} for name in ("image.png", "mask.png")),
-        {"name": "json", "struct": row_features(columns)},
+        {"name": "json", "struct": row_features(column_types(columns))},
         *({"name": name, "dtype": "string"} for name in ("__key__", "__url__")),
     ]
 
 
-def row_features(columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The manifest's columns for `datasets`, the class as a label: the number of its name in ``LESION_CLASSES``."""
-    names = {str(number): name for number, name in enumerate(LESION_CLASSES)}
-    types = {name: _HUB_TYPES[kind] for name, kind in column_types(columns).items()}
+def row_features(types: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Columns of a manifest for `datasets`, the class as a label; ``types`` are the names of their types."""
     return [
-        {"name": name, "dtype": {"class_label": {"names": names}} if name == "class" else kind}
-        for name, kind in types.items()
+        {"name": name, "dtype": LABEL_TYPE if name == "class" else _HUB_TYPES[kind]} for name, kind in types.items()
     ]
 
 
