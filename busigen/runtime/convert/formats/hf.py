@@ -56,7 +56,7 @@ class Converter(Format):
 
     def finish(self, entries: Entries) -> None:
         """Write the card."""
-        features = [
+        features: list[dict[str, Any]] = [
             *({"name": name, "dtype": "image"} for name in ("image", "mask")),
             {"name": "label", "dtype": LABEL_TYPE},
             *row_features(self._columns()),
