@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,12 +20,21 @@ from busigen.registry import (
     PARITY_DRAWS,
     PRECISIONS,
     PRESETS,
+    SHOWN_AT,
+    STABLE_DIFFUSION,
 )
 from busigen.text import SHOWN_PROBLEMS, shell_word
 
 if TYPE_CHECKING:
     from busigen.runtime.backends.bundle import Bundle
     from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest, EngineInfo
+
+
+BASE_MODEL = typer.Option(
+    help="With --preset sd15: a Stable Diffusion 1.x inpainting model: a diffusers folder, a .safetensors file, or "
+    "NAME/MODEL@REVISION of the Hugging Face hub, which is then downloaded."
+)
+BASE_CONFIG = typer.Option(help="With a --base-model of one file: a diffusers folder with its configuration.")
 
 
 @app.command(epilog="Example: `busigen prepare Dataset_BUSI_with_GT BUSBRA --out prepared`")
@@ -86,7 +95,8 @@ def prepare(
     epilog="Examples: `busigen train --data prepared --out runs/first --preset tiny`; "
     "`busigen train --base runs/first --data prepared_hospital --out runs/hospital` adapts a finished checkpoint to "
     "other images; `busigen train --base default --retrain mask --data prepared --out runs/better` trains stage 1 of "
-    "the shipped bundle on."
+    "the shipped bundle on; `busigen train --preset sd15 --base-model stable-diffusion-inpainting --data prepared "
+    "--out runs/sd` trains LoRAs of a Stable Diffusion (docs/sd15.md)."
 )
 def train(
     data: Annotated[Path, typer.Option(help="What `busigen prepare` wrote.")],
@@ -112,17 +122,41 @@ def train(
     scale: Annotated[float, typer.Option(help="Factor on every task's steps; 1 is sized for a GPU.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds weights, order, augmentation and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base_model: Annotated[str | None, BASE_MODEL] = None,
+    base_config: Annotated[Path | None, BASE_CONFIG] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="With --preset sd15: CLASS=TEXT, what Stable Diffusion is asked for. May be repeated."),
+    ] = None,
+    context: Annotated[
+        bool,
+        typer.Option(help="With --preset sd15: show Stable Diffusion the healthy image as well, by its ViT tokens."),
+    ] = True,
+    window: Annotated[
+        int,
+        typer.Option(help="With --preset sd15: pixels at which windows are shown, 256 or 512."),
+    ] = SHOWN_AT[0],
 ) -> None:
     """Train autoencoder, context encoder, three stages, healthy prior and one LoRA per class, and merge them.
 
-    With --base, only the LoRAs: for a new hospital's images.
+    With --base, only the LoRAs: for a new hospital's images. With --preset sd15, LoRAs of a Stable Diffusion.
     """
     with needs("train"):
-        from busigen.export.import_bundle import opened_base
+        from busigen.export.import_bundle import DEFAULT, opened_base
         from busigen.training.pipeline import train as run
         from busigen.training.recipe import recipe_for
     if retrain and base is None:
         raise UsageError("--retrain needs a --base that has all else.", fix="Name one, or leave --retrain out.")
+    painting: dict[str, Any] = {}
+    if preset == STABLE_DIFFUSION:
+        from busigen.training.stable_diffusion.painter import asked_of
+
+        base = base or Path(DEFAULT)
+        painting = asked_of(base_model, base_config, prompts=prompt or (), context=context, shown_at=window)
+    elif base_model or base_config or prompt:
+        raise UsageError(
+            "--base-model, --base-config and --prompt need --preset sd15.", fix="Add it, or leave them out."
+        )
     with quiet_libraries(), opened_base(base) as start:
         prescribe = (
             partial(recipe_for, preset or DEFAULT_PRESET)
@@ -130,7 +164,8 @@ def train(
             else partial(start.recipe, preset, retrain=retrain or ())
         )
         try:
-            record = run(data, out, prescribe(seed=seed, scale=scale), base=start, device=device, console=stderr)
+            recipe = prescribe(seed=seed, scale=scale)
+            record = run(data, out, recipe, base=start, device=device, console=stderr, **painting)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"Interrupted; {out} keeps what was trained.", fix="Run the same command to continue."
