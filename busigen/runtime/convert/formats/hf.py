@@ -17,7 +17,8 @@ from busigen.runtime.dataset.shards import FIXED_COLUMNS, recorded_schema, write
 from busigen.text import counted
 
 _IMAGE = pl.Struct({"bytes": pl.Binary, "path": pl.String})  # what `datasets` decodes as an Image
-_OWN: dict[str, Any] = {"image": _IMAGE, "mask": _IMAGE, "label": pl.Int64}  # columns before those of the manifest
+_OWN: dict[str, Any] = {"image": _IMAGE, "mask": _IMAGE, "label": pl.Int64, "name": pl.String}
+"""Columns before those of the manifest; ``name`` is unique in merged datasets, too, where ``key`` is not."""
 _SPLIT = re.compile(r"(?!all\b)\w+(\.\w+)*")  # what `datasets` takes for a split's name; "all" stands for all splits
 
 
@@ -46,6 +47,7 @@ class Converter(Format):
                     "image": {"bytes": pair.image_png, "path": f"{pair.name}.png"},
                     "mask": {"bytes": pair.mask_png, "path": f"{pair.name}.png"},
                     "label": pair.class_index,
+                    "name": pair.name,
                 }
             )
         for split, found in rows.items():
@@ -59,6 +61,7 @@ class Converter(Format):
         features: list[dict[str, Any]] = [
             *({"name": name, "dtype": "image"} for name in ("image", "mask")),
             {"name": "label", "dtype": LABEL_TYPE},
+            {"name": "name", "dtype": "string"},
             *row_features(self._columns()),
         ]
         splits = [split for split in self.job.splits or ("train",) if self.job.counts[split if self.job.splits else ""]]
@@ -71,7 +74,7 @@ class Converter(Format):
 # Synthetic breast ultrasound, {counted(samples, "sample")}
 
 Images with a synthetic lesion and that lesion's exact mask, converted by busigen from a dataset of its own, whose
-manifest has the other columns. `label`: {labels}. For research; not for diagnosis.
+manifest has the other columns. `label`: {labels}; `name` is unique. For research; not for diagnosis.
 
 {closing(self.job.info)}""".encode(),
         )
