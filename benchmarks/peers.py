@@ -132,7 +132,7 @@ def prepare(options: argparse.Namespace) -> None:
     (options.work / "healthy").mkdir()
     for first in range(0, PICTURES, 4):
         numbers = range(first, first + 4)
-        noise = np.stack([normal(SEED, number, 0, "prior", bundle.latent_shape) for number in numbers])
+        noise = np.stack([normal(SEED, number, 0, "prior", bundle.background_shape) for number in numbers])
         speckle = np.stack([normal(SEED, number, 0, "prior speckle", (1, 256, 256)) for number in numbers])
         whole = np.array([[0, 0, RESOLUTION, RESOLUTION]] * len(noise), np.float32)
         latents = sampler.backend.run("prior", {"noise": noise, "frame": whole})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -178,7 +179,8 @@ def train(
 @app.command(
     epilog="Examples: `busigen export runs/first --out bundle`; `busigen export runs/first --out bundle --target onnx "
     "--target tensorrt-rtx`; `busigen export runs/first --out bundle16 --precision "
-    "fp16 --loop unrolled --batch-size 4,16 --report export.md`"
+    "fp16 --loop unrolled --batch-size 4,16 --report export.md`; `busigen export runs/sd --base-model sd "
+    "--out bundle --steps lesion=30 --steps blend=50 --guidance 7.5` draws with the paper's settings."
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
@@ -203,12 +205,37 @@ def export(
     opset: Annotated[int, typer.Option(help=f"ONNX's: {', '.join(map(str, OPSETS))}.")] = OPSETS[0],
     draws: Annotated[int, typer.Option(help="Draws per class that are compared with PyTorch.")] = PARITY_DRAWS,
     report: Annotated[Path | None, typer.Option(help="Write what was proved as a table: FILE.md or FILE.json.")] = None,
+    steps: Annotated[
+        list[str] | None,
+        typer.Option(help="STAGE=NUMBER of network evaluations, such as lesion=30. May be repeated."),
+    ] = None,
+    base_model: Annotated[str | None, BASE_MODEL] = None,
+    base_config: Annotated[Path | None, BASE_CONFIG] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Of Stable Diffusion: factor on what the prompt changes; twice the work. [default: none]"),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of Stable Diffusion: a further LoRA, [STAGE-CLASS=]FILE[:WEIGHT], for all stages and classes or, as "
+            "lesion-benign=mine.safetensors:0.8, for one. May be repeated."
+        ),
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Of LoRAs that do not say theirs.")] = None,
+    fresh_noise: Annotated[
+        float,
+        typer.Option(help="Of Stable Diffusion: share of the noise that steps draw anew: 1 for LCM-LoRA, 0 for DDIM."),
+    ] = 0.0,
+    decoder: Annotated[
+        Path | None, typer.Option(help="Folder of a TAESD that decodes in place of Stable Diffusion's decoder.")
+    ] = None,
 ) -> None:
     """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""
     with needs("train"):
-        from busigen.export.exporter import Options, batch_sizes
         from busigen.export.exporter import export as run
         from busigen.export.report import check_report, write_report
+        from busigen.export.request import Options, batch_sizes, solver_counts
     from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
     from busigen.runtime.backends.tensorrt.profiles import Batches
     from busigen.runtime.progress import console_progress
@@ -220,7 +247,17 @@ def export(
         batch_sizes=batch_sizes(batch_size),
         draws=draws,
         engines=tuple(name for name in target if name != "onnx"),
+        steps=solver_counts(steps or ()),
     )
+    if base_model is not None:
+        from busigen.training.stable_diffusion.base_model import BaseModel
+        from busigen.training.stable_diffusion.painter import PaintingOptions, parse_loras
+
+        painting = PaintingOptions(parse_loras(lora or ()), lora_alpha, guidance, fresh_noise, decoder)
+        options = replace(options, base_model=BaseModel.open(Path(base_model), base_config), painting=painting)
+    elif base_config or guidance or lora or fresh_noise or decoder:
+        problem = "--guidance, --lora, --fresh-noise, --decoder and --base-config are for a Stable Diffusion."
+        raise UsageError(problem, fix="Name it by --base-model, or leave them out.")
     if report is not None:
         check_report(report)
     batches = Batches(tuple(sorted(options.batch_sizes, reverse=True))) if options.batch_sizes else Batches()
@@ -339,7 +376,7 @@ def fill(order: BuildRequest, bundle: Bundle) -> list[EngineInfo]:
     from busigen.runtime.progress import console_progress
 
     with console_progress() as progress:
-        progress.start("building engines", order.count, unit="engine")
+        progress.start("building engines", order.count(bundle), unit="engine")
         return order.fill(bundle, lambda made: progress.advance(1))
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from diffusers import ModelMixin
@@ -38,12 +38,13 @@ from busigen.registry import (
     LESION_CLASSES,
     PAINTING,
     PRESETS,
+    SHOWN_AT,
     SOLVER_SPREAD,
     STABLE_DIFFUSION,
     STAGES,
     Preset,
 )
-from busigen.runtime.backends.bundle import ImagesRecord
+from busigen.runtime.backends.bundle_record import ImagesRecord
 from busigen.text import printable
 from busigen.training.networks.build import build, model_class
 from busigen.training.networks.inference import Networks
@@ -115,12 +116,12 @@ class Painting(Record):
     licence: Text
     prompts: dict[Text, Text]
     context: bool
-    shown_at: Literal[256, 512]
+    shown_at: Annotated[int, Strict()]
 
     @model_validator(mode="after")
     def _complete(self) -> Painting:
-        if set(self.prompts) != set(LESION_CLASSES) or not self.sha256:
-            raise ValueError("should have a prompt of each class, and the weights' sha256")
+        if set(self.prompts) != set(LESION_CLASSES) or not self.sha256 or self.shown_at not in SHOWN_AT:
+            raise ValueError("should have a prompt of each class, the weights' sha256, and a known shown_at")
         return self
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from busigen.data.geometry import Mask, Window, edit_region, grow, patches_outside, ring_region, shrink, window_for
 from busigen.data.prepared import Prepared
 from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
-from busigen.runtime.backends.bundle import LEAST_FRAME
+from busigen.runtime.backends.bundle_record import LEAST_FRAME
 from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.networks.inference import Networks, shown
 from busigen.training.networks.outline import OutlineSpace, birads_flags

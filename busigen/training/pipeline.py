@@ -128,9 +128,11 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     there, here = (f"one with weights {base['weights'][:12]}..." if base else "none" for base in bases)
     if there != here:
         shown.append(f"--base: {there} there, {here} now")
-    there, here = (config.get("painting", {}) for config in (before, now))
-    options = {"sha256": "base-model", "prompts": "prompt", "shown_at": "window"}
-    shown += [f"--{options.get(name, name)}: {one!r} there, {two!r} now" for name, one, two in _named(there, here)]
+    painting = _fields(*(config.get("painting", {}) for config in (before, now)))
+    named = {"sha256": "base-model", "prompts": "prompt", "shown_at": "window", "licence": "base-model"}
+    for name, one, two in painting:
+        first = name.partition(".")[0]
+        shown.append(f"--{named.get(first, first)}: {one!r} there, {two!r} now")
     # A run with a base has fewer tasks than one without, which no person chose.
     if old.get("preset") == new["preset"] and ("base" in before) == ("base" in now):
         fields = _fields(old, new)
@@ -142,10 +144,6 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         shown += [f"recipe.{name}: {there!r} there, {here!r} now" for name, there, here in rest[:_SHOWN]]
         shown += [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
     return "; ".join(shown)
-
-
-def _named(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:

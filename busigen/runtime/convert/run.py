@@ -15,21 +15,23 @@ import polars as pl
 import busigen
 from busigen.data.prepared import Prepared
 from busigen.errors import OutputError, UsageError
-from busigen.files import atomic_file, is_temporary, make_folder, remove, sync, write_json
+from busigen.files import atomic_file, is_temporary, leftovers, make_folder, remove, sync, write_json
 from busigen.foreign import names_in
 from busigen.records import read_json
-from busigen.registry import FORMATS, LESION_CLASSES
+from busigen.registry import LESION_CLASSES
 from busigen.runtime.convert.base import WORK_FOLDER, Entries, Format, Job, Target, converter_of
 from busigen.runtime.convert.selection import parse_class_names, parse_split
 from busigen.runtime.convert.source import Source, opened, pairs_of
+from busigen.runtime.dataset.card import LICENCE, privacy
 from busigen.runtime.dataset.format import differences
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, is_lock
 from busigen.runtime.storage.url import Address
-from busigen.text import describe, duration
+from busigen.text import counted, describe, duration
 
 RECORD = "convert.json"  # In the target: what it was converted from, and whether it is finished.
+_RECORD = re.compile(re.escape(RECORD))
 _ELSEWHERE = "Choose an --out that is empty or does not exist."
 
 
@@ -47,9 +49,9 @@ class ConvertReport:
 
     def lines(self) -> Iterator[str]:
         """The lines of ``busigen convert``."""
-        done = "was converted before" if self.seconds is None else f"in {duration(self.seconds)}"
-        parts = ", ".join(f"{name} {count:,}" for name, count in self.splits.items() if name)
-        yield f"{self.pairs:,} pairs as {self.to} in {self.out}{f' ({parts})' if parts else ''}, {done}"
+        done = "converted before" if self.seconds is None else f"in {duration(self.seconds)}"
+        parts = ", ".join(f"{name} {count}" for name, count in self.splits.items() if name)
+        yield f"{counted(self.pairs, 'pair')} as {self.to} in {self.out}{f' ({parts})' if parts else ''}, {done}"
         yield from (f"  {note}" for note in self.notes)
 
 
@@ -81,20 +83,15 @@ def convert(
     start = time.perf_counter()
     progress = progress or Progress()
     kind = converter_of(to)
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit is {limit}.", fix="Give a whole number above 0.")
-    if real is not None and not kind.takes_real:
-        raise UsageError(f"--real means nothing to {to}.", fix=f"It is for: {', '.join(_merging())}.")
-    if real is not None and split is not None:
-        raise UsageError("--split and --real are both given.", fix="Leave --split out: the real set has splits.")
+    _refuse_unfit(kind, to, split, limit, real)
     shares = dict(kind.default_splits) if split is None else parse_split(split, kind.allowed_splits)
     wanted = None if classes is None else parse_class_names(classes)
     prepared = None if real is None else Prepared.open(real, check=True)
+    if isinstance(place, Path) and out.resolve().is_relative_to(place.resolve()):
+        raise UsageError(f"--out {out} lies in the dataset {place}.", fix="Choose a folder outside of it.")
     with opened(place, progress) as source:
-        if isinstance(place, Path) and out.resolve().is_relative_to(place.resolve()):
-            raise UsageError(f"--out {out} lies in the dataset {place}.", fix="Choose a folder outside of it.")
         chosen = source.choose(where, wanted, limit, shares)
-        job = _job(out, source, chosen, shares, prepared)
+        job = _job(out, source, chosen, list(shares), prepared)
         record = {
             "schema_version": 1,
             "busigen": busigen.__version__,
@@ -104,26 +101,31 @@ def convert(
             "real": None if prepared is None else prepared.split_hash,
             "pairs": chosen.height,
             "splits": dict(job.counts),
+            "licence": LICENCE,
+            "privacy": privacy(source.info),
         }
+        converter = kind(job, Target(out), progress)
+        converter.begin()
         with output_errors(out):
             make_folder(out)
             with exclusive(out):
-                converter = kind(job, Target(out), progress)
                 earlier = _refuse_others(out, record)
-                if not (earlier and earlier["finished"]):
-                    converter.begin()
-                    left_out = _write(converter, source, chosen, record)
-                else:
-                    left_out = int(earlier["left_out"])
+                finished = earlier is not None and earlier["finished"]
+                left_out = earlier["left_out"] if earlier and finished else _write(converter, source, chosen, record)
                 remove(out / WORK_FOLDER)
                 sync(out)
-        seconds = None if earlier and earlier["finished"] else time.perf_counter() - start
-        notes = tuple(converter.lines(left_out))
+    seconds = None if finished else time.perf_counter() - start
+    notes = tuple(converter.lines(left_out))
     return ConvertReport(out, to, chosen.height - left_out, left_out, job.counts, seconds, notes)
 
 
-def _merging() -> list[str]:
-    return [name for name, one in FORMATS.items() if not one.extra and converter_of(name).takes_real]
+def _refuse_unfit(kind: type[Format], to: str, split: str | None, limit: int | None, real: Path | None) -> None:
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}.", fix="Give a whole number above 0.")
+    if real is not None and not kind.takes_real:
+        raise UsageError(f"--real means nothing to {to}.", fix="Leave it out, or convert to nnunet.")
+    if real is not None and split is not None:
+        raise UsageError("--split and --real are both given.", fix="Leave --split out: the real set has splits.")
 
 
 def _job(out: Path, source: Source, chosen: pl.DataFrame, splits: Sequence[str], prepared: Prepared | None) -> Job:
@@ -143,7 +145,7 @@ def _job(out: Path, source: Source, chosen: pl.DataFrame, splits: Sequence[str],
 
 def _refuse_others(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an earlier run of the same conversion; an OutputError where ``out`` holds anything else."""
-    names = [name for name in names_in(out) if not is_lock(name) and not is_temporary(name, re.compile(RECORD))]
+    names = [name for name in names_in(out) if not is_lock(name) and not is_temporary(name, _RECORD)]
     if not names or names == [WORK_FOLDER]:
         return None
     try:
@@ -168,7 +170,9 @@ def _refuse_others(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | Non
 def _write(converter: Format, source: Source, chosen: pl.DataFrame, record: dict[str, Any]) -> int:
     """Write all that is not written yet; returns how many pairs the format left out."""
     out, target, progress = converter.job.out, converter.target, converter.progress
-    work = target.open()
+    work = target.begin()
+    for left in leftovers(out, _RECORD):
+        left.unlink()
     write_json(out / RECORD, {**record, "finished": False, "left_out": 0})
     files: list[Path] = []
     left_out = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,15 @@ class Decoder(_Half):
             return self.network(raw, SPECKLE_GAIN * noise, mask).clamp(-1.0, 1.0)
         # Every pixel's noise and mask are repeated, and the mean over its repetitions is the pixel.
         factor = self.shown_at // noise.shape[-1]
-        noise, mask = (None if part is None else F.interpolate(part, scale_factor=factor) for part in (noise, mask))
-        return F.avg_pool2d(self.network(raw, SPECKLE_GAIN * noise, mask), factor).clamp(-1.0, 1.0)
+        repeated = F.interpolate(noise, scale_factor=factor)
+        mask = None if mask is None else F.interpolate(mask, scale_factor=factor)
+        return F.avg_pool2d(self.network(raw, SPECKLE_GAIN * repeated, mask), factor).clamp(-1.0, 1.0)
 
 
 class Velocity(nn.Module):
     """A denoiser as a function of ``(x, t, label, tokens, keep, *condition)``, whose value is shaped like ``x``."""
+
+    unet: Any  # A module; its own attributes are not typed.
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -82,11 +86,13 @@ class Velocity(nn.Module):
 
     def steps(self, name: str, count: int) -> list[SolverStep]:
         """The solver's ``count`` steps for the denoiser of that stage."""
-        return self.unet.solver_steps(count) if self.is_stable_diffusion else solver_steps(name, count)
+        own: list[SolverStep] = self.unet.solver_steps(count) if self.is_stable_diffusion else solver_steps(name, count)
+        return own
 
     def state(self, x: Tensor, t: Tensor) -> Tensor:
         """Points of the straight path at times ``(B,)``, as the denoiser reads them."""
-        return self.unet.state(x, t) if self.is_stable_diffusion else x
+        read: Tensor = self.unet.state(x, t) if self.is_stable_diffusion else x
+        return read
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
         """The velocity; ``t`` is ``(B,)`` in [0, 1], ``condition`` adds channels.
@@ -152,11 +158,11 @@ class Networks:
     """
 
     preset: Preset
-    autoencoder: nn.Module
+    autoencoder: Any  # Modules, whose own attributes are not typed.
     latents_mean: Tensor
     latents_std: Tensor
     context: nn.Module | None = None
-    denoisers: dict[str, nn.Module] = field(default_factory=dict)
+    denoisers: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=lambda: dict(SOLVER_STEPS))
     shown_at: int | None = None
     prior_decoder: Decoder | None = None
@@ -203,7 +209,7 @@ class Networks:
         table = velocity.steps(name, steps or self.steps[name])
         return integrate(velocity, noise, labels, tokens, keep, table, *condition, fresh=fresh)
 
-    def denoiser(self, name: str, label: str) -> nn.Module:
+    def denoiser(self, name: str, label: str) -> Any:
         """The class's own denoiser of a stage, or the base's; a KeyError if there is neither."""
         own = f"{name}-{label}"
         return self.denoisers[own if own in self.denoisers else name]

@@ -104,11 +104,12 @@ class LoraStack(nn.Module):
         return F.linear(inner, self.up)
 
 
+@dataclass
 class _Now:
     """What the layers' hooks read of the evaluation that is going on."""
 
-    adapter: Tensor
-    outline: Tensor
+    adapter: Tensor | None = None
+    outline: Tensor | None = None
 
 
 @dataclass
@@ -119,6 +120,7 @@ class _AddLora:
     now: _Now
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert self.now.adapter is not None
         return output + self.stack(layer, inputs[0], self.now.adapter)
 
 
@@ -172,6 +174,7 @@ class StableDiffusionDenoiser(nn.Module):
         self.unet, self.guidance, self._now = unet, guidance, _Now()
         self.register_buffer("prompts", prompts)
         self.register_buffer("times", times_of(alphas.double()).float())
+        self._range = float(self.times[0]), float(self.times[-1])
         self.register_buffer("unconditional", torch.zeros_like(prompts[:1]) if unconditional is None else unconditional)
         first = unet.conv_in
         self.outline = nn.Conv2d(adapters * MASK_CHANNELS, first.out_channels, 3, padding=1, bias=False)
@@ -219,7 +222,7 @@ class StableDiffusionDenoiser(nn.Module):
         """
         x, known, outline, region = sample.split([LATENT_CHANNELS, LATENT_CHANNELS, MASK_CHANNELS, 1], dim=1)
         adapter = torch.ones_like(x[:, :1, 0, 0]) if class_labels.dim() == 1 else class_labels.to(x.dtype)
-        t = (timestep / TIME_SCALE).clamp(float(self.times[0]), float(self.times[-1]))
+        t = (timestep / TIME_SCALE).clamp(*self._range)
         read, number = torch.cat((x, region, known), dim=1), self._number(t)
         outlines = (outline[:, None] * adapter[:, :, None, None, None]).flatten(1, 2)
         prompt = (adapter @ self.prompts.flatten(1)).view(len(adapter), *self.prompts.shape[1:])
@@ -232,6 +235,7 @@ class StableDiffusionDenoiser(nn.Module):
             tokens, keep = torch.cat((without, tokens)), None if keep is None else torch.cat((keep, keep))
         self._now.adapter, self._now.outline = adapter, outlines
         noise = self.unet(read, number, tokens, encoder_attention_mask=keep).sample
+        self._now.adapter = self._now.outline = None
         if self.guidance is not None:
             plain, prompted = noise.chunk(2)
             noise = plain + self.guidance * (prompted - plain)

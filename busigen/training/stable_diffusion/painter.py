@@ -22,7 +22,7 @@ from busigen.training.networks.inference import ADAPTERS, Networks
 from busigen.training.stable_diffusion.autoencoder import GreyAutoencoder, TinyDecoder
 from busigen.training.stable_diffusion.base_model import MAX_WEIGHTS_BYTES, BaseModel
 from busigen.training.stable_diffusion.denoiser import StableDiffusionDenoiser
-from busigen.training.stable_diffusion.lora import TEXT, UNET, Layer, Lora, read_lora
+from busigen.training.stable_diffusion.lora import TEXT, UNET, Layer, Lora, parse_option, read_lora
 
 CONDITIONS = "conditions.safetensors"  # Beside an adapter's LoRA: how it reads outline and context.
 _OUTLINE, _CONTEXT = "outline.weight", "context.weight"
@@ -64,6 +64,16 @@ def parse_prompts(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--prompt {text!r} names no class.", fix=f"Write {' or '.join(PROMPTS)}=TEXT.")
         prompts[label] = prompt.strip()
     return prompts
+
+
+def parse_loras(given: Sequence[str]) -> list[tuple[str, Path, float]]:
+    """Values of ``--lora``, ``[STAGE-CLASS=]FILE[:WEIGHT]``; a UsageError for a weight that is none."""
+    found = []
+    for text in given:
+        where, equals, rest = text.partition("=")
+        named = bool(equals) and where in ADAPTERS
+        found.append((where if named else "", *parse_option(rest if named else text)))
+    return found
 
 
 def asked_of(
