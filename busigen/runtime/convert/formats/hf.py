@@ -19,7 +19,7 @@ from busigen.text import counted
 _IMAGE = pl.Struct({"bytes": pl.Binary, "path": pl.String})  # what `datasets` decodes as an Image
 _OWN: dict[str, Any] = {"image": _IMAGE, "mask": _IMAGE, "label": pl.Int64, "name": pl.String}
 """Columns before those of the manifest; ``name`` is unique in merged datasets, too, where ``key`` is not."""
-_SPLIT = re.compile(r"(?!all\b)\w+(\.\w+)*")  # what `datasets` takes for a split's name; "all" stands for all splits
+_SPLIT = re.compile(r"(?!all$)\w+")  # what `datasets` takes for a split's name; "all" stands for all of them
 
 
 class Converter(Format):
