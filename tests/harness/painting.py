@@ -17,9 +17,9 @@ from busigen.training.recipe import recipe_for
 from busigen.training.stable_diffusion import painter
 
 
-def untrained(folder: Path, base_model: Path, *, context: bool = True) -> Path:
+def untrained(folder: Path, base_model: Path, *, context: bool = True, shown_at: int = 256) -> Path:
     """A finished checkpoint on ``base_model``, each of whose adapters changes what is drawn in its own way."""
-    asked = painter.asked_of(str(base_model), None, prompts=(), context=context, shown_at=256)
+    asked = painter.asked_of(str(base_model), None, prompts=(), context=context, shown_at=shown_at)
     recipe = recipe_for(STABLE_DIFFUSION)
     with opened_base(Path("default")) as base:
         assert base is not None
