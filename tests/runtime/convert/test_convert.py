@@ -238,13 +238,14 @@ def test_a_dataset_made_to_hurt_its_reader_ends_with_an_answer(plain: Path, tmp_
     (tmp_path / VICTIM).mkdir()
     (tmp_path / VICTIM / "file").write_text("precious")
     CASES[name][0](Path(shutil.copytree(plain, tmp_path / "set")))
+    before = hashes(tmp_path / VICTIM)
     try:
         report = convert(tmp_path / "set", tmp_path / "out", to="files")
     except BusigenError as error:
         assert error.exit_code in (3, 5)
     else:
         assert report.pairs == 10 and names(tmp_path / "out") == {f"{key:09d}" for key in range(10)}
-    assert hashes(tmp_path / VICTIM).keys() == {"file"}
+    assert hashes(tmp_path / VICTIM) == before
 
 
 def test_parts_that_a_merged_dataset_does_not_record_are_refused(merged: Path, tmp_path: Path) -> None:
