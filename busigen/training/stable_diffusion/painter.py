@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -167,11 +166,6 @@ def with_painter(
             model.context.weight.copy_(torch.cat([conditions[_CONTEXT] for _, conditions in read.values()], dim=1))
     model = model.eval().requires_grad_(False)
     return replace(result, denoisers=networks.denoisers | dict.fromkeys(ADAPTERS, model))
-
-
-def merged(base: BaseModel, folder: Path) -> nn.Module:
-    """The base's UNet with an adapter's LoRA folded into its weights by peft."""
-    return PeftModel.from_pretrained(base.unet(), str(folder)).merge_and_unload(safe_merge=True)
 
 
 def _times(lora: Lora, weight: float) -> dict[str, Layer]:
