@@ -6,6 +6,7 @@ import os
 import sys
 
 __version__ = "0.1.0"
+RELEASED = "2026-12-01"  # this version, as in CITATION.cff
 
 SILENCE = {
     "ORT_DISABLE_TELEMETRY": "1",

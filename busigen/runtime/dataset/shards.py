@@ -173,6 +173,11 @@ def schema_of(types: Mapping[str, type]) -> pl.Schema:
     return pl.Schema({name: _POLARS_TYPES[kind] for name, kind in (FIXED_COLUMNS | dict(types)).items()})
 
 
+def column_types(columns: Mapping[str, str]) -> dict[str, str]:
+    """Type's name (``str``, ``int``, ``float`` or ``bool``) of every manifest column, by a record's ``columns``."""
+    return {name: kind.__name__ for name, kind in FIXED_COLUMNS.items()} | dict(columns)
+
+
 def recorded_schema(columns: Mapping[str, str]) -> pl.Schema:
     """Table schema of a run by the ``columns`` of its record; a ValueError as for :func:`schema_of`."""
     return schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
