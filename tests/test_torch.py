@@ -99,6 +99,22 @@ def test_ranks_share_each_epoch(many: Path, workers: int) -> None:
     assert orders[0] != orders[1]
 
 
+def _rank(rank: int, folder: Path, place: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
+    for method in ("fork", "spawn"):
+        loader = PairLoader(PairStream(folder, transform=key), 4, num_workers=1, multiprocessing_context=method)
+        (place / f"{method}-{rank}").write_text(" ".join(flat(keys(loader))))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_of_a_process_group_know_which_they_are(many: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (many, tmp_path), nprocs=2)
+    for method in ("fork", "spawn"):
+        shares = [(tmp_path / f"{method}-{rank}").read_text().split() for rank in range(2)]
+        assert sorted(shares[0] + shares[1]) == every(23)
+        assert len(shares[0]) == 12
+
+
 def test_batches_are_the_same_with_any_number_of_workers(many: Path) -> None:
     batches = [keys(PairLoader(PairStream(many, seed=1), 4, num_workers=workers)) for workers in (0, 1, 3)]
     assert batches[0] == batches[1] == batches[2]
