@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from busigen.errors import InputError, IntegrityError
 from busigen.files import sha256_of
+from busigen.foreign import refuse_costly
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.dataset import reader
-from busigen.runtime.dataset.format import DATASET_FILE, Sample, shard_path
+from busigen.runtime.dataset.format import DATASET_FILE, MANIFEST_FILE, Sample, shard_path
 from busigen.runtime.dataset.shards import row_of
 from busigen.runtime.execution.run import SourceOptions
 from busigen.runtime.maintenance.merge import PARTS_FOLDER, open_parts
@@ -140,16 +141,30 @@ def _opened(place: Path | Address, stack: ExitStack) -> Iterator[tuple[reader.Da
     """Each part with its place and its name, "" for a plain dataset; the stack holds the files of those at URLs."""
     if isinstance(place, Path):
         for part in open_parts(place):
-            yield part, part.folder, "" if part.folder == place else part.folder.relative_to(place).as_posix()
+            yield _bounded(part), part.folder, "" if part.folder == place else part.folder.relative_to(place).as_posix()
         return
     names = sorted({found[1] for name in _store(place).sizes if (found := _PART.fullmatch(name))})
     for name in names or [""]:
         address = place / name if name else place
         folder = stack.enter_context(viewed(address)).folder
         try:
-            yield reader.Dataset.open(folder), address, name
+            yield _bounded(reader.Dataset.open(folder)), address, name
         except (InputError, IntegrityError) as error:
             raise type(error)(error.problem.replace(str(folder), str(address)), fix=error.fix) from error
+
+
+def _bounded(dataset: reader.Dataset) -> reader.Dataset:
+    """It, or an IntegrityError where the manifest or the list of shards holds fewer than it claims to have."""
+    path, plan = dataset.folder / MANIFEST_FILE, dataset.plan
+    try:
+        refuse_costly(path, plan.count)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
+    listed = {shard["number"] for shard in dataset.info["shards"]}
+    if len(listed) != plan.shards or not all(number in plan.numbers for number in listed):
+        problem = f"{dataset.folder / DATASET_FILE} lists {len(listed)} shards, of which there should be {plan.shards}."
+        raise IntegrityError(problem, fix=_VERIFY)
+    return dataset
 
 
 def _store(address: Address) -> Store:
@@ -184,9 +199,7 @@ class _Part:
 
     def _shard(self, number: int) -> Path:
         """The path of a shard's tar, checked if that was asked for."""
-        if (listed := self._listed.get(number)) is None:
-            raise IntegrityError(f"{DATASET_FILE} does not list shard {number}.", fix=_VERIFY)
-        name = shard_path(number, "tar")
+        listed, name = self._listed[number], shard_path(number, "tar")
         path, fresh = self._place.path(name) if isinstance(self._place, _Fetched) else (self._place / name, False)
         if self._check and (fresh or number not in self._checked):
             try:

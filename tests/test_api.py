@@ -151,6 +151,25 @@ def test_damage_is_found_on_request(plain: Path, tmp_path: Path) -> None:
     assert not report.ok and any("000002.tar" in problem.file for problem in report.problems)
 
 
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"index_range": "3:1000000000"}, "manifest.parquet"),
+        ({"index_range": "3:11", "shard_size": 1}, "lists 3 shards, of which there should be 8"),
+    ],
+)
+def test_a_record_is_not_believed(
+    plain: Path, tmp_path: Path, change: dict[str, Any], named: str, remote: bool
+) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "set"))
+    record = json.loads((folder / "dataset.json").read_text())
+    record["config"] |= change
+    (folder / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(IntegrityError, match=named):
+        busigen.Dataset(url(folder) if remote else folder)
+
+
 def test_a_place_without_a_dataset_says_so(plain: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "none", url(tmp_path / "none"), str(tmp_path)):
         with pytest.raises(InputError, match="no busigen dataset"):

@@ -112,7 +112,7 @@ def test_ranks_of_a_process_group_know_which_they_are(many: Path, tmp_path: Path
     for method in ("fork", "spawn"):
         shares = [(tmp_path / f"{method}-{rank}").read_text().split() for rank in range(2)]
         assert sorted(shares[0] + shares[1]) == every(23)
-        assert len(shares[0]) == 12
+        assert {len(share) for share in shares} == {11, 12}
 
 
 def test_batches_are_the_same_with_any_number_of_workers(many: Path) -> None:
