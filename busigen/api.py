@@ -216,8 +216,9 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as they are typed at the command line."""
     found = dict(options)
     for name in ("size", "depth", "across", "height_width"):
-        if isinstance(value := found.get(name), (int, float, tuple)):
-            found[name] = ":".join(map(repr, map(float, value if isinstance(value, tuple) else (value,))))
+        if (value := found.get(name)) is not None and not isinstance(value, str):
+            numbers = value if isinstance(value, Sequence) else (value,)
+            found[name] = ":".join(repr(float(number)) for number in numbers)
     if isinstance(classes := found.get("classes"), Mapping):
         found["classes"] = ",".join(f"{name}={float(weight)!r}" for name, weight in classes.items())
     elif classes is not None and not isinstance(classes, str):

@@ -122,7 +122,10 @@ class Dataset:
                 dataset.manifest().select(pl.lit(name).alias("part"), pl.all()) if name else dataset.manifest()
                 for dataset, _, name in _opened(self.place, stack)
             ]
-        table = pl.concat(tables)
+        try:
+            table = pl.concat(tables)
+        except pl.exceptions.PolarsError as error:
+            raise IntegrityError(f"{self.place}: its parts have different columns: {error}.", fix=_VERIFY) from error
         return table if self._positions == range(len(table)) else table[list(self._positions)]
 
     def shards(self) -> list[range]:
@@ -143,8 +146,8 @@ def _opened(place: Path | Address, stack: ExitStack) -> Iterator[tuple[reader.Da
         for part in open_parts(place):
             yield _bounded(part), part.folder, "" if part.folder == place else part.folder.relative_to(place).as_posix()
         return
-    names = sorted({found[1] for name in _store(place).sizes if (found := _PART.fullmatch(name))})
-    for name in names or [""]:
+    names = {found[1] for name in _store(place).sizes if (found := _PART.fullmatch(name))}
+    for name in sorted(names, key=lambda name: int(name.rpartition("/")[2])) or [""]:
         address = place / name if name else place
         folder = stack.enter_context(viewed(address)).folder
         try:

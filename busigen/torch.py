@@ -256,7 +256,7 @@ class _Stored:
         return (self.source[int(order[position])] for position in positions)
 
     def _order(self, epoch: int) -> Any:
-        if not self.shuffle:
+        if not self.shuffle or not len(self.source):
             return range(len(self.source))
         draw, shards = np.random.default_rng([self.seed, epoch]), self.source.shards()
         mixed = [shards[number] for number in draw.permutation(len(shards))]

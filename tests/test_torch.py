@@ -61,6 +61,14 @@ def test_every_pair_comes_once(folder: Path, workers: int) -> None:
     assert flat(keys(PairLoader(PairStream(folder, shuffle=False), 3, num_workers=workers))) == every()
 
 
+def test_a_part_of_a_dataset_is_one_too(many: Path) -> None:
+    part = busigen.Dataset(many)[4:20:3]
+    for workers in (0, 2):
+        loader = PairLoader(PairStream(part, transform=key), 2, num_workers=workers)
+        assert sorted(flat(keys(loader))) == every(20)[4::3]
+        assert list(PairLoader(PairStream(part[:0]), 2, num_workers=workers)) == []
+
+
 def test_a_batch_is_what_the_dataset_holds(folder: Path) -> None:
     batch = next(iter(DataLoader(PairDataset(folder), batch_size=4)))
     assert batch["image"].shape == batch["mask"].shape == (4, 1, 256, 256)
