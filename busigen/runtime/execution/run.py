@@ -11,8 +11,9 @@ from typing import Any
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, SHARD_SIZE, SYNTHETIC
-from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
+from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend, provider_named
 from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.memory import require_memory
 from busigen.runtime.backends.probe import choose
 from busigen.runtime.dataset.format import Plan, decided
 from busigen.runtime.execution.factory import GenerateReport, generate, planned, refuse_small_disk
@@ -61,12 +62,14 @@ class SourceOptions:
         """Where samples come from; this checks bundle, provider, threads and batch size."""
         return self._source(progress, lambda sampler: None, None)
 
-    def _source(self, progress: Progress, check: Callable[[Sampler], None], out: Path | None) -> Sampler:
+    def _source(
+        self, progress: Progress, check: Callable[[Sampler], None], out: Path | None, processes: int = 1
+    ) -> Sampler:
         """:meth:`source`, where ``check`` may refuse it before healthy images are read; those in ``out`` are not."""
         classes, asked = self.conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
         name = choose().provider if self.provider == AUTO else self.provider
-        engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,))
+        engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,), processes=processes)
         backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
         progress.stage_seconds = backend.seconds
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
@@ -152,7 +155,13 @@ class GenerateOptions(SourceOptions):
             if output and plan and existing:
                 refuse_other_run(output.name, existing, sampler, plan, healthy=Path(self.healthy))
 
-        return self._source(progress, refuse, self.out if isinstance(self.out, Path) else None)
+        processes = (self.workers or 1) if self.ray_address is None else 1
+        return self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
+
+    def require_memory(self, processes: int) -> None:
+        """A CapacityError if so many processes cannot open the bundle's graphs on this machine's processor."""
+        if not provider_named(self.provider).gpu:
+            require_memory(Bundle.recorded(self.bundle or default_bundle()), processes)
 
     def _begun_with(self, progress: Progress) -> str | None:
         """The provider of the run that already stands where this one is to go; ``None`` where none does."""
