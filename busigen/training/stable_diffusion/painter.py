@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from busigen.errors import InputError, UsageError
 from busigen.foreign import open_file, walk
 from busigen.registry import PAINTING, PAINTING_STEPS, PROMPTS, SHOWN_AT
-from busigen.training.checkpoint import Painting
+from busigen.training.checkpoint import BASE, Painting, load_component
 from busigen.training.networks.inference import ADAPTERS, Networks
 from busigen.training.stable_diffusion.autoencoder import GreyAutoencoder, TinyDecoder
 from busigen.training.stable_diffusion.base_model import MAX_WEIGHTS_BYTES, BaseModel
@@ -25,6 +25,7 @@ from busigen.training.stable_diffusion.denoiser import StableDiffusionDenoiser
 from busigen.training.stable_diffusion.lora import TEXT, UNET, Layer, Lora, parse_option, read_lora
 
 CONDITIONS = "conditions.safetensors"  # Beside an adapter's LoRA: how it reads outline and context.
+OWN, BASES = "own", "base"  # Decoders: of this checkpoint, which draws speckle from noise, and Stable Diffusion's.
 _OUTLINE, _CONTEXT = "outline.weight", "context.weight"
 _TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
 
@@ -38,14 +39,14 @@ class PaintingOptions:
         alpha: of those that do not say theirs.
         guidance: see `StableDiffusionDenoiser`; None for none.
         fresh_noise: see `busigen.training.stable_diffusion.denoiser.DdimStep`.
-        decoder: folder of a TAESD in place of the base's decoder.
+        decoder: `OWN`, `BASES`, or the folder of a TAESD; None for the first that there is.
     """
 
     loras: Sequence[tuple[str, Path, float]] = ()
     alpha: float | None = None
     guidance: float | None = None
     fresh_noise: float = 0.0
-    decoder: Path | None = None
+    decoder: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be."""
@@ -137,9 +138,7 @@ def with_painter(
     """
     base.refuse_other(painted.sha256, "the checkpoint")
     result = with_base(networks, base, painted.shown_at)
-    if options.decoder is not None:
-        result.autoencoder.decoder = _tiny_decoder(options.decoder, 1.0 / float(result.latents_std[0]))
-        result = replace(result)
+    result = with_decoder(result, options.decoder, checkpoint.parent)
     unet, text = base.unet(), base.text_encoder()
     further: dict[str, list[dict[str, Layer]]] = {name: [] for name in ADAPTERS}
     for where, path, weight in options.loras:
@@ -167,6 +166,27 @@ def with_painter(
             model.context.weight.copy_(torch.cat([conditions[_CONTEXT] for _, conditions in read.values()], dim=1))
     model = model.eval().requires_grad_(False)
     return replace(result, denoisers=networks.denoisers | dict.fromkeys(ADAPTERS, model))
+
+
+def chosen_decoder(asked: str | None, checkpoint: Path) -> str:
+    """`OWN`, `BASES` or a folder; a UsageError where the checkpoint has no decoder of its own and is asked for it."""
+    there = (checkpoint / BASE / "decoder" / "config.json").is_file()
+    if asked == OWN and not there:
+        raise UsageError(f"{checkpoint} has no decoder of its own.", fix="Train it again, or give --decoder base.")
+    return asked or (OWN if there else BASES)
+
+
+def with_decoder(networks: Networks, asked: str | None, checkpoint: Path) -> Networks:
+    """The networks of `with_base`, and the decoder of windows that is asked for, as in :class:`PaintingOptions`.
+
+    An InputError says that a folder holds no TAESD; a UsageError is that of :func:`chosen_decoder`.
+    """
+    chosen = chosen_decoder(asked, checkpoint)
+    if chosen == OWN:
+        networks.autoencoder.decoder = load_component("decoder", checkpoint / BASE / "decoder", networks.preset)
+    elif chosen != BASES:
+        networks.autoencoder.decoder = _tiny_decoder(Path(chosen), 1.0 / float(networks.latents_std[0]))
+    return replace(networks)  # Its wrappers hold the decoder.
 
 
 def merged(base: BaseModel, folder: Path) -> nn.Module:
