@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -112,7 +112,11 @@ def save_conditions(model: StableDiffusionDenoiser, folder: Path) -> None:
 
 def with_base(networks: Networks, base: BaseModel, shown_at: int) -> Networks:
     """The networks of a compact checkpoint, with Stable Diffusion's latents for windows."""
-    vae = base.autoencoder()
+    return with_autoencoder(networks, base.autoencoder(), shown_at)
+
+
+def with_autoencoder(networks: Networks, vae: AutoencoderKL, shown_at: int) -> Networks:
+    """`with_base`, of which the autoencoder is all that is needed."""
     mean, std = torch.zeros(4), torch.full((4,), 1.0 / vae.config.scaling_factor)
     return replace(
         networks,
