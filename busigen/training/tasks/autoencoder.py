@@ -95,8 +95,8 @@ class AutoencoderTask(Task):
             weights.append(weight)
         return torch.stack(pixels).to(self.device), torch.stack(weights).to(self.device)
 
-    def _decoded(self, frames: Frames, generator: Generator) -> Decoded:
-        pixels, weight = self._batch(frames, self.spec.batch, generator)
+    def _decoded(self, data: Any, generator: Generator) -> Decoded:
+        pixels, weight = self._batch(data, self.spec.batch, generator)
         latents = self.autoencoder.encoder(pixels)
         return *self._twice(latents, pixels, generator, self.autoencoder.decoder), pixels, weight, latents.float()
 
@@ -141,7 +141,7 @@ class DecoderTask(AutoencoderTask):
     def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
         first, _, pixels, weight, latents = decoded
         side = LATENT_FACTOR * latents.shape[-1]
-        ours, critics = self.critic.contest(*(shown(part * weight, side) for part in (first, pixels)), latents)
+        ours, critics = self.critic.contest(shown(first * weight, side), shown(pixels * weight, side), latents)
         return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:

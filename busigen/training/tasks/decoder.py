@@ -41,7 +41,7 @@ class SpeckleTask(DecoderTask):
             raise nothing_to_train_on(self.spec)
         return found or self._data("train")
 
-    def _decoded(self, data: Buckets, generator: Generator) -> Decoded:
+    def _decoded(self, data: Any, generator: Generator) -> Decoded:
         counts = torch.tensor([float(len(part)) for part in data.values()])
         side = list(data)[int(torch.multinomial(counts, 1, generator=generator))]
         cells = data[side].tensors["clean"].shape[-1]
