@@ -99,7 +99,7 @@ class LoraStack(nn.Module):
         if isinstance(layer, nn.Conv2d):
             inner = F.conv2d(x, self.down.view(-1, *layer.weight.shape[1:]), None, layer.stride, layer.padding)
             return F.conv2d(inner * share[:, :, None, None], self.up.view(*self.up.shape[:2], 1, 1))
-        inner = F.linear(x, self.down) * share.view(len(share), *[1] * (x.dim() - 2), -1)
+        inner = F.linear(x, self.down) * share.view(share.shape[0], *[1] * (x.dim() - 2), -1)
         return F.linear(inner, self.up)
 
 
@@ -224,19 +224,19 @@ class StableDiffusionDenoiser(nn.Module):
         t = (timestep / TIME_SCALE).clamp(*self._range)
         read, number = torch.cat((x, region, known), dim=1), self._number(t)
         outlines = (outline[:, None] * adapter[:, :, None, None, None]).flatten(1, 2)
-        prompt = (adapter @ self.prompts.flatten(1)).view(len(adapter), *self.prompts.shape[1:])
+        prompt = (adapter @ self.prompts.flatten(1)).view(adapter.shape[0], *self.prompts.shape[1:])
         tokens, keep = self._attended(prompt, encoder_hidden_states, adapter, encoder_attention_mask)
         if self.guidance is not None:
-            blank = self.unconditional.expand(len(adapter), -1, -1)
+            blank = self.unconditional.expand(adapter.shape[0], -1, -1)
             without, _ = self._attended(blank, encoder_hidden_states, adapter, encoder_attention_mask)
             read, adapter, outlines = (torch.cat((part, part)) for part in (read, adapter, outlines))
-            number = torch.cat((number, number))
+            number = number[:1]  # The solver takes all rows at one time, which the UNet repeats.
             tokens, keep = torch.cat((without, tokens)), None if keep is None else torch.cat((keep, keep))
         self._now.adapter, self._now.outline = adapter, outlines
         noise = self.unet(read, number, tokens, encoder_attention_mask=keep).sample
         self._now.adapter = self._now.outline = None
         if self.guidance is not None:
-            plain, prompted = noise.chunk(2)
+            plain, prompted = noise[: x.shape[0]], noise[x.shape[0] :]
             noise = plain + self.guidance * (prompted - plain)
         wide = t[:, None, None, None]
         return Transformer2DModelOutput(sample=(noise - x * _scale(wide)) / (1.0 - wide))
