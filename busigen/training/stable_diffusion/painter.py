@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from busigen.errors import InputError, UsageError
 from busigen.foreign import open_file, walk
-from busigen.registry import PAINTING, PAINTING_STEPS, PROMPTS, SHOWN_AT
+from busigen.registry import LATENT_FACTOR, PAINTED_CHANNELS, PAINTING, PAINTING_STEPS, PROMPTS, SHOWN_AT
 from busigen.training.checkpoint import BASE, Painting, load_component
 from busigen.training.networks.inference import ADAPTERS, Networks
 from busigen.training.stable_diffusion.autoencoder import GreyAutoencoder, TinyDecoder
@@ -186,11 +186,14 @@ def with_decoder(networks: Networks, asked: str | None, checkpoint: Path) -> Net
     An InputError says that a folder holds no TAESD; a UsageError is that of :func:`chosen_decoder`.
     """
     chosen = chosen_decoder(asked, checkpoint)
+    if chosen == BASES:
+        return networks
     if chosen == OWN:
-        networks.autoencoder.decoder = load_component("decoder", checkpoint / BASE / "decoder", networks.preset)
-    elif chosen != BASES:
-        networks.autoencoder.decoder = _tiny_decoder(Path(chosen), 1.0 / float(networks.latents_std[0]))
-    return replace(networks)  # Its wrappers hold the decoder.
+        decoder: Any = load_component("decoder", checkpoint / BASE / "decoder", networks.preset)
+    else:
+        decoder = _tiny_decoder(Path(chosen), 1.0 / float(networks.latents_std[0]))
+    halves = {"encoder": networks.autoencoder.encoder, "decoder": decoder.to(networks.device)}
+    return replace(networks, autoencoder=nn.ModuleDict(halves))
 
 
 def merged(base: BaseModel, folder: Path) -> nn.Module:
@@ -242,6 +245,11 @@ def _tiny_decoder(folder: Path, scaling: float) -> TinyDecoder:
         taesd = AutoencoderTiny.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers raises anything on a bad configuration.
         raise InputError(f"--decoder {folder} cannot be loaded: {error}.", fix=fix) from error
-    if taesd.config.latent_channels != 4 or taesd.config.out_channels != 3:
-        raise InputError(f"--decoder {folder} decodes {taesd.config.latent_channels} channels, not 4.", fix=fix)
+    read, factor = taesd.config.latent_channels, 2 ** (len(taesd.config.decoder_block_out_channels) - 1)
+    if (read, factor, taesd.config.out_channels) != (PAINTED_CHANNELS, LATENT_FACTOR, 3):
+        raise InputError(
+            f"--decoder {folder} decodes {read} channels, enlarged {factor} times, to {taesd.config.out_channels}; "
+            f"needed are {PAINTED_CHANNELS}, {LATENT_FACTOR} and 3.",
+            fix=fix,
+        )
     return TinyDecoder(taesd.eval(), scaling)

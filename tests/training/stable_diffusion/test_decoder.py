@@ -33,7 +33,7 @@ from busigen.training.trainer import Trainer
 from tests.harness import stable_diffusion as tiny
 
 TINY = PRESETS["tiny"]
-SPEC = TaskSpec("decoder", "speckle", "decoder", steps=24, batch=4, lr=1e-2, warmup=2, ema=0.5, keep="last")
+SPEC = TaskSpec("decoder", "speckle", "decoder", steps=12, batch=4, lr=1e-2, warmup=2, ema=0.5, keep="last")
 SHOWN_AT = 256
 
 
@@ -84,6 +84,7 @@ def test_it_learns_what_windows_look_like_and_the_encoder_stays(
     assert set(task.train) == set(BUCKETS), "the case has windows of one size alone"
     untrained = task.validate()
     train(task, tmp_path)
+    print(untrained, task.validate())
     assert task.validate() < 0.8 * untrained
     assert all(torch.equal(value, before[name]) for name, value in networks.autoencoder.state_dict().items())
     assert (tmp_path / "samples" / "decoder" / f"{SPEC.steps:06d}.png").is_file()
@@ -207,6 +208,12 @@ def _more_channels(folder: Path) -> None:
     AutoencoderTiny(latent_channels=16).save_pretrained(str(folder))
 
 
+def _another_factor(folder: Path) -> None:
+    sizes = {f"{half}_block_out_channels": (8,) * 3 for half in ("encoder", "decoder")}
+    counts = {f"num_{half}_blocks": (1,) * 3 for half in ("encoder", "decoder")}
+    AutoencoderTiny(**sizes, **counts).save_pretrained(str(folder))
+
+
 def _cut_short(folder: Path) -> None:
     path = folder / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -227,7 +234,9 @@ def _other_shapes(folder: Path) -> None:
     save_file({name: value[:1].contiguous() for name, value in load_file(path).items()}, path)
 
 
-@pytest.mark.parametrize("spoil", [_no_config, _more_channels, _cut_short, _pickle, _another_network, _other_shapes])
+@pytest.mark.parametrize(
+    "spoil", [_no_config, _more_channels, _another_factor, _cut_short, _pickle, _another_network, _other_shapes]
+)
 def test_a_folder_that_holds_no_taesd_is_refused(
     spoil: Callable[[Path], None], networks: Networks, taesd: Path, tmp_path: Path
 ) -> None:
