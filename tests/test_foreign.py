@@ -284,13 +284,14 @@ DIRECT = {
     "data/sources/records.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
     "evaluation/physics/features.py": ("read_parquet", _CHECKED),
-    "export/exporter.py": ("safe_open", _CHECKED),
+    "export/request.py": ("safe_open", _CHECKED),
     "export/import_bundle.py": ("load", _CHECKED),
     "export/precision_search.py": ("load", _OWN),
     "export/report.py": ("load", _OWN),
     "export/weights.py": ("safe_open", _CHECKED),
     "files.py": ("open", "to have a written file on the disk"),
     "foreign.py": ("open", "the opener"),
+    "runtime/backends/memory.py": ("read_text", _SYSTEM),
     "runtime/backends/probe.py": ("read_text", _SYSTEM),
     "runtime/dataset/finalize.py": ("read_parquet", _OWN),
     "runtime/dataset/shards.py": ("read_parquet scan_parquet", _CHECKED),
@@ -305,6 +306,7 @@ DIRECT = {
     "training/checkpoint.py": ("from_pretrained", _CHECKED),
     "training/stable_diffusion/base_model.py": ("from_pretrained safe_open", _CHECKED),
     "training/stable_diffusion/lora.py": ("safe_open", _CHECKED),
+    "training/stable_diffusion/painter.py": ("from_pretrained load_file", _CHECKED),
     "training/trainer.py": ("load_file safe_open", _CHECKED),
 }
 """What opens files itself, with the reason why it may."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,17 @@ import onnx
 import pytest
 from PIL import Image
 
+from busigen.errors import UsageError
+from busigen.export.request import Options, opened, solver_counts
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.backends.bundle import Bundle
+from busigen.training.stable_diffusion.base_model import BaseModel
+from busigen.training.stable_diffusion.painter import PaintingOptions, parse_loras
 from tests.harness import painting
 from tests.harness import stable_diffusion as tiny
 from tests.harness.command import error_line, run
 
-EXPORT = ("--draws", 2, "--steps", "lesion=2", "--steps", "blend=3", "--guidance", 2, "--fresh-noise", 0.5)
+EXPORT = ("--draws", 2, "--steps", "lesion=1", "--steps", "blend=2", "--guidance", 2, "--fresh-noise", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -80,35 +86,44 @@ def test_what_is_drawn_verifies_replays_and_leaves_the_healthy_image_alone(expor
         Image.fromarray(np.clip(rows, 1, 255).astype(np.uint8)).save(healthy / f"{number}.png")
     out = tmp_path / "out"
     options = ("--bundle", exported, "--healthy", healthy, "--batch-size", 2)
-    done = run("generate", "--count", 4, "--out", out, *options)
+    done = run("generate", "--count", 2, "--out", out, *options)
     assert done.returncode == 0, done.stderr
     assert run("verify", out).returncode == 0
     explained = run("explain", out, "0", *options[:4])
     assert explained.returncode == 0, explained.stdout + explained.stderr
     # Whether samples depend on the batch that they were drawn in.
-    assert run("generate", "--count", 4, "--out", tmp_path / "again", *options[:4], "--batch-size", 4).returncode == 0
+    assert run("generate", "--count", 2, "--out", tmp_path / "again", *options[:4], "--batch-size", 3).returncode == 0
     first, second = (
         json.loads((folder / "dataset.json").read_text())["shards"] for folder in (out, tmp_path / "again")
     )
     assert first == second
 
 
+def test_a_checkpoint_of_stable_diffusion_is_not_exported_without_it(checkpoint: Path, tmp_path: Path) -> None:
+    assert "needs --base-model" in error_line(run("export", checkpoint, "--out", tmp_path / "bundle"), 2)
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize(
-    ("options", "problem"),
+    ("asked", "problem"),
     [
-        ((), "needs --base-model"),
-        (("--base-model", "BASE", "--guidance", 99), "--guidance is 99"),
-        (("--base-model", "BASE", "--fresh-noise", 2), "--fresh-noise is 2"),
-        (("--base-model", "BASE", "--steps", "lesion=0"), "--steps 'lesion=0'"),
-        (("--base-model", "BASE", "--steps", "lesion=2", "--loop", "unrolled"), "--loop unrolled"),
+        (lambda: PaintingOptions(guidance=99.0), "--guidance is 99"),
+        (lambda: PaintingOptions(fresh_noise=2.0), "--fresh-noise is 2"),
+        (lambda: solver_counts(["lesion=0"]), "--steps 'lesion=0'"),
+        (lambda: solver_counts(["lesion"]), "--steps 'lesion'"),
+        (lambda: solver_counts(["paint=3"]), "--steps 'paint=3'"),
+        (lambda: parse_loras(["lesion-benign=x.safetensors:1000"]), "weight 1000"),
     ],
 )
-def test_what_cannot_be_is_refused(
-    checkpoint: Path, base_model: Path, tmp_path: Path, options: tuple[object, ...], problem: str
-) -> None:
-    given = [base_model if option == "BASE" else option for option in options]
-    assert problem in error_line(run("export", checkpoint, "--out", tmp_path / "bundle", *given), 2)
-    assert not (tmp_path / "bundle").exists()
+def test_what_cannot_be_is_refused(asked: Callable[[], object], problem: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(problem)):
+        asked()
+
+
+def test_written_out_steps_are_as_many_for_both_stages(checkpoint: Path, base_model: Path) -> None:
+    options = Options(loop="unrolled", steps={"lesion": 2}, base_model=BaseModel.open(base_model))
+    with pytest.raises(UsageError, match="--loop unrolled"):
+        opened(checkpoint, options)
 
 
 def test_another_base_is_refused_with_both_hashes(checkpoint: Path, tmp_path: Path) -> None:

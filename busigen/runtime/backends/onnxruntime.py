@@ -19,6 +19,7 @@ from busigen.errors import BusigenError, CapacityError, IntegrityError, OutputEr
 from busigen.registry import PROVIDERS, Provider
 from busigen.runtime.backends.base import Backend, Engine, EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle, openable
+from busigen.runtime.backends.memory import LARGE, memory_of, require_memory
 from busigen.runtime.backends.onnx_graph import BOOL, FLOAT, Graph, one_node
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.text import install_command
@@ -126,8 +127,13 @@ class OnnxBackend(Backend):
         self._device = "cuda" if provider.gpu else "cpu"
         self._is_bound = provider.gpu if options.bound is None else options.bound
         self._select: BoundSession | None = None
+        # Where weights are large, none are laid out anew: that takes twice their memory while a graph is opened, and of
+        # matrices in loops for good.
+        self._frugal = not provider.gpu and memory_of(bundle) > LARGE
         if provider.gpu:
             prepare_cuda(provider)
+        elif options.processes == 1:
+            require_memory(bundle)
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
         self._sessions: dict[str, BoundSession | ort.InferenceSession] = {}  # by the graph's file
         self._opened("context")
@@ -211,6 +217,11 @@ class OnnxBackend(Backend):
 
     def _session(self, model: str | bytes, *, capture: bool = False) -> ort.InferenceSession:
         options = _session_options(self._threads)
+        if self._frugal:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            # An arena grows by steps, which for such weights is much that nobody uses.
+            options.add_session_config_entry("session.use_env_allocators", "0")
+            options.enable_cpu_mem_arena = False
         given = dict(self._provider.options)
         if self._provider.gpu:
             options.use_deterministic_compute = True
@@ -218,7 +229,13 @@ class OnnxBackend(Backend):
             given["enable_cuda_graph"] = str(int(capture))
         name = self._provider.onnxruntime
         # With fallback, ONNX Runtime prints a banner of its own and goes on with the CPU.
-        session = ort.InferenceSession(model, options, providers=[(name, given)], enable_fallback=False)
+        session = ort.InferenceSession(
+            model,
+            options,
+            providers=[(name, given)],
+            enable_fallback=False,
+            disabled_optimizers=["NchwcTransformer"] if self._frugal else None,
+        )
         # A provider whose libraries are missing is replaced by the CPU's without an error; a slow night is worse than
         # a clear refusal.
         if name not in session.get_providers():

@@ -10,8 +10,9 @@ from typing import Any
 import busigen
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, SHARD_SIZE, SYNTHETIC
-from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
+from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend, provider_named
 from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.memory import require_memory
 from busigen.runtime.backends.probe import choose
 from busigen.runtime.dataset.format import Plan, decided
 from busigen.runtime.execution.factory import GenerateReport, generate, planned, refuse_small_disk
@@ -117,7 +118,8 @@ class GenerateOptions:
         classes, asked = self._conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
         name = choose().provider if self.provider == AUTO else self.provider
-        engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,))
+        processes = (self.workers or 1) if self.ray_address is None else 1
+        engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,), processes=processes)
         backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
         progress.stage_seconds = backend.seconds
         sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
@@ -129,6 +131,11 @@ class GenerateOptions:
             out = self.out if isinstance(self.out, Path) else None
             sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out)
         return sampler
+
+    def require_memory(self, processes: int) -> None:
+        """A CapacityError if so many processes cannot open the bundle's graphs on this machine's processor."""
+        if not provider_named(self.provider).gpu:
+            require_memory(Bundle.recorded(self.bundle or default_bundle()), processes)
 
     def _begun_with(self, progress: Progress) -> str | None:
         """The provider of the run that already stands where this one is to go; ``None`` where none does."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -194,11 +193,6 @@ def with_decoder(networks: Networks, asked: str | None, checkpoint: Path) -> Net
         decoder = _tiny_decoder(Path(chosen), 1.0 / float(networks.latents_std[0]))
     halves = {"encoder": networks.autoencoder.encoder, "decoder": decoder.to(networks.device)}
     return replace(networks, autoencoder=nn.ModuleDict(halves))
-
-
-def merged(base: BaseModel, folder: Path) -> nn.Module:
-    """The base's UNet with an adapter's LoRA folded into its weights by peft."""
-    return PeftModel.from_pretrained(base.unet(), str(folder)).merge_and_unload(safe_merge=True)
 
 
 def _times(lora: Lora, weight: float) -> dict[str, Layer]:
