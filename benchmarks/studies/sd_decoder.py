@@ -125,17 +125,18 @@ def speckle_decoder(prepared: Prepared, networks: Networks, out: Path, steps: in
 
 
 @torch.no_grad()
-def decoded(images: ImageSet, networks: Networks, decoder: Decoder, side: int) -> Tensor:
+def decoded(images: ImageSet, networks: Networks, decoders: dict[str, Decoder], side: int) -> dict[str, Tensor]:
     """Whole images ``(N, 1, 256, 256)`` by windows of a side, with fixed noise and the lesions' masks."""
     generator = Generator().manual_seed(0)
-    found = []
+    found: dict[str, list[Tensor]] = {name: [] for name in decoders}
     for image, mask in zip(images.images, images.masks, strict=True):
         windows, masks = (_windows(part, side) for part in (to_tensor(image), torch.from_numpy(mask)[None].float()))
-        noise = torch.randn(windows.shape, generator=generator)
-        pixels = decoder.drawn(networks.encoder(windows), noise, masks).clamp(-1.0, 1.0)
-        flat = pixels.reshape(1, len(windows), -1).transpose(1, 2)
-        found.append(F.fold(flat, RESOLUTION, side, stride=side))
-    return torch.cat(found)
+        latents, noise = networks.encoder(windows), torch.randn(windows.shape, generator=generator)
+        for name, decoder in decoders.items():
+            pixels = decoder.drawn(latents, noise, masks).clamp(-1.0, 1.0)
+            flat = pixels.reshape(1, len(windows), -1).transpose(1, 2)
+            found[name].append(F.fold(flat, RESOLUTION, side, stride=side))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _windows(image: Tensor, side: int) -> Tensor:
@@ -201,13 +202,12 @@ def main() -> None:
         "groups": len(np.unique(images.groups)),
         "steps": {"autoencoder": options.autoencoder_steps, "decoder": options.steps},
         "machine": f"{platform.machine()}, one thread",
-        "decoders": {},
+        "decoders": {name: {} for name in decoders},
     }
     sheet = [[*images.images[:8]]]
-    for name, decoder in decoders.items():
-        report["decoders"][name] = {}
-        for side in reversed(BUCKETS):
-            pictures = np.stack(to_pictures(decoded(images, networks, decoder, side)))
+    for side in reversed(BUCKETS):
+        for name, drawn in decoded(images, networks, decoders, side).items():
+            pictures = np.stack(to_pictures(drawn))
             sheet.append([*pictures[:8]])
             rows = spectrum(images, pictures, HALVINGS)
             report["decoders"][name][str(side)] = {"psnr": psnr(images, pictures), "spectrum": rows}
