@@ -253,6 +253,25 @@ ENGINE_TARGETS = {
     "tensorrt": EngineTarget("TensorRT; built on the card that runs them", "tensorrt", "tensorrt", False, False),
     "tensorrt-rtx": EngineTarget("TensorRT for RTX; built anywhere", "tensorrt_rtx", "tensorrt-rtx", True, True),
 }
+
+
+@dataclass(frozen=True)
+class TargetFormat:
+    """A format of ``convert --to``, named as its module in `busigen.runtime.convert.formats`; it may need an extra."""
+
+    about: str
+    extra: str = ""
+
+
+FORMATS = {
+    "files": TargetFormat("images/CLASS/ and masks/CLASS/ with PNG files of the same names"),
+    "busi": TargetFormat("BUSI's layout: benign/benign (1).png and benign (1)_mask.png"),
+    "nnunet": TargetFormat("nnU-Net v2's raw layout, with dataset.json and folds"),
+    "coco": TargetFormat("COCO instances, as RLE and as polygons"),
+    "yolo": TargetFormat("YOLO segmentation labels and data.yaml"),
+    "monai": TargetFormat("images, label maps and MONAI's datalist with folds"),
+    "hf": TargetFormat("Hugging Face: Parquet with embedded images, for load_dataset and its Hub"),
+}
 LAUNCHERS = ("local", "ray", "slurm")
 # Extras by the protocol of an ``--out`` URL; for all others, it is "remote".
 STORE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}

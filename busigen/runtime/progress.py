@@ -117,6 +117,16 @@ class Progress:
                 self._recent.popleft()
             self._changed()
 
+    def counter(self, what: str, unit: str) -> Callable[[int, int], None]:
+        """What is called with how many are done and how many there are, from 1 on, one more each time."""
+
+        def report(done: int, total: int) -> None:
+            if done == 1:
+                self.start(what, total, unit=unit)
+            self.advance(1)
+
+        return report
+
     def rejected(self, draws: int) -> None:
         """Add draws that the quality gates refused."""
         with self._lock:

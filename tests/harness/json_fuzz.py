@@ -28,6 +28,7 @@ from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.errors import BusigenError
 from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.convert.run import convert
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.explain import explain
 from busigen.runtime.maintenance.merge import merge
@@ -188,6 +189,8 @@ def readers(place: Path) -> list[Reader]:
     parts = place / "parts"
     merge(parts, [whole, second])
     prepared = _prepared(place)
+    converted = place / "converted"
+    convert(whole, converted, to="files")
     locked = place / "locked"
     shutil.copytree(whole, locked)
     (locked / "dataset.json").unlink()
@@ -210,6 +213,9 @@ def readers(place: Path) -> list[Reader]:
         Reader("explain, at a URL", whole, of_set, lambda it: command("explain", it.as_uri(), KEY, "--no-replay")),
         Reader("merge", whole, of_set, lambda it: command("merge", it.parent / "all", it, second)),
         Reader("merge, of parts", parts, of_parts, lambda it: command("merge", it.parent / "all", it, _third(place))),
+        Reader("convert", whole, of_set, lambda it: command("convert", it, "--to", "coco", "--out", it.parent / "all")),
+        Reader("convert, in parts", parts, of_parts, lambda it: convert(it, it.parent / "all", to="files", limit=3)),
+        Reader("convert, continued", converted, ("convert.json",), lambda it: convert(whole, it, to="files")),
         Reader("generate, continued", whole, of_set[:3], lambda it: generate(SamplerLike(), it, **RUN)),
         Reader("generate, at a URL", locked, (".lock", "run.json", "shards/000000.json"), _continued),
         Reader("the run opened again", whole, top, _opened),

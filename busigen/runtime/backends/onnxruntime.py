@@ -217,11 +217,7 @@ class OnnxBackend(Backend):
 
     def _session(self, model: str | bytes, *, capture: bool = False) -> ort.InferenceSession:
         options = _session_options(self._threads)
-        if self._frugal:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            # An arena grows by steps, which for such weights is much that nobody uses.
-            options.add_session_config_entry("session.use_env_allocators", "0")
-            options.enable_cpu_mem_arena = False
+        left_out = frugal(options) if self._frugal else None
         given = dict(self._provider.options)
         if self._provider.gpu:
             options.use_deterministic_compute = True
@@ -234,7 +230,7 @@ class OnnxBackend(Backend):
             options,
             providers=[(name, given)],
             enable_fallback=False,
-            disabled_optimizers=["NchwcTransformer"] if self._frugal else None,
+            disabled_optimizers=left_out,
         )
         # A provider whose libraries are missing is replaced by the CPU's without an error; a slow night is worse than
         # a clear refusal.
@@ -349,6 +345,15 @@ def _prepare_runtime() -> None:
     # Graphs run one after the other, and an arena keeps the most that its session ever used: sixteen hold far too much.
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, None)
+
+
+def frugal(options: ort.SessionOptions) -> list[str]:
+    """Have a session keep its weights once, as they are; returns the optimizers that it has to do without."""
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # An arena grows by steps, which for large weights is much that nobody uses.
+    options.add_session_config_entry("session.use_env_allocators", "0")
+    options.enable_cpu_mem_arena = False
+    return ["NchwcTransformer"]
 
 
 def _session_options(threads: int) -> ort.SessionOptions:
