@@ -16,6 +16,7 @@ from busigen.training.networks.inference import Decoder
 from busigen.training.recipe import TaskSpec
 from busigen.training.tasks import Buckets, Task, TaskContext, grid, nothing_to_train_on, to_pictures
 from busigen.training.tasks.autoencoder import Decoded, DecoderTask
+from busigen.training.tasks.denoiser import WindowTask
 
 
 class SpeckleTask(DecoderTask):
@@ -36,7 +37,7 @@ class SpeckleTask(DecoderTask):
         self.module = nn.ModuleDict({"decoder": module, "critic": self.critic})
 
     def _data(self, split: str) -> Buckets:
-        found = self.context.examples("windows", split, self.spec.variants, window_examples)
+        found = self.context.examples(WindowTask.examples, split, self.spec.variants, window_examples)
         if not found and split == "train":
             raise nothing_to_train_on(self.spec)
         return found or self._data("train")
