@@ -225,7 +225,11 @@ def export(
         typer.Option(help="Of Stable Diffusion: share of the noise that steps draw anew: 1 for LCM-LoRA, 0 for DDIM."),
     ] = 0.0,
     decoder: Annotated[
-        Path | None, typer.Option(help="Folder of a TAESD that decodes in place of Stable Diffusion's decoder.")
+        str | None,
+        typer.Option(
+            help="Of Stable Diffusion's latents: own, the checkpoint's, which draws speckle from noise; base, Stable "
+            "Diffusion's; or the folder of a TAESD. [default: own, if there is one]"
+        ),
     ] = None,
 ) -> None:
     """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""

@@ -41,6 +41,7 @@ from busigen.runtime.storage.files import atomic_folder
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.networks.inference import Networks
 from busigen.training.stable_diffusion.lora import files_of
+from busigen.training.stable_diffusion.painter import BASES, OWN, chosen_decoder
 from busigen.training.stable_diffusion.room import require_disk
 from busigen.training.trainer import write_json
 
@@ -271,7 +272,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "transfer": record.get("transfer"),
         "solver_steps": dict(networks.steps),
         "graphs": painter_graphs(networks) if networks.shown_at else {},
-        **_painting(record, options),
+        **_painting(record, checkpoint, options),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": sha256_of(checkpoint / CHECKPOINT_RECORD),
         "training": {key: record[key] for key in ("recipe", "data", "tasks", "device")},
@@ -290,7 +291,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
     }
 
 
-def _painting(record: Mapping[str, Any], options: Options) -> dict[str, Any]:
+def _painting(record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
     """What a bundle says of its Stable Diffusion."""
     if options.base_model is None:
         return {}
@@ -298,13 +299,13 @@ def _painting(record: Mapping[str, Any], options: Options) -> dict[str, Any]:
     loras = [
         {"for": where, "sha256": sha256_of(files_of(path)[0]), "weight": weight} for where, path, weight in asked.loras
     ]
-    decoder = "Stable Diffusion's" if asked.decoder is None else "TAESD"
+    names = {OWN: "busigen's", BASES: "Stable Diffusion's"}
     return {
         "painting": {
             **record["painting"],
             "guidance": asked.guidance,
             "fresh_noise": asked.fresh_noise,
             "loras": loras,
-            "decoder": decoder,
+            "decoder": names.get(chosen_decoder(asked.decoder, checkpoint), "TAESD"),
         }
     }

@@ -131,7 +131,8 @@ def check_layout(checkpoint: Path, preset: str) -> None:
         InputError: the message names the folder.
     """
     needed = _needed(preset)
-    expected = {BASE: (*needed[BASE], *STAGES), ADAPTERS: _MERGED, MERGED: needed[MERGED]}
+    own = ("decoder",) if preset == STABLE_DIFFUSION else ()
+    expected = {BASE: (*needed[BASE], *own, *STAGES), ADAPTERS: _MERGED, MERGED: needed[MERGED]}
     for place, names in needed.items():
         for name in names:
             config = "adapter_config.json" if place == ADAPTERS else "config.json"

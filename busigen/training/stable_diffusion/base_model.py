@@ -24,11 +24,10 @@ from busigen.errors import AccessError, InputError, IntegrityError, UsageError
 from busigen.files import sha256_of
 from busigen.foreign import open_file, read_file, walk
 from busigen.records import Record, Text, Whole, checked, read_json
-from busigen.registry import LATENT_FACTOR
+from busigen.registry import LATENT_FACTOR, PAINTED_CHANNELS
 from busigen.text import describe
 
-LATENT_CHANNELS = 4
-INPUT_CHANNELS = 2 * LATENT_CHANNELS + 1  # Noisy latents, the region to paint, latents of the image without it.
+INPUT_CHANNELS = 2 * PAINTED_CHANNELS + 1  # Noisy latents, the region to paint, latents of the image without it.
 MAX_WEIGHTS_BYTES = 8 << 30  # Of a file of weights; Stable Diffusion 1.5 in fp32 has 4.3 GB, with two copies 7.7.
 MAX_OTHER_BYTES = 16 << 20  # Of any other file; CLIP's vocabulary has 1 MB.
 
@@ -222,12 +221,13 @@ def settings_of(folder: Path) -> Settings:
         raise InputError(error.problem, fix=_NEEDED) from error
     unet, vae, text = settings.unet, settings.vae, settings.text_encoder
     kept = (vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), unet.out_channels)
+    wanted = (PAINTED_CHANNELS, LATENT_FACTOR, PAINTED_CHANNELS)
     prediction, width = settings.scheduler.prediction_type, unet.cross_attention_dim
     for problem, wrong in (
         ("it is a Stable Diffusion XL", unet.addition_embed_type is not None),
         (f"its UNet reads {unet.in_channels} channels", unet.in_channels != INPUT_CHANNELS),
         (f"its UNet predicts '{prediction}', not 'epsilon'", prediction != "epsilon"),
-        (f"its autoencoder has {kept[0]} channels and a factor of {kept[1]}", kept != (4, LATENT_FACTOR, 4)),
+        (f"its autoencoder has {kept[0]} channels and a factor of {kept[1]}", kept != wanted),
         (f"its UNet attends to {width} numbers a token, its text gives {text.hidden_size}", width != text.hidden_size),
         (f"it is a Stable Diffusion 2, with {width} numbers a token", width == _SECOND),
     ):
