@@ -36,6 +36,7 @@ from busigen.registry import (
 from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER, DEFAULT_WINDOWS, WHOLE_DECODER
+from busigen.runtime.backends.memory import LARGE
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
@@ -103,12 +104,7 @@ def export(
             bundle, parity = _proved(folder, info, choices, reference, providers, unproved, options, progress)
         first = next(iter(parity.values()))
         info = bundle.info | {
-            # The CPU provider, which counts them, has no kernels for bf16.
-            "fused": {
-                name: fused(bundle.graph(name))
-                for name, graph in bundle.info["graphs"].items()
-                if graph["precision"] != "bf16"
-            },
+            "fused": _fused(bundle),
             "parity": {
                 "seed": PARITY_SEED,
                 "draws": options.draws,
@@ -248,6 +244,19 @@ def _targets(
     for name in ENGINE_TARGETS:
         if name not in unproved:
             yield name, open_backend(bundle, name, EngineOptions(batch_sizes=sizes))
+
+
+def _fused(bundle: Bundle) -> dict[str, Any]:
+    """What ONNX Runtime makes of the graphs, but for those in bf16, which its CPU provider has no kernels for.
+
+    A graph is written with all weights in fp32 to count its nodes: those of Stable Diffusion are not worth that.
+    """
+    found = {}
+    for name, graph in bundle.info["graphs"].items():
+        weights = sum((bundle.folder / file).stat().st_size for file in graph["files"])
+        if graph["precision"] != "bf16" and weights < LARGE:
+            found[name] = fused(bundle.graph(name))
+    return found
 
 
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
