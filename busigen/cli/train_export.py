@@ -41,6 +41,7 @@ def prepare(
             "white, or the only label of a mask]"
         ),
     ] = None,
+    frames: Annotated[int, typer.Option(help="Frames to take of each DICOM file, evenly spaced.")] = 1,
 ) -> None:
     """Read data sets into one table: classes, patients, near-duplicate groups, splits, overlays."""
     from busigen.data.prepare import prepare as run
@@ -60,7 +61,7 @@ def prepare(
                 progress.start("preparing", total, unit="image")
             progress.advance(1)
 
-        result = run(sources, out, seed=seed, strict=strict, mask_values=values, progress=report)
+        result = run(sources, out, seed=seed, strict=strict, mask_values=values, frames=frames, progress=report)
     stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
     for name, parts in result.by_class_and_split.items():
         counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))

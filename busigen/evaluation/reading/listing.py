@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.images import ImageFile, read_image
-from busigen.data.masks import read_mask
+from busigen.data.masks import read_mask_of
 from busigen.data.sources.files import SUFFIXES
 from busigen.data.sources.read import UnknownLayoutError, read_source
 from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal
@@ -119,7 +119,7 @@ def _with_masks(image: ImageFile, masks: Iterable[tuple[Path, bytes | None]]) ->
     """The image with the notes on its masks, the lesions of all masks, and how many there are."""
     lesions, notes, count = np.zeros(image.pixels.shape, np.bool_), list(image.notes), 0
     for path, data in masks:
-        lesions |= read_mask(path, (image.width, image.height), data, notes=notes)
+        lesions |= read_mask_of(path, image, data, notes=notes)
         count += 1
     return replace(image, notes=tuple(dict.fromkeys(notes))), lesions, count
 

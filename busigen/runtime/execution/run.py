@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import busigen
+from busigen.data.sources.frames import refuse_frames
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, SHARD_SIZE, SYNTHETIC
 from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
@@ -41,6 +42,7 @@ class GenerateOptions:
     count: int | None = None  # accepted samples in the dataset; None where ``index_range`` says so
     bundle: Path | None = None  # None for the shipped one
     healthy: str = SYNTHETIC  # or a folder of healthy images
+    frames: int = 1  # of each DICOM file among the healthy images
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
@@ -87,6 +89,7 @@ class GenerateOptions:
 
     def _run(self, progress: Progress, stop: Stopping) -> GenerateReport:
         """All of :meth:`run`, with a provider that has a name; what is cheap to check comes first."""
+        refuse_frames(self.frames)
         chosen = launcher(self.launcher)
         task = chosen.task(self.array_task)
         plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
@@ -127,7 +130,7 @@ class GenerateOptions:
             if output and plan and existing:
                 refuse_other_run(output.name, existing, sampler, plan, healthy=Path(self.healthy))
             out = self.out if isinstance(self.out, Path) else None
-            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out)
+            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out, frames=self.frames)
         return sampler
 
     def _begun_with(self, progress: Progress) -> str | None:
