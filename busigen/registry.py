@@ -249,7 +249,7 @@ class TargetFormat:
 
 
 FORMATS = {
-    "files": TargetFormat("images/<class>/ and masks/<class>/ with PNG files of the same names"),
+    "files": TargetFormat("images/CLASS/ and masks/CLASS/ with PNG files of the same names"),
     "busi": TargetFormat("BUSI's layout: benign/benign (1).png and benign (1)_mask.png"),
     "nnunet": TargetFormat("nnU-Net v2's raw layout, with dataset.json and folds"),
     "coco": TargetFormat("COCO instances, as RLE and as polygons"),

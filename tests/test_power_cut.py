@@ -12,7 +12,16 @@ from busigen.files import atomic_path
 from tests.harness.power_cut import cut, cut_off, recorded
 from tests.harness.power_cut_cases import CASES, inputs_of
 
-POINTS = {"generate": 20, "merge": 20, "repair": 20, "prepare": 20, "prepare-again": 20, "save": 20, "appear": 20}
+POINTS = {
+    "generate": 20,
+    "merge": 20,
+    "repair": 20,
+    "convert": 20,
+    "prepare": 20,
+    "prepare-again": 20,
+    "save": 20,
+    "appear": 20,
+}
 """Cuts of the cases that take a moment; ``python -m benchmarks.power_cut`` tries a thousand of each, and all cases."""
 
 CONTINUED = {"prepare": 4, "prepare-again": 4, "save": 10}

@@ -1,4 +1,4 @@
-"""The commands that are cut off by `tests.harness.power_cut`: generate, merge, repair, prepare, train and export."""
+"""The commands that are cut off by `tests.harness.power_cut`: from generate and prepare to train and export."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.console import Console
 from busigen.data.prepare import prepare
 from busigen.data.prepared import FILES, INFO
 from busigen.files import TEMPORARY_PREFIX
+from busigen.runtime.convert.base import WORK_FOLDER
+from busigen.runtime.convert.run import RECORD, convert
 from busigen.runtime.dataset.shards import shard_path
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.merge import merge
@@ -244,6 +246,27 @@ def appearing(inputs: Path) -> Case:
     return Case(_nothing, work, faults, _differs)
 
 
+def converting(inputs: Path) -> Case:
+    """Of every chunk that is marked as done, and of a finished conversion, all files are there and whole."""
+
+    def work(root: Path) -> None:
+        convert(inputs / "set", root / OUT, to="monai")
+
+    def faults(root: Path, whole: Path) -> list[str]:
+        out, right, now = root / OUT, _made(whole / OUT), _made(root / OUT)
+        wanted = [
+            name
+            for chunk in out.glob(f"{WORK_FOLDER}/[0-9]*.json")
+            for _, case in json.loads(chunk.read_bytes())
+            for name in (case["image"], case["label"])
+        ]
+        if RECORD in now and json.loads((out / RECORD).read_bytes())["finished"]:
+            wanted = list(right)
+        return [f"{name} is missing or torn" for name in wanted if now.get(name) != right[name]]
+
+    return Case(_nothing, work, faults, _differs)
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "generate": generating,
     "merge": merging,
@@ -254,6 +277,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "train": training,
     "appear": appearing,
     "export": exporting,
+    "convert": converting,
 }
 
 
@@ -264,6 +288,8 @@ def inputs_of(name: str, place: Path) -> Path:
     if name == "merge":
         generate(NoiseSource(), inputs / "front", count=4, seed=7, shard_size=SHARD_SIZE)
         generate(NoiseSource(), inputs / "back", count=3, seed=7, shard_size=SHARD_SIZE, first=4)
+    if name == "convert":
+        generate(NoiseSource(), inputs / "set", count=6, seed=7, shard_size=SHARD_SIZE)
     if name.startswith("prepare"):
         draw_pairs(inputs / "images")
         draw_pairs(inputs / "more", seed=1, count=3)

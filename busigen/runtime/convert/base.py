@@ -10,11 +10,12 @@ format gets all of them again, one at a time, and writes its index files. No for
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -23,12 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from busigen.data.prepared import Prepared
 from busigen.errors import MissingDependencyError, UsageError
 from busigen.files import make_folder, sync
+from busigen.foreign import refuse_links
+from busigen.records import read_json
 from busigen.registry import FORMATS, LESION_CLASSES
+from busigen.runtime.progress import Progress
 from busigen.text import install_command
 
 CHUNK = 256  # Most pairs between two points from which a killed run continues; fewer where a shard ends.
+_MANY = 10_000  # Pairs whose entries take a moment to read.
 WORK_FOLDER = ".convert"  # In the target until it is finished: notes on what is done, and files being written.
 
 
@@ -41,7 +47,7 @@ class Pair:
     split: str  # one of Job.splits; "" without
     fold: int  # 0 to Job.folds - 1; pairs with one given background have one fold and one split
     number: int  # from 0, among the pairs of its split
-    class_number: int  # from 1, among the pairs of its split and class
+    class_number: int  # from 1, among the pairs of its class
     image: NDArray[np.uint8]  # (256, 256)
     mask: NDArray[np.bool_]  # (256, 256), true on the lesion
     image_png: bytes  # the dataset's own file: 8-bit grey
@@ -62,10 +68,10 @@ class Job:
     classes: tuple[str, ...]  # of the chosen pairs, in registry order
     splits: tuple[str, ...]  # empty where the pairs are not split
     counts: Mapping[str, int]  # pairs by split; by "" without
-    folds: int  # FOLDS, or fewer where there are not as many groups; 1 where the splits hold a "val"
+    folds: int  # selection.FOLDS, or fewer where there are not as many groups
     types: Mapping[str, str]  # of the columns of every row: "str", "int", "float" or "bool"; any value may be None
-    info: Mapping[str, Any]  # content of dataset.json; a merged dataset's own
-    real: Path | None = None  # a prepared folder to merge with
+    info: Mapping[str, Any]  # content of dataset.json; of a merged dataset, of its first part's
+    real: Prepared | None = None  # what to merge with, where the format takes it
 
 
 class Target:
@@ -73,8 +79,17 @@ class Target:
 
     def __init__(self, out: Path) -> None:
         self._out, self._work = out, out / WORK_FOLDER
-        self._folders: set[Path] = set()
+        self._folders = {out}
         self._unsettled: list[Path] = []
+        self._files = 0
+
+    def open(self) -> Path:
+        """Make the folder for what is not finished, or empty an earlier run's of files half-written; returns it."""
+        make_folder(self._work)
+        refuse_links(self._work, self._out)
+        for left in self._work.glob("new-*"):
+            left.unlink()
+        return self._work
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file; ``name`` is relative to the target, with forward slashes."""
@@ -84,9 +99,11 @@ class Target:
     @contextmanager
     def file(self, name: str) -> Iterator[IO[bytes]]:
         """A file opened for writing that appears under its name once it is complete."""
-        path, temporary = self._out / name, self._work / "new"
+        self._files += 1
+        path, temporary = self._out / name, self._work / f"new-{self._files}"
         if path.parent not in self._folders:
             make_folder(path.parent)
+            refuse_links(path.parent, self._out)
             self._folders.add(path.parent)
         with temporary.open("wb") as file:
             yield file
@@ -109,8 +126,8 @@ class Format:
     allowed_splits: ClassVar[tuple[str, ...]] = ()  # names that --split may have; all where it is empty
     takes_real: ClassVar[bool] = False  # whether --real means something to it
 
-    def __init__(self, job: Job, target: Target) -> None:
-        self.job, self.target = job, target
+    def __init__(self, job: Job, target: Target, progress: Progress) -> None:
+        self.job, self.target, self.progress = job, target, progress
 
     def begin(self) -> None:
         """Refuse what the format cannot say, with a BusigenError, before anything is written; called first."""
@@ -130,22 +147,26 @@ class Format:
     def finish(self, entries: Entries) -> None:
         """Write what describes all pairs; ``entries`` can be read several times, and lacks those that were left out."""
 
-    def lines(self) -> Iterator[str]:
-        """What to tell the user at the end: how the tool reads it, and why pairs were left out."""
+    def lines(self, left_out: int) -> Iterator[str]:
+        """What to tell the user at the end: how the tool reads it, and why so many pairs were left out."""
         yield from ()
 
 
 @dataclass(frozen=True)
 class Entries:
-    """What a format returned for each pair, in their order, read from the disk each time."""
+    """What a format returned for each of the ``count`` pairs, in their order, read from the disk each time."""
 
-    chunks: Iterable[Path] = field(repr=False)
+    chunks: Sequence[Path]
+    count: int
+    progress: Progress
 
     def __iter__(self) -> Iterator[Any]:
-        from busigen.records import read_json
-
+        if many := self.count >= _MANY:
+            self.progress.start("describing", self.count, unit="pair")
         for chunk in self.chunks:
-            yield from (entry for entry in read_json(chunk) if entry is not None)
+            entries = read_json(chunk)
+            yield from (entry for entry in entries if entry is not None)
+            self.progress.advance(len(entries) if many else 0)
 
 
 def converter_of(name: str) -> type[Format]:
@@ -160,6 +181,30 @@ def converter_of(name: str) -> type[Format]:
         problem = f"--to {name} needs {error.name}, which is not installed."
         raise MissingDependencyError(problem, fix=f"Run {install_command(FORMATS[name].extra)}.") from error
     return found
+
+
+def write_stream(file: IO[bytes], value: Any) -> None:
+    """Write a value as JSON, in which iterators stand for lists that need not fit into memory, one line an element.
+
+    They may lie in mappings and tuples.
+    """
+    if isinstance(value, (Iterator, tuple)):
+        file.write(b"[")
+        for number, element in enumerate(value):
+            file.write(b",\n" if number else b"\n")
+            if isinstance(value, tuple):
+                write_stream(file, element)
+            else:
+                file.write(json.dumps(element).encode())
+        file.write(b"\n]")
+    elif isinstance(value, Mapping):
+        file.write(b"{")
+        for number, (name, below) in enumerate(value.items()):
+            file.write(f"{',' if number else ''}\n{json.dumps(name)}: ".encode())
+            write_stream(file, below)
+        file.write(b"\n}")
+    else:
+        file.write(json.dumps(value).encode())
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

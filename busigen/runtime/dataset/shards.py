@@ -11,7 +11,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -307,6 +307,12 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
     if table.height != rows:
         raise pl.exceptions.ComputeError(f"it has {table.height} rows instead of {rows}")
     return table
+
+
+def read_columns(path: Path, rows: int, columns: Sequence[str], condition: pl.Expr) -> pl.DataFrame:
+    """Some columns of the rows of a table that fulfil a condition, in order; raises as `read_table`."""
+    with _open_table(path, rows) as file:
+        return pl.scan_parquet(file).filter(condition).select(columns).collect()
 
 
 def find_row(path: Path, rows: int, index: int) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""COCO instances: one annotation a lesion, its mask as RLE in one file and as polygons in another, both exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.registry import LESION_CLASSES, RESOLUTION
+from busigen.runtime.convert.base import Entries, Format, Pair, write_stream
+from busigen.runtime.convert.outlines import polygons
+from busigen.runtime.dataset.shards import lesion_box
+
+_FILES = {"rle": "instances", "polygons": "polygons"}  # Beginnings of the files' names.
+
+
+class Converter(Format):
+    """``images/<name>.png`` and ``annotations/instances.json``; of splits, ``images/<split>/`` and a file for each."""
+
+    def write(self, pair: Pair) -> Any:
+        """Write the image as it is."""
+        place = f"images/{pair.split}" if pair.split else "images"
+        self.target.write(f"{place}/{pair.name}.png", pair.image_png)
+        entry = {"split": pair.split, "id": pair.number + 1, "file": f"{pair.name}.png"}
+        if (box := lesion_box(pair.mask)) is None:
+            return entry
+        left, top, right, bottom = box
+        return {
+            **entry,
+            "category": pair.class_index + 1,
+            "area": int(pair.mask.sum()),
+            "box": [left, top, right - left, bottom - top],
+            "rle": {"size": list(pair.mask.shape), "counts": run_lengths(pair.mask)},
+            "polygons": [[number for point in part for number in point] for part in polygons(pair.mask)],
+        }
+
+    def finish(self, entries: Entries) -> None:
+        """Write a file of RLE and one of polygons for each split."""
+        for kind, name in _FILES.items():
+            for split in self.job.splits or ("",):
+                with self.target.file(f"annotations/{name}{f'_{split}' if split else ''}.json") as file:
+                    write_stream(file, _instances(entries, split, kind))
+
+    def lines(self, left_out: int) -> Iterator[str]:
+        """Where the two files are."""
+        yield "annotations/instances*.json hold masks as RLE, annotations/polygons*.json the same as polygons"
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
+    """COCO's uncompressed RLE: lengths of runs down the columns, beginning with one outside, which may be 0."""
+    changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+    return [int(length) for length in np.diff([0, *changes, mask.size])]
+
+
+def _instances(entries: Entries, split: str, kind: str) -> dict[str, Any]:
+    images = (
+        {"id": entry["id"], "file_name": entry["file"], "width": RESOLUTION, "height": RESOLUTION}
+        for entry in entries
+        if entry["split"] == split
+    )
+    annotations = (
+        {
+            "id": entry["id"],
+            "image_id": entry["id"],
+            "category_id": entry["category"],
+            "area": entry["area"],
+            "bbox": entry["box"],
+            "iscrowd": 0,
+            "segmentation": entry[kind],
+        }
+        for entry in entries
+        if entry["split"] == split and "category" in entry
+    )
+    categories = [
+        {"id": number, "name": name, "supercategory": "lesion"} for number, name in enumerate(LESION_CLASSES, start=1)
+    ]
+    return {"images": images, "annotations": annotations, "categories": categories}
