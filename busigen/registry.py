@@ -255,6 +255,7 @@ FORMATS = {
     "coco": TargetFormat("COCO instances, as RLE and as polygons"),
     "yolo": TargetFormat("YOLO segmentation labels and data.yaml"),
     "monai": TargetFormat("images, label maps and MONAI's datalist with folds"),
+    "dicom": TargetFormat("ultrasound images and segmentations", extra="dicom"),
 }
 LAUNCHERS = ("local", "ray", "slurm")
 # Extras by the protocol of an ``--out`` URL; for all others, it is "remote".
