@@ -248,6 +248,7 @@ def audit(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seeds every draw.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Images per set. [default: 500 for --quick, else all]")] = None,
+    frames: Annotated[int, typer.Option(help="Frames to take of each DICOM file, evenly spaced.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     inception: Annotated[
         Path | None,
@@ -282,6 +283,7 @@ def audit(
                 device=device,
                 inception=inception,
                 limit=limit,
+                frames=frames,
                 progress=progress,
             )
         except KeyboardInterrupt:

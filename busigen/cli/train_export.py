@@ -61,7 +61,10 @@ def prepare(
                 progress.start("preparing", total, unit="image")
             progress.advance(1)
 
-        result = run(sources, out, seed=seed, strict=strict, mask_values=values, frames=frames, progress=report)
+        looked = progress.counter("looking at DICOM files", "file")
+        result = run(
+            sources, out, seed=seed, strict=strict, mask_values=values, frames=frames, progress=report, looked=looked
+        )
     stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
     for name, parts in result.by_class_and_split.items():
         counts = ", ".join(f"{split} {count}" for split, count in sorted(parts.items()))

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from busigen.data.dicom import is_dicom, is_dicom_name, read_frame
+from busigen.data.dicom.frame import read_frame
+from busigen.data.dicom.header import is_dicom, is_dicom_name
 from busigen.data.sources.renamed import content_hash, frame_number, hidden, real_file
 from busigen.errors import InputError
 from busigen.foreign import ForeignFileError, looking, read_file

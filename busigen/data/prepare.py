@@ -25,7 +25,7 @@ from busigen.data.letterbox import letterbox, letterbox_coverage
 from busigen.data.masks import label_lesions, read_lesions
 from busigen.data.overlays import find_overlays, suspect_mask
 from busigen.data.prepared import Prepared
-from busigen.data.sources.frames import refuse_frames
+from busigen.data.sources.frames import Looked, refuse_frames
 from busigen.data.sources.read import read_source
 from busigen.data.sources.records import Listing, Record, Refusal, counted, named
 from busigen.data.splits import EXCLUDED, assign_splits, class_conflicts, near_duplicate_groups, thumbnail
@@ -71,6 +71,7 @@ def prepare(
     mask_values: Collection[int] = (),
     frames: int = 1,
     progress: Progress | None = None,
+    looked: Looked | None = None,
 ) -> PrepareReport:
     """Read labelled folders and write a prepared folder.
 
@@ -79,7 +80,8 @@ def prepare(
 
     ``sources`` have any of the layouts of `busigen.data.sources.read.LAYOUTS`; ``seed`` and the groups' names decide
     the splits; ``strict`` stops at the first file that would be left out; ``mask_values`` are the ``values`` of
-    `busigen.data.masks.read_mask`; of each DICOM file at most ``frames`` frames are taken.
+    `busigen.data.masks.read_mask`; of each DICOM file at most ``frames`` frames are taken, and ``looked`` is told of
+    each while the sources are listed.
 
     Raises:
         UsageError: ``frames`` is not positive.
@@ -90,7 +92,7 @@ def prepare(
     start = time.perf_counter()
     out = Path(out)
     earlier = _earlier_splits(out, seed)
-    listings = _list_all(sources, out, refuse_frames(frames))
+    listings = _list_all(sources, out, refuse_frames(frames), looked)
     refused = [refusal for listing in listings for refusal in listing.refused]
     if strict and refused:
         raise refused[0].to_error()
@@ -115,10 +117,10 @@ def prepare(
     return report
 
 
-def _list_all(sources: Sequence[Path], out: Path, frames: int) -> list[Listing]:
+def _list_all(sources: Sequence[Path], out: Path, frames: int, looked: Looked | None) -> list[Listing]:
     if not sources:
         raise InputError("No source folder was given.", fix="Name at least one folder of images and masks.")
-    listings = [read_source(Path(source), skip=out, frames=frames) for source in sources]
+    listings = [read_source(Path(source), skip=out, frames=frames, looked=looked) for source in sources]
     seen: dict[str, Path] = {}
     for listing in listings:
         for record in listing.records:

@@ -117,6 +117,18 @@ class Progress:
                 self._recent.popleft()
             self._changed()
 
+    def counter(self, what: str, unit: str) -> Callable[[int, int], None]:
+        """A function that shows how far something is, called with how many are done, from 1, and all there are."""
+
+        def count(done: int, total: int) -> None:
+            if done == 1:
+                self.start(what, total, unit=unit)
+            self.advance(1)
+            if done == total:
+                self.stop()
+
+        return count
+
     def rejected(self, draws: int) -> None:
         """Add draws that the quality gates refused."""
         with self._lock:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-import gdcm
 import numpy as np
-import pydicom
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import FileDataset
 from pydicom.sequence import Sequence
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
-from busigen.data.dicom import MAX_FRAMES
+from busigen.data.dicom.header import MAX_FRAMES
 from busigen.data.images import ImageFile, read_image
 from busigen.errors import InputError
-from tests.harness.dicom_files import REGION, SECRETS, SPACING, packed, region, save, scan, scan_pixels
+from tests.harness.dicom_files import REGION, SECRETS, SPACING, lossless_jpeg, packed, region, save, scan, scan_pixels
 
 GREY = scan_pixels()
 INSIDE = GREY[REGION[1] : REGION[3] + 1, REGION[0] : REGION[2] + 1]
@@ -33,25 +32,9 @@ def jpeg(pixels: NDArray[np.uint8], form: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
-def lossless_jpeg(found: FileDataset, folder: Path) -> FileDataset:
-    reader = gdcm.ImageReader()
-    reader.SetFileName(str(save(found, folder / "plain.dcm")))
-    assert reader.Read()
-    change = gdcm.ImageChangeTransferSyntax()
-    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer = gdcm.ImageWriter()
-    writer.SetFileName(str(folder / "lossless.dcm"))
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    assert writer.Write()
-    return pydicom.dcmread(folder / "lossless.dcm")
-
-
 def compressed(syntax: str) -> FileDataset:
     found = scan(GREY)
-    found.compress(UID(syntax))
+    found.compress(syntax)
     return found
 
 
@@ -80,33 +63,35 @@ def ybr() -> FileDataset:
     return scan(stored, PhotometricInterpretation="YBR_FULL")
 
 
-JPEG, JPEG_2000, MPEG_4 = (f"1.2.840.10008.1.2.4.{end}" for end in (50, 90, 102))
+JPEG, LOSSLESS, JPEG_2000, MPEG_4 = (f"1.2.840.10008.1.2.4.{end}" for end in (50, 70, 90, 102))
 J2K = {"no_jp2": True, "irreversible": False}
 # What is read, by kind; and how far grey levels may be from what was drawn: lossy coding, rounding of colours.
-READ: dict[str, tuple[Callable[[Path], FileDataset], int]] = {
-    "grey": (lambda _: scan(GREY), 0),
-    "white is zero": (lambda _: scan(255 - GREY, PhotometricInterpretation="MONOCHROME1"), 0),
-    "12 bits": (lambda _: scan(GREY.astype(np.uint16) << 4, BitsStored=12, HighBit=11), 1),
-    "RGB": (lambda _: scan(COLOUR), 1),
-    "RGB in planes": (lambda _: scan(COLOUR, PlanarConfiguration=1, PixelData=GREY.tobytes() * 3), 1),
-    "YBR": (lambda _: ybr(), 1),
-    "palette": (lambda _: palette(), 1),
-    "implicit": (lambda _: implicit(), 0),
-    "deflated": (lambda _: deflated(), 0),
-    "RLE": (lambda _: compressed(RLELossless), 0),
-    "JPEG": (lambda _: packed(scan(GREY), JPEG, jpeg(GREY, "JPEG", quality=95)), 30),
+READ: dict[str, tuple[Callable[[], FileDataset], int]] = {
+    "grey": (lambda: scan(GREY), 0),
+    "white is zero": (lambda: scan(255 - GREY, PhotometricInterpretation="MONOCHROME1"), 0),
+    "12 bits": (lambda: scan(GREY.astype(np.uint16) << 4, BitsStored=12, HighBit=11), 1),
+    "RGB": (lambda: scan(COLOUR), 1),
+    "RGB in planes": (lambda: scan(COLOUR, PlanarConfiguration=1, PixelData=GREY.tobytes() * 3), 1),
+    "YBR": (lambda: ybr(), 1),
+    "palette": (lambda: palette(), 1),
+    "implicit": (lambda: implicit(), 0),
+    "deflated": (lambda: deflated(), 0),
+    "RLE": (lambda: compressed(RLELossless), 0),
+    "JPEG": (lambda: packed(scan(GREY), JPEG, jpeg(GREY, "JPEG", quality=95)), 30),
     "JPEG in colour": (
-        lambda _: packed(
+        lambda: packed(
             scan(COLOUR, PhotometricInterpretation="YBR_FULL_422"),
             JPEG,
             jpeg(COLOUR, "JPEG", quality=95),
         ),
         30,
     ),
-    "JPEG 2000": (lambda _: packed(scan(GREY), JPEG_2000, jpeg(GREY, "JPEG2000", **J2K)), 0),
-    "JPEG-LS": (lambda _: compressed(JPEGLSLossless), 0),
-    "lossless JPEG": (lambda folder: lossless_jpeg(scan(GREY), folder), 0),
+    "JPEG 2000": (lambda: packed(scan(GREY), JPEG_2000, jpeg(GREY, "JPEG2000", **J2K)), 0),
+    "lossless JPEG": (lambda: packed(scan(GREY), LOSSLESS, lossless_jpeg(GREY)), 0),
+    "lossless JPEG in colour": (lambda: packed(scan(COLOUR), LOSSLESS, lossless_jpeg(COLOUR)), 1),
 }
+if find_spec("jpeg_ls"):  # It has no wheels for Python 3.14.
+    READ["JPEG-LS"] = (lambda: compressed(JPEGLSLossless), 0)
 
 
 def read(found: FileDataset, folder: Path) -> ImageFile:
@@ -116,7 +101,7 @@ def read(found: FileDataset, folder: Path) -> ImageFile:
 @pytest.mark.parametrize("kind", READ)
 def test_the_declared_region_of_every_kind_of_file_is_read_as_grey(kind: str, tmp_path: Path) -> None:
     make, tolerance = READ[kind]
-    image = read(make(tmp_path), tmp_path)
+    image = read(make(), tmp_path)
     assert image.pixels.shape == INSIDE.shape
     assert np.abs(image.pixels.astype(int) - INSIDE).max() <= tolerance
     assert (image.window, image.full) == ((20, 30, 220, 190), (256, 210))
@@ -265,7 +250,8 @@ def test_what_is_no_usable_ultrasound_image_is_refused_in_a_line_that_names_nobo
     path.write_bytes(make())
     with pytest.raises(InputError, match=said) as caught:
         read_image(path)
-    text = str(caught.value) + caplog.text + " ".join(str(warning.message) for warning in recwarn)
+    assert not caplog.text
+    text = str(caught.value) + " ".join(str(warning.message) for warning in recwarn)
     assert caught.value.fix and "\n" not in str(caught.value)
     assert not [word for word in SECRETS if word in text]
 
@@ -282,7 +268,7 @@ def test_an_unreadable_value_is_not_repeated(tmp_path: Path, caplog: pytest.LogC
 
 def test_damage_anywhere_gives_an_image_or_one_clear_line(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    whole = [content(make(tmp_path)) for kind, (make, _) in READ.items() if kind != "lossless JPEG"]
+    whole = [content(make()) for make, _ in READ.values()]
     path = tmp_path / "scan.dcm"
     for turn in range(300):
         data = bytearray(whole[turn % len(whole)])

@@ -89,3 +89,28 @@ def save(found: FileDataset, path: Path) -> Path:
     found.save_as(stream, enforce_file_format=True)
     path.write_bytes(stream.getvalue())
     return path
+
+
+def lossless_jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    """A lossless JPEG, each pixel predicted by the one before it, of ``(H, W)`` or ``(H, W, 3)``."""
+    planes = np.atleast_3d(pixels).astype(int)
+    height, width, count = planes.shape
+    predicted = np.empty_like(planes)
+    predicted[:, 1:] = planes[:, :-1]
+    predicted[1:, 0], predicted[0, 0] = planes[:-1, 0], 128
+    bits = []
+    for difference in (planes - predicted).ravel().tolist():
+        size = abs(difference).bit_length()
+        # Sizes have codes of five bits; a negative number is written as its ones' complement.
+        low = difference if difference >= 0 else difference + (1 << size) - 1
+        bits.append(f"{size:05b}" + (f"{low:0{size}b}" if size else ""))
+    stream = "".join(bits)
+    stream += "1" * (-len(stream) % 8)
+    body = int(stream, 2).to_bytes(len(stream) // 8, "big").replace(b"\xff", b"\xff\0")
+    parts = b"".join(bytes((k + 1, 0x11, 0)) for k in range(count))
+    frame = bytes((8,)) + height.to_bytes(2, "big") + width.to_bytes(2, "big") + bytes((count,)) + parts
+    table = bytes((0, 0, 0, 0, 0, 17, *[0] * 11, *range(17)))
+    scanned = bytes((count, *(byte for k in range(count) for byte in (k + 1, 0)), 1, 0, 0))
+    segments = ((0xC3, frame), (0xC4, table), (0xDA, scanned))
+    head = b"".join(bytes((0xFF, kind)) + (len(data) + 2).to_bytes(2, "big") + data for kind, data in segments)
+    return b"\xff\xd8" + head + body + b"\xff\xd9"

@@ -15,7 +15,7 @@ from functools import lru_cache
 from operator import eq
 from pathlib import Path
 
-from busigen.data.dicom import MARK_END, installed, is_dicom, is_dicom_name
+from busigen.data.dicom.header import MARK_END, installed, is_dicom, is_dicom_name
 from busigen.data.sources.frames import all_frames, name_of
 from busigen.data.sources.records import Refusal, named
 from busigen.errors import BusigenError, InputError

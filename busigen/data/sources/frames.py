@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from busigen.data.dicom import patient_and_frames
+from busigen.data.dicom.frame import patient_and_frames
 from busigen.data.sources.renamed import renamed
 from busigen.errors import AccessError, InputError, UsageError
 from busigen.files import sha256_of
@@ -18,6 +18,7 @@ from busigen.foreign import read_file
 if TYPE_CHECKING:
     from busigen.data.sources.records import Listing, Record
 
+Looked = Callable[[int, int], None]  # Called with how many DICOM files were looked at, and how many there are.
 MAX_BYTES = 256 << 20  # Largest DICOM file that is read.
 _NONE = "0" * 12  # In the name of a file that is none: a pipe, a device.
 
@@ -72,7 +73,7 @@ def chosen(count: int, frames: int) -> list[int]:
     return [int((k + 0.5) * count / frames) + 1 for k in range(frames)]
 
 
-def take_frames(listing: Listing, frames: int) -> None:
+def take_frames(listing: Listing, frames: int, looked: Looked | None = None) -> None:
     """Put at most ``frames`` frames of each DICOM file that is listed in the file's place.
 
     They get names of their own (`busigen.data.sources.renamed`), and so do masks of theirs and masks that are DICOM.
@@ -81,7 +82,12 @@ def take_frames(listing: Listing, frames: int) -> None:
     scans = listing.tree.scans
     if not scans:
         return
-    found = {record.image: scan_of(record.image) for record in listing.records if record.image in scans}
+    found: dict[Path, Scan] = {}
+    images = list(dict.fromkeys(record.image for record in listing.records if record.image in scans))
+    for done, path in enumerate(images, start=1):
+        found[path] = scan_of(path)
+        if looked is not None:
+            looked(done, len(images))
     first: dict[tuple[str, ...], str] = {}
     for each in found.values():
         if each.patient:

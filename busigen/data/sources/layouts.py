@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from busigen.data.dicom import SUFFIXES as DICOM_SUFFIXES
+from busigen.data.dicom.header import SUFFIXES as DICOM_SUFFIXES
 from busigen.data.sources.files import (
     SUFFIXES,
     MaskFiles,

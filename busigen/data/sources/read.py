@@ -11,7 +11,7 @@ from pathlib import Path
 
 from busigen.data.sources import layouts
 from busigen.data.sources.files import Tree, is_mask_folder, masks_beside, name_key, natural_key
-from busigen.data.sources.frames import take_frames
+from busigen.data.sources.frames import Looked, take_frames
 from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal, counted, named
 from busigen.errors import InputError, MissingDependencyError
 from busigen.registry import CLASSES, LESION_CLASSES
@@ -28,12 +28,19 @@ class UnknownLayoutError(InputError):
     """A folder is laid out in no way that busigen knows."""
 
 
-def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = None, frames: int = 1) -> Listing:
+def read_source(
+    folder: Path,
+    *,
+    unlabelled: bool = False,
+    skip: Path | None = None,
+    frames: int = 1,
+    looked: Looked | None = None,
+) -> Listing:
     """List a labelled folder in whichever layout it has.
 
     Of a folder that holds sets at any depth, all are listed; ``unlabelled``, also images of no known class, as
     ``unknown``. ``skip`` is a folder below that is passed over, where the command writes to; of each DICOM file,
-    ``frames`` frames are listed. An InputError says that
+    ``frames`` frames are listed, and ``looked`` is told of each. An InputError says that
     the folder is missing, unreadable or laid out in no way that busigen knows.
     """
     folder = Path(folder)
@@ -66,18 +73,18 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
         fix = "Give each set's own folder, or move them to where the layout has them."
         listing.refused.append(Refusal(named(map(tree.name, strangers)), problem, fix, count=len(strangers)))
     _note_passed_over(listing)
-    take_frames(listing, frames)
+    take_frames(listing, frames, looked)
     several = [record.image for record in listing.records if len(record.masks) > 1]
     listing.note(several, "with several masks, which are joined")
     return listing
 
 
-def read_images(folder: Path, *, skip: Path | None = None, frames: int = 1) -> Listing:
+def read_images(folder: Path, *, skip: Path | None = None, frames: int = 1, looked: Looked | None = None) -> Listing:
     """List every image below a folder, whatever its layout, with the class and the masks that anything there names.
 
     The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too. Paths
     begin with ``folder``; the class is ``unknown`` where nothing says one; what is ``doubtful`` is listed, too.
-    ``skip``, ``frames`` and errors are those of `read_source`, but for unknown layouts.
+    ``skip``, ``frames``, ``looked`` and errors are those of `read_source`, but for unknown layouts.
     """
     tree = Tree(folder, skip)
     listing = Listing("images", folder, tree, unlabelled=True, loose=True)
@@ -115,7 +122,7 @@ def read_images(folder: Path, *, skip: Path | None = None, frames: int = 1) -> L
     listing.records.sort(key=lambda record: natural_key(record.id))
     _note_passed_over(listing)
     marking = {mask for record in listing.records for mask in record.masks}
-    take_frames(listing, frames)
+    take_frames(listing, frames, looked)
     if others := [tree.name(path) for path in strangers if path not in marking]:
         listing.notes.append(counted("masks by name, but of no image here, passed over", others))
     return listing

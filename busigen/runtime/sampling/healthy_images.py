@@ -99,9 +99,11 @@ class HealthyFolder:
         self.out, self.frames = out, refuse_frames(frames)
         self.left_out: Counter[str] = Counter()  # files by the reason
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
-        listing = read_images(folder, skip=out, frames=frames)
+        progress = progress or Progress()
+        looked = progress.counter("looking at DICOM files", "file")
+        listing = read_images(folder, skip=out, frames=frames, looked=looked)
         self._readings: dict[str, list[str]] = {}
-        found, self._kept, problems = self._find(listing, progress or Progress())
+        found, self._kept, problems = self._find(listing, progress)
         for refusal in listing.refused:
             log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
         if not found:

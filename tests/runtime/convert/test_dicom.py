@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import highdicom
 import numpy as np
 import pydicom
 import pytest
@@ -23,6 +22,8 @@ from tests.harness.command import error_line, run
 from tests.harness.dicom_files import SECRETS, SPACING, save, scan, scan_pixels
 from tests.harness.hashing import hashes
 from tests.harness.quick_engine import QuickEngine, quick_sampler
+
+highdicom = pytest.importorskip("highdicom", reason="what it needs has no wheels for Python 3.14")
 
 KINDS = ("images", "segmentations")
 

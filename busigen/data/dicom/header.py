@@ -1,30 +1,20 @@
-"""Ultrasound frames of DICOM files: the pixels of the region that a file declares, and no word of whose they are.
+"""What a DICOM file says of itself, read within bounds: the few attributes in `_TAGS`, and what is refused of them.
 
-Files are read within bounds, and only the few attributes in `_TAGS`. No message holds a value that came from a file.
+No message holds a value that came from a file.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import math
 import re
-import threading
-import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from busigen.errors import InputError, MissingDependencyError
-from busigen.text import install_command
+from busigen.errors import InputError
 
 SUFFIXES = (".dcm", ".dicom", ".dic")  # Endings of DICOM files, lower case; many have none, or a number's.
 MARK_END = 132  # Bytes before a DICOM file's data: a preamble, and the mark DICM.
@@ -38,18 +28,21 @@ _ULTRASOUND = frozenset({_US, _US_MULTI, _US[:-2], _US_MULTI[:-2]})  # With thei
 _CAPTURES = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.7(\.[1-4])?")  # Secondary Capture, of any modality.
 _VOLUME, _PDF, _SEGMENTATION = (f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("6.2", "104.1", "66.4"))
 
-_EXPLICIT, _DEFLATED, _BIG = (f"1.2.840.10008.1.2.{end}" for end in ("1", "1.99", "2"))
-_PLAIN = frozenset({"1.2.840.10008.1.2", _EXPLICIT, _DEFLATED, _BIG})  # Transfer syntaxes of plain pixels.
-_RLE = "1.2.840.10008.1.2.5"
-# Those that Pillow reads: JPEG and JPEG 2000. GDCM reads lossless JPEG and JPEG-LS.
-_PILLOW = frozenset(f"1.2.840.10008.1.2.4.{end}" for end in (50, 51, 90, 91))
-_GDCM = frozenset(f"1.2.840.10008.1.2.4.{end}" for end in (57, 70, 80, 81))
+EXPLICIT, DEFLATED, _BIG = (f"1.2.840.10008.1.2.{end}" for end in ("1", "1.99", "2"))
+PLAIN = frozenset({"1.2.840.10008.1.2", EXPLICIT, DEFLATED, _BIG})  # Transfer syntaxes of plain pixels.
+RLE, _JPEGS = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4."
+# What Pillow reads: JPEG, also lossless, and JPEG 2000; and what CharLS does.
+_JPEG, LOSSLESS, _JPEG_2000, JPEG_LS = (
+    frozenset(f"{_JPEGS}{end}" for end in ends) for ends in ((50, 51), (57, 70), (90, 91), (80, 81))
+)
+_READ = PLAIN | _JPEG | LOSSLESS | _JPEG_2000 | JPEG_LS | {RLE}
 
 _TISSUE, _FLOW = (0, 1), 2  # Region Data Type: none or tissue, and colour flow.
 _PLANE, _CENTIMETRES = 1, 3  # Region Spatial Format of 2-D images; Physical Units.
 _DOPPLER_BITS, _TRACE_BITS, _RENDERED_BITS = 0x0130, 0x000E, 0x0040  # Of value 4 of Image Type.
-_GREY, _PALETTE = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR"
-_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
+GREY, PALETTE = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR"
+YBR = ("YBR_FULL", "YBR_FULL_422")
+_COLOUR = ("RGB", *YBR, "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
 
 CROPPED = "cropped to the ultrasound region that the DICOM file declares"
 CROPPED_TO_LARGEST = "cropped to the largest of the ultrasound regions that the DICOM file declares"
@@ -66,23 +59,7 @@ _TAGS = [
 ]
 _AS_IMAGE = "Export it from the scanner or archive as an ultrasound image, or remove it."
 _PNG = "Save its frames as PNG files, cropped to the ultrasound image."
-_AGAIN = "Export it again from the scanner or archive, or remove it."
-_one_at_a_time = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One frame: an image of mode L or RGB, cut to ``window``: left, top, right, bottom in a frame of size ``full``.
-
-    ``spacing`` are millimetres that a pixel takes across and down, None where unknown; ``laterality`` is L, R or None.
-    """
-
-    image: Image.Image
-    window: tuple[int, int, int, int]
-    full: tuple[int, int]
-    spacing: tuple[float, float] | None
-    laterality: str | None
-    note: str
+AGAIN = "Export it again from the scanner or archive, or remove it."
 
 
 def is_dicom(data: bytes) -> bool:
@@ -101,56 +78,8 @@ def installed() -> bool:
     return find_spec("pydicom") is not None
 
 
-def patient_and_frames(name: str, data: bytes) -> tuple[tuple[str, ...], int]:
-    """Whose a file is, to be compared and never written, empty where it does not say; and its number of frames.
-
-    An InputError says under ``name`` why it holds no usable ultrasound image.
-    """
-    with _reading(name):
-        opened = _open(name, data)
-        kept = [str(opened.header.get(tag) or "").strip() for tag in ("PatientID", "PatientName", "StudyInstanceUID")]
-        issuer = str(opened.header.get("IssuerOfPatientID") or "")
-        number = next((place for place, value in enumerate(kept) if value), None)
-        patient = () if number is None else (str(number), kept[number], issuer if number == 0 else "")
-        return patient, opened.frames
-
-
-def read_frame(name: str, data: bytes, number: int) -> Frame:
-    """Frame ``number``, from 1, of a file's ``data``; an InputError says under ``name`` why it cannot be read."""
-    with _reading(name):
-        opened = _open(name, data)
-        if not 1 <= number <= opened.frames:
-            raise InputError(f"{name} has no frame {number}, but {opened.frames:,}.", fix=_AGAIN)
-        window, spacing, note = _region(name, opened)
-        pixels = _pixels(name, opened, number - 1)
-        side = str(opened.header.get("ImageLaterality") or opened.header.get("Laterality") or "")
-        image = Image.fromarray(pixels).crop(window)
-        return Frame(image, window, (opened.columns, opened.rows), spacing, side if side in ("L", "R") else None, note)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what pydicom raises into an InputError, and let it warn of nothing: its texts quote what files hold."""
-    if not installed():
-        problem = f"{name} is DICOM, which needs pydicom, and that is not installed."
-        raise MissingDependencyError(problem, fix=f"Run {install_command('dicom')}.")
-    logger = logging.getLogger("pydicom")
-    # Python's filters of warnings are the whole process's.
-    with _one_at_a_time, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before, logger.disabled = logger.disabled, True
-        try:
-            yield
-        except (InputError, MemoryError, MissingDependencyError):
-            raise
-        except Exception:  # pydicom raises anything on damaged files. Its texts hold their values: none is passed on.
-            raise InputError(f"{name} is a DICOM file that is damaged or cut short.", fix=_AGAIN) from None
-        finally:
-            logger.disabled = before
-
-
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """A file's attributes, its transfer syntax, and the bytes of its pixels as they are stored."""
 
     header: Any
@@ -160,8 +89,14 @@ class _Opened:
     columns: int
     frames: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a frame in pixels."""
+        return self.columns, self.rows
 
-def _open(name: str, data: bytes) -> _Opened:
+
+def open_header(name: str, data: bytes) -> Opened:
+    """What a file of these bytes holds; an InputError says under ``name`` why it is not usable."""
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import read_dataset
     from pydicom.tag import BaseTag
@@ -169,17 +104,17 @@ def _open(name: str, data: bytes) -> _Opened:
     if not is_dicom(data):
         sealed = data[:1] == b"\x30" and data[1:2] in (b"\x80", b"\x82", b"\x83", b"\x84")
         what = "is encrypted" if sealed else "is no DICOM file, whatever its name says"
-        raise InputError(f"{name} {what}.", fix=_AGAIN)
+        raise InputError(f"{name} {what}.", fix=AGAIN)
     syntax, start = _transfer_syntax(data)
-    if syntax not in _PLAIN | _PILLOW | _GDCM | {_RLE}:
+    if syntax not in _READ or (syntax in JPEG_LS and find_spec("jpeg_ls") is None):
         problem = f"{name} is a DICOM file whose pixels are compressed in a way that is not read."
         raise InputError(problem, fix="Convert it to JPEG, JPEG-LS, JPEG 2000, RLE or to uncompressed pixels.")
     body = data[start:]
-    if syntax == _DEFLATED:
+    if syntax == DEFLATED:
         inflating = zlib.decompressobj(-zlib.MAX_WBITS)
         body = inflating.decompress(body, _MAX_INFLATED)
         if inflating.unconsumed_tail:
-            raise InputError(f"{name} is a DICOM file that inflates to more than {_MAX_INFLATED:,} bytes.", fix=_AGAIN)
+            raise InputError(f"{name} is a DICOM file that inflates to more than {_MAX_INFLATED:,} bytes.", fix=AGAIN)
     stream = io.BytesIO(body[:_MAX_HEADER])
     header = read_dataset(
         stream,
@@ -192,14 +127,14 @@ def _open(name: str, data: bytes) -> _Opened:
     stored = _stored(body, stream.tell(), syntax)
     if stored is None:
         long = f" in its first {_MAX_HEADER >> 20} MiB" if len(body) > _MAX_HEADER else ""
-        raise InputError(f"{name} is a DICOM file that holds no image{long}.", fix=_AGAIN)
+        raise InputError(f"{name} is a DICOM file that holds no image{long}.", fix=AGAIN)
     rows, columns, frames = int(header.Rows), int(header.Columns), int(header.get("NumberOfFrames") or 1)
     if not (min(rows, columns) >= _MIN_SIDE and max(rows, columns) <= _MAX_SIDE):
         limits = f"{_MIN_SIDE} to {_MAX_SIDE} per side are read"
         raise InputError(f"{name} has frames of {columns}x{rows} pixels; {limits}.", fix=_PNG)
     if not 1 <= frames <= MAX_FRAMES:
         raise InputError(f"{name} claims to have {frames:,} frames; 1 to {MAX_FRAMES:,} are read.", fix=_PNG)
-    opened = _Opened(header, syntax, stored, rows, columns, frames)
+    opened = Opened(header, syntax, stored, rows, columns, frames)
     _refuse_pixels(name, opened)
     return opened
 
@@ -250,8 +185,8 @@ def _refuse_kind(name: str, header: Any) -> None:
     flags = str(kinds[3]) if not isinstance(kinds, str) and len(kinds) > 3 else ""
     bits = int(flags, 16) if re.fullmatch("[0-9A-Fa-f]{4}", flags) else 0
     regions = header.get("SequenceOfUltrasoundRegions") or ()
-    flow = any(_whole(region, "RegionDataType") == _FLOW for region in regions)
-    if flow or bits & _DOPPLER_BITS or _whole(header, "UltrasoundColorDataPresent") == 1:
+    flow = any(_number(region, "RegionDataType") == _FLOW for region in regions)
+    if flow or bits & _DOPPLER_BITS or _number(header, "UltrasoundColorDataPresent") == 1:
         raise InputError(f"{name} is a colour Doppler image.", fix="Give grey (B-mode) images of the tissue.")
     if bits & _RENDERED_BITS:
         raise InputError(f"{name} is a rendering of a 3-D volume.", fix="Give grey (B-mode) images of a plane.")
@@ -259,17 +194,18 @@ def _refuse_kind(name: str, header: Any) -> None:
         raise InputError(f"{name} is an M-mode or Doppler trace.", fix="Give grey (B-mode) images of the tissue.")
 
 
-def _refuse_pixels(name: str, opened: _Opened) -> None:
+def _refuse_pixels(name: str, opened: Opened) -> None:
     """Refuse pixels that are not read, or are fewer than the file claims."""
     header = opened.header
     photometric, samples = str(header.PhotometricInterpretation), int(header.SamplesPerPixel)
-    known = samples == (3 if photometric in _COLOUR else 1) and photometric in (*_GREY, _PALETTE, *_COLOUR)
+    known = samples == (3 if photometric in _COLOUR else 1) and photometric in (*GREY, PALETTE, *_COLOUR)
     bits, used = int(header.BitsAllocated), int(header.BitsStored)
-    if not known or bits not in (8, 16) or not 1 <= used <= bits or (bits == 16 and samples == 3):
+    deep = bits == 16 and (samples == 3 or opened.syntax in _JPEG | LOSSLESS)
+    if not known or bits not in (8, 16) or not 1 <= used <= bits or deep:
         raise InputError(f"{name} is a DICOM file with pixels of a kind that is not read.", fix=_PNG)
-    if _whole(header, "PixelRepresentation") == 1:
+    if _number(header, "PixelRepresentation") == 1:
         raise InputError(f"{name} is a DICOM file with negative grey levels, whose black is unknown.", fix=_PNG)
-    if opened.syntax in _PLAIN:
+    if opened.syntax in PLAIN:
         size = opened.rows * opened.columns * samples * bits // 8
         held = len(opened.stored) // (size * 2 // 3 if photometric == "YBR_FULL_422" else size)
     else:
@@ -280,10 +216,10 @@ def _refuse_pixels(name: str, opened: _Opened) -> None:
         problem = (
             f"{name} claims to have {opened.frames:,} frames of {opened.columns}x{opened.rows}, and holds {held:,}."
         )
-        raise InputError(problem, fix=_AGAIN)
+        raise InputError(problem, fix=AGAIN)
 
 
-def _region(name: str, opened: _Opened) -> tuple[tuple[int, int, int, int], tuple[float, float] | None, str]:
+def region_of(name: str, opened: Opened) -> tuple[tuple[int, int, int, int], tuple[float, float] | None, str]:
     """The window of the largest region with tissue, millimetres a pixel there, and a note on it."""
     whole = (0, 0, opened.columns, opened.rows)
     header = opened.header
@@ -300,8 +236,8 @@ def _region(name: str, opened: _Opened) -> tuple[tuple[int, int, int, int], tupl
         return whole, _plausible(*reversed(stated)) if len(stated) == 2 else None, UNDECLARED
     found = []
     for region in declared:
-        corners = [_whole(region, f"RegionLocation{corner}") for corner in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
-        if _whole(region, "RegionSpatialFormat") == _PLANE and _whole(region, "RegionDataType") in _TISSUE:
+        corners = [_number(region, f"RegionLocation{corner}") for corner in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
+        if _number(region, "RegionSpatialFormat") == _PLANE and _number(region, "RegionDataType") in _TISSUE:
             found.append(((corners[0], corners[1], corners[2] + 1, corners[3] + 1), region))
     if not found:
         problem = f"{name} declares ultrasound regions, none of which is a grey image of a plane."
@@ -314,7 +250,7 @@ def _region(name: str, opened: _Opened) -> tuple[tuple[int, int, int, int], tupl
     if not (inside and 0 <= left <= right - _MIN_SIDE and 0 <= top <= bottom - _MIN_SIDE):
         raise InputError(f"{name} declares an ultrasound region that is too small or not within its image.", fix=_PNG)
     spacing = None
-    if all(_whole(region, f"PhysicalUnits{axis}Direction") == _CENTIMETRES for axis in "XY"):
+    if all(_number(region, f"PhysicalUnits{axis}Direction") == _CENTIMETRES for axis in "XY"):
         spacing = _plausible(*(abs(float(region.get(f"PhysicalDelta{axis}") or 0)) * 10 for axis in "XY"))
     return (left, top, right, bottom), spacing, CROPPED if len(found) == 1 else CROPPED_TO_LARGEST
 
@@ -324,86 +260,7 @@ def _plausible(across: float, down: float) -> tuple[float, float] | None:
     return (across, down) if all(math.isfinite(each) and 0.001 <= each <= 5 for each in (across, down)) else None
 
 
-def _whole(item: Any, tag: str) -> int:
+def _number(item: Any, tag: str) -> int:
     """A whole number, -1 where it is missing."""
     value = item.get(tag)
     return -1 if value is None else int(value)
-
-
-def _pixels(name: str, opened: _Opened, index: int) -> NDArray[np.uint8]:
-    """Grey levels ``(H, W)`` or colours ``(H, W, 3)`` of one frame, counted from 0."""
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.pixels import apply_color_lut, apply_windowing, pixel_array
-    from pydicom.uid import UID
-
-    header = opened.header
-    header.file_meta = FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = UID(_EXPLICIT if opened.syntax == _DEFLATED else opened.syntax)
-    header.add_new(
-        0x7FE00010, "OB" if opened.syntax not in _PLAIN or header.BitsAllocated == 8 else "OW", opened.stored
-    )
-    header["PixelData"].is_undefined_length = opened.syntax not in _PLAIN
-    if opened.syntax not in _PLAIN:
-        _refuse_bomb(name, opened, index)
-    plugin = "pillow" if opened.syntax in _PILLOW else "gdcm" if opened.syntax in _GDCM else ""
-    levels: NDArray[Any] = pixel_array(header, index=index, decoding_plugin=plugin)
-    if header.PhotometricInterpretation == _PALETTE:
-        colours: NDArray[Any] = apply_color_lut(levels, header)
-        return (colours >> 8).astype(np.uint8) if colours.dtype.itemsize > 1 else colours.astype(np.uint8)
-    if levels.ndim == 3:
-        return levels.astype(np.uint8)
-    full = (1 << int(header.BitsStored)) - 1
-    levels = levels & full  # Unused bits of old files hold drawings.
-    if header.get("WindowWidth") is not None and header.get("WindowCenter") is not None:
-        levels = apply_windowing(levels, header)
-    grey = np.clip(np.round(levels * (255.0 / full)), 0, 255).astype(np.uint8)
-    return 255 - grey if header.PhotometricInterpretation == "MONOCHROME1" else grey
-
-
-def _refuse_bomb(name: str, opened: _Opened, index: int) -> None:
-    """Refuse a compressed frame that unpacks to other than the image's pixels."""
-    from pydicom.encaps import get_frame
-
-    table = opened.header.get("ExtendedOffsetTable"), opened.header.get("ExtendedOffsetTableLengths")
-    frame = get_frame(
-        opened.stored,
-        index,
-        number_of_frames=opened.frames,
-        extended_offsets=table if all(table) else None,
-    )
-    if opened.syntax == _RLE:
-        right = _rle_fits(frame, opened.rows * opened.columns)
-    else:
-        right = _codestream_size(frame) == (opened.columns, opened.rows)
-    if not right:
-        problem = f"{name} is a DICOM file whose compressed pixels are of another size than it claims."
-        raise InputError(problem, fix=_AGAIN)
-
-
-def _rle_fits(frame: bytes, pixels: int) -> bool:
-    """Whether every segment of an RLE frame unpacks to a byte for each pixel, and one of padding at most."""
-    count = int.from_bytes(frame[:4], "little")
-    starts = [int.from_bytes(frame[4 * k : 4 * k + 4], "little") for k in range(1, min(count, 15) + 1)]
-    for start, end in zip(starts, [*starts[1:], len(frame)], strict=True):
-        at, length = start, 0
-        while at < end and length <= pixels + 1:
-            byte = frame[at]
-            length += 257 - byte if byte > 128 else byte + 1 if byte < 128 else 0
-            at += 2 if byte > 128 else byte + 2 if byte < 128 else 1
-        if not pixels <= length <= pixels + 1:
-            return False
-    return True
-
-
-def _codestream_size(frame: bytes) -> tuple[int, int] | None:
-    """Width and height that a JPEG, JPEG-LS or JPEG 2000 frame unpacks to; None where it does not say."""
-    if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: the size comes first, the image's offset with it.
-        right, bottom, left, top = (int.from_bytes(frame[at : at + 4], "big") for at in (8, 12, 16, 20))
-        return right - left, bottom - top
-    at = 2
-    while frame[at : at + 1] == b"\xff":
-        kind = frame[at + 1]
-        if kind == 0xF7 or (0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC)):
-            return int.from_bytes(frame[at + 7 : at + 9], "big"), int.from_bytes(frame[at + 5 : at + 7], "big")
-        at += 1 if kind == 0xFF else 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-    return None
