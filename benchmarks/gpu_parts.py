@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import BusigenError, CapacityError
-from busigen.registry import LATENT_FACTOR, PROVIDERS, RESOLUTION
+from busigen.registry import PROVIDERS, RESOLUTION
 from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.probe import probe
@@ -318,11 +318,11 @@ def _sampler(bundle: Bundle, backend: Backend) -> Sampler:
 def _inputs(folder: Path, batch: int) -> dict[str, NDArray[np.float32]]:
     """What stages 2 and 3 read, of the right shapes; the values decide nothing about the time."""
     bundle, random = Bundle.recorded(folder), np.random.default_rng(0)
-    channels, cells = bundle.latent_shape[0], SIDE // LATENT_FACTOR
+    shape = bundle.latent_shape(SIDE)
     tokens = (RESOLUTION // bundle.patch) ** 2
     square = np.zeros((batch, 1, SIDE, SIDE), np.float32)
     square[:, :, 40:90, 40:90] = 1.0
-    latents = random.standard_normal((2, batch, channels, cells, cells), np.float32)
+    latents = random.standard_normal((2, batch, *shape), np.float32)
     return {
         "noise": latents[0],
         "known": latents[1],

@@ -9,6 +9,13 @@ python benchmarks/peers.py --backgrounds synthetic --repeat 5
 - ``torch``: the few-step networks in PyTorch eager, step by step, with busigen's batches, windows and gates.
 - ``onnx steps``: the few-step networks in ONNX Runtime's default session, each step called from Python, likewise.
 
+python benchmarks/peers.py --preset sd15 --bundle BUNDLE --base-model FOLDER --count 4 --paper-count 2
+
+- ``inpaint``: diffusers' StableDiffusionInpaintPipeline, PyTorch eager, called twice a pair with the bundle's steps.
+- ``inpaint, paper``: the same with the paper's 30 and 50 steps and guidance 7.5.
+
+There, draws are counted and not pairs, because the gates refuse much of what an untrained Stable Diffusion draws.
+
 Each runs in a process of its own, in turns; imports, loading and one warm-up are outside of what is timed. The others
 save PNG files with Pillow and write no more. The two diffusers pipelines have no gates and so refuse nothing, and are
 timed on fewer pairs. With ``--backgrounds real`` (the default, as in the paper) lesions are painted into given images,
@@ -23,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -90,7 +98,8 @@ def main() -> None:
         "medians": rows,
         "runs": runs,
     }
-    write(options.results or RESULTS / f"peers_{backgrounds}.json", record)
+    name = f"peers_{backgrounds}.json" if options.preset is None else f"peers_{options.preset}.json"
+    write(options.results or RESULTS / name, record)
 
 
 def parse() -> argparse.Namespace:
@@ -104,6 +113,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="runs of each")
     parser.add_argument("--backgrounds", choices=("real", SYNTHETIC), default="real")
     parser.add_argument("--bundle", type=Path, default=default_bundle(), help="the shipped one if left out")
+    parser.add_argument("--preset", choices=("sd15",), help="of the bundle, if it is no compact one")
+    parser.add_argument("--base-model", type=Path, help="with --preset sd15: folder of its Stable Diffusion")
     parser.add_argument("--checkpoint", type=Path, help="the bundle's; restored from the bundle if left out")
     parser.add_argument("--out", type=Path, help="folder for what is written and removed; a temporary one if left out")
     parser.add_argument("--results", type=Path, help="JSON file to write; results/peers_<backgrounds>.json if left out")
@@ -112,6 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turn", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     given = [name for name in PEERS if options.backgrounds == "real" or not name.startswith("diffusers")]
+    given = [name for name in given if name == "busigen" or name.startswith("inpaint") == (options.preset == "sd15")]
     options.peers = options.peers or given
     if "busigen" not in options.peers or not set(options.peers) <= set(given):
         parser.error("--peers has to name busigen, which the others are compared with, and diffusers only for real")
@@ -121,7 +133,7 @@ def parse() -> argparse.Namespace:
 def prepare(options: argparse.Namespace) -> None:
     """Restore the checkpoint and draw the healthy images, before anything is measured."""
     bundle = Bundle.open(options.bundle)
-    if options.checkpoint is None:
+    if options.checkpoint is None and options.preset is None:
         from busigen.export.import_bundle import restore
 
         options.checkpoint = options.work / "checkpoint"
@@ -132,12 +144,12 @@ def prepare(options: argparse.Namespace) -> None:
     (options.work / "healthy").mkdir()
     for first in range(0, PICTURES, 4):
         numbers = range(first, first + 4)
-        noise = np.stack([normal(SEED, number, 0, "prior", bundle.latent_shape) for number in numbers])
+        noise = np.stack([normal(SEED, number, 0, "prior", bundle.background_shape) for number in numbers])
         speckle = np.stack([normal(SEED, number, 0, "prior speckle", (1, 256, 256)) for number in numbers])
         whole = np.array([[0, 0, RESOLUTION, RESOLUTION]] * len(noise), np.float32)
         latents = sampler.backend.run("prior", {"noise": noise, "frame": whole})
         pixels = sampler.backend.run(
-            "decoder@256", {"latents": latents, "noise": speckle, "mask": np.zeros_like(speckle)}
+            bundle.background_decoder, {"latents": latents, "noise": speckle, "mask": np.zeros_like(speckle)}
         )
         for number, image in zip(numbers, pixels[:, 0], strict=True):
             grey = np.rint((image + 1.0) * 127.5).clip(0, 255).astype(np.uint8)
@@ -147,7 +159,8 @@ def prepare(options: argparse.Namespace) -> None:
 def measure(name: str, turn: int, options: argparse.Namespace) -> dict[str, Any]:
     """One process's figures, and how far its images are from those that busigen made last."""
     command = [sys.executable, __file__, "--worker", name, "--turn", str(turn), "--work", str(options.work)]
-    for option in ("count", "paper_count", "batch_size", "threads", "backgrounds", "bundle", "checkpoint"):
+    passed = ("count", "paper_count", "batch_size", "threads", "backgrounds", "bundle", "checkpoint")
+    for option in (*passed, "preset", "base_model"):
         value = getattr(options, option)
         command += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
     done = run(command)
@@ -164,7 +177,7 @@ def difference(work: Path, name: str, turn: int, count: int) -> float | None:
     """Mean absolute difference of grey levels from busigen's images of the same indices; None without a counterpart."""
     theirs = work / f"{name}-{turn}"
     ours = next(iter(sorted(work.glob("busigen-*"))), None)
-    if name in ("busigen", "diffusers 50", "diffusers 50, windows") or ours is None:
+    if name in ("busigen", "diffusers 50", "diffusers 50, windows") or name.startswith("inpaint") or ours is None:
         return None
     samples = Dataset.open(ours).samples(range(count))
     found = [np.asarray(Image.open(theirs / f"{sample.index}.image.png"), dtype=np.int16) for sample in samples]
@@ -206,7 +219,10 @@ def sampler_on(backend: Backend, options: argparse.Namespace) -> Sampler:
     healthy = None if options.backgrounds == SYNTHETIC else HealthyFolder(options.work / "healthy")
     sampler = Sampler(bundle, backend, classes=CLASSES, healthy=healthy, batch_size=options.batch_size)
     # All draws of the run, and no others: whatever class and window size they need is warm.
-    sampler.draw(SEED, range(options.count), lambda samples: None)
+    if options.preset is None:
+        sampler.draw(SEED, range(options.count), lambda samples: None)
+    else:
+        sampler.attempt(SEED, [(0, 0)])
     return sampler
 
 
@@ -214,6 +230,11 @@ def busigen(options: argparse.Namespace) -> dict[str, Any]:
     """The whole of ``generate``."""
     bundle = Bundle.open(options.bundle)
     sampler = sampler_on(open_backend(bundle, options=EngineOptions(options.threads)), options)
+    if options.preset is not None:
+        with Clock() as clock:
+            accepted, refused = sampler.attempt(SEED, [(index, 0) for index in range(options.count)])
+        reasons = Counter(rejection.reason for rejection in refused)
+        return {**clock.described(options.count, options.count), "accepted": len(accepted), "refused": reasons}
     with Clock() as clock:
         report = generate(sampler, folder(options), count=options.count, seed=SEED)
     return clock.described(options.count, options.count + sum(report.rejected.values()))
@@ -265,6 +286,54 @@ def paper(options: argparse.Namespace, side: int = 256) -> dict[str, Any]:
     return clock.described(len(pairs), len(pairs))
 
 
+def inpaint(options: argparse.Namespace, *, paper: bool = False) -> dict[str, Any]:
+    """Stable Diffusion's own pipeline: an ellipse's region painted, then its ring, in windows of 256 pixels."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+
+    from busigen.data.geometry import edit_region, ring_region
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    info = Bundle.recorded(options.bundle).info
+    counts = (30, 50) if paper else (info["solver_steps"]["lesion"], info["solver_steps"]["blend"])
+    variant = "fp16" if (options.base_model / "unet" / "diffusion_pytorch_model.fp16.safetensors").exists() else None
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(
+        str(options.base_model),
+        variant=variant,
+        torch_dtype=torch.float32,
+        local_files_only=True,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    rows, columns = np.ogrid[:RESOLUTION, :RESOLUTION]
+    mask = ((rows - 120) / 40) ** 2 + ((columns - 128) / 50) ** 2 <= 1
+    edit = edit_region(mask, np.ones_like(mask))
+    generator = torch.Generator().manual_seed(SEED)
+
+    def painted(image: Image.Image, count: int, region: NDArray[Any], prompt: str) -> Image.Image:
+        size = {"height": RESOLUTION, "width": RESOLUTION, "strength": 1.0, "generator": generator}
+        guidance = 7.5 if paper else 1.0
+        steps = {"num_inference_steps": count, "guidance_scale": guidance}
+        found = pipeline(prompt=prompt, image=image, mask_image=Image.fromarray(region), **steps, **size).images[0]
+        return found
+
+    number = max(1, options.paper_count if paper else options.count)
+    pictures = [Image.open(path).convert("RGB") for path in sorted((options.work / "healthy").glob("*.png"))]
+    painted(pictures[0], 1, edit, "")
+    pairs = []
+    with Clock() as clock:
+        for index in range(number):
+            prompt = info["painting"]["prompts"][LESION_CLASSES[index % 2]]
+            image = painted(pictures[index % PICTURES], counts[0], edit, prompt)
+            image = painted(image, counts[1], ring_region(edit), prompt)
+            pairs.append((index, np.asarray(image.convert("L")), mask))
+        save(pairs, folder(options))
+    return clock.described(number, number)
+
+
 def networks(options: argparse.Namespace) -> Any:
     """The checkpoint's networks, with as many threads as busigen takes."""
     import torch
@@ -295,6 +364,8 @@ PEERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "diffusers 50, windows": lambda options: paper(options, side=128),
     "torch": eager,
     "onnx steps": stepwise,
+    "inpaint": inpaint,
+    "inpaint, paper": lambda options: inpaint(options, paper=True),
 }
 
 

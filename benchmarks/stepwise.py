@@ -24,7 +24,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from busigen.export.weights import weights_of
 from busigen.runtime.backends.base import Backend, usable_cores
-from busigen.runtime.backends.bundle import Bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle
 from busigen.solver import solver_steps
 
 X, RESULT = "solver/x", "solver/result"
@@ -97,10 +97,10 @@ class StepwiseBackend(Backend):
 def cut(bundle: Bundle, folder: Path) -> None:
     """Write the parts of every graph that has a loop, and copies of the others."""
     folder.mkdir(parents=True)
-    for file in {file for name in graph_names() for file in bundle.info["graphs"][name]["files"]}:
+    for file in {file for name in bundle.graph_names for file in bundle.info["graphs"][name]["files"]}:
         if not file.endswith(".onnx"):
             shutil.copy(bundle.folder / file, folder / file)
-    for name in graph_names():
+    for name in bundle.graph_names:
         model = onnx.load(str(bundle.graph(name)), load_external_data=False)
         if not any(node.op_type == "Loop" for node in model.graph.node):
             shutil.copy(bundle.graph(name), folder / f"{name}.onnx")

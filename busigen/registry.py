@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 RESOLUTION = 256  # Side of the square, letterboxed working image in pixels.
 CLASSES = ("normal", "benign", "malignant")  # Every image class, in the order of the denoisers' class embedding.
@@ -121,7 +121,21 @@ PRESETS = {
     ),
 }
 
+# What Stable Diffusion does not draw is compact's, and is taken from a checkpoint of it.
+STABLE_DIFFUSION = "sd15"
+PRESETS[STABLE_DIFFUSION] = replace(
+    PRESETS["compact"],
+    name=STABLE_DIFFUSION,
+    about="stages 2 and 3 by a Stable Diffusion inpainting model of yours (--base-model), with LoRAs; all else compact",
+)
 DEFAULT_PRESET = "compact"
+PAINTING = ("lesion", "blend")  # The stages that Stable Diffusion draws in its preset.
+PAINTING_STEPS = 8  # Network evaluations of each of them, unless `export --steps` says otherwise.
+SHOWN_AT = (256, 512)  # Sides in pixels at which Stable Diffusion can be shown windows, the default first.
+PROMPTS = {  # What Stable Diffusion is asked for, unless `train --prompt` says otherwise.
+    "benign": "breast ultrasound image with a benign lesion",
+    "malignant": "breast ultrasound image with a malignant lesion",
+}
 
 SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}  # Network evaluations per denoiser, fixed at export.
 # Deviation of what a denoiser leaves open, until it is measured (busigen.training.networks.variance).

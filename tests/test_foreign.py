@@ -284,7 +284,7 @@ DIRECT = {
     "data/sources/records.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
     "evaluation/physics/features.py": ("read_parquet", _CHECKED),
-    "export/exporter.py": ("safe_open", _CHECKED),
+    "export/request.py": ("safe_open", _CHECKED),
     "export/import_bundle.py": ("load", _CHECKED),
     "export/precision_search.py": ("load", _OWN),
     "export/report.py": ("load", _OWN),
@@ -305,6 +305,7 @@ DIRECT = {
     "training/checkpoint.py": ("from_pretrained", _CHECKED),
     "training/stable_diffusion/base_model.py": ("from_pretrained safe_open", _CHECKED),
     "training/stable_diffusion/lora.py": ("safe_open", _CHECKED),
+    "training/stable_diffusion/painter.py": ("from_pretrained load_file", _CHECKED),
     "training/trainer.py": ("load_file safe_open", _CHECKED),
 }
 """What opens files itself, with the reason why it may."""

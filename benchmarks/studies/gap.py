@@ -34,7 +34,8 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.sampling.batching import Draft
 from busigen.runtime.sampling.healthy_images import Healthy
-from busigen.runtime.sampling.sampler import Sampler, cut, to_unit
+from busigen.runtime.sampling.sampler import Sampler
+from busigen.runtime.sampling.windows import cut, to_unit
 
 RESULTS = Path(__file__).parent / "results" / "gap.json"
 BATCH = 8

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,12 +21,21 @@ from busigen.registry import (
     PARITY_DRAWS,
     PRECISIONS,
     PRESETS,
+    SHOWN_AT,
+    STABLE_DIFFUSION,
 )
 from busigen.text import SHOWN_PROBLEMS, shell_word
 
 if TYPE_CHECKING:
     from busigen.runtime.backends.bundle import Bundle
     from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest, EngineInfo
+
+
+BASE_MODEL = typer.Option(
+    help="With --preset sd15: a Stable Diffusion 1.x inpainting model: a diffusers folder, a .safetensors file, or "
+    "NAME/MODEL@REVISION of the Hugging Face hub, which is then downloaded."
+)
+BASE_CONFIG = typer.Option(help="With a --base-model of one file: a diffusers folder with its configuration.")
 
 
 @app.command(epilog="Example: `busigen prepare Dataset_BUSI_with_GT BUSBRA --out prepared`")
@@ -90,7 +100,8 @@ def prepare(
     epilog="Examples: `busigen train --data prepared --out runs/first --preset tiny`; "
     "`busigen train --base runs/first --data prepared_hospital --out runs/hospital` adapts a finished checkpoint to "
     "other images; `busigen train --base default --retrain mask --data prepared --out runs/better` trains stage 1 of "
-    "the shipped bundle on."
+    "the shipped bundle on; `busigen train --preset sd15 --base-model stable-diffusion-inpainting --data prepared "
+    "--out runs/sd` trains LoRAs of a Stable Diffusion (docs/sd15.md)."
 )
 def train(
     data: Annotated[Path, typer.Option(help="What `busigen prepare` wrote.")],
@@ -116,17 +127,41 @@ def train(
     scale: Annotated[float, typer.Option(help="Factor on every task's steps; 1 is sized for a GPU.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds weights, order, augmentation and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base_model: Annotated[str | None, BASE_MODEL] = None,
+    base_config: Annotated[Path | None, BASE_CONFIG] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="With --preset sd15: CLASS=TEXT, what Stable Diffusion is asked for. May be repeated."),
+    ] = None,
+    context: Annotated[
+        bool,
+        typer.Option(help="With --preset sd15: show Stable Diffusion the healthy image as well, by its ViT tokens."),
+    ] = True,
+    window: Annotated[
+        int,
+        typer.Option(help="With --preset sd15: pixels at which windows are shown, 256 or 512."),
+    ] = SHOWN_AT[0],
 ) -> None:
     """Train autoencoder, context encoder, three stages, healthy prior and one LoRA per class, and merge them.
 
-    With --base, only the LoRAs: for a new hospital's images.
+    With --base, only the LoRAs: for a new hospital's images. With --preset sd15, LoRAs of a Stable Diffusion.
     """
     with needs("train"):
-        from busigen.export.import_bundle import opened_base
+        from busigen.export.import_bundle import DEFAULT, opened_base
         from busigen.training.pipeline import train as run
         from busigen.training.recipe import recipe_for
     if retrain and base is None:
         raise UsageError("--retrain needs a --base that has all else.", fix="Name one, or leave --retrain out.")
+    painting: dict[str, Any] = {}
+    if preset == STABLE_DIFFUSION:
+        from busigen.training.stable_diffusion.painter import asked_of
+
+        base = base or Path(DEFAULT)
+        painting = asked_of(base_model, base_config, prompts=prompt or (), context=context, shown_at=window)
+    elif base_model or base_config or prompt:
+        raise UsageError(
+            "--base-model, --base-config and --prompt need --preset sd15.", fix="Add it, or leave them out."
+        )
     with quiet_libraries(), opened_base(base) as start:
         prescribe = (
             partial(recipe_for, preset or DEFAULT_PRESET)
@@ -134,7 +169,8 @@ def train(
             else partial(start.recipe, preset, retrain=retrain or ())
         )
         try:
-            record = run(data, out, prescribe(seed=seed, scale=scale), base=start, device=device, console=stderr)
+            recipe = prescribe(seed=seed, scale=scale)
+            record = run(data, out, recipe, base=start, device=device, console=stderr, **painting)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"Interrupted; {out} keeps what was trained.", fix="Run the same command to continue."
@@ -147,7 +183,8 @@ def train(
 @app.command(
     epilog="Examples: `busigen export runs/first --out bundle`; `busigen export runs/first --out bundle --target onnx "
     "--target tensorrt-rtx`; `busigen export runs/first --out bundle16 --precision "
-    "fp16 --loop unrolled --batch-size 4,16 --report export.md`"
+    "fp16 --loop unrolled --batch-size 4,16 --report export.md`; `busigen export runs/sd --base-model sd "
+    "--out bundle --steps lesion=30 --steps blend=50 --guidance 7.5` draws with the paper's settings."
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="What `busigen train` finished.")],
@@ -172,12 +209,37 @@ def export(
     opset: Annotated[int, typer.Option(help=f"ONNX's: {', '.join(map(str, OPSETS))}.")] = OPSETS[0],
     draws: Annotated[int, typer.Option(help="Draws per class that are compared with PyTorch.")] = PARITY_DRAWS,
     report: Annotated[Path | None, typer.Option(help="Write what was proved as a table: FILE.md or FILE.json.")] = None,
+    steps: Annotated[
+        list[str] | None,
+        typer.Option(help="STAGE=NUMBER of network evaluations, such as lesion=30. May be repeated."),
+    ] = None,
+    base_model: Annotated[str | None, BASE_MODEL] = None,
+    base_config: Annotated[Path | None, BASE_CONFIG] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Of Stable Diffusion: factor on what the prompt changes; twice the work. [default: none]"),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of Stable Diffusion: a further LoRA, [STAGE-CLASS=]FILE[:WEIGHT], for all stages and classes or, as "
+            "lesion-benign=mine.safetensors:0.8, for one. May be repeated."
+        ),
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Of LoRAs that do not say theirs.")] = None,
+    fresh_noise: Annotated[
+        float,
+        typer.Option(help="Of Stable Diffusion: share of the noise that steps draw anew: 1 for LCM-LoRA, 0 for DDIM."),
+    ] = 0.0,
+    decoder: Annotated[
+        Path | None, typer.Option(help="Folder of a TAESD that decodes in place of Stable Diffusion's decoder.")
+    ] = None,
 ) -> None:
     """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""
     with needs("train"):
-        from busigen.export.exporter import Options, batch_sizes
         from busigen.export.exporter import export as run
         from busigen.export.report import check_report, write_report
+        from busigen.export.request import Options, batch_sizes, solver_counts
     from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
     from busigen.runtime.backends.tensorrt.profiles import Batches
     from busigen.runtime.progress import console_progress
@@ -189,7 +251,17 @@ def export(
         batch_sizes=batch_sizes(batch_size),
         draws=draws,
         engines=tuple(name for name in target if name != "onnx"),
+        steps=solver_counts(steps or ()),
     )
+    if base_model is not None:
+        from busigen.training.stable_diffusion.base_model import BaseModel
+        from busigen.training.stable_diffusion.painter import PaintingOptions, parse_loras
+
+        painting = PaintingOptions(parse_loras(lora or ()), lora_alpha, guidance, fresh_noise, decoder)
+        options = replace(options, base_model=BaseModel.open(Path(base_model), base_config), painting=painting)
+    elif base_config or guidance or lora or fresh_noise or decoder:
+        problem = "--guidance, --lora, --fresh-noise, --decoder and --base-config are for a Stable Diffusion."
+        raise UsageError(problem, fix="Name it by --base-model, or leave them out.")
     if report is not None:
         check_report(report)
     batches = Batches(tuple(sorted(options.batch_sizes, reverse=True))) if options.batch_sizes else Batches()
@@ -308,7 +380,7 @@ def fill(order: BuildRequest, bundle: Bundle) -> list[EngineInfo]:
     from busigen.runtime.progress import console_progress
 
     with console_progress() as progress:
-        progress.start("building engines", order.count, unit="engine")
+        progress.start("building engines", order.count(bundle), unit="engine")
         return order.fill(bundle, lambda made: progress.advance(1))
 
 

@@ -7,12 +7,16 @@ step (``registry.LOOPS`` says what speaks for each).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from busigen.solver import SolverStep
+
+Tables = Sequence[Sequence[SolverStep]]
+"""The steps of a solver, or those of each adapter."""
 
 
 class Assembly:
@@ -29,9 +33,9 @@ class Assembly:
         self.constants[name] = numpy_helper.from_array(value, name)
         return name
 
-    def add(self, kind: str, inputs: Sequence[str], output: str) -> str:
+    def add(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Add one node and return its output's name."""
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output))
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
         return output
 
     def paste(
@@ -77,25 +81,48 @@ class Assembly:
             self.nodes.append(twin)
         return names
 
-    def loop(self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], update: ModelProto) -> str:
+    def loop(self, step: ModelProto, steps: Tables, wiring: Mapping[str, str], update: ModelProto) -> str:
         """Add the solver's loop from ``noise`` as one node and return the name of its result.
 
         The loop's body is one evaluation and ``update``, with the times of its turn taken from tables. What is alike in
         every turn is computed before it. Weights that only the body reads are the body's own: ONNX Runtime's CPU
         provider brings those of convolutions into its faster layout, but none from outside.
         """
+        longest = max(map(len, steps))
         tables = {
-            name: self.constant(f"solver/{name}", np.array([[getattr(s, name)] for s in steps], dtype=np.float32))
+            name: self.constant(
+                f"solver/{name}",
+                np.array(
+                    [[[getattr(s, name)] for s in (*t, *[t[-1]] * (longest - len(t)))] for t in steps], np.float32
+                ),
+            )
             for name in TIMES
         }
-        turns = self.constant("solver/turns", np.array(len(steps), dtype=np.int64))
+        turns, always, count = self.constant("solver/turns", np.array(longest, dtype=np.int64)), "", ""
+        if len({tuple(table) for table in steps}) == 1:
+            for table in tables.values():
+                self.constants[table] = numpy_helper.from_array(numpy_helper.to_array(self.constants[table])[0], table)
+        else:
+            # All rows of a batch have one adapter, whose steps these are.
+            axis = self.constant("solver/batch", np.array([0], dtype=np.int64))
+            self.add("ReduceMax", ["adapter", axis], "solver/adapter", keepdims=0)
+            which = self.add("ArgMax", ["solver/adapter"], "solver/which", keepdims=0)
+            tables = {name: self.add("Gather", [table, which], f"{table}_table") for name, table in tables.items()}
+            counts = self.constant("solver/counts", np.array([len(table) for table in steps], dtype=np.int64))
+            count = self.add("Gather", [counts, which], "solver/count")
+            always = self.constant("solver/always", np.array(True))
         names, varying = self._invariant(step, wiring)
         outside, self.nodes = self.nodes, []
         turn, go_on, x = "solver/turn", "solver/go_on", "solver/x"
         now = {name: self.add("Gather", [table, turn], f"solver/{name}_now") for name, table in tables.items()}
+        now |= self._fresh(update, longest, turn)
         names = self.paste(step, "step/", {**names, "x": x, "t": now["t"]}, "", varying)
         following = self.followed(x, names[step.graph.output[0].name], {**wiring, **now}, "solver/", update)
-        going = self.add("Identity", [go_on], "solver/going")
+        if count:
+            done = self.add("Add", [turn, self.constant("solver/one", np.array(1, dtype=np.int64))], "solver/done")
+            going = self.add("Less", [done, count], "solver/going")
+        else:
+            going = self.add("Identity", [go_on], "solver/going")
         like = step.graph.input[0].type.tensor_type
         shape = [d.dim_value or None for d in like.shape.dim]
         read = {name for node in self.nodes for name in node.input}
@@ -115,12 +142,21 @@ class Assembly:
             [self.constants.pop(name) for name in sorted(own)],
         )
         self.nodes = outside
-        self.nodes.append(helper.make_node("Loop", [turns, "", "noise"], ["solver/result"], name="solver", body=body))
+        self.nodes.append(
+            helper.make_node("Loop", [turns, always, "noise"], ["solver/result"], name="solver", body=body)
+        )
         return "solver/result"
 
-    def unrolled(
-        self, step: ModelProto, steps: Sequence[SolverStep], wiring: Mapping[str, str], update: ModelProto
-    ) -> str:
+    def _fresh(self, update: ModelProto, steps: int, turn: str) -> dict[str, str]:
+        """This turn's fresh noise, of the graph's input for all, by its name in ``update``; nothing if none is read."""
+        value = next((value for value in update.graph.input if value.name == "fresh"), None)
+        if value is None:
+            return {}
+        _, *shape = (size.dim_value for size in value.type.tensor_type.shape.dim)
+        self.inputs["fresh"] = helper.make_tensor_value_info("fresh", TensorProto.FLOAT, ["batch", steps, *shape])
+        return {"fresh": self.add("Gather", ["fresh", turn], f"{turn}/fresh", axis=1)}
+
+    def unrolled(self, step: ModelProto, steps: Tables, wiring: Mapping[str, str], update: ModelProto) -> str:
         """Add the solver's steps from ``noise`` one after the other and return the name of the result.
 
         Weights, and all that is alike in every step, are there once. Times are constants, so that an engine that folds
@@ -128,12 +164,14 @@ class Assembly:
         """
         names, varying = self._invariant(step, wiring)
         x = "noise"
-        for number, constants in enumerate(steps):
+        for number, constants in enumerate(steps[0]):
             here = f"solver/{number}/"
             now = {
                 name: self.constant(here + name, np.array([getattr(constants, name)], dtype=np.float32))
                 for name in TIMES
             }
+            turn = self.constant(f"{here}turn", np.array(number, dtype=np.int64))
+            now |= self._fresh(update, len(steps[0]), turn)
             found = self.paste(step, f"step{number}/", {**names, "x": x, "t": now["t"]}, "", varying)
             x = self.followed(x, found[step.graph.output[0].name], {**wiring, **now}, here, update)
         return x
@@ -174,8 +212,8 @@ TIMES = ("t", "s")  # What a solver step reads of its :class:`SolverStep`.
 
 def with_solver(
     step: ModelProto,
-    steps: Sequence[SolverStep],
-    label: int,
+    steps: Tables,
+    label: int | None,
     *,
     loop: str,
     name: str,
@@ -187,9 +225,10 @@ def with_solver(
     """Build the whole sampler of one stage.
 
     Args:
-        step: traced ``(x, t, label, tokens, keep, *condition)`` to velocity; ``t`` and ``label`` have shape (1,).
-        steps: the solver's times.
-        label: class index.
+        step: traced ``(x, t, label, tokens, keep, *condition)`` to velocity; ``t`` and ``label`` have shape (1,). In
+            place of a label it may read ``adapter``, ``(B, A)``.
+        steps: the solver's times: one table, or one for each adapter.
+        label: class index; None for a ``step`` that has adapters in its place.
         loop: a name in ``registry.LOOPS``.
         name: the graph's name.
         output: its output's name.
@@ -198,7 +237,9 @@ def with_solver(
         after: traced sample to output.
     """
     assembly = Assembly(step.opset_import, step.ir_version)
-    wiring = {"label": assembly.constant("class_label", np.array([label], dtype=np.int64))}
+    wiring = {}
+    if label is not None:
+        wiring["label"] = assembly.constant("class_label", np.array([label], dtype=np.int64))
     if before is not None:
         computed = assembly.paste(before, "before/", {}, "before/")
         wiring |= {value.name: computed[value.name] for value in before.graph.output}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from diffusers import ModelMixin
 from onnx import ModelProto, TensorProto
 
 from busigen.export.assembly import with_solver, with_weights
 from busigen.export.graph_rewrites import TYPES, emulated, lowered, make_sums_deterministic
-from busigen.export.trace import Tracer, without_context
+from busigen.export.trace import PAINTER, Tracer, without_context
 from busigen.export.weights import weight
 from busigen.registry import (
     BUCKETS,
@@ -19,12 +20,13 @@ from busigen.registry import (
     LESION_CLASSES,
     LOOPS,
     MASK_CHANNELS,
+    PAINTING,
     PLACE_CHANNELS,
     RESOLUTION,
 )
-from busigen.runtime.backends.bundle import graphs_of
+from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER, graphs_of
 from busigen.solver import solver_steps
-from busigen.training.networks.inference import Networks
+from busigen.training.networks.inference import ADAPTERS, Networks
 
 Graphs = dict[str, ModelProto]
 
@@ -46,11 +48,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Component:
-    """What shares weights: ``parts`` by graph name; ``loop`` is a name in ``registry.LOOPS``."""
+    """What shares weights: ``parts`` by graph name; ``loop`` is a name in ``registry.LOOPS``.
+
+    Names with the very same part are one graph, which is told them apart by ``constants``: inputs by name.
+    """
 
     name: str
     parts: Mapping[str, Part]
     loop: str = next(iter(LOOPS))
+    constants: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
 
     def graphs(self, precision: str, *, rounded: bool = False) -> Graphs:
         """Lay out the graphs.
@@ -59,24 +65,33 @@ class Component:
             precision: ``fp32``, or a name in :data:`busigen.export.graph_rewrites.TYPES`.
             rounded: compute in fp32 what the precision would round (:func:`busigen.export.graph_rewrites.emulated`).
         """
-        found = {}
-        for name, part in self.parts.items():
-            model = make_sums_deterministic(
-                lowered(part.evaluation, precision) if precision in TYPES else part.evaluation
-            )
-            found[name] = part.finish(emulated(model) if rounded else model, self.loop)
-        return found
+        made: dict[int, ModelProto] = {}
+        for part in self.parts.values():
+            if id(part) not in made:
+                model = make_sums_deterministic(
+                    lowered(part.evaluation, precision) if precision in TYPES else part.evaluation
+                )
+                made[id(part)] = part.finish(emulated(model) if rounded else model, self.loop)
+        return {name: made[id(part)] for name, part in self.parts.items()}
 
 
 COMPONENTS = ("context", "encoder", "decoder", "prior", "mask", "lesion", "blend")
 """Names of all components, in the order in which they are traced."""
 
 
+def components_of(networks: Networks) -> tuple[str, ...]:
+    """The names of a checkpoint's components: Stable Diffusion takes the place of two."""
+    others = tuple(name for name in COMPONENTS if name not in PAINTING)
+    return COMPONENTS if networks.shown_at is None else (*others, PAINTER)
+
+
 Steps = dict[str, list[ModelProto]]
 """Traced evaluations, one per window size, by the configuration of what was traced: stages 2 and 3 may share one."""
 
 
-def components(networks: Networks, *, opset: int, loop: str, only: Collection[str] = COMPONENTS) -> Iterator[Component]:
+def components(
+    networks: Networks, *, opset: int, loop: str, only: Collection[str] = (*COMPONENTS, PAINTER)
+) -> Iterator[Component]:
     """Trace a checkpoint's networks, one component after the other.
 
     A network is traced once per window size and gets each class's weights; what adapters leave alone is the same in
@@ -86,19 +101,25 @@ def components(networks: Networks, *, opset: int, loop: str, only: Collection[st
         networks: the merged networks of a checkpoint.
         opset: ONNX's, one of ``registry.OPSETS``.
         loop: a name in ``registry.LOOPS``.
-        only: names in ``COMPONENTS``.
+        only: names in ``components_of``.
     """
     tracing, steps = Tracer(opset), Steps()
-    for name in (name for name in COMPONENTS if name in only):
+    for name in (name for name in components_of(networks) if name in only):
         if name == "mask":
             yield outlines(tracing, networks, loop)
         elif name == "context":
             yield Component(name, {name: Part(tracing.context(networks))}, loop)
         elif name == "prior":
-            yield Component(name, {name: _prior(tracing, networks)}, loop)
-        elif name in ("encoder", "decoder"):
-            traced = tracing.encoder if name == "encoder" else tracing.decoder
-            yield Component(name, {f"{name}@{side}": Part(traced(networks, side)) for side in BUCKETS}, loop)
+            own = networks.prior_decoder
+            decoding = {} if own is None else {BACKGROUND_DECODER: Part(tracing.decoder(own, RESOLUTION))}
+            yield Component(name, {name: _prior(tracing, networks), **decoding}, loop)
+        elif name == "encoder":
+            yield Component(name, {f"{name}@{side}": Part(tracing.encoder(networks, side)) for side in BUCKETS}, loop)
+        elif name == "decoder":
+            halves = {f"{name}@{side}": Part(tracing.decoder(networks.decoder, side)) for side in BUCKETS}
+            yield Component(name, halves, loop)
+        elif name == PAINTER:
+            yield _painter(tracing, networks, loop)
         else:
             yield Component(name, _staged(tracing, networks, name, steps), loop)
 
@@ -143,6 +164,41 @@ def _staged(tracing: Tracer, networks: Networks, stage: str, steps: Steps) -> di
     return parts
 
 
+def painter_graphs(networks: Networks) -> dict[str, dict[str, Any]]:
+    """What a bundle records of Stable Diffusion's graphs before they are there: inputs, adapter, fresh noise."""
+    painter = networks.denoisers[ADAPTERS[0]]
+    found: dict[str, dict[str, Any]] = {}
+    for number, adapter in enumerate(ADAPTERS):
+        record: dict[str, Any] = {
+            "inputs": ["noise", "tokens", "keep", "known", "painted", "mask", "edit", "ring", "adapter"],
+            "constants": {"adapter": [float(k == number) for k in range(len(ADAPTERS))]},
+        }
+        if painter.spectrum.fresh_noise:
+            record["fresh"] = max(networks.steps[stage] for stage in PAINTING)
+            record["inputs"].append("fresh")
+        found |= dict.fromkeys(graphs_of(adapter), record)
+    return found
+
+
+def _painter(tracing: Tracer, networks: Networks, loop: str) -> Component:
+    """One graph for both stages, all classes and windows."""
+    painter, channels, side = networks.denoisers[ADAPTERS[0]], networks.channels, networks.shown_at or RESOLUTION
+    cells = side // LATENT_FACTOR
+    step = tracing.painter_step(networks, (channels, MASK_CHANNELS, 1))
+    fresh = painter.spectrum.fresh_noise > 0
+    update = tracing.update(painter.spectrum, channels, cells, cells, fresh=fresh)
+    before = tracing.condition(PAINTER, channels, side)
+    tables = [painter.solver_steps(networks.steps[name.partition("-")[0]]) for name in ADAPTERS]
+
+    def finish(evaluation: ModelProto, loop: str) -> ModelProto:
+        return with_solver(
+            evaluation, tables, None, loop=loop, name=PAINTER, output="latents", update=update, before=before
+        )
+
+    part, constants = Part(step, finish, before, None, update), painter_graphs(networks)
+    return Component(PAINTER, dict.fromkeys(constants, part), loop, {n: r["constants"] for n, r in constants.items()})
+
+
 def _part(
     step: ModelProto,
     stage: str,
@@ -155,7 +211,7 @@ def _part(
     def finish(evaluation: ModelProto, loop: str) -> ModelProto:
         return with_solver(
             evaluation,
-            solver_steps(stage, networks.steps[stage]),
+            [solver_steps(stage, networks.steps[stage])],
             CLASSES.index(label),
             loop=loop,
             name=stage if label == "normal" else f"{stage}-{label}",

@@ -6,168 +6,42 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
 import torch
-from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
 
 from busigen import __version__
-from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
-from busigen.export.components import COMPONENTS, components
+from busigen.errors import BusigenError, IntegrityError, OutputError, UsageError
+from busigen.export.components import components, components_of, painter_graphs
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
 from busigen.export.precision_search import Choice, GraphsBackend, check_opset, choose, escalate, runs, scratch
 from busigen.export.report import fused, model_card
-from busigen.export.weights import WeightFiles, emptied, write_graphs
+from busigen.export.request import Options, check_finite, empty, opened
+from busigen.export.weights import WeightFiles, write_graphs
 from busigen.files import sha256_of
 from busigen.registry import (
     BACKGROUND_SPECKLE,
     DEFAULT_BATCH,
     ENGINE_TARGETS,
+    LATENT_FACTOR,
     LESION_CLASSES,
-    LOOPS,
-    OPSETS,
-    PARITY_DRAWS,
     PRECISIONS,
     PROVIDERS,
     RESOLUTION,
-    STAGES,
 )
 from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
+from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER, DEFAULT_WINDOWS, WHOLE_DECODER
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder
-from busigen.training import trainer
-from busigen.training.checkpoint import ADAPTERS, BASE, MERGED, load_networks, read_record
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.networks.inference import Networks
+from busigen.training.stable_diffusion.lora import files_of
 from busigen.training.trainer import write_json
-
-TARGETS = ("onnx",)
-LARGEST_BATCH = 4096
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a checkpoint is exported.
-
-    Attributes:
-        target: a name in ``TARGETS``.
-        precision: a name in ``registry.PRECISIONS``; components that fail in it get the next higher one.
-        opset: one of ``registry.OPSETS``.
-        loop: a name in ``registry.LOOPS``.
-        batch_sizes: batches, 1 to ``LARGEST_BATCH``, that the bundle is made for: engines with static shapes are built
-            for these. The ONNX graphs take any batch.
-        draws: draws per class over which every target is compared with PyTorch.
-        engines: names in ``registry.ENGINE_TARGETS``, on which the bundle is proved, too, where this machine can.
-
-    Raises:
-        UsageError: a value is not one of these.
-    """
-
-    target: str = "onnx"
-    precision: str = next(iter(PRECISIONS))
-    opset: int = OPSETS[0]
-    loop: str = next(iter(LOOPS))
-    batch_sizes: tuple[int, ...] = ()
-    draws: int = PARITY_DRAWS
-    engines: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        known = {"target": TARGETS, "precision": PRECISIONS, "opset": OPSETS, "loop": LOOPS}
-        for name, allowed in known.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UsageError(f"unknown {name} {value!r}.", fix=f"Choose one of: {', '.join(map(str, allowed))}.")
-        for name in self.engines:
-            if name not in ENGINE_TARGETS:
-                raise UsageError(f"unknown target {name!r}.", fix=f"Choose from: onnx, {', '.join(ENGINE_TARGETS)}.")
-        for size in self.batch_sizes:
-            if not 1 <= size <= LARGEST_BATCH:
-                raise UsageError(f"--batch-size {size}.", fix=f"Give whole numbers from 1 to {LARGEST_BATCH}.")
-        if self.draws < 1:
-            raise UsageError(f"--draws is {self.draws}.", fix="Give 1 or more.")
-
-
-def batch_sizes(text: str | None) -> tuple[int, ...]:
-    """Batches as a person lists them, ``4,16``; none where nothing is said.
-
-    Raises:
-        UsageError: a part is no whole number.
-    """
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not part.isascii() or not part.isdigit():
-            raise UsageError(f"--batch-size {text!r} holds {part!r}.", fix="Give whole numbers, such as 4,16.")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-_TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
-
-_MERGED = tuple(f"{stage}-{label}" for stage in STAGES for label in LESION_CLASSES)
-_NEEDED = {BASE: ("autoencoder", "context", "prior"), MERGED: _MERGED}
-"""What is exported; the stages' bases and adapters are in what was merged."""
-_EXPECTED = {BASE: (*_NEEDED[BASE], *STAGES), ADAPTERS: _MERGED, MERGED: _MERGED}
-
-
-def check_layout(checkpoint: Path) -> None:
-    """Refuse a checkpoint that lacks a component, has one too many, or has adapters that were not merged.
-
-    Raises:
-        InputError: the message names the folder.
-    """
-    for place, needed in _NEEDED.items():
-        for name in needed:
-            if not (checkpoint / place / name / "config.json").is_file():
-                unmerged = place == MERGED and (checkpoint / ADAPTERS / name).is_dir()
-                problem = "has an adapter that was not merged" if unmerged else "is missing"
-                raise InputError(f"{checkpoint / place / name} {problem}.", fix=_TRAIN)
-    for place, expected in _EXPECTED.items():
-        for path in sorted(path for path in (checkpoint / place).glob("*") if path.is_dir()):
-            if path.name not in expected:
-                problem = f"{path} is no component; known: {', '.join(expected)}."
-                raise InputError(problem, fix="Move it out of the checkpoint.")
-    for path in sorted(checkpoint.glob(f"{MERGED}/*/*.safetensors")):  # `read_record` has hashed them.
-        try:
-            with safe_open(path, "pt") as file:
-                adapted = next((name for name in file.keys() if "lora_" in name), None)  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is no safetensors file.", fix=_TRAIN) from error
-        if adapted is not None:
-            raise InputError(f"{path} holds an adapter that was not merged: {adapted}.", fix=_TRAIN)
-
-
-def check_finite(networks: Networks) -> None:
-    """Refuse weights that are no numbers: every image would be NaN, or refused by a gate that says nothing of why.
-
-    Raises:
-        InputError: names component and weight.
-    """
-    for component, module in _modules(networks).items():
-        trainer.check_finite(component, module)
-    for name in ("latents_mean", "latents_std"):
-        value = getattr(networks, name)
-        if not bool(torch.isfinite(value).all()) or (name == "latents_std" and not bool((value > 0).all())):
-            raise InputError(f"the checkpoint's {name} is {value.tolist()}.", fix=_TRAIN)
-
-
-def _modules(networks: Networks) -> dict[str, ModelMixin]:
-    """Every trained network of a checkpoint, by the name of the folder that it is saved in."""
-    assert networks.context is not None
-    return {"autoencoder": networks.autoencoder, "context": networks.context, **networks.denoisers}
-
-
-def empty(networks: Networks, checkpoint: Path) -> None:
-    """Leave networks their shapes alone: their weights are read one by one from now on, as they are written."""
-    for name, module in _modules(networks).items():
-        emptied(module, checkpoint / (MERGED if name in _MERGED else BASE) / name)
-
 
 log = logging.getLogger("busigen.export")
 
@@ -205,17 +79,15 @@ def export(
     options, progress = options or Options(), progress or Progress()
     check_opset(options.opset)
     providers, unproved = _provers(options.precision), _unproved(options.engines)
-    read_record(checkpoint)
-    check_layout(checkpoint)
-    networks, record = load_networks(checkpoint)
+    networks, record = opened(checkpoint, options)
     check_finite(networks)
     info = _info(networks, record, checkpoint, options)
-    with _appearing(out) as folder:
+    with _appearing(out) as folder, scratch() as beside:
         with progress:
             progress.start("drawing with PyTorch", len(LESION_CLASSES) * options.draws, unit="draw")
             reference = Reference(networks, Bundle(folder, info, ""), draws=options.draws, progress=progress)
-            empty(networks, checkpoint)
-            progress.start("tracing", len(COMPONENTS), unit="component")
+            empty(networks, checkpoint, beside)
+            progress.start("tracing", len(components_of(networks)), unit="component")
             choices: dict[str, Choice] = {}
             for component in components(networks, opset=options.opset, loop=options.loop):
                 started = time.monotonic()
@@ -340,6 +212,11 @@ def _written(folder: Path, info: Mapping[str, Any], choices: Mapping[str, Choice
         for name, choice in choices.items()
         for graph, written in write_graphs(name, choice.graphs, folder, files).items()
     }
+    for choice in choices.values():
+        for name, constants in choice.component.constants.items():
+            graphs[name] |= {"constants": constants}
+    for name, stub in info["graphs"].items():
+        graphs[name] |= {key: stub[key] for key in ("fresh",) if key in stub}
     tried = {
         name: {"precision": choice.precision, "tried": [attempt.to_dict() for attempt in choice.tried]}
         for name, choice in choices.items()
@@ -373,8 +250,15 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
     return {
         "schema": SCHEMA,
         "preset": record["preset"],
+        "resolution": RESOLUTION,
+        "latent_factor": LATENT_FACTOR,
+        "windows": {side: networks.shown_at or shown for side, shown in DEFAULT_WINDOWS.items()},
+        "background": {
+            "decoder": WHOLE_DECODER if networks.prior_decoder is None else BACKGROUND_DECODER,
+            "latent_channels": networks.preset.latent_channels,
+        },
         "classes": list(LESION_CLASSES),
-        "latent_channels": networks.preset.latent_channels,
+        "latent_channels": networks.channels,
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
         "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
@@ -382,6 +266,8 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "background_speckle": BACKGROUND_SPECKLE,
         "transfer": record.get("transfer"),
         "solver_steps": dict(networks.steps),
+        "graphs": painter_graphs(networks) if networks.shown_at else {},
+        **_painting(record, options),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": sha256_of(checkpoint / CHECKPOINT_RECORD),
         "training": {key: record[key] for key in ("recipe", "data", "tasks", "device")},
@@ -397,4 +283,24 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
         },
+    }
+
+
+def _painting(record: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """What a bundle says of its Stable Diffusion."""
+    if options.base_model is None:
+        return {}
+    asked = options.painting
+    loras = [
+        {"for": where, "sha256": sha256_of(files_of(path)[0]), "weight": weight} for where, path, weight in asked.loras
+    ]
+    decoder = "Stable Diffusion's" if asked.decoder is None else "TAESD"
+    return {
+        "painting": {
+            **record["painting"],
+            "guidance": asked.guidance,
+            "fresh_noise": asked.fresh_noise,
+            "loras": loras,
+            "decoder": decoder,
+        }
     }

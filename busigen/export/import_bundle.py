@@ -21,8 +21,9 @@ from torch import Tensor
 from busigen.errors import InputError, IntegrityError, OutputError
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.weights import weights_of
-from busigen.registry import LESION_CLASSES, PRESETS, STAGES
-from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, graphs_of, openable
+from busigen.registry import BUCKETS, LESION_CLASSES, PRESETS, STAGES
+from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, openable
+from busigen.runtime.backends.bundle_record import WHOLE_DECODER, graphs_of, names_of_graphs
 from busigen.training import checkpoint
 from busigen.training.checkpoint import Base
 from busigen.training.networks.build import build
@@ -85,6 +86,9 @@ def restore(bundle: Bundle, out: Path) -> dict[str, Any]:
     preset = bundle.info.get("preset")
     if preset not in PRESETS:
         raise InputError(f"{bundle.folder} has preset {preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
+    if bundle.graph_names != names_of_graphs(LESION_CLASSES, BUCKETS, WHOLE_DECODER):
+        problem = f"{bundle.folder} has other classes, windows or decoders than a checkpoint of preset {preset}."
+        raise InputError(problem, fix=_EXPORT)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out} exists and is not empty.", fix="Use another --out, or delete it first.")

@@ -18,6 +18,7 @@ from busigen.errors import ParityError
 from busigen.registry import LESION_CLASSES, PARITY_DRAWS, RESOLUTION
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import Draft
@@ -69,6 +70,9 @@ class TorchBackend(Backend):
             return networks.encoder(v["pixels"])
         if component == "decoder":
             return networks.decoder(v["latents"], v["noise"], v["mask"])
+        if component == BACKGROUND_DECODER:
+            assert networks.prior_decoder is not None
+            return networks.prior_decoder(v["latents"], v["noise"], v["mask"])
         if component == "prior":
             return networks.background(v["noise"], v["frame"])
         stage, _, label = component.partition("-")
@@ -80,7 +84,7 @@ class TorchBackend(Backend):
         else:
             edit, ring = region_condition(v["edit"]), region_condition(v["ring"])
             condition = window_condition(blend_input(v["known"], v["painted"], edit, ring), v["mask"], v["ring"])
-        return networks.sample(stage, v["noise"], label, *context, *condition)
+        return networks.sample(stage, v["noise"], label, *context, *condition, fresh=v.get("fresh"))
 
 
 class RecordingSampler(Sampler):

@@ -210,19 +210,18 @@ class GraphsBackend(Backend):
 
     def close(self) -> None:
         """Close what is open: every graph's session holds all of its weights."""
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._sessions: dict[Path, ort.InferenceSession] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :class:`busigen.runtime.backends.base.Backend`."""
-        if graph not in self._sessions:
+        file = self._files[graph]
+        if file not in self._sessions:
             options = ort.SessionOptions()
             options.intra_op_num_threads = usable_cores()
             options.log_severity_level = 4
-            self._sessions[graph] = ort.InferenceSession(
-                str(self._files[graph]), options, providers=["CPUExecutionProvider"]
-            )
-        wanted = {value.name for value in self._sessions[graph].get_inputs()}
-        (output,) = self._sessions[graph].run(None, {name: inputs[name] for name in wanted})
+            self._sessions[file] = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session = self._sessions[file]
+        (output,) = session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
         return np.asarray(output, dtype=np.float32)
 
 
@@ -275,9 +274,16 @@ def _attempt(
         errors = {}
         try:
             backend = GraphsBackend(folder / "proved", {component.name: proved})
+            model: ModelProto | None = None
+            asked = {id(proved[graph]) for graph in proved if calls.get(graph)}
             for graph in proved:
+                if id(proved[graph]) in asked and not calls.get(graph):
+                    continue  # It is asked by another of its names.
+                if proved[graph] is not model:
+                    model = proved[graph]
+                    backend.close()
                 errors[graph] = _error(component.name, backend, graph, calls.get(graph, ()))
-                backend.close()
+            backend.close()
         except OSError:  # No room, which another precision would not have either.
             raise
         except Exception as problem:  # ONNX Runtime's exceptions share no public base class

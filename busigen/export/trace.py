@@ -26,9 +26,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from busigen.export.graph_rewrites import make_sums_deterministic
 from busigen.export.weights import shared_copy, weight
-from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, RESOLUTION
+from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, LESION_CLASSES, RESOLUTION
 from busigen.training.networks.build import OutlineTransformer, place_condition, region_condition
-from busigen.training.networks.inference import Networks, Velocity, blend_input, window_condition
+from busigen.training.networks.inference import ADAPTERS, Decoder, Networks, Velocity, blend_input, window_condition
 from busigen.training.networks.outline import OutlineSpace
 
 
@@ -94,11 +94,15 @@ def _shapes_at(model: ModelProto, batch: int, weights: set[str]) -> dict[str, li
     return found
 
 
+PAINTER = "painter"  # The component that is one Stable Diffusion for both stages.
 EXAMPLE_BATCH = 2  # A batch of one would be frozen into the graph by the tracer.
 
 
 class _Step(nn.Module):
-    """One evaluation with ``t`` and ``label`` of shape (1,), so that the loop can feed constants."""
+    """One evaluation with ``t`` and ``label`` of shape (1,), so that the loop can feed constants.
+
+    In place of a label, Stable Diffusion gets adapters ``(B, A)``.
+    """
 
     def __init__(self, velocity: Velocity) -> None:
         super().__init__()
@@ -107,9 +111,10 @@ class _Step(nn.Module):
     def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
         batch = x.shape[0]
         # The tracer gives every input's batch axis a symbol of its own; attention's reshapes need to know they agree.
-        for other in (tokens, keep, *condition):
+        adapters = (label,) if label.dim() == 2 else ()
+        for other in (tokens, keep, *condition, *adapters):
             torch._check(other.shape[0] == batch)
-        return self.velocity(x, t.expand(batch), label.expand(batch), tokens, keep, *condition)
+        return self.velocity(x, t.expand(batch), label if adapters else label.expand(batch), tokens, keep, *condition)
 
 
 class _LesionCondition(nn.Module):
@@ -130,7 +135,20 @@ class _BlendCondition(nn.Module):
         return window_condition(seen, mask, ring)
 
 
+class _PainterCondition(nn.Module):
+    """What the graph of both stages is fed, as condition channels; what stage 2 has no use for makes no difference."""
+
+    def forward(
+        self, known: Tensor, painted: Tensor, mask: Tensor, edit: Tensor, ring: Tensor, adapter: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        blending = adapter[:, len(LESION_CLASSES) :].sum(dim=1)[:, None, None, None]
+        ring = ring * blending
+        seen = blend_input(known, painted, region_condition(edit) * blending, region_condition(ring))
+        return window_condition(seen, mask, ring + edit * (1.0 - blending))
+
+
 _CONDITIONS = {
+    PAINTER: (_PainterCondition(), ["known", "painted", "mask", "edit", "ring", "adapter"]),
     "lesion": (_LesionCondition(), ["known", "mask", "edit"]),
     "blend": (_BlendCondition(), ["known", "painted", "mask", "edit", "ring"]),
 }
@@ -274,20 +292,34 @@ class Tracer:
         """``pixels`` to ``latents`` for one window size."""
         return traced(networks.encoder, {"pixels": _noise(1, side, side)}, ["latents"], self.opset)
 
-    def decoder(self, networks: Networks, side: int) -> ModelProto:
+    def decoder(self, decoder: Decoder, side: int) -> ModelProto:
         """``(latents, noise, mask)`` to ``pixels`` for one window size."""
-        cells = side // LATENT_FACTOR
+        cells = (decoder.shown_at or side) // LATENT_FACTOR
         inputs = {
-            "latents": _noise(networks.preset.latent_channels, cells, cells),
+            "latents": _noise(decoder.latents_mean.shape[1], cells, cells),
             "noise": _noise(1, side, side),
             "mask": _ones(1, side, side),
         }
-        return traced(networks.decoder, inputs, ["pixels"], self.opset)
+        return traced(decoder, inputs, ["pixels"], self.opset)
 
     def step(self, unet: ModelMixin, cells: int, tokens: int, conditions: Sequence[int]) -> ModelProto:
         """One evaluation of a denoiser on ``cells`` x ``cells``; ``conditions`` are its condition inputs' channels."""
         channels = (_noise(number, cells, cells) for number in conditions)
         return self._evaluation(unet, _noise(unet.config.out_channels, cells, cells), tokens, *channels)
+
+    def painter_step(self, networks: Networks, conditions: Sequence[int]) -> ModelProto:
+        """One evaluation of Stable Diffusion, which is told its adapter."""
+        cells = (networks.shown_at or RESOLUTION) // LATENT_FACTOR
+        inputs = {
+            "x": _noise(networks.channels, cells, cells),
+            "t": torch.full((1,), 0.5),
+            "adapter": _ones(len(ADAPTERS)),
+            "tokens": _noise(networks.preset.tokens, networks.preset.context_dim),
+            "keep": _ones(networks.preset.tokens),
+            **{f"condition{k}": _noise(number, cells, cells) for k, number in enumerate(conditions)},
+        }
+        step = _Step(Velocity(networks.denoisers[ADAPTERS[0]]))
+        return traced(step, inputs, ["velocity"], self.opset, static=("t",))
 
     def outline_step(self, model: OutlineTransformer, tokens: int) -> ModelProto:
         """One evaluation of stage 1."""
@@ -308,8 +340,9 @@ class Tracer:
         """Condition channels of stage 2 or 3 from latents and pixels."""
         module, names = _CONDITIONS[stage]
         cells = side // LATENT_FACTOR
-        latents = {name: _noise(channels, cells, cells) for name in ("known", "painted")}
-        inputs = {name: latents[name] if name in latents else _ones(1, side, side) for name in names}
+        special = {name: _noise(channels, cells, cells) for name in ("known", "painted")}
+        special["adapter"] = _ones(len(ADAPTERS))
+        inputs = {name: special[name] if name in special else _ones(1, side, side) for name in names}
         return self._steady(module, inputs, ["condition0", "condition1", "condition2"])
 
     def prior_condition(self, networks: Networks, cells: int) -> ModelProto:
@@ -317,10 +350,12 @@ class Tracer:
         inputs = {"noise": _noise(networks.preset.latent_channels, cells, cells), "frame": _ones(4)}
         return self._steady(_PriorCondition(networks), inputs, ["tokens", "keep", "condition0"])
 
-    def update(self, spectrum: nn.Module, *shape: int, conditions: Sequence[int] = ()) -> ModelProto:
+    def update(
+        self, spectrum: nn.Module, *shape: int, conditions: Sequence[int] = (), fresh: bool = False
+    ) -> ModelProto:
         """A solver step: ``x`` of a ``shape``, its ``velocity`` and the times ``t`` and ``s`` to ``following``.
 
-        Where it has ``conditions``, the channels of each, it reads the last two of them as well.
+        Where it has ``conditions``, the channels of each, it reads the last two of them as well; and ``fresh`` noise.
         """
         inputs = {
             "x": _noise(*shape),
@@ -330,6 +365,7 @@ class Tracer:
         }
         read = list(enumerate(conditions))[-2:]
         inputs |= {f"condition{number}": _ones(channels, *shape[1:]) for number, channels in read}
+        inputs |= {"fresh": _noise(*shape)} if fresh else {}
         return self._steady(spectrum, inputs, ["following"], static=("t", "s"))
 
     def asked(self, space: OutlineSpace) -> ModelProto:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from busigen.errors import InputError
@@ -33,6 +34,8 @@ STORED = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorPr
 
 ALIGNMENT = 64
 LARGEST_FILE = 12 << 20  # Bytes of weights after which another file begins: code hosts warn of large ones.
+
+PART_BYTES = 64 << 20  # Of weights that are written to be read again, in one file.
 
 _PLACE = "busigen_place"  # Attribute of a parameter: the safetensors file that holds it, and its name there.
 
@@ -51,6 +54,18 @@ def emptied(module: nn.Module, folder: Path) -> None:
             empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
             setattr(empty, _PLACE, (files[name], name))
             setattr(module.get_submodule(owner), own, empty)
+
+
+def save_in_parts(module: nn.Module, folder: Path) -> None:
+    """Write a network's parameters as fp32 safetensors files of bounded size, so that no second copy is in memory."""
+    folder.mkdir()
+    part: dict[str, Tensor] = {}
+    left = list(module.named_parameters())
+    for number, (name, value) in enumerate(left, start=1):
+        part[name] = value.detach().contiguous()
+        if number == len(left) or sum(value.nbytes for value in part.values()) > PART_BYTES:
+            save_file(part, folder / f"{number}.safetensors")
+            part = {}
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
@@ -195,7 +210,7 @@ def write_graphs(
 
     Args:
         component: names the weight files.
-        models: graphs by name, ``<component>`` or ``<component>@<window side>``.
+        models: graphs by name, ``<component>`` or ``<component>@<window side>``; one may have several names.
         folder: the bundle.
         files: its weights so far.
 
@@ -203,15 +218,21 @@ def write_graphs(
         The records for ``bundle.json`` by graph name: files with their sha256, inputs, output.
     """
     records: dict[str, dict[str, Any]] = {}
+    written: dict[int, dict[str, Any]] = {}
     for name, model in models.items():
-        file = f"{name.replace('@', '-')}.onnx"
+        if id(model) in written:
+            records[name] = written[id(model)]
+            continue
+        alone = sum(model is other for other in models.values()) == 1
+        file = f"{name.replace('@', '-') if alone else component}.onnx"
         graph = stored(model, component, files)
         (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
         places = (ExternalDataInfo(tensor) for tensor in weights_of(graph) if tensor.external_data)
         parts = [file, *sorted({place.location for place in places})]
         inputs = [value.name for value in graph.graph.input]
         records[name] = {"file": file, "files": parts, "inputs": inputs, "output": graph.graph.output[0].name}
-    for record in records.values():
+        written[id(model)] = records[name]
+    for record in written.values():
         record["files"] = {part: sha256_of(folder / part) for part in record["files"]}
         onnx.checker.check_model(str(folder / record["file"]))
     return records

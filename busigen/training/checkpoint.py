@@ -3,7 +3,7 @@
 ::
 
     base/<component>/            diffusers layout: config.json + safetensors
-    adapters/<stage>-<class>/    peft layout, beside the merged weights
+    adapters/<stage>-<class>/    peft layout, beside the merged weights, if these are not of a base with GBs of its own
     merged/<stage>-<class>/      what is exported
     busigen.json                 recipe, split hash, latent statistics, figures, sha256 of all weights, and the base
 """
@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, Strict, model_validator
 
 from busigen import __version__
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
@@ -33,8 +33,18 @@ from busigen.files import replaced_folder, sha256_of
 from busigen.foreign import open_file, walk
 from busigen.noise_styles import are_styles
 from busigen.records import Many, Number, Record, Text, Whole, checked, read_checked, read_given
-from busigen.registry import LESION_CLASSES, PRESETS, SOLVER_SPREAD, STAGES, Preset
-from busigen.runtime.backends.bundle import ImagesRecord
+from busigen.registry import (
+    DEFAULT_PRESET,
+    LESION_CLASSES,
+    PAINTING,
+    PRESETS,
+    SHOWN_AT,
+    SOLVER_SPREAD,
+    STABLE_DIFFUSION,
+    STAGES,
+    Preset,
+)
+from busigen.runtime.backends.bundle_record import ImagesRecord
 from busigen.text import printable
 from busigen.training.networks.build import build, model_class
 from busigen.training.networks.inference import Networks
@@ -99,6 +109,22 @@ class Origin(Record):
     weights: Text
 
 
+class Painting(Record):
+    """A Stable Diffusion and how it is asked: prompts by class, sha256 of weights by file, `registry.SHOWN_AT`."""
+
+    sha256: dict[Text, Text]
+    licence: Text
+    prompts: dict[Text, Text]
+    context: bool
+    shown_at: Annotated[int, Strict()]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Painting:
+        if set(self.prompts) != set(LESION_CLASSES) or not self.sha256 or self.shown_at not in SHOWN_AT:
+            raise ValueError("should have a prompt of each class, the weights' sha256, and a known shown_at")
+        return self
+
+
 class CheckpointRecord(ImagesRecord):
     """Content of ``busigen.json``, as far as it is used."""
 
@@ -111,11 +137,20 @@ class CheckpointRecord(ImagesRecord):
     device: Text
     versions: dict[Text, Text]
     base: Origin | None = None
+    painting: Painting | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> CheckpointRecord:
+        if (self.painting is not None) != (self.preset == STABLE_DIFFUSION):
+            raise ValueError(f"'painting' does not fit the preset {self.preset}")
+        return self
 
 
 def place_of(task: TaskSpec) -> str:
     """The folder that a task's network ends up in, relative to the checkpoint."""
-    return f"{MERGED}/{task.name}" if task.kind == "adapter" else f"{BASE}/{task.component}"
+    return {"adapter": f"{MERGED}/{task.name}", "painting": f"{ADAPTERS}/{task.name}"}.get(
+        task.kind, f"{BASE}/{task.component}"
+    )
 
 
 def save_component(model: ModelMixin, folder: Path) -> None:
@@ -218,16 +253,24 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
-    """The networks of a finished checkpoint (autoencoder, context, prior and merged stages) and its record."""
+    """The networks of a finished checkpoint (autoencoder, context, prior, merged stages), and its record.
+
+    Stages that Stable Diffusion draws are added by :func:`busigen.training.stable_diffusion.painter.with_painter`.
+    """
     record = read_record(folder)
     preset = PRESETS[record["preset"]]
     denoisers = {"prior": load_component("prior", folder / BASE / "prior", preset)}
-    for stage, label in product(STAGES, LESION_CLASSES):
+    for stage, label in product(own_stages(record["preset"]), LESION_CLASSES):
         name = f"{stage}-{label}"
         denoisers[name] = load_component(stage, folder / MERGED / name, preset)
     autoencoder, context = (load_component(name, folder / BASE / name, preset) for name in ("autoencoder", "context"))
     mean, std = (torch.tensor(record["latents"][name]) for name in ("mean", "std"))
     return Networks(preset, autoencoder, mean, std, context, denoisers), record
+
+
+def own_stages(preset: str) -> tuple[str, ...]:
+    """The stages whose networks are the preset's own, and not a Stable Diffusion."""
+    return tuple(stage for stage in STAGES if preset != STABLE_DIFFUSION or stage not in PAINTING)
 
 
 ADAPTER_KINDS = ("heal", "adapter")  # What a run on a base does: heal the new images, and train adapters on them.
@@ -268,6 +311,11 @@ class Base:
         adapters are trained as without a base. A UsageError refuses another preset, scale or component.
         """
         own = self.record["preset"]
+        if preset == STABLE_DIFFUSION and own == DEFAULT_PRESET:
+            if retrain:
+                fix = f"Retrain it in a checkpoint of preset {own} first, and name that by --base."
+                raise UsageError(f"--retrain {retrain} does not fit --preset {preset}.", fix=fix)
+            return recipe_for(preset, seed=seed, scale=scale)
         if preset not in (None, own):
             raise UsageError(
                 f"--preset {preset} does not fit --base {self.folder}, which has preset {own}.",
@@ -295,9 +343,12 @@ class Base:
         An OutputError says that ``out`` cannot be written, an IntegrityError that a copy is not what was recorded.
         """
         trained = {place_of(task) for task in recipe.tasks if task.kind != "heal"}
+        kept = own_stages(recipe.preset)
         weights: dict[str, dict[str, str]] = {}
         for path, digest in self.record["weights"].items():
             top, name, _ = path.split("/", 2)
+            if name.partition("-")[0] in STAGES and name.partition("-")[0] not in kept:
+                continue
             if f"{MERGED if top == ADAPTERS else top}/{name}" not in trained:
                 weights.setdefault(f"{top}/{name}", {})[path] = digest
         for place, wanted in sorted(weights.items()):

@@ -22,9 +22,9 @@ from torch import Tensor
 from busigen.data.geometry import Mask, Window, edit_region, grow, patches_outside, ring_region, shrink, window_for
 from busigen.data.prepared import Prepared
 from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
-from busigen.runtime.backends.bundle import LEAST_FRAME
+from busigen.runtime.backends.bundle_record import LEAST_FRAME
 from busigen.training.networks.build import mask_condition, region_condition
-from busigen.training.networks.inference import Networks
+from busigen.training.networks.inference import Networks, shown
 from busigen.training.networks.outline import OutlineSpace, birads_flags
 from busigen.training.trainer import load_state, save_state
 
@@ -303,14 +303,17 @@ def window_tensors(frame: Frame, mask: Mask, edit: Mask, label: str, window: Win
 def _encode_windows(items: list[dict[str, Tensor]], networks: Networks) -> dict[str, Tensor]:
     stacked = {name: torch.stack([item[name] for item in items]).to(networks.device) for name in items[0]}
     keep = stacked["keep"].float()
+    clean = networks.encoder(stacked["pixels"])
+    side = clean.shape[-1] * LATENT_FACTOR
+    mask, edit, ring, usable = (shown(stacked[name].float(), side) for name in ("mask", "edit", "ring", "usable"))
     encoded = {
-        "clean": networks.encoder(stacked["pixels"]).half(),
+        "clean": clean.half(),
         "known": networks.encoder(stacked["greyed"]).half(),
-        "mask": mask_condition(stacked["mask"].float()).half(),
-        "edit": region_condition(stacked["edit"].float()).bool(),
-        "ring": region_condition(stacked["ring"].float()).bool(),
+        "mask": mask_condition(mask).half(),
+        "edit": region_condition(edit).bool(),
+        "ring": region_condition(ring).bool(),
         # A cell counts if all of its pixels do.
-        "weight": (1.0 - region_condition(1.0 - stacked["usable"].float())).bool(),
+        "weight": (1.0 - region_condition(1.0 - usable)).bool(),
         "tokens": networks.tokens(stacked["image"], keep).half(),
         "keep": keep.bool(),
         "label": stacked["label"],

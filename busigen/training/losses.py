@@ -99,8 +99,10 @@ def masked_patches(output: Tensor, image: Tensor, keep: Tensor, patch: int) -> T
     return ((output - target).pow(2).mean(dim=-1) * hidden).sum() / hidden.sum().clamp(min=1.0)
 
 
-def noisy(clean: Tensor, generator: Generator, at: Sequence[float] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """The flow-matching pair at random times: ``x_t``, ``t`` and the target velocity.
+def noisy(
+    clean: Tensor, generator: Generator, at: Sequence[float] = (), within: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The flow-matching pair at random times, ``within`` bounds: ``x_t``, ``t`` and the target velocity.
 
     Times are logit-normal (Esser et al. 2024, 3.1), except for a share ``AT_SHARE`` from ``at``, the solver's own. It
     starts at pure noise, which decides the look of what is painted, and where few logit-normal times lie.
@@ -110,7 +112,7 @@ def noisy(clean: Tensor, generator: Generator, at: Sequence[float] = ()) -> tupl
     if at:
         asked = torch.tensor(at, dtype=t.dtype)[torch.randint(len(at), (count,), generator=generator)]
         t = torch.where(torch.rand(count, generator=generator) < AT_SHARE, asked, t)
-    t = t.to(clean)
+    t = t.clamp(*within).to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     wide = t.view(-1, *[1] * (clean.ndim - 1))
     return (1.0 - wide) * clean + wide * noise, t, noise - clean

@@ -25,15 +25,17 @@ from busigen.files import TEMPORARY_PREFIX, is_temporary, make_folder, remove, r
 from busigen.records import Many, Number, Record, Text, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
 from busigen.training import checkpoint
-from busigen.training.checkpoint import Base, Origin, RecipeRecord
+from busigen.training.checkpoint import Base, Origin, Painting, RecipeRecord
 from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.rollouts import Drawer, healed_reader, remove_lesion, save_healed
+from busigen.training.stable_diffusion import painter
+from busigen.training.stable_diffusion.base_model import BaseModel
 from busigen.training.tasks import Task, TaskContext
 from busigen.training.tasks.autoencoder import AutoencoderTask, ContextTask, DecoderTask, FinishTask
-from busigen.training.tasks.denoiser import BackgroundTask, MaskTask, WindowTask
+from busigen.training.tasks.denoiser import BackgroundTask, MaskTask, PaintingTask, WindowTask
 from busigen.training.trainer import Trainer, check_finite, write_json
 
 # Deterministic kernels where there are any: a resumed run should end where an undisturbed one does.
@@ -47,6 +49,7 @@ KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
     "decoder": DecoderTask,
     "context": ContextTask,
     "window": WindowTask,
+    "painting": PaintingTask,
     "mask": MaskTask,
     "background": BackgroundTask,
     "finish": FinishTask,
@@ -77,16 +80,21 @@ class _RunRecord(Record):
     recipe: RecipeRecord
     split_hash: Text
     base: Origin | None = None
+    painting: Painting | None = None
 
 
-def claim(out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None) -> None:
-    """Record recipe, data and base in a new folder, or check that they are those of the run in it.
+def claim(
+    out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None, painting: Painting | None = None
+) -> None:
+    """Record recipe, data and bases in a new folder, or check that they are those of the run in it.
 
     An OutputError says what is another there, or that ``out`` cannot be written.
     """
     config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
     if base is not None:
         config["base"] = base.identity
+    if painting is not None:
+        config["painting"] = painting.model_dump()
     path = out / RUN
     try:
         if path.exists():
@@ -120,6 +128,11 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     there, here = (f"one with weights {base['weights'][:12]}..." if base else "none" for base in bases)
     if there != here:
         shown.append(f"--base: {there} there, {here} now")
+    painting = _fields(*(config.get("painting", {}) for config in (before, now)))
+    named = {"sha256": "base-model", "prompts": "prompt", "shown_at": "window", "licence": "base-model"}
+    for name, one, two in painting:
+        first = name.partition(".")[0]
+        shown.append(f"--{named.get(first, first)}: {one!r} there, {two!r} now")
     # A run with a base has fewer tasks than one without, which no person chose.
     if old.get("preset") == new["preset"] and ("base" in before) == ("base" in now):
         fields = _fields(old, new)
@@ -166,10 +179,13 @@ def train(
     base: Base | None = None,
     device: str = "auto",
     console: Console | None = None,
+    base_model: BaseModel | None = None,
+    painting: Painting | None = None,
 ) -> dict[str, Any]:
     """Run a recipe on a prepared folder, or resume the run in ``out``, which becomes the checkpoint.
 
-    With a ``base``, the recipe is that of :meth:`Base.recipe`. Progress goes to ``console``, by default to stderr. What
+    With a ``base``, the recipe is that of :meth:`Base.recipe`; ``base_model`` and ``painting`` are for Stable Diffusion
+    and what it is asked, which that preset's recipe needs. Progress goes to ``console``, by default to stderr. What
     is returned is the content of ``busigen.json``. Errors are those of :func:`claim` and :meth:`Base.copy`, and an
     InputError where the training split lacks a lesion class.
     """
@@ -180,7 +196,7 @@ def train(
             f"{data} has no {missing[0]} image in its training split.", fix="Prepare more images of that class."
         )
     picked = pick_device(device)
-    claim(out, recipe, prepared, base)
+    claim(out, recipe, prepared, base, painting)
     what = recipe.preset if base is None else f"{', '.join(_trained(recipe))} on the base of {base.folder}"
     splits = ", ".join(f"{name} {select(prepared, name).height}" for name in SPLITS)
     used = "" if recipe.max_images is None else f" (at most {recipe.max_images} of a split are used)"
@@ -190,7 +206,9 @@ def train(
         f"training {what} on {picked}: images {splits}{used}; {len(recipe.tasks)} tasks, {steps} steps; "
         f"pictures in {out / 'samples'}, curves in {out / 'tensorboard'}",
     )
-    return _Run(prepared, out, recipe, base, picked, console or Console(stderr=True)).execute()
+    run = _Run(prepared, out, recipe, base, picked, console or Console(stderr=True))
+    run.base_model, run.painting = base_model, painting
+    return run.execute()
 
 
 def _trained(recipe: Recipe) -> list[str]:
@@ -205,6 +223,8 @@ class _Run:
     ) -> None:
         self.prepared, self.out, self.recipe, self.device, self.console = prepared, out, recipe, device, console
         self.start, self.base = start, out / checkpoint.BASE
+        self.base_model: BaseModel | None = None
+        self.painting: Painting | None = None
         self.figures: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -260,6 +280,7 @@ class _Run:
         decoder = self._of_base("finish")
         return {
             **({} if self.start is None else {"base": self.start.identity}),
+            **({} if self.painting is None else {"painting": self.painting.model_dump()}),
             "preset": self.recipe.preset,
             "recipe": self.recipe.to_dict(),
             "data": {key: self.prepared.info.get(key) for key in known},
@@ -276,6 +297,8 @@ class _Run:
         if spec.kind == "heal":
             return self._heal(spec)
         target = self.out / checkpoint.place_of(spec)
+        if spec.kind == "painting":
+            return self._paint(spec, target)
         if spec.kind == "adapter":
             base = self._loaded(spec.component)
             model = checkpoint.with_adapter(base, self.recipe.lora, self.recipe.seed)
@@ -292,6 +315,19 @@ class _Run:
         checkpoint.save_component(module, target)
         if spec.component == "autoencoder":
             figures["latents"] = self._latent_statistics(module)
+        return figures
+
+    def _paint(self, spec: TaskSpec, target: Path) -> dict[str, Any]:
+        """Train a LoRA of Stable Diffusion, whose own weights are not saved."""
+        assert self.base_model is not None and self.painting is not None and spec.label is not None
+        torch.manual_seed(self.recipe.seed)
+        model = painter.for_training(self.base_model, self.painting, spec.label, self.recipe.sizes.context_dim)
+        adapted = checkpoint.with_adapter(model.unet, self.recipe.lora, self.recipe.seed)
+        model.unet = adapted
+        figures = self._train(spec, model.to(self.device), spec.kind)
+        with replaced_folder(target) as folder:
+            checkpoint.save_adapter(adapted, folder)
+            painter.save_conditions(model, folder)
         return figures
 
     def _loaded(self, component: str, folder: Path | None = None) -> ModelMixin:
@@ -326,7 +362,10 @@ class _Run:
         loaded = {name: self._loaded(name) for name in ("autoencoder", "context", *denoisers)}
         autoencoder, context = loaded.pop("autoencoder"), loaded.pop("context")
         mean, std = (torch.tensor(self.latents[name], device=self.device) for name in ("mean", "std"))
-        return Networks(self.recipe.sizes, autoencoder, mean, std, context, loaded)
+        networks = Networks(self.recipe.sizes, autoencoder, mean, std, context, loaded)
+        if self.base_model is None or self.painting is None:
+            return networks
+        return painter.with_base(networks, self.base_model, self.painting.shown_at)
 
     def _context(self, spec: TaskSpec) -> TaskContext:
         ready = self.start is not None or ("autoencoder" in self.figures and "context" in self.figures)

@@ -26,7 +26,7 @@ from busigen.foreign import open_file
 from busigen.noise_styles import styled
 from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
 from busigen.runtime.sampling.healthy_images import place_of, synthetic
-from busigen.runtime.sampling.sampler import to_grey
+from busigen.runtime.sampling.windows import to_grey
 from busigen.training.examples import (
     ENCODE_BATCH,
     Frame,

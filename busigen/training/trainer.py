@@ -106,7 +106,7 @@ class Trainer:
         self.events = folder / "tensorboard"
         for path in (self.state_path.parent, self.sheets, self.events):
             make_folder(path)
-        if device.type == "cpu" and half_is_faster(device):
+        if device.type == "cpu" and half_is_faster(device) and not task.fused_attention:
             # The backward pass of PyTorch's fused attention uses no tiles: a step of stage 2 took 0.41 s in place of
             # 0.31 s (one core, 32 windows). The result is the same.
             for part in task.module.modules():

@@ -11,9 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
-from busigen.export.exporter import Options, _appearing, batch_sizes, export
+from busigen.export.exporter import _appearing, export
 from busigen.export.precision_search import check_opset, runs
 from busigen.export.report import check_report
+from busigen.export.request import Options, batch_sizes
 from busigen.mtf import Transfer
 from busigen.registry import OPSETS, PRECISIONS
 from busigen.training.checkpoint import RECORD

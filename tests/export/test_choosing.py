@@ -14,11 +14,12 @@ from torch import Tensor
 
 from busigen.errors import ParityError
 from busigen.export.components import Component, Part
-from busigen.export.exporter import Options, export
+from busigen.export.exporter import export
 from busigen.export.import_bundle import restore
 from busigen.export.parity import LIMITS, RecordedCall, TorchBackend
 from busigen.export.precision_search import choose, escalate
 from busigen.export.report import report
+from busigen.export.request import Options
 from busigen.export.trace import Tracer
 from busigen.registry import LESION_CLASSES, OPSETS
 from busigen.runtime.backends.base import open_backend
@@ -153,7 +154,7 @@ def test_a_bundle_in_fp16_is_proved_falls_back_and_is_restored(sound: Path, tmp_
     assert "yields NaN or infinity" in (bundle.folder / "MODEL_CARD.md").read_text()
     json.dumps(bundle.info, allow_nan=False)
 
-    noise = np.random.default_rng(0).standard_normal((2, *bundle.latent_shape)).astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal((2, *bundle.background_shape)).astype(np.float32)
     asked = {"noise": noise, "frame": np.array([[0, 0, 180, 256], [0, 40, 256, 176]] * 4, np.float32)[:2]}
     networks, _ = load_networks(loud)
     expected = TorchBackend(networks).run("prior", asked)

@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from busigen.errors import OutputError, ParityError, UsageError
-from busigen.export.exporter import Options, export
+from busigen.export.exporter import export
 from busigen.export.report import unproved
+from busigen.export.request import Options
 from busigen.registry import ENGINE_TARGETS, LESION_CLASSES
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend

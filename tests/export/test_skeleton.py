@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from busigen.errors import InputError
 from busigen.export.components import components
-from busigen.export.exporter import Options, empty, export
+from busigen.export.exporter import export
 from busigen.export.import_bundle import restore
+from busigen.export.request import Options, empty
 from busigen.export.weights import SMALL, WeightFiles, emptied, weights_of, write_graphs
 from busigen.registry import LESION_CLASSES, OPSETS
 from busigen.runtime.backends.bundle import Bundle, default_bundle

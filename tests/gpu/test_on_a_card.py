@@ -46,7 +46,7 @@ def test_auto_takes_the_card() -> None:
 @pytest.mark.parametrize("name", GPU)
 def test_a_graph_gives_what_it_gives_on_the_processor(bundle: Bundle, name: str) -> None:
     working(name)
-    noise = np.random.default_rng(0).standard_normal((8, *bundle.latent_shape), np.float32)
+    noise = np.random.default_rng(0).standard_normal((8, *bundle.background_shape), np.float32)
     asked = {"noise": noise, "frame": np.array([[0, 0, 180, 256], [0, 40, 256, 176]] * 4, np.float32)[:8]}
     expected = open_backend(bundle).run("prior", asked)
     found = open_backend(bundle, name).run("prior", asked)
@@ -99,6 +99,6 @@ def test_a_batch_that_does_not_fit_names_one_that_does(bundle: Bundle) -> None:
 
 
 def _decoder_inputs(bundle: Bundle, rows: int) -> dict[str, np.ndarray]:
-    latents = np.zeros((rows, *bundle.latent_shape), np.float32)
+    latents = np.zeros((rows, *bundle.background_shape), np.float32)
     noise = np.zeros((rows, 1, 256, 256), np.float32)
     return {"latents": latents, "noise": noise, "mask": np.zeros_like(noise)}

@@ -28,6 +28,7 @@ from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.errors import BusigenError
 from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.convert.run import convert
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.explain import explain
 from busigen.runtime.maintenance.merge import merge
@@ -188,6 +189,8 @@ def readers(place: Path) -> list[Reader]:
     parts = place / "parts"
     merge(parts, [whole, second])
     prepared = _prepared(place)
+    converted = place / "converted"
+    convert(whole, converted, to="files")
     locked = place / "locked"
     shutil.copytree(whole, locked)
     (locked / "dataset.json").unlink()
@@ -210,6 +213,9 @@ def readers(place: Path) -> list[Reader]:
         Reader("explain, at a URL", whole, of_set, lambda it: command("explain", it.as_uri(), KEY, "--no-replay")),
         Reader("merge", whole, of_set, lambda it: command("merge", it.parent / "all", it, second)),
         Reader("merge, of parts", parts, of_parts, lambda it: command("merge", it.parent / "all", it, _third(place))),
+        Reader("convert", whole, of_set, lambda it: command("convert", it, "--to", "coco", "--out", it.parent / "all")),
+        Reader("convert, in parts", parts, of_parts, lambda it: convert(it, it.parent / "all", to="files", limit=3)),
+        Reader("convert, continued", converted, ("convert.json",), lambda it: convert(whole, it, to="files")),
         Reader("generate, continued", whole, of_set[:3], lambda it: generate(SamplerLike(), it, **RUN)),
         Reader("generate, at a URL", locked, (".lock", "run.json", "shards/000000.json"), _continued),
         Reader("the run opened again", whole, top, _opened),
@@ -244,7 +250,7 @@ def _opened(folder: Path) -> None:
     from busigen.runtime.maintenance.verify import read_run
 
     run = read_run(folder)
-    Inputs().graphs(run)
+    Inputs().recorded_bundle(run)
     recorded_conditions(run)
 
 
@@ -252,7 +258,10 @@ def _bundle(folder: Path) -> None:
     bundle = Bundle.open(folder)
     for name in bundle.info["graphs"]:
         assert bundle.graph(name).is_file()
-    np.zeros(bundle.latent_shape), np.zeros(bundle.code_length), bundle.patch + 1, bundle.background_speckle + 1
+        np.zeros(bundle.fresh(name)), bundle.call_side(name), bundle.inputs(name), bundle.constants(name)
+    for side in bundle.windows:
+        np.zeros(bundle.latent_shape(side))
+    np.zeros(bundle.background_shape), np.zeros(bundle.code_length), bundle.patch + 1, bundle.background_speckle + 1
     assert all(height + width for height, width in bundle.frames)
     for part in (bundle.styles, bundle.transfer and bundle.transfer.factor):
         assert part is None or np.isfinite(part).all()
@@ -266,13 +275,15 @@ def _set(folder: Path) -> None:
 
 
 def small_bundle(folder: Path) -> Path:
-    """The shipped bundle's record beside graphs of no weights, so that opening it takes no time."""
+    """The shipped bundle's record, in schema 6, beside graphs of no weights, so that opening it takes no time."""
     import hashlib
 
     folder.mkdir()
     info = json.loads((default_bundle() / "bundle.json").read_text())
     graph = (default_bundle() / "context.onnx").read_bytes()
     digest = hashlib.sha256(graph).hexdigest()
+    info |= {"schema": 6, "resolution": 256, "latent_factor": 8, "windows": {"128": 128, "256": 256}}
+    info |= {"background": {"decoder": "decoder@256", "latent_channels": 8}}
     for record in info["graphs"].values():
         record["files"] = dict.fromkeys([record["file"], "context.weights"], digest)
         (folder / record["file"]).write_bytes(graph)

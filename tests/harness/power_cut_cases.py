@@ -202,7 +202,8 @@ def saving(inputs: Path) -> Case:
 
 
 def exporting(inputs: Path) -> Case:
-    from busigen.export.exporter import Options, export
+    from busigen.export.exporter import export
+    from busigen.export.request import Options
 
     def work(root: Path) -> None:
         if not (root / OUT).exists():

@@ -68,26 +68,32 @@ SCHEDULER = {
 _ENDS = ("<|startoftext|>", "<|endoftext|>")
 
 
-def networks(seed: int = 0) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+TRUE_UNET = {**UNET, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
+TRUE_VAE = {**VAE, "block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32}
+
+
+def networks(seed: int = 0, *, true_size: bool = False) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """UNet, autoencoder and text encoder, with random weights that let every part of the input through."""
     torch.manual_seed(seed)
+    configs = (TRUE_UNET, TRUE_VAE) if true_size else (UNET, VAE)
     unet, vae = (
         cls(**{key: value for key, value in config.items() if not key.startswith("_")})
-        for cls, config in ((UNet2DConditionModel, UNET), (AutoencoderKL, VAE))
+        for cls, config in zip((UNet2DConditionModel, AutoencoderKL), configs, strict=True)
     )
-    text = CLIPTextModel(CLIPTextConfig(**_text_config()))
+    text = CLIPTextModel(CLIPTextConfig(**_text_config(true_size)))
     return unet.eval(), vae.eval(), text.eval()
 
 
-def write_folder(folder: Path, *, variant: str = "", seed: int = 0) -> Path:
+def write_folder(folder: Path, *, variant: str = "", seed: int = 0, true_size: bool = False) -> Path:
     """A diffusers folder as it was first published: older configurations and older names of some weights.
 
     Args:
         folder: to make.
         variant: "fp16" for files of that name and precision.
         seed: of the weights.
+        true_size: Stable Diffusion 1.5's own sizes (2 GB in fp16), with the tiny vocabulary.
     """
-    unet, vae, text = networks(seed)
+    unet, vae, text = networks(seed, true_size=true_size)
     index = {
         "_class_name": "StableDiffusionInpaintPipeline",
         "_diffusers_version": "0.6.0",
@@ -104,9 +110,9 @@ def write_folder(folder: Path, *, variant: str = "", seed: int = 0) -> Path:
     _write_tokenizer(folder / "tokenizer")
     end = f".{variant}.safetensors" if variant else ".safetensors"
     for name, config, weights in (
-        ("unet/diffusion_pytorch_model", UNET, unet.state_dict()),
-        ("vae/diffusion_pytorch_model", VAE, _old_attention(vae.state_dict())),
-        ("text_encoder/model", _text_config(), _text_weights(text)),
+        ("unet/diffusion_pytorch_model", TRUE_UNET if true_size else UNET, unet.state_dict()),
+        ("vae/diffusion_pytorch_model", TRUE_VAE if true_size else VAE, _old_attention(vae.state_dict())),
+        ("text_encoder/model", _text_config(true_size), _text_weights(text)),
     ):
         _json(folder / Path(name).parent / "config.json", config)
         save_file(_stored(weights, variant), folder / f"{name}{end}", metadata={"format": "pt"})
@@ -136,7 +142,8 @@ def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def _text_config() -> dict[str, Any]:
+def _text_config(true_size: bool = False) -> dict[str, Any]:
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
     return {
         "architectures": ["CLIPTextModel"],
         "bos_token_id": 512,
@@ -150,6 +157,7 @@ def _text_config() -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_hidden_layers": 2,
         "vocab_size": 514,
+        **(sizes if true_size else {}),
     }
 
 

@@ -23,17 +23,17 @@ Inner = Callable[[Bundle], Backend]
 class StaticBackend(Backend):
     """Pads and cuts batches as engines for ``batches`` do, and says these in its version."""
 
-    def __init__(self, inner: Backend, batches: Batches) -> None:
+    def __init__(self, bundle: Bundle, inner: Backend, batches: Batches) -> None:
         self.name, self.version = NAME, f"0 on no card, {batches}"
         self.providers = ("static",)
         self.asked: list[tuple[str, int]] = []
-        self.batches, self._inner = batches, inner
+        self.batches, self._bundle, self._inner = batches, bundle, inner
 
     def run(self, graph: str, inputs: Arrays) -> NDArray[np.float32]:
         count = len(next(iter(inputs.values())))
         self.asked.append((graph, count))
         parts = []
-        for call in calls(count, self.batches.profiles(graph)):
+        for call in calls(count, self.batches.profiles(self._bundle.call_side(graph))):
             rows = np.minimum(np.arange(call.first, call.first + call.rows), call.end - 1)
             found = self._inner.run(graph, {name: array[rows] for name, array in inputs.items()})
             parts.append(found[: call.end - call.first])
@@ -49,7 +49,7 @@ class _Engine:
 
     def open(self, bundle: Bundle, provider: Provider, options: EngineOptions) -> StaticBackend:
         batches = options.exact_batches or Batches(options.batch_sizes)
-        self.opened.append(StaticBackend(self.inner(bundle), batches))
+        self.opened.append(StaticBackend(bundle, self.inner(bundle), batches))
         return self.opened[-1]
 
     def probe(self, provider: Provider) -> str:

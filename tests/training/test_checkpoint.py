@@ -14,7 +14,7 @@ from rich.console import Console
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
 from busigen.registry import RESOLUTION
-from busigen.runtime.backends.bundle import LEAST_FRAME
+from busigen.runtime.backends.bundle_record import LEAST_FRAME
 from busigen.training.checkpoint import RECORD, write_record
 from busigen.training.examples import frames_of
 from busigen.training.pipeline import train

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,27 +11,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, Strict
 
-from busigen.errors import IntegrityError
+from busigen.errors import InputError, IntegrityError
 from busigen.files import sha256_of
 from busigen.mtf import Transfer
-from busigen.noise_styles import are_styles
-from busigen.records import FileName, Many, Number, Record, Text, checked, read_given
-from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
+from busigen.records import checked, read_given
+from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION
+from busigen.runtime.backends.bundle_record import (
+    BACKGROUND_DECODER,
+    DEFAULT_WINDOWS,
+    WHOLE_DECODER,
+    BundleRecord,
+    FrameRecord,
+    names_of_graphs,
+)
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 
 RECORD = "bundle.json"
-SCHEMA, READABLE = 5, (4, 5)  # what export writes, what can be read: pairs of schema 4 are not filtered (`busigen.mtf`)
+# What export writes, what can be read: pairs of schema 4 are not filtered (`busigen.mtf`), and those before 6 leave out
+# what the graphs work on: classes, windows, latents of backgrounds.
+SCHEMA, READABLE = 6, (4, 5, 6)
 MAX_RECORD_BYTES = 4 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_TURNS = 1000  # turns that a graph's loop may take: diffusion's steps in training, where those in use have ten
-LEAST_FRAME, MAX_FRAMES = 32, 1024  # shortest side in pixels, and number, of the frames that a bundle may record
-LARGEST_SPECKLE = 4.0  # greatest deviation of the noise that a bundle may ask to decode backgrounds with
 _EXPORT = "Export it again with 'busigen export', or leave out --bundle to use the shipped one."
 
 
@@ -41,76 +46,9 @@ def unproven(record: Mapping[str, Any]) -> list[str]:
     return [name for name in ("split_hash", "checkpoint") if not re.fullmatch("[0-9a-f]{64}", str(record.get(name)))]
 
 
-def graph_names() -> tuple[str, ...]:
-    """Every graph that a bundle holds."""
-    components = ("context", "prior", *(f"{stage}-{label}" for stage in STAGES for label in LESION_CLASSES))
-    return tuple(name for component in ("encoder", "decoder", *components) for name in graphs_of(component))
-
-
-def graphs_of(component: str) -> tuple[str, ...]:
-    """The graphs of one component: one, or one per window size (``<component>@<side>``) for what works on windows."""
-    if component in ("encoder", "decoder") or component.partition("-")[0] in ("lesion", "blend"):
-        return tuple(f"{component}@{side}" for side in BUCKETS)
-    return (component,)
-
-
 def default_bundle() -> Path:
     """The bundle that ships inside the package."""
     return Path(str(files("busigen"))) / "bundles" / "default"
-
-
-def _framed(sides: list[int]) -> list[int]:
-    if max(sides) != RESOLUTION:
-        raise ValueError(f"should have a side of {RESOLUTION}")
-    return sides
-
-
-def _transfer(found: Any) -> Any:
-    if found is not None:
-        Transfer.from_json(found)
-    return found
-
-
-Side = Annotated[int, Strict(), Field(ge=LEAST_FRAME, le=RESOLUTION)]
-Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_framed)]
-
-
-class ImagesRecord(Record):
-    """What bundle and checkpoint record of whole images; `busigen.noise_styles.are_styles` says more of ``styles``."""
-
-    frames: Annotated[Many[Frame], Field(min_length=1, max_length=MAX_FRAMES)] = Field(
-        default_factory=lambda: [[RESOLUTION, RESOLUTION]]
-    )
-    styles: Many[Many[Number]] = Field(default_factory=list)
-    transfer: Annotated[Any, AfterValidator(_transfer)] = None
-
-
-class _GraphRecord(Record):
-    file: FileName
-    files: dict[FileName, Text]
-    precision: Text = ""
-
-
-class _TrainingRecord(Record):
-    recipe: dict[Text, Any] = Field(default_factory=dict)
-    data: dict[Text, Any] = Field(default_factory=dict)
-    tasks: dict[Text, Any] = Field(default_factory=dict)
-    device: Text = ""
-
-
-class BundleRecord(ImagesRecord):
-    """Content of ``bundle.json`` as far as it is used, bounded: a damaged record is not to ask for all memory."""
-
-    graphs: dict[Text, _GraphRecord]
-    latent_channels: Annotated[int, Strict(), Field(ge=1, le=256)]
-    code_length: Annotated[int, Strict(), Field(ge=1, le=4096)]
-    patch: Annotated[int, Strict(), Field(ge=1, le=RESOLUTION)]
-    background_speckle: Annotated[Number, Field(ge=0, le=LARGEST_SPECKLE)] = 1.0
-    preset: Text | None = None
-    precision: Text = ""
-    split_hash: Text | None = None
-    checkpoint: Text | None = None
-    training: _TrainingRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -148,23 +86,97 @@ class Bundle:
         """Read a bundle's record and none of its other files; raises what :meth:`open` does."""
         path = folder / RECORD
         info, content = read_given(path, "bundle", schemas=READABLE, fix=_EXPORT, limit=MAX_RECORD_BYTES)
-        record = checked(BundleRecord, info, path, fix=_EXPORT)
-        if set(record.graphs) != set(graph_names()):
-            raise IntegrityError(f"{path} does not name the graphs of a bundle.", fix=_EXPORT)
-        if record.styles and not are_styles(record.styles, record.latent_channels):
-            wrong = f"{reprlib.repr(record.styles)} are not those of {record.latent_channels} channels"
-            raise IntegrityError(f"{path} has no valid 'styles': {wrong}.", fix=_EXPORT)
+        if (made := checked(FrameRecord, info, path, fix=_EXPORT).resolution) != RESOLUTION:
+            problem = f"{path} is of a bundle made for frames of {made} pixels; this busigen writes {RESOLUTION}."
+            raise InputError(problem, fix=_EXPORT)
+        if faults := checked(BundleRecord, info, path, fix=_EXPORT).faults():
+            raise IntegrityError(f"{path} {faults[0]}.", fix=_EXPORT)
         return cls(folder, info, hashlib.sha256(content).hexdigest())
 
     def graph(self, name: str) -> Path:
         """Path of a graph's file."""
-        return self.folder / str(self.info["graphs"][name]["file"])
+        return self.folder / self.file(name)
+
+    def file(self, name: str) -> str:
+        """Name of a graph's file, which other graphs may share."""
+        return str(self.info["graphs"][name]["file"])
+
+    def inputs(self, graph: str) -> tuple[str, ...] | None:
+        """The inputs of a graph; None where nothing is recorded of it, as of networks that are no graphs yet."""
+        record = self._record(graph)
+        return tuple(record["inputs"]) if record else None
+
+    def constants(self, graph: str) -> dict[str, NDArray[np.float32]]:
+        """Inputs of a graph that are the same for every image, by name, each as a row ``(1, N)``."""
+        found = self._record(graph).get("constants", {})
+        return {name: np.array([values], dtype=np.float32) for name, values in found.items()}
+
+    def fresh(self, graph: str) -> int:
+        """How many arrays of noise, beside that which it starts from, a graph reads for an image; 0 for none."""
+        return int(self._record(graph).get("fresh") or 0)
+
+    def _record(self, graph: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.info.get("graphs", {}).get(graph, {})
+        return found
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Latents of a whole image: channels, rows, columns."""
-        cells = RESOLUTION // LATENT_FACTOR
+    def graph_names(self) -> tuple[str, ...]:
+        """Every graph, by name."""
+        return names_of_graphs(self.classes, tuple(self.windows), self.background_decoder)
+
+    @property
+    def distinct_graphs(self) -> tuple[str, ...]:
+        """The first graph of every file: what has to be opened, or built, to have all of them."""
+        first: dict[Path, str] = {}
+        for name in self.graph_names:
+            first.setdefault(self.graph(name), name)
+        return tuple(first.values())
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of lesions that it paints."""
+        return tuple(self.info.get("classes", LESION_CLASSES))
+
+    @property
+    def windows(self) -> dict[int, int]:
+        """Sides of the windows, the smallest first, and the sides at which their latents are computed, in pixels."""
+        return dict(sorted((int(side), shown) for side, shown in self.info.get("windows", DEFAULT_WINDOWS).items()))
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent cell and axis."""
+        return int(self.info.get("latent_factor", LATENT_FACTOR))
+
+    def latent_shape(self, side: int) -> tuple[int, int, int]:
+        """Latents of a window of that side: channels, rows, columns."""
+        cells = self.windows[side] // self.latent_factor
         return int(self.info["latent_channels"]), cells, cells
+
+    @property
+    def background_shape(self) -> tuple[int, int, int]:
+        """Latents of a whole image that the prior draws: channels, rows, columns."""
+        cells = RESOLUTION // self.latent_factor
+        return int(self._background.get("latent_channels", self.info["latent_channels"])), cells, cells
+
+    @property
+    def background_decoder(self) -> str:
+        """The graph that decodes them."""
+        return str(self._background.get("decoder", WHOLE_DECODER))
+
+    @property
+    def _background(self) -> dict[str, Any]:
+        return self.info.get("background") or {}
+
+    def call_side(self, graph: str) -> int:
+        """Side in pixels by which calls of a graph are sized (`registry.rows_per_call`): what it costs an image.
+
+        It is that at which a window is shown, the smallest of those that share the graph's file. Other graphs cost as
+        little as a small window, but for those of backgrounds, which are whole images.
+        """
+        if graph in ("prior", BACKGROUND_DECODER):
+            return RESOLUTION
+        sharing = [name for name in self.graph_names if self.graph(name) == self.graph(graph) and "@" in name]
+        return min((self.windows[int(name.partition("@")[2])] for name in sharing), default=BUCKETS[0])
 
     @property
     def code_length(self) -> int:

@@ -129,7 +129,8 @@ class OnnxBackend(Backend):
         if provider.gpu:
             prepare_cuda(provider)
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
-        self._sessions: dict[str, BoundSession | ort.InferenceSession] = {"context": self._open("context")}
+        self._sessions: dict[str, BoundSession | ort.InferenceSession] = {}  # by the graph's file
+        self._opened("context")
 
     def run(self, graph: str, inputs: Feed) -> NDArray[np.float32]:
         """See :class:`Backend`; a CapacityError if memory is short, an IntegrityError if no numbers come out."""
@@ -170,15 +171,19 @@ class OnnxBackend(Backend):
         return result
 
     def _evaluate(self, graph: str, inputs: Feed, *, kept: bool) -> Any:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._open(graph)
-        session = self._sessions[graph]
+        session = self._opened(graph)
         if isinstance(session, BoundSession):
             output = session.run(inputs)
             # Copied, because on the processor it is a view of the buffer.
             return session.kept(output) if kept else np.array(output.numpy())
         (output,) = session.run(None, dict(inputs))
         return output
+
+    def _opened(self, graph: str) -> BoundSession | ort.InferenceSession:
+        file = self._bundle.file(graph)
+        if file not in self._sessions:
+            self._sessions[file] = self._open(graph)
+        return self._sessions[file]
 
     def _open(self, graph: str) -> BoundSession | ort.InferenceSession:
         path = self._bundle.graph(graph)
@@ -236,7 +241,7 @@ class OnnxBackend(Backend):
                 raise
             return True
 
-        if isinstance(session := self._sessions.get(graph), BoundSession):
+        if isinstance(session := self._sessions.get(self._bundle.file(graph)), BoundSession):
             session.buffers.clear()
         fitting = largest_that_fits(rows, fits)
         where = "the card" if self._provider.gpu else "this machine"

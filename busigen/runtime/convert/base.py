@@ -83,7 +83,7 @@ class Target:
         self._unsettled: list[Path] = []
         self._files = 0
 
-    def open(self) -> Path:
+    def begin(self) -> Path:
         """Make the folder for what is not finished, or empty an earlier run's of files half-written; returns it."""
         make_folder(self._work)
         refuse_links(self._work, self._out)

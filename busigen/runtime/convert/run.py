@@ -15,21 +15,23 @@ import polars as pl
 import busigen
 from busigen.data.prepared import Prepared
 from busigen.errors import OutputError, UsageError
-from busigen.files import atomic_file, is_temporary, make_folder, remove, sync, write_json
+from busigen.files import atomic_file, is_temporary, leftovers, make_folder, remove, sync, write_json
 from busigen.foreign import names_in
 from busigen.records import read_json
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.convert.base import WORK_FOLDER, Entries, Format, Job, Target, converter_of
 from busigen.runtime.convert.selection import parse_class_names, parse_split
 from busigen.runtime.convert.source import Source, opened, pairs_of
+from busigen.runtime.dataset.card import LICENCE, privacy
 from busigen.runtime.dataset.format import differences
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
 from busigen.runtime.storage.lock import exclusive, is_lock
 from busigen.runtime.storage.url import Address
-from busigen.text import describe, duration
+from busigen.text import counted, describe, duration
 
 RECORD = "convert.json"  # In the target: what it was converted from, and whether it is finished.
+_RECORD = re.compile(re.escape(RECORD))
 _ELSEWHERE = "Choose an --out that is empty or does not exist."
 
 
@@ -47,9 +49,9 @@ class ConvertReport:
 
     def lines(self) -> Iterator[str]:
         """The lines of ``busigen convert``."""
-        done = "was converted before" if self.seconds is None else f"in {duration(self.seconds)}"
-        parts = ", ".join(f"{name} {count:,}" for name, count in self.splits.items() if name)
-        yield f"{self.pairs:,} pairs as {self.to} in {self.out}{f' ({parts})' if parts else ''}, {done}"
+        done = "converted before" if self.seconds is None else f"in {duration(self.seconds)}"
+        parts = ", ".join(f"{name} {count}" for name, count in self.splits.items() if name)
+        yield f"{counted(self.pairs, 'pair')} as {self.to} in {self.out}{f' ({parts})' if parts else ''}, {done}"
         yield from (f"  {note}" for note in self.notes)
 
 
@@ -89,7 +91,7 @@ def convert(
         raise UsageError(f"--out {out} lies in the dataset {place}.", fix="Choose a folder outside of it.")
     with opened(place, progress) as source:
         chosen = source.choose(where, wanted, limit, shares)
-        job = _job(out, source, chosen, shares, prepared)
+        job = _job(out, source, chosen, list(shares), prepared)
         record = {
             "schema_version": 1,
             "busigen": busigen.__version__,
@@ -99,6 +101,8 @@ def convert(
             "real": None if prepared is None else prepared.split_hash,
             "pairs": chosen.height,
             "splits": dict(job.counts),
+            "licence": LICENCE,
+            "privacy": privacy(source.info),
         }
         converter = kind(job, Target(out), progress)
         converter.begin()
@@ -141,7 +145,7 @@ def _job(out: Path, source: Source, chosen: pl.DataFrame, splits: Sequence[str],
 
 def _refuse_others(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an earlier run of the same conversion; an OutputError where ``out`` holds anything else."""
-    names = [name for name in names_in(out) if not is_lock(name) and not is_temporary(name, re.compile(RECORD))]
+    names = [name for name in names_in(out) if not is_lock(name) and not is_temporary(name, _RECORD)]
     if not names or names == [WORK_FOLDER]:
         return None
     try:
@@ -166,7 +170,9 @@ def _refuse_others(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | Non
 def _write(converter: Format, source: Source, chosen: pl.DataFrame, record: dict[str, Any]) -> int:
     """Write all that is not written yet; returns how many pairs the format left out."""
     out, target, progress = converter.job.out, converter.target, converter.progress
-    work = target.open()
+    work = target.begin()
+    for left in leftovers(out, _RECORD):
+        left.unlink()
     write_json(out / RECORD, {**record, "finished": False, "left_out": 0})
     files: list[Path] = []
     left_out = 0

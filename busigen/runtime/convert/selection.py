@@ -45,7 +45,7 @@ def parse_where(text: str, columns: Columns) -> pl.Expr:
     while True:
         if (match := _CONDITION.match(text, at)) is None:
             raise UsageError(f"--where is {text!r}, which is unclear from {text[at:]!r} on.", fix=_GRAMMAR)
-        found.append(_comparison(*match.groups(), columns))
+        found.append(_comparison(match, columns))
         if match.end() == len(text):
             return pl.all_horizontal(found)
         if (joint := _AND.match(text, match.end())) is None:
@@ -53,7 +53,8 @@ def parse_where(text: str, columns: Columns) -> pl.Expr:
         at = joint.end()
 
 
-def _comparison(column: str, sign: str, word: str, columns: Columns) -> pl.Expr:
+def _comparison(match: re.Match[str], columns: Columns) -> pl.Expr:
+    column, sign, word = match.groups()
     if column not in columns:
         fix = f"The manifest has: {', '.join(columns)}."
         raise UsageError(f"--where names {column!r}, which is no column of the manifest.", fix=fix)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from busigen.errors import InputError, IntegrityError
 from busigen.files import sha256_of
@@ -25,6 +26,7 @@ from busigen.runtime.maintenance.merge import open_parts, parts_of
 from busigen.runtime.maintenance.remote import viewed
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.url import Address
+from busigen.text import counted
 
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged."
 
@@ -75,31 +77,9 @@ class Source:
             table = _chosen(part, condition, "healthy_sha256" if "healthy_sha256" in self.columns else None)
             tables.append(table.select(pl.lit(number, pl.Int64).alias("part"), pl.all()))
             groups += [sha256 or f"{number}/{index}" for index, sha256 in table["index", "healthy"].iter_rows()]
-        chosen, groups = pl.concat(tables)[:limit], groups[:limit]
-        if chosen.is_empty():
-            counts = Counter[str]()
-            for part in self.parts:
-                counts.update(part.dataset.info["classes"])
-            listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-            raise InputError(f"no pair of {self.name} is as --where and --classes ask.", fix=f"It has: {listed}.")
-        if other := sorted(set(chosen["class"].unique()) - set(LESION_CLASSES)):
-            fix = f"Leave them out: --classes {','.join(LESION_CLASSES)}."
-            raise InputError(f"{self.name} has pairs of the class {other[0]!r}, which no format knows.", fix=fix)
-        numbers = group_numbers(groups)
-        names = list(splits) or [""]
-        parted = split_groups(numbers, list(splits.values()) or [1.0])
-        if missing := [name for number, name in enumerate(names) if number not in parted]:
-            problem = f"--split leaves nothing to {missing[0]!r} of {chosen.height} pairs."
-            raise InputError(
-                problem, fix="Choose more pairs, or fewer splits; pairs that share a background stay together."
-            )
-        return chosen.with_columns(
-            split=pl.Series([names[number] for number in parted], dtype=pl.String),
-            fold=pl.Series(fold_groups(numbers, np.array([names[number] != "test" for number in parted]))),
-        ).with_columns(
-            number=pl.int_range(pl.len()).over("split"),
-            class_number=pl.int_range(1, pl.len() + 1).over("class"),
-        )
+        chosen = pl.concat(tables)[:limit]
+        self._refuse_unfit(chosen)
+        return _parted(chosen, group_numbers(groups[:limit]), splits)
 
     def chunks(self, chosen: pl.DataFrame) -> Iterator[tuple[Part, int, list[pl.DataFrame]]]:
         """The chosen pairs by part and shard, each in pieces of at most ``CHUNK``."""
@@ -111,13 +91,24 @@ class Source:
             pieces = [rows.slice(first, CHUNK) for first in range(0, rows.height, CHUNK)]
             yield self.parts[int(str(number))], int(str(shard)), pieces
 
+    def _refuse_unfit(self, chosen: pl.DataFrame) -> None:
+        if chosen.is_empty():
+            counts = Counter[str]()
+            for part in self.parts:
+                counts.update(part.dataset.info["classes"])
+            listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+            raise InputError(f"no pair of {self.name} is as --where and --classes ask.", fix=f"It has: {listed}.")
+        if other := sorted(set(chosen["class"].unique()) - set(LESION_CLASSES)):
+            fix = f"Leave them out: --classes {','.join(LESION_CLASSES)}."
+            raise InputError(f"{self.name} has pairs of the class {other[0]!r}, which no format knows.", fix=fix)
+
 
 @contextmanager
 def opened(place: Path | Address, progress: Progress) -> Iterator[Source]:
     """A finished dataset in a folder or at a URL, its records checked; raises what `Dataset.open` and `viewed` do."""
     if isinstance(place, Address):
         with viewed(place, progress) as view:
-            yield _source(view.folder, place.url.rpartition("/")[2], view.shard)
+            yield _source(view.folder, str(place).rpartition("/")[2], view.shard)
     else:
         yield _source(place, place.resolve().name, lambda number: nullcontext())
 
@@ -126,12 +117,13 @@ def _source(folder: Path, name: str, shard: Callable[[int], AbstractContextManag
     places = parts_of(folder)
     parts = []
     for place, dataset in zip(places or [folder], open_parts(folder), strict=True):
-        tars = {listed["number"]: listed["tar"]["sha256"] for listed in dataset.info["shards"]}
+        tars = {one["number"]: one["tar"]["sha256"] for one in dataset.info["shards"]}
         parts.append(Part(dataset, f"{place.name}-" if places else "", shard, tars))
     if places:
-        recorded = (read_object(folder / DATASET_FILE) or {}).get("parts")
+        listed = (read_object(folder / DATASET_FILE) or {}).get("parts")
+        recorded = listed if isinstance(listed, list) else []
         found = [sha256_of(place / DATASET_FILE) for place in places]
-        if not isinstance(recorded, list) or found != [part.get("dataset_sha256") for part in recorded if part]:
+        if found != [part.get("dataset_sha256") for part in recorded if isinstance(part, dict)]:
             raise IntegrityError(f"{folder / DATASET_FILE} is missing, or does not describe the parts.", fix=_VERIFY)
     if any(part.dataset.info["columns"] != parts[0].dataset.info["columns"] for part in parts):
         raise IntegrityError(f"The parts of {folder} have other columns than one another.", fix=_VERIFY)
@@ -158,6 +150,22 @@ def _chosen(part: Part, condition: pl.Expr, healthy: str | None) -> pl.DataFrame
     if not table["index"].is_sorted() or table["index"].n_unique() != table.height:
         raise IntegrityError(f"{path} is not in the order of its samples.", fix=_VERIFY)
     return table
+
+
+def _parted(chosen: pl.DataFrame, groups: NDArray[np.uint64], splits: Mapping[str, float]) -> pl.DataFrame:
+    """The chosen pairs with split, fold and numbers, by the group of each."""
+    names = list(splits) or [""]
+    parted = split_groups(groups, list(splits.values()) or [1.0])
+    if missing := [name for number, name in enumerate(names) if number not in parted]:
+        problem = f"--split leaves nothing to {missing[0]!r} of {counted(chosen.height, 'pair')}."
+        raise InputError(problem, fix="Give more pairs, or fewer splits; pairs of one background stay together.")
+    return chosen.with_columns(
+        split=pl.Series([names[number] for number in parted], dtype=pl.String),
+        fold=pl.Series(fold_groups(groups, np.array([names[number] != "test" for number in parted]))),
+    ).with_columns(
+        number=pl.int_range(pl.len()).over("split"),
+        class_number=pl.int_range(1, pl.len() + 1).over("class"),
+    )
 
 
 def pairs_of(part: Part, number: int, pieces: Sequence[pl.DataFrame]) -> Iterator[Iterator[Pair]]:

@@ -309,7 +309,7 @@ def read_table(path: Path, rows: int) -> pl.DataFrame:
     return table
 
 
-def read_columns(path: Path, rows: int, columns: Sequence[str], condition: pl.Expr) -> pl.DataFrame:
+def read_columns(path: Path, rows: int, columns: Sequence[pl.Expr], condition: pl.Expr) -> pl.DataFrame:
     """Some columns of the rows of a table that fulfil a condition, in order; raises as `read_table`."""
     with _open_table(path, rows) as file:
         return pl.scan_parquet(file).filter(condition).select(columns).collect()

@@ -16,8 +16,8 @@ import polars as pl
 from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.files import atomic_file
 from busigen.records import checked
-from busigen.registry import ATTRIBUTES, BUCKETS, SYNTHETIC
-from busigen.runtime.backends.bundle import unproven
+from busigen.registry import ATTRIBUTES, SYNTHETIC
+from busigen.runtime.backends.bundle import Bundle, unproven
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     MANIFEST_FILE,
@@ -149,14 +149,15 @@ def listed_files(info: Mapping[str, Any]) -> dict[int, tuple[FileRecord, FileRec
     return found
 
 
-def _history(folder: Path, recorded: Recorded, graphs: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's history by topic, as plain JSON; ``graphs`` are those of the run's bundle, if that is at hand."""
+def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[str, Any]:
+    """A sample's history by topic, as plain JSON; ``bundle`` is the run's, if that is at hand."""
     run, row, refused = recorded.run, next(iter(recorded.rows.values())), recorded.refused
     fingerprint = run["fingerprint"]
     tar = shard_path(recorded.number, "tar")
     # The graphs that drew the sample, in the order in which they ran.
     label, side = row.get("class"), row.get("window_side")
-    used = ["prior", f"decoder@{BUCKETS[-1]}"] if row.get("background") == SYNTHETIC else []
+    graphs = bundle.info["graphs"] if bundle else {}
+    used = ["prior", bundle.background_decoder] if bundle and row.get("background") == SYNTHETIC else []
     used += ["context", f"mask-{label}", f"encoder@{side}", f"lesion-{label}@{side}", f"blend-{label}@{side}"]
     used = list(dict.fromkeys([*used, f"decoder@{side}"]))
     chain = [
@@ -285,7 +286,7 @@ def explain(
         raise UsageError(f"--out {out} lies inside the dataset.", fix="Choose a folder outside it.")
     folder, key = find_sample(folder, key)
     recorded = read_recorded(folder, key)
-    history = _history(folder, recorded, inputs.graphs(recorded.run))
+    history = _history(folder, recorded, inputs.recorded_bundle(recorded.run))
     result, error = None, None
     if replay:
         try:

@@ -68,13 +68,13 @@ class Inputs:
             sampler.healthy = self._healthy(run)
         return sampler
 
-    def graphs(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """The graphs in the record of the run's bundle, by name; empty where that bundle is not at hand."""
+    def recorded_bundle(self, run: Mapping[str, Any]) -> Bundle | None:
+        """The run's bundle, of which the record alone is read; None where it is not at hand."""
         try:
             bundle = Bundle.recorded(self.bundle or default_bundle())
         except (InputError, IntegrityError):
-            return {}
-        return bundle.info.get("graphs", {}) if bundle.sha256 == run["fingerprint"].get("bundle") else {}
+            return None
+        return bundle if bundle.sha256 == run["fingerprint"].get("bundle") else None
 
     def _bundle(self, run: Mapping[str, Any], other: bool) -> Bundle:
         folder, recorded = self.bundle or default_bundle(), str(run["fingerprint"]["bundle"])

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import (
     Mask,
-    Window,
     edit_region,
     largest_component,
     paste,
@@ -33,14 +32,13 @@ from busigen.registry import (
     ATTRIBUTES,
     BUCKETS,
     DEFAULT_BATCH,
-    LATENT_FACTOR,
     MIN_BATCH,
     RESOLUTION,
     SYNTHETIC,
     rows_per_call,
 )
 from busigen.runtime.backends.base import Backend
-from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import (
@@ -57,13 +55,11 @@ from busigen.runtime.sampling.batching import (
 from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform
+from busigen.runtime.sampling.windows import Floats, cells_of, cut, padded_to, shown_at, to_grey, to_unit
 
 MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
 WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
 CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
-
-
-Floats = NDArray[np.float32]
 
 
 class Sampler:
@@ -85,11 +81,15 @@ class Sampler:
     ) -> None:
         if not 1 <= batch_size <= 4096:
             raise UsageError(f"--batch-size is {batch_size}.", fix="Give a whole number from 1 to 4096.")
+        if lacking := sorted(set(classes) - set(bundle.classes)):
+            raise UsageError(
+                f"--classes names {lacking[0]!r}, and {bundle.folder} paints {' and '.join(bundle.classes)} lesions.",
+                fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
+            )
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
         self._transfer = bundle.transfer
         self.asked = asked or SampleConditions()
         self.batch_size = batch_size
-        self._graphs = frozenset(graph_names())
         # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
         # A card takes the next call's inputs while it computes.
         self._engine = threading.Semaphore(backend.max_concurrent_calls)
@@ -187,9 +187,9 @@ class Sampler:
         steps = {BEGIN: self._begin, OUTLINE: self._outline, PAINT: self._paint}
 
         def size(kind: Kind) -> int:
-            # Where whole images are synthesised, the prior's batch is that of the large windows.
-            first = BUCKETS[-1] if kind.stage == BEGIN and self.healthy is None else BUCKETS[0]
-            return rows_per_call(kind.side or first, self.batch_size)
+            # Where whole images are synthesised, the prior's batch is theirs.
+            whole = kind.stage == BEGIN and self.healthy is None
+            return rows_per_call(RESOLUTION, self.batch_size) if whole else self._rows(kind.side)
 
         return BatchScheduler(size, lambda batch: steps[batch[0].kind.stage](seed, batch))
 
@@ -218,14 +218,16 @@ class Sampler:
         shapes, count = self.bundle.frames, len(batch)
         frames = [shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))] for d in batch]
         places = np.array([place_of(frame) for frame in frames], np.float32)
-        noise, styles = _noise(seed, batch, "prior", self.bundle.latent_shape), self.bundle.styles
+        noise, styles = _noise(seed, batch, "prior", self.bundle.background_shape), self.bundle.styles
         if styles is not None:
             noise = styled(noise, styles, _noise(seed, batch, "style", styles.shape[1:]))
-        latents = self._run("prior", BUCKETS[-1], count, noise=noise, frame=places)
+        full = rows_per_call(RESOLUTION, self.batch_size)
+        latents = self._run("prior", full, count, noise=noise, frame=places)
         speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
         speckle *= np.float32(self.bundle.background_speckle)
         nothing = np.zeros_like(speckle)
-        pixels = self._run("decoder", BUCKETS[-1], count, latents=latents, noise=speckle, mask=nothing)
+        decoder = self.bundle.background_decoder
+        pixels = self._run(decoder, full, count, latents=latents, noise=speckle, mask=nothing)
         return [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
 
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
@@ -241,7 +243,8 @@ class Sampler:
                 outcomes.append(_refused(draft, reason))
             else:
                 edit = edit_region(mask, valid)
-                outcomes.append(replace(draft, mask=mask, edit=edit, window=window_for(edit)))
+                window = window_for(edit, tuple(self.bundle.windows))
+                outcomes.append(replace(draft, mask=mask, edit=edit, window=window))
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
@@ -272,36 +275,44 @@ class Sampler:
             "keep": keep,
             "asked": np.stack([self.asked.vector(draft.wanted, draft.healthy.valid) for draft in batch]),
         }
-        distance = self._run(f"mask-{batch[0].label}", None, len(batch), **inputs)
+        distance = self._run(f"mask-{batch[0].label}", self._rows(), len(batch), **inputs)
         return [field[0] > 0 for field in distance]
 
     def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
         """The whole images that stages 2 and 3 paint for drafts of one class and window side, ``(256, 256)`` uint8."""
         count, (_, label, side) = len(batch), batch[0].kind
-        shape = (self.bundle.latent_shape[0], side // LATENT_FACTOR, side // LATENT_FACTOR)
+        full, shown, factor = self._rows(side), self.bundle.windows[side], self.bundle.latent_factor
         masks = [draft.mask for draft in batch if draft.mask is not None]
         edits = [draft.edit for draft in batch if draft.edit is not None]
         windows = [draft.window for draft in batch if draft.window is not None]
         keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
         grey = [np.where(e, 0.0, to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
+        mask = cut(masks, windows)
+        edit, ring = (shown_at(shown, cut(one, windows)) for one in (edits, [ring_region(e) for e in edits]))
+        known = self._keep(f"encoder@{side}", full, count, pixels=cut(grey, windows))
         common = {
-            "tokens": self._keep("context", side, count, image=pictures(batch), keep=keep),
+            "tokens": self._keep("context", full, count, image=_pictures(batch), keep=keep),
             "keep": keep,
-            "known": self._keep("encoder", side, count, pixels=cut(grey, windows)),
-            "mask": cut(masks, windows),
-            "edit": cut(edits, windows),
+            "known": known,
+            "mask": shown_at(shown, mask),
+            "edit": edit,
         }
-        noise = _noise(seed, batch, "lesion", shape)
-        painted = self._keep(f"lesion-{label}", side, count, noise=noise, **common)
-        ring = cut([ring_region(edit) for edit in edits], windows)
-        noise = _noise(seed, batch, "blend", shape)
-        blended = self._keep(f"blend-{label}", side, count, noise=noise, painted=painted, ring=ring, **common)
+
+        def stage(name: str, painted: Any, ring: Floats) -> Any:
+            graph, shape = f"{name}-{label}@{side}", self.bundle.latent_shape(side)
+            noise = {"noise": _noise(seed, batch, name, shape)}
+            if steps := self.bundle.fresh(graph):
+                noise["fresh"] = _noise(seed, batch, f"{name} fresh", (steps, *shape))
+            return self._keep(graph, full, count, painted=painted, ring=ring, **noise, **common)
+
+        # A graph that serves both stages has all inputs; nothing is painted yet, and no ring is to be repainted.
+        painted = stage("lesion", known, np.zeros_like(ring))
+        blended = stage("blend", painted, ring)
         # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
-        inside = cells_of(common["edit"]) & ~cells_of(ring)
+        inside = cells_of(edit, factor) & ~cells_of(ring, factor)
         blended = self.backend.select(padded_to(inside, len(painted)), painted, blended)
         speckle = _noise(seed, batch, "speckle", (1, side, side))
-        mask = common["mask"]
-        pixels = self._run("decoder", side, count, latents=blended, noise=speckle, mask=mask)
+        pixels = self._run(f"decoder@{side}", full, count, latents=blended, noise=speckle, mask=mask)
         return [
             paste(draft.healthy.pixels, new[0], edit, window)
             for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)
@@ -314,8 +325,8 @@ class Sampler:
             found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
         # Keyed by image, so that several draws of a batch share one computation, too.
         if fresh := {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}:
-            images = pictures(list(fresh.values()))
-            tokens = self._run("context", None, len(fresh), image=images, keep=keep[: len(fresh)])
+            images = _pictures(list(fresh.values()))
+            tokens = self._run("context", self._rows(), len(fresh), image=images, keep=keep[: len(fresh)])
             # Copied, because a view of one row would keep its whole batch in memory.
             found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
         with self._token_lock:
@@ -327,31 +338,36 @@ class Sampler:
                 self._token_cache.popitem(last=False)
         return np.stack([found[key] for key in keys])
 
-    def _run(self, graph: str, side: int | None, count: int, **inputs: Any) -> Floats:
+    def _rows(self, side: int = 0) -> int:
+        """Rows of a full call on windows of that side; without one, of calls that have no window."""
+        return rows_per_call(self.bundle.windows[side] if side else BUCKETS[0], self.batch_size)
+
+    def _run(self, graph: str, full: int, count: int, **inputs: Any) -> Floats:
         """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
-        result: Floats = self._call(self.backend.run, graph, side, count, inputs)
+        result: Floats = self._call(self.backend.run, graph, full, count, inputs)
         return result[:count]
 
-    def _keep(self, graph: str, side: int, count: int, **inputs: Any) -> Any:
+    def _keep(self, graph: str, full: int, count: int, **inputs: Any) -> Any:
         """Run a graph, and leave what comes out, padding and all, where it was computed."""
-        return self._call(self.backend.keep, graph, side, count, inputs)
+        return self._call(self.backend.keep, graph, full, count, inputs)
 
     def _call(
-        self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, side: int | None, count: int, inputs: Any
+        self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, full: int, count: int, inputs: dict[str, Any]
     ) -> Any:
-        """Pad the batch to a power of two and call the engine."""
+        """Pad the batch to a power of two, ``full`` rows at most, and call the engine with what the graph reads."""
         # So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
-        full = max(count, rows_per_call(side or BUCKETS[0], self.batch_size))
-        size = min(full, max(MIN_BATCH, 1 << (count - 1).bit_length()))
+        size = min(max(count, full), max(MIN_BATCH, 1 << (count - 1).bit_length()))
+        inputs |= self.bundle.constants(graph)
+        if (read := self.bundle.inputs(graph)) is not None:
+            inputs = {name: inputs[name] for name in read}
         # Kept outputs are padded already, and may be on the device.
         padded = {
             name: array if len(array) == size else padded_to(array, size).astype(np.float32, copy=False)
             for name, array in inputs.items()
         }
-        name = graph if graph in self._graphs else f"{graph}@{side}"
         try:
             with self._engine:
-                return run(name, padded)
+                return run(graph, padded)
         except CapacityError as error:
             if not (fitting := self.batch_size * error.fits // max(1, error.rows)):
                 raise
@@ -363,39 +379,9 @@ class Sampler:
             ) from error
 
 
-def to_unit(pixels: NDArray[np.uint8]) -> Floats:
-    """Grey levels to [-1, 1]."""
-    return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)).astype(np.float32)
-
-
-def to_grey(pixels: Floats) -> NDArray[np.uint8]:
-    """[-1, 1] to grey levels."""
-    grey: NDArray[np.uint8] = np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
-    return grey
-
-
-def cells_of(region: Floats) -> NDArray[np.bool_]:
-    """Latent cells that a region of windows ``(B, 1, S, S)`` touches, ``(B, 1, S/8, S/8)``."""
-    batch, _, side, _ = region.shape
-    cells = side // LATENT_FACTOR
-    tiles = region.reshape(batch, 1, cells, LATENT_FACTOR, cells, LATENT_FACTOR)
-    return np.asarray((tiles > 0).any(axis=(3, 5)))
-
-
-def cut(arrays: Sequence[NDArray[Any]], windows: Sequence[Window]) -> Floats:
-    """Windows of whole images as a batch, ``(B, 1, S, S)`` float32."""
-    cuts = [array[window.slices] for array, window in zip(arrays, windows, strict=True)]
-    return np.stack(cuts)[:, None].astype(np.float32)
-
-
-def pictures(batch: Sequence[Draft]) -> Floats:
+def _pictures(batch: Sequence[Draft]) -> Floats:
     """The drafts' healthy images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
     return np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
-
-
-def padded_to(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """An array with its last row repeated until it has ``size`` rows."""
-    return np.concatenate((array, np.repeat(array[-1:], size - len(array), axis=0)))
 
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:

@@ -7,25 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from busigen.registry import CLASSES, SOLVER_STEPS, SPECKLE_GAIN, Preset
+from busigen.registry import CLASSES, LATENT_FACTOR, LESION_CLASSES, PAINTING, SOLVER_STEPS, SPECKLE_GAIN, Preset
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.networks.build import mask_condition, place_condition, region_condition
 
+ADAPTERS = tuple(f"{stage}-{label}" for stage, label in product(PAINTING, LESION_CLASSES))
+"""What one Stable Diffusion has a LoRA for, in the order in which it is told which to use."""
+
 
 class _Half(nn.Module):
-    """An encoder or decoder, with the mean and deviation of every latent channel."""
+    """An encoder or decoder, with the mean and deviation of every latent channel.
+
+    ``shown_at`` is the side in pixels at which the network sees windows of any size; None for their own.
+    """
 
     latents_mean: Tensor
     latents_std: Tensor
 
-    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor, shown_at: int | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.shown_at = network, shown_at
         self.register_buffer("latents_mean", mean.view(1, -1, 1, 1))
         self.register_buffer("latents_std", std.view(1, -1, 1, 1))
 
@@ -35,6 +43,9 @@ class Encoder(_Half):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode ``(B, 1, S, S)`` in [-1, 1] to ``(B, C, S/8, S/8)`` of zero mean and unit variance."""
+        if self.shown_at not in (None, pixels.shape[-1]):
+            size = (self.shown_at, self.shown_at)
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
         return (self.network(pixels) - self.latents_mean) / self.latents_std
 
 
@@ -44,31 +55,72 @@ class Decoder(_Half):
     def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
         """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise and the lesion's mask, ``(B, 1, S, S)``."""
         raw = latents * self.latents_std + self.latents_mean
-        return self.network(raw, SPECKLE_GAIN * noise, mask).clamp(-1.0, 1.0)
+        if self.shown_at in (None, noise.shape[-1]):
+            return self.network(raw, SPECKLE_GAIN * noise, mask).clamp(-1.0, 1.0)
+        # Every pixel's noise and mask are repeated, and the mean over its repetitions is the pixel.
+        factor = self.shown_at // noise.shape[-1]
+        repeated = F.interpolate(noise, scale_factor=factor)
+        mask = None if mask is None else F.interpolate(mask, scale_factor=factor)
+        return F.avg_pool2d(self.network(raw, SPECKLE_GAIN * repeated, mask), factor).clamp(-1.0, 1.0)
 
 
 class Velocity(nn.Module):
     """A denoiser as a function of ``(x, t, label, tokens, keep, *condition)``, whose value is shaped like ``x``."""
 
-    def __init__(self, unet: ModelMixin) -> None:
+    unet: Any  # A module; its own attributes are not typed.
+
+    def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
+    @property
+    def is_stable_diffusion(self) -> bool:
+        """Whether ``x`` is scaled as Stable Diffusion's, and steps and adapters are its own."""
+        return hasattr(self.unet, "solver_steps")
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """The least and the greatest time that the denoiser knows."""
+        known = self.unet.times if self.is_stable_diffusion else (0.0, 1.0)
+        return float(known[0]), float(known[-1])
+
+    def steps(self, name: str, count: int) -> list[SolverStep]:
+        """The solver's ``count`` steps for the denoiser of that stage."""
+        own: list[SolverStep] = self.unet.solver_steps(count) if self.is_stable_diffusion else solver_steps(name, count)
+        return own
+
+    def state(self, x: Tensor, t: Tensor) -> Tensor:
+        """Points of the straight path at times ``(B,)``, as the denoiser reads them."""
+        read: Tensor = self.unet.state(x, t) if self.is_stable_diffusion else x
+        return read
+
     def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
-        """The velocity; ``t`` is ``(B,)`` in [0, 1], ``label`` ``(B,)`` int64, ``condition`` adds channels."""
+        """The velocity; ``t`` is ``(B,)`` in [0, 1], ``condition`` adds channels.
+
+        ``label`` is ``(B,)`` int64, or the share of each of Stable Diffusion's adapters, ``(B, A)``.
+        """
         sample = torch.cat((x, *condition), dim=1) if condition else x
         return self.unet(sample, t * TIME_SCALE, tokens, class_labels=label, encoder_attention_mask=keep).sample
 
-    def follow(self, x: Tensor, velocity: Tensor, step: SolverStep, *condition: Tensor) -> Tensor:
-        """Take one solver step with the denoiser's spread."""
+    def follow(
+        self, x: Tensor, velocity: Tensor, step: SolverStep, *condition: Tensor, fresh: Tensor | None = None
+    ) -> Tensor:
+        """Take one solver step with the denoiser's spread, or Stable Diffusion's with ``fresh`` noise."""
         t, s = (torch.full((1,), time, dtype=x.dtype, device=x.device) for time in (step.t, step.s))
-        moved: Tensor = self.unet.spectrum(x, velocity, t, s, *condition)
+        further = (fresh,) if self.is_stable_diffusion else condition
+        moved: Tensor = self.unet.spectrum(x, velocity, t, s, *further)
         return moved
 
 
 def window_condition(known: Tensor, mask: Tensor, region: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The condition of stages 2 and 3, of latents ``(B, C, s, s)``, and mask and region ``(B, 1, S, S)``."""
-    return known, mask_condition(mask), region_condition(region)
+    side = known.shape[-1] * LATENT_FACTOR
+    return known, mask_condition(shown(mask, side)), region_condition(shown(region, side))
+
+
+def shown(region: Tensor, side: int) -> Tensor:
+    """Regions ``(B, 1, S, S)`` at the side at which their windows are shown, a multiple of theirs."""
+    return region if region.shape[-1] == side else F.interpolate(region, scale_factor=side // region.shape[-1])
 
 
 def blend_input(known: Tensor, painted: Tensor, edit: Tensor, ring: Tensor) -> Tensor:
@@ -85,12 +137,14 @@ def integrate(
     keep: Tensor,
     steps: Sequence[SolverStep],
     *condition: Tensor,
+    fresh: Tensor | None = None,
 ) -> Tensor:
-    """Run the few-step solver from ``noise``, exactly as exported graphs do."""
+    """Run the few-step solver from ``noise``, exactly as exported graphs do; ``fresh`` is ``(B, K, ...)``."""
     x = noise
-    for step in steps:
+    for number, step in enumerate(steps):
         t = torch.full((x.shape[0],), step.t, dtype=x.dtype, device=x.device)
-        x = velocity.follow(x, velocity(x, t, label, tokens, keep, *condition), step, *condition)
+        drawn = None if fresh is None else fresh[:, number]
+        x = velocity.follow(x, velocity(x, t, label, tokens, keep, *condition), step, *condition, fresh=drawn)
     return x
 
 
@@ -98,21 +152,31 @@ def integrate(
 class Networks:
     """The networks of a checkpoint, in evaluation mode, with each stage's sampler.
 
-    ``denoisers`` go by stage, or by ``<stage>-<class>`` with merged adapters; ``steps`` are evaluations per stage.
+    ``denoisers`` go by stage, or by ``<stage>-<class>`` with merged adapters; Stable Diffusion stands under all of
+    `ADAPTERS`. ``steps`` are evaluations per stage; ``shown_at`` is `_Half`'s; ``prior_decoder`` draws backgrounds,
+    where the prior's latents are others than the stages'.
     """
 
     preset: Preset
-    autoencoder: ModelMixin
+    autoencoder: Any  # Modules, whose own attributes are not typed.
     latents_mean: Tensor
     latents_std: Tensor
-    context: ModelMixin | None = None
-    denoisers: dict[str, ModelMixin] = field(default_factory=dict)
+    context: nn.Module | None = None
+    denoisers: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=lambda: dict(SOLVER_STEPS))
+    shown_at: int | None = None
+    prior_decoder: Decoder | None = None
 
     def __post_init__(self) -> None:
         """Wrap encoder and decoder."""
-        self.encoder = Encoder(self.autoencoder.encoder, self.latents_mean, self.latents_std).eval()
-        self.decoder = Decoder(self.autoencoder.decoder, self.latents_mean, self.latents_std).eval()
+        statistics = (self.latents_mean, self.latents_std, self.shown_at)
+        self.encoder = Encoder(self.autoencoder.encoder, *statistics).eval()
+        self.decoder = Decoder(self.autoencoder.decoder, *statistics).eval()
+
+    @property
+    def channels(self) -> int:
+        """Channels of the windows' latents."""
+        return len(self.latents_mean)
 
     @property
     def device(self) -> torch.device:
@@ -123,18 +187,29 @@ class Networks:
     def tokens(self, image: Tensor, keep: Tensor) -> Tensor:
         """Context tokens of images ``(B, 1, 256, 256)``."""
         assert self.context is not None
-        return self.context.eval()(image, keep)
+        tokens: Tensor = self.context.eval()(image, keep)
+        return tokens
 
     def sample(
-        self, name: str, noise: Tensor, label: str, tokens: Tensor, keep: Tensor, *condition: Tensor, steps: int = 0
+        self,
+        name: str,
+        noise: Tensor,
+        label: str,
+        tokens: Tensor,
+        keep: Tensor,
+        *condition: Tensor,
+        steps: int = 0,
+        fresh: Tensor | None = None,
     ) -> Tensor:
         """Sample a denoiser for one class, in ``steps`` or ``self.steps``; a KeyError if there is none."""
-        labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
         velocity = Velocity(self.denoiser(name, label)).eval()
-        table = solver_steps(name, steps or self.steps[name])
-        return integrate(velocity, noise, labels, tokens, keep, table, *condition)
+        labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
+        if velocity.is_stable_diffusion:
+            labels = F.one_hot(torch.full_like(labels, ADAPTERS.index(f"{name}-{label}")), len(ADAPTERS))
+        table = velocity.steps(name, steps or self.steps[name])
+        return integrate(velocity, noise, labels, tokens, keep, table, *condition, fresh=fresh)
 
-    def denoiser(self, name: str, label: str) -> ModelMixin:
+    def denoiser(self, name: str, label: str) -> Any:
         """The class's own denoiser of a stage, or the base's; a KeyError if there is neither."""
         own = f"{name}-{label}"
         return self.denoisers[own if own in self.denoisers else name]

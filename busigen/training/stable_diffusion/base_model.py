@@ -151,10 +151,11 @@ class BaseModel:
         with _loading(self.weights[part]):
             if self.place.is_file():
                 options = {"config": str(self.config), "subfolder": part, "local_files_only": True}
-                return network.from_single_file(str(self.place), **options).float().eval()
+                return network.from_single_file(str(self.place), torch_dtype=torch.float32, **options).eval()
             variant = "fp16" if self.weights[part].name.endswith(".fp16.safetensors") else None
             options = {"variant": variant, "use_safetensors": True, "local_files_only": True}
-            return network.from_pretrained(str(self.place / part), **options).float().eval()
+            # Each weight is widened as it is read: two copies of a UNet would be 5 GB.
+            return network.from_pretrained(str(self.place / part), torch_dtype=torch.float32, **options).eval()
 
     def text_encoder(self) -> CLIPTextModel:
         """CLIP's text encoder in fp32, in evaluation mode."""

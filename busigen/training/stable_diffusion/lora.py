@@ -116,7 +116,7 @@ def read_lora(
         InputError: it is a pickle, damaged, no LoRA, of a kind that cannot be merged, or matches no layer.
         UsageError: the file does not say its alpha, and none is given.
     """
-    file, config = _files_of(path)
+    file, config = files_of(path)
     try:
         open_file(file, limit=MAX_BYTES).close()
         with safe_open(file, framework="pt") as opened:
@@ -178,8 +178,8 @@ def _scale(config: AdapterConfig, layer: str, rank: int) -> float:
     return float(next(fitting, config.lora_alpha)) / (rank**0.5 if config.use_rslora else rank)
 
 
-def _files_of(path: Path) -> tuple[Path, Any]:
-    """The file of weights, and peft's configuration where it lies beside it."""
+def files_of(path: Path) -> tuple[Path, Any]:
+    """A path's file of weights, and peft's configuration where it lies beside it; an InputError if there is none."""
     file = path
     if path.is_dir():
         found = [path / name for name in (_ADAPTER, "pytorch_lora_weights.safetensors") if (path / name).is_file()]

@@ -65,6 +65,7 @@ class Task:
     """What a :class:`busigen.training.trainer.Trainer` trains: a module with a loss on a split's images or examples."""
 
     module: Any  # A torch module; its own attributes are not typed.
+    fused_attention = False  # Whether its attention matrices are too large to be kept.
 
     def __init__(self, spec: TaskSpec, context: TaskContext) -> None:
         self.spec, self.context, self.device = spec, context, context.device

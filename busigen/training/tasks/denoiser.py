@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,9 +14,8 @@ from torch import Generator, Tensor, nn
 
 from busigen.data.geometry import Mask, largest_component
 from busigen.noise_styles import LARGEST_FACTOR, Floats, bounded, fitted, powers, styled
-from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR, SOLVER_STEPS
+from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR
 from busigen.runtime.sampling import quality_gates
-from busigen.solver import solver_steps
 from busigen.training import losses
 from busigen.training.examples import (
     Frames,
@@ -49,7 +48,7 @@ class DenoiserTask(Task):
 
     def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
         self.module, self.velocity = module, Velocity(module)
-        self.steps = solver_steps(spec.component, SOLVER_STEPS[spec.component])
+        self.steps = self.velocity.steps(spec.component, context.networks.steps[spec.component])
         super().__init__(spec, context)
 
     def _encode(self, frames: Frames, **options: Any) -> Buckets:
@@ -85,13 +84,18 @@ class DenoiserTask(Task):
         counts = torch.tensor([float(len(part)) for part in data.values()])
         side = list(data)[int(torch.multinomial(counts, 1, generator=generator))]
         # A batch of large windows costs about what one of small ones does.
-        size = max(2, self.spec.batch * min(data) ** 2 // side**2)
+        least, cells = (data[key].tensors["clean"].shape[-1] for key in (min(data), side))
+        size = max(2, self.spec.batch * least**2 // cells**2)
         batch = data[side].batch(torch.randint(len(data[side]), (size,), generator=generator), self.device)
         batch = batch if change is None else change(batch)
         condition = self._condition(batch, generator)
-        x, t, target = losses.noisy(batch["clean"], generator, [step.t for step in self.steps])
+        x, t, target = losses.noisy(batch["clean"], generator, [step.t for step in self.steps], self.velocity.times)
+        x = self.velocity.state(x, t)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
-        return losses.velocity(output.float(), target, batch["weight"])
+        return self._error(output.float(), target, t, batch["weight"])
+
+    def _error(self, output: Tensor, target: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        return losses.velocity(output, target, weight)
 
     def error(self, generator: Generator, change: Callable[[Batch], Batch]) -> Tensor:
         """Loss of a held-out batch after a change to it, for ablations."""
@@ -105,7 +109,7 @@ class DenoiserTask(Task):
         batch = examples.batch(index, self.device)
         condition = self._condition(batch, generator)
         noise = torch.randn(batch["clean"].shape, generator=generator).to(self.device)
-        steps = solver_steps(self.spec.component, 8)
+        steps = self.velocity.steps(self.spec.component, 8)
         return batch, integrate(self.velocity, noise, batch["label"], batch["tokens"], batch["keep"], steps, *condition)
 
     def _pictures(self, latents: Tensor) -> list[Picture]:
@@ -149,17 +153,19 @@ class WindowTask(DenoiserTask):
     """Stages 2 and 3: paint a window's edit region, or the ring inside its rim."""
 
     examples = "windows"
+    outside: ClassVar = {"lesion": 0.25, "blend": 0.1}  # Weights of what lies outside of the region to paint.
+    shown = 8  # Windows in a sheet.
 
     def _encode(self, frames: Frames, **options: Any) -> Buckets:
         return window_examples(frames, **options)
 
     def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
-        region, known, outside = batch["edit"], batch["known"], 0.25
+        region, known = batch["edit"], batch["known"]
         if self.spec.component == "blend":
             noise = torch.randn(known.shape, generator=generator).to(known)
             known = blend_input(known, batch["clean"] + PAINTED_NOISE * noise, batch["edit"], batch["ring"])
-            region, outside = batch["ring"], 0.1
-        batch["weight"] = batch["weight"] * torch.where(region > 0, 1.0, outside)
+            region = batch["ring"]
+        batch["weight"] = batch["weight"] * torch.where(region > 0, 1.0, self.outside[self.spec.component])
         return known, batch["mask"], region
 
     def findings(self) -> dict[str, Any]:
@@ -228,13 +234,30 @@ class WindowTask(DenoiserTask):
 
     def sheet(self) -> Image.Image:
         """Real windows, the same with the model's latents, and these with outlines of the masks."""
-        batch, latents = self._sampled(8)
+        batch, latents = self._sampled(self.shown)
         rows = [self._pictures(batch["clean"]), self._pictures(latents)]
         grids = nn.functional.pixel_shuffle(batch["mask"], 2)
         grids = nn.functional.interpolate(grids, scale_factor=LATENT_FACTOR // 2, mode="bilinear")
         masks = [mask[0].cpu().numpy() >= 0.5 for mask in grids]
         rows.append([outlined(p, m) for p, m in zip(rows[1], masks, strict=True)])
         return grid(rows)
+
+
+class PaintingTask(WindowTask):
+    """Stages 2 and 3 by Stable Diffusion: one adapter, which learns the region to paint and nothing else."""
+
+    outside: ClassVar = {"lesion": 0.0, "blend": 0.0}
+    shown = 2
+    fused_attention = True
+
+    def _error(self, output: Tensor, target: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        # Of the noise, as it was trained: errors of the velocity grow without bound towards pure noise.
+        signal = (1.0 - t)[:, None, None, None]
+        return losses.velocity(signal * output, signal * target, weight)
+
+    def findings(self) -> dict[str, Any]:
+        """Nothing: DDIM's steps have no spread to measure."""
+        return {}
 
 
 STYLED_IMAGES = 128  # Images that are drawn to see what the prior varies by, and again to see the effect of styles.

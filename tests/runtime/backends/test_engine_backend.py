@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from busigen.errors import BusigenError, MissingDependencyError
-from busigen.registry import ENGINE_TARGETS, LATENT_FACTOR, PROVIDERS, RESOLUTION
+from busigen.registry import ENGINE_TARGETS, PROVIDERS, RESOLUTION
 from busigen.runtime.backends.base import EngineOptions
-from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import ENGINE, EngineBackend
 from busigen.runtime.backends.tensorrt.engine_builder import Cache
 from busigen.runtime.backends.tensorrt.library import Library
+
+GRAPHS = Bundle.recorded(default_bundle()).graph_names
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +45,7 @@ def inputs_of(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
     """Random inputs of a graph, in the ranges that the sampler gives it."""
     rng = np.random.default_rng(rows)
     side = int(graph.partition("@")[2] or RESOLUTION)
-    latents = (bundle.latent_shape[0], side // LATENT_FACTOR, side // LATENT_FACTOR)
+    latents = bundle.latent_shape(side)
     tokens = (RESOLUTION // bundle.patch) ** 2
     component = graph.partition("@")[0].partition("-")[0]
     shapes = {
@@ -72,7 +74,7 @@ def inputs_of(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("graph", graph_names())
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_every_graph_yields_what_onnx_runtime_does(backend: EngineBackend, graph: str) -> None:
     """Rows 2 to 9: padded, full, and several calls; each batch twice, so that the second replays a CUDA graph."""
     bundle = Bundle.open(default_bundle())

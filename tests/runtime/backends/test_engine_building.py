@@ -21,7 +21,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from busigen.errors import CapacityError, InputError, UsageError
-from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnx_graph import with_conditions
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import trial_engine
@@ -29,6 +29,7 @@ from busigen.runtime.backends.tensorrt.engine_builder import (
     CONTENT,
     KIND,
     RECORD,
+    BuildRequest,
     Cache,
     EngineBuilder,
     kept_batches,
@@ -47,6 +48,8 @@ from busigen.runtime.storage.lock import LOCK_FILE
 from tests.harness.checkpoints import untrained
 from tests.harness.command import CLI, ROOT, error_line, run
 from tests.harness.engine_library import TARGET, rtx
+
+GRAPHS = Bundle.recorded(default_bundle()).graph_names
 
 SMALL = "encoder@128"
 """The graph that builds fastest."""
@@ -80,7 +83,7 @@ def spec(model: ModelProto | bytes, capability: str = "") -> BuildSpec:
     return BuildSpec("test", Path("test.onnx"), content, [Profile(4, 4, 4)], capability)
 
 
-@pytest.mark.parametrize("graph", graph_names())
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_every_graph_of_the_shipped_bundle_is_parsed(library: Library, bundle: Bundle, graph: str) -> None:
     """That each becomes an engine takes minutes (below, slow); that its operators are taken, a tenth of a second."""
     path = bundle.graph(graph)
@@ -109,7 +112,7 @@ def test_a_bundle_with_an_operator_that_is_refused_is_refused_before_anything_is
     folder = tmp_path / "bundle"
     shutil.copytree(default_bundle(), folder)
     record = json.loads((folder / "bundle.json").read_text())
-    odd = record["graphs"][graph_names()[-1]]
+    odd = record["graphs"][GRAPHS[-1]]
     model = onnx.load(folder / odd["file"], load_external_data=False)
     model.graph.node.append(helper.make_node("Det", [model.graph.input[0].name], ["odd"], name="stage/odd"))
     onnx.save(model, folder / odd["file"])
@@ -119,6 +122,14 @@ def test_a_bundle_with_an_operator_that_is_refused_is_refused_before_anything_is
     with pytest.raises(InputError, match=rf"{odd['file']} .*operator Det, node 'stage/odd'"):
         EngineBuilder(library, Bundle.open(folder), Batches((2,)), cache).make_all()
     assert not cache.keys(KIND)
+
+
+def test_graphs_that_share_a_file_get_one_engine(library: Library, bundle: Bundle, tmp_path: Path) -> None:
+    graphs = {**bundle.info["graphs"], "decoder@128": bundle.info["graphs"]["decoder@256"]}
+    sharing = replace(bundle, info={**bundle.info, "graphs": graphs})
+    lacking = EngineBuilder(library, sharing, Batches((2,)), Cache(tmp_path)).lacking()
+    assert set(GRAPHS) - set(lacking) == {"decoder@256"}
+    assert BuildRequest([TARGET]).count(sharing) == len(GRAPHS) - 1
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x00" * 100], ids=["empty", "text", "zeros"])
@@ -377,11 +388,11 @@ def test_a_kill_while_engines_are_built_keeps_the_finished_ones_alone(tmp_path: 
     process.send_signal(signal.SIGKILL)
     process.wait(60)
     finished = {path.parent.name for path in folder.glob(f"{KIND}/*/{RECORD}")}
-    assert 1 <= len(finished) < len(graph_names())
+    assert 1 <= len(finished) < len(GRAPHS)
 
     done = subprocess.run([*CLI, *order], cwd=ROOT, capture_output=True, text=True, timeout=900, check=True)
     engines = json.loads(done.stdout)["engines"]
-    assert [engine["graph"] for engine in engines] == list(graph_names())
+    assert [engine["graph"] for engine in engines] == list(GRAPHS)
     assert sum(engine["cached"] for engine in engines) == len(finished)
     left = {path.name for path in folder.rglob("*") if path.is_file()}
     # An entry that was finished keeps the file of a lock that died with its holder; nothing half-written is there.
@@ -397,7 +408,7 @@ def test_every_graph_of_the_shipped_bundle_becomes_an_engine(tmp_path: Path, siz
     done = subprocess.run([*CLI, *map(str, order)], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert [engine["graph"] for engine in report["engines"]] == list(graph_names())
+    assert [engine["graph"] for engine in report["engines"]] == list(GRAPHS)
     for engine in report["engines"]:
         assert not engine["cached"] and engine["bytes"] > 100_000
     profiles = {engine["graph"]: engine["profiles"] for engine in report["engines"]}
@@ -427,7 +438,7 @@ def test_export_leaves_engines_of_a_tiny_bundle_in_fp16_where_a_run_finds_them(t
     if driver_cuda() is None:
         assert f"parity {TARGET}: not compared: this machine has no NVIDIA driver" in exported
         assert f"{TARGET} (this machine has no NVIDIA driver)" in (tmp_path / "report.md").read_text()
-    assert f"{len(graph_names())} engines built" in exported
+    assert f"{len(GRAPHS)} engines built" in exported
     engines = json.loads(described("build-engines", "--bundle", bundle, *batches, "--json"))["engines"]
     assert all(engine["cached"] for engine in engines)
     assert "fp16" in {engine["precision"] for engine in engines}
@@ -435,4 +446,4 @@ def test_export_leaves_engines_of_a_tiny_bundle_in_fp16_where_a_run_finds_them(t
         "build-engines", "--bundle", bundle, "--target", TARGET, "--batch-size", 4, "--dynamic", "--json"
     )
     profiles = {engine["graph"]: engine["profiles"] for engine in json.loads(dynamic)["engines"]}
-    assert set(profiles) == set(graph_names()) and profiles["context"] == [[2, 4, 4]]
+    assert set(profiles) == set(GRAPHS) and profiles["context"] == [[2, 4, 4]]

@@ -16,7 +16,7 @@ import pytest
 from busigen.errors import IntegrityError, UsageError
 from busigen.registry import PROVIDERS
 from busigen.runtime.backends.base import EngineOptions
-from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.runtime.backends.tensorrt.backend import EngineBackend, wanted_batches
 from busigen.runtime.backends.tensorrt.engine_builder import KIND, Cache, key_of
@@ -34,11 +34,13 @@ from tests.harness.command import error_line, run
 from tests.harness.engine_library import TARGET, rtx
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 
+GRAPHS = Bundle.recorded(default_bundle()).graph_names
+
 
 @pytest.mark.parametrize("sizes", [(16,), (16, 4), (16, 8, 2)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_every_row_of_a_batch_is_computed_once(sizes: tuple[int, ...], dynamic: bool) -> None:
-    profiles = Batches(sizes, dynamic).profiles("context")
+    profiles = Batches(sizes, dynamic).profiles(128)
     for count in range(1, 70):
         planned = calls(count, profiles)
         assert [row for call in planned for row in range(call.first, call.end)] == list(range(count))
@@ -49,9 +51,13 @@ def test_every_row_of_a_batch_is_computed_once(sizes: tuple[int, ...], dynamic: 
 
 
 def test_what_is_left_over_takes_the_smallest_batch_that_holds_it() -> None:
-    profiles = Batches((16, 4)).profiles("context")
+    profiles = Batches((16, 4)).profiles(128)
     assert [(call.rows, call.end - call.first) for call in calls(35, profiles)] == [(16, 16), (16, 16), (4, 3)]
     assert [call.rows for call in calls(5, profiles)] == [16]
+
+
+def side_of(stage: str) -> int:
+    return int(stage.partition("@")[2] or (256 if stage == "prior" else 128))
 
 
 def test_no_call_of_the_sampler_is_larger_than_a_full_one() -> None:
@@ -63,19 +69,26 @@ def test_no_call_of_the_sampler_is_larger_than_a_full_one() -> None:
         rows[stage] = max(count, rows.get(stage, 0))
     assert len(rows) >= 7
     for stage, most in rows.items():
-        (profile,) = Batches((16,)).profiles(stage)
+        (profile,) = Batches((16,)).profiles(side_of(stage))
         assert most <= profile.most, stage
-    full = [stage for stage, most in rows.items() if most == Batches((16,)).profiles(stage)[0].most]
+    full = [stage for stage, most in rows.items() if most == Batches((16,)).profiles(side_of(stage))[0].most]
     assert {"prior", "mask"} <= set(full)
 
 
 def test_a_dynamic_engine_takes_every_batch_and_a_static_one_its_own() -> None:
-    assert Batches((16,), dynamic=True).profiles("context") == (Profile(2, 16, 16),)
-    assert Batches((16, 4)).profiles("lesion-benign@128") == (Profile(16, 16, 16), Profile(4, 4, 4))
+    assert Batches((16,), dynamic=True).profiles(128) == (Profile(2, 16, 16),)
+    assert Batches((16, 4)).profiles(128) == (Profile(16, 16, 16), Profile(4, 4, 4))
     # A quarter of the rows where a window has four times the pixels, and never a batch of one.
-    assert Batches((16, 4)).profiles("lesion-benign@256") == (Profile(4, 4, 4), Profile(2, 2, 2))
-    assert Batches((4, 2)).profiles("prior") == (Profile(2, 2, 2),)
-    assert all(Batches((1,)).profiles(graph) == (Profile(2, 2, 2),) for graph in graph_names())
+    assert Batches((16, 4)).profiles(256) == (Profile(4, 4, 4), Profile(2, 2, 2))
+    assert Batches((4, 2)).profiles(256) == (Profile(2, 2, 2),)
+    assert Batches((1,)).profiles(128) == Batches((1,)).profiles(256) == (Profile(2, 2, 2),)
+
+
+def test_calls_are_sized_by_the_windows_that_a_graph_is_shown() -> None:
+    bundle = Bundle.recorded(default_bundle())
+    sides = {name: bundle.call_side(name) for name in GRAPHS}
+    assert {name for name, side in sides.items() if side == 256} == {"prior", *(n for n in GRAPHS if "@256" in n)}
+    assert set(sides.values()) == {128, 256}
 
 
 @pytest.mark.parametrize("text", ["", "x", "16,", "0", "16,0", "4097", "-1", "1.5"])

@@ -17,7 +17,7 @@ from busigen.errors import OutputError, ProviderError, UsageError
 from busigen.registry import AUTO, LAUNCHERS, PROVIDERS
 from busigen.runtime.backends import onnxruntime
 from busigen.runtime.backends.base import ENGINES, EngineOptions, largest_that_fits, open_backend
-from busigen.runtime.backends.bundle import Bundle, default_bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnx_graph import Graph
 from busigen.runtime.backends.onnxruntime import OnnxBackend, left_to_others
 from busigen.runtime.backends.probe import choose, driver_cuda, probe
@@ -25,6 +25,8 @@ from busigen.runtime.execution import launchers
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.command import ROOT, error_line, run
 from tests.harness.hashing import hashes
+
+GRAPHS = Bundle.recorded(default_bundle()).graph_names
 
 no_driver = pytest.mark.skipif(driver_cuda() is not None, reason="this machine has an NVIDIA driver")
 MIX = {"benign": 0.5, "malignant": 0.5}
@@ -193,7 +195,7 @@ def test_what_is_kept_outlives_the_next_run_of_the_same_graph(bundle: Bundle) ->
 
 def test_only_graphs_without_loops_are_captured(bundle: Bundle) -> None:
     """ONNX Runtime refuses control flow in CUDA graphs; the denoisers' sampling loops are such."""
-    looping = {name for name in graph_names() if "Loop" in Graph(bundle.graph(name)).operators()}
+    looping = {name for name in GRAPHS if "Loop" in Graph(bundle.graph(name)).operators()}
     assert looping and not any(name.startswith(("encoder", "decoder", "context")) for name in looping)
     assert "Conv" in Graph(bundle.graph("encoder@128")).operators()
 
@@ -240,7 +242,7 @@ def test_a_batch_too_large_for_memory_is_refused_with_one_that_fits(tmp_path: Pa
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)\n"
         "try:\n"
-        "    sampler._run('encoder', 128, 1024, **rows(1024))\n"
+        "    sampler._run('encoder@128', 1024, 1024, **rows(1024))\n"
         "except CapacityError as error:\n"
         "    print(error.exit_code, error.fits, error)\n"
     )

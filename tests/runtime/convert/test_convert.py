@@ -18,7 +18,7 @@ from busigen.runtime.progress import Observer, Progress
 from busigen.runtime.storage.url import place_of
 from tests.harness.command import error_line, run
 from tests.harness.hashing import hashes
-from tests.harness.hostile_datasets import edit, link
+from tests.harness.hostile_datasets import CASES, VICTIM, edit, link
 from tests.harness.replaying import flip
 
 PLAIN_FORMATS = [name for name, one in FORMATS.items() if not one.extra]
@@ -230,6 +230,22 @@ def test_a_dataset_that_was_repaired_meanwhile_is_converted_to_its_end(plain: Pa
     convert(folder, tmp_path / "out", to="files")
     convert(plain, tmp_path / "whole", to="files")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dataset_made_to_hurt_its_reader_ends_with_an_answer(plain: Path, tmp_path: Path, name: str) -> None:
+    """What convert does not look at, such as the shards' own tables, may be as it likes."""
+    (tmp_path / VICTIM).mkdir()
+    (tmp_path / VICTIM / "file").write_text("precious")
+    CASES[name][0](Path(shutil.copytree(plain, tmp_path / "set")))
+    before = hashes(tmp_path / VICTIM)
+    try:
+        report = convert(tmp_path / "set", tmp_path / "out", to="files")
+    except BusigenError as error:
+        assert error.exit_code in (3, 5)
+    else:
+        assert report.pairs == 10 and names(tmp_path / "out") == {f"{key:09d}" for key in range(10)}
+    assert hashes(tmp_path / VICTIM) == before
 
 
 def test_parts_that_a_merged_dataset_does_not_record_are_refused(merged: Path, tmp_path: Path) -> None:

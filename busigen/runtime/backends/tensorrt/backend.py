@@ -219,7 +219,7 @@ class EngineBackend(Backend):
         self.batches, self._largest = batches, batches.sizes[0]
         self.max_concurrent_calls = MAX_CONCURRENT_CALLS
         self._runtime = library.module.Runtime(library.logger)
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, Session] = {}  # by the graph's file
         self._kernel_keys: dict[str, Key] = {}
         self._slots: Queue[Slot] = Queue()
         self._enqueuing = threading.Lock()
@@ -231,11 +231,11 @@ class EngineBackend(Backend):
 
         try:
             for made in builder.make_all(tell):
-                key = self._kernel_keys[made.graph] = {"engine": dict(made.key), **self._device.key}
+                key = self._kernel_keys[bundle.file(made.graph)] = {"engine": dict(made.key), **self._device.key}
                 kept = self._cache.read(_KERNELS, key) or b""
                 _, content = builder.make(made.graph)
-                profiles = batches.profiles(made.graph)
-                self._sessions[made.graph] = Session(library, self._runtime, content, profiles, kept)
+                profiles = batches.profiles(bundle.call_side(made.graph))
+                self._sessions[bundle.file(made.graph)] = Session(library, self._runtime, content, profiles, kept)
             self._claim_memory()
         except CudaFailure as error:
             raise cuda_problem(provider.name, error, self._largest) from error
@@ -261,15 +261,16 @@ class EngineBackend(Backend):
         answered(cuda().cudaSetDevice(self._device.number))
         count = len(next(iter(inputs.values())))
         contiguous = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in inputs.items()}
-        parts = [self._call(graph, call, contiguous) for call in calls(count, self._sessions[graph].profiles)]
+        file = self._bundle.file(graph)
+        parts = [self._call(file, call, contiguous) for call in calls(count, self._sessions[file].profiles)]
         result = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not np.isfinite(result).all():
             wrong = f"{self._bundle.graph(graph)} yields NaN or infinity in {self.name}, which is no image."
             raise IntegrityError(wrong, fix="Export the bundle again in another precision, or use --provider cpu.")
         return result
 
-    def _call(self, graph: str, call: Call, inputs: Arrays) -> NDArray[np.float32]:
-        session, slot = self._sessions[graph], self._slots.get()
+    def _call(self, file: str, call: Call, inputs: Arrays) -> NDArray[np.float32]:
+        session, slot = self._sessions[file], self._slots.get()
         try:
             with self._enqueuing:
                 first = session.enqueue(call, inputs, slot, self._last)
@@ -281,7 +282,7 @@ class EngineBackend(Backend):
             self._slots.put(slot)
         if first and (kernels := session.kernels()):
             try:
-                self._cache.write(_KERNELS, self._kernel_keys[graph], kernels)
+                self._cache.write(_KERNELS, self._kernel_keys[file], kernels)
             except BusigenError as error:  # A cache that was copied here may be read-only: the next run compiles again.
                 _log.debug("compiled kernels are not kept: %s", error)
         return output

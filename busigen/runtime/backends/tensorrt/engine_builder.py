@@ -25,7 +25,7 @@ from busigen.files import atomic_file, leftovers, write_json
 from busigen.foreign import read_file
 from busigen.records import Record, Text, read_checked
 from busigen.runtime.backends.base import largest_that_fits, usable_cores
-from busigen.runtime.backends.bundle import Bundle, graph_names
+from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES
 from busigen.runtime.backends.tensorrt.library import (
     BuildSpec,
@@ -173,7 +173,7 @@ def key_of(library: Library, bundle: Bundle, graph: str, batches: Batches, capab
         "onnx": record["files"][record["file"]],
         "files": sorted(record["files"].values()),
         "precision": str(record.get("precision", bundle.info.get("precision", "fp32"))),
-        "profiles": [list(profile) for profile in batches.profiles(graph)],
+        "profiles": [list(profile) for profile in batches.profiles(bundle.call_side(graph))],
         "revision": REVISION,
     }
 
@@ -200,7 +200,8 @@ class EngineBuilder:
 
     def lacking(self) -> list[str]:
         """Graphs that the cache has no engine of, as far as names tell; ``make`` looks at the hashes."""
-        return [name for name in graph_names() if not (self._cache.entry(KIND, self._key(name)) / RECORD).is_file()]
+        names = self._bundle.distinct_graphs
+        return [name for name in names if not (self._cache.entry(KIND, self._key(name)) / RECORD).is_file()]
 
     def make(self, graph: str) -> tuple[EngineInfo, bytes]:
         """A graph's engine, serialised, from the cache or built (:func:`build`) and put there."""
@@ -218,7 +219,10 @@ class EngineBuilder:
         return EngineInfo(graph, self._capability, len(content), sha256, key, seconds, cached=not seconds), content
 
     def make_all(self, done: Callable[[EngineInfo], None] = lambda made: None) -> list[EngineInfo]:
-        """Make the engines of all graphs, in the bundle's order, and call ``done`` with each; finished ones stay."""
+        """Make the engines of all graphs, in the bundle's order, and call ``done`` with each; finished ones stay.
+
+        Graphs that share a file share an engine, which is made under the name of the first.
+        """
         # All are parsed first: what cannot be built is refused before minutes have gone into the others.
         for graph in self.lacking():
             parsed(self._library, self._spec(graph))
@@ -227,7 +231,7 @@ class EngineBuilder:
         pool = ThreadPoolExecutor(workers, "engine", self._enter_thread)
         try:
             # Without their contents, which come to half a gigabyte.
-            waiting = [pool.submit(lambda name: self.make(name)[0], graph) for graph in graph_names()]
+            waiting = [pool.submit(lambda name: self.make(name)[0], graph) for graph in self._bundle.distinct_graphs]
             for future in as_completed(waiting):
                 done(future.result())
             return [future.result() for future in waiting]
@@ -249,13 +253,13 @@ class EngineBuilder:
             raise IntegrityError(f"{path} has changed since the bundle was opened.", fix="Run the same command again.")
         # A library that builds on the card knows it; the capability is then part of the key alone.
         capability = self._capability if self._library.target.ahead else ""
-        return BuildSpec(graph, path, model, self._batches.profiles(graph), capability)
+        return BuildSpec(graph, path, model, self._batches.profiles(self._bundle.call_side(graph)), capability)
 
     def _build(self, spec: BuildSpec) -> bytes:
         """Build an engine; if the memory does not suffice, find a batch size for which it does, and name it."""
 
         def builds(size: int) -> bool:
-            profiles = replace(self._batches, sizes=(size,)).profiles(spec.name)
+            profiles = replace(self._batches, sizes=(size,)).profiles(self._bundle.call_side(spec.name))
             try:
                 build(self._library, replace(spec, profiles=profiles), self._timings)
             except CapacityError:
@@ -312,10 +316,9 @@ class BuildRequest:
     capabilities: Sequence[str] = ()  # each with engines of its own; none for the library's own choice
     folder: Path | None = None  # the cache's; None for this user's
 
-    @property
-    def count(self) -> int:
+    def count(self, bundle: Bundle) -> int:
         """Number of engines that it asks for."""
-        return len(self.check()) * len(graph_names())
+        return len(self.check()) * len(bundle.distinct_graphs)
 
     def check(self) -> list[tuple[Library, str, Device | None]]:
         """What builds, for which compute capability and on which card; all that can be wrong before a bundle is read.

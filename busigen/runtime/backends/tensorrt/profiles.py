@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import IntegrityError, UsageError
-from busigen.registry import BUCKETS, DEFAULT_BATCH, MIN_BATCH, rows_per_call
+from busigen.registry import DEFAULT_BATCH, MIN_BATCH, rows_per_call
 
 MAX_BATCH = 4096  # largest `--batch-size`
 ALIGNMENT = 256  # bytes at whose multiples a tensor begins, as cudaMalloc's blocks do
@@ -76,10 +76,8 @@ class Batches:
     def __str__(self) -> str:
         return f"batch {'up to ' if self.dynamic else ''}{','.join(map(str, self.sizes))}"
 
-    def profiles(self, graph: str) -> tuple[Profile, ...]:
-        """Profiles of a graph's engine, the largest first."""
-        # The prior draws whole images; other graphs without a window cost as little as a small window.
-        side = int(graph.partition("@")[2] or (BUCKETS[-1] if graph == "prior" else BUCKETS[0]))
+    def profiles(self, side: int) -> tuple[Profile, ...]:
+        """Profiles of the engine of a graph whose calls are sized by ``side`` (`Bundle.call_side`), largest first."""
         rows = sorted({rows_per_call(side, size) for size in self.sizes}, reverse=True)
         if self.dynamic:
             return (Profile(MIN_BATCH, rows[0], rows[0]),)

@@ -76,4 +76,5 @@ def _instances(entries: Entries, split: str, kind: str) -> dict[str, Any]:
     categories = [
         {"id": number, "name": name, "supercategory": "lesion"} for number, name in enumerate(LESION_CLASSES, start=1)
     ]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    info = {"description": "Synthetic breast ultrasound, made by busigen. For research; not for diagnosis."}
+    return {"info": info, "images": images, "annotations": annotations, "categories": categories}

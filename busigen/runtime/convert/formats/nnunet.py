@@ -13,6 +13,7 @@ from busigen.errors import InputError, UsageError
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.convert.base import Entries, Format, Pair, label_map, png, write_stream
 from busigen.runtime.convert.selection import FOLDS
+from busigen.text import counted
 
 _FOLDER = re.compile(r"Dataset(\d{3})_\w+")
 _PARTS = {"train": "Tr", "val": "Tr", "test": "Ts"}
@@ -76,7 +77,7 @@ class Converter(Format):
         """How nnU-Net reads it."""
         folder = self.job.out.resolve().name
         if left_out:
-            yield f"left out: {left_out:,} pairs in whose background --real has an image that is not to be trained on"
+            yield f"left out: {counted(left_out, 'pair')} on a background of --real that is not to be trained on"
         yield f"check with: nnUNetv2_plan_and_preprocess -d {int(folder[7:10])} --verify_dataset_integrity"
         yield f"then copy splits_final.json to nnUNet_preprocessed/{folder}, so that nnU-Net takes these folds"
 

@@ -1,0 +1,217 @@
+"""Stages 2 and 3 by Stable Diffusion: the adapters of a checkpoint, and the networks of a base with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from busigen.errors import InputError, UsageError
+from busigen.foreign import open_file, walk
+from busigen.registry import PAINTING, PAINTING_STEPS, PROMPTS, SHOWN_AT
+from busigen.training.checkpoint import Painting
+from busigen.training.networks.inference import ADAPTERS, Networks
+from busigen.training.stable_diffusion.autoencoder import GreyAutoencoder, TinyDecoder
+from busigen.training.stable_diffusion.base_model import MAX_WEIGHTS_BYTES, BaseModel
+from busigen.training.stable_diffusion.denoiser import StableDiffusionDenoiser
+from busigen.training.stable_diffusion.lora import TEXT, UNET, Layer, Lora, parse_option, read_lora
+
+CONDITIONS = "conditions.safetensors"  # Beside an adapter's LoRA: how it reads outline and context.
+_OUTLINE, _CONTEXT = "outline.weight", "context.weight"
+_TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
+
+
+@dataclass(frozen=True)
+class PaintingOptions:
+    """How a checkpoint's Stable Diffusion is to draw.
+
+    Attributes:
+        loras: further ones, each with its weight and the name in ``ADAPTERS`` that it is for, empty for all.
+        alpha: of those that do not say theirs.
+        guidance: see `StableDiffusionDenoiser`; None for none.
+        fresh_noise: see `busigen.training.stable_diffusion.denoiser.DdimStep`.
+        decoder: folder of a TAESD in place of the base's decoder.
+    """
+
+    loras: Sequence[tuple[str, Path, float]] = ()
+    alpha: float | None = None
+    guidance: float | None = None
+    fresh_noise: float = 0.0
+    decoder: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be."""
+        if self.guidance is not None and not 1.0 <= self.guidance <= 30.0:
+            raise UsageError(f"--guidance is {self.guidance}.", fix="Give a number from 1 to 30; the paper has 7.5.")
+        if not 0.0 <= self.fresh_noise <= 1.0:
+            raise UsageError(f"--fresh-noise is {self.fresh_noise}.", fix="Give a share from 0 to 1.")
+
+
+def parse_prompts(given: Sequence[str]) -> dict[str, str]:
+    """Prompts by class, ``CLASS=TEXT`` in place of the registry's; a UsageError for anything else."""
+    prompts = dict(PROMPTS)
+    for text in given:
+        label, equals, prompt = text.partition("=")
+        if label not in PROMPTS or not equals or not prompt.strip():
+            raise UsageError(f"--prompt {text!r} names no class.", fix=f"Write {' or '.join(PROMPTS)}=TEXT.")
+        prompts[label] = prompt.strip()
+    return prompts
+
+
+def parse_loras(given: Sequence[str]) -> list[tuple[str, Path, float]]:
+    """Values of ``--lora``, ``[STAGE-CLASS=]FILE[:WEIGHT]``; a UsageError for a weight that is none."""
+    found = []
+    for text in given:
+        where, equals, rest = text.partition("=")
+        named = bool(equals) and where in ADAPTERS
+        found.append((where if named else "", *parse_option(rest if named else text)))
+    return found
+
+
+def asked_of(
+    place: str | None, config: Path | None, *, prompts: Sequence[str], context: bool, shown_at: int
+) -> dict[str, Any]:
+    """What :func:`busigen.training.pipeline.train` takes for Stable Diffusion, of options as a user gives them."""
+    if place is None:
+        fix = "Name a folder or .safetensors file of an inpainting model by --base-model (docs/sd15.md)."
+        raise UsageError("--preset sd15 needs a Stable Diffusion.", fix=fix)
+    if shown_at not in SHOWN_AT:
+        raise UsageError(f"--window is {shown_at}.", fix=f"Choose one of: {', '.join(map(str, SHOWN_AT))}.")
+    known = parse_prompts(prompts)
+    base = BaseModel.open(Path(place), config)
+    painting = Painting(
+        sha256=dict(base.sha256), licence=base.licence, prompts=known, context=context, shown_at=shown_at
+    )
+    return {"base_model": base, "painting": painting}
+
+
+def for_training(base: BaseModel, painted: Painting, label: str, context_dim: int) -> StableDiffusionDenoiser:
+    """The base with the prompt of a class, of which outline and context can be trained; without a LoRA."""
+    unet = base.unet().requires_grad_(False)
+    unet.enable_gradient_checkpointing()
+    prompt = base.prompt(painted.prompts[label])
+    return StableDiffusionDenoiser(unet, prompt, base.alphas(), context_dim=context_dim if painted.context else None)
+
+
+def save_conditions(model: StableDiffusionDenoiser, folder: Path) -> None:
+    """Write how an adapter reads outline and context into its folder."""
+    weights = {_OUTLINE: model.outline.weight}
+    if model.context is not None:
+        weights[_CONTEXT] = model.context.weight
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / CONDITIONS)
+
+
+def with_base(networks: Networks, base: BaseModel, shown_at: int) -> Networks:
+    """The networks of a compact checkpoint, with Stable Diffusion's latents for windows."""
+    vae = base.autoencoder()
+    mean, std = torch.zeros(4), torch.full((4,), 1.0 / vae.config.scaling_factor)
+    return replace(
+        networks,
+        autoencoder=GreyAutoencoder(vae).eval().to(networks.device),
+        latents_mean=mean.to(networks.device),
+        latents_std=std.to(networks.device),
+        steps={**networks.steps, **dict.fromkeys(PAINTING, PAINTING_STEPS)},
+        shown_at=shown_at,
+        prior_decoder=networks.decoder,
+    )
+
+
+def with_painter(
+    networks: Networks, base: BaseModel, painted: Painting, checkpoint: Path, options: PaintingOptions
+) -> Networks:
+    """The networks of a checkpoint: `with_base`, and one Stable Diffusion with the LoRAs of all stages and classes.
+
+    ``checkpoint`` is the folder with an adapter of each name in ``ADAPTERS``.
+
+    Raises:
+        InputError: an adapter is missing or damaged, or a LoRA or decoder cannot be used.
+        IntegrityError: ``base`` is not what the checkpoint was trained on.
+    """
+    base.refuse_other(painted.sha256, "the checkpoint")
+    result = with_base(networks, base, painted.shown_at)
+    if options.decoder is not None:
+        result.autoencoder.decoder = _tiny_decoder(options.decoder, 1.0 / float(result.latents_std[0]))
+        result = replace(result)
+    unet, text = base.unet(), base.text_encoder()
+    further: dict[str, list[dict[str, Layer]]] = {name: [] for name in ADAPTERS}
+    for where, path, weight in options.loras:
+        lora = read_lora(path, unet, text_encoder=text, alpha=options.alpha)
+        if where:
+            further[where].append(_times(lora, weight))
+        else:
+            lora.merge(unet, weight=weight)
+            lora.merge(text, TEXT, weight)
+    prompts = torch.cat([base.prompt(painted.prompts[name.partition("-")[2]], text) for name in ADAPTERS])
+    model = StableDiffusionDenoiser(
+        unet,
+        prompts,
+        base.alphas(),
+        context_dim=networks.preset.context_dim if painted.context else None,
+        guidance=options.guidance,
+        unconditional=base.prompt("", text),
+        fresh_noise=options.fresh_noise,
+    )
+    read = {name: _adapter(checkpoint / name, unet, painted.context) for name in ADAPTERS}
+    model.add_loras([_sum([lora, *further[name]]) for name, (lora, _) in read.items()])
+    with torch.no_grad():
+        model.outline.weight.copy_(torch.cat([conditions[_OUTLINE] for _, conditions in read.values()], dim=1))
+        if model.context is not None:
+            model.context.weight.copy_(torch.cat([conditions[_CONTEXT] for _, conditions in read.values()], dim=1))
+    model = model.eval().requires_grad_(False)
+    return replace(result, denoisers=networks.denoisers | dict.fromkeys(ADAPTERS, model))
+
+
+def _times(lora: Lora, weight: float) -> dict[str, Layer]:
+    """A LoRA's layers of the UNet, with its weight in their scale."""
+    return {
+        name: replace(layer, scale=weight * layer.scale) for (part, name), layer in lora.layers.items() if part == UNET
+    }
+
+
+def _sum(loras: Sequence[dict[str, Layer]]) -> dict[str, Layer]:
+    """Several LoRAs of one adapter as one: their ranks side by side."""
+    result: dict[str, Layer] = {}
+    for name, layer in (item for lora in loras for item in lora.items()):
+        before = result.get(name)
+        if before is not None:
+            up = torch.cat((before.scale * before.up, layer.scale * layer.up), dim=1)
+            layer = Layer(torch.cat((before.down, layer.down)), up, 1.0)
+        result[name] = layer
+    return result
+
+
+def _adapter(folder: Path, unet: nn.Module, context: bool) -> tuple[dict[str, Layer], Mapping[str, Tensor]]:
+    """An adapter's layers, and its weights for outline and context."""
+    lora, path = read_lora(folder, unet), folder / CONDITIONS
+    try:
+        open_file(path, limit=MAX_WEIGHTS_BYTES).close()
+        conditions = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", fix=_TRAIN) from error
+    if set(conditions) != {_OUTLINE, *([_CONTEXT] if context else [])}:
+        raise InputError(f"{path} holds {', '.join(sorted(conditions))}.", fix=_TRAIN)
+    return _times(lora, 1.0), conditions
+
+
+def _tiny_decoder(folder: Path, scaling: float) -> TinyDecoder:
+    """The decoder of a folder with a TAESD as diffusers writes it."""
+    fix = "Name a folder with config.json and diffusion_pytorch_model.safetensors, such as madebyollin/taesd has."
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--decoder {folder} holds no config.json.", fix=fix)
+    try:
+        for path in walk(folder):
+            if not path.is_dir():
+                open_file(path, limit=MAX_WEIGHTS_BYTES).close()
+        taesd = AutoencoderTiny.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+    except Exception as error:  # diffusers raises anything on a bad configuration.
+        raise InputError(f"--decoder {folder} cannot be loaded: {error}.", fix=fix) from error
+    if taesd.config.latent_channels != 4 or taesd.config.out_channels != 3:
+        raise InputError(f"--decoder {folder} decodes {taesd.config.latent_channels} channels, not 4.", fix=fix)
+    return TinyDecoder(taesd.eval(), scaling)
