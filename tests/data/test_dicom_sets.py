@@ -155,6 +155,14 @@ def test_a_set_of_dicom_and_masks_is_prepared_and_nobody_is_told(tmp_path: Path)
     assert_nobody_is_told(tmp_path / "prepared", text=str(report))
 
 
+def test_the_same_file_twice_is_taken_once(tmp_path: Path) -> None:
+    folder = pairs(tmp_path / "scans")
+    images = folder / "images" / "normal"
+    (images / "again.dcm").write_bytes(next(images.iterdir()).read_bytes())
+    report = prepare([folder], tmp_path / "prepared")
+    assert report.images == 4 and "It is the same file again" in str(report.refused)
+
+
 def test_a_mask_of_another_size_is_refused_without_its_name(tmp_path: Path) -> None:
     folder = pairs(tmp_path / "scans")
     for mask in (folder / "masks").rglob("*.png"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from busigen.data.dicom.frame import patient_and_frames
-from busigen.data.sources.renamed import renamed
+from busigen.data.sources.renamed import real_file, renamed
 from busigen.errors import AccessError, InputError, UsageError
 from busigen.files import sha256_of
 from busigen.foreign import read_file
@@ -88,29 +88,44 @@ def take_frames(listing: Listing, frames: int, looked: Looked | None = None) -> 
         found[path] = scan_of(path)
         if looked is not None:
             looked(done, len(images))
-    first: dict[tuple[str, ...], str] = {}
-    for each in found.values():
-        if each.patient:
-            first[each.patient] = min(first.get(each.patient, "g"), each.sha256[:12])
+    patients = _patients(found.values())
+    seen: set[str] = set()
     records: list[Record] = []
     for record in listing.records:
-        if (scan := found.get(record.image)) is None:
+        scan = found.get(record.image)
+        if scan is None:
             shown = tuple(renamed(mask, scan_of(mask).sha256) if mask in scans else mask for mask in record.masks)
             records.append(replace(record, masks=shown))
-            continue
-        if scan.frames > 1 and record.masks:
+        elif scan.sha256 in seen and not listing.loose:
+            listing.refuse([record.image], "It is the same file again.", "Remove one of them.", record.masks)
+        elif scan.frames > 1 and record.masks:
             problem = f"It has {scan.frames:,} frames, and nobody can tell of which one its mask is."
-            listing.refuse([record.image], problem, "Save that frame and its mask as PNG files.")
-            continue
-        patient = record.patient or f"{record.source}/{first.get(scan.patient, scan.sha256[:12])}"
-        ends = [f"_mask{f'_{k}' if k else ''}{mask.suffix.lower()}" for k, mask in enumerate(record.masks)]
-        masks = tuple(renamed(mask, scan.sha256, end=end) for mask, end in zip(record.masks, ends, strict=True))
-        for image in _named(record.image, scan, chosen(scan.frames, frames)):
-            id_ = f"{record.source}/{image.stem}"
-            records.append(replace(record, id=id_, image=image, masks=masks, patient=patient))
-            if record.image in listing.doubtful:
-                listing.doubtful[image] = listing.doubtful[record.image]
+            listing.refuse([record.image], problem, "Save that frame and its mask as PNG files.", record.masks)
+        else:
+            patient = record.patient or f"{record.source}/{patients.get(scan.patient, scan.sha256[:12])}"
+            records.extend(_frames_of(replace(record, patient=patient), scan, frames))
+        seen.update([scan.sha256] if scan else [])
     listing.records = records
+    for record in records:
+        if (problem := listing.doubtful.get(real_file(record.image))) is not None:
+            listing.doubtful[record.image] = problem
+
+
+def _patients(scans: Iterable[Scan]) -> dict[tuple[str, ...], str]:
+    """A word for each patient, which is the beginning of the least hash of its files."""
+    words: dict[tuple[str, ...], str] = {}
+    for scan in scans:
+        if scan.patient:
+            words[scan.patient] = min(words.get(scan.patient, "g"), scan.sha256[:12])
+    return words
+
+
+def _frames_of(record: Record, scan: Scan, frames: int) -> Iterator[Record]:
+    """A DICOM file's record, frame by frame."""
+    ends = [f"_mask{f'_{k}' if k else ''}{mask.suffix.lower()}" for k, mask in enumerate(record.masks)]
+    masks = tuple(renamed(mask, scan.sha256, end=end) for mask, end in zip(record.masks, ends, strict=True))
+    for image in _named(record.image, scan, chosen(scan.frames, frames)):
+        yield replace(record, id=f"{record.source}/{image.stem}", image=image, masks=masks)
 
 
 def _named(path: Path, scan: Scan, numbers: Sequence[int]) -> list[Path]:
