@@ -5,7 +5,22 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False  # Type checkers take it for true by its name; importing typing would take twice as long as this.
+if TYPE_CHECKING:
+    from typing import Any
+
+    from busigen.api import audit as audit
+    from busigen.api import explain as explain
+    from busigen.api import generate as generate
+    from busigen.api import prepare as prepare
+    from busigen.api import verify as verify
+    from busigen.api import write as write
+    from busigen.errors import BusigenError as BusigenError
+    from busigen.pairs import Dataset as Dataset
+    from busigen.pairs import Pair as Pair
+
 __version__ = "0.1.0"
+RELEASED = "2026-12-01"  # this version, as in CITATION.cff
 
 SILENCE = {
     "ORT_DISABLE_TELEMETRY": "1",
@@ -25,3 +40,25 @@ os.environ.update(SILENCE)
 if REPORTED:
     # At least no more than that: names of graphs, run times and error messages would follow with the sessions.
     sys.modules["onnxruntime"].disable_telemetry_events()
+
+_OFFERED = {
+    "BusigenError": "errors",
+    **dict.fromkeys(("Dataset", "Pair"), "pairs"),
+    **dict.fromkeys(("audit", "explain", "generate", "prepare", "verify", "write"), "api"),
+    "torch": "torch",
+}  # what can be asked of the package, by the module that is imported when it is; docs/python.md
+
+
+def __getattr__(name: str) -> Any:
+    """One of `_OFFERED`."""
+    if name not in _OFFERED:
+        raise AttributeError(f"module 'busigen' has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f"busigen.{_OFFERED[name]}")
+    found = globals()[name] = module if name == _OFFERED[name] else getattr(module, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OFFERED})

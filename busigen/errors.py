@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BusigenError(Exception):
     """What went wrong, the offending value, and what to do about it, in one line.
@@ -94,3 +97,16 @@ class CapacityError(BusigenError):
 
 INTERRUPTED_EXIT_CODE = 130  # Ctrl-C (SIGINT).
 TERMINATED_EXIT_CODE = 143  # SIGTERM, as the shell numbers it: 128 + 15.
+
+
+@contextmanager
+def needs(extra: str, what: str = "this command") -> Iterator[None]:
+    """A context that turns a missing module into an error which names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from busigen.text import install_command
+
+        raise MissingDependencyError(
+            f"{what} needs {error.name}, which is not installed.", fix=f"Run {install_command(extra)}."
+        ) from error

@@ -269,6 +269,7 @@ FORMATS = {
     "coco": TargetFormat("COCO instances, as RLE and as polygons"),
     "yolo": TargetFormat("YOLO segmentation labels and data.yaml"),
     "monai": TargetFormat("images, label maps and MONAI's datalist with folds"),
+    "hf": TargetFormat("Hugging Face: Parquet with embedded images, for load_dataset and its Hub"),
     "dicom": TargetFormat("ultrasound images and segmentations", extra="dicom"),
 }
 LAUNCHERS = ("local", "ray", "slurm")

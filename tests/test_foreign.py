@@ -291,6 +291,7 @@ DIRECT = {
     "export/weights.py": ("safe_open", _CHECKED),
     "files.py": ("open", "to have a written file on the disk"),
     "foreign.py": ("open", "the opener"),
+    "runtime/backends/memory.py": ("read_text", _SYSTEM),
     "runtime/backends/probe.py": ("read_text", _SYSTEM),
     "runtime/dataset/finalize.py": ("read_parquet", _OWN),
     "runtime/dataset/shards.py": ("read_parquet scan_parquet", _CHECKED),

@@ -54,6 +54,7 @@ def place(synthetic_prepared: Prepared, tmp_path_factory: pytest.TempPathFactory
 def run_block(folder: Path, language: str, code: str) -> None:
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    environment["HF_HOME"] = str(folder / "cache")
     program = [sys.executable, "-"] if language == "python" else ["bash", "-eu"]
     done = subprocess.run(
         program, input=code, cwd=folder, env=environment, text=True, capture_output=True, timeout=600, check=False

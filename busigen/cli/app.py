@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 
 from busigen import __version__
-from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, MissingDependencyError
+from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError
 from busigen.terminal import Terminal, log_to_stderr
-from busigen.text import install_command
 
 app = typer.Typer(
     name="busigen",
@@ -54,17 +53,6 @@ def _main(
     log_to_stderr(logging.INFO)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """A context that turns a missing module into an error which names the extra to install."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"this command needs {error.name}, which is not installed.", fix=f"Run {install_command(extra)}."
-        ) from error
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
-from busigen.errors import BusigenError, FlaggedError, InputError, UsageError
+from busigen.cli.app import Interrupted, app, quiet_libraries, stderr, stdout
+from busigen.errors import BusigenError, FlaggedError, InputError, UsageError, needs
 from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SHARD_SIZE, SYNTHETIC, TALLER_THAN_WIDE
 from busigen.runtime.storage.url import place_of, refuse_urls
 

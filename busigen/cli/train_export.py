@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from busigen.cli.app import Interrupted, app, needs, quiet_libraries, stderr, stdout
-from busigen.errors import FlaggedError, UsageError
+from busigen.cli.app import Interrupted, app, quiet_libraries, stderr, stdout
+from busigen.errors import FlaggedError, UsageError, needs
 from busigen.registry import (
     DEFAULT_PRESET,
     ENGINE_TARGETS,
@@ -65,15 +65,15 @@ def prepare(
         )
     values = tuple(map(int, levels))
     with console_progress() as progress:
-
-        def report(done: int, total: int) -> None:
-            if done == 1:
-                progress.start("preparing", total, unit="image")
-            progress.advance(1)
-
-        looked = progress.counter("looking at DICOM files", "file")
         result = run(
-            sources, out, seed=seed, strict=strict, mask_values=values, frames=frames, progress=report, looked=looked
+            sources,
+            out,
+            seed=seed,
+            strict=strict,
+            mask_values=values,
+            frames=frames,
+            progress=progress.counter("preparing", "image"),
+            looked=progress.counter("looking at DICOM files", "file"),
         )
     stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
     for name, parts in result.by_class_and_split.items():

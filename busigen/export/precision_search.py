@@ -31,6 +31,8 @@ from busigen.export.parity import RecordedCall, pixels_off, refused, relative_er
 from busigen.export.weights import WeightFiles, whole, write_graphs
 from busigen.registry import OPSETS, PRECISIONS
 from busigen.runtime.backends.base import Backend, usable_cores
+from busigen.runtime.backends.memory import LARGE
+from busigen.runtime.backends.onnxruntime import frugal
 
 QUANTISED = ("context",)  # Components, and their only graphs, that int8 is for.
 
@@ -206,6 +208,7 @@ class GraphsBackend(Backend):
         files = WeightFiles(folder)
         written = [write_graphs(name, graphs, folder, files) for name, graphs in components.items()]
         self._files = {graph: folder / record["file"] for records in written for graph, record in records.items()}
+        self._large = sum(path.stat().st_size for path in folder.glob("*.weights")) > LARGE
         self.close()
 
     def close(self) -> None:
@@ -219,7 +222,10 @@ class GraphsBackend(Backend):
             options = ort.SessionOptions()
             options.intra_op_num_threads = usable_cores()
             options.log_severity_level = 4
-            self._sessions[file] = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            left_out = frugal(options) if self._large else None
+            self._sessions[file] = ort.InferenceSession(
+                str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
+            )
         session = self._sessions[file]
         (output,) = session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
         return np.asarray(output, dtype=np.float32)

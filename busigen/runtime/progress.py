@@ -118,16 +118,14 @@ class Progress:
             self._changed()
 
     def counter(self, what: str, unit: str) -> Callable[[int, int], None]:
-        """A function that shows how far something is, called with how many are done, from 1, and all there are."""
+        """What is called with how many are done and how many there are, from 1 on, one more each time."""
 
-        def count(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if done == 1:
                 self.start(what, total, unit=unit)
             self.advance(1)
-            if done == total:
-                self.stop()
 
-        return count
+        return report
 
     def rejected(self, draws: int) -> None:
         """Add draws that the quality gates refused."""

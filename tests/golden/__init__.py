@@ -37,6 +37,7 @@ BLOCK = 16
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")
 _VERSION = re.compile(r'("(?:busigen|python|numpy|pillow|polars|onnxruntime|version|generator)": ")[^"]*(")')
 _SIZE = re.compile(r'("(?:bytes|size|contentSize)": )("?)[^,\n"]+("?)')
+_CITED = re.compile(r"(version|year) = \{[^}]*\}")
 _DATE = re.compile(r"\b20\d\d-\d\d-\d\d(T[0-9:.+Z]*)?\b")
 
 
@@ -58,6 +59,7 @@ def settled(text: str) -> str:
         (_HASH, "<sha256>"),
         (_VERSION, r"\1<version>\2"),
         (_SIZE, r"\1\2<size>\3"),
+        (_CITED, r"\1 = {<\1>}"),
         (_DATE, "<date>"),
     ):
         text = pattern.sub(with_what, text)

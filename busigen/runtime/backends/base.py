@@ -77,6 +77,7 @@ class EngineOptions:
     bound: bool | None = None  # keep inputs and outputs in fixed buffers on the device; None does so on a card
     batch_sizes: tuple[int, ...] = (DEFAULT_BATCH,)  # that fixed engines are made for, the full one first
     exact_batches: Batches | None = None
+    processes: int = 1  # that open the graphs here; of several, who starts them has looked whether there is memory
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

@@ -16,6 +16,7 @@ from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION,
 LEAST_FRAME, MAX_FRAMES = 32, 1024  # shortest side in pixels, and number, of the frames that a bundle may record
 LARGEST_SPECKLE = 4.0  # greatest deviation of the noise that a bundle may ask to decode backgrounds with
 MAX_WINDOWS, WINDOW_STEP, MAX_SHOWN = 4, 64, 1024  # number of windows; their sides' divisor; largest side shown, pixels
+MAX_MEMORY = 1 << 44  # bytes that opening the graphs may be said to take
 MAX_NOISE = 1 << 22  # numbers of noise that a stage may ask for per image: 16 MB
 WHOLE_DECODER, BACKGROUND_DECODER = f"decoder@{RESOLUTION}", "background-decoder"  # what may decode the prior's latents
 
@@ -170,6 +171,7 @@ class BundleRecord(ImagesRecord):
     precision: Text = ""
     split_hash: Text | None = None
     checkpoint: Text | None = None
+    memory: Annotated[int, Strict(), Field(ge=1, le=MAX_MEMORY)] | None = None
     training: _TrainingRecord | None = None
 
     def faults(self) -> list[str]:

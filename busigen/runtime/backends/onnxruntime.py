@@ -19,6 +19,7 @@ from busigen.errors import BusigenError, CapacityError, IntegrityError, OutputEr
 from busigen.registry import PROVIDERS, Provider
 from busigen.runtime.backends.base import Backend, Engine, EngineOptions, Feed, largest_that_fits, ran_out, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle, openable
+from busigen.runtime.backends.memory import LARGE, memory_of, require_memory
 from busigen.runtime.backends.onnx_graph import BOOL, FLOAT, Graph, one_node
 from busigen.runtime.backends.probe import driver_cuda
 from busigen.text import install_command
@@ -126,8 +127,13 @@ class OnnxBackend(Backend):
         self._device = "cuda" if provider.gpu else "cpu"
         self._is_bound = provider.gpu if options.bound is None else options.bound
         self._select: BoundSession | None = None
+        # Where weights are large, none are laid out anew: that takes twice their memory while a graph is opened, and of
+        # matrices in loops for good.
+        self._frugal = not provider.gpu and memory_of(bundle) > LARGE
         if provider.gpu:
             prepare_cuda(provider)
+        elif options.processes == 1:
+            require_memory(bundle)
         # One session now, not all of them later: a provider that cannot be used must not leave a claimed folder behind.
         self._sessions: dict[str, BoundSession | ort.InferenceSession] = {}  # by the graph's file
         self._opened("context")
@@ -211,6 +217,7 @@ class OnnxBackend(Backend):
 
     def _session(self, model: str | bytes, *, capture: bool = False) -> ort.InferenceSession:
         options = _session_options(self._threads)
+        left_out = frugal(options) if self._frugal else None
         given = dict(self._provider.options)
         if self._provider.gpu:
             options.use_deterministic_compute = True
@@ -218,7 +225,13 @@ class OnnxBackend(Backend):
             given["enable_cuda_graph"] = str(int(capture))
         name = self._provider.onnxruntime
         # With fallback, ONNX Runtime prints a banner of its own and goes on with the CPU.
-        session = ort.InferenceSession(model, options, providers=[(name, given)], enable_fallback=False)
+        session = ort.InferenceSession(
+            model,
+            options,
+            providers=[(name, given)],
+            enable_fallback=False,
+            disabled_optimizers=left_out,
+        )
         # A provider whose libraries are missing is replaced by the CPU's without an error; a slow night is worse than
         # a clear refusal.
         if name not in session.get_providers():
@@ -332,6 +345,15 @@ def _prepare_runtime() -> None:
     # Graphs run one after the other, and an arena keeps the most that its session ever used: sixteen hold far too much.
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, None)
+
+
+def frugal(options: ort.SessionOptions) -> list[str]:
+    """Have a session keep its weights once, as they are; returns the optimizers that it has to do without."""
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # An arena grows by steps, which for large weights is much that nobody uses.
+    options.add_session_config_entry("session.use_env_allocators", "0")
+    options.enable_cpu_mem_arena = False
+    return ["NchwcTransformer"]
 
 
 def _session_options(threads: int) -> ort.SessionOptions:

@@ -1,13 +1,15 @@
-"""The texts that travel with a dataset: README.md for people, croissant.json for catalogues."""
+"""The card that travels with a dataset: README.md for people, its front matter for Hugging Face `datasets`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from busigen.registry import RESOLUTION, SYNTHETIC
-from busigen.runtime.dataset.format import MANIFEST_FILE, SHARD_FOLDER, command_line, decided, key_of
-from busigen.runtime.dataset.shards import FIXED_COLUMNS
+import busigen
+from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
+from busigen.runtime.dataset.format import SHARD_FOLDER, command_line, decided, key_of
+from busigen.runtime.dataset.shards import column_types
 from busigen.text import counted, unproven_line
 
 _PRIVACY_REAL = (
@@ -32,31 +34,30 @@ A sample is {RESOLUTION} x {RESOLUTION}. Its background has the shape of a train
 `letterbox_left` columns and `letterbox_top` rows of bar come before the image.
 """
 
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # between which the Hub sorts data sets
+LABEL_TYPE = {"class_label": {"names": {str(number): name for number, name in enumerate(LESION_CLASSES)}}}
+_HUB_TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}
+
+_CITATION = """@software{busigen,
+  title = {busigen: synthetic breast-ultrasound images with exact lesion masks},
+  author = {{the busigen authors}},
+  version = {VERSION},
+  year = {YEAR}
+}
+@article{wen2026,
+  title = {Synthesizing breast cancer ultrasound images from healthy samples using latent diffusion models},
+  author = {Wen and others},
+  journal = {Journal of Medical Imaging},
+  volume = {13},
+  number = {2},
+  pages = {024002},
+  year = {2026}
+}"""
+
 LICENCE = (
     "The samples inherit the terms of what they were made from: the bundle's training data and the healthy images. "
     "Check both before you publish or sell."
 )
-
-_CROISSANT_TYPES = {"str": "sc:Text", "int": "sc:Integer", "float": "sc:Float", "bool": "sc:Boolean"}
-
-_CROISSANT_WORDS = (
-    "citeAs column conformsTo equivalentProperty extract field fileObject fileProperty fileSet format includes "
-    "isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate "
-    "separator source subField transform"
-)
-_CONTEXT = {
-    "@language": "en",
-    "@vocab": "https://schema.org/",
-    **{word: f"cr:{word}" for word in _CROISSANT_WORDS.split()},
-    "conformsTo": "dct:conformsTo",
-    "cr": "http://mlcommons.org/croissant/",
-    "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "dct": "http://purl.org/dc/terms/",
-    "examples": {"@id": "cr:examples", "@type": "@json"},
-    "rai": "http://mlcommons.org/croissant/RAI/",
-    "sc": "https://schema.org/",
-}  # what the words of Croissant 1.0 stand for in JSON-LD
 
 
 def dataset_card(info: Mapping[str, Any]) -> str:
@@ -70,7 +71,7 @@ def dataset_card(info: Mapping[str, Any]) -> str:
         refusals = f"The quality gates refused {counted(refused, 'draw')}, drawn again since ({listed})."
     gap = f"\nUnproven: {unproven_line(info['unproven'])}\n" if info.get("unproven") else ""
     bars = (_FRAMES if _is_synthetic(info) else _LETTERBOX) if "letterbox_scale" in info["columns"] else ""
-    return f"""{front_matter(f"{SHARD_FOLDER}/*.tar")}
+    return f"""{front_matter(info["samples"], {"train": f"{SHARD_FOLDER}/*.tar"}, sample_features(info["columns"]))}
 # Synthetic breast ultrasound, {counted(info["samples"], "sample")}
 
 Images with a synthetic {" or ".join(info["classes"])} lesion and that lesion's exact mask, made by busigen
@@ -95,7 +96,7 @@ where folders stand by their names alone. For research; not for diagnosis.
 - `shards/*.tar`: [WebDataset](https://github.com/webdataset/webdataset) shards. A sample is three files:
   `<key>.image.png` ({RESOLUTION} x {RESOLUTION}, 8-bit grey), `<key>.mask.png` (1 bit, white on the lesion),
   `<key>.json` (its row).
-- `manifest.parquet`: one row per sample: {", ".join(f"`{name}`" for name in (*FIXED_COLUMNS, *info["columns"]))}.
+- `manifest.parquet`: one row per sample: {", ".join(f"`{name}`" for name in column_types(info["columns"]))}.
   Boxes are in pixels, right and bottom exclusive. `shards/*.parquet` hold the same rows per shard.
 - `dataset.json`: options, fingerprints, counts, and the sha256 of every shard. `run.json`: the same before the run.
 - `croissant.json`: [Croissant](https://mlcommons.org/croissant) metadata.
@@ -110,7 +111,8 @@ for image, mask, row in dataset.to_tuple("image.png", "mask.png", "json"):
     mask = mask > 0  # ({RESOLUTION}, {RESOLUTION}) bool; image is ({RESOLUTION}, {RESOLUTION}) uint8, row a dict
 ```
 
-or with the standard library alone:
+{_hugging_face()}
+With the standard library alone:
 
 ```python
 import tarfile
@@ -121,9 +123,63 @@ with tarfile.open("{first["tar"]["file"]}") as shard:
 
 `busigen verify` checks every file, hash, pair and row.
 
-## Licence
+{closing(info)}"""
+
+
+def collection_card(info: Mapping[str, Any], pattern: str) -> str:
+    """The card of a merged dataset; ``pattern`` matches all parts' shards."""
+    rows = "\n".join(
+        f"| `{part['folder']}` | {part['samples']} | {part['config']['seed']} | "
+        f"{', '.join(source['folder'] for source in part['sources'])} |"
+        for part in info["parts"]
+    )
+    title = f"{counted(info['samples'], 'sample')} in {counted(len(info['parts']), 'part')}"
+    return f"""{front_matter(info["samples"], {"train": pattern}, sample_features(info["columns"]))}
+# Synthetic breast ultrasound, {title}
+
+Merged by busigen. Each part is a dataset of its own, with the bytes it was made with; its README.md says how to read it
+and how it was made. For research; not for diagnosis.
+
+| part | samples | seed | merged from |
+|---|---:|---:|---|
+{rows}
+
+- `manifest.parquet`: the rows of all parts. `part` names the folder that `shard` is in. A key is unique within a part.
+- `dataset.json`: where each part came from, and the sha256 of its own `dataset.json`.
+- `croissant.json`: [Croissant](https://mlcommons.org/croissant) metadata of all parts.
+
+`busigen verify` checks all parts; `busigen explain` takes a part and a key, such as `000/{key_of(0)}`.
+
+{_hugging_face()}
+{closing(info)}"""
+
+
+def _hugging_face() -> str:
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(LESION_CLASSES))
+    return f"""With Hugging Face's `datasets`, which knows every column's type from this file's header:
+
+```python
+import os
+
+from datasets import load_dataset  # pip install datasets pillow
+
+rows = load_dataset(os.getcwd(), split="train")  # this folder by its path; on the Hub, by its name there
+image, mask, row = rows[0]["image.png"], rows[0]["mask.png"], rows[0]["json"]  # row["class"]: {names}
+```
+"""
+
+
+def closing(info: Mapping[str, Any]) -> str:
+    """The sections on licence, citation and privacy, with which every card ends."""
+    return f"""## Licence
 
 {LICENCE}
+
+## Citation
+
+```bibtex
+{citation(info)}
+```
 
 ## Privacy
 
@@ -131,25 +187,63 @@ with tarfile.open("{first["tar"]["file"]}") as shard:
 """
 
 
-def front_matter(shards: str) -> str:
-    """The card's header for the Hugging Face Hub, with a pattern of the sample files: else it reads all JSON."""
+def front_matter(samples: int, files: Mapping[str, str], features: Sequence[Mapping[str, Any]]) -> str:
+    """The card's header for Hugging Face `datasets` and its Hub.
+
+    ``files`` has a pattern of the sample files for each split: without one, all JSON would be read. ``features`` are
+    the columns, in the form that `datasets` gives a header: without them it guesses from the first rows, and fails
+    where these lack a value.
+    """
+    # A line of JSON is YAML as well, and quotes whatever a column is called.
+    columns = "\n".join(f"  - {json.dumps(feature)}" for feature in features)
+    splits = "\n".join(f'  - split: {name}\n    path: "{pattern}"' for name, pattern in files.items())
+    place = max(len(str(samples)) - 3, 0)
+    size = f"{_SIZES[place - 1]}<n<{_SIZES[place]}" if place else f"n<{_SIZES[0]}"
     return f"""---
+pretty_name: Synthetic breast ultrasound
 license: other
+license_name: terms-of-the-sources
 task_categories:
 - image-segmentation
 - image-classification
+size_categories:
+- {size}
+annotations_creators:
+- machine-generated
 tags:
 - medical
 - ultrasound
 - synthetic
-- webdataset
 configs:
 - config_name: default
   data_files:
-  - split: train
-    path: "{shards}"
+{splits}
+dataset_info:
+  features:
+{columns}
 ---
 """
+
+
+def sample_features(columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What `datasets` makes of a shard: image, mask, row, and where it read them; ``columns`` are those of a record."""
+    return [
+        *({"name": name, "dtype": "image"} for name in ("image.png", "mask.png")),
+        {"name": "json", "struct": row_features(column_types(columns))},
+        *({"name": name, "dtype": "string"} for name in ("__key__", "__url__")),
+    ]
+
+
+def row_features(types: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Columns of a manifest for `datasets`, the class as a label; ``types`` are the names of their types."""
+    return [
+        {"name": name, "dtype": LABEL_TYPE if name == "class" else _HUB_TYPES[kind]} for name, kind in types.items()
+    ]
+
+
+def citation(info: Mapping[str, Any]) -> str:
+    """What to cite, in BibTeX: the program, and the paper whose method it follows."""
+    return _CITATION.replace("VERSION", str(info["busigen"])).replace("YEAR", busigen.RELEASED[:4])
 
 
 def privacy(info: Mapping[str, Any]) -> str:
@@ -157,90 +251,5 @@ def privacy(info: Mapping[str, Any]) -> str:
     return _PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL
 
 
-def croissant(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The dataset as MLCommons Croissant 1.0 JSON-LD; ``info`` is the content of ``dataset.json``."""
-    manifest = info["files"][MANIFEST_FILE]
-    shards = [
-        _file_object(f"shard-{shard['number']:06d}", "WebDataset shard.", shard["tar"], "application/x-tar")
-        for shard in info["shards"]
-    ]
-    table = {"fileObject": {"@id": "manifest"}}
-    columns = {name: kind.__name__ for name, kind in FIXED_COLUMNS.items()} | dict(info["columns"])
-    return {
-        "@context": dict(sorted(_CONTEXT.items())),
-        "@type": "sc:Dataset",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": "busigen-dataset",
-        "description": f"{info['samples']} synthetic breast ultrasound images with lesion masks. {privacy(info)}",
-        "version": f"{info['schema_version']}.0.0",
-        "keywords": ["breast", "ultrasound", "synthetic", "segmentation"],
-        "usageInfo": LICENCE,
-        "distribution": [
-            _file_object("manifest", "One row per sample, in index order.", manifest, "application/x-parquet"),
-            *shards,
-            *(
-                {
-                    "@type": "cr:FileSet",
-                    "@id": f"{kind}s",
-                    "name": f"{kind}s",
-                    "description": about,
-                    "containedIn": [{"@id": shard["@id"]} for shard in shards],
-                    "encodingFormat": "image/png",
-                    "includes": f"*.{kind}.png",
-                }
-                for kind, about in (("image", "Images, 8-bit grey."), ("mask", "Lesion masks, 1 bit."))
-            ),
-        ],
-        "recordSet": [
-            {
-                "@type": "cr:RecordSet",
-                "@id": "samples",
-                "name": "samples",
-                "description": "The manifest's rows.",
-                "key": {"@id": "samples/key"},
-                "field": [
-                    _field("samples", name, _CROISSANT_TYPES[kind], source={**table, "extract": {"column": name}})
-                    for name, kind in columns.items()
-                ],
-            },
-            _pictures("images"),
-            _pictures("masks"),
-        ],
-    }
-
-
 def _is_synthetic(info: Mapping[str, Any]) -> bool:
     return bool(decided(info, "--healthy") == SYNTHETIC)
-
-
-def _file_object(name: str, about: str, record: Mapping[str, Any], encoding: str) -> dict[str, Any]:
-    return {
-        "@type": "cr:FileObject",
-        "@id": name,
-        "name": name,
-        "description": about,
-        "contentUrl": record["file"],
-        "contentSize": f"{record['size']} B",
-        "encodingFormat": encoding,
-        "sha256": record["sha256"],
-    }
-
-
-def _pictures(name: str) -> dict[str, Any]:
-    content, files = f"{name}_content", {"fileSet": {"@id": name}}
-    key = {**files, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^(\d{9})"}}
-    pixels = {**files, "extract": {"fileProperty": "content"}}
-    return {
-        "@type": "cr:RecordSet",
-        "@id": content,
-        "name": content,
-        "description": f"The {name}, joined to the rows by key.",
-        "field": [
-            _field(content, "key", "sc:Text", references={"field": {"@id": "samples/key"}}, source=key),
-            _field(content, "pixels", "sc:ImageObject", source=pixels),
-        ],
-    }
-
-
-def _field(records: str, name: str, kind: str, **more: Any) -> dict[str, Any]:
-    return {"@type": "cr:Field", "@id": f"{records}/{name}", "name": name, "dataType": kind, **more}

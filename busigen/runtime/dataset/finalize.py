@@ -20,7 +20,8 @@ from busigen.files import atomic_file, atomic_path, write_json
 from busigen.foreign import open_file
 from busigen.records import read_json
 from busigen.registry import LESION_CLASSES, RESOLUTION
-from busigen.runtime.dataset.card import croissant, dataset_card
+from busigen.runtime.dataset.card import dataset_card
+from busigen.runtime.dataset.croissant import croissant
 from busigen.runtime.dataset.format import (
     CARD_FILE,
     CROISSANT_FILE,

@@ -144,9 +144,21 @@ class Member:
                     size = f"size {image.size}, not {mode} and {RESOLUTION} squared"
                     raise ValueError(f"a PNG of mode {image.mode} and {size}")
                 image.load()
-                return np.array(image)
+                pixels = np.array(image)
+                # Pillow's true is the byte 255, which not all code takes for true as numpy does.
+                return pixels if kind == "image" else pixels.view(np.uint8) > 0
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"not a readable PNG ({error})") from error
+
+    def sample(self) -> Sample:
+        """It, decoded; an IntegrityError for damage."""
+        row = checked(_SampleRow, self.row, f"The row of sample {self.key}", fix=_VERIFY)
+        own = {name: value for name, value in self.row.items() if name not in FIXED_COLUMNS}
+        try:
+            image, mask = self.decoded("image"), self.decoded("mask")
+        except ValueError as error:
+            raise IntegrityError(f"Sample {self.key} is damaged: {error}.", fix=_VERIFY) from error
+        return Sample(row.index, row.attempt, row.label, image, mask, own)
 
 
 @dataclass(frozen=True)
@@ -209,13 +221,7 @@ class Dataset:
             for member in read_members(
                 self.folder / shard_path(number, "tar"), self.plan.indices(number), only=indices
             ):
-                row = checked(_SampleRow, member.row, f"The row of sample {member.key}", fix=_VERIFY)
-                own = {name: value for name, value in member.row.items() if name not in FIXED_COLUMNS}
-                try:
-                    image, mask = member.decoded("image"), member.decoded("mask")
-                except ValueError as error:
-                    raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
-                found[int(member.key)] = Sample(row.index, row.attempt, row.label, image, mask, own)
+                found[int(member.key)] = member.sample()
         return [found[index] for index in indices]
 
 
@@ -286,30 +292,59 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
     With ``only``, these alone are yielded: the names of all others are checked, their content is skipped.
     """
     wanted = set(indices if only is None else only)
+    with _reading(path), open_headers(path) as tar:
+        for index, headers in _headers(path, tar, indices):
+            if index in wanted:
+                yield _member(path, index, [(header.size, tar.read(header)) for header in headers])
+
+
+def find_members(path: Path, indices: range) -> NDArray[np.int64]:
+    """Where a shard's tar, checked as by `read_members`, holds each index's members: ``(N, 3, 2)``, offset and size."""
+    with _reading(path), open_headers(path) as tar:
+        found = [[(one.offset_data, one.size) for one in headers] for _, headers in _headers(path, tar, indices)]
+    return np.array(found, np.int64)
+
+
+def read_member(path: Path, index: int, places: NDArray[np.int64]) -> Member:
+    """Read one sample from its places, ``(3, 2)``, of `find_members`; an IntegrityError if it is not there."""
+    contents = []
+    with _reading(path), open_file(path) as file:
+        for offset, size in places.tolist():
+            file.seek(offset)
+            contents.append((size, file.read(size)))
+    return _member(path, index, contents)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with open_headers(path) as tar:
-            for index in indices:
-                key = key_of(index)
-                members = [_next_member(path, tar, f"{key}.{suffix}") for suffix in MEMBER_SUFFIXES]
-                if index not in wanted:
-                    continue
-                contents = []
-                for member in members:
-                    contents.append(tar.read(member))
-                    if len(contents[-1]) != member.size:
-                        raise IntegrityError(f"{path}: {member.name} is cut short.", fix=_VERIFY)
-                image, mask, text = contents
-                try:
-                    row = parse_json(text, key)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict) or row.get("key") != key:
-                    raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
-                yield Member(key=key, image=image, mask=mask, row=row)
-            if (extra := tar.next()) is not None:
-                raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
+        yield
     except (OSError, tarfile.TarError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
+
+
+def _headers(path: Path, tar: TarHeaders, indices: range) -> Iterator[tuple[int, list[tarfile.TarInfo]]]:
+    """Each index with its members' headers, in order, and an IntegrityError where others follow."""
+    for index in indices:
+        yield index, [_next_member(path, tar, f"{key_of(index)}.{suffix}") for suffix in MEMBER_SUFFIXES]
+    if (extra := tar.next()) is not None:
+        raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
+
+
+def _member(path: Path, index: int, contents: Sequence[tuple[int, bytes]]) -> Member:
+    """A sample from its three members, each with the size that it should have."""
+    key = key_of(index)
+    for suffix, (size, content) in zip(MEMBER_SUFFIXES, contents, strict=True):
+        if len(content) != size:
+            raise IntegrityError(f"{path}: {key}.{suffix} is cut short.", fix=_VERIFY)
+    image, mask, text = (content for _, content in contents)
+    try:
+        row = parse_json(text, key)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or row.get("key") != key:
+        raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
+    return Member(key=key, image=image, mask=mask, row=row)
 
 
 def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:

@@ -173,6 +173,11 @@ def schema_of(types: Mapping[str, type]) -> pl.Schema:
     return pl.Schema({name: _POLARS_TYPES[kind] for name, kind in (FIXED_COLUMNS | dict(types)).items()})
 
 
+def column_types(columns: Mapping[str, str]) -> dict[str, str]:
+    """Type's name (``str``, ``int``, ``float`` or ``bool``) of every manifest column, by a record's ``columns``."""
+    return {name: kind.__name__ for name, kind in FIXED_COLUMNS.items()} | dict(columns)
+
+
 def recorded_schema(columns: Mapping[str, str]) -> pl.Schema:
     """Table schema of a run by the ``columns`` of its record; a ValueError as for :func:`schema_of`."""
     return schema_of({name: COLUMN_TYPES[kind] for name, kind in columns.items()})
@@ -215,19 +220,12 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for sample, (image, mask) in zip(samples, _ENCODERS.map(_encode, samples), strict=True):
-            box = lesion_box(sample.mask) or (None, None, None, None)
-            row = {
-                "key": key_of(sample.index),
-                "index": sample.index,
-                "attempt": sample.attempt,
-                "class": sample.label,
+            files = {
                 "shard": tar_name,
                 "image_sha256": hashlib.sha256(image).hexdigest(),
                 "mask_sha256": hashlib.sha256(mask).hexdigest(),
-                "lesion_pixels": int(sample.mask.sum()),
-                **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
-                **{name: _scalar(sample, name, kind) for name, kind in types.items()},
             }
+            row = row_of(sample, types, files)
             text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
             for suffix, content in zip(MEMBER_SUFFIXES, (image, mask, text), strict=True):
                 # A new TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names, so nothing of this machine.
@@ -236,6 +234,21 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
                 tar.addfile(member, io.BytesIO(content))
             rows.append(row)
     return rows
+
+
+def row_of(sample: Sample, types: Mapping[str, type], files: Mapping[str, str]) -> dict[str, Any]:
+    """A sample's row in the manifest; ``files`` are the columns about its files, ``types`` those of its own fields."""
+    box = lesion_box(sample.mask) or (None, None, None, None)
+    return {
+        "key": key_of(sample.index),
+        "index": sample.index,
+        "attempt": sample.attempt,
+        "class": sample.label,
+        **files,
+        "lesion_pixels": int(sample.mask.sum()),
+        **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
+        **{name: _scalar(sample, name, kind) for name, kind in types.items()},
+    }
 
 
 def _encode(sample: Sample) -> list[bytes]:

@@ -24,6 +24,7 @@ from busigen.errors import BusigenError, OutputError
 from busigen.registry import LESION_CLASSES, MIN_BATCH, PROVIDERS, Provider
 from busigen.runtime.backends.base import FALLBACK, usable_cores
 from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.memory import available_memory
 from busigen.runtime.backends.probe import answer, driver_cuda, gpus, probe, tried_apart
 from busigen.runtime.execution.estimate import BYTES_PER_SAMPLE, free_space
 from busigen.text import counted, disk_size, install_command
@@ -105,8 +106,8 @@ def examine(out: Path) -> Iterator[Finding]:
         else:
             yield _finding("PyTorch", f"torch {version}; generate does without")
     yield _processor()
-    if sys.platform == "linux":
-        yield _memory()
+    if (free := available_memory()) is not None:
+        yield _memory(free)
     yield _disk(out)
 
 
@@ -295,16 +296,7 @@ def _processor() -> Finding:
     return _finding("processor", described, f"Give --threads {max(1, int(quota))}.")
 
 
-def _memory() -> Finding:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        free = free if limit.strip() == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
+def _memory(free: int) -> Finding:
     fix = "Give a smaller --batch-size, and one worker." if largest_batch(free) < _FEW_ROWS else ""
     return _finding("memory", f"{disk_size(free)} free", fix)
 

@@ -54,6 +54,7 @@ class Local(Launcher):
         require_workers(workers)
         if workers == 1:
             return None
+        options.require_memory(workers)
         return LocalWorkerPool(make(options.threads or max(1, usable_cores() // workers)), workers)
 
 

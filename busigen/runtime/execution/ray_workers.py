@@ -37,6 +37,8 @@ class OnRay(Launcher):
         """A pool of actors."""
         if options.workers is not None:
             require_workers(options.workers)
+            if options.ray_address is None:
+                options.require_memory(options.workers)
         threads = options.threads or (min(_THREADS, usable_cores()) if options.ray_address is None else _THREADS)
         resources = {"num_cpus": threads, "num_gpus": int(provider_named(options.provider).gpu)}
         return RayWorkerPool(make(threads), options.workers, resources, options.ray_address)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import busigen
 from busigen.data.sources.frames import refuse_frames
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, SHARD_SIZE, SYNTHETIC
-from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend
+from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend, provider_named
 from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.memory import require_memory
 from busigen.runtime.backends.probe import choose
 from busigen.runtime.dataset.format import Plan, decided
 from busigen.runtime.execution.factory import GenerateReport, generate, planned, refuse_small_disk
@@ -31,22 +33,18 @@ _LOGGED = ("count", "seed", "shard_size", "provider", "index_range", "array_task
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
-    """The options of ``busigen generate`` as they were typed; :meth:`run` checks them.
+class SourceOptions:
+    """What decides which samples there are, and what draws them, as it was typed; :meth:`source` checks it.
 
-    The command line, launchers and workers share one object, which is pickled for workers. It is no pydantic model:
-    what is wrong is said by the checks that other commands share.
+    It is no pydantic model: what is wrong is said by the checks that other commands share.
     """
 
-    out: Path | Address
-    count: int | None = None  # accepted samples in the dataset; None where ``index_range`` says so
     bundle: Path | None = None  # None for the shipped one
     healthy: str = SYNTHETIC  # or a folder of healthy images
     frames: int = 1  # of each DICOM file among the healthy images
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
-    shard_size: int = SHARD_SIZE
     provider: str = AUTO  # the one that ``out`` was begun with, else the best here; or a name in registry.PROVIDERS
     threads: int | None = None  # None for one per core
     size: str | None = None  # of outlines, a number or ``low:high``, as the next three
@@ -55,12 +53,50 @@ class GenerateOptions:
     height_width: str | None = None
     taller_than_wide: bool = False
     birads: str | None = None
+    allow_fallback: bool = False  # where the provider cannot be used, go on with the processor
+
+    def conditions(self) -> tuple[dict[str, float], SampleConditions]:
+        """Class weights and what is asked of lesions; a ``UsageError`` where an option is unfit."""
+        names = ("size", "depth", "across", "height_width", "taller_than_wide", "birads")
+        return parse_shares(self.classes), parse_conditions(**{name: getattr(self, name) for name in names})
+
+    def source(self, progress: Progress) -> Sampler:
+        """Where samples come from; this checks bundle, provider, threads and batch size."""
+        return self._source(progress, lambda sampler: None, None)
+
+    def _source(
+        self, progress: Progress, check: Callable[[Sampler], None], out: Path | None, processes: int = 1
+    ) -> Sampler:
+        """:meth:`source`, where ``check`` may refuse it before healthy images are read; those in ``out`` are not."""
+        classes, asked = self.conditions()
+        bundle = Bundle.open(self.bundle or default_bundle())
+        name = choose().provider if self.provider == AUTO else self.provider
+        engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,), processes=processes)
+        backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
+        progress.stage_seconds = backend.seconds
+        sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
+        if self.healthy != SYNTHETIC:
+            # All but the healthy images is known already, and reading those may take minutes.
+            check(sampler)
+            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out, frames=self.frames)
+        return sampler
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SourceOptions):
+    """The options of ``busigen generate`` as they were typed; :meth:`run` checks them.
+
+    The command line, the Python interface, launchers and workers share one object, which is pickled for workers.
+    """
+
+    out: Path | Address = field(kw_only=True)
+    count: int | None = None  # accepted samples in the dataset; None where ``index_range`` says so
+    shard_size: int = SHARD_SIZE
     index_range: str | None = None  # ``first:end``, the samples that this command makes
     array_task: str | None = None  # ``K/N``, the part of these that it makes
     launcher: str = "local"
     workers: int | None = None  # processes that make shards; None for what the launcher takes by itself
     ray_address: str | None = None  # of a cluster that runs; None for one of this command's own
-    allow_fallback: bool = False  # where the provider cannot be used, go on with the processor
     spool: Path | None = None  # staging folder on the way to a URL; None for one in the user's cache folder
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
@@ -93,7 +129,7 @@ class GenerateOptions:
         chosen = launcher(self.launcher)
         task = chosen.task(self.array_task)
         plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
-        classes, asked = self._conditions()
+        classes, asked = self.conditions()
         if isinstance(self.out, Path):
             if self.spool is not None:
                 problem = f"--spool {self.spool} is for URLs, and --out {self.out} is a folder."
@@ -115,23 +151,20 @@ class GenerateOptions:
             return generate(coordinator.source(), output, make=coordinator.make, **options)
 
     def source(self, progress: Progress, plan: Plan | None = None, output: Output | None = None) -> Sampler:
-        """Where samples come from; this checks bundle, provider, threads and batch size."""
-        # With plan and output of a run in this process, another run that is there is refused early.
-        classes, asked = self._conditions()
-        bundle = Bundle.open(self.bundle or default_bundle())
-        name = choose().provider if self.provider == AUTO else self.provider
-        engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,))
-        backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
-        progress.stage_seconds = backend.seconds
-        sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
-        if self.healthy != SYNTHETIC:
-            # All but the healthy images is known already, and reading those may take minutes.
+        """See :class:`SourceOptions`; with plan and output of a run in this process, another run is refused early."""
+
+        def refuse(sampler: Sampler) -> None:
             existing = output.stored_run() if output else None
             if output and plan and existing:
                 refuse_other_run(output.name, existing, sampler, plan, healthy=Path(self.healthy))
-            out = self.out if isinstance(self.out, Path) else None
-            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out, frames=self.frames)
-        return sampler
+
+        processes = (self.workers or 1) if self.ray_address is None else 1
+        return self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
+
+    def require_memory(self, processes: int) -> None:
+        """A CapacityError if so many processes cannot open the bundle's graphs on this machine's processor."""
+        if not provider_named(self.provider).gpu:
+            require_memory(Bundle.recorded(self.bundle or default_bundle()), processes)
 
     def _begun_with(self, progress: Progress) -> str | None:
         """The provider of the run that already stands where this one is to go; ``None`` where none does."""
@@ -155,7 +188,3 @@ class GenerateOptions:
         healthy = self.healthy if self.healthy == SYNTHETIC else str(Path(self.healthy).absolute())
         bundle = self.bundle.absolute() if self.bundle else None
         return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
-
-    def _conditions(self) -> tuple[dict[str, float], SampleConditions]:
-        names = ("size", "depth", "across", "height_width", "taller_than_wide", "birads")
-        return parse_shares(self.classes), parse_conditions(**{name: getattr(self, name) for name in names})

@@ -23,10 +23,12 @@ from busigen.errors import InputError, IntegrityError, UsageError
 from busigen.files import atomic_file, atomic_path, sha256_of, write_json
 from busigen.foreign import ForeignFileError, names_in, open_file
 from busigen.records import MAX_BYTES, Many, Record, read_checked
-from busigen.runtime.dataset.card import LICENCE, front_matter, privacy
+from busigen.runtime.dataset.card import collection_card
+from busigen.runtime.dataset.croissant import collection_croissant
 from busigen.runtime.dataset.finalize import dataset_info, finish, run_of
 from busigen.runtime.dataset.format import (
     CARD_FILE,
+    CROISSANT_FILE,
     DATASET_FILE,
     MANIFEST_FILE,
     RUN_FILE,
@@ -45,7 +47,7 @@ from busigen.runtime.storage.files import atomic_folder, output_errors
 from busigen.text import counted, disk_size, shell_word
 
 PARTS_FOLDER = "parts"
-COLLECTION_FILES = (MANIFEST_FILE, CARD_FILE, DATASET_FILE)  # what a collection holds beside its parts
+COLLECTION_FILES = (MANIFEST_FILE, CARD_FILE, DATASET_FILE)  # what a collection holds at least, beside its parts
 
 Sources = list[dict[str, Any]]  # what a dataset was merged from, in order: folder, plan, versions, sha256 of its record
 
@@ -277,7 +279,9 @@ def write_collection(folder: Path, sources: Sequence[Sources] | None = None) -> 
         write_joined(path, collection_rows(parts))
     info = collection_info(folder, parts, sources or [_source_of(part) for part in parts])
     with atomic_file(folder / CARD_FILE) as file:
-        file.write(_readme(info).encode())
+        file.write(collection_card(info, f"{PARTS_FOLDER}/*/{SHARD_FOLDER}/*.tar").encode())
+    described = {part["folder"]: opened.info for part, opened in zip(info["parts"], parts, strict=True)}
+    write_json(folder / CROISSANT_FILE, collection_croissant(info, described))
     write_json(folder / DATASET_FILE, info)
 
 
@@ -359,35 +363,3 @@ def _source_of(dataset: Dataset) -> Sources:
             "versions": dataset.info.get("versions", {}),
         }
     ]
-
-
-def _readme(info: Mapping[str, Any]) -> str:
-    rows = "\n".join(
-        f"| `{part['folder']}` | {part['samples']} | {part['config']['seed']} | "
-        f"{', '.join(source['folder'] for source in part['sources'])} |"
-        for part in info["parts"]
-    )
-    title = f"{counted(info['samples'], 'sample')} in {counted(len(info['parts']), 'part')}"
-    return f"""{front_matter(f"{PARTS_FOLDER}/*/{SHARD_FOLDER}/*.tar")}
-# Synthetic breast ultrasound, {title}
-
-Merged by busigen. Each part is a dataset of its own, with the bytes it was made with; its README.md says how to read it
-and how it was made. For research; not for diagnosis.
-
-| part | samples | seed | merged from |
-|---|---:|---:|---|
-{rows}
-
-- `manifest.parquet`: the rows of all parts. `part` names the folder that `shard` is in. A key is unique within a part.
-- `dataset.json`: where each part came from, and the sha256 of its own `dataset.json`.
-
-`busigen verify` checks all parts; `busigen explain` takes a part and a key, such as `000/{key_of(0)}`.
-
-## Licence
-
-{LICENCE}
-
-## Privacy
-
-{privacy(info)}
-"""

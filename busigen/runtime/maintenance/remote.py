@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -112,20 +113,21 @@ class RemoteView:
     def _fetch(self, name: str, limit: int | None = None) -> None:
         """Have a file in the folder if there is one; in place of one beyond the limit, a hole of its size."""
         size, path = self.store.sizes.get(name), self.folder / name
-        if size is None:
-            return
-        if limit is not None and size > limit:
+        if size is not None and limit is not None and size > limit:
             with path.open("wb") as file:
                 file.truncate(size)
-            return
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            problem = f"{self.store.address / name} has {disk_size(size)}, and {self.folder} {disk_size(free)} free."
-            raise InputError(problem, fix="Set TMPDIR to a folder with more room.")
-        try:
-            self.store.get(name, path)
-        except FileNotFoundError:
-            return  # Gone since it was listed, which the check tells.
+        elif size is not None:
+            fetch(self.store, name, path)
+
+
+def fetch(store: Store, name: str, path: Path) -> None:
+    """Copy a file that was listed to ``path``, unless it is gone by now; an InputError where there is no room."""
+    size, free = store.sizes[name], shutil.disk_usage(path.parent).free
+    if size > free:
+        problem = f"{store.address / name} has {disk_size(size)}, and {path.parent} {disk_size(free)} free."
+        raise InputError(problem, fix="Set TMPDIR to a folder with more room.")
+    with contextlib.suppress(FileNotFoundError):  # Gone since it was listed, which a check tells.
+        store.get(name, path)
 
 
 def _at_url(problem: Problem) -> Problem:

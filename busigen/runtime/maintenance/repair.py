@@ -17,6 +17,7 @@ from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, IntegrityError, 
 from busigen.files import atomic_file, leftovers, make_folder, sha256_of, write_json
 from busigen.runtime.dataset.finalize import finish, run_of
 from busigen.runtime.dataset.format import (
+    CROISSANT_FILE,
     DATASET_FILE,
     FINISHED_FILES,
     FIRST_SCHEMA_VERSION,
@@ -97,7 +98,7 @@ def repair(folder: Path, *, inputs: Inputs | None = None) -> RepairReport:
     if error is None and check_collection(folder):
         with output_errors(folder), exclusive(folder):
             write_collection(folder, recorded_sources(folder))
-        repaired.append(f"{', '.join(COLLECTION_FILES)}: written again from the parts")
+        repaired.append(f"{', '.join((*COLLECTION_FILES, CROISSANT_FILE))}: written again from the parts")
     after = combined(folder, [report.after for report in reports.values()])
     if error is None and not after.ok:
         error = _not_in_full(folder)

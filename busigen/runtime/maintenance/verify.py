@@ -19,6 +19,7 @@ from busigen.foreign import walk
 from busigen.records import checked, read_json
 from busigen.runtime.dataset.finalize import dataset_info, run_of
 from busigen.runtime.dataset.format import (
+    CROISSANT_FILE,
     DATASET_FILE,
     FINISHED_FILES,
     MANIFEST_FILE,
@@ -325,14 +326,16 @@ def _strangers(names: Iterable[str], plan: Plan, finished: bool) -> Iterator[Pro
 def check_collection(folder: Path) -> list[Problem]:
     """What is wrong with the files of a merged dataset beside its parts, whose own content is checked elsewhere."""
     linked = [path.name for path in links(folder)]
-    missing = [name for name in COLLECTION_FILES if name in linked or not (folder / name).is_file()]
+    # Merged datasets of before have no Croissant.
+    own = [*COLLECTION_FILES, *([CROISSANT_FILE] if os.path.lexists(folder / CROISSANT_FILE) else [])]
+    missing = [name for name in own if name in linked or not (folder / name).is_file()]
     found = [Problem(name, _LINK if name in linked else "is missing.", REPAIR) for name in missing]
     try:
         parts = open_parts(folder)
     except BusigenError:
         return found  # What its own check tells comes first; without it, nothing follows from the parts.
     for path in sorted(folder.iterdir()):
-        known = path.name in (*COLLECTION_FILES, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name, WRITTEN)
+        known = path.name in (*own, PARTS_FOLDER) or is_lock(path.name) or is_temporary(path.name, WRITTEN)
         if not known:
             found.append(Problem(path.name, "is no part of the dataset.", DELETE))
     return found if missing else [*found, *_check_collection_files(folder, parts)]

@@ -6,15 +6,18 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from busigen.registry import SYNTHETIC
+import busigen
+from busigen.registry import LESION_CLASSES, SYNTHETIC
 from busigen.runtime.dataset.card import dataset_card
 from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.merge import merge
+from tests.harness.command import ROOT
 from tests.harness.noise_source import NoiseSource
 
 CLASSES = {"benign": 0.5, "malignant": 0.5}
@@ -46,7 +49,7 @@ def test_the_code_in_the_card_gives_images_and_masks(
     generate(NoiseSource(), tmp_path, count=5, seed=7, shard_size=shard_size)
     text = (tmp_path / "README.md").read_text()
     assert "pip install webdataset" in text
-    (code, bare) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code, hub, bare) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     found: list[tuple[np.ndarray, np.ndarray, dict]] = []
     exec(code + "    found.append((image, mask, row))\n", {"found": found})
@@ -56,6 +59,13 @@ def test_the_code_in_the_card_gives_images_and_masks(
         assert np.array_equal(image, sample.image)
         assert np.array_equal(mask, sample.mask)
         assert row["index"] == sample.index
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "cache")
+    first: dict[str, Any] = {}
+    exec(hub, first)
+    assert np.array_equal(np.asarray(first["image"]), expected[0].image)
+    assert np.array_equal(np.asarray(first["mask"]), expected[0].mask)
+    assert LESION_CLASSES[first["row"]["class"]] == expected[0].label
     names: dict[str, bytes] = {}
     exec(bare, names)
     assert names["png"].startswith(b"\x89PNG")
@@ -78,6 +88,12 @@ def test_the_card_names_the_classes_that_there_are(tmp_path: Path) -> None:
     assert set(info["classes"]) == set(CLASSES)
     assert "a synthetic benign or malignant lesion" in dataset_card(info)
     assert "a synthetic malignant lesion" in dataset_card({**info, "classes": {"malignant": 8}})
+
+
+def test_what_a_dataset_cites_is_this_version() -> None:
+    """The version's date stands for the dataset's, so it has to move with the version."""
+    cited = dict(re.findall(r"^(version|date-released): (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert cited == {"version": busigen.__version__, "date-released": busigen.RELEASED}
 
 
 def test_privacy_and_letterbox_fit_the_backgrounds(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_damage_is_found_and_repaired_in_its_part(parts: Path) -> None:
     assert hashes(parts) == sound
 
 
-@pytest.mark.parametrize("name", ["README.md", "manifest.parquet", "dataset.json"])
+@pytest.mark.parametrize("name", ["README.md", "manifest.parquet", "dataset.json", "croissant.json"])
 def test_a_link_beside_the_parts_is_replaced(parts: Path, tmp_path: Path, name: str) -> None:
     (parts / name).rename(tmp_path / "away")
     before = hash_of(tmp_path / "away")
@@ -160,6 +160,12 @@ def test_a_link_beside_the_parts_is_replaced(parts: Path, tmp_path: Path, name: 
     assert repair(parts, inputs=NoiseInputs()).error is None
     assert verify(parts).ok and not (parts / name).is_symlink()
     assert hash_of(tmp_path / "away") == before
+
+
+def test_a_merged_dataset_of_before_croissant_is_whole(parts: Path) -> None:
+    (parts / "croissant.json").unlink()
+    assert verify(parts).ok
+    assert repair(parts, inputs=NoiseInputs()).repaired == ()
 
 
 @pytest.mark.parametrize("name", ["manifest.parquet", "dataset.json"])

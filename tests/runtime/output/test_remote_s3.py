@@ -292,3 +292,25 @@ def test_large_files_are_read_back(s3: None, port: int, url: str, tmp_path: Path
     assert "-" in tag, "it was to be sent in parts"
     store.get("large", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == large.read_bytes()
+
+
+READ = """
+import sys
+from torch.utils.data import DataLoader
+from busigen import Dataset
+from busigen.torch import PairDataset, PairStream
+# So that the workers fork off a process with connections.
+assert Dataset(sys.argv[1], check=True)[0].key == "000000000"
+for data in (PairDataset(sys.argv[1]), PairStream(sys.argv[1])):
+    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork")
+    print(*sorted(key for batch in loader for key in batch["key"]))
+"""
+
+
+def test_workers_of_a_data_loader_read_from_it(s3: None, url: str, tmp_path: Path) -> None:
+    finished(started(url, tmp_path / "spools"))
+    done = subprocess.run(
+        [sys.executable, "-c", READ, url], cwd=ROOT, capture_output=True, text=True, timeout=GUARD_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [" ".join(f"{index:09d}" for index in range(8))] * 2
