@@ -107,8 +107,8 @@ def take_frames(listing: Listing, frames: int, looked: Looked | None = None) -> 
         seen.update([scan.sha256] if scan else [])
     listing.records = records
     for record in records:
-        if (problem := listing.doubtful.get(real_file(record.image))) is not None:
-            listing.doubtful[record.image] = problem
+        if (doubt := listing.doubtful.get(real_file(record.image))) is not None:
+            listing.doubtful[record.image] = doubt
 
 
 def _patients(scans: Iterable[Scan]) -> dict[tuple[str, ...], str]:
