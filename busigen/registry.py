@@ -130,6 +130,7 @@ PRESETS[STABLE_DIFFUSION] = replace(
 )
 DEFAULT_PRESET = "compact"
 PAINTING = ("lesion", "blend")  # The stages that Stable Diffusion draws in its preset.
+PAINTED_CHANNELS = 4  # Of its latents.
 PAINTING_STEPS = 8  # Network evaluations of each of them, unless `export --steps` says otherwise.
 SHOWN_AT = (256, 512)  # Sides in pixels at which Stable Diffusion can be shown windows, the default first.
 PROMPTS = {  # What Stable Diffusion is asked for, unless `train --prompt` says otherwise.

@@ -26,7 +26,19 @@ stdout, stderr = Terminal(), Terminal(stderr=True)
 
 DEBUG = "--debug"
 # Libraries that log how they load files, which is of no use to a user.
-_NOISY = ("absl", "aiobotocore", "botocore", "httpx", "onnx_ir", "onnxscript", "PIL", "tensorboard", "torch", "urllib3")
+_NOISY = (
+    "absl",
+    "aiobotocore",
+    "botocore",
+    "httpx",
+    "httpx2",
+    "onnx_ir",
+    "onnxscript",
+    "PIL",
+    "tensorboard",
+    "torch",
+    "urllib3",
+)
 
 
 class Interrupted(BusigenError):

@@ -177,7 +177,8 @@ def train(
             ) from None
     seconds = sum(task["seconds"] for task in record["tasks"].values())
     stdout.print(f"Checkpoint finished in {out}: preset {record['preset']}, {seconds / 60:.1f} minutes of training.")
-    stdout.print(f"Next: busigen export {shell_word(out)} --out bundle")
+    named = f" --base-model {shell_word(base_model)}" if base_model else ""
+    stdout.print(f"Next: busigen export {shell_word(out)}{named} --out bundle")
 
 
 @app.command(
@@ -232,7 +233,11 @@ def export(
         typer.Option(help="Of Stable Diffusion: share of the noise that steps draw anew: 1 for LCM-LoRA, 0 for DDIM."),
     ] = 0.0,
     decoder: Annotated[
-        Path | None, typer.Option(help="Folder of a TAESD that decodes in place of Stable Diffusion's decoder.")
+        str | None,
+        typer.Option(
+            help="Of Stable Diffusion's latents: own, the checkpoint's, which draws speckle from noise; base, Stable "
+            "Diffusion's; or the folder of a TAESD. [default: own, if there is one]"
+        ),
     ] = None,
 ) -> None:
     """Export a checkpoint as one ONNX graph per component and class, proved against PyTorch."""
@@ -254,11 +259,11 @@ def export(
         steps=solver_counts(steps or ()),
     )
     if base_model is not None:
-        from busigen.training.stable_diffusion.base_model import BaseModel
+        from busigen.training.stable_diffusion.hub import open_base
         from busigen.training.stable_diffusion.painter import PaintingOptions, parse_loras
 
         painting = PaintingOptions(parse_loras(lora or ()), lora_alpha, guidance, fresh_noise, decoder)
-        options = replace(options, base_model=BaseModel.open(Path(base_model), base_config), painting=painting)
+        options = replace(options, base_model=open_base(base_model, base_config), painting=painting)
     elif base_config or guidance or lora or fresh_noise or decoder:
         problem = "--guidance, --lora, --fresh-noise, --decoder and --base-config are for a Stable Diffusion."
         raise UsageError(problem, fix="Name it by --base-model, or leave them out.")

@@ -36,11 +36,14 @@ from busigen.registry import (
 from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
 from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
 from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER, DEFAULT_WINDOWS, WHOLE_DECODER
+from busigen.runtime.backends.memory import LARGE
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
 from busigen.training.networks.inference import Networks
 from busigen.training.stable_diffusion.lora import files_of
+from busigen.training.stable_diffusion.painter import BASES, OWN, chosen_decoder
+from busigen.training.stable_diffusion.room import require_disk
 from busigen.training.trainer import write_json
 
 log = logging.getLogger("busigen.export")
@@ -73,12 +76,15 @@ def export(
         InputError: ``checkpoint`` is not finished, not readable, lacks a component, has one too many, has adapters that
             were not merged, or weights that are no numbers.
         IntegrityError: its weights are not those that training recorded.
-        OutputError: ``out`` is taken or cannot be written.
+        OutputError: ``out`` is taken or cannot be written, or the disk has no room.
+        CapacityError: a Stable Diffusion does not fit into memory.
         ParityError: the graphs do not reproduce the checkpoint; nothing is left at ``out``.
     """
     options, progress = options or Options(), progress or Progress()
     check_opset(options.opset)
     providers, unproved = _provers(options.precision), _unproved(options.engines)
+    if options.base_model is not None:
+        require_disk(options.base_model, out)
     networks, record = opened(checkpoint, options)
     check_finite(networks)
     info = _info(networks, record, checkpoint, options)
@@ -98,12 +104,7 @@ def export(
             bundle, parity = _proved(folder, info, choices, reference, providers, unproved, options, progress)
         first = next(iter(parity.values()))
         info = bundle.info | {
-            # The CPU provider, which counts them, has no kernels for bf16.
-            "fused": {
-                name: fused(bundle.graph(name))
-                for name, graph in bundle.info["graphs"].items()
-                if graph["precision"] != "bf16"
-            },
+            "fused": _fused(bundle),
             "parity": {
                 "seed": PARITY_SEED,
                 "draws": options.draws,
@@ -245,6 +246,19 @@ def _targets(
             yield name, open_backend(bundle, name, EngineOptions(batch_sizes=sizes))
 
 
+def _fused(bundle: Bundle) -> dict[str, Any]:
+    """What ONNX Runtime makes of the graphs, but for those in bf16, which its CPU provider has no kernels for.
+
+    A graph is written with all weights in fp32 to count its nodes: those of Stable Diffusion are not worth that.
+    """
+    found = {}
+    for name, graph in bundle.info["graphs"].items():
+        weights = sum((bundle.folder / file).stat().st_size for file in graph["files"])
+        if graph["precision"] != "bf16" and weights < LARGE:
+            found[name] = fused(bundle.graph(name))
+    return found
+
+
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
     """What a bundle's record says before any graph is written."""
     return {
@@ -267,7 +281,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "transfer": record.get("transfer"),
         "solver_steps": dict(networks.steps),
         "graphs": painter_graphs(networks) if networks.shown_at else {},
-        **_painting(record, options),
+        **_painting(record, checkpoint, options),
         "split_hash": record["data"]["split_hash"],
         "checkpoint": sha256_of(checkpoint / CHECKPOINT_RECORD),
         "training": {key: record[key] for key in ("recipe", "data", "tasks", "device")},
@@ -286,7 +300,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
     }
 
 
-def _painting(record: Mapping[str, Any], options: Options) -> dict[str, Any]:
+def _painting(record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
     """What a bundle says of its Stable Diffusion."""
     if options.base_model is None:
         return {}
@@ -294,13 +308,13 @@ def _painting(record: Mapping[str, Any], options: Options) -> dict[str, Any]:
     loras = [
         {"for": where, "sha256": sha256_of(files_of(path)[0]), "weight": weight} for where, path, weight in asked.loras
     ]
-    decoder = "Stable Diffusion's" if asked.decoder is None else "TAESD"
+    names = {OWN: "busigen's", BASES: "Stable Diffusion's"}
     return {
         "painting": {
             **record["painting"],
             "guidance": asked.guidance,
             "fresh_noise": asked.fresh_noise,
             "loras": loras,
-            "decoder": decoder,
+            "decoder": names.get(chosen_decoder(asked.decoder, checkpoint), "TAESD"),
         }
     }

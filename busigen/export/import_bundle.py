@@ -21,7 +21,7 @@ from torch import Tensor
 from busigen.errors import InputError, IntegrityError, OutputError
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.weights import weights_of
-from busigen.registry import BUCKETS, LESION_CLASSES, PRESETS, STAGES
+from busigen.registry import BUCKETS, LESION_CLASSES, PRESETS, STABLE_DIFFUSION, STAGES
 from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, openable
 from busigen.runtime.backends.bundle_record import WHOLE_DECODER, graphs_of, names_of_graphs
 from busigen.training import checkpoint
@@ -79,11 +79,16 @@ def restore(bundle: Bundle, out: Path) -> dict[str, Any]:
         The content of the checkpoint's ``busigen.json``. ``restored`` in it names the bundle by its sha256.
 
     Raises:
-        InputError: the bundle has a preset that this busigen does not know.
+        InputError: the bundle has a preset that this busigen does not know, or draws with a Stable Diffusion.
         IntegrityError: its graphs do not hold the weights of that preset's networks.
         OutputError: ``out`` is taken or cannot be written.
     """
     preset = bundle.info.get("preset")
+    if preset == STABLE_DIFFUSION:
+        problem = (
+            f"{bundle.folder} draws with a Stable Diffusion, whose LoRAs cannot be told from its weights any more."
+        )
+        raise InputError(problem, fix="Take the checkpoint that it was exported from.")
     if preset not in PRESETS:
         raise InputError(f"{bundle.folder} has preset {preset!r}.", fix=f"Known: {', '.join(PRESETS)}.")
     if bundle.graph_names != names_of_graphs(LESION_CLASSES, BUCKETS, WHOLE_DECODER):

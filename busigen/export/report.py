@@ -15,7 +15,7 @@ import onnxruntime as ort
 from busigen.errors import OutputError, UsageError
 from busigen.export.parity import LIMITS
 from busigen.files import atomic_path
-from busigen.registry import LESION_CLASSES
+from busigen.registry import LESION_CLASSES, PAINTING
 
 KINDS = {
     "attention": ("Attention", "GroupQueryAttention", "MultiHeadAttention", "QAttention"),
@@ -202,8 +202,48 @@ PyTorch against the exported graphs over the whole trajectory, same draws:
 What each component computes in:
 
 {precision_table(info["components"])}
-
+{_painting(info)}
 Not for diagnosis. Lesions painted into a patient's image still hold that patient's pixels.
+"""
+
+
+def _painting(info: Mapping[str, Any]) -> str:
+    """What a Stable Diffusion in the bundle is, how it draws, and which terms come with it; empty where none is."""
+    found = info.get("painting")
+    if found is None:
+        return ""
+    sums = "\n".join(f"- `{name}`: `{sha256}`" for name, sha256 in sorted(found["sha256"].items()))
+    prompts = "\n".join(f"- {label}: `{prompt}`" for label, prompt in found["prompts"].items())
+    loras = [[lora["for"] or "all", f"{lora['weight']:g}", f"`{lora['sha256']}`"] for lora in found["loras"]]
+    merged = _table(["stage and class", "weight", "sha256"], loras) if loras else "No other LoRAs were merged."
+    steps = ", ".join(f"{stage} {info['solver_steps'][stage]}" for stage in PAINTING)
+    guidance = "none" if found["guidance"] is None else f"{found['guidance']:g}"
+    source = f" (`{found['source']}`)" if found.get("source") else ""
+    return f"""
+## Stable Diffusion
+
+Stages 2 and 3 are a Stable Diffusion inpainting model{source} with the LoRAs of the training
+above. Its files have these sha256:
+
+{sums}
+
+Prompts:
+
+{prompts}
+
+- steps: {steps}; guidance: {guidance}; share of fresh noise: {found["fresh_noise"]:g}
+- windows shown at {found["shown_at"]} pixels; ViT tokens: {"yes" if found["context"] else "no"}
+- decoder: {found["decoder"]}
+
+{merged}
+
+**Licence of the model:** {found["licence"]}. Where it is one of the OpenRAIL-M licences, its use restrictions travel
+with whatever is derived from the model, and this bundle is: whoever passes it on passes on the licence with it, binds
+others to the same restrictions, and says what was changed. What it draws may not be used for what they forbid.
+
+**What this does not protect.** The model was trained on images of others, from the web, that busigen has never seen:
+how much of these it repeats, `busigen audit` cannot measure, which compares with the training split alone. The LoRAs
+have seen patients' images, and what they repeat is what the audit's section on privacy is for.
 """
 
 

@@ -32,6 +32,7 @@ from busigen.training.networks.inference import ADAPTERS as PAINTED
 from busigen.training.networks.inference import Networks
 from busigen.training.stable_diffusion.base_model import BaseModel
 from busigen.training.stable_diffusion.painter import PaintingOptions, with_painter
+from busigen.training.stable_diffusion.room import require_memory
 
 TARGETS = ("onnx",)
 LARGEST_BATCH = 4096
@@ -130,7 +131,8 @@ def check_layout(checkpoint: Path, preset: str) -> None:
         InputError: the message names the folder.
     """
     needed = _needed(preset)
-    expected = {BASE: (*needed[BASE], *STAGES), ADAPTERS: _MERGED, MERGED: needed[MERGED]}
+    own = ("decoder",) if preset == STABLE_DIFFUSION else ()
+    expected = {BASE: (*needed[BASE], *own, *STAGES), ADAPTERS: _MERGED, MERGED: needed[MERGED]}
     for place, names in needed.items():
         for name in names:
             config = "adapter_config.json" if place == ADAPTERS else "config.json"
@@ -193,7 +195,8 @@ def empty(networks: Networks, checkpoint: Path, scratch: Path) -> None:
 
 def opened(checkpoint: Path, options: Options) -> tuple[Networks, dict[str, Any]]:
     """A checkpoint's networks, with the Stable Diffusion that it may need, and its record."""
-    preset = read_record(checkpoint)["preset"]
+    found = read_record(checkpoint)
+    preset = found["preset"]
     check_layout(checkpoint, preset)
     if (preset == STABLE_DIFFUSION) != (options.base_model is not None):
         raise UsageError(
@@ -201,9 +204,12 @@ def opened(checkpoint: Path, options: Options) -> tuple[Networks, dict[str, Any]
             "--base-model.",
             fix="Name the Stable Diffusion that it was trained on." if options.base_model is None else "Leave it out.",
         )
+    if options.base_model is not None:
+        painting = Painting.model_validate(found["painting"])
+        options.base_model.refuse_other(painting.sha256, "the checkpoint")
+        require_memory(options.base_model, painting.shown_at)
     networks, record = load_networks(checkpoint)
     if options.base_model is not None:
-        painting = Painting.model_validate(record["painting"])
         networks = with_painter(networks, options.base_model, painting, checkpoint / ADAPTERS, options.painting)
     networks.steps.update(options.steps)
     if options.loop != "loop" and len({networks.steps[stage] for stage in PAINTING}) > 1 and networks.shown_at:

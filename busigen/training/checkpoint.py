@@ -110,10 +110,14 @@ class Origin(Record):
 
 
 class Painting(Record):
-    """A Stable Diffusion and how it is asked: prompts by class, sha256 of weights by file, `registry.SHOWN_AT`."""
+    """A Stable Diffusion and how it is asked: prompts by class, sha256 of weights by file, `registry.SHOWN_AT`.
+
+    ``source`` is that of `busigen.training.stable_diffusion.base_model.BaseModel`.
+    """
 
     sha256: dict[Text, Text]
     licence: Text
+    source: Text | None = None
     prompts: dict[Text, Text]
     context: bool
     shown_at: Annotated[int, Strict()]

@@ -197,6 +197,8 @@ class WindowExamples:
 
     ``clean``/``known`` ``(N, C, s, s)`` fp16 latents of the whole and of the greyed window; ``mask`` ``(N, 4, s, s)``;
     ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)``; ``keep`` ``(N, T)``; ``label``, ``row``.
+    Of Stable Diffusion, ``s`` is the side at which it is shown / 8, and there are grey ``pixels`` and ``lesion``, the
+    mask, ``(N, 1, S, S)`` at the windows' own side.
     """
 
     tensors: dict[str, Tensor]
@@ -319,6 +321,8 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks) -> dict[
         "label": stacked["label"],
         "row": stacked["row"],
     }
+    if networks.shown_at is not None:  # A decoder for these latents learns from the same windows.
+        encoded |= {"pixels": (127.5 * (stacked["pixels"] + 1.0)).round().byte(), "lesion": stacked["mask"]}
     return {name: tensor.cpu() for name, tensor in encoded.items()}
 
 

@@ -23,7 +23,7 @@ from busigen.data.prepared import Prepared
 from busigen.errors import InputError, IntegrityError, OutputError, UsageError
 from busigen.files import TEMPORARY_PREFIX, is_temporary, make_folder, remove, replaced_folder
 from busigen.records import Many, Number, Record, Text, read_checked
-from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STAGES
+from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STABLE_DIFFUSION, STAGES
 from busigen.training import checkpoint
 from busigen.training.checkpoint import Base, Origin, Painting, RecipeRecord
 from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
@@ -33,8 +33,10 @@ from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
 from busigen.training.rollouts import Drawer, healed_reader, remove_lesion, save_healed
 from busigen.training.stable_diffusion import painter
 from busigen.training.stable_diffusion.base_model import BaseModel
+from busigen.training.stable_diffusion.room import require_memory
 from busigen.training.tasks import Task, TaskContext
 from busigen.training.tasks.autoencoder import AutoencoderTask, ContextTask, DecoderTask, FinishTask
+from busigen.training.tasks.decoder import SpeckleTask
 from busigen.training.tasks.denoiser import BackgroundTask, MaskTask, PaintingTask, WindowTask
 from busigen.training.trainer import Trainer, check_finite, write_json
 
@@ -53,6 +55,7 @@ KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
     "mask": MaskTask,
     "background": BackgroundTask,
     "finish": FinishTask,
+    "speckle": SpeckleTask,
 }
 # Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint.
 GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
@@ -94,7 +97,8 @@ def claim(
     if base is not None:
         config["base"] = base.identity
     if painting is not None:
-        config["painting"] = painting.model_dump()
+        # The same weights may come from elsewhere when a run is continued.
+        config["painting"] = painting.model_dump(exclude={"source"})
     path = out / RUN
     try:
         if path.exists():
@@ -186,9 +190,12 @@ def train(
 
     With a ``base``, the recipe is that of :meth:`Base.recipe`; ``base_model`` and ``painting`` are for Stable Diffusion
     and what it is asked, which that preset's recipe needs. Progress goes to ``console``, by default to stderr. What
-    is returned is the content of ``busigen.json``. Errors are those of :func:`claim` and :meth:`Base.copy`, and an
-    InputError where the training split lacks a lesion class.
+    is returned is the content of ``busigen.json``. Errors are those of :func:`claim` and :meth:`Base.copy`, an
+    InputError where the training split lacks a lesion class, a CapacityError where Stable Diffusion does not fit, and a
+    UsageError without what the recipe needs.
     """
+    if recipe.preset == STABLE_DIFFUSION and (base_model is None or painting is None):
+        raise UsageError(f"--preset {recipe.preset} needs a Stable Diffusion.", fix="Name it by --base-model.")
     prepared = Prepared.open(data)
     present = set(select(prepared, "train")["class"])
     if missing := [label for label in LESION_CLASSES if label not in present]:
@@ -196,6 +203,8 @@ def train(
             f"{data} has no {missing[0]} image in its training split.", fix="Prepare more images of that class."
         )
     picked = pick_device(device)
+    if base_model is not None and painting is not None:
+        require_memory(base_model, painting.shown_at, picked)
     claim(out, recipe, prepared, base, painting)
     what = recipe.preset if base is None else f"{', '.join(_trained(recipe))} on the base of {base.folder}"
     splits = ", ".join(f"{name} {select(prepared, name).height}" for name in SPLITS)

@@ -124,10 +124,13 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 def _stable_diffusion() -> tuple[TaskSpec, ...]:
     adapter = TaskSpec("", "painting", "", steps=2_000, batch=8, lr=1e-4, warmup=500, variants=2, ema=0.99)
-    return tuple(
+    adapters = (
         replace(adapter, name=f"{stage}-{label}", component=stage, label=label)
         for stage, label in product(PAINTING, LESION_CLASSES)
     )
+    # On the windows that the adapters learnt from, which are encoded already.
+    decoder = TaskSpec("decoder", "speckle", "decoder", steps=20_000, batch=8, lr=1e-3, variants=2, keep="last")
+    return (*adapters, decoder)
 
 
 _RECIPES: dict[str, Callable[[int], Recipe]] = {

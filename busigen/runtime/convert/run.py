@@ -22,7 +22,7 @@ from busigen.registry import LESION_CLASSES
 from busigen.runtime.convert.base import WORK_FOLDER, Entries, Format, Job, Target, converter_of
 from busigen.runtime.convert.selection import parse_class_names, parse_split
 from busigen.runtime.convert.source import Source, opened, pairs_of
-from busigen.runtime.dataset.card import LICENCE, privacy
+from busigen.runtime.dataset.card import licence, privacy
 from busigen.runtime.dataset.format import differences
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import output_errors
@@ -101,7 +101,7 @@ def convert(
             "real": None if prepared is None else prepared.split_hash,
             "pairs": chosen.height,
             "splits": dict(job.counts),
-            "licence": LICENCE,
+            "licence": licence(source.info),
             "privacy": privacy(source.info),
         }
         converter = kind(job, Target(out), progress)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import busigen
-from busigen.registry import LESION_CLASSES, RESOLUTION, SYNTHETIC
+from busigen.registry import LESION_CLASSES, RESOLUTION, STABLE_DIFFUSION, SYNTHETIC
 from busigen.runtime.dataset.format import SHARD_FOLDER, command_line, decided, key_of
 from busigen.runtime.dataset.shards import column_types
 from busigen.text import counted, unproven_line
@@ -57,6 +57,10 @@ _CITATION = """@software{busigen,
 LICENCE = (
     "The samples inherit the terms of what they were made from: the bundle's training data and the healthy images. "
     "Check both before you publish or sell."
+)
+_LICENCE_OF_MODEL = (
+    " The lesions were drawn by a Stable Diffusion of others, whose licence the bundle's MODEL_CARD.md names: under an "
+    "OpenRAIL-M licence, samples may not be used for what it forbids."
 )
 
 
@@ -173,7 +177,7 @@ def closing(info: Mapping[str, Any]) -> str:
     """The sections on licence, citation and privacy, with which every card ends."""
     return f"""## Licence
 
-{LICENCE}
+{licence(info)}
 
 ## Citation
 
@@ -244,6 +248,11 @@ def row_features(types: Mapping[str, str]) -> list[dict[str, Any]]:
 def citation(info: Mapping[str, Any]) -> str:
     """What to cite, in BibTeX: the program, and the paper whose method it follows."""
     return _CITATION.replace("VERSION", str(info["busigen"])).replace("YEAR", busigen.RELEASED[:4])
+
+
+def licence(info: Mapping[str, Any]) -> str:
+    """The text on terms; those of a Stable Diffusion are named where one drew the samples."""
+    return f"{LICENCE}{_LICENCE_OF_MODEL if info.get('fingerprint', {}).get('preset') == STABLE_DIFFUSION else ''}"
 
 
 def privacy(info: Mapping[str, Any]) -> str:

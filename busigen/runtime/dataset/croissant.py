@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import busigen
-from busigen.runtime.dataset.card import LICENCE, citation, privacy
+from busigen.runtime.dataset.card import citation, licence, privacy
 from busigen.runtime.dataset.format import MANIFEST_FILE
 from busigen.runtime.dataset.shards import column_types
 
@@ -65,7 +65,7 @@ def _described(info: Mapping[str, Any], files: Nodes, sets: Nodes) -> dict[str, 
         "version": f"{info['schema_version']}.0.0",
         # Of the version that made them: what runs with equal options write is equal, whatever day it is.
         "datePublished": busigen.RELEASED,
-        "license": LICENCE,
+        "license": licence(info),
         "citeAs": citation(info),
         "keywords": ["breast", "ultrasound", "synthetic", "segmentation"],
         "distribution": files,

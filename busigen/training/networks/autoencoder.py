@@ -35,12 +35,13 @@ class Speckle(nn.Module):
         return features + self.amplitude(features) * noise
 
 
-class SpeckleDecoder(nn.Module):
+class SpeckleDecoder(ModelMixin, ConfigMixin):
     """Latents, white noise and a lesion's mask to pixels, from the coarsest level to the finest.
 
     Margins are sharper than a cell of the latents, so every level reads the mask at its own resolution.
     """
 
+    @register_to_config
     def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: tuple[int, ...]) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(latent_channels, channels[-1], 3, padding=1)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from busigen import registry
 from busigen.registry import Preset
 from busigen.solver import TIME_SCALE
-from busigen.training.networks.autoencoder import Autoencoder
+from busigen.training.networks.autoencoder import Autoencoder, SpeckleDecoder
 from busigen.training.networks.outline import COUNT, OutlineSpace, OutlineSpread
 from busigen.training.networks.variance import Spectrum, Wavelets
 
@@ -185,7 +185,10 @@ def _transformer(dim: int, layers: int, heads: int, **options: Any) -> nn.Module
 
 
 def build(component: str, preset: Preset) -> ModelMixin:
-    """Build a component with fresh weights: ``autoencoder``, ``context`` or a denoiser; a KeyError for others."""
+    """Build a component with fresh weights, by name; a KeyError for an unknown one.
+
+    ``decoder`` is that of Stable Diffusion's latents; that of the preset's own is in ``autoencoder``.
+    """
     if component == "autoencoder":
         return Autoencoder(
             latent_channels=preset.latent_channels,
@@ -194,6 +197,8 @@ def build(component: str, preset: Preset) -> ModelMixin:
             decoder_channels=preset.decoder_channels,
             decoder_layers=preset.decoder_layers,
         )
+    if component == "decoder":
+        return SpeckleDecoder(registry.PAINTED_CHANNELS, preset.decoder_channels, preset.decoder_layers)
     if component == "context":
         layers, heads = preset.context_layers, preset.context_heads
         return ContextEncoder(registry.RESOLUTION, preset.patch, preset.context_dim, layers, heads)
@@ -222,7 +227,13 @@ def build(component: str, preset: Preset) -> ModelMixin:
 
 def model_class(component: str) -> type[ModelMixin]:
     """The class to load a saved component with."""
-    special = {"autoencoder": Autoencoder, "context": ContextEncoder, "mask": OutlineTransformer, "prior": PriorUNet}
+    special = {
+        "autoencoder": Autoencoder,
+        "decoder": SpeckleDecoder,
+        "context": ContextEncoder,
+        "mask": OutlineTransformer,
+        "prior": PriorUNet,
+    }
     return special.get(component, WindowUNet)
 
 

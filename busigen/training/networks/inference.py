@@ -54,14 +54,20 @@ class Decoder(_Half):
 
     def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
         """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise and the lesion's mask, ``(B, 1, S, S)``."""
-        raw = latents * self.latents_std + self.latents_mean
-        if self.shown_at in (None, noise.shape[-1]):
-            return self.network(raw, SPECKLE_GAIN * noise, mask).clamp(-1.0, 1.0)
-        # Every pixel's noise and mask are repeated, and the mean over its repetitions is the pixel.
-        factor = self.shown_at // noise.shape[-1]
-        repeated = F.interpolate(noise, scale_factor=factor)
+        return self.drawn(latents, noise, mask, SPECKLE_GAIN).clamp(-1.0, 1.0)
+
+    def drawn(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None, gain: float = 1.0) -> Tensor:
+        """What the network draws of a window or a crop of one, as in training: the noise times a ``gain``, unclipped.
+
+        Where the latents show it larger than the ``noise`` is, every pixel's noise and mask are repeated, and the mean
+        over its repetitions is the pixel.
+        """
+        raw, noise = latents * self.latents_std + self.latents_mean, gain * noise
+        factor = LATENT_FACTOR * latents.shape[-1] // noise.shape[-1]
+        if factor == 1:
+            return self.network(raw, noise, mask)
         mask = None if mask is None else F.interpolate(mask, scale_factor=factor)
-        return F.avg_pool2d(self.network(raw, SPECKLE_GAIN * repeated, mask), factor).clamp(-1.0, 1.0)
+        return F.avg_pool2d(self.network(raw, F.interpolate(noise, scale_factor=factor), mask), factor)
 
 
 class Velocity(nn.Module):

@@ -1,12 +1,13 @@
 """A Stable Diffusion inpainting model that a user has: found, checked, hashed and loaded.
 
 It may be a folder as diffusers writes it, in fp32 or as an fp16 variant, or one ``.safetensors`` file with the names of
-the CompVis repository. Nothing is fetched for it.
+the CompVis repository. Nothing is fetched for it here (see `busigen.training.stable_diffusion.hub`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,11 +24,10 @@ from busigen.errors import AccessError, InputError, IntegrityError, UsageError
 from busigen.files import sha256_of
 from busigen.foreign import open_file, read_file, walk
 from busigen.records import Record, Text, Whole, checked, read_json
-from busigen.registry import LATENT_FACTOR
+from busigen.registry import LATENT_FACTOR, PAINTED_CHANNELS
 from busigen.text import describe
 
-LATENT_CHANNELS = 4
-INPUT_CHANNELS = 2 * LATENT_CHANNELS + 1  # Noisy latents, the region to paint, latents of the image without it.
+INPUT_CHANNELS = 2 * PAINTED_CHANNELS + 1  # Noisy latents, the region to paint, latents of the image without it.
 MAX_WEIGHTS_BYTES = 8 << 30  # Of a file of weights; Stable Diffusion 1.5 in fp32 has 4.3 GB, with two copies 7.7.
 MAX_OTHER_BYTES = 16 << 20  # Of any other file; CLIP's vocabulary has 1 MB.
 
@@ -36,14 +36,17 @@ LICENCE = (
     "OpenRAIL-M, whose use restrictions apply to what is derived from them"
 )
 
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_CONVERT = (
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""The stem of each part's file of weights, in the folder of that name."""
+
+CONFIGURATIONS = {**{part: f"{part}/config.json" for part in WEIGHTS}, "scheduler": "scheduler/scheduler_config.json"}
+CONVERT = (
     "Load it once with diffusers where you trust it, and save it with `pipeline.save_pretrained(folder, "
     "safe_serialization=True)`."
 )
 _NEEDED = (
-    "busigen needs a Stable Diffusion 1.x inpainting model: 9 input channels, noise predicted, latents of 4 channels "
-    "and an eighth of the pixels."
+    "busigen needs the inpainting variant of a Stable Diffusion 1.x: 9 input channels, noise predicted, latents of 4 "
+    "channels and an eighth of the pixels."
 )
 _CONFIG = "Name a diffusers folder with this model's configuration and tokenizer by --base-config."
 _AGAIN = "Get the model's files again."
@@ -91,6 +94,8 @@ class BaseModel:
         weights: the file of each of ``unet``, ``vae`` and ``text_encoder``; one and the same of a single file.
         sha256: of each file of weights, by its path relative to ``place`` (its name, of a single file).
         licence: as the model's card states it.
+        sizes: numbers that each part has.
+        source: of one that was downloaded, ``NAME/MODEL@COMMIT``.
     """
 
     place: Path
@@ -99,6 +104,8 @@ class BaseModel:
     sha256: Mapping[str, str]
     licence: str
     settings: Settings
+    sizes: Mapping[str, int]
+    source: str | None = None
 
     @classmethod
     def open(cls, place: Path, config: Path | None = None) -> BaseModel:
@@ -111,14 +118,13 @@ class BaseModel:
         if not single and not place.is_dir():
             raise InputError(f"there is no base model at {place}.", fix=_NEEDED)
         if single and place.suffix != ".safetensors":
-            raise InputError(f"{place} is no .safetensors file; a pickle may run any program.", fix=_CONVERT)
+            raise InputError(f"{place} is no .safetensors file; a pickle may run any program.", fix=CONVERT)
         if single and config is None:
             raise InputError(f"{place} is a single file, which has neither configuration nor tokenizer.", fix=_CONFIG)
         folder = config if single and config is not None else place
-        settings = _settings(folder)
-        weights = dict.fromkeys(_WEIGHTS, place) if single else {part: _weights_of(place, part) for part in _WEIGHTS}
-        for part, file in weights.items():
-            _check_sizes(part, file, settings, single)
+        settings = settings_of(folder)
+        weights = dict.fromkeys(WEIGHTS, place) if single else {part: _weights_of(place, part) for part in WEIGHTS}
+        sizes = {part: _size(part, file, settings, single) for part, file in weights.items()}
         hashes = {path.name if single else path.relative_to(place).as_posix(): path for path in weights.values()}
         return cls(
             place=place,
@@ -127,6 +133,7 @@ class BaseModel:
             sha256={name: sha256_of(path, limit=MAX_WEIGHTS_BYTES) for name, path in sorted(hashes.items())},
             licence=_licence(place if not single else place.parent),
             settings=settings,
+            sizes=sizes,
         )
 
     def refuse_other(self, recorded: Mapping[str, str], what: str) -> None:
@@ -167,10 +174,17 @@ class BaseModel:
         return model.float().eval()
 
     def prompt(self, text: str, encoder: CLIPTextModel | None = None) -> Tensor:
-        """What the UNet attends to for a prompt, ``float32 (1, 77, D)``; a UsageError for one with more than 77 tokens.
+        """What the UNet attends to for a prompt, ``float32 (1, 77, D)``; errors are those of `tokens`.
 
         ``encoder`` takes the place of the model's own text encoder. Guidance compares with the empty prompt.
         """
+        numbers = self.tokens(text)
+        with torch.no_grad():
+            found: Tensor = (encoder or self.text_encoder())(numbers).last_hidden_state
+        return found
+
+    def tokens(self, text: str) -> Tensor:
+        """A prompt's tokens, ``int64 (1, 77)``; a UsageError for one with more than 77."""
         length = self.settings.text_encoder.max_position_embeddings
         with _loading(self.config / "tokenizer"):
             tokenizer = CLIPTokenizer.from_pretrained(str(self.config / "tokenizer"), local_files_only=True)
@@ -178,10 +192,7 @@ class BaseModel:
         if len(found) > length:
             problem = f"the prompt {describe(text)} has {len(found)} tokens; at most {length} are read."
             raise UsageError(problem, fix="Shorten it.")
-        numbers = torch.tensor([found + [tokenizer.pad_token_id] * (length - len(found))])
-        with torch.no_grad():
-            tokens: Tensor = (encoder or self.text_encoder())(numbers).last_hidden_state
-        return tokens
+        return torch.tensor([found + [tokenizer.pad_token_id] * (length - len(found))])
 
     def alphas(self) -> Tensor:
         """Cumulative products of the noise schedule, ``float64 (1000,)``, as ``scheduler_config.json`` says it."""
@@ -190,16 +201,15 @@ class BaseModel:
         return scheduler.alphas_cumprod.double()
 
 
-def _settings(folder: Path) -> Settings:
+def settings_of(folder: Path) -> Settings:
     """The configurations of a model's parts; an InputError for a kind of model that cannot be used."""
-    files = {part: f"{part}/config.json" for part in _WEIGHTS} | {"scheduler": "scheduler/scheduler_config.json"}
     if (folder / "text_encoder_2").exists():
         raise InputError(f"{folder} is a Stable Diffusion XL, with two text encoders.", fix=_NEEDED)
     found: dict[str, Any] = {}
     try:
-        for part, name in files.items():
+        for part, name in CONFIGURATIONS.items():
             found[part] = read_json(folder / name)
-        for part in (*files, "tokenizer"):
+        for part in (*CONFIGURATIONS, "tokenizer"):
             # The libraries open what they like of these folders, and would wait for a pipe.
             for path in walk(folder / part):
                 if not path.is_dir() and path.suffix != ".safetensors":
@@ -211,13 +221,15 @@ def _settings(folder: Path) -> Settings:
         raise InputError(error.problem, fix=_NEEDED) from error
     unet, vae, text = settings.unet, settings.vae, settings.text_encoder
     kept = (vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), unet.out_channels)
+    wanted = (PAINTED_CHANNELS, LATENT_FACTOR, PAINTED_CHANNELS)
     prediction, width = settings.scheduler.prediction_type, unet.cross_attention_dim
     for problem, wrong in (
         ("it is a Stable Diffusion XL", unet.addition_embed_type is not None),
         (f"its UNet reads {unet.in_channels} channels", unet.in_channels != INPUT_CHANNELS),
         (f"its UNet predicts '{prediction}', not 'epsilon'", prediction != "epsilon"),
-        (f"its autoencoder has {kept[0]} channels and a factor of {kept[1]}", kept != (4, LATENT_FACTOR, 4)),
+        (f"its autoencoder has {kept[0]} channels and a factor of {kept[1]}", kept != wanted),
         (f"its UNet attends to {width} numbers a token, its text gives {text.hidden_size}", width != text.hidden_size),
+        (f"it is a Stable Diffusion 2, with {width} numbers a token", width == _SECOND),
     ):
         if wrong:
             raise InputError(f"{folder} cannot be a base: {problem}.", fix=_NEEDED)
@@ -226,15 +238,19 @@ def _settings(folder: Path) -> Settings:
 
 def _weights_of(folder: Path, part: str) -> Path:
     """The file of a part's weights, in fp32 where both are there."""
-    stem = _WEIGHTS[part]
+    stem = WEIGHTS[part]
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (folder / part / name).exists():
             return folder / part / name
     for path in sorted((folder / part).glob("*")):
         if path.suffix in (".bin", ".ckpt", ".pt"):
-            raise InputError(f"{path} is a pickle, which may run any program when it is read.", fix=_CONVERT)
+            raise InputError(f"{path} is a pickle, which may run any program when it is read.", fix=CONVERT)
     raise InputError(f"{folder} is no base model: {part}/{stem}.safetensors is missing.", fix=_NEEDED)
 
+
+_SECOND = 1024  # Numbers a token has in Stable Diffusion 2; in 1.x it has 768.
+_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+"""What a single file puts before the names of each part."""
 
 _NAMES = {
     "unet": ("conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight"),
@@ -247,8 +263,11 @@ _NAMES = {
 """A weight of each part that tells its size, in a folder and in a single file."""
 
 
-def _check_sizes(part: str, path: Path, settings: Settings, single: bool) -> None:
-    """Refuse weights that are cut short or do not fit their configuration, as far as the file's header tells."""
+def _size(part: str, path: Path, settings: Settings, single: bool) -> int:
+    """How many numbers a part has; weights that are cut short or do not fit their configuration are refused.
+
+    All is read off the file's header.
+    """
     try:
         open_file(path, limit=MAX_WEIGHTS_BYTES).close()
         with safe_open(path, framework="pt") as file:
@@ -269,6 +288,7 @@ def _check_sizes(part: str, path: Path, settings: Settings, single: bool) -> Non
     if found != wanted:
         problem = f"{path} is another model: {name} is {found}, not {wanted} as its configuration says."
         raise InputError(problem, fix=_NEEDED)
+    return sum(math.prod(shape) for key, shape in shapes.items() if not single or key.startswith(_PREFIXES[part]))
 
 
 def _text_weights(path: Path, names: set[str]) -> dict[str, Tensor]:

@@ -19,9 +19,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from busigen.registry import MASK_CHANNELS
+from busigen.registry import MASK_CHANNELS, PAINTED_CHANNELS
 from busigen.solver import TIME_SCALE, SolverStep
-from busigen.training.stable_diffusion.base_model import LATENT_CHANNELS
 from busigen.training.stable_diffusion.lora import Layer
 
 FEW = 20  # Below this number of steps, the first is the noisiest that Stable Diffusion knows (Lin et al. 2024).
@@ -220,7 +219,7 @@ class StableDiffusionDenoiser(nn.Module):
         n, n)``; ``timestep`` a thousand times the straight path's, clamped to the noise schedule's; the rest are
         context tokens ``(B, N, context_dim)``, shares of the adapters ``(B, A)`` and which tokens to see ``(B, N)``.
         """
-        x, known, outline, region = sample.split([LATENT_CHANNELS, LATENT_CHANNELS, MASK_CHANNELS, 1], dim=1)
+        x, known, outline, region = sample.split([PAINTED_CHANNELS, PAINTED_CHANNELS, MASK_CHANNELS, 1], dim=1)
         adapter = torch.ones_like(x[:, :1, 0, 0]) if class_labels.dim() == 1 else class_labels.to(x.dtype)
         t = (timestep / TIME_SCALE).clamp(*self._range)
         read, number = torch.cat((x, region, known), dim=1), self._number(t)

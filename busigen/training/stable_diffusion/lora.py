@@ -69,8 +69,17 @@ class Lora:
         Raises:
             InputError: a layer is missing or has another shape, or nothing would change; the network is as it was.
         """
+        found = self.targets(network, part)
+        with torch.no_grad():
+            for target, layer in found:
+                target.add_((weight * layer.delta().reshape(target.shape)).to(target))
+        return len(found)
+
+    def targets(self, network: nn.Module, part: str = UNET) -> list[tuple[Tensor, Layer]]:
+        """The weights of a network that this LoRA changes, each with its layer; an InputError as `merge` raises it."""
         modules = dict(network.named_modules())
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Layer]] = []
+        largest = 0.0
         for (where, name), layer in self.layers.items():
             if where != part:
                 continue
@@ -84,13 +93,12 @@ class Lora:
                 raise InputError(problem, fix=_OTHER)
             if not bool(torch.isfinite(delta).all()):
                 raise InputError(f"{self.path} holds numbers that are not finite, in {name}.", fix=_AGAIN)
-            found.append((target, weight * delta.reshape(target.shape)))
-        if found and not any(bool(delta.abs().max() > 0) for _, delta in found):
+            # What all layers add together would be as large as the network.
+            found.append((target, layer))
+            largest = max(largest, float(delta.abs().max()))
+        if found and not largest:
             raise InputError(f"{self.path} changes nothing: all that it adds is zero.", fix="Was it ever trained?")
-        with torch.no_grad():
-            for target, delta in found:
-                target.add_(delta.to(target))
-        return len(found)
+        return found
 
 
 def parse_option(text: str) -> tuple[Path, float]:

@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from busigen.errors import InputError, UsageError
 from busigen.foreign import open_file, walk
-from busigen.registry import PAINTING, PAINTING_STEPS, PROMPTS, SHOWN_AT
-from busigen.training.checkpoint import Painting
+from busigen.registry import LATENT_FACTOR, PAINTED_CHANNELS, PAINTING, PAINTING_STEPS, PROMPTS, SHOWN_AT
+from busigen.training.checkpoint import BASE, Painting, load_component
 from busigen.training.networks.inference import ADAPTERS, Networks
 from busigen.training.stable_diffusion.autoencoder import GreyAutoencoder, TinyDecoder
 from busigen.training.stable_diffusion.base_model import MAX_WEIGHTS_BYTES, BaseModel
 from busigen.training.stable_diffusion.denoiser import StableDiffusionDenoiser
+from busigen.training.stable_diffusion.hub import open_base
 from busigen.training.stable_diffusion.lora import TEXT, UNET, Layer, Lora, parse_option, read_lora
 
 CONDITIONS = "conditions.safetensors"  # Beside an adapter's LoRA: how it reads outline and context.
+OWN, BASES = "own", "base"  # Decoders: of this checkpoint, which draws speckle from noise, and Stable Diffusion's.
 _OUTLINE, _CONTEXT = "outline.weight", "context.weight"
 _TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
 
@@ -37,14 +39,14 @@ class PaintingOptions:
         alpha: of those that do not say theirs.
         guidance: see `StableDiffusionDenoiser`; None for none.
         fresh_noise: see `busigen.training.stable_diffusion.denoiser.DdimStep`.
-        decoder: folder of a TAESD in place of the base's decoder.
+        decoder: `OWN`, `BASES`, or the folder of a TAESD; None for the first that there is.
     """
 
     loras: Sequence[tuple[str, Path, float]] = ()
     alpha: float | None = None
     guidance: float | None = None
     fresh_noise: float = 0.0
-    decoder: Path | None = None
+    decoder: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be."""
@@ -80,14 +82,21 @@ def asked_of(
 ) -> dict[str, Any]:
     """What :func:`busigen.training.pipeline.train` takes for Stable Diffusion, of options as a user gives them."""
     if place is None:
-        fix = "Name a folder or .safetensors file of an inpainting model by --base-model (docs/sd15.md)."
+        fix = "Name a folder, a file or a model of the hub by --base-model (docs/sd15.md)."
         raise UsageError("--preset sd15 needs a Stable Diffusion.", fix=fix)
     if shown_at not in SHOWN_AT:
         raise UsageError(f"--window is {shown_at}.", fix=f"Choose one of: {', '.join(map(str, SHOWN_AT))}.")
     known = parse_prompts(prompts)
-    base = BaseModel.open(Path(place), config)
+    base = open_base(place, config)
+    for prompt in known.values():
+        base.tokens(prompt)  # Refuses a prompt that is too long.
     painting = Painting(
-        sha256=dict(base.sha256), licence=base.licence, prompts=known, context=context, shown_at=shown_at
+        sha256=dict(base.sha256),
+        licence=base.licence,
+        source=base.source,
+        prompts=known,
+        context=context,
+        shown_at=shown_at,
     )
     return {"base_model": base, "painting": painting}
 
@@ -110,7 +119,11 @@ def save_conditions(model: StableDiffusionDenoiser, folder: Path) -> None:
 
 def with_base(networks: Networks, base: BaseModel, shown_at: int) -> Networks:
     """The networks of a compact checkpoint, with Stable Diffusion's latents for windows."""
-    vae = base.autoencoder()
+    return with_autoencoder(networks, base.autoencoder(), shown_at)
+
+
+def with_autoencoder(networks: Networks, vae: AutoencoderKL, shown_at: int) -> Networks:
+    """`with_base`, of which the autoencoder is all that is needed."""
     mean, std = torch.zeros(4), torch.full((4,), 1.0 / vae.config.scaling_factor)
     return replace(
         networks,
@@ -136,14 +149,13 @@ def with_painter(
     """
     base.refuse_other(painted.sha256, "the checkpoint")
     result = with_base(networks, base, painted.shown_at)
-    if options.decoder is not None:
-        result.autoencoder.decoder = _tiny_decoder(options.decoder, 1.0 / float(result.latents_std[0]))
-        result = replace(result)
+    result = with_decoder(result, options.decoder, checkpoint.parent)
     unet, text = base.unet(), base.text_encoder()
     further: dict[str, list[dict[str, Layer]]] = {name: [] for name in ADAPTERS}
     for where, path, weight in options.loras:
         lora = read_lora(path, unet, text_encoder=text, alpha=options.alpha)
         if where:
+            lora.targets(unet)  # Refuses what does not fit, or changes nothing.
             further[where].append(_times(lora, weight))
         else:
             lora.merge(unet, weight=weight)
@@ -166,6 +178,30 @@ def with_painter(
             model.context.weight.copy_(torch.cat([conditions[_CONTEXT] for _, conditions in read.values()], dim=1))
     model = model.eval().requires_grad_(False)
     return replace(result, denoisers=networks.denoisers | dict.fromkeys(ADAPTERS, model))
+
+
+def chosen_decoder(asked: str | None, checkpoint: Path) -> str:
+    """`OWN`, `BASES` or a folder; a UsageError where the checkpoint has no decoder of its own and is asked for it."""
+    there = (checkpoint / BASE / "decoder" / "config.json").is_file()
+    if asked == OWN and not there:
+        raise UsageError(f"{checkpoint} has no decoder of its own.", fix="Train it again, or give --decoder base.")
+    return asked or (OWN if there else BASES)
+
+
+def with_decoder(networks: Networks, asked: str | None, checkpoint: Path) -> Networks:
+    """The networks of `with_base`, and the decoder of windows that is asked for, as in :class:`PaintingOptions`.
+
+    An InputError says that a folder holds no TAESD; a UsageError is that of :func:`chosen_decoder`.
+    """
+    chosen = chosen_decoder(asked, checkpoint)
+    if chosen == BASES:
+        return networks
+    if chosen == OWN:
+        decoder: Any = load_component("decoder", checkpoint / BASE / "decoder", networks.preset)
+    else:
+        decoder = _tiny_decoder(Path(chosen), 1.0 / float(networks.latents_std[0]))
+    halves = {"encoder": networks.autoencoder.encoder, "decoder": decoder.to(networks.device)}
+    return replace(networks, autoencoder=nn.ModuleDict(halves))
 
 
 def _times(lora: Lora, weight: float) -> dict[str, Layer]:
@@ -212,6 +248,11 @@ def _tiny_decoder(folder: Path, scaling: float) -> TinyDecoder:
         taesd = AutoencoderTiny.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers raises anything on a bad configuration.
         raise InputError(f"--decoder {folder} cannot be loaded: {error}.", fix=fix) from error
-    if taesd.config.latent_channels != 4 or taesd.config.out_channels != 3:
-        raise InputError(f"--decoder {folder} decodes {taesd.config.latent_channels} channels, not 4.", fix=fix)
+    read, factor = taesd.config.latent_channels, 2 ** (len(taesd.config.decoder_block_out_channels) - 1)
+    if (read, factor, taesd.config.out_channels) != (PAINTED_CHANNELS, LATENT_FACTOR, 3):
+        raise InputError(
+            f"--decoder {folder} decodes {read} channels, enlarged {factor} times, to {taesd.config.out_channels}; "
+            f"needed are {PAINTED_CHANNELS}, {LATENT_FACTOR} and 3.",
+            fix=fix,
+        )
     return TinyDecoder(taesd.eval(), scaling)

@@ -16,12 +16,23 @@ from torch import Generator, Tensor
 
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError
-from busigen.training.examples import Frame, Frames, Healed, Progress, select
+from busigen.training.examples import (
+    Frame,
+    Frames,
+    Healed,
+    Progress,
+    WindowExamples,
+    load_examples,
+    save_examples,
+    select,
+)
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import Drawer
 
 VALIDATION_BATCHES = 6
+
+Buckets = dict[int, WindowExamples]
 
 
 @dataclass
@@ -53,6 +64,17 @@ class TaskContext:
             if len(found := self.images(name, sources=sources, label=spec.label)):
                 return found
         raise nothing_to_train_on(spec)
+
+    def examples(self, name: str, split: str, variants: int, encode: Callable[..., Buckets]) -> Buckets:
+        """All encoded examples of a split, from the run's cache; those of training with so many ``variants``."""
+        variants = variants if split == "train" else 1
+        path = self.cache / f"{name}-{split}-{variants}.safetensors"
+        if not path.exists():
+            frames = self.images(split)
+            progress = self.report(f"{name}: encoding {len(frames)} {split} images")
+            options = {"networks": self.networks, "variants": variants, "seed": self.seed}
+            save_examples(path, encode(frames, progress=progress, **options) if len(frames) else {})
+        return load_examples(path)
 
 
 def nothing_to_train_on(spec: TaskSpec) -> InputError:

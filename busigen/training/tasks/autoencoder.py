@@ -22,6 +22,7 @@ from busigen.training.examples import Frame, Frames, to_tensor
 from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
 from busigen.training.networks.autoencoder import Critic
 from busigen.training.networks.build import MaskedAutoencoder, mask_condition, region_condition
+from busigen.training.networks.inference import shown
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
 from busigen.training.tasks import Task, TaskContext, grid, random_frames, to_pictures
@@ -94,15 +95,22 @@ class AutoencoderTask(Task):
             weights.append(weight)
         return torch.stack(pixels).to(self.device), torch.stack(weights).to(self.device)
 
-    def _decoded(self, frames: Frames, generator: Generator) -> Decoded:
-        pixels, weight = self._batch(frames, self.spec.batch, generator)
+    def _decoded(self, data: Any, generator: Generator) -> Decoded:
+        pixels, weight = self._batch(data, self.spec.batch, generator)
         latents = self.autoencoder.encoder(pixels)
+        return *self._twice(latents, pixels, generator, self.autoencoder.decoder), pixels, weight, latents.float()
+
+    @staticmethod
+    def _twice(
+        latents: Tensor, pixels: Tensor, generator: Generator, decoder: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Two decodings of the same latents, with noise in the shape of ``pixels``."""
         spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True).to(latents)
         # Noise makes the decoder forgive small errors of the denoisers, and keeps grains out of the latents.
         noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=generator).to(latents)
         noise = torch.cat([torch.randn(pixels.shape, generator=generator).to(pixels) for _ in range(2)])
-        first, second = self.autoencoder.decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
-        return first, second, pixels, weight, latents.float()
+        first, second = decoder(torch.cat((noisy, noisy)), noise).float().chunk(2)
+        return first, second
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
         return losses.reconstruction(*decoded, generator)
@@ -132,7 +140,8 @@ class DecoderTask(AutoencoderTask):
 
     def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
         first, _, pixels, weight, latents = decoded
-        ours, critics = self.critic.contest(first * weight, pixels * weight, latents)
+        side = LATENT_FACTOR * latents.shape[-1]
+        ours, critics = self.critic.contest(shown(first * weight, side), shown(pixels * weight, side), latents)
         return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:

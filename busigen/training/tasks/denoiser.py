@@ -21,10 +21,8 @@ from busigen.training.examples import (
     Frames,
     WindowExamples,
     background_examples,
-    load_examples,
     outline_examples,
     random_lesion,
-    save_examples,
     to_tensor,
     window_examples,
 )
@@ -34,11 +32,10 @@ from busigen.training.networks.outline import COUNT
 from busigen.training.networks.variance import Residuals, Spectrum, amplitudes, mean_square, transformed
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import background_images
-from busigen.training.tasks import Picture, Task, TaskContext, grid, nothing_to_train_on, outlined, to_pictures
+from busigen.training.tasks import Buckets, Picture, Task, TaskContext, grid, nothing_to_train_on, outlined, to_pictures
 from busigen.training.trainer import mixed_precision
 
 Batch = dict[str, Tensor]
-Buckets = dict[int, WindowExamples]
 
 
 class DenoiserTask(Task):
@@ -67,14 +64,7 @@ class DenoiserTask(Task):
 
     def _encoded(self, split: str) -> Buckets:
         """All of a split's examples, from the run's cache."""
-        variants = self.spec.variants if split == "train" else 1
-        path = self.context.cache / f"{self.examples}-{split}-{variants}.safetensors"
-        if not path.exists():
-            frames = self.context.images(split)
-            progress = self.context.report(f"{self.examples}: encoding {len(frames)} {split} images")
-            options = {"networks": self.context.networks, "variants": variants, "seed": self.context.seed}
-            save_examples(path, self._encode(frames, progress=progress, **options) if len(frames) else {})
-        return load_examples(path)
+        return self.context.examples(self.examples, split, self.spec.variants, self._encode)
 
     def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
         """The condition's channels; may change ``batch['weight']``, where the loss counts."""

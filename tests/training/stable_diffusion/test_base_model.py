@@ -110,6 +110,11 @@ def _other_text(folder: Path) -> None:
     _edit(folder, "text_encoder/config.json", hidden_size=64)
 
 
+def _second(folder: Path) -> None:
+    _edit(folder, "unet/config.json", cross_attention_dim=1024)
+    _edit(folder, "text_encoder/config.json", hidden_size=1024)
+
+
 def _no_vae(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
 
@@ -154,6 +159,7 @@ def _pipe(folder: Path) -> None:
         (_velocity, "predicts 'v_prediction'"),
         (_other_factor, "a factor of 4"),
         (_other_text, "its text gives 64"),
+        (_second, "Stable Diffusion 2, with 1024 numbers a token"),
         (_no_vae, "vae/config.json"),
         (_cut_short, "cannot be read"),
         (_lying_header, "cannot be read"),

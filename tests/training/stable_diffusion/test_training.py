@@ -53,14 +53,14 @@ def trained(prepared: Path, out: Path, compact: Base, sd: Path, prompts: tuple[s
     asked = asked_of(str(sd), None, prompts=prompts, context=True, shown_at=256)
     recipe = compact.recipe("sd15")
     short = {"steps": 2, "batch": 2, "warmup": 1, "variants": 1, "lr": 0.01}
-    tasks = tuple(replace(task, **short) for task in recipe.tasks if task.name == TASK)
+    tasks = tuple(replace(task, **short) for task in recipe.tasks if task.name in (TASK, "decoder"))
     quiet = Console(file=io.StringIO())
     return train(prepared, out, replace(recipe, tasks=tasks), base=compact, device="cpu", console=quiet, **asked)
 
 
 @pytest.fixture(scope="module")
 def run(prepared: Path, compact: Base, sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one adapter; treat it as read-only."""
+    """A run of one adapter and the decoder; treat it as read-only."""
     out = tmp_path_factory.mktemp("run") / "run"
     trained(prepared, out, compact, sd, ("benign=a harmless cyst",))
     return out
@@ -72,7 +72,7 @@ def test_the_checkpoint_holds_lora_and_conditions_and_names_the_base_by_its_hash
     assert record["painting"]["sha256"] == dict(BaseModel.open(sd).sha256)
     assert record["painting"]["prompts"]["benign"] == "a harmless cyst"
     assert {path.name for path in (run / "merged").iterdir()} == {"mask-benign", "mask-malignant"}
-    assert {path.name for path in (run / "base").iterdir()} == {"autoencoder", "context", "mask", "prior"}
+    assert {path.name for path in (run / "base").iterdir()} == {"autoencoder", "context", "decoder", "mask", "prior"}
     held = sum(path.stat().st_size for path in (run / "adapters").rglob("*"))
     assert held < 0.2 * sum(path.stat().st_size for path in sd.rglob("*"))
 
