@@ -37,6 +37,7 @@ class SampleOptions(TypedDict, total=False):
 
     classes: str | Mapping[str, float] | Sequence[str]  # {"benign": 0.5, "malignant": 0.5}, or "malignant"
     healthy: Place  # a folder of healthy images, or "synthetic"
+    frames: int  # to take of each DICOM file among them
     bundle: Place | None  # None for the shipped one
     seed: int
     size: Range | None  # the lesion's area as a share of the image's
@@ -144,6 +145,7 @@ def prepare(
     seed: int = 0,
     strict: bool = False,
     mask_values: Sequence[int] = (),
+    frames: int = 1,
     progress: bool = True,
 ) -> PrepareReport:
     """Read labelled folders into a prepared folder; see `busigen.data.prepare.prepare`, also for what it raises."""
@@ -157,7 +159,9 @@ def prepare(
             seed=seed,
             strict=strict,
             mask_values=mask_values,
+            frames=frames,
             progress=shown.counter("preparing", "image"),
+            looked=shown.counter("looking at DICOM files", "file"),
         )
 
 
@@ -173,6 +177,7 @@ def audit(
     only: Sequence[str] | None = None,
     seed: int = 0,
     limit: int | None = None,
+    frames: int = 1,
     device: str = "auto",
     inception: Place | None = None,
     progress: bool = True,
@@ -198,6 +203,7 @@ def audit(
             only=[only] if isinstance(only, str) else only,
             seed=seed,
             limit=limit,
+            frames=frames,
             device=device,
             inception=_path(inception),
             progress=shown,

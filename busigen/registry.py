@@ -271,6 +271,7 @@ FORMATS = {
     "yolo": TargetFormat("YOLO segmentation labels and data.yaml"),
     "monai": TargetFormat("images, label maps and MONAI's datalist with folds"),
     "hf": TargetFormat("Hugging Face: Parquet with embedded images, for load_dataset and its Hub"),
+    "dicom": TargetFormat("ultrasound images and segmentations", extra="dicom"),
 }
 LAUNCHERS = ("local", "ray", "slurm")
 # Extras by the protocol of an ``--out`` URL; for all others, it is "remote".

@@ -18,7 +18,7 @@ from tests.harness.noise_source import NoiseSource
 
 _PAGE = (ROOT / "docs" / "using-datasets.md").read_text(encoding="utf-8")
 _SECTIONS = dict(re.findall(r"^##? (.+?)\n(.*?)(?=^##? |\Z)", _PAGE, re.MULTILINE | re.DOTALL))
-_PROGRAMS = {"nnUNetv2_": "nnunetv2", "yolo ": "ultralytics"}
+_PROGRAMS = {"nnUNetv2_": "nnunetv2", "yolo ": "ultralytics", "busigen convert .* dicom ": "highdicom"}
 
 
 def blocks(text: str) -> list[tuple[str, str]]:

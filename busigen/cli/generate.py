@@ -28,6 +28,7 @@ def generate(
     count: Annotated[int | None, typer.Option(help="Accepted samples in the dataset.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
+    frames: Annotated[int, typer.Option(help="Frames to take of each DICOM file in --healthy, evenly spaced.")] = 1,
     classes: Annotated[
         str, typer.Option(help="Shares that sum to 1, or whole numbers as weights.")
     ] = "benign=0.5,malignant=0.5",
@@ -247,6 +248,7 @@ def audit(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seeds every draw.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Images per set. [default: 500 for --quick, else all]")] = None,
+    frames: Annotated[int, typer.Option(help="Frames to take of each DICOM file, evenly spaced.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     inception: Annotated[
         Path | None,
@@ -281,6 +283,7 @@ def audit(
                 device=device,
                 inception=inception,
                 limit=limit,
+                frames=frames,
                 progress=progress,
             )
         except KeyboardInterrupt:

@@ -51,6 +51,7 @@ def prepare(
             "white, or the only label of a mask]"
         ),
     ] = None,
+    frames: Annotated[int, typer.Option(help="Frames to take of each DICOM file, evenly spaced.")] = 1,
 ) -> None:
     """Read data sets into one table: classes, patients, near-duplicate groups, splits, overlays."""
     from busigen.data.prepare import prepare as run
@@ -65,7 +66,14 @@ def prepare(
     values = tuple(map(int, levels))
     with console_progress() as progress:
         result = run(
-            sources, out, seed=seed, strict=strict, mask_values=values, progress=progress.counter("preparing", "image")
+            sources,
+            out,
+            seed=seed,
+            strict=strict,
+            mask_values=values,
+            frames=frames,
+            progress=progress.counter("preparing", "image"),
+            looked=progress.counter("looking at DICOM files", "file"),
         )
     stdout.print(f"{result.images} images prepared in {out} ({result.seconds:.0f} s)")
     for name, parts in result.by_class_and_split.items():

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from busigen.data.dicom.frame import read_frame
+from busigen.data.dicom.header import is_dicom, is_dicom_name
+from busigen.data.sources.renamed import content_hash, frame_number, hidden, real_file
 from busigen.errors import InputError
 from busigen.foreign import ForeignFileError, looking, read_file
 
@@ -114,6 +117,9 @@ def decode(path: Path, data: bytes | None = None) -> Decoded:
     An InputError says that it is missing, unreadable, damaged, not an image, or outside the limits; also MemoryError.
     """
     data = _read_bytes(path) if data is None else data
+    if is_dicom(data):
+        problem = f"{path.name} is a DICOM file; masks are read from PNG, JPEG, BMP and TIFF files."
+        raise InputError(problem, fix="Save the mask as PNG, under the name of its image.")
     try:
         # Pillow opens files of its own, for the code that reads a format.
         with looking(path), warnings.catch_warnings():
@@ -146,6 +152,28 @@ def decode(path: Path, data: bytes | None = None) -> Decoded:
     )
 
 
+def _read_frame(path: Path, data: bytes) -> ImageFile:
+    frame = read_frame(path.name, data, frame_number(path))
+    width, height = frame.image.size
+    grey, marks = np.asarray(frame.image), None
+    if frame.image.mode != "L":
+        grey, marks = _from_colour(Decoded(path.name, frame.image, False, False, False, False))
+    return ImageFile(
+        path,
+        grey,
+        content_hash(path, data),
+        width,
+        height,
+        marks,
+        frame.image.mode,
+        (frame.note,),
+        frame.window,
+        frame.full,
+        frame.spacing,
+        frame.laterality,
+    )
+
+
 def look_up(table: NDArray[_Kind], levels: Levels) -> NDArray[_Kind]:
     """``table[levels]``, row by row: all at once, the indices alone would take eight bytes a pixel."""
     found = np.empty(levels.shape, table.dtype)
@@ -159,7 +187,9 @@ class ImageFile:
     """One decoded image file: upright grey levels ``uint8 (H, W)``, and the hex sha256 of its bytes.
 
     ``coloured`` is ``bool (H, W)``, where channels differ by more than ``COLOUR_STEP``, None if nowhere; ``mode`` is
-    Pillow's name of the pixel format; ``notes`` say how it was read where that was not as stored.
+    Pillow's name of the pixel format; ``notes`` say how it was read where that was not as stored. Of DICOM frames,
+    ``window`` is what was cut out (left, top, right, bottom) of ``full`` (width, height), ``spacing`` are millimetres
+    that a pixel takes across and down, and ``laterality`` is L, R or None.
     """
 
     path: Path
@@ -170,16 +200,22 @@ class ImageFile:
     coloured: NDArray[np.bool_] | None = None
     mode: str = "L"
     notes: tuple[str, ...] = ()
+    window: tuple[int, int, int, int] | None = None
+    full: tuple[int, int] | None = None
+    spacing: tuple[float, float] | None = None
+    laterality: str | None = None
 
 
 def read_image(path: Path, data: bytes | None = None) -> ImageFile:
-    """Read a PNG, JPEG, BMP or TIFF file as grey levels, turned upright by its EXIF orientation.
+    """Read a PNG, JPEG, BMP or TIFF file as grey levels, turned upright by its EXIF orientation; or a DICOM frame.
 
     Accepts 1-bit, grey, palette and colour files, with or without alpha (composited on black), and 16-bit grey, which
     is scaled to 8 bits. Arguments and errors are those of `decode`, and an InputError for levels of unknown range.
     """
     with enough_memory(path):
         data = _read_bytes(path) if data is None else data
+        if is_dicom(data) or is_dicom_name(path.name):
+            return _read_frame(path, data)
         decoded = decode(path, data)
         notes = [TURNED] if decoded.turned else []
         coloured: NDArray[np.bool_] | None = None
@@ -199,6 +235,19 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
         height, width = pixels.shape
         digest = hashlib.sha256(data).hexdigest()
         return ImageFile(path, pixels, digest, width, height, coloured, decoded.image.mode, tuple(notes))
+
+
+def scan_row(image: ImageFile, scale: float) -> dict[str, str | float | None]:
+    """What tables record of a DICOM frame: ``laterality``, and the millimetres a pixel where it is scaled by ``scale``.
+
+    All are None where the file does not say, and of other images.
+    """
+    across, down = image.spacing or (None, None)
+    return {
+        "laterality": image.laterality,
+        "spacing_x": None if across is None else across / scale,
+        "spacing_y": None if down is None else down / scale,
+    }
 
 
 @contextmanager
@@ -271,7 +320,8 @@ def _full_scale(levels: Levels) -> int:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        data = read_file(path, MAX_FILE_BYTES)
+        with hidden(path):
+            data = read_file(real_file(path), MAX_FILE_BYTES)
     except FileNotFoundError as error:
         fix = "Check the name, or restore it from the original set."
         raise InputError(f"{path.name} does not exist.", fix=fix) from error

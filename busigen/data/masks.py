@@ -68,12 +68,38 @@ def read_mask(
         return look_up(table, levels)
 
 
+def read_mask_of(
+    path: Path,
+    image: ImageFile,
+    data: bytes | None = None,
+    *,
+    values: Collection[int] = (),
+    notes: list[str] | None = None,
+) -> NDArray[np.bool_]:
+    """The mask of an image, of its size; that of a whole DICOM frame is cut as the frame was. See `read_mask`."""
+    size = image.width, image.height
+    if image.window is None or image.full is None:
+        return read_mask(path, size, data, values=values, notes=notes)
+    mask = read_mask(path, None, data, values=values, notes=notes)
+    height, width = mask.shape
+    if (width, height) == image.full:
+        left, top, right, bottom = image.window
+        return mask[top:bottom, left:right]
+    if (width, height) != size:
+        problem = (
+            f"{path.name}: the mask is {width}x{height} pixels, its image {image.full[0]}x{image.full[1]}, and its "
+            f"ultrasound region {size[0]}x{size[1]}."
+        )
+        raise InputError(problem, fix="Export the mask at the size of either.")
+    return mask
+
+
 def read_lesions(record: Record, file: ImageFile, values: Collection[int], notes: list[str]) -> list[NDArray[np.bool_]]:
     """One native ``bool (H, W)`` mask per lesion of an image, none for a normal one; arguments as for `read_mask`.
 
     An InputError says that a mask cannot be read, is no mask of lesions, or contradicts the class.
     """
-    masks = [read_mask(path, (file.width, file.height), values=values, notes=notes) for path in record.masks]
+    masks = [read_mask_of(path, file, values=values, notes=notes) for path in record.masks]
     name = record.image.name
     lesions = [lesion for mask in masks for lesion in _separate(mask)]
     if record.image_class not in LESION_CLASSES:

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from busigen import __version__
 from busigen.data import prepared as schema
-from busigen.data.images import MARK_SHARE, read_image, refuse_fault
+from busigen.data.images import MARK_SHARE, read_image, refuse_fault, scan_row
 from busigen.data.inpainting import without_overlays
 from busigen.data.letterbox import letterbox, letterbox_coverage
 from busigen.data.masks import label_lesions, read_lesions
 from busigen.data.overlays import find_overlays, suspect_mask
 from busigen.data.prepared import Prepared
+from busigen.data.sources.frames import Looked, refuse_frames
 from busigen.data.sources.read import read_source
 from busigen.data.sources.records import Listing, Record, Refusal, counted, named
 from busigen.data.splits import EXCLUDED, assign_splits, class_conflicts, near_duplicate_groups, thumbnail
@@ -68,7 +69,9 @@ def prepare(
     seed: int = 0,
     strict: bool = False,
     mask_values: Collection[int] = (),
+    frames: int = 1,
     progress: Progress | None = None,
+    looked: Looked | None = None,
 ) -> PrepareReport:
     """Read labelled folders and write a prepared folder.
 
@@ -77,9 +80,11 @@ def prepare(
 
     ``sources`` have any of the layouts of `busigen.data.sources.read.LAYOUTS`; ``seed`` and the groups' names decide
     the splits; ``strict`` stops at the first file that would be left out; ``mask_values`` are the ``values`` of
-    `busigen.data.masks.read_mask`.
+    `busigen.data.masks.read_mask`; of each DICOM file at most ``frames`` frames are taken, and ``looked`` is told of
+    each while the sources are listed.
 
     Raises:
+        UsageError: ``frames`` is not positive.
         InputError: A source has no known layout, none of its images is usable, or ``strict`` met a bad file.
         OutputError: ``out`` holds something else, was prepared with another seed, or cannot be written.
         IntegrityError: ``out`` was prepared earlier and changed since.
@@ -87,7 +92,7 @@ def prepare(
     start = time.perf_counter()
     out = Path(out)
     earlier = _earlier_splits(out, seed)
-    listings = _list_all(sources, out)
+    listings = _list_all(sources, out, refuse_frames(frames), looked)
     refused = [refusal for listing in listings for refusal in listing.refused]
     if strict and refused:
         raise refused[0].to_error()
@@ -112,10 +117,10 @@ def prepare(
     return report
 
 
-def _list_all(sources: Sequence[Path], out: Path) -> list[Listing]:
+def _list_all(sources: Sequence[Path], out: Path, frames: int, looked: Looked | None) -> list[Listing]:
     if not sources:
         raise InputError("No source folder was given.", fix="Name at least one folder of images and masks.")
-    listings = [read_source(Path(source), skip=out) for source in sources]
+    listings = [read_source(Path(source), skip=out, frames=frames, looked=looked) for source in sources]
     seen: dict[str, Path] = {}
     for listing in listings:
         for record in listing.records:
@@ -187,6 +192,7 @@ def read_sample(record: Record, values: Collection[int] = ()) -> Sample:
         "overlay_text": overlays.text,
         "overlay_calipers": overlays.calipers,
         "birads": record.birads,
+        **(scan_row(file, box.scale) if file.full else {}),
     }
     return Sample(arrays, thumbnail(file.pixels), row, tuple(dict.fromkeys(notes)))
 
@@ -264,7 +270,8 @@ def _tabulate(
         {**row, "group": int(group), "split": split, "class_conflict": bool(conflict)}
         for row, group, split, conflict in zip(rows, groups, splits, conflicts, strict=True)
     ]
-    return pl.DataFrame(complete, schema=schema.COLUMNS)
+    columns = schema.COLUMNS if all(row.keys().isdisjoint(schema.SCAN_COLUMNS) for row in rows) else schema.ALL_COLUMNS
+    return pl.DataFrame(complete, schema=columns)
 
 
 def _report(

@@ -59,6 +59,10 @@ COLUMNS: dict[str, pl.DataType] = {
 }
 """``mask_area`` is a share of the native image, ``lesions`` the largest label; file names begin with the source's."""
 
+SCAN_COLUMNS: dict[str, pl.DataType] = {"laterality": pl.String(), "spacing_x": pl.Float64(), "spacing_y": pl.Float64()}
+"""Further columns of tables with DICOM images: `busigen.data.images.scan_row`, null for other images."""
+ALL_COLUMNS = {**COLUMNS, **SCAN_COLUMNS}
+
 
 def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
     """Fingerprint of who is in which split: hex sha256 over the sorted (image hash, split) pairs."""
@@ -160,7 +164,7 @@ def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
             table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error
-    if dict(table.schema) != COLUMNS or table.height != info["images"]:
+    if dict(table.schema) not in (COLUMNS, ALL_COLUMNS) or table.height != info["images"]:
         raise IntegrityError(f"{path} has other columns or rows than {INFO} says.", fix=_PREPARE)
     if split_hash(table["sha256"], table["split"]) != info["split_hash"]:
         raise IntegrityError(f"{path} and {INFO} disagree about the splits.", fix=_PREPARE)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from busigen import __version__
+from busigen.data.sources.frames import refuse_frames
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
 from busigen.evaluation.context import AuditContext, Effort, SectionResult, jsonable, load, section_folder, store
 from busigen.evaluation.reading.sets import read_inputs
@@ -83,6 +84,7 @@ def audit(
     device: str = "auto",
     inception: Path | None = None,
     limit: int | None = None,
+    frames: int = 1,
     progress: Progress | None = None,
 ) -> Report:
     """Judge a labelled set against real images and write ``report.json`` and ``report.html``.
@@ -104,16 +106,18 @@ def audit(
         device: ``auto``, ``cpu`` or ``cuda``.
         inception: Inception weights for FID, KID and IS.
         limit: Greatest number of images per set; None is ``QUICK_LIMIT`` for ``quick`` and all for ``full``.
+        frames: Of each DICOM file, so many frames are taken at even distances.
         progress: Shows rate and ETA.
 
     Raises:
-        UsageError: an unknown section or device, or a limit below 2.
+        UsageError: an unknown section or device, a limit below 2, or no frames.
         InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
             left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
     started = time.perf_counter()
     sections = _choose_sections(only)
+    refuse_frames(frames)
     if limit is not None and limit < 2:
         raise UsageError(f"--limit is {limit}.", fix="Give a whole number from 2.")
     device = _resolve_device(device)
@@ -128,7 +132,7 @@ def audit(
         _claim(out)
     if limit is None and effort == "quick":
         limit = QUICK_LIMIT
-    parts, about = read_inputs(synthetic, real, train_split, external, limit, seed, progress)
+    parts, about = read_inputs(synthetic, real, train_split, external, limit, seed, frames, progress)
     context = AuditContext(
         **parts,
         out=out,

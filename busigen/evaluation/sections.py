@@ -11,6 +11,7 @@ from typing import Any
 
 from busigen import __version__
 from busigen.data.sources.files import find_images
+from busigen.data.sources.renamed import image_hash
 from busigen.evaluation.context import AuditContext, SectionResult
 from busigen.files import sha256_of
 
@@ -98,7 +99,7 @@ SECTIONS = {section.name: section for section in _ALL}
 
 
 def _healthy(context: AuditContext, prints: Prints) -> Any:
-    return None if context.healthy is None else sorted(sha256_of(path) for path in find_images(context.healthy))
+    return None if context.healthy is None else sorted(image_hash(path) for path in find_images(context.healthy))
 
 
 def _inception(context: AuditContext, prints: Prints) -> Any:

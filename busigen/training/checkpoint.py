@@ -315,6 +315,11 @@ class Base:
         adapters are trained as without a base. A UsageError refuses another preset, scale or component.
         """
         own = self.record["preset"]
+        if own == STABLE_DIFFUSION:
+            raise UsageError(
+                f"--base {self.folder} has preset {own}, whose LoRAs are trained from a compact checkpoint.",
+                fix=f"Name that, or leave --base out; --preset {own} takes the shipped bundle then.",
+            )
         if preset == STABLE_DIFFUSION and own == DEFAULT_PRESET:
             if retrain:
                 fix = f"Retrain it in a checkpoint of preset {own} first, and name that by --base."

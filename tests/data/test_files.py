@@ -107,7 +107,7 @@ def test_hidden_files_are_counted_and_change_nothing(tmp_path: Path, hidden: str
     assert note.startswith("2 hidden") and "set/images/" in note
 
 
-@pytest.mark.parametrize(("name", "ending"), [("a.webp", ".webp"), ("a.dcm", ".dcm"), ("a.nii.gz", ".nii.gz")])
+@pytest.mark.parametrize(("name", "ending"), [("a.webp", ".webp"), ("a.mha", ".mha"), ("a.nii.gz", ".nii.gz")])
 def test_images_that_others_can_read_are_counted_and_named(tmp_path: Path, name: str, ending: str) -> None:
     folder = draw_pairs(tmp_path / "set")
     for number in range(5):

@@ -15,12 +15,15 @@ from functools import lru_cache
 from operator import eq
 from pathlib import Path
 
+from busigen.data.dicom.header import MARK_END, installed, is_dicom, is_dicom_name
+from busigen.data.sources.frames import all_frames, name_of
 from busigen.data.sources.records import Refusal, named
-from busigen.errors import InputError
-from busigen.foreign import MAX_DEPTH
+from busigen.errors import BusigenError, InputError
+from busigen.foreign import MAX_DEPTH, open_file
+from busigen.text import counted, install_command
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff")  # Endings of images, lower case.
-_FORMATS = "PNG, JPEG, BMP and TIFF"
+_FORMATS = "PNG, JPEG, BMP, TIFF and DICOM"
 # Endings of files that nobody takes for images; all others are named where they are passed over.
 _DOCUMENTS = re.compile(
     r"|\.(csv|tsv|docx?|htm|html|ini|ipynb|jsonl?|lnk|log|m|md|ods|pdf|pptx?|py|rst|txt|url|xlsx?|xml|ya?ml|db)"
@@ -49,6 +52,7 @@ _SET_ASIDE = frozenset({"old", "backup", "backups", "bak", "trash", "archive", "
 # Why files are passed over, by what they are: as a refusal with its fix, or as a note. Others are unknown endings.
 _REASONS = {
     "link": ("Links are not followed out of the folder that was given, nor to folders.", "Put the files there instead"),
+    "dicom": ("DICOM files are read with an extra.", f"Run {install_command('dicom')}"),
     "deep": (f"Folders are looked into {MAX_DEPTH} deep.", "Give a folder further down"),
 }
 _NOTES = {
@@ -75,13 +79,14 @@ class Place:
 class Tree:
     """A folder and those below it, each looked at once. Links to folders are not followed, so there are no loops.
 
-    ``skip`` names a folder below that is passed over.
+    ``skip`` names a folder below that is passed over; ``scans`` are the images that are DICOM, of those seen so far.
     """
 
     def __init__(self, root: Path, skip: Path | None = None) -> None:
         self.root = root
         self._inside = os.path.realpath(root)
         self._skipped = None if skip is None else os.path.realpath(skip)
+        self.scans: set[Path] = set()
         self._places: dict[Path, Place] = {}
         self._passed: dict[str, list[Path]] = {}
         self._seen: dict[tuple[int, int], Path] = {}
@@ -101,14 +106,17 @@ class Tree:
             waiting.extend(reversed(place.folders))
 
     def name(self, path: Path) -> str:
-        """A path as people are told of it: it begins with the root's name."""
+        """A path as people are told of it: it begins with the root's name, and a DICOM file's ends with its hash."""
+        if path in self.scans:
+            return (Path(self._inside).name / Path(name_of(path))).as_posix()
         return (Path(Path(self._inside).name) / path.relative_to(self.root)).as_posix()
 
     def passed_over(self) -> tuple[list[Refusal], list[str]]:
         """What was passed over so far, an entry for each reason: what may hold images, and what should be."""
         refused, notes = [], []
         for why, paths in self._passed.items():
-            files = named(map(self.name, paths))
+            # Names of DICOM files may tell patients.
+            files = counted(len(paths), "DICOM file") if why == "dicom" else named(map(self.name, paths))
             if why in _NOTES:
                 notes.append(f"{len(paths)} {_NOTES[why]}: {files}")
             else:
@@ -120,11 +128,20 @@ class Tree:
         """What lies below the root, as a clause for an error: counts of files by their ending."""
         endings: Counter[str] = Counter()
         for place in self.below():
-            names = [*(path.name for path in place.images), *place.others]
-            endings.update(ending_of(name) or "no ending" for name in names)
+            endings.update("DICOM" if path in self.scans else ending_of(path.name) for path in place.images)
+            endings.update(ending_of(name) or "no ending" for name in place.others)
         links = len(self._passed.get("link", ()))
         described = [f"{count:,} {ending}" for ending, count in endings.most_common(6)]
         return ", ".join([*described, *([f"{links} links, which are not followed"] if links else [])]) or "no files"
+
+    @property
+    def lacks_extra(self) -> bool:
+        """Whether DICOM files were passed over because the extra that reads them is not installed."""
+        return "dicom" in self._passed
+
+    def unread(self) -> bool:
+        """Whether files of unknown endings were passed over so far."""
+        return any(why.startswith(".") for why in self._passed)
 
     def _look(self, path: Path) -> Place:
         try:
@@ -163,6 +180,12 @@ class Tree:
             return self._pass("deep", path) if deep else "folder"
         if ending in SUFFIXES:
             return "image"
+        if _is_scan(path, ending):
+            if installed():
+                self.scans.add(path)
+                return "image"
+            self._pass("dicom", path)
+            return "other"
         if not document:
             self._pass(ending, path)
         return "other"
@@ -173,10 +196,14 @@ class Tree:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images below a folder in natural order, without masks, hidden ones and links out; else an InputError."""
+    """The images below a folder in natural order, without masks, hidden ones and links out; else an InputError.
+
+    Of DICOM files, every frame (`busigen.data.sources.renamed`).
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.", fix="Give the folder that holds the images.")
-    return images_below(Tree(folder), folder)
+    tree = Tree(folder)
+    return list(all_frames(images_below(tree, folder), tree.scans))
 
 
 def images_below(tree: Tree, folder: Path) -> list[Path]:
@@ -184,7 +211,7 @@ def images_below(tree: Tree, folder: Path) -> list[Path]:
     found: list[Path] = []
     for place in tree.below(folder):
         if not any(map(is_mask_folder, place.path.relative_to(folder).parts)):
-            found.extend(path for path in place.images if not _MASK_NAME.search(path.stem))
+            found.extend(path for path in place.images if not _MASK_NAME.search(stem_of(path)))
     return in_natural_order(found, folder)
 
 
@@ -203,6 +230,24 @@ def ending_of(name: str) -> str:
     stem, ending = os.path.splitext(name)
     before = os.path.splitext(stem)[1] if ending.lower() in {".gz", ".bz2", ".xz"} else ""
     return (before + ending).lower()
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without its ending; all of ``1.2.840.5``, as DICOM files are named, where numbers are no ending."""
+    return path.name if path.suffix[1:].isdecimal() else path.stem
+
+
+def _is_scan(path: Path, ending: str) -> bool:
+    """Whether a file is DICOM: by its name, or by its content where it has no ending, or a number."""
+    if is_dicom_name(path.name):
+        return True
+    if (ending and not ending[1:].isdecimal() and ending != ".ima") or path.name.lower() == "dicomdir":
+        return False
+    try:
+        with open_file(path) as file:
+            return is_dicom(file.read(MARK_END))
+    except (OSError, BusigenError):
+        return False
 
 
 def name_key(name: str) -> str:
@@ -260,7 +305,7 @@ class MaskFiles:
         self._images: dict[str, set[tuple[str, ...]]] = {}
         self._exact: set[str] = set()
         for image in images:
-            stem = image.stem.removesuffix(channel)
+            stem = stem_of(image).removesuffix(channel)
             self._exact.add(stem)
             self._images.setdefault(name_key(stem), set()).add(_folders(image.parent, folder))
 
@@ -278,7 +323,7 @@ class MaskFiles:
 
     def of(self, image: Path) -> Match:
         """The masks of an image, of those that were taken in."""
-        stem = image.stem.removesuffix(self.channel)
+        stem = stem_of(image).removesuffix(self.channel)
         folders = _folders(image.parent, self.folder)
         candidates = [
             mask
@@ -326,7 +371,7 @@ def masks_beside(place: Place) -> tuple[MaskFiles, dict[Path, Match]]:
     A file that has a word for a mask after another image's name is that one's mask; without such an image it is an
     image itself, but for ``X_mask.png``, which is always a mask.
     """
-    stems = {name_key(path.stem) for path in place.images}
+    stems = {name_key(stem_of(path)) for path in place.images}
 
     def is_mask(path: Path) -> bool:
         parts = _name_and_word(path)

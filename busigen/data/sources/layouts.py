@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from busigen.data.dicom.header import SUFFIXES as DICOM_SUFFIXES
 from busigen.data.sources.files import (
     SUFFIXES,
     MaskFiles,
@@ -23,6 +24,7 @@ from busigen.data.sources.files import (
     masks_beside,
     name_key,
     natural_key,
+    stem_of,
 )
 from busigen.data.sources.records import UNKNOWN_CLASS, Layout, Listing, Record, Row, counted, named, read_rows
 from busigen.errors import InputError
@@ -84,7 +86,7 @@ def _read_plain(listing: Listing, halves: Halves, channel: str) -> None:
         files = MaskFiles(images, folder, channel)
         for below in masks:
             files.add_masks((path for place in tree.below(below) for path in place.images), below)
-        stems.update(name_key(image.stem) for image in images)
+        stems.update(name_key(stem_of(image)) for image in images)
         used |= _list(listing, folder, images, files, labels)
         other, nobodys = files.unused(belonging=True), files.unused(belonging=False)
         listing.note(other, "masks passed over, whose image has another one or lies in another folder")
@@ -100,14 +102,14 @@ def _list(listing: Listing, folder: Path, images: list[Path], files: MaskFiles, 
     # Parts of the set that was given are one source: a patient may be in several of them.
     part = place.name.lower() in _PARTS and place != listing.tree.root
     source = printable((place.parent if part else place).name)
-    times = Counter(name_key(image.stem) for image in images)
+    times = Counter(name_key(stem_of(image)) for image in images)
     guessed: list[Path] = []
     rows: set[str] = set()
     for image in images:
-        inner = image.relative_to(folder).with_suffix("")
+        inner = image.relative_to(folder).with_name(stem_of(image))
         name = inner.as_posix()
         # As with masks: a name without its folders serves only where no other image has it.
-        bare = name_key(image.stem)
+        bare = name_key(stem_of(image))
         key = bare if name_key(name) not in labels and times[bare] == 1 else name_key(name)
         row = labels.get(key, {})
         rows.add(key)
@@ -152,7 +154,7 @@ def _read_labels(listing: Listing) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for row in [] if table is None else read_rows(table, ("file", "class")):
         path = Path((row["file"] or "").replace("\\", "/"))
-        path = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
+        path = path.with_suffix("") if path.suffix.lower() in (*SUFFIXES, *DICOM_SUFFIXES) else path
         parts = path.parts[1:] if path.parts and path.parts[0].lower() == "images" else path.parts
         first = found.setdefault(name_key("/".join(parts)), dict(row))
         differ = [key for key in row if key != "file" and row[key] != first[key]]

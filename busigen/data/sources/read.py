@@ -11,10 +11,11 @@ from pathlib import Path
 
 from busigen.data.sources import layouts
 from busigen.data.sources.files import Tree, is_mask_folder, masks_beside, name_key, natural_key
+from busigen.data.sources.frames import Looked, take_frames
 from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal, counted, named
-from busigen.errors import InputError
+from busigen.errors import InputError, MissingDependencyError
 from busigen.registry import CLASSES, LESION_CLASSES
-from busigen.text import printable
+from busigen.text import install_command, printable
 
 # BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has; and pairs before BUSI, whose names they may have.
 LAYOUTS = (layouts.BUSBRA, layouts.PAIRS, layouts.UDIAT, layouts.NNUNET, layouts.BUSI, layouts.BREAST)
@@ -27,11 +28,19 @@ class UnknownLayoutError(InputError):
     """A folder is laid out in no way that busigen knows."""
 
 
-def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = None) -> Listing:
+def read_source(
+    folder: Path,
+    *,
+    unlabelled: bool = False,
+    skip: Path | None = None,
+    frames: int = 1,
+    looked: Looked | None = None,
+) -> Listing:
     """List a labelled folder in whichever layout it has.
 
     Of a folder that holds sets at any depth, all are listed; ``unlabelled``, also images of no known class, as
-    ``unknown``. ``skip`` is a folder below that is passed over, where the command writes to. An InputError says that
+    ``unknown``. ``skip`` is a folder below that is passed over, where the command writes to; of each DICOM file,
+    ``frames`` frames are listed, and ``looked`` is told of each. An InputError says that
     the folder is missing, unreadable or laid out in no way that busigen knows.
     """
     folder = Path(folder)
@@ -47,6 +56,9 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
         halves = (("images", "masks"), ("masks", "images"))
         lacking = "".join(f": it lacks {lack}/" for have, lack in halves if have in names and lack not in names)
         accepted = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)
+        if tree.lacks_extra:
+            problem = f"{folder} holds {tree.found()}, and DICOM files are read with an extra."
+            raise MissingDependencyError(problem, fix=f"Run {install_command('dicom')}.")
         raise UnknownLayoutError(
             f"{folder} has none of the layouts that are read{lacking}; it holds {tree.found()}.",
             fix=f"Arrange it as one of these. {accepted}.",
@@ -61,17 +73,18 @@ def read_source(folder: Path, *, unlabelled: bool = False, skip: Path | None = N
         fix = "Give each set's own folder, or move them to where the layout has them."
         listing.refused.append(Refusal(named(map(tree.name, strangers)), problem, fix, count=len(strangers)))
     _note_passed_over(listing)
+    take_frames(listing, frames, looked)
     several = [record.image for record in listing.records if len(record.masks) > 1]
     listing.note(several, "with several masks, which are joined")
     return listing
 
 
-def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
+def read_images(folder: Path, *, skip: Path | None = None, frames: int = 1, looked: Looked | None = None) -> Listing:
     """List every image below a folder, whatever its layout, with the class and the masks that anything there names.
 
     The folder may also lie within a set, as ``normal`` does in BUSI's: the set's masks and its table count, too. Paths
     begin with ``folder``; the class is ``unknown`` where nothing says one; what is ``doubtful`` is listed, too.
-    ``skip`` and errors are those of `read_source`, but for unknown layouts.
+    ``skip``, ``frames``, ``looked`` and errors are those of `read_source`, but for unknown layouts.
     """
     tree = Tree(folder, skip)
     listing = Listing("images", folder, tree, unlabelled=True, loose=True)
@@ -109,6 +122,7 @@ def read_images(folder: Path, *, skip: Path | None = None) -> Listing:
     listing.records.sort(key=lambda record: natural_key(record.id))
     _note_passed_over(listing)
     marking = {mask for record in listing.records for mask in record.masks}
+    take_frames(listing, frames, looked)
     if others := [tree.name(path) for path in strangers if path not in marking]:
         listing.notes.append(counted("masks by name, but of no image here, passed over", others))
     return listing

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from busigen.data.sources.frames import name_of
+from busigen.data.sources.renamed import real_file
 from busigen.errors import InputError
 from busigen.foreign import open_file
 from busigen.text import printable
@@ -107,7 +109,11 @@ class Listing:
     _noted: set[Path] = field(default_factory=set)
 
     def relative(self, path: Path) -> str:
-        """A path as it is recorded: below the source folder's name, with forward slashes."""
+        """A path as it is recorded: below the source folder's name, with forward slashes; of DICOM, by its hash."""
+        if path in self.tree.scans:
+            return f"{self.folder.name}/{name_of(path)}"
+        if real_file(path) != path:
+            return f"{self.folder.name}/{path.name}"
         return printable(f"{self.folder.name}/{path.relative_to(self.folder).as_posix()}")
 
     def refuse(self, paths: Sequence[Path], problem: str, fix: str, masks: Iterable[Path] = ()) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.images import ImageFile, read_image
-from busigen.data.masks import read_mask
+from busigen.data.masks import read_mask_of
 from busigen.data.sources.files import SUFFIXES
+from busigen.data.sources.frames import Looked
 from busigen.data.sources.read import UnknownLayoutError, read_source
 from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal
 from busigen.errors import BusigenError, InputError
@@ -64,8 +65,12 @@ class Item:
     background: str | None = None
 
 
-def list_set(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str, list[Item]]:
+def list_set(
+    path: Path, refused: list[Refusal], notes: list[str], frames: int = 1, looked: Looked | None = None
+) -> tuple[str, list[Item]]:
     """The layout's name and the images of a set that is not prepared; what is refused or to be known is appended.
+
+    ``frames`` and ``looked`` are those of `read_source`.
 
     Raises `InputError` where the folder is missing or has no known layout.
     """
@@ -80,7 +85,7 @@ def list_set(path: Path, refused: list[Refusal], notes: list[str]) -> tuple[str,
     if archives:
         return "WebDataset shards", list_archives(archives, refused, notes)
     try:
-        listing = read_source(path, unlabelled=True)
+        listing = read_source(path, unlabelled=True, frames=frames, looked=looked)
     except UnknownLayoutError as error:
         raise InputError(
             error.problem,
@@ -119,7 +124,7 @@ def _with_masks(image: ImageFile, masks: Iterable[tuple[Path, bytes | None]]) ->
     """The image with the notes on its masks, the lesions of all masks, and how many there are."""
     lesions, notes, count = np.zeros(image.pixels.shape, np.bool_), list(image.notes), 0
     for path, data in masks:
-        lesions |= read_mask(path, (image.width, image.height), data, notes=notes)
+        lesions |= read_mask_of(path, image, data, notes=notes)
         count += 1
     return replace(image, notes=tuple(dict.fromkeys(notes))), lesions, count
 

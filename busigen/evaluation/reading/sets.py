@@ -57,12 +57,15 @@ _WORKERS = min(8, os.cpu_count() or 1)
 _BLOCK = 64
 
 
-def read_set(path: Path, progress: Progress | None = None, *, limit: int | None = None, seed: int = 0) -> ImageSet:
+def read_set(
+    path: Path, progress: Progress | None = None, *, limit: int | None = None, seed: int = 0, frames: int = 1
+) -> ImageSet:
     """Read a labelled set, whatever its layout.
 
     Layouts: a busigen dataset; a folder of WebDataset shards (or one shard); a prepared folder, without its excluded
     images; BUSI, BUS-BRA, or ``images/`` and ``masks/``. Groups are patients, shared backgrounds and near-duplicates.
-    At most ``limit`` images are read, drawn at random. Five thousand images take about 1.8 GB.
+    At most ``limit`` images are read, drawn at random, and ``frames`` frames of each DICOM file. Five thousand images
+    take about 1.8 GB.
 
     Raises:
         InputError: the folder is missing, has no known layout, or none of its images can be read.
@@ -74,7 +77,8 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
         return found if limit is None else found.take(_draw(len(found), limit, seed))
     refused: list[Refusal] = []
     notes: list[str] = []
-    layout, items = list_set(path, refused, notes)
+    progress = progress or Progress()
+    layout, items = list_set(path, refused, notes, frames, progress.counter("looking at DICOM files", "file"))
     items = [items[k] for k in _draw(len(items), limit, seed)]
     # Room for all from the start: a list of frames would hold everything twice when stacked.
     shape = (len(items), RESOLUTION, RESOLUTION)
@@ -83,7 +87,6 @@ def read_set(path: Path, progress: Progress | None = None, *, limit: int | None 
     thumbnails: list[NDArray[np.float32]] = []
     patients: list[str | None] = []
     readings: dict[str, list[str]] = {}
-    progress = progress or Progress()
     progress.start(f"reading {path.name}", len(items), unit="image")
     with ThreadPoolExecutor(_WORKERS) as pool:
         for start in range(0, len(items), _BLOCK):
@@ -235,6 +238,7 @@ def read_inputs(
     external: Path | None,
     limit: int | None,
     seed: int,
+    frames: int,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The sets of an audit by their name in `AuditContext`, and what the report says about them.
@@ -245,8 +249,9 @@ def read_inputs(
     read_limit = None if limit is None else READ_FACTOR * limit
     prepared = None if train_split is None else Prepared.open(train_split)
     try:
-        made, judge = (read_set(path, progress, limit=read_limit, seed=seed) for path in (synthetic, real))
-        other = None if external is None else read_set(external, progress, limit=read_limit, seed=seed)
+        reading: dict[str, Any] = {"limit": read_limit, "seed": seed, "frames": frames}
+        made, judge = (read_set(path, progress, **reading) for path in (synthetic, real))
+        other = None if external is None else read_set(external, progress, **reading)
     finally:
         progress.stop()
     files = set(judge.table["sha256"])

@@ -161,6 +161,7 @@ FIELDS = {
     "--index-range": ("config", "index_range"),
     "--bundle": ("fingerprint", "bundle"),
     "--healthy": ("fingerprint", "healthy"),
+    "--frames": ("fingerprint", "frames"),
     "--classes": ("fingerprint", "classes"),
     "--seed": ("config", "seed"),
     "--shard-size": ("config", "shard_size"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import busigen
+from busigen.data.sources.frames import refuse_frames
 from busigen.errors import BusigenError, ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, SHARD_SIZE, SYNTHETIC
 from busigen.runtime.backends.base import EngineOptions, TimedBackend, open_backend, provider_named
@@ -40,6 +41,7 @@ class SourceOptions:
 
     bundle: Path | None = None  # None for the shipped one
     healthy: str = SYNTHETIC  # or a folder of healthy images
+    frames: int = 1  # of each DICOM file among the healthy images
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
@@ -76,7 +78,7 @@ class SourceOptions:
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
             check(sampler)
-            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out)
+            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out, frames=self.frames)
         return sampler
 
 
@@ -123,6 +125,7 @@ class GenerateOptions(SourceOptions):
 
     def _run(self, progress: Progress, stop: Stopping) -> GenerateReport:
         """All of :meth:`run`, with a provider that has a name; what is cheap to check comes first."""
+        refuse_frames(self.frames)
         chosen = launcher(self.launcher)
         task = chosen.task(self.array_task)
         plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,7 +96,10 @@ class Inputs:
         if self.healthy is None:
             problem = f"the dataset was painted into the healthy images of a folder named {name!r}, which is not given."
             raise InputError(problem, fix="Give that folder with --healthy.")
-        folder = HealthyFolder(self.healthy, self.progress)
+        frames = as_typed(run, "--frames") or "1"
+        if not re.fullmatch("[1-9][0-9]{0,5}", frames):
+            raise IntegrityError(f"{RUN_FILE} says --frames {frames!r}.", fix="Get the original dataset again.")
+        folder = HealthyFolder(self.healthy, self.progress, frames=int(frames))
         if folder.fingerprint() != recorded:
             raise InputError(
                 f"--healthy {self.healthy} holds other images than the run's {name!r} did: {len(folder)} images of "

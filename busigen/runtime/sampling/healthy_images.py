@@ -7,7 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, edit_region
-from busigen.data.images import has_two_levels, read_image
+from busigen.data.images import ImageFile, has_two_levels, read_image, scan_row
 from busigen.data.letterbox import Letterbox, fit, letterbox
 from busigen.data.masks import read_mask
 from busigen.data.sources.files import find_images, mask_of
+from busigen.data.sources.frames import refuse_frames
 from busigen.data.sources.read import read_images
 from busigen.data.sources.records import Listing, Record, counted
-from busigen.errors import BusigenError, InputError, IntegrityError
-from busigen.files import sha256_of
+from busigen.data.sources.renamed import content_hash, hidden, image_hash, real_file, shown
+from busigen.errors import BusigenError, InputError, IntegrityError, MissingDependencyError
 from busigen.foreign import open_file
 from busigen.registry import CLASSES, LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling import quality_gates
-from busigen.text import printable
+from busigen.text import install_command, printable
 
 log = logging.getLogger("busigen.runtime")
 
@@ -85,19 +86,24 @@ class HealthyFolder:
     image's own name say (:func:`busigen.data.sources.read.read_images`); pictures of two grey levels, which are masks,
     and the images whose masks they are by their names; and repeated files. Left out and named one by one: files that
     cannot be read, images whose class or mask is unclear, and black, white or flat images. ``out``, where the run
-    writes to, is passed over. An InputError says that the folder is missing, or holds no healthy image.
+    writes to, is passed over. Of each DICOM file, ``frames`` frames are taken at even distances. An InputError says
+    that the folder is missing, or holds no healthy image.
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None, *, out: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress | None = None, *, out: Path | None = None, frames: int = 1
+    ) -> None:
         if not os.path.isdir(folder):
             raise InputError(f"--healthy {folder} is no folder.", fix="Give a folder of images, or 'synthetic'.")
         self.folder = folder
-        self.out = out
+        self.out, self.frames = out, refuse_frames(frames)
         self.left_out: Counter[str] = Counter()  # files by the reason
         self._load = lru_cache(maxsize=CACHED_IMAGES)(self._read)
-        listing = read_images(folder, skip=out)
+        progress = progress or Progress()
+        looked = progress.counter("looking at DICOM files", "file")
+        listing = read_images(folder, skip=out, frames=frames, looked=looked)
         self._readings: dict[str, list[str]] = {}
-        found, self._kept, problems = self._find(listing, progress or Progress())
+        found, self._kept, problems = self._find(listing, progress)
         for refusal in listing.refused:
             log.warning("left out: %s: %s %s", refusal.file, refusal.problem, refusal.fix)
         if not found:
@@ -121,6 +127,7 @@ class HealthyFolder:
                 unsaid,
             )
         self.items = sorted(found.items())
+        self.has_scans = any(real_file(path) != path for path in used)
         self._stamps = self._stamped()
 
     def _find(self, listing: Listing, progress: Progress) -> tuple[dict[str, Path], dict[str, Healthy], list[str]]:
@@ -149,7 +156,7 @@ class HealthyFolder:
                             for note in image.notes:
                                 self._readings.setdefault(note, []).append(path.name)
                             if len(found) <= CACHED_IMAGES:
-                                read[image.sha256] = self._real(path, image.sha256, pixels, box)
+                                read[image.sha256] = self._real(image, pixels, box)
                 except InputError as error:
                     reason = _UNREADABLE
                     problems.append(str(error))
@@ -182,8 +189,11 @@ class HealthyFolder:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
         return f", {self.left_out.total()} left out ({reasons})"
 
-    def _nothing_left(self, problems: list[str], listing: Listing) -> InputError:
-        fix = "Give a folder with PNG, JPEG, BMP or TIFF images of healthy breasts, or 'synthetic'."
+    def _nothing_left(self, problems: list[str], listing: Listing) -> BusigenError:
+        fix = "Give a folder with PNG, JPEG, BMP, TIFF or DICOM images of healthy breasts, or 'synthetic'."
+        unread = listing.tree.unread()
+        if not listing.records and unread:
+            fix = f"Convert them to PNG or DICOM. {fix}"
         normal = next(
             (place for place in (self.folder / "normal", self.folder.parent / "normal") if place.is_dir()), None
         )
@@ -193,6 +203,8 @@ class HealthyFolder:
         holds = f"; it holds {listing.tree.found()}" if not listing.records else ""
         first = f" For example: {problems[0]}" if problems else ""
         problem = f"--healthy {self.folder} holds no healthy image that can be used{self._reported()}{holds}.{first}"
+        if not listing.records and listing.tree.lacks_extra:
+            return MissingDependencyError(problem, fix=f"DICOM files are read after {install_command('dicom')}.")
         return InputError(problem, fix=fix)
 
     def __len__(self) -> int:
@@ -205,7 +217,8 @@ class HealthyFolder:
     def pick(self, position: float) -> Healthy:
         """The image at a position in [0, 1); an IntegrityError where its file had to be read again and has changed."""
         number = int(position * len(self.items))
-        return self._kept.get(self.items[number][0]) or self._load(number)
+        healthy = self._kept.get(self.items[number][0]) or self._load(number)
+        return replace(healthy, row={**dict.fromkeys(self.row_types()), **healthy.row})
 
     def refuse_changes(self) -> None:
         """Raise an IntegrityError if an image was changed, removed or added since the run began."""
@@ -217,7 +230,7 @@ class HealthyFolder:
             if stamps.get(path) is None or stamps[path] != self._stamps[path]:
                 self._unchanged(path, sha256)
         counted = Counter(self.left_out)
-        now, _, _ = self._find(read_images(self.folder, skip=self.out), Progress())
+        now, _, _ = self._find(read_images(self.folder, skip=self.out, frames=self.frames), Progress())
         self.left_out = counted
         if now.keys() != {sha256 for sha256, _ in self.items}:
             added = next((path for sha256, path in now.items() if (sha256, path) not in self.items), self.folder)
@@ -226,28 +239,36 @@ class HealthyFolder:
 
     def _stamped(self) -> dict[Path, tuple[int, int] | None]:
         """Time and size of every image in use and of the folders they lie in; None for what is not there."""
-        places = {self.folder, *(place for _, path in self.items for place in (path, path.parent))}
-        return {place: _stamp(place) for place in places}
+        places = {self.folder, *(place for _, path in self.items for place in (path, real_file(path).parent))}
+        return {place: _stamp(real_file(place)) for place in places}
 
     def _unchanged(self, path: Path, sha256: str) -> bytes:
         """The content of a file, which must be what it was when the run began."""
         try:
-            with open_file(path) as file:
+            with hidden(path), open_file(real_file(path)) as file:
                 data = file.read()
         except OSError as error:
             raise _changed(path, f"cannot be read any more ({error.strerror})") from error
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if content_hash(path, data) != sha256:
             raise _changed(path, "has changed since the run began")
         return data
 
     def _read(self, number: int) -> Healthy:
         sha256, path = self.items[number]
-        return self._real(path, sha256, *letterbox(read_image(path, self._unchanged(path, sha256)).pixels))
+        image = read_image(path, self._unchanged(path, sha256))
+        return self._real(image, *letterbox(image.pixels))
 
-    def _real(self, path: Path, sha256: str, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
+    def _real(self, image: ImageFile, pixels: NDArray[np.uint8], box: Letterbox) -> Healthy:
         # File names need not be UTF-8, tables and JSON must be; the hash beside it is what identifies the image.
-        name = path.relative_to(self.folder).as_posix().encode("utf-8", "replace").decode()
-        return _healthy("real", name, sha256, pixels, box)
+        place = image.path.name if image.full else image.path.relative_to(self.folder).as_posix()
+        healthy = _healthy("real", place.encode("utf-8", "replace").decode(), image.sha256, pixels, box)
+        if image.full:
+            healthy.row.update(scan_row(image, box.scale))
+        return healthy
+
+    def row_types(self) -> dict[str, type]:
+        """Manifest columns that tell of DICOM images; none where the folder holds none."""
+        return {"laterality": str, "spacing_x": float, "spacing_y": float} if self.has_scans else {}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -260,7 +281,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _changed(path: Path, how: str) -> IntegrityError:
     fix = "Put the folder back as it was and give the same command again to continue, or start a run of its own."
-    return IntegrityError(f"{path} {how}.", fix=fix)
+    return IntegrityError(f"{shown(path)} {how}.", fix=fix)
 
 
 @lru_cache(maxsize=64)
@@ -279,7 +300,7 @@ class Backgrounds:
     def below(cls, folder: Path) -> Backgrounds:
         """Hash every image below a folder; an InputError where it is missing or an image cannot be read."""
         try:
-            return cls({sha256_of(path): path for path in find_images(folder)})
+            return cls({image_hash(path): path for path in find_images(folder)})
         except OSError as error:
             problem = f"{error.filename} cannot be read: {error.strerror}."
             raise InputError(problem, fix="Check its permissions.") from error

@@ -117,12 +117,14 @@ class Sampler:
         return {
             "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
             "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
+            **({"--frames": str(self.healthy.frames)} if self.healthy and self.healthy.frames > 1 else {}),
         }
 
     def row_types(self) -> Mapping[str, type]:
         """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
             **dict.fromkeys(("background", "healthy_file", "healthy_sha256"), str),
+            **(self.healthy.row_types() if self.healthy else {}),
             "letterbox_scale": float,
             **dict.fromkeys(("letterbox_left", "letterbox_top"), int),
             **dict.fromkeys(("window_top", "window_left", "window_side", "edit_pixels"), int),

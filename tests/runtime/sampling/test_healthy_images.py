@@ -441,7 +441,7 @@ def test_where_nothing_says_healthy_a_line_says_that_nothing_was_checked(
     assert "nothing says that 2 of them are healthy" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["a.dcm", "a.nii.gz", "a.webp"])
+@pytest.mark.parametrize("name", ["a.mha", "a.nii.gz", "a.webp"])
 def test_a_folder_that_others_can_read_is_not_called_empty(normal: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / name).write_bytes(b"-")

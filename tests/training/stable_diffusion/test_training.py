@@ -115,6 +115,11 @@ def test_without_context_the_network_has_no_projection(sd: Path, tmp_path: Path)
         with_painter(networks, other, asked, folder / "adapters", PaintingOptions())
 
 
+def test_a_checkpoint_of_stable_diffusion_is_no_base(run: Path) -> None:
+    with pytest.raises(UsageError, match="has preset sd15"):
+        Base.open(run).recipe("sd15")
+
+
 @pytest.mark.parametrize("prompt", ["benign", "cyst=dark", "malignant= "])
 def test_a_prompt_for_no_class_is_refused(sd: Path, prompt: str) -> None:
     with pytest.raises(UsageError, match="--prompt"):

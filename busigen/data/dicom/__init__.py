@@ -1,0 +1,1 @@
+"""Ultrasound DICOM: what a file says of itself, and its frames."""
