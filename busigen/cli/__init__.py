@@ -14,7 +14,12 @@ from typing import Any, NoReturn
 import typer
 
 # Importing the modules adds their commands, in the order of --help.
-from busigen.cli import convert, generate, train_export  # noqa: F401
+from busigen.cli import generate  # noqa: F401
+
+# isort: split
+from busigen.cli import convert, train_export  # noqa: F401
+
+# isort: split
 from busigen.cli.app import DEBUG, Interrupted, app, stderr
 from busigen.errors import INTERRUPTED_EXIT_CODE, BusigenError, OutputError, UsageError
 from busigen.foreign import access_error

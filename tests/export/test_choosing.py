@@ -44,7 +44,7 @@ def overflowing(state: dict[str, Tensor]) -> None:
 def decoder(checkpoint: Path) -> tuple[Component, dict[str, list[RecordedCall]]]:
     """The traced decoder of the small window, and what it was asked and answered."""
     networks, _ = load_networks(checkpoint)
-    component = Component("decoder", {"decoder@128": Part(Tracer(OPSETS[0]).decoder(networks, 128))})
+    component = Component("decoder", {"decoder@128": Part(Tracer(OPSETS[0]).decoder(networks.decoder, 128))})
     rng = np.random.default_rng(0)
     inputs = {
         "latents": rng.standard_normal((4, TINY.latent_channels, 16, 16)).astype(np.float32),

@@ -46,7 +46,7 @@ def step(unet: torch.nn.Module) -> ModelProto:
 def graphs(unet: torch.nn.Module, step: ModelProto) -> dict[str, ModelProto]:
     update = make_sums_deterministic(Tracer(OPSETS[0]).update(unet.spectrum, CHANNELS, 16, 16, conditions=CONDITIONS))
     label = CLASSES.index("benign")
-    return {loop: with_solver(step, STEPS, label, loop=loop, name="s", output="o", update=update) for loop in LOOPS}
+    return {loop: with_solver(step, [STEPS], label, loop=loop, name="s", output="o", update=update) for loop in LOOPS}
 
 
 def inputs(batch: int) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ def test_graphs_without_weights_become_the_files_that_graphs_with_weights_become
                 # What is left are tables, around the loop of stage 1.
                 assert name == "whole" or all(weight.startswith(("after/", "update/")) for weight in held)
                 write_graphs(component.name, graphs, folder, WeightFiles(folder))
-        empty(networks, checkpoint)
+        empty(networks, checkpoint, tmp_path)
     first, second = (sorted((tmp_path / name).glob("*/*")) for name in ("whole", "skeleton"))
     assert [path.name for path in first] == [path.name for path in second] and len(first) == 12
     for one, other in zip(first, second, strict=True):

@@ -105,7 +105,7 @@ def denoiser(folder: Path) -> float:
 
         def finish(evaluation: ModelProto, loop: str, label: str = label, update: ModelProto = update) -> ModelProto:
             times, number = solver_steps("lesion", 4), CLASSES.index(label)
-            return with_solver(evaluation, times, number, loop=loop, name=label, output="latents", update=update)
+            return with_solver(evaluation, [times], number, loop=loop, name=label, output="latents", update=update)
 
         parts[f"lesion-{label}"] = Part(with_weights(step, denoiser_weights(unet)), finish)
     graphs = Component("lesion", parts).graphs("fp16")

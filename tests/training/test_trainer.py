@@ -19,6 +19,8 @@ SPEC = TaskSpec("line", "line", "line", steps=40, batch=8, lr=0.05, warmup=4, em
 class LineTask:
     """Fits a line. Small, but trained by the real trainer."""
 
+    fused_attention = False
+
     def __init__(self, interrupt_at: int | None = None) -> None:
         self.spec = SPEC
         torch.manual_seed(0)

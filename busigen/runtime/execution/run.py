@@ -163,7 +163,7 @@ class GenerateOptions(SourceOptions):
 
     def require_memory(self, processes: int) -> None:
         """A CapacityError if so many processes cannot open the bundle's graphs on this machine's processor."""
-        if not provider_named(self.provider).gpu:
+        if self.provider == AUTO or not provider_named(self.provider).gpu:
             require_memory(Bundle.recorded(self.bundle or default_bundle()), processes)
 
     def _begun_with(self, progress: Progress) -> str | None:
