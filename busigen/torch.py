@@ -136,19 +136,22 @@ class PairStream(IterableDataset[Any]):
             self._shared[0], self._shared[1], self._taken = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where this rank is: ``epoch``, and ``taken``, how many pairs of it came out here.
+        """Where this rank is: ``epoch``, ``taken``, how many pairs of it came out here, and ``ranks`` that share it.
 
         A UsageError says that workers of a plain DataLoader have read the stream, which tell nobody how far they are.
         """
         if self._shared[2] and not self._counted:
             raise UsageError("DataLoader workers have read this stream.", fix="Use a PairLoader, which counts them.")
-        return {"epoch": self.epoch, "taken": self._taken}
+        return {"epoch": self.epoch, "taken": self._taken, "ranks": self._place()[1]}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where ``state`` was taken, by as many ranks; the number of workers may be another."""
         epoch, taken = state.get("epoch"), state.get("taken")
         if type(epoch) is not int or type(taken) is not int or taken < 0:
             raise UsageError(f"{dict(state)!r:.80} is no state of a stream.", fix="Give what state_dict returned.")
+        if (before := state.get("ranks")) != (now := self._place()[1]):
+            fix = "Go on with as many, or begin an epoch anew by set_epoch."
+            raise UsageError(f"the state was taken by {before} ranks, and {now} read the stream now.", fix=fix)
         self.set_epoch(epoch)
         self._shared[1] = self._taken = taken
 

@@ -152,7 +152,7 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(many: Path, before: int, a
     stopped.stream.set_epoch(1)
     seen = keys(islice(stopped, 3))
     state = stopped.state_dict()
-    assert state == {"epoch": 1, "taken": 12}
+    assert state == {"epoch": 1, "taken": 12, "ranks": 1}
     resumed = loader(after)
     resumed.load_state_dict(state)
     assert seen + keys(resumed) == expected
@@ -168,6 +168,9 @@ def test_a_plain_loader_with_workers_has_no_state_to_tell(many: Path) -> None:
     for state in ({}, {"epoch": 0, "taken": -1}, {"epoch": "1", "taken": 0}):
         with pytest.raises(UsageError, match="no state"):
             stream.load_state_dict(state)  # type: ignore[arg-type]
+    state = PairStream(many, rank=0, ranks=2).state_dict()
+    with pytest.raises(UsageError, match="taken by 2 ranks"):
+        PairStream(many, rank=0, ranks=3).load_state_dict(state)
     with pytest.raises(UsageError, match="rank is 2"):
         PairStream(many, rank=2, ranks=2)
 
@@ -183,7 +186,7 @@ def test_a_stream_from_the_engine_has_the_pairs_of_generate() -> None:
 def test_a_stream_without_an_end_goes_on_where_it_was() -> None:
     loader = PairLoader(PairStream.drawn(transform=key, **OPTIONS), 1)
     assert flat(keys(islice(loader, 2))) + flat(keys(islice(loader, 1))) == every(3)
-    assert loader.state_dict() == {"epoch": 0, "taken": 3}
+    assert loader.state_dict() == {"epoch": 0, "taken": 3, "ranks": 1}
     with pytest.raises(UsageError, match="epoch is 1"):
         loader.stream.set_epoch(1)
 

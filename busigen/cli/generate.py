@@ -33,7 +33,8 @@ def generate(
         str, typer.Option(help="Shares that sum to 1, or whole numbers as weights.")
     ] = "benign=0.5,malignant=0.5",
     size: Annotated[
-        str | None, typer.Option(help="Lesion's area as a share of the image's: 0.03, or a range 0.02:0.06.")
+        str | None,
+        typer.Option(help="Lesion's area as a share of the image's without bars: 0.03, or a range 0.02:0.06."),
     ] = None,
     depth: Annotated[
         str | None, typer.Option(help="Share of the image's height above the lesion's centre; number or range.")

@@ -132,7 +132,10 @@ class Tree:
             endings.update(ending_of(name) or "no ending" for name in place.others)
         links = len(self._passed.get("link", ()))
         described = [f"{count:,} {ending}" for ending, count in endings.most_common(6)]
-        return ", ".join([*described, *([f"{links} links, which are not followed"] if links else [])]) or "no files"
+        return (
+            ", ".join([*described, *([f"{links} links, which are not followed"] if links else [])])
+            or "no files but what busigen may have written"
+        )
 
     @property
     def lacks_extra(self) -> bool:
