@@ -9,15 +9,15 @@ TYPE_CHECKING = False  # Type checkers take it for true by its name; importing t
 if TYPE_CHECKING:
     from typing import Any
 
-    from busigen.api import audit as audit
-    from busigen.api import explain as explain
-    from busigen.api import generate as generate
-    from busigen.api import prepare as prepare
-    from busigen.api import verify as verify
-    from busigen.api import write as write
+    from busigen.api.functions import audit as audit
+    from busigen.api.functions import explain as explain
+    from busigen.api.functions import generate as generate
+    from busigen.api.functions import prepare as prepare
+    from busigen.api.functions import verify as verify
+    from busigen.api.functions import write as write
+    from busigen.api.pairs import Dataset as Dataset
+    from busigen.api.pairs import Pair as Pair
     from busigen.errors import BusigenError as BusigenError
-    from busigen.pairs import Dataset as Dataset
-    from busigen.pairs import Pair as Pair
 
 __version__ = "0.1.0"
 RELEASED = "2026-12-01"  # this version, as in CITATION.cff
@@ -43,8 +43,8 @@ if REPORTED:
 
 _OFFERED = {
     "BusigenError": "errors",
-    **dict.fromkeys(("Dataset", "Pair"), "pairs"),
-    **dict.fromkeys(("audit", "explain", "generate", "prepare", "verify", "write"), "api"),
+    **dict.fromkeys(("Dataset", "Pair"), "api.pairs"),
+    **dict.fromkeys(("audit", "explain", "generate", "prepare", "verify", "write"), "api.functions"),
     "torch": "torch",
 }  # what can be asked of the package, by the module that is imported when it is; docs/python.md
 

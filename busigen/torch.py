@@ -13,9 +13,9 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from busigen.api import Place, SampleOptions, indices_of, source_options
+from busigen.api.functions import Place, SampleOptions, indices_of, source_options
+from busigen.api.pairs import Dataset, Pair, drawn
 from busigen.errors import UsageError, needs
-from busigen.pairs import Dataset, Pair, drawn
 from busigen.registry import DEFAULT_BATCH, LESION_CLASSES
 from busigen.runtime.backends.base import usable_cores
 from busigen.runtime.dataset.format import MAX_COUNT

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import busigen
+from busigen.api.pairs import Pair
 from busigen.errors import UsageError
-from busigen.pairs import Pair
 from busigen.runtime.execution.factory import generate
 from busigen.torch import PairDataset, PairLoader, PairStream
 from tests.harness.noise_source import NoiseSource

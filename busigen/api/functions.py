@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from busigen.api.pairs import Pair, drawn
 from busigen.errors import UsageError, needs
-from busigen.pairs import Pair, drawn
 from busigen.registry import SHARD_SIZE
 from busigen.runtime.dataset.format import MAX_COUNT, Plan
 from busigen.runtime.execution.run import GenerateOptions, SourceOptions

@@ -1,0 +1,1 @@
+"""busigen from Python: the commands as functions, and the pairs that they make or read."""
