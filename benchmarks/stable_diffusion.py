@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measuring import RESULTS, about, write
 
-STEPS, DRAWS = 4, 1
-"""Evaluations of either stage, and draws per class that are compared with PyTorch."""
+STEPS, DRAWS = {256: 4, 512: 2}, 1
+"""Evaluations of either stage by the side of its windows, and draws per class that are compared with PyTorch."""
 
 
 def base(work: Path) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def checkpoint(work: Path) -> dict[str, Any]:
     return {"adapters_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())}
 
 
-def _export(work: Path, side: int, *options: object) -> dict[str, Any]:
+def _export(work: Path, side: int) -> dict[str, Any]:
     started = time.monotonic()
     name = f"bundle{side}"
     _command(
         *("export", work / f"checkpoint{side}", "--out", work / name, "--base-model", work / "base"),
-        *("--steps", f"lesion={STEPS}", "--steps", f"blend={STEPS}", "--draws", DRAWS, *options),
+        *("--steps", f"lesion={STEPS[side]}", "--steps", f"blend={STEPS[side]}", "--draws", DRAWS),
     )
     info = json.loads((work / name / "bundle.json").read_text())
     seen = {
