@@ -241,9 +241,11 @@ def _adapter(folder: Path, unet: nn.Module, context: bool) -> tuple[dict[str, La
 
 def _tiny_decoder(folder: Path, scaling: float) -> TinyDecoder:
     """The decoder of a folder with a TAESD as diffusers writes it."""
-    fix = "Name a folder with config.json and diffusion_pytorch_model.safetensors, such as madebyollin/taesd has."
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--decoder {folder} holds no config.json.", fix=fix)
+    needed = ("config.json", "diffusion_pytorch_model.safetensors")
+    fix = f"Name a folder with {' and '.join(needed)}, such as madebyollin/taesd has."
+    for name in needed:
+        if not (folder / name).is_file():
+            raise InputError(f"--decoder {folder} holds no {name}.", fix=fix)
     try:
         for path in walk(folder):
             if not path.is_dir():
