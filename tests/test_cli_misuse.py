@@ -132,6 +132,9 @@ def bad(*arguments: object) -> tuple[object, ...]:
         (("verify", "{tmp}"), 3, ["{tmp}", "--out"]),
         (("verify", "{tmp}", "--healthy", "{tmp}/missing"), 3, ["{tmp}/missing", "generate --healthy"]),
         (("export", "{tmp}", "--out", "{out}"), 3, ["{tmp}", "busigen train"]),
+        (("export", "{tmp}", "--out", "{out}", "--lora-alpha", 4), 2, ["--lora-alpha", "--base-model"]),
+        (("train", "--data", "{tmp}", "--out", "{out}", "--window", 512), 2, ["--window", "--preset sd15"]),
+        (("train", "--data", "{tmp}", "--out", "{out}", "--no-context"), 2, ["--no-context", "--preset sd15"]),
         (("prepare", "{tmp}/missing", "--out", "{out}"), 3, ["{tmp}/missing"]),
         (("prepare", "{tmp}", "--out", "{out}", "--mask-values", "1,white"), 2, ["--mask-values", "'1,white'"]),
     ],
@@ -141,7 +144,7 @@ def test_bad_options_end_in_one_line(
 ) -> None:
     out = tmp_path / "out"
     filled = [str(argument).format(out=out, tmp=tmp_path) for argument in arguments]
-    if filled[0] == "export":
+    if filled[0] in ("export", "train"):
         pytest.importorskip("torch")
     line = error_line(run(*filled), code)
     for text in named:

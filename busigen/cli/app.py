@@ -72,6 +72,7 @@ def quiet_libraries() -> Iterator[None]:
     """A context without warnings, which libraries raise about their own deprecations."""
     import warnings
 
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # It sets a level of its own when it is imported.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

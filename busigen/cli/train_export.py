@@ -158,10 +158,9 @@ def train(
 
         base = base or Path(DEFAULT)
         painting = asked_of(base_model, base_config, prompts=prompt or (), context=context, shown_at=window)
-    elif base_model or base_config or prompt:
-        raise UsageError(
-            "--base-model, --base-config and --prompt need --preset sd15.", fix="Add it, or leave them out."
-        )
+    elif base_model or base_config or prompt or not context or window != SHOWN_AT[0]:
+        problem = "--base-model, --base-config, --prompt, --no-context and --window need --preset sd15."
+        raise UsageError(problem, fix="Add it, or leave them out.")
     with quiet_libraries(), opened_base(base) as start:
         prescribe = (
             partial(recipe_for, preset or DEFAULT_PRESET)
@@ -178,6 +177,7 @@ def train(
     seconds = sum(task["seconds"] for task in record["tasks"].values())
     stdout.print(f"Checkpoint finished in {out}: preset {record['preset']}, {seconds / 60:.1f} minutes of training.")
     named = f" --base-model {shell_word(base_model)}" if base_model else ""
+    named += f" --base-config {shell_word(base_config)}" if base_config else ""
     stdout.print(f"Next: busigen export {shell_word(out)}{named} --out bundle")
 
 
@@ -264,9 +264,9 @@ def export(
 
         painting = PaintingOptions(parse_loras(lora or ()), lora_alpha, guidance, fresh_noise, decoder)
         options = replace(options, base_model=open_base(base_model, base_config), painting=painting)
-    elif base_config or guidance or lora or fresh_noise or decoder:
-        problem = "--guidance, --lora, --fresh-noise, --decoder and --base-config are for a Stable Diffusion."
-        raise UsageError(problem, fix="Name it by --base-model, or leave them out.")
+    elif base_config or guidance is not None or lora or lora_alpha is not None or fresh_noise or decoder:
+        named = "--guidance, --lora, --lora-alpha, --fresh-noise, --decoder and --base-config"
+        raise UsageError(f"{named} are for a Stable Diffusion.", fix="Name it by --base-model, or leave them out.")
     if report is not None:
         check_report(report)
     batches = Batches(tuple(sorted(options.batch_sizes, reverse=True))) if options.batch_sizes else Batches()

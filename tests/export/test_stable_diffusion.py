@@ -109,6 +109,8 @@ def test_a_checkpoint_of_stable_diffusion_is_not_exported_without_it(checkpoint:
     [
         (lambda: PaintingOptions(guidance=99.0), "--guidance is 99"),
         (lambda: PaintingOptions(fresh_noise=2.0), "--fresh-noise is 2"),
+        (lambda: PaintingOptions(alpha=0.0), "--lora-alpha is 0"),
+        (lambda: PaintingOptions(alpha=float("nan")), "--lora-alpha is nan"),
         (lambda: solver_counts(["lesion=0"]), "--steps 'lesion=0'"),
         (lambda: solver_counts(["lesion"]), "--steps 'lesion'"),
         (lambda: solver_counts(["paint=3"]), "--steps 'paint=3'"),

@@ -125,6 +125,7 @@ class BaseModel:
         settings = settings_of(folder)
         weights = dict.fromkeys(WEIGHTS, place) if single else {part: _weights_of(place, part) for part in WEIGHTS}
         sizes = {part: _size(part, file, settings, single) for part, file in weights.items()}
+        _refuse_misfits(folder, weights, sizes)
         hashes = {path.name if single else path.relative_to(place).as_posix(): path for path in weights.values()}
         return cls(
             place=place,
@@ -188,7 +189,7 @@ class BaseModel:
         length = self.settings.text_encoder.max_position_embeddings
         with _loading(self.config / "tokenizer"):
             tokenizer = CLIPTokenizer.from_pretrained(str(self.config / "tokenizer"), local_files_only=True)
-        found = tokenizer(text).input_ids
+        found = tokenizer(text, verbose=False).input_ids  # It warns of what is refused here.
         if len(found) > length:
             problem = f"the prompt {describe(text)} has {len(found)} tokens; at most {length} are read."
             raise UsageError(problem, fix="Shorten it.")
@@ -289,6 +290,24 @@ def _size(part: str, path: Path, settings: Settings, single: bool) -> int:
         problem = f"{path} is another model: {name} is {found}, not {wanted} as its configuration says."
         raise InputError(problem, fix=_NEEDED)
     return sum(math.prod(shape) for key, shape in shapes.items() if not single or key.startswith(_PREFIXES[part]))
+
+
+def _refuse_misfits(config: Path, weights: Mapping[str, Path], sizes: Mapping[str, int]) -> None:
+    """Raise an InputError where a part has more or fewer numbers than a network of its configuration."""
+    for part, network in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
+        with _loading(config / part / "config.json"), torch.device("meta"):
+            if part == "text_encoder":
+                made = network(CLIPTextConfig.from_json_file(str(config / part / "config.json")))
+            else:
+                made = network.from_config(network.load_config(str(config), subfolder=part, local_files_only=True))
+        wanted = sum(value.numel() for value in made.parameters())
+        # Files of text encoders may also hold the numbers of positions, or what no prompt needs.
+        if sizes[part] < wanted or (sizes[part] > wanted and part != "text_encoder"):
+            raise InputError(
+                f"{weights[part]} is another model: its {part} has {sizes[part]:,} numbers, not {wanted:,} as its "
+                "configuration says.",
+                fix=_NEEDED,
+            )
 
 
 def _text_weights(path: Path, names: set[str]) -> dict[str, Tensor]:

@@ -189,6 +189,8 @@ def _scale(config: AdapterConfig, layer: str, rank: int) -> float:
 def files_of(path: Path) -> tuple[Path, Any]:
     """A path's file of weights, and peft's configuration where it lies beside it; an InputError if there is none."""
     file = path
+    if not path.exists():
+        raise InputError(f"there is no LoRA at {path}.", fix="Name a file or folder that is here: none is downloaded.")
     if path.is_dir():
         found = [path / name for name in (_ADAPTER, "pytorch_lora_weights.safetensors") if (path / name).is_file()]
         found += sorted(entry for entry in path.glob("*") if entry.suffix in (".bin", ".pt", ".ckpt"))

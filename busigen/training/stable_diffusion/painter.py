@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,8 @@ class PaintingOptions:
             raise UsageError(f"--guidance is {self.guidance}.", fix="Give a number from 1 to 30; the paper has 7.5.")
         if not 0.0 <= self.fresh_noise <= 1.0:
             raise UsageError(f"--fresh-noise is {self.fresh_noise}.", fix="Give a share from 0 to 1.")
+        if self.alpha is not None and not 0.0 < self.alpha < math.inf:
+            raise UsageError(f"--lora-alpha is {self.alpha}.", fix="Give a number above 0; many LoRAs have their rank.")
 
 
 def parse_prompts(given: Sequence[str]) -> dict[str, str]:
@@ -238,16 +241,23 @@ def _adapter(folder: Path, unet: nn.Module, context: bool) -> tuple[dict[str, La
 
 def _tiny_decoder(folder: Path, scaling: float) -> TinyDecoder:
     """The decoder of a folder with a TAESD as diffusers writes it."""
-    fix = "Name a folder with config.json and diffusion_pytorch_model.safetensors, such as madebyollin/taesd has."
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--decoder {folder} holds no config.json.", fix=fix)
+    needed = ("config.json", "diffusion_pytorch_model.safetensors")
+    fix = f"Name a folder with {' and '.join(needed)}, such as madebyollin/taesd has."
+    for name in needed:
+        if not (folder / name).is_file():
+            raise InputError(f"--decoder {folder} holds no {name}.", fix=fix)
     try:
         for path in walk(folder):
             if not path.is_dir():
                 open_file(path, limit=MAX_WEIGHTS_BYTES).close()
-        taesd = AutoencoderTiny.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+        taesd, found = AutoencoderTiny.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # diffusers raises anything on a bad configuration.
-        raise InputError(f"--decoder {folder} cannot be loaded: {error}.", fix=fix) from error
+        raise InputError(f"--decoder {folder} cannot be loaded: {str(error).rstrip('.')}.", fix=fix) from error
+    if found["missing_keys"]:
+        problem = f"--decoder {folder} is no TAESD: it has no {min(found['missing_keys'])}."
+        raise InputError(problem, fix=fix)
     read, factor = taesd.config.latent_channels, 2 ** (len(taesd.config.decoder_block_out_channels) - 1)
     if (read, factor, taesd.config.out_channels) != (PAINTED_CHANNELS, LATENT_FACTOR, 3):
         raise InputError(

@@ -138,6 +138,26 @@ def _wider_than_its_weights(folder: Path) -> None:
     _edit(folder, "unet/config.json", block_out_channels=[320, 640, 1280, 1280])
 
 
+def _more_layers(folder: Path) -> None:
+    _edit(folder, "unet/config.json", layers_per_block=3)
+
+
+def _fewer_layers(folder: Path) -> None:
+    _edit(folder, "unet/config.json", layers_per_block=1)
+
+
+def _smaller_autoencoder(folder: Path) -> None:
+    _edit(folder, "vae/config.json", layers_per_block=1)
+
+
+def _deeper_text(folder: Path) -> None:
+    _edit(folder, "text_encoder/config.json", num_hidden_layers=3)
+
+
+def _no_activation(folder: Path) -> None:
+    _edit(folder, "unet/config.json", act_fn="none such")
+
+
 def _no_json(folder: Path) -> None:
     (folder / "unet" / "config.json").write_text("[")
 
@@ -165,6 +185,11 @@ def _pipe(folder: Path) -> None:
         (_lying_header, "cannot be read"),
         (_pickle, "is a pickle"),
         (_wider_than_its_weights, "is another model"),
+        (_more_layers, "its unet has"),
+        (_fewer_layers, "its unet has"),
+        (_smaller_autoencoder, "its vae has"),
+        (_deeper_text, "its text_encoder has"),
+        (_no_activation, "unet/config.json cannot be loaded"),
         (_no_json, "unet/config.json"),
         (_text_for_a_number, "in_channels"),
         pytest.param(_pipe, "is a pipe", marks=pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")),

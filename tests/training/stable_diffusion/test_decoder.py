@@ -228,13 +228,21 @@ def _another_network(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "latent_channels": 4}))
 
 
+def _stable_diffusions_own(folder: Path) -> None:
+    tiny.networks()[1].save_pretrained(str(folder))
+
+
 def _other_shapes(folder: Path) -> None:
     path = folder / "diffusion_pytorch_model.safetensors"
     save_file({name: value[:1].contiguous() for name, value in load_file(path).items()}, path)
 
 
 @pytest.mark.parametrize(
-    "spoil", [_no_config, _more_channels, _another_factor, _cut_short, _pickle, _another_network, _other_shapes]
+    "spoil",
+    [
+        *(_no_config, _more_channels, _another_factor, _cut_short, _pickle, _another_network),
+        *(_stable_diffusions_own, _other_shapes),
+    ],
 )
 def test_a_folder_that_holds_no_taesd_is_refused(
     spoil: Callable[[Path], None], networks: Networks, taesd: Path, tmp_path: Path

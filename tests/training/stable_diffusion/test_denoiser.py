@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionInpaintPipeline
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionInpaintPipeline, TCDScheduler
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from busigen.training.networks.build import region_condition
 from busigen.training.networks.inference import Velocity, integrate
 from busigen.training.stable_diffusion.base_model import BaseModel
-from busigen.training.stable_diffusion.denoiser import FEW, StableDiffusionDenoiser, times_of
+from busigen.training.stable_diffusion.denoiser import FEW, DdimStep, StableDiffusionDenoiser, times_of
 from busigen.training.stable_diffusion.lora import read_lora
 from tests.harness import stable_diffusion as tiny
 
@@ -104,6 +105,26 @@ def test_with_all_noise_drawn_anew_it_takes_the_steps_of_latent_consistency_mode
             x = x.float()
     found = sampled(denoiser, noise, known, region, count, fresh)
     assert (found - x).abs().max() < 1e-3 * x.abs().max()
+
+
+def test_tcds_gamma_is_another_share_of_fresh_noise_at_every_step() -> None:
+    scheduler = TCDScheduler.from_config({**tiny.SCHEDULER, "prediction_type": "epsilon"})
+    scheduler.set_timesteps(4)
+    alphas, numbers, gamma = scheduler.alphas_cumprod.double(), scheduler.timesteps.tolist(), 0.3
+    times = times_of(alphas)
+    shares = []
+    for number, after in pairwise(numbers):
+        between = alphas[int((1.0 - gamma) * after)]
+        shares.append(float(((1.0 - alphas[after] / between) / (1.0 - alphas[after])).sqrt()))
+        x, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        fresh = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        wanted = scheduler.step(noise, number, x, eta=gamma, generator=torch.Generator().manual_seed(1)).prev_sample
+        t, s = times[number], times[after]
+        velocity = (noise - x * ((1.0 - t) ** 2 + t**2).sqrt()) / (1.0 - t)
+        found = DdimStep(shares[-1])(x, velocity, t, s, fresh)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # The scheduler's table is fp32.
+    # As docs/sd15.md says them.
+    assert [round(share, 2) for share in shares] == [0.91, 0.79, 0.68]
 
 
 def test_the_outline_says_nothing_until_it_is_trained(folder: Path) -> None:

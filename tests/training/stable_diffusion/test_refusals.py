@@ -78,6 +78,13 @@ def test_train_refuses_a_base_that_is_not_for_inpainting(folder: Path, tmp_path:
     assert not out.exists()
 
 
+def test_a_prompt_that_is_too_long_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    out, prompt = tmp_path / "out", "benign=" + 20 * "a cyst "
+    asked = ("train", "--preset", "sd15", "--base-model", folder, "--data", tmp_path, "--out", out, "--prompt", prompt)
+    assert "at most 77 are read" in error_line(run(*asked), 2)
+    assert not out.exists()
+
+
 def test_export_refuses_a_model_of_the_hub_while_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
