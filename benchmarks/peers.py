@@ -54,6 +54,9 @@ SEED, WARM_SEED = 7, 8
 PICTURES = 32
 """Healthy images that lesions are painted into with ``--backgrounds real``."""
 
+FEW = 2
+"""Pairs of ``inpaint`` at most: each costs the same. busigen's draws have to fill its batches, which are padded."""
+
 CLASSES = dict.fromkeys(LESION_CLASSES, 1 / len(LESION_CLASSES))
 
 Pairs = Iterable[tuple[int, NDArray[Any], NDArray[Any]]]
@@ -320,7 +323,7 @@ def inpaint(options: argparse.Namespace, *, paper: bool = False) -> dict[str, An
         found = pipeline(prompt=prompt, image=image, mask_image=Image.fromarray(region), **steps, **size).images[0]
         return found
 
-    number = max(1, options.paper_count if paper else options.count)
+    number = max(1, options.paper_count if paper else min(options.count, FEW))
     pictures = [Image.open(path).convert("RGB") for path in sorted((options.work / "healthy").glob("*.png"))]
     painted(pictures[0], 1, edit, "")
     pairs = []
