@@ -94,7 +94,7 @@ def trained(prepared: Prepared, folder: Path, out: Path, steps: int, images: int
         cache=out / "cache",
         max_images=images,
     )
-    spec = TaskSpec("base", "painting", "lesion", steps=steps, batch=8, lr=1e-3)
+    spec = TaskSpec("base", "painting", "lesion", steps=steps, batch=8, lr=2e-3, warmup=steps // 20)
     Trainer(BaseTask(spec, context, model), seed=0, folder=out, device=CPU, console=Console(stderr=True)).run()
     return unet
 
