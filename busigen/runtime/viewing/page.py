@@ -45,6 +45,8 @@ def write_page(pairs: Pairs, path: Path, progress: Progress | None = None) -> No
         raise UsageError(problem, fix=f"Give --limit {MOST_PAIRS} or less, or a --where; or leave out --html.")
     if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(pairs.folder)):
         raise UsageError(f"--html {path} lies inside the dataset.", fix="Choose a file outside it.")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is no folder.", fix="Make it, or choose another place for --html.")
     if path.is_dir() or (path.exists() and not _is_page(path)):
         raise OutputError(f"{path} exists, and is no page of busigen view.", fix="Choose another name for --html.")
     progress = progress or Progress()

@@ -140,11 +140,11 @@ class Pairs:
 
     def tiles(self, rows: Rows, sort: str = "") -> list[dict[str, Any]]:
         """Of some pairs what their tiles say: name, class and, where they are sorted, the value that decides."""
-        names = ["class", *([sort] if sort else [])]
-        values = self._table.select(names)[rows].iter_rows()
+        classes = self._table["class"].gather(rows)
+        values = self._table[sort].gather(rows) if sort else [None] * len(rows)
         return [
-            {"name": self.name_of(row), "class": one[0], "value": plain(one[-1]) if sort else None}
-            for row, one in zip(rows.tolist(), values, strict=True)
+            {"name": self.name_of(row), "class": label, "value": plain(value)}
+            for row, label, value in zip(rows.tolist(), classes, values, strict=True)
         ]
 
     def row(self, row: int) -> dict[str, Any]:

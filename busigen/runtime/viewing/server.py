@@ -115,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.BAD_REQUEST, "txt", str(error).encode("utf-8", "replace"))
         except (BusigenError, OSError) as error:
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "txt", str(error).encode("utf-8", "replace"))
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}. This is a bug: report it."
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "txt", said.encode("utf-8", "replace"))
         else:
             self._send(HTTPStatus.OK, kind, content)
 

@@ -154,8 +154,10 @@
 
   /** Show something else: as a new entry of the browser's history, or in place of this one. */
   function go(changes, replace = false) {
-    const address = written({ ...state, ...changes });
-    if (address === written(state)) return;
+    const before = written(state);
+    state = { ...state, ...changes };
+    const address = written(state);
+    if (address === before) return;
     if (replace) location.replace(address);
     else location.hash = address;
   }
@@ -233,10 +235,11 @@
     const caption = made("span", "caption", "", made("span", "key", pair.name), " ", labelled(pair.class));
     if (state.sort && state.sort !== "class") caption.append(made("span", "value", `${state.sort} ${shown(pair.value)}`));
     const link = made("a", "", "", picture(pair.name, "image", "", true), caption);
-    link.href = written({ ...state, pair: pair.name });
     link.dataset.name = pair.name;
     return made("li", "", "", link);
   }
+
+  const links = () => [...$("grid").querySelectorAll("a")];
 
   async function showGrid() {
     const wanted = written({ ...state, pair: "", outlined: true });
@@ -260,7 +263,10 @@
     if (!focused) scrollTo(0, 0);
   }
 
-  const links = () => [...$("grid").querySelectorAll("a")];
+  /** Let each tile lead to its pair as all else is now. */
+  function addressTiles() {
+    for (const link of links()) link.href = written({ ...state, pair: link.dataset.name });
+  }
 
   function focusTile() {
     const found = focused === "first" ? links()[0] : focused === "last" ? links().at(-1) : links().find((one) => one.dataset.name === focused);
@@ -287,6 +293,21 @@
   // ---- One pair, large.
 
   let neighbours = { before: null, after: null };
+  let steps = 0; // To pairs further on or back that were asked for and not yet shown, by keys that came faster
+  let turning = false;
+
+  function turnBy(step) {
+    steps += step;
+    if (!turning) takeStep();
+  }
+
+  function takeStep() {
+    const name = steps < 0 ? neighbours.before : steps > 0 ? neighbours.after : null;
+    steps -= Math.sign(steps);
+    turning = name !== null;
+    if (turning) go({ pair: name }, true);
+    else steps = 0;
+  }
 
   function refusals(list) {
     if (list === null) return [made("p", "", "Unknown: the shard's record is lost.")];
@@ -298,7 +319,8 @@
     const dialog = $("pair");
     if (!state.pair) {
       if (dialog.open) dialog.close();
-      return;
+      neighbours = { before: null, after: null };
+      return takeStep();
     }
     const wanted = state.pair;
     $("pair-name").textContent = wanted;
@@ -310,6 +332,8 @@
     } catch (error) {
       for (const id of ["pictures", "refused", "row"]) $(id).replaceChildren();
       $("pair-place").textContent = "";
+      neighbours = { before: null, after: null };
+      takeStep();
       return problem(error.message);
     }
     if (wanted !== state.pair) return;
@@ -332,23 +356,22 @@
     $("next").disabled = pair.after === null;
     // So that the grid behind is at this pair when it is closed.
     if (pair.rank !== null) go({ page: Math.floor(pair.rank / state.per) + 1 }, true);
+    takeStep();
   }
-
-  const turnTo = (name) => { if (name !== null) go({ pair: name }, true); };
 
   function closePair() {
     focused = state.pair;
     go({ pair: "" });
   }
 
-  $("previous").addEventListener("click", () => turnTo(neighbours.before));
-  $("next").addEventListener("click", () => turnTo(neighbours.after));
+  $("previous").addEventListener("click", () => turnBy(-1));
+  $("next").addEventListener("click", () => turnBy(1));
   $("close").addEventListener("click", closePair);
   $("pair").addEventListener("cancel", (event) => { event.preventDefault(); closePair(); });
   $("pair").addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.altKey || event.metaKey) return;
-    if (event.key === "ArrowLeft") turnTo(neighbours.before);
-    else if (event.key === "ArrowRight") turnTo(neighbours.after);
+    if (event.key === "ArrowLeft") turnBy(-1);
+    else if (event.key === "ArrowRight") turnBy(1);
     else if (event.key.toLowerCase() === "o") go({ outlined: !state.outlined }, true);
     else return;
     event.preventDefault();
@@ -362,6 +385,7 @@
     try {
       $("error").hidden = true;
       await showGrid();
+      addressTiles();
     } catch (error) {
       drawn = "";
       $("grid").replaceChildren();
