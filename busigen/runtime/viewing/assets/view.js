@@ -241,8 +241,10 @@
 
   const links = () => [...$("grid").querySelectorAll("a")];
 
+  const gridAddress = () => written({ ...state, pair: "", outlined: true });
+
   async function showGrid() {
-    const wanted = written({ ...state, pair: "", outlined: true });
+    const wanted = gridAddress();
     if (wanted === drawn) return;
     const mine = ++turn;
     const found = await source.list(state);
@@ -394,7 +396,7 @@
       $("error").hidden = false;
     }
     await showPair();
-    if (!state.pair && focused) focusTile();
+    if (!state.pair && focused && drawn === gridAddress()) focusTile();
   }
 
   $("column").addEventListener("change", offerValues);
