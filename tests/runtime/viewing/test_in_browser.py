@@ -288,11 +288,11 @@ def test_an_address_of_no_pair(opened: Callable[[str], Shown]) -> None:
 
 
 def test_what_the_dataset_says_is_text(opened: Callable[[str], Shown]) -> None:
-    page = opened("plain").at(pair="000000002", sort="<b class=evil>")
+    page = opened("plain").at(pair="000000003", sort="<b class=evil>")
     expect(page.get_by_role("heading", name="<img class=evil src=x>")).to_have_count(1)
     assert page.title() == "<img class=evil src=x> – busigen view"
     row = page.locator("#row tr").filter(has_text="<b class=evil>")
-    expect(row.locator("td")).to_have_text(f"{HOSTILE} 2")
+    expect(row.locator("td")).to_have_text(f"{HOSTILE} 3")
     expect(page.locator("figcaption").nth(1)).to_have_text('Healthy image: <img class=evil src="x">.png')
     page.keyboard.press("Escape")
     expect(page.locator("#grid .value").first).to_have_text(f"<b class=evil> {HOSTILE} 0")
