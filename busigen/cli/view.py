@@ -15,7 +15,7 @@ from busigen.runtime.storage.url import refuse_urls
 
 @app.command(
     epilog="Examples: `busigen view data` prints an address to open in a browser on this machine; `busigen view data "
-    "--healthy normal/ --open`; `busigen view data --where 'birads=4 and area_share>0.05' --limit 500 --html "
+    "--healthy normal/ --open`; `busigen view data --where 'asked_birads=4 and depth<0.4' --limit 500 --html "
     "page.html` writes a page to hand on. See docs/view.md."
 )
 def view(
