@@ -28,6 +28,10 @@ def view(
     healthy: Annotated[
         Path | None, typer.Option(help="The run's healthy images, to show beside what was painted into them.")
     ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Draw synthetic backgrounds again, to show beside their pairs.")
+    ] = False,
+    bundle: Annotated[Path | None, typer.Option(help="For --replay: the run's. [default: the shipped one]")] = None,
     where: Annotated[
         str | None, typer.Option(help="Show these alone: 'depth<0.4 and class=malignant', as for convert.")
     ] = None,
@@ -37,19 +41,22 @@ def view(
 
     Only this machine is answered, until Ctrl-C. With `--html`, one file that needs no busigen.
     """
+    from busigen.runtime.maintenance.replay import Inputs
     from busigen.runtime.progress import console_progress
     from busigen.runtime.viewing.page import write_page
     from busigen.runtime.viewing.pairs import Pairs
     from busigen.runtime.viewing.server import ViewServer
     from busigen.text import counted, disk_size
 
-    refuse_urls(dataset, *filter(None, (healthy, html)), what="view")
+    refuse_urls(dataset, *filter(None, (healthy, html, bundle)), what="view")
     if html is not None and port is not None:
         raise UsageError("--port and --html are given; a page in a file needs no port.", fix="Leave out one of them.")
     if healthy is not None and not healthy.is_dir():
         fix = "Give the folder that `generate --healthy` was given."
         raise InputError(f"--healthy {healthy} is no folder.", fix=fix)
-    pairs = Pairs(dataset, where=where, limit=limit, healthy=healthy)
+    if bundle is not None and not replay:
+        raise UsageError("--bundle is for --replay.", fix="Leave it out, or add --replay.")
+    pairs = Pairs(dataset, where=where, limit=limit, healthy=healthy, replay=Inputs(bundle=bundle) if replay else None)
     size = counted(len(pairs), "pair")
     if html is None:
         with ViewServer(pairs, port or 0) as server, suppress(KeyboardInterrupt):  # This is how it is meant to end.

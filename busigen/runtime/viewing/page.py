@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Hashable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -81,22 +82,23 @@ def _write(pairs: Pairs, file: IO[bytes], progress: Progress) -> None:
     before, after = _cut(page, '<script src="view.js"></script>')
     file.write(before.encode())
     order = pairs.order(Query())
-    entries, healthy = [], dict[str, int]()
+    entries, origins = [], dict[Hashable, int]()
     for number, row in enumerate(order.tolist()):
         member = pairs.member(row)
         # One for each pair, so that a browser decodes those that it shows.
         _block(file, f"pixels-{number}", {kind: _base64(picture(member, kind)) for kind in PICTURES})
-        sha256 = pairs.healthy_sha256(row)
-        if sha256 is not None and sha256 not in healthy:
-            healthy[sha256] = len(healthy)
-            _block(file, f"healthy-{healthy[sha256]}", _base64(pairs.healthy(sha256)))
+        origin = pairs.origin(row)
+        if origin is not None and origin.key not in origins:
+            origins[origin.key] = len(origins)
+            _block(file, f"healthy-{origins[origin.key]}", _base64(pairs.beside.png(origin)))
         entries.append(
             {
                 "name": pairs.name_of(row),
                 "row": list(pairs.row(row).values()),
                 "refused": pairs.refused(row),
                 "problems": pairs.problems(row, member),
-                "healthy": None if sha256 is None else healthy[sha256],
+                "beside": origin and origin.caption,
+                "healthy": origin and origins[origin.key],
             }
         )
         progress.advance(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,10 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from PIL import Image
 
-from busigen.data.images import read_image
-from busigen.data.letterbox import letterbox
 from busigen.errors import BusigenError, InputError, IntegrityError, UsageError
 from busigen.runtime.convert.outlines import rings
 from busigen.runtime.convert.selection import parse_where
@@ -25,7 +21,8 @@ from busigen.runtime.dataset.format import MANIFEST_FILE, RUN_FILE, differences,
 from busigen.runtime.dataset.reader import Dataset, Member, find_members, read_member
 from busigen.runtime.dataset.shards import FIXED_COLUMNS, ShardRecord, recorded_schema
 from busigen.runtime.maintenance.merge import PARTS_FOLDER, open_parts, part_name
-from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.maintenance.replay import Inputs
+from busigen.runtime.viewing.beside import Beside, Origin
 
 FEW = 20  # Values of a column that the page offers to choose from
 _ORDERS = 8  # Filters and sortings whose result is kept: going from page to page asks for the same again
@@ -48,7 +45,8 @@ class Pairs:
     """The pairs of a finished dataset, plain or merged.
 
     A pair's name is what `busigen explain` takes: its key, of a merged dataset with the part before it. ``where`` and
-    ``limit`` leave out pairs for good, ``healthy`` is the folder that the run painted into.
+    ``limit`` leave out pairs for good, ``healthy`` and ``replay`` say where what they were painted into is found (see
+    `Beside`, which may raise as well).
 
     Raises:
         UsageError: an unfit condition or limit.
@@ -57,7 +55,13 @@ class Pairs:
     """
 
     def __init__(
-        self, folder: Path, *, where: str | None = None, limit: int | None = None, healthy: Path | None = None
+        self,
+        folder: Path,
+        *,
+        where: str | None = None,
+        limit: int | None = None,
+        healthy: Path | None = None,
+        replay: Inputs | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise UsageError(f"--limit is {limit}.", fix="Give a whole number of 1 or more.")
@@ -81,7 +85,7 @@ class Pairs:
         if not len(self._all):
             raise InputError(f"no pair of {folder} is as --where asks.", fix="Ask for less, or leave it out.")
         self._shown = frozenset(self._all.tolist()) if len(self._all) < self._table.height else None
-        self.backgrounds = Backgrounds.below(healthy) if healthy is not None else None
+        self.beside = Beside(self._parts, healthy, replay)
         self._places: dict[tuple[int, int], NDArray[np.int64]] = {}
         self.order = lru_cache(maxsize=_ORDERS)(self._order)
         self._refusals = lru_cache(maxsize=_RECORDS)(self._read_refusals)
@@ -98,7 +102,6 @@ class Pairs:
             "pairs": len(self),
             "classes": counts,
             "columns": [_described(rows[name], kind) for name, kind in self.columns.items()],
-            "healthy": self.backgrounds is not None,
         }
 
     def _order(self, query: Query) -> Rows:
@@ -157,20 +160,9 @@ class Pairs:
         record = self._refusals(part, index // self._parts[part].plan.shard_size)
         return None if record is None else record.get(index, [])
 
-    def healthy_sha256(self, row: int) -> str | None:
-        """The hash of the healthy image that a pair was painted into; None if there is none, or it is not at hand."""
-        if self.backgrounds is None or self.columns.get("healthy_sha256") != "str":
-            return None
-        sha256 = self._table["healthy_sha256"][row]
-        return sha256 if sha256 in self.backgrounds.paths else None
-
-    def healthy(self, sha256: str) -> bytes:
-        """A healthy image as PNG, in the frame in which it was painted into; a BusigenError if it cannot be read."""
-        assert self.backgrounds is not None
-        pixels, _ = letterbox(read_image(self.backgrounds.paths[sha256]).pixels)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        return file.getvalue()
+    def origin(self, row: int) -> Origin | None:
+        """What a pair was painted into; None where it is not at hand."""
+        return self.beside.origin(self._locate(row)[0], self._table.row(row, named=True))
 
     def problems(self, row: int, member: Member) -> list[str]:
         """In what a pair's files differ from its row of the manifest."""

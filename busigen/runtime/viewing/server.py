@@ -141,14 +141,14 @@ class _Handler(BaseHTTPRequestHandler):
         if found[2] == "pair.json":
             return "json", _json(self._pair(row, _query(query)))
         if found[3] == "healthy":
-            if (sha256 := pairs.healthy_sha256(row)) is None:
+            if (origin := pairs.origin(row)) is None:
                 raise _NotFound
-            return "png", pairs.healthy(sha256)
+            return "png", pairs.beside.png(origin)
         return found[2].rpartition(".")[2], picture(pairs.member(row), found[3] or found[4])
 
     def _pair(self, row: int, query: Query) -> dict[str, Any]:
         pairs = self.server.pairs
-        order = pairs.order(query)
+        order, origin = pairs.order(query), pairs.origin(row)
         here = (order == row).nonzero()[0].tolist()
         around = [None, None] if not here else [n if 0 <= n < len(order) else None for n in (here[0] - 1, here[0] + 1)]
         try:
@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             "row": pairs.row(row),
             "refused": pairs.refused(row),
             "problems": problems,
-            "healthy": pairs.healthy_sha256(row) is not None,
+            "beside": origin and origin.caption,
             "total": len(order),
             "rank": here[0] if here else None,
             "before": None if around[0] is None else pairs.name_of(int(order[around[0]])),

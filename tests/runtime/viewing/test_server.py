@@ -20,6 +20,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.runtime.dataset.reader import Dataset
@@ -137,17 +138,18 @@ def test_a_pair_has_its_row_its_refusals_and_its_neighbours(plain: Path, plain_u
 def test_the_healthy_image_is_shown_in_the_frame(plain: Path, plain_url: str, healthy: Path) -> None:
     for row in pl.read_parquet(plain / "manifest.parquet").iter_rows(named=True):
         status, _, content = ask(plain_url, f"pair/{row['key']}/healthy.png")
-        assert read(plain_url, f"pair/{row['key']}/pair.json")["healthy"] is (row["healthy_file"] is not None)
+        beside = read(plain_url, f"pair/{row['key']}/pair.json")["beside"]
         if row["healthy_file"] is None:
-            assert status == 404
+            assert (status, beside) == (404, None)
         else:
+            assert beside == f"Healthy image: {row['healthy_file']}"
             wanted, _ = letterbox(read_image(healthy / row["healthy_file"]).pixels)
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), wanted)
 
 
 def test_without_the_healthy_images_none_is_shown(merged_url: str) -> None:
     assert ask(merged_url, "pair/000/000000001/healthy.png")[0] == 404
-    assert not read(merged_url, "about.json")["healthy"]
+    assert read(merged_url, "pair/000/000000001/pair.json")["beside"] is None
 
 
 def test_what_is_said_of_the_dataset(merged: Path, merged_url: str) -> None:
@@ -329,6 +331,8 @@ def test_a_port_that_is_taken_or_is_none(plain: Path) -> None:
         (["{}", "--where", "bogus=1"], 2, "'bogus', which is no column"),
         (["{}", "--where", "score>2"], 3, "no pair of"),
         (["{}", "--html", "page.html", "--port", "8000"], 2, "--port and --html"),
+        (["{}", "--replay"], 2, "backgrounds are not synthetic"),
+        (["{}", "--bundle", "{}"], 2, "--bundle is for --replay"),
     ],
 )
 def test_what_cannot_be_shown(plain: Path, arguments: list[str], code: int, said: str) -> None:
@@ -341,3 +345,16 @@ def test_a_manifest_that_is_not_its_records(plain: Path, tmp_path: Path) -> None
     for changed in (table.reverse(), table.with_columns(pl.col("score").cast(pl.String)), table.head(5)):
         changed.write_parquet(folder / "manifest.parquet")
         assert "manifest.parquet" in error_line(run("view", folder), 5)
+
+
+def test_synthetic_backgrounds_are_drawn_again(tmp_path: Path) -> None:
+    small = ("--count", 3, "--shard-size", 3, "--threads", 1, "--seed", 5)
+    assert run("generate", *small, "--out", tmp_path / "set").returncode == 0
+    with serving(tmp_path / "set", "--replay") as (url, _):
+        for sample in Dataset.open(tmp_path / "set").samples(range(3)):
+            assert read(url, f"pair/{sample.index:09d}/pair.json")["beside"] == "Synthetic background, drawn again"
+            status, _, content = ask(url, f"pair/{sample.index:09d}/healthy.png")
+            assert status == 200
+            changed = np.asarray(Image.open(io.BytesIO(content))) != sample.image
+            assert not (changed & ~edit_region(sample.mask, np.ones_like(sample.mask))).any()
+            assert 0 < changed.sum() <= sample.row["edit_pixels"]

@@ -99,7 +99,6 @@
         return {
           ...pair,
           row: Object.fromEntries(about.columns.map((column, number) => [column.name, pair.row[number]])),
-          healthy: pair.healthy !== null,
           total: found.length,
           rank: rank < 0 ? null : rank,
           before: (rank > 0 && found[rank - 1].name) || null,
@@ -343,9 +342,8 @@
     const label = pair.row.class;
     $("pair-place").replaceChildren(dot(label), ` ${label}, `, pair.rank === null ? "not among those that the filters ask for" : `${(pair.rank + 1).toLocaleString("en")} of ${pair.total.toLocaleString("en")}`);
     const figure = (kind, text) => made("figure", "", "", picture(wanted, kind, `${text} of pair ${wanted}`), made("figcaption", "", text));
-    const healthy = pair.row.healthy_file ? `Healthy image: ${pair.row.healthy_file}` : "Healthy image";
     $("pictures").replaceChildren(
-      figure("image", "Image"), ...(pair.healthy ? [figure("healthy", healthy)] : []), figure("mask", "Mask"),
+      figure("image", "Image"), ...(pair.beside === null ? [] : [figure("healthy", pair.beside)]), figure("mask", "Mask"),
     );
     $("refused").replaceChildren(...refusals(pair.refused));
     $("row").replaceChildren(...Object.entries(pair.row).map(([name, value]) => {
