@@ -112,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         except (_NotFound, KeyError):
             self._send(HTTPStatus.NOT_FOUND, "txt", b"There is nothing here.")
         except (UsageError, ValueError) as error:
-            self._send(HTTPStatus.BAD_REQUEST, "txt", str(error).encode("utf-8", "replace"))
+            said = str(error).replace("--where", "The filter")
+            self._send(HTTPStatus.BAD_REQUEST, "txt", said.encode("utf-8", "replace"))
         except (BusigenError, OSError) as error:
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "txt", str(error).encode("utf-8", "replace"))
         except Exception as error:

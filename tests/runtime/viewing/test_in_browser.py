@@ -148,7 +148,7 @@ def test_filters_are_added_removed_and_kept_in_the_address(opened: Callable[[str
     page.go_back()
     expect(page.locator("#status")).to_contain_text(f"{both.height} pairs of 140")
     form.get_by_label("Column").select_option("rarely")
-    form.get_by_label("Comparison").select_option(label="not empty")
+    form.get_by_label("Comparison").select_option(label="filled")
     expect(form.get_by_label("Value")).to_be_hidden()
     form.get_by_role("button", name="Add filter").click()
     rare = both.filter(pl.col("rarely").is_not_null()).height

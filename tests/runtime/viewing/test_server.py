@@ -251,7 +251,7 @@ def test_parts_of_a_merged_dataset_have_to_be_named(merged_url: str) -> None:
 @pytest.mark.parametrize(
     "query, said",
     [
-        ("where=bogus%3D1", "names 'bogus', which is no column"),
+        ("where=bogus%3D1", "The filter names 'bogus', which is no column"),
         ("where=score", "unclear"),
         ("where=class%3C3", "compares class"),
         ("sort=bogus", "no column 'bogus' to sort by"),

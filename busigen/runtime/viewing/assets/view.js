@@ -4,7 +4,7 @@
   const $ = (id) => document.getElementById(id);
   const PER_PAGE = [30, 60, 120, 240];
   const SIGNS = {
-    "=": "=", "!=": "≠", "<": "<", "<=": "≤", ">": ">", ">=": "≥", "=none": "empty", "!=none": "not empty",
+    "=": "=", "!=": "≠", "<": "<", "<=": "≤", ">": ">", ">=": "≥", "=none": "empty", "!=none": "filled",
   };
   const CONDITION = /^\s*(\w+)\s*(==|!=|<=|>=|=|<|>)\s*("[^"]*"|'[^']*'|[^\s"'<>=!]+)\s*$/;
 
@@ -19,6 +19,7 @@
 
   const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
   const shown = (value) => value === null || value === undefined ? "–" : String(value);
+  const short = (value) => typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(4) : shown(value);
 
   // ---- Where pairs come from: the server, or this very file.
 
@@ -181,9 +182,8 @@
     const signs = Object.keys(SIGNS).filter((sign) => numeric || !/^[<>]/.test(sign));
     const before = $("sign").value;
     $("sign").replaceChildren(...signs.map((sign) => new Option(SIGNS[sign], sign)));
-    $("sign").value = signs.includes(before) ? before : numeric ? ">=" : "=";
+    $("sign").value = signs.includes(before) && !(numeric && before === "=") ? before : numeric ? ">=" : "=";
     $("values").replaceChildren(...(column.values ?? []).map((value) => new Option(value, value)));
-    const short = (number) => (Number.isInteger(number) ? number : Number(number).toPrecision(3));
     const range = numeric && column.least !== null ? `${short(column.least)} to ${short(column.most)}` : "";
     $("value").placeholder = column.type === "bool" ? "true or false" : range;
     $("value").inputMode = numeric ? "decimal" : "text";
@@ -216,12 +216,16 @@
   /** The image with its outline above, both of one pair; a text where it cannot be read. */
   function picture(name, kind, text = "", lazy = false) {
     const frame = made("span", "picture");
+    const waiting = made("span", "", "loading");
+    if (!lazy) frame.append(waiting);
     for (const layer of kind === "mask" ? ["mask"] : [kind, "outline"]) {
       const image = made("img", layer === "outline" ? "outline" : "");
       if (lazy) image.loading = "lazy";
       image.alt = layer === "outline" ? "" : text;
+      image.addEventListener("load", () => { if (layer === kind) waiting.remove(); });
       image.addEventListener("error", () => {
         image.remove();
+        waiting.remove();
         if (layer === kind) frame.append(made("span", "", "cannot be read"));
       });
       image.src = source.picture(name, layer);
@@ -232,7 +236,7 @@
 
   function tile(pair) {
     const caption = made("span", "caption", "", made("span", "key", pair.name), " ", labelled(pair.class));
-    if (state.sort && state.sort !== "class") caption.append(made("span", "value", `${state.sort} ${shown(pair.value)}`));
+    if (state.sort && state.sort !== "class") caption.append(made("span", "value", `${state.sort} ${short(pair.value)}`));
     const link = made("a", "", "", picture(pair.name, "image", "", true), caption);
     link.dataset.name = pair.name;
     return made("li", "", "", link);
@@ -384,12 +388,14 @@
     showControls();
     try {
       $("error").hidden = true;
+      $("turn").hidden = false;
       await showGrid();
       addressTiles();
     } catch (error) {
       drawn = "";
       $("grid").replaceChildren();
       $("status").textContent = "";
+      $("turn").hidden = true;
       $("error").textContent = error.message;
       $("error").hidden = false;
     }
