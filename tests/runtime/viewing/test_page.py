@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -124,3 +125,15 @@ def test_a_dataset_too_large_for_one_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"too many for one file\. Give --limit 3000 or less"):
         write_page(Pairs(tmp_path / "set"), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_browser_is_opened_only_if_asked_for(plain: Path, tmp_path: Path) -> None:
+    program, told = tmp_path / "browser", tmp_path / "told"
+    program.write_text(f'#!/bin/sh\necho "$1" > "{told}"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "BROWSER": f"{program} %s"}
+    page = tmp_path / "a page.html"
+    assert run("view", plain, "--limit", 1, "--html", page, env=environment).returncode == 0
+    assert not told.exists()
+    assert run("view", plain, "--limit", 1, "--html", page, "--open", env=environment).returncode == 0
+    assert told.read_text().strip() == page.as_uri()

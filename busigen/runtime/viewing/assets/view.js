@@ -17,7 +17,8 @@
     return element;
   }
 
-  const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+  const number = (value) => value.toLocaleString("en");
+  const counted = (value, noun) => `${number(value)} ${noun}${value === 1 ? "" : "s"}`;
   const shown = (value) => value === null || value === undefined ? "–" : String(value);
   const short = (value) => typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(4) : shown(value);
 
@@ -25,7 +26,7 @@
 
   function served() {
     async function fetched(path, state) {
-      const query = new URLSearchParams(state ? [...state.where.map((text) => ["where", text])] : []);
+      const query = new URLSearchParams(state?.where.map((text) => ["where", text]));
       if (state?.sort) query.set("sort", state.sort);
       if (state?.down) query.set("down", "1");
       if (state?.first !== undefined) { query.set("first", state.first); query.set("count", state.per); }
@@ -59,7 +60,8 @@
       if (found[3] === "none" && equality) return (pair) => (pair.row[column.number] === null) === (sign === "=");
       const word = found[3].replace(/^(["'])(.*)\1$/s, "$2");
       const isNumber = column.type === "int" || column.type === "float";
-      const value = isNumber ? Number(word) : column.type === "bool" ? { true: true, false: false }[word.toLowerCase()] : word;
+      const truth = { true: true, false: false }[word.toLowerCase()];
+      const value = isNumber ? Number(word) : column.type === "bool" ? truth : word;
       if (value === undefined || Number.isNaN(value) || !(equality || isNumber)) {
         throw new Error(`The filter ${text} does not fit what ${column.name} holds.`);
       }
@@ -78,8 +80,8 @@
       if (!column) throw new Error(`There is no column ${state.sort} to sort by.`);
       const value = (pair) => pair.row[column.number];
       const order = (a, b) => (a < b ? -1 : a > b ? 1 : 0) * (state.down ? -1 : 1);
-      const [full, empty] = [found.filter((pair) => value(pair) !== null), found.filter((pair) => value(pair) === null)];
-      return [...full.sort((a, b) => order(value(a), value(b))), ...empty];
+      const full = found.filter((pair) => value(pair) !== null).sort((a, b) => order(value(a), value(b)));
+      return [...full, ...found.filter((pair) => value(pair) === null)];
     }
 
     const block = (name) => JSON.parse($(name).textContent);
@@ -108,7 +110,8 @@
       },
       picture(name, kind) {
         const number = numbers.get(name);
-        const content = kind === "healthy" ? block(`healthy-${pairs[number].healthy}`) : block(`pixels-${number}`)[kind];
+        const beside = kind === "healthy";
+        const content = beside ? block(`healthy-${pairs[number].healthy}`) : block(`pixels-${number}`)[kind];
         return `data:image/${kind === "outline" ? "svg+xml" : "png"};base64,${content}`;
       },
     };
@@ -236,7 +239,9 @@
 
   function tile(pair) {
     const caption = made("span", "caption", "", made("span", "key", pair.name), " ", labelled(pair.class));
-    if (state.sort && state.sort !== "class") caption.append(made("span", "value", `${state.sort} ${short(pair.value)}`));
+    if (state.sort && state.sort !== "class") {
+      caption.append(made("span", "value", `${state.sort} ${short(pair.value)}`));
+    }
     const link = made("a", "", "", picture(pair.name, "image", "", true), caption);
     link.dataset.name = pair.name;
     return made("li", "", "", link);
@@ -256,13 +261,13 @@
     if (state.page > pages) return go({ page: pages }, true);
     drawn = wanted;
     $("grid").replaceChildren(...found.pairs.map(tile));
-    const all = about.pairs === found.total ? "" : ` of ${about.pairs.toLocaleString("en")}`;
+    const all = about.pairs === found.total ? "" : ` of ${number(about.pairs)}`;
     const first = (state.page - 1) * state.per;
+    const range = `${number(first + 1)} to ${number(first + found.pairs.length)} shown`;
     $("status").textContent = found.total
-      ? `${counted(found.total, "pair")}${all}, ${(first + 1).toLocaleString("en")} to ${(first + found.pairs.length).toLocaleString("en")} shown`
-      : `No pair${all} is as the filters ask`;
+      ? `${counted(found.total, "pair")}${all}, ${range}` : `No pair${all} is as the filters ask`;
     $("page").value = state.page;
-    $("pages").textContent = `of ${pages.toLocaleString("en")}`;
+    $("pages").textContent = `of ${number(pages)}`;
     $("first").disabled = $("back").disabled = state.page === 1;
     $("on").disabled = $("last").disabled = state.page === pages;
     if (!focused) scrollTo(0, 0);
@@ -274,7 +279,8 @@
   }
 
   function focusTile() {
-    const found = focused === "first" ? links()[0] : focused === "last" ? links().at(-1) : links().find((one) => one.dataset.name === focused);
+    const all = links();
+    const found = { first: all[0], last: all.at(-1) }[focused] ?? all.find((one) => one.dataset.name === focused);
     focused = "";
     found?.focus();
   }
@@ -344,8 +350,11 @@
     if (wanted !== state.pair) return;
     problem(pair.problems.join("\n"));
     const label = pair.row.class;
-    $("pair-place").replaceChildren(dot(label), ` ${label}, `, pair.rank === null ? "not among those that the filters ask for" : `${(pair.rank + 1).toLocaleString("en")} of ${pair.total.toLocaleString("en")}`);
-    const figure = (kind, text) => made("figure", "", "", picture(wanted, kind, `${text} of pair ${wanted}`), made("figcaption", "", text));
+    const place = pair.rank === null
+      ? "not among those that the filters ask for" : `${number(pair.rank + 1)} of ${number(pair.total)}`;
+    $("pair-place").replaceChildren(dot(label), ` ${label}, ${place}`);
+    const figure = (kind, text) =>
+      made("figure", "", "", picture(wanted, kind, `${text} of pair ${wanted}`), made("figcaption", "", text));
     $("pictures").replaceChildren(
       figure("image", "Image"), ...(pair.beside === null ? [] : [figure("healthy", pair.beside)]), figure("mask", "Mask"),
     );
@@ -385,13 +394,16 @@
 
   async function show() {
     state = read();
+    const wanted = gridAddress();
     showControls();
+    $("grid").ariaBusy = "true";
     try {
       $("error").hidden = true;
       $("turn").hidden = false;
       await showGrid();
       addressTiles();
     } catch (error) {
+      if (wanted !== gridAddress()) return; // Something else was asked for meanwhile.
       drawn = "";
       $("grid").replaceChildren();
       $("status").textContent = "";
@@ -399,6 +411,7 @@
       $("error").textContent = error.message;
       $("error").hidden = false;
     }
+    $("grid").ariaBusy = "false";
     await showPair();
     if (!state.pair && focused && drawn === gridAddress()) focusTile();
   }
@@ -419,7 +432,9 @@
   $("sort").addEventListener("change", () => go({ sort: $("sort").value, page: 1 }));
   $("down").addEventListener("change", () => go({ down: $("down").checked, page: 1 }));
   $("per").addEventListener("change", () => go({ per: Number($("per").value), page: 1 }));
-  for (const box of document.querySelectorAll(".outlines")) box.addEventListener("change", () => go({ outlined: box.checked }, true));
+  for (const box of document.querySelectorAll(".outlines")) {
+    box.addEventListener("change", () => go({ outlined: box.checked }, true));
+  }
   $("first").addEventListener("click", () => go({ page: 1 }));
   $("back").addEventListener("click", () => go({ page: state.page - 1 }));
   $("on").addEventListener("click", () => go({ page: state.page + 1 }));
@@ -437,7 +452,7 @@
     about = found;
     document.title = `${about.name} – busigen view`;
     $("name").textContent = about.name;
-    const classes = Object.entries(about.classes).map(([name, number]) => `${number.toLocaleString("en")} ${name}`);
+    const classes = Object.entries(about.classes).map(([name, count]) => `${number(count)} ${name}`);
     $("summary").textContent = `${counted(about.pairs, "pair")}: ${classes.join(", ")}`;
     fillControls();
     return show();
