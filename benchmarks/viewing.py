@@ -4,12 +4,13 @@ python -m benchmarks.viewing
 python -m benchmarks.viewing --dataset /some/disk/data
 
 Without ``--dataset``, one of the null engine (``ready_made.py``) is made and removed again; 100,000 pairs take 4.7 GB
-and two minutes. A step ends when every picture in view is there. It needs Chromium, as the tests in a browser do.
+and two minutes. A step ends when every picture in view is there. It needs Linux and Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -53,47 +54,65 @@ def main() -> None:
         if options.dataset is None:
             generate(ReadyMade(), dataset, count=options.count, seed=7, shard_size=100)
         runs = [measured(dataset, options.count, Path(folder) / f"profile{turn}") for turn in range(options.repeat)]
-    medians = {name: sorted(run[name] for run in runs)[len(runs) // 2] for name in runs[0]}
-    show(f"{options.count:,} pairs, medians of {len(runs)} runs", ["", "s or MB"], [
-        [name, f"{value / 1e6:.0f}" if name.startswith("memory") else f"{value:.2f}"] for name, value in medians.items()
-    ])  # fmt: skip
+    medians = {
+        name: [sorted(run[name][n] for run in runs)[len(runs) // 2] for n in (0, 1)]
+        for name in runs[0]
+        if name != _MEMORY
+    }
+    rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in medians.items()]
+    show(
+        f"{options.count:,} pairs, medians of {len(runs)} runs", ["", "seconds", "the server's, of the processor"], rows
+    )
+    peak = max(run[_MEMORY][0] for run in runs)
+    print(f"memory of the server, most: {peak / 1e6:.0f} MB")
     write(options.results, {"machine": machine, "count": options.count, "runs": runs})
 
 
-def measured(dataset: Path, count: int, profile: Path) -> dict[str, float]:
-    """Seconds of each step, and bytes of memory, of one run with a browser of its own."""
-    found: dict[str, float] = {}
-    begun = time.perf_counter()
+_MEMORY = "memory"
+
+
+def measured(dataset: Path, count: int, profile: Path) -> dict[str, tuple[float, float]]:
+    """Seconds of each step, and of the server's processor time in it, of one run with a browser of its own."""
+    last = -(-count // 60)
+    steps = [
+        ("the first grid", "", f"^{count:,} pairs, 1 to ", "#grid img"),
+        ("filter by class and size", "where=class%3Dmalignant&where=area_share%3E0.05", " pairs of ", "#grid img"),
+        (
+            "sort half of them by size",
+            "where=class%3Dmalignant&sort=area_share&down=1",
+            f"^{count // 2:,} ",
+            "#grid img",
+        ),
+        ("sort all by a hash", "sort=image_sha256", f"^{count:,} pairs, 1 to ", "#grid img"),
+        ("the last page", f"page={last}", f"to {count:,} shown", "#grid img"),
+        ("the last pair", f"page={last}&pair={count - 1:09d}", ".", "#pictures img"),
+    ]
+    found: dict[str, tuple[float, float]] = {}
     command = [sys.executable, "-m", "busigen.cli", "view", str(dataset)]
+    begun = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             url = re.findall(r"http\S+", process.stdout.readline())[0]
-            found["from the command to its address"] = time.perf_counter() - begun
+            found["from the command to its address"] = (time.perf_counter() - begun, used(process.pid))
             with browser(profile) as context:
                 page = context.pages[0]
-                steps: list[tuple[str, str, str, str]] = [
-                    ("the first grid", "", rf"/^{count:,} pairs, 1 to /", "#grid img"),
-                    ("filter by class and size", "where=class%3Dmalignant&where=area_share%3E0.05", "/pairs of/",
-                     "#grid img"),
-                    ("sort half of them by size", "where=class%3Dmalignant&sort=area_share&down=1",
-                     rf"/^{count // 2:,} pairs of/", "#grid img"),
-                    ("the last page", f"page={-(-count // 60)}", rf"/to {count:,} shown/", "#grid img"),
-                    ("the last pair", f"page={-(-count // 60)}&pair={count - 1:09d}", "/./", "#pictures img"),
-                ]  # fmt: skip
                 for name, query, status, pictures in steps:
-                    ready = _IN_VIEW.replace("TEXT", status).replace("SELECTOR", pictures)
-                    found[name] = timed(page, f"{url}#{query}", ready)
-                another = context.new_page()
-                ready = _IN_VIEW.replace("TEXT", "/./").replace("SELECTOR", "#pictures img")
-                found["the last pair by its address, in a new tab"] = timed(
-                    another, f"{url}#pair={count - 1:09d}", ready
-                )
+                    ready = _IN_VIEW.replace("TEXT", f"/{status}/").replace("SELECTOR", pictures)
+                    before = used(process.pid)
+                    seconds = timed(page, f"{url}#{query}", ready)
+                    found[name] = (seconds, used(process.pid) - before)
             status = Path(f"/proc/{process.pid}/status").read_text()
-            found["memory of the server, most"] = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024
+            found[_MEMORY] = (int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024, 0.0)
         finally:
             process.kill()
     return found
+
+
+def used(process: int) -> float:
+    """Seconds of the processor that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(page: Any, url: str, ready: str) -> float:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from busigen.runtime.viewing.beside import Beside, Origin
 
 FEW = 20  # Values of a column that the page offers to choose from
 _ORDERS = 8  # Filters and sortings whose result is kept: going from page to page asks for the same again
+_MEMBERS = 64  # Pairs whose files are kept: image and outline are asked for one after the other
 _RECORDS = 16  # Shards whose refused draws are kept; a record may have megabytes
 _VERIFY = "Run `busigen verify` on the dataset to see what is damaged."
 
@@ -87,6 +89,8 @@ class Pairs:
         self._shown = frozenset(self._all.tolist()) if len(self._all) < self._table.height else None
         self.beside = Beside(self._parts, healthy, replay)
         self._places: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._searching = Lock()
+        self.member = lru_cache(maxsize=_MEMBERS)(self._read_member)
         self.order = lru_cache(maxsize=_ORDERS)(self._order)
         self._refusals = lru_cache(maxsize=_RECORDS)(self._read_refusals)
 
@@ -174,14 +178,16 @@ class Pairs:
                 found.append(f"the {kind} has another sha256 than the manifest records.")
         return found
 
-    def member(self, row: int) -> Member:
+    def _read_member(self, row: int) -> Member:
         """A pair's files from its shard; an IntegrityError if they are damaged; the PNGs are not decoded."""
         part, index = self._locate(row)
         plan = self._parts[part].plan
         number = index // plan.shard_size
         path, indices = self._parts[part].folder / shard_path(number, "tar"), plan.indices(number)
-        if (part, number) not in self._places:
-            self._places[part, number] = find_members(path, indices)
+        # Browsers ask for several of a shard's pictures at once, and one search serves them all.
+        with self._searching:
+            if (part, number) not in self._places:
+                self._places[part, number] = find_members(path, indices)
         return read_member(path, index, self._places[part, number][index - indices.start])
 
     def _locate(self, row: int) -> tuple[int, int]:
