@@ -58,6 +58,7 @@ def browser(profile: Path, size: tuple[int, int] = DESKTOP, **options: Any) -> I
             viewport={"width": size[0], "height": size[1]},
             **options,
         )
+        context.set_default_timeout(60_000)  # A machine with much else to do is slow.
         try:
             yield context
         finally:

@@ -88,7 +88,7 @@ def opened(
 def expect(*arguments: Any) -> Any:
     from playwright.sync_api import expect
 
-    expect.set_options(timeout=30_000)
+    expect.set_options(timeout=60_000)
     return expect(*arguments)
 
 
