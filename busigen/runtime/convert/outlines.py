@@ -18,7 +18,7 @@ def polygons(mask: NDArray[np.bool_]) -> list[Points]:
     found = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         top, left = box[0].start, box[1].start
-        found.append([(x + left, y + top) for x, y in _joined(_rings(labels[box] == number))])
+        found.append([(x + left, y + top) for x, y in _joined(rings(labels[box] == number))])
     return found
 
 
@@ -38,7 +38,7 @@ def _joined(rings: list[Points]) -> Points:
     return found[:-1]
 
 
-def _rings(mask: NDArray[np.bool_]) -> list[Points]:
+def rings(mask: NDArray[np.bool_]) -> list[Points]:
     """The closed outlines of a mask, each without the corners that lie on a straight line."""
     padded = np.pad(mask, 1)
     inside, above, left = padded[1:, 1:], padded[:-1, 1:], padded[1:, :-1]

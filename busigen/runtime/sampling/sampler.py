@@ -26,7 +26,7 @@ from busigen.data.geometry import (
     window_for,
 )
 from busigen.errors import AcceptanceError, CapacityError, UsageError
-from busigen.mtf import apply_to_pair
+from busigen.mtf import Kernels, Transfer, apply_to_pair
 from busigen.noise_styles import styled
 from busigen.registry import (
     ATTRIBUTES,
@@ -183,6 +183,15 @@ class Sampler:
         accepted = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
         return accepted, [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
 
+    def background(self, seed: int, index: int, attempt: int) -> NDArray[np.uint8]:
+        """The synthetic background of a draw, ``(256, 256)``, as sharp as its pair: equal outside the edit region."""
+        draw = DrawRequest(index=index, attempt=attempt)
+        (healthy,) = self._backgrounds(seed, [draw])
+        if self._transfer is None:
+            return healthy.pixels
+        same = healthy.pixels, healthy.pixels, healthy.valid, healthy.valid
+        return apply_to_pair(*same, self._filters(self._transfer, seed, draw))
+
     def _stages(self, seed: int) -> BatchScheduler:
         steps = {BEGIN: self._begin, OUTLINE: self._outline, PAINT: self._paint}
 
@@ -263,8 +272,11 @@ class Sampler:
         if self._transfer is None or draft.healthy.row["background"] != SYNTHETIC:
             return image
         assert draft.edit is not None
-        filters = self._transfer.kernels(_noise(seed, [draft], "transfer", self._transfer.factor.shape[1:])[0])
+        filters = self._filters(self._transfer, seed, draft)
         return apply_to_pair(image, draft.healthy.pixels, draft.edit, draft.healthy.valid, filters)
+
+    def _filters(self, transfer: Transfer, seed: int, draw: DrawRequest) -> Kernels:
+        return transfer.kernels(_noise(seed, [draw], "transfer", transfer.factor.shape[1:])[0])
 
     def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
         """The outlines that stage 1 draws, as masks ``(256, 256)``."""
