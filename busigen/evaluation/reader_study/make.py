@@ -224,7 +224,9 @@ def _pictures(sides: Sequence[Side], rows: Sequence[Rows], outlines: bool, progr
             else:
                 like = int(real_rows[place % len(real_rows)])
                 own = painted_over(made, row) if made.layout != OWN_DATASET else np.zeros_like(lesion)
-                pixels = with_decoys(made.images[row], valid, own, lesion, painted_over(real, like), real.valid[like])
+                side = max(real.table["width"][like], real.table["height"][like])
+                traces = painted_over(real, like), real.valid[like], side
+                pixels = with_decoys(made.images[row], valid, own, lesion, *traces)
             pictures.append(finished(pixels, valid, lesion if outlines else None))
             progress.advance(1)
     progress.stop()

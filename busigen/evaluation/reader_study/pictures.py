@@ -24,19 +24,29 @@ def painted_over(images: ImageSet, row: int) -> Mask:
     return np.asarray(images.without_overlays().images[row] != images.images[row])
 
 
-def with_decoys(pixels: Pixels, valid: Mask, own: Mask, lesion: Mask, like: Mask, like_valid: Mask) -> Pixels:
+def with_decoys(
+    pixels: Pixels, valid: Mask, own: Mask, lesion: Mask, like: Mask, like_valid: Mask, side: int
+) -> Pixels:
     """Paint over what in another image was painted over, so that the traces of it tell nothing.
 
     Almost every real image had text, calipers or a ruler, and few synthetic ones do. ``like`` is fitted from the extent
     of its image into that of this one, and spares the lesion; what this one has of its ``own`` is painted over as well.
-    All are ``(256, 256)``, ``pixels`` are ``uint8``.
+    All are ``(256, 256)``, ``pixels`` are ``uint8``. ``side`` is the longest side of the other image's file in pixels:
+    there it was painted over before it was shrunk, and so is this one.
     """
     box, from_box = _extent(valid), _extent(like_valid)
     height, width = pixels[box].shape
     decoys = np.asarray(Image.fromarray(like[from_box]).resize((width, height), Image.Resampling.NEAREST))
-    result = pixels.copy()
+    decoys = own[box] | (decoys & ~grow(lesion, LESION_MARGIN)[box])
+    scale = max(1.0, side / len(pixels))
+    native = round(width * scale), round(height * scale)
     # Without the bars, which would be smeared into the image.
-    result[box] = without_overlays(pixels[box], own[box] | (decoys & ~grow(lesion, LESION_MARGIN)[box]))
+    large = np.asarray(Image.fromarray(pixels[box]).resize(native, Image.Resampling.BICUBIC))
+    large = without_overlays(large, np.asarray(Image.fromarray(decoys).resize(native, Image.Resampling.NEAREST)))
+    # The filter is that of `busigen.data.letterbox.letterbox`.
+    painted = np.asarray(Image.fromarray(large).resize((width, height), Image.Resampling.HAMMING))
+    result = pixels.copy()
+    result[box] = np.where(decoys, painted, pixels[box])
     return result
 
 

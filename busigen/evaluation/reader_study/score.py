@@ -18,7 +18,7 @@ from busigen.evaluation.reader_study import figures
 from busigen.evaluation.reader_study.figures import GRADED, Accuracy, Array, Kappa, Mask, Reading
 from busigen.evaluation.reader_study.records import CATEGORIES, KEY_FILE, Key, read_answers, read_key
 from busigen.evaluation.reader_study.templates import templates
-from busigen.evaluation.report.text import NOTHING, interval, known, number, probability
+from busigen.evaluation.report.text import NOTHING, interval, number, probability
 from busigen.files import atomic_file, make_folder, write_json
 from busigen.foreign import names_in
 from busigen.registry import LESION_CLASSES
@@ -77,6 +77,10 @@ class Score:
 
     def lines(self) -> Iterator[str]:
         """The headlines, a line each."""
+        # A report ties numbers to their signs; a terminal is shown plain spaces.
+        yield from (line.replace("\N{NO-BREAK SPACE}", " ") for line in self._lines())
+
+    def _lines(self) -> Iterator[str]:
         shown = ", ".join(f"{count} {truth}" for truth, count in self.images.items())
         yield f"study {self.study}: {shown} images, {counted(self.repeats, 'repeat')}"
         for one in self.readers:
@@ -84,7 +88,7 @@ class Score:
             if one.accuracy:
                 right = f"right {_shown(one.accuracy.share)}, p {probability(one.accuracy.p)}"
             again = one.repeats["call"]
-            same = f"; {number(again.equal)} of {again.count} repeats called alike" if again.count else ""
+            same = f"; {number(again.equal)} of {counted(again.count, 'repeat')} called alike" if again.count else ""
             yield f"  {one.reader}: AUC {_shown(one.auc)}, {right}; {one.answered} answered{same}"
         if len(self.readers) > 1:
             yield f"  mean of {len(self.readers)} readers: AUC {_shown(self.auc)}, right {_shown(self.right)}"
@@ -264,6 +268,4 @@ def _report(result: Score) -> str:
 
 def _shown(figure: Interval | None) -> str:
     """``0.620 [0.583, 0.661]``, or a dash."""
-    if figure is None or not known(figure.value):
-        return NOTHING
-    return interval(figure).replace("\N{NO-BREAK SPACE}", " ")
+    return NOTHING if figure is None else interval(figure)
