@@ -49,6 +49,10 @@ def make(
     cases: Annotated[int, typer.Option(help="Number of images, half of them real.")] = 100,
     repeats: Annotated[int | None, typer.Option(help="How many of them come twice. [default: a fifth]")] = None,
     outlines: Annotated[bool, typer.Option("--outlines", help="Draw the outline of each lesion's mask.")] = False,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Id of an image that gives itself away, as key.json has it. May be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which images are drawn, and their order.")] = 0,
 ) -> None:
     """Write a page on which readers tell real from synthetic images, and the key to it."""
@@ -60,7 +64,7 @@ def make(
     refuse_urls(synthetic, real, out, what="reader-study")
     with quiet_libraries(), console_progress() as progress:
         try:
-            made = run(synthetic, real, out, **typed, progress=progress)
+            made = run(synthetic, real, out, **{**typed, "leave_out": leave_out or ()}, progress=progress)
         except KeyboardInterrupt:
             raise Interrupted("Interrupted; nothing is written.", fix="Run the same command again.") from None
     for line in made.lines():

@@ -174,6 +174,18 @@ def test_decoys_lie_where_the_other_image_was_painted_over_and_spare_lesion_and_
     assert np.array_equal(same[inside][own[inside]], without_overlays(pixels[inside], own[inside])[own[inside]])
 
 
+def test_images_that_give_themselves_away_are_left_out(dataset: Path, synthetic_busi: Path, tmp_path: Path) -> None:
+    def ids(name: str) -> list[str]:
+        return [case.id for case in read_key(tmp_path / name / "key.json").cases]
+
+    make(dataset, synthetic_busi, tmp_path / "one", cases=8)
+    left_out = ids("one")[::2]
+    make(dataset, synthetic_busi, tmp_path / "two", cases=8, leave_out=left_out)
+    assert len(ids("two")) == 8 and not set(left_out) & set(ids("two"))
+    with pytest.raises(UsageError, match="--leave-out nobody: no image that was read"):
+        make(dataset, synthetic_busi, tmp_path / "three", cases=8, leave_out=["nobody"])
+
+
 def side(truth: str, images: ImageSet, sources: list[str | None] | None = None) -> Side:
     nothing: list[str | None] = [None] * len(images)
     return Side(truth, images, sources or nothing, nothing)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,12 @@ class Side:
         """Number of groups that each class has images of: of each, a study shows one image at most."""
         pairs = {(name, int(group)) for name, group in zip(self.images.classes, self.images.groups, strict=True)}
         return {str(name): sum(one == name for one, _ in pairs) for name in np.unique(self.images.classes)}
+
+    def without(self, ids: Collection[str]) -> Side:
+        """The same without some images."""
+        kept = [row for row, name in enumerate(self.images.table["id"]) if name not in ids]
+        sources, birads = ([values[row] for row in kept] for values in (self.sources, self.birads))
+        return Side(self.truth, self.images.take(np.array(kept, dtype=np.int64)), sources, birads)
 
 
 def choose(sides: Sequence[Side], cases: int, rng: np.random.Generator) -> list[Rows]:

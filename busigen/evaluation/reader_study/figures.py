@@ -67,13 +67,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Kappa:
-    """Agreement of two series of ``count`` answers: the share that is equal, and Cohen's kappa, None where undefined.
+    """Agreement of two series of ``count`` answers: how many are alike, and Cohen's kappa, None where undefined.
 
     Kappa is weighted by squared differences for ratings and categories, which have an order.
     """
 
     count: int
-    equal: float | None
+    alike: int
     kappa: float | None
 
     @property
@@ -173,11 +173,11 @@ def agreement(first: Array, second: Array, labels: Sequence[int], *, weighted: b
     both = np.isin(first, labels) & np.isin(second, labels)
     one, two = first[both].astype(int), second[both].astype(int)
     if not one.size:
-        return Kappa(0, None, None)
+        return Kappa(0, 0, None)
     with warnings.catch_warnings(action="ignore"):
         # Who always gives one answer leaves nothing to agree on: 0 by 0.
         value = cohen_kappa_score(one, two, labels=list(labels), weights="quadratic" if weighted else None)
-    return Kappa(len(one), float((one == two).mean()), float(value) if np.isfinite(value) else None)
+    return Kappa(len(one), int((one == two).sum()), float(value) if np.isfinite(value) else None)
 
 
 def agreements(first: Sequence[Array], second: Sequence[Array]) -> dict[str, Kappa]:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def make(
     cases: int = 100,
     repeats: int | None = None,
     outlines: bool = False,
+    leave_out: Collection[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Study:
@@ -90,11 +91,12 @@ def make(
         cases: Number of images, 4 to 500.
         repeats: How many of them are shown twice; at most a third. None is a fifth.
         outlines: Draw the outline of each lesion's mask.
+        leave_out: Ids, as ``key.json`` has them, of images that are not to be shown.
         seed: Decides what is drawn, and the order.
         progress: Shows rate and ETA.
 
     Raises:
-        UsageError: a number out of its range.
+        UsageError: a number out of its range, or an id to leave out that no image has.
         InputError: a set cannot be read, both hold the same files, or there are too few images of a class.
         IntegrityError: a prepared folder is not what its record says.
         OutputError: ``out`` cannot be written, or holds something else or another study.
@@ -110,6 +112,7 @@ def make(
     # The sets are part of it: who knows the key of another study with this seed knows nothing of this one's order.
     prints = hashlib.sha256("".join(fingerprint(side.images) for side in sides).encode()).digest()
     rng = np.random.default_rng([seed, *np.frombuffer(prints, np.uint32).tolist()])
+    sides = _without(sides, leave_out)
     rows = choose(sides, cases, rng)
     listed = [_case(side, int(row)) for side, drawn in zip(sides, rows, strict=True) for row in drawn]
     pictures = _pictures(sides, rows, outlines, progress)
@@ -195,6 +198,13 @@ def _doubts(sides: Sequence[Side], real: Path, synthetic: Path) -> list[str]:
             "Nobody said which real images trained the generator: it may have seen some. A prepared folder says it."
         )
     return notes
+
+
+def _without(sides: Sequence[Side], ids: Collection[str]) -> list[Side]:
+    read = {name for side in sides for name in side.images.table["id"]}
+    if unknown := next((name for name in ids if name not in read), None):
+        raise UsageError(f"--leave-out {unknown}: no image that was read has this id.", fix="Copy it from key.json.")
+    return [side.without(ids) for side in sides]
 
 
 def _case(side: Side, row: int) -> dict[str, Any]:

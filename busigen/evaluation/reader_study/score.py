@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from busigen import __version__
 from busigen.data.sources.records import birads_category
@@ -88,7 +89,7 @@ class Score:
             if one.accuracy:
                 right = f"right {_shown(one.accuracy.share)}, p {probability(one.accuracy.p)}"
             again = one.repeats["call"]
-            same = f"; {number(again.equal)} of {counted(again.count, 'repeat')} called alike" if again.count else ""
+            same = f"; {again.alike} of {counted(again.count, 'repeat')} called alike" if again.count else ""
             yield f"  {one.reader}: AUC {_shown(one.auc)}, {right}; {one.answered} answered{same}"
         if len(self.readers) > 1:
             yield f"  mean of {len(self.readers)} readers: AUC {_shown(self.auc)}, right {_shown(self.right)}"
@@ -261,7 +262,7 @@ def _report(result: Score) -> str:
             believed=ranked[::-1][:NAMED],
             shown=_shown,
             number=number,
-            probability=probability,
+            probability=lambda p: Markup(probability(p)),
         )
     )
 
