@@ -20,14 +20,13 @@ class _MakesByDefault(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Arguments as typer parses them; a folder that is called like a command is written ./score."""
-        if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            args = [MAKE, *args]
-        return super().parse_args(ctx, args)
+        args = args or ["--help"]
+        named = args[0] in (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, args if named else [MAKE, *args])
 
 
 study = typer.Typer(
     cls=_MakesByDefault,
-    no_args_is_help=True,
     help="Have people tell real from synthetic images on a page, and score their answers.",
     epilog="Examples: `busigen reader-study data --real prepared --cases 100 --out study`; "
     "`busigen reader-study score study/answers*.json`. See docs/reader-study.md.",

@@ -277,5 +277,7 @@ def test_the_command_in_both_its_forms(dataset: Path, synthetic_busi: Path, tmp_
     assert scored.returncode == 0, scored.stderr
     assert "mean of 2 readers: AUC 1" in scored.stdout
     assert (out / "score" / "score.md").is_file() and (out / "score" / "score.json").is_file()
+    helped = run("reader-study")
+    assert helped.returncode == 0 and "make" in helped.stdout and "score" in helped.stdout
     assert "--real" in error_line(run("reader-study", dataset, "--out", out), 2)
     assert "--cases is 3" in error_line(run("reader-study", dataset, "--real", dataset, "--out", out, "--cases", 3), 2)

@@ -126,6 +126,13 @@ def test_kappas_are_those_of_textbooks() -> None:
     scale = np.array([1.0, 2, 3, 4, 5, 6])
     assert figures.agreement(scale, scale, LABELS, weighted=True).kappa == 1
     assert figures.agreement(scale, scale[::-1], LABELS, weighted=True).kappa == pytest.approx(-1)
+    assert [figures.Kappa(9, 4, kappa).word for kappa in (-0.1, 0.0, 0.2, 0.61, 1.0)] == [
+        "poor",
+        "slight",
+        "slight",
+        "substantial",
+        "almost perfect",
+    ]
     # Off by one everywhere: 1 of 35/3 squared, which is what two such series miss each other by in the mean.
     off = np.array([2.0, 1, 4, 3, 6, 5])
     assert figures.agreement(scale, off, LABELS, weighted=True).kappa == pytest.approx(1 - 1 / (35 / 6))

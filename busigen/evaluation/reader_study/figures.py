@@ -28,7 +28,7 @@ Mask = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
 GRADED = tuple(number for number in CATEGORIES if number)  # Categories in the order of suspicion; 0 is outside of it.
-_WORDS = {0.0: "poor", 0.2: "slight", 0.4: "fair", 0.6: "moderate", 0.8: "substantial", 1.0: "almost perfect"}
+_WORDS = {0.2: "slight", 0.4: "fair", 0.6: "moderate", 0.8: "substantial", 1.0: "almost perfect"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Kappa:
         """The strength of agreement in words of Landis and Koch (Biometrics 33, 159-174, 1977)."""
         if self.kappa is None:
             return "undefined"
+        if self.kappa < 0:
+            return "poor"
         # A hair above 1 by rounding is 1.
         return next(word for most, word in _WORDS.items() if self.kappa <= most + 1e-9)
 
