@@ -78,7 +78,7 @@ def make(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Study:
-    """Write a study: ``study.html`` for the readers, ``key.json`` and ``README.md`` for who made it.
+    """Write a study: ``study.html`` for the readers, ``key.json`` and ``README.md`` for whoever made it.
 
     Half of the cases are real, of a prepared folder's splits that trained nothing; every class is as frequent among
     them as among the others, and every source of real images as frequent as the others. The same sets, seed and options
@@ -106,6 +106,7 @@ def make(
         raise UsageError(f"--cases is {cases}.", fix=f"Give {FEWEST_CASES} to {MOST_CASES}.")
     if not 0 <= repeats <= cases // 3:
         raise UsageError(f"--repeats is {repeats}.", fix=f"Give 0 to {cases // 3}, a third of the cases.")
+    _refuse_foreign(out)
     progress = progress or Progress()
     sides = [_real(real, cases, seed, progress), _synthetic(synthetic, cases, seed, progress)]
     notes = _doubts(sides, real, synthetic)
@@ -131,7 +132,8 @@ def make(
         "shown": [{"case": case, "sha256": digest} for case, digest in zip(order, hashes, strict=True)],
     }
     with output_errors(out):
-        _claim(out, study)
+        make_folder(out)
+        _refuse_other(out, study)
         for name, text in ((PAGE_FILE, page(study, shown, outlines)), (README_FILE, _readme(key, notes))):
             with atomic_file(out / name) as file:
                 file.write(text.encode())
@@ -243,19 +245,23 @@ def _pictures(sides: Sequence[Side], rows: Sequence[Rows], outlines: bool, progr
     return pictures
 
 
-def _claim(out: Path, study: str) -> None:
-    """Make the folder; refuse one that holds something else: readers may be answering another study's page."""
-    make_folder(out)
-    names = set(names_in(out))
-    if KEY_FILE in names:
-        try:
-            other = read_key(out / KEY_FILE).study
-        except IntegrityError as error:
-            raise OutputError(f"{out} holds no study: {error.problem}", fix="Name a new folder.") from error
-        if other != study:
-            raise OutputError(f"{out} holds another study, {other}.", fix="Name a new folder.")
-    elif foreign := {name for name in names if not name.startswith(".")} - {PAGE_FILE, README_FILE}:
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder without a study that holds anything, before anything is read."""
+    names = {name for name in names_in(out) if not name.startswith(".")}
+    if KEY_FILE not in names and (foreign := names - {PAGE_FILE, README_FILE}):
         raise OutputError(f"{out} is not empty: {sorted(foreign)[0]!r}.", fix="Name a new or empty folder.")
+
+
+def _refuse_other(out: Path, study: str) -> None:
+    """Refuse a folder with another study, whose page readers may be answering."""
+    if KEY_FILE not in names_in(out):
+        return
+    try:
+        other = read_key(out / KEY_FILE).study
+    except IntegrityError as error:
+        raise OutputError(f"{out} holds no study: {error.problem}", fix="Name a new folder.") from error
+    if other != study:
+        raise OutputError(f"{out} holds another study, {other}.", fix="Name a new folder.")
 
 
 def _readme(key: dict[str, Any], notes: Sequence[str]) -> str:

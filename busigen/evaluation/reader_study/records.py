@@ -1,4 +1,4 @@
-"""The files of a reader study: its key, which stays with who made it, and readers' answers, which may be anything."""
+"""The files of a reader study: its key, which stays with whoever made it, and answers, which may be anything."""
 
 from __future__ import annotations
 
