@@ -35,7 +35,6 @@ def profile(tmp_path: Path) -> Path:
 
 def page_of(context: Any, study: Study) -> Any:
     page = context.pages[0]
-    page.set_default_timeout(20_000)
     page.goto((study.out / "study.html").as_uri())
     return page
 
@@ -131,7 +130,7 @@ def test_two_tabs_of_a_reader_keep_both_their_answers(study: Study, profile: Pat
         other.goto(page.url)
         begin(other, "A")
         answer(page, 0, 2)
-        other.wait_for_function("document.getElementById('count').textContent === '2 answered'", timeout=20_000)
+        other.wait_for_function("document.getElementById('count').textContent === '2 answered'")
         press(other, "Enter", "Enter", 3, 2, "Enter")
         given = saved(other, study, tmp_path / "answers.json").answers
     assert given == [*expected(2), Answer(image=3, rating=3, birads=2)]

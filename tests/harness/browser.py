@@ -36,8 +36,8 @@ def chromium() -> str | None:
 
 def missing() -> str:
     """Why no browser can be driven here; empty if one can."""
-    if find_spec("playwright") is None:
-        return "needs Playwright, of the extra 'dev'"
+    if not all(find_spec(name) for name in ("playwright", "axe_playwright_python")):
+        return "needs Playwright and axe, of the extra 'dev'"
     return "" if chromium() else "needs Chromium (apt-get install chromium), or its path in BUSIGEN_CHROMIUM"
 
 
@@ -58,6 +58,7 @@ def browser(profile: Path, size: tuple[int, int] = DESKTOP, **options: Any) -> I
             viewport={"width": size[0], "height": size[1]},
             **options,
         )
+        context.set_default_timeout(60_000)  # A machine with much else to do is slow.
         try:
             yield context
         finally:
