@@ -113,25 +113,30 @@ def bundle_samples(folder: Path) -> dict[str, Any]:
 
 def commands() -> dict[str, Any]:
     """Every command's text, and its options with their defaults and texts; how rich lays them out is its own affair."""
-    program = typer.main.get_command(app)
-    assert hasattr(program, "commands")
-    return {
-        name: {
-            "help": command.help,
-            "epilog": command.epilog,
-            "options": [
-                [
-                    *option.opts,
-                    *option.secondary_opts,
-                    option.required,
-                    str(option.default),
-                    getattr(option, "help", ""),
-                ]
-                for option in command.params
-            ],
-        }
-        for name, command in program.commands.items()
-    }
+    return dict(_commands(typer.main.get_command(app)))
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        yield (
+            before + name,
+            {
+                "help": command.help,
+                "epilog": command.epilog,
+                "options": [
+                    [
+                        *option.opts,
+                        *option.secondary_opts,
+                        option.required,
+                        str(option.default),
+                        getattr(option, "help", ""),
+                    ]
+                    for option in command.params
+                ],
+            },
+        )
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
 
 
 def bundle_dataset(folder: Path) -> Path:
