@@ -111,18 +111,36 @@ def read_lesions(record: Record, file: ImageFile, values: Collection[int], notes
         raise InputError(f"{name} has no mask.", fix="Add the mask under the name the layout expects, or remove it.")
     if not lesions:
         raise InputError(f"{name} is {record.image_class} but its mask is empty.", fix="Draw the lesion, or remove it.")
-    area = float(np.logical_or.reduce(lesions).mean())
-    if area > MAX_MASK_AREA:
-        raise InputError(
-            f"{name}: the mask marks {area:.0%} of the image as lesion; at most {MAX_MASK_AREA:.0%} is plausible.",
-            fix="Invert the mask: lesions are white, the rest black.",
-        )
+    _refuse_inverted(np.logical_or.reduce(lesions), name)
     for path, mask in zip(record.masks, masks, strict=True):
         if mask.any():
             _refuse_shape(mask, path.name)
     if len(lesions) > MAX_LESIONS:
         raise InputError(f"{name}: the mask has {len(lesions)} separate parts.", fix="Clean the mask of specks.")
     return lesions
+
+
+def read_marked(
+    files: Sequence[tuple[Path, bytes]], image: ImageFile | None = None, notes: list[str] | None = None
+) -> NDArray[np.bool_]:
+    """All that an image's mask files mark, as it is drawn: one native ``bool (H, W)``, possibly empty.
+
+    ``files`` are paths with their content; ``image`` is needed where it is a DICOM frame, of which masks are cut as it
+    was. An InputError says that a file cannot be read, is no mask of lesions, or has another size than the others.
+    """
+    read = [
+        read_mask(path, None, data, notes=notes) if image is None else read_mask_of(path, image, data, notes=notes)
+        for path, data in files
+    ]
+    for (path, _), mask in zip(files, read, strict=True):
+        if mask.shape != read[0].shape:
+            sizes = "{1}x{0} pixels, {3}x{2}".format(*mask.shape, *read[0].shape)
+            problem = f"{path.name}: the mask is {sizes} that of {files[0][0].name}."
+            raise InputError(problem, fix="Export all masks of an image at its own size.")
+        if mask.any():
+            _refuse_inverted(mask, path.name)
+            _refuse_shape(mask, path.name)
+    return np.asarray(np.logical_or.reduce(read))
 
 
 def label_lesions(lesions: Sequence[NDArray[np.bool_]], box: Letterbox) -> NDArray[np.uint8]:
@@ -207,6 +225,16 @@ def _levels(decoded: Decoded) -> tuple[Levels, NDArray[np.int64]]:
         return alpha, np.zeros_like(hues)
     decoded.refuse_shallow(int(colour.max()))
     return colour, hues
+
+
+def _refuse_inverted(mask: NDArray[np.bool_], name: str) -> None:
+    """Refuse a mask, native and not empty, that marks more of the image than a lesion can take."""
+    area = float(mask.mean())
+    if area > MAX_MASK_AREA:
+        raise InputError(
+            f"{name}: the mask marks {area:.0%} of the image as lesion; at most {MAX_MASK_AREA:.0%} is plausible.",
+            fix="Invert the mask: lesions are white, the rest black.",
+        )
 
 
 def _refuse_shape(mask: NDArray[np.bool_], name: str) -> None:

@@ -162,6 +162,8 @@ FIELDS = {
     "--bundle": ("fingerprint", "bundle"),
     "--healthy": ("fingerprint", "healthy"),
     "--frames": ("fingerprint", "frames"),
+    "--masks": ("fingerprint", "masks"),
+    "--jitter": ("fingerprint", "jitter"),
     "--classes": ("fingerprint", "classes"),
     "--seed": ("config", "seed"),
     "--shard-size": ("config", "shard_size"),

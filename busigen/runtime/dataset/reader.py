@@ -53,6 +53,8 @@ class _Fingerprint(Record):
     engine_version: Text | None = None
     classes: dict[Text, Number] | None = None
     healthy: Text | None = None
+    masks: Text | None = None
+    jitter: Number | None = None
     size: Text | None = None
     depth: Text | None = None
     across: Text | None = None

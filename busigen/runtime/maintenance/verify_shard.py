@@ -18,6 +18,7 @@ from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
 from busigen.runtime.dataset.reader import Member, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.given_masks import MaskProof
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
 
@@ -65,6 +66,10 @@ class ShardFindings:
     started: bool = True  # whether the shard is there at all: a run that was interrupted lacks whole shards
     needed: set[str] = field(default_factory=set)  # sha256 of the healthy images that samples were painted into
     absent: dict[str, dict[str, Any]] = field(default_factory=dict)  # those not at hand, with a first sample's row
+    masks_equal: int = 0  # samples whose mask is the user's, letterboxed
+    masks_moved: int = 0  # those whose mask is the user's, moved as recorded
+    masks_unproven: int = 0  # those with a user's mask for which that was not shown
+    absent_masks: dict[str, dict[str, Any]] = field(default_factory=dict)  # as ``absent``
     hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
@@ -74,9 +79,15 @@ class ShardFindings:
 
 
 def check_shard(
-    folder: Path, plan: Plan, number: int, schema: pl.Schema, backgrounds: Backgrounds | None, progress: Progress
+    folder: Path,
+    plan: Plan,
+    number: int,
+    schema: pl.Schema,
+    backgrounds: Backgrounds | None,
+    progress: Progress,
+    masks: MaskProof | None = None,
 ) -> ShardFindings:
-    """Check one shard and everything in it: its table against ``schema``, samples against ``backgrounds``, if given."""
+    """Check one shard and everything in it: its table against ``schema``, samples against what is given of the rest."""
     found, indices = ShardFindings(number), plan.indices(number)
     json, tar, table = (shard_path(number, suffix) for suffix in ("json", "tar", "parquet"))
     try:
@@ -125,6 +136,7 @@ def check_shard(
             for problem in wrong:
                 found.report(tar, f"sample {member.key}: {problem}", remake)
             _check_background(tar, member, row, bool(wrong), found, backgrounds)
+            _check_mask(tar, member, row, bool(wrong), found, masks)
     except IntegrityError as error:
         # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
         if whole:
@@ -184,6 +196,23 @@ def _check_background(
     elif backgrounds is not None and healthy not in backgrounds.paths:
         found.absent.setdefault(healthy, row)
     found.unproven += 1
+
+
+def _check_mask(
+    tar: str, member: Member, row: dict[str, Any], damaged: bool, found: ShardFindings, masks: MaskProof | None
+) -> None:
+    """Compare a sample's mask with the user's, if it has one that is at hand, and count it."""
+    if (sha256 := row.get("given_mask_sha256")) is None:
+        return
+    if masks is not None and sha256 not in masks.known:
+        found.absent_masks.setdefault(sha256, row)
+    elif masks is not None and not damaged:
+        if (reason := masks.difference(row, member.decoded("mask"))) is None:
+            moved = masks.is_moved(row)
+            found.masks_moved, found.masks_equal = found.masks_moved + moved, found.masks_equal + (not moved)
+            return
+        found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))
+    found.masks_unproven += 1
 
 
 def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ class Draft(DrawRequest):
     label: str
     healthy: Healthy
     wanted: Mapping[str, float] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)  # manifest fields of a mask that the user gave
     mask: Mask | None = None
     edit: Mask | None = None
     window: Window | None = None
@@ -75,6 +76,7 @@ class Draft(DrawRequest):
             **found,
             **{f"asked_{name}": self.wanted.get(name) for name in ATTRIBUTES},
             "asked_birads": birads,
+            **self.given,
         }
         return Sample(self.index, self.attempt, self.label, image, self.mask, row)
 

@@ -53,8 +53,10 @@ from busigen.runtime.sampling.batching import (
     in_order,
 )
 from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
+from busigen.runtime.sampling.given_masks import COLUMNS, MaskFolder
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
-from busigen.runtime.sampling.noise import normal, uniform
+from busigen.runtime.sampling.noise import normal, uniform, uniforms
+from busigen.runtime.sampling.placement import place
 from busigen.runtime.sampling.windows import Floats, cells_of, cut, padded_to, shown_at, to_grey, to_unit
 
 MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
@@ -65,8 +67,10 @@ CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: t
 class Sampler:
     """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
-    Without ``healthy``, backgrounds are synthetic. ``batch_size``, 1 to 4096 or a UsageError, counts images per engine
-    call at the smallest window; larger windows use fewer, none fewer than ``MIN_BATCH``.
+    Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
+    each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). ``batch_size``, 1 to
+    4096 or a UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer
+    than ``MIN_BATCH``.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class Sampler:
         classes: Mapping[str, float],
         healthy: HealthyFolder | None = None,
         asked: SampleConditions | None = None,
+        masks: MaskFolder | None = None,
+        jitter: float = 0.0,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -87,6 +93,7 @@ class Sampler:
                 fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
             )
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
+        self.masks, self.jitter = masks, jitter
         self._transfer = bundle.transfer
         self.asked = asked or SampleConditions()
         self.batch_size = batch_size
@@ -108,6 +115,8 @@ class Sampler:
             **({"engine_batches": asdict(self.backend.batches)} if self.backend.batches else {}),
             "classes": self.classes,
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
+            **({"masks": self.masks.fingerprint(self.healthy)} if self.masks else {}),
+            **({"jitter": self.jitter} if self.jitter else {}),
             **self.asked.typed(),
             "gates": quality_gates.limits(),
         }
@@ -118,6 +127,7 @@ class Sampler:
             "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
             "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
             **({"--frames": str(self.healthy.frames)} if self.healthy and self.healthy.frames > 1 else {}),
+            **({"--masks": self.masks.folder.resolve().name} if self.masks else {}),
         }
 
     def row_types(self) -> Mapping[str, type]:
@@ -131,6 +141,7 @@ class Sampler:
             **dict.fromkeys(("area_share", *(name for name in ATTRIBUTES if name != "size")), float),
             **{f"asked_{name}": float for name in ATTRIBUTES},
             "asked_birads": str,
+            **(COLUMNS if self.masks else {}),
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
@@ -151,9 +162,11 @@ class Sampler:
         def refused(rejection: Rejection) -> None:
             reasons[rejection.reason] += 1
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
+                given = f" Its mask is {self.masks.at(rejection.index).file}." if self.masks else ""
+                less = ", or take this mask out" if self.masks else ", or ask for less" if self.asked else ""
                 raise AcceptanceError(
-                    f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
-                    fix=f"Use another bundle or other healthy images{', or ask for less' if self.asked else ''}. "
+                    f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
+                    fix=f"Use another bundle or other healthy images{less}. "
                     f"Refused so far: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}.",
                 )
 
@@ -162,9 +175,10 @@ class Sampler:
             answers = in_order(stages, requests, window=window, done=done, refused=refused, stopping=stopping)
             with closing(answers):
                 for generated in answers:
-                    # Checked before each shard is written, so that no shard names healthy images that are gone.
-                    if self.healthy is not None:
-                        self.healthy.refuse_changes()
+                    # Checked before each shard is written, so that no shard names files that are gone.
+                    for folder in (self.healthy, self.masks):
+                        if folder is not None:
+                            folder.refuse_changes()
                     yield generated
 
     def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
@@ -195,7 +209,7 @@ class Sampler:
 
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         if self.healthy is not None:
-            picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
+            picked = [self._picked(self.healthy, seed, draw) for draw in batch]
         else:
             picked = self._backgrounds(seed, batch)
         drafts = [
@@ -203,20 +217,51 @@ class Sampler:
                 index=job.index,
                 attempt=job.attempt,
                 position=job.position,
-                label=class_at(job.index, self.classes),
+                label=self._label(job.index),
                 healthy=picture,
                 wanted=self.asked.values(seed, job.index),
             )
             for job, picture in zip(batch, picked, strict=True)
         ]
-        if self.healthy is not None:
-            return drafts  # Judged when their folder was read.
-        reasons = [quality_gates.background_reason(draft.healthy.pixels) for draft in drafts]
-        return [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
+        # Those of a folder were judged when it was read.
+        backgrounds = [] if self.healthy is not None else [draft.healthy.pixels for draft in drafts]
+        reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
+        begun = [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
+        return [self._with_given(seed, one) if isinstance(one, Draft) else one for one in begun]
+
+    def _label(self, index: int) -> str:
+        return self.masks.label_at(index, self.classes) if self.masks else class_at(index, self.classes)
+
+    def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
+        """The healthy image of a draw: that which has its mask's name, else any."""
+        partner = self.masks.partner(self.masks.at(draw.index), healthy) if self.masks else None
+        return healthy.of(partner) if partner else healthy.pick(uniform(seed, draw.index, draw.attempt, "healthy"))
+
+    def _with_given(self, seed: int, draft: Draft) -> Outcome:
+        """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
+        if self.masks is None:
+            return draft
+        item, native = self.masks.at(draft.index), self.masks.native(draft.index)
+        draws = uniforms(seed, draft.index, draft.attempt, "jitter", 4)
+        found = place(native, draft.healthy.valid, self.jitter, draws)
+        mask = found.apply(native)
+        if reason := quality_gates.given_reason(int(found.shape(native).sum()), mask, draft.healthy.valid):
+            return _refused(draft, reason)
+        return self._with_mask(replace(draft, given=item.row(found)), mask)
+
+    def _with_mask(self, draft: Draft, mask: Mask) -> Draft:
+        edit = edit_region(mask, draft.healthy.valid)
+        return replace(draft, mask=mask, edit=edit, window=window_for(edit, tuple(self.bundle.windows)))
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
         shapes, count = self.bundle.frames, len(batch)
-        frames = [shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))] for d in batch]
+        frames = [
+            # A mask's own frame, in which all of it lies where it does in its image.
+            self.masks.at(d.index).frame
+            if self.masks
+            else shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))]
+            for d in batch
+        ]
         places = np.array([place_of(frame) for frame in frames], np.float32)
         noise, styles = _noise(seed, batch, "prior", self.bundle.background_shape), self.bundle.styles
         if styles is not None:
@@ -242,9 +287,7 @@ class Sampler:
             if reason:
                 outcomes.append(_refused(draft, reason))
             else:
-                edit = edit_region(mask, valid)
-                window = window_for(edit, tuple(self.bundle.windows))
-                outcomes.append(replace(draft, mask=mask, edit=edit, window=window))
+                outcomes.append(self._with_mask(draft, mask))
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
