@@ -117,9 +117,6 @@ def decode(path: Path, data: bytes | None = None) -> Decoded:
     An InputError says that it is missing, unreadable, damaged, not an image, or outside the limits; also MemoryError.
     """
     data = read_bytes(path) if data is None else data
-    if is_dicom(data):
-        problem = f"{path.name} is a DICOM file; masks are read from PNG, JPEG, BMP and TIFF files."
-        raise InputError(problem, fix="Save the mask as PNG, under the name of its image.")
     try:
         # Pillow opens files of its own, for the code that reads a format.
         with looking(path), warnings.catch_warnings():

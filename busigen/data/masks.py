@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from busigen.data.dicom.frame import read_segmentation
+from busigen.data.dicom.header import is_dicom, is_dicom_name
 from busigen.data.geometry import around, shrink
-from busigen.data.images import FULL, TURNED, Decoded, ImageFile, Levels, decode, enough_memory, look_up
+from busigen.data.images import FULL, TURNED, Decoded, ImageFile, Levels, decode, enough_memory, look_up, read_bytes
 from busigen.data.letterbox import HALF, Letterbox, letterbox_coverage
 from busigen.data.sources.records import Record
 from busigen.errors import InputError
@@ -50,14 +52,16 @@ def read_mask(
 
     ``size`` is the ``(width, height)`` that the mask must have; ``notes`` get a line where it is not read as stored.
     ``data`` and errors are those of `busigen.data.images.read_image`, and an InputError for another size, a picture,
-    several labels or colours, or 255 ("ignore") beside a label.
+    several labels or colours, or 255 ("ignore") beside a label. Of a DICOM segmentation, all segments are lesion.
     """
     with enough_memory(path):
+        data = read_bytes(path) if data is None else data
+        if is_dicom(data) or is_dicom_name(path.name):
+            segmented = read_segmentation(path.name, data)
+            _refuse_size(path, segmented.shape[::-1], size)
+            return segmented
         decoded = decode(path, data)
-        if size is not None and decoded.image.size != tuple(size):
-            width, height = decoded.image.size
-            problem = f"{path.name}: the mask is {width}x{height} pixels, its image {size[0]}x{size[1]}."
-            raise InputError(problem, fix="Export the mask at the image's own size.")
+        _refuse_size(path, decoded.image.size, size)
         if decoded.turned and notes is not None:
             notes.append(TURNED)
         levels, hues = _levels(decoded)
@@ -66,6 +70,12 @@ def read_mask(
         table = np.zeros(FULL[-1] + 1, np.bool_)
         table[[value for value in values if 0 <= value < table.size]] = True
         return look_up(table, levels)
+
+
+def _refuse_size(path: Path, found: tuple[int, ...], size: tuple[int, int] | None) -> None:
+    if size is not None and found != tuple(size):
+        problem = f"{path.name}: the mask is {found[0]}x{found[1]} pixels, its image {size[0]}x{size[1]}."
+        raise InputError(problem, fix="Export the mask at the image's own size.")
 
 
 def read_mask_of(

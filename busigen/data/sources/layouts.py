@@ -215,7 +215,7 @@ def _read_masks(listing: Listing) -> None:
             by_folder = next((part.lower() for part in inner.parts[:-1] if part.lower() in CLASSES), "")
             said = (row.get("class") or by_folder or class_named(name) or "").lower()
             image_class = said if said in CLASSES else UNKNOWN_CLASS
-            image = masks[0].with_name(f"{name}{masks[0].suffix}")
+            image = masks[0].with_name(f"{name}.png")
             listing.records.append(Record(printable(inner.as_posix()), image_class, "masks", image, tuple(masks)))
 
 

@@ -143,6 +143,7 @@ def read_masks(folder: Path, *, skip: Path | None = None, looked: Looked | None 
     listing = Listing(layouts.MASKS.name, tree.root, tree, unlabelled=True)
     layouts.MASKS.read(listing)
     _note_passed_over(listing)
+    take_frames(listing, 1, looked)
     return listing
 
 
