@@ -84,7 +84,7 @@ def read_segmentation(name: str, data: bytes) -> NDArray[np.bool_]:
         opened = open_header(name, data, segmentation=True)
         shape = opened.frames, opened.rows, opened.columns
         bits = np.unpackbits(np.frombuffer(opened.stored, np.uint8), bitorder="little", count=int(np.prod(shape)))
-        return bits.reshape(shape).any(axis=0)
+        return np.asarray(bits.reshape(shape).any(axis=0))
 
 
 @contextmanager

@@ -236,8 +236,10 @@ def _refuse_bits(name: str, opened: Opened) -> None:
         raise InputError(problem, fix="Save it as a binary, uncompressed segmentation, or as PNG.")
     segments = set()
     for group in header.get("PerFrameFunctionalGroupsSequence") or ():
-        segments.update(_number(item, "ReferencedSegmentNumber") for item in group.SegmentIdentificationSequence)
-    if len(segments) != opened.frames:
+        for item in group.get("SegmentIdentificationSequence") or ():
+            segments.add(_number(item, "ReferencedSegmentNumber"))
+    # The segment of a single frame may be named once for all frames.
+    if opened.frames > 1 and len(segments) != opened.frames:
         problem = f"{name} is a DICOM segmentation with {opened.frames:,} frames of {len(segments):,} segments."
         raise InputError(problem, fix="Save the segmentation of one image alone.")
     if 8 * len(opened.stored) < opened.rows * opened.columns * opened.frames:

@@ -55,6 +55,8 @@ class _Fingerprint(Record):
     healthy: Text | None = None
     masks: Text | None = None
     jitter: Number | None = None
+    vary: Text | None = None
+    cells: Annotated[int, Strict(), Field(ge=1)] | None = None
     size: Text | None = None
     depth: Text | None = None
     across: Text | None = None

@@ -26,6 +26,7 @@ from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
 from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
+from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.url import Address
@@ -45,6 +46,7 @@ class SourceOptions:
     frames: int = 1  # of each DICOM file among the healthy images
     masks: Path | None = None  # a folder of masks, which take the place of stage 1
     jitter: float = 0.0  # share by which they are moved and scaled
+    vary: str | None = None  # of a grid: what is varied on each background
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
@@ -61,7 +63,11 @@ class SourceOptions:
     def conditions(self) -> tuple[dict[str, float], SampleConditions]:
         """Class weights and what is asked of lesions; a ``UsageError`` where an option is unfit."""
         names = ("size", "depth", "across", "height_width", "taller_than_wide", "birads")
-        asked = parse_conditions(**{name: getattr(self, name) for name in names})
+        options = {name: getattr(self, name) for name in names}
+        grid = self.grid()
+        if grid and self.masks is not None:
+            raise UsageError(f"--vary {self.vary} and --masks {self.masks} are both given.", fix="Leave out one.")
+        asked = grid.held(options) if grid else parse_conditions(**options)
         if self.masks is not None and asked:
             typed = next(f"--{name.replace('_', '-')}" for name in names if getattr(self, name))
             problem = f"{typed} asks for outlines, and --masks {self.masks} gives them."
@@ -69,6 +75,10 @@ class SourceOptions:
         if refuse_jitter(self.jitter) and self.masks is None:
             raise UsageError(f"--jitter is {self.jitter:g}, without masks.", fix="Add --masks DIR.")
         return parse_shares(self.classes), asked
+
+    def grid(self) -> Grid | None:
+        """What is varied; a ``UsageError`` where it cannot be."""
+        return Grid.parse(self.vary) if self.vary else None
 
     def source(self, progress: Progress) -> Sampler:
         """Where samples come from; this checks bundle, provider, threads and batch size."""
@@ -84,7 +94,15 @@ class SourceOptions:
         engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,), processes=processes)
         backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
         progress.stage_seconds = backend.seconds
-        sampler = Sampler(bundle, backend, classes=classes, asked=asked, jitter=self.jitter, batch_size=self.batch_size)
+        sampler = Sampler(
+            bundle,
+            backend,
+            classes=classes,
+            asked=asked,
+            jitter=self.jitter,
+            grid=self.grid(),
+            batch_size=self.batch_size,
+        )
         if self._folders():
             # All but the images is known already, and reading those may take minutes.
             check(sampler)
@@ -148,6 +166,8 @@ class GenerateOptions(SourceOptions):
         task = chosen.task(self.array_task)
         plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
         classes, asked = self.conditions()
+        if grid := self.grid():
+            grid.refuse_cut(plan)
         if isinstance(self.out, Path):
             if self.spool is not None:
                 problem = f"--spool {self.spool} is for URLs, and --out {self.out} is a folder."

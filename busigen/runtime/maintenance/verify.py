@@ -81,6 +81,8 @@ class VerifyReport:
     backgrounds_synthetic: int  # samples with nothing to show
     masks_equal: int = 0  # samples whose mask is the user's, letterboxed and no more
     masks_moved: int = 0  # those whose mask is the user's, moved, scaled or mirrored as their row says
+    groups: int = 0  # of a grid
+    groups_equal: int = 0  # those whose samples differ in their edit regions alone
     masks_unproven: int = 0  # those with a user's mask for which that was not shown
 
     @property
@@ -100,6 +102,11 @@ class VerifyReport:
         # The report counts the shards that there should be, which are those that were read only where none is missing.
         shards = f" in {counted(self.shards, 'shard')}" if self.ok else ""
         yield f"{self.folder} {state}: {counted(self.samples, 'sample')}{shards} read"
+        if self.groups:
+            yield (
+                f"  groups of a grid whose samples are equal outside of their edit regions, bit for bit: "
+                f"{self.groups_equal} of {self.groups}"
+            )
         if masks:
             yield (
                 f"  masks equal to those given, once letterboxed: {self.masks_equal}; moved, scaled or mirrored as "
@@ -197,6 +204,8 @@ def _verify_one(
         masks_equal=sum(one.masks_equal for one in shards),
         masks_moved=sum(one.masks_moved for one in shards),
         masks_unproven=sum(one.masks_unproven for one in shards),
+        groups=sum(one.groups for one in shards),
+        groups_equal=sum(one.groups_equal for one in shards),
     )
 
 
@@ -210,7 +219,7 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
     ]
     backgrounds, masks = ("proven", "unproven", "synthetic"), ("equal", "moved", "unproven")
     summed = ("samples", "shards", "duplicates", *(f"backgrounds_{name}" for name in backgrounds))
-    summed += tuple(f"masks_{name}" for name in masks)
+    summed += ("groups", "groups_equal", *(f"masks_{name}" for name in masks))
     sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in summed}
     sums["duplicates"] += sum("equals that of" in problem.problem for problem in own)
     return VerifyReport(folder=folder, problems=(*inside, *own), **sums)

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from busigen.data.geometry import edit_region
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
@@ -31,6 +34,7 @@ MEND = (
     "its record, and no more."
 )  # where a hash gives the damage away, because ``generate`` checks hashes as well
 
+_SHARED = ("attempt", "background", "healthy_sha256")  # what the samples of a group have in common, beside pixels
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
 LEAST_SAMPLE = 3 * 1024  # bytes in a tar that a sample takes at least: a header and a block for each of its members
 
@@ -70,6 +74,8 @@ class ShardFindings:
     masks_moved: int = 0  # those whose mask is the user's, moved as recorded
     masks_unproven: int = 0  # those with a user's mask for which that was not shown
     absent_masks: dict[str, dict[str, Any]] = field(default_factory=dict)  # as ``absent``
+    groups: int = 0  # of a grid
+    groups_equal: int = 0  # those whose samples differ in their edit regions alone
     hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
@@ -127,6 +133,7 @@ def check_shard(
         return found
     # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
     remake = json if whole else None
+    groups = _Groups(tar, found)
     try:
         for member, row in zip(read_members(folder / tar, indices), found.rows.iter_rows(named=True), strict=True):
             found.samples += 1
@@ -137,10 +144,12 @@ def check_shard(
                 found.report(tar, f"sample {member.key}: {problem}", remake)
             _check_background(tar, member, row, bool(wrong), found, backgrounds)
             _check_mask(tar, member, row, bool(wrong), found, masks)
+            groups.add(member, row, bool(wrong))
     except IntegrityError as error:
         # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
         if whole:
             found.report(tar, error.problem, json)
+    groups.end()
     if Counter(found.rows["class"].to_list()) != Counter(record.classes):
         found.report(json, "counts other classes than the shard's rows hold.", json)
     if not _refusals_fit(record, found.rows):
@@ -213,6 +222,47 @@ def _check_mask(
             return
         found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))
     found.masks_unproven += 1
+
+
+class _Groups:
+    """Compares the samples of each of a grid's groups, which follow one another, with the group's first."""
+
+    def __init__(self, tar: str, found: ShardFindings) -> None:
+        self._tar, self._found = tar, found
+        self._number: int | None = None
+        self._first: tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.bool_]] | None = None
+        self._equal = True
+
+    def add(self, member: Member, row: dict[str, Any], damaged: bool) -> None:
+        """Look at the next sample, unless it is no grid's; a damaged one is named already."""
+        if (number := row.get("grid_group")) is None:
+            return
+        if number != self._number:
+            self.end()
+            self._number = number
+        if damaged:
+            self._equal = False
+            return
+        image, mask = member.decoded("image"), member.decoded("mask")
+        if self._first is None:
+            self._first = row, image, mask
+            return
+        first, before, marked = self._first
+        # As if there were no bars: these are black in any case.
+        whole = np.ones_like(mask)
+        changed = int(((image != before) & ~edit_region(mask, whole) & ~edit_region(marked, whole)).sum())
+        if changed or any(row.get(name) != first.get(name) for name in _SHARED):
+            what = f"{changed} pixels outside of both edit regions" if changed else f"its {' or '.join(_SHARED)}"
+            problem = f"sample {member.key}: {what} differ from those of {first['key']}, of the same group."
+            fix = "Use the busigen version that made the dataset; if they still differ, the dataset was altered."
+            self._found.problems.append(Problem(self._tar, problem, fix))
+            self._equal = False
+
+    def end(self) -> None:
+        """Count the group that was looked at."""
+        self._found.groups += self._number is not None
+        self._found.groups_equal += self._number is not None and self._equal
+        self._number, self._first, self._equal = None, None, True
 
 
 def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:

@@ -40,7 +40,7 @@ from busigen.registry import (
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
-from busigen.runtime.sampling import quality_gates
+from busigen.runtime.sampling import given_masks, grid, quality_gates
 from busigen.runtime.sampling.batching import (
     BEGIN,
     OUTLINE,
@@ -51,9 +51,11 @@ from busigen.runtime.sampling.batching import (
     Kind,
     Outcome,
     in_order,
+    of_whole_groups,
 )
 from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
-from busigen.runtime.sampling.given_masks import COLUMNS, MaskFolder
+from busigen.runtime.sampling.given_masks import MaskFolder
+from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform, uniforms
 from busigen.runtime.sampling.placement import place
@@ -68,7 +70,8 @@ class Sampler:
     """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
     Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
-    each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). ``batch_size``, 1 to
+    each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). Of a ``grid``, all
+    samples of a background share it and their noise, and what is ``asked`` but for their levels. ``batch_size``, 1 to
     4096 or a UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer
     than ``MIN_BATCH``.
     """
@@ -83,6 +86,7 @@ class Sampler:
         asked: SampleConditions | None = None,
         masks: MaskFolder | None = None,
         jitter: float = 0.0,
+        grid: Grid | None = None,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -93,7 +97,9 @@ class Sampler:
                 fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
             )
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
-        self.masks, self.jitter = masks, jitter
+        self.masks, self.jitter, self.grid = masks, jitter, grid
+        self._group = len(grid.cells) if grid else 1
+        self._shared: OrderedDict[tuple[int, int], Healthy] = OrderedDict()  # a grid's last synthetic backgrounds
         self._transfer = bundle.transfer
         self.asked = asked or SampleConditions()
         self.batch_size = batch_size
@@ -117,6 +123,7 @@ class Sampler:
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
             **({"masks": self.masks.fingerprint(self.healthy)} if self.masks else {}),
             **({"jitter": self.jitter} if self.jitter else {}),
+            **({"vary": self.grid.vary, "cells": self._group} if self.grid else {}),
             **self.asked.typed(),
             "gates": quality_gates.limits(),
         }
@@ -141,7 +148,8 @@ class Sampler:
             **dict.fromkeys(("area_share", *(name for name in ATTRIBUTES if name != "size")), float),
             **{f"asked_{name}": float for name in ATTRIBUTES},
             "asked_birads": str,
-            **(COLUMNS if self.masks else {}),
+            **(given_masks.COLUMNS if self.masks else {}),
+            **(grid.COLUMNS if self.grid else {}),
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
@@ -170,9 +178,12 @@ class Sampler:
                     f"Refused so far: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}.",
                 )
 
-        window = self.batch_size * WINDOW_BATCHES
+        window = max(self.batch_size * WINDOW_BATCHES, 2 * self._group)
+        options: dict[str, Any] = {"window": window, "done": done, "refused": refused, "stopping": stopping}
         with self._stages(seed) as stages:
-            answers = in_order(stages, requests, window=window, done=done, refused=refused, stopping=stopping)
+            answers = of_whole_groups(
+                requests, self._group, lambda whole: in_order(stages, whole, **options, group=self._group)
+            )
             with closing(answers):
                 for generated in answers:
                     # Checked before each shard is written, so that no shard names files that are gone.
@@ -210,6 +221,8 @@ class Sampler:
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         if self.healthy is not None:
             picked = [self._picked(self.healthy, seed, draw) for draw in batch]
+        elif self.grid is not None:
+            picked = self._shared_backgrounds(seed, batch)
         else:
             picked = self._backgrounds(seed, batch)
         drafts = [
@@ -219,23 +232,33 @@ class Sampler:
                 position=job.position,
                 label=self._label(job.index),
                 healthy=picture,
-                wanted=self.asked.values(seed, job.index),
+                group=job.group,
+                given=self.grid.row(job.index) if self.grid else {},
+                wanted=self._conditions(job.index).values(seed, job.seeded),
             )
             for job, picture in zip(batch, picked, strict=True)
         ]
-        # Those of a folder were judged when it was read.
-        backgrounds = [] if self.healthy is not None else [draft.healthy.pixels for draft in drafts]
+        # Those of a folder were judged when it was read, and a grid's when they were drawn.
+        judged = self.healthy is not None or self.grid is not None
+        backgrounds = [] if judged else [draft.healthy.pixels for draft in drafts]
         reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
         begun = [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
         return [self._with_given(seed, one) if isinstance(one, Draft) else one for one in begun]
 
     def _label(self, index: int) -> str:
-        return self.masks.label_at(index, self.classes) if self.masks else class_at(index, self.classes)
+        if self.masks:
+            return self.masks.label_at(index, self.classes)
+        own = self.grid.cell(index).get("class") if self.grid else None
+        return own or class_at(index // self._group, self.classes)
+
+    def _conditions(self, index: int) -> SampleConditions:
+        return self.grid.conditions(index, self.asked) if self.grid else self.asked
 
     def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
         """The healthy image of a draw: that which has its mask's name, else any."""
         partner = self.masks.partner(self.masks.at(draw.index), healthy) if self.masks else None
-        return healthy.of(partner) if partner else healthy.pick(uniform(seed, draw.index, draw.attempt, "healthy"))
+        attempt = 0 if self.grid else draw.attempt
+        return healthy.of(partner) if partner else healthy.pick(uniform(seed, draw.seeded, attempt, "healthy"))
 
     def _with_given(self, seed: int, draft: Draft) -> Outcome:
         """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
@@ -252,6 +275,26 @@ class Sampler:
     def _with_mask(self, draft: Draft, mask: Mask) -> Draft:
         edit = edit_region(mask, draft.healthy.valid)
         return replace(draft, mask=mask, edit=edit, window=window_for(edit, tuple(self.bundle.windows)))
+
+    def _shared_backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
+        """The backgrounds of a grid's draws: for each group, the first that its gate lets pass, whatever the draw."""
+        numbers = {draw.seeded for draw in batch}
+        with self._token_lock:
+            found = {number: self._shared[seed, number] for number in numbers if (seed, number) in self._shared}
+        for attempt in range(MAX_ATTEMPTS):
+            if not (missing := sorted(numbers - found.keys())):
+                break
+            draws = [DrawRequest(index=number, attempt=attempt) for number in missing]
+            for number, picture in zip(missing, self._backgrounds(seed, draws), strict=True):
+                if quality_gates.background_reason(picture.pixels) is None:
+                    found[number] = picture
+        else:
+            raise AcceptanceError("no background of a group is fit.", fix="Use another bundle, or healthy images.")
+        with self._token_lock:
+            self._shared.update({(seed, number): found[number] for number in numbers})
+            while len(self._shared) > CACHED_TOKENS:
+                self._shared.popitem(last=False)
+        return [found[draw.seeded] for draw in batch]
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
         shapes, count = self.bundle.frames, len(batch)
@@ -297,7 +340,8 @@ class Sampler:
             assert draft.mask is not None
             picture = self._shown(seed, draft, image)
             reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, self.asked.birads))
+            birads = self._conditions(draft.index).birads
+            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, birads))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -316,7 +360,7 @@ class Sampler:
             "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
             "tokens": self._whole_tokens(batch, keep),
             "keep": keep,
-            "asked": np.stack([self.asked.vector(draft.wanted, draft.healthy.valid) for draft in batch]),
+            "asked": np.stack([self._conditions(d.index).vector(d.wanted, d.healthy.valid) for d in batch]),
         }
         distance = self._run(f"mask-{batch[0].label}", self._rows(), len(batch), **inputs)
         return [field[0] > 0 for field in distance]
@@ -428,7 +472,7 @@ def _pictures(batch: Sequence[Draft]) -> Floats:
 
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:
-    return np.stack([normal(seed, item.index, item.attempt, stream, shape) for item in batch])
+    return np.stack([normal(seed, item.seeded, item.attempt, stream, shape) for item in batch])
 
 
 def _refused(draft: Draft, reason: str) -> Rejection:
