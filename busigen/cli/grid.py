@@ -65,9 +65,9 @@ def grid(
     if backgrounds < 1:
         raise UsageError(f"--backgrounds is {backgrounds}.", fix="Give a whole number from 1.")
     # Whole backgrounds in every shard.
-    plan = {"count": backgrounds * cells, "shard_size": cells * max(1, SHARD_SIZE // cells)}
+    shard_size = cells * max(1, SHARD_SIZE // cells)
     place = place_of(out)
-    options = GenerateOptions(out=place, **plan, **typed)
+    options = GenerateOptions(out=place, count=backgrounds * cells, shard_size=shard_size, **typed)
     with supervised(place, log_json) as (progress, stop):
         report = options.run(progress, stop)
     for line in report.lines():
