@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,33 +56,38 @@ class Placement:
         return frame
 
 
-def place(native: Mask, valid: Mask, jitter: float = 0.0, draws: Sequence[float] = (0.5, 0.5, 0.5, 1.0)) -> Placement:
-    """Where a mask goes in an image, whose ``valid`` pixels ``(256, 256)`` are no bars.
+def place(native: Mask, jitter: float = 0.0, draws: Sequence[float] = (0.5, 0.5, 0.5, 1.0)) -> Placement:
+    """Where a mask is to lie: where letterboxing puts it, or moved, scaled and mirrored from there.
 
-    By itself, it lies where letterboxing puts it. ``jitter`` moves it by up to that share of its own image's width and
-    height, scales it about its middle by up to that share, and mirrors half of all; ``draws`` are four numbers in [0,
-    1) that say how far: across, down, larger, mirrored. Last, it is moved by as few pixels as bring all of it into the
-    image; one that is larger than the image stays cut by it.
+    ``jitter`` moves it by up to that share of its own image's width and height, scales it about its middle by up to
+    that share, and mirrors half of all; ``draws`` are four numbers in [0, 1) that say how far: across, down, larger,
+    mirrored.
     """
-    box = fit(width=native.shape[1], height=native.shape[0])
     found = Placement.letterboxed(native.shape)
-    if jitter:
-        across, down, larger, turned = draws
-        middle = _middle(found.shape(native))
-        mirrored = turned < 0.5
-        if mirrored:
-            middle = middle[0], box.width - middle[1]
-        scaled = Placement(box.scale * (1.0 + jitter * (2.0 * larger - 1.0)), 0, 0, mirrored)
-        after = _middle(scaled.shape(native))
-        top = box.top + middle[0] - after[0] + jitter * (2.0 * down - 1.0) * box.height
-        left = box.left + middle[1] - after[1] + jitter * (2.0 * across - 1.0) * box.width
-        found = Placement(scaled.scale, round(left), round(top), mirrored)
-    rows, columns = (_extent(found.shape(native), axis) for axis in (1, 0))
-    top, left = (
-        _moved_inside(start, line, _extent(valid, axis))
-        for start, line, axis in ((found.top, rows, 1), (found.left, columns, 0))
-    )
-    return Placement(found.scale, left, top, found.mirrored)
+    if not jitter:
+        return found
+    box = fit(width=native.shape[1], height=native.shape[0])
+    across, down, larger, turned = draws
+    middle = _middle(found.shape(native))
+    mirrored = turned < 0.5
+    if mirrored:
+        middle = middle[0], box.width - middle[1]
+    scaled = Placement(box.scale * (1.0 + jitter * (2.0 * larger - 1.0)), 0, 0, mirrored)
+    after = _middle(scaled.shape(native))
+    top = box.top + middle[0] - after[0] + jitter * (2.0 * down - 1.0) * box.height
+    left = box.left + middle[1] - after[1] + jitter * (2.0 * across - 1.0) * box.width
+    return Placement(scaled.scale, round(left), round(top), mirrored)
+
+
+def moved_inside(at: Placement, native: Mask, valid: Mask) -> Placement:
+    """A placement, moved by as few pixels as bring all of the mask into an image: ``valid`` pixels are no bars.
+
+    A mask that is larger than the image begins where the image does, and stays cut.
+    """
+    shape = at.shape(native)
+    top = _start_inside(at.top, _extent(shape, 1), _extent(valid, 1))
+    left = _start_inside(at.left, _extent(shape, 0), _extent(valid, 0))
+    return replace(at, top=top, left=left)
 
 
 def _extent(mask: Mask, axis: int) -> tuple[int, int]:
@@ -97,6 +102,6 @@ def _middle(mask: Mask) -> tuple[float, float]:
     return sum(rows) / 2.0, sum(columns) / 2.0
 
 
-def _moved_inside(start: int, line: tuple[int, int], room: tuple[int, int]) -> int:
+def _start_inside(start: int, line: tuple[int, int], room: tuple[int, int]) -> int:
     """A start from which a line, counted from there, lies within a room; one that is longer begins where it does."""
     return min(max(start, room[0] - line[0]), max(room[1] - line[1], room[0] - line[0]))

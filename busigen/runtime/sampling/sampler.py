@@ -58,11 +58,12 @@ from busigen.runtime.sampling.given_masks import MaskFolder
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform, uniforms
-from busigen.runtime.sampling.placement import place
+from busigen.runtime.sampling.placement import Placement, moved_inside, place
 from busigen.runtime.sampling.windows import Floats, cells_of, cut, padded_to, shown_at, to_grey, to_unit
 
 MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
 WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
+PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
 CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
 
 
@@ -255,22 +256,33 @@ class Sampler:
         return self.grid.conditions(index, self.asked) if self.grid else self.asked
 
     def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
-        """The healthy image of a draw: that which has its mask's name, else any."""
-        partner = self.masks.partner(self.masks.at(draw.index), healthy) if self.masks else None
-        attempt = 0 if self.grid else draw.attempt
-        return healthy.of(partner) if partner else healthy.pick(uniform(seed, draw.seeded, attempt, "healthy"))
+        """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does."""
+        if self.masks and (partner := self.masks.partner(self.masks.at(draw.index), healthy)):
+            return healthy.of(partner)
+        first = int(uniform(seed, draw.seeded, 0 if self.grid else draw.attempt, "healthy") * len(healthy))
+        if self.masks:
+            native, at = self._placed(self.masks, seed, draw)
+            for number in range(first, first + min(len(healthy), PROBED_IMAGES)):
+                found = healthy.numbered(number % len(healthy))
+                if moved_inside(at, native, found.valid) == at:
+                    return found
+        return healthy.numbered(first)
+
+    def _placed(self, masks: MaskFolder, seed: int, draw: DrawRequest) -> tuple[Mask, Placement]:
+        """A draw's mask as it was drawn, and where it goes in an image that holds it there."""
+        native = masks.native(draw.index)
+        return native, place(native, self.jitter, uniforms(seed, draw.index, draw.attempt, "jitter", 4))
 
     def _with_given(self, seed: int, draft: Draft) -> Outcome:
         """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
         if self.masks is None:
             return draft
-        item, native = self.masks.at(draft.index), self.masks.native(draft.index)
-        draws = uniforms(seed, draft.index, draft.attempt, "jitter", 4)
-        found = place(native, draft.healthy.valid, self.jitter, draws)
-        mask = found.apply(native)
-        if reason := quality_gates.given_reason(int(found.shape(native).sum()), mask, draft.healthy.valid):
+        native, at = self._placed(self.masks, seed, draft)
+        at = moved_inside(at, native, draft.healthy.valid)
+        mask = at.apply(native)
+        if reason := quality_gates.given_reason(int(at.shape(native).sum()), mask, draft.healthy.valid):
             return _refused(draft, reason)
-        return self._with_mask(replace(draft, given=item.row(found)), mask)
+        return self._with_mask(replace(draft, given=self.masks.at(draft.index).row(at)), mask)
 
     def _with_mask(self, draft: Draft, mask: Mask) -> Draft:
         edit = edit_region(mask, draft.healthy.valid)

@@ -158,6 +158,20 @@ def test_a_mask_is_painted_into_the_healthy_image_of_its_name_and_others_are_dra
     assert other.fingerprint()["masks"] != before["masks"]
 
 
+def test_a_mask_goes_where_an_image_holds_it_and_is_moved_only_where_none_does(tmp_path: Path) -> None:
+    save(tmp_path / "masks/a.png", blob((300, 300), across=0.2))
+    for number in range(6):
+        save_image(tmp_path / f"healthy/narrow{number}.png", (200, 400), seed=number)
+    masks = MaskFolder(tmp_path / "masks")
+    samples = draw(quick_sampler(QuickEngine(), masks=masks, healthy=HealthyFolder(tmp_path / "healthy")), 6).samples
+    assert len({sample.row["healthy_file"] for sample in samples}) > 1
+    assert {Placement.recorded(sample.row).left > 0 for sample in samples} == {True}
+    save_image(tmp_path / "healthy/wide.png", (400, 300), seed=6)
+    samples = draw(quick_sampler(QuickEngine(), masks=masks, healthy=HealthyFolder(tmp_path / "healthy")), 6).samples
+    assert {sample.row["healthy_file"] for sample in samples} == {"wide.png"}
+    assert all(np.array_equal(sample.mask, letterboxed([tmp_path / "masks/a.png"])) for sample in samples)
+
+
 def test_classes_of_masks_that_nothing_names_follow_the_shares(folder: Path) -> None:
     (folder / "d.png").rename(folder / "benign.png")
     (folder / "benign/a.png").rename(folder / "a.png")

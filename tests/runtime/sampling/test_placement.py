@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from busigen.data.letterbox import fit, letterbox_mask
-from busigen.runtime.sampling.placement import Placement, place
+from busigen.runtime.sampling.placement import Placement, moved_inside, place
 
 SHAPES = ((256, 256), (310, 190), (719, 1048), (40, 33), (90, 400))
 
@@ -28,8 +28,8 @@ def extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_without_jitter_a_mask_is_letterboxed_as_its_image_is(shape: tuple[int, int]) -> None:
     native, box = blob(shape), fit(width=shape[1], height=shape[0])
-    found = place(native, box.valid)
-    assert found == Placement.letterboxed(shape)
+    found = place(native)
+    assert found == Placement.letterboxed(shape) == moved_inside(found, native, box.valid)
     assert np.array_equal(found.apply(native), letterbox_mask(native, box))
 
 
@@ -38,9 +38,9 @@ def test_jitter_moves_scales_and_mirrors_within_its_bounds(shape: tuple[int, int
     native, box = blob(shape), fit(width=shape[1], height=shape[0])
     plain = letterbox_mask(native, box)
     mirrored = letterbox_mask(np.ascontiguousarray(native[:, ::-1]), box)
-    assert np.array_equal(place(native, box.valid, 0.2, (0.5, 0.5, 0.5, 0.0)).apply(native), mirrored)
+    assert np.array_equal(place(native, 0.2, (0.5, 0.5, 0.5, 0.0)).apply(native), mirrored)
     for draws in ((0.0, 0.0, 0.0, 0.9), (0.99, 0.99, 0.99, 0.9), (0.2, 0.7, 0.9, 0.1)):
-        found = place(native, np.ones((256, 256), dtype=bool), 0.2, draws)
+        found = place(native, 0.2, draws)
         mask, scale = found.apply(native), 1 + 0.2 * (2 * draws[2] - 1)
         assert found.scale == pytest.approx(box.scale * scale)
         # Rows and columns of whole pixels: a few of an outline's come and go with its place on the grid.
@@ -54,7 +54,7 @@ def test_jitter_moves_scales_and_mirrors_within_its_bounds(shape: tuple[int, int
 def test_a_mask_beyond_the_image_is_moved_into_it_by_as_little_as_it_takes() -> None:
     native = blob((300, 300), across=0.25)
     box = fit(width=160, height=256)
-    found = place(native, box.valid)
+    found = moved_inside(place(native), native, box.valid)
     before, after = extent(Placement.letterboxed(native.shape).apply(native)), extent(found.apply(native))
     assert before[2] < box.left == after[2]
     assert after[3] - after[2] == before[3] - before[2]
@@ -66,13 +66,13 @@ def test_a_mask_beyond_the_image_is_moved_into_it_by_as_little_as_it_takes() -> 
 def test_a_mask_that_the_image_cannot_hold_stays_cut() -> None:
     native = np.ones((100, 100), dtype=bool)
     valid = fit(width=100, height=256).valid
-    found = place(native, valid)
+    found = moved_inside(place(native), native, valid)
     assert found.apply(native).sum() > (found.apply(native) & valid).sum()
 
 
 def test_what_a_manifest_says_gives_the_same_mask_and_nonsense_gives_none() -> None:
     native = blob((310, 190))
-    found = place(native, np.ones((256, 256), dtype=bool), 0.3, (0.1, 0.8, 0.7, 0.2))
+    found = place(native, 0.3, (0.1, 0.8, 0.7, 0.2))
     row = {
         "given_mask_scale": found.scale,
         "given_mask_left": found.left,
