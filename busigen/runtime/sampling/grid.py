@@ -16,8 +16,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "class": LESION_CLASSES,
     "birads": BIRADS,
     "size": ("0.02", "0.05", "0.1"),
-    "depth": ("0.2", "0.35", "0.5"),
-    "across": ("0.3", "0.5", "0.7"),
+    "depth": ("0.3", "0.4", "0.5"),
+    "across": ("0.35", "0.5", "0.65"),
     "height_width": ("0.5", "0.75", "1.1"),
 }  # what can be varied, and between what unless it is said
 HELD = {"across": "0.35:0.65", "depth": "0.25:0.45", "size": "0.02:0.08", "height_width": "0.5:0.9"}

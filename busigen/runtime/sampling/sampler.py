@@ -100,7 +100,6 @@ class Sampler:
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
         self.masks, self.jitter, self.grid = masks, jitter, grid
         self._group = len(grid.cells) if grid else 1
-        self._shared: OrderedDict[tuple[int, int], Healthy] = OrderedDict()  # a grid's last synthetic backgrounds
         self._transfer = bundle.transfer
         self.asked = asked or SampleConditions()
         self.batch_size = batch_size
@@ -222,10 +221,11 @@ class Sampler:
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         if self.healthy is not None:
             picked = [self._picked(self.healthy, seed, draw) for draw in batch]
-        elif self.grid is not None:
-            picked = self._shared_backgrounds(seed, batch)
         else:
-            picked = self._backgrounds(seed, batch)
+            # Of a grid, several draws have the same one.
+            draws = {(draw.seeded, draw.attempt): draw for draw in batch}
+            found = dict(zip(draws, self._backgrounds(seed, list(draws.values())), strict=True))
+            picked = [found[draw.seeded, draw.attempt] for draw in batch]
         drafts = [
             Draft(
                 index=job.index,
@@ -235,13 +235,12 @@ class Sampler:
                 healthy=picture,
                 group=job.group,
                 given=self.grid.row(job.index) if self.grid else {},
-                wanted=self._conditions(job.index).values(seed, job.seeded),
+                wanted=self._conditions(job.index).values(seed, job.seeded, job.attempt if self.grid else 0),
             )
             for job, picture in zip(batch, picked, strict=True)
         ]
-        # Those of a folder were judged when it was read, and a grid's when they were drawn.
-        judged = self.healthy is not None or self.grid is not None
-        backgrounds = [] if judged else [draft.healthy.pixels for draft in drafts]
+        # Those of a folder were judged when it was read.
+        backgrounds = [] if self.healthy is not None else [draft.healthy.pixels for draft in drafts]
         reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
         begun = [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
         return [self._with_given(seed, one) if isinstance(one, Draft) else one for one in begun]
@@ -259,7 +258,7 @@ class Sampler:
         """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does."""
         if self.masks and (partner := self.masks.partner(self.masks.at(draw.index), healthy)):
             return healthy.of(partner)
-        first = int(uniform(seed, draw.seeded, 0 if self.grid else draw.attempt, "healthy") * len(healthy))
+        first = int(uniform(seed, draw.seeded, draw.attempt, "healthy") * len(healthy))
         if self.masks:
             native, at = self._placed(self.masks, seed, draw)
             for number in range(first, first + min(len(healthy), PROBED_IMAGES)):
@@ -288,33 +287,13 @@ class Sampler:
         edit = edit_region(mask, draft.healthy.valid)
         return replace(draft, mask=mask, edit=edit, window=window_for(edit, tuple(self.bundle.windows)))
 
-    def _shared_backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
-        """The backgrounds of a grid's draws: for each group, the first that its gate lets pass, whatever the draw."""
-        numbers = {draw.seeded for draw in batch}
-        with self._token_lock:
-            found = {number: self._shared[seed, number] for number in numbers if (seed, number) in self._shared}
-        for attempt in range(MAX_ATTEMPTS):
-            if not (missing := sorted(numbers - found.keys())):
-                break
-            draws = [DrawRequest(index=number, attempt=attempt) for number in missing]
-            for number, picture in zip(missing, self._backgrounds(seed, draws), strict=True):
-                if quality_gates.background_reason(picture.pixels) is None:
-                    found[number] = picture
-        else:
-            raise AcceptanceError("no background of a group is fit.", fix="Use another bundle, or healthy images.")
-        with self._token_lock:
-            self._shared.update({(seed, number): found[number] for number in numbers})
-            while len(self._shared) > CACHED_TOKENS:
-                self._shared.popitem(last=False)
-        return [found[draw.seeded] for draw in batch]
-
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
         shapes, count = self.bundle.frames, len(batch)
         frames = [
             # A mask's own frame, in which all of it lies where it does in its image.
             self.masks.at(d.index).frame
             if self.masks
-            else shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))]
+            else shapes[int(uniform(seed, d.seeded, d.attempt, "frame") * len(shapes))]
             for d in batch
         ]
         places = np.array([place_of(frame) for frame in frames], np.float32)
