@@ -38,6 +38,8 @@ class SampleOptions(TypedDict, total=False):
     classes: str | Mapping[str, float] | Sequence[str]  # {"benign": 0.5, "malignant": 0.5}, or "malignant"
     healthy: Place  # a folder of healthy images, or "synthetic"
     frames: int  # to take of each DICOM file among them
+    masks: Place | None  # a folder of your own masks, painted in turn
+    jitter: float  # share by which they are moved and scaled
     bundle: Place | None  # None for the shipped one
     seed: int
     size: Range | None  # the lesion's area as a share of the image's
@@ -108,13 +110,17 @@ def write(
         return made.run(shown)
 
 
-def verify(dataset: Place, *, healthy: Place | None = None, progress: bool = True) -> VerifyReport:
-    """Check a dataset against its records; with its healthy images, every background. Nothing is changed.
+def verify(
+    dataset: Place, *, healthy: Place | None = None, masks: Place | None = None, progress: bool = True
+) -> VerifyReport:
+    """Check a dataset against its records; with its healthy images, every background, and with its masks, every mask.
+
+    Nothing is changed.
 
     ``ok`` of the result says whether all is sound, ``problems`` what is not. An InputError says that it is no dataset.
     """
     with _shown(progress) as shown:
-        return verify_place(place_of(str(dataset)), healthy=_path(healthy), progress=shown)
+        return verify_place(place_of(str(dataset)), healthy=_path(healthy), masks=_path(masks), progress=shown)
 
 
 def explain(
@@ -123,6 +129,7 @@ def explain(
     *,
     bundle: Place | None = None,
     healthy: Place | None = None,
+    masks: Place | None = None,
     provider: str | None = None,
     threads: int | None = None,
     replay: bool = True,
@@ -134,7 +141,7 @@ def explain(
     ``error`` of the result is what is wrong with the sample, or None. A UsageError says that there is no such key.
     """
     with _shown(progress) as shown:
-        inputs = Inputs(_path(bundle), _path(healthy), provider, threads, shown)
+        inputs = Inputs(_path(bundle), _path(healthy), provider, threads, shown, _path(masks))
         return explain_place(place_of(str(dataset)), str(key), inputs=inputs, replay=replay, out=_path(out))
 
 
@@ -229,7 +236,7 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
         found["classes"] = ",".join(f"{name}={float(weight)!r}" for name, weight in classes.items())
     elif classes is not None and not isinstance(classes, str):
         found["classes"] = ",".join(classes)
-    for name in ("bundle", "spool"):
+    for name in ("bundle", "spool", "masks"):
         if name in found:
             found[name] = _path(found[name])
     for name in ("healthy", "birads"):

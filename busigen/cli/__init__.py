@@ -17,7 +17,7 @@ import typer
 from busigen.cli import generate  # noqa: F401
 
 # isort: split
-from busigen.cli import convert, reader_study, train_export, view  # noqa: F401
+from busigen.cli import convert, grid, reader_study, train_export, view  # noqa: F401
 
 # isort: split
 from busigen.cli.app import DEBUG, Interrupted, app, stderr

@@ -16,6 +16,7 @@ from busigen.runtime.storage.url import place_of, refuse_urls
 @app.command(
     epilog="Examples: `busigen generate --count 1000 --out data` uses the shipped bundle and synthetic backgrounds; "
     "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images; "
+    "`busigen generate --count 200 --out data --masks masks/ --healthy normal/` paints each of 200 masks of your own; "
     "`busigen generate --count 100000 --out data --workers 16 --threads 2` uses 32 cores; with `sbatch --array=1-8`, "
     "`busigen generate --count 100000 --out data --launcher slurm` makes one dataset in eight jobs. See "
     "docs/scale-out.md. `busigen generate --count 100000 --out s3://bucket/data` publishes each finished shard to S3; "
@@ -29,8 +30,14 @@ def generate(
     bundle: Annotated[Path | None, typer.Option(help="A bundle's folder. [default: the shipped one]")] = None,
     healthy: Annotated[str, typer.Option(help="A folder of healthy images, or 'synthetic'.")] = SYNTHETIC,
     frames: Annotated[int, typer.Option(help="Frames to take of each DICOM file in --healthy, evenly spaced.")] = 1,
+    masks: Annotated[
+        Path | None, typer.Option(help="Your own masks, in any layout that `prepare` reads or alone, painted in turn.")
+    ] = None,
+    jitter: Annotated[
+        float, typer.Option(help="Move and scale each by up to this share, and mirror half; 0 leaves them as they are.")
+    ] = 0.0,
     classes: Annotated[
-        str, typer.Option(help="Shares that sum to 1, or whole numbers as weights.")
+        str, typer.Option(help="Shares that sum to 1, or whole numbers as weights; of masks, those of no known class.")
     ] = "benign=0.5,malignant=0.5",
     size: Annotated[
         str | None,
@@ -145,13 +152,14 @@ def bench(
 def verify(
     dataset: Annotated[str, typer.Argument(help="What `busigen generate` wrote: a folder or a URL.")],
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images: proves every background.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="The run's masks, where it had any: proves every mask.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged or missing, and no more.")] = (
         False
     ),
     bundle: Annotated[Path | None, typer.Option(help="For --repair: the run's. [default: the shipped one]")] = None,
     threads: Annotated[int | None, typer.Option(help="For --repair: threads. [default: one per core]")] = None,
 ) -> None:
-    """Check a dataset: hashes, counts, pairing, duplicates and, given the healthy images, every background."""
+    """Check a dataset: hashes, counts, pairing, duplicates and, given the folders, every background and mask."""
     from busigen.runtime.maintenance.remote import refuse_repair, verify_place
     from busigen.runtime.maintenance.repair import repair as mend
     from busigen.runtime.maintenance.replay import Inputs
@@ -165,10 +173,11 @@ def verify(
         raise UsageError("--bundle and --threads are for --repair.", fix="Leave them out, or add --repair.")
     place = place_of(dataset)
     with console_progress() as progress:
-        inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, progress=progress)
+        inputs = Inputs(bundle=bundle, healthy=healthy, threads=threads, masks=masks, progress=progress)
         mended = mend(refuse_repair(place), inputs=inputs) if repair else None
-        report = mended.after if mended else verify_place(place, healthy=healthy, progress=progress)
-    for line in (*(mended.lines() if mended else ()), *report.lines(proving=healthy is not None)):
+        report = mended.after if mended else verify_place(place, healthy=healthy, masks=masks, progress=progress)
+    shown = report.lines(proving=healthy is not None, masks=masks is not None)
+    for line in (*(mended.lines() if mended else ()), *shown):
         stdout.print(line)
     if mended and mended.error:
         raise mended.error
@@ -204,6 +213,7 @@ def explain(
     key: Annotated[str, typer.Argument(help="A sample's key in the manifest, or its index; part/key if merged.")],
     bundle: Annotated[Path | None, typer.Option(help="The run's bundle. [default: the shipped one]")] = None,
     healthy: Annotated[Path | None, typer.Option(help="The run's healthy images, where it had any.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="The run's masks, where it had any.")] = None,
     provider: Annotated[str | None, typer.Option(help=f"{', '.join(PROVIDERS)}. [default: the run's]")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads. [default: one per core]")] = None,
     replay: Annotated[bool, typer.Option("--replay/--no-replay", help="Draw the sample again and compare.")] = True,
@@ -216,7 +226,7 @@ def explain(
     from busigen.runtime.progress import console_progress
 
     with console_progress() as progress:
-        inputs = Inputs(bundle=bundle, healthy=healthy, provider=provider, threads=threads, progress=progress)
+        inputs = Inputs(bundle, healthy, provider, threads, progress, masks)
         described = explain_place(place_of(dataset), key, inputs=inputs, replay=replay, out=out)
     if as_json:
         stdout.print_as_json(described.to_json())

@@ -116,10 +116,7 @@ def decode(path: Path, data: bytes | None = None) -> Decoded:
 
     An InputError says that it is missing, unreadable, damaged, not an image, or outside the limits; also MemoryError.
     """
-    data = _read_bytes(path) if data is None else data
-    if is_dicom(data):
-        problem = f"{path.name} is a DICOM file; masks are read from PNG, JPEG, BMP and TIFF files."
-        raise InputError(problem, fix="Save the mask as PNG, under the name of its image.")
+    data = read_bytes(path) if data is None else data
     try:
         # Pillow opens files of its own, for the code that reads a format.
         with looking(path), warnings.catch_warnings():
@@ -213,7 +210,7 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
     is scaled to 8 bits. Arguments and errors are those of `decode`, and an InputError for levels of unknown range.
     """
     with enough_memory(path):
-        data = _read_bytes(path) if data is None else data
+        data = read_bytes(path) if data is None else data
         if is_dicom(data) or is_dicom_name(path.name):
             return _read_frame(path, data)
         decoded = decode(path, data)
@@ -318,7 +315,8 @@ def _full_scale(levels: Levels) -> int:
     return next(full for full in FULL if int(levels.max()) <= full)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The content of an image file; an InputError says that it is missing, unreadable, empty or too large."""
     try:
         with hidden(path):
             data = read_file(real_file(path), MAX_FILE_BYTES)

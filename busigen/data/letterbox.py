@@ -67,15 +67,20 @@ def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
 
 def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.float32]:
     """The share of every working pixel that a native mask ``bool (H, W)`` covers, ``float32 (256, 256)``."""
+    frame = np.zeros((RESOLUTION, RESOLUTION), dtype=np.float32)
+    frame[box.slices] = coverage(mask, width=box.width, height=box.height)
+    return frame
+
+
+def coverage(mask: NDArray[np.bool_], *, width: int, height: int) -> NDArray[np.float64]:
+    """The share of every pixel, ``float64 (height, width)``, that a native mask ``bool (H, W)`` covers at that size."""
     if mask.ndim != 2:
         raise ValueError(f"mask must be (H, W), not {mask.shape}")
     # Masks leave most columns empty, and summing those takes most of the time.
     used = mask.any(axis=0)
-    by_row = np.zeros((box.height, mask.shape[1]), dtype=np.float64)
-    by_row[:, used] = _average_rows(mask[:, used], box.height)
-    frame = np.zeros((RESOLUTION, RESOLUTION), dtype=np.float32)
-    frame[box.slices] = _average_rows(by_row.T, box.width).T
-    return frame
+    by_row = np.zeros((height, mask.shape[1]), dtype=np.float64)
+    by_row[:, used] = _average_rows(mask[:, used], height)
+    return _average_rows(by_row.T, width).T
 
 
 def letterbox_mask(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.bool_]:

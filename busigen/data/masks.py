@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from busigen.data.dicom.frame import read_segmentation
+from busigen.data.dicom.header import is_dicom, is_dicom_name
 from busigen.data.geometry import around, shrink
-from busigen.data.images import FULL, TURNED, Decoded, ImageFile, Levels, decode, enough_memory, look_up
+from busigen.data.images import FULL, TURNED, Decoded, ImageFile, Levels, decode, enough_memory, look_up, read_bytes
 from busigen.data.letterbox import HALF, Letterbox, letterbox_coverage
 from busigen.data.sources.records import Record
 from busigen.errors import InputError
@@ -50,14 +52,16 @@ def read_mask(
 
     ``size`` is the ``(width, height)`` that the mask must have; ``notes`` get a line where it is not read as stored.
     ``data`` and errors are those of `busigen.data.images.read_image`, and an InputError for another size, a picture,
-    several labels or colours, or 255 ("ignore") beside a label.
+    several labels or colours, or 255 ("ignore") beside a label. Of a DICOM segmentation, all segments are lesion.
     """
     with enough_memory(path):
+        data = read_bytes(path) if data is None else data
+        if is_dicom(data) or is_dicom_name(path.name):
+            segmented = read_segmentation(path.name, data)
+            _refuse_size(path, segmented.shape[::-1], size)
+            return segmented
         decoded = decode(path, data)
-        if size is not None and decoded.image.size != tuple(size):
-            width, height = decoded.image.size
-            problem = f"{path.name}: the mask is {width}x{height} pixels, its image {size[0]}x{size[1]}."
-            raise InputError(problem, fix="Export the mask at the image's own size.")
+        _refuse_size(path, decoded.image.size, size)
         if decoded.turned and notes is not None:
             notes.append(TURNED)
         levels, hues = _levels(decoded)
@@ -66,6 +70,12 @@ def read_mask(
         table = np.zeros(FULL[-1] + 1, np.bool_)
         table[[value for value in values if 0 <= value < table.size]] = True
         return look_up(table, levels)
+
+
+def _refuse_size(path: Path, found: tuple[int, ...], size: tuple[int, int] | None) -> None:
+    if size is not None and found != tuple(size):
+        problem = f"{path.name}: the mask is {found[0]}x{found[1]} pixels, its image {size[0]}x{size[1]}."
+        raise InputError(problem, fix="Export the mask at the image's own size.")
 
 
 def read_mask_of(
@@ -111,18 +121,36 @@ def read_lesions(record: Record, file: ImageFile, values: Collection[int], notes
         raise InputError(f"{name} has no mask.", fix="Add the mask under the name the layout expects, or remove it.")
     if not lesions:
         raise InputError(f"{name} is {record.image_class} but its mask is empty.", fix="Draw the lesion, or remove it.")
-    area = float(np.logical_or.reduce(lesions).mean())
-    if area > MAX_MASK_AREA:
-        raise InputError(
-            f"{name}: the mask marks {area:.0%} of the image as lesion; at most {MAX_MASK_AREA:.0%} is plausible.",
-            fix="Invert the mask: lesions are white, the rest black.",
-        )
+    _refuse_inverted(np.logical_or.reduce(lesions), name)
     for path, mask in zip(record.masks, masks, strict=True):
         if mask.any():
             _refuse_shape(mask, path.name)
     if len(lesions) > MAX_LESIONS:
         raise InputError(f"{name}: the mask has {len(lesions)} separate parts.", fix="Clean the mask of specks.")
     return lesions
+
+
+def read_marked(
+    files: Sequence[tuple[Path, bytes]], image: ImageFile | None = None, notes: list[str] | None = None
+) -> NDArray[np.bool_]:
+    """All that an image's mask files mark, as it is drawn: one native ``bool (H, W)``, possibly empty.
+
+    ``files`` are paths with their content; ``image`` is needed where it is a DICOM frame, of which masks are cut as it
+    was. An InputError says that a file cannot be read, is no mask of lesions, or has another size than the others.
+    """
+    read = [
+        read_mask(path, None, data, notes=notes) if image is None else read_mask_of(path, image, data, notes=notes)
+        for path, data in files
+    ]
+    for (path, _), mask in zip(files, read, strict=True):
+        if mask.shape != read[0].shape:
+            sizes = "{1}x{0} pixels, {3}x{2}".format(*mask.shape, *read[0].shape)
+            problem = f"{path.name}: the mask is {sizes} that of {files[0][0].name}."
+            raise InputError(problem, fix="Export all masks of an image at its own size.")
+        if mask.any():
+            _refuse_inverted(mask, path.name)
+            _refuse_shape(mask, path.name)
+    return np.asarray(np.logical_or.reduce(read))
 
 
 def label_lesions(lesions: Sequence[NDArray[np.bool_]], box: Letterbox) -> NDArray[np.uint8]:
@@ -207,6 +235,16 @@ def _levels(decoded: Decoded) -> tuple[Levels, NDArray[np.int64]]:
         return alpha, np.zeros_like(hues)
     decoded.refuse_shallow(int(colour.max()))
     return colour, hues
+
+
+def _refuse_inverted(mask: NDArray[np.bool_], name: str) -> None:
+    """Refuse a mask, native and not empty, that marks more of the image than a lesion can take."""
+    area = float(mask.mean())
+    if area > MAX_MASK_AREA:
+        raise InputError(
+            f"{name}: the mask marks {area:.0%} of the image as lesion; at most {MAX_MASK_AREA:.0%} is plausible.",
+            fix="Invert the mask: lesions are white, the rest black.",
+        )
 
 
 def _refuse_shape(mask: NDArray[np.bool_], name: str) -> None:

@@ -7,17 +7,19 @@ import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from busigen.data.dicom.header import MAX_FRAMES
 from busigen.data.images import ImageFile, read_image
+from busigen.data.masks import read_mask
 from busigen.errors import InputError
 from tests.harness.dicom_files import REGION, SECRETS, SPACING, lossless_jpeg, packed, region, save, scan, scan_pixels
 
@@ -200,7 +202,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "captured CT": (lambda: content(of_class("1.2.840.10008.5.1.4.1.1.7", Modality="CT")), "no ultrasound image"),
     "unknown": (lambda: content(of_class(f"{SECRETS[4]}.7")), r"no ultrasound image \(of an unknown kind\)"),
     "3-D": (lambda: content(of_class("1.2.840.10008.5.1.4.1.1.6.2")), "is a 3-D ultrasound volume"),
-    "segmentation": (lambda: content(of_class("1.2.840.10008.5.1.4.1.1.66.4")), "masks are read from PNG"),
+    "segmentation": (
+        lambda: content(of_class("1.2.840.10008.5.1.4.1.1.66.4")),
+        "is a DICOM segmentation, and no image",
+    ),
     "Doppler by region": (
         lambda: content(scan(COLOUR, SequenceOfUltrasoundRegions=Sequence([region(*REGION), region(*REGION, kind=2)]))),
         "is a colour Doppler image",
@@ -280,3 +285,63 @@ def test_damage_anywhere_gives_an_image_or_one_clear_line(tmp_path: Path) -> Non
             read_image(path)
         except InputError as error:
             assert not [word for word in SECRETS if word in str(error)]
+
+
+def segmentation(*marked: NDArray[np.bool_], **attributes: Any) -> FileDataset:
+    """A Segmentation object with a frame for each segment, made of whatever `scan` writes."""
+    found = scan(GREY, SegmentationType="BINARY", BitsAllocated=1, BitsStored=1, HighBit=0)
+    found.SOPClassUID = found.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.4"
+    found.NumberOfFrames, (found.Rows, found.Columns) = len(marked), marked[0].shape
+    groups = []
+    for number in range(1, len(marked) + 1):
+        group, item = Dataset(), Dataset()
+        item.ReferencedSegmentNumber = number
+        group.SegmentIdentificationSequence = Sequence([item])
+        groups.append(group)
+    found.PerFrameFunctionalGroupsSequence = Sequence(groups)
+    bits = np.packbits(np.stack(marked).ravel(), bitorder="little").tobytes()
+    found.PixelData = bits + b"\0" * (len(bits) % 2)
+    for name, value in attributes.items():
+        setattr(found, name, value)
+    return found
+
+
+def half(rows: slice, columns: slice) -> NDArray[np.bool_]:
+    mask = np.zeros(GREY.shape, dtype=bool)
+    mask[rows, columns] = True
+    return mask
+
+
+MARKED = half(slice(40, 90), slice(51, 100)), half(slice(60, 120), slice(130, 171))
+
+
+def test_a_segmentation_marks_what_any_of_its_segments_does(tmp_path: Path) -> None:
+    for marked in (MARKED[:1], MARKED):
+        path = save(segmentation(*marked), tmp_path / "seg.dcm")
+        assert np.array_equal(read_mask(path, (256, 210)), np.logical_or.reduce(marked))
+    with pytest.raises(InputError, match=r"the mask is 256x210 pixels, its image 100x100"):
+        read_mask(path, (100, 100))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: content(scan(GREY)), "is a DICOM file, but no segmentation"),
+        (lambda: content(segmentation(*MARKED, SegmentationType="FRACTIONAL")), "of a kind that is not read"),
+        (lambda: content(segmentation(*MARKED, BitsAllocated=8)), "of a kind that is not read"),
+        (lambda: content(segmentation(*MARKED, NumberOfFrames=3)), "3 frames of 2 segments"),
+        (lambda: content(segmentation(*MARKED, PixelData=b"\1" * 100)), "is cut short"),
+        (lambda: content(segmentation(*MARKED, Rows=60_000)), "has frames of 256x60000 pixels"),
+        (lambda: content(segmentation(*MARKED, PerFrameFunctionalGroupsSequence=None)), "2 frames of 0 segments"),
+        (lambda: content(segmentation(*MARKED))[:700], "damaged or cut short|holds no image"),
+        (lambda: b"hello" * 100, "is no DICOM file, whatever its name says"),
+    ],
+)
+def test_what_is_no_usable_segmentation_is_refused_in_a_line(
+    make: Callable[[], bytes], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "seg.dcm"
+    path.write_bytes(make())
+    with pytest.raises(InputError, match=said) as caught:
+        read_mask(path, None)
+    assert caught.value.fix and not [word for word in SECRETS if word in str(caught.value)]

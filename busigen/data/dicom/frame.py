@@ -78,6 +78,15 @@ def read_frame(name: str, data: bytes, number: int) -> Frame:
         return Frame(image, window, opened.size, spacing, side if side in ("L", "R") else None, note)
 
 
+def read_segmentation(name: str, data: bytes) -> NDArray[np.bool_]:
+    """All that a binary Segmentation object of one image marks, ``bool (H, W)``; errors as for `read_frame`."""
+    with _reading(name):
+        opened = open_header(name, data, segmentation=True)
+        shape = opened.frames, opened.rows, opened.columns
+        bits = np.unpackbits(np.frombuffer(opened.stored, np.uint8), bitorder="little", count=int(np.prod(shape)))
+        return np.asarray(bits.reshape(shape).any(axis=0))
+
+
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Turn what pydicom raises into an InputError, and let it warn of nothing: its texts quote what files hold."""

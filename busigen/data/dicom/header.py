@@ -57,6 +57,7 @@ _TAGS = [
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *(f"{one}PaletteColorLookupTable{part}" for one in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
 ]
+_SEGMENTATION_TAGS = ["SegmentationType", "PerFrameFunctionalGroupsSequence"]
 _AS_IMAGE = "Export it from the scanner or archive as an ultrasound image, or remove it."
 _PNG = "Save its frames as PNG files, cropped to the ultrasound image."
 AGAIN = "Export it again from the scanner or archive, or remove it."
@@ -95,8 +96,11 @@ class Opened:
         return self.columns, self.rows
 
 
-def open_header(name: str, data: bytes) -> Opened:
-    """What a file of these bytes holds; an InputError says under ``name`` why it is not usable."""
+def open_header(name: str, data: bytes, *, segmentation: bool = False) -> Opened:
+    """What a file of these bytes holds, an image or a ``segmentation``; an InputError says why it is not usable.
+
+    Errors call the file ``name``.
+    """
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import read_dataset
     from pydicom.tag import BaseTag
@@ -121,9 +125,13 @@ def open_header(name: str, data: bytes) -> Opened:
         syntax == "1.2.840.10008.1.2",
         syntax != _BIG,
         stop_when=lambda tag, _vr, _length: bool(tag >= 0x7FE00008),
-        specific_tags=[BaseTag(tag_for_keyword(keyword) or 0) for keyword in _TAGS],
+        specific_tags=[BaseTag(tag_for_keyword(keyword) or 0) for keyword in (*_TAGS, *_SEGMENTATION_TAGS)],
     )
-    _refuse_kind(name, header)
+    if not segmentation:
+        _refuse_kind(name, header)
+    elif str(header.SOPClassUID) != _SEGMENTATION:
+        problem = f"{name} is a DICOM file, but no segmentation; masks are such, or PNG, JPEG, BMP and TIFF files."
+        raise InputError(problem, fix="Save the mask as PNG, under the name of its image.")
     stored = _stored(body, stream.tell(), syntax)
     if stored is None:
         long = f" in its first {_MAX_HEADER >> 20} MiB" if len(body) > _MAX_HEADER else ""
@@ -135,7 +143,7 @@ def open_header(name: str, data: bytes) -> Opened:
     if not 1 <= frames <= MAX_FRAMES:
         raise InputError(f"{name} claims to have {frames:,} frames; 1 to {MAX_FRAMES:,} are read.", fix=_PNG)
     opened = Opened(header, syntax, stored, rows, columns, frames)
-    _refuse_pixels(name, opened)
+    (_refuse_bits if segmentation else _refuse_pixels)(name, opened)
     return opened
 
 
@@ -174,8 +182,8 @@ def _refuse_kind(name: str, header: Any) -> None:
     if kind == _VOLUME:
         raise InputError(f"{name} is a 3-D ultrasound volume.", fix="Export its slices as images, or remove it.")
     if kind == _SEGMENTATION:
-        problem = f"{name} is a DICOM segmentation; masks are read from PNG, JPEG, BMP and TIFF files."
-        raise InputError(problem, fix="Save the mask as PNG, under the name of its image.")
+        problem = f"{name} is a DICOM segmentation, and no image."
+        raise InputError(problem, fix="Put it where its image's mask belongs, or save the image.")
     captured = _CAPTURES.fullmatch(kind) and header.get("Modality") == "US"
     if not captured and kind not in _ULTRASOUND:
         # The standard's own word for the kind; what a file says of itself is not repeated.
@@ -217,6 +225,25 @@ def _refuse_pixels(name: str, opened: Opened) -> None:
             f"{name} claims to have {opened.frames:,} frames of {opened.columns}x{opened.rows}, and holds {held:,}."
         )
         raise InputError(problem, fix=AGAIN)
+
+
+def _refuse_bits(name: str, opened: Opened) -> None:
+    """Refuse a segmentation that is not of one bit a pixel, of one frame for each segment, or is cut short."""
+    header = opened.header
+    packed = str(header.get("SegmentationType")) == "BINARY" and int(header.BitsAllocated) == 1
+    if not packed or opened.syntax not in PLAIN - {_BIG}:
+        problem = f"{name} is a DICOM segmentation of a kind that is not read: fractional, labels, or compressed."
+        raise InputError(problem, fix="Save it as a binary, uncompressed segmentation, or as PNG.")
+    segments = set()
+    for group in header.get("PerFrameFunctionalGroupsSequence") or ():
+        for item in group.get("SegmentIdentificationSequence") or ():
+            segments.add(_number(item, "ReferencedSegmentNumber"))
+    # The segment of a single frame may be named once for all frames.
+    if opened.frames > 1 and len(segments) != opened.frames:
+        problem = f"{name} is a DICOM segmentation with {opened.frames:,} frames of {len(segments):,} segments."
+        raise InputError(problem, fix="Save the segmentation of one image alone.")
+    if 8 * len(opened.stored) < opened.rows * opened.columns * opened.frames:
+        raise InputError(f"{name} is a DICOM segmentation that is cut short.", fix=AGAIN)
 
 
 def region_of(name: str, opened: Opened) -> tuple[tuple[int, int, int, int], tuple[float, float] | None, str]:

@@ -386,6 +386,12 @@ def masks_beside(place: Place) -> tuple[MaskFiles, dict[Path, Match]]:
     return found, {image: found.of(image) for image in images}
 
 
+def image_name(mask: Path) -> str:
+    """The name of the image that a mask's own name says: ``X`` of ``X_mask_1.png``, all of ``X.png``."""
+    found = _name_and_word(mask)
+    return found[0] if found else stem_of(mask)
+
+
 def mask_of(masks: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
     """For each image that a mask is named like, by its whole name or the words after it, one such mask."""
     by_name: dict[str, list[Path]] = {}

@@ -18,6 +18,7 @@ from busigen.data.sources.files import (
     MaskFiles,
     Place,
     Tree,
+    image_name,
     images_below,
     in_natural_order,
     is_mask_folder,
@@ -33,6 +34,7 @@ from busigen.text import printable
 
 _LABELS = "labels.csv"
 _IMAGES_OR_MASKS = re.compile(r"(.*[\W_])?(image|mask)s?", re.IGNORECASE)
+_WORDS = re.compile(r"[^\W\d_]+")
 _PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _CONTRADICTION = "contradiction"  # Key of a row of ``labels.csv`` that says in what the rows for one file differ.
 
@@ -164,6 +166,12 @@ def _read_labels(listing: Listing) -> dict[str, Row]:
     return found
 
 
+def class_named(name: str) -> str | None:
+    """The class that a file's or a folder's name says; None for "benign or normal"."""
+    words = {word.lower() for word in _WORDS.findall(name)} & set(CLASSES)
+    return words.pop() if len(words) == 1 else None
+
+
 def _plain(name: str, looks_like: str, halves: Halves, channel: str = "") -> Layout:
     """A layout of images and masks apart; ``channel`` ends the images' names, but not those of their masks."""
 
@@ -182,6 +190,37 @@ UDIAT = _plain("UDIAT", "original/ and GT/, classes as for pairs", _of_udiat)
 NNUNET = _plain("nnU-Net", "imagesTr/X_0000.png and labelsTr/X.png, classes as for pairs", _of_nnunet, "_0000")
 BESIDE = _plain("images", "images with masks/ or labels.csv beside them", _beside)
 """Only for folders of healthy images: what has masks is none."""
+
+
+def _read_masks(listing: Listing) -> None:
+    """List every image file as a mask, or as an image if its mask lies beside it; class by table, folder or name."""
+    labels = _read_labels(listing)
+    for place in listing.tree.below(listing.folder):
+        files, images = masks_beside(place)
+        named_like: dict[str, list[Path]] = {}
+        for image, match in images.items():
+            if match.rivals:
+                listing.refuse([image], "Nobody can tell which mask is its own.", "Remove the others.", match.rivals)
+            named_like.setdefault(stem_of(image), []).extend(match.masks or (() if match.rivals else (image,)))
+        for mask in files.unused(belonging=False):
+            named_like.setdefault(image_name(mask), []).append(mask)
+        for name, masks in named_like.items():
+            inner = (place.path / name).relative_to(listing.folder)
+            own = (inner.as_posix(), name, *(stem_of(mask) for mask in masks[:1]))
+            row = next((labels[key] for key in map(name_key, own) if key in labels), {})
+            if _CONTRADICTION in row:
+                problem = f"{_LABELS} has two rows for it: {row[_CONTRADICTION]}."
+                listing.refuse(masks, problem, "Keep the right one of them.")
+                continue
+            by_folder = next((part.lower() for part in inner.parts[:-1] if part.lower() in CLASSES), "")
+            said = (row.get("class") or by_folder or class_named(name) or "").lower()
+            image_class = said if said in CLASSES else UNKNOWN_CLASS
+            image = masks[0].with_name(f"{name}.png")
+            listing.records.append(Record(printable(inner.as_posix()), image_class, "masks", image, tuple(masks)))
+
+
+MASKS = Layout("masks", "files that are masks, without their images", lambda *_: True, _read_masks)
+"""Only for folders of masks that outlines are taken from: `Record.image` says what the image would be called."""
 
 _BUSI_IMAGE = re.compile(r"^([a-z]+) \(\d+\)$", re.IGNORECASE)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,14 +13,13 @@ from busigen.data.sources.files import Tree, is_mask_folder, masks_beside, name_
 from busigen.data.sources.frames import Looked, take_frames
 from busigen.data.sources.records import UNKNOWN_CLASS, Listing, Record, Refusal, counted, named
 from busigen.errors import InputError, MissingDependencyError
-from busigen.registry import CLASSES, LESION_CLASSES
+from busigen.registry import LESION_CLASSES
 from busigen.text import install_command, printable
 
 # BUS-BRA comes before pairs, whose ``images`` and ``masks`` it has; and pairs before BUSI, whose names they may have.
 LAYOUTS = (layouts.BUSBRA, layouts.PAIRS, layouts.UDIAT, layouts.NNUNET, layouts.BUSI, layouts.BREAST)
 
 _ABOVE = 4  # Folders above one of healthy images in which its set's masks and table are looked for.
-_WORDS = re.compile(r"[^\W\d_]+")
 
 
 class UnknownLayoutError(InputError):
@@ -128,6 +126,27 @@ def read_images(folder: Path, *, skip: Path | None = None, frames: int = 1, look
     return listing
 
 
+def read_masks(folder: Path, *, skip: Path | None = None, looked: Looked | None = None) -> Listing:
+    """List the masks below a folder: those of labelled sets, as `read_source` does, or a folder of masks alone.
+
+    In the latter, each file is a mask, but for images beside theirs; files that are named alike but for a number are
+    parts of one. The class is ``unknown`` where neither a folder, nor a name, nor ``labels.csv`` says one. Arguments
+    and errors are those of `read_source`, but for unknown layouts.
+    """
+    try:
+        listing = read_source(folder, unlabelled=True, skip=skip, looked=looked)
+        if any(record.masks for record in listing.records):
+            return listing
+    except UnknownLayoutError:
+        pass
+    tree = Tree(Path(os.path.realpath(folder)), skip)
+    listing = Listing(layouts.MASKS.name, tree.root, tree, unlabelled=True)
+    layouts.MASKS.read(listing)
+    _note_passed_over(listing)
+    take_frames(listing, 1, looked)
+    return listing
+
+
 def _sets(tree: Tree, *, unlabelled: bool, loose: bool = False) -> Iterator[Listing]:
     """The sets below a folder; loosely also those that lack masks, and sets within sets."""
     known = (*LAYOUTS, layouts.BESIDE) if loose else LAYOUTS
@@ -167,9 +186,8 @@ def _combined(image: Path, name: str, words: set[str], listed: Iterable[Record],
 
 
 def _classes_named(name: str) -> set[str]:
-    """The class that a file's or a folder's name says; none for "benign or normal"."""
-    words = {word.lower() for word in _WORDS.findall(name)} & set(CLASSES)
-    return words if len(words) == 1 else set()
+    found = layouts.class_named(name)
+    return {found} if found else set()
 
 
 def _refuse_images_of_a_set(given: Path, folder: Path) -> None:

@@ -65,7 +65,9 @@ class Source:
     def choose(
         self, where: str | None, classes: Sequence[str] | None, limit: int | None, splits: Mapping[str, float]
     ) -> pl.DataFrame:
-        """The chosen pairs in order, a row each: part, index, class, healthy (sha256), split, fold and numbers.
+        """The chosen pairs in order, a row each: part, index, class, kin, split, fold and numbers.
+
+        Pairs of one ``kin`` stay together: those on one given background, of one group of a grid, or of one given mask.
 
         Raises a UsageError for an unfit condition, an InputError if no pair fulfils all, an IntegrityError for damage.
         """
@@ -74,9 +76,9 @@ class Source:
             condition &= pl.col("class").is_in(list(classes))
         tables, groups = [], []
         for number, part in enumerate(self.parts):
-            table = _chosen(part, condition, "healthy_sha256" if "healthy_sha256" in self.columns else None)
+            table = _chosen(part, condition, _kin(self.columns, number))
             tables.append(table.select(pl.lit(number, pl.Int64).alias("part"), pl.all()))
-            groups += [sha256 or f"{number}/{index}" for index, sha256 in table["index", "healthy"].iter_rows()]
+            groups += [kin or f"{number}/{index}" for index, kin in table["index", "kin"].iter_rows()]
         chosen = pl.concat(tables)[:limit]
         self._refuse_unfit(chosen)
         return _parted(chosen, group_numbers(groups[:limit]), splits)
@@ -130,20 +132,26 @@ def _source(folder: Path, name: str, shard: Callable[[int], AbstractContextManag
     return Source(name, sha256_of(folder / DATASET_FILE), parts)
 
 
-def _chosen(part: Part, condition: pl.Expr, healthy: str | None) -> pl.DataFrame:
+def _kin(columns: Mapping[str, str], number: int) -> pl.Expr:
+    """What pairs of a manifest with these columns, that of part ``number``, have in common; null for nothing."""
+    found = {
+        "healthy_sha256": pl.col("healthy_sha256"),
+        "grid_group": pl.format("{}/group {}", pl.lit(number), pl.col("grid_group")),
+        "given_mask_sha256": pl.col("given_mask_sha256"),
+    }
+    return pl.coalesce(pl.lit(None, pl.String), *(one for name, one in found.items() if name in columns))
+
+
+def _chosen(part: Part, condition: pl.Expr, kin: pl.Expr) -> pl.DataFrame:
     dataset = part.dataset
     path = dataset.folder / MANIFEST_FILE
-    columns = [
-        pl.col("index"),
-        pl.col("class"),
-        (pl.col(healthy) if healthy else pl.lit(None, pl.String)).alias("healthy"),
-    ]
+    columns = [pl.col("index"), pl.col("class"), kin.alias("kin")]
     try:
         _refuse_changed(dataset.folder, MANIFEST_FILE, dataset.info["files"][MANIFEST_FILE]["sha256"])
         table = read_columns(path, dataset.plan.count, columns, condition)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
-    schema = {"index": pl.Int64(), "class": pl.String(), "healthy": pl.String()}
+    schema = {"index": pl.Int64(), "class": pl.String(), "kin": pl.String()}
     inside = table["index"].is_between(dataset.plan.first, dataset.plan.span.stop - 1).all()
     if dict(table.schema) != schema or table.null_count().row(0)[:2] != (0, 0) or not inside:
         raise IntegrityError(f"{path} is not the manifest of its dataset.", fix=_VERIFY)

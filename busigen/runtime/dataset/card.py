@@ -23,6 +23,13 @@ _PRIVACY_SYNTHETIC = (
     "patient's pixels. How much of its training images the model reproduces is what `busigen audit` measures."
 )
 
+_PRIVACY_MASKS = (
+    "The lesions' outlines are those of the masks given to the run{how}. An outline that was drawn on a patient's "
+    "image is that patient's: it shows no pixel, but whoever has the image can tell it again. Such a dataset may be "
+    "passed on only as the masks themselves may, and a network that is trained on it has seen those outlines: none of "
+    "the masks may be of images that it is tested on."
+)
+
 _LETTERBOX = f"""
 Images are letterboxed to {RESOLUTION} x {RESOLUTION}. Outside the edit region, a sample's pixels equal those of its
 healthy image, resized in the same way, bit for bit. A pixel (X, Y) of a sample lies in the healthy image's own file at
@@ -257,7 +264,12 @@ def licence(info: Mapping[str, Any]) -> str:
 
 def privacy(info: Mapping[str, Any]) -> str:
     """The text on privacy; a record that does not say what its backgrounds are is taken to have used real images."""
-    return _PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL
+    texts = [_PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL]
+    if decided(info, "--masks") is not None:
+        jitter = decided(info, "--jitter")
+        how = f", moved and scaled by up to {jitter:.0%} and some of them mirrored" if jitter else ""
+        texts.append(_PRIVACY_MASKS.format(how=how))
+    return " ".join(texts)
 
 
 def _is_synthetic(info: Mapping[str, Any]) -> bool:

@@ -38,13 +38,17 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, 
 COLOURS = {"benign": (0, 200, 255), "malignant": (255, 96, 64)}  # RGB; the colour-blind can tell them apart, too
 _LABEL_HEIGHT, _FONT_SIZE = 22, 14
 _ROW_GROUP = 1 << 12  # rows that are gathered: 65,536 took 73 MB for 100,000 rows, these 14, for 3 % more on disk
+_TILES = 32  # samples of a grid in the preview, or one background's, if they are more
 _MEND = "Run `busigen verify --repair`, or the same `busigen generate` command again: both make it anew."
 _DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 
-def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
-    """An RGB image of four samples a row: each as it is, beside it with its mask's contour, its class below."""
-    per_row, height = min(4, len(samples)), RESOLUTION + _LABEL_HEIGHT
+def contact_sheet(samples: Sequence[Sample], per_row: int = 4) -> Image.Image:
+    """An RGB image of some samples a row: each as it is, beside it with its mask's contour, its class below.
+
+    Below a grid's stand its background's number and its levels.
+    """
+    per_row, height = min(per_row, len(samples)), RESOLUTION + _LABEL_HEIGHT
     sheet = Image.new("RGB", (2 * RESOLUTION * per_row, height * -(-len(samples) // per_row)))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
     for position, sample in enumerate(samples):
@@ -52,7 +56,10 @@ def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
         colour = COLOURS.get(sample.label, (255, 255, 255))
         sheet.paste(Image.fromarray(sample.image), (left, top))
         sheet.paste(Image.fromarray(outline(sample.image, sample.mask, colour)), (left + RESOLUTION, top))
-        draw.text((left + 4, top + RESOLUTION + 2), f"{sample.label} {sample.index}", fill=colour, font=font)
+        said = f"{sample.label} {sample.index}"
+        if sample.row.get("grid_level") is not None:
+            said = f"background {sample.row['grid_group']}: {sample.row['grid_level']}"
+        draw.text((left + 4, top + RESOLUTION + 2), said, fill=colour, font=font)
     return sheet
 
 
@@ -109,12 +116,17 @@ def finish(
 
     with open_file(folder / MANIFEST_FILE) as table:
         picked = pick_evenly(pl.read_parquet(table, columns=["index", "class"]))
+    per_row = 4
+    if cells := info["fingerprint"].get("cells"):
+        # The first backgrounds; the attribute that was named last goes across.
+        picked = list(dataset.plan.span)[: max(cells, _TILES // cells * cells)]
+        per_row = info["fingerprint"]["vary"].rpartition(",")[2].count("/") + 1
     samples = []
     for record in records:
         if inside := [index for index in picked if record.first <= index < record.first + record.count]:
             with provider.files([record.tar]):
                 samples += dataset.samples(inside)
-    sheet = contact_sheet(samples)
+    sheet = contact_sheet(samples, per_row)
     with atomic_file(folder / PREVIEW_FILE) as file:
         # Pillow's default of 6 takes three times as long and makes a larger file.
         sheet.save(file, "PNG", compress_level=3)

@@ -162,6 +162,9 @@ FIELDS = {
     "--bundle": ("fingerprint", "bundle"),
     "--healthy": ("fingerprint", "healthy"),
     "--frames": ("fingerprint", "frames"),
+    "--masks": ("fingerprint", "masks"),
+    "--jitter": ("fingerprint", "jitter"),
+    "--vary": ("fingerprint", "vary"),
     "--classes": ("fingerprint", "classes"),
     "--seed": ("config", "seed"),
     "--shard-size": ("config", "shard_size"),
@@ -192,8 +195,12 @@ def as_typed(record: Mapping[str, Any], option: str) -> str | None:
 def command_line(record: Mapping[str, Any]) -> str:
     """The command that makes a dataset again, without ``--out`` and with folders by name alone."""
     # All options that decide which samples exist are named: a default may be another one in another version.
-    typed = ((option, as_typed(record, option)) for option in FIELDS)
-    return " ".join(["busigen generate", *(f"{option} {shlex.quote(value)}" for option, value in typed if value)])
+    typed = {option: as_typed(record, option) for option in FIELDS}
+    command = "busigen generate"
+    if cells := record.get("fingerprint", {}).get("cells"):
+        command, count = "busigen grid", typed.pop("--count")
+        typed = {"--backgrounds": str(int(count or 0) // cells), **typed}
+    return " ".join([command, *(f"{option} {shlex.quote(value)}" for option, value in typed.items() if value)])
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

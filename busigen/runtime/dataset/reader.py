@@ -53,6 +53,10 @@ class _Fingerprint(Record):
     engine_version: Text | None = None
     classes: dict[Text, Number] | None = None
     healthy: Text | None = None
+    masks: Text | None = None
+    jitter: Number | None = None
+    vary: Text | None = None
+    cells: Annotated[int, Strict(), Field(ge=1)] | None = None
     size: Text | None = None
     depth: Text | None = None
     across: Text | None = None

@@ -25,6 +25,8 @@ from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
+from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
+from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.url import Address
@@ -42,6 +44,9 @@ class SourceOptions:
     bundle: Path | None = None  # None for the shipped one
     healthy: str = SYNTHETIC  # or a folder of healthy images
     frames: int = 1  # of each DICOM file among the healthy images
+    masks: Path | None = None  # a folder of masks, which take the place of stage 1
+    jitter: float = 0.0  # share by which they are moved and scaled
+    vary: str | None = None  # of a grid: what is varied on each background
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH
@@ -58,7 +63,22 @@ class SourceOptions:
     def conditions(self) -> tuple[dict[str, float], SampleConditions]:
         """Class weights and what is asked of lesions; a ``UsageError`` where an option is unfit."""
         names = ("size", "depth", "across", "height_width", "taller_than_wide", "birads")
-        return parse_shares(self.classes), parse_conditions(**{name: getattr(self, name) for name in names})
+        options = {name: getattr(self, name) for name in names}
+        grid = self.grid()
+        if grid and self.masks is not None:
+            raise UsageError(f"--vary {self.vary} and --masks {self.masks} are both given.", fix="Leave out one.")
+        asked = grid.held(options) if grid else parse_conditions(**options)
+        if self.masks is not None and asked:
+            typed = next(f"--{name.replace('_', '-')}" for name in names if getattr(self, name))
+            problem = f"{typed} asks for outlines, and --masks {self.masks} gives them."
+            raise UsageError(problem, fix=f"Leave out {typed}, or --masks.")
+        if refuse_jitter(self.jitter) and self.masks is None:
+            raise UsageError(f"--jitter is {self.jitter:g}, without masks.", fix="Add --masks DIR.")
+        return parse_shares(self.classes), asked
+
+    def grid(self) -> Grid | None:
+        """What is varied; a ``UsageError`` where it cannot be."""
+        return Grid.parse(self.vary) if self.vary else None
 
     def source(self, progress: Progress) -> Sampler:
         """Where samples come from; this checks bundle, provider, threads and batch size."""
@@ -67,19 +87,35 @@ class SourceOptions:
     def _source(
         self, progress: Progress, check: Callable[[Sampler], None], out: Path | None, processes: int = 1
     ) -> Sampler:
-        """:meth:`source`, where ``check`` may refuse it before healthy images are read; those in ``out`` are not."""
+        """:meth:`source`, where ``check`` may refuse it before folders of images are read; ``out`` is passed over."""
         classes, asked = self.conditions()
         bundle = Bundle.open(self.bundle or default_bundle())
         name = choose().provider if self.provider == AUTO else self.provider
         engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,), processes=processes)
         backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
         progress.stage_seconds = backend.seconds
-        sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
-        if self.healthy != SYNTHETIC:
-            # All but the healthy images is known already, and reading those may take minutes.
+        sampler = Sampler(
+            bundle,
+            backend,
+            classes=classes,
+            asked=asked,
+            jitter=self.jitter,
+            grid=self.grid(),
+            batch_size=self.batch_size,
+        )
+        if self._folders():
+            # All but the images is known already, and reading those may take minutes.
             check(sampler)
+        if self.masks is not None:
+            sampler.masks = MaskFolder(self.masks, progress, out=out, classes=classes)
+        if self.healthy != SYNTHETIC:
             sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out, frames=self.frames)
         return sampler
+
+    def _folders(self) -> dict[str, Path]:
+        """The folders of images that options name, by the options."""
+        healthy = {} if self.healthy == SYNTHETIC else {"--healthy": Path(self.healthy)}
+        return healthy if self.masks is None else {**healthy, "--masks": self.masks}
 
 
 @dataclass(frozen=True)
@@ -130,6 +166,8 @@ class GenerateOptions(SourceOptions):
         task = chosen.task(self.array_task)
         plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
         classes, asked = self.conditions()
+        if grid := self.grid():
+            grid.refuse_cut(plan)
         if isinstance(self.out, Path):
             if self.spool is not None:
                 problem = f"--spool {self.spool} is for URLs, and --out {self.out} is a folder."
@@ -156,7 +194,7 @@ class GenerateOptions(SourceOptions):
         def refuse(sampler: Sampler) -> None:
             existing = output.stored_run() if output else None
             if output and plan and existing:
-                refuse_other_run(output.name, existing, sampler, plan, healthy=Path(self.healthy))
+                refuse_other_run(output.name, existing, sampler, plan, self._folders())
 
         processes = (self.workers or 1) if self.ray_address is None else 1
         return self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
@@ -187,4 +225,5 @@ class GenerateOptions(SourceOptions):
         """What a worker opens its source with; its folders hold wherever that is."""
         healthy = self.healthy if self.healthy == SYNTHETIC else str(Path(self.healthy).absolute())
         bundle = self.bundle.absolute() if self.bundle else None
-        return replace(self, bundle=bundle, healthy=healthy, threads=threads).source
+        masks = self.masks.absolute() if self.masks else None
+        return replace(self, bundle=bundle, healthy=healthy, masks=masks, threads=threads).source

@@ -158,7 +158,14 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
     label, side = row.get("class"), row.get("window_side")
     graphs = bundle.info["graphs"] if bundle else {}
     used = ["prior", bundle.background_decoder] if bundle and row.get("background") == SYNTHETIC else []
-    used += ["context", f"mask-{label}", f"encoder@{side}", f"lesion-{label}@{side}", f"blend-{label}@{side}"]
+    given = row.get("given_mask_sha256")
+    used += [
+        "context",
+        *([] if given else [f"mask-{label}"]),
+        f"encoder@{side}",
+        f"lesion-{label}@{side}",
+        f"blend-{label}@{side}",
+    ]
     used = list(dict.fromkeys([*used, f"decoder@{side}"]))
     chain = [
         ("training split", fingerprint.get("split_hash")),
@@ -166,6 +173,7 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
         ("bundle", fingerprint.get("bundle")),
         *((f"ONNX {name}", graphs[name]["files"][graphs[name]["file"]]) for name in used if name in graphs),
         ("healthy image", row.get("healthy_sha256")),
+        ("given mask", given),
         (tar, recorded.record.tar.sha256 if recorded.record else None),
         ("image", row.get("image_sha256")),
         ("mask", row.get("mask_sha256")),
@@ -188,6 +196,13 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
             "sha256": row.get("healthy_sha256"),
             "folder": as_typed(run, "--healthy"),
             "folder_fingerprint": fingerprint.get("healthy"),
+        },
+        "given_mask": {
+            "file": row.get("given_mask_file"),
+            "sha256": given,
+            "folder": as_typed(run, "--masks"),
+            "folder_fingerprint": fingerprint.get("masks"),
+            **{name: row.get(f"given_mask_{name}") for name in ("scale", "left", "top", "mirrored")},
         },
         "unproven": unproven(fingerprint),
         "bundle": {"name": as_typed(run, "--bundle") or "shipped with busigen", "sha256": fingerprint.get("bundle")},
@@ -246,6 +261,10 @@ class Explanation:
             yield f"  painted into  {background['file']} of {background['folder']} ({background['sha256']})"
         else:
             yield f"  painted into  a {background['kind'] or 'generated'} background"
+        if (mask := past["given_mask"])["sha256"]:
+            turned = "mirrored, " if mask["mirrored"] else ""
+            yield f"  outline       {mask['file']} of {mask['folder']} ({mask['sha256']})"
+            yield f"                {turned}scaled by {mask['scale']:.4g}, {mask['left']} across, {mask['top']} down"
         attempts, refused = "1, nothing refused", past["refused"]
         if refused is None:
             attempts = "unknown: the record is lost"

@@ -34,14 +34,19 @@ from busigen.text import disk_size
 
 
 def verify_place(
-    place: Path | Address, *, healthy: Path | None = None, progress: Progress | None = None
+    place: Path | Address,
+    *,
+    healthy: Path | None = None,
+    masks: Path | None = None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Check a dataset in a folder or at a URL (`verify`); a BusigenError if nothing here speaks its protocol."""
     if isinstance(place, Path):
-        return verify(place, healthy=healthy, progress=progress)
+        return verify(place, healthy=healthy, masks=masks, progress=progress)
     with viewed(place, progress) as view:
         names = view.store.sizes
-        report = verify(view.folder, healthy=healthy, progress=progress, names=names, shard=view.shard)
+        given = {"healthy": healthy, "masks": masks}
+        report = verify(view.folder, **given, progress=progress, names=names, shard=view.shard)
     return replace(report, folder=place, problems=tuple(_at_url(problem) for problem in report.problems))
 
 

@@ -139,13 +139,17 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
         if not has_run(folder):
             write_json(folder / RUN_FILE, work.run)
             work.repaired.append(f"{RUN_FILE}: written again from {DATASET_FILE}")
-    before = verify(folder, healthy=inputs.healthy, progress=inputs.progress)
+    before = verify(folder, healthy=inputs.healthy, masks=inputs.masks, progress=inputs.progress)
     blamed = {problem.file for problem in before.problems}
     numbers = [number for number in work.damaged(blamed) if not work.write_table_from_tar(number, blamed)]
     error = work.draw_again(numbers, inputs) if numbers else None
     if error is None and not work.refused and blamed & set(FINISHED_FILES):
         work.finish()
-    after = verify(folder, healthy=inputs.healthy, progress=inputs.progress) if work.repaired else before
+    after = (
+        verify(folder, healthy=inputs.healthy, masks=inputs.masks, progress=inputs.progress)
+        if work.repaired
+        else before
+    )
     if error is None and (work.refused or not after.ok):
         error = _not_in_full(folder)
     return RepairReport(tuple(work.repaired), tuple(work.refused), after, error)

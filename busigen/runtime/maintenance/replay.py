@@ -21,6 +21,8 @@ from busigen.runtime.dataset.shards import ShardRecord, write_shard
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import parse_classes, parse_conditions
+from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
+from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.files import output_errors
@@ -41,6 +43,7 @@ class Inputs:
     provider: str | None = None  # a name in registry.PROVIDERS; None for the run's own
     threads: int | None = None  # None for one per core
     progress: Progress = field(default_factory=Progress)
+    masks: Path | None = None  # not needed where stage 1 drew the outlines
 
     def open(self, run: Mapping[str, Any], *, other_bundle: bool = False) -> Source:
         """The source of a run, by the content of its ``run.json``, with the same healthy images.
@@ -66,6 +69,8 @@ class Inputs:
         # What a hash of the folder decides comes last: reading its images may take minutes.
         if recorded.get("healthy") != SYNTHETIC:
             sampler.healthy = self._healthy(run)
+        if recorded.get("masks") is not None:
+            sampler.masks = self._masks(run, sampler)
         return sampler
 
     def recorded_bundle(self, run: Mapping[str, Any]) -> Bundle | None:
@@ -108,17 +113,34 @@ class Inputs:
             )
         return folder
 
+    def _masks(self, run: Mapping[str, Any], sampler: Sampler) -> MaskFolder:
+        name, recorded = as_typed(run, "--masks"), str(run["fingerprint"]["masks"])
+        if self.masks is None:
+            problem = f"the dataset's masks are those of a folder named {name!r}, which is not given."
+            raise InputError(problem, fix="Give that folder with --masks.")
+        folder = MaskFolder(self.masks, self.progress, classes=sampler.classes)
+        if (found := folder.fingerprint(sampler.healthy)) != recorded:
+            raise InputError(
+                f"--masks {self.masks} holds other masks or classes than the run's {name!r} did, or goes with other "
+                f"healthy images by name: {len(folder)} masks of fingerprint {found[:12]}... instead of "
+                f"{recorded[:12]}....",
+                fix="Give both folders as they were: with one mask more or less, every sample gets another one.",
+            )
+        return folder
+
 
 def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Class weights and conditions of a run, as :class:`Sampler` takes them, or an IntegrityError."""
+    """Class weights, conditions, jitter and grid of a run, as :class:`Sampler` takes them, or an IntegrityError."""
     recorded = run["fingerprint"]
     try:
         classes = parse_classes(",".join(f"{name}={weight!r}" for name, weight in recorded["classes"].items()))
         asked = parse_conditions(**{name: recorded.get(name) for name in (*ATTRIBUTES, "birads")})
+        jitter = refuse_jitter(float(recorded.get("jitter") or 0.0))
+        grid = Grid.parse(recorded["vary"]) if recorded.get("vary") else None
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         problem = f"{RUN_FILE} does not say what was asked for: {error}."
         raise IntegrityError(problem, fix="Get the original dataset again.") from error
-    return {"classes": classes, "asked": asked}
+    return {"classes": classes, "asked": asked, "jitter": jitter, "grid": grid}
 
 
 @contextmanager

@@ -53,6 +53,7 @@ from busigen.runtime.maintenance.merge import (
 )
 from busigen.runtime.maintenance.verify_shard import DELETE, FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.given_masks import MaskFolder, MaskProof
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
@@ -78,14 +79,19 @@ class VerifyReport:
     backgrounds_proven: int  # samples that equal their healthy image outside the edit region, bit for bit
     backgrounds_unproven: int  # samples with a real healthy image for which that was not shown
     backgrounds_synthetic: int  # samples with nothing to show
+    masks_equal: int = 0  # samples whose mask is the user's, letterboxed and no more
+    masks_moved: int = 0  # those whose mask is the user's, moved, scaled or mirrored as their row says
+    groups: int = 0  # of a grid
+    groups_equal: int = 0  # those whose samples differ in their edit regions alone
+    masks_unproven: int = 0  # those with a user's mask for which that was not shown
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
 
-    def lines(self, *, proving: bool) -> Iterator[str]:
-        """The lines of ``busigen verify``; ``proving`` says whether the healthy images were given."""
+    def lines(self, *, proving: bool, masks: bool = False) -> Iterator[str]:
+        """The lines of ``busigen verify``; ``proving`` says whether the healthy images were given, ``masks`` those."""
         shown = self.problems[:SHOWN_PROBLEMS]
         for fix in dict.fromkeys(problem.fix for problem in shown):
             yield from (problem.finding for problem in shown if problem.fix == fix)
@@ -96,6 +102,16 @@ class VerifyReport:
         # The report counts the shards that there should be, which are those that were read only where none is missing.
         shards = f" in {counted(self.shards, 'shard')}" if self.ok else ""
         yield f"{self.folder} {state}: {counted(self.samples, 'sample')}{shards} read"
+        if self.groups:
+            yield (
+                f"  groups of a grid whose samples are equal outside of their edit regions, bit for bit: "
+                f"{self.groups_equal} of {self.groups}"
+            )
+        if masks:
+            yield (
+                f"  masks equal to those given, once letterboxed: {self.masks_equal}; moved, scaled or mirrored as "
+                f"recorded: {self.masks_moved}; not proven: {self.masks_unproven}"
+            )
         if not proving:
             return
         if self.backgrounds_synthetic:
@@ -112,25 +128,27 @@ def verify(
     folder: Path,
     *,
     healthy: Path | None = None,
+    masks: Path | None = None,
     progress: Progress | None = None,
     names: Iterable[str] | None = None,
     shard: Shards = nullcontext,
 ) -> VerifyReport:
     """Check a whole dataset; nothing is changed. An InputError says that ``folder`` is no busigen dataset at all.
 
-    Where ``healthy`` is given, the run's folder of healthy images, backgrounds are proven against it. ``names`` are all
-    files of the dataset, relative to it, with forward slashes; ``shard`` brings a shard's files. By default, both are
-    those in ``folder``.
+    Where ``healthy`` is given, the run's folder of healthy images, backgrounds are proven against it, and masks against
+    ``masks``, the run's folder of these. ``names`` are all files of the dataset, relative to it, with forward slashes;
+    ``shard`` brings a shard's files. By default, both are those in ``folder``.
     """
     progress = progress or Progress()
     if places := parts_of(folder):
-        return combined(folder, [_verify_one(place, healthy, progress) for place in places])
-    return _verify_one(folder, healthy, progress, names, shard)
+        return combined(folder, [_verify_one(place, healthy, masks, progress) for place in places])
+    return _verify_one(folder, healthy, masks, progress, names, shard)
 
 
 def _verify_one(
     folder: Path,
     healthy: Path | None,
+    masks: Path | None,
     progress: Progress,
     names: Iterable[str] | None = None,
     shard: Shards = nullcontext,
@@ -138,6 +156,7 @@ def _verify_one(
     run = read_run(folder)
     plan, schema = plan_of(run, folder / RUN_FILE), recorded_schema(run["columns"])
     backgrounds = Backgrounds.below(healthy) if healthy else None
+    given = MaskProof(MaskFolder(masks, progress), run["fingerprint"].get("jitter") or 0.0) if masks else None
     linked = {path.relative_to(folder).as_posix() for path in links(folder)}
     problems = [Problem(name, _LINK, REPAIR) for name in sorted(linked)]
     progress.start("verifying", plan.count)
@@ -146,7 +165,7 @@ def _verify_one(
         if not linked.isdisjoint(shard_files(number)):
             return ShardFindings(number)
         with shard(number):
-            return check_shard(folder, plan, number, schema, backgrounds, progress)
+            return check_shard(folder, plan, number, schema, backgrounds, progress, given)
 
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
@@ -158,6 +177,8 @@ def _verify_one(
     problems += [problem for one in shards for problem in one.problems]
     if healthy:
         problems += _absent(healthy, shards)
+    if masks:
+        problems += _absent_masks(masks, shards)
     # Without it the run has not been finished, and what it would have written last is not missing but still to come.
     finished = (folder / DATASET_FILE).exists()
     if finished:
@@ -180,6 +201,11 @@ def _verify_one(
         backgrounds_proven=sum(one.proven for one in shards),
         backgrounds_unproven=sum(one.unproven for one in shards),
         backgrounds_synthetic=sum(one.synthetic for one in shards),
+        masks_equal=sum(one.masks_equal for one in shards),
+        masks_moved=sum(one.masks_moved for one in shards),
+        masks_unproven=sum(one.masks_unproven for one in shards),
+        groups=sum(one.groups for one in shards),
+        groups_equal=sum(one.groups_equal for one in shards),
     )
 
 
@@ -191,7 +217,9 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
         for place, report in zip(parts_of(folder), reports, strict=True)
         for problem in report.problems
     ]
-    summed = ("samples", "shards", "duplicates", "backgrounds_proven", "backgrounds_unproven", "backgrounds_synthetic")
+    backgrounds, masks = ("proven", "unproven", "synthetic"), ("equal", "moved", "unproven")
+    summed = ("samples", "shards", "duplicates", *(f"backgrounds_{name}" for name in backgrounds))
+    summed += ("groups", "groups_equal", *(f"masks_{name}" for name in masks))
     sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in summed}
     sums["duplicates"] += sum("equals that of" in problem.problem for problem in own)
     return VerifyReport(folder=folder, problems=(*inside, *own), **sums)
@@ -302,6 +330,18 @@ def _absent(healthy: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
         f"{row['key']} needs {row.get('healthy_file') or 'the image'} (sha256 {row['healthy_sha256'][:12]}...).",
         "Give the folder that `busigen generate --healthy` was given.",
     )
+
+
+def _absent_masks(masks: Path, shards: list[ShardFindings]) -> Iterator[Problem]:
+    """One problem for all masks that are not where they were looked for."""
+    absent = {sha256: row for shard in reversed(shards) for sha256, row in shard.absent_masks.items()}
+    if row := min(absent.values(), key=lambda row: row["index"], default=None):
+        yield Problem(
+            row["shard"],
+            f"{counted(len(absent), 'mask')} of the run's cannot be used, or not be found, below {masks}; for example "
+            f"sample {row['key']} needs {row['given_mask_file']} (sha256 {row['given_mask_sha256'][:12]}...).",
+            "Give the folder that `busigen generate --masks` was given.",
+        )
 
 
 def _duplicates(shards: list[ShardFindings]) -> Iterator[Problem]:

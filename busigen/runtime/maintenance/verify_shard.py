@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from busigen.data.geometry import edit_region
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
 from busigen.runtime.dataset.reader import Member, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.given_masks import MaskProof
 from busigen.runtime.sampling.healthy_images import Backgrounds
 from busigen.text import printable
 
@@ -30,6 +34,7 @@ MEND = (
     "its record, and no more."
 )  # where a hash gives the damage away, because ``generate`` checks hashes as well
 
+_SHARED = ("attempt", "background", "healthy_sha256")  # what the samples of a group have in common, beside pixels
 _REMAKE = "Delete {file} and run `busigen generate` with the same options again: only that shard is made anew."
 LEAST_SAMPLE = 3 * 1024  # bytes in a tar that a sample takes at least: a header and a block for each of its members
 
@@ -65,6 +70,12 @@ class ShardFindings:
     started: bool = True  # whether the shard is there at all: a run that was interrupted lacks whole shards
     needed: set[str] = field(default_factory=set)  # sha256 of the healthy images that samples were painted into
     absent: dict[str, dict[str, Any]] = field(default_factory=dict)  # those not at hand, with a first sample's row
+    masks_equal: int = 0  # samples whose mask is the user's, letterboxed
+    masks_moved: int = 0  # those whose mask is the user's, moved as recorded
+    masks_unproven: int = 0  # those with a user's mask for which that was not shown
+    absent_masks: dict[str, dict[str, Any]] = field(default_factory=dict)  # as ``absent``
+    groups: int = 0  # of a grid
+    groups_equal: int = 0  # those whose samples differ in their edit regions alone
     hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
@@ -74,9 +85,15 @@ class ShardFindings:
 
 
 def check_shard(
-    folder: Path, plan: Plan, number: int, schema: pl.Schema, backgrounds: Backgrounds | None, progress: Progress
+    folder: Path,
+    plan: Plan,
+    number: int,
+    schema: pl.Schema,
+    backgrounds: Backgrounds | None,
+    progress: Progress,
+    masks: MaskProof | None = None,
 ) -> ShardFindings:
-    """Check one shard and everything in it: its table against ``schema``, samples against ``backgrounds``, if given."""
+    """Check one shard and everything in it: its table against ``schema``, samples against what is given of the rest."""
     found, indices = ShardFindings(number), plan.indices(number)
     json, tar, table = (shard_path(number, suffix) for suffix in ("json", "tar", "parquet"))
     try:
@@ -116,6 +133,7 @@ def check_shard(
         return found
     # Where a hash gives the damage away, a rerun mends it; where none does, the record has to go first.
     remake = json if whole else None
+    groups = _Groups(tar, found)
     try:
         for member, row in zip(read_members(folder / tar, indices), found.rows.iter_rows(named=True), strict=True):
             found.samples += 1
@@ -125,10 +143,13 @@ def check_shard(
             for problem in wrong:
                 found.report(tar, f"sample {member.key}: {problem}", remake)
             _check_background(tar, member, row, bool(wrong), found, backgrounds)
+            _check_mask(tar, member, row, bool(wrong), found, masks)
+            groups.add(member, row, bool(wrong))
     except IntegrityError as error:
         # A damaged tar has been named already; what matters of a whole one is why its content is wrong.
         if whole:
             found.report(tar, error.problem, json)
+    groups.end()
     if Counter(found.rows["class"].to_list()) != Counter(record.classes):
         found.report(json, "counts other classes than the shard's rows hold.", json)
     if not _refusals_fit(record, found.rows):
@@ -184,6 +205,64 @@ def _check_background(
     elif backgrounds is not None and healthy not in backgrounds.paths:
         found.absent.setdefault(healthy, row)
     found.unproven += 1
+
+
+def _check_mask(
+    tar: str, member: Member, row: dict[str, Any], damaged: bool, found: ShardFindings, masks: MaskProof | None
+) -> None:
+    """Compare a sample's mask with the user's, if it has one that is at hand, and count it."""
+    if (sha256 := row.get("given_mask_sha256")) is None:
+        return
+    if masks is not None and sha256 not in masks.known:
+        found.absent_masks.setdefault(sha256, row)
+    elif masks is not None and not damaged:
+        if (reason := masks.difference(row, member.decoded("mask"))) is None:
+            moved = masks.is_moved(row)
+            found.masks_moved, found.masks_equal = found.masks_moved + moved, found.masks_equal + (not moved)
+            return
+        found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))
+    found.masks_unproven += 1
+
+
+class _Groups:
+    """Compares the samples of each of a grid's groups, which follow one another, with the group's first."""
+
+    def __init__(self, tar: str, found: ShardFindings) -> None:
+        self._tar, self._found = tar, found
+        self._number: int | None = None
+        self._first: tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.bool_]] | None = None
+        self._equal = True
+
+    def add(self, member: Member, row: dict[str, Any], damaged: bool) -> None:
+        """Look at the next sample, unless it is no grid's; a damaged one is named already."""
+        if (number := row.get("grid_group")) is None:
+            return
+        if number != self._number:
+            self.end()
+            self._number = number
+        if damaged:
+            self._equal = False
+            return
+        image, mask = member.decoded("image"), member.decoded("mask")
+        if self._first is None:
+            self._first = row, image, mask
+            return
+        first, before, marked = self._first
+        # As if there were no bars: these are black in any case.
+        whole = np.ones_like(mask)
+        changed = int(((image != before) & ~edit_region(mask, whole) & ~edit_region(marked, whole)).sum())
+        if changed or any(row.get(name) != first.get(name) for name in _SHARED):
+            what = f"{changed} pixels outside of both edit regions" if changed else f"its {' or '.join(_SHARED)}"
+            problem = f"sample {member.key}: {what} differ from those of {first['key']}, of the same group."
+            fix = "Use the busigen version that made the dataset; if they still differ, the dataset was altered."
+            self._found.problems.append(Problem(self._tar, problem, fix))
+            self._equal = False
+
+    def end(self) -> None:
+        """Count the group that was looked at."""
+        self._found.groups += self._number is not None
+        self._found.groups_equal += self._number is not None and self._equal
+        self._number, self._first, self._equal = None, None, True
 
 
 def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:

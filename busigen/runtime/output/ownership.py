@@ -74,13 +74,16 @@ def run_record(source: Source, plan: Plan) -> dict[str, Any]:
 
 
 def refuse_other_run(
-    out: Path | Address, existing: Mapping[str, Any], source: Source, plan: Plan, healthy: Path
+    out: Path | Address, existing: Mapping[str, Any], source: Source, plan: Plan, folders: Mapping[str, Path]
 ) -> None:
-    """Refuse early what would be refused once ``healthy`` is read, whose images ``source`` lacks."""
+    """Refuse early what would be refused once ``folders``, by their options, are read, whose files ``source`` lacks."""
     run = run_record(source, plan)
-    run["options"]["--healthy"] = Path(os.path.realpath(healthy)).name
-    before = existing.get("fingerprint", {}).get("healthy")
-    run["fingerprint"]["healthy"] = before if before != run["fingerprint"]["healthy"] else None
+    run["columns"] = existing.get("columns")  # Some follow from what lies in the folders.
+    for option, folder in folders.items():
+        section, name = FIELDS[option]
+        run["options"][option] = Path(os.path.realpath(folder)).name
+        before = existing.get(section, {}).get(name)
+        run[section][name] = before if before != run[section].get(name) else ""
     refuse_other(out, existing, run)
 
 

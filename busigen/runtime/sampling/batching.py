@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,20 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRequest:
-    """A draw that was not begun yet. ``position`` counts the samples in the order in which they were requested."""
+    """A draw that was not begun yet. ``position`` counts the samples in the order in which they were requested.
+
+    ``group`` samples, from a multiple of it on, share their noise and are accepted or refused together.
+    """
 
     index: int
     attempt: int
     position: int = 0
+    group: int = 1
+
+    @property
+    def seeded(self) -> int:
+        """The index that its noise is keyed by."""
+        return self.index // self.group
 
     @property
     def kind(self) -> Kind:
@@ -52,6 +62,7 @@ class Draft(DrawRequest):
     label: str
     healthy: Healthy
     wanted: Mapping[str, float] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)  # manifest fields of a mask that the user gave
     mask: Mask | None = None
     edit: Mask | None = None
     window: Window | None = None
@@ -75,6 +86,7 @@ class Draft(DrawRequest):
             **found,
             **{f"asked_{name}": self.wanted.get(name) for name in ATTRIBUTES},
             "asked_birads": birads,
+            **self.given,
         }
         return Sample(self.index, self.attempt, self.label, image, self.mask, row)
 
@@ -147,6 +159,33 @@ class _Request:
         return SampleBatch([self.samples[index] for index in self.indices], refused)
 
 
+class _Together:
+    """Holds the ends of a group's draws until all are there; where one is refused, so are the others."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held: dict[int, list[tuple[DrawRequest, Outcome]]] = {}
+
+    def ended(self, outcomes: Iterable[tuple[DrawRequest, Outcome]]) -> Iterator[tuple[DrawRequest, Outcome]]:
+        for item, outcome in outcomes:
+            if isinstance(outcome, Draft) or self._size == 1:
+                yield item, outcome
+                continue
+            held = self._held.setdefault(item.index // self._size, [])
+            held.append((item, outcome))
+            if len(held) == self._size:
+                del self._held[item.index // self._size]
+                whole = all(isinstance(one, Sample) for _, one in held)
+                yield from ((draw, one if whole else _with_group(one)) for draw, one in held)
+
+
+def _with_group(outcome: Outcome) -> Outcome:
+    """A refusal, for a sample too."""
+    if isinstance(outcome, Sample):
+        return Rejection(outcome.index, outcome.attempt, outcome.label, "another of its group refused")
+    return outcome
+
+
 def in_order(
     stages: BatchScheduler,
     requests: Iterable[Sequence[int]],
@@ -155,18 +194,21 @@ def in_order(
     done: Callable[[int], None],
     refused: Callable[[Rejection], None],
     stopping: Callable[[], bool],
+    group: int = 1,
 ) -> Generator[SampleBatch, None, None]:
     """Yield each request's samples, in the requests' order; later ones are drawn ahead, so that batches fill.
 
     ``requests`` are indices; the next is read when its samples can be begun. An empty one says that there is none for
     now, while another is unanswered: the next is read when a batch has ended. ``window`` samples, from the oldest
     unfinished one on, may be begun, which bounds memory. ``done`` gets the number of newly accepted samples, and
-    ``refused`` each refused draw; its error ends the stream. ``stopping``: whether to end with the oldest request.
+    ``refused`` each refused draw; its error ends the stream. ``stopping``: whether to end with the oldest request. Of a
+    ``group`` (see `DrawRequest`), all of which one request names and a window holds, all are refused where one is.
     """
     pending: deque[_Request] = deque()
     # The request of each unfinished sample, by the sample's position, the oldest first.
     owners: dict[int, _Request] = {}
     coming = _one_by_one(requests)
+    together = _Together(group)
     position, stopped = 0, False
     while True:
         if stopping() and not stopped:
@@ -181,12 +223,12 @@ def in_order(
             if not pending or pending[-1] is not request:
                 pending.append(request)
             owners[position] = request
-            stages.put(DrawRequest(index=index, attempt=0, position=position))
+            stages.put(DrawRequest(index=index, attempt=0, position=position, group=group))
             position += 1
         if not owners:
             return
         accepted = 0
-        for item, outcome in stages.finished():
+        for item, outcome in together.ended(stages.finished()):
             if (owner := owners.get(item.position)) is None:
                 continue
             if isinstance(outcome, Sample):
@@ -196,13 +238,39 @@ def in_order(
             elif isinstance(outcome, Rejection):
                 owner.rejections.append(outcome)
                 refused(outcome)
-                stages.put(DrawRequest(index=item.index, attempt=item.attempt + 1, position=item.position))
+                stages.put(DrawRequest(index=item.index, attempt=item.attempt + 1, position=item.position, group=group))
             else:
                 stages.put(outcome)
         if accepted:
             done(accepted)
         while pending and len(pending[0].samples) == len(pending[0].indices):
             yield pending.popleft().answer()
+
+
+def of_whole_groups(
+    requests: Iterable[Sequence[int]],
+    group: int,
+    answered: Callable[[Iterable[Sequence[int]]], Generator[SampleBatch, None, None]],
+) -> Generator[SampleBatch, None, None]:
+    """The answers to requests that may name parts of groups, which ``answered`` gets as whole ones."""
+    waiting: deque[Sequence[int]] = deque()
+    if group == 1:
+        yield from answered(requests)
+        return
+
+    def whole() -> Iterator[Sequence[int]]:
+        for indices in requests:
+            waiting.extend([indices] if len(indices) else [])
+            yield [first * group + k for first in sorted({index // group for index in indices}) for k in range(group)]
+
+    with closing(answered(whole())) as batches:
+        for batch in batches:
+            wanted = waiting.popleft()
+            samples = {sample.index: sample for sample in batch.samples}
+            refused = set(wanted)
+            yield SampleBatch(
+                [samples[index] for index in wanted], [draw for draw in batch.rejections if draw.index in refused]
+            )
 
 
 def _one_by_one(requests: Iterable[Sequence[int]]) -> Iterator[tuple[_Request, int] | None]:

@@ -46,9 +46,12 @@ class SampleConditions:
         }
         return {**texts, "birads": self.birads}
 
-    def values(self, seed: int, index: int) -> dict[str, float]:
-        """One sample's values, uniform in their ranges; the same for all attempts, or the gates would choose them."""
-        shares = dict(zip(ATTRIBUTES, uniforms(seed, index, 0, "asked", len(ATTRIBUTES)), strict=True))
+    def values(self, seed: int, index: int, attempt: int = 0) -> dict[str, float]:
+        """One sample's values, uniform in their ranges; the same for all attempts, or the gates would choose them.
+
+        Only a grid, which keeps a background with all of its samples, gives its ``attempt``.
+        """
+        shares = dict(zip(ATTRIBUTES, uniforms(seed, index, attempt, "asked", len(ATTRIBUTES)), strict=True))
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
     def vector(self, values: Mapping[str, float], valid: Mask) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from busigen.data.geometry import Mask, edit_region
 from busigen.data.images import ImageFile, has_two_levels, read_image, scan_row
 from busigen.data.letterbox import Letterbox, fit, letterbox
 from busigen.data.masks import read_mask
-from busigen.data.sources.files import find_images, mask_of
+from busigen.data.sources.files import find_images, mask_of, name_key, stem_of
 from busigen.data.sources.frames import refuse_frames
 from busigen.data.sources.read import read_images
 from busigen.data.sources.records import Listing, Record, counted
@@ -127,6 +127,9 @@ class HealthyFolder:
                 unsaid,
             )
         self.items = sorted(found.items())
+        self._numbers = {sha256: number for number, (sha256, _) in enumerate(self.items)}
+        names = Counter(name_key(stem_of(path)) for path in used)
+        self.by_name = {name: sha for sha, path in self.items if names[name := name_key(stem_of(path))] == 1}
         self.has_scans = any(real_file(path) != path for path in used)
         self._stamps = self._stamped()
 
@@ -216,7 +219,14 @@ class HealthyFolder:
 
     def pick(self, position: float) -> Healthy:
         """The image at a position in [0, 1); an IntegrityError where its file had to be read again and has changed."""
-        number = int(position * len(self.items))
+        return self.numbered(int(position * len(self.items)))
+
+    def of(self, sha256: str) -> Healthy:
+        """The image whose file has this hash, one of ``by_name``; errors are those of :meth:`pick`."""
+        return self.numbered(self._numbers[sha256])
+
+    def numbered(self, number: int) -> Healthy:
+        """The image at a position among ``items``; errors are those of :meth:`pick`."""
         healthy = self._kept.get(self.items[number][0]) or self._load(number)
         return replace(healthy, row={**dict.fromkeys(self.row_types()), **healthy.row})
 

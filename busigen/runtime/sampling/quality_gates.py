@@ -67,6 +67,11 @@ def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
     return None
 
 
+def given_reason(pixels: int, mask: Mask, valid: Mask) -> str | None:
+    """Judge a user's mask of so many ``pixels`` where it was placed; its size and form are the user's affair."""
+    return "mask larger than the image" if int((mask & valid).sum()) < pixels else None
+
+
 def cut_pixels(mask: Mask, valid: Mask) -> int:
     """Lesion pixels on the outermost line of the valid image; the mask is not empty."""
     box = around(mask, 1)

@@ -40,7 +40,7 @@ from busigen.registry import (
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
-from busigen.runtime.sampling import quality_gates
+from busigen.runtime.sampling import given_masks, grid, quality_gates
 from busigen.runtime.sampling.batching import (
     BEGIN,
     OUTLINE,
@@ -51,22 +51,30 @@ from busigen.runtime.sampling.batching import (
     Kind,
     Outcome,
     in_order,
+    of_whole_groups,
 )
 from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
+from busigen.runtime.sampling.given_masks import MaskFolder
+from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
-from busigen.runtime.sampling.noise import normal, uniform
+from busigen.runtime.sampling.noise import normal, uniform, uniforms
+from busigen.runtime.sampling.placement import Placement, moved_inside, place
 from busigen.runtime.sampling.windows import Floats, cells_of, cut, padded_to, shown_at, to_grey, to_unit
 
 MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
 WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
+PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
 CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
 
 
 class Sampler:
     """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
-    Without ``healthy``, backgrounds are synthetic. ``batch_size``, 1 to 4096 or a UsageError, counts images per engine
-    call at the smallest window; larger windows use fewer, none fewer than ``MIN_BATCH``.
+    Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
+    each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). Of a ``grid``, all
+    samples of a background share it and their noise, and what is ``asked`` but for their levels. ``batch_size``, 1 to
+    4096 or a UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer
+    than ``MIN_BATCH``.
     """
 
     def __init__(
@@ -77,6 +85,9 @@ class Sampler:
         classes: Mapping[str, float],
         healthy: HealthyFolder | None = None,
         asked: SampleConditions | None = None,
+        masks: MaskFolder | None = None,
+        jitter: float = 0.0,
+        grid: Grid | None = None,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -87,6 +98,8 @@ class Sampler:
                 fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
             )
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
+        self.masks, self.jitter, self.grid = masks, jitter, grid
+        self._group = len(grid.cells) if grid else 1
         self._transfer = bundle.transfer
         self.asked = asked or SampleConditions()
         self.batch_size = batch_size
@@ -108,6 +121,9 @@ class Sampler:
             **({"engine_batches": asdict(self.backend.batches)} if self.backend.batches else {}),
             "classes": self.classes,
             "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
+            **({"masks": self.masks.fingerprint(self.healthy)} if self.masks else {}),
+            **({"jitter": self.jitter} if self.jitter else {}),
+            **({"vary": self.grid.vary, "cells": self._group} if self.grid else {}),
             **self.asked.typed(),
             "gates": quality_gates.limits(),
         }
@@ -118,6 +134,7 @@ class Sampler:
             "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
             "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
             **({"--frames": str(self.healthy.frames)} if self.healthy and self.healthy.frames > 1 else {}),
+            **({"--masks": self.masks.folder.resolve().name} if self.masks else {}),
         }
 
     def row_types(self) -> Mapping[str, type]:
@@ -131,6 +148,8 @@ class Sampler:
             **dict.fromkeys(("area_share", *(name for name in ATTRIBUTES if name != "size")), float),
             **{f"asked_{name}": float for name in ATTRIBUTES},
             "asked_birads": str,
+            **(given_masks.COLUMNS if self.masks else {}),
+            **(grid.COLUMNS if self.grid else {}),
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
@@ -151,20 +170,26 @@ class Sampler:
         def refused(rejection: Rejection) -> None:
             reasons[rejection.reason] += 1
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
+                given = f" Its mask is {self.masks.at(rejection.index).file}." if self.masks else ""
+                less = ", or take this mask out" if self.masks else ", or ask for less" if self.asked else ""
                 raise AcceptanceError(
-                    f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.",
-                    fix=f"Use another bundle or other healthy images{', or ask for less' if self.asked else ''}. "
+                    f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
+                    fix=f"Use another bundle or other healthy images{less}. "
                     f"Refused so far: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}.",
                 )
 
-        window = self.batch_size * WINDOW_BATCHES
+        window = max(self.batch_size * WINDOW_BATCHES, 2 * self._group)
+        options: dict[str, Any] = {"window": window, "done": done, "refused": refused, "stopping": stopping}
         with self._stages(seed) as stages:
-            answers = in_order(stages, requests, window=window, done=done, refused=refused, stopping=stopping)
+            answers = of_whole_groups(
+                requests, self._group, lambda whole: in_order(stages, whole, **options, group=self._group)
+            )
             with closing(answers):
                 for generated in answers:
-                    # Checked before each shard is written, so that no shard names healthy images that are gone.
-                    if self.healthy is not None:
-                        self.healthy.refuse_changes()
+                    # Checked before each shard is written, so that no shard names files that are gone.
+                    for folder in (self.healthy, self.masks):
+                        if folder is not None:
+                            folder.refuse_changes()
                     yield generated
 
     def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
@@ -204,28 +229,82 @@ class Sampler:
 
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         if self.healthy is not None:
-            picked = [self.healthy.pick(uniform(seed, d.index, d.attempt, "healthy")) for d in batch]
+            picked = [self._picked(self.healthy, seed, draw) for draw in batch]
         else:
-            picked = self._backgrounds(seed, batch)
+            # Of a grid, several draws have the same one.
+            draws = {(draw.seeded, draw.attempt): draw for draw in batch}
+            found = dict(zip(draws, self._backgrounds(seed, list(draws.values())), strict=True))
+            picked = [found[draw.seeded, draw.attempt] for draw in batch]
         drafts = [
             Draft(
                 index=job.index,
                 attempt=job.attempt,
                 position=job.position,
-                label=class_at(job.index, self.classes),
+                label=self._label(job.index),
                 healthy=picture,
-                wanted=self.asked.values(seed, job.index),
+                group=job.group,
+                given=self.grid.row(job.index) if self.grid else {},
+                wanted=self._conditions(job.index).values(seed, job.seeded, job.attempt if self.grid else 0),
             )
             for job, picture in zip(batch, picked, strict=True)
         ]
-        if self.healthy is not None:
-            return drafts  # Judged when their folder was read.
-        reasons = [quality_gates.background_reason(draft.healthy.pixels) for draft in drafts]
-        return [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
+        # Those of a folder were judged when it was read.
+        backgrounds = [] if self.healthy is not None else [draft.healthy.pixels for draft in drafts]
+        reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
+        begun = [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
+        return [self._with_given(seed, one) if isinstance(one, Draft) else one for one in begun]
+
+    def _label(self, index: int) -> str:
+        if self.masks:
+            return self.masks.label_at(index, self.classes)
+        own = self.grid.cell(index).get("class") if self.grid else None
+        return own or class_at(index // self._group, self.classes)
+
+    def _conditions(self, index: int) -> SampleConditions:
+        return self.grid.conditions(index, self.asked) if self.grid else self.asked
+
+    def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
+        """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does."""
+        if self.masks and (partner := self.masks.partner(self.masks.at(draw.index), healthy)):
+            return healthy.of(partner)
+        first = int(uniform(seed, draw.seeded, draw.attempt, "healthy") * len(healthy))
+        if self.masks:
+            native, at = self._placed(self.masks, seed, draw)
+            for number in range(first, first + min(len(healthy), PROBED_IMAGES)):
+                found = healthy.numbered(number % len(healthy))
+                if moved_inside(at, native, found.valid) == at:
+                    return found
+        return healthy.numbered(first)
+
+    def _placed(self, masks: MaskFolder, seed: int, draw: DrawRequest) -> tuple[Mask, Placement]:
+        """A draw's mask as it was drawn, and where it goes in an image that holds it there."""
+        native = masks.native(draw.index)
+        return native, place(native, self.jitter, uniforms(seed, draw.index, draw.attempt, "jitter", 4))
+
+    def _with_given(self, seed: int, draft: Draft) -> Outcome:
+        """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
+        if self.masks is None:
+            return draft
+        native, at = self._placed(self.masks, seed, draft)
+        at = moved_inside(at, native, draft.healthy.valid)
+        mask = at.apply(native)
+        if reason := quality_gates.given_reason(int(at.shape(native).sum()), mask, draft.healthy.valid):
+            return _refused(draft, reason)
+        return self._with_mask(replace(draft, given=self.masks.at(draft.index).row(at)), mask)
+
+    def _with_mask(self, draft: Draft, mask: Mask) -> Draft:
+        edit = edit_region(mask, draft.healthy.valid)
+        return replace(draft, mask=mask, edit=edit, window=window_for(edit, tuple(self.bundle.windows)))
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
         shapes, count = self.bundle.frames, len(batch)
-        frames = [shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))] for d in batch]
+        frames = [
+            # A mask's own frame, in which all of it lies where it does in its image.
+            self.masks.at(d.index).frame
+            if self.masks
+            else shapes[int(uniform(seed, d.seeded, d.attempt, "frame") * len(shapes))]
+            for d in batch
+        ]
         places = np.array([place_of(frame) for frame in frames], np.float32)
         noise, styles = _noise(seed, batch, "prior", self.bundle.background_shape), self.bundle.styles
         if styles is not None:
@@ -251,9 +330,7 @@ class Sampler:
             if reason:
                 outcomes.append(_refused(draft, reason))
             else:
-                edit = edit_region(mask, valid)
-                window = window_for(edit, tuple(self.bundle.windows))
-                outcomes.append(replace(draft, mask=mask, edit=edit, window=window))
+                outcomes.append(self._with_mask(draft, mask))
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
@@ -263,7 +340,8 @@ class Sampler:
             assert draft.mask is not None
             picture = self._shown(seed, draft, image)
             reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, self.asked.birads))
+            birads = self._conditions(draft.index).birads
+            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, birads))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -285,7 +363,7 @@ class Sampler:
             "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
             "tokens": self._whole_tokens(batch, keep),
             "keep": keep,
-            "asked": np.stack([self.asked.vector(draft.wanted, draft.healthy.valid) for draft in batch]),
+            "asked": np.stack([self._conditions(d.index).vector(d.wanted, d.healthy.valid) for d in batch]),
         }
         distance = self._run(f"mask-{batch[0].label}", self._rows(), len(batch), **inputs)
         return [field[0] > 0 for field in distance]
@@ -397,7 +475,7 @@ def _pictures(batch: Sequence[Draft]) -> Floats:
 
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:
-    return np.stack([normal(seed, item.index, item.attempt, stream, shape) for item in batch])
+    return np.stack([normal(seed, item.seeded, item.attempt, stream, shape) for item in batch])
 
 
 def _refused(draft: Draft, reason: str) -> Rejection:

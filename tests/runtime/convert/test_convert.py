@@ -13,13 +13,21 @@ import pytest
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
 from busigen.registry import FORMATS
 from busigen.runtime.convert.run import convert
+from busigen.runtime.convert.source import opened
 from busigen.runtime.dataset.reader import DATASET_FILE
+from busigen.runtime.execution.factory import generate
 from busigen.runtime.progress import Observer, Progress
+from busigen.runtime.sampling.given_masks import MaskFolder
+from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.storage.url import place_of
 from tests.harness.command import error_line, run
 from tests.harness.hashing import hashes
 from tests.harness.hostile_datasets import CASES, VICTIM, edit, link
+from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.replaying import flip
+from tests.runtime.sampling.test_given_masks import save
+from tests.runtime.sampling.test_grid import Placed
+from tests.runtime.sampling.test_placement import blob
 
 PLAIN_FORMATS = [name for name, one in FORMATS.items() if not one.extra]
 
@@ -96,6 +104,24 @@ def test_pairs_are_chosen_by_class_condition_and_limit(plain: Path, tmp_path: Pa
         out = tmp_path / str(number)
         convert(plain, out, to="files", **options)  # type: ignore[arg-type]
         assert names(out) == set(rows.filter(wanted)["key"]) != set()
+
+
+@pytest.mark.parametrize("column", ["grid_group", "given_mask_sha256"])
+def test_a_grids_background_and_a_users_mask_are_in_one_split_alone(column: str, tmp_path: Path) -> None:
+    if column == "grid_group":
+        grid = Grid.parse("size=0.03/0.05")
+        sampler = quick_sampler(Placed(), grid=grid, asked=grid.held({}))
+    else:
+        for number in range(8):
+            save(tmp_path / f"masks/benign/{number}.png", blob((300, 300), down=0.4 + 0.03 * number))
+        sampler = quick_sampler(QuickEngine(), masks=MaskFolder(tmp_path / "masks"))
+    generate(sampler, tmp_path / "set", count=16, seed=1, shard_size=8)
+    with opened(tmp_path / "set", Progress()) as source:
+        chosen = source.choose(None, None, None, {"train": 0.5, "val": 0.5})
+    kin = pl.read_parquet(tmp_path / "set/manifest.parquet")[column]
+    assert kin.n_unique() == 8
+    assert chosen.with_columns(kin).group_by(column).agg(pl.col("split").n_unique())["split"].to_list() == [1] * 8
+    assert chosen["split"].n_unique() == 2
 
 
 def test_splits_have_their_shares_and_stay_the_same(plain: Path, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from busigen.data.images import read_image
 from busigen.runtime.convert.run import convert
 from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.execution.factory import generate
+from busigen.runtime.sampling.given_masks import MaskFolder
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from tests.harness.command import error_line, run
 from tests.harness.dicom_files import SECRETS, SPACING, save, scan, scan_pixels
-from tests.harness.hashing import hashes
+from tests.harness.hashing import hash_of, hashes
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 
 highdicom = pytest.importorskip("highdicom", reason="what it needs has no wheels for Python 3.14")
@@ -62,6 +63,16 @@ def test_pixels_masks_and_classes_are_the_datasets(plain: Path, converted: Path)
         assert described.segmented_property_type == codes.SCT.Lesion
         (said,) = described.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence
         assert said.CodeMeaning.lower() == sample.label and said.CodingSchemeDesignator == "SCT"
+
+
+def test_segmentations_are_masks_to_paint_again(plain: Path, converted: Path) -> None:
+    folder = MaskFolder(converted / "segmentations")
+    assert all(item.file.endswith(".dcm") for item in folder.items)
+    masks = {hash_of(converted / "segmentations" / f"{n:09}.dcm"): n for n in range(10)}
+    samples = Dataset.open(plain).samples(range(10))
+    for number, item in enumerate(folder.items):
+        assert np.array_equal(folder.native(number), samples[masks[item.sha256]].mask)
+    assert len(folder) + folder.left_out.total() == 10
 
 
 def test_every_object_is_synthetic_and_of_nobody(converted: Path) -> None:
