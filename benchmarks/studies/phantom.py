@@ -6,7 +6,7 @@ python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phanto
 ``fit`` takes the training split alone, without lesions and with mirrored copies. In each round it draws phantoms from
 the distribution so far, takes the three nearest ones of each image (block means, deviations and gradients at 64 x 48
 pixels) and makes the mean and covariance of their parameters the next distribution (population Monte Carlo, Beaumont et
-al. 2009). Then it fits the map of brightness (`busigen.runtime.sampling.phantoms.brightness`) between phantoms of that
+al. 2009). Then it fits the map of brightness (`busigen.phantoms.brightness`) between phantoms of that
 distribution and the images without a lesion. Only means and covariances are kept, so that no row is one patient's.
 
 ``judge`` compares phantoms with BUSI's normal images in the same frames: squared maximum mean discrepancy (Gaussian
@@ -33,9 +33,11 @@ from PIL import Image
 
 from busigen.data.prepared import Prepared
 from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features
-from busigen.runtime.sampling.phantoms.brightness import BrightnessMap, described
-from busigen.runtime.sampling.phantoms.distribution import Phantoms
-from busigen.runtime.sampling.phantoms.tissue import PARAMETERS, values_of
+from busigen.phantoms.brightness import BrightnessMap, described
+from busigen.phantoms.distribution import Phantoms, numbers_for
+from busigen.phantoms.tissue import PARAMETERS, values_of
+from busigen.runtime.sampling.backgrounds import phantom_at
+from busigen.runtime.sampling.noise import normal
 
 SIZE = (64, 48)
 """Columns and rows at which structure is compared."""
@@ -120,8 +122,8 @@ def fit(options: argparse.Namespace) -> None:
         drawn = []
         for index, row in enumerate(logits):
             height, width = frames[rng.integers(len(frames))]
-            image = Phantoms.unfitted().drawn(values_of(row), options.seed + number, index, 0, height, width).image
-            drawn.append(features(coarse(image)))
+            noise = normal(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
+            drawn.append(features(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image)))
         found = scaled(np.array(drawn)).reshape(options.count, -1)
         distances = (targets**2).sum(1)[:, None] - 2.0 * targets @ found.T + counted @ (found**2).T
         distances /= counted.sum(1)[:, None]
@@ -137,7 +139,7 @@ def fit(options: argparse.Namespace) -> None:
     healthy = list(normal_images(Prepared.open(options.data), options.source))
     described_ones = [described(image[:, way].astype(np.float32)) for image in healthy for way in SIDES]
     images = [
-        phantoms.draw(options.seed + 100, index, 0, *frames[rng.integers(len(frames))]).image
+        phantom_at(phantoms, options.seed + 100, index, 0, frames[rng.integers(len(frames))]).image
         for index in range(options.count // 2)
     ]
     fitted = BrightnessMap.fit(
@@ -213,8 +215,8 @@ class Finisher:
         self, images: list[NDArray[np.uint8]], frames: list[Frame], starts: Iterable[float], seed: int
     ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Names, and coarse images ``(N, 48, 64)`` of what becomes of phantoms in their frames."""
+        from busigen.phantoms.distribution import filled
         from busigen.runtime.sampling.healthy_images import place_of
-        from busigen.runtime.sampling.phantoms.distribution import filled
 
         torch, rng = self.torch, np.random.default_rng((seed, 7))
         places = [place_of(frame[2:]) for frame in frames]
@@ -325,7 +327,7 @@ def judge(options: argparse.Namespace) -> None:
     found: dict[str, list[list[float]]] = {}
     for name, source in sources.items():
         for seed in range(options.seed, options.seed + options.seeds):
-            phantoms = [source.draw(seed, k, 0, *frame[2:]).image for k, frame in enumerate(frames)]
+            phantoms = [phantom_at(source, seed, k, 0, frame[2:]).image for k, frame in enumerate(frames)]
             raw = np.stack([coarse(image) for image in phantoms])
             variants: list[tuple[str, NDArray[np.uint8]]] = [("raw", raw)]
             if finisher is not None:

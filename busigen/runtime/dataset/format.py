@@ -29,6 +29,8 @@ CROISSANT_FILE = "croissant.json"
 SHARD_FOLDER = "shards"
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
 MEMBER_SUFFIXES = ("image.png", "mask.png", "json")  # after ``<key>.`` in a shard's tar, in their order
+TISSUE_SUFFIX, TISSUE_COLUMN = "tissue.png", "tissue_sha256"
+"""Of the map of tissues, which stands before the JSON where it was asked for, and the column with its hash."""
 MEMBER_LIMIT = 1 << 20  # bytes of a tar member that a reader accepts; an honest one holds less than a tenth of this
 
 OWN_FILE = re.compile(
@@ -170,6 +172,9 @@ FIELDS = {
     "--across": ("fingerprint", "across"),
     "--height-width": ("fingerprint", "height_width"),
     "--birads": ("fingerprint", "birads"),
+    "--density": ("fingerprint", "density"),
+    "--chest-wall": ("fingerprint", "chest_wall"),
+    "--tissue-maps": ("fingerprint", "tissue_maps"),
     "--provider": ("fingerprint", "provider"),
 }  # where a run record keeps what each option decides: of a folder a hash, whose name ``options`` holds
 
@@ -193,7 +198,8 @@ def command_line(record: Mapping[str, Any]) -> str:
     """The command that makes a dataset again, without ``--out`` and with folders by name alone."""
     # All options that decide which samples exist are named: a default may be another one in another version.
     typed = ((option, as_typed(record, option)) for option in FIELDS)
-    return " ".join(["busigen generate", *(f"{option} {shlex.quote(value)}" for option, value in typed if value)])
+    words = (option if value == str(True) else f"{option} {shlex.quote(value)}" for option, value in typed if value)
+    return " ".join(["busigen generate", *words])
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
@@ -216,6 +222,7 @@ class Sample:
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
     row: dict[str, Any]  # further manifest fields: JSON-able scalars under the same keys in every sample of a source
+    tissue: NDArray[np.uint8] | None = None  # of its background, by numbers of `busigen.phantoms.tissue`
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from busigen.runtime.execution.workers import Coordinator, SourceMaker
 from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.backgrounds import AskedTissue, parse_tissue
 from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
@@ -53,12 +54,25 @@ class SourceOptions:
     height_width: str | None = None
     taller_than_wide: bool = False
     birads: str | None = None
+    density: str | None = None  # of synthetic backgrounds' tissue, as the next two
+    chest_wall: str | None = None
+    tissue_maps: bool = False
     allow_fallback: bool = False  # where the provider cannot be used, go on with the processor
 
     def conditions(self) -> tuple[dict[str, float], SampleConditions]:
         """Class weights and what is asked of lesions; a ``UsageError`` where an option is unfit."""
         names = ("size", "depth", "across", "height_width", "taller_than_wide", "birads")
+        self._tissue()
         return parse_shares(self.classes), parse_conditions(**{name: getattr(self, name) for name in names})
+
+    def _tissue(self) -> AskedTissue:
+        tissue = parse_tissue(self.density, self.chest_wall, self.tissue_maps)
+        if tissue and self.healthy != SYNTHETIC:
+            option = f"--{next(iter(tissue.typed())).replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for synthetic backgrounds, and --healthy is {self.healthy}.", fix=f"Leave {option} out."
+            )
+        return tissue
 
     def source(self, progress: Progress) -> Sampler:
         """Where samples come from; this checks bundle, provider, threads and batch size."""
@@ -74,7 +88,9 @@ class SourceOptions:
         engine = EngineOptions(self.threads, batch_sizes=(self.batch_size,), processes=processes)
         backend = TimedBackend(open_backend(bundle, name, engine, allow_fallback=self.allow_fallback))
         progress.stage_seconds = backend.seconds
-        sampler = Sampler(bundle, backend, classes=classes, asked=asked, batch_size=self.batch_size)
+        sampler = Sampler(
+            bundle, backend, classes=classes, asked=asked, tissue=self._tissue(), batch_size=self.batch_size
+        )
         if self.healthy != SYNTHETIC:
             # All but the healthy images is known already, and reading those may take minutes.
             check(sampler)

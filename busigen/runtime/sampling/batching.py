@@ -76,7 +76,7 @@ class Draft(DrawRequest):
             **{f"asked_{name}": self.wanted.get(name) for name in ATTRIBUTES},
             "asked_birads": birads,
         }
-        return Sample(self.index, self.attempt, self.label, image, self.mask, row)
+        return Sample(self.index, self.attempt, self.label, image, self.mask, row, self.healthy.tissue)
 
 
 Outcome = Draft | Sample | Rejection  # of a stage for one draw: on to the next stage, accepted or refused

@@ -114,7 +114,7 @@ class Canvas:
         place = (np.arange(self.width) + 0.5) / self.width
         weights = self.normals(2, waves) / np.arange(1, waves + 1)
         angles = np.pi * np.arange(1, waves + 1)[:, None] * place
-        return amplitude * self.height * (weights[0] @ np.cos(angles) + weights[1] @ np.sin(angles))
+        return np.asarray(amplitude * self.height * (weights[0] @ np.cos(angles) + weights[1] @ np.sin(angles)))
 
 
 class Tissue:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from busigen.runtime.sampling.phantoms.tissue import Canvas
+from busigen.phantoms.tissue import Canvas
 
 Floats = NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""Which phantoms there are: the fitted distribution of their parameters, and a phantom of a seed and an index."""
+"""Which phantoms there are: the fitted distribution of their parameters, and a phantom from normals."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from busigen.phantoms.brightness import BrightnessMap, numbers_of
+from busigen.phantoms.imaging import b_mode, shown
+from busigen.phantoms.tissue import FIELDS, OTHERS, PARAMETERS, Canvas, Tissue, values_of
 from busigen.registry import RESOLUTION
-from busigen.runtime.sampling.noise import normal
-from busigen.runtime.sampling.phantoms.brightness import BrightnessMap, numbers_of
-from busigen.runtime.sampling.phantoms.imaging import b_mode, shown
-from busigen.runtime.sampling.phantoms.tissue import FIELDS, OTHERS, PARAMETERS, Canvas, Tissue, values_of
 
 LIMIT = 3.0  # Deviations at which the parameters' normals are clipped.
 LARGEST = 20.0  # Greatest magnitude of a number in a bundle's ``mean`` and ``factor``.
@@ -23,7 +22,7 @@ Floats = NDArray[Any]
 
 @dataclass(frozen=True)
 class Phantom:
-    """One phantom: ``image``, and ``labels`` by `busigen.runtime.sampling.phantoms.tissue.TISSUES`, uint8 ``(H, W)``.
+    """One phantom: ``image``, and ``labels`` by `busigen.phantoms.tissue.TISSUES`, uint8 ``(H, W)``.
 
     ``density`` is gland's share of gland and fat, ``chest_wall`` the depth of the muscle as a share of the height.
     """
@@ -57,16 +56,8 @@ class Phantoms:
         """Parameters from ``(P,)`` standard normals."""
         return values_of(self.mean + self.factor @ np.clip(normals, -LIMIT, LIMIT))
 
-    def draw(self, seed: int, index: int, attempt: int, height: int, width: int) -> Phantom:
-        """The phantom of a seed, a sample's index and its attempt."""
-        normals = normal(seed, index, attempt, "phantom", (len(PARAMETERS),))
-        return self.drawn(self.parameters(normals), seed, index, attempt, height, width)
-
-    def drawn(
-        self, parameters: Mapping[str, float], seed: int, index: int, attempt: int, height: int, width: int
-    ) -> Phantom:
-        """The phantom of these parameters; all that is random beside them is the seed's, index's and attempt's."""
-        noise = normal(seed, index, attempt, "phantom noise", (FIELDS * height * width + OTHERS,))
+    def drawn(self, parameters: Mapping[str, float], noise: NDArray[np.float32], height: int, width: int) -> Phantom:
+        """The phantom of these parameters; ``noise`` are `numbers_for` standard normals: all that is random beside."""
         canvas = Canvas(parameters, noise, height, width)
         tissue = Tissue(canvas)
         density, chest_wall = tissue.density, tissue.chest_wall
@@ -96,6 +87,11 @@ class Phantoms:
         brightness = found.get("brightness")
         mapped = None if brightness is None else BrightnessMap.from_json(brightness)
         return cls(numbers_of(found.get("mean"), count, LARGEST), factor, mapped)
+
+
+def numbers_for(height: int, width: int) -> int:
+    """How many standard normals a phantom of that size takes."""
+    return FIELDS * height * width + OTHERS
 
 
 def filled(image: NDArray[Any], place: tuple[int, int, int, int]) -> NDArray[Any]:

@@ -62,7 +62,7 @@ def _averaging(size: int, cells: int) -> Floats:
     edges = np.linspace(0.0, size, cells + 1)
     low, high = edges[:-1, None], edges[1:, None]
     overlap = np.minimum(high, np.arange(1, size + 1)) - np.maximum(low, np.arange(size))
-    return np.clip(overlap, 0.0, None) * (cells / size)
+    return np.asarray(np.clip(overlap, 0.0, None) * (cells / size))
 
 
 @dataclass(frozen=True)
