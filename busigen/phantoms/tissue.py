@@ -102,8 +102,10 @@ class Canvas:
         return found
 
     def field(self, tall: float, wide: float) -> NDArray[np.float32]:
-        """Smooth standard normal noise ``(height, width)`` whose correlation is a Gaussian of these pixels."""
+        """Smooth noise ``(height, width)`` of zero mean and unit variance, correlated as a Gaussian of these pixels."""
         spectrum = np.fft.rfft2(self.normals(self.height, self.width))
+        # Of a very smooth field there is little but its mean, which would be hundreds of deviations.
+        spectrum[0, 0] = 0.0
         down, along = self._frequencies
         window = np.exp(-((np.pi * down * tall) ** 2) - (np.pi * along * wide) ** 2)
         found = np.fft.irfft2(spectrum * window, (self.height, self.width)).astype(np.float32)

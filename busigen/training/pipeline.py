@@ -288,8 +288,11 @@ class _Run:
 
     @property
     def _phantoms(self) -> dict[str, Any] | None:
-        """What backgrounds of the base's prior begin with; a prior that is trained anew begins with noise."""
-        record = self._of_base("prior")
+        """What backgrounds of the base's prior begin with; a prior that is trained anew begins with noise.
+
+        So does one beside a Stable Diffusion, whose bundle has no encoder for the prior's latents.
+        """
+        record = None if self.recipe.preset == STABLE_DIFFUSION else self._of_base("prior")
         return None if record is None else record.get("phantoms")
 
     def _record(self) -> dict[str, Any]:

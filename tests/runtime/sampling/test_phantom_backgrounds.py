@@ -123,7 +123,7 @@ def test_maps_lie_beside_images_and_are_verified(dataset: Path, folder: Path) ->
 
 
 def test_a_sample_and_its_map_are_drawn_again(dataset: Path, folder: Path, tmp_path: Path) -> None:
-    found = explain(dataset, "000000001", Inputs(bundle=folder), out=tmp_path / "again")
+    found = explain(dataset, "000000001", inputs=Inputs(bundle=folder), out=tmp_path / "again")
     assert found.error is None and found.replay is not None and not found.replay.differs
     assert (tmp_path / "again" / "000000001.tissue.png").is_file()
 
