@@ -91,8 +91,7 @@ def normal_images(prepared: Prepared, source: str | None) -> Iterator[NDArray[np
 
 
 def fit(options: argparse.Namespace) -> None:
-    """Fit the distribution and write it."""
-    rng = np.random.default_rng(options.seed)
+    """Fit the distribution and write it, after every round; the same command continues."""
     real, seen, frames = [], [], []
     for image, lesions in tissue(Prepared.open(options.data)):
         frames.append(image.shape)
@@ -113,11 +112,16 @@ def fit(options: argparse.Namespace) -> None:
     counted = shown.reshape(len(values), -1).astype(np.float64)
     mean, factor = np.zeros(len(PARAMETERS)), 1.2 * np.eye(len(PARAMETERS))
     rounds: list[dict[str, Any]] = []
-    if options.start is not None:
-        found = json.loads(options.start.read_text())
+    if options.out.exists():
+        found = json.loads(options.out.read_text())
         mean, factor, rounds = np.array(found["mean"]), np.array(found["factor"]), found["rounds"]
-    for number in range(options.rounds):
-        started = time.perf_counter()
+
+    def write(phantoms: Phantoms) -> None:
+        more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
+        options.out.write_text(json.dumps({**phantoms.to_json(), **more}) + "\n")
+
+    for number in range(len(rounds), options.rounds):
+        started, rng = time.perf_counter(), np.random.default_rng((options.seed, number))
         logits = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -4.0, 4.0)
         drawn = []
         for index, row in enumerate(logits):
@@ -135,23 +139,17 @@ def fit(options: argparse.Namespace) -> None:
         distance = float(np.median(np.sqrt(distances.min(axis=1))))
         rounds.append({"median_distance": round(distance, 4), "phantoms_used": len(np.unique(nearest))})
         print(f"round {number + 1}: {rounds[-1]}, {time.perf_counter() - started:.0f} s", flush=True)
+        write(Phantoms(mean, factor))
     phantoms = Phantoms(mean, factor)
     healthy = list(normal_images(Prepared.open(options.data), options.source))
-    described_ones = [described(image[:, way].astype(np.float32)) for image in healthy for way in SIDES]
-    images = [
-        phantom_at(phantoms, options.seed + 100, index, 0, frames[rng.integers(len(frames))]).image
+    targets = np.array([described(image[:, way].astype(np.float32)) for image in healthy for way in SIDES])
+    own = [
+        described(
+            phantom_at(phantoms, options.seed + 100, index, 0, frames[index % len(frames)]).image.astype(np.float32)
+        )
         for index in range(options.count // 2)
     ]
-    fitted = BrightnessMap.fit(
-        np.array([described(image.astype(np.float32)) for image in images]), np.array(described_ones)
-    )
-    record = {
-        **replace(phantoms, brightness=fitted).to_json(),
-        "images": len(frames),
-        "phantoms_per_round": options.count,
-        "rounds": rounds,
-    }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(replace(phantoms, brightness=BrightnessMap.fit(np.array(own), targets)))
 
 
 class Space:
@@ -378,7 +376,6 @@ def main() -> None:
             command.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--count", type=int, default=4000, help="phantoms a round")
             command.add_argument("--rounds", type=int, default=4)
-            command.add_argument("--start", type=Path, help="a result to continue from")
             command.add_argument("--source", help="source of the images whose brightness is fitted; else all")
         else:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
