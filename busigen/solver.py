@@ -40,11 +40,17 @@ def gaussian_constants(t: Any, s: Any, spread: Any) -> tuple[Any, Any]:
     return a, a * (1.0 - t) - (1.0 - s)
 
 
-def solver_steps(name: str, count: int) -> list[SolverStep]:
-    """The ``count`` steps of a denoiser, shifted towards noise by ``registry.SOLVER_SHIFT``; ValueError below 1."""
+def solver_steps(name: str, count: int, start: float = 1.0) -> list[SolverStep]:
+    """The ``count`` steps of a denoiser from a time ``start`` on, shifted towards noise by ``registry.SOLVER_SHIFT``.
+
+    A ValueError says that there is no step, or that ``start`` is not above 0 and at most 1.
+    """
     if count < 1:
         raise ValueError(f"a solver needs at least 1 step, not {count}")
+    if not 0.0 < start <= 1.0:
+        raise ValueError(f"a solver starts at a time above 0 and at most 1, not {start}")
     shift = SOLVER_SHIFT[name]
-    uniform = [1.0 - k / count for k in range(count + 1)]
+    first = start / (shift - (shift - 1.0) * start)
+    uniform = [first * (1.0 - k / count) for k in range(count + 1)]
     times = [shift * u / (1.0 + (shift - 1.0) * u) for u in uniform]
     return [SolverStep(t, s) for t, s in pairwise(times)]

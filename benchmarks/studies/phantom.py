@@ -1,16 +1,19 @@
 """How are the phantoms' parameters distributed, and how far are phantoms from real images in their coarse structure?
 
 python benchmarks/studies/phantom.py fit --data prepared/ --out results/phantom.json
-python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phantom.json
+python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phantom.json --checkpoint restored/
 
 ``fit`` takes the training split alone, without lesions and with mirrored copies. In each round it draws phantoms from
 the distribution so far, takes the three nearest ones of each image (block means, deviations and gradients at 64 x 48
 pixels) and makes the mean and covariance of their parameters the next distribution (population Monte Carlo, Beaumont et
-al. 2009). Only mean and covariance are kept, so that no row is one patient's.
+al. 2009). Then it fits the map of brightness (`busigen.phantoms.brightness`) between phantoms of that
+distribution and the images without a lesion. Only means and covariances are kept, so that no row is one patient's.
 
 ``judge`` compares phantoms with BUSI's normal images in the same frames: squared maximum mean discrepancy (Gaussian
 kernel of the median distance) on the first 24 axes of the audit's scattering features at 64 x 48 pixels, where speckle
-is averaged away; beside it the floor of two real halves, and the same with each image's mean and contrast removed.
+is averaged away; beside it the floor of two real halves, the same with each image's mean and contrast removed, and the
+AUC of the audit's ridge. With a checkpoint (`busigen restore`), phantoms are also encoded and decoded, and finished by
+its prior from several times on.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +30,25 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
-from tissue import PARAMETERS, Phantoms, phantom, values_of
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.realness.classifiers import scattering_features
+from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features
+from busigen.phantoms.brightness import BrightnessMap, described
+from busigen.phantoms.distribution import Phantoms, numbers_for
+from busigen.phantoms.tissue import PARAMETERS, values_of
+from busigen.runtime.sampling.backgrounds import phantom_at
+from busigen.runtime.sampling.noise import normal
 
 SIZE = (64, 48)
 """Columns and rows at which structure is compared."""
 
 BLOCK, AXES, NEAREST = 8, 24, 3
+SIDES = (slice(None), slice(None, None, -1))
+"""An image's columns, and these from the other side."""
+
+MOST_LESION = 0.04
+"""Greatest share of an image that a lesion may cover, where brightness is fitted."""
+
 WEIGHTS = (1.0, 0.7, 0.7, 0.5)
 """Of block means, deviations, and mean gradients down and across."""
 
@@ -61,20 +75,27 @@ def features(image: NDArray[np.uint8]) -> Floats:
     return np.stack([mean, deviation, *map(blocks, gradients)])
 
 
-def tissue(prepared: Prepared) -> Iterable[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+def tissue(prepared: Prepared, source: str | None = None) -> Iterable[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
     """Training images within their bars, and where they have lesions."""
-    for row in prepared.table.filter((pl.col("split") == "train") & ~pl.col("class_conflict")).iter_rows(named=True):
+    table = prepared.table.filter((pl.col("split") == "train") & ~pl.col("class_conflict"))
+    for row in (table if source is None else table.filter(pl.col("source") == source)).iter_rows(named=True):
         frame = np.s_[row["top"] : row["top"] + row["inner_height"], row["left"] : row["left"] + row["inner_width"]]
         yield np.asarray(prepared.clean[row["row"]])[frame], np.asarray(prepared.masks[row["row"]])[frame] > 0
 
 
+def normal_images(prepared: Prepared, source: str | None) -> Iterator[NDArray[np.uint8]]:
+    """Training images, of one source or of all, within their bars, whose lesions, if any, cover little of them."""
+    for image, lesions in tissue(prepared, source):
+        if lesions.mean() < MOST_LESION:
+            yield image
+
+
 def fit(options: argparse.Namespace) -> None:
-    """Fit the distribution and write it."""
-    rng = np.random.default_rng(options.seed)
+    """Fit the distribution and write it, after every round; the same command continues."""
     real, seen, frames = [], [], []
     for image, lesions in tissue(Prepared.open(options.data)):
         frames.append(image.shape)
-        for flipped in (slice(None), slice(None, None, -1)):
+        for flipped in SIDES:
             real.append(features(coarse(image[:, flipped])))
             seen.append(blocks(coarse(np.uint8(255) * lesions[:, flipped].astype(np.uint8)).astype(np.float32)) < BLOCK)
     shown = np.repeat(np.array(seen)[:, None], len(WEIGHTS), axis=1)
@@ -90,14 +111,23 @@ def fit(options: argparse.Namespace) -> None:
     targets = (scaled(values) * shown).reshape(len(values), -1)
     counted = shown.reshape(len(values), -1).astype(np.float64)
     mean, factor = np.zeros(len(PARAMETERS)), 1.2 * np.eye(len(PARAMETERS))
-    rounds = []
-    for number in range(options.rounds):
-        started = time.perf_counter()
+    rounds: list[dict[str, Any]] = []
+    if options.out.exists():
+        found = json.loads(options.out.read_text())
+        mean, factor, rounds = np.array(found["mean"]), np.array(found["factor"]), found["rounds"]
+
+    def write(phantoms: Phantoms) -> None:
+        more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
+        options.out.write_text(json.dumps({**phantoms.to_json(), **more}) + "\n")
+
+    for number in range(len(rounds), options.rounds):
+        started, rng = time.perf_counter(), np.random.default_rng((options.seed, number))
         logits = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -4.0, 4.0)
         drawn = []
         for index, row in enumerate(logits):
             height, width = frames[rng.integers(len(frames))]
-            drawn.append(features(coarse(phantom(values_of(row), options.seed + number, index, height, width)[0])))
+            noise = normal(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
+            drawn.append(features(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image)))
         found = scaled(np.array(drawn)).reshape(options.count, -1)
         distances = (targets**2).sum(1)[:, None] - 2.0 * targets @ found.T + counted @ (found**2).T
         distances /= counted.sum(1)[:, None]
@@ -109,15 +139,17 @@ def fit(options: argparse.Namespace) -> None:
         distance = float(np.median(np.sqrt(distances.min(axis=1))))
         rounds.append({"median_distance": round(distance, 4), "phantoms_used": len(np.unique(nearest))})
         print(f"round {number + 1}: {rounds[-1]}, {time.perf_counter() - started:.0f} s", flush=True)
-    record = {
-        "parameters": list(PARAMETERS),
-        "mean": np.round(mean, 4).tolist(),
-        "factor": np.round(factor, 4).tolist(),
-        "images": len(frames),
-        "phantoms_per_round": options.count,
-        "rounds": rounds,
-    }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(Phantoms(mean, factor))
+    phantoms = Phantoms(mean, factor)
+    healthy = list(normal_images(Prepared.open(options.data), options.source))
+    targets = np.array([described(image[:, way].astype(np.float32)) for image in healthy for way in SIDES])
+    own = [
+        described(
+            phantom_at(phantoms, options.seed + 100, index, 0, frames[index % len(frames)]).image.astype(np.float32)
+        )
+        for index in range(options.count // 2)
+    ]
+    write(replace(phantoms, brightness=BrightnessMap.fit(np.array(own), targets)))
 
 
 class Space:
@@ -158,12 +190,115 @@ def without_contrast(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.clip((values - mean) / (deviation + 1e-3) * 40.0 + 110.0, 0, 255).astype(np.uint8)
 
 
+STARTS = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Times from which the prior finishes phantoms."""
+
+Frame = tuple[int, int, int, int]  # Top, left, height, width.
+
+
+class Finisher:
+    """The networks of a checkpoint, by which phantoms become backgrounds."""
+
+    def __init__(self, checkpoint: Path, evaluations: int) -> None:
+        import torch
+
+        from busigen.training.checkpoint import load_networks
+
+        torch.set_num_threads(1)
+        self.torch, self.evaluations = torch, evaluations
+        self.networks, record = load_networks(checkpoint)
+        self.styles = np.array(record.get("styles") or [])
+
+    def variants(
+        self, images: list[NDArray[np.uint8]], frames: list[Frame], starts: Iterable[float], seed: int
+    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Names, and coarse images ``(N, 48, 64)`` of what becomes of phantoms in their frames."""
+        from busigen.phantoms.distribution import filled
+        from busigen.runtime.sampling.healthy_images import place_of
+
+        torch, rng = self.torch, np.random.default_rng((seed, 7))
+        places = [place_of(frame[2:]) for frame in frames]
+        pixels = np.stack([filled(image, place) for image, place in zip(images, places, strict=True)])
+        inputs = torch.from_numpy(pixels[:, None].astype(np.float32) / 127.5 - 1.0)
+        with torch.no_grad():
+            latents = torch.cat([self.networks.encoder(part) for part in inputs.split(16)])
+        yield "decoded", self._coarse(latents, places, seed)
+        noise = torch.from_numpy(self._noise(latents.shape, rng))
+        for start in starts:
+            yield f"from {start}", self._coarse(self.finished(latents, noise, places, start), places, seed)
+        yield "prior alone", self._coarse(self.finished(latents, noise, places, 1.0), places, seed)
+
+    def _noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
+        from busigen.noise_styles import styled
+
+        noise = rng.standard_normal(shape, np.float32)
+        if self.styles.size:
+            noise = styled(noise, self.styles, rng.standard_normal((shape[0], self.styles.shape[1])))
+        return noise
+
+    def finished(self, latents: Any, noise: Any, places: list[Frame], start: float) -> Any:
+        """Latents that the prior makes of others from a time on."""
+        from busigen.registry import CLASSES
+        from busigen.solver import solver_steps
+        from busigen.training.networks.build import place_condition
+        from busigen.training.networks.inference import Velocity, integrate
+
+        torch = self.torch
+        count = self.evaluations if start < 1.0 else self.networks.steps["prior"]
+        table = solver_steps("prior", count, start)
+        velocity = Velocity(self.networks.denoisers["prior"]).eval()
+        parts, frame = [], torch.tensor(places, dtype=torch.float32)
+        for k in range(0, len(latents), 16):
+            x = (1.0 - start) * latents[k : k + 16] + start * noise[k : k + 16]
+            label = torch.full((len(x),), CLASSES.index("normal"))
+            context = self.networks.no_context(len(x))
+            condition = place_condition(x, frame[k : k + 16])
+            parts.append(integrate(velocity, x, label, *context, table, condition))
+        return torch.cat(parts)
+
+    def _coarse(self, latents: Any, places: list[Frame], seed: int) -> NDArray[np.uint8]:
+        return np.stack([coarse(image) for image in self.decoded(latents, places, seed)])
+
+    def decoded(self, latents: Any, places: list[Frame], seed: int) -> list[NDArray[np.uint8]]:
+        """Images within their frames."""
+        from busigen.registry import BACKGROUND_SPECKLE, RESOLUTION
+        from busigen.runtime.sampling.windows import to_grey
+
+        torch, found = self.torch, []
+        generator = torch.Generator().manual_seed(seed)
+        for k in range(0, len(latents), 16):
+            part = latents[k : k + 16]
+            speckle = BACKGROUND_SPECKLE * torch.randn(len(part), 1, RESOLUTION, RESOLUTION, generator=generator)
+            with torch.no_grad():
+                found += list(to_grey(self.networks.decoder(part, speckle)[:, 0].numpy()))
+        return [
+            image[top : top + height, left : left + width]
+            for image, (top, left, height, width) in zip(found, places, strict=True)
+        ]
+
+
+def told_apart(real: NDArray[np.uint8], others: NDArray[np.uint8], groups: NDArray[np.int64]) -> float:
+    """AUC of the audit's ridge between two sets of coarse images."""
+    features = np.concatenate([scattering_features(part, (4, 4)) for part in (real, others)])
+    side = np.repeat([0, 1], [len(real), len(others)])
+    joint = Task(side, np.zeros_like(side), np.concatenate([groups, groups.max() + 1 + np.arange(len(others))]))
+    fold = folds(joint, 5, 0)
+    return auc(Ridge(features, joint, fold).scores(side), joint, fold)
+
+
+def agreement(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+    """Mean correlation of coarse images, pair by pair."""
+    flat = (part.reshape(len(part), -1).astype(np.float64) for part in (first, second))
+    one, other = ((part - part.mean(1, keepdims=True)) / (part.std(1, keepdims=True) + 1e-6) for part in flat)
+    return float((one * other).mean())
+
+
 def judge(options: argparse.Namespace) -> None:
-    """Print the table."""
+    """Print the table, and write it."""
     prepared = Prepared.open(options.data)
-    rows = list(
-        prepared.table.filter((pl.col("class") == "normal") & (pl.col("source") == "busi")).iter_rows(named=True)
-    )
+    table = prepared.table.filter((pl.col("class") == "normal") & (pl.col("source") == "busi"))
+    rows = list(table.iter_rows(named=True))
+    held = np.array([row["split"] != "train" for row in rows])
     frames = [(row["top"], row["left"], row["inner_height"], row["inner_width"]) for row in rows]
     real = np.stack(
         [
@@ -172,22 +307,60 @@ def judge(options: argparse.Namespace) -> None:
         ]
     )
     spaces = (Space(real), Space(without_contrast(real)))
-    rng, floor = np.random.default_rng(options.seed), []
-    for _ in range(200):
-        order = rng.permutation(len(real))
-        floor.append(spaces[0].mmd(*(spaces[0].real[part] for part in np.array_split(order, 2))))
-    low, high = np.percentile(floor, (2.5, 97.5))
-    print(f"{len(real)} images; floor of two real halves {np.mean(floor):.3f} [{low:.3f}, {high:.3f}]")
-    record = json.loads(options.fit.read_text())
-    fitted = Phantoms(np.array(record["mean"]), np.array(record["factor"]))
-    for name, source in (("unfitted", Phantoms.unfitted()), ("fitted", fitted)):
-        for seed in range(options.seed, options.seed + 3):
-            images = np.stack(
-                [coarse(phantom(source.values(seed, k), seed, k, *frame[2:])[0]) for k, frame in enumerate(frames)]
-            )
-            plain = spaces[0].mmd(spaces[0].real, spaces[0].of(images))
-            equal = spaces[1].mmd(spaces[1].real, spaces[1].of(without_contrast(images)))
-            print(f"{name}, seed {seed}: {plain:.3f}, contrast removed {equal:.3f}", flush=True)
+    rng = np.random.default_rng(options.seed)
+    report: dict[str, Any] = {"images": len(real), "held_out": int(held.sum())}
+    for name, size in (("floor", len(real) // 2), ("floor_held_out", int(held.sum()))):
+        floor = []
+        for _ in range(200):
+            order = rng.permutation(len(real))
+            floor.append(spaces[0].mmd(*(spaces[0].real[part] for part in (order[:size], order[size:]))))
+        report[name] = [round(float(v), 4) for v in (np.mean(floor), *np.percentile(floor, (2.5, 97.5)))]
+    print(report, flush=True)
+    fitted = Phantoms.from_json(json.loads(options.fit.read_text()))
+    sources = {"fitted": fitted}
+    if options.more:
+        sources = {"unfitted": Phantoms.unfitted(), "parameters alone": replace(fitted, brightness=None)} | sources
+    finisher = Finisher(options.checkpoint, options.evaluations) if options.checkpoint else None
+    groups = np.array([row["group"] for row in rows])
+    found: dict[str, list[list[float]]] = {}
+    for name, source in sources.items():
+        for seed in range(options.seed, options.seed + options.seeds):
+            phantoms = [phantom_at(source, seed, k, 0, frame[2:]).image for k, frame in enumerate(frames)]
+            raw = np.stack([coarse(image) for image in phantoms])
+            variants: list[tuple[str, NDArray[np.uint8]]] = [("raw", raw)]
+            if finisher is not None:
+                starts = options.starts if name == "fitted" else ()
+                variants = [*variants, *finisher.variants(phantoms, frames, starts, seed)]
+            for variant, images in variants:
+                own = spaces[0].of(images)
+                low, high = _interval(spaces[0], spaces[0].real, own, rng)
+                figures = [
+                    spaces[0].mmd(spaces[0].real, own),
+                    low,
+                    high,
+                    spaces[0].mmd(spaces[0].real[held], own),
+                    spaces[1].mmd(spaces[1].real, spaces[1].of(without_contrast(images))),
+                    told_apart(real, images, groups),
+                    agreement(raw, images),
+                ]
+                found.setdefault(f"{name}, {variant}", []).append([round(float(value), 4) for value in figures])
+                print(f"{name}, {variant}, seed {seed}: {found[f'{name}, {variant}'][-1]}", flush=True)
+    columns = ["mmd", "low", "high", "mmd_held_out", "contrast_removed", "auc", "agreement"]
+    report |= {"columns": columns, "seeds": found}
+    for name, values in found.items():
+        print(f"{name}: {dict(zip(columns, np.round(np.mean(values, axis=0), 3).tolist(), strict=True))}")
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _interval(space: Space, first: Floats, second: Floats, rng: np.random.Generator) -> tuple[float, float]:
+    """A 95 % interval of the discrepancy, from halves without replacement, whose spread is that of the whole's."""
+    values = []
+    for _ in range(60):
+        parts = (part[rng.permutation(len(part))[: len(part) // 2]] for part in (first, second))
+        values.append(space.mmd(*parts))
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def main() -> None:
@@ -203,8 +376,15 @@ def main() -> None:
             command.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--count", type=int, default=4000, help="phantoms a round")
             command.add_argument("--rounds", type=int, default=4)
+            command.add_argument("--source", help="source of the images whose brightness is fitted; else all")
         else:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
+            command.add_argument("--checkpoint", type=Path, help="what `busigen restore` wrote; else phantoms alone")
+            command.add_argument("--starts", type=float, nargs="*", default=STARTS)
+            command.add_argument("--evaluations", type=int, default=4, help="of the prior after a start")
+            command.add_argument("--seeds", type=int, default=3)
+            command.add_argument("--more", action="store_true", help="also unfitted, and without the brightness map")
+            command.add_argument("--out", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args()
     options.run(options)
 

@@ -48,6 +48,9 @@ class SampleOptions(TypedDict, total=False):
     height_width: Range | None  # of the lesion
     taller_than_wide: bool
     birads: int | str | None
+    density: str | None  # of synthetic backgrounds: A to D
+    chest_wall: Range | None  # share of the height above their muscle
+    tissue_maps: bool
     provider: str
     allow_fallback: bool
     threads: int | None
@@ -228,7 +231,7 @@ def indices_of(count: int | None, first: int, seed: int) -> range:
 def typed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as they are typed at the command line."""
     found = dict(options)
-    for name in ("size", "depth", "across", "height_width"):
+    for name in ("size", "depth", "across", "height_width", "chest_wall"):
         if (value := found.get(name)) is not None and not isinstance(value, str):
             numbers = value if isinstance(value, Sequence) else (value,)
             found[name] = ":".join(repr(float(number)) for number in numbers)

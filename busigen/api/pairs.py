@@ -49,6 +49,7 @@ class Pair:
     label: str  # one of registry.LESION_CLASSES
     key: str  # unique in its dataset: "000000012", of a merged one "001/000000012", as `explain` takes it
     row: dict[str, Any]  # of the manifest; a pair that lies in no file has no hashes and no shard
+    tissue: NDArray[np.uint8] | None = None  # (256, 256), by `busigen.phantoms.tissue.TISSUES`; with ``tissue_maps``
 
 
 def drawn(options: SourceOptions, indices: Iterable[int]) -> Iterator[Pair]:
@@ -69,7 +70,7 @@ def _stream(source: Sampler, options: SourceOptions, indices: Iterator[int]) -> 
 
 
 def _pair(sample: Sample, row: dict[str, Any], prefix: str = "") -> Pair:
-    return Pair(sample.image, sample.mask, sample.label, f"{prefix}{row['key']}", row)
+    return Pair(sample.image, sample.mask, sample.label, f"{prefix}{row['key']}", row, sample.tissue)
 
 
 class Dataset:

@@ -54,6 +54,16 @@ def generate(
         bool, typer.Option("--taller-than-wide", help=f"Short for --height-width {TALLER_THAN_WIDE}.")
     ] = False,
     birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Gland in synthetic backgrounds, from A (less than a quarter) to D.")
+    ] = None,
+    chest_wall: Annotated[
+        str | None,
+        typer.Option(help="Share of the height above the chest muscle in synthetic backgrounds; number or range."),
+    ] = None,
+    tissue_maps: Annotated[
+        bool, typer.Option("--tissue-maps", help="Write <key>.tissue.png: skin, fat, gland, muscle... by number.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = DEFAULT_BATCH,
     shard_size: Annotated[int, typer.Option(help="Samples per shard; a kill loses up to two shards.")] = SHARD_SIZE,

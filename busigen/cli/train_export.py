@@ -21,6 +21,7 @@ from busigen.registry import (
     PARITY_DRAWS,
     PRECISIONS,
     PRESETS,
+    PRIOR_START,
     SHOWN_AT,
     STABLE_DIFFUSION,
 )
@@ -214,6 +215,13 @@ def export(
         list[str] | None,
         typer.Option(help="STAGE=NUMBER of network evaluations, such as lesion=30. May be repeated."),
     ] = None,
+    phantoms: Annotated[
+        Path | None,
+        typer.Option(help="Backgrounds begin with phantoms of this fitted distribution. [default: the checkpoint's]"),
+    ] = None,
+    prior_start: Annotated[
+        float, typer.Option(help="Of --phantoms: time from which the prior finishes them; 1 is noise alone.")
+    ] = PRIOR_START,
     base_model: Annotated[str | None, BASE_MODEL] = None,
     base_config: Annotated[Path | None, BASE_CONFIG] = None,
     guidance: Annotated[
@@ -244,7 +252,7 @@ def export(
     with needs("train"):
         from busigen.export.exporter import export as run
         from busigen.export.report import check_report, write_report
-        from busigen.export.request import Options, batch_sizes, solver_counts
+        from busigen.export.request import Options, batch_sizes, fitted_phantoms, solver_counts
     from busigen.runtime.backends.tensorrt.engine_builder import BuildRequest
     from busigen.runtime.backends.tensorrt.profiles import Batches
     from busigen.runtime.progress import console_progress
@@ -257,6 +265,7 @@ def export(
         draws=draws,
         engines=tuple(name for name in target if name != "onnx"),
         steps=solver_counts(steps or ()),
+        phantoms=None if phantoms is None else fitted_phantoms(phantoms, prior_start),
     )
     if base_model is not None:
         from busigen.training.stable_diffusion.hub import open_base

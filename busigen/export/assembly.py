@@ -81,8 +81,22 @@ class Assembly:
             self.nodes.append(twin)
         return names
 
-    def loop(self, step: ModelProto, steps: Tables, wiring: Mapping[str, str], update: ModelProto) -> str:
-        """Add the solver's loop from ``noise`` as one node and return the name of its result.
+    def mixed(self, noise: ValueInfoProto, time: float) -> str:
+        """Add the point of the straight path from ``noise`` to an input ``start`` at a time, and return its name."""
+        start = self.inputs["start"] = ValueInfoProto()
+        start.CopyFrom(noise)
+        start.name = "start"
+        shares = {"noise": time, "start": 1.0 - time}
+        parts = [
+            self.add("Mul", [name, self.constant(f"mixed/{name}_share", np.array(share, np.float32))], f"mixed/{name}")
+            for name, share in shares.items()
+        ]
+        return self.add("Add", parts, "mixed/first")
+
+    def loop(
+        self, step: ModelProto, steps: Tables, wiring: Mapping[str, str], update: ModelProto, first: str = "noise"
+    ) -> str:
+        """Add the solver's loop from the sample ``first`` as one node and return the name of its result.
 
         The loop's body is one evaluation and ``update``, with the times of its turn taken from tables. What is alike in
         every turn is computed before it. Weights that only the body reads are the body's own: ONNX Runtime's CPU
@@ -142,9 +156,7 @@ class Assembly:
             [self.constants.pop(name) for name in sorted(own)],
         )
         self.nodes = outside
-        self.nodes.append(
-            helper.make_node("Loop", [turns, always, "noise"], ["solver/result"], name="solver", body=body)
-        )
+        self.nodes.append(helper.make_node("Loop", [turns, always, first], ["solver/result"], name="solver", body=body))
         return "solver/result"
 
     def _fresh(self, update: ModelProto, steps: int, turn: str) -> dict[str, str]:
@@ -156,14 +168,16 @@ class Assembly:
         self.inputs["fresh"] = helper.make_tensor_value_info("fresh", TensorProto.FLOAT, ["batch", steps, *shape])
         return {"fresh": self.add("Gather", ["fresh", turn], f"{turn}/fresh", axis=1)}
 
-    def unrolled(self, step: ModelProto, steps: Tables, wiring: Mapping[str, str], update: ModelProto) -> str:
-        """Add the solver's steps from ``noise`` one after the other and return the name of the result.
+    def unrolled(
+        self, step: ModelProto, steps: Tables, wiring: Mapping[str, str], update: ModelProto, first: str = "noise"
+    ) -> str:
+        """Add the solver's steps from the sample ``first`` one after the other and return the name of the result.
 
         Weights, and all that is alike in every step, are there once. Times are constants, so that an engine that folds
         constants, as all do, is left without the embedding of time.
         """
         names, varying = self._invariant(step, wiring)
-        x = "noise"
+        x = first
         for number, constants in enumerate(steps[0]):
             here = f"solver/{number}/"
             now = {
@@ -221,6 +235,7 @@ def with_solver(
     update: ModelProto,
     before: ModelProto | None = None,
     after: ModelProto | None = None,
+    start: float | None = None,
 ) -> ModelProto:
     """Build the whole sampler of one stage.
 
@@ -235,6 +250,7 @@ def with_solver(
         update: traced ``(x, velocity, t, s)``, and condition channels if need be, to the following ``x``.
         before: traced computation of some of ``step``'s inputs, whose names its outputs have.
         after: traced sample to output.
+        start: time of the first step, at which an input ``start`` is mixed with the noise; None for noise alone.
     """
     assembly = Assembly(step.opset_import, step.ir_version)
     wiring = {}
@@ -247,7 +263,8 @@ def with_solver(
     noise.CopyFrom(step.graph.input[0])
     noise.name = "noise"
     assembly.inputs.setdefault("noise", noise)
-    x = (assembly.loop if loop == "loop" else assembly.unrolled)(step, steps, wiring, update)
+    first = "noise" if start is None else assembly.mixed(noise, start)
+    x = (assembly.loop if loop == "loop" else assembly.unrolled)(step, steps, wiring, update, first)
     if after is not None:
         x = assembly.paste(after, "after/", {after.graph.input[0].name: x}, "after/")[after.graph.output[0].name]
     return assembly.build(x, (after or step).graph.output[0], output, name)

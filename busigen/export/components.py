@@ -129,7 +129,7 @@ def _prior(tracing: Tracer, networks: Networks) -> Part:
     step = tracing.step(without_context(unet), cells, 1, (PLACE_CHANNELS,))
     before = tracing.prior_condition(networks, cells)
     update = tracing.update(unet.spectrum, networks.preset.latent_channels, cells, cells)
-    return _part(step, "prior", "normal", networks, before, update)
+    return _part(step, "prior", "normal", networks, before, update, start=networks.prior_start)
 
 
 def outlines(tracing: Tracer, networks: Networks, loop: str) -> Component:
@@ -207,11 +207,12 @@ def _part(
     before: ModelProto,
     update: ModelProto,
     after: ModelProto | None = None,
+    start: float | None = None,
 ) -> Part:
     def finish(evaluation: ModelProto, loop: str) -> ModelProto:
         return with_solver(
             evaluation,
-            [solver_steps(stage, networks.steps[stage])],
+            [solver_steps(stage, networks.steps[stage], 1.0 if start is None else start)],
             CLASSES.index(label),
             loop=loop,
             name=stage if label == "normal" else f"{stage}-{label}",
@@ -219,6 +220,7 @@ def _part(
             update=update,
             before=before,
             after=after,
+            start=start,
         )
 
     return Part(step, finish, before, after, update)

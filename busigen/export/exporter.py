@@ -34,7 +34,7 @@ from busigen.registry import (
     RESOLUTION,
 )
 from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
-from busigen.runtime.backends.bundle import RECORD, SCHEMA, Bundle
+from busigen.runtime.backends.bundle import RECORD, SCHEMA, SCHEMA_OF_PHANTOMS, Bundle
 from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER, DEFAULT_WINDOWS, WHOLE_DECODER
 from busigen.runtime.backends.memory import LARGE
 from busigen.runtime.progress import Progress
@@ -262,7 +262,7 @@ def _fused(bundle: Bundle) -> dict[str, Any]:
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
     """What a bundle's record says before any graph is written."""
     return {
-        "schema": SCHEMA,
+        "schema": SCHEMA if record.get("phantoms") is None else SCHEMA_OF_PHANTOMS,
         "preset": record["preset"],
         "resolution": RESOLUTION,
         "latent_factor": LATENT_FACTOR,
@@ -279,6 +279,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "styles": record.get("styles", []),
         "background_speckle": BACKGROUND_SPECKLE,
         "transfer": record.get("transfer"),
+        **({} if record.get("phantoms") is None else {"phantoms": record["phantoms"]}),
         "solver_steps": dict(networks.steps),
         "graphs": painter_graphs(networks) if networks.shown_at else {},
         **_painting(record, checkpoint, options),

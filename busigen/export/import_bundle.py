@@ -225,6 +225,7 @@ def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
         "frames": [list(frame) for frame in bundle.frames],
         "styles": bundle.info.get("styles", []),
         "transfer": bundle.info.get("transfer"),
+        "phantoms": bundle.info.get("phantoms"),
         "tasks": known.get("tasks", {}),
         "device": known.get("device", "unrecorded"),
         "versions": checkpoint.versions(),

@@ -74,7 +74,7 @@ class TorchBackend(Backend):
             assert networks.prior_decoder is not None
             return networks.prior_decoder(v["latents"], v["noise"], v["mask"])
         if component == "prior":
-            return networks.background(v["noise"], v["frame"])
+            return networks.background(v["noise"], v["frame"], v.get("start"))
         stage, _, label = component.partition("-")
         context = (v["tokens"], v["keep"])
         if stage == "mask":

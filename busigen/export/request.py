@@ -13,6 +13,8 @@ from torch import nn
 
 from busigen.errors import InputError, UsageError
 from busigen.export.weights import emptied, save_in_parts
+from busigen.phantoms.distribution import Phantoms
+from busigen.records import read_json
 from busigen.registry import (
     ENGINE_TARGETS,
     LESION_CLASSES,
@@ -26,6 +28,7 @@ from busigen.registry import (
     STAGES,
 )
 from busigen.runtime.backends.bundle import MAX_TURNS
+from busigen.runtime.backends.bundle_record import start_of
 from busigen.training import trainer
 from busigen.training.checkpoint import ADAPTERS, BASE, MERGED, Painting, load_networks, read_record
 from busigen.training.networks.inference import ADAPTERS as PAINTED
@@ -54,6 +57,7 @@ class Options:
         steps: network evaluations of stages, where they are not to be the preset's.
         base_model: the Stable Diffusion that the checkpoint was trained on, if on any.
         painting: how that is to draw.
+        phantoms: what backgrounds begin with, as `fitted_phantoms` reads it; None for what the checkpoint records.
 
     Raises:
         UsageError: a value is not one of these.
@@ -69,6 +73,7 @@ class Options:
     steps: Mapping[str, int] = field(default_factory=dict)
     base_model: BaseModel | None = None
     painting: PaintingOptions = field(default_factory=PaintingOptions)
+    phantoms: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -111,6 +116,29 @@ def solver_counts(given: Sequence[str]) -> dict[str, int]:
         found[stage] = int(count)
     return found
 
+
+def fitted_phantoms(path: Path, start: float) -> dict[str, Any]:
+    """What a bundle holds of phantoms, from a file that `benchmarks/studies/phantom.py fit` wrote.
+
+    Args:
+        path: the file.
+        start: the time, between 0 and 1, from which the prior makes them images; 1 would be noise alone.
+
+    Raises:
+        InputError: the file is missing, or holds something else.
+        UsageError: ``start`` is not such a time.
+    """
+    if not 0.0 < start < 1.0:
+        raise UsageError(f"--prior-start is {start:g}.", fix="Give a time between 0 and 1, such as 0.6.")
+    try:
+        return {**Phantoms.from_json(read_json(path)).to_json(), "start": float(start)}
+    except FileNotFoundError as error:
+        raise InputError(f"--phantoms {path} is not there.", fix=_FITTED) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"--phantoms {path} holds no fitted phantoms: {error}.", fix=_FITTED) from error
+
+
+_FITTED = "Give a file that `python benchmarks/studies/phantom.py fit` wrote."
 
 _TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote as it is."
 
@@ -211,6 +239,12 @@ def opened(checkpoint: Path, options: Options) -> tuple[Networks, dict[str, Any]
     networks, record = load_networks(checkpoint)
     if options.base_model is not None:
         networks = with_painter(networks, options.base_model, painting, checkpoint / ADAPTERS, options.painting)
+    if options.phantoms is not None:
+        record = {**record, "phantoms": options.phantoms}
+        networks.start_prior(start_of(options.phantoms))
+    if networks.prior_start is not None and networks.prior_decoder is not None:
+        problem = f"{checkpoint} paints with a Stable Diffusion, whose encoder does not give the prior's latents"
+        raise UsageError(f"{problem}, so no background can begin with a phantom.", fix="Leave --phantoms out.")
     networks.steps.update(options.steps)
     if options.loop != "loop" and len({networks.steps[stage] for stage in PAINTING}) > 1 and networks.shown_at:
         raise UsageError("--loop unrolled has one number of steps for both stages.", fix="Give them equal --steps.")

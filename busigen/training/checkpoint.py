@@ -44,7 +44,7 @@ from busigen.registry import (
     STAGES,
     Preset,
 )
-from busigen.runtime.backends.bundle_record import ImagesRecord
+from busigen.runtime.backends.bundle_record import ImagesRecord, start_of
 from busigen.text import printable
 from busigen.training.networks.build import build, model_class
 from busigen.training.networks.inference import Networks
@@ -269,7 +269,10 @@ def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
         denoisers[name] = load_component(stage, folder / MERGED / name, preset)
     autoencoder, context = (load_component(name, folder / BASE / name, preset) for name in ("autoencoder", "context"))
     mean, std = (torch.tensor(record["latents"][name]) for name in ("mean", "std"))
-    return Networks(preset, autoencoder, mean, std, context, denoisers), record
+    networks = Networks(preset, autoencoder, mean, std, context, denoisers)
+    if record.get("phantoms") is not None:
+        networks.start_prior(start_of(record["phantoms"]))
+    return networks, record
 
 
 def own_stages(preset: str) -> tuple[str, ...]:

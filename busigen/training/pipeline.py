@@ -22,8 +22,10 @@ from rich.console import Console
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, IntegrityError, OutputError, UsageError
 from busigen.files import TEMPORARY_PREFIX, is_temporary, make_folder, remove, replaced_folder
+from busigen.phantoms.distribution import Phantoms
 from busigen.records import Many, Number, Record, Text, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STABLE_DIFFUSION, STAGES
+from busigen.runtime.backends.bundle_record import start_of
 from busigen.training import checkpoint
 from busigen.training.checkpoint import Base, Origin, Painting, RecipeRecord
 from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
@@ -284,6 +286,15 @@ class _Run:
         record = self._of_base("prior")
         return self.figures["prior"]["styles"] if record is None else record.get("styles", [])
 
+    @property
+    def _phantoms(self) -> dict[str, Any] | None:
+        """What backgrounds of the base's prior begin with; a prior that is trained anew begins with noise.
+
+        So does one beside a Stable Diffusion, whose bundle has no encoder for the prior's latents.
+        """
+        record = None if self.recipe.preset == STABLE_DIFFUSION else self._of_base("prior")
+        return None if record is None else record.get("phantoms")
+
     def _record(self) -> dict[str, Any]:
         known = ("split_hash", "images", "seed", "splits", "classes_and_splits")
         decoder = self._of_base("finish")
@@ -296,6 +307,7 @@ class _Run:
             "latents": self.latents,
             "frames": self._frames,
             "styles": self._styles,
+            **({} if self._phantoms is None else {"phantoms": self._phantoms}),
             "transfer": (self.figures.get("finish", {}) if decoder is None else decoder).get("transfer"),
             "tasks": self.figures,
             "device": str(self.device),
@@ -384,8 +396,11 @@ class _Run:
         if (stages := GENERATED_FOR.get((spec.kind, spec.component))) is not None:
             names = {f"{stage}-{label}": stage for stage, label in product(stages, LESION_CLASSES)}
             merged = {name: self._loaded(stage, self.out / checkpoint.MERGED / name) for name, stage in names.items()}
-            drawer = Drawer(self._networks("prior"), self._frames, self._styles)
+            found = None if self._phantoms is None else Phantoms.from_json(self._phantoms)
+            drawer = Drawer(self._networks("prior"), self._frames, self._styles, found)
             drawer.networks.denoisers |= merged
+            if found is not None:
+                drawer.networks.start_prior(start_of(self._phantoms))
         return TaskContext(
             prepared=self.prepared,
             networks=networks,  # type: ignore[arg-type]

@@ -24,7 +24,9 @@ from busigen.errors import IntegrityError
 from busigen.files import atomic_file
 from busigen.foreign import open_file
 from busigen.noise_styles import styled
+from busigen.phantoms.distribution import Phantoms, filled
 from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.runtime.sampling.backgrounds import phantom_at
 from busigen.runtime.sampling.healthy_images import place_of, synthetic
 from busigen.runtime.sampling.windows import to_grey
 from busigen.training.examples import (
@@ -170,11 +172,25 @@ ZONES = ("lesion", "margin", "behind")  # Inside the outline, along it, and the 
 
 @dataclass(frozen=True)
 class Drawer:
-    """The prior and, for lesions, every stage's class denoisers, with the backgrounds' heights, widths and styles."""
+    """The prior and, for lesions, every stage's class denoisers, with the backgrounds' heights, widths and styles.
+
+    ``phantoms`` are what backgrounds begin with; None for noise alone.
+    """
 
     networks: Networks
     frames: Sequence[Sequence[int]]
     styles: Sequence[Sequence[float]]
+    phantoms: Phantoms | None = None
+
+    def starts(self, seed: int, first: int, places: Sequence[tuple[int, int, int, int]]) -> Tensor | None:
+        """The latents of a phantom for each place, of samples from index ``first`` on."""
+        if self.phantoms is None:
+            return None
+        found = [
+            to_tensor(filled(phantom_at(self.phantoms, seed, first + k, 0, place[2:]).image, place))
+            for k, place in enumerate(places)
+        ]
+        return self.networks.encoder(torch.stack(found).to(self.networks.device))
 
 
 @torch.no_grad()
@@ -299,17 +315,19 @@ def rollout_backgrounds(drawer: Drawer, count: int, *, seed: int, progress: Prog
     cells, channels = RESOLUTION // LATENT_FACTOR, networks.preset.latent_channels
     factor = np.array(drawer.styles, np.float64)
     parts = []
-    for start in range(0, count, ENCODE_BATCH):
-        size = min(ENCODE_BATCH, count - start)
+    for first in range(0, count, ENCODE_BATCH):
+        size = min(ENCODE_BATCH, count - first)
         shapes = [drawer.frames[int(k)] for k in rng.integers(0, len(drawer.frames), size)]
-        places = torch.tensor([place_of((int(height), int(width))) for height, width in shapes], dtype=torch.float32)
+        found = [place_of((int(height), int(width))) for height, width in shapes]
+        places = torch.tensor(found, dtype=torch.float32)
         noise = rng.standard_normal((size, channels, cells, cells), np.float32)
         if factor.size:
             noise = styled(noise, factor, rng.standard_normal((size, factor.shape[1])))
         with mixed_precision(device):
-            latents = networks.background(torch.from_numpy(noise).to(device), places.to(device))
+            start = drawer.starts(seed, first, found)
+            latents = networks.background(torch.from_numpy(noise).to(device), places.to(device), start)
         parts.append({"latents": latents.cpu().half(), "frame": places.short()})
-        progress(start + size, count)
+        progress(first + size, count)
     return joined(parts)
 
 

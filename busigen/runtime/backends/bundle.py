@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from busigen.errors import InputError, IntegrityError
 from busigen.files import sha256_of
 from busigen.mtf import Transfer
+from busigen.phantoms.distribution import Phantoms
 from busigen.records import checked, read_given
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION
 from busigen.runtime.backends.bundle_record import (
@@ -33,8 +34,9 @@ from busigen.runtime.backends.onnx_graph import MAX_GRAPH_BYTES, Graph
 
 RECORD = "bundle.json"
 # What export writes, what can be read: pairs of schema 4 are not filtered (`busigen.mtf`), and those before 6 leave out
-# what the graphs work on: classes, windows, latents of backgrounds.
-SCHEMA, READABLE = 6, (4, 5, 6)
+# what the graphs work on: classes, windows, latents of backgrounds. Those with phantoms have one of their own, so that
+# an older busigen, which would start from noise, refuses them.
+SCHEMA, SCHEMA_OF_PHANTOMS, READABLE = 6, 7, (4, 5, 6, 7)
 MAX_RECORD_BYTES = 4 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_TURNS = 1000  # turns that a graph's loop may take: diffusion's steps in training, where those in use have ten
@@ -204,6 +206,12 @@ class Bundle:
         """What pairs on synthetic backgrounds are filtered with last; None for nothing."""
         found = self.info.get("transfer")
         return None if found is None else Transfer.from_json(found)
+
+    @property
+    def phantoms(self) -> Phantoms | None:
+        """What synthetic backgrounds begin with; None for noise alone."""
+        found = self.info.get("phantoms")
+        return None if found is None else Phantoms.from_json(found)
 
     @property
     def background_speckle(self) -> float:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, Strict
 
 from busigen.mtf import Transfer
 from busigen.noise_styles import are_styles
+from busigen.phantoms.distribution import Phantoms
 from busigen.records import FileName, Many, Number, Record, Text
 from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
 
@@ -25,7 +26,7 @@ _PAINTED = frozenset(("noise", "tokens", "keep", "known", "painted", "mask", "ed
 _DECODED = frozenset(("latents", "noise", "mask"))
 _FED = {
     "context": frozenset(("image", "keep")),
-    "prior": frozenset(("noise", "frame")),
+    "prior": frozenset(("noise", "frame", "start")),
     "background": _DECODED,
     "encoder": frozenset(("pixels",)),
     "decoder": _DECODED,
@@ -96,6 +97,21 @@ def _background(decoder: str) -> str:
     return decoder
 
 
+def _phantoms(found: Any) -> Any:
+    if found is not None:
+        start_of(found)
+        Phantoms.from_json(found)
+    return found
+
+
+def start_of(phantoms: Any) -> float:
+    """The time from which the prior makes phantoms backgrounds, as a bundle holds it; a ValueError if it is none."""
+    start = phantoms.get("start") if isinstance(phantoms, dict) else None
+    if not isinstance(start, float) or not 0.0 < start < 1.0:
+        raise ValueError("'start' is no time between 0 and 1")
+    return start
+
+
 Side = Annotated[int, Strict(), Field(ge=LEAST_FRAME, le=RESOLUTION)]
 Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_framed)]
 Channels = Annotated[int, Strict(), Field(ge=1, le=256)]
@@ -111,6 +127,7 @@ class ImagesRecord(Record):
     )
     styles: Many[Many[Number]] = Field(default_factory=list)
     transfer: Annotated[Any, AfterValidator(_transfer)] = None
+    phantoms: Annotated[Any, AfterValidator(_phantoms)] = None
 
 
 class _GraphRecord(Record):
@@ -185,6 +202,11 @@ class BundleRecord(ImagesRecord):
         whole = (self.latent_channels, self.windows[str(RESOLUTION)])
         if background.decoder == WHOLE_DECODER and whole != (background.latent_channels, RESOLUTION):
             found.append(f"has no valid 'background': {WHOLE_DECODER} does not decode latents of the prior")
+        starts = "start" in self.graphs["prior"].inputs
+        if starts != (self.phantoms is not None):
+            found.append("has no valid 'phantoms': a prior that starts from phantoms has them, and no other one")
+        if self.phantoms is not None and background.decoder != WHOLE_DECODER:
+            found.append("has no valid 'phantoms': its encoder does not give the prior's latents")
         fresh = max(one.fresh or 0 for one in self.graphs.values())
         numbers = (1 + fresh) * self.latent_channels * (max(self.windows.values()) // self.latent_factor) ** 2
         if numbers > MAX_NOISE:

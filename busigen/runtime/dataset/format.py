@@ -29,6 +29,8 @@ CROISSANT_FILE = "croissant.json"
 SHARD_FOLDER = "shards"
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
 MEMBER_SUFFIXES = ("image.png", "mask.png", "json")  # after ``<key>.`` in a shard's tar, in their order
+TISSUE_SUFFIX, TISSUE_COLUMN = "tissue.png", "tissue_sha256"
+"""Of the map of tissues, which stands before the JSON where it was asked for, and the column with its hash."""
 MEMBER_LIMIT = 1 << 20  # bytes of a tar member that a reader accepts; an honest one holds less than a tenth of this
 
 OWN_FILE = re.compile(
@@ -173,6 +175,9 @@ FIELDS = {
     "--across": ("fingerprint", "across"),
     "--height-width": ("fingerprint", "height_width"),
     "--birads": ("fingerprint", "birads"),
+    "--density": ("fingerprint", "density"),
+    "--chest-wall": ("fingerprint", "chest_wall"),
+    "--tissue-maps": ("fingerprint", "tissue_maps"),
     "--provider": ("fingerprint", "provider"),
 }  # where a run record keeps what each option decides: of a folder a hash, whose name ``options`` holds
 
@@ -200,7 +205,10 @@ def command_line(record: Mapping[str, Any]) -> str:
     if cells := record.get("fingerprint", {}).get("cells"):
         command, count = "busigen grid", typed.pop("--count")
         typed = {"--backgrounds": str(int(count or 0) // cells), **typed}
-    return " ".join([command, *(f"{option} {shlex.quote(value)}" for option, value in typed.items() if value)])
+    words = (
+        option if value == str(True) else f"{option} {shlex.quote(value)}" for option, value in typed.items() if value
+    )
+    return " ".join([command, *words])
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
@@ -223,6 +231,7 @@ class Sample:
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
     row: dict[str, Any]  # further manifest fields: JSON-able scalars under the same keys in every sample of a source
+    tissue: NDArray[np.uint8] | None = None  # of its background, by numbers of `busigen.phantoms.tissue`
 
 
 @dataclass(frozen=True)

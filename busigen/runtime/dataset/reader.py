@@ -32,6 +32,8 @@ from busigen.runtime.dataset.format import (
     RUN_FILE,
     SCHEMA_VERSION,
     SHARD_FOLDER,
+    TISSUE_COLUMN,
+    TISSUE_SUFFIX,
     Plan,
     Sample,
     key_of,
@@ -62,6 +64,9 @@ class _Fingerprint(Record):
     across: Text | None = None
     height_width: Text | None = None
     birads: Text | None = None
+    density: Text | None = None
+    chest_wall: Text | None = None
+    tissue_maps: Annotated[bool, Strict()] | None = None
 
 
 class SourceRecord(Record):
@@ -126,21 +131,22 @@ class _SampleRow(Record):
 
 @dataclass(frozen=True)
 class Member:
-    """One sample as it lies in a shard's tar: key, two PNG files' bytes and the decoded row."""
+    """One sample as it lies in a shard's tar: key, PNG files' bytes (of tissues, where there is one), decoded row."""
 
     key: str
     image: bytes
     mask: bytes
     row: dict[str, Any]
+    tissue: bytes | None = None
 
     @property
     def pictures(self) -> dict[str, bytes]:
-        """The two PNG files by their kind."""
-        return {"image": self.image, "mask": self.mask}
+        """The PNG files by their kind."""
+        return {"image": self.image, "mask": self.mask, **({} if self.tissue is None else {"tissue": self.tissue})}
 
     def decoded(self, kind: str) -> NDArray[Any]:
-        """Its "image", (256, 256) uint8, or its "mask", (256, 256) bool; a ValueError if that is no such PNG."""
-        mode = "L" if kind == "image" else "1"
+        """Its "image" or "tissue", (256, 256) uint8, or "mask", bool; a ValueError if that is no such PNG."""
+        mode = "1" if kind == "mask" else "L"
         try:
             # Pillow imports the code for a format here, which opens files.
             with looking(), Image.open(io.BytesIO(self.pictures[kind]), formats=("PNG",)) as image:
@@ -150,19 +156,19 @@ class Member:
                 image.load()
                 pixels = np.array(image)
                 # Pillow's true is the byte 255, which not all code takes for true as numpy does.
-                return pixels if kind == "image" else pixels.view(np.uint8) > 0
+                return pixels.view(np.uint8) > 0 if kind == "mask" else pixels
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"not a readable PNG ({error})") from error
 
     def sample(self) -> Sample:
         """It, decoded; an IntegrityError for damage."""
         row = checked(_SampleRow, self.row, f"The row of sample {self.key}", fix=_VERIFY)
-        own = {name: value for name, value in self.row.items() if name not in FIXED_COLUMNS}
+        own = {name: value for name, value in self.row.items() if name not in (*FIXED_COLUMNS, TISSUE_COLUMN)}
         try:
-            image, mask = self.decoded("image"), self.decoded("mask")
+            image, mask, *tissue = (self.decoded(kind) for kind in self.pictures)
         except ValueError as error:
             raise IntegrityError(f"Sample {self.key} is damaged: {error}.", fix=_VERIFY) from error
-        return Sample(row.index, row.attempt, row.label, image, mask, own)
+        return Sample(row.index, row.attempt, row.label, image, mask, own, *tissue)
 
 
 @dataclass(frozen=True)
@@ -303,14 +309,19 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
 
 
 def find_members(path: Path, indices: range) -> NDArray[np.int64]:
-    """Where a shard's tar, checked as by `read_members`, holds each index's members: ``(N, 3, 2)``, offset and size."""
+    """Where a shard's tar, checked as by `read_members`, holds each index's members: ``(N, K, 2)``, offset and size.
+
+    ``K`` is 4 where each sample has a map of its tissues, and else 3.
+    """
     with _reading(path), open_headers(path) as tar:
         found = [[(one.offset_data, one.size) for one in headers] for _, headers in _headers(path, tar, indices)]
+    if len({len(own) for own in found}) > 1:
+        raise IntegrityError(f"{path}: only some of its samples have a {TISSUE_SUFFIX}.", fix=_VERIFY)
     return np.array(found, np.int64)
 
 
 def read_member(path: Path, index: int, places: NDArray[np.int64]) -> Member:
-    """Read one sample from its places, ``(3, 2)``, of `find_members`; an IntegrityError if it is not there."""
+    """Read one sample from its places, ``(K, 2)``, of `find_members`; an IntegrityError if it is not there."""
     contents = []
     with _reading(path), open_file(path) as file:
         for offset, size in places.tolist():
@@ -328,35 +339,43 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _headers(path: Path, tar: TarHeaders, indices: range) -> Iterator[tuple[int, list[tarfile.TarInfo]]]:
-    """Each index with its members' headers, in order, and an IntegrityError where others follow."""
+    """Each index with its members' headers, in order, and an IntegrityError where others follow.
+
+    Members are image, mask and row, and after them the map of tissues where there is one.
+    """
+    *pictures, text = MEMBER_SUFFIXES
     for index in indices:
-        yield index, [_next_member(path, tar, f"{key_of(index)}.{suffix}") for suffix in MEMBER_SUFFIXES]
+        key = key_of(index)
+        found = [_next_member(path, tar, f"{key}.{suffix}") for suffix in pictures]
+        last = _next_member(path, tar, f"{key}.{text}", f"{key}.{TISSUE_SUFFIX}")
+        tissue = [last] if last.name == f"{key}.{TISSUE_SUFFIX}" else []
+        yield index, [*found, _next_member(path, tar, f"{key}.{text}") if tissue else last, *tissue]
     if (extra := tar.next()) is not None:
         raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
 
 
 def _member(path: Path, index: int, contents: Sequence[tuple[int, bytes]]) -> Member:
-    """A sample from its three members, each with the size that it should have."""
+    """A sample from its members, in the order of `_headers`, each with the size that it should have."""
     key = key_of(index)
-    for suffix, (size, content) in zip(MEMBER_SUFFIXES, contents, strict=True):
+    for suffix, (size, content) in zip((*MEMBER_SUFFIXES, TISSUE_SUFFIX), contents, strict=False):
         if len(content) != size:
             raise IntegrityError(f"{path}: {key}.{suffix} is cut short.", fix=_VERIFY)
-    image, mask, text = (content for _, content in contents)
+    image, mask, text, *tissue = (content for _, content in contents)
     try:
         row = parse_json(text, key)
     except ValueError:
         row = None
     if not isinstance(row, dict) or row.get("key") != key:
         raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
-    return Member(key=key, image=image, mask=mask, row=row)
+    return Member(key=key, image=image, mask=mask, row=row, tissue=tissue[0] if tissue else None)
 
 
-def _next_member(path: Path, tar: TarHeaders, expected: str) -> tarfile.TarInfo:
+def _next_member(path: Path, tar: TarHeaders, expected: str, other: str | None = None) -> tarfile.TarInfo:
     if (member := tar.next()) is None:
         raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
     # Names are only compared, so an absolute path, a "..", a link or a device fails here and does no harm.
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-    if member.name != expected or not plain:
+    if member.name not in (expected, other) or not plain:
         raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
     if not 0 < member.size <= MEMBER_LIMIT:
         problem = f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed."

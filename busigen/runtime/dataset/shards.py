@@ -35,6 +35,8 @@ from busigen.runtime.dataset.format import (
     FIRST_SCHEMA_VERSION,
     MEMBER_SUFFIXES,
     SHARD_FOLDER,
+    TISSUE_COLUMN,
+    TISSUE_SUFFIX,
     Rejection,
     Sample,
     SampleBatch,
@@ -203,7 +205,9 @@ def _check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
                 raise ValueError(f"sample {index}: {name} must be {wanted}, got {array.shape} {array.dtype}")
         if sample.label not in LESION_CLASSES:
             raise ValueError(f"sample {index}: label must be one of {LESION_CLASSES}, got {sample.label!r}")
-        if sample.row.keys() != types.keys():
+        if (sample.tissue is not None) != (TISSUE_COLUMN in types):
+            raise ValueError(f"sample {index}: it has a map of tissues, or lacks one, unlike its source's others")
+        if sample.row.keys() != types.keys() - {TISSUE_COLUMN}:
             raise ValueError(f"sample {index}: row must have fields {sorted(types)}, got {sorted(sample.row)}")
 
 
@@ -219,15 +223,19 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
         atomic_file(folder / tar_name) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for sample, (image, mask) in zip(samples, _ENCODERS.map(_encode, samples), strict=True):
+        for sample, (image, mask, *tissue) in zip(samples, _ENCODERS.map(_encode, samples), strict=True):
             files = {
                 "shard": tar_name,
                 "image_sha256": hashlib.sha256(image).hexdigest(),
                 "mask_sha256": hashlib.sha256(mask).hexdigest(),
             }
+            if tissue:
+                files[TISSUE_COLUMN] = hashlib.sha256(tissue[0]).hexdigest()
             row = row_of(sample, types, files)
             text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-            for suffix, content in zip(MEMBER_SUFFIXES, (image, mask, text), strict=True):
+            *pictures, last = MEMBER_SUFFIXES
+            suffixes = (*pictures, *[TISSUE_SUFFIX] * len(tissue), last)
+            for suffix, content in zip(suffixes, (image, mask, *tissue, text), strict=True):
                 # A new TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names, so nothing of this machine.
                 member = tarfile.TarInfo(f"{row['key']}.{suffix}")
                 member.size = len(content)
@@ -247,14 +255,15 @@ def row_of(sample: Sample, types: Mapping[str, type], files: Mapping[str, str]) 
         **files,
         "lesion_pixels": int(sample.mask.sum()),
         **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
-        **{name: _scalar(sample, name, kind) for name, kind in types.items()},
+        **{name: _scalar(sample, name, kind) for name, kind in types.items() if name != TISSUE_COLUMN},
     }
 
 
 def _encode(sample: Sample) -> list[bytes]:
-    """A sample's image as 8-bit grey PNG and its mask as a 1-bit one, without metadata."""
-    files = [io.BytesIO(), io.BytesIO()]
-    for pixels, file in zip((sample.image, sample.mask), files, strict=True):
+    """A sample's image and its map of tissues, if any, as 8-bit grey PNGs, its mask as a 1-bit one; no metadata."""
+    pictures = [sample.image, sample.mask, *([] if sample.tissue is None else [sample.tissue])]
+    files = [io.BytesIO() for _ in pictures]
+    for pixels, file in zip(pictures, files, strict=True):
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", **_PNG_OPTIONS)
     return [file.getvalue() for file in files]
 

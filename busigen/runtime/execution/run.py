@@ -24,6 +24,7 @@ from busigen.runtime.execution.workers import Coordinator, SourceMaker
 from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.backgrounds import AskedTissue, parse_tissue
 from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
 from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
 from busigen.runtime.sampling.grid import Grid
@@ -58,6 +59,9 @@ class SourceOptions:
     height_width: str | None = None
     taller_than_wide: bool = False
     birads: str | None = None
+    density: str | None = None  # of synthetic backgrounds' tissue, as the next two
+    chest_wall: str | None = None
+    tissue_maps: bool = False
     allow_fallback: bool = False  # where the provider cannot be used, go on with the processor
 
     def conditions(self) -> tuple[dict[str, float], SampleConditions]:
@@ -74,11 +78,21 @@ class SourceOptions:
             raise UsageError(problem, fix=f"Leave out {typed}, or --masks.")
         if refuse_jitter(self.jitter) and self.masks is None:
             raise UsageError(f"--jitter is {self.jitter:g}, without masks.", fix="Add --masks DIR.")
+        self._tissue()
         return parse_shares(self.classes), asked
 
     def grid(self) -> Grid | None:
         """What is varied; a ``UsageError`` where it cannot be."""
         return Grid.parse(self.vary) if self.vary else None
+
+    def _tissue(self) -> AskedTissue:
+        tissue = parse_tissue(self.density, self.chest_wall, self.tissue_maps)
+        if tissue and self.healthy != SYNTHETIC:
+            option = f"--{next(iter(tissue.typed())).replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for synthetic backgrounds, and --healthy is {self.healthy}.", fix=f"Leave {option} out."
+            )
+        return tissue
 
     def source(self, progress: Progress) -> Sampler:
         """Where samples come from; this checks bundle, provider, threads and batch size."""
@@ -101,6 +115,7 @@ class SourceOptions:
             asked=asked,
             jitter=self.jitter,
             grid=self.grid(),
+            tissue=self._tissue(),
             batch_size=self.batch_size,
         )
         if self._folders():

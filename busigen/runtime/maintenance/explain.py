@@ -23,6 +23,8 @@ from busigen.runtime.dataset.format import (
     MANIFEST_FILE,
     MEMBER_SUFFIXES,
     RUN_FILE,
+    TISSUE_COLUMN,
+    TISSUE_SUFFIX,
     Plan,
     Rejection,
     Source,
@@ -317,7 +319,9 @@ def explain(
                 with output_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     row = json.dumps(member.row, ensure_ascii=False).encode()
-                    for suffix, content in zip(MEMBER_SUFFIXES, (member.image, member.mask, row), strict=True):
+                    tissue = [] if member.tissue is None else [member.tissue]
+                    parts = (member.image, member.mask, row, *tissue)
+                    for suffix, content in zip((*MEMBER_SUFFIXES, TISSUE_SUFFIX), parts, strict=False):
                         with atomic_file(out / f"{member.key}.{suffix}") as file:
                             file.write(content)
             error = _disagreement(recorded, result)
@@ -351,7 +355,7 @@ def _replay(recorded: Recorded, source: Source) -> tuple[Replay, Member]:
         differs += [
             f"{name}: {field} is {describe(then)}, drawn again {describe(now)}."
             for field, then, now in differences(row, member.row)
-            if field not in ("image_sha256", "mask_sha256")
+            if field not in ("image_sha256", "mask_sha256", TISSUE_COLUMN)
         ]
     if recorded.refused is not None and recorded.refused != record.rejections:
         then, now = (

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from busigen.data.geometry import edit_region
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
-from busigen.runtime.dataset.format import Plan, differences, key_of, shard_path
+from busigen.phantoms.tissue import TISSUES
+from busigen.runtime.dataset.format import TISSUE_COLUMN, Plan, differences, key_of, shard_path
 from busigen.runtime.dataset.reader import Member, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
@@ -269,15 +270,21 @@ def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
     if member.row != row:
         changed = ", ".join(name for name, _, _ in differences(member.row, row))
         yield f"its json differs from its row in the table ({changed})."
+    if (member.tissue is None) != (row.get(TISSUE_COLUMN) is None):
+        yield "it has a map of tissues and its row none, or the other way round."
+        return
     for kind, content in member.pictures.items():
         if hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
             yield f"its {kind} has another sha256 than its row says."
     try:
         member.decoded("image")
         mask = member.decoded("mask")
+        tissue = None if member.tissue is None else member.decoded("tissue")
     except ValueError as error:
-        yield f"its image or mask is {error}."
+        yield f"its image or mask is {error}." if member.tissue is None else f"its image, mask or tissue is {error}."
         return
+    if tissue is not None and int(tissue.max()) >= len(TISSUES):
+        yield f"its tissue holds {int(tissue.max())}, which stands for none."
     box = lesion_box(mask) or (None, None, None, None)
     recorded = tuple(row[f"box_{side}"] for side in ("left", "top", "right", "bottom"))
     if int(mask.sum()) != row["lesion_pixels"] or box != recorded:

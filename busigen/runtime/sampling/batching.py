@@ -88,7 +88,7 @@ class Draft(DrawRequest):
             "asked_birads": birads,
             **self.given,
         }
-        return Sample(self.index, self.attempt, self.label, image, self.mask, row)
+        return Sample(self.index, self.attempt, self.label, image, self.mask, row, self.healthy.tissue)
 
 
 Outcome = Draft | Sample | Rejection  # of a stage for one draw: on to the next stage, accepted or refused

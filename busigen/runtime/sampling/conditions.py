@@ -40,10 +40,7 @@ class SampleConditions:
 
     def typed(self) -> dict[str, str | None]:
         """Each option's value as one would type it; ``None`` where nothing was asked."""
-        texts = {
-            name: None if name not in self.ranges else ":".join(map(_shortest, sorted(set(self.ranges[name]))))
-            for name in ATTRIBUTES
-        }
+        texts = {name: None if name not in self.ranges else range_text(self.ranges[name]) for name in ATTRIBUTES}
         return {**texts, "birads": self.birads}
 
     def values(self, seed: int, index: int, attempt: int = 0) -> dict[str, float]:
@@ -119,15 +116,29 @@ def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[st
             )
 
 
+def range_text(ends: tuple[float, float]) -> str:
+    """A range as one would type it: a number where both ends are one."""
+    return ":".join(map(_shortest, sorted(set(ends))))
+
+
 def _shortest(value: float) -> str:
     """The shortest text that reads back as the same number: what is recorded has to draw the same samples again."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _range(name: str, text: str) -> tuple[float, float]:
-    option, (least, greatest) = f"--{name.replace('_', '-')}", BOUNDS[name]
-    fix = f"Give {_MEANINGS[name]}, from {least:g} to {greatest:g}, as one number or a range such as "
-    fix += f"{least:g}:{greatest:g}."
+    least, greatest = BOUNDS[name]
+    fix = f"Give {_MEANINGS[name]}, from {least:g} to {greatest:g}"
+    return range_within(f"--{name.replace('_', '-')}", text, BOUNDS[name], fix)
+
+
+def range_within(option: str, text: str, bounds: tuple[float, float], fix: str) -> tuple[float, float]:
+    """The ends of a number or ``low:high`` that an option gives; a UsageError if it is neither, or out of bounds.
+
+    ``fix`` says what the option is and what its bounds are, without an end.
+    """
+    least, greatest = bounds
+    fix = f"{fix}, as one number or a range such as {least:g}:{greatest:g}."
     parts = text.split(":")
     try:
         numbers = [float(part) for part in parts]

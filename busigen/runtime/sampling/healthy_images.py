@@ -50,6 +50,7 @@ class Healthy:
     pixels: NDArray[np.uint8]
     valid: Mask  # pixels that are image rather than letterbox bars
     row: dict[str, Any]  # manifest fields: kind of background, file, hash, letterbox
+    tissue: NDArray[np.uint8] | None = None  # shaped like ``pixels``, of a background that began with a phantom
 
 
 def place_of(frame: tuple[int, int]) -> tuple[int, int, int, int]:

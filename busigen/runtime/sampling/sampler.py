@@ -28,6 +28,7 @@ from busigen.data.geometry import (
 from busigen.errors import AcceptanceError, CapacityError, UsageError
 from busigen.mtf import Kernels, Transfer, apply_to_pair
 from busigen.noise_styles import styled
+from busigen.phantoms.distribution import Phantom, filled
 from busigen.registry import (
     ATTRIBUTES,
     BUCKETS,
@@ -39,8 +40,9 @@ from busigen.registry import (
 )
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
-from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
+from busigen.runtime.dataset.format import TISSUE_COLUMN, Rejection, Sample, SampleBatch
 from busigen.runtime.sampling import given_masks, grid, quality_gates
+from busigen.runtime.sampling.backgrounds import TISSUE_MEASURES, AskedTissue, phantom_at, with_tissue
 from busigen.runtime.sampling.batching import (
     BEGIN,
     OUTLINE,
@@ -88,6 +90,7 @@ class Sampler:
         masks: MaskFolder | None = None,
         jitter: float = 0.0,
         grid: Grid | None = None,
+        tissue: AskedTissue | None = None,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -100,8 +103,14 @@ class Sampler:
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
         self.masks, self.jitter, self.grid = masks, jitter, grid
         self._group = len(grid.cells) if grid else 1
-        self._transfer = bundle.transfer
-        self.asked = asked or SampleConditions()
+        self._transfer, self._phantoms = bundle.transfer, bundle.phantoms
+        self.asked, self.tissue = asked or SampleConditions(), tissue or AskedTissue()
+        if self.tissue and self._phantoms is None:
+            option = f"--{next(iter(self.tissue.typed())).replace('_', '-')}"
+            raise UsageError(
+                f"{option} is given, and backgrounds of {bundle.folder} do not begin with phantoms.",
+                fix="Leave it out, or export a bundle with --phantoms.",
+            )
         self.batch_size = batch_size
         # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
         # A card takes the next call's inputs while it computes.
@@ -125,6 +134,7 @@ class Sampler:
             **({"jitter": self.jitter} if self.jitter else {}),
             **({"vary": self.grid.vary, "cells": self._group} if self.grid else {}),
             **self.asked.typed(),
+            **self.tissue.typed(),
             "gates": quality_gates.limits(),
         }
 
@@ -150,6 +160,8 @@ class Sampler:
             "asked_birads": str,
             **(given_masks.COLUMNS if self.masks else {}),
             **(grid.COLUMNS if self.grid else {}),
+            **(dict.fromkeys(TISSUE_MEASURES, float) if self._phantoms and not self.healthy else {}),
+            **({TISSUE_COLUMN: str} if self.tissue.maps else {}),
         }
 
     def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
@@ -310,13 +322,33 @@ class Sampler:
         if styles is not None:
             noise = styled(noise, styles, _noise(seed, batch, "style", styles.shape[1:]))
         full = rows_per_call(RESOLUTION, self.batch_size)
-        latents = self._run("prior", full, count, noise=noise, frame=places)
+        phantoms = self._phantoms_of(seed, batch, frames)
+        start = self._encoded([filled(found.image, place_of(f)) for found, f in zip(phantoms, frames, strict=False)])
+        latents = self._run("prior", full, count, noise=noise, frame=places, **start)
         speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
         speckle *= np.float32(self.bundle.background_speckle)
         nothing = np.zeros_like(speckle)
         decoder = self.bundle.background_decoder
         pixels = self._run(decoder, full, count, latents=latents, noise=speckle, mask=nothing)
-        return [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
+        made = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
+        if not phantoms:
+            return made
+        return [with_tissue(one, found, self.tissue.maps) for one, found in zip(made, phantoms, strict=True)]
+
+    def _phantoms_of(self, seed: int, batch: Sequence[DrawRequest], frames: Sequence[tuple[int, int]]) -> list[Phantom]:
+        """The phantoms that backgrounds begin with; none where they begin with noise alone."""
+        if self._phantoms is None:
+            return []
+        draws = zip(batch, frames, strict=True)
+        return [phantom_at(self._phantoms, seed, d.seeded, d.attempt, frame, self.tissue) for d, frame in draws]
+
+    def _encoded(self, images: Sequence[NDArray[np.uint8]]) -> dict[str, Floats]:
+        """The latents of whole images as the prior reads them; nothing for none."""
+        if not images:
+            return {}
+        full = rows_per_call(RESOLUTION, self.batch_size)
+        pixels = np.stack([to_unit(image)[None] for image in images])
+        return {"start": self._run(f"encoder@{RESOLUTION}", full, len(images), pixels=pixels)}
 
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         drafts = [draft for draft in batch if isinstance(draft, Draft)]

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from busigen.registry import CLASSES, LATENT_FACTOR, LESION_CLASSES, PAINTING, SOLVER_STEPS, SPECKLE_GAIN, Preset
+from busigen.registry import (
+    CLASSES,
+    LATENT_FACTOR,
+    LESION_CLASSES,
+    PAINTING,
+    SOLVER_STEPS,
+    SPECKLE_GAIN,
+    STARTED_STEPS,
+    Preset,
+)
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
 from busigen.training.networks.build import mask_condition, place_condition, region_condition
 
@@ -90,10 +99,12 @@ class Velocity(nn.Module):
         known = self.unet.times if self.is_stable_diffusion else (0.0, 1.0)
         return float(known[0]), float(known[-1])
 
-    def steps(self, name: str, count: int) -> list[SolverStep]:
-        """The solver's ``count`` steps for the denoiser of that stage."""
-        own: list[SolverStep] = self.unet.solver_steps(count) if self.is_stable_diffusion else solver_steps(name, count)
-        return own
+    def steps(self, name: str, count: int, start: float = 1.0) -> list[SolverStep]:
+        """The solver's ``count`` steps for the denoiser of that stage; ``start`` is not for Stable Diffusion."""
+        if self.is_stable_diffusion:
+            own: list[SolverStep] = self.unet.solver_steps(count)
+            return own
+        return solver_steps(name, count, start)
 
     def state(self, x: Tensor, t: Tensor) -> Tensor:
         """Points of the straight path at times ``(B,)``, as the denoiser reads them."""
@@ -160,7 +171,8 @@ class Networks:
 
     ``denoisers`` go by stage, or by ``<stage>-<class>`` with merged adapters; Stable Diffusion stands under all of
     `ADAPTERS`. ``steps`` are evaluations per stage; ``shown_at`` is `_Half`'s; ``prior_decoder`` draws backgrounds,
-    where the prior's latents are others than the stages'.
+    where the prior's latents are others than the stages'. With ``prior_start``, the prior starts at that
+    time, from phantoms.
     """
 
     preset: Preset
@@ -172,12 +184,17 @@ class Networks:
     steps: dict[str, int] = field(default_factory=lambda: dict(SOLVER_STEPS))
     shown_at: int | None = None
     prior_decoder: Decoder | None = None
+    prior_start: float | None = None
 
     def __post_init__(self) -> None:
         """Wrap encoder and decoder."""
         statistics = (self.latents_mean, self.latents_std, self.shown_at)
         self.encoder = Encoder(self.autoencoder.encoder, *statistics).eval()
         self.decoder = Decoder(self.autoencoder.decoder, *statistics).eval()
+
+    def start_prior(self, time: float) -> None:
+        """Let the prior start at a time from phantoms, with fewer evaluations."""
+        self.prior_start, self.steps["prior"] = time, STARTED_STEPS
 
     @property
     def channels(self) -> int:
@@ -212,7 +229,8 @@ class Networks:
         labels = torch.full((noise.shape[0],), CLASSES.index(label), device=noise.device)
         if velocity.is_stable_diffusion:
             labels = F.one_hot(torch.full_like(labels, ADAPTERS.index(f"{name}-{label}")), len(ADAPTERS))
-        table = velocity.steps(name, steps or self.steps[name])
+        start = self.prior_start if name == "prior" and self.prior_start is not None else 1.0
+        table = velocity.steps(name, steps or self.steps[name], start)
         return integrate(velocity, noise, labels, tokens, keep, table, *condition, fresh=fresh)
 
     def denoiser(self, name: str, label: str) -> Any:
@@ -227,8 +245,14 @@ class Networks:
         code = self.sample("mask", noise, label, tokens, keep, space.condition(asked))
         return space.distance(code, asked)
 
-    def background(self, noise: Tensor, frame: Tensor) -> Tensor:
-        """Sample the healthy prior from ``noise`` ``(B, C, s, s)``; ``frame`` is as for :func:`place_condition`."""
+    def background(self, noise: Tensor, frame: Tensor, start: Tensor | None = None) -> Tensor:
+        """Sample the healthy prior from ``noise`` ``(B, C, s, s)``; ``frame`` is as for :func:`place_condition`.
+
+        ``start`` are the latents, shaped alike, that become images with ``prior_start``.
+        """
+        if self.prior_start is not None:
+            assert start is not None
+            noise = self.prior_start * noise + (1.0 - self.prior_start) * start
         return self.sample("prior", noise, "normal", *self.no_context(len(noise)), place_condition(noise, frame))
 
     def no_context(self, batch: int) -> tuple[Tensor, Tensor]:

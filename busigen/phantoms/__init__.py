@@ -1,0 +1,1 @@
+"""Phantoms: procedural breast tissue, from random numbers alone, that synthetic backgrounds begin with."""

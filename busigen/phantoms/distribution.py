@@ -1,0 +1,104 @@
+"""Which phantoms there are: the fitted distribution of their parameters, and a phantom from normals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from busigen.phantoms.brightness import BrightnessMap, numbers_of
+from busigen.phantoms.imaging import b_mode, shown
+from busigen.phantoms.tissue import FIELDS, OTHERS, PARAMETERS, Canvas, Tissue, values_of
+from busigen.registry import RESOLUTION
+
+LIMIT = 3.0  # Deviations at which the parameters' normals are clipped.
+LARGEST = 20.0  # Greatest magnitude of a number in a bundle's ``mean`` and ``factor``.
+
+Floats = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One phantom: ``image``, and ``labels`` by `busigen.phantoms.tissue.TISSUES`, uint8 ``(H, W)``.
+
+    ``density`` is gland's share of gland and fat, ``chest_wall`` the depth of the muscle as a share of the height.
+    """
+
+    image: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    density: float
+    chest_wall: float
+
+
+@dataclass(frozen=True)
+class Phantoms:
+    """How phantoms are distributed: the normals behind ``PARAMETERS``, and what becomes of their brightness.
+
+    Attributes:
+        mean: ``(P,)``.
+        factor: ``(P, P)``, how independent normals make what is added to the mean.
+        brightness: None to leave it as it is.
+    """
+
+    mean: Floats
+    factor: Floats
+    brightness: BrightnessMap | None = None
+
+    @classmethod
+    def unfitted(cls) -> Self:
+        """Every parameter about the middle of what it may be."""
+        return cls(np.zeros(len(PARAMETERS)), np.eye(len(PARAMETERS)))
+
+    def parameters(self, normals: Floats) -> dict[str, float]:
+        """Parameters from ``(P,)`` standard normals."""
+        return values_of(self.mean + self.factor @ np.clip(normals, -LIMIT, LIMIT))
+
+    def drawn(self, parameters: Mapping[str, float], noise: NDArray[np.float32], height: int, width: int) -> Phantom:
+        """The phantom of these parameters; ``noise`` are `numbers_for` standard normals: all that is random beside."""
+        canvas = Canvas(parameters, noise, height, width)
+        tissue = Tissue(canvas)
+        density, chest_wall = tissue.density, tissue.chest_wall
+        grey = b_mode(canvas, tissue.decibels())
+        if self.brightness is not None:
+            grey = self.brightness(np.clip(grey, 0.0, 255.0))
+        return Phantom(shown(grey), tissue.labels, density, chest_wall)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a bundle."""
+        record: dict[str, Any] = {
+            "parameters": list(PARAMETERS),
+            "mean": np.round(self.mean, 4).tolist(),
+            "factor": np.round(self.factor, 4).tolist(),
+        }
+        return record | ({} if self.brightness is None else {"brightness": self.brightness.to_json()})
+
+    @classmethod
+    def from_json(cls, found: Any) -> Self:
+        """Read what `to_json` gave, further keys aside; a ValueError for all else."""
+        if not isinstance(found, dict) or found.get("parameters") != list(PARAMETERS):
+            raise ValueError("it does not name the phantoms' parameters")
+        count, rows = len(PARAMETERS), found.get("factor")
+        if not isinstance(rows, list) or len(rows) != count:
+            raise ValueError(f"'factor' has not {count} rows")
+        factor = np.stack([numbers_of(row, count, LARGEST) for row in rows])
+        brightness = found.get("brightness")
+        mapped = None if brightness is None else BrightnessMap.from_json(brightness)
+        return cls(numbers_of(found.get("mean"), count, LARGEST), factor, mapped)
+
+
+def numbers_for(height: int, width: int) -> int:
+    """How many standard normals a phantom of that size takes."""
+    return FIELDS * height * width + OTHERS
+
+
+def filled(image: NDArray[Any], place: tuple[int, int, int, int]) -> NDArray[Any]:
+    """An image at its place (top, left, height, width) in the working frame, mirrored beyond its borders.
+
+    So training shows images to the prior (`busigen.training.examples.Frame.filling`).
+    """
+    top, left, height, width = place
+    bars = ((top, RESOLUTION - top - height), (left, RESOLUTION - left - width))
+    return np.pad(image, bars, mode="reflect")

@@ -1,0 +1,49 @@
+"""B-mode of a phantom: shadows, attenuation, speckle and compression.
+
+Scatterers of a tissue's power, convolved with a point spread function that widens with depth, give speckle, which is
+attenuated, shadowed and compressed to grey levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from busigen.phantoms.tissue import Canvas
+
+Floats = NDArray[Any]
+
+
+def b_mode(canvas: Canvas, decibels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Grey levels of tissue with that backscatter, ``float32 (height, width)``, of which 0 to 255 can be shown."""
+    p, side = canvas.p, canvas.side
+    depth = canvas.rows / canvas.height
+    level = decibels - p["attenuation"] * depth ** p["bow"]
+    level += p["haze"] * canvas.field(p["haze_size"] * side, p["haze_size"] * side)
+    across = canvas.curve(1.0, 12) / canvas.height
+    shadow = np.clip(across - across.mean() - 1.2 + 1.5 * max(p["shadows"], 0.0), 0.0, 1.0)
+    level -= p["shadow_drop"] * shadow[None] * np.clip(3.0 * depth, 0.0, 1.0)
+    amplitude = (10.0 ** (level / 20.0)).astype(np.float32)
+    parts = [canvas.normals(canvas.height, canvas.width) * amplitude for _ in range(2)]
+    near, far = (_envelope(parts, p["axial"], lateral) for lateral in (p["lateral"], p["lateral"] + p["spread"]))
+    envelope = near * (1.0 - depth) + far * depth
+    # Compounding averages speckle (shorter bright streaks and all the rest stay): towards the mean power.
+    power = 2.0 * ndimage.gaussian_filter(amplitude**2, (p["axial"], p["lateral"]))
+    compressed = 10.0 * np.log10((1.0 - p["compound"]) * envelope**2 + p["compound"] * power + 1e-9)
+    # As a sonographer sets the gain: by what is near the skin.
+    grey = p["level"] + (compressed - np.median(compressed[: canvas.height // 2])) / p["range"]
+    return np.asarray(255.0 * grey, np.float32)
+
+
+def _envelope(parts: list[NDArray[np.float32]], axial: float, lateral: float) -> Floats:
+    """The magnitude of real and imaginary scatterers after a point spread function of these pixels, of mean power 2."""
+    real, imaginary = (ndimage.gaussian_filter(part, (axial, lateral)) for part in parts)
+    return np.asarray(np.hypot(real, imaginary) * np.sqrt(4.0 * np.pi * axial * lateral))
+
+
+def shown(grey: Floats) -> NDArray[np.uint8]:
+    """Grey levels as an image shows them."""
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)

@@ -1,0 +1,153 @@
+"""Phantoms: what is in them, what their numbers decide, and what a bundle may say of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from busigen.phantoms.brightness import LENGTH, BrightnessMap, changed, described
+from busigen.phantoms.distribution import Phantom, Phantoms, filled, numbers_for
+from busigen.phantoms.tissue import FASCIA, FAT, GLAND, MUSCLE, PARAMETERS, RIB, SEPTUM, SKIN
+from busigen.runtime.sampling.backgrounds import DENSITIES, AskedTissue, phantom_at
+
+FRAME = (190, 256)
+UNFITTED = Phantoms.unfitted()
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Phantom]:
+    return [phantom_at(UNFITTED, 3, index, 0, FRAME) for index in range(24)]
+
+
+def test_seed_index_and_attempt_decide_a_phantom_and_nothing_else_does(drawn: list[Phantom]) -> None:
+    again = phantom_at(UNFITTED, 3, 5, 0, FRAME)
+    assert np.array_equal(again.image, drawn[5].image) and np.array_equal(again.labels, drawn[5].labels)
+    for other in ((4, 5, 0), (3, 6, 0), (3, 5, 1)):
+        assert not np.array_equal(phantom_at(UNFITTED, *other, FRAME).image, drawn[5].image)
+
+
+@pytest.mark.parametrize("frame", [(256, 256), (256, 180), (97, 256), (32, 256), (256, 32)])
+def test_every_frame_that_a_bundle_may_record_can_be_drawn(frame: tuple[int, int]) -> None:
+    found = phantom_at(UNFITTED, 1, 2, 0, frame)
+    assert found.image.shape == found.labels.shape == frame
+    assert found.image.std() > 5
+
+
+def test_tissues_lie_in_the_order_in_which_they_lie_in_a_breast(drawn: list[Phantom]) -> None:
+    rows = np.arange(FRAME[0])[:, None] + np.zeros(FRAME)
+    seen = set[int]()
+    for one in drawn:
+        seen |= set(np.unique(one.labels).tolist())
+        depth = {kind: rows[one.labels == kind].mean() for kind in (SKIN, GLAND, MUSCLE) if (one.labels == kind).any()}
+        assert list(depth.values()) == sorted(depth.values())
+        assert (one.labels[0] == SKIN).all()
+    assert {SKIN, FAT, SEPTUM, GLAND, FASCIA, MUSCLE, RIB} <= seen
+
+
+def test_labels_tell_the_image(drawn: list[Phantom]) -> None:
+    """Septa are brighter than the fat that they bound, in the phantoms' own image."""
+    brighter = [
+        one.image[one.labels == SEPTUM].mean() > one.image[one.labels == FAT].mean()
+        for one in drawn
+        if (one.labels == SEPTUM).sum() > 100
+    ]
+    assert len(brighter) > 10 and np.mean(brighter) > 0.9
+
+
+@pytest.mark.parametrize("kind", DENSITIES)
+def test_the_density_asked_for_is_what_comes_out(kind: str) -> None:
+    low, high = DENSITIES[kind]
+    for index in range(6):
+        found = phantom_at(UNFITTED, 3, index, 0, FRAME, AskedTissue(density=kind))
+        # Counted on the map: lines of fascia and septa are drawn over what the density was chosen by.
+        gland, fat = (int(np.isin(found.labels, kinds).sum()) for kinds in ((GLAND,), (FAT, SEPTUM)))
+        assert low <= found.density <= high
+        assert abs(gland / (gland + fat) - found.density) < 0.06
+
+
+def test_the_chest_wall_asked_for_is_what_comes_out() -> None:
+    for index in range(6):
+        found = phantom_at(UNFITTED, 3, index, 0, FRAME, AskedTissue(chest_wall=(0.5, 0.6)))
+        assert 0.5 <= found.chest_wall <= 0.6
+        top = (np.isin(found.labels, (MUSCLE, RIB, FASCIA))).argmax(axis=0).mean() / FRAME[0]
+        assert abs(top - found.chest_wall) < 0.05
+
+
+def test_what_cannot_be_had_at_once_is_met_as_nearly_as_can_be() -> None:
+    def missed(one: Phantom) -> float:
+        return max(0.75 - one.density, one.chest_wall - 0.31)
+
+    asked = AskedTissue(density="D", chest_wall=(0.3, 0.31))
+    assert missed(phantom_at(UNFITTED, 3, 0, 0, FRAME, asked)) < 0.5 * missed(phantom_at(UNFITTED, 3, 0, 0, FRAME))
+
+
+def test_an_image_of_the_same_description_is_itself(drawn: list[Phantom]) -> None:
+    grey = drawn[0].image.astype(np.float32)
+    found = described(grey)
+    assert found.shape == (LENGTH,)
+    assert np.abs(changed(grey, found, found) - grey).max() < 1e-3
+
+
+def test_the_map_gives_phantoms_the_brightness_and_contrast_of_others(drawn: list[Phantom]) -> None:
+    """Others here are phantoms made darker towards their end, and flatter."""
+    ramp = np.linspace(1.0, 0.4, FRAME[0])[:, None]
+    others = [90.0 + 0.5 * (phantom_at(UNFITTED, 9, k, 0, FRAME).image * ramp - 90.0) for k in range(120)]
+    own = [phantom_at(UNFITTED, 8, k, 0, FRAME).image.astype(np.float64) for k in range(120)]
+    wanted = np.array([described(image) for image in others])
+    fitted = BrightnessMap.fit(np.array([described(image) for image in own]), wanted)
+    found = np.array([described(fitted(image)) for image in own])
+    before = np.array([described(image) for image in own])
+    spread = wanted.std(axis=0)
+
+    def apart(descriptions: Any) -> float:
+        return float(np.abs((descriptions - wanted).mean(axis=0) / spread).mean())
+
+    # Two sets of 120 from one distribution are 0.1 apart.
+    assert apart(found) < 0.2 < 0.5 * apart(before)
+    assert 0.8 < np.median(found.std(axis=0) / spread) < 1.2
+    assert BrightnessMap.from_json(fitted.to_json())(own[0]) == pytest.approx(fitted(own[0]), abs=0.1)
+
+
+def test_phantoms_come_back_from_json() -> None:
+    rng = np.random.default_rng(0)
+    count = len(PARAMETERS)
+    phantoms = Phantoms(rng.normal(size=count).round(4), rng.normal(size=(count, count)).round(4))
+    again = Phantoms.from_json(phantoms.to_json())
+    assert np.array_equal(again.mean, phantoms.mean) and np.array_equal(again.factor, phantoms.factor)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [0.0]},
+        {"mean": [float("nan")] * len(PARAMETERS)},
+        {"mean": [1e9] * len(PARAMETERS)},
+        {"mean": [True] * len(PARAMETERS)},
+        {"factor": []},
+        {"factor": [[0.0]] * len(PARAMETERS)},
+        {"factor": "x"},
+        {"parameters": ["skin"]},
+        {"brightness": {"origin": []}},
+        {"brightness": {"origin": [0.0] * LENGTH, "target": [0.0] * LENGTH, "matrix": [0.0]}},
+    ],
+)
+def test_what_is_no_distribution_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Phantoms.from_json(UNFITTED.to_json() | change)
+
+
+def test_a_phantom_beside_its_frame_is_mirrored() -> None:
+    image = np.arange(200 * 150, dtype=np.int64).reshape(200, 150)
+    whole = filled(image, (0, 53, 200, 150))
+    assert whole.shape == (256, 256) and np.array_equal(whole[:200, 53:203], image)
+    assert np.array_equal(whole[200:, 53:203], image[198:142:-1])
+
+
+def test_no_phantom_runs_out_of_numbers() -> None:
+    """Parameters at their ends take the most lobules."""
+    for value in (-50.0, 50.0):
+        phantoms = Phantoms(np.full(len(PARAMETERS), value), np.zeros((len(PARAMETERS),) * 2))
+        noise = np.random.default_rng(0).standard_normal(numbers_for(*FRAME)).astype(np.float32)
+        assert phantoms.drawn(phantoms.parameters(np.zeros(len(PARAMETERS))), noise, *FRAME).image.shape == FRAME

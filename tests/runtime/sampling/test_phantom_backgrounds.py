@@ -1,0 +1,180 @@
+"""A bundle whose backgrounds begin with phantoms: what it draws, what it keeps, and who is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from onnx import helper, numpy_helper
+from PIL import Image
+
+from busigen.api.functions import generate as drawn_pairs
+from busigen.api.pairs import Dataset
+from busigen.errors import InputError, IntegrityError, UsageError
+from busigen.phantoms.distribution import Phantoms
+from busigen.phantoms.tissue import FAT, GLAND, OUTSIDE, SEPTUM, TISSUES
+from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.onnxruntime import OnnxBackend
+from busigen.runtime.dataset.format import Sample
+from busigen.runtime.execution.run import GenerateOptions
+from busigen.runtime.maintenance.explain import explain
+from busigen.runtime.maintenance.replay import Inputs
+from busigen.runtime.maintenance.verify import verify
+from busigen.runtime.progress import Progress
+from busigen.runtime.sampling.backgrounds import AskedTissue
+from busigen.runtime.sampling.sampler import Sampler
+from tests.harness.made_bundles import loaded, saved, stated, written
+
+START = 0.5
+MIX = {"benign": 0.5, "malignant": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped bundle with a prior that starts from phantoms: its noise is mixed with them, its times end sooner."""
+    info, place = stated(), tmp_path_factory.mktemp("started") / "bundle"
+    model = loaded(info, "prior")
+    graph = model.graph
+    for node in graph.node:
+        node.input[:] = ["mixed" if name == "noise" else name for name in node.input]
+    (noise,) = (value for value in graph.input if value.name == "noise")
+    start = graph.input.add()
+    start.CopyFrom(noise)
+    start.name = "start"
+    for name, share in (("noise", START), ("start", 1.0 - START)):
+        graph.initializer.append(numpy_helper.from_array(np.array(share, np.float32), f"share/{name}"))
+        graph.node.insert(0, helper.make_node("Mul", [name, f"share/{name}"], [f"part/{name}"]))
+    graph.node.insert(2, helper.make_node("Add", ["part/noise", "part/start"], ["mixed"]))
+    (body,) = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    tables = [one for part in (graph, body) for one in part.initializer if one.name in ("solver/t", "solver/s")]
+    assert len(tables) == 2
+    for table in tables:
+        table.CopyFrom(numpy_helper.from_array(np.float32(START) * numpy_helper.to_array(table), table.name))
+    record = info["graphs"]["prior"]
+    info["graphs"]["prior"] = {**record, **saved(place, model, "started.onnx", record["files"])}
+    info |= {"schema": 7, "phantoms": {**Phantoms.unfitted().to_json(), "start": START}}
+    return written(place, info)
+
+
+def drawn(folder: Path, indices: range, batch: int = 2, tissue: AskedTissue | None = None) -> list[Sample]:
+    bundle = Bundle.open(folder)
+    sampler = Sampler(bundle, OnnxBackend(bundle), classes=MIX, tissue=tissue, batch_size=batch)
+    return sampler.draw(3, indices, lambda done: None).samples
+
+
+def test_backgrounds_follow_their_phantoms(folder: Path) -> None:
+    """Gland, which is drawn brighter than fat, is brighter in most of the finished backgrounds."""
+    samples = drawn(folder, range(6), batch=4, tissue=AskedTissue(maps=True))
+    differences = []
+    for sample in samples:
+        assert sample.tissue is not None and sample.tissue.shape == sample.image.shape
+        elsewhere = ~sample.mask
+        gland, fat = (np.isin(sample.tissue, kinds) & elsewhere for kinds in ((GLAND,), (FAT, SEPTUM)))
+        if min(gland.sum(), fat.sum()) > 500:
+            differences.append(float(sample.image[gland].mean()) - float(sample.image[fat].mean()))
+    assert len(differences) >= 4 and np.mean(np.array(differences) > 0) > 0.6
+
+
+def test_batches_decide_nothing(folder: Path) -> None:
+    asked = AskedTissue(density="C", maps=True)
+    together, alone = drawn(folder, range(4), 8, asked), drawn(folder, range(2, 3), 2, asked)
+    assert np.array_equal(together[2].image, alone[0].image)
+    assert together[2].tissue is not None and np.array_equal(together[2].tissue, alone[0].tissue)
+    assert together[2].row == alone[0].row and 0.5 <= alone[0].row["density"] <= 0.75
+
+
+@pytest.fixture(scope="module")
+def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tissue") / "set"
+    options = GenerateOptions(
+        out=out, bundle=folder, count=3, shard_size=2, batch_size=2, tissue_maps=True, chest_wall="0.5:0.7"
+    )
+    options.run(Progress())
+    return out
+
+
+def test_maps_lie_beside_images_and_are_verified(dataset: Path, folder: Path) -> None:
+    assert verify(dataset).ok
+    manifest = pl.read_parquet(dataset / "manifest.parquet")
+    assert manifest["chest_wall"].is_between(0.5, 0.7).all()
+    with tarfile.open(dataset / "shards" / "000000.tar") as tar:
+        assert [name.partition(".")[2] for name in tar.getnames()[:4]] == [
+            "image.png",
+            "mask.png",
+            "tissue.png",
+            "json",
+        ]
+        image, tissue = (
+            np.asarray(Image.open(io.BytesIO(tar.extractfile(f"000000000.{kind}.png").read())))  # type: ignore[union-attr]
+            for kind in ("image", "tissue")
+        )
+    assert tissue.dtype == np.uint8 and tissue.max() < len(TISSUES)
+    # Nothing but bars is outside.
+    assert (image[tissue == OUTSIDE] == 0).all() and (tissue != OUTSIDE).mean() > 0.5
+    pair = Dataset(dataset)[0]
+    assert pair.tissue is not None and np.array_equal(pair.tissue, tissue)
+    again = next(iter(drawn_pairs(1, bundle=folder, tissue_maps=True, chest_wall=(0.5, 0.7), batch_size=2)))
+    assert again.tissue is not None and np.array_equal(again.tissue, tissue) and np.array_equal(again.image, image)
+
+
+def test_a_sample_and_its_map_are_drawn_again(dataset: Path, folder: Path, tmp_path: Path) -> None:
+    found = explain(dataset, "000000001", inputs=Inputs(bundle=folder), out=tmp_path / "again")
+    assert found.error is None and found.replay is not None and not found.replay.differs
+    assert (tmp_path / "again" / "000000001.tissue.png").is_file()
+
+
+def rewritten(dataset: Path, copy: Path, change: dict[str, bytes | None]) -> Path:
+    """A dataset whose first tar holds other content under some names, or lacks them."""
+    for path in dataset.rglob("*"):
+        if path.is_file():
+            (copy / path.relative_to(dataset)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(dataset)).write_bytes(path.read_bytes())
+    name = copy / "shards" / "000000.tar"
+    with tarfile.open(dataset / "shards" / "000000.tar") as source, tarfile.open(name, "w") as target:
+        for member in source:
+            content = change.get(member.name, source.extractfile(member).read())  # type: ignore[union-attr]
+            if content is not None:
+                member.size = len(content)
+                target.addfile(member, io.BytesIO(content))
+    return copy
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no PNG"])
+def test_a_map_that_is_gone_or_changed_is_found(dataset: Path, tmp_path: Path, content: bytes | None) -> None:
+    report = verify(rewritten(dataset, tmp_path / "copy", {"000000000.tissue.png": content}))
+    assert not report.ok
+    assert any("shards/000000.tar" in str(problem) for problem in report.problems)
+
+
+def test_what_has_no_phantoms_gives_no_map(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--density is given"):
+        GenerateOptions(out=tmp_path / "set", count=1, density="b").run(Progress())
+    with pytest.raises(UsageError, match="--tissue-maps is for synthetic backgrounds"):
+        GenerateOptions(out=tmp_path / "set", count=1, tissue_maps=True, healthy=str(tmp_path)).run(Progress())
+    assert Bundle.open(default_bundle()).phantoms is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"density": "E"}, "--density is 'E'"), ({"chest_wall": "0.1"}, "--chest-wall is '0.1'")],
+)
+def test_what_cannot_be_asked_is_refused(options: dict[str, str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        GenerateOptions(out=tmp_path / "set", count=1, **options).run(Progress())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("phantoms", [{}, {"start": 0.5}, {**Phantoms.unfitted().to_json(), "start": 1.5}, None])
+def test_a_record_of_other_phantoms_is_refused(folder: Path, tmp_path: Path, phantoms: object) -> None:
+    info = json.loads((folder / "bundle.json").read_text())
+    copy = tmp_path / "bundle"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "bundle.json").write_text(json.dumps(info | {"phantoms": phantoms}))
+    with pytest.raises((IntegrityError, InputError), match="phantoms"):
+        Bundle.open(copy)
