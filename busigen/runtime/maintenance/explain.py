@@ -38,6 +38,7 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_row
 from busigen.runtime.maintenance.merge import find_sample
 from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now
 from busigen.runtime.maintenance.verify import read_run
+from busigen.runtime.sampling.placement import Placement
 from busigen.runtime.storage.files import output_errors
 from busigen.text import describe, unproven_line
 
@@ -264,9 +265,10 @@ class Explanation:
         else:
             yield f"  painted into  a {background['kind'] or 'generated'} background"
         if (mask := past["given_mask"])["sha256"]:
-            turned = "mirrored, " if mask["mirrored"] else ""
             yield f"  outline       {mask['file']} of {mask['folder']} ({mask['sha256']})"
-            yield f"                {turned}scaled by {mask['scale']:.4g}, {mask['left']} across, {mask['top']} down"
+            if at := Placement.recorded(past["row"]):
+                turned = "mirrored, " if at.mirrored else ""
+                yield f"                {turned}scaled by {at.scale:.4g}, {at.left} across, {at.top} down"
         attempts, refused = "1, nothing refused", past["refused"]
         if refused is None:
             attempts = "unknown: the record is lost"

@@ -280,6 +280,8 @@ class Sampler:
         if self.masks and (partner := self.masks.partner(self.masks.at(draw.index), healthy)):
             return healthy.of(partner)
         first = int(uniform(seed, draw.seeded, draw.attempt, "healthy") * len(healthy))
+        if self.grid and not draw.attempt:
+            first = draw.seeded % len(healthy)  # In turn, so that its backgrounds are different ones.
         if self.masks:
             native, at = self._placed(self.masks, seed, draw)
             for number in range(first, first + min(len(healthy), PROBED_IMAGES)):
