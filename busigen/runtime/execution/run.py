@@ -24,7 +24,13 @@ from busigen.runtime.execution.workers import Coordinator, SourceMaker
 from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
+from busigen.runtime.sampling.conditions import (
+    SampleConditions,
+    hardly_known,
+    parse_conditions,
+    parse_shares,
+    refuse_normals,
+)
 from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -46,6 +52,7 @@ class SourceOptions:
     frames: int = 1  # of each DICOM file among the healthy images
     masks: Path | None = None  # a folder of masks, which take the place of stage 1
     jitter: float = 0.0  # share by which they are moved and scaled
+    normals: float = 0.0  # share of the samples that have no lesion
     vary: str | None = None  # of a grid: what is varied on each background
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
@@ -57,7 +64,7 @@ class SourceOptions:
     across: str | None = None
     height_width: str | None = None
     taller_than_wide: bool = False
-    birads: str | None = None
+    birads: str | None = None  # a category, or several with their shares
     allow_fallback: bool = False  # where the provider cannot be used, go on with the processor
 
     def conditions(self) -> tuple[dict[str, float], SampleConditions]:
@@ -74,6 +81,8 @@ class SourceOptions:
             raise UsageError(problem, fix=f"Leave out {typed}, or --masks.")
         if refuse_jitter(self.jitter) and self.masks is None:
             raise UsageError(f"--jitter is {self.jitter:g}, without masks.", fix="Add --masks DIR.")
+        if refuse_normals(self.normals) and grid:
+            raise UsageError(f"--normals is {self.normals:g}, and a grid varies lesions.", fix="Leave out --normals.")
         return parse_shares(self.classes), asked
 
     def grid(self) -> Grid | None:
@@ -101,6 +110,7 @@ class SourceOptions:
             asked=asked,
             jitter=self.jitter,
             grid=self.grid(),
+            normals=self.normals,
             batch_size=self.batch_size,
         )
         if self._folders():

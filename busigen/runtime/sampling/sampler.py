@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from busigen.registry import (
     BUCKETS,
     DEFAULT_BATCH,
     MIN_BATCH,
+    NORMAL,
     RESOLUTION,
     SYNTHETIC,
     rows_per_call,
@@ -53,8 +55,8 @@ from busigen.runtime.sampling.batching import (
     in_order,
     of_whole_groups,
 )
-from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
-from busigen.runtime.sampling.given_masks import MaskFolder
+from busigen.runtime.sampling.conditions import SampleConditions, dealt, measured
+from busigen.runtime.sampling.given_masks import GivenMask, MaskFolder
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform, uniforms
@@ -71,9 +73,10 @@ class Sampler:
 
     Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
     each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). Of a ``grid``, all
-    samples of a background share it and their noise, and what is ``asked`` but for their levels. ``batch_size``, 1 to
-    4096 or a UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer
-    than ``MIN_BATCH``.
+    samples of a background share it and their noise, and what is ``asked`` but for their levels. ``normals``, from 0 to
+    below 1, is the share of samples that are a healthy image and an empty mask. ``batch_size``, 1 to 4096 or a
+    UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer than
+    ``MIN_BATCH``.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Sampler:
         masks: MaskFolder | None = None,
         jitter: float = 0.0,
         grid: Grid | None = None,
+        normals: float = 0.0,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -97,7 +101,7 @@ class Sampler:
                 fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
             )
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
-        self.masks, self.jitter, self.grid = masks, jitter, grid
+        self.masks, self.jitter, self.grid, self.normals = masks, jitter, grid, normals
         self._group = len(grid.cells) if grid else 1
         self._shared: OrderedDict[tuple[int, int], Healthy] = OrderedDict()  # a grid's last synthetic backgrounds
         self._transfer = bundle.transfer
@@ -124,6 +128,7 @@ class Sampler:
             **({"masks": self.masks.fingerprint(self.healthy)} if self.masks else {}),
             **({"jitter": self.jitter} if self.jitter else {}),
             **({"vary": self.grid.vary, "cells": self._group} if self.grid else {}),
+            **({"normals": self.normals} if self.normals else {}),
             **self.asked.typed(),
             "gates": quality_gates.limits(),
         }
@@ -170,8 +175,9 @@ class Sampler:
         def refused(rejection: Rejection) -> None:
             reasons[rejection.reason] += 1
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
-                given = f" Its mask is {self.masks.at(rejection.index).file}." if self.masks else ""
-                less = ", or take this mask out" if self.masks else ", or ask for less" if self.asked else ""
+                mask = self._mask(rejection.index)
+                given = f" Its mask is {mask.file}." if mask else ""
+                less = ", or take this mask out" if mask else ", or ask for less" if self.asked else ""
                 raise AcceptanceError(
                     f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
                     fix=f"Use another bundle or other healthy images{less}. "
@@ -225,38 +231,69 @@ class Sampler:
             picked = self._shared_backgrounds(seed, batch)
         else:
             picked = self._backgrounds(seed, batch)
-        drafts = [
-            Draft(
-                index=job.index,
-                attempt=job.attempt,
-                position=job.position,
-                label=self._label(job.index),
-                healthy=picture,
-                group=job.group,
-                given=self.grid.row(job.index) if self.grid else {},
-                wanted=self._conditions(job.index).values(seed, job.seeded),
-            )
-            for job, picture in zip(batch, picked, strict=True)
-        ]
+        drafts = [self._draft(seed, job, picture) for job, picture in zip(batch, picked, strict=True)]
         # Those of a folder were judged when it was read, and a grid's when they were drawn.
         judged = self.healthy is not None or self.grid is not None
         backgrounds = [] if judged else [draft.healthy.pixels for draft in drafts]
         reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
         begun = [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
-        return [self._with_given(seed, one) if isinstance(one, Draft) else one for one in begun]
+        return [self._on_its_way(seed, one) if isinstance(one, Draft) else one for one in begun]
 
-    def _label(self, index: int) -> str:
-        if self.masks:
-            return self.masks.label_at(index, self.classes)
-        own = self.grid.cell(index).get("class") if self.grid else None
-        return own or class_at(index // self._group, self.classes)
+    def _turn(self, index: int) -> tuple[bool, int]:
+        """Whether a sample has a lesion, and how many that are like it in that came before; of a grid, backgrounds."""
+        if not self.normals:
+            return True, index // self._group
+        share = Fraction(str(self.normals))
+        kind, number = dealt(index, {"lesion": 1 - share, NORMAL: share})
+        return kind != NORMAL, number
 
-    def _conditions(self, index: int) -> SampleConditions:
-        return self.grid.conditions(index, self.asked) if self.grid else self.asked
+    def _draft(self, seed: int, job: DrawRequest, picture: Healthy) -> Draft:
+        """The draw on its background: whether it gets a lesion, of what class, and what is asked of that."""
+        lesion, turn = self._turn(job.index)
+        draft = Draft(
+            index=job.index,
+            attempt=job.attempt,
+            position=job.position,
+            label=NORMAL,
+            healthy=picture,
+            group=job.group,
+        )
+        if not lesion:
+            return draft
+        asked = self.grid.conditions(job.index, self.asked) if self.grid else self.asked
+        own = self.grid.cell(job.index).get("class") if self.grid else None
+        label, number = (own, turn) if own else dealt(turn, self.classes)
+        return replace(
+            draft,
+            label=self.masks.label_at(turn, self.classes) if self.masks else label,
+            given=self.grid.row(job.index) if self.grid else {},
+            wanted=asked.values(seed, job.seeded),
+            birads=asked.category(number),
+        )
+
+    def _mask(self, index: int) -> GivenMask | None:
+        """The user's mask of a sample; None where it has none."""
+        lesion, turn = self._turn(index)
+        return self.masks.at(turn) if self.masks and lesion else None
+
+    def _on_its_way(self, seed: int, draft: Draft) -> Outcome:
+        """What becomes of a draft whose background is fit: to the next stage with a lesion, finished without one."""
+        return self._normal(seed, draft) if draft.label == NORMAL else self._with_given(seed, draft)
+
+    def _normal(self, seed: int, draft: Draft) -> Sample:
+        """The sample without a lesion; its background is all there is, filtered as if there were one."""
+        empty = np.zeros_like(draft.healthy.valid)
+        image = self._shown(seed, replace(draft, edit=empty), draft.healthy.pixels)
+        row = {**dict.fromkeys(self.row_types()), **draft.healthy.row, "edit_pixels": 0}
+        return Sample(draft.index, draft.attempt, NORMAL, image, empty, row)
 
     def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
-        """The healthy image of a draw: that which has its mask's name, else any."""
-        partner = self.masks.partner(self.masks.at(draw.index), healthy) if self.masks else None
+        """The healthy image of a draw: that which has its mask's name, else any; all take turns without a lesion."""
+        lesion, turn = self._turn(draw.index)
+        if not lesion:
+            return healthy.numbered((int(uniform(seed, 0, 0, "normals") * len(healthy)) + turn) % len(healthy))
+        mask = self._mask(draw.index)
+        partner = self.masks.partner(mask, healthy) if self.masks and mask else None
         attempt = 0 if self.grid else draw.attempt
         return healthy.of(partner) if partner else healthy.pick(uniform(seed, draw.seeded, attempt, "healthy"))
 
@@ -264,7 +301,8 @@ class Sampler:
         """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
         if self.masks is None:
             return draft
-        item, native = self.masks.at(draft.index), self.masks.native(draft.index)
+        _, turn = self._turn(draft.index)
+        item, native = self.masks.at(turn), self.masks.native(turn)
         draws = uniforms(seed, draft.index, draft.attempt, "jitter", 4)
         found = place(native, draft.healthy.valid, self.jitter, draws)
         mask = found.apply(native)
@@ -300,8 +338,8 @@ class Sampler:
         shapes, count = self.bundle.frames, len(batch)
         frames = [
             # A mask's own frame, in which all of it lies where it does in its image.
-            self.masks.at(d.index).frame
-            if self.masks
+            mask.frame
+            if (mask := self._mask(d.index))
             else shapes[int(uniform(seed, d.index, d.attempt, "frame") * len(shapes))]
             for d in batch
         ]
@@ -340,8 +378,7 @@ class Sampler:
             assert draft.mask is not None
             picture = self._shown(seed, draft, image)
             reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            birads = self._conditions(draft.index).birads
-            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, birads))
+            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -360,7 +397,7 @@ class Sampler:
             "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
             "tokens": self._whole_tokens(batch, keep),
             "keep": keep,
-            "asked": np.stack([self._conditions(d.index).vector(d.wanted, d.healthy.valid) for d in batch]),
+            "asked": np.stack([self.asked.vector(d.wanted, d.birads, d.healthy.valid) for d in batch]),
         }
         distance = self._run(f"mask-{batch[0].label}", self._rows(), len(batch), **inputs)
         return [field[0] > 0 for field in distance]
