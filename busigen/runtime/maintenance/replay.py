@@ -130,7 +130,7 @@ class Inputs:
 
 
 def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Class weights, conditions, jitter, grid and share of normals of a run, as :class:`Sampler` takes them, or an IntegrityError."""
+    """What decides a run's samples beside its folders, as :class:`Sampler` takes it, or an IntegrityError."""
     recorded = run["fingerprint"]
     try:
         classes = parse_classes(",".join(f"{name}={weight!r}" for name, weight in recorded["classes"].items()))

@@ -31,7 +31,7 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class SampleConditions:
-    """The conditions of a run: a range per attribute (equal ends for a single value), and weights of BI-RADS categories.
+    """The conditions of a run: a range per attribute (equal ends for a single value), weights of BI-RADS categories.
 
     Without weights, no category is asked for.
     """
