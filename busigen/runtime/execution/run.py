@@ -207,7 +207,11 @@ class GenerateOptions(SourceOptions):
                 refuse_other_run(output.name, existing, sampler, plan, self._folders())
 
         processes = (self.workers or 1) if self.ray_address is None else 1
-        return self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
+        sampler = self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
+        if plan and sampler.healthy and (wanted := int(self.normals * plan.count)) > len(sampler.healthy):
+            problem = f"--normals {self.normals:g} asks for {wanted} images without a lesion"
+            progress.note(f"{problem}, and --healthy has {len(sampler.healthy)}: they are there several times")
+        return sampler
 
     def require_memory(self, processes: int) -> None:
         """A CapacityError if so many processes cannot open the bundle's graphs on this machine's processor."""
