@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from busigen.api.functions import source_options
 from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
@@ -52,6 +53,11 @@ def test_each_class_gets_the_mix_of_categories_and_stage_1_is_told() -> None:
     assert found == {("benign", "3"): 2, ("benign", "4"): 6, ("malignant", "3"): 2, ("malignant", "4"): 6}
     # Batches are padded with their last row, which leaves no category out and adds none.
     assert set(told) == {3, 4}
+
+
+def test_a_mix_is_given_in_python_as_a_dictionary() -> None:
+    options = source_options({"birads": {2: 0.25, 4: 0.75}, "normals": 0.2})
+    assert options.conditions()[1].typed()["birads"] == "2:0.25,4:0.75"
 
 
 def test_a_sample_asked_one_category_is_the_same_in_a_mix_that_deals_it_that() -> None:
