@@ -93,11 +93,14 @@ def apply_to_pair(
 ) -> NDArray[np.uint8]:
     """A pair's image after its filters; outside the edit region it equals the filtered ``background``.
 
-    All are ``(256, 256)``; ``valid`` pixels are no letterbox bars, and ``edit`` says where image and background differ.
+    All are ``(256, 256)``; ``valid`` pixels are no letterbox bars, and ``edit`` says where image and background differ,
+    nowhere where there is no lesion.
     """
     frame = around(valid, 0)
     result = background.copy()
     result[frame] = passed(background[frame], filters)
+    if not edit.any():
+        return result
     rows, columns = (
         slice(max(part.start, whole.start), min(part.stop, whole.stop))
         for part, whole in zip(around(edit, RADIUS), frame, strict=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 RESOLUTION = 256  # Side of the square, letterboxed working image in pixels.
 CLASSES = ("normal", "benign", "malignant")  # Every image class, in the order of the denoisers' class embedding.
 LESION_CLASSES = ("benign", "malignant")  # The classes with a LoRA adapter, which ``generate --classes`` accepts.
+NORMAL = "normal"  # The class of a healthy image, which a dataset may hold as well.
+SAMPLE_CLASSES = (*LESION_CLASSES, NORMAL)  # Those that a dataset's samples can have, in the order of their labels.
 SYNTHETIC = "synthetic"  # The value of ``generate --healthy`` that asks for synthetic backgrounds.
 STAGES = ("mask", "lesion", "blend")  # The three denoising stages, in sampling order.
 BUCKETS = (128, 256)  # Window sides in pixels; each sample uses the smallest that holds its edit region.

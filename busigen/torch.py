@@ -16,7 +16,7 @@ import numpy as np
 from busigen.api.functions import Place, SampleOptions, indices_of, source_options
 from busigen.api.pairs import Dataset, Pair, drawn
 from busigen.errors import UsageError, needs
-from busigen.registry import DEFAULT_BATCH, LESION_CLASSES
+from busigen.registry import DEFAULT_BATCH, SAMPLE_CLASSES
 from busigen.runtime.backends.base import usable_cores
 from busigen.runtime.dataset.format import MAX_COUNT
 from busigen.runtime.execution.run import SourceOptions
@@ -32,11 +32,11 @@ _NEIGHBOURS = 8  # shards whose pairs a stream shuffles with one another: as man
 
 
 def to_tensors(pair: Pair) -> dict[str, Any]:
-    """``image`` and ``mask``, (1, 256, 256) float32 from 0 to 1, ``label``, 0 benign or 1 malignant, and ``key``."""
+    """``image`` and ``mask``, (1, 256, 256) float32 from 0 to 1, ``key``, and ``label`` (see `PairDataset.labels`)."""
     return {
         "image": torch.from_numpy(pair.image)[None].float() / 255,
         "mask": torch.from_numpy(pair.mask)[None].float(),
-        "label": LESION_CLASSES.index(pair.label),
+        "label": SAMPLE_CLASSES.index(pair.label),
         "key": pair.key,
     }
 
@@ -58,8 +58,8 @@ class PairDataset(TorchDataset[Any]):
         return self._transform(self.pairs[position])
 
     def labels(self) -> list[int]:
-        """Each pair's class, 0 benign or 1 malignant, without reading images: for samplers that balance classes."""
-        return [LESION_CLASSES.index(label) for label in self.pairs.manifest()["class"]]
+        """Each pair's label, as `to_tensors` gives it, without reading images: for samplers that balance classes."""
+        return [SAMPLE_CLASSES.index(label) for label in self.pairs.manifest()["class"]]
 
 
 class PairStream(IterableDataset[Any]):

@@ -47,7 +47,8 @@ class SampleOptions(TypedDict, total=False):
     across: Range | None  # share of the image's width left of it
     height_width: Range | None  # of the lesion
     taller_than_wide: bool
-    birads: int | str | None
+    birads: int | str | Mapping[int | str, float] | None  # 4, or {2: 0.1, 3: 0.4, 4: 0.3, 5: 0.2}
+    normals: float  # share of pairs without a lesion
     density: str | None  # of synthetic backgrounds: A to D
     chest_wall: Range | None  # share of the height above their muscle
     tissue_maps: bool
@@ -242,6 +243,8 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("bundle", "spool", "masks"):
         if name in found:
             found[name] = _path(found[name])
+    if isinstance(birads := found.get("birads"), Mapping):
+        found["birads"] = ",".join(f"{name}:{float(weight)!r}" for name, weight in birads.items())
     for name in ("healthy", "birads"):
         if found.get(name) is not None:
             found[name] = str(found[name])

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from busigen.errors import InputError, IntegrityError
 from busigen.files import sha256_of
 from busigen.foreign import refuse_costly
-from busigen.registry import LESION_CLASSES
+from busigen.registry import SAMPLE_CLASSES
 from busigen.runtime.dataset import reader
 from busigen.runtime.dataset.format import DATASET_FILE, MANIFEST_FILE, Sample, shard_path
 from busigen.runtime.dataset.shards import row_of
@@ -42,11 +42,11 @@ _VERIFY = "Run `busigen verify` on the dataset to see what is damaged, then get 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A grey image with a lesion, and that lesion's mask."""
+    """A grey image with a lesion, and that lesion's mask; without one, the mask is empty."""
 
     image: NDArray[np.uint8]  # (256, 256)
     mask: NDArray[np.bool_]  # (256, 256), true on the lesion
-    label: str  # one of registry.LESION_CLASSES
+    label: str  # one of registry.SAMPLE_CLASSES
     key: str  # unique in its dataset: "000000012", of a merged one "001/000000012", as `explain` takes it
     row: dict[str, Any]  # of the manifest; a pair that lies in no file has no hashes and no shard
     tissue: NDArray[np.uint8] | None = None  # (256, 256), by `busigen.phantoms.tissue.TISSUES`; with ``tissue_maps``
@@ -196,7 +196,7 @@ class _Part:
             self._places[number] = reader.find_members(path, indices)
         member = reader.read_member(path, index, self._places[number][index - indices.start])
         sample = member.sample()
-        if sample.label not in LESION_CLASSES or sample.index != index:
+        if sample.label not in SAMPLE_CLASSES or sample.index != index:
             problem = f"{path}: {member.key}.json names class {sample.label!r:.40} and index {sample.index}."
             raise IntegrityError(problem, fix=_VERIFY)
         return _pair(sample, member.row, f"{self._name}/" if self._name else "")

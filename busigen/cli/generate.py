@@ -17,6 +17,8 @@ from busigen.runtime.storage.url import place_of, refuse_urls
     epilog="Examples: `busigen generate --count 1000 --out data` uses the shipped bundle and synthetic backgrounds; "
     "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images; "
     "`busigen generate --count 200 --out data --masks masks/ --healthy normal/` paints each of 200 masks of your own; "
+    "`busigen generate --count 1000 --out data --birads 2:0.1,3:0.4,4:0.3,5:0.2 --normals 0.2` deals categories, and "
+    "images without a lesion; "
     "`busigen generate --count 100000 --out data --workers 16 --threads 2` uses 32 cores; with `sbatch --array=1-8`, "
     "`busigen generate --count 100000 --out data --launcher slurm` makes one dataset in eight jobs. See "
     "docs/scale-out.md. `busigen generate --count 100000 --out s3://bucket/data` publishes each finished shard to S3; "
@@ -39,6 +41,9 @@ def generate(
     classes: Annotated[
         str, typer.Option(help="Shares that sum to 1, or whole numbers as weights; of masks, those of no known class.")
     ] = "benign=0.5,malignant=0.5",
+    normals: Annotated[
+        float, typer.Option(help="Share of samples that are a healthy image without a lesion, with an empty mask.")
+    ] = 0.0,
     size: Annotated[
         str | None,
         typer.Option(help="Lesion's area as a share of the image's without bars: 0.03, or a range 0.02:0.06."),
@@ -53,7 +58,10 @@ def generate(
     taller_than_wide: Annotated[
         bool, typer.Option("--taller-than-wide", help=f"Short for --height-width {TALLER_THAN_WIDE}.")
     ] = False,
-    birads: Annotated[str | None, typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}.")] = None,
+    birads: Annotated[
+        str | None,
+        typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}; or shares, as 2:0.1,3:0.4,4:0.3,5:0.2."),
+    ] = None,
     density: Annotated[
         str | None, typer.Option(help="Gland in synthetic backgrounds, from A (less than a quarter) to D.")
     ] = None,

@@ -21,9 +21,13 @@ from busigen.evaluation.context import AuditContext, ImageSet, SectionResult
 from busigen.evaluation.integrity import edge_fit, run
 from busigen.evaluation.reading.sets import draw, from_prepared, read_set
 from busigen.evaluation.statistics.grouped import ALPHA
+from busigen.runtime.execution.factory import generate
+from busigen.runtime.sampling.healthy_images import HealthyFolder
 from tests.conftest import Sources
 from tests.harness.planted_defects import halved, repeated, with_calipers
+from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.synthetic_datasets import draw_frame, draw_pairs
+from tests.runtime.sampling.test_given_masks import save_image
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +266,22 @@ def test_one_changed_pixel_outside_the_edit_region_is_flagged(lesions: ImageSet,
     result = judge(images, lesions, tmp_path / "out", healthy=healthy)
     assert result.figure("integrity.background.unproven").value.value == 25
     assert any("000000002: 1 pixels outside its edit region" in finding.text for finding in result.findings)
+
+
+def test_images_without_a_lesion_are_counted_and_proven_and_their_empty_masks_are_no_defect(
+    synthetic_busi: Path, tmp_path: Path
+) -> None:
+    for number in range(6):
+        save_image(tmp_path / f"healthy/{number}.png", (320, 260 + 20 * number), seed=number)
+    sampler = quick_sampler(QuickEngine(), healthy=HealthyFolder(tmp_path / "healthy"), normals=0.4)
+    generate(sampler, tmp_path / "set", count=10, seed=5, shard_size=5)
+    images = read_set(tmp_path / "set")
+    assert dict(images.table.group_by("class").len().iter_rows()) == {"benign": 3, "malignant": 3, "normal": 4}
+    assert len(images.with_lesions()) == 6
+    result = judge(images, read_set(synthetic_busi), tmp_path / "out", healthy=tmp_path / "healthy")
+    assert result.details["empty_masks"] == []
+    assert result.figure("integrity.background.unproven").value.value == 0
+    assert not any("empty" in key or "contradiction" in key or "background" in key for key in flagged(result))
 
 
 def test_without_the_healthy_folder_the_report_says_what_would_prove_them(lesions: ImageSet, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from busigen.errors import MissingDependencyError, UsageError
 from busigen.files import make_folder, sync
 from busigen.foreign import refuse_links
 from busigen.records import read_json
-from busigen.registry import FORMATS, LESION_CLASSES
+from busigen.registry import FORMATS, SAMPLE_CLASSES
 from busigen.runtime.progress import Progress
 from busigen.text import install_command
 
@@ -43,7 +43,7 @@ class Pair:
     """One sample of the dataset: its hash was checked, and its images are what a dataset holds."""
 
     name: str  # unique among all pairs, fit for a file's name: "000000012", of a merged dataset "001-000000012"
-    label: str  # one of registry.LESION_CLASSES
+    label: str  # one of registry.SAMPLE_CLASSES; a normal one has an empty mask
     split: str  # one of Job.splits; "" without
     fold: int  # 0 to Job.folds - 1; pairs with one given background have one fold and one split
     number: int  # from 0, among the pairs of its split
@@ -56,8 +56,8 @@ class Pair:
 
     @property
     def class_index(self) -> int:
-        """Position of its class in `registry.LESION_CLASSES`, from 0."""
-        return LESION_CLASSES.index(self.label)
+        """Position of its class in `registry.SAMPLE_CLASSES`, from 0."""
+        return SAMPLE_CLASSES.index(self.label)
 
 
 @dataclass(frozen=True)

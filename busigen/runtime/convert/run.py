@@ -18,7 +18,7 @@ from busigen.errors import OutputError, UsageError
 from busigen.files import atomic_file, is_temporary, leftovers, make_folder, remove, sync, write_json
 from busigen.foreign import names_in
 from busigen.records import read_json
-from busigen.registry import LESION_CLASSES
+from busigen.registry import SAMPLE_CLASSES
 from busigen.runtime.convert.base import WORK_FOLDER, Entries, Format, Job, Target, converter_of
 from busigen.runtime.convert.selection import parse_class_names, parse_split
 from busigen.runtime.convert.source import Source, opened, pairs_of
@@ -133,7 +133,7 @@ def _job(out: Path, source: Source, chosen: pl.DataFrame, splits: Sequence[str],
     present = set(chosen["class"].unique())
     return Job(
         out=out,
-        classes=tuple(name for name in LESION_CLASSES if name in present),
+        classes=tuple(name for name in SAMPLE_CLASSES if name in present),
         splits=tuple(splits),
         counts={name: counts[name] for name in splits or ("",)},
         folds=1 + int(str(chosen["fold"].max())),

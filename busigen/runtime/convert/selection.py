@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from busigen.errors import UsageError
-from busigen.registry import LESION_CLASSES
+from busigen.registry import SAMPLE_CLASSES
 
 FOLDS = 5  # What nnU-Net and MONAI's Auto3DSeg make by default.
 
@@ -87,9 +87,9 @@ def _value(word: str, kind: str) -> str | float | bool | None:
 def parse_class_names(text: str) -> tuple[str, ...]:
     """Class names with commas between, in the registry's order; a UsageError for others."""
     names = {part.strip().lower() for part in text.split(",")}
-    if wrong := sorted(names - set(LESION_CLASSES)):
-        raise UsageError(f"--classes names {wrong[0]!r}.", fix=f"Choose among: {', '.join(LESION_CLASSES)}.")
-    return tuple(name for name in LESION_CLASSES if name in names)
+    if wrong := sorted(names - set(SAMPLE_CLASSES)):
+        raise UsageError(f"--classes names {wrong[0]!r}.", fix=f"Choose among: {', '.join(SAMPLE_CLASSES)}.")
+    return tuple(name for name in SAMPLE_CLASSES if name in names)
 
 
 def parse_split(text: str, allowed: Sequence[str] = ()) -> dict[str, float]:

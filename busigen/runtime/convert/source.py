@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from busigen.errors import InputError, IntegrityError
 from busigen.files import sha256_of
 from busigen.foreign import looking
-from busigen.registry import LESION_CLASSES
+from busigen.registry import SAMPLE_CLASSES
 from busigen.runtime.convert.base import CHUNK, Pair
 from busigen.runtime.convert.selection import fold_groups, group_numbers, parse_where, split_groups
 from busigen.runtime.dataset.format import DATASET_FILE, MANIFEST_FILE, key_of, shard_path
@@ -100,8 +100,8 @@ class Source:
                 counts.update(part.dataset.info["classes"])
             listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
             raise InputError(f"no pair of {self.name} is as --where and --classes ask.", fix=f"It has: {listed}.")
-        if other := sorted(set(chosen["class"].unique()) - set(LESION_CLASSES)):
-            fix = f"Leave them out: --classes {','.join(LESION_CLASSES)}."
+        if other := sorted(set(chosen["class"].unique()) - set(SAMPLE_CLASSES)):
+            fix = f"Leave them out: --classes {','.join(SAMPLE_CLASSES)}."
             raise InputError(f"{self.name} has pairs of the class {other[0]!r}, which no format knows.", fix=fix)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import busigen
-from busigen.registry import LESION_CLASSES, RESOLUTION, STABLE_DIFFUSION, SYNTHETIC
+from busigen.registry import LESION_CLASSES, NORMAL, RESOLUTION, SAMPLE_CLASSES, STABLE_DIFFUSION, SYNTHETIC
 from busigen.runtime.dataset.format import SHARD_FOLDER, command_line, decided, key_of
 from busigen.runtime.dataset.shards import column_types
 from busigen.text import counted, unproven_line
@@ -17,6 +17,8 @@ _PRIVACY_REAL = (
     "outside the painted region is still those patients' own: such a dataset is not anonymous, and may be passed on "
     "only as the healthy images themselves may."
 )
+
+_PRIVACY_NORMAL = "Samples of class `normal` are such images whole."
 
 _PRIVACY_SYNTHETIC = (
     "The backgrounds are synthetic like the lesions: the run was given no patient's image, and no sample holds a "
@@ -42,7 +44,6 @@ A sample is {RESOLUTION} x {RESOLUTION}. Its background has the shape of a train
 """
 
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # between which the Hub sorts data sets
-LABEL_TYPE = {"class_label": {"names": {str(number): name for number, name in enumerate(LESION_CLASSES)}}}
 _HUB_TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}
 
 _CITATION = """@software{busigen,
@@ -81,11 +82,13 @@ def dataset_card(info: Mapping[str, Any]) -> str:
         listed = ", ".join(f"{reason}: {count}" for reason, count in info["rejected"].items())
         refusals = f"The quality gates refused {counted(refused, 'draw')}, drawn again since ({listed})."
     gap = f"\nUnproven: {unproven_line(info['unproven'])}\n" if info.get("unproven") else ""
+    lesions = [name for name in info["classes"] if name != NORMAL]
+    features = sample_features(info["columns"], info["classes"])
     bars = (_FRAMES if _is_synthetic(info) else _LETTERBOX) if "letterbox_scale" in info["columns"] else ""
-    return f"""{front_matter(info["samples"], {"train": f"{SHARD_FOLDER}/*.tar"}, sample_features(info["columns"]))}
+    return f"""{front_matter(info["samples"], {"train": f"{SHARD_FOLDER}/*.tar"}, features)}
 # Synthetic breast ultrasound, {counted(info["samples"], "sample")}
 
-Images with a synthetic {" or ".join(info["classes"])} lesion and that lesion's exact mask, made by busigen
+Images with a synthetic {" or ".join(lesions)} lesion and that lesion's exact mask, made by busigen
 {info["busigen"]} with
 
 ```sh
@@ -93,7 +96,7 @@ Images with a synthetic {" or ".join(info["classes"])} lesion and that lesion's 
 ```
 
 where folders stand by their names alone. For research; not for diagnosis.
-
+{balance(info)}
 ![samples](preview.png)
 
 | class | samples |
@@ -122,7 +125,7 @@ for image, mask, row in dataset.to_tuple("image.png", "mask.png", "json"):
     mask = mask > 0  # ({RESOLUTION}, {RESOLUTION}) bool; image is ({RESOLUTION}, {RESOLUTION}) uint8, row a dict
 ```
 
-{_hugging_face()}
+{_hugging_face(info["classes"])}
 With the standard library alone:
 
 ```python
@@ -144,13 +147,14 @@ def collection_card(info: Mapping[str, Any], pattern: str) -> str:
         f"{', '.join(source['folder'] for source in part['sources'])} |"
         for part in info["parts"]
     )
+    features = sample_features(info["columns"], info["classes"])
     title = f"{counted(info['samples'], 'sample')} in {counted(len(info['parts']), 'part')}"
-    return f"""{front_matter(info["samples"], {"train": pattern}, sample_features(info["columns"]))}
+    return f"""{front_matter(info["samples"], {"train": pattern}, features)}
 # Synthetic breast ultrasound, {title}
 
 Merged by busigen. Each part is a dataset of its own, with the bytes it was made with; its README.md says how to read it
 and how it was made. For research; not for diagnosis.
-
+{balance(info)}
 | part | samples | seed | merged from |
 |---|---:|---:|---|
 {rows}
@@ -161,12 +165,34 @@ and how it was made. For research; not for diagnosis.
 
 `busigen verify` checks all parts; `busigen explain` takes a part and a key, such as `000/{key_of(0)}`.
 
-{_hugging_face()}
+{_hugging_face(info["classes"])}
 {closing(info)}"""
 
 
-def _hugging_face() -> str:
-    names = ", ".join(f"{number} {name}" for number, name in enumerate(LESION_CLASSES))
+def balance(info: Mapping[str, Any]) -> str:
+    """A paragraph on samples without a lesion and on the mix of categories; empty without either."""
+    said = []
+    if count := info["classes"].get(NORMAL):
+        kind = "synthetic backgrounds" if _is_synthetic(info) else "the run's healthy images, letterboxed and no more"
+        said.append(f"{counted(count, 'sample')} of class `normal` have no lesion and an empty mask: they are {kind}.")
+    if ":" in (mix := decided(info, "--birads") or ""):
+        shares = ", ".join(f"{part.replace(':', ' with weight ')}" for part in mix.split(","))
+        said.append(f"BI-RADS categories were asked for in shares, {shares}: `asked_birads` has each sample's.")
+    return f"\n{' '.join(said)}\n" if said else ""
+
+
+def labels(classes: Iterable[str]) -> tuple[str, ...]:
+    """The names of a dataset's labels, by number; its ``classes`` decide whether normal is one."""
+    return SAMPLE_CLASSES if NORMAL in classes else LESION_CLASSES
+
+
+def label_type(classes: Iterable[str]) -> dict[str, Any]:
+    """What `datasets` takes for the type of a label, of a dataset with these classes."""
+    return {"class_label": {"names": {str(number): name for number, name in enumerate(labels(classes))}}}
+
+
+def _hugging_face(classes: Iterable[str]) -> str:
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(labels(classes)))
     return f"""With Hugging Face's `datasets`, which knows every column's type from this file's header:
 
 ```python
@@ -236,20 +262,19 @@ dataset_info:
 """
 
 
-def sample_features(columns: Mapping[str, str]) -> list[dict[str, Any]]:
+def sample_features(columns: Mapping[str, str], classes: Iterable[str]) -> list[dict[str, Any]]:
     """What `datasets` makes of a shard: image, mask, row, and where it read them; ``columns`` are those of a record."""
     return [
         *({"name": name, "dtype": "image"} for name in ("image.png", "mask.png")),
-        {"name": "json", "struct": row_features(column_types(columns))},
+        {"name": "json", "struct": row_features(column_types(columns), classes)},
         *({"name": name, "dtype": "string"} for name in ("__key__", "__url__")),
     ]
 
 
-def row_features(types: Mapping[str, str]) -> list[dict[str, Any]]:
+def row_features(types: Mapping[str, str], classes: Iterable[str]) -> list[dict[str, Any]]:
     """Columns of a manifest for `datasets`, the class as a label; ``types`` are the names of their types."""
-    return [
-        {"name": name, "dtype": LABEL_TYPE if name == "class" else _HUB_TYPES[kind]} for name, kind in types.items()
-    ]
+    label = label_type(classes)
+    return [{"name": name, "dtype": label if name == "class" else _HUB_TYPES[kind]} for name, kind in types.items()]
 
 
 def citation(info: Mapping[str, Any]) -> str:
@@ -265,6 +290,8 @@ def licence(info: Mapping[str, Any]) -> str:
 def privacy(info: Mapping[str, Any]) -> str:
     """The text on privacy; a record that does not say what its backgrounds are is taken to have used real images."""
     texts = [_PRIVACY_SYNTHETIC if _is_synthetic(info) else _PRIVACY_REAL]
+    if decided(info, "--normals") and not _is_synthetic(info):
+        texts.append(_PRIVACY_NORMAL)
     if decided(info, "--masks") is not None:
         jitter = decided(info, "--jitter")
         how = f", moved and scaled by up to {jitter:.0%} and some of them mirrored" if jitter else ""

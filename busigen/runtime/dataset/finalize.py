@@ -19,7 +19,7 @@ from busigen.errors import IntegrityError
 from busigen.files import atomic_file, atomic_path, write_json
 from busigen.foreign import open_file
 from busigen.records import read_json
-from busigen.registry import LESION_CLASSES, RESOLUTION
+from busigen.registry import LESION_CLASSES, RESOLUTION, SAMPLE_CLASSES
 from busigen.runtime.dataset.card import dataset_card
 from busigen.runtime.dataset.croissant import croissant
 from busigen.runtime.dataset.format import (
@@ -70,10 +70,10 @@ def outline(image: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int
     return painted
 
 
-def pick_evenly(manifest: pl.DataFrame, per_class: int = 8) -> list[int]:
-    """Indices of up to ``per_class`` samples of every class, spread evenly over the dataset, in index order."""
+def pick_evenly(manifest: pl.DataFrame, per_class: int = 8, classes: Sequence[str] = LESION_CLASSES) -> list[int]:
+    """Indices of up to ``per_class`` samples of each of ``classes``, spread evenly over the dataset, in index order."""
     picked: list[int] = []
-    for label in LESION_CLASSES:
+    for label in classes:
         indices = manifest.filter(pl.col("class") == label)["index"].to_numpy()
         if indices.size:
             positions = np.linspace(0, indices.size - 1, min(per_class, indices.size)).round().astype(int)
@@ -115,7 +115,7 @@ def finish(
     dataset = Dataset(folder=folder, info=info, plan=plan_of(info, folder / RUN_FILE))
 
     with open_file(folder / MANIFEST_FILE) as table:
-        picked = pick_evenly(pl.read_parquet(table, columns=["index", "class"]))
+        picked = pick_evenly(pl.read_parquet(table, columns=["index", "class"]), classes=SAMPLE_CLASSES)
     per_row = 4
     if cells := info["fingerprint"].get("cells"):
         # The first backgrounds; the attribute that was named last goes across.

@@ -167,6 +167,7 @@ FIELDS = {
     "--masks": ("fingerprint", "masks"),
     "--jitter": ("fingerprint", "jitter"),
     "--vary": ("fingerprint", "vary"),
+    "--normals": ("fingerprint", "normals"),
     "--classes": ("fingerprint", "classes"),
     "--seed": ("config", "seed"),
     "--shard-size": ("config", "shard_size"),
@@ -227,7 +228,7 @@ class Sample:
 
     index: int  # position in the dataset, from 0
     attempt: int  # draws that the quality gates refused for this index before this one
-    label: str  # one of registry.LESION_CLASSES
+    label: str  # one of registry.SAMPLE_CLASSES; a normal one's mask is empty
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
     row: dict[str, Any]  # further manifest fields: JSON-able scalars under the same keys in every sample of a source

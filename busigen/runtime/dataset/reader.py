@@ -57,6 +57,7 @@ class _Fingerprint(Record):
     healthy: Text | None = None
     masks: Text | None = None
     jitter: Number | None = None
+    normals: Number | None = None
     vary: Text | None = None
     cells: Annotated[int, Strict(), Field(ge=1)] | None = None
     size: Text | None = None

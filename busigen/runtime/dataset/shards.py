@@ -30,7 +30,7 @@ from busigen.errors import IntegrityError
 from busigen.files import atomic_file, sha256_of, write_json
 from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Many, Text, Whole, checked, read_json
-from busigen.registry import LESION_CLASSES, RESOLUTION
+from busigen.registry import NORMAL, RESOLUTION, SAMPLE_CLASSES
 from busigen.runtime.dataset.format import (
     FIRST_SCHEMA_VERSION,
     MEMBER_SUFFIXES,
@@ -203,8 +203,10 @@ def _check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
             if array.shape != (RESOLUTION, RESOLUTION) or array.dtype != dtype:
                 wanted = f"({RESOLUTION}, {RESOLUTION}) {np.dtype(dtype)}"
                 raise ValueError(f"sample {index}: {name} must be {wanted}, got {array.shape} {array.dtype}")
-        if sample.label not in LESION_CLASSES:
-            raise ValueError(f"sample {index}: label must be one of {LESION_CLASSES}, got {sample.label!r}")
+        if sample.label not in SAMPLE_CLASSES:
+            raise ValueError(f"sample {index}: label must be one of {SAMPLE_CLASSES}, got {sample.label!r}")
+        if sample.label == NORMAL and sample.mask.any():
+            raise ValueError(f"sample {index}: a normal one has no lesion, got a mask of {int(sample.mask.sum())}")
         if (sample.tissue is not None) != (TISSUE_COLUMN in types):
             raise ValueError(f"sample {index}: it has a map of tissues, or lacks one, unlike its source's others")
         if sample.row.keys() != types.keys() - {TISSUE_COLUMN}:

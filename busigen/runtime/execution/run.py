@@ -25,7 +25,13 @@ from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.backgrounds import AskedTissue, parse_tissue
-from busigen.runtime.sampling.conditions import SampleConditions, hardly_known, parse_conditions, parse_shares
+from busigen.runtime.sampling.conditions import (
+    SampleConditions,
+    hardly_known,
+    parse_conditions,
+    parse_shares,
+    refuse_normals,
+)
 from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -47,6 +53,7 @@ class SourceOptions:
     frames: int = 1  # of each DICOM file among the healthy images
     masks: Path | None = None  # a folder of masks, which take the place of stage 1
     jitter: float = 0.0  # share by which they are moved and scaled
+    normals: float = 0.0  # share of the samples that have no lesion
     vary: str | None = None  # of a grid: what is varied on each background
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
@@ -58,7 +65,7 @@ class SourceOptions:
     across: str | None = None
     height_width: str | None = None
     taller_than_wide: bool = False
-    birads: str | None = None
+    birads: str | None = None  # a category, or several with their shares
     density: str | None = None  # of synthetic backgrounds' tissue, as the next two
     chest_wall: str | None = None
     tissue_maps: bool = False
@@ -79,6 +86,8 @@ class SourceOptions:
         if refuse_jitter(self.jitter) and self.masks is None:
             raise UsageError(f"--jitter is {self.jitter:g}, without masks.", fix="Add --masks DIR.")
         self._tissue()
+        if refuse_normals(self.normals) and grid:
+            raise UsageError(f"--normals is {self.normals:g}, and a grid varies lesions.", fix="Leave out --normals.")
         return parse_shares(self.classes), asked
 
     def grid(self) -> Grid | None:
@@ -116,6 +125,7 @@ class SourceOptions:
             jitter=self.jitter,
             grid=self.grid(),
             tissue=self._tissue(),
+            normals=self.normals,
             batch_size=self.batch_size,
         )
         if self._folders():
@@ -212,7 +222,11 @@ class GenerateOptions(SourceOptions):
                 refuse_other_run(output.name, existing, sampler, plan, self._folders())
 
         processes = (self.workers or 1) if self.ray_address is None else 1
-        return self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
+        sampler = self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
+        if plan and sampler.healthy and (wanted := int(self.normals * plan.count)) > len(sampler.healthy):
+            problem = f"--normals {self.normals:g} asks for {wanted} images without a lesion"
+            progress.note(f"{problem}, and --healthy has {len(sampler.healthy)}: they are there several times")
+        return sampler
 
     def require_memory(self, processes: int) -> None:
         """A CapacityError if so many processes cannot open the bundle's graphs on this machine's processor."""

@@ -16,7 +16,7 @@ import polars as pl
 from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.files import atomic_file
 from busigen.records import checked
-from busigen.registry import ATTRIBUTES, SYNTHETIC
+from busigen.registry import ATTRIBUTES, NORMAL, SYNTHETIC
 from busigen.runtime.backends.bundle import Bundle, unproven
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
@@ -162,14 +162,16 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
     graphs = bundle.info["graphs"] if bundle else {}
     used = ["prior", bundle.background_decoder] if bundle and row.get("background") == SYNTHETIC else []
     given = row.get("given_mask_sha256")
-    used += [
-        "context",
-        *([] if given else [f"mask-{label}"]),
-        f"encoder@{side}",
-        f"lesion-{label}@{side}",
-        f"blend-{label}@{side}",
-    ]
-    used = list(dict.fromkeys([*used, f"decoder@{side}"]))
+    if label != NORMAL:
+        used += [
+            "context",
+            *([] if given else [f"mask-{label}"]),
+            f"encoder@{side}",
+            f"lesion-{label}@{side}",
+            f"blend-{label}@{side}",
+            f"decoder@{side}",
+        ]
+    used = list(dict.fromkeys(used))
     chain = [
         ("training split", fingerprint.get("split_hash")),
         ("checkpoint (base, LoRA, merged)", fingerprint.get("checkpoint")),
@@ -191,6 +193,7 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
         "refused": None if refused is None else [{"attempt": draw.attempt, "reason": draw.reason} for draw in refused],
         "asked": {
             "classes": as_typed(run, "--classes"),
+            **({"normals": as_typed(run, "--normals")} if fingerprint.get("normals") else {}),
             **{name: row.get(f"asked_{name}") for name in (*ATTRIBUTES, "birads")},
         },
         "background": {
@@ -260,10 +263,11 @@ class Explanation:
         # What a person wants to read of a number; --json and the manifest hold all its digits.
         asked = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in past["asked"].items()}
         yield f"  asked for     {', '.join(f'{name} {value}' for name, value in asked.items() if value is not None)}"
+        how = "it is        " if past["class"] == NORMAL else "painted into "
         if background["sha256"]:
-            yield f"  painted into  {background['file']} of {background['folder']} ({background['sha256']})"
+            yield f"  {how} {background['file']} of {background['folder']} ({background['sha256']})"
         else:
-            yield f"  painted into  a {background['kind'] or 'generated'} background"
+            yield f"  {how} a {background['kind'] or 'generated'} background"
         if (mask := past["given_mask"])["sha256"]:
             yield f"  outline       {mask['file']} of {mask['folder']} ({mask['sha256']})"
             if at := Placement.recorded(past["row"]):

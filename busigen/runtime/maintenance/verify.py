@@ -17,6 +17,7 @@ from busigen.errors import BusigenError, InputError, IntegrityError
 from busigen.files import is_temporary
 from busigen.foreign import walk
 from busigen.records import checked, read_json
+from busigen.registry import NORMAL
 from busigen.runtime.dataset.finalize import dataset_info, run_of
 from busigen.runtime.dataset.format import (
     CROISSANT_FILE,
@@ -84,6 +85,8 @@ class VerifyReport:
     groups: int = 0  # of a grid
     groups_equal: int = 0  # those whose samples differ in their edit regions alone
     masks_unproven: int = 0  # those with a user's mask for which that was not shown
+    normals: int = 0  # samples without a lesion
+    normals_equal: int = 0  # those that equal their healthy image in every pixel, bit for bit
 
     @property
     def ok(self) -> bool:
@@ -102,6 +105,9 @@ class VerifyReport:
         # The report counts the shards that there should be, which are those that were read only where none is missing.
         shards = f" in {counted(self.shards, 'shard')}" if self.ok else ""
         yield f"{self.folder} {state}: {counted(self.samples, 'sample')}{shards} read"
+        if self.normals:
+            equal = f"; equal to their healthy image, bit for bit: {self.normals_equal}" if proving else ""
+            yield f"  normal, without a lesion: {self.normals}{equal}"
         if self.groups:
             yield (
                 f"  groups of a grid whose samples are equal outside of their edit regions, bit for bit: "
@@ -204,6 +210,8 @@ def _verify_one(
         masks_equal=sum(one.masks_equal for one in shards),
         masks_moved=sum(one.masks_moved for one in shards),
         masks_unproven=sum(one.masks_unproven for one in shards),
+        normals=sum(one.normals for one in shards),
+        normals_equal=sum(one.normals_equal for one in shards),
         groups=sum(one.groups for one in shards),
         groups_equal=sum(one.groups_equal for one in shards),
     )
@@ -219,7 +227,7 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
     ]
     backgrounds, masks = ("proven", "unproven", "synthetic"), ("equal", "moved", "unproven")
     summed = ("samples", "shards", "duplicates", *(f"backgrounds_{name}" for name in backgrounds))
-    summed += ("groups", "groups_equal", *(f"masks_{name}" for name in masks))
+    summed += ("groups", "groups_equal", "normals", "normals_equal", *(f"masks_{name}" for name in masks))
     sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in summed}
     sums["duplicates"] += sum("equals that of" in problem.problem for problem in own)
     return VerifyReport(folder=folder, problems=(*inside, *own), **sums)
@@ -405,6 +413,8 @@ def _check_collection_files(folder: Path, parts: Sequence[Dataset]) -> Iterator[
     if not same:
         yield Problem(MANIFEST_FILE, "does not equal the parts' rows.", REPAIR)
         return
+    if "healthy_sha256" in rows.columns:
+        rows = rows.remove((pl.col("class") == NORMAL) & pl.col("healthy_sha256").is_not_null())
     repeated = rows.filter(pl.col("part").n_unique().over("image_sha256") > 1)
     for group in repeated.partition_by("image_sha256", maintain_order=True):
         one, *others = (f"{row['part']}/{row['key']}" for row in group.iter_rows(named=True))

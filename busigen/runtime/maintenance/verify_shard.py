@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from busigen.data.geometry import edit_region
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.phantoms.tissue import TISSUES
+from busigen.registry import NORMAL
 from busigen.runtime.dataset.format import TISSUE_COLUMN, Plan, differences, key_of, shard_path
 from busigen.runtime.dataset.reader import Member, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
@@ -77,6 +78,8 @@ class ShardFindings:
     absent_masks: dict[str, dict[str, Any]] = field(default_factory=dict)  # as ``absent``
     groups: int = 0  # of a grid
     groups_equal: int = 0  # those whose samples differ in their edit regions alone
+    normals: int = 0  # samples without a lesion
+    normals_equal: int = 0  # those that equal their healthy image in every pixel
     hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
@@ -139,7 +142,8 @@ def check_shard(
         for member, row in zip(read_members(folder / tar, indices), found.rows.iter_rows(named=True), strict=True):
             found.samples += 1
             progress.advance(1)
-            found.hashes.append((row["image_sha256"], member.key))
+            if not is_healthy_image(row):
+                found.hashes.append((row["image_sha256"], member.key))
             wrong = list(_member_problems(member, row))
             for problem in wrong:
                 found.report(tar, f"sample {member.key}: {problem}", remake)
@@ -156,6 +160,11 @@ def check_shard(
     if not _refusals_fit(record, found.rows):
         found.report(json, "lists other refused draws than the shard's rows count.", json)
     return found
+
+
+def is_healthy_image(row: Mapping[str, Any]) -> bool:
+    """Whether a sample is a user's healthy image as it is, which may be there again where there are too few."""
+    return row["class"] == NORMAL and row.get("healthy_sha256") is not None
 
 
 def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
@@ -194,6 +203,7 @@ def _check_background(
     tar: str, member: Member, row: dict[str, Any], damaged: bool, found: ShardFindings, backgrounds: Backgrounds | None
 ) -> None:
     """Compare a sample with its healthy image, if it has one that is at hand, and count it."""
+    found.normals += row["class"] == NORMAL
     if (healthy := row.get("healthy_sha256")) is None:
         found.synthetic += 1
         return
@@ -201,6 +211,7 @@ def _check_background(
     if backgrounds is not None and healthy in backgrounds.paths and not damaged:
         if (reason := backgrounds.difference(healthy, member.decoded("image"), member.decoded("mask"))) is None:
             found.proven += 1
+            found.normals_equal += row["class"] == NORMAL
             return
         found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))
     elif backgrounds is not None and healthy not in backgrounds.paths:
@@ -289,3 +300,5 @@ def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
     recorded = tuple(row[f"box_{side}"] for side in ("left", "top", "right", "bottom"))
     if int(mask.sum()) != row["lesion_pixels"] or box != recorded:
         yield "its mask has another area or bounding box than its row says."
+    if row["class"] == NORMAL and mask.any():
+        yield "it is normal, and its mask marks a lesion."

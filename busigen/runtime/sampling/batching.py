@@ -62,6 +62,7 @@ class Draft(DrawRequest):
     label: str
     healthy: Healthy
     wanted: Mapping[str, float] = field(default_factory=dict)
+    birads: str | None = None  # the category that is asked for
     given: Mapping[str, Any] = field(default_factory=dict)  # manifest fields of a mask that the user gave
     mask: Mask | None = None
     edit: Mask | None = None
@@ -72,7 +73,7 @@ class Draft(DrawRequest):
         """With which draws this one may share a batch."""
         return Kind(PAINT, self.label, self.window.side) if self.window else Kind(OUTLINE, self.label)
 
-    def sample(self, image: NDArray[np.uint8], birads: str | None) -> Sample:
+    def sample(self, image: NDArray[np.uint8]) -> Sample:
         """The accepted sample, of a draft that went through all stages."""
         assert self.mask is not None and self.edit is not None and self.window is not None
         found = measured(self.mask, self.healthy.valid)
@@ -85,7 +86,7 @@ class Draft(DrawRequest):
             "area_share": found.pop("size"),
             **found,
             **{f"asked_{name}": self.wanted.get(name) for name in ATTRIBUTES},
-            "asked_birads": birads,
+            "asked_birads": self.birads,
             **self.given,
         }
         return Sample(self.index, self.attempt, self.label, image, self.mask, row, self.healthy.tissue)

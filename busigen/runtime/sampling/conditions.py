@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,18 +31,22 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class SampleConditions:
-    """The conditions of a run: a range per attribute (equal ends for a single value) and a BI-RADS category or None."""
+    """The conditions of a run: a range per attribute (equal ends for a single value), weights of BI-RADS categories.
+
+    Without weights, no category is asked for.
+    """
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    birads: str | None = None
+    birads: Mapping[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.ranges) or self.birads is not None
+        return bool(self.ranges) or bool(self.birads)
 
     def typed(self) -> dict[str, str | None]:
         """Each option's value as one would type it; ``None`` where nothing was asked."""
         texts = {name: None if name not in self.ranges else range_text(self.ranges[name]) for name in ATTRIBUTES}
-        return {**texts, "birads": self.birads}
+        mix = ",".join(f"{name}:{_shortest(weight)}" for name, weight in sorted(self.birads.items()))
+        return {**texts, "birads": mix if len(self.birads) > 1 else next(iter(self.birads), None)}
 
     def values(self, seed: int, index: int, attempt: int = 0) -> dict[str, float]:
         """One sample's values, uniform in their ranges; the same for all attempts, or the gates would choose them.
@@ -51,7 +56,11 @@ class SampleConditions:
         shares = dict(zip(ATTRIBUTES, uniforms(seed, index, attempt, "asked", len(ATTRIBUTES)), strict=True))
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
-    def vector(self, values: Mapping[str, float], valid: Mask) -> NDArray[np.float32]:
+    def category(self, number: int) -> str | None:
+        """The BI-RADS category that is asked of a class's lesion of this number, from 0; dealt as classes are."""
+        return class_at(number, self.birads) if self.birads else None
+
+    def vector(self, values: Mapping[str, float], category: str | None, valid: Mask) -> NDArray[np.float32]:
         """Stage 1's input, (ASKED_LENGTH,) float32: attributes as `data.geometry` has them, flags, BI-RADS."""
         rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
         found = dict.fromkeys(ATTRIBUTES, 0.0)
@@ -64,7 +73,7 @@ class SampleConditions:
         if "height_width" in values:
             found["height_width"] = np.log(values["height_width"])
         numbers = [found[name] for name in ATTRIBUTES]
-        flags = [*(name in values for name in ATTRIBUTES), *(known == self.birads for known in BIRADS)]
+        flags = [*(name in values for name in ATTRIBUTES), *(known == category for known in BIRADS)]
         return np.array([*numbers, *flags], dtype=np.float32)
 
 
@@ -89,7 +98,10 @@ def parse_conditions(
     taller_than_wide: bool = False,
     birads: str | None = None,
 ) -> SampleConditions:
-    """The conditions that the options state, each a number or ``low:high``; a UsageError if one is unfit."""
+    """The conditions that the options state, each a number or ``low:high``; a UsageError if one is unfit.
+
+    ``birads`` is a category, or several with their weights: ``2:0.1,3:0.4,4:0.5``.
+    """
     if taller_than_wide and height_width is not None:
         fix = f"Give one of them; --taller-than-wide is short for --height-width {TALLER_THAN_WIDE}."
         raise UsageError(f"--height-width {height_width} and --taller-than-wide are both given.", fix=fix)
@@ -99,19 +111,16 @@ def parse_conditions(
         "size": size,
         "height_width": TALLER_THAN_WIDE if taller_than_wide else height_width,
     }
-    if birads is not None and birads not in BIRADS:
-        raise UsageError(f"--birads is {birads!r}.", fix=f"Choose one of: {', '.join(BIRADS)}.")
     ranges = {name: _range(name, text) for name, text in texts.items() if text is not None}
-    return SampleConditions(ranges, birads)
+    return SampleConditions(ranges, {} if birads is None else _categories(birads))
 
 
 def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[str]:
-    """A warning for each class of which the shipped bundle has seen few images in the requested BI-RADS category."""
-    for label in classes:
-        seen = BIRADS_IMAGES[label].get(asked.birads or "", _FEW_IMAGES)
-        if seen < _FEW_IMAGES:
+    """A warning for each class and requested BI-RADS category of which the shipped bundle has seen few images."""
+    for label, category in product(classes, asked.birads):
+        if (seen := BIRADS_IMAGES[label][category]) < _FEW_IMAGES:
             yield (
-                f"--birads {asked.birads} with {label}: the shipped bundle learned it from {seen} images, so it "
+                f"--birads {category} with {label}: the shipped bundle learned it from {seen} images, so it "
                 f"hardly knows what such lesions look like"
             )
 
@@ -155,6 +164,22 @@ def range_within(option: str, text: str, bounds: tuple[float, float], fix: str) 
     return low, high
 
 
+_MIX = f"Choose one of: {', '.join(BIRADS)}; or several with their shares, such as 2:0.1,3:0.4,4:0.3,5:0.2."
+
+
+def _categories(text: str) -> dict[str, float]:
+    """Weights of BI-RADS categories by name; a UsageError for others."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition(":"))
+        if name not in BIRADS:
+            raise UsageError(f"--birads is {text!r}, and {name!r} is no category that can be asked for.", fix=_MIX)
+        if name in weights:
+            raise UsageError(f"--birads is {text!r}, and names {name} twice.", fix=_MIX)
+        weights[name] = _weight("--birads", name, value)
+    return _summed("--birads", text, weights, "2:1,4:3")
+
+
 _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
 _ROUNDED = 1e-3  # difference from 1 that the sum of shares may have: a third cannot be typed exactly
 
@@ -169,28 +194,51 @@ def parse_classes(text: str) -> dict[str, float]:
             raise UsageError(f"--classes names {given!r}, which is no lesion class.", fix=_EXAMPLE)
         if name in weights:
             raise UsageError(f"--classes names {name!r} twice.", fix=_EXAMPLE)
-        try:
-            weight = float(value or "1")
-        except ValueError:
-            weight = -1.0
-        if not 0.0 < weight < float("inf"):
-            raise UsageError(f"--classes gives {name!r} the weight {value!r}.", fix=f"Weights are above 0. {_EXAMPLE}")
-        weights[name] = weight
+        weights[name] = _weight("--classes", name, value)
     return weights
 
 
 def parse_shares(text: str) -> dict[str, float]:
     """Class weights by name, from what a user typed: shares that sum to 1, or whole numbers; or a UsageError."""
-    weights = parse_classes(text)
+    return _summed("--classes", text, parse_classes(text), "benign=2,malignant=1")
+
+
+def refuse_normals(share: float) -> float:
+    """The option's value; a UsageError where it is no share that leaves some samples with a lesion."""
+    if not 0.0 <= share < 1.0:
+        fix = "Give a share from 0 to below 1, such as 0.2: every fifth sample has no lesion."
+        raise UsageError(f"--normals is {share:g}.", fix=fix)
+    return share
+
+
+def _weight(option: str, name: str, text: str) -> float:
+    """The weight that an option gives a name, 1 where it says none, or a UsageError."""
+    try:
+        weight = float(text or "1")
+    except ValueError:
+        weight = -1.0
+    if not 0.0 < weight < float("inf"):
+        example = _EXAMPLE if option == "--classes" else _MIX
+        raise UsageError(f"{option} gives {name!r} the weight {text!r}.", fix=f"Weights are above 0. {example}")
+    return weight
+
+
+def _summed(option: str, text: str, weights: dict[str, float], example: str) -> dict[str, float]:
+    """The weights, if they sum to 1 or are whole numbers; else a UsageError."""
     total = sum(weights.values())
     if not all(weight.is_integer() for weight in weights.values()) and abs(total - 1) > _ROUNDED:
-        fix = "Give shares that sum to 1, or whole numbers as weights, such as benign=2,malignant=1."
-        raise UsageError(f"--classes is {text!r}, whose shares sum to {total:g}.", fix=fix)
+        fix = f"Give shares that sum to 1, or whole numbers as weights, such as {example}."
+        raise UsageError(f"{option} is {text!r}, whose shares sum to {total:g}.", fix=fix)
     return weights
 
 
 def class_at(index: int, weights: Mapping[str, float]) -> str:
     """The class of a sample: among the first n, each class has its share of n to within one per class."""
+    return dealt(index, weights)[0]
+
+
+def dealt(index: int, weights: Mapping[str, float | Fraction]) -> tuple[str, int]:
+    """The name that a sample is dealt, as for `class_at`, and how many samples before it were dealt that name."""
     # Each takes its share of what those before it left, spread evenly (Bresenham's line), in fractions: no rounding.
     names = sorted(weights)
     rest = sum((Fraction(str(weights[name])) for name in names), start=Fraction(0))
@@ -199,7 +247,7 @@ def class_at(index: int, weights: Mapping[str, float]) -> str:
         share = weight / rest
         before, after = int(index * share), int((index + 1) * share)
         if after > before:
-            return name
+            return name, before
         index -= before
         rest -= weight
-    return names[-1]
+    return names[-1], index

@@ -82,7 +82,8 @@ class Grid:
         """What is asked of one sample."""
         cell = self.cell(index)
         own = {name: (float(cell[name]), float(cell[name])) for name in ATTRIBUTES if name in cell}
-        return replace(held, ranges={**held.ranges, **own}, birads=cell.get("birads", held.birads))
+        birads = {cell["birads"]: 1.0} if "birads" in cell else held.birads
+        return replace(held, ranges={**held.ranges, **own}, birads=birads)
 
     def refuse_cut(self, plan: Plan) -> None:
         """Raise a ``UsageError`` where a dataset or its shards would hold a part of a background's samples."""

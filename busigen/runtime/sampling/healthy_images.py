@@ -319,6 +319,8 @@ class Backgrounds:
     def difference(self, sha256: str, image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> BusigenError | None:
         """What is wrong with a sample outside its edit region, which follows from the mask alone; None if nothing.
 
+        Without a lesion there is no such region, and all pixels are compared.
+
         ``image`` and ``mask`` are (256, 256) uint8 and bool; ``sha256`` is of a healthy image among ``paths``.
         """
         path = self.paths[sha256]

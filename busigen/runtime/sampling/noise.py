@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 # A stream's position is part of its key, so new ones are appended.
 STREAMS = (
     *("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked"),
-    *("frame", "style", "transfer", "lesion fresh", "blend fresh", "jitter", "phantom", "phantom noise"),
+    *("frame", "style", "transfer", "lesion fresh", "blend fresh", "jitter", "phantom", "phantom noise", "normals"),
 )
 
 _PIECE = 1 << 12  # pairs of numbers that are computed at a time

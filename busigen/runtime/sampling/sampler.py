@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from busigen.registry import (
     BUCKETS,
     DEFAULT_BATCH,
     MIN_BATCH,
+    NORMAL,
     RESOLUTION,
     SYNTHETIC,
     rows_per_call,
@@ -55,8 +57,8 @@ from busigen.runtime.sampling.batching import (
     in_order,
     of_whole_groups,
 )
-from busigen.runtime.sampling.conditions import SampleConditions, class_at, measured
-from busigen.runtime.sampling.given_masks import MaskFolder
+from busigen.runtime.sampling.conditions import SampleConditions, dealt, measured
+from busigen.runtime.sampling.given_masks import GivenMask, MaskFolder
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform, uniforms
@@ -74,9 +76,10 @@ class Sampler:
 
     Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
     each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). Of a ``grid``, all
-    samples of a background share it and their noise, and what is ``asked`` but for their levels. ``batch_size``, 1 to
-    4096 or a UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer
-    than ``MIN_BATCH``.
+    samples of a background share it and their noise, and what is ``asked`` but for their levels. ``normals``, from 0 to
+    below 1, is the share of samples that are a healthy image and an empty mask. ``batch_size``, 1 to 4096 or a
+    UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer than
+    ``MIN_BATCH``.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Sampler:
         jitter: float = 0.0,
         grid: Grid | None = None,
         tissue: AskedTissue | None = None,
+        normals: float = 0.0,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -101,7 +105,7 @@ class Sampler:
                 fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
             )
         self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
-        self.masks, self.jitter, self.grid = masks, jitter, grid
+        self.masks, self.jitter, self.grid, self.normals = masks, jitter, grid, normals
         self._group = len(grid.cells) if grid else 1
         self._transfer, self._phantoms = bundle.transfer, bundle.phantoms
         self.asked, self.tissue = asked or SampleConditions(), tissue or AskedTissue()
@@ -133,6 +137,7 @@ class Sampler:
             **({"masks": self.masks.fingerprint(self.healthy)} if self.masks else {}),
             **({"jitter": self.jitter} if self.jitter else {}),
             **({"vary": self.grid.vary, "cells": self._group} if self.grid else {}),
+            **({"normals": self.normals} if self.normals else {}),
             **self.asked.typed(),
             **self.tissue.typed(),
             "gates": quality_gates.limits(),
@@ -182,8 +187,9 @@ class Sampler:
         def refused(rejection: Rejection) -> None:
             reasons[rejection.reason] += 1
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
-                given = f" Its mask is {self.masks.at(rejection.index).file}." if self.masks else ""
-                less = ", or take this mask out" if self.masks else ", or ask for less" if self.asked else ""
+                mask = self._mask(rejection.index)
+                given = f" Its mask is {mask.file}." if mask else ""
+                less = ", or take this mask out" if mask else ", or ask for less" if self.asked else ""
                 raise AcceptanceError(
                     f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
                     fix=f"Use another bundle or other healthy images{less}. "
@@ -247,37 +253,71 @@ class Sampler:
             draws = {(draw.seeded, draw.attempt): draw for draw in batch}
             found = dict(zip(draws, self._backgrounds(seed, list(draws.values())), strict=True))
             picked = [found[draw.seeded, draw.attempt] for draw in batch]
-        drafts = [
-            Draft(
-                index=job.index,
-                attempt=job.attempt,
-                position=job.position,
-                label=self._label(job.index),
-                healthy=picture,
-                group=job.group,
-                given=self.grid.row(job.index) if self.grid else {},
-                wanted=self._conditions(job.index).values(seed, job.seeded, job.attempt if self.grid else 0),
-            )
-            for job, picture in zip(batch, picked, strict=True)
-        ]
+        drafts = [self._draft(seed, job, picture) for job, picture in zip(batch, picked, strict=True)]
         # Those of a folder were judged when it was read.
         backgrounds = [] if self.healthy is not None else [draft.healthy.pixels for draft in drafts]
         reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
         begun = [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
-        return [self._with_given(seed, one) if isinstance(one, Draft) else one for one in begun]
+        return [self._on_its_way(seed, one) if isinstance(one, Draft) else one for one in begun]
 
-    def _label(self, index: int) -> str:
-        if self.masks:
-            return self.masks.label_at(index, self.classes)
-        own = self.grid.cell(index).get("class") if self.grid else None
-        return own or class_at(index // self._group, self.classes)
+    def _turn(self, index: int) -> tuple[bool, int]:
+        """Whether a sample has a lesion, and how many that are like it in that came before; of a grid, backgrounds."""
+        if not self.normals:
+            return True, index // self._group
+        share = Fraction(str(self.normals))
+        kind, number = dealt(index, {"lesion": 1 - share, NORMAL: share})
+        return kind != NORMAL, number
 
-    def _conditions(self, index: int) -> SampleConditions:
-        return self.grid.conditions(index, self.asked) if self.grid else self.asked
+    def _draft(self, seed: int, job: DrawRequest, picture: Healthy) -> Draft:
+        """The draw on its background: whether it gets a lesion, of what class, and what is asked of that."""
+        lesion, turn = self._turn(job.index)
+        draft = Draft(
+            index=job.index,
+            attempt=job.attempt,
+            position=job.position,
+            label=NORMAL,
+            healthy=picture,
+            group=job.group,
+        )
+        if not lesion:
+            return draft
+        asked = self.grid.conditions(job.index, self.asked) if self.grid else self.asked
+        own = self.grid.cell(job.index).get("class") if self.grid else None
+        label, number = (own, turn) if own else dealt(turn, self.classes)
+        return replace(
+            draft,
+            label=self.masks.label_at(turn, self.classes) if self.masks else label,
+            given=self.grid.row(job.index) if self.grid else {},
+            wanted=asked.values(seed, job.seeded, job.attempt if self.grid else 0),
+            birads=asked.category(number),
+        )
+
+    def _mask(self, index: int) -> GivenMask | None:
+        """The user's mask of a sample; None where it has none."""
+        lesion, turn = self._turn(index)
+        return self.masks.at(turn) if self.masks and lesion else None
+
+    def _on_its_way(self, seed: int, draft: Draft) -> Outcome:
+        """What becomes of a draft whose background is fit: to the next stage with a lesion, finished without one."""
+        return self._normal(seed, draft) if draft.label == NORMAL else self._with_given(seed, draft)
+
+    def _normal(self, seed: int, draft: Draft) -> Sample:
+        """The sample without a lesion; its background is all there is, filtered as if there were one."""
+        empty = np.zeros_like(draft.healthy.valid)
+        image = self._shown(seed, replace(draft, edit=empty), draft.healthy.pixels)
+        row = {**dict.fromkeys(self.row_types()), **draft.healthy.row, "edit_pixels": 0}
+        return Sample(draft.index, draft.attempt, NORMAL, image, empty, row)
 
     def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
-        """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does."""
-        if self.masks and (partner := self.masks.partner(self.masks.at(draw.index), healthy)):
+        """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does.
+
+        Without a lesion, all take turns.
+        """
+        lesion, turn = self._turn(draw.index)
+        if not lesion:
+            return healthy.numbered((int(uniform(seed, 0, 0, "normals") * len(healthy)) + turn) % len(healthy))
+        mask = self._mask(draw.index)
+        if self.masks and mask and (partner := self.masks.partner(mask, healthy)):
             return healthy.of(partner)
         first = int(uniform(seed, draw.seeded, draw.attempt, "healthy") * len(healthy))
         if self.grid and not draw.attempt:
@@ -292,19 +332,21 @@ class Sampler:
 
     def _placed(self, masks: MaskFolder, seed: int, draw: DrawRequest) -> tuple[Mask, Placement]:
         """A draw's mask as it was drawn, and where it goes in an image that holds it there."""
-        native = masks.native(draw.index)
+        _, turn = self._turn(draw.index)
+        native = masks.native(turn)
         return native, place(native, self.jitter, uniforms(seed, draw.index, draw.attempt, "jitter", 4))
 
     def _with_given(self, seed: int, draft: Draft) -> Outcome:
         """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
-        if self.masks is None:
+        item = self._mask(draft.index)
+        if self.masks is None or item is None:
             return draft
         native, at = self._placed(self.masks, seed, draft)
         at = moved_inside(at, native, draft.healthy.valid)
         mask = at.apply(native)
         if reason := quality_gates.given_reason(int(at.shape(native).sum()), mask, draft.healthy.valid):
             return _refused(draft, reason)
-        return self._with_mask(replace(draft, given=self.masks.at(draft.index).row(at)), mask)
+        return self._with_mask(replace(draft, given=item.row(at)), mask)
 
     def _with_mask(self, draft: Draft, mask: Mask) -> Draft:
         edit = edit_region(mask, draft.healthy.valid)
@@ -314,8 +356,8 @@ class Sampler:
         shapes, count = self.bundle.frames, len(batch)
         frames = [
             # A mask's own frame, in which all of it lies where it does in its image.
-            self.masks.at(d.index).frame
-            if self.masks
+            mask.frame
+            if (mask := self._mask(d.index))
             else shapes[int(uniform(seed, d.seeded, d.attempt, "frame") * len(shapes))]
             for d in batch
         ]
@@ -374,8 +416,7 @@ class Sampler:
             assert draft.mask is not None
             picture = self._shown(seed, draft, image)
             reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            birads = self._conditions(draft.index).birads
-            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture, birads))
+            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -397,7 +438,7 @@ class Sampler:
             "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
             "tokens": self._whole_tokens(batch, keep),
             "keep": keep,
-            "asked": np.stack([self._conditions(d.index).vector(d.wanted, d.healthy.valid) for d in batch]),
+            "asked": np.stack([self.asked.vector(d.wanted, d.birads, d.healthy.valid) for d in batch]),
         }
         distance = self._run(f"mask-{batch[0].label}", self._rows(), len(batch), **inputs)
         return [field[0] > 0 for field in distance]

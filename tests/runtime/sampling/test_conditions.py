@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,8 @@ def test_nothing_asked_is_nothing_told() -> None:
     nothing = parse_conditions()
     assert not nothing
     assert nothing.values(3, 5) == {}
-    assert (nothing.vector({}, EVERYWHERE) == 0).all()
+    assert nothing.category(0) is None
+    assert (nothing.vector({}, None, EVERYWHERE) == 0).all()
     assert set(nothing.typed().values()) == {None}
 
 
@@ -55,7 +58,7 @@ def test_values_fill_their_range_and_do_not_depend_on_what_else_is_asked() -> No
 @pytest.mark.parametrize("valid", [EVERYWHERE, STRIP])
 def test_a_mask_that_is_what_the_graph_was_told_measures_what_the_user_asked(valid: np.ndarray) -> None:
     values = {"across": 0.4, "depth": 0.6, "size": 0.04, "height_width": 0.7}
-    vector = parse_conditions(birads="3").vector(values, valid)
+    vector = parse_conditions(birads="3").vector(values, "3", valid)
     assert vector.shape == (ASKED_LENGTH,) and vector.dtype == np.float32
     across, down, size, ratio = vector[: len(ATTRIBUTES)]
     # An ellipse that has these attributes.
@@ -98,14 +101,52 @@ def test_contradictions_and_unknown_categories_are_refused() -> None:
     assert "2, 3, 4, 5" in caught.value.fix
 
 
+def test_a_mix_of_categories_is_dealt_to_within_one_and_recorded_so_that_it_is_dealt_again() -> None:
+    asked = parse_conditions(birads="5:0.2, 2:0.1,3:0.4,4:0.3")
+    assert asked.typed()["birads"] == "2:0.1,3:0.4,4:0.3,5:0.2"
+    again = parse_conditions(birads=asked.typed()["birads"])
+    found = [asked.category(number) for number in range(1000)]
+    assert [again.category(number) for number in range(1000)] == found
+    for count in (10, 137, 1000):
+        dealt = Counter(found[:count])
+        # Each takes its share of what those before it left, so the last of four is off by three at most.
+        assert all(
+            abs(dealt[name] - share * count) < 4 for name, share in zip("2345", (0.1, 0.4, 0.3, 0.2), strict=True)
+        )
+    assert {parse_conditions(birads="4").category(number) for number in range(9)} == {"4"}
+    assert Counter(parse_conditions(birads="3:1,4:3").category(number) for number in range(8)) == {"3": 2, "4": 6}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("2:0.5,6:0.5", "--birads is '2:0.5,6:0.5', and '6' is no category"),
+        ("2:0.5,2:0.5", "names 2 twice"),
+        ("2:0.5,3:0.4", "whose shares sum to 0.9"),
+        ("2:0,3:1", "gives '2' the weight '0'"),
+        ("2:many", "gives '2' the weight 'many'"),
+        ("", "'' is no category"),
+        ("3,", "'' is no category"),
+        ("2=0.5,3=0.5", "'2=0.5' is no category"),
+    ],
+)
+def test_a_mix_that_cannot_be_dealt_is_refused_with_its_text(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_conditions(birads=text)
+    assert words in caught.value.problem
+    assert "2:" in caught.value.fix and "\n" not in str(caught.value)
+
+
 def test_asking_is_true_where_anything_is_asked() -> None:
-    assert SampleConditions(birads="2") and parse_conditions(depth="0.3") and not SampleConditions()
+    assert SampleConditions(birads={"2": 1.0}) and parse_conditions(depth="0.3") and not SampleConditions()
 
 
 def test_what_the_shipped_bundle_hardly_knows_is_said() -> None:
     """BUS-BRA has 4 malignant lesions of category 2, and 248 of category 4."""
     (line,) = hardly_known(["benign", "malignant"], parse_conditions(birads="2"))
     assert line.startswith("--birads 2 with malignant: the shipped bundle learned it from 4 images")
+    mixed = list(hardly_known(["benign", "malignant"], parse_conditions(birads="2:1,4:1,5:1")))
+    assert [line.partition(":")[0] for line in mixed] == ["--birads 5 with benign", "--birads 2 with malignant"]
     assert not [
         *hardly_known(["benign", "malignant"], parse_conditions(birads="4")),
         *hardly_known(["benign"], parse_conditions()),

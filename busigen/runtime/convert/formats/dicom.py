@@ -14,7 +14,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
 
-from busigen.registry import SYNTHETIC
+from busigen.registry import NORMAL, SYNTHETIC
 from busigen.runtime.convert.base import Format, Pair
 
 # What a segmentation must have and nothing here happened at: the same sample is the same file whenever it is written.
@@ -24,19 +24,27 @@ _PLANE, _TISSUE, _CENTIMETRES = 1, 1, 3  # Of an ultrasound region: its format, 
 
 
 class Converter(Format):
-    """``images/<name>.dcm`` and ``segmentations/<name>.dcm``, below a folder for each split; a study for each pair."""
+    """``images/<name>.dcm`` and ``segmentations/<name>.dcm``, below a folder for each split; a study for each pair.
+
+    A normal pair has no segmentation, since one says what lesion it marks.
+    """
 
     def write(self, pair: Pair) -> Any:
         """Write both objects; identifiers follow from pixels, so that a sample has the same in every dataset."""
         place = f"{pair.split}/" if pair.split else ""
         image = self._image(pair)
         self.target.write(f"{place}images/{pair.name}.dcm", _bytes(image))
-        self.target.write(f"{place}segmentations/{pair.name}.dcm", _bytes(self._segmentation(pair, image)))
+        if pair.label != NORMAL:
+            self.target.write(f"{place}segmentations/{pair.name}.dcm", _bytes(self._segmentation(pair, image)))
         return pair.name
 
     def lines(self, left_out: int) -> Iterator[str]:
         """What the objects say of themselves."""
-        yield "every object says Synthetic Data (0008,001C) YES; segmentations refer to their images"
+        if NORMAL not in self.job.classes:
+            yield "every object says Synthetic Data (0008,001C) YES; segmentations refer to their images"
+            return
+        yield "every object says Synthetic Data (0008,001C) YES, but for healthy images of yours without a lesion"
+        yield "segmentations refer to their images; normal images have none"
 
     def _image(self, pair: Pair) -> FileDataset:
         meta = FileMetaDataset()
@@ -44,7 +52,7 @@ class Converter(Format):
         meta.MediaStorageSOPInstanceUID = _uid(pair, "image")
         image = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
         image.SOPClassUID, image.SOPInstanceUID = UltrasoundImageStorage, meta.MediaStorageSOPInstanceUID
-        image.SyntheticData = "YES"
+        image.SyntheticData = "NO" if _is_acquired(pair) else "YES"
         # Nobody's: what the standard demands is there, and empty.
         for keyword in ("PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"):
             setattr(image, keyword, "")
@@ -52,10 +60,12 @@ class Converter(Format):
         image.PatientID = f"BUSIGEN-{_digest(pair.row.get('healthy_sha256') or _pixels(pair), 'patient')[:16]}"
         image.StudyInstanceUID, image.SeriesInstanceUID = _uid(pair, "study"), _uid(pair, "series")
         image.Modality, image.BodyPartExamined, image.SeriesNumber, image.InstanceNumber = "US", "BREAST", 1, 1
-        image.SeriesDescription = "synthetic breast ultrasound"
+        image.SeriesDescription = "breast ultrasound" if _is_acquired(pair) else "synthetic breast ultrasound"
         image.Manufacturer, image.ManufacturerModelName, image.SoftwareVersions = "busigen", "busigen", self._version
         image.ImageType = ["DERIVED", "PRIMARY", "BREAST", "0001"]
         image.DerivationDescription = f"{pair.label} lesion painted by busigen"
+        if pair.label == NORMAL:
+            image.DerivationDescription = f"{'letterboxed' if _is_acquired(pair) else 'drawn'} by busigen, no lesion"
         if pair.row.get("laterality"):
             image.ImageLaterality = pair.row["laterality"]
         else:
@@ -136,6 +146,11 @@ def _measures(pair: Pair) -> Any:
         return None
     spacing = [pair.row["spacing_y"], pair.row["spacing_x"]]
     return highdicom.PixelMeasuresSequence(pixel_spacing=spacing, slice_thickness=None)
+
+
+def _is_acquired(pair: Pair) -> bool:
+    """Whether nothing in the image was drawn: a healthy image as it was given."""
+    return pair.label == NORMAL and pair.row.get("background") != SYNTHETIC
 
 
 def _spaced(pair: Pair) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import polars as pl
 
 from busigen.errors import InputError, UsageError
-from busigen.registry import LESION_CLASSES
+from busigen.registry import NORMAL
 from busigen.runtime.convert.base import Entries, Format, Pair
-from busigen.runtime.dataset.card import LABEL_TYPE, closing, front_matter, row_features
+from busigen.runtime.dataset.card import closing, front_matter, label_type, labels, row_features
 from busigen.runtime.dataset.shards import FIXED_COLUMNS, recorded_schema, write_table
 from busigen.text import counted
 
@@ -60,21 +60,22 @@ class Converter(Format):
         """Write the card."""
         features: list[dict[str, Any]] = [
             *({"name": name, "dtype": "image"} for name in ("image", "mask")),
-            {"name": "label", "dtype": LABEL_TYPE},
+            {"name": "label", "dtype": label_type(self.job.classes)},
             {"name": "name", "dtype": "string"},
-            *row_features(self._columns()),
+            *row_features(self._columns(), self.job.classes),
         ]
         splits = [split for split in self.job.splits or ("train",) if self.job.counts[split if self.job.splits else ""]]
         samples = sum(self.job.counts.values())
         header = front_matter(samples, {split: f"data/{split}-*.parquet" for split in splits}, features)
-        labels = ", ".join(f"{number} is {name}" for number, name in enumerate(LESION_CLASSES))
+        named = ", ".join(f"{number} is {name}" for number, name in enumerate(labels(self.job.classes)))
+        empty = " Normal images have no lesion, and an empty mask." if NORMAL in self.job.classes else ""
         self.target.write(
             "README.md",
             f"""{header}
 # Synthetic breast ultrasound, {counted(samples, "sample")}
 
 Images with a synthetic lesion and that lesion's exact mask, converted by busigen from a dataset of its own, whose
-manifest has the other columns. `label`: {labels}; `name` is unique. For research; not for diagnosis.
+manifest has the other columns. `label`: {named}; `name` is unique. For research; not for diagnosis.{empty}
 
 {closing(self.job.info)}""".encode(),
         )
