@@ -84,6 +84,7 @@ def test_every_option_of_generate_is_one_of_the_model_and_has_its_default() -> N
     assert (command.pop("out"), command.pop("log_json")) == (inspect.Parameter.empty, None)
     model = {field.name: field.default for field in fields(GenerateOptions)}
     assert model.pop("out") is MISSING
+    assert model.pop("vary") is None, "that of `grid`"
     assert command == model
 
 
