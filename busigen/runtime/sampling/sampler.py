@@ -305,8 +305,9 @@ class Sampler:
         """The sample without a lesion; its background is all there is, filtered as if there were one."""
         empty = np.zeros_like(draft.healthy.valid)
         image = self._shown(seed, replace(draft, edit=empty), draft.healthy.pixels)
-        row = {**dict.fromkeys(self.row_types()), **draft.healthy.row, "edit_pixels": 0}
-        return Sample(draft.index, draft.attempt, NORMAL, image, empty, row)
+        empty_row = {name: None for name in self.row_types() if name != TISSUE_COLUMN}
+        row = {**empty_row, **draft.healthy.row, "edit_pixels": 0}
+        return Sample(draft.index, draft.attempt, NORMAL, image, empty, row, draft.healthy.tissue)
 
     def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
         """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does.

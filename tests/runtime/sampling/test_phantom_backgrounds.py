@@ -164,6 +164,15 @@ def test_a_map_that_is_gone_or_changed_is_found(dataset: Path, tmp_path: Path, c
     assert any("shards/000000.tar" in str(problem) for problem in report.problems)
 
 
+def test_images_without_a_lesion_have_maps_as_well(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    GenerateOptions(out=out, bundle=folder, count=2, batch_size=2, tissue_maps=True, normals=0.5).run(Progress())
+    assert verify(out).ok
+    pairs = {pair.label: pair for pair in Dataset(out)}
+    assert not pairs["normal"].mask.any()
+    assert pairs["normal"].tissue is not None and (pairs["normal"].tissue != OUTSIDE).any()
+
+
 def test_what_has_no_phantoms_gives_no_map(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--density is given"):
         GenerateOptions(out=tmp_path / "set", count=1, density="b").run(Progress())
