@@ -84,7 +84,7 @@ def judge(section: str, synthetic: ImageSet, real: ImageSet, train: ImageSet) ->
     """One section's quick verdict."""
     with tempfile.TemporaryDirectory() as folder:
         context = AuditContext(synthetic, real, train, Path(folder), effort="quick", backgrounds="unknown")
-        result = SECTIONS[section].load()(replace(context))
+        result = SECTIONS[section].run(replace(context))
     return SectionResult.from_dict(jsonable(result.to_dict()))
 
 

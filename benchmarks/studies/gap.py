@@ -141,7 +141,7 @@ def figures(made: ImageSet, held_out: ImageSet, out: Path) -> dict[str, Any]:
     context = AuditContext(made, held_out, None, out, backgrounds="synthetic")
     found = {
         figure.label: [round(v, 3) for v in (figure.value.value, figure.value.low, figure.value.high) if v is not None]
-        for figure in SECTIONS["realness"].load()(context).figures
+        for figure in SECTIONS["realness"].run(context).figures
         if "AUC" in figure.label
     }
     return {**found, "radiomic judge": round(judged(made, held_out)[1], 3)}

@@ -125,7 +125,7 @@ def judged(
 ) -> dict[str, Any]:
     """The figures of physics and fidelity, or only their headline ones: value with interval."""
     context = AuditContext(synthetic, real, None, options.out, backgrounds="synthetic")
-    found = [figure for name in ("physics", "fidelity") for figure in SECTIONS[name].load()(context).figures]
+    found = [figure for name in ("physics", "fidelity") for figure in SECTIONS[name].run(context).figures]
     figures = [figure for figure in found if figure.headline or not headline]
     return {
         figure.label: [round(v, 4) for v in (figure.value.value, figure.value.low, figure.value.high) if v is not None]
