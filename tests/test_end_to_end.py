@@ -176,6 +176,7 @@ def test_generate_from_the_new_bundle_and_verify(bundle: Path, synthetic_busi: P
     assert "is sound" in stdout and "bit for bit: 6" in stdout
 
 
+@pytest.mark.slow
 def test_every_graph_of_the_new_bundle_becomes_an_engine(bundle: Path, tmp_path: Path) -> None:
     """TensorRT for RTX parses and builds all of them, here and without a card."""
     rtx()

@@ -280,6 +280,7 @@ _LOAD = {"jit", "np", "onnx", "torch"}
 _OWN, _SYSTEM, _CHECKED = "made by this process", "the system's", "checked by open_file or by its hash before"
 DIRECT = {
     "cli/__init__.py": ("open", "a device to write to"),
+    "cli/view.py": ("open", "a page in a browser"),
     "data/prepared.py": ("read_parquet", _CHECKED),
     "data/sources/records.py": ("read_csv", _CHECKED),
     "evaluation/fidelity/inception.py": ("load", _CHECKED),
@@ -301,6 +302,8 @@ DIRECT = {
     "runtime/execution/workers.py": ("read_bytes", _OWN),
     "runtime/maintenance/repair.py": ("open", _OWN),
     "runtime/output/remote.py": ("read_parquet", "from memory"),
+    "runtime/viewing/beside.py": ("open", "a dataset and its bundle, by their own readers"),
+    "runtime/viewing/page.py": ("read_text", "the package's own"),
     "runtime/storage/lock.py": ("open", "a lock that is opened to write to"),
     "runtime/storage/object_store.py": ("open", _OWN),
     "training/checkpoint.py": ("from_pretrained", _CHECKED),

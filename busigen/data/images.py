@@ -116,7 +116,7 @@ def decode(path: Path, data: bytes | None = None) -> Decoded:
 
     An InputError says that it is missing, unreadable, damaged, not an image, or outside the limits; also MemoryError.
     """
-    data = read_bytes(path) if data is None else data
+    data = image_bytes(path) if data is None else data
     try:
         # Pillow opens files of its own, for the code that reads a format.
         with looking(path), warnings.catch_warnings():
@@ -210,7 +210,7 @@ def read_image(path: Path, data: bytes | None = None) -> ImageFile:
     is scaled to 8 bits. Arguments and errors are those of `decode`, and an InputError for levels of unknown range.
     """
     with enough_memory(path):
-        data = read_bytes(path) if data is None else data
+        data = image_bytes(path) if data is None else data
         if is_dicom(data) or is_dicom_name(path.name):
             return _read_frame(path, data)
         decoded = decode(path, data)
@@ -315,7 +315,7 @@ def _full_scale(levels: Levels) -> int:
     return next(full for full in FULL if int(levels.max()) <= full)
 
 
-def read_bytes(path: Path) -> bytes:
+def image_bytes(path: Path) -> bytes:
     """The content of an image file; an InputError says that it is missing, unreadable, empty or too large."""
     try:
         with hidden(path):

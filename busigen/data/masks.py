@@ -12,7 +12,7 @@ from scipy import ndimage
 from busigen.data.dicom.frame import read_segmentation
 from busigen.data.dicom.header import is_dicom, is_dicom_name
 from busigen.data.geometry import around, shrink
-from busigen.data.images import FULL, TURNED, Decoded, ImageFile, Levels, decode, enough_memory, look_up, read_bytes
+from busigen.data.images import FULL, TURNED, Decoded, ImageFile, Levels, decode, enough_memory, image_bytes, look_up
 from busigen.data.letterbox import HALF, Letterbox, letterbox_coverage
 from busigen.data.sources.records import Record
 from busigen.errors import InputError
@@ -55,7 +55,7 @@ def read_mask(
     several labels or colours, or 255 ("ignore") beside a label. Of a DICOM segmentation, all segments are lesion.
     """
     with enough_memory(path):
-        data = read_bytes(path) if data is None else data
+        data = image_bytes(path) if data is None else data
         if is_dicom(data) or is_dicom_name(path.name):
             segmented = read_segmentation(path.name, data)
             _refuse_size(path, segmented.shape[::-1], size)

@@ -63,6 +63,7 @@ def test_a_seam_is_told_by_the_ring(real, others, tmp_path):
     assert _audit(lined, real, tmp_path).figure("realness.ring.auc").flagged
 
 
+@pytest.mark.slow
 def test_calipers_that_are_painted_over_give_nothing_away(real, others, tmp_path):
     marked = real.images.copy()
     marked[:, 118:139, 127:130] = marked[:, 127:130, 118:139] = 255

@@ -31,6 +31,7 @@ from tests.harness.checkpoints import untrained
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_graphs_without_weights_become_the_files_that_graphs_with_weights_become(tmp_path: Path) -> None:
     checkpoint = untrained(tmp_path / "checkpoint")
     networks, _ = load_networks(checkpoint)

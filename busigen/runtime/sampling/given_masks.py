@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
-from busigen.data.images import read_bytes, read_image
+from busigen.data.images import image_bytes, read_image
 from busigen.data.letterbox import fit
 from busigen.data.masks import read_marked
 from busigen.data.sources.files import name_key, stem_of
@@ -286,7 +286,7 @@ def refuse_jitter(jitter: float) -> float:
 
 def _read(record: Record) -> tuple[str, Mask]:
     """Hash and native mask of a record; an InputError as for `read_marked`."""
-    files = [(mask, read_bytes(mask)) for mask in record.masks]
+    files = [(mask, image_bytes(mask)) for mask in record.masks]
     # The masks of a DICOM frame are cut as it is.
     image = read_image(record.image) if real_file(record.image) != record.image else None
     hashes = sorted(content_hash(mask, data) for mask, data in files)

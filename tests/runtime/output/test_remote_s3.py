@@ -84,6 +84,7 @@ def test_the_files_are_those_of_a_folder_whatever_publishes_them(
     assert (done.returncode, done.stdout) == (0, f"{url}/one is sound: 8 samples in 3 shards read\n")
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_wherever_it_was_killed(s3: None, url: str, tmp_path: Path) -> None:
     tally = swept(url, tmp_path, 4)
     assert tally.pop("killed") >= 8
@@ -97,6 +98,7 @@ def test_a_killed_run_continues_from_every_change(s3: None, url: str, tmp_path: 
     assert not any(tally.values()), tally
 
 
+@pytest.mark.slow
 def test_a_network_that_comes_back_is_waited_for(line: Line, url: str, tmp_path: Path, pristine: Path) -> None:
     hold = Hold(tmp_path, 4)
     process = started(url, tmp_path / "spools", hold=hold)
@@ -131,6 +133,7 @@ def test_a_network_that_stays_away_ends_the_run_and_a_rerun_sends_what_the_spool
     assert not list((tmp_path / "spools").iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_run_that_waits_for_its_network(line: Line, url: str, tmp_path: Path) -> None:
     hold = Hold(tmp_path, 4)
     process = started(url, tmp_path / "spools", "--retry", 2 * GUARD_SECONDS, hold=hold)

@@ -121,6 +121,7 @@ def special(grey: Image.Image) -> dict[str, tuple[bytes, bool]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is set by what /proc says")
 def test_a_thousand_mutated_images_are_used_or_named(tmp_path: Path) -> None:
     rng = random.Random(SEED)
