@@ -143,10 +143,8 @@ def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         problem = f"{RUN_FILE} does not say what was asked for: {error}."
         raise IntegrityError(problem, fix="Get the original dataset again.") from error
-    return {
-        **{"classes": classes, "asked": asked, "jitter": jitter, "normals": normals},
-        **{"grid": grid, "tissue": tissue},
-    }
+    given = {"jitter": jitter, "normals": normals, "grid": grid, "tissue": tissue}
+    return {"classes": classes, "asked": asked, **given}
 
 
 @contextmanager
