@@ -98,7 +98,7 @@ def test_a_run_record_says_how_many_frames_were_taken_so_that_it_can_be_replayed
     sampler = quick_sampler(QuickEngine(), healthy=HealthyFolder(folder, frames=3))
     generate(sampler, tmp_path / "set", count=2, seed=3, shard_size=2)
     recorded = json.loads((tmp_path / "set" / "run.json").read_text())
-    assert Inputs(healthy=folder)._healthy(recorded).fingerprint() == sampler.healthy.fingerprint()
+    assert Inputs(healthy=folder)._healthy(recorded).fingerprint() == sampler.plan.healthy.fingerprint()
     recorded["options"]["--frames"] = "-1"
     with pytest.raises(IntegrityError, match="--frames '-1'"):
         Inputs(healthy=folder)._healthy(recorded)
@@ -107,7 +107,7 @@ def test_a_run_record_says_how_many_frames_were_taken_so_that_it_can_be_replayed
 def test_a_run_without_dicom_records_what_it_did_before(tmp_path: Path, synthetic_busi: Path) -> None:
     sampler = quick_sampler(QuickEngine(), healthy=HealthyFolder(synthetic_busi / "normal"))
     assert "spacing_x" not in sampler.row_types() and "--frames" not in sampler.options()
-    assert "spacing_x" not in sampler.healthy.pick(0.5).row
+    assert "spacing_x" not in sampler.plan.healthy.pick(0.5).row
 
 
 def test_images_that_are_no_dicom_have_no_spacing_beside_those_that_are(tmp_path: Path) -> None:

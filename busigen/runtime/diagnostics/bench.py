@@ -207,7 +207,7 @@ class Bench:
         if self.healthy != SYNTHETIC:
             healthy = HealthyFolder(Path(self.healthy), progress)
             for sampler, _ in samplers:
-                sampler.healthy = healthy
+                sampler.plan.healthy = healthy
         _refuse_unwritable(self.out, self.ledger)
         about = machine()
         measured = measure(samplers, plan, self.repeat, self.out, progress)

@@ -132,9 +132,9 @@ class SourceOptions:
             # All but the images is known already, and reading those may take minutes.
             check(sampler)
         if self.masks is not None:
-            sampler.masks = MaskFolder(self.masks, progress, out=out, classes=classes)
+            sampler.plan.masks = MaskFolder(self.masks, progress, out=out, classes=classes)
         if self.healthy != SYNTHETIC:
-            sampler.healthy = HealthyFolder(Path(self.healthy), progress, out=out, frames=self.frames)
+            sampler.plan.healthy = HealthyFolder(Path(self.healthy), progress, out=out, frames=self.frames)
         return sampler
 
     def _folders(self) -> dict[str, Path]:
@@ -223,9 +223,9 @@ class GenerateOptions(SourceOptions):
 
         processes = (self.workers or 1) if self.ray_address is None else 1
         sampler = self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
-        if plan and sampler.healthy and (wanted := int(self.normals * plan.count)) > len(sampler.healthy):
+        if plan and sampler.plan.healthy and (wanted := int(self.normals * plan.count)) > len(sampler.plan.healthy):
             problem = f"--normals {self.normals:g} asks for {wanted} images without a lesion"
-            progress.note(f"{problem}, and --healthy has {len(sampler.healthy)}: they are there several times")
+            progress.note(f"{problem}, and --healthy has {len(sampler.plan.healthy)}: they are there several times")
         return sampler
 
     def require_memory(self, processes: int) -> None:

@@ -69,9 +69,9 @@ class Inputs:
         sampler = Sampler(bundle, backend, **recorded_conditions(run), batch_size=batch_size)
         # What a hash of the folder decides comes last: reading its images may take minutes.
         if recorded.get("healthy") != SYNTHETIC:
-            sampler.healthy = self._healthy(run)
+            sampler.plan.healthy = self._healthy(run)
         if recorded.get("masks") is not None:
-            sampler.masks = self._masks(run, sampler)
+            sampler.plan.masks = self._masks(run, sampler)
         return sampler
 
     def recorded_bundle(self, run: Mapping[str, Any]) -> Bundle | None:
@@ -119,8 +119,8 @@ class Inputs:
         if self.masks is None:
             problem = f"the dataset's masks are those of a folder named {name!r}, which is not given."
             raise InputError(problem, fix="Give that folder with --masks.")
-        folder = MaskFolder(self.masks, self.progress, classes=sampler.classes)
-        if (found := folder.fingerprint(sampler.healthy)) != recorded:
+        folder = MaskFolder(self.masks, self.progress, classes=sampler.plan.classes)
+        if (found := folder.fingerprint(sampler.plan.healthy)) != recorded:
             raise InputError(
                 f"--masks {self.masks} holds other masks or classes than the run's {name!r} did, or goes with other "
                 f"healthy images by name: {len(folder)} masks of fingerprint {found[:12]}... instead of "

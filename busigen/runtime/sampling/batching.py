@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.data.geometry import Mask, Window
+from busigen.data.geometry import Mask, Window, edit_region, window_for
 from busigen.registry import ATTRIBUTES
 from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling.conditions import measured
@@ -72,6 +72,15 @@ class Draft(DrawRequest):
     def kind(self) -> Kind:
         """With which draws this one may share a batch."""
         return Kind(PAINT, self.label, self.window.side) if self.window else Kind(OUTLINE, self.label)
+
+    def with_mask(self, mask: Mask, sides: Sequence[int]) -> Draft:
+        """The draft with its lesion's mask, and the window, of one of these sides, in which that is painted."""
+        edit = edit_region(mask, self.healthy.valid)
+        return replace(self, mask=mask, edit=edit, window=window_for(edit, tuple(sides)))
+
+    def refused(self, reason: str) -> Rejection:
+        """What a quality gate makes of it."""
+        return Rejection(self.index, self.attempt, self.label, reason)
 
     def sample(self, image: NDArray[np.uint8]) -> Sample:
         """The accepted sample, of a draft that went through all stages."""

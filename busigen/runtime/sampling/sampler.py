@@ -11,7 +11,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,10 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import (
     Mask,
-    edit_region,
     largest_component,
     paste,
     patches_outside,
     ring_region,
-    window_for,
 )
 from busigen.errors import AcceptanceError, CapacityError, UsageError
 from busigen.mtf import Kernels, Transfer, apply_to_pair
@@ -57,17 +54,16 @@ from busigen.runtime.sampling.batching import (
     in_order,
     of_whole_groups,
 )
-from busigen.runtime.sampling.conditions import SampleConditions, dealt, measured
-from busigen.runtime.sampling.given_masks import GivenMask, MaskFolder
+from busigen.runtime.sampling.conditions import SampleConditions, measured
+from busigen.runtime.sampling.given_masks import MaskFolder
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
-from busigen.runtime.sampling.noise import normal, uniform, uniforms
-from busigen.runtime.sampling.placement import Placement, moved_inside, place
+from busigen.runtime.sampling.noise import normal, uniform
+from busigen.runtime.sampling.sample_plan import SamplePlan
 from busigen.runtime.sampling.windows import Floats, cells_of, cut, padded_to, shown_at, to_grey, to_unit
 
 MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
 WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
-PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
 CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
 
 
@@ -104,11 +100,10 @@ class Sampler:
                 f"--classes names {lacking[0]!r}, and {bundle.folder} paints {' and '.join(bundle.classes)} lesions.",
                 fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
             )
-        self.bundle, self.backend, self.classes, self.healthy = bundle, backend, dict(classes), healthy
-        self.masks, self.jitter, self.grid, self.normals = masks, jitter, grid, normals
-        self._group = len(grid.cells) if grid else 1
+        self.bundle, self.backend = bundle, backend
+        self.plan = SamplePlan(dict(classes), healthy, asked or SampleConditions(), masks, jitter, grid, normals)
         self._transfer, self._phantoms = bundle.transfer, bundle.phantoms
-        self.asked, self.tissue = asked or SampleConditions(), tissue or AskedTissue()
+        self.tissue = tissue or AskedTissue()
         if self.tissue and self._phantoms is None:
             option = f"--{next(iter(self.tissue.typed())).replace('_', '-')}"
             raise UsageError(
@@ -132,13 +127,7 @@ class Sampler:
             "provider": self.backend.name,
             "engine_version": self.backend.version,
             **({"engine_batches": asdict(self.backend.batches)} if self.backend.batches else {}),
-            "classes": self.classes,
-            "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
-            **({"masks": self.masks.fingerprint(self.healthy)} if self.masks else {}),
-            **({"jitter": self.jitter} if self.jitter else {}),
-            **({"vary": self.grid.vary, "cells": self._group} if self.grid else {}),
-            **({"normals": self.normals} if self.normals else {}),
-            **self.asked.typed(),
+            **self.plan.fingerprint(),
             **self.tissue.typed(),
             "gates": quality_gates.limits(),
         }
@@ -147,25 +136,23 @@ class Sampler:
         """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
             "--bundle": None if self.bundle.folder == default_bundle() else self.bundle.folder.resolve().name,
-            "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
-            **({"--frames": str(self.healthy.frames)} if self.healthy and self.healthy.frames > 1 else {}),
-            **({"--masks": self.masks.folder.resolve().name} if self.masks else {}),
+            **self.plan.options(),
         }
 
     def row_types(self) -> Mapping[str, type]:
         """See :class:`busigen.runtime.dataset.format.Source`."""
         return {
             **dict.fromkeys(("background", "healthy_file", "healthy_sha256"), str),
-            **(self.healthy.row_types() if self.healthy else {}),
+            **(self.plan.healthy.row_types() if self.plan.healthy else {}),
             "letterbox_scale": float,
             **dict.fromkeys(("letterbox_left", "letterbox_top"), int),
             **dict.fromkeys(("window_top", "window_left", "window_side", "edit_pixels"), int),
             **dict.fromkeys(("area_share", *(name for name in ATTRIBUTES if name != "size")), float),
             **{f"asked_{name}": float for name in ATTRIBUTES},
             "asked_birads": str,
-            **(given_masks.COLUMNS if self.masks else {}),
-            **(grid.COLUMNS if self.grid else {}),
-            **(dict.fromkeys(TISSUE_MEASURES, float) if self._phantoms and not self.healthy else {}),
+            **(given_masks.COLUMNS if self.plan.masks else {}),
+            **(grid.COLUMNS if self.plan.grid else {}),
+            **(dict.fromkeys(TISSUE_MEASURES, float) if self._phantoms and not self.plan.healthy else {}),
             **({TISSUE_COLUMN: str} if self.tissue.maps else {}),
         }
 
@@ -187,27 +174,25 @@ class Sampler:
         def refused(rejection: Rejection) -> None:
             reasons[rejection.reason] += 1
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
-                mask = self._mask(rejection.index)
+                mask = self.plan.mask(rejection.index)
                 given = f" Its mask is {mask.file}." if mask else ""
-                less = ", or take this mask out" if mask else ", or ask for less" if self.asked else ""
+                less = ", or take this mask out" if mask else ", or ask for less" if self.plan.asked else ""
                 raise AcceptanceError(
                     f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
                     fix=f"Use another bundle or other healthy images{less}. "
                     f"Refused so far: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}.",
                 )
 
-        window = max(self.batch_size * WINDOW_BATCHES, 2 * self._group)
+        window = max(self.batch_size * WINDOW_BATCHES, 2 * self.plan.group)
         options: dict[str, Any] = {"window": window, "done": done, "refused": refused, "stopping": stopping}
         with self._stages(seed) as stages:
             answers = of_whole_groups(
-                requests, self._group, lambda whole: in_order(stages, whole, **options, group=self._group)
+                requests, self.plan.group, lambda whole: in_order(stages, whole, **options, group=self.plan.group)
             )
             with closing(answers):
                 for generated in answers:
                     # Checked before each shard is written, so that no shard names files that are gone.
-                    for folder in (self.healthy, self.masks):
-                        if folder is not None:
-                            folder.refuse_changes()
+                    self.plan.refuse_changes()
                     yield generated
 
     def attempt(self, seed: int, jobs: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[Rejection]]:
@@ -240,66 +225,31 @@ class Sampler:
 
         def size(kind: Kind) -> int:
             # Where whole images are synthesised, the prior's batch is theirs.
-            whole = kind.stage == BEGIN and self.healthy is None
+            whole = kind.stage == BEGIN and self.plan.healthy is None
             return rows_per_call(RESOLUTION, self.batch_size) if whole else self._rows(kind.side)
 
         return BatchScheduler(size, lambda batch: steps[batch[0].kind.stage](seed, batch))
 
     def _begin(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
-        if self.healthy is not None:
-            picked = [self._picked(self.healthy, seed, draw) for draw in batch]
+        if self.plan.healthy is not None:
+            picked = [self.plan.picked(self.plan.healthy, seed, draw) for draw in batch]
         else:
             # Of a grid, several draws have the same one.
             draws = {(draw.seeded, draw.attempt): draw for draw in batch}
             found = dict(zip(draws, self._backgrounds(seed, list(draws.values())), strict=True))
             picked = [found[draw.seeded, draw.attempt] for draw in batch]
-        drafts = [self._draft(seed, job, picture) for job, picture in zip(batch, picked, strict=True)]
+        drafts = [self.plan.draft(seed, job, picture) for job, picture in zip(batch, picked, strict=True)]
         # Those of a folder were judged when it was read.
-        backgrounds = [] if self.healthy is not None else [draft.healthy.pixels for draft in drafts]
+        backgrounds = [] if self.plan.healthy is not None else [draft.healthy.pixels for draft in drafts]
         reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
-        begun = [_refused(d, reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
+        begun = [d.refused(reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
         return [self._on_its_way(seed, one) if isinstance(one, Draft) else one for one in begun]
-
-    def _turn(self, index: int) -> tuple[bool, int]:
-        """Whether a sample has a lesion, and how many that are like it in that came before; of a grid, backgrounds."""
-        if not self.normals:
-            return True, index // self._group
-        share = Fraction(str(self.normals))
-        kind, number = dealt(index, {"lesion": 1 - share, NORMAL: share})
-        return kind != NORMAL, number
-
-    def _draft(self, seed: int, job: DrawRequest, picture: Healthy) -> Draft:
-        """The draw on its background: whether it gets a lesion, of what class, and what is asked of that."""
-        lesion, turn = self._turn(job.index)
-        draft = Draft(
-            index=job.index,
-            attempt=job.attempt,
-            position=job.position,
-            label=NORMAL,
-            healthy=picture,
-            group=job.group,
-        )
-        if not lesion:
-            return draft
-        asked = self.grid.conditions(job.index, self.asked) if self.grid else self.asked
-        own = self.grid.cell(job.index).get("class") if self.grid else None
-        label, number = (own, turn) if own else dealt(turn, self.classes)
-        return replace(
-            draft,
-            label=self.masks.label_at(turn, self.classes) if self.masks else label,
-            given=self.grid.row(job.index) if self.grid else {},
-            wanted=asked.values(seed, job.seeded, job.attempt if self.grid else 0),
-            birads=asked.category(number),
-        )
-
-    def _mask(self, index: int) -> GivenMask | None:
-        """The user's mask of a sample; None where it has none."""
-        lesion, turn = self._turn(index)
-        return self.masks.at(turn) if self.masks and lesion else None
 
     def _on_its_way(self, seed: int, draft: Draft) -> Outcome:
         """What becomes of a draft whose background is fit: to the next stage with a lesion, finished without one."""
-        return self._normal(seed, draft) if draft.label == NORMAL else self._with_given(seed, draft)
+        if draft.label == NORMAL:
+            return self._normal(seed, draft)
+        return self.plan.with_given(seed, draft, tuple(self.bundle.windows))
 
     def _normal(self, seed: int, draft: Draft) -> Sample:
         """The sample without a lesion; its background is all there is, filtered as if there were one."""
@@ -309,56 +259,12 @@ class Sampler:
         row = {**empty_row, **draft.healthy.row, "edit_pixels": 0}
         return Sample(draft.index, draft.attempt, NORMAL, image, empty, row, draft.healthy.tissue)
 
-    def _picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
-        """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does.
-
-        Without a lesion, all take turns.
-        """
-        lesion, turn = self._turn(draw.index)
-        if not lesion:
-            return healthy.numbered((int(uniform(seed, 0, 0, "normals") * len(healthy)) + turn) % len(healthy))
-        mask = self._mask(draw.index)
-        if self.masks and mask and (partner := self.masks.partner(mask, healthy)):
-            return healthy.of(partner)
-        first = int(uniform(seed, draw.seeded, draw.attempt, "healthy") * len(healthy))
-        if self.grid and not draw.attempt:
-            first = draw.seeded % len(healthy)  # In turn, so that its backgrounds are different ones.
-        if self.masks:
-            native, at = self._placed(self.masks, seed, draw)
-            for number in range(first, first + min(len(healthy), PROBED_IMAGES)):
-                found = healthy.numbered(number % len(healthy))
-                if moved_inside(at, native, found.valid) == at:
-                    return found
-        return healthy.numbered(first)
-
-    def _placed(self, masks: MaskFolder, seed: int, draw: DrawRequest) -> tuple[Mask, Placement]:
-        """A draw's mask as it was drawn, and where it goes in an image that holds it there."""
-        _, turn = self._turn(draw.index)
-        native = masks.native(turn)
-        return native, place(native, self.jitter, uniforms(seed, draw.index, draw.attempt, "jitter", 4))
-
-    def _with_given(self, seed: int, draft: Draft) -> Outcome:
-        """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
-        item = self._mask(draft.index)
-        if self.masks is None or item is None:
-            return draft
-        native, at = self._placed(self.masks, seed, draft)
-        at = moved_inside(at, native, draft.healthy.valid)
-        mask = at.apply(native)
-        if reason := quality_gates.given_reason(int(at.shape(native).sum()), mask, draft.healthy.valid):
-            return _refused(draft, reason)
-        return self._with_mask(replace(draft, given=item.row(at)), mask)
-
-    def _with_mask(self, draft: Draft, mask: Mask) -> Draft:
-        edit = edit_region(mask, draft.healthy.valid)
-        return replace(draft, mask=mask, edit=edit, window=window_for(edit, tuple(self.bundle.windows)))
-
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
         shapes, count = self.bundle.frames, len(batch)
         frames = [
             # A mask's own frame, in which all of it lies where it does in its image.
             mask.frame
-            if (mask := self._mask(d.index))
+            if (mask := self.plan.mask(d.index))
             else shapes[int(uniform(seed, d.seeded, d.attempt, "frame") * len(shapes))]
             for d in batch
         ]
@@ -405,9 +311,9 @@ class Sampler:
                 measured(mask, valid), draft.wanted
             )
             if reason:
-                outcomes.append(_refused(draft, reason))
+                outcomes.append(draft.refused(reason))
             else:
-                outcomes.append(self._with_mask(draft, mask))
+                outcomes.append(draft.with_mask(mask, tuple(self.bundle.windows)))
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
@@ -417,7 +323,7 @@ class Sampler:
             assert draft.mask is not None
             picture = self._shown(seed, draft, image)
             reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            outcomes.append(_refused(draft, reason) if reason else draft.sample(picture))
+            outcomes.append(draft.refused(reason) if reason else draft.sample(picture))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -439,7 +345,7 @@ class Sampler:
             "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
             "tokens": self._whole_tokens(batch, keep),
             "keep": keep,
-            "asked": np.stack([self.asked.vector(d.wanted, d.birads, d.healthy.valid) for d in batch]),
+            "asked": np.stack([self.plan.asked.vector(d.wanted, d.birads, d.healthy.valid) for d in batch]),
         }
         distance = self._run(f"mask-{batch[0].label}", self._rows(), len(batch), **inputs)
         return [field[0] > 0 for field in distance]
@@ -552,7 +458,3 @@ def _pictures(batch: Sequence[Draft]) -> Floats:
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:
     return np.stack([normal(seed, item.seeded, item.attempt, stream, shape) for item in batch])
-
-
-def _refused(draft: Draft, reason: str) -> Rejection:
-    return Rejection(draft.index, draft.attempt, draft.label, reason)

@@ -126,7 +126,7 @@ def test_synthetic_backgrounds_are_shown_through_a_filter_of_their_own_and_a_use
         assert np.abs(coarse - unchanged).max() < 3.0
     # Commands open the folder only once they know that they may write.
     given = Sampler(bundle, backend, classes=MIX, batch_size=4)
-    given.healthy = healthy
+    given.plan.healthy = healthy
     own = draw(Sampler(plain, backend, classes=MIX, healthy=healthy, batch_size=4), range(2)).samples
     for found, unfiltered, expected in zip(draw(given, range(2)).samples, own, whole.samples, strict=False):
         assert_same(found, unfiltered)

@@ -1,0 +1,143 @@
+"""What a sample is before anything of it is drawn: its class, what is asked of its lesion, its background, its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+from busigen.data.geometry import Mask
+from busigen.registry import NORMAL, SYNTHETIC
+from busigen.runtime.dataset.format import Rejection
+from busigen.runtime.sampling import quality_gates
+from busigen.runtime.sampling.batching import Draft, DrawRequest
+from busigen.runtime.sampling.conditions import SampleConditions, dealt
+from busigen.runtime.sampling.given_masks import GivenMask, MaskFolder
+from busigen.runtime.sampling.grid import Grid
+from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder
+from busigen.runtime.sampling.noise import uniform, uniforms
+from busigen.runtime.sampling.placement import Placement, moved_inside, place
+
+PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
+
+
+@dataclass
+class SamplePlan:
+    """What a user asked for, dealt out to samples by their index. For its fields, see `sampler.Sampler`."""
+
+    classes: Mapping[str, float]
+    healthy: HealthyFolder | None = None
+    asked: SampleConditions = field(default_factory=SampleConditions)
+    masks: MaskFolder | None = None
+    jitter: float = 0.0
+    grid: Grid | None = None
+    normals: float = 0.0
+
+    @property
+    def group(self) -> int:
+        """Samples that share a background and their noise."""
+        return len(self.grid.cells) if self.grid else 1
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Its part of :meth:`busigen.runtime.dataset.format.Source.fingerprint`."""
+        return {
+            "classes": dict(self.classes),
+            "healthy": self.healthy.fingerprint() if self.healthy else SYNTHETIC,
+            **({"masks": self.masks.fingerprint(self.healthy)} if self.masks else {}),
+            **({"jitter": self.jitter} if self.jitter else {}),
+            **({"vary": self.grid.vary, "cells": self.group} if self.grid else {}),
+            **({"normals": self.normals} if self.normals else {}),
+            **self.asked.typed(),
+        }
+
+    def options(self) -> dict[str, str | None]:
+        """Its part of :meth:`busigen.runtime.dataset.format.Source.options`."""
+        return {
+            "--healthy": self.healthy.folder.resolve().name if self.healthy else SYNTHETIC,
+            **({"--frames": str(self.healthy.frames)} if self.healthy and self.healthy.frames > 1 else {}),
+            **({"--masks": self.masks.folder.resolve().name} if self.masks else {}),
+        }
+
+    def refuse_changes(self) -> None:
+        """An IntegrityError if a file of the user's folders is gone or another one."""
+        for folder in (self.healthy, self.masks):
+            if folder is not None:
+                folder.refuse_changes()
+
+    def _turn(self, index: int) -> tuple[bool, int]:
+        """Whether a sample has a lesion, and how many that are like it in that came before; of a grid, backgrounds."""
+        if not self.normals:
+            return True, index // self.group
+        share = Fraction(str(self.normals))
+        kind, number = dealt(index, {"lesion": 1 - share, NORMAL: share})
+        return kind != NORMAL, number
+
+    def draft(self, seed: int, job: DrawRequest, picture: Healthy) -> Draft:
+        """The draw on its background: whether it gets a lesion, of what class, and what is asked of that."""
+        lesion, turn = self._turn(job.index)
+        draft = Draft(
+            index=job.index,
+            attempt=job.attempt,
+            position=job.position,
+            label=NORMAL,
+            healthy=picture,
+            group=job.group,
+        )
+        if not lesion:
+            return draft
+        asked = self.grid.conditions(job.index, self.asked) if self.grid else self.asked
+        own = self.grid.cell(job.index).get("class") if self.grid else None
+        label, number = (own, turn) if own else dealt(turn, self.classes)
+        return replace(
+            draft,
+            label=self.masks.label_at(turn, self.classes) if self.masks else label,
+            given=self.grid.row(job.index) if self.grid else {},
+            wanted=asked.values(seed, job.seeded, job.attempt if self.grid else 0),
+            birads=asked.category(number),
+        )
+
+    def mask(self, index: int) -> GivenMask | None:
+        """The user's mask of a sample; None where it has none."""
+        lesion, turn = self._turn(index)
+        return self.masks.at(turn) if self.masks and lesion else None
+
+    def picked(self, healthy: HealthyFolder, seed: int, draw: DrawRequest) -> Healthy:
+        """The healthy image of a draw: that which has its mask's name, else any, which holds the mask if one does.
+
+        Without a lesion, all take turns.
+        """
+        lesion, turn = self._turn(draw.index)
+        if not lesion:
+            return healthy.numbered((int(uniform(seed, 0, 0, "normals") * len(healthy)) + turn) % len(healthy))
+        mask = self.mask(draw.index)
+        if self.masks and mask and (partner := self.masks.partner(mask, healthy)):
+            return healthy.of(partner)
+        first = int(uniform(seed, draw.seeded, draw.attempt, "healthy") * len(healthy))
+        if self.grid and not draw.attempt:
+            first = draw.seeded % len(healthy)  # In turn, so that its backgrounds are different ones.
+        if self.masks:
+            native, at = self._placed(self.masks, seed, draw)
+            for number in range(first, first + min(len(healthy), PROBED_IMAGES)):
+                found = healthy.numbered(number % len(healthy))
+                if moved_inside(at, native, found.valid) == at:
+                    return found
+        return healthy.numbered(first)
+
+    def with_given(self, seed: int, draft: Draft, sides: Sequence[int]) -> Draft | Rejection:
+        """The draft with the user's mask, so that it need not wait for stage 1; without masks, as it is."""
+        item = self.mask(draft.index)
+        if self.masks is None or item is None:
+            return draft
+        native, at = self._placed(self.masks, seed, draft)
+        at = moved_inside(at, native, draft.healthy.valid)
+        mask = at.apply(native)
+        if reason := quality_gates.given_reason(int(at.shape(native).sum()), mask, draft.healthy.valid):
+            return draft.refused(reason)
+        return replace(draft, given=item.row(at)).with_mask(mask, sides)
+
+    def _placed(self, masks: MaskFolder, seed: int, draw: DrawRequest) -> tuple[Mask, Placement]:
+        """A draw's mask as it was drawn, and where it goes in an image that holds it there."""
+        _, turn = self._turn(draw.index)
+        native = masks.native(turn)
+        return native, place(native, self.jitter, uniforms(seed, draw.index, draw.attempt, "jitter", 4))
