@@ -16,6 +16,8 @@ BUCKET_CONTEXT = 8  # Pixels around the edit region that a window holds, where t
 LATENT_FACTOR = 8  # Pixels per latent cell and axis.
 MASK_CHANNELS = 4  # Of a pixel-unshuffled mask condition: 2 x 2 grid points per cell.
 PLACE_CHANNELS = 2  # Row and column of each cell, which the healthy prior reads.
+SCANNERS = 8  # Most scanners that a checkpoint can tell apart: one condition channel each, all of them 0 for any.
+FEWEST_OF_SCANNER = 40  # Training images of a scanner from which on it is learnt by its name.
 
 # What a user can ask of an outline, in the order of its code's first numbers (busigen.data.geometry).
 ATTRIBUTES = ("across", "depth", "size", "height_width")

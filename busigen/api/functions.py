@@ -49,6 +49,7 @@ class SampleOptions(TypedDict, total=False):
     taller_than_wide: bool
     birads: int | str | Mapping[int | str, float] | None  # 4, or {2: 0.1, 3: 0.4, 4: 0.3, 5: 0.2}
     normals: float  # share of pairs without a lesion
+    scanner: str | None  # a name of the bundle's, "any" or "mix"
     density: str | None  # of synthetic backgrounds: A to D
     chest_wall: Range | None  # share of the height above their muscle
     tissue_maps: bool

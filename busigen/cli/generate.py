@@ -62,6 +62,12 @@ def generate(
         str | None,
         typer.Option(help=f"BI-RADS category: {', '.join(BIRADS)}; or shares, as 2:0.1,3:0.4,4:0.3,5:0.2."),
     ] = None,
+    scanner: Annotated[
+        str | None,
+        typer.Option(
+            help="As which scanner, of those that the bundle knows; or any, or mix. [default: mix; in images: any]"
+        ),
+    ] = None,
     density: Annotated[
         str | None, typer.Option(help="Gland in synthetic backgrounds, from A (less than a quarter) to D.")
     ] = None,

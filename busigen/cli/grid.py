@@ -43,6 +43,7 @@ def grid(
     across: Annotated[str | None, typer.Option(help="As for `generate`. [default: 0.35:0.65]")] = None,
     height_width: Annotated[str | None, typer.Option(help="As for `generate`. [default: 0.5:0.9]")] = None,
     birads: Annotated[str | None, typer.Option(help="As for `generate`. [default: none is asked for]")] = None,
+    scanner: Annotated[str | None, typer.Option(help="As for `generate`.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = DEFAULT_BATCH,
     provider: Annotated[str, typer.Option(help=f"{', '.join(PROVIDERS)}; or auto.")] = AUTO,

@@ -192,6 +192,7 @@ def read_sample(record: Record, values: Collection[int] = ()) -> Sample:
         "overlay_text": overlays.text,
         "overlay_calipers": overlays.calipers,
         "birads": record.birads,
+        "scanner": record.scanner,
         **(scan_row(file, box.scale) if file.full else {}),
     }
     return Sample(arrays, thumbnail(file.pixels), row, tuple(dict.fromkeys(notes)))

@@ -56,8 +56,12 @@ COLUMNS: dict[str, pl.DataType] = {
     "overlay_calipers": pl.Boolean(),
     "birads": pl.String(),
     "class_conflict": pl.Boolean(),
+    "scanner": pl.String(),
 }
-"""``mask_area`` is a share of the native image, ``lesions`` the largest label; file names begin with the source's."""
+"""``mask_area`` is a share of the native image, ``lesions`` the largest label; file names begin with the source's.
+
+Folders of earlier versions have no ``scanner``; opened, it is null.
+"""
 
 SCAN_COLUMNS: dict[str, pl.DataType] = {"laterality": pl.String(), "spacing_x": pl.Float64(), "spacing_y": pl.Float64()}
 """Further columns of tables with DICOM images: `busigen.data.images.scan_row`, null for other images."""
@@ -164,6 +168,8 @@ def _read_table(folder: Path, info: dict[str, Any]) -> pl.DataFrame:
             table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged.", fix=_PREPARE) from error
+    if "scanner" not in table.columns:
+        table = table.insert_column(len(COLUMNS) - 1, pl.lit(None, pl.String()).alias("scanner"))
     if dict(table.schema) not in (COLUMNS, ALL_COLUMNS) or table.height != info["images"]:
         raise IntegrityError(f"{path} has other columns or rows than {INFO} says.", fix=_PREPARE)
     if split_hash(table["sha256"], table["split"]) != info["split_hash"]:

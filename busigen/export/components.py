@@ -23,6 +23,7 @@ from busigen.registry import (
     PAINTING,
     PLACE_CHANNELS,
     RESOLUTION,
+    SCANNERS,
 )
 from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER, graphs_of
 from busigen.solver import solver_steps
@@ -103,7 +104,7 @@ def components(
         loop: a name in ``registry.LOOPS``.
         only: names in ``components_of``.
     """
-    tracing, steps = Tracer(opset), Steps()
+    tracing, steps, told = Tracer(opset), Steps(), bool(networks.scanners) and networks.shown_at is None
     for name in (name for name in components_of(networks) if name in only):
         if name == "mask":
             yield outlines(tracing, networks, loop)
@@ -111,12 +112,12 @@ def components(
             yield Component(name, {name: Part(tracing.context(networks))}, loop)
         elif name == "prior":
             own = networks.prior_decoder
-            decoding = {} if own is None else {BACKGROUND_DECODER: Part(tracing.decoder(own, RESOLUTION))}
+            decoding = {} if own is None else {BACKGROUND_DECODER: Part(tracing.decoder(own, RESOLUTION, scanner=told))}
             yield Component(name, {name: _prior(tracing, networks), **decoding}, loop)
         elif name == "encoder":
             yield Component(name, {f"{name}@{side}": Part(tracing.encoder(networks, side)) for side in BUCKETS}, loop)
         elif name == "decoder":
-            halves = {f"{name}@{side}": Part(tracing.decoder(networks.decoder, side)) for side in BUCKETS}
+            halves = {f"{name}@{side}": Part(tracing.decoder(networks.decoder, side, scanner=told)) for side in BUCKETS}
             yield Component(name, halves, loop)
         elif name == PAINTER:
             yield _painter(tracing, networks, loop)
@@ -126,7 +127,7 @@ def components(
 
 def _prior(tracing: Tracer, networks: Networks) -> Part:
     unet, cells = networks.denoisers["prior"], RESOLUTION // LATENT_FACTOR
-    step = tracing.step(without_context(unet), cells, 1, (PLACE_CHANNELS,))
+    step = tracing.step(without_context(unet), cells, 1, (SCANNERS, PLACE_CHANNELS))
     before = tracing.prior_condition(networks, cells)
     update = tracing.update(unet.spectrum, networks.preset.latent_channels, cells, cells)
     return _part(step, "prior", "normal", networks, before, update, start=networks.prior_start)
@@ -148,12 +149,12 @@ def outlines(tracing: Tracer, networks: Networks, loop: str) -> Component:
 
 def _staged(tracing: Tracer, networks: Networks, stage: str, steps: Steps) -> dict[str, Part]:
     channels, first = networks.preset.latent_channels, networks.denoisers[f"{stage}-{LESION_CLASSES[0]}"]
-    conditions, sizes = (channels, MASK_CHANNELS, 1), [side // LATENT_FACTOR for side in BUCKETS]
+    conditions, sizes = (SCANNERS, channels, MASK_CHANNELS, 1), [side // LATENT_FACTOR for side in BUCKETS]
     # Names with an underscore say where the network was loaded from.
     key = str(sorted((name, value) for name, value in first.config.items() if not name.startswith("_")))
     if key not in steps:
         steps[key] = [tracing.step(first, size, networks.preset.tokens, conditions) for size in sizes]
-    before = [tracing.condition(stage, channels, side) for side in BUCKETS]
+    before = [tracing.condition(stage, channels, side, scanner=bool(networks.scanners)) for side in BUCKETS]
     parts = {}
     for label in LESION_CLASSES:
         unet = networks.denoisers[f"{stage}-{label}"]

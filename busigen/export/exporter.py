@@ -34,7 +34,7 @@ from busigen.registry import (
     RESOLUTION,
 )
 from busigen.runtime.backends.base import Backend, EngineOptions, engine_of, open_backend
-from busigen.runtime.backends.bundle import RECORD, SCHEMA, SCHEMA_OF_PHANTOMS, Bundle
+from busigen.runtime.backends.bundle import RECORD, SCHEMA, SCHEMA_OF_PHANTOMS, SCHEMA_OF_SCANNERS, Bundle
 from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER, DEFAULT_WINDOWS, WHOLE_DECODER
 from busigen.runtime.backends.memory import LARGE
 from busigen.runtime.progress import Progress
@@ -259,10 +259,17 @@ def _fused(bundle: Bundle) -> dict[str, Any]:
     return found
 
 
+def _schema(record: Mapping[str, Any]) -> int:
+    """The least schema that says what the bundle has, so that earlier versions go on reading what they can."""
+    if record.get("scanners"):
+        return SCHEMA_OF_SCANNERS
+    return SCHEMA if record.get("phantoms") is None else SCHEMA_OF_PHANTOMS
+
+
 def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, options: Options) -> dict[str, Any]:
     """What a bundle's record says before any graph is written."""
     return {
-        "schema": SCHEMA if record.get("phantoms") is None else SCHEMA_OF_PHANTOMS,
+        "schema": _schema(record),
         "preset": record["preset"],
         "resolution": RESOLUTION,
         "latent_factor": LATENT_FACTOR,
@@ -280,6 +287,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "background_speckle": BACKGROUND_SPECKLE,
         "transfer": record.get("transfer"),
         **({} if record.get("phantoms") is None else {"phantoms": record["phantoms"]}),
+        **({"scanners": record["scanners"]} if record.get("scanners") else {}),
         "solver_steps": dict(networks.steps),
         "graphs": painter_graphs(networks) if networks.shown_at else {},
         **_painting(record, checkpoint, options),

@@ -26,7 +26,7 @@ from busigen.runtime.backends.bundle import RECORD, Bundle, default_bundle, open
 from busigen.runtime.backends.bundle_record import WHOLE_DECODER, graphs_of, names_of_graphs
 from busigen.training import checkpoint
 from busigen.training.checkpoint import Base
-from busigen.training.networks.build import build
+from busigen.training.networks.build import build, lacks_scanners, widened
 from busigen.training.recipe import recipe_for
 
 _EXPORT = "Use a bundle that this busigen exported, or train again."
@@ -165,6 +165,12 @@ def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Pa
     for name, own in model.state_dict().items():
         if name in weights:
             filled[name] = weights[name]
+            if name == "conv_in.weight" and lacks_scanners(
+                component, {**model.config, "in_channels": filled[name].shape[1]}
+            ):
+                filled[name] = widened(filled[name], model.config.out_channels)
+        elif ".scanners." in name or name.startswith("scanners."):
+            filled[name] = own  # Of an earlier version, or not told which.
         elif component == "prior" and (".norm2." in name or ".attn2." in name):
             # What the prior attends to is zero, and so is its value: export leaves it out (trace.without_context).
             filled[name] = torch.zeros_like(own)
@@ -225,6 +231,7 @@ def _origin(bundle: Bundle, preset: str) -> dict[str, Any]:
         "frames": [list(frame) for frame in bundle.frames],
         "styles": bundle.info.get("styles", []),
         "transfer": bundle.info.get("transfer"),
+        "scanners": bundle.info.get("scanners", []),
         "phantoms": bundle.info.get("phantoms"),
         "tasks": known.get("tasks", {}),
         "device": known.get("device", "unrecorded"),

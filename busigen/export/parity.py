@@ -24,7 +24,7 @@ from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import Draft
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.networks.build import region_condition
-from busigen.training.networks.inference import Networks, blend_input, window_condition
+from busigen.training.networks.inference import Networks, blend_input
 
 BATCH = 16  # Draws that are computed together.
 ROWS = 16  # Rows per graph that are kept of what the reference was asked: as many as one batch of small windows.
@@ -69,21 +69,24 @@ class TorchBackend(Backend):
         if component == "encoder":
             return networks.encoder(v["pixels"])
         if component == "decoder":
-            return networks.decoder(v["latents"], v["noise"], v["mask"])
+            return networks.decoder(
+                v["latents"], v["noise"], v["mask"], v.get("scanner") if networks.shown_at is None else None
+            )
         if component == BACKGROUND_DECODER:
             assert networks.prior_decoder is not None
             return networks.prior_decoder(v["latents"], v["noise"], v["mask"])
         if component == "prior":
-            return networks.background(v["noise"], v["frame"], v.get("start"))
+            return networks.background(v["noise"], v["frame"], v.get("scanner"), v.get("start"))
         stage, _, label = component.partition("-")
         context = (v["tokens"], v["keep"])
         if stage == "mask":
             return networks.outline(v["noise"], label, *context, v["asked"])
         if stage == "lesion":
-            condition = window_condition(v["known"], v["mask"], v["edit"])
+            condition = networks.window_condition(v["known"], v["mask"], v["edit"], v.get("scanner"))
         else:
             edit, ring = region_condition(v["edit"]), region_condition(v["ring"])
-            condition = window_condition(blend_input(v["known"], v["painted"], edit, ring), v["mask"], v["ring"])
+            seen = blend_input(v["known"], v["painted"], edit, ring)
+            condition = networks.window_condition(seen, v["mask"], v["ring"], v.get("scanner"))
         return networks.sample(stage, v["noise"], label, *context, *condition, fresh=v.get("fresh"))
 
 

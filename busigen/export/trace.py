@@ -26,8 +26,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from busigen.export.graph_rewrites import make_sums_deterministic
 from busigen.export.weights import shared_copy, weight
-from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, LESION_CLASSES, RESOLUTION
-from busigen.training.networks.build import OutlineTransformer, place_condition, region_condition
+from busigen.registry import ASKED_LENGTH, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, SCANNERS
+from busigen.training.networks.build import OutlineTransformer, place_condition, region_condition, scanner_condition
 from busigen.training.networks.inference import ADAPTERS, Decoder, Networks, Velocity, blend_input, window_condition
 from busigen.training.networks.outline import OutlineSpace
 
@@ -117,22 +117,33 @@ class _Step(nn.Module):
         return self.velocity(x, t.expand(batch), label if adapters else label.expand(batch), tokens, keep, *condition)
 
 
+def _any_or(scanner: Tensor | None, latents: Tensor) -> Tensor:
+    """The scanner that is told, or any, sized after latents: a constant would have a fixed batch."""
+    return (latents[:, :1, 0, 0] * 0.0).expand(-1, SCANNERS) if scanner is None else scanner
+
+
 class _LesionCondition(nn.Module):
     """What the lesion graph is fed, as condition channels."""
 
-    def forward(self, known: Tensor, mask: Tensor, edit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, known: Tensor, mask: Tensor, edit: Tensor, scanner: Tensor | None = None) -> tuple[Tensor, ...]:
         # An input handed through untouched would have one name for both, so it is touched.
-        return window_condition(known * 1.0, mask, edit)
+        return window_condition(known * 1.0, mask, edit, _any_or(scanner, known))
 
 
 class _BlendCondition(nn.Module):
     """What the blend graph is fed, as condition channels."""
 
     def forward(
-        self, known: Tensor, painted: Tensor, mask: Tensor, edit: Tensor, ring: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        known: Tensor,
+        painted: Tensor,
+        mask: Tensor,
+        edit: Tensor,
+        ring: Tensor,
+        scanner: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         seen = blend_input(known, painted, region_condition(edit), region_condition(ring))
-        return window_condition(seen, mask, ring)
+        return window_condition(seen, mask, ring, _any_or(scanner, known))
 
 
 class _PainterCondition(nn.Module):
@@ -140,7 +151,7 @@ class _PainterCondition(nn.Module):
 
     def forward(
         self, known: Tensor, painted: Tensor, mask: Tensor, edit: Tensor, ring: Tensor, adapter: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         blending = adapter[:, len(LESION_CLASSES) :].sum(dim=1)[:, None, None, None]
         ring = ring * blending
         seen = blend_input(known, painted, region_condition(edit) * blending, region_condition(ring))
@@ -162,10 +173,11 @@ class _PriorCondition(nn.Module):
         super().__init__()
         self.dim = networks.preset.context_dim
 
-    def forward(self, noise: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, noise: Tensor, frame: Tensor, scanner: Tensor | None = None) -> tuple[Tensor, ...]:
         # Built from the input, because a constant would have a fixed batch.
         zero = (noise[:, :1, 0, 0] * 0.0)[:, :, None]
-        return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0, place_condition(noise, frame)
+        condition = scanner_condition(noise, _any_or(scanner, noise)), place_condition(noise, frame)
+        return zero.expand(-1, 1, self.dim), zero[:, :, 0] + 1.0, *condition
 
 
 class _EmptyAttention(nn.Module):
@@ -292,13 +304,14 @@ class Tracer:
         """``pixels`` to ``latents`` for one window size."""
         return traced(networks.encoder, {"pixels": _noise(1, side, side)}, ["latents"], self.opset)
 
-    def decoder(self, decoder: Decoder, side: int) -> ModelProto:
-        """``(latents, noise, mask)`` to ``pixels`` for one window size."""
+    def decoder(self, decoder: Decoder, side: int, *, scanner: bool = False) -> ModelProto:
+        """``(latents, noise, mask)``, and the ``scanner`` if told, to ``pixels`` for one window size."""
         cells = (decoder.shown_at or side) // LATENT_FACTOR
         inputs = {
             "latents": _noise(decoder.latents_mean.shape[1], cells, cells),
             "noise": _noise(1, side, side),
             "mask": _ones(1, side, side),
+            **({"scanner": _ones(SCANNERS)} if scanner else {}),
         }
         return traced(decoder, inputs, ["pixels"], self.opset)
 
@@ -336,19 +349,22 @@ class Tracer:
         }
         return traced(_Step(Velocity(unet)), inputs, ["velocity"], self.opset, static=("t", "label"))
 
-    def condition(self, stage: str, channels: int, side: int) -> ModelProto:
-        """Condition channels of stage 2 or 3 from latents and pixels."""
+    def condition(self, stage: str, channels: int, side: int, *, scanner: bool = False) -> ModelProto:
+        """Condition channels of stage 2 or 3 from latents and pixels, and the ``scanner`` if told."""
         module, names = _CONDITIONS[stage]
+        names = [*names, "scanner"] if scanner else names
         cells = side // LATENT_FACTOR
         special = {name: _noise(channels, cells, cells) for name in ("known", "painted")}
-        special["adapter"] = _ones(len(ADAPTERS))
+        special |= {"adapter": _ones(len(ADAPTERS)), "scanner": _ones(SCANNERS)}
         inputs = {name: special[name] if name in special else _ones(1, side, side) for name in names}
-        return self._steady(module, inputs, ["condition0", "condition1", "condition2"])
+        count = 3 if stage == PAINTER else 4
+        return self._steady(module, inputs, [f"condition{number}" for number in range(count)])
 
     def prior_condition(self, networks: Networks, cells: int) -> ModelProto:
-        """``noise`` and ``frame`` to the prior's ``tokens``, ``keep`` and places."""
+        """``noise``, ``frame`` and, if told, the ``scanner`` to the prior's ``tokens``, ``keep`` and condition."""
         inputs = {"noise": _noise(networks.preset.latent_channels, cells, cells), "frame": _ones(4)}
-        return self._steady(_PriorCondition(networks), inputs, ["tokens", "keep", "condition0"])
+        inputs |= {"scanner": _ones(SCANNERS)} if networks.scanners else {}
+        return self._steady(_PriorCondition(networks), inputs, ["tokens", "keep", "condition0", "condition1"])
 
     def update(
         self, spectrum: nn.Module, *shape: int, conditions: Sequence[int] = (), fresh: bool = False

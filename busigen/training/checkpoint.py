@@ -46,7 +46,7 @@ from busigen.registry import (
 )
 from busigen.runtime.backends.bundle_record import ImagesRecord, start_of
 from busigen.text import printable
-from busigen.training.networks.build import build, model_class
+from busigen.training.networks.build import build, lacks_scanners, model_class, tell_scanners
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, LoraSpec, Recipe, TaskSpec, recipe_for
 from busigen.training.trainer import MAX_WEIGHTS_BYTES, write_json
@@ -54,7 +54,12 @@ from busigen.training.trainer import MAX_WEIGHTS_BYTES, write_json
 RECORD, SCHEMA = "busigen.json", 1
 WRITABLE = "Use a folder that you may write to."
 BASE, ADAPTERS, MERGED = "base", "adapters", "merged"
-LATER = ("spectrum.", "decoder.outlines.")  # Weights that components of older versions may lack.
+LATER = (
+    "spectrum.",
+    "decoder.outlines.",
+    "decoder.scanners.",
+    "scanners.",
+)  # Weights that components of older versions may lack.
 MAX_RECORD_BYTES = 64 << 20  # Largest file of a component's folder that is read, apart from weights.
 
 _TRAIN = "Run 'busigen train' to its end first."
@@ -166,16 +171,19 @@ def save_component(model: ModelMixin, folder: Path) -> None:
 def _refuse_other_sizes(component: str, path: Path, preset: Preset) -> None:
     """Refuse a ``config.json`` with other sizes than the preset's: such a network might take all memory."""
     config = read_checked(Record, path, fix=_TRAIN)
+    earlier = lacks_scanners(component, config)
     with torch.random.fork_rng(devices=[]):  # Building a network must not advance the training's generator.
         sizes = json.loads(json.dumps(dict(build(component, preset).config)))
     for key, value in sizes.items():
+        if key == "in_channels" and earlier:
+            continue
         if not key.startswith("_") and config.get(key, value) != value:
             found = printable(reprlib.repr(config[key]))
             raise IntegrityError(f"{path} has no valid {key!r}: {found}; its preset has {value!r}.", fix=_TRAIN)
 
 
 def load_component(component: str, folder: Path, preset: Preset | None = None) -> ModelMixin:
-    """Load a component in evaluation mode; without weights in ``LATER``, with one spread and a decoder without masks.
+    """Load a component in evaluation mode; one of an earlier version knows no scanners, one spread or no masks.
 
     An InputError says that there is none, or that its weights do not fit its configuration, an IntegrityError that this
     is not the preset's.
@@ -200,6 +208,8 @@ def load_component(component: str, folder: Path, preset: Preset | None = None) -
         raise InputError(f"{folder} cannot be loaded: it lacks the weight {lost[0]}.", fix=_TRAIN)
     if any(name.startswith("spectrum.spread") for name in missing):
         model.spectrum.assume(SOLVER_SPREAD[component])
+    if lacks_scanners(component, model.config):
+        tell_scanners(model)
     return model.eval()
 
 
@@ -270,6 +280,7 @@ def load_networks(folder: Path) -> tuple[Networks, dict[str, Any]]:
     autoencoder, context = (load_component(name, folder / BASE / name, preset) for name in ("autoencoder", "context"))
     mean, std = (torch.tensor(record["latents"][name]) for name in ("mean", "std"))
     networks = Networks(preset, autoencoder, mean, std, context, denoisers)
+    networks.scanners = [name for name, _ in record.get("scanners", [])]
     if record.get("phantoms") is not None:
         networks.start_prior(start_of(record["phantoms"]))
     return networks, record

@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional as F
 
 from busigen.data.geometry import Mask, Window, edit_region, grow, patches_outside, ring_region, shrink, window_for
 from busigen.data.prepared import Prepared
-from busigen.registry import BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.registry import BUCKETS, CLASSES, FEWEST_OF_SCANNER, LATENT_FACTOR, RESOLUTION, SCANNERS
 from busigen.runtime.backends.bundle_record import LEAST_FRAME
 from busigen.training.networks.build import mask_condition, region_condition
 from busigen.training.networks.inference import Networks, shown
@@ -35,6 +36,7 @@ Healed = Callable[[int, int], NDArray[np.uint8]]  # The image of a prepared row 
 
 ENCODE_BATCH = 16
 FRAMES = 64  # Most image shapes that a checkpoint records for synthetic backgrounds.
+ANY_SHARE = 0.1  # Share of examples whose scanner a network is not told, so that it learns what any is.
 WIDE = 15  # Least side in pixels of overlays that no loss counts: text, but not calipers at a lesion's outline.
 
 assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written for f8 latents"
@@ -42,13 +44,14 @@ assert LATENT_FACTOR == 8, "the window jitter and the two-cell ring are written 
 
 @dataclass(frozen=True)
 class Frame:
-    """An image and its masks, ``(256, 256)`` each."""
+    """An image and its masks, ``(256, 256)`` each; ``scanner`` counts the known ones from 1, and is 0 for others."""
 
     image: NDArray[np.uint8]
     lesions: NDArray[np.uint8]
     overlay: Mask
     valid: Mask
     label: str
+    scanner: int = 0
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -60,7 +63,7 @@ class Frame:
         """Mirror left and right, never top and bottom: skin is at the top and shadows fall downwards."""
         parts: tuple[Any, ...] = (self.image, self.lesions, self.overlay, self.valid)
         image, lesions, overlay, valid = (np.ascontiguousarray(part[:, ::-1]) for part in parts)
-        return Frame(image, lesions, overlay, valid, self.label)
+        return replace(self, image=image, lesions=lesions, overlay=overlay, valid=valid)
 
     def with_gain(self, rng: np.random.Generator) -> Frame:
         """Vary gain by up to 8 % and contrast by a gamma between 0.85 and 1.18."""
@@ -82,20 +85,21 @@ class Frame:
         part = (slice(top, top + height), slice(side, side + width))
         left = int(rng.integers(0, RESOLUTION - width + 1))
         bars = ((0, RESOLUTION - height), (left, RESOLUTION - width - left))
-        return Frame(
-            np.pad(self.image[part], bars, mode="reflect"),
-            np.pad(self.lesions[part], bars),
-            np.pad(self.overlay[part], bars, mode="reflect"),
-            np.pad(self.valid[part], bars),
-            self.label,
+        return replace(
+            self,
+            image=np.pad(self.image[part], bars, mode="reflect"),
+            lesions=np.pad(self.lesions[part], bars),
+            overlay=np.pad(self.overlay[part], bars, mode="reflect"),
+            valid=np.pad(self.valid[part], bars),
         )
 
 
 class Frames:
-    """The rows of a prepared folder that a task trains on, as :class:`Frame`."""
+    """The rows of a prepared folder that a task trains on, as :class:`Frame`; ``scanners`` are those that it knows."""
 
-    def __init__(self, prepared: Prepared, rows: pl.DataFrame) -> None:
+    def __init__(self, prepared: Prepared, rows: pl.DataFrame, scanners: Sequence[str] = ()) -> None:
         self.prepared, self.table = prepared, rows
+        self._scanner = {name: number for number, name in enumerate(scanners, start=1)}
 
     def __len__(self) -> int:
         return self.table.height
@@ -111,6 +115,7 @@ class Frames:
             overlay=grow(shrink(np.array(self.prepared.suspects[row]), WIDE // 2), WIDE // 2),
             valid=valid,
             label=record["class"],
+            scanner=self._scanner.get(record["scanner"], 0),
         )
 
     def jobs(self, variants: int, *, lesions_only: bool = False) -> list[tuple[int, int]]:
@@ -128,6 +133,21 @@ def at_most(rows: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     if limit is None or rows.height <= limit:
         return rows
     return rows[np.linspace(0, rows.height - 1, limit).round().astype(int).tolist()]
+
+
+def scanners_of(rows: pl.DataFrame, known: Sequence[str] = ()) -> list[str]:
+    """The scanners that can be learnt from by name: those ``known`` before, then those of enough images, ``SCANNERS``.
+
+    The others' images teach what all have in common.
+    """
+    named = rows["scanner"].drop_nulls().value_counts().filter(pl.col("count") >= FEWEST_OF_SCANNER)
+    found = named.sort("count", "scanner", descending=[True, False])["scanner"].to_list()
+    return [*known, *(name for name in found if name not in known)][:SCANNERS]
+
+
+def told(scanner: Tensor) -> Tensor:
+    """Scanners counted from 1, ``(B,)`` int64, as the networks are told them, ``(B, SCANNERS)``; 0 is any."""
+    return F.one_hot(scanner, SCANNERS + 1)[:, 1:].float()
 
 
 def frames_of(rows: pl.DataFrame) -> list[list[int]]:
@@ -196,7 +216,8 @@ class WindowExamples:
     """Encoded windows of one size; ``s`` is their side / 8.
 
     ``clean``/``known`` ``(N, C, s, s)`` fp16 latents of the whole and of the greyed window; ``mask`` ``(N, 4, s, s)``;
-    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)``; ``keep`` ``(N, T)``; ``label``, ``row``.
+    ``edit``, ``ring``, ``weight`` ``(N, 1, s, s)``; ``tokens`` ``(N, T, D)``; ``keep`` ``(N, T)``; ``label``, ``row``,
+    ``scanner`` ``(N,)``.
     Of Stable Diffusion, ``s`` is the side at which it is shown / 8, and there are grey ``pixels`` and ``lesion``, the
     mask, ``(N, 1, S, S)`` at the windows' own side.
     """
@@ -298,6 +319,7 @@ def window_tensors(frame: Frame, mask: Mask, edit: Mask, label: str, window: Win
         "image": to_tensor(frame.image),
         "keep": torch.from_numpy(patches_outside(edit, patch)),
         "label": torch.tensor(CLASSES.index(label)),
+        "scanner": torch.tensor(frame.scanner),
     }
 
 
@@ -319,6 +341,7 @@ def _encode_windows(items: list[dict[str, Tensor]], networks: Networks) -> dict[
         "tokens": networks.tokens(stacked["image"], keep).half(),
         "keep": keep.bool(),
         "label": stacked["label"],
+        "scanner": stacked["scanner"],
         "row": stacked["row"],
     }
     if networks.shown_at is not None:  # A decoder for these latents learns from the same windows.
@@ -339,7 +362,7 @@ def background_examples(
     parts: list[dict[str, Tensor]] = []
     jobs = frames.jobs(variants)
     for start in range(0, len(jobs), ENCODE_BATCH):
-        images, weights, rows, places = [], [], [], []
+        images, weights, rows, places, scanners = [], [], [], [], []
         for position, variant in jobs[start : start + ENCODE_BATCH]:
             row = int(frames.table["row"][position])
             rng = np.random.default_rng((seed, row, variant, 2))
@@ -350,6 +373,7 @@ def background_examples(
             rows.append(row)
             images.append(to_tensor(frame.image))
             places.append(frame.place)
+            scanners.append(frame.scanner)
             weights.append(torch.from_numpy((frame.overlay | ~frame.valid).astype(np.float32))[None])
         parts.append(
             {
@@ -357,6 +381,7 @@ def background_examples(
                 "weight": (1.0 - region_condition(torch.stack(weights))).bool(),
                 "frame": torch.tensor(places, dtype=torch.int16),
                 "row": torch.tensor(rows),
+                "scanner": torch.tensor(scanners),
             }
         )
         progress(min(start + ENCODE_BATCH, len(jobs)), len(jobs))

@@ -28,7 +28,7 @@ from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STABLE_DIFFUSIO
 from busigen.runtime.backends.bundle_record import start_of
 from busigen.training import checkpoint
 from busigen.training.checkpoint import Base, Origin, Painting, RecipeRecord
-from busigen.training.examples import Frames, Progress, frames_of, select, to_tensor
+from busigen.training.examples import Frames, Progress, frames_of, scanners_of, select, to_tensor
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
 from busigen.training.recipe import LEARN_FROM_HEALED, Recipe, TaskSpec
@@ -281,6 +281,14 @@ class _Run:
         record = self._of_base("prior")
         return frames_of(select(self.prepared, "train")) if record is None else record.get("frames", [[RESOLUTION] * 2])
 
+    @cached_property
+    def _scanners(self) -> list[tuple[str, float]]:
+        """The scanners that networks are told, those that a base knows first, and their shares of the images."""
+        known = [] if self.start is None else [name for name, _ in self.start.record.get("scanners", [])]
+        rows = select(self.prepared, "train")
+        names = [*rows["scanner"]]
+        return [(name, round(names.count(name) / len(names), 4)) for name in scanners_of(rows, known)]
+
     @property
     def _styles(self) -> list[list[float]]:
         record = self._of_base("prior")
@@ -307,6 +315,7 @@ class _Run:
             "latents": self.latents,
             "frames": self._frames,
             "styles": self._styles,
+            "scanners": self._scanners,
             **({} if self._phantoms is None else {"phantoms": self._phantoms}),
             "transfer": (self.figures.get("finish", {}) if decoder is None else decoder).get("transfer"),
             "tasks": self.figures,
@@ -373,7 +382,8 @@ class _Run:
     def _heal(self, spec: TaskSpec) -> dict[str, Any]:
         variants, limit = self.recipe.heal_variants, self.recipe.max_images
         rows = pl.concat([select(self.prepared, split, limit=limit) for split in ("train", "val")])
-        frames, networks = Frames(self.prepared, rows), self._networks("lesion")
+        frames = Frames(self.prepared, rows, [name for name, _ in self._scanners])
+        networks = self._networks("lesion")
         progress = self._report(f"healing {len(frames)} images, {variants} times each")
         images = remove_lesion(frames, networks, variants=variants, seed=self.recipe.seed, progress=progress)
         save_healed(self.out / HEALED, rows["row"], images)
@@ -397,7 +407,8 @@ class _Run:
             names = {f"{stage}-{label}": stage for stage, label in product(stages, LESION_CLASSES)}
             merged = {name: self._loaded(stage, self.out / checkpoint.MERGED / name) for name, stage in names.items()}
             found = None if self._phantoms is None else Phantoms.from_json(self._phantoms)
-            drawer = Drawer(self._networks("prior"), self._frames, self._styles, found)
+            shares = [share for _, share in self._scanners]
+            drawer = Drawer(self._networks("prior"), self._frames, self._styles, found, shares)
             drawer.networks.denoisers |= merged
             if found is not None:
                 drawer.networks.start_prior(start_of(self._phantoms))
@@ -411,6 +422,7 @@ class _Run:
             max_images=self.recipe.max_images,
             healed=healed_reader(healed) if healed.exists() and spec.component in LEARN_FROM_HEALED else None,
             drawer=drawer,
+            scanners=[name for name, _ in self._scanners],
         )
 
     @torch.no_grad()

@@ -40,9 +40,11 @@ from busigen.training.examples import (
     joined,
     random_lesion,
     to_tensor,
+    told,
     window_tensors,
 )
-from busigen.training.networks.inference import Networks, blend_input, window_condition
+from busigen.training.networks.build import region_condition
+from busigen.training.networks.inference import Networks, blend_input
 from busigen.training.trainer import REMAKE, mixed_precision
 
 Pixels = NDArray[np.uint8]
@@ -59,11 +61,16 @@ def repaint(
     *,
     label: str = "normal",
     masks: list[Mask] | None = None,
+    scanners: Sequence[int] | None = None,
     steps: int = HEAL_STEPS,
     buckets: Sequence[int] = BUCKETS,
 ) -> list[Pixels]:
-    """Images whose edit region, if any, stage 2 alone has painted: normal tissue, or a lesion of a class and mask."""
+    """Images whose edit region, if any, stage 2 alone has painted: normal tissue, or a lesion of a class and mask.
+
+    ``scanners`` are those of :class:`Frame`, by default any.
+    """
     results = list(images)
+    scanners = [0] * len(images) if scanners is None else scanners
     masks = [np.zeros_like(edit) for edit in edits] if masks is None else masks
     jobs = [(k, window_for(edit, buckets)) for k, edit in enumerate(edits) if edit.any()]
     for side in buckets:
@@ -71,7 +78,7 @@ def repaint(
         for start in range(0, len(members), REPAINT_BATCH):
             chosen = members[start : start + REPAINT_BATCH]
             generator = Generator().manual_seed(seed * 1_000_003 + chosen[0][0])
-            items = [(images[k], edits[k], masks[k], window) for k, window in chosen]
+            items = [(images[k], edits[k], masks[k], window, scanners[k]) for k, window in chosen]
             painted = _repainted(items, networks, label, steps, generator)
             for (k, window), pixels in zip(chosen, painted, strict=True):
                 results[k] = paste(images[k], pixels, edits[k], window)
@@ -80,10 +87,14 @@ def repaint(
 
 @torch.no_grad()
 def _repainted(
-    items: list[tuple[Pixels, Mask, Mask, Window]], networks: Networks, label: str, steps: int, generator: Generator
+    items: list[tuple[Pixels, Mask, Mask, Window, int]],
+    networks: Networks,
+    label: str,
+    steps: int,
+    generator: Generator,
 ) -> NDArray[np.float32]:
-    """Windows ``(B, S, S)`` in [-1, 1], painted anew, from images, edit regions and lesion masks."""
-    images, edits, masks, windows = zip(*items, strict=True)
+    """Windows ``(B, S, S)`` in [-1, 1], painted anew, from images, edit regions, lesion masks and scanners."""
+    images, edits, masks, windows, scanners = zip(*items, strict=True)
     device = networks.device
 
     def stacked(arrays: Sequence[NDArray]) -> Tensor:
@@ -96,11 +107,12 @@ def _repainted(
     keep = keep.float().to(device)
     tokens = networks.tokens(torch.stack([to_tensor(image) for image in images]).to(device), keep)
     noise = torch.randn(known.shape, generator=generator).to(device)
-    condition = window_condition(known, mask, region)
+    scanner = told(torch.tensor(scanners)).to(device)
+    condition = networks.window_condition(known, mask, region, scanner)
     with mixed_precision(device):
         latents = networks.sample("lesion", noise, label, tokens, keep, *condition, steps=steps).float()
     speckle = torch.randn(region.shape, generator=generator).to(device)
-    painted: NDArray[np.float32] = networks.decoder(latents, speckle, mask).float().cpu().numpy()[:, 0]
+    painted: NDArray[np.float32] = networks.decoder(latents, speckle, mask, scanner).float().cpu().numpy()[:, 0]
     return painted
 
 
@@ -123,8 +135,9 @@ def remove_lesion(frames: Frames, networks: Networks, *, variants: int, seed: in
             shape = random_lesion(frames[shapes[int(rng.integers(len(shapes)))]], rng)
             decoy = decoy_region(frame, shape, rng)
             decoys.append(np.zeros_like(frame.valid) if decoy is None else decoy)
-        healed = repaint([frame.image for frame in chosen], edits, networks, seed + start)
-        healed = repaint(healed, decoys, networks, seed + start + 7919)
+        scanners = [frame.scanner for frame in chosen]
+        healed = repaint([frame.image for frame in chosen], edits, networks, seed + start, scanners=scanners)
+        healed = repaint(healed, decoys, networks, seed + start + 7919, scanners=scanners)
         for (position, variant), image in zip(part, healed, strict=True):
             result[position, variant] = image
         progress(min(start + chunk, len(jobs)), len(jobs))
@@ -174,13 +187,15 @@ ZONES = ("lesion", "margin", "behind")  # Inside the outline, along it, and the 
 class Drawer:
     """The prior and, for lesions, every stage's class denoisers, with the backgrounds' heights, widths and styles.
 
-    ``phantoms`` are what backgrounds begin with; None for noise alone.
+    ``phantoms`` are what backgrounds begin with; None for noise alone. ``shares`` are those of the known scanners among
+    them; what is left is of any.
     """
 
     networks: Networks
     frames: Sequence[Sequence[int]]
     styles: Sequence[Sequence[float]]
     phantoms: Phantoms | None = None
+    shares: Sequence[float] = ()
 
     def starts(self, seed: int, first: int, places: Sequence[tuple[int, int, int, int]]) -> Tensor | None:
         """The latents of a phantom for each place, of samples from index ``first`` on."""
@@ -257,15 +272,15 @@ def _painted(items: list[dict[str, Tensor]], drawer: Drawer, seed: int, row: int
             noise = torch.randn(known.shape, generator=generator).to(device)
             return networks.sample(stage, noise, label, *context, *condition).float()
 
-        condition = window_condition(known, seen["mask"], seen["edit"])
+        scanner = told(found["scanner"]).to(device)
+        condition = networks.window_condition(known, seen["mask"], seen["edit"], scanner)
         painted = sample("lesion", *condition)
-        edit = condition[-1]
-        _, mask, ring = window_condition(known, seen["mask"], seen["ring"])
-        condition = (blend_input(known, painted, edit, ring), mask, ring)
-        blended = sample("blend", *condition)
+        edit, ring = condition[-1], region_condition(seen["ring"])
+        continued = blend_input(known, painted, edit, ring)
+        blended = sample("blend", *networks.window_condition(continued, seen["mask"], seen["ring"], scanner))
     # The lesion is stage 2's, as in the runtime's sampler.
     latents = torch.where((edit > 0) & (ring == 0), painted, blended)
-    kept = ("mask", "edit", "zones", "brightness", "grains", "usable", "label")
+    kept = ("mask", "edit", "zones", "brightness", "grains", "usable", "label", "scanner")
     return {
         "latents": latents.cpu().half(),
         "pixels": ((found["pixels"] + 1.0) * 127.5).round().byte(),
@@ -309,7 +324,7 @@ def away_from_cuts(top: int, left: int, cells: int) -> Tensor:
 
 @torch.no_grad()
 def rollout_backgrounds(drawer: Drawer, count: int, *, seed: int, progress: Progress) -> dict[str, Tensor]:
-    """Backgrounds of the prior: ``latents`` ``(N, C, 32, 32)`` fp16 and ``frame`` ``(N, 4)`` int16."""
+    """Backgrounds of the prior: ``latents`` ``(N, C, 32, 32)`` fp16, ``frame`` ``(N, 4)`` int16, ``scanner``."""
     rng = np.random.default_rng((seed, 4))
     networks, device = drawer.networks, drawer.networks.device
     cells, channels = RESOLUTION // LATENT_FACTOR, networks.preset.latent_channels
@@ -323,10 +338,15 @@ def rollout_backgrounds(drawer: Drawer, count: int, *, seed: int, progress: Prog
         noise = rng.standard_normal((size, channels, cells, cells), np.float32)
         if factor.size:
             noise = styled(noise, factor, rng.standard_normal((size, factor.shape[1])))
+        scanner = torch.from_numpy(
+            np.searchsorted(np.cumsum([1.0 - sum(drawer.shares), *drawer.shares]), rng.random(size))
+        )
         with mixed_precision(device):
             start = drawer.starts(seed, first, found)
-            latents = networks.background(torch.from_numpy(noise).to(device), places.to(device), start)
-        parts.append({"latents": latents.cpu().half(), "frame": places.short()})
+            latents = networks.background(
+                torch.from_numpy(noise).to(device), places.to(device), told(scanner).to(device), start
+            )
+        parts.append({"latents": latents.cpu().half(), "frame": places.short(), "scanner": scanner})
         progress(first + size, count)
     return joined(parts)
 
@@ -337,10 +357,12 @@ def background_images(drawer: Drawer, count: int, *, seed: int, progress: Progre
     found = rollout_backgrounds(drawer, count, seed=seed, progress=progress)
     generator = Generator().manual_seed(seed)
     images: list[tuple[Pixels, Mask]] = []
-    for latents, frames in zip(found["latents"].split(ENCODE_BATCH), found["frame"].split(ENCODE_BATCH), strict=True):
-        speckle = torch.randn(len(latents), 1, RESOLUTION, RESOLUTION, generator=generator)
-        device = drawer.networks.device
-        pixels = drawer.networks.decoder(latents.float().to(device), BACKGROUND_SPECKLE * speckle.to(device))
+    device = drawer.networks.device
+    parts = (found[name].split(ENCODE_BATCH) for name in ("latents", "frame", "scanner"))
+    for latents, frames, scanner in zip(*parts, strict=True):
+        speckle = BACKGROUND_SPECKLE * torch.randn(len(latents), 1, RESOLUTION, RESOLUTION, generator=generator)
+        shown = told(scanner).to(device)
+        pixels = drawer.networks.decoder(latents.float().to(device), speckle.to(device), scanner=shown)
         images += letterboxed(pixels, frames)
     return images
 

@@ -142,7 +142,8 @@ def _list(listing: Listing, folder: Path, images: list[Path], files: MaskFiles, 
             image_class = image_class if image_class in CLASSES else UNKNOWN_CLASS
             patient = f"{source}/{row['patient']}" if row.get("patient") else None
             id_ = printable(f"{source}/{name}")
-            listing.records.append(Record(id_, image_class, source, image, match.masks, patient, row.get("birads")))
+            known = patient, row.get("birads"), row.get("scanner")
+            listing.records.append(Record(id_, image_class, source, image, match.masks, *known))
     listing.note(guessed, "joined by name alone to a mask in a folder of another name")
     return rows
 
@@ -222,6 +223,7 @@ def _read_masks(listing: Listing) -> None:
 MASKS = Layout("masks", "files that are masks, without their images", lambda *_: True, _read_masks)
 """Only for folders of masks that outlines are taken from: `Record.image` says what the image would be called."""
 
+_BUSI_SCANNER = "GE Logiq E9"  # As the paper says of all images.
 _BUSI_IMAGE = re.compile(r"^([a-z]+) \(\d+\)$", re.IGNORECASE)
 
 
@@ -244,7 +246,8 @@ def _read_busi(listing: Listing) -> None:
                     (*match.masks, *match.rivals),
                 )
             else:
-                listing.records.append(Record(f"busi/{image.stem}", name, "busi", image, match.masks))
+                id_ = f"busi/{image.stem}"
+                listing.records.append(Record(id_, name, "busi", image, match.masks, scanner=_BUSI_SCANNER))
         for orphan in files.unused(belonging=False):
             listing.refuse([orphan], "There is no image of this mask's name.", "Restore it or remove the mask.")
 
@@ -290,13 +293,18 @@ def _read_busbra(listing: Listing) -> None:
         else:
             image, masks = images / f"{name}.png", (_busbra_mask(listing, name),)
             patient = f"busbra/{row['Case']}" if row["Case"] else None
-            record = Record(f"busbra/{name}", pathology, "busbra", image, masks, patient, row["BIRADS"])
-            listing.records.append(record)
+            known = patient, row["BIRADS"], _device(row.get("Device"))
+            listing.records.append(Record(f"busbra/{name}", pathology, "busbra", image, masks, *known))
         seen.add(name or "")
     for path in images_below(listing.tree, images):
         if path.stem not in seen:
             mask = _busbra_mask(listing, path.stem)
             listing.refuse([path], f"{_BUSBRA_TABLE} has no row for it.", "Add the row or remove the image.", [mask])
+
+
+def _device(text: str | None) -> str | None:
+    """The device of BUS-BRA's table without its probe's frequencies, as in ``GE Logiq 7 @10-14MHz``."""
+    return (text or "").partition("@")[0].strip() or None
 
 
 def _busbra_mask(listing: Listing, name: str) -> Path:

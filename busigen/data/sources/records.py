@@ -32,7 +32,7 @@ class Record:
     """One image that a source lists, with a file that may turn out to be missing, and its mask files.
 
     ``id``, such as ``busi/benign (1)``, does not depend on where the source lies; ``patient`` is unique across sources;
-    ``birads`` is normalised by `birads_category`.
+    ``birads`` is normalised by `birads_category`; ``scanner`` names the device, such as ``GE Logiq 7``.
     """
 
     id: str
@@ -42,9 +42,11 @@ class Record:
     masks: tuple[Path, ...]
     patient: str | None = None
     birads: str | None = None
+    scanner: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "birads", birads_category(self.birads))
+        object.__setattr__(self, "scanner", printable(self.scanner.strip()) or None if self.scanner else None)
 
 
 def birads_category(text: str | None) -> str | None:

@@ -36,7 +36,7 @@ RECORD = "bundle.json"
 # What export writes, what can be read: pairs of schema 4 are not filtered (`busigen.mtf`), and those before 6 leave out
 # what the graphs work on: classes, windows, latents of backgrounds. Those with phantoms have one of their own, so that
 # an older busigen, which would start from noise, refuses them.
-SCHEMA, SCHEMA_OF_PHANTOMS, READABLE = 6, 7, (4, 5, 6, 7)
+SCHEMA, SCHEMA_OF_PHANTOMS, SCHEMA_OF_SCANNERS, READABLE = 6, 7, 8, (4, 5, 6, 7, 8)
 MAX_RECORD_BYTES = 4 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_TURNS = 1000  # turns that a graph's loop may take: diffusion's steps in training, where those in use have ten
@@ -206,6 +206,11 @@ class Bundle:
         """What pairs on synthetic backgrounds are filtered with last; None for nothing."""
         found = self.info.get("transfer")
         return None if found is None else Transfer.from_json(found)
+
+    @property
+    def scanners(self) -> dict[str, float]:
+        """The scanners that can be asked for, in the order of the condition, and their shares of training images."""
+        return {str(name): float(share) for name, share in self.info.get("scanners", [])}
 
     @property
     def phantoms(self) -> Phantoms | None:

@@ -12,7 +12,7 @@ from busigen.mtf import Transfer
 from busigen.noise_styles import are_styles
 from busigen.phantoms.distribution import Phantoms
 from busigen.records import FileName, Many, Number, Record, Text
-from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, STAGES
+from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, SCANNERS, STAGES
 
 LEAST_FRAME, MAX_FRAMES = 32, 1024  # shortest side in pixels, and number, of the frames that a bundle may record
 LARGEST_SPECKLE = 4.0  # greatest deviation of the noise that a bundle may ask to decode backgrounds with
@@ -22,11 +22,11 @@ MAX_NOISE = 1 << 22  # numbers of noise that a stage may ask for per image: 16 M
 WHOLE_DECODER, BACKGROUND_DECODER = f"decoder@{RESOLUTION}", "background-decoder"  # what may decode the prior's latents
 
 _WINDOWED = {"encoder", "decoder", "lesion", "blend"}  # components, without their class, with a graph for every window
-_PAINTED = frozenset(("noise", "tokens", "keep", "known", "painted", "mask", "edit", "ring"))
-_DECODED = frozenset(("latents", "noise", "mask"))
+_PAINTED = frozenset(("noise", "tokens", "keep", "known", "painted", "mask", "edit", "ring", "scanner"))
+_DECODED = frozenset(("latents", "noise", "mask", "scanner"))
 _FED = {
     "context": frozenset(("image", "keep")),
-    "prior": frozenset(("noise", "frame", "start")),
+    "prior": frozenset(("noise", "frame", "start", "scanner")),
     "background": _DECODED,
     "encoder": frozenset(("pixels",)),
     "decoder": _DECODED,
@@ -97,6 +97,12 @@ def _background(decoder: str) -> str:
     return decoder
 
 
+def _scanners(found: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    if len({name for name, _ in found}) != len(found) or sum(share for _, share in found) > 1.0 + 1e-6:
+        raise ValueError("should have different names, and shares that add up to 1 at most")
+    return found
+
+
 def _phantoms(found: Any) -> Any:
     if found is not None:
         start_of(found)
@@ -115,12 +121,17 @@ def start_of(phantoms: Any) -> float:
 Side = Annotated[int, Strict(), Field(ge=LEAST_FRAME, le=RESOLUTION)]
 Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_framed)]
 Channels = Annotated[int, Strict(), Field(ge=1, le=256)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 Shown = Annotated[int, Strict(), Field(ge=1, le=MAX_SHOWN)]
 Constant = Annotated[Many[Annotated[Number, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=64)]
 
 
 class ImagesRecord(Record):
-    """What bundle and checkpoint record of whole images; `busigen.noise_styles.are_styles` says more of ``styles``."""
+    """What bundle and checkpoint record of whole images; `busigen.noise_styles.are_styles` says more of ``styles``.
+
+    ``scanners`` are those that networks are told by name, in the order of their condition, with their shares of the
+    training images.
+    """
 
     frames: Annotated[Many[Frame], Field(min_length=1, max_length=MAX_FRAMES)] = Field(
         default_factory=lambda: [[RESOLUTION, RESOLUTION]]
@@ -128,6 +139,9 @@ class ImagesRecord(Record):
     styles: Many[Many[Number]] = Field(default_factory=list)
     transfer: Annotated[Any, AfterValidator(_transfer)] = None
     phantoms: Annotated[Any, AfterValidator(_phantoms)] = None
+    scanners: Annotated[Many[tuple[Text, Share]], Field(max_length=SCANNERS), AfterValidator(_scanners)] = Field(
+        default_factory=list
+    )
 
 
 class _GraphRecord(Record):
@@ -207,6 +221,8 @@ class BundleRecord(ImagesRecord):
             found.append("has no valid 'phantoms': a prior that starts from phantoms has them, and no other one")
         if self.phantoms is not None and background.decoder != WHOLE_DECODER:
             found.append("has no valid 'phantoms': its encoder does not give the prior's latents")
+        if any("scanner" in graph.inputs for graph in self.graphs.values()) and not self.scanners:
+            found.append("has no valid 'scanners': graphs read one, and none is named")
         fresh = max(one.fresh or 0 for one in self.graphs.values())
         numbers = (1 + fresh) * self.latent_channels * (max(self.windows.values()) // self.latent_factor) ** 2
         if numbers > MAX_NOISE:

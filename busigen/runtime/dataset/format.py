@@ -176,6 +176,7 @@ FIELDS = {
     "--across": ("fingerprint", "across"),
     "--height-width": ("fingerprint", "height_width"),
     "--birads": ("fingerprint", "birads"),
+    "--scanner": ("fingerprint", "scanner"),
     "--density": ("fingerprint", "density"),
     "--chest-wall": ("fingerprint", "chest_wall"),
     "--tissue-maps": ("fingerprint", "tissue_maps"),

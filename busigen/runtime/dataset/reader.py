@@ -65,6 +65,7 @@ class _Fingerprint(Record):
     across: Text | None = None
     height_width: Text | None = None
     birads: Text | None = None
+    scanner: Text | None = None
     density: Text | None = None
     chest_wall: Text | None = None
     tissue_maps: Annotated[bool, Strict()] | None = None

@@ -66,6 +66,7 @@ class SourceOptions:
     height_width: str | None = None
     taller_than_wide: bool = False
     birads: str | None = None  # a category, or several with their shares
+    scanner: str | None = None  # a name of the bundle's, or any, or mix
     density: str | None = None  # of synthetic backgrounds' tissue, as the next two
     chest_wall: str | None = None
     tissue_maps: bool = False
@@ -126,6 +127,7 @@ class SourceOptions:
             grid=self.grid(),
             tissue=self._tissue(),
             normals=self.normals,
+            scanner=self.scanner,
             batch_size=self.batch_size,
         )
         if self._folders():

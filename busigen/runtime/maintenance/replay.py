@@ -143,7 +143,8 @@ def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         problem = f"{RUN_FILE} does not say what was asked for: {error}."
         raise IntegrityError(problem, fix="Get the original dataset again.") from error
-    given = {"jitter": jitter, "normals": normals, "grid": grid, "tissue": tissue}
+    scanner = recorded.get("scanner")
+    given = {"jitter": jitter, "normals": normals, "grid": grid, "tissue": tissue, "scanner": scanner}
     return {"classes": classes, "asked": asked, **given}
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 STREAMS = (
     *("healthy", "prior", "mask", "lesion", "blend", "speckle", "prior speckle", "asked"),
     *("frame", "style", "transfer", "lesion fresh", "blend fresh", "jitter", "phantom", "phantom noise", "normals"),
+    "scanner",
 )
 
 _PIECE = 1 << 12  # pairs of numbers that are computed at a time

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 from busigen.data.geometry import Mask
+from busigen.errors import UsageError
 from busigen.registry import NORMAL, SYNTHETIC
 from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling import quality_gates
@@ -18,7 +20,9 @@ from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder
 from busigen.runtime.sampling.noise import uniform, uniforms
 from busigen.runtime.sampling.placement import Placement, moved_inside, place
+from busigen.text import printable
 
+ANY, MIX = "any", "mix"  # what can be asked for instead of a scanner's name
 PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
 
 
@@ -33,6 +37,7 @@ class SamplePlan:
     jitter: float = 0.0
     grid: Grid | None = None
     normals: float = 0.0
+    scanner: str | None = None
 
     @property
     def group(self) -> int:
@@ -48,6 +53,7 @@ class SamplePlan:
             **({"jitter": self.jitter} if self.jitter else {}),
             **({"vary": self.grid.vary, "cells": self.group} if self.grid else {}),
             **({"normals": self.normals} if self.normals else {}),
+            **({"scanner": self.scanner} if self.scanner else {}),
             **self.asked.typed(),
         }
 
@@ -58,6 +64,29 @@ class SamplePlan:
             **({"--frames": str(self.healthy.frames)} if self.healthy and self.healthy.frames > 1 else {}),
             **({"--masks": self.masks.folder.resolve().name} if self.masks else {}),
         }
+
+    def refuse_scanner(self, known: Mapping[str, float]) -> None:
+        """A UsageError for a scanner that is not among the ``known``, or a mixture of them in a user's images."""
+        asked = self.scanner
+        if asked is None or asked in known or (known and asked in (ANY, MIX)):
+            return
+        names = ", ".join([*known, ANY, MIX])
+        raise UsageError(
+            f"--scanner is {printable(asked)!r}, and the bundle knows {'these: ' + names if known else 'no scanners'}.",
+            fix="Give one of them." if known else "Leave it out, or give another --bundle.",
+        )
+
+    def scanner_of(self, seed: int, draw: DrawRequest, known: Mapping[str, float]) -> str | None:
+        """The scanner of a draw; None for any. Unless one is asked for, backgrounds have the training images' mixture.
+
+        A user's image shows what it was made with, and is of any.
+        """
+        asked = self.scanner or (ANY if self.healthy else MIX)
+        if asked != MIX:
+            return asked if asked in known else None
+        # Of all attempts the same, so that what the gates refuse does not change the mixture.
+        at = uniform(seed, draw.seeded, 0, "scanner")
+        return next((name for name, end in zip(known, accumulate(known.values()), strict=True) if at < end), None)
 
     def refuse_changes(self) -> None:
         """An IntegrityError if a file of the user's folders is gone or another one."""

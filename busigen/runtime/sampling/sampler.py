@@ -34,6 +34,7 @@ from busigen.registry import (
     MIN_BATCH,
     NORMAL,
     RESOLUTION,
+    SCANNERS,
     SYNTHETIC,
     rows_per_call,
 )
@@ -73,7 +74,8 @@ class Sampler:
     Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
     each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). Of a ``grid``, all
     samples of a background share it and their noise, and what is ``asked`` but for their levels. ``normals``, from 0 to
-    below 1, is the share of samples that are a healthy image and an empty mask. ``batch_size``, 1 to 4096 or a
+    below 1, is the share of samples that are a healthy image and an empty mask. ``scanner`` is a name of
+    the bundle's, ``any`` or ``mix``. ``batch_size``, 1 to 4096 or a
     UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer than
     ``MIN_BATCH``.
     """
@@ -91,6 +93,7 @@ class Sampler:
         grid: Grid | None = None,
         tissue: AskedTissue | None = None,
         normals: float = 0.0,
+        scanner: str | None = None,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -101,7 +104,10 @@ class Sampler:
                 fix=f"Give --classes {','.join(bundle.classes)}, or another --bundle.",
             )
         self.bundle, self.backend = bundle, backend
-        self.plan = SamplePlan(dict(classes), healthy, asked or SampleConditions(), masks, jitter, grid, normals)
+        self.plan = SamplePlan(
+            dict(classes), healthy, asked or SampleConditions(), masks, jitter, grid, normals, scanner
+        )
+        self.plan.refuse_scanner(bundle.scanners)
         self._transfer, self._phantoms = bundle.transfer, bundle.phantoms
         self.tissue = tissue or AskedTissue()
         if self.tissue and self._phantoms is None:
@@ -144,6 +150,7 @@ class Sampler:
         return {
             **dict.fromkeys(("background", "healthy_file", "healthy_sha256"), str),
             **(self.plan.healthy.row_types() if self.plan.healthy else {}),
+            **({"scanner": str} if self.bundle.scanners else {}),
             "letterbox_scale": float,
             **dict.fromkeys(("letterbox_left", "letterbox_top"), int),
             **dict.fromkeys(("window_top", "window_left", "window_side", "edit_pixels"), int),
@@ -238,12 +245,27 @@ class Sampler:
             draws = {(draw.seeded, draw.attempt): draw for draw in batch}
             found = dict(zip(draws, self._backgrounds(seed, list(draws.values())), strict=True))
             picked = [found[draw.seeded, draw.attempt] for draw in batch]
+        if self.bundle.scanners:
+            picked = [self._scanned(seed, draw, one) for draw, one in zip(batch, picked, strict=True)]
         drafts = [self.plan.draft(seed, job, picture) for job, picture in zip(batch, picked, strict=True)]
         # Those of a folder were judged when it was read.
         backgrounds = [] if self.plan.healthy is not None else [draft.healthy.pixels for draft in drafts]
         reasons = [quality_gates.background_reason(pixels) for pixels in backgrounds] or [None] * len(drafts)
         begun = [d.refused(reason) if reason else d for d, reason in zip(drafts, reasons, strict=True)]
         return [self._on_its_way(seed, one) if isinstance(one, Draft) else one for one in begun]
+
+    def _scanned(self, seed: int, draw: DrawRequest, picture: Healthy) -> Healthy:
+        found = self.plan.scanner_of(seed, draw, self.bundle.scanners)
+        return replace(picture, row={**picture.row, "scanner": found})
+
+    def _told(self, names: Iterable[str | None]) -> Floats:
+        """Scanners as graphs are told them, ``(B, SCANNERS)``."""
+        known = list(self.bundle.scanners)
+        told = np.zeros((len(rows := list(names)), SCANNERS), np.float32)
+        for row, name in zip(told, rows, strict=True):
+            if name is not None:
+                row[known.index(name)] = 1.0
+        return told
 
     def _on_its_way(self, seed: int, draft: Draft) -> Outcome:
         """What becomes of a draft whose background is fit: to the next stage with a lesion, finished without one."""
@@ -275,12 +297,13 @@ class Sampler:
         full = rows_per_call(RESOLUTION, self.batch_size)
         phantoms = self._phantoms_of(seed, batch, frames)
         start = self._encoded([filled(found.image, place_of(f)) for found, f in zip(phantoms, frames, strict=False)])
-        latents = self._run("prior", full, count, noise=noise, frame=places, **start)
+        scanner = self._told(self.plan.scanner_of(seed, draw, self.bundle.scanners) for draw in batch)
+        latents = self._run("prior", full, count, noise=noise, frame=places, scanner=scanner, **start)
         speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
         speckle *= np.float32(self.bundle.background_speckle)
         nothing = np.zeros_like(speckle)
         decoder = self.bundle.background_decoder
-        pixels = self._run(decoder, full, count, latents=latents, noise=speckle, mask=nothing)
+        pixels = self._run(decoder, full, count, latents=latents, noise=speckle, mask=nothing, scanner=scanner)
         made = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
         if not phantoms:
             return made
@@ -368,6 +391,7 @@ class Sampler:
             "known": known,
             "mask": shown_at(shown, mask),
             "edit": edit,
+            "scanner": self._told(draft.healthy.row.get("scanner") for draft in batch),
         }
 
         def stage(name: str, painted: Any, ring: Floats) -> Any:
@@ -384,7 +408,9 @@ class Sampler:
         inside = cells_of(edit, factor) & ~cells_of(ring, factor)
         blended = self.backend.select(padded_to(inside, len(painted)), painted, blended)
         speckle = _noise(seed, batch, "speckle", (1, side, side))
-        pixels = self._run(f"decoder@{side}", full, count, latents=blended, noise=speckle, mask=mask)
+        pixels = self._run(
+            f"decoder@{side}", full, count, latents=blended, noise=speckle, mask=mask, scanner=common["scanner"]
+        )
         return [
             paste(draft.healthy.pixels, new[0], edit, window)
             for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from busigen.registry import SCANNERS
+
 INITIAL_SPECKLE = 0.1  # Initial noise amplitude of every channel; at 0, two decodings would not repel each other.
 
 
@@ -52,6 +54,9 @@ class SpeckleDecoder(ModelMixin, ConfigMixin):
         self.outlines = nn.ModuleList(nn.Conv2d(1, channels[k], 3, padding=1, bias=False) for k in order)
         for weight in self.outlines.parameters():  # No effect at first, because training starts without masks.
             nn.init.zeros_(weight)
+        self.scanners = nn.ModuleList(nn.Linear(SCANNERS, channels[k], bias=False) for k in order)
+        for weight in self.scanners.parameters():
+            nn.init.zeros_(weight)
         self.levels = nn.ModuleList(
             nn.Sequential(
                 *(ResBlock(channels[k], channels[k], norm_type="rms_norm", act_fn="silu") for _ in range(layers[k]))
@@ -60,10 +65,13 @@ class SpeckleDecoder(ModelMixin, ConfigMixin):
         )
         self.conv_out = nn.Conv2d(channels[0], 1, 3, padding=1)
 
-    def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, noise: Tensor, mask: Tensor | None = None, scanner: Tensor | None = None
+    ) -> Tensor:
         """Decode ``(B, C, s, s)`` latents to ``(B, 1, S, S)`` pixels.
 
         ``noise`` is standard normal and ``mask`` in {0, 1}, both ``(B, 1, S, S)``; no mask equals an empty one.
+        ``scanner`` ``(B, SCANNERS)`` is 1 for the image's own, and none equals any.
         """
         features = self.conv_in(latents)
         factor = 2 ** (len(self.levels) - 1)
@@ -75,6 +83,8 @@ class SpeckleDecoder(ModelMixin, ConfigMixin):
             coarse = F.avg_pool2d(noise, factor) * float(factor) if factor > 1 else noise
             if mask is not None:
                 features = features + self.outlines[number](F.avg_pool2d(mask, factor) if factor > 1 else mask)
+            if scanner is not None:
+                features = features + self.scanners[number](scanner)[:, :, None, None]
             features = level(self.speckles[number](features, coarse))
             factor //= 2
         return self.conv_out(F.silu(features))

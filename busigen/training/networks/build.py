@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import wraps
 from typing import Any
@@ -205,11 +206,9 @@ def build(component: str, preset: Preset) -> ModelMixin:
     if component == "mask":
         return OutlineTransformer(**asdict(preset.outline), cross_attention_dim=preset.context_dim)
     shape, latents = preset.denoisers[component], preset.latent_channels
-    # Stages 2 and 3 read noisy and known latents, the mask and the region to paint; the prior each cell's place.
-    more = registry.PLACE_CHANNELS if component == "prior" else latents + registry.MASK_CHANNELS + 1
     model = model_class(component)(
         sample_size=registry.RESOLUTION // registry.LATENT_FACTOR,
-        in_channels=latents + more,
+        in_channels=latents + registry.SCANNERS + _own_channels(component, latents),
         out_channels=latents,
         block_out_channels=shape.channels,
         layers_per_block=shape.layers,
@@ -240,6 +239,42 @@ def model_class(component: str) -> type[ModelMixin]:
 def mask_condition(mask: Tensor) -> Tensor:
     """Masks ``(B, 1, S, S)`` in [0, 1] as area shares of 2 x 2 grid points a cell, ``(B, 4, S/8, S/8)``."""
     return F.pixel_unshuffle(F.avg_pool2d(mask, registry.LATENT_FACTOR // 2), 2)
+
+
+def _own_channels(component: str, latents: int) -> int:
+    """Channels that a denoiser of pixels reads beside noisy latents and the scanner.
+
+    Stages 2 and 3 read known latents, the mask and the region to paint; the prior each cell's place.
+    """
+    return registry.PLACE_CHANNELS if component == "prior" else latents + registry.MASK_CHANNELS + 1
+
+
+def lacks_scanners(component: str, config: Mapping[str, Any]) -> bool:
+    """Whether a denoiser of that configuration is of an earlier version, which reads no scanner."""
+    latents = config.get("out_channels")
+    if component not in ("prior", "lesion", "blend") or not isinstance(latents, int):
+        return False
+    return config.get("in_channels") == latents + _own_channels(component, latents)
+
+
+def widened(weight: Tensor, latents: int) -> Tensor:
+    """The first weight of a denoiser that :func:`lacks_scanners`, with zeros for these."""
+    none = weight.new_zeros(weight.shape[0], registry.SCANNERS, *weight.shape[2:])
+    return torch.cat((weight[:, :latents], none, weight[:, latents:]), dim=1)
+
+
+def tell_scanners(model: Any) -> None:
+    """Let a denoiser that :func:`lacks_scanners` read them, with no effect yet."""
+    before, latents = model.conv_in, model.config.out_channels
+    channels = before.in_channels + registry.SCANNERS
+    model.conv_in = nn.Conv2d(channels, before.out_channels, before.kernel_size, padding=before.padding)
+    model.conv_in.load_state_dict({"weight": widened(before.weight.detach(), latents), "bias": before.bias.detach()})
+    model.register_to_config(in_channels=channels)
+
+
+def scanner_condition(latents: Tensor, scanner: Tensor) -> Tensor:
+    """Scanners ``(B, SCANNERS)``, 1 for the image's own, for each cell of latents ``(B, C, s, s)``."""
+    return latents[:, :1] * 0.0 + scanner[:, :, None, None]  # A constant would have a fixed size in the exported graph.
 
 
 def place_condition(latents: Tensor, frame: Tensor) -> Tensor:

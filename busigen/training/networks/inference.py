@@ -19,13 +19,19 @@ from busigen.registry import (
     LATENT_FACTOR,
     LESION_CLASSES,
     PAINTING,
+    SCANNERS,
     SOLVER_STEPS,
     SPECKLE_GAIN,
     STARTED_STEPS,
     Preset,
 )
 from busigen.solver import TIME_SCALE, SolverStep, solver_steps
-from busigen.training.networks.build import mask_condition, place_condition, region_condition
+from busigen.training.networks.build import (
+    mask_condition,
+    place_condition,
+    region_condition,
+    scanner_condition,
+)
 
 ADAPTERS = tuple(f"{stage}-{label}" for stage, label in product(PAINTING, LESION_CLASSES))
 """What one Stable Diffusion has a LoRA for, in the order in which it is told which to use."""
@@ -61,11 +67,23 @@ class Encoder(_Half):
 class Decoder(_Half):
     """Normalised latents, the speckle's white noise and a mask to pixels in [-1, 1]."""
 
-    def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise and the lesion's mask, ``(B, 1, S, S)``."""
-        return self.drawn(latents, noise, mask, SPECKLE_GAIN).clamp(-1.0, 1.0)
+    def forward(
+        self, latents: Tensor, noise: Tensor, mask: Tensor | None = None, scanner: Tensor | None = None
+    ) -> Tensor:
+        """Decode ``(B, C, S/8, S/8)`` latents with standard normal noise and the lesion's mask, ``(B, 1, S, S)``.
 
-    def drawn(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None, gain: float = 1.0) -> Tensor:
+        ``scanner`` ``(B, SCANNERS)`` is 1 for the image's own; without, it is any.
+        """
+        return self.drawn(latents, noise, mask, scanner, SPECKLE_GAIN).clamp(-1.0, 1.0)
+
+    def drawn(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        mask: Tensor | None = None,
+        scanner: Tensor | None = None,
+        gain: float = 1.0,
+    ) -> Tensor:
         """What the network draws of a window or a crop of one, as in training: the noise times a ``gain``, unclipped.
 
         Where the latents show it larger than the ``noise`` is, every pixel's noise and mask are repeated, and the mean
@@ -73,10 +91,11 @@ class Decoder(_Half):
         """
         raw, noise = latents * self.latents_std + self.latents_mean, gain * noise
         factor = LATENT_FACTOR * latents.shape[-1] // noise.shape[-1]
+        told = () if scanner is None else (scanner,)
         if factor == 1:
-            return self.network(raw, noise, mask)
+            return self.network(raw, noise, mask, *told)
         mask = None if mask is None else F.interpolate(mask, scale_factor=factor)
-        return F.avg_pool2d(self.network(raw, F.interpolate(noise, scale_factor=factor), mask), factor)
+        return F.avg_pool2d(self.network(raw, F.interpolate(noise, scale_factor=factor), mask, *told), factor)
 
 
 class Velocity(nn.Module):
@@ -129,10 +148,14 @@ class Velocity(nn.Module):
         return moved
 
 
-def window_condition(known: Tensor, mask: Tensor, region: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The condition of stages 2 and 3, of latents ``(B, C, s, s)``, and mask and region ``(B, 1, S, S)``."""
+def window_condition(known: Tensor, mask: Tensor, region: Tensor, scanner: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The condition of stages 2 and 3, of latents ``(B, C, s, s)``, and mask and region ``(B, 1, S, S)``.
+
+    It begins with that of the ``scanner`` ``(B, SCANNERS)``, which Stable Diffusion does not read.
+    """
     side = known.shape[-1] * LATENT_FACTOR
-    return known, mask_condition(shown(mask, side)), region_condition(shown(region, side))
+    told = () if scanner is None else (scanner_condition(known, scanner),)
+    return *told, known, mask_condition(shown(mask, side)), region_condition(shown(region, side))
 
 
 def shown(region: Tensor, side: int) -> Tensor:
@@ -172,7 +195,7 @@ class Networks:
     ``denoisers`` go by stage, or by ``<stage>-<class>`` with merged adapters; Stable Diffusion stands under all of
     `ADAPTERS`. ``steps`` are evaluations per stage; ``shown_at`` is `_Half`'s; ``prior_decoder`` draws backgrounds,
     where the prior's latents are others than the stages'. With ``prior_start``, the prior starts at that
-    time, from phantoms.
+    time, from phantoms. ``scanners`` are those that they know by name, in the order of their condition.
     """
 
     preset: Preset
@@ -185,6 +208,7 @@ class Networks:
     shown_at: int | None = None
     prior_decoder: Decoder | None = None
     prior_start: float | None = None
+    scanners: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Wrap encoder and decoder."""
@@ -245,15 +269,32 @@ class Networks:
         code = self.sample("mask", noise, label, tokens, keep, space.condition(asked))
         return space.distance(code, asked)
 
-    def background(self, noise: Tensor, frame: Tensor, start: Tensor | None = None) -> Tensor:
+    def background(
+        self, noise: Tensor, frame: Tensor, scanner: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
         """Sample the healthy prior from ``noise`` ``(B, C, s, s)``; ``frame`` is as for :func:`place_condition`.
 
-        ``start`` are the latents, shaped alike, that become images with ``prior_start``.
+        ``scanner`` ``(B, SCANNERS)`` is 1 for the image's own; without, it is any. ``start`` are the latents, shaped
+        alike, that become images with ``prior_start``.
         """
         if self.prior_start is not None:
             assert start is not None
             noise = self.prior_start * noise + (1.0 - self.prior_start) * start
-        return self.sample("prior", noise, "normal", *self.no_context(len(noise)), place_condition(noise, frame))
+        scanner = self.any_scanner(len(noise)) if scanner is None else scanner
+        condition = scanner_condition(noise, scanner), place_condition(noise, frame)
+        return self.sample("prior", noise, "normal", *self.no_context(len(noise)), *condition)
+
+    def window_condition(
+        self, known: Tensor, mask: Tensor, region: Tensor, scanner: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """:func:`window_condition` as these networks read it; without a ``scanner``, that is any."""
+        if self.shown_at is not None:
+            return window_condition(known, mask, region)
+        return window_condition(known, mask, region, self.any_scanner(len(known)) if scanner is None else scanner)
+
+    def any_scanner(self, batch: int) -> Tensor:
+        """The condition of images of any scanner."""
+        return torch.zeros(batch, SCANNERS, device=self.device)
 
     def no_context(self, batch: int) -> tuple[Tensor, Tensor]:
         """The empty token that the prior attends to, and its ``keep``."""

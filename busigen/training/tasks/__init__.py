@@ -37,7 +37,10 @@ Buckets = dict[int, WindowExamples]
 
 @dataclass
 class TaskContext:
-    """What every task is built from: ``healed`` after the heal step, ``drawer`` for tasks that need drawings."""
+    """What every task is built from: ``healed`` after the heal step, ``drawer`` for tasks that need drawings.
+
+    ``scanners`` are the names of those that networks are told.
+    """
 
     prepared: Prepared
     networks: Networks
@@ -48,10 +51,12 @@ class TaskContext:
     max_images: int | None = None
     healed: Healed | None = None
     drawer: Drawer | None = None
+    scanners: Sequence[str] = ()
 
     def images(self, split: str, *, sources: tuple[str, ...] = (), label: str | None = None) -> Frames:
         """The images of a split, or those of some sources and a class."""
-        return Frames(self.prepared, select(self.prepared, split, limit=self.max_images, sources=sources, label=label))
+        rows = select(self.prepared, split, limit=self.max_images, sources=sources, label=label)
+        return Frames(self.prepared, rows, self.scanners)
 
     def frames(self, split: str, spec: TaskSpec) -> Frames:
         """The task's images of a split.

@@ -18,7 +18,7 @@ from busigen.mtf import KNOTS, LARGEST_GAIN, Transfer, detail, passed
 from busigen.noise_styles import Floats, bounded, fitted
 from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SPECKLE_GAIN
 from busigen.training import losses
-from busigen.training.examples import Frame, Frames, to_tensor
+from busigen.training.examples import ANY_SHARE, Frame, Frames, to_tensor, told
 from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
 from busigen.training.networks.autoencoder import Critic
 from busigen.training.networks.build import MaskedAutoencoder, mask_condition, region_condition
@@ -253,19 +253,20 @@ class FinishTask(DecoderTask):
             total = total + self.discriminants[name](ours[rows, number], theirs[rows, number])
         return losses.TEXTURE_WEIGHT * total
 
-    def _decode(self, latents: Tensor, mask: Tensor | None, generator: Generator) -> Tensor:
+    def _decode(self, latents: Tensor, mask: Tensor | None, scanner: Tensor, generator: Generator) -> Tensor:
         """Normalised latents of lesions with their masks, or of backgrounds, to pixels as in use."""
         noise = torch.randn(len(latents), 1, *(LATENT_FACTOR * n for n in latents.shape[2:]), generator=generator)
         gain = BACKGROUND_SPECKLE * SPECKLE_GAIN if mask is None else SPECKLE_GAIN
         raw = latents * self.latents_std + self.latents_mean
-        pixels: Tensor = self.autoencoder.decoder(raw, gain * noise.to(latents), mask).float()
+        shown = told(scanner).to(self.device) * (torch.rand(len(latents), 1, generator=generator) >= ANY_SHARE).to(raw)
+        pixels: Tensor = self.autoencoder.decoder(raw, gain * noise.to(latents), mask, shown).float()
         return pixels
 
     def _pasted(self, chosen: Tensor, generator: Generator) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """Drawn lesions: their batch, the real pixels, the decoded ones, and these pasted into the real ones."""
         batch = {name: tensor[chosen].to(self.device).float() for name, tensor in self.windows.items()}
         real = batch["pixels"] / 127.5 - 1.0
-        decoded = self._decode(batch["latents"], batch["mask"], generator)
+        decoded = self._decode(batch["latents"], batch["mask"], self.windows["scanner"][chosen], generator)
         return batch, real, decoded, pasted_into(real, decoded.clamp(-1.0, 1.0), batch["brightness"], batch["grains"])
 
     def _windows_loss(self, generator: Generator) -> Tensor:
@@ -292,7 +293,7 @@ class FinishTask(DecoderTask):
         """Loss of drawn backgrounds, compared with healthy places of real images at the same depth."""
         count = self.spec.batch
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        latents, real, weights = [], [], []
+        latents, real, weights, scanners = [], [], [], []
         for position in rng.integers(0, len(self.backgrounds["latents"]), count):
             background, frame = (self.backgrounds[name][int(position)] for name in ("latents", "frame"))
             cells, inside, depth = _part_of(background.float(), frame, rng)
@@ -300,7 +301,8 @@ class FinishTask(DecoderTask):
             latents.append(cells)
             real.append(pixels)
             weights.append(inside * healthy)
-        generated = self._decode(torch.stack(latents).to(self.device), None, generator)
+            scanners.append(self.backgrounds["scanner"][int(position)])
+        generated = self._decode(torch.stack(latents).to(self.device), None, torch.stack(scanners), generator)
         theirs, weight = torch.stack(real).to(self.device), torch.stack(weights).to(self.device)
         described = torch.zeros(count, MASK_CHANNELS + 1, *(SIDE // LATENT_FACTOR,) * 2, device=self.device)
         pixels = generated.clamp(-1.0, 1.0)
@@ -325,9 +327,9 @@ class FinishTask(DecoderTask):
         real = ((frame.image, _healthy(frame)) for frame in frames)
         generator = Generator().manual_seed(self.context.seed)
         generated: list[Picture] = []
-        parts = (self.backgrounds[name].split(self.spec.batch) for name in ("latents", "frame"))
-        for latents, places in zip(*parts, strict=True):
-            generated += letterboxed(self._decode(latents.to(self.device).float(), None, generator), places)
+        parts = (self.backgrounds[name].split(self.spec.batch) for name in ("latents", "frame", "scanner"))
+        for latents, places, scanner in zip(*parts, strict=True):
+            generated += letterboxed(self._decode(latents.to(self.device).float(), None, scanner, generator), places)
         transfer = fit_transfer(real, generated, self.context.seed)
         return {"texture": distances, "transfer": None if transfer is None else transfer.to_json()}
 
@@ -341,7 +343,9 @@ class FinishTask(DecoderTask):
             rows += [to_pictures(real), to_pictures(pasted)]
         cells = SIDE // LATENT_FACTOR
         latents = self.backgrounds["latents"][:10, :, :cells, :cells].to(self.device).float()
-        rows.append(to_pictures(self._decode(latents, None, generator).clamp(-1.0, 1.0)))
+        rows.append(
+            to_pictures(self._decode(latents, None, self.backgrounds["scanner"][:10], generator).clamp(-1.0, 1.0))
+        )
         return grid(rows)
 
 

@@ -18,15 +18,17 @@ from busigen.registry import ASKED_LENGTH, BUCKETS, CLASSES, LATENT_FACTOR
 from busigen.runtime.sampling import quality_gates
 from busigen.training import losses
 from busigen.training.examples import (
+    ANY_SHARE,
     Frames,
     WindowExamples,
     background_examples,
     outline_examples,
     random_lesion,
     to_tensor,
+    told,
     window_examples,
 )
-from busigen.training.networks.build import place_condition
+from busigen.training.networks.build import place_condition, scanner_condition
 from busigen.training.networks.inference import Velocity, blend_input, integrate
 from busigen.training.networks.outline import COUNT
 from busigen.training.networks.variance import Residuals, Spectrum, amplitudes, mean_square, transformed
@@ -83,6 +85,11 @@ class DenoiserTask(Task):
         x = self.velocity.state(x, t)
         output = self.velocity(x, t, batch["label"], batch["tokens"], batch["keep"], *condition)
         return self._error(output.float(), target, t, batch["weight"])
+
+    def _scanner(self, batch: Batch, generator: Generator) -> Tensor:
+        """The condition of the images' scanners, some of which the network is not told, so that it learns any."""
+        shown = torch.rand(len(batch["scanner"]), generator=generator) >= ANY_SHARE
+        return scanner_condition(batch["clean"], told(batch["scanner"]) * shown.to(self.device)[:, None])
 
     def _error(self, output: Tensor, target: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         return losses.velocity(output, target, weight)
@@ -156,7 +163,8 @@ class WindowTask(DenoiserTask):
             known = blend_input(known, batch["clean"] + PAINTED_NOISE * noise, batch["edit"], batch["ring"])
             region = batch["ring"]
         batch["weight"] = batch["weight"] * torch.where(region > 0, 1.0, self.outside[self.spec.component])
-        return known, batch["mask"], region
+        scanner = () if self.velocity.is_stable_diffusion else (self._scanner(batch, generator),)
+        return *scanner, known, batch["mask"], region
 
     def findings(self) -> dict[str, Any]:
         """Fit the solver's steps to the residuals, of which ``held_out_gap`` is held-out ones by training ones."""
@@ -300,20 +308,22 @@ class BackgroundTask(DenoiserTask):
         return {BUCKETS[0]: WindowExamples(tensors)}
 
     def _condition(self, batch: Batch, generator: Generator) -> tuple[Tensor, ...]:
-        return (place_condition(batch["clean"], batch["frame"]),)
+        return self._scanner(batch, generator), place_condition(batch["clean"], batch["frame"])
 
     def findings(self) -> dict[str, Any]:
         """The styles that drawn images lack (:mod:`busigen.noise_styles`)."""
-        clean, places = (torch.cat([part.tensors[name] for part in self.train.values()]) for name in ("clean", "frame"))
-        chosen = places[torch.randperm(len(places), generator=Generator().manual_seed(self.context.seed))]
+        names = ("clean", "frame", "scanner")
+        clean, places, scanners = (torch.cat([part.tensors[name] for part in self.train.values()]) for name in names)
+        chosen = torch.randperm(len(places), generator=Generator().manual_seed(self.context.seed))
 
         def draw(noise: Tensor) -> Tensor:
             parts = []
-            for x, frame in zip(noise.split(16), chosen.split(16), strict=False):
-                x, frame = x.to(self.device), frame.to(self.device)
+            for x, rows in zip(noise.split(16), chosen.split(16), strict=False):
+                x, frame, scanner = x.to(self.device), places[rows].to(self.device), told(scanners[rows])
                 label = torch.full((len(x),), CLASSES.index("normal"), device=self.device)
                 context = self.context.networks.no_context(len(x))
-                parts.append(integrate(self.velocity, x, label, *context, self.steps, place_condition(x, frame)).cpu())
+                condition = scanner_condition(x, scanner.to(self.device)), place_condition(x, frame)
+                parts.append(integrate(self.velocity, x, label, *context, self.steps, *condition).cpu())
             return torch.cat(parts)
 
         return {"styles": fit_styles(self.module.spectrum, clean, draw, self.context.seed)}
