@@ -345,16 +345,16 @@ def _denoise(
 ) -> Callable[[], Any]:
     """A call of stages 2 and 3 in PyTorch, on inputs that lie on the device already."""
     from busigen.training.networks.build import region_condition
-    from busigen.training.networks.inference import blend_input, window_condition
+    from busigen.training.networks.inference import blend_input
 
     v = {name: torch.from_numpy(array).to(device, dtype) for name, array in inputs.items()}
 
     def call() -> Any:
         with torch.no_grad():
-            condition = window_condition(v["known"], v["mask"], v["edit"])
+            condition = networks.window_condition(v["known"], v["mask"], v["edit"])
             painted = networks.sample("lesion", v["noise"], LABEL, v["tokens"], v["keep"], *condition)
             edit, ring = region_condition(v["edit"]), region_condition(v["ring"])
-            condition = window_condition(blend_input(v["known"], painted, edit, ring), v["mask"], v["ring"])
+            condition = networks.window_condition(blend_input(v["known"], painted, edit, ring), v["mask"], v["ring"])
             return networks.sample("blend", v["noise"], LABEL, v["tokens"], v["keep"], *condition)
 
     return call

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from busigen.data.geometry import Mask, edit_region, largest_component, paste, patches_outside, ring_region, window_for
-from busigen.registry import ASKED_LENGTH, CLASSES, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, SOLVER_SHIFT, STAGES
+from busigen.registry import (
+    ASKED_LENGTH,
+    CLASSES,
+    LATENT_FACTOR,
+    LESION_CLASSES,
+    RESOLUTION,
+    SCANNERS,
+    SOLVER_SHIFT,
+    STAGES,
+)
 from busigen.solver import TIME_SCALE
 from busigen.training.networks.build import region_condition
 from busigen.training.networks.inference import Networks, Velocity, blend_input, window_condition
@@ -84,10 +93,11 @@ class PaperPipeline(DiffusionPipeline):
         edit, ring, mask = cut(edits), cut([ring_region(edit) for edit in edits]), cut(masks)
         emptied = [np.where(edit, 127.5, image) for edit, image in zip(edits, healthy, strict=True)]
         known = self.encoder(cut(_unit(emptied)[:, 0].numpy()))
+        anything = torch.zeros(batch, SCANNERS)
         shape = (batch, known.shape[1], side // LATENT_FACTOR, side // LATENT_FACTOR)
-        painted = self._denoise(self.lesion, shape, tokens, keep, steps, *window_condition(known, mask, edit))
+        painted = self._denoise(self.lesion, shape, tokens, keep, steps, *window_condition(known, mask, edit, anything))
         seen = blend_input(known, painted, region_condition(edit), region_condition(ring))
-        blended = self._denoise(self.blend, shape, tokens, keep, steps, *window_condition(seen, mask, ring))
+        blended = self._denoise(self.blend, shape, tokens, keep, steps, *window_condition(seen, mask, ring, anything))
         inside = (region_condition(edit) - region_condition(ring)) > 0
         latents = torch.where(inside, painted, blended)
         new = self.decoder(latents, torch.randn((batch, 1, side, side), generator=generator), mask).numpy()

@@ -240,7 +240,7 @@ class Finisher:
         """Latents that the prior makes of others from a time on."""
         from busigen.registry import CLASSES
         from busigen.solver import solver_steps
-        from busigen.training.networks.build import place_condition
+        from busigen.training.networks.build import place_condition, scanner_condition
         from busigen.training.networks.inference import Velocity, integrate
 
         torch = self.torch
@@ -252,8 +252,9 @@ class Finisher:
             x = (1.0 - start) * latents[k : k + 16] + start * noise[k : k + 16]
             label = torch.full((len(x),), CLASSES.index("normal"))
             context = self.networks.no_context(len(x))
-            condition = place_condition(x, frame[k : k + 16])
-            parts.append(integrate(velocity, x, label, *context, table, condition))
+            anything = scanner_condition(x, self.networks.any_scanner(len(x)))
+            condition = anything, place_condition(x, frame[k : k + 16])
+            parts.append(integrate(velocity, x, label, *context, table, *condition))
         return torch.cat(parts)
 
     def _coarse(self, latents: Any, places: list[Frame], seed: int) -> NDArray[np.uint8]:

@@ -76,7 +76,7 @@ class TorchBackend(Backend):
             assert networks.prior_decoder is not None
             return networks.prior_decoder(v["latents"], v["noise"], v["mask"])
         if component == "prior":
-            return networks.background(v["noise"], v["frame"], v.get("scanner"), v.get("start"))
+            return networks.background(v["noise"], v["frame"], v.get("start"), v.get("scanner"))
         stage, _, label = component.partition("-")
         context = (v["tokens"], v["keep"])
         if stage == "mask":

@@ -329,6 +329,8 @@ def rollout_backgrounds(drawer: Drawer, count: int, *, seed: int, progress: Prog
     networks, device = drawer.networks, drawer.networks.device
     cells, channels = RESOLUTION // LATENT_FACTOR, networks.preset.latent_channels
     factor = np.array(drawer.styles, np.float64)
+    shares = np.array([max(0.0, 1.0 - sum(drawer.shares)), *drawer.shares])
+    shares /= shares.sum()
     parts = []
     for first in range(0, count, ENCODE_BATCH):
         size = min(ENCODE_BATCH, count - first)
@@ -338,14 +340,12 @@ def rollout_backgrounds(drawer: Drawer, count: int, *, seed: int, progress: Prog
         noise = rng.standard_normal((size, channels, cells, cells), np.float32)
         if factor.size:
             noise = styled(noise, factor, rng.standard_normal((size, factor.shape[1])))
-        scanner = torch.from_numpy(
-            np.searchsorted(np.cumsum([1.0 - sum(drawer.shares), *drawer.shares]), rng.random(size))
-        )
+        scanner = torch.from_numpy(rng.choice(len(shares), size, p=shares))
         with mixed_precision(device):
             start = drawer.starts(seed, first, found)
-            latents = networks.background(
-                torch.from_numpy(noise).to(device), places.to(device), told(scanner).to(device), start
-            )
+            seen = (torch.from_numpy(noise), places, told(scanner))
+            x, frame, shown = (part.to(device) for part in seen)
+            latents = networks.background(x, frame, start, shown)
         parts.append({"latents": latents.cpu().half(), "frame": places.short(), "scanner": scanner})
         progress(first + size, count)
     return joined(parts)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from busigen.data.prepared import Prepared
 from busigen.errors import BusigenError, InputError, IntegrityError
+from busigen.files import sha256_of
 
 
 @pytest.fixture
@@ -96,3 +98,15 @@ def test_a_rewritten_split_is_noticed(folder: Path) -> None:
     (folder / "prepared.json").write_text(json.dumps(info))
     with pytest.raises(IntegrityError, match="splits"):
         Prepared.open(folder)
+
+
+def test_a_folder_of_before_there_were_scanners_is_read_with_none(folder: Path) -> None:
+    table = pl.read_parquet(folder / "table.parquet")
+    assert table["scanner"].drop_nulls().len()
+    table.drop("scanner").write_parquet(folder / "table.parquet")
+    info = json.loads((folder / "prepared.json").read_text())
+    info["files"]["table.parquet"] = sha256_of(folder / "table.parquet")
+    (folder / "prepared.json").write_text(json.dumps(info))
+    found = Prepared.open(folder).table
+    assert found["scanner"].is_null().all()
+    assert found.drop("scanner").equals(table.drop("scanner"))

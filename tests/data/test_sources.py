@@ -43,6 +43,26 @@ def test_busbra_has_patients_and_birads(any_sources: Sources) -> None:
     assert len({record.patient for record in listing.records}) < len(listing.records)
 
 
+def test_scanners_are_what_the_sets_and_their_tables_say(any_sources: Sources, tmp_path: Path) -> None:
+    assert {record.scanner for record in read_source(any_sources.busi).records} == {"GE Logiq E9"}
+    busbra = tmp_path / "BUSBRA"
+    shutil.copytree(any_sources.busbra, busbra)
+    table = busbra / "bus_data.csv"
+    head, *rows = [line for line in table.read_text().splitlines() if line]
+    devices = ["GE Logiq 7 @10-14MHz", "", *["Toshiba Aplio 300"] * (len(rows) - 2)]
+    told = [f"{row},{device}" for row, device in zip(rows, devices, strict=True)]
+    table.write_text("\n".join([f"{head},Device", *told]))
+    scanners = [record.scanner for record in read_source(busbra).records]
+    assert scanners[:3] == ["GE Logiq 7", None, "Toshiba Aplio 300"]
+    clinic = draw_pairs(tmp_path / "clinic", labels=True)
+    head, first, *rest = (clinic / "labels.csv").read_text().splitlines()
+    (clinic / "labels.csv").write_text(
+        "\n".join([f"{head},scanner", f"{first},Sono \x1b[31m1", *(f"{row}," for row in rest)])
+    )
+    found = {record.scanner for record in read_source(clinic).records}
+    assert len(found) == 2 and None in found and not any("\x1b" in name for name in found if name)
+
+
 @pytest.mark.parametrize("labels", [False, True])
 def test_pairs_have_classes_from_folders_or_a_table(tmp_path: Path, labels: bool) -> None:
     listing = read_source(draw_pairs(tmp_path / "clinic", labels=labels))

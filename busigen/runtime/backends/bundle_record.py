@@ -98,7 +98,7 @@ def _background(decoder: str) -> str:
 
 
 def _scanners(found: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    if len({name for name, _ in found}) != len(found) or sum(share for _, share in found) > 1.0 + 1e-6:
+    if len({name for name, _ in found}) != len(found) or sum(share for _, share in found) > 1.001:  # rounded
         raise ValueError("should have different names, and shares that add up to 1 at most")
     return found
 

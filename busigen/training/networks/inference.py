@@ -270,12 +270,12 @@ class Networks:
         return space.distance(code, asked)
 
     def background(
-        self, noise: Tensor, frame: Tensor, scanner: Tensor | None = None, start: Tensor | None = None
+        self, noise: Tensor, frame: Tensor, start: Tensor | None = None, scanner: Tensor | None = None
     ) -> Tensor:
         """Sample the healthy prior from ``noise`` ``(B, C, s, s)``; ``frame`` is as for :func:`place_condition`.
 
-        ``scanner`` ``(B, SCANNERS)`` is 1 for the image's own; without, it is any. ``start`` are the latents, shaped
-        alike, that become images with ``prior_start``.
+        ``start`` are the latents, shaped alike, that become images with ``prior_start``; ``scanner`` ``(B, SCANNERS)``
+        is 1 for the image's own, and without, it is any.
         """
         if self.prior_start is not None:
             assert start is not None
