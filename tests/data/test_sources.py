@@ -14,7 +14,7 @@ from busigen.data.sources.read import LAYOUTS, read_source
 from busigen.data.sources.records import Listing
 from busigen.errors import InputError
 from tests.conftest import Sources
-from tests.harness.synthetic_datasets import draw_frame, draw_pairs
+from tests.harness.synthetic_datasets import draw_busbra, draw_frame, draw_pairs
 
 
 def test_busi_is_found_in_its_folder_and_from_above(any_sources: Sources) -> None:
@@ -45,8 +45,7 @@ def test_busbra_has_patients_and_birads(any_sources: Sources) -> None:
 
 def test_scanners_are_what_the_sets_and_their_tables_say(any_sources: Sources, tmp_path: Path) -> None:
     assert {record.scanner for record in read_source(any_sources.busi).records} == {"GE Logiq E9"}
-    busbra = tmp_path / "BUSBRA"
-    shutil.copytree(any_sources.busbra, busbra)
+    busbra = draw_busbra(tmp_path / "BUSBRA")
     table = busbra / "bus_data.csv"
     head, *rows = [line for line in table.read_text().splitlines() if line]
     devices = ["GE Logiq 7 @10-14MHz", "", *["Toshiba Aplio 300"] * (len(rows) - 2)]

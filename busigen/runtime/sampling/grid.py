@@ -19,7 +19,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "depth": ("0.3", "0.4", "0.5"),
     "across": ("0.35", "0.5", "0.65"),
     "height_width": ("0.5", "0.75", "1.1"),
-}  # what can be varied, and between what unless it is said
+    "scanner": (),
+}  # what can be varied, and between what unless it is said; scanners are the bundle's
 HELD = {"across": "0.35:0.65", "depth": "0.25:0.45", "size": "0.02:0.08", "height_width": "0.5:0.9"}
 """Between what the attributes that are not varied are drawn for each background, unless asked otherwise: a lesion that
 nothing holds would be another one for each class and category."""
@@ -51,7 +52,7 @@ class Grid:
                 raise UsageError(f"--vary names {given!r} twice.", fix="Name it once, with all of its levels.")
             found = tuple(level.strip() for level in listed.split("/")) if listed else LEVELS[name]
             if len(set(found)) < len(found) or len(found) < 2:
-                fix = f"Give two or more, such as {name}={'/'.join(LEVELS[name])}."
+                fix = f"Give two or more, such as {name}={'/'.join(LEVELS[name] or ('NAME', 'any'))}."
                 raise UsageError(f"--vary {part.strip()} has a level twice, or a single one.", fix=fix)
             for level in found:
                 _refuse_level(name, level)
@@ -104,6 +105,8 @@ def _refuse_level(name: str, level: str) -> None:
         if level not in LESION_CLASSES:
             raise UsageError(f"--vary class={level!r}.", fix=f"Choose among: {', '.join(LESION_CLASSES)}.")
         return
+    if name == "scanner":
+        return  # Which there are, the bundle says.
     if ":" in level:
         raise UsageError(f"--vary {name}={level!r} is a range.", fix="Give single numbers with / between them.")
     parse_conditions(**{name: level})  # type: ignore[arg-type]

@@ -67,14 +67,16 @@ class SamplePlan:
 
     def refuse_scanner(self, known: Mapping[str, float]) -> None:
         """A UsageError for a scanner that is not among the ``known``, or a mixture of them in a user's images."""
-        asked = self.scanner
-        if asked is None or asked in known or (known and asked in (ANY, MIX)):
-            return
-        names = ", ".join([*known, ANY, MIX])
-        raise UsageError(
-            f"--scanner is {printable(asked)!r}, and the bundle knows {'these: ' + names if known else 'no scanners'}.",
-            fix="Give one of them." if known else "Leave it out, or give another --bundle.",
-        )
+        painted = {cell["scanner"] for cell in self.grid.cells if "scanner" in cell} if self.grid else set()
+        asked = [("--scanner is", self.scanner, (*known, ANY, MIX))] if self.scanner else []
+        asked += [("--vary scanner names", name, (*known, ANY)) for name in sorted(painted)]
+        for option, name, names in asked:
+            if not known or name not in names:
+                said = f"these: {', '.join(names)}" if known else "no scanners"
+                raise UsageError(
+                    f"{option} {printable(name)!r}, and the bundle knows {said}.",
+                    fix="Give one of them." if known else "Leave it out, or give another --bundle.",
+                )
 
     def scanner_of(self, seed: int, draw: DrawRequest, known: Mapping[str, float]) -> str | None:
         """The scanner of a draw; None for any. Unless one is asked for, backgrounds have the training images' mixture.
@@ -87,6 +89,11 @@ class SamplePlan:
         # Of all attempts the same, so that what the gates refuse does not change the mixture.
         at = uniform(seed, draw.seeded, 0, "scanner")
         return next((name for name, end in zip(known, accumulate(known.values()), strict=True) if at < end), None)
+
+    def painted_as(self, seed: int, draw: DrawRequest, known: Mapping[str, float]) -> str | None:
+        """The scanner that a draw's lesion is painted as: its background's, unless a grid varies it."""
+        own = self.grid.cell(draw.index).get("scanner") if self.grid else None
+        return self.scanner_of(seed, draw, known) if own is None else own if own in known else None
 
     def refuse_changes(self) -> None:
         """An IntegrityError if a file of the user's folders is gone or another one."""

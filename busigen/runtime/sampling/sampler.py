@@ -255,7 +255,7 @@ class Sampler:
         return [self._on_its_way(seed, one) if isinstance(one, Draft) else one for one in begun]
 
     def _scanned(self, seed: int, draw: DrawRequest, picture: Healthy) -> Healthy:
-        found = self.plan.scanner_of(seed, draw, self.bundle.scanners)
+        found = self.plan.painted_as(seed, draw, self.bundle.scanners)
         return replace(picture, row={**picture.row, "scanner": found})
 
     def _told(self, names: Iterable[str | None]) -> Floats:

@@ -124,3 +124,17 @@ def test_a_record_whose_scanners_make_no_sense_is_refused(folder: Path, tmp_path
     (copy / "bundle.json").write_text(json.dumps(info | {"scanners": scanners}))
     with pytest.raises(IntegrityError, match="scanners"):
         Bundle.open(copy)
+
+
+def test_a_grid_paints_one_background_as_several_scanners(folder: Path, tmp_path: Path) -> None:
+    out, names = tmp_path / "grid", [name for name, _ in SHARES]
+    options = GenerateOptions(
+        out=out, bundle=folder, count=2, shard_size=2, batch_size=2, vary=f"scanner={'/'.join(names)}"
+    )
+    options.run(Progress())
+    report = verify(out)
+    assert report.ok
+    manifest = pl.read_parquet(out / "manifest.parquet")
+    assert manifest["scanner"].to_list() == names and manifest["grid_group"].n_unique() == 1
+    with pytest.raises(UsageError, match=r"--vary scanner names 'Philips', and the bundle knows these"):
+        replace(options, out=tmp_path / "other", vary="scanner=any/Philips").run(Progress())
