@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from busigen.api.functions import audit as audit
     from busigen.api.functions import explain as explain
     from busigen.api.functions import generate as generate
+    from busigen.api.functions import grid as grid
     from busigen.api.functions import prepare as prepare
     from busigen.api.functions import verify as verify
     from busigen.api.functions import write as write
@@ -44,7 +45,7 @@ if REPORTED:
 _OFFERED = {
     "BusigenError": "errors",
     **dict.fromkeys(("Dataset", "Pair"), "api.pairs"),
-    **dict.fromkeys(("audit", "explain", "generate", "prepare", "verify", "write"), "api.functions"),
+    **dict.fromkeys(("audit", "explain", "generate", "grid", "prepare", "verify", "write"), "api.functions"),
     "torch": "torch",
 }  # what can be asked of the package, by the module that is imported when it is; docs/python.md
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
+import busigen
+
 from tests.harness.command import error_line, run
 from tests.harness.hashing import hashes
 
@@ -31,6 +33,10 @@ def test_a_grid_is_written_proven_and_replayed_and_workers_change_no_byte(tmp_pa
     (out / "shards/000000.json").unlink()
     assert run("grid", *GRID, "--out", out, "--workers", 2).returncode == 0
     assert hashes(out) == whole
+    by_python = tmp_path / "by-python"
+    busigen.grid(by_python, "class,size=0.03/0.06", 2, batch_size=4, seed=3, progress=False)
+    for file in ("shards/000000.tar", "manifest.parquet", "run.json"):
+        assert (by_python / file).read_bytes() == (out / file).read_bytes()
 
 
 def test_what_cannot_be_varied_is_said_in_a_line(tmp_path: Path) -> None:

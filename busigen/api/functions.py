@@ -115,6 +115,19 @@ def write(
         return made.run(shown)
 
 
+def grid(
+    out: Place, vary: str, backgrounds: int = 10, *, progress: bool = True, **options: Unpack[SampleOptions]
+) -> GenerateReport:
+    """Write counterfactual sets, or finish them: the very files of ``busigen grid``.
+
+    Each background gets a sample for each combination of the levels in ``vary``, such as ``"class,size=0.02/0.05"``.
+    Raises what `write` does.
+    """
+    made = GenerateOptions.of_grid(place_of(str(out)), backgrounds, vary=vary, **typed(options))
+    with _shown(progress) as shown:
+        return made.run(shown)
+
+
 def verify(
     dataset: Place, *, healthy: Place | None = None, masks: Place | None = None, progress: bool = True
 ) -> VerifyReport:

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from busigen.cli.app import app, stderr, stdout
-from busigen.errors import UsageError
-from busigen.registry import AUTO, DEFAULT_BATCH, PROVIDERS, SHARD_SIZE, SYNTHETIC
+from busigen.registry import AUTO, DEFAULT_BATCH, PROVIDERS, SYNTHETIC
 from busigen.runtime.storage.url import place_of
 
 
@@ -60,15 +59,9 @@ def grid(
     typed = {name: value for name, value in locals().items() if name not in ("log_json", "backgrounds", "out")}
     from busigen.runtime.execution.events import supervised
     from busigen.runtime.execution.run import GenerateOptions
-    from busigen.runtime.sampling.grid import Grid
 
-    cells = len(Grid.parse(vary).cells)
-    if backgrounds < 1:
-        raise UsageError(f"--backgrounds is {backgrounds}.", fix="Give a whole number from 1.")
-    # Whole backgrounds in every shard.
-    shard_size = cells * max(1, SHARD_SIZE // cells)
     place = place_of(out)
-    options = GenerateOptions(out=place, count=backgrounds * cells, shard_size=shard_size, **typed)
+    options = GenerateOptions.of_grid(place, backgrounds, **typed)
     with supervised(place, log_json) as (progress, stop):
         report = options.run(progress, stop)
     for line in report.lines():

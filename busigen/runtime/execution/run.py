@@ -162,6 +162,15 @@ class GenerateOptions(SourceOptions):
     ray_address: str | None = None  # of a cluster that runs; None for one of this command's own
     spool: Path | None = None  # staging folder on the way to a URL; None for one in the user's cache folder
 
+    @classmethod
+    def of_grid(cls, out: Path | Address, backgrounds: int, *, vary: str, **options: Any) -> GenerateOptions:
+        """Those of a grid: samples for each of the ``backgrounds``, whole ones in every shard; a ``UsageError``."""
+        if backgrounds < 1:
+            raise UsageError(f"--backgrounds is {backgrounds}.", fix="Give a whole number from 1.")
+        cells = len(Grid.parse(vary).cells)
+        shard_size = cells * max(1, SHARD_SIZE // cells)
+        return cls(out=out, count=backgrounds * cells, shard_size=shard_size, vary=vary, **options)
+
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began; ``stop`` may end it after any shard."""
         begun_with = self._begun_with(progress) if self.provider == AUTO else None
