@@ -150,7 +150,7 @@ SOLVER_SPREAD = {"lesion": 0.85, "blend": 0.7, "prior": 1.0}
 # How much denser a denoiser's steps lie near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2).
 SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
 # Deviation of the decoder's noise in use, and a further factor for synthetic backgrounds. It is trained with 1 on real
-# images' latents; generated ones vary more between cells and would come out too grainy (docs/model-card.md).
+# images' latents; generated ones vary more between cells and would come out too grainy (docs/studies/figures.md).
 SPECKLE_GAIN, BACKGROUND_SPECKLE = 0.94, 0.95
 OPSETS = (20, 23)  # ONNX opsets that export can write, the default first (docs/export.md).
 
