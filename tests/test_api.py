@@ -72,7 +72,19 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
 
 
 def test_what_is_offered_is_there_and_typed() -> None:
-    offered = {"BusigenError", "Dataset", "Pair", "audit", "explain", "generate", "grid", "prepare", "torch", "verify", "write"}
+    offered = {
+        "BusigenError",
+        "Dataset",
+        "Pair",
+        "audit",
+        "explain",
+        "generate",
+        "grid",
+        "prepare",
+        "torch",
+        "verify",
+        "write",
+    }
     assert offered <= set(dir(busigen))
     for name in offered:
         assert getattr(busigen, name).__doc__

@@ -7,7 +7,6 @@ from pathlib import Path
 import polars as pl
 
 import busigen
-
 from tests.harness.command import error_line, run
 from tests.harness.hashing import hashes
 

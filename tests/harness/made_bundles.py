@@ -1,29 +1,94 @@
-"""Bundles of schema 6 that are made of the shipped one without any training."""
+"""Bundles that are made of the shipped one without any training."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, compose, helper
+from onnx import GraphProto, ModelProto, TensorProto, compose, helper, numpy_helper
 
+from busigen.registry import SCANNERS
 from busigen.runtime.backends.bundle import default_bundle
 
 Info = dict[str, Any]
-SHIPPED = default_bundle()
+
+_OF_START = ("mixed/noise_share", "mixed/start_share", "solver/t", "solver/s")
 
 DOUBLED = [1.0, 1.0, 2.0, 2.0]
 """Resize's scales for windows of 128 pixels that are shown at 256; the last two halves for the way back."""
 
 
+@cache
+def plain() -> Path:
+    """The shipped bundle as one of schema 6: its prior starts from noise alone, and no graph is told a scanner."""
+    folder = Path(tempfile.mkdtemp(prefix="busigen-plain-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    info = json.loads((default_bundle() / "bundle.json").read_text())
+    for path in default_bundle().iterdir():
+        # Copied, not linked: ONNX Runtime refuses weights that have a second name, and busigen copies them then.
+        (folder / path.name).write_bytes(path.read_bytes())
+    phantoms, _ = info.pop("phantoms", None), info.pop("scanners", None)
+    for name, record in info["graphs"].items():
+        model = onnx.load(os.fspath(folder / record["file"]), load_external_data=False)
+        _forget_scanner(model.graph)
+        if name == "prior" and phantoms is not None:
+            _start_from_noise(model.graph, phantoms["start"])
+        onnx.save(model, os.fspath(folder / record["file"]))
+        record["inputs"] = [value.name for value in model.graph.input]
+        record["files"][record["file"]] = hashlib.sha256((folder / record["file"]).read_bytes()).hexdigest()
+    (folder / "bundle.json").write_text(json.dumps(info | {"schema": 6}))
+    return folder
+
+
+def _without_input(graph: GraphProto, name: str) -> bool:
+    """Take an input off a graph, if it is there."""
+    left = [value for value in graph.input if value.name != name]
+    found = len(left) < len(graph.input)
+    del graph.input[:]
+    graph.input.extend(left)
+    return found
+
+
+def _forget_scanner(graph: GraphProto) -> None:
+    """Any scanner, for as many rows as there are, in the place of the input."""
+    if not _without_input(graph, "scanner"):
+        return
+    graph.initializer.append(numpy_helper.from_array(np.array([SCANNERS]), "any/scanners"))
+    nodes = [
+        helper.make_node("Shape", [graph.input[0].name], ["any/rows"], start=0, end=1),
+        helper.make_node("Concat", ["any/rows", "any/scanners"], ["any/shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["any/shape"], ["scanner"]),
+    ]
+    for number, node in enumerate(nodes):
+        graph.node.insert(number, node)
+
+
+def _start_from_noise(graph: GraphProto, start: float) -> None:
+    """No phantom is mixed with the noise, and the times of the steps begin with 1."""
+    _without_input(graph, "start")
+    for node in graph.node:
+        node.input[:] = ["noise" if name == "start" else name for name in node.input]
+    (body,) = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    for one in [*graph.initializer, *body.initializer]:
+        value = numpy_helper.to_array(one) if one.name in _OF_START else None
+        if value is not None:
+            changed = value / np.float32(start) if one.name.startswith("solver/") else one.name == "mixed/noise_share"
+            one.CopyFrom(numpy_helper.from_array(np.asarray(changed, np.float32), one.name))
+
+
 def stated() -> Info:
-    """The shipped bundle's record with everything said that schema 6 says."""
-    info = json.loads((SHIPPED / "bundle.json").read_text())
+    """The record of `plain` with everything said that schema 6 says."""
+    info = json.loads((plain() / "bundle.json").read_text())
     return {
         **info,
         "schema": 6,
@@ -35,11 +100,10 @@ def stated() -> Info:
 
 
 def written(folder: Path, info: Info) -> Path:
-    """A bundle of that record: files that are not there yet are the shipped ones, and all hashes are made right."""
+    """A bundle of that record: files that are not there yet are those of `plain`, and all hashes are made right."""
     folder.mkdir(exist_ok=True)
-    for path in SHIPPED.iterdir():
+    for path in plain().iterdir():
         if not (folder / path.name).exists():
-            # Copied, not linked: ONNX Runtime refuses weights that have a second name, and busigen copies them then.
             (folder / path.name).write_bytes(path.read_bytes())
     for record in info["graphs"].values():
         for file in {record["file"], *record["files"]}:
@@ -49,8 +113,8 @@ def written(folder: Path, info: Info) -> Path:
 
 
 def loaded(info: Info, graph: str) -> ModelProto:
-    """A graph of the shipped bundle, its weights left in their files."""
-    return onnx.load(os.fspath(SHIPPED / info["graphs"][graph]["file"]), load_external_data=False)
+    """A graph of `plain`, its weights left in their files."""
+    return onnx.load(os.fspath(plain() / info["graphs"][graph]["file"]), load_external_data=False)
 
 
 def saved(folder: Path, model: ModelProto, file: str, weights: dict[str, str], **more: Any) -> Info:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from busigen.errors import UsageError
 from busigen.registry import LESION_CLASSES
 from busigen.runtime.backends.base import open_backend
-from busigen.runtime.backends.bundle import Bundle, default_bundle
+from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.dataset.format import Sample
 from busigen.runtime.execution.factory import generate
@@ -22,7 +22,7 @@ from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.sampling.conditions import parse_conditions
 from busigen.runtime.sampling.noise import normal
 from busigen.runtime.sampling.sampler import Sampler
-from tests.harness.made_bundles import SHIPPED, loaded, read_afresh, resized, saved, stated, switched, written
+from tests.harness.made_bundles import loaded, plain, read_afresh, resized, saved, stated, switched, written
 
 SEED = 5
 MIX = {"benign": 0.5, "malignant": 0.5}
@@ -58,7 +58,7 @@ def drawn(folder: Path, backend: OnnxBackend | None = None, count: int = 2, **op
 
 @pytest.fixture(scope="module")
 def shipped() -> list[Sample]:
-    return drawn(default_bundle())
+    return drawn(plain())
 
 
 def assert_same(found: list[Sample], expected: list[Sample]) -> None:
@@ -164,8 +164,8 @@ def test_fresh_noise_is_the_samples_own(tmp_path: Path) -> None:
     expected = normal(SEED, 1, samples[1].attempt, "lesion fresh", (3, 8, 16, 16))
     assert np.array_equal(seen["fresh"], np.stack([expected] * 2)), "the row, and the one that fills the batch"
     # The graph starts from the last of the three arrays as the shipped one does from its noise.
-    plain = {name: seen[name] for name in ("known", "mask", "edit", "tokens", "keep")}
-    again = open_backend(Bundle.open(SHIPPED)).run(graph, {**plain, "noise": seen["fresh"][:, 2]})
+    known = {name: seen[name] for name in ("known", "mask", "edit", "tokens", "keep")}
+    again = open_backend(Bundle.open(plain())).run(graph, {**known, "noise": seen["fresh"][:, 2]})
     np.testing.assert_array_equal(seen["output"], again)
     # Whatever else is in its batch.
     (alone,) = (
