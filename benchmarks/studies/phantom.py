@@ -3,11 +3,12 @@
 python benchmarks/studies/phantom.py fit --data prepared/ --out results/phantom.json
 python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phantom.json --checkpoint restored/
 
-``fit`` takes the training split alone, without lesions and with mirrored copies. In each round it draws phantoms from
-the distribution so far, takes the three nearest ones of each image (block means, deviations and gradients at 64 x 48
-pixels) and makes the mean and covariance of their parameters the next distribution (population Monte Carlo, Beaumont et
-al. 2009). Then it fits the map of brightness (`busigen.phantoms.brightness`) between phantoms of that
-distribution and the images without a lesion. Only means and covariances are kept, so that no row is one patient's.
+``fit`` takes the training split alone, images with little or no lesion. In each round it draws phantoms from the
+distribution so far, weights all that were drawn yet so that they have the images' distribution by the figure below
+(kernel mean matching, Huang et al. 2007), and makes the mean and covariance of their parameters the next distribution.
+Then it fits the map of brightness (`busigen.phantoms.brightness`) between phantoms of that distribution and the
+images. Only means and covariances are kept, so that no row is one patient's. Beside the result it leaves what was
+drawn (`.npz`), by which the same command continues.
 
 ``judge`` compares phantoms with BUSI's normal images in the same frames: squared maximum mean discrepancy (Gaussian
 kernel of the median distance) on the first 24 axes of the audit's scattering features at 64 x 48 pixels, where speckle
@@ -34,7 +35,7 @@ from PIL import Image
 from busigen.data.prepared import Prepared
 from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features
 from busigen.phantoms.brightness import BrightnessMap, described
-from busigen.phantoms.distribution import Phantoms, numbers_for
+from busigen.phantoms.distribution import LIMIT, Phantoms, numbers_for
 from busigen.phantoms.tissue import PARAMETERS, values_of
 from busigen.runtime.sampling.backgrounds import phantom_at
 from busigen.runtime.sampling.noise import normal
@@ -42,15 +43,12 @@ from busigen.runtime.sampling.noise import normal
 SIZE = (64, 48)
 """Columns and rows at which structure is compared."""
 
-BLOCK, AXES, NEAREST = 8, 24, 3
+AXES = 24
 SIDES = (slice(None), slice(None, None, -1))
 """An image's columns, and these from the other side."""
 
 MOST_LESION = 0.04
-"""Greatest share of an image that a lesion may cover, where brightness is fitted."""
-
-WEIGHTS = (1.0, 0.7, 0.7, 0.5)
-"""Of block means, deviations, and mean gradients down and across."""
+"""Greatest share of an image that a lesion may cover in a fit."""
 
 Floats = NDArray[Any]
 
@@ -60,61 +58,29 @@ def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(SIZE, Image.Resampling.BOX))
 
 
-def blocks(values: Floats) -> Floats:
-    """Means of blocks, ``(6, 8)``."""
-    rows, columns = values.shape
-    return values.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK).mean(axis=(1, 3))
-
-
-def features(image: NDArray[np.uint8]) -> Floats:
-    """``(4, 6, 8)``: what ``WEIGHTS`` lists, of an image at ``SIZE``."""
-    values = image.astype(np.float32)
-    mean = blocks(values)
-    deviation = np.sqrt(np.maximum(blocks(values**2) - mean**2, 0.0))
-    gradients = (np.abs(np.diff(values, axis=axis, append=np.take(values, [-1], axis))) for axis in (0, 1))
-    return np.stack([mean, deviation, *map(blocks, gradients)])
-
-
-def tissue(prepared: Prepared, source: str | None = None) -> Iterable[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
-    """Training images within their bars, and where they have lesions."""
+def healthy_images(prepared: Prepared, source: str | None) -> Iterator[NDArray[np.uint8]]:
+    """Training images, of one source or of all, within their bars, whose lesions, if any, cover little of them."""
     table = prepared.table.filter((pl.col("split") == "train") & ~pl.col("class_conflict"))
     for row in (table if source is None else table.filter(pl.col("source") == source)).iter_rows(named=True):
         frame = np.s_[row["top"] : row["top"] + row["inner_height"], row["left"] : row["left"] + row["inner_width"]]
-        yield np.asarray(prepared.clean[row["row"]])[frame], np.asarray(prepared.masks[row["row"]])[frame] > 0
-
-
-def normal_images(prepared: Prepared, source: str | None) -> Iterator[NDArray[np.uint8]]:
-    """Training images, of one source or of all, within their bars, whose lesions, if any, cover little of them."""
-    for image, lesions in tissue(prepared, source):
-        if lesions.mean() < MOST_LESION:
-            yield image
+        if (np.asarray(prepared.masks[row["row"]])[frame] > 0).mean() < MOST_LESION:
+            yield np.asarray(prepared.clean[row["row"]])[frame]
 
 
 def fit(options: argparse.Namespace) -> None:
     """Fit the distribution and write it, after every round; the same command continues."""
-    real, seen, frames = [], [], []
-    for image, lesions in tissue(Prepared.open(options.data)):
-        frames.append(image.shape)
-        for flipped in SIDES:
-            real.append(features(coarse(image[:, flipped])))
-            seen.append(blocks(coarse(np.uint8(255) * lesions[:, flipped].astype(np.uint8)).astype(np.float32)) < BLOCK)
-    shown = np.repeat(np.array(seen)[:, None], len(WEIGHTS), axis=1)
-    values = np.array(real)
-    middle, spread = (
-        np.array([function(values[:, k][shown[:, k]]) for k in range(len(WEIGHTS))])[:, None, None]
-        for function in (np.mean, np.std)
-    )
-
-    def scaled(found: Floats) -> Floats:
-        return (found - middle) / spread * np.array(WEIGHTS)[:, None, None]
-
-    targets = (scaled(values) * shown).reshape(len(values), -1)
-    counted = shown.reshape(len(values), -1).astype(np.float64)
+    healthy = list(healthy_images(Prepared.open(options.data), options.source))
+    space = Space(np.stack([coarse(image) for image in healthy]))
+    frames = [image.shape for image in healthy]
     mean, factor = np.zeros(len(PARAMETERS)), 1.2 * np.eye(len(PARAMETERS))
+    logits, images = np.zeros((0, len(mean))), np.zeros((0, *SIZE[::-1]), np.uint8)
     rounds: list[dict[str, Any]] = []
+    kept = options.out.with_suffix(".npz")
     if options.out.exists():
         found = json.loads(options.out.read_text())
         mean, factor, rounds = np.array(found["mean"]), np.array(found["factor"]), found["rounds"]
+        with np.load(kept) as arrays:
+            logits, images = arrays["logits"], arrays["images"]
 
     def write(phantoms: Phantoms) -> None:
         more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
@@ -122,26 +88,28 @@ def fit(options: argparse.Namespace) -> None:
 
     for number in range(len(rounds), options.rounds):
         started, rng = time.perf_counter(), np.random.default_rng((options.seed, number))
-        logits = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -4.0, 4.0)
+        rows = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -LIMIT, LIMIT)
         drawn = []
-        for index, row in enumerate(logits):
+        for index, row in enumerate(rows):
             height, width = frames[rng.integers(len(frames))]
             noise = normal(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
-            drawn.append(features(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image)))
-        found = scaled(np.array(drawn)).reshape(options.count, -1)
-        distances = (targets**2).sum(1)[:, None] - 2.0 * targets @ found.T + counted @ (found**2).T
-        distances /= counted.sum(1)[:, None]
-        nearest = np.argsort(distances, axis=1)[:, :NEAREST]
-        chosen = logits[nearest.ravel()]
-        mean = chosen.mean(axis=0)
-        variance, axes = np.linalg.eigh(np.cov(chosen.T) + 0.1**2 * np.eye(len(mean)))
+            drawn.append(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image))
+        before = space.mmd(space.real, space.of(np.stack(drawn)))
+        logits, images = np.concatenate([logits, rows]), np.concatenate([images, drawn])
+        weights = weights_for(space, space.of(images))
+        counted = 1.0 / float((weights**2).sum())
+        mean = weights @ logits
+        covariance = (logits - mean).T @ (weights[:, None] * (logits - mean))
+        # Of so many numbers' covariances few phantoms tell little, of their variances more.
+        share = counted / (counted + len(mean))
+        covariance = share * covariance + (1.0 - share) * np.diag(np.diag(covariance)) + 0.1**2 * np.eye(len(mean))
+        variance, axes = np.linalg.eigh(covariance)
         factor = axes * np.sqrt(np.maximum(variance, 0.0))
-        distance = float(np.median(np.sqrt(distances.min(axis=1))))
-        rounds.append({"median_distance": round(distance, 4), "phantoms_used": len(np.unique(nearest))})
+        rounds.append({"mmd": round(before, 4), "phantoms_counted": round(counted)})
         print(f"round {number + 1}: {rounds[-1]}, {time.perf_counter() - started:.0f} s", flush=True)
+        np.savez(kept, logits=logits, images=images)
         write(Phantoms(mean, factor))
     phantoms = Phantoms(mean, factor)
-    healthy = list(normal_images(Prepared.open(options.data), options.source))
     targets = np.array([described(image[:, way].astype(np.float32)) for image in healthy for way in SIDES])
     own = [
         described(
@@ -162,7 +130,7 @@ class Space:
         self.axes = axes[:AXES].T
         self.scale = ((raw - self.mean) / self.deviation @ self.axes).std(axis=0)
         self.real = self.of(real)
-        apart = self._squares(self.real, self.real)
+        apart = self.squares(self.real, self.real)
         self.width = float(np.median(apart[apart > 0]))
 
     def of(self, images: NDArray[np.uint8]) -> Floats:
@@ -171,16 +139,40 @@ class Space:
         return np.asarray((raw - self.mean) / self.deviation @ self.axes / self.scale)
 
     @staticmethod
-    def _squares(first: Floats, second: Floats) -> Floats:
+    def squares(first: Floats, second: Floats) -> Floats:
+        """Squared distances, ``(N, M)``."""
         return np.asarray(((first[:, None] - second[None]) ** 2).sum(axis=-1))
 
     def mmd(self, first: Floats, second: Floats) -> float:
         """The unbiased estimate of the squared discrepancy (Gretton et al. 2012, eq. 3)."""
         own = 0.0
         for part in (first, second):
-            kernel, count = np.exp(-self._squares(part, part) / self.width), len(part)
+            kernel, count = np.exp(-self.squares(part, part) / self.width), len(part)
             own += float(kernel.sum() - count) / (count * (count - 1))
-        return own - 2.0 * float(np.exp(-self._squares(first, second) / self.width).mean())
+        return own - 2.0 * float(np.exp(-self.squares(first, second) / self.width).mean())
+
+
+def weights_for(space: Space, drawn: Floats) -> Floats:
+    """Weights of phantoms ``(N, AXES)`` that sum to 1, by which they are distributed as the real images.
+
+    The squared discrepancy is descended by factors (exponentiated gradients), which keeps weights as alike as they can
+    be, until it is what two sets of one distribution have in the mean, or falls no more.
+    """
+    kernel = np.exp(-space.squares(drawn, drawn) / space.width)
+    near = np.exp(-space.squares(drawn, space.real) / space.width).mean(axis=1)
+    own = np.exp(-space.squares(space.real, space.real) / space.width)
+    real = float(own.sum() - len(own)) / (len(own) * (len(own) - 1))
+    weights = np.full(len(drawn), 1.0 / len(drawn))
+    for _ in range(400):
+        towards = kernel @ weights
+        # Of a phantom with itself the kernel is 1, and does not count.
+        single = float((weights**2).sum())
+        if (float(weights @ towards) - single) / (1.0 - single) - 2.0 * float(weights @ near) + real < 0.0:
+            break
+        slope = towards - near
+        weights = weights * np.exp(-0.1 * (slope - slope.min()) / (slope - slope.min()).mean())
+        weights /= weights.sum()
+    return np.asarray(weights)
 
 
 def without_contrast(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -374,9 +366,9 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=3)
         if function is fit:
             command.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
-            command.add_argument("--count", type=int, default=4000, help="phantoms a round")
+            command.add_argument("--count", type=int, default=1000, help="phantoms a round")
             command.add_argument("--rounds", type=int, default=4)
-            command.add_argument("--source", help="source of the images whose brightness is fitted; else all")
+            command.add_argument("--source", help="source of the images that are fitted; else all")
         else:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--checkpoint", type=Path, help="what `busigen restore` wrote; else phantoms alone")

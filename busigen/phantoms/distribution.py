@@ -91,7 +91,7 @@ class Phantoms:
 
 def numbers_for(height: int, width: int) -> int:
     """How many standard normals a phantom of that size takes."""
-    return FIELDS * height * width + OTHERS
+    return FIELDS * height * (width + 2) + OTHERS
 
 
 def filled(image: NDArray[Any], place: tuple[int, int, int, int]) -> NDArray[Any]:
