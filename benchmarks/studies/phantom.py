@@ -3,9 +3,10 @@
 python benchmarks/studies/phantom.py fit --data prepared/ --out results/phantom.json
 python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phantom.json --checkpoint restored/
 
-``fit`` takes the training split alone, images with little or no lesion. In each round it draws phantoms from the
-distribution so far, weights all that were drawn yet so that they have the images' distribution by the figure below
-(kernel mean matching, Huang et al. 2007), and makes the mean and covariance of their parameters the next distribution.
+``fit`` takes the training images without a lesion alone. In each round it draws phantoms from the
+distribution so far, and tells from all that were drawn yet how the features of the figure below go with the parameters
+(linear regression). Then it moves the parameters' mean to where the mean of the features is the images', and gives
+the parameters such variances that the features have the images' (a ridge holds what makes little difference).
 Then it fits the map of brightness (`busigen.phantoms.brightness`) between phantoms of that distribution and the
 images. Only means and covariances are kept, so that no row is one patient's. Beside the result it leaves what was
 drawn (`.npz`), by which the same command continues.
@@ -31,6 +32,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.optimize import lsq_linear
 
 from busigen.data.prepared import Prepared
 from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features
@@ -47,8 +49,11 @@ AXES = 24
 SIDES = (slice(None), slice(None, None, -1))
 """An image's columns, and these from the other side."""
 
-MOST_LESION = 0.04
-"""Greatest share of an image that a lesion may cover in a fit."""
+SPREAD, VARIANCES = 1.2, (0.3, 2.5)
+"""Deviation of parameters before the fit, and least and greatest variance after it."""
+
+STIFFNESS = 0.3
+"""How strongly parameters are held where they are, against what they explain of features in units of their variance."""
 
 Floats = NDArray[Any]
 
@@ -58,21 +63,20 @@ def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(SIZE, Image.Resampling.BOX))
 
 
-def healthy_images(prepared: Prepared, source: str | None) -> Iterator[NDArray[np.uint8]]:
-    """Training images, of one source or of all, within their bars, whose lesions, if any, cover little of them."""
-    table = prepared.table.filter((pl.col("split") == "train") & ~pl.col("class_conflict"))
-    for row in (table if source is None else table.filter(pl.col("source") == source)).iter_rows(named=True):
+def healthy_images(prepared: Prepared) -> Iterator[NDArray[np.uint8]]:
+    """Training images without a lesion, within their bars."""
+    table = prepared.table.filter((pl.col("split") == "train") & (pl.col("class") == "normal"))
+    for row in table.iter_rows(named=True):
         frame = np.s_[row["top"] : row["top"] + row["inner_height"], row["left"] : row["left"] + row["inner_width"]]
-        if (np.asarray(prepared.masks[row["row"]])[frame] > 0).mean() < MOST_LESION:
-            yield np.asarray(prepared.clean[row["row"]])[frame]
+        yield np.asarray(prepared.clean[row["row"]])[frame]
 
 
 def fit(options: argparse.Namespace) -> None:
     """Fit the distribution and write it, after every round; the same command continues."""
-    healthy = list(healthy_images(Prepared.open(options.data), options.source))
+    healthy = list(healthy_images(Prepared.open(options.data)))
     space = Space(np.stack([coarse(image) for image in healthy]))
     frames = [image.shape for image in healthy]
-    mean, factor = np.zeros(len(PARAMETERS)), 1.2 * np.eye(len(PARAMETERS))
+    mean, factor = np.zeros(len(PARAMETERS)), SPREAD * np.eye(len(PARAMETERS))
     logits, images = np.zeros((0, len(mean))), np.zeros((0, *SIZE[::-1]), np.uint8)
     rounds: list[dict[str, Any]] = []
     kept = options.out.with_suffix(".npz")
@@ -96,16 +100,9 @@ def fit(options: argparse.Namespace) -> None:
             drawn.append(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image))
         before = space.mmd(space.real, space.of(np.stack(drawn)))
         logits, images = np.concatenate([logits, rows]), np.concatenate([images, drawn])
-        weights = weights_for(space, space.of(images))
-        counted = 1.0 / float((weights**2).sum())
-        mean = weights @ logits
-        covariance = (logits - mean).T @ (weights[:, None] * (logits - mean))
-        # Of so many numbers' covariances few phantoms tell little, of their variances more.
-        share = counted / (counted + len(mean))
-        covariance = share * covariance + (1.0 - share) * np.diag(np.diag(covariance)) + 0.1**2 * np.eye(len(mean))
-        variance, axes = np.linalg.eigh(covariance)
-        factor = axes * np.sqrt(np.maximum(variance, 0.0))
-        rounds.append({"mmd": round(before, 4), "phantoms_counted": round(counted)})
+        step, deviations = towards(space, logits, space.of(images), options.count)
+        mean, factor = np.clip(mean + step, -LIMIT, LIMIT), np.diag(deviations)
+        rounds.append({"mmd": round(before, 4), "step": round(float(np.linalg.norm(step)), 3)})
         print(f"round {number + 1}: {rounds[-1]}, {time.perf_counter() - started:.0f} s", flush=True)
         np.savez(kept, logits=logits, images=images)
         write(Phantoms(mean, factor))
@@ -152,27 +149,22 @@ class Space:
         return own - 2.0 * float(np.exp(-self.squares(first, second) / self.width).mean())
 
 
-def weights_for(space: Space, drawn: Floats) -> Floats:
-    """Weights of phantoms ``(N, AXES)`` that sum to 1, by which they are distributed as the real images.
+def towards(space: Space, logits: Floats, drawn: Floats, recent: int) -> tuple[Floats, Floats]:
+    """How far the mean of parameters ``(N, P)`` is to move, and what deviations they are to have.
 
-    The squared discrepancy is descended by factors (exponentiated gradients), which keeps weights as alike as they can
-    be, until it is what two sets of one distribution have in the mean, or falls no more.
+    The features of ``drawn`` phantoms ``(N, AXES)`` are taken as linear in the parameters, and the mean of the last
+    ``recent`` as that of today's.
     """
-    kernel = np.exp(-space.squares(drawn, drawn) / space.width)
-    near = np.exp(-space.squares(drawn, space.real) / space.width).mean(axis=1)
-    own = np.exp(-space.squares(space.real, space.real) / space.width)
-    real = float(own.sum() - len(own)) / (len(own) * (len(own) - 1))
-    weights = np.full(len(drawn), 1.0 / len(drawn))
-    for _ in range(400):
-        towards = kernel @ weights
-        # Of a phantom with itself the kernel is 1, and does not count.
-        single = float((weights**2).sum())
-        if (float(weights @ towards) - single) / (1.0 - single) - 2.0 * float(weights @ near) + real < 0.0:
-            break
-        slope = towards - near
-        weights = weights * np.exp(-0.1 * (slope - slope.min()) / (slope - slope.min()).mean())
-        weights /= weights.sum()
-    return np.asarray(weights)
+    ones = np.ones((len(logits), 1))
+    found, *_ = np.linalg.lstsq(np.concatenate([ones, logits], axis=1), drawn, rcond=None)
+    slopes, rest = found[1:].T, (drawn - found[0] - logits @ found[1:]).var(axis=0)
+    count = logits.shape[1]
+    missed = space.real.mean(axis=0) - drawn[-recent:].mean(axis=0)
+    step = np.linalg.solve(slopes.T @ slopes + STIFFNESS * np.eye(count), slopes.T @ missed)
+    wanted = np.maximum(space.real.var(axis=0) - rest, 0.0)
+    rows = np.concatenate([slopes**2, STIFFNESS * np.eye(count)])
+    variances = lsq_linear(rows, np.concatenate([wanted, np.full(count, STIFFNESS * SPREAD**2)]), VARIANCES).x
+    return step, np.sqrt(variances)
 
 
 def without_contrast(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -368,7 +360,6 @@ def main() -> None:
             command.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--count", type=int, default=1000, help="phantoms a round")
             command.add_argument("--rounds", type=int, default=4)
-            command.add_argument("--source", help="source of the images that are fitted; else all")
         else:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--checkpoint", type=Path, help="what `busigen restore` wrote; else phantoms alone")

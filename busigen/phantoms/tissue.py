@@ -61,16 +61,16 @@ PARAMETERS: dict[str, tuple[float, float]] = {
     "haze": (0.0, 6.0),
     "haze_size": (0.08, 0.4),
     "axial": (0.5, 1.1),
-    "lateral": (0.7, 1.8),
+    "lateral": (0.7, 2.4),
     "spread": (0.0, 1.5),
-    "compound": (0.4, 0.95),
+    "compound": (0.05, 0.95),
     "floor": (-36.0, -6.0),
     "range": (24.0, 65.0),
     "level": (0.15, 0.65),
 }
 """Least and greatest value of each parameter; a logistic curve takes normals to between them."""
 
-FIELDS, OTHERS = 12, 300
+FIELDS, OTHERS = 12, 340
 """How many fields a phantom has, speckle included, and how many normals its curves, shadows and ribs take at most."""
 
 Floats = NDArray[Any]
@@ -247,7 +247,7 @@ class Tissue:
         """A bright arc with a shadow below it, in some images."""
         c = self.canvas
         place, size = c.normals(2)
-        if self.p["rib"] < 0.6:
+        if self.p["rib"] < 0.45:
             return
         middle = c.width / (1.0 + np.exp(-1.7 * float(place)))
         half = c.side * (0.10 + 0.05 * abs(float(size)))
@@ -256,6 +256,6 @@ class Tissue:
         inside = (np.abs(apart) < 1.0)[None] & (c.rows > top)
         soft = ndimage.gaussian_filter(inside.astype(np.float32), (1.0, 0.02 * c.side))
         level -= 16.0 * soft
-        arc = np.exp(-0.5 * ((c.rows - top) / (0.006 * c.side + 0.8)) ** 2) * np.clip(2.0 - 2.0 * np.abs(apart), 0.0, 1.0)
-        level += 12.0 * arc
+        arc = np.exp(-0.5 * ((c.rows - top) / (0.006 * c.side + 0.8)) ** 2)
+        level += 12.0 * arc * np.clip(2.0 - 2.0 * np.abs(apart), 0.0, 1.0)
         self.labels[inside & (c.rows < top + 0.5 * half)] = RIB
