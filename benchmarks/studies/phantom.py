@@ -7,8 +7,7 @@ python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phanto
 distribution so far, and tells from all that were drawn yet how the features of the figure below go with the parameters
 (linear regression). Then it moves the parameters' mean to where the mean of the features is the images', and gives
 the parameters such variances that the features have the images' (a ridge holds what makes little difference).
-Then it fits the map of brightness (`busigen.phantoms.brightness`) between phantoms of that distribution and the
-images. Only means and covariances are kept, so that no row is one patient's. Beside the result it leaves what was
+Only means and covariances are kept, so that no row is one patient's. Beside the result it leaves what was
 drawn (`.npz`), by which the same command continues.
 
 ``judge`` compares phantoms with BUSI's normal images in the same frames: squared maximum mean discrepancy (Gaussian
@@ -24,7 +23,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,6 @@ from scipy.optimize import lsq_linear
 
 from busigen.data.prepared import Prepared
 from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features
-from busigen.phantoms.brightness import BrightnessMap, described
 from busigen.phantoms.distribution import LIMIT, Phantoms, numbers_for
 from busigen.phantoms.tissue import PARAMETERS, values_of
 from busigen.runtime.sampling.backgrounds import phantom_at
@@ -46,13 +43,10 @@ SIZE = (64, 48)
 """Columns and rows at which structure is compared."""
 
 AXES = 24
-SIDES = (slice(None), slice(None, None, -1))
-"""An image's columns, and these from the other side."""
-
-SPREAD, VARIANCES = 1.2, (0.3, 2.5)
+SPREAD, VARIANCES = 1.2, (0.1, 2.5)
 """Deviation of parameters before the fit, and least and greatest variance after it."""
 
-STIFFNESS = 0.3
+STIFFNESS = 0.05
 """How strongly parameters are held where they are, against what they explain of features in units of their variance."""
 
 Floats = NDArray[Any]
@@ -86,10 +80,6 @@ def fit(options: argparse.Namespace) -> None:
         with np.load(kept) as arrays:
             logits, images = arrays["logits"], arrays["images"]
 
-    def write(phantoms: Phantoms) -> None:
-        more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
-        options.out.write_text(json.dumps({**phantoms.to_json(), **more}) + "\n")
-
     for number in range(len(rounds), options.rounds):
         started, rng = time.perf_counter(), np.random.default_rng((options.seed, number))
         rows = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -LIMIT, LIMIT)
@@ -105,16 +95,8 @@ def fit(options: argparse.Namespace) -> None:
         rounds.append({"mmd": round(before, 4), "step": round(float(np.linalg.norm(step)), 3)})
         print(f"round {number + 1}: {rounds[-1]}, {time.perf_counter() - started:.0f} s", flush=True)
         np.savez(kept, logits=logits, images=images)
-        write(Phantoms(mean, factor))
-    phantoms = Phantoms(mean, factor)
-    targets = np.array([described(image[:, way].astype(np.float32)) for image in healthy for way in SIDES])
-    own = [
-        described(
-            phantom_at(phantoms, options.seed + 100, index, 0, frames[index % len(frames)]).image.astype(np.float32)
-        )
-        for index in range(options.count // 2)
-    ]
-    write(replace(phantoms, brightness=BrightnessMap.fit(np.array(own), targets)))
+        more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
+        options.out.write_text(json.dumps({**Phantoms(mean, factor).to_json(), **more}) + "\n")
 
 
 class Space:
@@ -303,7 +285,7 @@ def judge(options: argparse.Namespace) -> None:
     fitted = Phantoms.from_json(json.loads(options.fit.read_text()))
     sources = {"fitted": fitted}
     if options.more:
-        sources = {"unfitted": Phantoms.unfitted(), "parameters alone": replace(fitted, brightness=None)} | sources
+        sources = {"unfitted": Phantoms.unfitted()} | sources
     finisher = Finisher(options.checkpoint, options.evaluations) if options.checkpoint else None
     groups = np.array([row["group"] for row in rows])
     found: dict[str, list[list[float]]] = {}
@@ -366,7 +348,7 @@ def main() -> None:
             command.add_argument("--starts", type=float, nargs="*", default=STARTS)
             command.add_argument("--evaluations", type=int, default=4, help="of the prior after a start")
             command.add_argument("--seeds", type=int, default=3)
-            command.add_argument("--more", action="store_true", help="also unfitted, and without the brightness map")
+            command.add_argument("--more", action="store_true", help="also unfitted")
             command.add_argument("--out", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args()
     options.run(options)

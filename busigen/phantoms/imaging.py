@@ -22,7 +22,7 @@ def b_mode(canvas: Canvas, decibels: NDArray[np.float32]) -> NDArray[np.float32]
     p = canvas.p
     depth = canvas.rows / canvas.height
     level = decibels - p["attenuation"] * depth ** p["bow"] - _shadows(canvas, depth)
-    level += p["haze"] * canvas.field(p["haze_size"], p["haze_size"])
+    level += p["haze"] * canvas.field(p["haze_size"], p["haze_size"], rough=True)
     # What is too dark is lost in noise.
     amplitude = np.sqrt(10.0 ** (level / 10.0) + 10.0 ** (p["floor"] / 10.0)).astype(np.float32)
     parts = [canvas.normals(canvas.height, canvas.width) * amplitude for _ in range(2)]

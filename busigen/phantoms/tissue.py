@@ -20,7 +20,7 @@ TISSUES = ("outside", "skin", "fat", "septum", "gland", "fascia", "muscle", "rib
 
 PARAMETERS: dict[str, tuple[float, float]] = {
     # Thicknesses and depths are shares of the image's height.
-    "skin": (0.01, 0.06),
+    "skin": (0.012, 0.06),
     "fat": (0.02, 0.40),
     "gland": (0.05, 0.70),
     "behind": (0.0, 0.12),
@@ -50,7 +50,7 @@ PARAMETERS: dict[str, tuple[float, float]] = {
     "gland_streaks": (0.0, 8.0),
     "muscle_streaks": (0.0, 9.0),
     "fascia_gain": (0.0, 14.0),
-    "skin_gain": (2.0, 18.0),
+    "skin_gain": (5.0, 20.0),
     "rib": (-1.0, 1.0),
     "shadows": (-1.0, 0.8),
     "shadow_drop": (1.0, 16.0),
@@ -61,9 +61,9 @@ PARAMETERS: dict[str, tuple[float, float]] = {
     "haze": (0.0, 6.0),
     "haze_size": (0.08, 0.4),
     "axial": (0.5, 1.1),
-    "lateral": (0.7, 2.4),
+    "lateral": (0.7, 1.8),
     "spread": (0.0, 1.5),
-    "compound": (0.05, 0.95),
+    "compound": (0.3, 0.95),
     "floor": (-36.0, -6.0),
     "range": (24.0, 65.0),
     "level": (0.15, 0.65),
@@ -110,7 +110,7 @@ class Canvas:
     def field(self, tall: float, wide: float, rough: bool = False) -> NDArray[np.float32]:
         """Noise ``(height, width)`` of zero mean and unit variance, correlated over these pixels of the image's side.
 
-        Smooth as a Gaussian, or ``rough``: with detail of all sizes below, whose power falls as the frequency cubed.
+        Smooth as a Gaussian, or ``rough``: with detail of all sizes below, whose amplitude falls as frequency to 1.5.
         """
         tall, wide = tall * self.side, wide * self.side
         real, imaginary = self.normals(2, self.height, self.width // 2 + 1)
@@ -118,7 +118,7 @@ class Canvas:
         # Of a very smooth field there is little but its mean, which would be hundreds of deviations.
         spectrum[0, 0] = 0.0
         squares = self._squares[0] * np.float32(tall**2) + self._squares[1] * np.float32(wide**2)
-        window = (1.0 + 2.0 * squares) ** -1.5 if rough else np.exp(-squares)
+        window = (1.0 + 2.0 * squares) ** -0.75 if rough else np.exp(-squares)
         found = np.fft.irfft2(spectrum * window, (self.height, self.width)).astype(np.float32)
         return found / max(float(found.std()), 1e-6)
 
@@ -237,7 +237,8 @@ class Tissue:
         level += p["skin_gain"] * (self.labels == SKIN) * surface
         gains = {"skin": p["skin_gain"], "fat": p["fascia_gain"], "gland": 0.7 * p["fascia_gain"]}
         for name, gain in {**gains, "fascia": p["fascia_gain"]}.items():
-            strength = np.clip(0.4 + c.curve(0.8, 24) / c.height, 0.0, 1.4)
+            whole = 0.9 if name == "skin" else 0.5
+            strength = np.clip(whole + c.curve(0.8, 24) / c.height, 0.0, 1.4)
             line = np.exp(-0.5 * ((c.rows - self.depth[name]) / (0.003 * c.side + 0.5)) ** 2) * strength
             level += gain * line
             if name == "fascia":

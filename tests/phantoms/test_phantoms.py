@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from busigen.phantoms.brightness import LENGTH, BrightnessMap, changed, described
 from busigen.phantoms.distribution import Phantom, Phantoms, filled, numbers_for
 from busigen.phantoms.tissue import FASCIA, FAT, GLAND, MUSCLE, PARAMETERS, RIB, SEPTUM, SKIN
 from busigen.runtime.sampling.backgrounds import DENSITIES, AskedTissue, phantom_at
@@ -85,33 +84,6 @@ def test_what_cannot_be_had_at_once_is_met_as_nearly_as_can_be() -> None:
     assert missed(phantom_at(UNFITTED, 3, 0, 0, FRAME, asked)) < 0.5 * missed(phantom_at(UNFITTED, 3, 0, 0, FRAME))
 
 
-def test_an_image_of_the_same_description_is_itself(drawn: list[Phantom]) -> None:
-    grey = drawn[0].image.astype(np.float32)
-    found = described(grey)
-    assert found.shape == (LENGTH,)
-    assert np.abs(changed(grey, found, found) - grey).max() < 1e-3
-
-
-def test_the_map_gives_phantoms_the_brightness_and_contrast_of_others(drawn: list[Phantom]) -> None:
-    """Others here are phantoms made darker towards their end, and flatter."""
-    ramp = np.linspace(1.0, 0.4, FRAME[0])[:, None]
-    others = [90.0 + 0.5 * (phantom_at(UNFITTED, 9, k, 0, FRAME).image * ramp - 90.0) for k in range(120)]
-    own = [phantom_at(UNFITTED, 8, k, 0, FRAME).image.astype(np.float64) for k in range(120)]
-    wanted = np.array([described(image) for image in others])
-    fitted = BrightnessMap.fit(np.array([described(image) for image in own]), wanted)
-    found = np.array([described(fitted(image)) for image in own])
-    before = np.array([described(image) for image in own])
-    spread = wanted.std(axis=0)
-
-    def apart(descriptions: Any) -> float:
-        return float(np.abs((descriptions - wanted).mean(axis=0) / spread).mean())
-
-    # Two sets of 120 from one distribution are 0.1 apart.
-    assert apart(found) < 0.2 < 0.5 * apart(before)
-    assert 0.8 < np.median(found.std(axis=0) / spread) < 1.2
-    assert BrightnessMap.from_json(fitted.to_json())(own[0]) == pytest.approx(fitted(own[0]), abs=0.1)
-
-
 def test_phantoms_come_back_from_json() -> None:
     rng = np.random.default_rng(0)
     count = len(PARAMETERS)
@@ -131,8 +103,6 @@ def test_phantoms_come_back_from_json() -> None:
         {"factor": [[0.0]] * len(PARAMETERS)},
         {"factor": "x"},
         {"parameters": ["skin"]},
-        {"brightness": {"origin": []}},
-        {"brightness": {"origin": [0.0] * LENGTH, "target": [0.0] * LENGTH, "matrix": [0.0]}},
     ],
 )
 def test_what_is_no_distribution_is_refused(change: dict[str, Any]) -> None:
