@@ -3,11 +3,12 @@
 python benchmarks/studies/phantom.py fit --data prepared/ --out results/phantom.json
 python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phantom.json --checkpoint restored/
 
-``fit`` takes the training split alone, without lesions and with mirrored copies. In each round it draws phantoms from
-the distribution so far, takes the three nearest ones of each image (block means, deviations and gradients at 64 x 48
-pixels) and makes the mean and covariance of their parameters the next distribution (population Monte Carlo, Beaumont et
-al. 2009). Then it fits the map of brightness (`busigen.phantoms.brightness`) between phantoms of that
-distribution and the images without a lesion. Only means and covariances are kept, so that no row is one patient's.
+``fit`` takes the training images without a lesion alone. In each round it draws phantoms from the
+distribution so far, and tells from all that were drawn yet how the features of the figure below go with the parameters
+(linear regression). Then it moves the parameters' mean to where the mean of the features is the images', and gives
+the parameters such variances that the features have the images' (a ridge holds what makes little difference).
+Only means and covariances are kept, so that no row is one patient's. Beside the result it leaves what was
+drawn (`.npz`), by which the same command continues.
 
 ``judge`` compares phantoms with BUSI's normal images in the same frames: squared maximum mean discrepancy (Gaussian
 kernel of the median distance) on the first 24 axes of the audit's scattering features at 64 x 48 pixels, where speckle
@@ -22,7 +23,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.optimize import lsq_linear
 
 from busigen.data.prepared import Prepared
 from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features
-from busigen.phantoms.brightness import BrightnessMap, described
-from busigen.phantoms.distribution import Phantoms, numbers_for
+from busigen.phantoms.distribution import LIMIT, Phantoms, numbers_for
 from busigen.phantoms.tissue import PARAMETERS, values_of
 from busigen.runtime.sampling.backgrounds import phantom_at
 from busigen.runtime.sampling.noise import normal
@@ -42,15 +42,12 @@ from busigen.runtime.sampling.noise import normal
 SIZE = (64, 48)
 """Columns and rows at which structure is compared."""
 
-BLOCK, AXES, NEAREST = 8, 24, 3
-SIDES = (slice(None), slice(None, None, -1))
-"""An image's columns, and these from the other side."""
+AXES = 24
+SPREAD, VARIANCES = 1.2, (0.1, 2.5)
+"""Deviation of parameters before the fit, and least and greatest variance after it."""
 
-MOST_LESION = 0.04
-"""Greatest share of an image that a lesion may cover, where brightness is fitted."""
-
-WEIGHTS = (1.0, 0.7, 0.7, 0.5)
-"""Of block means, deviations, and mean gradients down and across."""
+STIFFNESS = 0.05
+"""How strongly parameters are held where they are, against what they explain of features in units of their variance."""
 
 Floats = NDArray[Any]
 
@@ -60,96 +57,46 @@ def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(SIZE, Image.Resampling.BOX))
 
 
-def blocks(values: Floats) -> Floats:
-    """Means of blocks, ``(6, 8)``."""
-    rows, columns = values.shape
-    return values.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK).mean(axis=(1, 3))
-
-
-def features(image: NDArray[np.uint8]) -> Floats:
-    """``(4, 6, 8)``: what ``WEIGHTS`` lists, of an image at ``SIZE``."""
-    values = image.astype(np.float32)
-    mean = blocks(values)
-    deviation = np.sqrt(np.maximum(blocks(values**2) - mean**2, 0.0))
-    gradients = (np.abs(np.diff(values, axis=axis, append=np.take(values, [-1], axis))) for axis in (0, 1))
-    return np.stack([mean, deviation, *map(blocks, gradients)])
-
-
-def tissue(prepared: Prepared, source: str | None = None) -> Iterable[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
-    """Training images within their bars, and where they have lesions."""
-    table = prepared.table.filter((pl.col("split") == "train") & ~pl.col("class_conflict"))
-    for row in (table if source is None else table.filter(pl.col("source") == source)).iter_rows(named=True):
+def healthy_images(prepared: Prepared) -> Iterator[NDArray[np.uint8]]:
+    """Training images without a lesion, within their bars."""
+    table = prepared.table.filter((pl.col("split") == "train") & (pl.col("class") == "normal"))
+    for row in table.iter_rows(named=True):
         frame = np.s_[row["top"] : row["top"] + row["inner_height"], row["left"] : row["left"] + row["inner_width"]]
-        yield np.asarray(prepared.clean[row["row"]])[frame], np.asarray(prepared.masks[row["row"]])[frame] > 0
-
-
-def normal_images(prepared: Prepared, source: str | None) -> Iterator[NDArray[np.uint8]]:
-    """Training images, of one source or of all, within their bars, whose lesions, if any, cover little of them."""
-    for image, lesions in tissue(prepared, source):
-        if lesions.mean() < MOST_LESION:
-            yield image
+        yield np.asarray(prepared.clean[row["row"]])[frame]
 
 
 def fit(options: argparse.Namespace) -> None:
     """Fit the distribution and write it, after every round; the same command continues."""
-    real, seen, frames = [], [], []
-    for image, lesions in tissue(Prepared.open(options.data)):
-        frames.append(image.shape)
-        for flipped in SIDES:
-            real.append(features(coarse(image[:, flipped])))
-            seen.append(blocks(coarse(np.uint8(255) * lesions[:, flipped].astype(np.uint8)).astype(np.float32)) < BLOCK)
-    shown = np.repeat(np.array(seen)[:, None], len(WEIGHTS), axis=1)
-    values = np.array(real)
-    middle, spread = (
-        np.array([function(values[:, k][shown[:, k]]) for k in range(len(WEIGHTS))])[:, None, None]
-        for function in (np.mean, np.std)
-    )
-
-    def scaled(found: Floats) -> Floats:
-        return (found - middle) / spread * np.array(WEIGHTS)[:, None, None]
-
-    targets = (scaled(values) * shown).reshape(len(values), -1)
-    counted = shown.reshape(len(values), -1).astype(np.float64)
-    mean, factor = np.zeros(len(PARAMETERS)), 1.2 * np.eye(len(PARAMETERS))
+    healthy = list(healthy_images(Prepared.open(options.data)))
+    space = Space(np.stack([coarse(image) for image in healthy]))
+    frames = [image.shape for image in healthy]
+    mean, factor = np.zeros(len(PARAMETERS)), SPREAD * np.eye(len(PARAMETERS))
+    logits, images = np.zeros((0, len(mean))), np.zeros((0, *SIZE[::-1]), np.uint8)
     rounds: list[dict[str, Any]] = []
+    kept = options.out.with_suffix(".npz")
     if options.out.exists():
         found = json.loads(options.out.read_text())
         mean, factor, rounds = np.array(found["mean"]), np.array(found["factor"]), found["rounds"]
-
-    def write(phantoms: Phantoms) -> None:
-        more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
-        options.out.write_text(json.dumps({**phantoms.to_json(), **more}) + "\n")
+        with np.load(kept) as arrays:
+            logits, images = arrays["logits"], arrays["images"]
 
     for number in range(len(rounds), options.rounds):
         started, rng = time.perf_counter(), np.random.default_rng((options.seed, number))
-        logits = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -4.0, 4.0)
+        rows = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -LIMIT, LIMIT)
         drawn = []
-        for index, row in enumerate(logits):
+        for index, row in enumerate(rows):
             height, width = frames[rng.integers(len(frames))]
             noise = normal(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
-            drawn.append(features(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image)))
-        found = scaled(np.array(drawn)).reshape(options.count, -1)
-        distances = (targets**2).sum(1)[:, None] - 2.0 * targets @ found.T + counted @ (found**2).T
-        distances /= counted.sum(1)[:, None]
-        nearest = np.argsort(distances, axis=1)[:, :NEAREST]
-        chosen = logits[nearest.ravel()]
-        mean = chosen.mean(axis=0)
-        variance, axes = np.linalg.eigh(np.cov(chosen.T) + 0.1**2 * np.eye(len(mean)))
-        factor = axes * np.sqrt(np.maximum(variance, 0.0))
-        distance = float(np.median(np.sqrt(distances.min(axis=1))))
-        rounds.append({"median_distance": round(distance, 4), "phantoms_used": len(np.unique(nearest))})
+            drawn.append(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image))
+        before = space.mmd(space.real, space.of(np.stack(drawn)))
+        logits, images = np.concatenate([logits, rows]), np.concatenate([images, drawn])
+        step, deviations = towards(space, logits, space.of(images), options.count)
+        mean, factor = np.clip(mean + step, -LIMIT, LIMIT), np.diag(deviations)
+        rounds.append({"mmd": round(before, 4), "step": round(float(np.linalg.norm(step)), 3)})
         print(f"round {number + 1}: {rounds[-1]}, {time.perf_counter() - started:.0f} s", flush=True)
-        write(Phantoms(mean, factor))
-    phantoms = Phantoms(mean, factor)
-    healthy = list(normal_images(Prepared.open(options.data), options.source))
-    targets = np.array([described(image[:, way].astype(np.float32)) for image in healthy for way in SIDES])
-    own = [
-        described(
-            phantom_at(phantoms, options.seed + 100, index, 0, frames[index % len(frames)]).image.astype(np.float32)
-        )
-        for index in range(options.count // 2)
-    ]
-    write(replace(phantoms, brightness=BrightnessMap.fit(np.array(own), targets)))
+        np.savez(kept, logits=logits, images=images)
+        more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
+        options.out.write_text(json.dumps({**Phantoms(mean, factor).to_json(), **more}) + "\n")
 
 
 class Space:
@@ -162,7 +109,7 @@ class Space:
         self.axes = axes[:AXES].T
         self.scale = ((raw - self.mean) / self.deviation @ self.axes).std(axis=0)
         self.real = self.of(real)
-        apart = self._squares(self.real, self.real)
+        apart = self.squares(self.real, self.real)
         self.width = float(np.median(apart[apart > 0]))
 
     def of(self, images: NDArray[np.uint8]) -> Floats:
@@ -171,16 +118,35 @@ class Space:
         return np.asarray((raw - self.mean) / self.deviation @ self.axes / self.scale)
 
     @staticmethod
-    def _squares(first: Floats, second: Floats) -> Floats:
+    def squares(first: Floats, second: Floats) -> Floats:
+        """Squared distances, ``(N, M)``."""
         return np.asarray(((first[:, None] - second[None]) ** 2).sum(axis=-1))
 
     def mmd(self, first: Floats, second: Floats) -> float:
         """The unbiased estimate of the squared discrepancy (Gretton et al. 2012, eq. 3)."""
         own = 0.0
         for part in (first, second):
-            kernel, count = np.exp(-self._squares(part, part) / self.width), len(part)
+            kernel, count = np.exp(-self.squares(part, part) / self.width), len(part)
             own += float(kernel.sum() - count) / (count * (count - 1))
-        return own - 2.0 * float(np.exp(-self._squares(first, second) / self.width).mean())
+        return own - 2.0 * float(np.exp(-self.squares(first, second) / self.width).mean())
+
+
+def towards(space: Space, logits: Floats, drawn: Floats, recent: int) -> tuple[Floats, Floats]:
+    """How far the mean of parameters ``(N, P)`` is to move, and what deviations they are to have.
+
+    The features of ``drawn`` phantoms ``(N, AXES)`` are taken as linear in the parameters, and the mean of the last
+    ``recent`` as that of today's.
+    """
+    ones = np.ones((len(logits), 1))
+    found, *_ = np.linalg.lstsq(np.concatenate([ones, logits], axis=1), drawn, rcond=None)
+    slopes, rest = found[1:].T, (drawn - found[0] - logits @ found[1:]).var(axis=0)
+    count = logits.shape[1]
+    missed = space.real.mean(axis=0) - drawn[-recent:].mean(axis=0)
+    step = np.linalg.solve(slopes.T @ slopes + STIFFNESS * np.eye(count), slopes.T @ missed)
+    wanted = np.maximum(space.real.var(axis=0) - rest, 0.0)
+    rows = np.concatenate([slopes**2, STIFFNESS * np.eye(count)])
+    variances = lsq_linear(rows, np.concatenate([wanted, np.full(count, STIFFNESS * SPREAD**2)]), VARIANCES).x
+    return step, np.sqrt(variances)
 
 
 def without_contrast(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -320,7 +286,7 @@ def judge(options: argparse.Namespace) -> None:
     fitted = Phantoms.from_json(json.loads(options.fit.read_text()))
     sources = {"fitted": fitted}
     if options.more:
-        sources = {"unfitted": Phantoms.unfitted(), "parameters alone": replace(fitted, brightness=None)} | sources
+        sources = {"unfitted": Phantoms.unfitted()} | sources
     finisher = Finisher(options.checkpoint, options.evaluations) if options.checkpoint else None
     groups = np.array([row["group"] for row in rows])
     found: dict[str, list[list[float]]] = {}
@@ -375,16 +341,15 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=3)
         if function is fit:
             command.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
-            command.add_argument("--count", type=int, default=4000, help="phantoms a round")
+            command.add_argument("--count", type=int, default=1000, help="phantoms a round")
             command.add_argument("--rounds", type=int, default=4)
-            command.add_argument("--source", help="source of the images whose brightness is fitted; else all")
         else:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--checkpoint", type=Path, help="what `busigen restore` wrote; else phantoms alone")
             command.add_argument("--starts", type=float, nargs="*", default=STARTS)
             command.add_argument("--evaluations", type=int, default=4, help="of the prior after a start")
             command.add_argument("--seeds", type=int, default=3)
-            command.add_argument("--more", action="store_true", help="also unfitted, and without the brightness map")
+            command.add_argument("--more", action="store_true", help="also unfitted")
             command.add_argument("--out", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args()
     options.run(options)

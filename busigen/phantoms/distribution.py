@@ -9,7 +9,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from busigen.phantoms.brightness import BrightnessMap, numbers_of
 from busigen.phantoms.imaging import b_mode, shown
 from busigen.phantoms.tissue import FIELDS, OTHERS, PARAMETERS, Canvas, Tissue, values_of
 from busigen.registry import RESOLUTION
@@ -35,17 +34,15 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Phantoms:
-    """How phantoms are distributed: the normals behind ``PARAMETERS``, and what becomes of their brightness.
+    """How phantoms are distributed: the normals behind ``PARAMETERS``.
 
     Attributes:
         mean: ``(P,)``.
         factor: ``(P, P)``, how independent normals make what is added to the mean.
-        brightness: None to leave it as it is.
     """
 
     mean: Floats
     factor: Floats
-    brightness: BrightnessMap | None = None
 
     @classmethod
     def unfitted(cls) -> Self:
@@ -61,19 +58,15 @@ class Phantoms:
         canvas = Canvas(parameters, noise, height, width)
         tissue = Tissue(canvas)
         density, chest_wall = tissue.density, tissue.chest_wall
-        grey = b_mode(canvas, tissue.decibels())
-        if self.brightness is not None:
-            grey = self.brightness(np.clip(grey, 0.0, 255.0))
-        return Phantom(shown(grey), tissue.labels, density, chest_wall)
+        return Phantom(shown(b_mode(canvas, tissue.decibels())), tissue.labels, density, chest_wall)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a bundle."""
-        record: dict[str, Any] = {
+        return {
             "parameters": list(PARAMETERS),
             "mean": np.round(self.mean, 4).tolist(),
             "factor": np.round(self.factor, 4).tolist(),
         }
-        return record | ({} if self.brightness is None else {"brightness": self.brightness.to_json()})
 
     @classmethod
     def from_json(cls, found: Any) -> Self:
@@ -83,15 +76,12 @@ class Phantoms:
         count, rows = len(PARAMETERS), found.get("factor")
         if not isinstance(rows, list) or len(rows) != count:
             raise ValueError(f"'factor' has not {count} rows")
-        factor = np.stack([numbers_of(row, count, LARGEST) for row in rows])
-        brightness = found.get("brightness")
-        mapped = None if brightness is None else BrightnessMap.from_json(brightness)
-        return cls(numbers_of(found.get("mean"), count, LARGEST), factor, mapped)
+        return cls(_numbers(found.get("mean"), count), np.stack([_numbers(row, count) for row in rows]))
 
 
 def numbers_for(height: int, width: int) -> int:
     """How many standard normals a phantom of that size takes."""
-    return FIELDS * height * width + OTHERS
+    return FIELDS * height * (width + 2) + OTHERS
 
 
 def filled(image: NDArray[Any], place: tuple[int, int, int, int]) -> NDArray[Any]:
@@ -102,3 +92,12 @@ def filled(image: NDArray[Any], place: tuple[int, int, int, int]) -> NDArray[Any
     top, left, height, width = place
     bars = ((top, RESOLUTION - top - height), (left, RESOLUTION - left - width))
     return np.pad(image, bars, mode="reflect")
+
+
+def _numbers(found: Any, size: int) -> Floats:
+    """A list of ``size`` numbers of at most ``LARGEST`` as an array; a ValueError for anything else."""
+    if not isinstance(found, list) or len(found) != size:
+        raise ValueError(f"not a list of {size} numbers")
+    if not all(type(value) in (int, float) and abs(value) <= LARGEST for value in found):
+        raise ValueError(f"a number is none, or beyond {LARGEST:g}")
+    return np.array(found, np.float64)

@@ -19,23 +19,34 @@ Floats = NDArray[Any]
 
 def b_mode(canvas: Canvas, decibels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Grey levels of tissue with that backscatter, ``float32 (height, width)``, of which 0 to 255 can be shown."""
-    p, side = canvas.p, canvas.side
+    p = canvas.p
     depth = canvas.rows / canvas.height
-    level = decibels - p["attenuation"] * depth ** p["bow"]
-    level += p["haze"] * canvas.field(p["haze_size"] * side, p["haze_size"] * side)
-    across = canvas.curve(1.0, 12) / canvas.height
-    shadow = np.clip(across - across.mean() - 1.2 + 1.5 * max(p["shadows"], 0.0), 0.0, 1.0)
-    level -= p["shadow_drop"] * shadow[None] * np.clip(3.0 * depth, 0.0, 1.0)
-    amplitude = (10.0 ** (level / 20.0)).astype(np.float32)
+    level = decibels - p["attenuation"] * depth ** p["bow"] - _shadows(canvas, depth)
+    level += p["haze"] * canvas.field(p["haze_size"], p["haze_size"], rough=True)
+    # What is too dark is lost in noise.
+    amplitude = np.sqrt(10.0 ** (level / 10.0) + 10.0 ** (p["floor"] / 10.0)).astype(np.float32)
     parts = [canvas.normals(canvas.height, canvas.width) * amplitude for _ in range(2)]
     near, far = (_envelope(parts, p["axial"], lateral) for lateral in (p["lateral"], p["lateral"] + p["spread"]))
     envelope = near * (1.0 - depth) + far * depth
-    # Compounding averages speckle (shorter bright streaks and all the rest stay): towards the mean power.
-    power = 2.0 * ndimage.gaussian_filter(amplitude**2, (p["axial"], p["lateral"]))
-    compressed = 10.0 * np.log10((1.0 - p["compound"]) * envelope**2 + p["compound"] * power + 1e-9)
+    # Compounding averages speckle (shorter bright streaks and all the rest stay): towards the mean.
+    mean = np.sqrt(2.0 * ndimage.gaussian_filter(amplitude**2, (p["axial"], p["lateral"])))
+    compressed = 20.0 * np.log10((1.0 - p["compound"]) * envelope + p["compound"] * mean)
     # As a sonographer sets the gain: by what is near the skin.
     grey = p["level"] + (compressed - np.median(compressed[: canvas.height // 2])) / p["range"]
     return np.asarray(255.0 * grey, np.float32)
+
+
+def _shadows(canvas: Canvas, depth: Floats) -> Floats:
+    """Decibels lost in shadows, whose edges grow softer with depth, and at sides without contact."""
+    p, width = canvas.p, canvas.width
+    across = canvas.curve(1.0, 20) / canvas.height
+    dark = np.clip(across - across.mean() - 0.8 + p["shadows"], 0.0, 1.2)
+    sharp, soft = (ndimage.gaussian_filter1d(dark, share * width, mode="nearest") for share in (0.015, 0.08))
+    lost = p["shadow_drop"] * (sharp * (1.0 - depth) + soft * depth) * np.clip(4.0 * depth, 0.0, 1.0)
+    for weight, apart in zip(canvas.normals(2), (canvas.columns, width - canvas.columns), strict=True):
+        reach = p["contact_width"] * width * (0.3 + depth)
+        lost += p["contact"] * np.clip(float(weight) - 0.4, 0.0, 2.0) * np.exp(-((apart / reach) ** 2))
+    return np.asarray(lost)
 
 
 def _envelope(parts: list[NDArray[np.float32]], axial: float, lateral: float) -> Floats:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from busigen.phantoms.brightness import LENGTH, BrightnessMap, changed, described
 from busigen.phantoms.distribution import Phantom, Phantoms, filled, numbers_for
 from busigen.phantoms.tissue import FASCIA, FAT, GLAND, MUSCLE, PARAMETERS, RIB, SEPTUM, SKIN
 from busigen.runtime.sampling.backgrounds import DENSITIES, AskedTissue, phantom_at
 
 FRAME = (190, 256)
+FIT = Path(__file__).parents[2] / "benchmarks" / "studies" / "results" / "phantom.json"
 UNFITTED = Phantoms.unfitted()
+FITTED = Phantoms.from_json(json.loads(FIT.read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +64,12 @@ def test_labels_tell_the_image(drawn: list[Phantom]) -> None:
 def test_the_density_asked_for_is_what_comes_out(kind: str) -> None:
     low, high = DENSITIES[kind]
     for index in range(6):
-        found = phantom_at(UNFITTED, 3, index, 0, FRAME, AskedTissue(density=kind))
+        # So little gland is rare before the fit, and so much after it.
+        phantoms = FITTED if kind in "AB" else UNFITTED
+        found = phantom_at(phantoms, 3, index, 0, FRAME, AskedTissue(density=kind))
         # Counted on the map: lines of fascia and septa are drawn over what the density was chosen by.
         gland, fat = (int(np.isin(found.labels, kinds).sum()) for kinds in ((GLAND,), (FAT, SEPTUM)))
-        # Where none of the phantoms that are tried fits, the nearest is taken: so much gland is rare before a fit.
+        # Where none of the phantoms that are tried fits, the nearest is taken.
         assert low - 0.03 <= found.density <= high
         assert abs(gland / (gland + fat) - found.density) < 0.06
 
@@ -83,33 +88,6 @@ def test_what_cannot_be_had_at_once_is_met_as_nearly_as_can_be() -> None:
 
     asked = AskedTissue(density="D", chest_wall=(0.3, 0.31))
     assert missed(phantom_at(UNFITTED, 3, 0, 0, FRAME, asked)) < 0.5 * missed(phantom_at(UNFITTED, 3, 0, 0, FRAME))
-
-
-def test_an_image_of_the_same_description_is_itself(drawn: list[Phantom]) -> None:
-    grey = drawn[0].image.astype(np.float32)
-    found = described(grey)
-    assert found.shape == (LENGTH,)
-    assert np.abs(changed(grey, found, found) - grey).max() < 1e-3
-
-
-def test_the_map_gives_phantoms_the_brightness_and_contrast_of_others(drawn: list[Phantom]) -> None:
-    """Others here are phantoms made darker towards their end, and flatter."""
-    ramp = np.linspace(1.0, 0.4, FRAME[0])[:, None]
-    others = [90.0 + 0.5 * (phantom_at(UNFITTED, 9, k, 0, FRAME).image * ramp - 90.0) for k in range(120)]
-    own = [phantom_at(UNFITTED, 8, k, 0, FRAME).image.astype(np.float64) for k in range(120)]
-    wanted = np.array([described(image) for image in others])
-    fitted = BrightnessMap.fit(np.array([described(image) for image in own]), wanted)
-    found = np.array([described(fitted(image)) for image in own])
-    before = np.array([described(image) for image in own])
-    spread = wanted.std(axis=0)
-
-    def apart(descriptions: Any) -> float:
-        return float(np.abs((descriptions - wanted).mean(axis=0) / spread).mean())
-
-    # Two sets of 120 from one distribution are 0.1 apart.
-    assert apart(found) < 0.2 < 0.5 * apart(before)
-    assert 0.8 < np.median(found.std(axis=0) / spread) < 1.2
-    assert BrightnessMap.from_json(fitted.to_json())(own[0]) == pytest.approx(fitted(own[0]), abs=0.1)
 
 
 def test_phantoms_come_back_from_json() -> None:
@@ -131,13 +109,20 @@ def test_phantoms_come_back_from_json() -> None:
         {"factor": [[0.0]] * len(PARAMETERS)},
         {"factor": "x"},
         {"parameters": ["skin"]},
-        {"brightness": {"origin": []}},
-        {"brightness": {"origin": [0.0] * LENGTH, "target": [0.0] * LENGTH, "matrix": [0.0]}},
     ],
 )
 def test_what_is_no_distribution_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         Phantoms.from_json(UNFITTED.to_json() | change)
+
+
+def test_streaks_run_along_the_layers_and_not_across_them() -> None:
+    """Of fitted phantoms, as of real tissue, neighbours side by side are more alike than those above one another."""
+    for index in range(8):
+        image = phantom_at(FITTED, 3, index, 0, FRAME).image.astype(np.float32)
+        smooth = image.reshape(95, 2, 128, 2).mean(axis=(1, 3))
+        down, across = (np.abs(np.diff(smooth, axis=axis)).mean() for axis in (0, 1))
+        assert down > 1.1 * across
 
 
 def test_a_phantom_beside_its_frame_is_mirrored() -> None:
@@ -148,7 +133,7 @@ def test_a_phantom_beside_its_frame_is_mirrored() -> None:
 
 
 def test_no_phantom_runs_out_of_numbers() -> None:
-    """Parameters at their ends take the most lobules."""
+    """Parameters at their ends have the most in them."""
     for value in (-50.0, 50.0):
         phantoms = Phantoms(np.full(len(PARAMETERS), value), np.zeros((len(PARAMETERS),) * 2))
         noise = np.random.default_rng(0).standard_normal(numbers_for(*FRAME)).astype(np.float32)
