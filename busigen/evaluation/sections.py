@@ -75,17 +75,29 @@ def _privacy(context: AuditContext) -> SectionResult:
 
 _ALL = (
     Section(
-        "integrity", "Integrity and masks", "Are the files and masks what they should be?", _integrity, ("healthy",)
+        "integrity",
+        "Integrity and masks",
+        "Are the files and masks what they should be?",
+        _integrity,
+        ("healthy",),
+        version=2,
     ),
-    Section("physics", "Ultrasound physics", "Do speckle, depth, shadows and outlines follow the real ones?", _physics),
+    Section(
+        "physics",
+        "Ultrasound physics",
+        "Do speckle, depth, shadows and outlines follow the real ones?",
+        _physics,
+        version=2,
+    ),
     Section(
         "fidelity",
         "Fidelity",
         "How far is the set from real images, and how much of them does it cover?",
         _fidelity,
-        ("inception",),
+        ("inception", "frd"),
+        version=2,
     ),
-    Section("realness", "Real or synthetic?", "Can a network tell the two apart?", _realness, ("device",)),
+    Section("realness", "Real or synthetic?", "Can a network tell the two apart?", _realness, ("device",), version=2),
     Section(
         "utility",
         "Utility",
@@ -114,6 +126,7 @@ INPUTS: dict[str, Callable[[AuditContext, Prints], Any]] = {
     "external": lambda context, prints: prints.get("external"),
     "healthy": _healthy,
     "inception": _inception,
+    "frd": lambda context, prints: all(find_spec(name) is not None for name in ("frd_score", "radiomics")),
     # The full real-or-synthetic test trains a smaller network where there is no GPU.
     "device": lambda context, prints: context.device if context.effort == "full" else None,
 }

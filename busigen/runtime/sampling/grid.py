@@ -99,6 +99,17 @@ class Grid:
         return dict(zip(COLUMNS, (index // len(self.cells), ", ".join(said)), strict=True))
 
 
+def levels_of(said: str) -> dict[str, str]:
+    """Level by attribute, from what `Grid.row` says of a sample; what it does not know is left out."""
+    found = {}
+    for part in said.split(", "):
+        name, _, level = part.rpartition(" ")
+        attribute = {"": "class", "BI-RADS": "birads"}.get(name, name.replace("/", "_"))
+        if attribute in LEVELS and level:
+            found[attribute] = level
+    return found
+
+
 def _refuse_level(name: str, level: str) -> None:
     if name == "class":
         if level not in LESION_CLASSES:
