@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage, stats
 
-from busigen.data.geometry import edit_region
 from busigen.data.overlays import find_overlays
 from busigen.data.splits import NEAR_DUPLICATE
+from busigen.evaluation import grids
 from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, Interval, Picture, SectionResult
-from busigen.evaluation.reading.listing import GROUP
 from busigen.evaluation.reading.sets import correlations, thumbnails
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Comparison, Groups
@@ -101,7 +100,7 @@ def run(context: AuditContext) -> SectionResult:
     if deep := int(np.nansum(mine["depth"])):
         result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
     _prove_backgrounds(context, result)
-    _prove_grid(context, result)
+    grids.prove(context, result)
     if min(len(synthetic), len(real)) < FEWEST_TO_FLAG:
         result.note(f"With fewer than {FEWEST_TO_FLAG} images on a side, nothing is flagged by comparison.")
     _draw_pictures(context, result, mine, twins)
@@ -218,36 +217,6 @@ def _prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
         result.note(
             f"All {len(named)} backgrounds equal their healthy image outside the edit region, bit for bit.", key
         )
-
-
-def _prove_grid(context: AuditContext, result: SectionResult) -> None:
-    """Compare the images of every background of a grid with its first one, bit for bit outside both edit regions."""
-    images = context.synthetic
-    groups: dict[str, list[int]] = {}
-    for row, group in enumerate(images.table[GROUP] if GROUP in images.table.columns else ()):
-        if group is not None:
-            groups.setdefault(group, []).append(row)
-    groups = {group: rows for group, rows in groups.items() if len(rows) > 1}
-    if not groups:
-        return
-    problems = []
-    for rows in context.track("comparing a grid's backgrounds", groups.values(), len(groups)):
-        # As if there were no bars: these are black in any case.
-        regions = {row: edit_region(images.masks[row], np.ones_like(images.masks[row])) for row in rows}
-        first, *others = rows
-        for row in others:
-            changed = (images.images[row] != images.images[first]) & ~regions[row] & ~regions[first]
-            if changed.any():
-                problems.append(f"{images.table['id'][row]} differs in {int(changed.sum())} pixels")
-                break
-    key, share = "integrity.grid.changed", Interval(100 * len(problems) / len(groups))
-    label, compared = "Backgrounds of the grid that change", sum(map(len, groups.values()))
-    note = f"{compared} images of {len(groups)} groups, compared outside their edit regions; no interval: all are looked at."
-    result.figures.append(Figure(key, label, share, None, len(groups), 0, unit="%", flagged=bool(problems), note=note))
-    if problems:
-        result.flag(f"{len(problems)} of {len(groups)} groups of the grid change outside: {problems[0]}.", key)
-    else:
-        result.note(f"All {len(groups)} groups of the grid are equal outside their edit regions, bit for bit.", key)
 
 
 def _draw_pictures(context: AuditContext, result: SectionResult, facts: Facts, twins: NDArray[np.int64]) -> None:
@@ -382,8 +351,7 @@ def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:
     """
     small = thumbnails(images)
     # Images of one background are alike by construction: each that shares none gets a name of its own.
-    shared = images.table[GROUP] if GROUP in images.table.columns else [None] * len(images)
-    names = enumerate(zip(images.table["background"], shared, strict=True))
+    names = enumerate(zip(images.table["background"], grids.groups_of(images), strict=True))
     named = [group or (name if name not in (None, SYNTHETIC) else f"#{row}") for row, (name, group) in names]
     _, background = np.unique(np.array(named, dtype=np.str_), return_inverse=True)
     twin = np.full(len(images), -1, np.int64)

@@ -30,8 +30,8 @@ _WORKERS = min(8, os.cpu_count() or 1)
 ERRORS = (ImportError, ArithmeticError, LookupError, RuntimeError, ValueError)  # What measuring fails with
 PACKAGES = ("frd_score", "radiomics")
 ABSENT = (
-    "FRD (Konz et al., arXiv 2412.01496) was not computed: it needs its authors' package, the extra frd, and pyradiomics; "
-    "README.md says how to install them."
+    "FRD (Konz et al., arXiv 2412.01496) was not computed: it needs its authors' package, the extra frd, and "
+    "pyradiomics; README.md says how to install them."
 )
 
 

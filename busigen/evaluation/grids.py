@@ -1,4 +1,7 @@
-"""Grids: what differs between the images of one background when one attribute is varied and all else is held."""
+"""Grids: that the images of one background are equal outside their edit regions, and what else differs between them.
+
+Figures are paired: one attribute is varied, and the background, the noise and all other attributes are held.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from busigen.evaluation.context import AuditContext, Figure, SectionResult
+from busigen.data.geometry import edit_region
+from busigen.evaluation.context import AuditContext, Figure, ImageSet, Interval, SectionResult
 from busigen.evaluation.physics.features import NAMES
-from busigen.evaluation.reading.listing import GRID, GROUP, LEVEL
+from busigen.evaluation.reading.listing import GROUP, LEVEL
 from busigen.evaluation.statistics.grouped import ALPHA, adjusted, bootstrap
 from busigen.runtime.sampling.grid import levels_of
 from busigen.text import printable
@@ -42,17 +46,52 @@ class Step:
         return f"{self.attribute.replace('_', ' / ')} {self.first} to {self.second}"
 
 
-def report(context: AuditContext, synthetic: pl.DataFrame, real: pl.DataFrame, result: SectionResult) -> None:
+def groups_of(images: ImageSet) -> list[str | None]:
+    """The background of a grid that each image shows; None for what is of no grid."""
+    return images.table[GROUP].to_list() if GROUP in images.table.columns else [None] * len(images)
+
+
+def prove(context: AuditContext, result: SectionResult) -> None:
+    """Compare the images of every background of a grid with its first one, bit for bit outside both edit regions."""
+    images = context.synthetic
+    groups: dict[str, list[int]] = {}
+    for row, group in enumerate(groups_of(images)):
+        if group is not None:
+            groups.setdefault(group, []).append(row)
+    groups = {group: rows for group, rows in groups.items() if len(rows) > 1}
+    if not groups:
+        return
+    problems = []
+    for rows in context.track("comparing a grid's backgrounds", groups.values(), len(groups)):
+        # As if there were no bars: these are black in any case.
+        regions = {row: edit_region(images.masks[row], np.ones_like(images.masks[row])) for row in rows}
+        first, *others = rows
+        for row in others:
+            changed = (images.images[row] != images.images[first]) & ~regions[row] & ~regions[first]
+            if changed.any():
+                problems.append(f"{images.table['id'][row]} differs in {int(changed.sum())} pixels")
+                break
+    key, share = "integrity.grid.changed", Interval(100 * len(problems) / len(groups))
+    label, compared = "Backgrounds of the grid that change", sum(map(len, groups.values()))
+    note = f"{compared} images, compared outside of their edit regions; all are looked at, hence no interval"
+    result.figures.append(Figure(key, label, share, None, len(groups), 0, unit="%", flagged=bool(problems), note=note))
+    if problems:
+        result.flag(f"{len(problems)} of {len(groups)} groups of the grid change outside: {problems[0]}.", key)
+    else:
+        result.note(f"All {len(groups)} groups of the grid are equal outside their edit regions, bit for bit.", key)
+
+
+def compare(context: AuditContext, synthetic: pl.DataFrame, real: pl.DataFrame, result: SectionResult) -> None:
     """Add the paired figures of a grid; nothing where the set is none. Tables are those of `features.for_set`.
 
     A figure is the mean over groups, its interval that of drawing groups anew, its p-value (adjusted for all features
     and steps) that of turning the groups' signs. Image features are in standard deviations of the real set.
     """
-    table = context.synthetic.table
-    if not set(GRID) <= set(table.columns) or table[GROUP].is_null().all():
+    groups = groups_of(context.synthetic)
+    if not any(groups):
         return
     values = synthetic.select(list(NAMES)).to_numpy().astype(np.float64)
-    found = steps(values, table[GROUP].to_list(), table[LEVEL].to_list())
+    found = steps(values, groups, context.synthetic.table[LEVEL].to_list())
     few = [step.name for step in found if len(step.differences) < MIN_GROUPS]
     if few:
         result.note(f"Too few groups of the grid to compare (at least {MIN_GROUPS} are needed): {', '.join(few)}.")
