@@ -23,7 +23,7 @@ from busigen.text import printable
 MEASURED = {"size": "shape_area", "depth": "shape_depth", "across": "shape_lateral", "height_width": "shape_taller"}
 """The feature that measures an attribute in the attribute's own unit."""
 
-MIN_GROUPS = 5  # With fewer groups there is no figure
+MIN_GROUPS = 5  # With fewer groups there is no figure; fewer than ten can hardly prove that a feature differs
 FLIPS = 4999  # Draws of signs behind a p-value
 SHOWN = 8  # Features named for each step between levels; the rest are counted
 
@@ -102,8 +102,8 @@ def compare(context: AuditContext, synthetic: pl.DataFrame, real: pl.DataFrame, 
     rng = context.rng("physics", "grid")
     p = adjusted(np.array([signs_p(step.differences, rng) for step in found]).ravel()).reshape(len(found), -1)
     for step, p_values in zip(found, p, strict=True):
-        _asked(step, context, len(real), result)
-        _features(step, p_values, unit, context, len(real), result)
+        _asked(step, context, result)
+        _features(step, p_values, unit, context, result)
 
 
 def steps(values: Floats, groups: list[str | None], said: list[str | None]) -> list[Step]:
@@ -146,14 +146,14 @@ def signs_p(differences: Floats, rng: np.random.Generator) -> Floats:
     return np.where(count >= MIN_GROUPS, (beyond + 1.0) / (FLIPS + 1.0), np.nan)
 
 
-def _asked(step: Step, context: AuditContext, real: int, result: SectionResult) -> None:
+def _asked(step: Step, context: AuditContext, result: SectionResult) -> None:
     """The difference that was asked for, and what was measured on the masks."""
     if step.attribute not in MEASURED:
         return
     asked = float(step.second) - float(step.first)
     column = list(NAMES).index(MEASURED[step.attribute])
     note = f"asked for: {asked:.4g}; measured on the masks, the same background and all else held"
-    figure = _figure(step, column, 1.0, context, real, f"{step.name}: measured difference", note)
+    figure = _figure(step, column, 1.0, context, f"{step.name}: measured difference", note)
     if figure is None:
         return
     ends = [end for end in (figure.value.low, figure.value.high) if end is not None]
@@ -164,9 +164,7 @@ def _asked(step: Step, context: AuditContext, real: int, result: SectionResult) 
         result.flag(text, figure.key)
 
 
-def _features(
-    step: Step, p_values: Floats, unit: Floats, context: AuditContext, real: int, result: SectionResult
-) -> None:
+def _features(step: Step, p_values: Floats, unit: Floats, context: AuditContext, result: SectionResult) -> None:
     """The image features that differ most between two levels, and how many do."""
     told = [
         k
@@ -177,12 +175,12 @@ def _features(
     for k in sorted(told, key=lambda k: -sizes[k])[:SHOWN]:
         label = f"{step.name}: {list(NAMES.values())[k].label}"
         note = "paired difference, the same background and all else held; a description, never flagged"
-        figure = _figure(step, k, float(unit[k]), context, real, label, note, "SD", float(p_values[k]))
+        figure = _figure(step, k, float(unit[k]), context, label, note, "SD", float(p_values[k]))
         if figure is not None:
             result.figures.append(figure)
     result.note(
         f"Grid, {step.name}: {len(told)} of {len(NAMES)} image features differ (adjusted p < {ALPHA}), "
-        f"over {len(step.differences)} groups of one background each."
+        f"over {len(step.differences)} groups of one background each; fewer than ten can hardly prove any."
     )
 
 
@@ -191,7 +189,6 @@ def _figure(
     column: int,
     unit: float,
     context: AuditContext,
-    real: int,
     label: str,
     note: str,
     name: str = "",

@@ -259,15 +259,16 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
         Shares, as 0 and 1: ``colour``, ``depth`` (more or less than 8 bits), ``text`` and ``calipers`` (as seen in the
         working frame, so that sets of any resolution compare), ``empty`` (no lesion marked, in an image not labelled
         normal that has a mask file), ``contradiction`` (a lesion marked in a normal image); and, NaN for empty masks,
-        ``tiny``, ``huge``, ``parts`` (more than one), ``holes``, ``border``. Numbers: ``aspect`` (width / height of the
-        image), ``levels`` (distinct grey levels), ``range`` (99th less 1st percentile of grey), ``clipped`` (share of
-        pixels at 255), ``displacement`` and ``contrast`` of `edge_fit`.
+        ``tiny``, ``huge``, ``parts`` (more than mask files), ``holes``, ``border``. Numbers: ``aspect`` (width / height
+        of the image), ``levels`` (distinct grey levels), ``range`` (99th less 1st percentile of grey), ``clipped``
+        (share of pixels at 255), ``displacement`` and ``contrast`` of `edge_fit`.
     """
     rows = []
     # Where there is no mask file, nobody marked nothing: that is another defect, and said apart.
     to_mark = (images.classes != "normal") & (images.table["mask_files"] > 0).to_numpy()
-    frames = zip(images.images, images.masks, images.valid, images.classes, to_mark, strict=True)
-    for image, mask, valid, label, lesion in frames:
+    files = images.table["mask_files"]
+    frames = zip(images.images, images.masks, images.valid, images.classes, to_mark, files, strict=True)
+    for image, mask, valid, label, lesion, marks in frames:
         marked = bool(mask.any())
         row = {"empty": float(not marked)} if lesion else {}
         if label == "normal":
@@ -284,7 +285,7 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
                 "calipers": float(overlays.calipers),
             }
         if marked:
-            row |= _mask_facts(image, mask, valid)
+            row |= _mask_facts(image, mask, valid, marks)
         rows.append(row)
         done()
     facts = {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64) for name in _FACTS}
@@ -294,14 +295,16 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
     return facts
 
 
-def _mask_facts(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, float]:
+def _mask_facts(
+    image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_], files: int
+) -> dict[str, float]:
     area = mask.sum() / max(int(valid.sum()), 1)
     sizes = np.bincount(ndimage.label(mask, structure=np.ones((3, 3)))[0].ravel())[1:]
     rim = valid & ~ndimage.binary_erosion(valid)
     return {
         "tiny": float(area < TINY),
         "huge": float(area > HUGE),
-        "parts": float((sizes >= SPECK).sum() > 1),
+        "parts": float((sizes >= SPECK).sum() > max(files, 1)),
         "holes": float((ndimage.binary_fill_holes(mask) & ~mask).sum() >= SPECK),
         "border": float((mask & rim).any()),
         **edge_fit(image, mask, valid),
