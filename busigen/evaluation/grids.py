@@ -5,7 +5,7 @@ Figures are paired: one attribute is varied, and the background, the noise and a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +17,7 @@ from busigen.evaluation.context import AuditContext, Figure, ImageSet, Interval,
 from busigen.evaluation.physics.features import NAMES
 from busigen.evaluation.reading.listing import GROUP, LEVEL
 from busigen.evaluation.statistics.grouped import ALPHA, adjusted, bootstrap
-from busigen.runtime.sampling.grid import levels_of
+from busigen.runtime.sampling.grid import MAX_CELLS, levels_of
 from busigen.text import printable
 
 MEASURED = {"size": "shape_area", "depth": "shape_depth", "across": "shape_lateral", "height_width": "shape_taller"}
@@ -25,6 +25,7 @@ MEASURED = {"size": "shape_area", "depth": "shape_depth", "across": "shape_later
 
 MIN_GROUPS = 5  # With fewer groups there is no figure; fewer than ten can hardly prove that a feature differs
 FLIPS = 4999  # Draws of signs behind a p-value
+_BLOCK = 500
 SHOWN = 8  # Features named for each step between levels; the rest are counted
 
 Floats = NDArray[np.float64]
@@ -118,6 +119,8 @@ def steps(values: Floats, groups: list[str | None], said: list[str | None]) -> l
             levels.setdefault(name, {})[level] = None
     result = []
     for name, known in levels.items():
+        if len(known) > MAX_CELLS:
+            continue
         for first, second in pairwise(known):
             differences = [_difference(values, own, name, first, second) for own in rows.values()]
             if found := [one for one in differences if one is not None]:
@@ -140,9 +143,12 @@ def signs_p(differences: Floats, rng: np.random.Generator) -> Floats:
     known = ~np.isnan(differences)
     count = known.sum(axis=0)
     filled = np.where(known, differences, 0.0)
-    signs = rng.choice([-1.0, 1.0], size=(FLIPS, len(differences)))
+    total = np.zeros((FLIPS, filled.shape[1]))
+    for start in range(0, len(filled), _BLOCK):
+        block = filled[start : start + _BLOCK]
+        total += rng.choice([-1.0, 1.0], size=(FLIPS, len(block))) @ block
     observed = np.abs(filled.sum(axis=0))
-    beyond = (np.abs(signs @ filled) >= observed - 1e-12 * np.maximum(observed, 1.0)).sum(axis=0)
+    beyond = (np.abs(total) >= observed - 1e-12 * np.maximum(observed, 1.0)).sum(axis=0)
     return np.where(count >= MIN_GROUPS, (beyond + 1.0) / (FLIPS + 1.0), np.nan)
 
 
@@ -150,15 +156,20 @@ def _asked(step: Step, context: AuditContext, result: SectionResult) -> None:
     """The difference that was asked for, and what was measured on the masks."""
     if step.attribute not in MEASURED:
         return
-    asked = float(step.second) - float(step.first)
+    try:
+        asked = float(step.second) - float(step.first)
+    except ValueError:
+        asked = 0.0
+    if not asked or not np.isfinite(asked):
+        return  # A dataset may come from anywhere, and say anything.
     column = list(NAMES).index(MEASURED[step.attribute])
     note = f"asked for: {asked:.4g}; measured on the masks, the same background and all else held"
-    figure = _figure(step, column, 1.0, context, f"{step.name}: measured difference", note)
+    figure = _figure(step, column, context, f"{step.name}: measured difference", note)
     if figure is None:
         return
     ends = [end for end in (figure.value.low, figure.value.high) if end is not None]
     flagged = max((end / asked for end in ends), default=1.0) < 0.5
-    result.figures.append(Figure(**{**figure.__dict__, "better": "near", "headline": True, "flagged": flagged}))
+    result.figures.append(replace(figure, headline=True, flagged=flagged))
     if flagged:
         text = f"{step.name}: asked for a difference of {asked:.4g}, and masks differ by {figure.value.value:.4g}."
         result.flag(text, figure.key)
@@ -175,25 +186,17 @@ def _features(step: Step, p_values: Floats, unit: Floats, context: AuditContext,
     for k in sorted(told, key=lambda k: -sizes[k])[:SHOWN]:
         label = f"{step.name}: {list(NAMES.values())[k].label}"
         note = "paired difference, the same background and all else held; a description, never flagged"
-        figure = _figure(step, k, float(unit[k]), context, label, note, "SD", float(p_values[k]))
+        figure = _figure(step, k, context, label, note, float(unit[k]))
         if figure is not None:
-            result.figures.append(figure)
+            result.figures.append(replace(figure, unit="SD", p=float(p_values[k])))
     result.note(
         f"Grid, {step.name}: {len(told)} of {len(NAMES)} image features differ (adjusted p < {ALPHA}), "
         f"over {len(step.differences)} groups of one background each; fewer than ten can hardly prove any."
     )
 
 
-def _figure(
-    step: Step,
-    column: int,
-    unit: float,
-    context: AuditContext,
-    label: str,
-    note: str,
-    name: str = "",
-    p: float | None = None,
-) -> Figure | None:
+def _figure(step: Step, column: int, context: AuditContext, label: str, note: str, unit: float = 1.0) -> Figure | None:
+    """A feature's mean difference in units of ``unit``; None where too few groups have it."""
     values = step.differences[:, column] / unit
     values = values[~np.isnan(values)]
     if len(values) < MIN_GROUPS:
@@ -202,4 +205,4 @@ def _figure(
     value = bootstrap(lambda rows: float(values[rows].mean()), rng, np.arange(len(values)))
     feature = list(NAMES)[column]
     key = f"physics.grid.{step.attribute}.{step.first}-{step.second}.{feature}"
-    return Figure(key, label, value, None, len(values), 0, "near", name, p, note=f"{note}; counted are groups")
+    return Figure(key, label, value, None, len(values), 0, "near", note=f"{note}; counted are groups")

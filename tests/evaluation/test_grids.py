@@ -86,3 +86,11 @@ def test_a_background_that_changes_is_found(tmp_path: Path) -> None:
     result = _proven(replace(images, images=changed), tmp_path)
     assert result.figure("integrity.grid.changed").value.value == pytest.approx(100 / GROUPS)
     assert "1 benign, size 0.06 differs in 1 pixels" in result.findings[0].text
+
+
+@pytest.mark.parametrize("level", ["size ?", "size nan", "x, size 0.03", ", "])
+def test_levels_that_make_no_sense_cost_no_section(level: str, tmp_path: Path) -> None:
+    images = _grid()
+    said = pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit(level)).otherwise(pl.col("grid_level"))
+    result = _compared(replace(images, table=images.table.with_columns(grid_level=said)), tmp_path)
+    assert not any("asked for" in figure.note for figure in result.figures)

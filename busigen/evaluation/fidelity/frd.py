@@ -31,7 +31,7 @@ ERRORS = (ImportError, ArithmeticError, LookupError, RuntimeError, ValueError)  
 PACKAGES = ("frd_score", "radiomics")
 ABSENT = (
     "FRD (Konz et al., arXiv 2412.01496) was not computed: it needs its authors' package, the extra frd, and "
-    "pyradiomics; README.md says how to install them."
+    "pyradiomics; docs/audit.md says how to install them."
 )
 
 

@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 
 NEAREST_PRECISION = 3  # Neighbours for precision and recall (Kynkaanniemi et al. 2019, section 3.1)
 NEAREST_DENSITY = 5  # Neighbours for density and coverage (Naeem et al. 2020, section 4)
+CLIP = 5.0  # Greatest standardised feature: the tails of ratios such as kurtosis would otherwise decide a covariance
+_TO_SIGMA = 1.349  # Interquartile range of a normal distribution in standard deviations
 
 Measure = tuple[str, str, Better, str]
 
@@ -30,6 +32,18 @@ MEASURES: tuple[Measure, ...] = (
 """What a `comparison` computes, in order: its name, its label, which way is better, and a note for the report."""
 MMD = MEASURES[1:2]
 FRD: tuple[Measure, ...] = (("frd", "FRD", "lower", "logarithm of the squared Frechet distance; may be negative"),)
+
+
+def standardised(reference: Array, *others: Array) -> list[Array]:
+    """Features ``(N, D)`` as ``(N, K)``: in units of the reference, and without those that do not vary there.
+
+    Values lie within `CLIP`.
+    """
+    low, centre, high = np.percentile(reference, [25, 50, 75], axis=0)
+    scale = (high - low) / _TO_SIGMA
+    columns = np.flatnonzero(scale > 1e-12 * np.maximum(np.abs(centre), 1e-12))
+    centre, scale = centre[columns], scale[columns]
+    return [((values[:, columns] - centre) / scale).clip(-CLIP, CLIP) for values in (reference, *others)]
 
 
 def gaussian_kernel(rows: Array) -> Array:

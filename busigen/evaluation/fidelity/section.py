@@ -31,6 +31,7 @@ from busigen.evaluation.fidelity.measures import (
     mmd_alone,
     polynomial_kernel,
     simulated_frechet_bias,
+    standardised,
 )
 from busigen.evaluation.physics import features as radiomics
 from busigen.evaluation.statistics import grouped
@@ -42,8 +43,6 @@ PERMUTATIONS = {"quick": 1999, "full": 9999}  # Per test; fewer give 18 tests no
 INCEPTION_PERMUTATIONS = {"quick": 199, "full": 1999}  # Six tests, each thirty times as long
 _LEAST = NEAREST_DENSITY + 1  # Images that hold a neighbourhood
 SMALLEST = 2 * (_LEAST + 1)  # Images a side below which there are no figures: half of them must hold a neighbourhood
-CLIP = 5.0  # Greatest standardised feature: the tails of ratios such as kurtosis would otherwise decide a covariance
-_TO_SIGMA = 1.349  # Interquartile range of a normal distribution in standard deviations
 _INCEPTION_FEATURES = 2048
 _PAPER_SIZE = 600
 
@@ -100,15 +99,6 @@ def radiomic_vectors(context: AuditContext, reference: ImageSet, *others: ImageS
     """
     tables = [radiomics.for_set(context, images) for images in (reference, *others)]
     return standardised(*(radiomics.matrix(table, tables[0]) for table in tables))
-
-
-def standardised(reference: Array, *others: Array) -> list[Array]:
-    """Features ``(N, D)`` as ``(N, K)``; see `radiomic_vectors`."""
-    low, centre, high = np.percentile(reference, [25, 50, 75], axis=0)
-    scale = (high - low) / _TO_SIGMA
-    columns = np.flatnonzero(scale > 1e-12 * np.maximum(np.abs(centre), 1e-12))
-    centre, scale = centre[columns], scale[columns]
-    return [((values[:, columns] - centre) / scale).clip(-CLIP, CLIP) for values in (reference, *others)]
 
 
 def _coarse(context: AuditContext, scope: _Scope, result: SectionResult) -> None:
