@@ -121,12 +121,18 @@ def _inception(context: AuditContext, prints: Prints) -> Any:
     return find_spec("torch_fidelity") is not None
 
 
+def _frd(context: AuditContext, prints: Prints) -> Any:
+    from busigen.evaluation.fidelity.frd import is_there
+
+    return is_there()
+
+
 INPUTS: dict[str, Callable[[AuditContext, Prints], Any]] = {
     "train": lambda context, prints: prints.get("train"),
     "external": lambda context, prints: prints.get("external"),
     "healthy": _healthy,
     "inception": _inception,
-    "frd": lambda context, prints: all(find_spec(name) is not None for name in ("frd_score", "radiomics")),
+    "frd": _frd,
     # The full real-or-synthetic test trains a smaller network where there is no GPU.
     "device": lambda context, prints: context.device if context.effort == "full" else None,
 }
