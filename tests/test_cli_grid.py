@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 import busigen
+from busigen.evaluation.reading.sets import read_set
 from tests.harness.command import error_line, run
 from tests.harness.hashing import hashes
 
@@ -25,6 +26,9 @@ def test_a_grid_is_written_proven_and_replayed_and_workers_change_no_byte(tmp_pa
     proven = run("verify", out)
     assert proven.returncode == 0, proven.stdout
     assert "equal outside of their edit regions, bit for bit: 2 of 2" in proven.stdout
+    audited = read_set(out).table
+    assert audited["grid_group"].n_unique() == 2 and audited["grid_level"].to_list() == table["grid_level"].to_list()
+    assert audited["group"].n_unique() <= 2, "images of one background belong together"
     told = run("explain", out, "6")
     assert told.returncode == 0, told.stderr
     assert "the image's bytes agree" in told.stdout and "the mask's bytes agree" in told.stdout

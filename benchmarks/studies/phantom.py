@@ -12,9 +12,11 @@ drawn (`.npz`), by which the same command continues.
 
 ``judge`` compares phantoms with BUSI's normal images in the same frames: squared maximum mean discrepancy (Gaussian
 kernel of the median distance) on the first 24 axes of the audit's scattering features at 64 x 48 pixels, where speckle
-is averaged away; beside it the floor of two real halves, the same with each image's mean and contrast removed, and the
-AUC of the audit's ridge. With a checkpoint (`busigen restore`), phantoms are also encoded and decoded, and finished by
-its prior from several times on.
+is averaged away (`busigen.evaluation.fidelity.coarse`); beside it the floor of two real halves, of images and of whole
+groups, the same with each image's mean and contrast removed, and the AUC of the audit's ridge. `fitted_together` is the
+audit's figure, with axes fitted on both sets: axes of real images alone find even real ones apart that they have not
+seen. With a checkpoint (`busigen restore`), phantoms are also encoded and decoded, and finished by its prior from
+several times on.
 """
 
 from __future__ import annotations
@@ -29,20 +31,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.optimize import lsq_linear
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features
+from busigen.evaluation.fidelity.coarse import Space, without_contrast
+from busigen.evaluation.fidelity.measures import mmd2
+from busigen.evaluation.realness.classifiers import COARSE, Ridge, Task, auc, folds, scattering_features, shrunk
+from busigen.evaluation.statistics.grouped import halves
 from busigen.phantoms.distribution import LIMIT, Phantoms, numbers_for
 from busigen.phantoms.tissue import PARAMETERS, values_of
 from busigen.runtime.sampling.backgrounds import phantom_at
 from busigen.runtime.sampling.noise import normal
 
-SIZE = (64, 48)
-"""Columns and rows at which structure is compared."""
-
-AXES = 24
 SPREAD, VARIANCES = 1.2, (0.1, 2.5)
 """Deviation of parameters before the fit, and least and greatest variance after it."""
 
@@ -50,11 +50,6 @@ STIFFNESS = 0.05
 """How strongly parameters are held where they are, against what they explain of features in units of their variance."""
 
 Floats = NDArray[Any]
-
-
-def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """An image at ``SIZE``, pixels averaged."""
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(SIZE, Image.Resampling.BOX))
 
 
 def healthy_images(prepared: Prepared) -> Iterator[NDArray[np.uint8]]:
@@ -68,10 +63,10 @@ def healthy_images(prepared: Prepared) -> Iterator[NDArray[np.uint8]]:
 def fit(options: argparse.Namespace) -> None:
     """Fit the distribution and write it, after every round; the same command continues."""
     healthy = list(healthy_images(Prepared.open(options.data)))
-    space = Space(np.stack([coarse(image) for image in healthy]))
+    space = Space(np.stack([shrunk(image) for image in healthy]))
     frames = [image.shape for image in healthy]
     mean, factor = np.zeros(len(PARAMETERS)), SPREAD * np.eye(len(PARAMETERS))
-    logits, images = np.zeros((0, len(mean))), np.zeros((0, *SIZE[::-1]), np.uint8)
+    logits, images = np.zeros((0, len(mean))), np.zeros((0, *COARSE[::-1]), np.uint8)
     rounds: list[dict[str, Any]] = []
     kept = options.out.with_suffix(".npz")
     if options.out.exists():
@@ -87,8 +82,8 @@ def fit(options: argparse.Namespace) -> None:
         for index, row in enumerate(rows):
             height, width = frames[rng.integers(len(frames))]
             noise = normal(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
-            drawn.append(coarse(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image))
-        before = space.mmd(space.real, space.of(np.stack(drawn)))
+            drawn.append(shrunk(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image))
+        before = mmd(space, space.fitted, space.of(np.stack(drawn)))
         logits, images = np.concatenate([logits, rows]), np.concatenate([images, drawn])
         step, deviations = towards(space, logits, space.of(images), options.count)
         mean, factor = np.clip(mean + step, -LIMIT, LIMIT), np.diag(deviations)
@@ -97,38 +92,6 @@ def fit(options: argparse.Namespace) -> None:
         np.savez(kept, logits=logits, images=images)
         more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
         options.out.write_text(json.dumps({**Phantoms(mean, factor).to_json(), **more}) + "\n")
-
-
-class Space:
-    """The axes on which real images are compared with others."""
-
-    def __init__(self, real: NDArray[np.uint8]) -> None:
-        raw = scattering_features(real, (4, 4)).astype(np.float64)
-        self.mean, self.deviation = raw.mean(axis=0), raw.std(axis=0) + 1e-6
-        *_, axes = np.linalg.svd((raw - self.mean) / self.deviation, full_matrices=False)
-        self.axes = axes[:AXES].T
-        self.scale = ((raw - self.mean) / self.deviation @ self.axes).std(axis=0)
-        self.real = self.of(real)
-        apart = self.squares(self.real, self.real)
-        self.width = float(np.median(apart[apart > 0]))
-
-    def of(self, images: NDArray[np.uint8]) -> Floats:
-        """``(N, AXES)``."""
-        raw = scattering_features(images, (4, 4)).astype(np.float64)
-        return np.asarray((raw - self.mean) / self.deviation @ self.axes / self.scale)
-
-    @staticmethod
-    def squares(first: Floats, second: Floats) -> Floats:
-        """Squared distances, ``(N, M)``."""
-        return np.asarray(((first[:, None] - second[None]) ** 2).sum(axis=-1))
-
-    def mmd(self, first: Floats, second: Floats) -> float:
-        """The unbiased estimate of the squared discrepancy (Gretton et al. 2012, eq. 3)."""
-        own = 0.0
-        for part in (first, second):
-            kernel, count = np.exp(-self.squares(part, part) / self.width), len(part)
-            own += float(kernel.sum() - count) / (count * (count - 1))
-        return own - 2.0 * float(np.exp(-self.squares(first, second) / self.width).mean())
 
 
 def towards(space: Space, logits: Floats, drawn: Floats, recent: int) -> tuple[Floats, Floats]:
@@ -141,19 +104,12 @@ def towards(space: Space, logits: Floats, drawn: Floats, recent: int) -> tuple[F
     found, *_ = np.linalg.lstsq(np.concatenate([ones, logits], axis=1), drawn, rcond=None)
     slopes, rest = found[1:].T, (drawn - found[0] - logits @ found[1:]).var(axis=0)
     count = logits.shape[1]
-    missed = space.real.mean(axis=0) - drawn[-recent:].mean(axis=0)
+    missed = space.fitted.mean(axis=0) - drawn[-recent:].mean(axis=0)
     step = np.linalg.solve(slopes.T @ slopes + STIFFNESS * np.eye(count), slopes.T @ missed)
-    wanted = np.maximum(space.real.var(axis=0) - rest, 0.0)
+    wanted = np.maximum(space.fitted.var(axis=0) - rest, 0.0)
     rows = np.concatenate([slopes**2, STIFFNESS * np.eye(count)])
     variances = lsq_linear(rows, np.concatenate([wanted, np.full(count, STIFFNESS * SPREAD**2)]), VARIANCES).x
     return step, np.sqrt(variances)
-
-
-def without_contrast(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Images with one mean and one deviation."""
-    values = images.astype(np.float32)
-    mean, deviation = (function(values, axis=(1, 2), keepdims=True) for function in (np.mean, np.std))
-    return np.clip((values - mean) / (deviation + 1e-3) * 40.0 + 110.0, 0, 255).astype(np.uint8)
 
 
 STARTS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -224,7 +180,7 @@ class Finisher:
         return torch.cat(parts)
 
     def _coarse(self, latents: Any, places: list[Frame], seed: int) -> NDArray[np.uint8]:
-        return np.stack([coarse(image) for image in self.decoded(latents, places, seed)])
+        return np.stack([shrunk(image) for image in self.decoded(latents, places, seed)])
 
     def decoded(self, latents: Any, places: list[Frame], seed: int) -> list[NDArray[np.uint8]]:
         """Images within their frames."""
@@ -253,6 +209,19 @@ def told_apart(real: NDArray[np.uint8], others: NDArray[np.uint8], groups: NDArr
     return auc(Ridge(features, joint, fold).scores(side), joint, fold)
 
 
+def mmd(space: Space, first: Floats, second: Floats) -> float:
+    """The audit's discrepancy between two sets of places in a space."""
+    rows = np.arange(len(first) + len(second))
+    kernel = space.kernel(np.concatenate([first, second]))
+    return mmd2(kernel, rows[: len(first)], rows[len(first) :])
+
+
+def together(real: NDArray[np.uint8], others: NDArray[np.uint8]) -> float:
+    """The discrepancy as the audit measures it: axes fitted on both sets, so that neither lies nearer to itself."""
+    space = Space(np.concatenate([real, others]))
+    return mmd(space, space.fitted[: len(real)], space.fitted[len(real) :])
+
+
 def agreement(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
     """Mean correlation of coarse images, pair by pair."""
     flat = (part.reshape(len(part), -1).astype(np.float64) for part in (first, second))
@@ -269,7 +238,7 @@ def judge(options: argparse.Namespace) -> None:
     frames = [(row["top"], row["left"], row["inner_height"], row["inner_width"]) for row in rows]
     real = np.stack(
         [
-            coarse(np.asarray(prepared.clean[row["row"]])[top : top + height, left : left + width])
+            shrunk(np.asarray(prepared.clean[row["row"]])[top : top + height, left : left + width])
             for row, (top, left, height, width) in zip(rows, frames, strict=True)
         ]
     )
@@ -280,39 +249,42 @@ def judge(options: argparse.Namespace) -> None:
         floor = []
         for _ in range(200):
             order = rng.permutation(len(real))
-            floor.append(spaces[0].mmd(*(spaces[0].real[part] for part in (order[:size], order[size:]))))
+            floor.append(mmd(spaces[0], *(spaces[0].fitted[part] for part in (order[:size], order[size:]))))
         report[name] = [round(float(v), 4) for v in (np.mean(floor), *np.percentile(floor, (2.5, 97.5)))]
+    groups = np.array([row["group"] for row in rows])
+    floor = [mmd(spaces[0], *(spaces[0].fitted[part] for part in halves(groups, rng))) for _ in range(200)]
+    report["floor_by_groups"] = [round(float(v), 4) for v in (np.mean(floor), *np.percentile(floor, (2.5, 97.5)))]
     print(report, flush=True)
     fitted = Phantoms.from_json(json.loads(options.fit.read_text()))
     sources = {"fitted": fitted}
     if options.more:
         sources = {"unfitted": Phantoms.unfitted()} | sources
     finisher = Finisher(options.checkpoint, options.evaluations) if options.checkpoint else None
-    groups = np.array([row["group"] for row in rows])
     found: dict[str, list[list[float]]] = {}
     for name, source in sources.items():
         for seed in range(options.seed, options.seed + options.seeds):
             phantoms = [phantom_at(source, seed, k, 0, frame[2:]).image for k, frame in enumerate(frames)]
-            raw = np.stack([coarse(image) for image in phantoms])
+            raw = np.stack([shrunk(image) for image in phantoms])
             variants: list[tuple[str, NDArray[np.uint8]]] = [("raw", raw)]
             if finisher is not None:
                 starts = options.starts if name == "fitted" else ()
                 variants = [*variants, *finisher.variants(phantoms, frames, starts, seed)]
             for variant, images in variants:
                 own = spaces[0].of(images)
-                low, high = _interval(spaces[0], spaces[0].real, own, rng)
+                low, high = _interval(spaces[0], spaces[0].fitted, own, rng)
                 figures = [
-                    spaces[0].mmd(spaces[0].real, own),
+                    mmd(spaces[0], spaces[0].fitted, own),
                     low,
                     high,
-                    spaces[0].mmd(spaces[0].real[held], own),
-                    spaces[1].mmd(spaces[1].real, spaces[1].of(without_contrast(images))),
+                    mmd(spaces[0], spaces[0].fitted[held], own),
+                    mmd(spaces[1], spaces[1].fitted, spaces[1].of(without_contrast(images))),
+                    together(real, images),
                     told_apart(real, images, groups),
                     agreement(raw, images),
                 ]
                 found.setdefault(f"{name}, {variant}", []).append([round(float(value), 4) for value in figures])
                 print(f"{name}, {variant}, seed {seed}: {found[f'{name}, {variant}'][-1]}", flush=True)
-    columns = ["mmd", "low", "high", "mmd_held_out", "contrast_removed", "auc", "agreement"]
+    columns = ["mmd", "low", "high", "mmd_held_out", "contrast_removed", "fitted_together", "auc", "agreement"]
     report |= {"columns": columns, "seeds": found}
     for name, values in found.items():
         print(f"{name}: {dict(zip(columns, np.round(np.mean(values, axis=0), 3).tolist(), strict=True))}")
@@ -325,7 +297,7 @@ def _interval(space: Space, first: Floats, second: Floats, rng: np.random.Genera
     values = []
     for _ in range(60):
         parts = (part[rng.permutation(len(part))[: len(part) // 2]] for part in (first, second))
-        values.append(space.mmd(*parts))
+        values.append(mmd(space, *parts))
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
 

@@ -263,7 +263,8 @@ def explain(
 
 @app.command(
     epilog="Examples: `busigen audit data --real prepared --train-split prepared --out report` judges a dataset by the "
-    "images that its generator has not seen; `busigen audit others/ --real Dataset_BUSI_with_GT --out report --only "
+    "images that its generator has not seen; `busigen audit data --real prepared --within source=busi --out report` "
+    "within one hospital; `busigen audit others/ --real Dataset_BUSI_with_GT --out report --only "
     "integrity,physics` looks at any folder of images and masks without a neural network."
 )
 def audit(
@@ -284,6 +285,12 @@ def audit(
     seed: Annotated[int, typer.Option(min=0, help="Seeds every draw.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Images per set. [default: 500 for --quick, else all]")] = None,
     frames: Annotated[int, typer.Option(help="Frames to take of each DICOM file, evenly spaced.")] = 1,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            help="COLUMN=VALUE: only real images with that value, and synthetic ones if they have the column."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     inception: Annotated[
         Path | None,
@@ -319,6 +326,7 @@ def audit(
                 inception=inception,
                 limit=limit,
                 frames=frames,
+                within=within,
                 progress=progress,
             )
         except KeyboardInterrupt:

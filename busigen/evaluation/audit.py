@@ -19,6 +19,7 @@ from busigen.data.sources.frames import refuse_frames
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
 from busigen.evaluation.context import AuditContext, Effort, SectionResult, jsonable, load, section_folder, store
 from busigen.evaluation.reading.sets import read_inputs
+from busigen.evaluation.reading.within import Within
 from busigen.evaluation.report.page import CONTACT_SHEET, contact_sheet, write_html
 from busigen.evaluation.report.text import sentence
 from busigen.evaluation.sections import SECTIONS, Prints, Section, key_of
@@ -85,6 +86,7 @@ def audit(
     inception: Path | None = None,
     limit: int | None = None,
     frames: int = 1,
+    within: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Judge a labelled set against real images and write ``report.json`` and ``report.html``.
@@ -107,12 +109,14 @@ def audit(
         inception: Inception weights for FID, KID and IS.
         limit: Greatest number of images per set; None is ``QUICK_LIMIT`` for ``quick`` and all for ``full``.
         frames: Of each DICOM file, so many frames are taken at even distances.
+        within: ``COLUMN=VALUE``: only real images whose column holds the value, and only such synthetic ones where
+            that set has the column as well.
         progress: Shows rate and ETA.
 
     Raises:
-        UsageError: an unknown section or device, a limit below 2, or no frames.
-        InputError: a set cannot be read, the synthetic one is part of the real one, or no real or no external image is
-            left that did not train the generator.
+        UsageError: an unknown section or device, a limit below 2, no frames, or no condition in ``within``.
+        InputError: a set cannot be read, it has no image ``within``, the synthetic one is part of the real one, or no
+            real or no external image is left that did not train the generator.
         OutputError: ``out`` cannot be written or holds something else.
     """
     started = time.perf_counter()
@@ -121,6 +125,7 @@ def audit(
     if limit is not None and limit < 2:
         raise UsageError(f"--limit is {limit}.", fix="Give a whole number from 2.")
     device = _resolve_device(device)
+    condition = None if within is None else Within.parse(within)
     # Before anything is read: who misspells one of several folders should not wait for the others.
     for option, path in (("--real", real), ("--healthy", healthy), ("--external", external)):
         if path is not None and not path.exists():
@@ -132,7 +137,7 @@ def audit(
         _claim(out)
     if limit is None and effort == "quick":
         limit = QUICK_LIMIT
-    parts, about = read_inputs(synthetic, real, train_split, external, limit, seed, frames, progress)
+    parts, about = read_inputs(synthetic, real, train_split, external, limit, seed, frames, progress, condition)
     context = AuditContext(
         **parts,
         out=out,
@@ -166,6 +171,7 @@ def audit(
                 "limit": limit,
                 "seed": seed,
                 "device": device,
+                "within": within,
             },
             **about,
             "versions": versions,

@@ -43,7 +43,9 @@ class ImageSet:
             near-duplicate group), ``file``, ``sha256`` of it, native ``width`` and ``height``, ``mode`` (pixel format,
             null where unknown), ``colour``, ``lesions`` (parts of the mask), ``text`` and ``calipers`` (overlays
             suspected in the native image), ``background`` (what a busigen sample was painted into: the sha256 of a
-            healthy image's file, or ``synthetic``; else null), ``mask_files`` (0 where the image has none).
+            healthy image's file, or ``synthetic``; else null), ``mask_files`` (0 where the image has none),
+            ``grid_group`` and ``grid_level`` (of a busigen grid: which background it is, and the sample's own levels;
+            else null).
         overlays: ``bool (N, 256, 256)``, pixels suspected to be overlay.
         clean: ``images`` with everything painted over that may be overlay, or None where that was not looked for.
         layout: How the folder is laid out, for people: ``busigen dataset``, ``prepared``, ``BUSI``, ...

@@ -17,6 +17,7 @@ from scipy import ndimage, stats
 
 from busigen.data.overlays import find_overlays
 from busigen.data.splits import NEAR_DUPLICATE
+from busigen.evaluation import grids
 from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, Interval, Picture, SectionResult
 from busigen.evaluation.reading.sets import correlations, thumbnails
 from busigen.evaluation.statistics import grouped
@@ -99,6 +100,7 @@ def run(context: AuditContext) -> SectionResult:
     if deep := int(np.nansum(mine["depth"])):
         result.note(f"{deep} image files have more than 8 bits per pixel; they are judged at 8 bits.")
     _prove_backgrounds(context, result)
+    grids.prove(context, result)
     if min(len(synthetic), len(real)) < FEWEST_TO_FLAG:
         result.note(f"With fewer than {FEWEST_TO_FLAG} images on a side, nothing is flagged by comparison.")
     _draw_pictures(context, result, mine, twins)
@@ -257,15 +259,16 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
         Shares, as 0 and 1: ``colour``, ``depth`` (more or less than 8 bits), ``text`` and ``calipers`` (as seen in the
         working frame, so that sets of any resolution compare), ``empty`` (no lesion marked, in an image not labelled
         normal that has a mask file), ``contradiction`` (a lesion marked in a normal image); and, NaN for empty masks,
-        ``tiny``, ``huge``, ``parts`` (more than one), ``holes``, ``border``. Numbers: ``aspect`` (width / height of the
-        image), ``levels`` (distinct grey levels), ``range`` (99th less 1st percentile of grey), ``clipped`` (share of
-        pixels at 255), ``displacement`` and ``contrast`` of `edge_fit`.
+        ``tiny``, ``huge``, ``parts`` (more than mask files), ``holes``, ``border``. Numbers: ``aspect`` (width / height
+        of the image), ``levels`` (distinct grey levels), ``range`` (99th less 1st percentile of grey), ``clipped``
+        (share of pixels at 255), ``displacement`` and ``contrast`` of `edge_fit`.
     """
     rows = []
     # Where there is no mask file, nobody marked nothing: that is another defect, and said apart.
     to_mark = (images.classes != "normal") & (images.table["mask_files"] > 0).to_numpy()
-    frames = zip(images.images, images.masks, images.valid, images.classes, to_mark, strict=True)
-    for image, mask, valid, label, lesion in frames:
+    files = images.table["mask_files"]
+    frames = zip(images.images, images.masks, images.valid, images.classes, to_mark, files, strict=True)
+    for image, mask, valid, label, lesion, marks in frames:
         marked = bool(mask.any())
         row = {"empty": float(not marked)} if lesion else {}
         if label == "normal":
@@ -282,7 +285,7 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
                 "calipers": float(overlays.calipers),
             }
         if marked:
-            row |= _mask_facts(image, mask, valid)
+            row |= _mask_facts(image, mask, valid, marks)
         rows.append(row)
         done()
     facts = {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64) for name in _FACTS}
@@ -292,14 +295,16 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
     return facts
 
 
-def _mask_facts(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_]) -> dict[str, float]:
+def _mask_facts(
+    image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[np.bool_], files: int
+) -> dict[str, float]:
     area = mask.sum() / max(int(valid.sum()), 1)
     sizes = np.bincount(ndimage.label(mask, structure=np.ones((3, 3)))[0].ravel())[1:]
     rim = valid & ~ndimage.binary_erosion(valid)
     return {
         "tiny": float(area < TINY),
         "huge": float(area > HUGE),
-        "parts": float((sizes >= SPECK).sum() > 1),
+        "parts": float((sizes >= SPECK).sum() > max(files, 1)),
         "holes": float((ndimage.binary_fill_holes(mask) & ~mask).sum() >= SPECK),
         "border": float((mask & rim).any()),
         **edge_fit(image, mask, valid),
@@ -345,12 +350,12 @@ def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:
     """Which images repeat an earlier one, as facts of 0 and 1, and the most alike of the earlier ones, or -1.
 
     ``exact``: the same pixels. ``near``: thumbnails correlate above ``splits.NEAR_DUPLICATE``; pairs painted into one
-    healthy image do not count. ``mask``: the same lesion mask, pixel by pixel.
+    background do not count. ``mask``: the same lesion mask, pixel by pixel.
     """
     small = thumbnails(images)
-    # Images of one background are alike by construction: each image without a real one gets a name of its own.
-    names = enumerate(images.table["background"])
-    named = [name if name not in (None, SYNTHETIC) else f"#{row}" for row, name in names]
+    # Images of one background are alike by construction: each that shares none gets a name of its own.
+    names = enumerate(zip(images.table["background"], grids.groups_of(images), strict=True))
+    named = [group or (name if name not in (None, SYNTHETIC) else f"#{row}") for row, (name, group) in names]
     _, background = np.unique(np.array(named, dtype=np.str_), return_inverse=True)
     twin = np.full(len(images), -1, np.int64)
     rows = np.arange(len(images))

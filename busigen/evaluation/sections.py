@@ -75,17 +75,29 @@ def _privacy(context: AuditContext) -> SectionResult:
 
 _ALL = (
     Section(
-        "integrity", "Integrity and masks", "Are the files and masks what they should be?", _integrity, ("healthy",)
+        "integrity",
+        "Integrity and masks",
+        "Are the files and masks what they should be?",
+        _integrity,
+        ("healthy",),
+        version=2,
     ),
-    Section("physics", "Ultrasound physics", "Do speckle, depth, shadows and outlines follow the real ones?", _physics),
+    Section(
+        "physics",
+        "Ultrasound physics",
+        "Do speckle, depth, shadows and outlines follow the real ones?",
+        _physics,
+        version=2,
+    ),
     Section(
         "fidelity",
         "Fidelity",
         "How far is the set from real images, and how much of them does it cover?",
         _fidelity,
-        ("inception",),
+        ("inception", "frd"),
+        version=2,
     ),
-    Section("realness", "Real or synthetic?", "Can a network tell the two apart?", _realness, ("device",)),
+    Section("realness", "Real or synthetic?", "Can a network tell the two apart?", _realness, ("device",), version=2),
     Section(
         "utility",
         "Utility",
@@ -109,11 +121,18 @@ def _inception(context: AuditContext, prints: Prints) -> Any:
     return find_spec("torch_fidelity") is not None
 
 
+def _frd(context: AuditContext, prints: Prints) -> Any:
+    from busigen.evaluation.fidelity.frd import is_there
+
+    return is_there()
+
+
 INPUTS: dict[str, Callable[[AuditContext, Prints], Any]] = {
     "train": lambda context, prints: prints.get("train"),
     "external": lambda context, prints: prints.get("external"),
     "healthy": _healthy,
     "inception": _inception,
+    "frd": _frd,
     # The full real-or-synthetic test trains a smaller network where there is no GPU.
     "device": lambda context, prints: context.device if context.effort == "full" else None,
 }

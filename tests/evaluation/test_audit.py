@@ -352,3 +352,17 @@ def test_cuda_is_refused_where_there_is_none(pairs: Path, busi: Path, tmp_path: 
     else:
         with pytest.raises(UsageError, match="--device cpu"):
             audited(pairs, busi, tmp_path / "report", device="cuda")
+
+
+def test_an_audit_within_a_column_compares_with_such_real_images_alone(
+    pairs: Path, synthetic_prepared: Prepared, tmp_path: Path
+) -> None:
+    real = synthetic_prepared.folder
+    report = audit(pairs, real, tmp_path / "out", only=["integrity"], within="source=busi")
+    kept = synthetic_prepared.table.filter((pl.col("source") == "busi") & (pl.col("split") != "excluded"))
+    assert report.content["sets"]["real"]["images"] == len(kept)
+    assert report.content["inputs"]["within"] == "source=busi"
+    assert any("no column 'source'" in note for note in report.content["notes"])
+    line = error_line(run(pairs, "--real", real, "--within", "source=mars", "--out", tmp_path / "none"), 3)
+    assert "no image of" in line and "busi (" in line
+    assert "--within is 'source'" in error_line(run(pairs, "--real", real, "--within", "source", "--out", tmp_path), 2)

@@ -13,9 +13,11 @@ from scipy import ndimage
 from busigen.evaluation.context import AuditContext, ImageSet, SectionResult
 from busigen.evaluation.fidelity import section as fidelity
 from busigen.evaluation.statistics.grouped import halves
+from tests.harness.planted_defects import shuffled
 from tests.harness.synthetic_sets import synthetic_set
 
 KEYS = ("frechet", "mmd", "precision", "recall", "density", "coverage")
+COARSE = [f"fidelity.{space}.all.mmd.value" for space in ("coarse", "coarse_contrast_removed")]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,8 @@ def test_halves_of_one_set_are_alike(seed: int, out: Path) -> None:
     result = _audit(images.take(first), images.take(second), out, seed)
     assert not result.flagged, result.findings
     assert [f.key for f in result.figures] == [
-        f"fidelity.radiomic.{scope}.{key}.value" for scope in ("all", "benign", "malignant") for key in KEYS
+        *(f"fidelity.radiomic.{scope}.{key}.value" for scope in ("all", "benign", "malignant") for key in KEYS),
+        *COARSE,
     ]
     for figure in result.figures:
         assert figure.floor is not None
@@ -55,6 +58,17 @@ def test_blurred_images_are_far_from_real_ones(real: ImageSet, out: Path) -> Non
     result = _audit(replace(images, images=blurred), real, out)
     for key in ("frechet", "mmd", "precision", "coverage"):
         assert result.figure(f"fidelity.radiomic.all.{key}.value").flagged, key
+
+
+def test_anatomy_shuffled_in_blocks_is_found_in_the_coarse_structure(real: ImageSet, out: Path) -> None:
+    result = _audit(shuffled(synthetic_set(60, seed=3)), real, out)
+    assert all(result.figure(key).flagged for key in COARSE)
+
+
+def test_gain_is_coarse_structure_but_none_once_contrast_is_removed(real: ImageSet, out: Path) -> None:
+    images = synthetic_set(60, seed=3)
+    result = _audit(replace(images, images=images.images // 2), real, out)
+    assert [result.figure(key).flagged for key in COARSE] == [True, False]
 
 
 def test_one_image_repeated_loses_the_variety(real: ImageSet, out: Path) -> None:
@@ -138,7 +152,7 @@ def test_too_few_groups_are_said_and_not_compared(sizes: list[int], out: Path) -
 def test_one_large_group_among_many_is_dealt_around(out: Path) -> None:
     images = synthetic_set(24, seed=6, classes=("benign",))
     result = _audit(synthetic_set(24, seed=7, classes=("benign",)), _grouped(images, [10, *[1] * 14]), out)
-    assert len(result.figures) == 6
+    assert len(result.figures) == len(KEYS) + len(COARSE)
 
 
 def _classes(images: ImageSet, names: list[str]) -> ImageSet:

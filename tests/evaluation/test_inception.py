@@ -16,7 +16,7 @@ from busigen.errors import InputError
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.fidelity import inception
 from busigen.evaluation.fidelity import section as fidelity
-from busigen.evaluation.fidelity.section import frechet_distance, mmd2, polynomial_kernel
+from busigen.evaluation.fidelity.measures import frechet_distance, mmd2, polynomial_kernel
 from tests.harness.synthetic_sets import synthetic_set
 
 

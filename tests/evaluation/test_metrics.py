@@ -7,7 +7,7 @@ import pytest
 from prdc import compute_prdc
 from sklearn.metrics.pairwise import euclidean_distances
 
-from busigen.evaluation.fidelity.section import (
+from busigen.evaluation.fidelity.measures import (
     CLIP,
     MEASURES,
     NEAREST_DENSITY,

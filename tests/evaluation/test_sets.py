@@ -15,8 +15,9 @@ from PIL import Image
 
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
-from busigen.errors import InputError
+from busigen.errors import InputError, UsageError
 from busigen.evaluation.reading.sets import background_mode, read_set
+from busigen.evaluation.reading.within import Within
 from busigen.runtime.dataset.format import DATASET_FILE
 from busigen.runtime.execution.factory import generate
 from tests.harness.noise_source import NoiseSource, noise_sample
@@ -352,3 +353,34 @@ def test_half_of_a_folder_of_pairs_is_told_what_it_lacks(tmp_path: Path, there: 
     shutil.rmtree(folder / lacking)
     with pytest.raises(InputError, match=rf"set has none of the layouts that are read: it lacks {lacking}/;"):
         read_set(folder)
+
+
+def test_images_within_a_column_are_read_from_prepared_folders_and_rows(
+    synthetic_prepared: Prepared, tmp_path: Path
+) -> None:
+    whole = read_set(synthetic_prepared.folder)
+    busi = read_set(synthetic_prepared.folder, within=Within.parse("source=busi"))
+    assert 0 < len(busi) < len(whole) and all(name.startswith("busi/") for name in busi.table["id"])
+    members = {}
+    for key, scanner in enumerate(("A 7", "B", "A 7")):
+        members |= dict(zip((f"{key}.image.png", f"{key}.mask.png"), pair(key), strict=True))
+        members[f"{key}.json"] = json.dumps({"class": "benign", "scanner": scanner}).encode()
+    shards = write_tar(tmp_path / "a.tar", members)
+    assert read_set(shards, within=Within.parse("scanner = A 7")).table["id"].to_list() == ["0", "2"]
+    with pytest.raises(InputError, match=r"no image of .* has that value") as caught:
+        read_set(shards, within=Within.parse("scanner=C"))
+    assert "A 7 (2), B (1)" in caught.value.fix
+
+
+def test_a_set_without_the_column_is_read_whole_and_says_so_unless_it_has_to_have_it(synthetic_busi: Path) -> None:
+    found = read_set(synthetic_busi, within=Within("scanner", "A"))
+    assert len(found) == 32
+    assert any("no column 'scanner'" in note for note in found.notes)
+    with pytest.raises(InputError, match="has no column of that name"):
+        read_set(synthetic_busi, within=Within("scanner", "A", required=True))
+
+
+@pytest.mark.parametrize("text", ["source", "=busi", "source= "])
+def test_a_condition_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--within is"):
+        Within.parse(text)

@@ -130,8 +130,21 @@ def test_regions_do_not_overlap_and_leave_bars_and_overlays_out():
     outside = ndimage.distance_transform_edt(~mask)
     assert outside[regions.ring].min() > RING[0]
     assert outside[regions.ring].max() <= RING[1] + 0.5
-    assert not (regions.posterior & regions.lateral).any()
-    assert regions.posterior.sum() > 0 < regions.lateral.sum()
+    ((below, beside),) = regions.strips
+    assert not (below & beside).any()
+    assert below.sum() > 0 < beside.sum()
+
+
+def test_each_lesion_of_an_image_is_measured_and_specks_are_not():
+    small, large = _ellipse(10, 20), _ellipse(20, 20)
+    two = np.roll(small, (-20, -60), (0, 1)) | np.roll(large, (20, 50), (0, 1))
+    specked = two.copy()
+    specked[40:44, 120:124] = True
+    masks = (small, large, two, specked)
+    found = [shape.measure(_scene(mask).astype(np.uint8), mask, VALID, NOTHING) for mask in masks]
+    for name in ("shape_area", "shape_taller", "shape_circularity"):
+        assert found[2][name] == pytest.approx((found[0][name] + found[1][name]) / 2, rel=1e-6)
+        assert found[3][name] == found[2][name]
 
 
 def test_a_lesion_that_fills_the_image_is_measured_without_surroundings():

@@ -118,6 +118,19 @@ def _round_masks(images: ImageSet) -> ImageSet:
     return replace(images, masks=np.stack(smooth))
 
 
+def shuffled(images: ImageSet, side: int = 32) -> ImageSet:
+    """Square blocks of tissue that touch no lesion change places within their image: speckle stays, layers do not."""
+    pixels, rng = images.images.copy(), np.random.default_rng(0)
+    for image, mask, valid in zip(pixels, images.masks, images.valid, strict=True):
+        free = valid & ~mask
+        places = [np.s_[y : y + side, x : x + side] for y in range(0, 256, side) for x in range(0, 256, side)]
+        places = [place for place in places if free[place].all()]
+        blocks = [image[place].copy() for place in places]
+        for place, other in zip(places, rng.permutation(len(places)), strict=True):
+            image[place] = blocks[other]
+    return replace(images, images=pixels)
+
+
 def with_calipers(images: ImageSet) -> ImageSet:
     pixels = images.images.copy()
     for image, mask in zip(pixels, images.masks, strict=True):
@@ -159,6 +172,7 @@ DEFECTS: dict[str, Callable[[ImageSet], ImageSet]] = {
     "white noise": _painted_anew(_white),
     "upside-down": _upside_down,
     "squashed": _squashed,
+    "anatomy shuffled in blocks": shuffled,
     "masks moved by 6 px": _moved_masks,
     "masks flipped": _flipped_masks,
     "classes swapped": _swapped,

@@ -1,53 +1,50 @@
 """Fidelity: how far a set is from real images, and how much of their variety it covers.
 
-All measures are taken over the radiomic vector (`physics.features`), in the spirit of the Frechet radiomic distance
-(Konz et al. 2024, arXiv 2412.01496), and over Inception's features where its weights are at hand (`inception`). What is
-costly (kernel, pairwise distances) is computed once, and every measure takes that array and two sets of rows.
+All `measures` are taken over the radiomic vector (`physics.features`), in the spirit of the Frechet radiomic distance
+(Konz et al. 2024, arXiv 2412.01496), and over Inception's features where its weights are at hand (`inception`); the MMD
+also over `coarse` structure. The published distance is computed where its authors' package is there (`frd`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import linalg
-from sklearn.metrics import pairwise
 
 from busigen.errors import BusigenError
-from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, SectionResult
-from busigen.evaluation.fidelity import inception
+from busigen.evaluation.context import CLEAN, AuditContext, Figure, ImageSet, Interval, SectionResult
+from busigen.evaluation.fidelity import frd, inception
+from busigen.evaluation.fidelity.measures import (
+    FRD,
+    MEASURES,
+    MMD,
+    NEAREST_DENSITY,
+    Array,
+    Measure,
+    comparison,
+    frd_alone,
+    frechet_bias,
+    mmd_alone,
+    polynomial_kernel,
+    simulated_frechet_bias,
+    standardised,
+)
 from busigen.evaluation.physics import features as radiomics
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Rows, adjusted
 from busigen.registry import LESION_CLASSES
 
-Array = NDArray[np.float64]
-
 DRAWS = 100  # Draws behind an interval and behind a floor
 PERMUTATIONS = {"quick": 1999, "full": 9999}  # Per test; fewer give 18 tests no adjusted p-value below ALPHA
 INCEPTION_PERMUTATIONS = {"quick": 199, "full": 1999}  # Six tests, each thirty times as long
-NEAREST_PRECISION = 3  # Neighbours for precision and recall (Kynkaanniemi et al. 2019, section 3.1)
-NEAREST_DENSITY = 5  # Neighbours for density and coverage (Naeem et al. 2020, section 4)
 _LEAST = NEAREST_DENSITY + 1  # Images that hold a neighbourhood
 SMALLEST = 2 * (_LEAST + 1)  # Images a side below which there are no figures: half of them must hold a neighbourhood
-CLIP = 5.0  # Greatest standardised feature: the tails of ratios such as kurtosis would otherwise decide a covariance
-_TO_SIGMA = 1.349  # Interquartile range of a normal distribution in standard deviations
 _INCEPTION_FEATURES = 2048
 _PAPER_SIZE = 600
-
-
-MEASURES: tuple[tuple[str, str, Better, str], ...] = (
-    ("frechet", "Frechet distance", "lower", "squared robust standard deviations"),
-    ("mmd", "MMD²", "lower", "unbiased: 0 on average between equal distributions, may be negative"),
-    ("precision", "precision", "higher", f"share of synthetic within reach of a real image, k = {NEAREST_PRECISION}"),
-    ("recall", "recall", "higher", f"share of real within reach of a synthetic image, k = {NEAREST_PRECISION}"),
-    ("density", "density", "higher", f"real neighbourhoods around a synthetic image over k = {NEAREST_DENSITY}"),
-    ("coverage", "coverage", "higher", f"share of real whose neighbourhood is visited, k = {NEAREST_DENSITY}"),
-)
-"""What a `comparison` computes, in order: its name, its label, which way is better, and a note for the report."""
 
 
 class _Scope(NamedTuple):
@@ -66,12 +63,15 @@ class _Space(NamedTuple):
     synthetic: Array
     real: Array
     permutations: int
-    kernel: Callable[[Array], Array]
-    mmd: str
+    compare: Callable[[Array], Callable[[Rows, Rows], Array]]
+    mmd: str = "MMD²"
+    measures: tuple[Measure, ...] = MEASURES
 
 
 def run(context: AuditContext) -> SectionResult:
-    """Figures ``fidelity.<radiomic|inception>.<all|class>.<measure>.value`` of the synthetic set against the real one.
+    """Figures ``fidelity.<space>.<all|class>.<measure>.value`` of the synthetic set against the real one.
+
+    Spaces: ``radiomic``, by class as well; ``coarse``, ``coarse_contrast_removed``, ``frd`` and ``inception``.
 
     Only classes that both sets hold are compared, the synthetic ones thinned to the real shares for all together.
     """
@@ -83,9 +83,11 @@ def run(context: AuditContext) -> SectionResult:
     network = inception.try_load(context)
     real, synthetic = radiomic_vectors(context, context.real, context.synthetic)
     count = PERMUTATIONS[context.effort]
-    space = _Space("radiomic", "radiomic features", synthetic, real, count, gaussian_kernel, "MMD², Gaussian kernel")
+    space = _Space("radiomic", "radiomic features", synthetic, real, count, comparison, "MMD², Gaussian kernel")
     _compare(context, space, scopes, result)
     _explain_bias(real[scopes[0].real], len(scopes[0].synthetic), context, result)
+    _coarse(context, scopes[0], result)
+    _frd(context, scopes[0], result)
     _inception(context, network, scopes[0], result)
     return result
 
@@ -99,13 +101,69 @@ def radiomic_vectors(context: AuditContext, reference: ImageSet, *others: ImageS
     return standardised(*(radiomics.matrix(table, tables[0]) for table in tables))
 
 
-def standardised(reference: Array, *others: Array) -> list[Array]:
-    """Features ``(N, D)`` as ``(N, K)``; see `radiomic_vectors`."""
-    low, centre, high = np.percentile(reference, [25, 50, 75], axis=0)
-    scale = (high - low) / _TO_SIGMA
-    columns = np.flatnonzero(scale > 1e-12 * np.maximum(np.abs(centre), 1e-12))
-    centre, scale = centre[columns], scale[columns]
-    return [((values[:, columns] - centre) / scale).clip(-CLIP, CLIP) for values in (reference, *others)]
+def _coarse(context: AuditContext, scope: _Scope, result: SectionResult) -> None:
+    """MMD of the coarse structure, as it is and with every image's mean and contrast taken out."""
+    from busigen.evaluation.fidelity import coarse
+    from busigen.evaluation.realness.classifiers import VIEWS
+
+    clean = context.without_overlays()
+    synthetic, real = (VIEWS["coarse"].of(images) for images in (clean.synthetic, clean.real))
+    joint = np.concatenate([synthetic, real])
+    used = np.concatenate([scope.synthetic, len(synthetic) + scope.real])
+    count = PERMUTATIONS[context.effort]
+    for name, label, pixels in (
+        ("coarse", "coarse structure", joint),
+        ("coarse_contrast_removed", "coarse structure, contrast removed", coarse.without_contrast(joint)),
+    ):
+        # Axes of both sets together, so that exchanging images between them changes nothing but the sides.
+        space = coarse.Space(pixels[used])
+        sides = np.split(_placed(space.fitted, used, len(pixels)), [len(synthetic)])
+        compare = partial(mmd_alone, kernel=space.kernel)
+        _compare(context, _Space(name, label, sides[0], sides[1], count, compare, measures=MMD), [scope], result)
+    result.note(
+        "Coarse structure: images at 64 x 48 pixels, where speckle is averaged away and skin, fat, fascia and muscle "
+        f"are not; the first {coarse.AXES} axes of the classifier's scattering features, fitted on both sets together. "
+        f"{CLEAN}",
+        *(figure.key for figure in result.figures if figure.key.startswith("fidelity.coarse")),
+    )
+
+
+def _placed(values: Array, rows: Rows, count: int) -> Array:
+    """Rows of a scope in their places among all of a set, ``(count, D)``."""
+    placed = np.zeros((count, values.shape[1]))
+    placed[rows] = values
+    return placed
+
+
+def _frd(context: AuditContext, scope: _Scope, result: SectionResult) -> None:
+    """FRD where its authors' package is there, as published, and between samples of one size, which has a floor."""
+    if not frd.is_there():
+        result.note(frd.ABSENT)
+        return
+    clean = context.without_overlays()
+    try:
+        real, synthetic = (
+            frd.features(context, images.take(rows))
+            for images, rows in ((clean.real, scope.real), (clean.synthetic, scope.synthetic))
+        )
+    except frd.ERRORS as error:
+        result.note(f"FRD was not computed: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        return
+    found = frd.standardised(real, synthetic)
+    places = (found[1], scope.synthetic, len(context.synthetic)), (found[0], scope.real, len(context.real))
+    sides = [_placed(*place) for place in places]
+    count = INCEPTION_PERMUTATIONS[context.effort]
+    space = _Space("frd", "at one size", sides[0], sides[1], count, frd_alone, measures=FRD)
+    _compare(context, space, [scope], result)
+    value = float(frd_alone(np.concatenate(found))(*np.split(np.arange(len(real) + len(synthetic)), [len(real)]))[0])
+    note = "as published, which grows with few images, so no floor: judge by FRD between samples of one size"
+    key, counts = "fidelity.frd.all.frd.all_images", (len(synthetic), len(real))
+    result.figures.append(Figure(key, "FRD over all images", Interval(value), None, *counts, note=note))
+    result.note(
+        f"FRD (Konz et al., arXiv 2412.01496), by its authors' package frd-score {version('frd-score')}: "
+        f"{found[0].shape[1]} features of whole images. {CLEAN}",
+        key,
+    )
 
 
 def _inception(context: AuditContext, network: inception.Network, scope: _Scope, result: SectionResult) -> None:
@@ -120,7 +178,8 @@ def _inception(context: AuditContext, network: inception.Network, scope: _Scope,
     if features is None:
         return
     count = INCEPTION_PERMUTATIONS[context.effort]
-    space = _Space("inception", "Inception", features.synthetic, features.real, count, polynomial_kernel, "KID")
+    compare = partial(comparison, kernel=polynomial_kernel)
+    space = _Space("inception", "Inception", features.synthetic, features.real, count, compare, "KID")
     _compare(context, space, [scope], result)
     try:
         result.figures += inception.library_figures(features, scope.synthetic, scope.real, context)
@@ -230,26 +289,27 @@ def _figures(context: AuditContext, space: _Space, scope: _Scope) -> list[Figure
     """One figure per measure; ``p`` is not adjusted yet."""
     groups = context.synthetic.groups[scope.synthetic], context.real.groups[scope.real]
     count = len(scope.synthetic)
-    compare = comparison(np.concatenate([space.synthetic[scope.synthetic], space.real[scope.real]]), space.kernel)
+    rows = np.concatenate([space.synthetic[scope.synthetic], space.real[scope.real]])
+    compare = space.compare(rows)
     size = grouped.matched_size(*groups)
     rng = context.rng("fidelity", space.name, scope.name)
     values = [compare(a, b + count) for a, b in grouped.draws(*groups, size, rng, DRAWS)]
     floors = [compare(a + count, b + count) for a, b in grouped.disjoint_draws(groups[1], size, rng, DRAWS, _LEAST)]
     observed = compare(np.arange(count), np.arange(count, count + len(scope.real)))
     # Greater values speak against the synthetic set.
-    signs = np.array([-1.0 if better == "higher" else 1.0 for _, _, better, _ in MEASURES])
-    beyond = np.zeros(len(MEASURES))
+    signs = np.array([-1.0 if better == "higher" else 1.0 for _, _, better, _ in space.measures])
+    beyond = np.zeros(len(space.measures))
     rounds = grouped.permutations(*groups, rng, space.permutations, _LEAST)
     for a, b in context.track(f"testing {space.label}, {scope.name}", rounds, space.permutations):
         beyond += signs * compare(a, b) >= signs * observed
     p_values = (beyond + 1) / (space.permutations + 1)
     figures = []
-    for k, (name, label, better, note) in enumerate(MEASURES):
+    for k, (name, label, better, note) in enumerate(space.measures):
         key = f"fidelity.{space.name}.{scope.name}.{name}.value"
         label = f"{space.mmd if name == 'mmd' else label}, {space.label}, {scope.name}"
         value, floor = (grouped.middle([found[k] for found in draws]) for draws in (values, floors))
         figure = Figure(key, label, value, floor, count, len(scope.real), better, p=float(p_values[k]))
-        headline = scope.name == "all" and name in ("frechet", "mmd", "precision", "recall")
+        headline = scope.name == "all" and name in ("frechet", "mmd", "precision", "recall", "frd")
         note = f"{note}; value and floor between samples of {size} images a side"
         figures.append(replace(figure, headline=headline, note=note))
     return figures
@@ -282,97 +342,4 @@ def _explain_bias(real: Array, synthetic_size: int, context: AuditContext, resul
         "features' total variance apart, by simulation. MMD (KID) is unbiased and has no such term (Binkowski et al. "
         "2018, Chong and Forsyth 2020).",
         *(figure.key for figure in result.figures if figure.key.endswith("all.frechet.value")),
-    )
-
-
-def gaussian_kernel(rows: Array) -> Array:
-    """``(N, N)``: a Gaussian as wide as the median distance (Gretton et al. 2012, section 8)."""
-    # Bounded, so that no single image far out decides the sum, as it does with a cubic kernel.
-    squared = pairwise.euclidean_distances(rows, squared=True)
-    median = float(np.median(squared[np.triu_indices(len(rows), 1)]))
-    return np.asarray(np.exp(-squared / (2.0 * max(median, 1e-12))), dtype=np.float64)
-
-
-def polynomial_kernel(rows: Array) -> Array:
-    """``(N, N)``: the kernel of KID, ``(x'y / D + 1)^3`` (Binkowski et al. 2018, section 4)."""
-    return np.asarray(pairwise.polynomial_kernel(rows, degree=3, coef0=1.0), dtype=np.float64)
-
-
-def comparison(rows: Array, kernel: Callable[[Array], Array] = gaussian_kernel) -> Callable[[Rows, Rows], Array]:
-    """Maps synthetic and real rows of one feature matrix ``(N, D)`` to `MEASURES`. ``kernel``: Of the MMD."""
-    kernels, distances = kernel(rows), pairwise.euclidean_distances(rows)
-
-    def measures(synthetic: Rows, real: Rows) -> Array:
-        frechet = frechet_distance(rows[synthetic], rows[real])
-        return np.array([frechet, mmd2(kernels, synthetic, real), *neighbourhoods(distances, synthetic, real)])
-
-    return measures
-
-
-def frechet_distance(first: Array, second: Array) -> float:
-    """Frechet distance of the Gaussians fitted to samples ``(N, D)`` and ``(M, D)`` (Heusel et al. 2017).
-
-    The trace of the square root of the covariances' product is the sum of the singular values of ``A'B``, where ``AA'``
-    and ``BB'`` are the two covariances, exactly for any rank. Squared, as usual (eq. 6).
-    """
-    roots = [_root(sample) for sample in (first, second)]
-    shift = first.mean(axis=0) - second.mean(axis=0)
-    spread = sum(float(np.sum(root**2)) for root in roots)
-    common = float(linalg.svdvals(roots[0].T @ roots[1]).sum())
-    return max(float(shift @ shift) + spread - 2.0 * common, 0.0)
-
-
-def _root(sample: Array) -> Array:
-    """``A`` with ``AA'`` the sample's covariance, with as few columns as sample size and dimension allow."""
-    centred = (sample - sample.mean(axis=0)) / np.sqrt(len(sample) - 1)
-    if len(sample) <= sample.shape[1]:
-        return np.asarray(centred.T)
-    variances, axes = np.linalg.eigh(centred.T @ centred)
-    return np.asarray(axes * np.sqrt(variances.clip(0.0)))
-
-
-def frechet_bias(variances: Array, first: int, second: int) -> float:
-    """What `frechet_distance` gives on average for two samples of one Gaussian, larger than the dimension, ``(D,)``.
-
-    To first order in 1/N: the sum of the variances, and of the covariances the second-order term of the Bures metric,
-    ``sum_ij E[d_ij^2] / (2 (v_i + v_j))``, with the Wishart distribution's ``E[d_ij^2] = v_i v_j (1 + [i = j]) / N``.
-    """
-    positive = variances[variances > 0]
-    pairs = np.outer(positive, positive) / (2.0 * np.add.outer(positive, positive))
-    return float((positive.sum() + pairs.sum() + np.trace(pairs)) * (1.0 / first + 1.0 / second))
-
-
-def simulated_frechet_bias(variances: Array, size: int, rng: np.random.Generator) -> float:
-    """`frechet_distance` of two samples of ``size`` rows drawn from one Gaussian with these variances, ``(D,)``."""
-    first, second = (rng.normal(size=(size, len(variances))) * np.sqrt(variances) for _ in range(2))
-    return frechet_distance(first, second)
-
-
-def mmd2(kernel: Array, first: Rows, second: Rows) -> float:
-    """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) of two sets of rows of ``(N, N)``."""
-    ones = np.zeros((len(kernel), 2))
-    ones[first, 0], ones[second, 1] = 1.0, 1.0
-    sums = ones.T @ (kernel @ ones)
-    diagonal = np.diagonal(kernel)
-    n, m = len(first), len(second)
-    one = (sums[0, 0] - diagonal[first].sum()) / (n * (n - 1))
-    other = (sums[1, 1] - diagonal[second].sum()) / (m * (m - 1))
-    return float(one + other - 2.0 * sums[0, 1] / (n * m))
-
-
-def neighbourhoods(distance: Array, synthetic: Rows, real: Rows) -> tuple[float, float, float, float]:
-    """Precision, recall (Kynkaanniemi et al. 2019, eq. 1), density, coverage (Naeem et al. 2020, eqs. 4 and 7).
-
-    ``distance``: ``(N, N)`` over the rows of both samples. ``synthetic``: More than `NEAREST_DENSITY` rows.
-    """
-    across = distance[np.ix_(synthetic, real)]
-    # The distance of each row to its k-th other, by k: its own 0 comes first.
-    both = (NEAREST_PRECISION, NEAREST_DENSITY)
-    of_synthetic, of_real = (np.partition(distance[np.ix_(rows, rows)], both, axis=1).T for rows in (synthetic, real))
-    within = across <= of_real[NEAREST_DENSITY]
-    return (
-        float((across <= of_real[NEAREST_PRECISION]).any(axis=1).mean()),
-        float((across <= of_synthetic[NEAREST_PRECISION][:, None]).any(axis=0).mean()),
-        float(within.mean() * len(real) / NEAREST_DENSITY),
-        float(within.any(axis=0).mean()),
     )

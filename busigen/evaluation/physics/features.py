@@ -25,7 +25,7 @@ from busigen.runtime.storage.files import output_errors
 Grey = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-VERSION = 5  # Part of the cache's key: raise it whenever a feature's meaning changes
+VERSION = 6  # Part of the cache's key: raise it whenever a feature's meaning changes
 DEPTH_BANDS = 6  # Bands of equal depth in the depth-intensity profile
 RING = (2.0, 12.0)  # Pixels from the outline between which the ring lies, the blurred margin left out
 
@@ -152,10 +152,10 @@ def measure(image: NDArray[np.uint8], mask: Mask, valid: Mask, overlays: Mask) -
         across = margin(grey, regions)
         found["posterior_index"] = across.pop("posterior")
         found.update({f"margin_{name}": value for name, value in across.items()})
-    if regions.largest.sum() >= MIN_PIXELS:
+    if regions.lesions and regions.lesions[0].sum() >= MIN_PIXELS:
         names = {"area_fraction": "area", "height_width": "taller"}
-        form = outline(regions.largest, valid)
-        found.update({f"shape_{names.get(name, name)}": value for name, value in form.items()})
+        forms = [outline(lesion, valid) for lesion in regions.lesions]
+        found.update({f"shape_{names.get(name, name)}": _mean(form[name] for form in forms) for name in forms[0]})
     return found
 
 
@@ -194,11 +194,12 @@ class Regions:
     Attributes:
         tissue: All that may be measured: the image without its overlays.
         ring: The band around lesions, ``RING`` px outside the outline.
-        posterior: Below the largest lesion, as wide and as deep as it (within ``POSTERIOR_DEPTH``).
-        lateral: The same rows on both sides, each half as wide as the lesion.
+        strips: For each lesion, below it, as wide and as deep as it (within ``POSTERIOR_DEPTH``), and the same rows on
+            both sides, each half as wide as the lesion.
         distance: ``float32 (H, W)``, distance in pixels to the outline, negative inside, ``inf`` beyond the ring,
             ``-inf`` where the lesion fills the frame and has no outline.
-        largest: The largest connected lesion, overlays and all: what shape is measured on.
+        lesions: The connected lesions of at least ``MIN_PIXELS``, else the largest, overlays and all: what shape is
+            measured on.
         box: Rows and columns that hold lesions and ring; None without a lesion.
     """
 
@@ -206,10 +207,9 @@ class Regions:
     lesion: Mask
     ring: Mask
     background: Mask
-    posterior: Mask
-    lateral: Mask
+    strips: tuple[tuple[Mask, Mask], ...]
     distance: NDArray[np.float32]
-    largest: Mask
+    lesions: tuple[Mask, ...]
     box: tuple[slice, slice] | None
 
 
@@ -219,7 +219,7 @@ def find_regions(mask: Mask, valid: Mask, overlays: Mask) -> Regions:
     distance = np.full(mask.shape, np.inf, dtype=np.float32)
     if not mask.any():
         empty = np.zeros(mask.shape, dtype=np.bool_)
-        return Regions(tissue, empty, empty, tissue, empty, empty, distance, empty, None)
+        return Regions(tissue, empty, empty, tissue, (), distance, (), None)
     box = around(mask, int(RING[1]) + 1)
     inside = mask[box]
     away = ndimage.distance_transform_edt(~inside)
@@ -229,8 +229,7 @@ def find_regions(mask: Mask, valid: Mask, overlays: Mask) -> Regions:
     # The outline runs between pixels, half a pixel from the centres on both sides of it.
     near = np.where(inside, 0.5 - depth, away - 0.5).astype(np.float32)
     distance[box] = np.where(near <= RING[1], near, np.inf)
-    largest = largest_part(mask)
-    posterior, lateral = _strips(largest, tissue & ~mask)
+    lesions = parts(mask)
     # Not isinf: a lesion that fills the frame lies at minus infinity.
     beyond = np.isposinf(distance)
     return Regions(
@@ -238,10 +237,9 @@ def find_regions(mask: Mask, valid: Mask, overlays: Mask) -> Regions:
         lesion=mask & tissue,
         ring=(distance > RING[0]) & ~beyond & tissue,
         background=beyond & tissue,
-        posterior=posterior,
-        lateral=lateral,
+        strips=tuple(_strips(lesion, tissue & ~mask) for lesion in lesions),
         distance=distance,
-        largest=largest,
+        lesions=lesions,
         box=box,
     )
 
@@ -265,13 +263,32 @@ def square(
 
 def largest_part(mask: Mask) -> Mask:
     """The largest 8-connected part of a mask that is not empty; its holes stay."""
+    return parts(mask)[0]
+
+
+def parts(mask: Mask) -> tuple[Mask, ...]:
+    """The 8-connected parts of at least ``MIN_PIXELS`` of a mask that is not empty, and in any case the largest, first.
+
+    Their holes stay.
+    """
     box = around(mask, 0)
     labels, count = ndimage.label(mask[box], structure=np.ones((3, 3)))
     if count <= 1:
-        return mask
-    largest = np.zeros_like(mask)
-    largest[box] = labels == np.bincount(labels.ravel())[1:].argmax() + 1
-    return largest
+        return (mask,)
+    sizes = np.bincount(labels.ravel())[1:]
+    order = [label for label in np.argsort(-sizes, kind="stable") if sizes[label] >= MIN_PIXELS]
+    found = []
+    for label in order or [int(sizes.argmax())]:
+        part = np.zeros_like(mask)
+        part[box] = labels == label + 1
+        found.append(part)
+    return tuple(found)
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Of those that are known."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else _NAN
 
 
 def _strips(lesion: Mask, free: Mask) -> tuple[Mask, Mask]:
@@ -353,7 +370,7 @@ def margin(grey: Grey, regions: Regions) -> dict[str, float]:
     ``contrast`` (ring over lesion, dB), ``sharpness`` (``MARGIN`` px outside over inside, dB), ``step`` (mean absolute
     difference of neighbours across the outline over that of neighbours within ``MARGIN`` px of it), ``offset`` (pixels
     by which the outline would have to move for the greatest change across it) and ``posterior`` (below over beside, dB:
-    negative is shadow). NaN where a region has fewer than ``MIN_PIXELS`` px.
+    negative is shadow; the mean of all lesions). NaN where a region has fewer than ``MIN_PIXELS`` px.
     """
     distance = regions.distance
     outer, inner = (distance > 0) & (distance <= MARGIN), (distance < 0) & (distance >= -MARGIN)
@@ -367,7 +384,7 @@ def margin(grey: Grey, regions: Regions) -> dict[str, float]:
         "sharpness": difference(outer & regions.tissue, inner & regions.tissue),
         "step": _step(grey, regions),
         "offset": _offset(grey, outer, inner, regions),
-        "posterior": difference(regions.posterior, regions.lateral),
+        "posterior": _mean(difference(below, beside) for below, beside in regions.strips),
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from busigen.evaluation import grids
 from busigen.evaluation.context import AuditContext, Figure, ImageSet, Interval, Picture, SectionResult
 from busigen.evaluation.physics import speckle
 from busigen.evaluation.physics.features import DEPTH_BANDS, NAMES, Feature, for_set
@@ -84,6 +85,7 @@ def run(context: AuditContext) -> SectionResult:
         place, p = (comparison.swap, 0, 0), float(adjusted_p["swap"][0, 0])
         result.figures.append(_figure(f"{SECTION}.classes.swap", "classes confused", place, counts, p, "", _SWAP))
     describe(evidence, result)
+    grids.compare(context, tables["synthetic"], tables["real"], result)
     result.pictures = _plot(context, tables, evidence)
     middles = pl.col(list(NAMES)).fill_nan(None).median()
     medians: dict[str, dict[str, Any]] = {side: {} for side in tables}

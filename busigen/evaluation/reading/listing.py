@@ -6,8 +6,8 @@ import contextlib
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from busigen.registry import CLASSES, SYNTHETIC
 from busigen.runtime.dataset.format import DATASET_FILE, RUN_FILE, SHARD_FOLDER
 from busigen.runtime.dataset.reader import open_headers, refuse_unreadable
 from busigen.runtime.maintenance.merge import open_parts, parts_of
+from busigen.runtime.sampling.grid import COLUMNS
 from busigen.text import printable
 
+GRID = GROUP, LEVEL = tuple(COLUMNS)  # Of a busigen grid: the background's number, and the sample's own levels
 NAME_LIMIT = 512  # Longest member name in characters
 _LIMITS = {"image": 32 << 20, "mask": 32 << 20, "row": 1 << 20, "class": 64}
 """Largest member in bytes that is read from an archive, by its role."""
@@ -54,7 +56,8 @@ Opened = tuple[ImageFile, NDArray[np.bool_], int]
 class Item:
     """One listed image; ``background`` as in ``ImageSet.table``, ``patient`` is whatever several images share.
 
-    ``read`` opens it: the image, its native lesion mask, the number of mask files, or an ``InputError``.
+    ``columns``: Those of its row that were asked for and are there. ``read`` opens it: the image, its native lesion
+    mask, the number of mask files, or an ``InputError``.
     """
 
     id: str
@@ -63,27 +66,33 @@ class Item:
     read: Callable[[], Opened]
     patient: str | None = None
     background: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def list_set(
-    path: Path, refused: list[Refusal], notes: list[str], frames: int = 1, looked: Looked | None = None
+    path: Path,
+    refused: list[Refusal],
+    notes: list[str],
+    frames: int = 1,
+    looked: Looked | None = None,
+    columns: Sequence[str] = (),
 ) -> tuple[str, list[Item]]:
     """The layout's name and the images of a set that is not prepared; what is refused or to be known is appended.
 
-    ``frames`` and ``looked`` are those of `read_source`.
+    ``frames`` and ``looked`` are those of `read_source`; ``columns`` are kept of the rows in shards.
 
     Raises `InputError` where the folder is missing or has no known layout.
     """
     if path.is_file() and path.suffix == ".tar":
-        return "WebDataset shards", list_archives([path], refused, notes)
+        return "WebDataset shards", list_archives([path], refused, notes, columns)
     if not path.is_dir():
         problem = "is a file, but no .tar" if path.exists() else "does not exist"
         raise InputError(f"{path} {problem}.", fix="Give the folder that holds the images and masks.")
     if any((path / name).is_file() for name in (DATASET_FILE, RUN_FILE)):
-        return "busigen dataset", _list_dataset(path, refused, notes)
+        return "busigen dataset", _list_dataset(path, refused, notes, columns)
     archives = sorted([*path.glob("*.tar"), *(path / SHARD_FOLDER).glob("*.tar")])
     if archives:
-        return "WebDataset shards", list_archives(archives, refused, notes)
+        return "WebDataset shards", list_archives(archives, refused, notes, columns)
     try:
         listing = read_source(path, unlabelled=True, frames=frames, looked=looked)
     except UnknownLayoutError as error:
@@ -96,12 +105,13 @@ def list_set(
     return listing.layout, [_source_item(listing, record) for record in listing.records]
 
 
-def _list_dataset(path: Path, refused: list[Refusal], notes: list[str]) -> list[Item]:
+def _list_dataset(path: Path, refused: list[Refusal], notes: list[str], columns: Sequence[str]) -> list[Item]:
     """The samples of a busigen dataset, which may be unfinished or lack some: what is there can be judged."""
     places = parts_of(path) or [path]
     for place in places:
         refuse_unreadable(place)
-    items = list_archives([tar for at in places for tar in sorted((at / SHARD_FOLDER).glob("*.tar"))], refused, notes)
+    tars = [tar for at in places for tar in sorted((at / SHARD_FOLDER).glob("*.tar"))]
+    items = list_archives(tars, refused, notes, columns)
     try:
         count = sum(part.plan.count for part in open_parts(path))
     except BusigenError as error:
@@ -129,7 +139,9 @@ def _with_masks(image: ImageFile, masks: Iterable[tuple[Path, bytes | None]]) ->
     return replace(image, notes=tuple(dict.fromkeys(notes))), lesions, count
 
 
-def list_archives(archives: Sequence[Path], refused: list[Refusal], notes: list[str] | None = None) -> list[Item]:
+def list_archives(
+    archives: Sequence[Path], refused: list[Refusal], notes: list[str] | None = None, columns: Sequence[str] = ()
+) -> list[Item]:
     """List every sample of some tar files by their headers alone.
 
     A sample is an image, ``<key>.image.png`` or ``<key>.png``, its masks, ``<key>.mask.png``, and perhaps
@@ -137,7 +149,7 @@ def list_archives(archives: Sequence[Path], refused: list[Refusal], notes: list[
     mask are known as well, also as a folder's name. Links, devices, sparse and oversized members are refused; names
     serve as names only, never as paths.
     """
-    reader = _Archives(refused)
+    reader = _Archives(refused, columns)
     items = [item for archive in archives for item in reader.items(archive)]
     if notes is not None:
         notes.extend(reader.notes())
@@ -203,11 +215,12 @@ _Sample = dict[tuple[str, str], _Member]
 class _Archives:
     """Lists archives, and counts what was guessed from names alone and what could not be."""
 
-    def __init__(self, refused: list[Refusal]) -> None:
-        self._refused = refused
+    def __init__(self, refused: list[Refusal], columns: Sequence[str] = ()) -> None:
+        self._refused, self._columns = refused, (*columns, *GRID)
         self._unknown, self._strange = Counter[str](), Counter[str]()
         self._examples: dict[str, str] = {}
         self._numbered = False
+        self._folders: dict[Path, int] = {}
 
     def items(self, archive: Path) -> Iterator[Item]:
         samples: dict[str, _Sample] = {}
@@ -285,7 +298,12 @@ class _Archives:
         folders = picture.name.lower().split("/")[:-1]
         described = row.get("class") or row.get("label") or self._stated_class(sample.get(("class", "")))
         label = str(described or next((part for part in folders if part in CLASSES), "")).lower()
-        patient = row.get("patient") or (background if background != SYNTHETIC else None)
+        columns = {name: row[name] for name in self._columns if name in row}
+        if isinstance(number := columns.get(GROUP), int):
+            # Parts of a merged dataset number their groups anew.
+            part = self._folders.setdefault(archive.parent, len(self._folders))
+            columns[GROUP] = f"part {part}, group {number}"
+        patient = row.get("patient") or columns.get(GROUP) or (background if background != SYNTHETIC else None)
 
         def read() -> Opened:
             image = read_image(Path(picture.name), picture.read())
@@ -301,6 +319,7 @@ class _Archives:
             read=read,
             patient=None if patient is None else printable(str(patient)[:NAME_LIMIT]),
             background=None if background is None else printable(str(background)[:NAME_LIMIT]),
+            columns=columns,
         )
 
     def _row(self, member: _Member | None) -> dict[str, Any]:

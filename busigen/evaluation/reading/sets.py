@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,12 @@ from busigen.data.sources.records import Refusal, counted
 from busigen.data.splits import NEAR_DUPLICATE, copies_of, near_duplicate_groups, thumbnail
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet, fingerprint
-from busigen.evaluation.reading.listing import Item, list_set
+from busigen.evaluation.reading.listing import GRID, GROUP, LEVEL, NAME_LIMIT, Item, list_set
+from busigen.evaluation.reading.within import Within
 from busigen.evaluation.statistics.grouped import rows_by_group, take
 from busigen.registry import RESOLUTION, SPLITS, SYNTHETIC
 from busigen.runtime.progress import Progress
+from busigen.text import printable
 
 TABLE = {
     "id": pl.String(),
@@ -43,6 +45,8 @@ TABLE = {
     "calipers": pl.Boolean(),
     "background": pl.String(),
     "mask_files": pl.Int64(),
+    GROUP: pl.String(),
+    LEVEL: pl.String(),
 }
 """Columns of ``ImageSet.table``, which says what they hold."""
 
@@ -58,27 +62,41 @@ _BLOCK = 64
 
 
 def read_set(
-    path: Path, progress: Progress | None = None, *, limit: int | None = None, seed: int = 0, frames: int = 1
+    path: Path,
+    progress: Progress | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    frames: int = 1,
+    within: Within | None = None,
 ) -> ImageSet:
     """Read a labelled set, whatever its layout.
 
     Layouts: a busigen dataset; a folder of WebDataset shards (or one shard); a prepared folder, without its excluded
     images; BUSI, BUS-BRA, or ``images/`` and ``masks/``. Groups are patients, shared backgrounds and near-duplicates.
     At most ``limit`` images are read, drawn at random, and ``frames`` frames of each DICOM file. Five thousand images
-    take about 1.8 GB.
+    take about 1.8 GB. ``within``: Only these images, where the set has the column; a note says where it has not.
 
     Raises:
-        InputError: the folder is missing, has no known layout, or none of its images can be read.
+        InputError: the folder is missing, has no known layout, none of its images can be read, or none is ``within``.
         IntegrityError: a prepared folder is not what its record says.
     """
     path = Path(path)
     if (path / INFO).is_file():
-        found = from_prepared(Prepared.open(path), tuple(SPLITS))
+        found = from_prepared(Prepared.open(path), tuple(SPLITS), within=within)
         return found if limit is None else found.take(_draw(len(found), limit, seed))
     refused: list[Refusal] = []
     notes: list[str] = []
     progress = progress or Progress()
-    layout, items = list_set(path, refused, notes, frames, progress.counter("looking at DICOM files", "file"))
+    wanted = () if within is None else (within.column,)
+    layout, items = list_set(path, refused, notes, frames, progress.counter("looking at DICOM files", "file"), wanted)
+    if within is not None:
+        known = any(within.column in item.columns for item in items)
+        chosen = within.rows(path, [item.columns.get(within.column) for item in items] if known else None)
+        if chosen is None:
+            notes.append(within.absent)
+        else:
+            items = [items[k] for k in chosen]
     items = [items[k] for k in _draw(len(items), limit, seed)]
     # Room for all from the start: a list of frames would hold everything twice when stacked.
     shape = (len(items), RESOLUTION, RESOLUTION)
@@ -121,9 +139,17 @@ def read_set(
     )
 
 
-def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: bool = False) -> ImageSet:
-    """The images of some ``registry.SPLITS`` of a prepared folder."""
+def from_prepared(
+    prepared: Prepared, splits: tuple[str, ...], *, lesions_only: bool = False, within: Within | None = None
+) -> ImageSet:
+    """The images of some ``registry.SPLITS`` of a prepared folder, all or ``within``; raises as `read_set` does."""
     table = prepared.table.filter(pl.col("split").is_in(splits))
+    notes: tuple[str, ...] = ()
+    if within is not None:
+        chosen = within.rows(
+            prepared.folder, table[within.column].to_list() if within.column in table.columns else None
+        )
+        table, notes = (table, (within.absent,)) if chosen is None else (table[chosen.tolist()], ())
     if lesions_only:
         table = table.filter(pl.col("lesions") > 0)
     rows = table["row"].to_numpy()
@@ -138,7 +164,7 @@ def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: 
         text="overlay_text",
         calipers="overlay_calipers",
         mode=pl.lit(None, pl.String),
-        background=pl.lit(None, pl.String),
+        **dict.fromkeys(("background", *GRID), pl.lit(None, pl.String)),
     ).select(list(TABLE))
     return ImageSet(
         name=prepared.folder.resolve().name,
@@ -149,6 +175,7 @@ def from_prepared(prepared: Prepared, splits: tuple[str, ...], *, lesions_only: 
         clean=np.asarray(prepared.clean[rows]),
         table=columns,
         layout="prepared folder",
+        notes=notes,
     )
 
 
@@ -212,8 +239,13 @@ def _try_frame(item: Item) -> _Frame | BusigenError:
         "calipers": overlays.calipers,
         "background": item.background,
         "mask_files": mask_files,
+        **{name: _text(item.columns.get(name)) for name in GRID},
     }
     return _Frame(arrays, thumbnail(file.pixels), row, file.notes)
+
+
+def _text(value: object) -> str | None:
+    return printable(value[:NAME_LIMIT]) if isinstance(value, str) else None
 
 
 def _valid(image: NDArray[np.uint8], box: Letterbox) -> NDArray[np.bool_]:
@@ -240,17 +272,23 @@ def read_inputs(
     seed: int,
     frames: int,
     progress: Progress,
+    within: Within | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The sets of an audit by their name in `AuditContext`, and what the report says about them.
 
-    At most ``limit`` images each are kept, and no training images among the real ones. Raises as `audit` does.
+    At most ``limit`` images each are kept, and no training images among the real ones. ``within`` holds for the real
+    set, and for the synthetic one if that has the column. Raises as `audit` does.
     """
     notes: list[str] = []
+    if within is not None:
+        notes.append(f"Judged within {within.column} = {within.value}: only such real images are compared with.")
     read_limit = None if limit is None else READ_FACTOR * limit
     prepared = None if train_split is None else Prepared.open(train_split)
     try:
         reading: dict[str, Any] = {"limit": read_limit, "seed": seed, "frames": frames}
-        made, judge = (read_set(path, progress, **reading) for path in (synthetic, real))
+        # The real set first: its column has to be there, and who misspells it should not wait for the other.
+        judge = read_set(real, progress, within=within and replace(within, required=True), **reading)
+        made = read_set(synthetic, progress, within=within, **reading)
         other = None if external is None else read_set(external, progress, **reading)
     finally:
         progress.stop()

@@ -30,6 +30,7 @@ Mask = NDArray[np.bool_]
 
 MARGIN = 1.5  # Side of the lesion crop over the longer side of the lesion's box
 SMALLEST = 64  # Pixels of the working frame that a lesion crop spans at least
+COARSE = (64, 48)  # Columns and rows at which structure is looked at: speckle is averaged away, layers are not
 BAND = 16  # Pixels that the ring reaches inwards and outwards of the outline
 RING_LENGTH = 256  # Pixels along the outline; shorter outlines go round again, longer ones are cut
 _SMOOTHING = 2.0  # Sigma in pixels of the distance map whose gradient gives the normals, so that they do not cross
@@ -64,13 +65,24 @@ class View:
     cells: tuple[int, int]
 
     def of(self, images: ImageSet) -> Pixels:
-        """``uint8 (N, height, width)``; every mask must hold a lesion, but for the view of whole images."""
+        """``uint8 (N, height, width)``; every mask must hold a lesion, but for `WHOLE`."""
         return np.stack([self.cut(*frame) for frame in zip(images.images, images.masks, images.valid, strict=True)])
 
 
 def whole(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
     """The largest centred square inside the letterbox bars, as 192 by 192 pixels."""
     return _crop(image, bounds(valid), math.inf, valid, 192)
+
+
+def coarse(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
+    """All that lies inside the letterbox bars as 64 by 48 pixels, each the average of what it covers."""
+    top, left, bottom, right = bounds(valid)
+    return shrunk(image[top:bottom, left:right])
+
+
+def shrunk(image: Pixels) -> Pixels:
+    """An image without bars at `COARSE`."""
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(COARSE, Image.Resampling.BOX))
 
 
 def lesion(image: Pixels, mask: Mask, valid: Mask) -> Pixels:
@@ -118,10 +130,14 @@ VIEWS = {
     view.name: view
     for view in (
         View("whole", "whole image", whole, (3, 1)),
+        View("coarse", "coarse structure", coarse, (4, 4)),
         View("lesion", "lesion crop", lesion, (3, 3)),
         View("ring", "ring around the outline", ring, (5, 1)),
     )
 }
+
+WHOLE = ("whole", "coarse")
+"""Views that need no lesion, and show the background as well."""
 
 
 @dataclass(frozen=True)

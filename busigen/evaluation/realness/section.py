@@ -49,8 +49,8 @@ def run(context: AuditContext) -> SectionResult:
         result.note(CLEAN)
     if context.backgrounds == "real":
         result.note(
-            "The synthetic lesions were painted into real images, so most pixels of a whole image are real: what "
-            "counts here is the lesion crop and the ring around the outline."
+            "The synthetic lesions were painted into real images, so most pixels of a whole image, and its coarse "
+            "structure, are real: what counts here is the lesion crop and the ring around the outline."
         )
     band = {"ring_px": classifiers.BAND, "lesion_margin": classifiers.MARGIN}
     result.details["band"] = {**band, "folds": FOLDS, "permutations": PERMUTATIONS}
@@ -61,7 +61,7 @@ def _sides(context: AuditContext, view: View, result: SectionResult) -> tuple[Im
     """Real and synthetic images of the classes that both sides have, or None with a note."""
     real, synthetic = context.real, context.synthetic
     name = view.label.capitalize()
-    if view.name != "whole":
+    if view.name not in classifiers.WHOLE:
         real, synthetic = real.with_lesions(), synthetic.with_lesions()
     common = set(real.classes) & set(synthetic.classes)
     if common:
@@ -183,7 +183,8 @@ def _report(context: AuditContext, found: list[Figure], result: SectionResult) -
         limit = floor.high if floor is not None and floor.high is not None else null_high
         few = min(figure.synthetic, figure.real) < FEWEST_TO_FLAG
         flagged = bool(not few and p < ALPHA and low > null_high and value.value > limit)
-        headline = ".whole." not in figure.key or context.backgrounds != "real"
+        background = figure.key.split(".")[1] in classifiers.WHOLE
+        headline = not background or context.backgrounds != "real"
         note = figure.note + (f" Fewer than {FEWEST_TO_FLAG} images on a side: never flagged." if few else "")
         result.figures.append(replace(figure, p=float(p), flagged=flagged, headline=headline, note=note))
         if flagged:

@@ -100,6 +100,19 @@ class Grid:
         return dict(zip(COLUMNS, (index // len(self.cells), ", ".join(said)), strict=True))
 
 
+def levels_of(said: str) -> dict[str, str]:
+    """Level by attribute, from what `Grid.row` says of a sample; what it does not know is left out."""
+    names = {_NAMES.get(name, name.replace("_", "/") + " "): name for name in LEVELS}
+    found = {}
+    for part in said.split(", "):
+        name, _, level = part.rpartition(" ")
+        attribute = names.get(f"{name} " if name else "")
+        # Any number may be a level of the others.
+        if attribute and level and (attribute not in _NAMES or level in LEVELS[attribute]):
+            found[attribute] = level
+    return found
+
+
 def _refuse_level(name: str, level: str) -> None:
     if name == "class":
         if level not in LESION_CLASSES:

@@ -21,7 +21,7 @@ from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.run import GenerateOptions, SourceOptions
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.grid import HELD, Grid
+from busigen.runtime.sampling.grid import HELD, Grid, levels_of
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.hashing import hashes
@@ -194,3 +194,15 @@ def test_options_that_contradict_a_grid_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=words):
             GenerateOptions(out=tmp_path / "set", vary=VARY, **plan).run(Progress())
     Grid.parse(VARY).refuse_cut(Plan(8, 0, 4))
+
+
+@pytest.mark.parametrize("vary", ["class,birads,size", "depth,across,height-width=0.5/1.1"])
+def test_what_a_row_says_of_its_levels_is_read_back(vary: str) -> None:
+    grid = Grid.parse(vary)
+    for index, cell in enumerate(grid.cells):
+        assert levels_of(str(grid.row(index)["grid_level"])) == dict(cell)
+
+
+@pytest.mark.parametrize("said", ["", "x", "size", "colour 3", ", ,"])
+def test_levels_of_other_making_are_left_out(said: str) -> None:
+    assert levels_of(said) == {}
