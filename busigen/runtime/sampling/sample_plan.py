@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from busigen.data.geometry import Mask
 from busigen.registry import NORMAL, SYNTHETIC
 from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.sampling.batching import Draft, DrawRequest
-from busigen.runtime.sampling.conditions import SampleConditions, dealt
+from busigen.runtime.sampling.batching import MAX_OUTLINES, Draft, DrawRequest
+from busigen.runtime.sampling.conditions import SampleConditions, dealt, mix_text
 from busigen.runtime.sampling.given_masks import GivenMask, MaskFolder
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder
@@ -33,11 +36,17 @@ class SamplePlan:
     jitter: float = 0.0
     grid: Grid | None = None
     normals: float = 0.0
+    lesions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
         """Samples that share a background and their noise."""
         return len(self.grid.cells) if self.grid else 1
+
+    @property
+    def most_lesions(self) -> int:
+        """Lesions of the samples with most of them; 0 where each has one and the manifest no columns of more."""
+        return max(map(int, self.lesions), default=0)
 
     def fingerprint(self) -> dict[str, Any]:
         """Its part of :meth:`busigen.runtime.dataset.format.Source.fingerprint`."""
@@ -48,6 +57,7 @@ class SamplePlan:
             **({"jitter": self.jitter} if self.jitter else {}),
             **({"vary": self.grid.vary, "cells": self.group} if self.grid else {}),
             **({"normals": self.normals} if self.normals else {}),
+            **({"lesions": mix_text(self.lesions)} if self.lesions else {}),
             **self.asked.typed(),
         }
 
@@ -83,19 +93,37 @@ class SamplePlan:
             label=NORMAL,
             healthy=picture,
             group=job.group,
+            most_lesions=self.most_lesions,
         )
         if not lesion:
             return draft
         asked = self.grid.conditions(job.index, self.asked) if self.grid else self.asked
         own = self.grid.cell(job.index).get("class") if self.grid else None
         label, number = (own, turn) if own else dealt(turn, self.classes)
+        # Dealt to each class and category by itself: with two halves of each, one would follow from the other.
+        within = dealt(number, asked.birads)[1] if asked.birads else number
         return replace(
             draft,
             label=self.masks.label_at(turn, self.classes) if self.masks else label,
             given=self.grid.row(job.index) if self.grid else {},
             wanted=asked.values(seed, job.seeded, job.attempt if self.grid else 0),
             birads=asked.category(number),
+            lesions=int(dealt(within, self.lesions)[0]) if self.lesions else 1,
         )
+
+    def next_lesion(self, seed: int, draft: Draft, painted: NDArray[np.uint8]) -> Draft:
+        """The draft on its way to its next lesion, which is painted into the image with those before it."""
+        begun = replace(
+            draft, earlier=draft.all_lesions, painted=painted, outlines=0, mask=None, edit=None, window=None
+        )
+        return replace(begun, wanted=self.asked.values(seed, draft.seeded, part=begun.part))
+
+    def after_refusal(self, seed: int, draft: Draft, reason: str) -> Draft | Rejection:
+        """What becomes of a draft whose outline a gate refused: a further lesion gets another one, some times."""
+        if not draft.earlier or draft.outlines + 1 == MAX_OUTLINES:
+            return draft.refused(reason)
+        begun = replace(draft, outlines=draft.outlines + 1)
+        return replace(begun, wanted=self.asked.values(seed, draft.seeded, part=begun.part))
 
     def mask(self, index: int) -> GivenMask | None:
         """The user's mask of a sample; None where it has none."""
