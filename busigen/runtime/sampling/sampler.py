@@ -177,7 +177,7 @@ class Sampler:
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
                 mask = self.plan.mask(rejection.index)
                 given = f" Its mask is {mask.file}." if mask else ""
-                less = ", or take this mask out" if mask else ", or ask for less" if self.plan.asked else ""
+                less = ", or take this mask out" if mask else ", or ask for less" if self.plan.asked or self.plan.lesions else ""
                 raise AcceptanceError(
                     f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
                     fix=f"Use another bundle or other healthy images{less}. "
