@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
-from busigen.registry import NORMAL, SYNTHETIC
+from busigen.registry import ATTRIBUTES, NORMAL, SYNTHETIC
 from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import MAX_OUTLINES, Draft, DrawRequest
@@ -21,6 +21,7 @@ from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder
 from busigen.runtime.sampling.noise import uniform, uniforms
 from busigen.runtime.sampling.placement import Placement, moved_inside, place
+from busigen.runtime.sampling.several import PLACE_DRAWS, PLACES, free_place
 
 PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
 
@@ -113,17 +114,23 @@ class SamplePlan:
 
     def next_lesion(self, seed: int, draft: Draft, painted: NDArray[np.uint8]) -> Draft:
         """The draft on its way to its next lesion, which is painted into the image with those before it."""
-        begun = replace(
-            draft, earlier=draft.all_lesions, painted=painted, outlines=0, mask=None, edit=None, window=None
-        )
-        return replace(begun, wanted=self.asked.values(seed, draft.seeded, part=begun.part))
+        begun = replace(draft, earlier=draft.all_lesions, painted=painted, outlines=0)
+        return self._further(seed, replace(begun, mask=None, edit=None, window=None))
 
     def after_refusal(self, seed: int, draft: Draft, reason: str) -> Draft | Rejection:
         """What becomes of a draft whose outline a gate refused: a further lesion gets another one, some times."""
         if not draft.earlier or draft.outlines + 1 == MAX_OUTLINES:
             return draft.refused(reason)
-        begun = replace(draft, outlines=draft.outlines + 1)
-        return replace(begun, wanted=self.asked.values(seed, draft.seeded, part=begun.part))
+        return self._further(seed, replace(draft, outlines=draft.outlines + 1))
+
+    def _further(self, seed: int, draft: Draft) -> Draft:
+        """The draft with what is asked of its further lesion, at a place where the others leave room."""
+        taken = [one.edit for one in draft.earlier if one.edit is not None]
+        # Those before decide the values.
+        count = len(ATTRIBUTES) + PLACE_DRAWS
+        draws = uniforms(seed, draft.seeded, draft.attempt, "asked", count, draft.part)[len(ATTRIBUTES) :]
+        at = free_place(draws, {**PLACES, **self.asked.ranges}, taken, draft.healthy.valid)
+        return replace(draft, wanted={**self.asked.values(seed, draft.seeded, part=draft.part), **at})
 
     def mask(self, index: int) -> GivenMask | None:
         """The user's mask of a sample; None where it has none."""

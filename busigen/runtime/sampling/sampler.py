@@ -177,7 +177,8 @@ class Sampler:
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
                 mask = self.plan.mask(rejection.index)
                 given = f" Its mask is {mask.file}." if mask else ""
-                less = ", or take this mask out" if mask else ", or ask for less" if self.plan.asked or self.plan.lesions else ""
+                asked = self.plan.asked or self.plan.lesions
+                less = ", or take this mask out" if mask else ", or ask for less" if asked else ""
                 raise AcceptanceError(
                     f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
                     fix=f"Use another bundle or other healthy images{less}. "
@@ -373,7 +374,7 @@ class Sampler:
         edit, ring = (shown_at(shown, cut(one, windows)) for one in (edits, [ring_region(e) for e in edits]))
         known = self._keep(f"encoder@{side}", full, count, pixels=cut(grey, windows))
         common = {
-            "tokens": self._keep("context", full, count, image=_pictures(batch), keep=keep),
+            "tokens": self._keep("context", full, count, image=_pictures(d.canvas for d in batch), keep=keep),
             "keep": keep,
             "known": known,
             "mask": shown_at(shown, mask),
@@ -402,14 +403,13 @@ class Sampler:
 
     def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
         """Context tokens of whole healthy images; those of a user's image are computed once and kept."""
-        keys: list[Hashable] = [
-            (None if draft.earlier else draft.healthy.row["healthy_sha256"]) or draft.position for draft in batch
-        ]
+        keys: list[Hashable] = [draft.healthy.row["healthy_sha256"] or draft.position for draft in batch]
         with self._token_lock:
             found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
         # Keyed by image, so that several draws of a batch share one computation, too.
         if fresh := {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}:
-            images = _pictures(list(fresh.values()))
+            # Of further lesions, too: stage 1 was trained on images without any.
+            images = _pictures(draft.healthy.pixels for draft in fresh.values())
             tokens = self._run("context", self._rows(), len(fresh), image=images, keep=keep[: len(fresh)])
             # Copied, because a view of one row would keep its whole batch in memory.
             found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
@@ -463,9 +463,9 @@ class Sampler:
             ) from error
 
 
-def _pictures(batch: Sequence[Draft]) -> Floats:
-    """What the drafts' lesions are painted into, as the context encoder reads it: ``(B, 1, 256, 256)`` from -1 to 1."""
-    return np.stack([to_unit(draft.canvas)[None] for draft in batch])
+def _pictures(images: Iterable[NDArray[np.uint8]]) -> Floats:
+    """Whole images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
+    return np.stack([to_unit(pixels)[None] for pixels in images])
 
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:

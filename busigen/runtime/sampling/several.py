@@ -1,9 +1,12 @@
-"""Several lesions an image: what the manifest says of each, by its number from 1, beside what it says of the sample."""
+"""Several lesions an image: where a further one may lie, and what the manifest says of each, by its number from 1."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from scipy import ndimage
 
 from busigen.data.geometry import Mask
 from busigen.registry import ATTRIBUTES
@@ -17,7 +20,35 @@ COLUMNS: dict[str, type] = {
 """What is said of a lesion. Where a sample has several, the columns without a number are those of its first one, but
 for ``edit_pixels``, which counts those of all."""
 
+PLACES = {"across": (0.15, 0.85), "depth": (0.2, 0.5)}
+"""Between what a further lesion's centre is asked for, as shares of the image without its bars, unless a user says
+where. There lie both lesions of the ten images of BUSI and BUS-BRA that have two; left to itself, stage 1, whose training
+images show no lesion, draws nearly all further ones where a first one is."""
+
+CLEARANCE = 20.0  # pixels from other lesions' edit regions to the centre: a small lesion's radius and its margin
+PLACE_DRAWS = 32  # random numbers for places, two each, of which the first one that is clear of other lesions is taken
+
 _SHAPE = ("pixels", "box_left", "box_top", "box_right", "box_bottom")
+
+
+def free_place(
+    draws: Sequence[float], bounds: Mapping[str, tuple[float, float]], taken: Sequence[Mask], valid: Mask
+) -> dict[str, float]:
+    """A place for a further lesion's centre, ``across`` and ``depth``, clear of edit regions that are ``taken``.
+
+    ``draws`` are numbers in [0, 1), two to a place within ``bounds``; where none is clear, the last place is taken.
+    Edit regions are ``(256, 256)`` bool, and so are the ``valid`` pixels, which are no letterbox bars.
+    """
+    rows, columns = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
+    distance = ndimage.distance_transform_edt(~np.logical_or.reduce(taken))
+    found: dict[str, float] = {}
+    for pair in zip(draws[::2], draws[1::2], strict=True):
+        shares = zip(pair, (bounds["across"], bounds["depth"]), strict=True)
+        across, depth = (low + share * (high - low) for share, (low, high) in shares)
+        found = {"across": across, "depth": depth}
+        if distance[rows[int(depth * rows.size)], columns[int(across * columns.size)]] >= CLEARANCE:
+            break
+    return found
 
 
 def numbered_columns(most: int) -> dict[str, type]:

@@ -119,12 +119,22 @@ def test_neither_batches_nor_where_a_run_begins_change_a_sample(real: bool, heal
     assert all(same(a, b) for a, b in zip(draw(several(healthy=folder, batch_size=16), 12), samples, strict=True))
 
 
-def test_stage_1_sees_the_lesions_that_are_there_and_later_stages_never_the_edit_region() -> None:
-    engine = Placed()
-    samples = draw(several(engine, mix="2"), 4)
-    whole = {image.tobytes() for image in engine.whole}
-    # A background, and the same with a first lesion, for each draw at least.
-    assert len(whole) >= 2 * len(samples)
+def test_stage_1_sees_no_lesion_and_the_painting_stages_those_that_are_there() -> None:
+    seen: set[bytes] = set()
+
+    class Listening(Placed):
+        def run(self, graph, inputs):  # type: ignore[no-untyped-def]
+            if graph == "context" and not inputs["keep"].all():
+                seen.update({image.tobytes() for image in inputs["image"]})
+            return super().run(graph, inputs)
+
+    engine = Listening()
+    found = several(engine, mix="2").draw(SEED, range(4), lambda done: None)
+    backgrounds = {image.tobytes() for image in engine.whole}
+    # One for each draw; with a first lesion, too, for each that was not refused before.
+    assert len(backgrounds) == len(found.samples) + len(found.rejections)
+    painted = seen - backgrounds
+    assert len(found.samples) <= len(painted) <= len(backgrounds)
 
 
 def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_the_end() -> None:
