@@ -22,8 +22,8 @@ for ``edit_pixels``, which counts those of all."""
 
 PLACES = {"across": (0.15, 0.85), "depth": (0.2, 0.5)}
 """Between what a further lesion's centre is asked for, as shares of the image without its bars, unless a user says
-where. There lie both lesions of the ten images of BUSI and BUS-BRA that have two; left to itself, stage 1, whose training
-images show no lesion, draws nearly all further ones where a first one is."""
+where. There lie both lesions of the ten images of BUSI and BUS-BRA that have two. Left to itself, stage 1, whose
+training images show no lesion, draws nearly all further ones where a first one is."""
 
 CLEARANCE = 20.0  # pixels from other lesions' edit regions to the centre: a small lesion's radius and its margin
 PLACE_DRAWS = 32  # random numbers for places, two each, of which the first one that is clear of other lesions is taken
