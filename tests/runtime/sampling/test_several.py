@@ -20,6 +20,7 @@ from busigen.runtime.execution.run import SourceOptions
 from busigen.runtime.sampling.conditions import parse_conditions, parse_lesions
 from busigen.runtime.sampling.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
+from busigen.runtime.sampling.several import free_place
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.runtime.sampling.test_given_masks import save_image
 from tests.runtime.sampling.test_grid import Placed
@@ -145,6 +146,17 @@ def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_
     tight = parse_conditions(size="0.04", depth="0.4", across="0.1:0.9", height_width="0.7")
     found = several(mix="2", asked=tight).draw(SEED, range(8), lambda done: None)
     assert "lesions too near" not in {draw.reason for draw in found.rejections}
+
+
+def test_a_further_lesion_is_asked_for_where_the_others_leave_room() -> None:
+    taken, valid = np.zeros((256, 256), bool), np.ones((256, 256), bool)
+    taken[:, :140], valid[:, :40] = True, False
+    bounds = {"across": (0.1, 0.9), "depth": (0.3, 0.3)}
+    at = free_place([0.0, 0.5, 0.4, 0.5, 0.9, 0.5, 0.99, 0.5], bounds, [taken], valid)
+    # The first two lie in the other's edit region; shares are of the image without its bars.
+    assert at == {"across": pytest.approx(0.82), "depth": 0.3}
+    full = free_place([0.2, 0.5, 0.7, 0.5], bounds, [np.ones_like(taken)], valid)
+    assert full == {"across": pytest.approx(0.66), "depth": 0.3}
 
 
 def test_python_takes_numbers_and_mixes() -> None:
