@@ -21,7 +21,7 @@ from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder
 from busigen.runtime.sampling.noise import uniform, uniforms
 from busigen.runtime.sampling.placement import Placement, moved_inside, place
-from busigen.runtime.sampling.several import PLACE_DRAWS, PLACES, free_place
+from busigen.runtime.sampling.several import FURTHER, PLACE_DRAWS, free_place
 
 PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
 
@@ -129,8 +129,9 @@ class SamplePlan:
         # Those before decide the values.
         count = len(ATTRIBUTES) + PLACE_DRAWS
         draws = uniforms(seed, draft.seeded, draft.attempt, "asked", count, draft.part)[len(ATTRIBUTES) :]
-        at = free_place(draws, {**PLACES, **self.asked.ranges}, taken, draft.healthy.valid)
-        return replace(draft, wanted={**self.asked.values(seed, draft.seeded, part=draft.part), **at})
+        asked = replace(self.asked, ranges={**FURTHER, **self.asked.ranges})
+        at = free_place(draws, asked.ranges, taken, draft.healthy.valid)
+        return replace(draft, wanted={**asked.values(seed, draft.seeded, part=draft.part), **at})
 
     def mask(self, index: int) -> GivenMask | None:
         """The user's mask of a sample; None where it has none."""
