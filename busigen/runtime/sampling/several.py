@@ -21,9 +21,9 @@ COLUMNS: dict[str, type] = {
 for ``edit_pixels``, which counts those of all."""
 
 FURTHER = {"across": (0.15, 0.85), "depth": (0.15, 0.5), "size": (0.004, 0.03)}
-"""Between what a further lesion is asked for, in the units of `conditions.BOUNDS`, unless a user says. Ten images of BUSI
-have two lesions of 60 pixels or more: 19 of the 20 lie there, and nine of the ten smaller ones have 0.002 to 0.027 of
-their image. Left to itself, stage 1 draws nearly all further lesions where the first one is."""
+"""Between what a further lesion is asked for, in the units of `conditions.BOUNDS`, unless a user says. Ten images of
+BUSI have two lesions of 60 pixels or more: 19 of the 20 lie there, and nine of the ten smaller ones have 0.002 to 0.027
+of their image. Left to itself, stage 1 draws nearly all further lesions where the first one is."""
 
 CLEARANCE = 20.0  # pixels from other lesions' edit regions to the centre: a small lesion's radius and its margin
 PLACE_DRAWS = 32  # random numbers for places, two each, of which the first one that is clear of other lesions is taken
