@@ -24,6 +24,8 @@ ATTRIBUTES = ("across", "depth", "size", "height_width")
 TALLER_THAN_WIDE = "1.05:1.6"  # The ``generate --height-width`` that ``--taller-than-wide`` stands for.
 BIRADS = ("2", "3", "4", "5")  # Categories that can be asked for, in the order of stage 1's condition.
 
+MAX_LESIONS = 3  # Of an image: with more, few images have room for outlines as large as real ones.
+
 # Images by class and BI-RADS category in BUS-BRA's ``bus_data.csv``; BUSI has no categories.
 BIRADS_IMAGES = {"benign": {"2": 314, "3": 274, "4": 170, "5": 2}, "malignant": {"2": 4, "3": 15, "4": 248, "5": 100}}
 # Length of stage 1's condition: each attribute's value, whether it is asked for, the category as one-hot.

@@ -120,6 +120,8 @@ def bad(*arguments: object) -> tuple[object, ...]:
         (bad("--count", 4, "--birads", 6), 2, ["--birads is '6'", "2, 3, 4, 5"]),
         (bad("--count", 4, "--birads", "3:0.5,6:0.5"), 2, ["'6' is no category", "2:0.1,3:0.4"]),
         (bad("--count", 4, "--normals", 1), 2, ["--normals is 1", "from 0 to below 1"]),
+        (bad("--count", 4, "--lesions", 4), 2, ["--lesions is '4'", "1:0.9,2:0.1"]),
+        (bad("--count", 4, "--lesions", 2, "--masks", "masks"), 2, ["--masks masks gives each", "Leave out --lesions"]),
         (bad("--count", 4, "--colour", "red"), 2, ["--colour", "busigen generate --help"]),
         (bad(), 2, ["--count", "busigen generate --help"]),
         # As an unset variable of the shell leaves them; a path would be the current folder.

@@ -50,6 +50,7 @@ class SampleOptions(TypedDict, total=False):
     birads: int | str | Mapping[int | str, float] | None  # 4, or {2: 0.1, 3: 0.4, 4: 0.3, 5: 0.2}
     normals: float  # share of pairs without a lesion
     scanner: str | None  # a name of the bundle's, "any" or "mix"
+    lesions: int | str | Mapping[int | str, float] | None  # of an image: 2, or {1: 0.9, 2: 0.1}
     density: str | None  # of synthetic backgrounds: A to D
     chest_wall: Range | None  # share of the height above their muscle
     tissue_maps: bool
@@ -259,9 +260,10 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("bundle", "spool", "masks"):
         if name in found:
             found[name] = _path(found[name])
-    if isinstance(birads := found.get("birads"), Mapping):
-        found["birads"] = ",".join(f"{name}:{float(weight)!r}" for name, weight in birads.items())
-    for name in ("healthy", "birads"):
+    for name in ("birads", "lesions"):
+        if isinstance(mix := found.get(name), Mapping):
+            found[name] = ",".join(f"{one}:{float(weight)!r}" for one, weight in mix.items())
+    for name in ("healthy", "birads", "lesions"):
         if found.get(name) is not None:
             found[name] = str(found[name])
     return found

@@ -50,6 +50,7 @@ class Pair:
     key: str  # unique in its dataset: "000000012", of a merged one "001/000000012", as `explain` takes it
     row: dict[str, Any]  # of the manifest; a pair that lies in no file has no hashes and no shard
     tissue: NDArray[np.uint8] | None = None  # (256, 256), by `busigen.phantoms.tissue.TISSUES`; with ``tissue_maps``
+    masks: tuple[NDArray[np.bool_], ...] = ()  # (256, 256), of each lesion; ``mask`` has them all
 
 
 def drawn(options: SourceOptions, indices: Iterable[int]) -> Iterator[Pair]:
@@ -70,7 +71,8 @@ def _stream(source: Sampler, options: SourceOptions, indices: Iterator[int]) -> 
 
 
 def _pair(sample: Sample, row: dict[str, Any], prefix: str = "") -> Pair:
-    return Pair(sample.image, sample.mask, sample.label, f"{prefix}{row['key']}", row, sample.tissue)
+    key = f"{prefix}{row['key']}"
+    return Pair(sample.image, sample.mask, sample.label, key, row, sample.tissue, sample.lesion_masks)
 
 
 class Dataset:
@@ -183,7 +185,7 @@ class _Part:
         # The record itself takes megabytes, and is not needed any more.
         self._listed = {shard["number"]: shard["tar"] for shard in dataset.info["shards"]}
         self._place = place if isinstance(place, Path) else _Fetched(place)
-        self._places: dict[int, NDArray[np.int64]] = {}
+        self._places: dict[int, reader.Places] = {}
         self._checked: set[int] = set()
 
     def pair(self, position: int) -> Pair:
@@ -191,10 +193,9 @@ class _Part:
         index = self.plan.first + position
         number = index // self.plan.shard_size
         path = self._shard(number)
-        indices = self.plan.indices(number)
         if number not in self._places:
-            self._places[number] = reader.find_members(path, indices)
-        member = reader.read_member(path, index, self._places[number][index - indices.start])
+            self._places[number] = reader.find_members(path, self.plan.indices(number))
+        member = reader.read_member(path, index, self._places[number])
         sample = member.sample()
         if sample.label not in SAMPLE_CLASSES or sample.index != index:
             problem = f"{path}: {member.key}.json names class {sample.label!r:.40} and index {sample.index}."

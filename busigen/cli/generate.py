@@ -9,7 +9,17 @@ import typer
 
 from busigen.cli.app import Interrupted, app, quiet_libraries, stderr, stdout
 from busigen.errors import BusigenError, FlaggedError, InputError, UsageError, needs
-from busigen.registry import AUTO, BIRADS, DEFAULT_BATCH, LAUNCHERS, PROVIDERS, SHARD_SIZE, SYNTHETIC, TALLER_THAN_WIDE
+from busigen.registry import (
+    AUTO,
+    BIRADS,
+    DEFAULT_BATCH,
+    LAUNCHERS,
+    MAX_LESIONS,
+    PROVIDERS,
+    SHARD_SIZE,
+    SYNTHETIC,
+    TALLER_THAN_WIDE,
+)
 from busigen.runtime.storage.url import place_of, refuse_urls
 
 
@@ -18,7 +28,8 @@ from busigen.runtime.storage.url import place_of, refuse_urls
     "`busigen generate --count 1000 --out data --healthy normal/ --classes malignant` paints into your own images; "
     "`busigen generate --count 200 --out data --masks masks/ --healthy normal/` paints each of 200 masks of your own; "
     "`busigen generate --count 1000 --out data --birads 2:0.1,3:0.4,4:0.3,5:0.2 --normals 0.2` deals categories, and "
-    "images without a lesion; "
+    "images without a lesion; `busigen generate --count 1000 --out data --lesions 1:0.9,2:0.1` paints two lesions into "
+    "every tenth image; "
     "`busigen generate --count 100000 --out data --workers 16 --threads 2` uses 32 cores; with `sbatch --array=1-8`, "
     "`busigen generate --count 100000 --out data --launcher slurm` makes one dataset in eight jobs. See "
     "docs/scale-out.md. `busigen generate --count 100000 --out s3://bucket/data` publishes each finished shard to S3; "
@@ -44,6 +55,10 @@ def generate(
     normals: Annotated[
         float, typer.Option(help="Share of samples that are a healthy image without a lesion, with an empty mask.")
     ] = 0.0,
+    lesions: Annotated[
+        str | None,
+        typer.Option(help=f"Lesions an image, 1 to {MAX_LESIONS}, or shares, as 1:0.9,2:0.1; each gets a mask."),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(help="Lesion's area as a share of the image's without bars: 0.03, or a range 0.02:0.06."),

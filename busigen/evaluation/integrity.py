@@ -205,7 +205,7 @@ def _prove_backgrounds(context: AuditContext, result: SectionResult) -> None:
         # Whatever wrote the set's rows may name anything; what is not there proves nothing.
         if sha256 not in backgrounds.paths:
             problems.append(f"{images.table['id'][row]} names a healthy image that is not below --healthy.")
-        elif problem := backgrounds.difference(sha256, images.images[row], images.masks[row]):
+        elif problem := backgrounds.difference(sha256, images.images[row], _parts(images.masks[row])):
             problems.append(f"{images.table['id'][row]}: {problem.problem}")
     key, share = "integrity.background.unproven", Interval(100 * len(problems) / len(named))
     label, counts = "Backgrounds that are not their healthy image's", (len(named), len(backgrounds.paths))
@@ -344,6 +344,12 @@ def edge_fit(image: NDArray[np.uint8], mask: NDArray[np.bool_], valid: NDArray[n
     best = int(np.argmax(np.where(tried, fit, -np.inf)))
     contrast = (fit[here] - fit[tried].mean()) / (fit[tried].std() + 1e-6)
     return {"displacement": float(distance[best]), "contrast": float(contrast)}
+
+
+def _parts(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """A mask as a whole, which may be of one lesion, and each of its parts, which may be lesions of their own."""
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    return [mask, *(labels == number for number in range(1, count + 1))]
 
 
 def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:

@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from busigen.api.pairs import Dataset
 from busigen.data.geometry import edit_region
 from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
@@ -26,6 +27,7 @@ from busigen.runtime.sampling.healthy_images import HealthyFolder
 from tests.conftest import Sources
 from tests.harness.planted_defects import halved, repeated, with_calipers
 from tests.harness.quick_engine import QuickEngine, quick_sampler
+from tests.harness.several_lesions import healthy_images, written
 from tests.harness.synthetic_datasets import draw_frame, draw_pairs
 from tests.runtime.sampling.test_given_masks import save_image
 
@@ -282,6 +284,19 @@ def test_images_without_a_lesion_are_counted_and_proven_and_their_empty_masks_ar
     assert result.details["empty_masks"] == []
     assert result.figure("integrity.background.unproven").value.value == 0
     assert not any("empty" in key or "contradiction" in key or "background" in key for key in flagged(result))
+
+
+def test_several_lesions_are_read_from_one_mask_and_their_backgrounds_proven(
+    synthetic_busi: Path, tmp_path: Path
+) -> None:
+    healthy = healthy_images(tmp_path / "healthy")
+    written(tmp_path / "set", healthy, lesions={"1": 0.2, "3": 0.8})
+    images, pairs = read_set(tmp_path / "set"), Dataset(tmp_path / "set")
+    assert images.table["lesions"].to_list() == [len(pair.masks) for pair in pairs]
+    assert all(np.array_equal(mask, pair.mask) for mask, pair in zip(images.masks, pairs, strict=True))
+    result = judge(images, read_set(synthetic_busi), tmp_path / "out", healthy=healthy)
+    assert result.figure("integrity.background.unproven").value.value == 0
+    assert result.details["empty_masks"] == []
 
 
 def test_without_the_healthy_folder_the_report_says_what_would_prove_them(lesions: ImageSet, tmp_path: Path) -> None:

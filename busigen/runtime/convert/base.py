@@ -49,7 +49,8 @@ class Pair:
     number: int  # from 0, among the pairs of its split
     class_number: int  # from 1, among the pairs of its class
     image: NDArray[np.uint8]  # (256, 256)
-    mask: NDArray[np.bool_]  # (256, 256), true on the lesion
+    mask: NDArray[np.bool_]  # (256, 256), true on the lesion, or on all of them
+    masks: tuple[NDArray[np.bool_], ...]  # (256, 256), of each lesion; none of a normal one
     image_png: bytes  # the dataset's own file: 8-bit grey
     mask_png: bytes  # the dataset's own file: 1 bit
     row: Mapping[str, Any]  # its row of the manifest (docs/architecture.md)
@@ -214,9 +215,9 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def grey_mask(pair: Pair) -> bytes:
-    """Its mask as an 8-bit PNG, 255 on the lesion: many tools do not read one of a single bit."""
-    return png(pair.mask.astype(np.uint8) * 255)
+def grey_mask(mask: NDArray[np.bool_]) -> bytes:
+    """A mask as an 8-bit PNG, 255 on the lesion: many tools do not read one of a single bit."""
+    return png(mask.astype(np.uint8) * 255)
 
 
 def label_map(pair: Pair) -> bytes:

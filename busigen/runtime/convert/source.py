@@ -198,7 +198,7 @@ def _pair(part: Part, member: Member, chosen: Mapping[str, Any]) -> Pair:
     if member.key != key_of(chosen["index"]) or member.row.get("class") != chosen["class"]:
         raise IntegrityError(f"Sample {member.key} is not what the manifest says.", fix=_VERIFY)
     try:
-        image, mask = member.decoded("image"), member.decoded("mask")
+        image, mask, masks = member.decoded("image"), member.decoded("mask"), member.lesion_masks()
     except ValueError as error:
         raise IntegrityError(f"Sample {member.key} is damaged: {error}.", fix=_VERIFY) from error
     return Pair(
@@ -210,6 +210,7 @@ def _pair(part: Part, member: Member, chosen: Mapping[str, Any]) -> Pair:
         class_number=chosen["class_number"],
         image=image,
         mask=mask,
+        masks=masks or ((mask,) if mask.any() else ()),
         image_png=member.image,
         mask_png=member.mask,
         row=member.row,

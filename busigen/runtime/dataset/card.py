@@ -8,7 +8,15 @@ from typing import Any
 
 import busigen
 from busigen.registry import LESION_CLASSES, NORMAL, RESOLUTION, SAMPLE_CLASSES, STABLE_DIFFUSION, SYNTHETIC
-from busigen.runtime.dataset.format import SHARD_FOLDER, command_line, decided, key_of
+from busigen.runtime.dataset.format import (
+    SHARD_FOLDER,
+    command_line,
+    decided,
+    extra_pictures,
+    key_of,
+    lesion_slots,
+    member_suffixes,
+)
 from busigen.runtime.dataset.shards import column_types
 from busigen.text import counted, unproven_line
 
@@ -109,7 +117,7 @@ where folders stand by their names alone. For research; not for diagnosis.
 
 - `shards/*.tar`: [WebDataset](https://github.com/webdataset/webdataset) shards. A sample is three files:
   `<key>.image.png` ({RESOLUTION} x {RESOLUTION}, 8-bit grey), `<key>.mask.png` (1 bit, white on the lesion),
-  `<key>.json` (its row).
+  `<key>.json` (its row).{_several(info["columns"])}
 - `manifest.parquet`: one row per sample: {", ".join(f"`{name}`" for name in column_types(info["columns"]))}.
   Boxes are in pixels, right and bottom exclusive. `shards/*.parquet` hold the same rows per shard.
 - `dataset.json`: options, fingerprints, counts, and the sha256 of every shard. `run.json`: the same before the run.
@@ -169,6 +177,17 @@ and how it was made. For research; not for diagnosis.
 {closing(info)}"""
 
 
+def _several(columns: Mapping[str, str]) -> str:
+    """What the masks of single lesions are, where a dataset has them."""
+    if not (most := lesion_slots(columns)):
+        return ""
+    return f"""
+  `<key>.mask.png` marks all lesions of an image, and `<key>.mask_1.png` to `<key>.mask_{most}.png` one each: `lesions`
+  in the row says how many there are, and masks beyond that are empty. Columns that begin with `lesion_1_` are the first
+  lesion's, and so on. Those without a number are the first one's, too, but for `lesion_pixels`, `edit_pixels` and the
+  box, which are of all lesions together."""
+
+
 def balance(info: Mapping[str, Any]) -> str:
     """A paragraph on samples without a lesion and on the mix of categories; empty without either."""
     said = []
@@ -178,6 +197,9 @@ def balance(info: Mapping[str, Any]) -> str:
     if ":" in (mix := decided(info, "--birads") or ""):
         shares = ", ".join(f"{part.replace(':', ' with weight ')}" for part in mix.split(","))
         said.append(f"BI-RADS categories were asked for in shares, {shares}: `asked_birads` has each sample's.")
+    if ":" in (mix := decided(info, "--lesions") or ""):
+        shares = ", ".join(f"{part.replace(':', ' with weight ')}" for part in mix.split(","))
+        said.append(f"Numbers of lesions an image were asked for in shares, {shares}.")
     return f"\n{' '.join(said)}\n" if said else ""
 
 
@@ -263,9 +285,9 @@ dataset_info:
 
 
 def sample_features(columns: Mapping[str, str], classes: Iterable[str]) -> list[dict[str, Any]]:
-    """What `datasets` makes of a shard: image, mask, row, and where it read them; ``columns`` are those of a record."""
+    """What `datasets` makes of a shard: pictures, row, and where it read them; ``columns`` are those of a record."""
     return [
-        *({"name": name, "dtype": "image"} for name in ("image.png", "mask.png")),
+        *({"name": name, "dtype": "image"} for name in member_suffixes(extra_pictures(columns))[:-1]),
         {"name": "json", "struct": row_features(column_types(columns), classes)},
         *({"name": name, "dtype": "string"} for name in ("__key__", "__url__")),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import busigen
 from busigen.runtime.dataset.card import citation, licence, privacy
-from busigen.runtime.dataset.format import MANIFEST_FILE
+from busigen.runtime.dataset.format import MANIFEST_FILE, lesion_slots
 from busigen.runtime.dataset.shards import column_types
 
 _PARQUET = "application/x-parquet"
@@ -76,6 +76,14 @@ def _described(info: Mapping[str, Any], files: Nodes, sets: Nodes) -> dict[str, 
 def _content(info: Mapping[str, Any], about: str, folder: str = "") -> tuple[Nodes, Nodes]:
     """Files and record sets of a dataset in ``folder``, which ends with a slash; all names begin with its name."""
     start = folder.replace("/", "-")
+    pictures = {
+        "images": ("image", "Images, 8-bit grey."),
+        "masks": ("mask", "Lesion masks, 1 bit."),
+        **{
+            f"masks_{number}": (f"mask_{number}", f"Masks of each image's lesion {number}, 1 bit; empty without one.")
+            for number in range(1, lesion_slots(info["columns"]) + 1)
+        },
+    }
     shards = [
         _file_object(
             f"{start}shard-{shard['number']:06d}", "WebDataset shard.", shard["tar"], "application/x-tar", folder
@@ -88,16 +96,16 @@ def _content(info: Mapping[str, Any], about: str, folder: str = "") -> tuple[Nod
         *(
             {
                 "@type": "cr:FileSet",
-                "@id": f"{start}{kind}s",
-                "name": f"{start}{kind}s",
+                "@id": f"{start}{name}",
+                "name": f"{start}{name}",
                 "description": what,
                 "containedIn": [{"@id": shard["@id"]} for shard in shards],
                 "encodingFormat": "image/png",
                 "includes": f"*.{kind}.png",
             }
-            for kind, what in (("image", "Images, 8-bit grey."), ("mask", "Lesion masks, 1 bit."))
+            for name, (kind, what) in pictures.items()
         ),
-    ], [_rows(start, column_types(info["columns"]), ("key",)), _pictures(start, "images"), _pictures(start, "masks")]
+    ], [_rows(start, column_types(info["columns"]), ("key",)), *(_pictures(start, name) for name in pictures)]
 
 
 def _file_object(name: str, about: str, record: Mapping[str, Any], encoding: str, folder: str = "") -> dict[str, Any]:

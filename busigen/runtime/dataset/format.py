@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from busigen.errors import UsageError
 from busigen.records import Text, Whole
+from busigen.registry import MAX_LESIONS
 from busigen.runtime.storage.lock import LOCK_FILE
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ CROISSANT_FILE = "croissant.json"
 SHARD_FOLDER = "shards"
 FINISHED_FILES = (RUN_FILE, DATASET_FILE, MANIFEST_FILE, PREVIEW_FILE, CARD_FILE, CROISSANT_FILE)
 MEMBER_SUFFIXES = ("image.png", "mask.png", "json")  # after ``<key>.`` in a shard's tar, in their order
-TISSUE_SUFFIX, TISSUE_COLUMN = "tissue.png", "tissue_sha256"
-"""Of the map of tissues, which stands before the JSON where it was asked for, and the column with its hash."""
+TISSUE = "tissue"  # the kind of picture that maps tissues
+EXTRA_PICTURES = (*(f"mask_{number}" for number in range(1, MAX_LESIONS + 1)), TISSUE)
+"""Kinds of pictures that some datasets have: each is ``<key>.<kind>.png``, in this order before the JSON, where the
+dataset's columns hold ``<kind>_sha256``."""
+TISSUE_COLUMN = f"{TISSUE}_sha256"
 MEMBER_LIMIT = 1 << 20  # bytes of a tar member that a reader accepts; an honest one holds less than a tenth of this
 
 OWN_FILE = re.compile(
@@ -40,6 +44,28 @@ OWN_FILE = re.compile(
 WRITTEN = re.compile(rf"{OWN_FILE.pattern}|{re.escape(LOCK_FILE)}(?:-marks)?")  # locks included
 MAX_COUNT = 10**9  # keys have nine digits; beyond them their order as text would no longer be the order of the indices
 MAX_SEED = 2**64 - 1
+
+
+def extra_pictures(columns: Iterable[str]) -> tuple[str, ...]:
+    """The kinds among ``EXTRA_PICTURES`` that samples with these columns have, in order."""
+    there = set(columns)
+    return tuple(kind for kind in EXTRA_PICTURES if f"{kind}_sha256" in there)
+
+
+def member_suffixes(extra: Iterable[str]) -> tuple[str, ...]:
+    """What stands after ``<key>.`` in a shard's tar, in order, where samples have these extra pictures."""
+    *pictures, text = MEMBER_SUFFIXES
+    return (*pictures, *(f"{kind}.png" for kind in extra), text)
+
+
+def picture_columns(columns: Iterable[str]) -> set[str]:
+    """The columns of these with hashes of extra pictures."""
+    return {f"{kind}_sha256" for kind in extra_pictures(columns)}
+
+
+def lesion_slots(columns: Iterable[str]) -> int:
+    """How many lesions a sample with these columns may have, each with a mask of its own; 0 where it may not."""
+    return len(set(extra_pictures(columns)) - {TISSUE})
 
 
 def key_of(index: int) -> str:
@@ -168,6 +194,7 @@ FIELDS = {
     "--jitter": ("fingerprint", "jitter"),
     "--vary": ("fingerprint", "vary"),
     "--normals": ("fingerprint", "normals"),
+    "--lesions": ("fingerprint", "lesions"),
     "--classes": ("fingerprint", "classes"),
     "--seed": ("config", "seed"),
     "--shard-size": ("config", "shard_size"),
@@ -234,6 +261,12 @@ class Sample:
     mask: NDArray[np.bool_]
     row: dict[str, Any]  # further manifest fields: JSON-able scalars under the same keys in every sample of a source
     tissue: NDArray[np.uint8] | None = None  # of its background, by numbers of `busigen.phantoms.tissue`
+    masks: tuple[NDArray[np.bool_], ...] = ()  # of each lesion, where there may be several; ``mask`` has them all
+
+    @property
+    def lesion_masks(self) -> tuple[NDArray[np.bool_], ...]:
+        """The mask of each lesion, ``(256, 256)``."""
+        return self.masks or ((self.mask,) if self.mask.any() else ())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,20 +23,21 @@ from busigen.records import Many, Number, Record, Text, Whole, checked, parse_js
 from busigen.registry import RESOLUTION
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
+    EXTRA_PICTURES,
     FINISHED_FILES,
     FIRST_SCHEMA_VERSION,
     MANIFEST_FILE,
     MEMBER_LIMIT,
-    MEMBER_SUFFIXES,
     OWN_FILE,
     RUN_FILE,
     SCHEMA_VERSION,
     SHARD_FOLDER,
-    TISSUE_COLUMN,
-    TISSUE_SUFFIX,
+    TISSUE,
     Plan,
     Sample,
     key_of,
+    member_suffixes,
+    picture_columns,
     shard_path,
 )
 from busigen.runtime.dataset.shards import FIXED_COLUMNS, FileRecord, ShardRecord, read_table, recorded_schema
@@ -58,6 +59,7 @@ class _Fingerprint(Record):
     masks: Text | None = None
     jitter: Number | None = None
     normals: Number | None = None
+    lesions: Text | None = None
     vary: Text | None = None
     cells: Annotated[int, Strict(), Field(ge=1)] | None = None
     size: Text | None = None
@@ -133,22 +135,23 @@ class _SampleRow(Record):
 
 @dataclass(frozen=True)
 class Member:
-    """One sample as it lies in a shard's tar: key, PNG files' bytes (of tissues, where there is one), decoded row."""
+    """One sample as it lies in a shard's tar: key, PNG files' bytes, decoded row; ``extra`` pictures by their kind."""
 
     key: str
     image: bytes
     mask: bytes
     row: dict[str, Any]
-    tissue: bytes | None = None
+    extra: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def pictures(self) -> dict[str, bytes]:
-        """The PNG files by their kind."""
-        return {"image": self.image, "mask": self.mask, **({} if self.tissue is None else {"tissue": self.tissue})}
+        """The PNG files by their kind, in the order of a shard."""
+        return {"image": self.image, "mask": self.mask, **self.extra}
 
     def decoded(self, kind: str) -> NDArray[Any]:
-        """Its "image" or "tissue", (256, 256) uint8, or "mask", bool; a ValueError if that is no such PNG."""
-        mode = "1" if kind == "mask" else "L"
+        """Its "image" or "tissue", (256, 256) uint8, or a mask, bool; a ValueError if that is no such PNG."""
+        marks = kind not in ("image", TISSUE)
+        mode = "1" if marks else "L"
         try:
             # Pillow imports the code for a format here, which opens files.
             with looking(), Image.open(io.BytesIO(self.pictures[kind]), formats=("PNG",)) as image:
@@ -158,19 +161,26 @@ class Member:
                 image.load()
                 pixels = np.array(image)
                 # Pillow's true is the byte 255, which not all code takes for true as numpy does.
-                return pixels.view(np.uint8) > 0 if kind == "mask" else pixels
+                return pixels.view(np.uint8) > 0 if marks else pixels
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"not a readable PNG ({error})") from error
+
+    def lesion_masks(self) -> tuple[NDArray[np.bool_], ...]:
+        """The mask of each lesion, where its dataset has them apart; raises what :meth:`decoded` does."""
+        masks = (self.decoded(kind) for kind in self.extra if kind != TISSUE)
+        return tuple(mask for mask in masks if mask.any())
 
     def sample(self) -> Sample:
         """It, decoded; an IntegrityError for damage."""
         row = checked(_SampleRow, self.row, f"The row of sample {self.key}", fix=_VERIFY)
-        own = {name: value for name, value in self.row.items() if name not in (*FIXED_COLUMNS, TISSUE_COLUMN)}
+        not_own = FIXED_COLUMNS.keys() | picture_columns(self.row)
+        own = {name: value for name, value in self.row.items() if name not in not_own}
         try:
-            image, mask, *tissue = (self.decoded(kind) for kind in self.pictures)
+            image, mask, masks = self.decoded("image"), self.decoded("mask"), self.lesion_masks()
+            tissue = self.decoded(TISSUE) if TISSUE in self.extra else None
         except ValueError as error:
             raise IntegrityError(f"Sample {self.key} is damaged: {error}.", fix=_VERIFY) from error
-        return Sample(row.index, row.attempt, row.label, image, mask, own, *tissue)
+        return Sample(row.index, row.attempt, row.label, image, mask, own, tissue, masks)
 
 
 @dataclass(frozen=True)
@@ -307,28 +317,42 @@ def read_members(path: Path, indices: range, only: Sequence[int] | None = None) 
     with _reading(path), open_headers(path) as tar:
         for index, headers in _headers(path, tar, indices):
             if index in wanted:
-                yield _member(path, index, [(header.size, tar.read(header)) for header in headers])
+                yield _member(path, index, {kind: (one.size, tar.read(one)) for kind, one in headers.items()})
 
 
-def find_members(path: Path, indices: range) -> NDArray[np.int64]:
-    """Where a shard's tar, checked as by `read_members`, holds each index's members: ``(N, K, 2)``, offset and size.
+@dataclass(frozen=True)
+class Places:
+    """Where a shard's tar holds its samples' members: ``(N, K, 2)``, offset and size, of ``K`` ``suffixes``."""
 
-    ``K`` is 4 where each sample has a map of its tissues, and else 3.
-    """
+    indices: range
+    suffixes: tuple[str, ...]
+    places: NDArray[np.int64]
+
+
+def find_members(path: Path, indices: range) -> Places:
+    """Where a shard's tar, checked as by `read_members`, holds each index's members, which are as many for each."""
+    kinds: set[tuple[str, ...]] = set()
+    found = []
     with _reading(path), open_headers(path) as tar:
-        found = [[(one.offset_data, one.size) for one in headers] for _, headers in _headers(path, tar, indices)]
-    if len({len(own) for own in found}) > 1:
-        raise IntegrityError(f"{path}: only some of its samples have a {TISSUE_SUFFIX}.", fix=_VERIFY)
-    return np.array(found, np.int64)
+        for _, headers in _headers(path, tar, indices):
+            kinds.add(tuple(headers))
+            found.append([(one.offset_data, one.size) for one in headers.values()])
+    if len(kinds) > 1:
+        most, least = max(kinds, key=len), min(kinds, key=len)
+        some = next(suffix for suffix in most if suffix not in least)
+        raise IntegrityError(f"{path}: only some of its samples have a {some}.", fix=_VERIFY)
+    return Places(indices, kinds.pop(), np.array(found, np.int64))
 
 
-def read_member(path: Path, index: int, places: NDArray[np.int64]) -> Member:
-    """Read one sample from its places, ``(K, 2)``, of `find_members`; an IntegrityError if it is not there."""
-    contents = []
+def read_member(path: Path, index: int, found: Places) -> Member:
+    """Read one sample of those that `find_members` found; an IntegrityError if it is not there."""
+    contents = {}
     with _reading(path), open_file(path) as file:
-        for offset, size in places.tolist():
+        for suffix, (offset, size) in zip(
+            found.suffixes, found.places[index - found.indices.start].tolist(), strict=True
+        ):
             file.seek(offset)
-            contents.append((size, file.read(size)))
+            contents[suffix] = (size, file.read(size))
     return _member(path, index, contents)
 
 
@@ -340,44 +364,49 @@ def _reading(path: Path) -> Iterator[None]:
         raise IntegrityError(f"{path} cannot be read: {error}.", fix=_VERIFY) from error
 
 
-def _headers(path: Path, tar: TarHeaders, indices: range) -> Iterator[tuple[int, list[tarfile.TarInfo]]]:
-    """Each index with its members' headers, in order, and an IntegrityError where others follow.
-
-    Members are image, mask and row, and after them the map of tissues where there is one.
-    """
-    *pictures, text = MEMBER_SUFFIXES
+def _headers(path: Path, tar: TarHeaders, indices: range) -> Iterator[tuple[int, dict[str, tarfile.TarInfo]]]:
+    """Each index with its members' headers by suffix, in order, and an IntegrityError where others follow."""
+    image, mask, *extra, text = member_suffixes(EXTRA_PICTURES)
     for index in indices:
         key = key_of(index)
-        found = [_next_member(path, tar, f"{key}.{suffix}") for suffix in pictures]
-        last = _next_member(path, tar, f"{key}.{text}", f"{key}.{TISSUE_SUFFIX}")
-        tissue = [last] if last.name == f"{key}.{TISSUE_SUFFIX}" else []
-        yield index, [*found, _next_member(path, tar, f"{key}.{text}") if tissue else last, *tissue]
-    if (extra := tar.next()) is not None:
-        raise IntegrityError(f"{path}: unexpected member {extra.name[:100]!r} at the end.", fix=_VERIFY)
+        found = {suffix: _next_member(path, tar, key, suffix) for suffix in (image, mask)}
+        left = extra
+        while text not in found:
+            # What comes first is what a dataset without extra pictures has.
+            member = _next_member(path, tar, key, text, *left)
+            suffix = member.name.removeprefix(f"{key}.")
+            found[suffix] = member
+            left = left[left.index(suffix) + 1 :] if suffix in left else left
+        yield index, found
+    if (surplus := tar.next()) is not None:
+        raise IntegrityError(f"{path}: unexpected member {surplus.name[:100]!r} at the end.", fix=_VERIFY)
 
 
-def _member(path: Path, index: int, contents: Sequence[tuple[int, bytes]]) -> Member:
-    """A sample from its members, in the order of `_headers`, each with the size that it should have."""
+def _member(path: Path, index: int, contents: Mapping[str, tuple[int, bytes]]) -> Member:
+    """A sample from its members by suffix, in the order of `_headers`, each with the size that it should have."""
     key = key_of(index)
-    for suffix, (size, content) in zip((*MEMBER_SUFFIXES, TISSUE_SUFFIX), contents, strict=False):
+    for suffix, (size, content) in contents.items():
         if len(content) != size:
             raise IntegrityError(f"{path}: {key}.{suffix} is cut short.", fix=_VERIFY)
-    image, mask, text, *tissue = (content for _, content in contents)
+    image, mask, *pictures, text = (content for _, content in contents.values())
+    _, _, *extra, _ = (suffix.removesuffix(".png") for suffix in contents)
     try:
         row = parse_json(text, key)
     except ValueError:
         row = None
     if not isinstance(row, dict) or row.get("key") != key:
         raise IntegrityError(f"{path}: {key}.json is not the row of its sample.", fix=_VERIFY)
-    return Member(key=key, image=image, mask=mask, row=row, tissue=tissue[0] if tissue else None)
+    return Member(key=key, image=image, mask=mask, row=row, extra=dict(zip(extra, pictures, strict=True)))
 
 
-def _next_member(path: Path, tar: TarHeaders, expected: str, other: str | None = None) -> tarfile.TarInfo:
+def _next_member(path: Path, tar: TarHeaders, key: str, suffix: str, *others: str) -> tarfile.TarInfo:
+    """The next member's header, which has to be the sample's of that suffix, or of one of ``others``."""
+    expected = f"{key}.{suffix}"
     if (member := tar.next()) is None:
         raise IntegrityError(f"{path} ends before {expected}.", fix=_VERIFY)
     # Names are only compared, so an absolute path, a "..", a link or a device fails here and does no harm.
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-    if member.name not in (expected, other) or not plain:
+    if member.name not in (expected, *(f"{key}.{other}" for other in others)) or not plain:
         raise IntegrityError(f"{path}: expected the file {expected}, found {member.name[:100]!r}.", fix=_VERIFY)
     if not 0 < member.size <= MEMBER_LIMIT:
         problem = f"{path}: {expected} has {member.size} bytes; 1 to {MEMBER_LIMIT} are allowed."

@@ -33,14 +33,16 @@ from busigen.records import Many, Text, Whole, checked, read_json
 from busigen.registry import NORMAL, RESOLUTION, SAMPLE_CLASSES
 from busigen.runtime.dataset.format import (
     FIRST_SCHEMA_VERSION,
-    MEMBER_SUFFIXES,
     SHARD_FOLDER,
     TISSUE_COLUMN,
-    TISSUE_SUFFIX,
     Rejection,
     Sample,
     SampleBatch,
+    extra_pictures,
     key_of,
+    lesion_slots,
+    member_suffixes,
+    picture_columns,
     shard_path,
 )
 from busigen.runtime.storage.url import Address
@@ -209,7 +211,9 @@ def _check_samples(samples: list[Sample], types: Mapping[str, type]) -> None:
             raise ValueError(f"sample {index}: a normal one has no lesion, got a mask of {int(sample.mask.sum())}")
         if (sample.tissue is not None) != (TISSUE_COLUMN in types):
             raise ValueError(f"sample {index}: it has a map of tissues, or lacks one, unlike its source's others")
-        if sample.row.keys() != types.keys() - {TISSUE_COLUMN}:
+        if (slots := lesion_slots(types)) and len(sample.masks) > slots:
+            raise ValueError(f"sample {index}: its source says {slots} lesions at most, got {len(sample.masks)}")
+        if sample.row.keys() != types.keys() - picture_columns(types):
             raise ValueError(f"sample {index}: row must have fields {sorted(types)}, got {sorted(sample.row)}")
 
 
@@ -225,19 +229,17 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
         atomic_file(folder / tar_name) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for sample, (image, mask, *tissue) in zip(samples, _ENCODERS.map(_encode, samples), strict=True):
-            files = {
-                "shard": tar_name,
-                "image_sha256": hashlib.sha256(image).hexdigest(),
-                "mask_sha256": hashlib.sha256(mask).hexdigest(),
+        kinds = extra_pictures(types)
+        suffixes = member_suffixes(kinds)
+        encoded = _ENCODERS.map(lambda sample: _encode(sample, kinds), samples)
+        for sample, pictures in zip(samples, encoded, strict=True):
+            hashes = {
+                f"{kind}_sha256": hashlib.sha256(content).hexdigest()
+                for kind, content in zip(("image", "mask", *kinds), pictures, strict=True)
             }
-            if tissue:
-                files[TISSUE_COLUMN] = hashlib.sha256(tissue[0]).hexdigest()
-            row = row_of(sample, types, files)
+            row = row_of(sample, types, {"shard": tar_name, **hashes})
             text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-            *pictures, last = MEMBER_SUFFIXES
-            suffixes = (*pictures, *[TISSUE_SUFFIX] * len(tissue), last)
-            for suffix, content in zip(suffixes, (image, mask, *tissue, text), strict=True):
+            for suffix, content in zip(suffixes, (*pictures, text), strict=True):
                 # A new TarInfo has mtime 0, uid and gid 0, mode 0644 and no owner names, so nothing of this machine.
                 member = tarfile.TarInfo(f"{row['key']}.{suffix}")
                 member.size = len(content)
@@ -249,6 +251,7 @@ def _write_tar(folder: Path, number: int, samples: list[Sample], types: Mapping[
 def row_of(sample: Sample, types: Mapping[str, type], files: Mapping[str, str]) -> dict[str, Any]:
     """A sample's row in the manifest; ``files`` are the columns about its files, ``types`` those of its own fields."""
     box = lesion_box(sample.mask) or (None, None, None, None)
+    hashes = picture_columns(types)
     return {
         "key": key_of(sample.index),
         "index": sample.index,
@@ -257,13 +260,18 @@ def row_of(sample: Sample, types: Mapping[str, type], files: Mapping[str, str]) 
         **files,
         "lesion_pixels": int(sample.mask.sum()),
         **dict(zip(("box_left", "box_top", "box_right", "box_bottom"), box, strict=True)),
-        **{name: _scalar(sample, name, kind) for name, kind in types.items() if name != TISSUE_COLUMN},
+        **{name: _scalar(sample, name, kind) for name, kind in types.items() if name not in hashes},
     }
 
 
-def _encode(sample: Sample) -> list[bytes]:
-    """A sample's image and its map of tissues, if any, as 8-bit grey PNGs, its mask as a 1-bit one; no metadata."""
-    pictures = [sample.image, sample.mask, *([] if sample.tissue is None else [sample.tissue])]
+def _encode(sample: Sample, kinds: Sequence[str]) -> list[bytes]:
+    """A sample's image, mask and extra pictures of these kinds as PNGs: masks of 1 bit, others 8-bit grey; no metadata.
+
+    Of a sample with fewer lesions than others, the masks that are left are empty: loaders want the same files of each.
+    """
+    slots = lesion_slots(f"{kind}_sha256" for kind in kinds)
+    masks = [*sample.masks, *[np.zeros_like(sample.mask)] * (slots - len(sample.masks))] if slots else []
+    pictures = [sample.image, sample.mask, *masks, *([] if sample.tissue is None else [sample.tissue])]
     files = [io.BytesIO() for _ in pictures]
     for pixels, file in zip(pictures, files, strict=True):
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", **_PNG_OPTIONS)

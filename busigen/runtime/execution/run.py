@@ -29,6 +29,7 @@ from busigen.runtime.sampling.conditions import (
     SampleConditions,
     hardly_known,
     parse_conditions,
+    parse_lesions,
     parse_shares,
     refuse_normals,
 )
@@ -54,6 +55,7 @@ class SourceOptions:
     masks: Path | None = None  # a folder of masks, which take the place of stage 1
     jitter: float = 0.0  # share by which they are moved and scaled
     normals: float = 0.0  # share of the samples that have no lesion
+    lesions: str | None = None  # how many an image has, or several numbers with their shares
     vary: str | None = None  # of a grid: what is varied on each background
     classes: str = "benign=0.5,malignant=0.5"
     seed: int = 0
@@ -89,11 +91,28 @@ class SourceOptions:
         self._tissue()
         if refuse_normals(self.normals) and grid:
             raise UsageError(f"--normals is {self.normals:g}, and a grid varies lesions.", fix="Leave out --normals.")
+        self._lesions(asked)
         return parse_shares(self.classes), asked
 
     def grid(self) -> Grid | None:
         """What is varied; a ``UsageError`` where it cannot be."""
         return Grid.parse(self.vary) if self.vary else None
+
+    def _lesions(self, asked: SampleConditions) -> dict[str, float]:
+        """How many lesions images have; a ``UsageError`` where nothing else allows more than one."""
+        lesions = parse_lesions(self.lesions)
+        if not lesions:
+            return lesions
+        problem = f"--lesions is {self.lesions}"
+        if self.vary is not None:
+            raise UsageError(f"{problem}, and a grid varies one lesion of an image.", fix="Leave out --lesions.")
+        if self.masks is not None:
+            fix = "Leave out --lesions: a mask with several parts is painted as it is."
+            raise UsageError(f"{problem}, and --masks {self.masks} gives each image its mask.", fix=fix)
+        if all(len(set(asked.ranges.get(name, (0, 1)))) == 1 for name in ("across", "depth")):
+            fix = "Give a range of one of them, such as --across 0.2:0.8, or leave it out."
+            raise UsageError(f"{problem}, and --across and --depth ask for all of them in one place.", fix=fix)
+        return lesions
 
     def _tissue(self) -> AskedTissue:
         tissue = parse_tissue(self.density, self.chest_wall, self.tissue_maps)
@@ -128,6 +147,7 @@ class SourceOptions:
             tissue=self._tissue(),
             normals=self.normals,
             scanner=self.scanner,
+            lesions=self._lesions(asked),
             batch_size=self.batch_size,
         )
         if self._folders():

@@ -16,21 +16,20 @@ import polars as pl
 from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.files import atomic_file
 from busigen.records import checked
-from busigen.registry import ATTRIBUTES, NORMAL, SYNTHETIC
+from busigen.registry import ATTRIBUTES, MAX_LESIONS, NORMAL, SYNTHETIC
 from busigen.runtime.backends.bundle import Bundle, unproven
 from busigen.runtime.dataset.format import (
     DATASET_FILE,
     MANIFEST_FILE,
-    MEMBER_SUFFIXES,
     RUN_FILE,
-    TISSUE_COLUMN,
-    TISSUE_SUFFIX,
     Plan,
     Rejection,
     Source,
     as_typed,
     differences,
+    extra_pictures,
     key_of,
+    picture_columns,
     shard_path,
 )
 from busigen.runtime.dataset.reader import ListedShard, Member, plan_of, read_members, read_object, refuse_unreadable
@@ -158,7 +157,8 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
     fingerprint = run["fingerprint"]
     tar = shard_path(recorded.number, "tar")
     # The graphs that drew the sample, in the order in which they ran.
-    label, side = row.get("class"), row.get("window_side")
+    label = row.get("class")
+    sides = [row.get("window_side"), *(row.get(f"lesion_{number}_window_side") for number in range(2, MAX_LESIONS + 1))]
     graphs = bundle.info["graphs"] if bundle else {}
     used = ["prior", bundle.background_decoder] if bundle and row.get("background") == SYNTHETIC else []
     given = row.get("given_mask_sha256")
@@ -166,10 +166,11 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
         used += [
             "context",
             *([] if given else [f"mask-{label}"]),
-            f"encoder@{side}",
-            f"lesion-{label}@{side}",
-            f"blend-{label}@{side}",
-            f"decoder@{side}",
+            *(
+                f"{graph}@{side}"
+                for side in (sides[0], *filter(None, sides[1:]))
+                for graph in ("encoder", f"lesion-{label}", f"blend-{label}", "decoder")
+            ),
         ]
     used = list(dict.fromkeys(used))
     chain = [
@@ -182,6 +183,7 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
         (tar, recorded.record.tar.sha256 if recorded.record else None),
         ("image", row.get("image_sha256")),
         ("mask", row.get("mask_sha256")),
+        *((kind.replace("_", " "), row.get(f"{kind}_sha256")) for kind in extra_pictures(row)),
     ]
     return {
         "dataset": str(folder),
@@ -193,7 +195,7 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
         "refused": None if refused is None else [{"attempt": draw.attempt, "reason": draw.reason} for draw in refused],
         "asked": {
             "classes": as_typed(run, "--classes"),
-            **({"normals": as_typed(run, "--normals")} if fingerprint.get("normals") else {}),
+            **{name: as_typed(run, f"--{name}") for name in ("normals", "lesions") if fingerprint.get(name)},
             **{name: row.get(f"asked_{name}") for name in (*ATTRIBUTES, "birads")},
         },
         "background": {
@@ -325,9 +327,8 @@ def explain(
                 with output_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     row = json.dumps(member.row, ensure_ascii=False).encode()
-                    tissue = [] if member.tissue is None else [member.tissue]
-                    parts = (member.image, member.mask, row, *tissue)
-                    for suffix, content in zip((*MEMBER_SUFFIXES, TISSUE_SUFFIX), parts, strict=False):
+                    files = {f"{kind}.png": content for kind, content in member.pictures.items()} | {"json": row}
+                    for suffix, content in files.items():
                         with atomic_file(out / f"{member.key}.{suffix}") as file:
                             file.write(content)
             error = _disagreement(recorded, result)
@@ -361,7 +362,7 @@ def _replay(recorded: Recorded, source: Source) -> tuple[Replay, Member]:
         differs += [
             f"{name}: {field} is {describe(then)}, drawn again {describe(now)}."
             for field, then, now in differences(row, member.row)
-            if field not in ("image_sha256", "mask_sha256", TISSUE_COLUMN)
+            if field not in ("image_sha256", "mask_sha256", *picture_columns(member.row))
         ]
     if recorded.refused is not None and recorded.refused != record.rejections:
         then, now = (

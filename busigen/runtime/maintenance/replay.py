@@ -21,7 +21,7 @@ from busigen.runtime.dataset.shards import ShardRecord, write_shard
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.backgrounds import parse_tissue
-from busigen.runtime.sampling.conditions import parse_classes, parse_conditions, refuse_normals
+from busigen.runtime.sampling.conditions import parse_classes, parse_conditions, parse_lesions, refuse_normals
 from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import HealthyFolder
@@ -138,13 +138,14 @@ def recorded_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
         asked = parse_conditions(**{name: recorded.get(name) for name in (*ATTRIBUTES, "birads")})
         jitter = refuse_jitter(float(recorded.get("jitter") or 0.0))
         normals = refuse_normals(float(recorded.get("normals") or 0.0))
+        lesions = parse_lesions(recorded.get("lesions"))
         grid = Grid.parse(recorded["vary"]) if recorded.get("vary") else None
         tissue = parse_tissue(recorded.get("density"), recorded.get("chest_wall"), recorded.get("tissue_maps") is True)
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         problem = f"{RUN_FILE} does not say what was asked for: {error}."
         raise IntegrityError(problem, fix="Get the original dataset again.") from error
-    scanner = recorded.get("scanner")
-    given = {"jitter": jitter, "normals": normals, "grid": grid, "tissue": tissue, "scanner": scanner}
+    given = {"jitter": jitter, "normals": normals, "lesions": lesions, "grid": grid, "tissue": tissue}
+    given["scanner"] = recorded.get("scanner")
     return {"classes": classes, "asked": asked, **given}
 
 

@@ -87,6 +87,7 @@ class VerifyReport:
     masks_unproven: int = 0  # those with a user's mask for which that was not shown
     normals: int = 0  # samples without a lesion
     normals_equal: int = 0  # those that equal their healthy image in every pixel, bit for bit
+    several: int = 0  # samples with more than one lesion
 
     @property
     def ok(self) -> bool:
@@ -108,6 +109,8 @@ class VerifyReport:
         if self.normals:
             equal = f"; equal to their healthy image, bit for bit: {self.normals_equal}" if proving else ""
             yield f"  normal, without a lesion: {self.normals}{equal}"
+        if self.several:
+            yield f"  with more than one lesion: {self.several}; each has a mask, and the sample's is all of these"
         if self.groups:
             yield (
                 f"  groups of a grid whose samples are equal outside of their edit regions, bit for bit: "
@@ -212,6 +215,7 @@ def _verify_one(
         masks_unproven=sum(one.masks_unproven for one in shards),
         normals=sum(one.normals for one in shards),
         normals_equal=sum(one.normals_equal for one in shards),
+        several=sum(one.several for one in shards),
         groups=sum(one.groups for one in shards),
         groups_equal=sum(one.groups_equal for one in shards),
     )
@@ -227,7 +231,7 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
     ]
     backgrounds, masks = ("proven", "unproven", "synthetic"), ("equal", "moved", "unproven")
     summed = ("samples", "shards", "duplicates", *(f"backgrounds_{name}" for name in backgrounds))
-    summed += ("groups", "groups_equal", "normals", "normals_equal", *(f"masks_{name}" for name in masks))
+    summed += ("groups", "groups_equal", "normals", "normals_equal", "several", *(f"masks_{name}" for name in masks))
     sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in summed}
     sums["duplicates"] += sum("equals that of" in problem.problem for problem in own)
     return VerifyReport(folder=folder, problems=(*inside, *own), **sums)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,18 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from busigen.data.geometry import edit_region
+from busigen.data.geometry import Mask, edit_region
 from busigen.errors import IntegrityError
 from busigen.foreign import ForeignFileError, open_file
 from busigen.phantoms.tissue import TISSUES
 from busigen.registry import NORMAL
-from busigen.runtime.dataset.format import TISSUE_COLUMN, Plan, differences, key_of, shard_path
+from busigen.runtime.dataset.format import TISSUE, Plan, differences, extra_pictures, key_of, shard_path
 from busigen.runtime.dataset.reader import Member, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.given_masks import MaskProof
 from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.sampling.several import shape_row
 from busigen.text import printable
 
 DELETE = "Delete it, or move it out of the dataset."  # fix for a file that is none of the dataset's
@@ -80,6 +81,7 @@ class ShardFindings:
     groups_equal: int = 0  # those whose samples differ in their edit regions alone
     normals: int = 0  # samples without a lesion
     normals_equal: int = 0  # those that equal their healthy image in every pixel
+    several: int = 0  # samples with more than one lesion
     hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
@@ -204,12 +206,14 @@ def _check_background(
 ) -> None:
     """Compare a sample with its healthy image, if it has one that is at hand, and count it."""
     found.normals += row["class"] == NORMAL
+    found.several += (row.get("lesions") or 0) > 1
     if (healthy := row.get("healthy_sha256")) is None:
         found.synthetic += 1
         return
     found.needed.add(healthy)
     if backgrounds is not None and healthy in backgrounds.paths and not damaged:
-        if (reason := backgrounds.difference(healthy, member.decoded("image"), member.decoded("mask"))) is None:
+        masks = member.lesion_masks() or (member.decoded("mask"),)
+        if (reason := backgrounds.difference(healthy, member.decoded("image"), masks)) is None:
             found.proven += 1
             found.normals_equal += row["class"] == NORMAL
             return
@@ -281,8 +285,9 @@ def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
     if member.row != row:
         changed = ", ".join(name for name, _, _ in differences(member.row, row))
         yield f"its json differs from its row in the table ({changed})."
-    if (member.tissue is None) != (row.get(TISSUE_COLUMN) is None):
-        yield "it has a map of tissues and its row none, or the other way round."
+    hashed = extra_pictures(name for name, value in row.items() if value is not None)
+    if hashed != tuple(member.extra):
+        yield f"it has {_named(member.extra)} beside image and mask, and its row hashes of {_named(hashed)}."
         return
     for kind, content in member.pictures.items():
         if hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
@@ -290,15 +295,33 @@ def _member_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
     try:
         member.decoded("image")
         mask = member.decoded("mask")
-        tissue = None if member.tissue is None else member.decoded("tissue")
+        extra = {kind: member.decoded(kind) for kind in member.extra}
     except ValueError as error:
-        yield f"its image or mask is {error}." if member.tissue is None else f"its image, mask or tissue is {error}."
+        yield f"its image or mask{f', or {_named(member.extra)},' if member.extra else ''} is {error}."
         return
+    tissue = extra.pop(TISSUE, None)
     if tissue is not None and int(tissue.max()) >= len(TISSUES):
         yield f"its tissue holds {int(tissue.max())}, which stands for none."
+    if extra:
+        yield from _lesion_problems(mask, list(extra.values()), row)
     box = lesion_box(mask) or (None, None, None, None)
     recorded = tuple(row[f"box_{side}"] for side in ("left", "top", "right", "bottom"))
     if int(mask.sum()) != row["lesion_pixels"] or box != recorded:
         yield "its mask has another area or bounding box than its row says."
     if row["class"] == NORMAL and mask.any():
         yield "it is normal, and its mask marks a lesion."
+
+
+def _lesion_problems(mask: Mask, masks: Sequence[Mask], row: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the masks of single lesions, of which those that a sample does not need are empty."""
+    for number, one in enumerate(masks, start=1):
+        if any(row.get(f"lesion_{number}_{name}") != value for name, value in shape_row(one).items()):
+            yield f"its mask_{number} has another area or bounding box than its row says."
+    if sum(int(one.sum()) for one in masks) != int(mask.sum()) or (np.logical_or.reduce(masks) != mask).any():
+        yield "the masks of its lesions overlap, or are not its mask taken together."
+    if [bool(one.any()) for one in masks] != [number < (row.get("lesions") or 0) for number in range(len(masks))]:
+        yield "it has masks of another number of lesions than its row says."
+
+
+def _named(kinds: Iterable[str]) -> str:
+    return " and ".join(kinds) or "nothing"

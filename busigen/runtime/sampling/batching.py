@@ -19,8 +19,10 @@ from busigen.registry import ATTRIBUTES
 from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling.conditions import measured
 from busigen.runtime.sampling.healthy_images import Healthy
+from busigen.runtime.sampling.several import numbered_row
 
 BEGIN, OUTLINE, PAINT = range(3)  # the stages of a draw
+MAX_OUTLINES = 16  # that are drawn of a sample's further lesion before the draw is refused
 CONCURRENT_BATCHES = 2  # while the engine computes for one, another is prepared or judged
 
 
@@ -50,6 +52,11 @@ class DrawRequest:
         return self.index // self.group
 
     @property
+    def part(self) -> int:
+        """What its noise is keyed by beside index and attempt: 0 up to the end of a first lesion."""
+        return 0
+
+    @property
     def kind(self) -> Kind:
         """With which draws this one may share a batch."""
         return Kind(BEGIN)
@@ -64,6 +71,11 @@ class Draft(DrawRequest):
     wanted: Mapping[str, float] = field(default_factory=dict)
     birads: str | None = None  # the category that is asked for
     given: Mapping[str, Any] = field(default_factory=dict)  # manifest fields of a mask that the user gave
+    lesions: int = 1  # that the sample gets, one after the other
+    most_lesions: int = 0  # that any sample of the run gets, where these are columns of their own
+    earlier: tuple[Draft, ...] = ()  # the draft as it was when each of the lesions before this one was painted
+    painted: NDArray[np.uint8] | None = None  # the image with these, unfiltered
+    outlines: int = 0  # of this lesion that were refused before
     mask: Mask | None = None
     edit: Mask | None = None
     window: Window | None = None
@@ -72,6 +84,21 @@ class Draft(DrawRequest):
     def kind(self) -> Kind:
         """With which draws this one may share a batch."""
         return Kind(PAINT, self.label, self.window.side) if self.window else Kind(OUTLINE, self.label)
+
+    @property
+    def part(self) -> int:
+        """See `DrawRequest`."""
+        return len(self.earlier) * MAX_OUTLINES + self.outlines
+
+    @property
+    def canvas(self) -> NDArray[np.uint8]:
+        """What the lesion is painted into: the healthy image, or that with the sample's earlier lesions."""
+        return self.healthy.pixels if self.painted is None else self.painted
+
+    @property
+    def all_lesions(self) -> tuple[Draft, ...]:
+        """The draft at each of its lesions, this one included."""
+        return (*self.earlier, self)
 
     def with_mask(self, mask: Mask, sides: Sequence[int]) -> Draft:
         """The draft with its lesion's mask, and the window, of one of these sides, in which that is painted."""
@@ -82,12 +109,12 @@ class Draft(DrawRequest):
         """What a quality gate makes of it."""
         return Rejection(self.index, self.attempt, self.label, reason)
 
-    def sample(self, image: NDArray[np.uint8]) -> Sample:
-        """The accepted sample, of a draft that went through all stages."""
+    @property
+    def row(self) -> dict[str, Any]:
+        """The manifest fields of this lesion, of a draft that went through all stages."""
         assert self.mask is not None and self.edit is not None and self.window is not None
         found = measured(self.mask, self.healthy.valid)
-        row = {
-            **self.healthy.row,
+        return {
             "window_top": self.window.top,
             "window_left": self.window.left,
             "window_side": self.window.side,
@@ -95,10 +122,23 @@ class Draft(DrawRequest):
             "area_share": found.pop("size"),
             **found,
             **{f"asked_{name}": self.wanted.get(name) for name in ATTRIBUTES},
+        }
+
+    def sample(self, image: NDArray[np.uint8]) -> Sample:
+        """The accepted sample, of a draft all of whose lesions are painted."""
+        rows = [draft.row for draft in self.all_lesions]
+        masks = tuple(draft.mask for draft in self.all_lesions if draft.mask is not None)
+        row = {
+            **self.healthy.row,
+            **rows[0],
+            # No two edit regions meet.
+            "edit_pixels": sum(row["edit_pixels"] for row in rows),
             "asked_birads": self.birads,
             **self.given,
+            **numbered_row(self.most_lesions, masks, rows),
         }
-        return Sample(self.index, self.attempt, self.label, image, self.mask, row, self.healthy.tissue)
+        mask = np.logical_or.reduce(masks)
+        return Sample(self.index, self.attempt, self.label, image, mask, row, self.healthy.tissue, masks)
 
 
 Outcome = Draft | Sample | Rejection  # of a stage for one draw: on to the next stage, accepted or refused

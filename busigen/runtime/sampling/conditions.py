@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import product
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, attributes
 from busigen.errors import UsageError
-from busigen.registry import ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, TALLER_THAN_WIDE
+from busigen.registry import ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, MAX_LESIONS, TALLER_THAN_WIDE
 from busigen.runtime.sampling.noise import uniforms
 
 BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "height_width": (0.25, 1.7)}
@@ -45,15 +45,15 @@ class SampleConditions:
     def typed(self) -> dict[str, str | None]:
         """Each option's value as one would type it; ``None`` where nothing was asked."""
         texts = {name: None if name not in self.ranges else range_text(self.ranges[name]) for name in ATTRIBUTES}
-        mix = ",".join(f"{name}:{_shortest(weight)}" for name, weight in sorted(self.birads.items()))
-        return {**texts, "birads": mix if len(self.birads) > 1 else next(iter(self.birads), None)}
+        return {**texts, "birads": mix_text(self.birads)}
 
-    def values(self, seed: int, index: int, attempt: int = 0) -> dict[str, float]:
-        """One sample's values, uniform in their ranges; the same for all attempts, or the gates would choose them.
+    def values(self, seed: int, index: int, attempt: int = 0, part: int = 0) -> dict[str, float]:
+        """One lesion's values, uniform in their ranges; the same for all attempts, or the gates would choose them.
 
-        Only a grid, which keeps a background with all of its samples, gives its ``attempt``.
+        Only a grid, which keeps a background with all of its samples, gives its ``attempt``, and only a further lesion
+        of a sample its ``part``.
         """
-        shares = dict(zip(ATTRIBUTES, uniforms(seed, index, attempt, "asked", len(ATTRIBUTES)), strict=True))
+        shares = dict(zip(ATTRIBUTES, uniforms(seed, index, attempt, "asked", len(ATTRIBUTES), part), strict=True))
         return {name: low + shares[name] * (high - low) for name, (low, high) in self.ranges.items()}
 
     def category(self, number: int) -> str | None:
@@ -130,6 +130,12 @@ def range_text(ends: tuple[float, float]) -> str:
     return ":".join(map(_shortest, sorted(set(ends))))
 
 
+def mix_text(weights: Mapping[str, float]) -> str | None:
+    """Names with their weights as one would type them; a single name alone, and None for nothing."""
+    mix = ",".join(f"{name}:{_shortest(weight)}" for name, weight in sorted(weights.items()))
+    return mix if len(weights) > 1 else next(iter(weights), None)
+
+
 def _shortest(value: float) -> str:
     """The shortest text that reads back as the same number: what is recorded has to draw the same samples again."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
@@ -165,19 +171,36 @@ def range_within(option: str, text: str, bounds: tuple[float, float], fix: str) 
 
 
 _MIX = f"Choose one of: {', '.join(BIRADS)}; or several with their shares, such as 2:0.1,3:0.4,4:0.3,5:0.2."
+_NUMBERS = tuple(str(number + 1) for number in range(MAX_LESIONS))
+_COUNTS = f"Choose one of: {', '.join(_NUMBERS)}; or several with their shares, such as 1:0.9,2:0.1."
 
 
 def _categories(text: str) -> dict[str, float]:
     """Weights of BI-RADS categories by name; a UsageError for others."""
+    weights = _mix("--birads", text, BIRADS, "no category that can be asked for", _MIX)
+    return _summed("--birads", text, weights, "2:1,4:3")
+
+
+def parse_lesions(text: str | None) -> dict[str, float]:
+    """Weights of numbers of lesions, none where each sample is to have one; a UsageError for what is no such mix."""
+    if text is None:
+        return {}
+    weights = _mix("--lesions", text, _NUMBERS, f"no number of lesions from 1 to {MAX_LESIONS}", _COUNTS)
+    weights = _summed("--lesions", text, weights, "1:9,2:1")
+    return {} if weights.keys() == {"1"} else weights
+
+
+def _mix(option: str, text: str, names: Collection[str], unknown: str, fix: str) -> dict[str, float]:
+    """Weights by name of a text such as ``2:0.1,3:0.9``; a UsageError for other names, which it calls ``unknown``."""
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition(":"))
-        if name not in BIRADS:
-            raise UsageError(f"--birads is {text!r}, and {name!r} is no category that can be asked for.", fix=_MIX)
+        if name not in names:
+            raise UsageError(f"{option} is {text!r}, and {name!r} is {unknown}.", fix=fix)
         if name in weights:
-            raise UsageError(f"--birads is {text!r}, and names {name} twice.", fix=_MIX)
-        weights[name] = _weight("--birads", name, value)
-    return _summed("--birads", text, weights, "2:1,4:3")
+            raise UsageError(f"{option} is {text!r}, and names {name} twice.", fix=fix)
+        weights[name] = _weight(option, name, value, fix)
+    return weights
 
 
 _EXAMPLE = f"Allowed: {', '.join(LESION_CLASSES)}; for example --classes benign=0.7,malignant=0.3."
@@ -194,7 +217,7 @@ def parse_classes(text: str) -> dict[str, float]:
             raise UsageError(f"--classes names {given!r}, which is no lesion class.", fix=_EXAMPLE)
         if name in weights:
             raise UsageError(f"--classes names {name!r} twice.", fix=_EXAMPLE)
-        weights[name] = _weight("--classes", name, value)
+        weights[name] = _weight("--classes", name, value, _EXAMPLE)
     return weights
 
 
@@ -211,14 +234,13 @@ def refuse_normals(share: float) -> float:
     return share
 
 
-def _weight(option: str, name: str, text: str) -> float:
+def _weight(option: str, name: str, text: str, example: str) -> float:
     """The weight that an option gives a name, 1 where it says none, or a UsageError."""
     try:
         weight = float(text or "1")
     except ValueError:
         weight = -1.0
     if not 0.0 < weight < float("inf"):
-        example = _EXAMPLE if option == "--classes" else _MIX
         raise UsageError(f"{option} gives {name!r} the weight {text!r}.", fix=f"Weights are above 0. {example}")
     return weight
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -316,19 +316,22 @@ class Backgrounds:
             problem = f"{error.filename} cannot be read: {error.strerror}."
             raise InputError(problem, fix="Check its permissions.") from error
 
-    def difference(self, sha256: str, image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> BusigenError | None:
-        """What is wrong with a sample outside its edit region, which follows from the mask alone; None if nothing.
+    def difference(self, sha256: str, image: NDArray[np.uint8], masks: Iterable[Mask]) -> BusigenError | None:
+        """What is wrong with a sample outside its edit regions, which follow from the masks alone; None if nothing.
 
         Without a lesion there is no such region, and all pixels are compared.
 
-        ``image`` and ``mask`` are (256, 256) uint8 and bool; ``sha256`` is of a healthy image among ``paths``.
+        ``image`` and the lesions' masks are (256, 256) uint8 and bool; ``sha256`` is of a healthy image in ``paths``.
         """
         path = self.paths[sha256]
         try:
             healthy, valid = _frame(path)
         except BusigenError as error:
             return error
-        changed = int(((image != healthy) & ~edit_region(mask, valid)).sum())
+        outside = image != healthy
+        for mask in masks:
+            outside &= ~edit_region(mask, valid)
+        changed = int(outside.sum())
         if changed == 0:
             return None
         return InputError(

@@ -21,13 +21,17 @@ STREAMS = (
 _PIECE = 1 << 12  # pairs of numbers that are computed at a time
 
 
-def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int) -> NDArray[np.uint64]:
-    """``count`` random 64-bit words of a seed (0 to 2^64 - 1), a sample's index and attempt, and one of ``STREAMS``."""
+def raw_bits(seed: int, index: int, attempt: int, stream: str, count: int, part: int = 0) -> NDArray[np.uint64]:
+    """``count`` random 64-bit words of a seed (0 to 2^64 - 1), a sample's index and attempt, and one of ``STREAMS``.
+
+    ``part`` parts what is drawn several times for one attempt: the outlines of a sample with several lesions.
+    """
     if stream not in STREAMS:
         raise ValueError(f"stream is {stream!r}, must be one of: {', '.join(STREAMS)}")
     philox = np.random.Philox(
         key=np.array([seed, index], dtype=np.uint64),
-        counter=np.array([0, 0, attempt, STREAMS.index(stream)], dtype=np.uint64),
+        # The first word counts; the second would, after 2^64 steps of it.
+        counter=np.array([0, part, attempt, STREAMS.index(stream)], dtype=np.uint64),
     )
     bits: NDArray[np.uint64] = philox.random_raw(count)
     return bits
@@ -38,16 +42,18 @@ def uniform(seed: int, index: int, attempt: int, stream: str) -> float:
     return uniforms(seed, index, attempt, stream, 1)[0]
 
 
-def uniforms(seed: int, index: int, attempt: int, stream: str, count: int) -> list[float]:
+def uniforms(seed: int, index: int, attempt: int, stream: str, count: int, part: int = 0) -> list[float]:
     """``count`` numbers in [0, 1); the first is that of :func:`uniform`."""
-    return [float(word) * 2.0**-53 for word in raw_bits(seed, index, attempt, stream, count) >> np.uint64(11)]
+    return [float(word) * 2.0**-53 for word in raw_bits(seed, index, attempt, stream, count, part) >> np.uint64(11)]
 
 
-def normal(seed: int, index: int, attempt: int, stream: str, shape: Sequence[int]) -> NDArray[np.float32]:
+def normal(
+    seed: int, index: int, attempt: int, stream: str, shape: Sequence[int], part: int = 0
+) -> NDArray[np.float32]:
     """Standard normal noise of ``shape``, float32."""
     size = int(np.prod(shape))
     pairs = -(-size // 2)
-    bits = raw_bits(seed, index, attempt, stream, 2 * pairs)
+    bits = raw_bits(seed, index, attempt, stream, 2 * pairs, part)
     values = np.empty(2 * pairs, dtype=np.float32)
     # Pieces that fit in the processor's cache, worked on in place, take two thirds of the time.
     for first in range(0, pairs, _PIECE):

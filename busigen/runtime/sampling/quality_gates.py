@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,11 @@ def mask_reason(raw: Mask, mask: Mask, valid: Mask) -> str | None:
     if cut_pixels(mask, valid) > BORDER_SHARE * max(int(outline.sum()), 1):
         return "mask cut by the border"
     return None
+
+
+def near_reason(edits: Sequence[Mask]) -> str | None:
+    """Judge a lesion by the edit regions of its sample so far, of which the last is its own: it may meet no other."""
+    return "lesions too near" if any((edits[-1] & other).any() for other in edits[:-1]) else None
 
 
 def given_reason(pixels: int, mask: Mask, valid: Mask) -> str | None:

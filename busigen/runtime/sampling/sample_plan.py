@@ -8,18 +8,22 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from busigen.data.geometry import Mask
 from busigen.errors import UsageError
-from busigen.registry import NORMAL, SYNTHETIC
+from busigen.registry import ATTRIBUTES, NORMAL, SYNTHETIC
 from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.sampling.batching import Draft, DrawRequest
-from busigen.runtime.sampling.conditions import SampleConditions, dealt
+from busigen.runtime.sampling.batching import MAX_OUTLINES, Draft, DrawRequest
+from busigen.runtime.sampling.conditions import SampleConditions, dealt, mix_text
 from busigen.runtime.sampling.given_masks import GivenMask, MaskFolder
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder
 from busigen.runtime.sampling.noise import uniform, uniforms
 from busigen.runtime.sampling.placement import Placement, moved_inside, place
+from busigen.runtime.sampling.several import FURTHER, PLACE_DRAWS, free_place
 from busigen.text import printable
 
 ANY, MIX = "any", "mix"  # what can be asked for instead of a scanner's name
@@ -38,11 +42,17 @@ class SamplePlan:
     grid: Grid | None = None
     normals: float = 0.0
     scanner: str | None = None
+    lesions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
         """Samples that share a background and their noise."""
         return len(self.grid.cells) if self.grid else 1
+
+    @property
+    def most_lesions(self) -> int:
+        """Lesions of the samples with most of them; 0 where each has one and the manifest no columns of more."""
+        return max(map(int, self.lesions), default=0)
 
     def fingerprint(self) -> dict[str, Any]:
         """Its part of :meth:`busigen.runtime.dataset.format.Source.fingerprint`."""
@@ -54,6 +64,7 @@ class SamplePlan:
             **({"vary": self.grid.vary, "cells": self.group} if self.grid else {}),
             **({"normals": self.normals} if self.normals else {}),
             **({"scanner": self.scanner} if self.scanner else {}),
+            **({"lesions": mix_text(self.lesions)} if self.lesions else {}),
             **self.asked.typed(),
         }
 
@@ -119,19 +130,44 @@ class SamplePlan:
             label=NORMAL,
             healthy=picture,
             group=job.group,
+            most_lesions=self.most_lesions,
         )
         if not lesion:
             return draft
         asked = self.grid.conditions(job.index, self.asked) if self.grid else self.asked
         own = self.grid.cell(job.index).get("class") if self.grid else None
         label, number = (own, turn) if own else dealt(turn, self.classes)
+        # Dealt to each class and category by itself: with two halves of each, one would follow from the other.
+        within = dealt(number, asked.birads)[1] if asked.birads else number
         return replace(
             draft,
             label=self.masks.label_at(turn, self.classes) if self.masks else label,
             given=self.grid.row(job.index) if self.grid else {},
             wanted=asked.values(seed, job.seeded, job.attempt if self.grid else 0),
             birads=asked.category(number),
+            lesions=int(dealt(within, self.lesions)[0]) if self.lesions else 1,
         )
+
+    def next_lesion(self, seed: int, draft: Draft, painted: NDArray[np.uint8]) -> Draft:
+        """The draft on its way to its next lesion, which is painted into the image with those before it."""
+        begun = replace(draft, earlier=draft.all_lesions, painted=painted, outlines=0)
+        return self._further(seed, replace(begun, mask=None, edit=None, window=None))
+
+    def after_refusal(self, seed: int, draft: Draft, reason: str) -> Draft | Rejection:
+        """What becomes of a draft whose outline a gate refused: a further lesion gets another one, some times."""
+        if not draft.earlier or draft.outlines + 1 == MAX_OUTLINES:
+            return draft.refused(reason)
+        return self._further(seed, replace(draft, outlines=draft.outlines + 1))
+
+    def _further(self, seed: int, draft: Draft) -> Draft:
+        """The draft with what is asked of its further lesion, at a place where the others leave room."""
+        taken = [one.edit for one in draft.earlier if one.edit is not None]
+        # Those before decide the values.
+        count = len(ATTRIBUTES) + PLACE_DRAWS
+        draws = uniforms(seed, draft.seeded, draft.attempt, "asked", count, draft.part)[len(ATTRIBUTES) :]
+        asked = replace(self.asked, ranges={**FURTHER, **self.asked.ranges})
+        at = free_place(draws, asked.ranges, taken, draft.healthy.valid)
+        return replace(draft, wanted={**asked.values(seed, draft.seeded, part=draft.part), **at})
 
     def mask(self, index: int) -> GivenMask | None:
         """The user's mask of a sample; None where it has none."""

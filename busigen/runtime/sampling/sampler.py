@@ -28,7 +28,6 @@ from busigen.mtf import Kernels, Transfer, apply_to_pair
 from busigen.noise_styles import styled
 from busigen.phantoms.distribution import Phantom, filled
 from busigen.registry import (
-    ATTRIBUTES,
     BUCKETS,
     DEFAULT_BATCH,
     MIN_BATCH,
@@ -40,8 +39,8 @@ from busigen.registry import (
 )
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
-from busigen.runtime.dataset.format import TISSUE_COLUMN, Rejection, Sample, SampleBatch
-from busigen.runtime.sampling import given_masks, grid, quality_gates
+from busigen.runtime.dataset.format import TISSUE_COLUMN, Rejection, Sample, SampleBatch, picture_columns
+from busigen.runtime.sampling import given_masks, grid, quality_gates, several
 from busigen.runtime.sampling.backgrounds import TISSUE_MEASURES, AskedTissue, phantom_at, with_tissue
 from busigen.runtime.sampling.batching import (
     BEGIN,
@@ -74,10 +73,10 @@ class Sampler:
     Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
     each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). Of a ``grid``, all
     samples of a background share it and their noise, and what is ``asked`` but for their levels. ``normals``, from 0 to
-    below 1, is the share of samples that are a healthy image and an empty mask. ``scanner`` is a name of
-    the bundle's, ``any`` or ``mix``. ``batch_size``, 1 to 4096 or a
-    UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer than
-    ``MIN_BATCH``.
+    below 1, is the share of samples that are a healthy image and an empty mask. ``scanner`` is a name of the bundle's,
+    ``any`` or ``mix``. ``lesions`` weighs numbers of lesions, "1" to "3"; without it, an image has one.
+    ``batch_size``, 1 to 4096 or a UsageError, counts images per engine call at the smallest window; larger windows use
+    fewer, none fewer than ``MIN_BATCH``.
     """
 
     def __init__(
@@ -94,6 +93,7 @@ class Sampler:
         tissue: AskedTissue | None = None,
         normals: float = 0.0,
         scanner: str | None = None,
+        lesions: Mapping[str, float] | None = None,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if not 1 <= batch_size <= 4096:
@@ -105,7 +105,15 @@ class Sampler:
             )
         self.bundle, self.backend = bundle, backend
         self.plan = SamplePlan(
-            dict(classes), healthy, asked or SampleConditions(), masks, jitter, grid, normals, scanner
+            dict(classes),
+            healthy,
+            asked or SampleConditions(),
+            masks,
+            jitter,
+            grid,
+            normals,
+            scanner,
+            dict(lesions or {}),
         )
         self.plan.refuse_scanner(bundle.scanners)
         self._transfer, self._phantoms = bundle.transfer, bundle.phantoms
@@ -153,13 +161,12 @@ class Sampler:
             **({"scanner": str} if self.bundle.scanners else {}),
             "letterbox_scale": float,
             **dict.fromkeys(("letterbox_left", "letterbox_top"), int),
-            **dict.fromkeys(("window_top", "window_left", "window_side", "edit_pixels"), int),
-            **dict.fromkeys(("area_share", *(name for name in ATTRIBUTES if name != "size")), float),
-            **{f"asked_{name}": float for name in ATTRIBUTES},
+            **several.COLUMNS,
             "asked_birads": str,
             **(given_masks.COLUMNS if self.plan.masks else {}),
             **(grid.COLUMNS if self.plan.grid else {}),
             **(dict.fromkeys(TISSUE_MEASURES, float) if self._phantoms and not self.plan.healthy else {}),
+            **several.numbered_columns(self.plan.most_lesions),
             **({TISSUE_COLUMN: str} if self.tissue.maps else {}),
         }
 
@@ -183,7 +190,8 @@ class Sampler:
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
                 mask = self.plan.mask(rejection.index)
                 given = f" Its mask is {mask.file}." if mask else ""
-                less = ", or take this mask out" if mask else ", or ask for less" if self.plan.asked else ""
+                asked = self.plan.asked or self.plan.lesions
+                less = ", or take this mask out" if mask else ", or ask for less" if asked else ""
                 raise AcceptanceError(
                     f"sample {rejection.index} was refused {MAX_ATTEMPTS} times, last for: {rejection.reason}.{given}",
                     fix=f"Use another bundle or other healthy images{less}. "
@@ -277,8 +285,10 @@ class Sampler:
         """The sample without a lesion; its background is all there is, filtered as if there were one."""
         empty = np.zeros_like(draft.healthy.valid)
         image = self._shown(seed, replace(draft, edit=empty), draft.healthy.pixels)
-        empty_row = {name: None for name in self.row_types() if name != TISSUE_COLUMN}
-        row = {**empty_row, **draft.healthy.row, "edit_pixels": 0}
+        types = self.row_types()
+        empty_row = dict.fromkeys(name for name in types if name not in picture_columns(types))
+        none = several.numbered_row(draft.most_lesions, (), ())
+        row = {**empty_row, **draft.healthy.row, "edit_pixels": 0, **none}
         return Sample(draft.index, draft.attempt, NORMAL, image, empty, row, draft.healthy.tissue)
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
@@ -333,20 +343,26 @@ class Sampler:
             reason = quality_gates.mask_reason(raw, mask, valid) or quality_gates.asked_reason(
                 measured(mask, valid), draft.wanted
             )
-            if reason:
-                outcomes.append(draft.refused(reason))
-            else:
-                outcomes.append(draft.with_mask(mask, tuple(self.bundle.windows)))
+            outlined = draft if reason else draft.with_mask(mask, tuple(self.bundle.windows))
+            reason = reason or quality_gates.near_reason(
+                [one.edit for one in outlined.all_lesions if one.edit is not None]
+            )
+            outcomes.append(self.plan.after_refusal(seed, draft, reason) if reason else outlined)
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
         for draft, image in zip(drafts, self._images(seed, drafts), strict=True):
-            assert draft.mask is not None
             picture = self._shown(seed, draft, image)
-            reason = quality_gates.image_reason(picture, draft.mask, draft.healthy.valid)
-            outcomes.append(draft.refused(reason) if reason else draft.sample(picture))
+            masks = [one.mask for one in draft.all_lesions if one.mask is not None]
+            reasons = [quality_gates.image_reason(picture, mask, draft.healthy.valid) for mask in masks]
+            if reason := next(filter(None, reasons), None):
+                outcomes.append(draft.refused(reason))
+            elif len(masks) < draft.lesions:
+                outcomes.append(self.plan.next_lesion(seed, draft, image))
+            else:
+                outcomes.append(draft.sample(picture))
         return outcomes
 
     def _shown(self, seed: int, draft: Draft, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -354,12 +370,13 @@ class Sampler:
         # A user's image keeps its own sharpness, and so does the lesion in it.
         if self._transfer is None or draft.healthy.row["background"] != SYNTHETIC:
             return image
-        assert draft.edit is not None
+        edit = np.logical_or.reduce([one.edit for one in draft.all_lesions if one.edit is not None])
         filters = self._filters(self._transfer, seed, draft)
-        return apply_to_pair(image, draft.healthy.pixels, draft.edit, draft.healthy.valid, filters)
+        return apply_to_pair(image, draft.healthy.pixels, edit, draft.healthy.valid, filters)
 
     def _filters(self, transfer: Transfer, seed: int, draw: DrawRequest) -> Kernels:
-        return transfer.kernels(_noise(seed, [draw], "transfer", transfer.factor.shape[1:])[0])
+        # One for the whole image, whichever of its lesions this is.
+        return transfer.kernels(normal(seed, draw.seeded, draw.attempt, "transfer", transfer.factor.shape[1:]))
 
     def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
         """The outlines that stage 1 draws, as masks ``(256, 256)``."""
@@ -381,12 +398,12 @@ class Sampler:
         edits = [draft.edit for draft in batch if draft.edit is not None]
         windows = [draft.window for draft in batch if draft.window is not None]
         keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
-        grey = [np.where(e, 0.0, to_unit(d.healthy.pixels)) for d, e in zip(batch, edits, strict=True)]
+        grey = [np.where(e, 0.0, to_unit(d.canvas)) for d, e in zip(batch, edits, strict=True)]
         mask = cut(masks, windows)
         edit, ring = (shown_at(shown, cut(one, windows)) for one in (edits, [ring_region(e) for e in edits]))
         known = self._keep(f"encoder@{side}", full, count, pixels=cut(grey, windows))
         common = {
-            "tokens": self._keep("context", full, count, image=_pictures(batch), keep=keep),
+            "tokens": self._keep("context", full, count, image=_pictures(d.canvas for d in batch), keep=keep),
             "keep": keep,
             "known": known,
             "mask": shown_at(shown, mask),
@@ -412,7 +429,7 @@ class Sampler:
             f"decoder@{side}", full, count, latents=blended, noise=speckle, mask=mask, scanner=common["scanner"]
         )
         return [
-            paste(draft.healthy.pixels, new[0], edit, window)
+            paste(draft.canvas, new[0], edit, window)
             for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)
         ]
 
@@ -423,7 +440,8 @@ class Sampler:
             found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
         # Keyed by image, so that several draws of a batch share one computation, too.
         if fresh := {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}:
-            images = _pictures(list(fresh.values()))
+            # Of further lesions, too: stage 1 was trained on images without any.
+            images = _pictures(draft.healthy.pixels for draft in fresh.values())
             tokens = self._run("context", self._rows(), len(fresh), image=images, keep=keep[: len(fresh)])
             # Copied, because a view of one row would keep its whole batch in memory.
             found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
@@ -477,10 +495,10 @@ class Sampler:
             ) from error
 
 
-def _pictures(batch: Sequence[Draft]) -> Floats:
-    """The drafts' healthy images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
-    return np.stack([to_unit(draft.healthy.pixels)[None] for draft in batch])
+def _pictures(images: Iterable[NDArray[np.uint8]]) -> Floats:
+    """Whole images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
+    return np.stack([to_unit(pixels)[None] for pixels in images])
 
 
 def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:
-    return np.stack([normal(seed, item.seeded, item.attempt, stream, shape) for item in batch])
+    return np.stack([normal(seed, item.seeded, item.attempt, stream, shape, item.part) for item in batch])

@@ -19,7 +19,7 @@ from busigen.runtime.convert.outlines import rings
 from busigen.runtime.convert.selection import parse_where
 from busigen.runtime.dataset.finalize import COLOURS
 from busigen.runtime.dataset.format import MANIFEST_FILE, RUN_FILE, differences, key_of, shard_path
-from busigen.runtime.dataset.reader import Dataset, Member, find_members, read_member
+from busigen.runtime.dataset.reader import Dataset, Member, Places, find_members, read_member
 from busigen.runtime.dataset.shards import FIXED_COLUMNS, ShardRecord, recorded_schema
 from busigen.runtime.maintenance.merge import PARTS_FOLDER, open_parts, part_name
 from busigen.runtime.maintenance.replay import Inputs
@@ -88,7 +88,7 @@ class Pairs:
             raise InputError(f"no pair of {folder} is as --where asks.", fix="Ask for less, or leave it out.")
         self._shown = frozenset(self._all.tolist()) if len(self._all) < self._table.height else None
         self.beside = Beside(self._parts, healthy, replay)
-        self._places: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._places: dict[tuple[int, int], Places] = {}
         self._searching = Lock()
         self.member = lru_cache(maxsize=_MEMBERS)(self._read_member)
         self.order = lru_cache(maxsize=_ORDERS)(self._order)
@@ -174,7 +174,7 @@ class Pairs:
         found = [f"the shard says {name} is {a!r:.80}, the manifest {b!r:.80}." for name, a, b in
                  differences(member.row, expected)]  # fmt: skip
         for kind, content in member.pictures.items():
-            if hashlib.sha256(content).hexdigest() != expected[f"{kind}_sha256"]:
+            if hashlib.sha256(content).hexdigest() != expected.get(f"{kind}_sha256"):
                 found.append(f"the {kind} has another sha256 than the manifest records.")
         return found
 
@@ -183,12 +183,12 @@ class Pairs:
         part, index = self._locate(row)
         plan = self._parts[part].plan
         number = index // plan.shard_size
-        path, indices = self._parts[part].folder / shard_path(number, "tar"), plan.indices(number)
+        path = self._parts[part].folder / shard_path(number, "tar")
         # Browsers ask for several of a shard's pictures at once, and one search serves them all.
         with self._searching:
             if (part, number) not in self._places:
-                self._places[part, number] = find_members(path, indices)
-        return read_member(path, index, self._places[part, number][index - indices.start])
+                self._places[part, number] = find_members(path, plan.indices(number))
+        return read_member(path, index, self._places[part, number])
 
     def _locate(self, row: int) -> tuple[int, int]:
         """The part and the index there of a position in the table."""

@@ -50,6 +50,12 @@ def test_streams_do_not_overlap(stream: str) -> None:
     assert not words[stream] & others
 
 
+def test_parts_of_an_attempt_do_not_overlap_and_the_first_is_the_attempts_own() -> None:
+    words = [set(raw_bits(3, 5, 0, "mask", 10_000, part).tolist()) for part in range(48)]
+    assert words[0] == set(raw_bits(3, 5, 0, "mask", 10_000).tolist())
+    assert len(set.union(*words)) == sum(map(len, words))
+
+
 def test_noise_is_standard_normal() -> None:
     values = np.concatenate([normal(11, index, 0, "mask", (4, 32, 32)).ravel() for index in range(64)]).astype(float)
     size = values.size

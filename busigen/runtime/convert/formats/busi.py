@@ -11,11 +11,12 @@ class Converter(Format):
     """``benign/benign (1).png`` with ``benign (1)_mask.png``, below a folder for each split; numbered by class."""
 
     def write(self, pair: Pair) -> Any:
-        """Write the image as it is, and the mask as 0 and 255."""
+        """Write the image as it is, and a mask for each lesion as 0 and 255, numbered from the second on."""
         place = f"{pair.split}/" if pair.split else ""
         stem = f"{place}{pair.label}/{pair.label} ({pair.class_number})"
         self.target.write(f"{stem}.png", pair.image_png)
-        self.target.write(f"{stem}_mask.png", grey_mask(pair))
+        for number, mask in enumerate(pair.masks or (pair.mask,)):
+            self.target.write(f"{stem}_mask{f'_{number}' if number else ''}.png", grey_mask(mask))
         return [f"{stem}.png", pair.name]
 
     def finish(self, entries: Entries) -> None:

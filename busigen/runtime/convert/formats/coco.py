@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.convert.base import Entries, Format, Pair, write_stream
 from busigen.runtime.convert.outlines import polygons
+from busigen.runtime.dataset.format import lesion_slots
 from busigen.runtime.dataset.shards import lesion_box
 
 _FILES = {"rle": "instances", "polygons": "polygons"}  # Beginnings of the files' names.
@@ -23,18 +24,13 @@ class Converter(Format):
         """Write the image as it is."""
         place = f"images/{pair.split}" if pair.split else "images"
         self.target.write(f"{place}/{pair.name}.png", pair.image_png)
-        entry = {"split": pair.split, "id": pair.number + 1, "file": f"{pair.name}.png"}
-        if (box := lesion_box(pair.mask)) is None:
-            return entry
-        left, top, right, bottom = box
-        return {
-            **entry,
-            "category": pair.class_index + 1,
-            "area": int(pair.mask.sum()),
-            "box": [left, top, right - left, bottom - top],
-            "rle": {"size": list(pair.mask.shape), "counts": run_lengths(pair.mask)},
-            "polygons": [[number for point in part for number in point] for part in polygons(pair.mask)],
-        }
+        # Of several lesions to an image, each takes one of so many numbers.
+        most = lesion_slots(self.job.types) or 1
+        lesions = [
+            {"id": pair.number * most + number, "category": pair.class_index + 1, **_lesion(mask)}
+            for number, mask in enumerate(pair.masks, start=1)
+        ]
+        return {"split": pair.split, "id": pair.number + 1, "file": f"{pair.name}.png", "lesions": lesions}
 
     def finish(self, entries: Entries) -> None:
         """Write a file of RLE and one of polygons for each split."""
@@ -46,6 +42,16 @@ class Converter(Format):
     def lines(self, left_out: int) -> Iterator[str]:
         """Where the two files are."""
         yield "annotations/instances*.json hold masks as RLE, annotations/polygons*.json the same as polygons"
+
+
+def _lesion(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    left, top, right, bottom = lesion_box(mask) or (0, 0, 0, 0)
+    return {
+        "area": int(mask.sum()),
+        "box": [left, top, right - left, bottom - top],
+        "rle": {"size": list(mask.shape), "counts": run_lengths(mask)},
+        "polygons": [[number for point in part for number in point] for part in polygons(mask)],
+    }
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
@@ -62,16 +68,17 @@ def _instances(entries: Entries, split: str, kind: str) -> dict[str, Any]:
     )
     annotations = (
         {
-            "id": entry["id"],
+            "id": lesion["id"],
             "image_id": entry["id"],
-            "category_id": entry["category"],
-            "area": entry["area"],
-            "bbox": entry["box"],
+            "category_id": lesion["category"],
+            "area": lesion["area"],
+            "bbox": lesion["box"],
             "iscrowd": 0,
-            "segmentation": entry[kind],
+            "segmentation": lesion[kind],
         }
         for entry in entries
-        if entry["split"] == split and "category" in entry
+        if entry["split"] == split
+        for lesion in entry["lesions"]
     )
     categories = [
         {"id": number, "name": name, "supercategory": "lesion"} for number, name in enumerate(LESION_CLASSES, start=1)

@@ -82,26 +82,14 @@ class Converter(Format):
         return image
 
     def _segmentation(self, pair: Pair, image: FileDataset) -> Dataset:
-        lesion = highdicom.seg.SegmentDescription(
-            segment_number=1,
-            segment_label=pair.label,
-            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-            segmented_property_type=codes.SCT.Lesion,
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-                name="busigen", version=self._version, family=codes.DCM.ArtificialIntelligence
-            ),
-            tracking_id=f"busigen {pair.label} lesion",
-            tracking_uid=_uid(pair, "lesion"),
-            anatomic_regions=[codes.SCT.Breast],
-        )
-        said = highdicom.sr.CodedConcept.from_code(_CLASSES[pair.label])
-        lesion.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [said]
+        lesions = [self._segment(pair, number) for number in range(1, len(pair.masks) + 1)]
+        # The last axis is that of segments.
+        pixels = np.stack(pair.masks, axis=-1)[None].astype(np.uint8)
         found = highdicom.seg.Segmentation(
             source_images=[image],
-            pixel_array=pair.mask[None].astype(np.uint8),
+            pixel_array=pixels if len(pair.masks) > 1 else pixels[..., 0],
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[lesion],
+            segment_descriptions=lesions,
             series_instance_uid=_uid(pair, "segmentation series"),
             series_number=2,
             sop_instance_uid=_uid(pair, "segmentation"),
@@ -123,6 +111,25 @@ class Converter(Format):
             item.DimensionOrganizationUID = _uid(pair, "dimensions")
         found.ContentDate, found.ContentTime, found.PatientOrientation = _DATE, _TIME, ""
         return found
+
+    def _segment(self, pair: Pair, number: int) -> highdicom.seg.SegmentDescription:
+        """What is said of a lesion, by its number from 1."""
+        lesion = highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=pair.label,
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=codes.SCT.Lesion,
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+                name="busigen", version=self._version, family=codes.DCM.ArtificialIntelligence
+            ),
+            tracking_id=f"busigen {pair.label} lesion{f' {number}' if number > 1 else ''}",
+            tracking_uid=_uid(pair, f"lesion{f' {number}' if number > 1 else ''}"),
+            anatomic_regions=[codes.SCT.Breast],
+        )
+        said = highdicom.sr.CodedConcept.from_code(_CLASSES[pair.label])
+        lesion.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [said]
+        return lesion
 
     @property
     def _version(self) -> str:

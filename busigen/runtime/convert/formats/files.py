@@ -15,5 +15,5 @@ class Converter(Format):
         place = f"{pair.split}/" if pair.split else ""
         name = f"{pair.label}/{pair.name}.png"
         self.target.write(f"{place}images/{name}", pair.image_png)
-        self.target.write(f"{place}masks/{name}", grey_mask(pair))
+        self.target.write(f"{place}masks/{name}", grey_mask(pair.mask))
         return pair.name

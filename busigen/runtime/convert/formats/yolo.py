@@ -27,9 +27,11 @@ class Converter(Format):
     def write(self, pair: Pair) -> Any:
         """Write the image as it is, and its label: corners as shares of width and height; empty without a lesion."""
         self.target.write(f"images/{pair.split}/{pair.name}.png", pair.image_png)
-        corners = (f"{number / RESOLUTION:.10g}" for point in polygon(pair.mask) for number in point)
-        line = " ".join([str(pair.class_index), *corners])
-        self.target.write(f"labels/{pair.split}/{pair.name}.txt", f"{line}\n".encode() if pair.mask.any() else b"")
+        lines = []
+        for mask in pair.masks:
+            corners = (f"{number / RESOLUTION:.10g}" for point in polygon(mask) for number in point)
+            lines.append(f"{' '.join([str(pair.class_index), *corners])}\n")
+        self.target.write(f"labels/{pair.split}/{pair.name}.txt", "".join(lines).encode())
         return pair.name
 
     def finish(self, entries: Entries) -> None:
