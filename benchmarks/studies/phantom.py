@@ -121,7 +121,7 @@ Frame = tuple[int, int, int, int]  # Top, left, height, width.
 class Finisher:
     """The networks of a checkpoint, by which phantoms become backgrounds."""
 
-    def __init__(self, checkpoint: Path, evaluations: int) -> None:
+    def __init__(self, checkpoint: Path, evaluations: int, scanner: str | None) -> None:
         import torch
 
         from busigen.training.checkpoint import load_networks
@@ -130,6 +130,7 @@ class Finisher:
         self.torch, self.evaluations = torch, evaluations
         self.networks, record = load_networks(checkpoint)
         self.styles = np.array(record.get("styles") or [])
+        self.scanner = 0 if scanner is None else self.networks.scanners.index(scanner) + 1
 
     def variants(
         self, images: list[NDArray[np.uint8]], frames: list[Frame], starts: Iterable[float], seed: int
@@ -162,6 +163,7 @@ class Finisher:
         """Latents that the prior makes of others from a time on."""
         from busigen.registry import CLASSES
         from busigen.solver import solver_steps
+        from busigen.training.examples import told
         from busigen.training.networks.build import place_condition, scanner_condition
         from busigen.training.networks.inference import Velocity, integrate
 
@@ -174,8 +176,8 @@ class Finisher:
             x = (1.0 - start) * latents[k : k + 16] + start * noise[k : k + 16]
             label = torch.full((len(x),), CLASSES.index("normal"))
             context = self.networks.no_context(len(x))
-            anything = scanner_condition(x, self.networks.any_scanner(len(x)))
-            condition = anything, place_condition(x, frame[k : k + 16])
+            scanner = told(torch.full((len(x),), self.scanner))
+            condition = scanner_condition(x, scanner), place_condition(x, frame[k : k + 16])
             parts.append(integrate(velocity, x, label, *context, table, *condition))
         return torch.cat(parts)
 
@@ -259,7 +261,7 @@ def judge(options: argparse.Namespace) -> None:
     sources = {"fitted": fitted}
     if options.more:
         sources = {"unfitted": Phantoms.unfitted()} | sources
-    finisher = Finisher(options.checkpoint, options.evaluations) if options.checkpoint else None
+    finisher = Finisher(options.checkpoint, options.evaluations, options.scanner) if options.checkpoint else None
     found: dict[str, list[list[float]]] = {}
     for name, source in sources.items():
         for seed in range(options.seed, options.seed + options.seeds):
@@ -319,6 +321,7 @@ def main() -> None:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--checkpoint", type=Path, help="what `busigen restore` wrote; else phantoms alone")
             command.add_argument("--starts", type=float, nargs="*", default=STARTS)
+            command.add_argument("--scanner", help="which the prior is told, of those that the checkpoint knows")
             command.add_argument("--evaluations", type=int, default=4, help="of the prior after a start")
             command.add_argument("--seeds", type=int, default=3)
             command.add_argument("--more", action="store_true", help="also unfitted")

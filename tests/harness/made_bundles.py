@@ -67,8 +67,10 @@ def _forget_scanner(graph: GraphProto) -> None:
     nodes = [
         helper.make_node("Shape", [graph.input[0].name], ["any/rows"], start=0, end=1),
         helper.make_node("Concat", ["any/rows", "any/scanners"], ["any/shape"], axis=0),
-        helper.make_node("ConstantOfShape", ["any/shape"], ["scanner"]),
+        helper.make_node("ConstantOfShape", ["any/shape"], ["any/scanner"]),
     ]
+    for node in graph.node:
+        node.input[:] = ["any/scanner" if name == "scanner" else name for name in node.input]
     for number, node in enumerate(nodes):
         graph.node.insert(number, node)
 

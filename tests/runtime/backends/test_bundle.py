@@ -161,7 +161,7 @@ def test_another_schema_is_refused(bundle: Path, change: Callable[[Info], object
     error = refusal(bundle)
     assert isinstance(error, InputError)
     assert str(bundle / "bundle.json") in error.problem
-    assert "this busigen reads 4 or 5 or 6 or 7." in error.problem
+    assert "this busigen reads 4 or 5 or 6 or 7 or 8." in error.problem
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,10 @@ def test_the_decoder_is_told_the_lesion_and_that_a_background_has_none(bundle: B
     assert np.array_equal(backend.seen["decoder"]["mask"], backend.seen["lesion-benign"]["mask"])
 
 
-def test_rows_have_the_declared_fields_and_types(bundle: Bundle, backend: OnnxBackend, whole: SampleBatch) -> None:
-    types = Sampler(bundle, backend, classes=MIX).row_types()
+def test_rows_have_the_declared_fields_and_types(
+    bundle: Bundle, backend: OnnxBackend, healthy: HealthyFolder, whole: SampleBatch
+) -> None:
+    types = Sampler(bundle, backend, classes=MIX, healthy=healthy).row_types()
     for sample in whole.samples:
         assert sample.row.keys() == types.keys()
         assert all(value is None or type(value) is types[name] for name, value in sample.row.items())
