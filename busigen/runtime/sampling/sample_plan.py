@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
 from busigen.errors import UsageError
-from busigen.registry import ATTRIBUTES, NORMAL, SYNTHETIC
+from busigen.registry import ATTRIBUTES, LESION_CLASSES, NORMAL, SYNTHETIC
 from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import MAX_OUTLINES, Draft, DrawRequest
@@ -27,6 +27,7 @@ from busigen.runtime.sampling.several import FURTHER, PLACE_DRAWS, free_place
 from busigen.text import printable
 
 ANY, MIX = "any", "mix"  # what can be asked for instead of a scanner's name
+_PHASE = 617  # a prime, whose multiples for eight kinds differ in their last digit
 PROBED_IMAGES = 64  # healthy images that are tried, one after the other, for one that holds a given mask where it lies
 
 
@@ -145,8 +146,14 @@ class SamplePlan:
             given=self.grid.row(job.index) if self.grid else {},
             wanted=asked.values(seed, job.seeded, job.attempt if self.grid else 0),
             birads=asked.category(number),
-            lesions=int(dealt(within, self.lesions)[0]) if self.lesions else 1,
+            lesions=self._lesions(label, asked.category(number), within) if self.lesions else 1,
         )
+
+    def _lesions(self, label: str, birads: str | None, within: int) -> int:
+        """How many lesions the image gets that is this many'th of its class and category."""
+        # Each class and category begins elsewhere: together, the first ones of all would have the rarest number.
+        kind = 5 * LESION_CLASSES.index(label) + int(birads or 0)
+        return int(dealt(_PHASE * kind + 4 + within, self.lesions)[0])
 
     def next_lesion(self, seed: int, draft: Draft, painted: NDArray[np.uint8]) -> Draft:
         """The draft on its way to its next lesion, which is painted into the image with those before it."""

@@ -17,8 +17,9 @@ from busigen.errors import AcceptanceError, UsageError
 from busigen.mtf import RADIUS
 from busigen.runtime.dataset.format import Sample
 from busigen.runtime.execution.run import SourceOptions
-from busigen.runtime.sampling.conditions import parse_conditions, parse_lesions
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.batching import DrawRequest
+from busigen.runtime.sampling.conditions import SampleConditions, parse_conditions, parse_lesions
+from busigen.runtime.sampling.healthy_images import HealthyFolder, synthetic
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.sampling.several import free_place
 from tests.harness.quick_engine import QuickEngine, quick_sampler
@@ -199,3 +200,14 @@ def test_the_shipped_bundle_paints_two_lesions_that_differ_from_what_was_there()
             # The filter reaches as far beyond the region that was painted.
             elsewhere = ~grow(edit_region(second, np.ones_like(second)), RADIUS)
             assert np.array_equal(pair.image[elsewhere], one.image[elsewhere])
+
+
+def test_small_sets_with_categories_have_about_the_shares_that_were_asked_for() -> None:
+    """Of every class and category, the first samples are not all of the rarest number."""
+    mix = {"2": 0.1, "3": 0.4, "4": 0.3, "5": 0.2}
+    plan = quick_sampler(QuickEngine(), asked=SampleConditions(birads=mix), lesions={"1": 0.9, "2": 0.1}).plan
+    blank = np.zeros((256, 256), np.uint8)
+    told = [plan.draft(7, DrawRequest(index=k, attempt=0), synthetic(blank, (256, 256))).lesions for k in range(1000)]
+    # One for each of the eight kinds more or less than their share.
+    for count in (12, 50, 200, 1000):
+        assert abs(told[:count].count(2) - 0.1 * count) <= 3
