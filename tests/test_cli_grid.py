@@ -37,7 +37,7 @@ def test_a_grid_is_written_proven_and_replayed_and_workers_change_no_byte(tmp_pa
     assert run("grid", *GRID, "--out", out, "--workers", 2).returncode == 0
     assert hashes(out) == whole
     by_python = tmp_path / "by-python"
-    busigen.grid(by_python, "class,size=0.03/0.06", 2, batch_size=4, seed=3, progress=False)
+    busigen.grid(by_python, ["class", "size=0.03/0.06"], 2, batch_size=4, seed=3, progress=False)
     for file in ("shards/000000.tar", "manifest.parquet", "run.json"):
         assert (by_python / file).read_bytes() == (out / file).read_bytes()
 

@@ -117,14 +117,21 @@ def write(
 
 
 def grid(
-    out: Place, vary: str, backgrounds: int = 10, *, progress: bool = True, **options: Unpack[SampleOptions]
+    out: Place,
+    vary: str | Sequence[str],
+    backgrounds: int = 10,
+    *,
+    progress: bool = True,
+    **options: Unpack[SampleOptions],
 ) -> GenerateReport:
     """Write counterfactual sets, or finish them: the very files of ``busigen grid``.
 
-    Each background gets a sample for each combination of the levels in ``vary``, such as ``"class,size=0.02/0.05"``.
+    Each background gets a sample for each combination of the levels in ``vary``, such as ``"class,size=0.02/0.05"``
+    or ``["class", "size=0.02/0.05"]``.
     Raises what `write` does.
     """
-    made = GenerateOptions.of_grid(place_of(str(out)), backgrounds, vary=vary, **typed(options))
+    levels = vary if isinstance(vary, str) else ",".join(vary)
+    made = GenerateOptions.of_grid(place_of(str(out)), backgrounds, vary=levels, **typed(options))
     with _shown(progress) as shown:
         return made.run(shown)
 

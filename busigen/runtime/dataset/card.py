@@ -115,7 +115,7 @@ where folders stand by their names alone. For research; not for diagnosis.
 
 ## Content
 
-- `shards/*.tar`: [WebDataset](https://github.com/webdataset/webdataset) shards. A sample is three files:
+- `shards/*.tar`: [WebDataset](https://github.com/webdataset/webdataset) shards. A sample is {_files(info)} files:
   `<key>.image.png` ({RESOLUTION} x {RESOLUTION}, 8-bit grey), `<key>.mask.png` (1 bit, white on the lesion),
   `<key>.json` (its row).{_several(info["columns"])}
 - `manifest.parquet`: one row per sample: {", ".join(f"`{name}`" for name in column_types(info["columns"]))}.
@@ -175,6 +175,10 @@ and how it was made. For research; not for diagnosis.
 
 {_hugging_face(info["classes"])}
 {closing(info)}"""
+
+
+def _files(info: Mapping[str, Any]) -> str:
+    return str(3 + most) if (most := lesion_slots(info["columns"])) else "three"
 
 
 def _several(columns: Mapping[str, str]) -> str:
