@@ -15,14 +15,14 @@ from busigen.export.assembly import with_solver
 from busigen.export.graph_rewrites import make_sums_deterministic
 from busigen.export.trace import Tracer
 from busigen.export.weights import weights_of
-from busigen.registry import CLASSES, LOOPS, OPSETS, PRESETS
+from busigen.registry import CLASSES, LOOPS, OPSETS, PRESETS, SCANNERS
 from busigen.solver import solver_steps
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Velocity, integrate
 
 TINY = PRESETS["tiny"]
 CHANNELS = TINY.latent_channels
-CONDITIONS = (CHANNELS, 4, 1)
+CONDITIONS = (SCANNERS, CHANNELS, 4, 1)
 STEPS = solver_steps("lesion", 3)
 
 
@@ -57,7 +57,7 @@ def inputs(batch: int) -> dict[str, torch.Tensor]:
         "keep": (torch.rand(7, TINY.tokens, generator=generator) < 0.8).float(),
         **{f"condition{k}": torch.randn(7, size, 16, 16, generator=generator) for k, size in enumerate(CONDITIONS)},
     }
-    made |= {name: (made[name] > 0).float() for name in ("condition1", "condition2")}
+    made |= {name: (made[name] > 0).float() for name in ("condition2", "condition3")}
     return {name: value[:batch] for name, value in made.items()}
 
 
@@ -82,7 +82,7 @@ def test_a_graph_is_the_solver_for_every_batch(unet: torch.nn.Module, graphs: di
         v = inputs(batch)
         label = torch.full((batch,), CLASSES.index("benign"))
         expected = integrate(
-            Velocity(unet), v["noise"], label, v["tokens"], v["keep"], STEPS, *(v[f"condition{k}"] for k in range(3))
+            Velocity(unet), v["noise"], label, v["tokens"], v["keep"], STEPS, *(v[f"condition{k}"] for k in range(4))
         ).numpy()
         (found,) = runner.run(None, {name: value.numpy() for name, value in v.items()})
         # Two engines that add in other orders, three times over: some hundred times fp32's rounding.

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from busigen.registry import PRESETS
+from busigen.registry import PRESETS, SCANNERS
 from busigen.training.checkpoint import merge, save_adapter, with_adapter
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Velocity
@@ -23,7 +23,7 @@ def _inputs() -> tuple[torch.Tensor, ...]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    condition = draw(2, channels, 16, 16), draw(2, 4, 16, 16), draw(2, 1, 16, 16)
+    condition = draw(2, SCANNERS, 16, 16), draw(2, channels, 16, 16), draw(2, 4, 16, 16), draw(2, 1, 16, 16)
     context = draw(2, TINY.tokens, TINY.context_dim), torch.ones(2, TINY.tokens)
     return draw(2, channels, 16, 16), torch.tensor([0.3, 0.8]), torch.tensor([1, 2]), *context, *condition
 

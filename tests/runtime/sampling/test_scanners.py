@@ -132,8 +132,8 @@ def test_a_grid_paints_one_background_as_several_scanners(folder: Path, tmp_path
         out=out, bundle=folder, count=2, shard_size=2, batch_size=2, vary=f"scanner={'/'.join(names)}"
     )
     options.run(Progress())
-    report = verify(out)
-    assert report.ok
+    # This bundle's lesions are the same for all scanners, so that the images are equal as a whole.
+    assert verify(out).groups_equal == 1
     manifest = pl.read_parquet(out / "manifest.parquet")
     assert manifest["scanner"].to_list() == names and manifest["grid_group"].n_unique() == 1
     with pytest.raises(UsageError, match=r"--vary scanner names 'Philips', and the bundle knows these"):
