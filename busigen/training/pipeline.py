@@ -61,6 +61,7 @@ KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
 }
 # Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint.
 GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
+TOLD = ("window", "background", "finish")  # Kinds of tasks whose networks learn scanners by name.
 RUN, HEALED, CACHE = "run.json", "healed.npz", "cache"
 _WRITTEN = re.compile(r"[a-z0-9.-]+")  # Names of the files and folders that a run writes.
 _SHOWN = 3  # Fields of recipes that are named as different.
@@ -284,7 +285,11 @@ class _Run:
     @cached_property
     def _scanners(self) -> list[tuple[str, float]]:
         """The scanners that networks are told, those that a base knows first, and their shares of the images."""
-        known = [] if self.start is None else [name for name, _ in self.start.record.get("scanners", [])]
+        before: list[tuple[str, float]] = [] if self.start is None else self.start.record.get("scanners", [])
+        # Adapters, outlines and a Stable Diffusion are not told: no network would know what is new in these images.
+        if self.start is not None and not any(task.kind in TOLD for task in self.recipe.tasks):
+            return [(name, share) for name, share in before]
+        known = [name for name, _ in before]
         rows = select(self.prepared, "train")
         names = [*rows["scanner"]]
         return [(name, round(names.count(name) / len(names), 4)) for name in scanners_of(rows, known)]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import polars as pl
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from busigen.export.components import components
 from busigen.registry import FEWEST_OF_SCANNER, LOOPS, OPSETS, PRESETS, SCANNERS
-from busigen.training.checkpoint import load_component, save_component
+from busigen.training.checkpoint import Base, load_component, save_component
 from busigen.training.examples import scanners_of, told
 from busigen.training.networks.build import build, lacks_scanners, tell_scanners, widened
 from busigen.training.networks.inference import Networks
+from busigen.training.pipeline import _Run
+from busigen.training.recipe import recipe_for
 
 TINY = PRESETS["tiny"]
 LATENTS = TINY.latent_channels
@@ -117,3 +122,15 @@ def test_without_named_scanners_no_graph_asks_for_one() -> None:
     for component in components(made, opset=OPSETS[0], loop="loop", only=("prior", "decoder", "lesion")):
         for model in component.graphs("fp32").values():
             assert "scanner" not in {value.name for value in model.graph.input}
+
+
+@pytest.mark.parametrize(("retrain", "expected"), [("mask", ["A"]), ("prior", ["A", "B"]), ("lesion", ["A", "B"])])
+def test_a_run_that_tells_no_network_the_scanner_adds_none_to_its_bases(
+    tmp_path: Path, retrain: str, expected: list[str]
+) -> None:
+    table = pl.DataFrame({"split": "train", "scanner": ["B"] * FEWEST_OF_SCANNER})
+    recorded = {"preset": "tiny", "recipe": recipe_for("tiny").to_dict(), "scanners": [["A", 0.5]]}
+    base = Base(tmp_path, recorded)
+    prepared: Any = SimpleNamespace(table=table)
+    run = _Run(prepared, tmp_path, base.recipe(retrain=[retrain]), base, torch.device("cpu"), Console())
+    assert [name for name, _ in run._scanners] == expected

@@ -32,7 +32,8 @@ from busigen.runtime.dataset.format import (
     picture_columns,
     shard_path,
 )
-from busigen.runtime.dataset.reader import ListedShard, Member, plan_of, read_members, read_object, refuse_unreadable
+from busigen.runtime.dataset.reader import Member, plan_of, read_members, read_object, refuse_unreadable
+from busigen.runtime.dataset.run_record import ListedShard
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_row
 from busigen.runtime.maintenance.merge import find_sample
 from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now

@@ -39,7 +39,8 @@ from busigen.runtime.dataset.format import (
     key_of,
     shard_path,
 )
-from busigen.runtime.dataset.reader import Dataset, SourceRecord, link_refused, read_object
+from busigen.runtime.dataset.reader import Dataset, link_refused, read_object
+from busigen.runtime.dataset.run_record import SourceRecord
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, read_table, write_joined
 from busigen.runtime.output.ownership import shown_changes
 from busigen.runtime.progress import Progress

@@ -35,13 +35,13 @@ from busigen.runtime.dataset.format import (
 )
 from busigen.runtime.dataset.reader import (
     Dataset,
-    RunRecord,
     links,
     plan_of,
     read_object,
     recorded_shards,
     refuse_newer,
 )
+from busigen.runtime.dataset.run_record import RunRecord
 from busigen.runtime.dataset.shards import FileRecord, read_table, recorded_schema
 from busigen.runtime.maintenance.merge import (
     COLLECTION_FILES,

@@ -32,7 +32,8 @@ from busigen.files import is_temporary, json_bytes, write_json
 from busigen.records import Record, Text, Whole, checked, parse_json, read_json
 from busigen.runtime.backends.bundle import unproven
 from busigen.runtime.dataset.format import FIELDS, RUN_FILE, WRITTEN, Plan, Source, changed_options, differences
-from busigen.runtime.dataset.reader import RunRecord, refuse_newer
+from busigen.runtime.dataset.reader import refuse_newer
+from busigen.runtime.dataset.run_record import RunRecord
 from busigen.runtime.storage.lock import LOCK_FILE, in_use, is_lock
 from busigen.runtime.storage.object_store import RetryPolicy, Store
 from busigen.runtime.storage.url import Address
