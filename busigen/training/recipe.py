@@ -84,7 +84,9 @@ def _adapters(steps: int, batch: int, variants: Mapping[str, int]) -> Iterator[T
     adapter = TaskSpec("", "adapter", "", steps, batch, lr=1e-3, schedule="constant_with_warmup", warmup=10, ema=0.99)
     for stage, label in product(STAGES, LESION_CLASSES):
         name = f"{stage}-{label}"
-        yield replace(adapter, name=name, component=stage, label=label, variants=variants[stage], sources=("busi",))
+        # Stages that are told the scanner learn a class from all hospitals; outlines are of the paper's own set.
+        sources = () if stage in PAINTING else ("busi",)
+        yield replace(adapter, name=name, component=stage, label=label, variants=variants[stage], sources=sources)
 
 
 def _compact() -> tuple[TaskSpec, ...]:
