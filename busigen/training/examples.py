@@ -123,6 +123,11 @@ class Frames:
         places = self.with_lesion() if lesions_only else range(len(self))
         return [(position, variant) for position in places for variant in range(variants)]
 
+    def of_scanner(self, scanner: int) -> list[int]:
+        """The positions of a scanner's images; of all for 0, which is any, and where there is none."""
+        names = [name for name, number in self._scanner.items() if number == scanner]
+        return [k for k, name in enumerate(self.table["scanner"]) if name in names] or list(range(len(self)))
+
     def with_lesion(self) -> list[int]:
         """Positions of images that are not of class ``normal``."""
         return [position for position, label in enumerate(self.table["class"]) if label != "normal"]

@@ -16,12 +16,24 @@ from torch.nn import functional as F
 from busigen.data.geometry import GRAIN_SCALE, Mask, around
 from busigen.mtf import KNOTS, LARGEST_GAIN, Transfer, detail, passed
 from busigen.noise_styles import Floats, bounded, fitted
-from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SPECKLE_GAIN
+from busigen.registry import (
+    BACKGROUND_SPECKLE,
+    LATENT_FACTOR,
+    MASK_CHANNELS,
+    RESOLUTION,
+    SCANNERS,
+    SPECKLE_GAIN,
+)
 from busigen.training import losses
 from busigen.training.examples import ANY_SHARE, Frame, Frames, to_tensor, told
 from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
-from busigen.training.networks.autoencoder import Critic
-from busigen.training.networks.build import MaskedAutoencoder, mask_condition, region_condition
+from busigen.training.networks.build import (
+    MaskedAutoencoder,
+    mask_condition,
+    region_condition,
+    scanner_condition,
+)
+from busigen.training.networks.critics import Critic, FeatureCritic, contest
 from busigen.training.networks.inference import shown
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
@@ -141,7 +153,7 @@ class DecoderTask(AutoencoderTask):
     def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
         first, _, pixels, weight, latents = decoded
         side = LATENT_FACTOR * latents.shape[-1]
-        ours, critics = self.critic.contest(shown(first * weight, side), shown(pixels * weight, side), latents)
+        ours, critics = contest(self.critic, shown(first * weight, side), shown(pixels * weight, side), latents)
         return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
@@ -206,8 +218,9 @@ class FinishTask(DecoderTask):
     """The decoder, against opponents that see its pixels as a user will.
 
     It gets what the stages draw in the places of real lesions, judged after the paste against real pixels, backgrounds
-    of the prior, and real latents, lest they be forgotten. Here it first reads masks, to draw margins. Opponents are a
-    second critic, which sees the outline, and linear discriminants of texture and of brightness across outlines.
+    of the prior, and real latents, lest they be forgotten. Here it first reads masks, to draw margins. Opponents are
+    two more critics, which see the outline and know the scanner, one of pixels and one of features that were learnt on
+    photographs, and linear discriminants of texture and of brightness across outlines.
     """
 
     def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
@@ -215,16 +228,19 @@ class FinishTask(DecoderTask):
         mean, std = context.networks.latents_mean, context.networks.latents_std
         self.latents_mean, self.latents_std = (part.view(1, -1, 1, 1).to(self.device) for part in (mean, std))
         self.texture = Texture().to(self.device)
-        self.judge = Critic(MASK_CHANNELS + 1, pixel_channels=2).to(self.device)
+        described = MASK_CHANNELS + 1 + SCANNERS
+        self.judge = Critic(described, pixel_channels=2).to(self.device)
+        self.features = FeatureCritic(described).to(self.device)
         groups = ("image", "background", *ZONES)
         self.discriminants: Any = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
         self.discriminants["profile"] = Discriminant(FEATURES)
         self.discriminants.to(self.device)
-        parts = {"critic": self.critic, "judge": self.judge, "discriminants": self.discriminants}
-        self.module = nn.ModuleDict({"autoencoder": module, **parts})
+        critics = {"critic": self.critic, "judge": self.judge, "features": self.features}
+        self.module = nn.ModuleDict({"autoencoder": module, **critics, "discriminants": self.discriminants})
         self.windows = self._cached("drawn", rollout_windows, frames=self.train, variants=spec.variants)
         count = min(BACKGROUNDS, len(self.train))
         self.backgrounds = self._cached("drawn-backgrounds", rollout_backgrounds, count=count)
+        self.of_scanner = [self.train.of_scanner(number) for number in range(SCANNERS + 1)]
 
     def _cached(self, name: str, draw: Callable[..., dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
         """Drawn latents, from the run's cache."""
@@ -277,7 +293,7 @@ class FinishTask(DecoderTask):
         batch, real, decoded, pasted = self._pasted(chosen, generator)
         usable, mask = batch["usable"], batch["mask"]
         described = torch.cat((mask_condition(mask), region_condition(batch["edit"])), dim=1)
-        ours, critics = self._judged(pasted * usable, real * usable, mask, described)
+        ours, critics = self._judged(pasted * usable, real * usable, mask, described, self.windows["scanner"][chosen])
         seams = losses.LATTICE_WEIGHT * losses.lattice(decoded, real)
         textures = self._texture_loss(ZONES, pasted, real, batch["zones"] * usable)
         places = patches(mask, usable)
@@ -285,9 +301,15 @@ class FinishTask(DecoderTask):
         margins = self.discriminants["profile"](ours_across[seen], theirs_across[seen])
         return losses.CRITIC_WEIGHT * ours + critics + seams + textures + losses.TEXTURE_WEIGHT * margins
 
-    def _judged(self, generated: Tensor, real: Tensor, mask: Tensor, described: Tensor) -> tuple[Tensor, Tensor]:
-        generated, real = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
-        return self.judge.contest(generated, real, described)
+    def _judged(
+        self, generated: Tensor, real: Tensor, mask: Tensor, described: Tensor, scanner: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of the decoder and of the critics that know mask, edit region and scanner."""
+        described = torch.cat((described, scanner_condition(described, told(scanner).to(self.device))), dim=1)
+        seen = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
+        by_pixels = contest(self.judge, *seen, described)
+        by_features = contest(self.features, generated, real, described)
+        return by_pixels[0] + by_features[0], by_pixels[1] + by_features[1]
 
     def _backgrounds_loss(self, generator: Generator) -> Tensor:
         """Loss of drawn backgrounds, compared with healthy places of real images at the same depth."""
@@ -297,23 +319,24 @@ class FinishTask(DecoderTask):
         for position in rng.integers(0, len(self.backgrounds["latents"]), count):
             background, frame = (self.backgrounds[name][int(position)] for name in ("latents", "frame"))
             cells, inside, depth = _part_of(background.float(), frame, rng)
-            pixels, healthy = self._place(depth, rng)
+            scanners.append(self.backgrounds["scanner"][int(position)])
+            pixels, healthy = self._place(depth, int(scanners[-1]), rng)
             latents.append(cells)
             real.append(pixels)
             weights.append(inside * healthy)
-            scanners.append(self.backgrounds["scanner"][int(position)])
-        generated = self._decode(torch.stack(latents).to(self.device), None, torch.stack(scanners), generator)
+        scanner = torch.stack(scanners)
+        generated = self._decode(torch.stack(latents).to(self.device), None, scanner, generator)
         theirs, weight = torch.stack(real).to(self.device), torch.stack(weights).to(self.device)
         described = torch.zeros(count, MASK_CHANNELS + 1, *(SIDE // LATENT_FACTOR,) * 2, device=self.device)
         pixels = generated.clamp(-1.0, 1.0)
-        ours, critics = self._judged(pixels * weight, theirs * weight, torch.zeros_like(weight), described)
+        ours, critics = self._judged(pixels * weight, theirs * weight, torch.zeros_like(weight), described, scanner)
         seams = losses.LATTICE_WEIGHT * losses.lattice(generated, theirs)
         textures = self._texture_loss(("background",), pixels, theirs, weight)
         return losses.CRITIC_WEIGHT * ours + critics + seams + textures
 
-    def _place(self, depth: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A crop of a real image at a depth of 0 (its top) to 1, and where it shows healthy tissue."""
-        frame = self.train[int(rng.integers(len(self.train)))].varied(rng)
+    def _place(self, depth: float, scanner: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A crop of a scanner's real image at a depth of 0 (its top) to 1, and where it shows healthy tissue."""
+        frame = self.train[int(rng.choice(self.of_scanner[scanner]))].varied(rng)
         top, left, height, width = frame.place
         y = min(top + round(depth * max(0, height - SIDE)), RESOLUTION - SIDE)
         x = min(left + int(rng.integers(0, max(0, width - SIDE) + 1)), RESOLUTION - SIDE)
