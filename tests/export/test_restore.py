@@ -53,7 +53,8 @@ def test_the_restored_networks_draw_what_the_bundle_draws(restored: Path) -> Non
         # Two engines round differently in the sixth decimal: a pixel on the outline's edge, a grey level on .5.
         assert int((ours.mask ^ theirs.mask).sum()) <= 0.02 * ours.mask.sum()
         near = np.abs(ours.image.astype(int) - theirs.image) <= 2
-        assert near.mean() > 0.995
+        # A phantom's streaks are steeper than what the prior draws by itself, and so is what an edge moves.
+        assert near.mean() > 0.99
 
 
 def stored_in(graph: str) -> dict[str, np.ndarray]:

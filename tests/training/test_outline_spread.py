@@ -8,9 +8,10 @@ import torch
 from scipy import stats
 
 from busigen.data.geometry import Mask, circularity, largest_component
+from busigen.evaluation.physics.features import outline
 from busigen.registry import ASKED_LENGTH, ATTRIBUTES
 from busigen.training.networks import outline as outline_spread
-from busigen.training.networks.outline import OutlineSpace, OutlineSpread
+from busigen.training.networks.outline import FINEST, OutlineSpace, OutlineSpread
 from tests.training.test_outline import blob
 
 COUNT = len(ATTRIBUTES)
@@ -88,3 +89,31 @@ def test_outlines_that_are_too_smooth_become_as_ragged_as_real_ones(monkeypatch:
     fresh = codes(72, 3, scale=0.6)
     assert distance(spread.calibrated(fresh)) < 0.8 * distance(fresh)
     assert torch.equal(spread.calibrated(fresh)[:, COUNT : COUNT + 4], fresh[:, COUNT : COUNT + 4])
+
+
+def test_what_a_hand_leaves_on_an_outline_is_distributed_as_in_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outline_spread, "EVALUATIONS", 30)
+    rng = np.random.default_rng(0)
+    space = OutlineSpace(160, 48)
+    space.fit([blob(rng) for _ in range(60)])
+    nothing = torch.zeros(1, ASKED_LENGTH)
+
+    def outlined(found: torch.Tensor) -> list[Mask]:
+        distances = space.distance(found, nothing.expand(len(found), -1))
+        masks = [largest_component(distance[0].numpy() > 0) for distance in distances]
+        return [mask for mask in masks if mask.sum() > 64]
+
+    def drawn(seed: int, finest: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        found = 0.6 * torch.randn(72, COUNT + 160, generator=generator)
+        found[:, COUNT + FINEST :] *= finest
+        return found
+
+    def ripple(found: torch.Tensor) -> list[float]:
+        return [outline(mask, np.ones_like(mask))["ripple"] for mask in outlined(found)]
+
+    real, generated = drawn(1, 40.0), drawn(2, 1.0)
+    spread = OutlineSpread(COUNT + 160)
+    before = stats.wasserstein_distance(ripple(generated), ripple(real))
+    spread.fit_form(generated, outlined, outlined(real))
+    assert stats.wasserstein_distance(ripple(spread.calibrated(generated)), ripple(real)) < 0.7 * before

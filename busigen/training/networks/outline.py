@@ -163,9 +163,10 @@ def birads_flags(categories: Sequence[str | None]) -> NDArray[np.bool_]:
 
 LEVELS = (0.02, *(k / 16 for k in range(1, 16)), 0.98)  # Quantiles at which attributes are matched.
 EDGES = (4, 36)  # Components of the form at which its two bands begin, after the broad shapes: lobes, and finer detail.
+FINEST = 120  # Component at which the part of the finer detail begins that an annotator's hand leaves.
 LEAST_AMPLITUDE = 1e-3  # Least amplitude of a band that is amplified.
 FEWEST = 64  # Fewest lesions, real and drawn, from which a distribution is fitted.
-EVALUATIONS = 100  # Sets of drawn outlines that the search for the bands' gains evaluates, in a second or so each.
+EVALUATIONS = 160  # Sets of drawn outlines that the search for the bands' gains evaluates, in a second or so each.
 FINE = 2.0  # Deviation in pixels of the filter that removes the finest detail of an outline.
 RELUCTANCE = 0.03  # Cost of a gain, against distances in deviations: of gains that are as good, the smallest are taken.
 
@@ -175,12 +176,13 @@ class OutlineSpread(Spread):
 
     A network that has seen a few hundred lesions draws too regular outlines, and real ones differ more in how ragged
     they are. So attributes are mapped quantile by quantile, and the deviations of two bands of the form by a power law,
-    ``a' = exp(gain) a^(1 + power)``.
+    ``a' = exp(gain) a^(1 + power)``, and after that the deviation of the finest detail by one of its own.
     """
 
     drawn: Tensor
     wanted: Tensor
     gains: Tensor
+    finest: Tensor
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
@@ -188,6 +190,7 @@ class OutlineSpread(Spread):
         self.register_buffer("drawn", torch.zeros(COUNT, len(LEVELS)))
         self.register_buffer("wanted", torch.zeros(COUNT, len(LEVELS)))
         self.register_buffer("gains", torch.zeros(len(EDGES), 2))
+        self.register_buffer("finest", torch.zeros(2))
         self.forget()
 
     def forward(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor, *_: Tensor) -> Tensor:
@@ -206,11 +209,13 @@ class OutlineSpread(Spread):
         parts = [self.wanted[:, 0] + (within * slopes).sum(dim=2) + beyond]
         start = COUNT
         for (first, last), (gain, power) in zip(self.bands, self.gains.unbind(), strict=False):
-            band = code[:, first:last]
-            amplitude = band.square().mean(dim=1, keepdim=True).sqrt().clamp(min=LEAST_AMPLITUDE)
-            parts += [code[:, start:first], band * torch.exp(gain + power * amplitude.log())]
+            parts += [code[:, start:first], _amplified(code[:, first:last], gain, power)]
             start = last
-        return torch.cat((*parts, code[:, start:]), dim=1)
+        result = torch.cat((*parts, code[:, start:]), dim=1)
+        first = COUNT + FINEST
+        if first >= code.shape[1]:
+            return result
+        return torch.cat((result[:, :first], _amplified(result[:, first:], *self.finest.unbind())), dim=1)
 
     @torch.no_grad()
     def forget(self) -> None:
@@ -219,6 +224,7 @@ class OutlineSpread(Spread):
         self.drawn.copy_(identity)
         self.wanted.copy_(identity)
         self.gains.zero_()
+        self.finest.zero_()
 
     @torch.no_grad()
     def fit_attributes(self, generated: Tensor, real: Tensor) -> None:
@@ -240,29 +246,42 @@ class OutlineSpread(Spread):
         """
         if min(len(codes), len(real)) < FEWEST or not self.bands:
             return
-        target, levels = _irregularity(real), np.linspace(0.02, 0.98, 49)
+        count, target, levels = 2 * len(self.bands), _irregularity(real), np.linspace(0.02, 0.98, 49)
         scale, wanted = target.std(axis=0), np.quantile(target, levels, axis=0)
 
-        def missed(gains: Floats) -> float:
-            self.gains.view(-1)[: gains.size] = torch.from_numpy(gains).to(self.gains)
-            found = _irregularity(outlined(self.calibrated(codes)))
-            if len(found) < FEWEST // 2:
+        def missed(found: Floats) -> float:
+            gains = torch.from_numpy(found).to(self.gains)
+            self.gains.view(-1)[:count] = gains[:count]
+            self.finest[: len(gains) - count] = gains[count:]
+            drawn = _irregularity(outlined(self.calibrated(codes)))
+            if len(drawn) < FEWEST // 2:
                 return float("inf")
-            distance = (np.abs(np.quantile(found, levels, axis=0) - wanted).mean(axis=0) / scale).sum()
-            return float(distance + RELUCTANCE * np.abs(gains).sum())
+            distance = (np.abs(np.quantile(drawn, levels, axis=0) - wanted).mean(axis=0) / scale).sum()
+            return float(distance + RELUCTANCE * np.abs(found).sum())
 
-        start = np.zeros(2 * len(self.bands))
+        start = np.zeros(count + 2 * (codes.shape[1] > COUNT + FINEST))
         simplex = np.vstack([start, start + 0.4 * np.eye(start.size)])
         options = {"maxfev": EVALUATIONS, "initial_simplex": simplex, "xatol": 0.02, "fatol": 0.005}
         best = minimize(missed, start, method="Nelder-Mead", options=options)
         missed(best.x)
 
 
+def _amplified(band: Tensor, gain: Tensor, power: Tensor) -> Tensor:
+    """A part of codes ``(B, n)`` by the power law of its deviation."""
+    amplitude = band.square().mean(dim=1, keepdim=True).sqrt().clamp(min=LEAST_AMPLITUDE)
+    return band * torch.exp(gain + power * amplitude.log())
+
+
 def _irregularity(masks: Sequence[Mask]) -> Floats:
-    """Circularity and solidity of lesions, and their circularity without detail finer than ``FINE``, ``(N, 3)``."""
+    """How irregular lesions are, ``(N, 4)``.
+
+    Circularity and solidity, circularity without detail finer than ``FINE``, and the area that such detail changes,
+    over the root of the area: how a hand or a grid has drawn the outline.
+    """
     found = []
     for mask in masks:
         part = np.pad(mask[around(mask, 0)], 4 * round(FINE))
         smooth = ndimage.gaussian_filter(part.astype(np.float32), FINE) >= 0.5
-        found.append((circularity(mask), solidity(mask), circularity(smooth if smooth.any() else mask)))
-    return np.array(found, dtype=np.float64).reshape(-1, 3)
+        without = circularity(smooth if smooth.any() else mask)
+        found.append((circularity(mask), solidity(mask), without, (smooth ^ part).sum() / np.sqrt(part.sum())))
+    return np.array(found, dtype=np.float64).reshape(-1, 4)

@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 import pytest
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 from PIL import Image
 
 from busigen.api.functions import generate as drawn_pairs
@@ -29,37 +28,15 @@ from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.backgrounds import AskedTissue, phantom_at
 from busigen.runtime.sampling.sampler import Sampler
-from tests.harness.made_bundles import loaded, saved, stated, written
+from tests.harness.made_bundles import plain
 
-START = 0.5
 MIX = {"benign": 0.5, "malignant": 0.5}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped bundle with a prior that starts from phantoms: its noise is mixed with them, its times end sooner."""
-    info, place = stated(), tmp_path_factory.mktemp("started") / "bundle"
-    model = loaded(info, "prior")
-    graph = model.graph
-    for node in graph.node:
-        node.input[:] = ["mixed" if name == "noise" else name for name in node.input]
-    (noise,) = (value for value in graph.input if value.name == "noise")
-    start = graph.input.add()
-    start.CopyFrom(noise)
-    start.name = "start"
-    for name, share in (("noise", START), ("start", 1.0 - START)):
-        graph.initializer.append(numpy_helper.from_array(np.array(share, np.float32), f"share/{name}"))
-        graph.node.insert(0, helper.make_node("Mul", [name, f"share/{name}"], [f"part/{name}"]))
-    graph.node.insert(2, helper.make_node("Add", ["part/noise", "part/start"], ["mixed"]))
-    (body,) = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
-    tables = [one for part in (graph, body) for one in part.initializer if one.name in ("solver/t", "solver/s")]
-    assert len(tables) == 2
-    for table in tables:
-        table.CopyFrom(numpy_helper.from_array(np.float32(START) * numpy_helper.to_array(table), table.name))
-    record = info["graphs"]["prior"]
-    info["graphs"]["prior"] = {**record, **saved(place, model, "started.onnx", record["files"])}
-    info |= {"schema": 7, "phantoms": {**Phantoms.unfitted().to_json(), "start": START}}
-    return written(place, info)
+def folder() -> Path:
+    """The shipped bundle, whose prior starts from phantoms."""
+    return default_bundle()
 
 
 def coarse(image: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -177,10 +154,9 @@ def test_images_without_a_lesion_have_maps_as_well(folder: Path, tmp_path: Path)
 
 def test_what_has_no_phantoms_gives_no_map(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--density is given"):
-        GenerateOptions(out=tmp_path / "set", count=1, density="b").run(Progress())
+        GenerateOptions(out=tmp_path / "set", bundle=plain(), count=1, density="b").run(Progress())
     with pytest.raises(UsageError, match="--tissue-maps is for synthetic backgrounds"):
         GenerateOptions(out=tmp_path / "set", count=1, tissue_maps=True, healthy=str(tmp_path)).run(Progress())
-    assert Bundle.open(default_bundle()).phantoms is None
 
 
 @pytest.mark.parametrize(
