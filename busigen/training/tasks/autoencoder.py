@@ -306,8 +306,8 @@ class FinishTask(DecoderTask):
     ) -> tuple[Tensor, Tensor]:
         """The losses of the decoder and of the critics that know mask, edit region and scanner."""
         described = torch.cat((described, scanner_condition(described, told(scanner).to(self.device))), dim=1)
-        seen = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
-        by_pixels = contest(self.judge, *seen, described)
+        ours, theirs = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
+        by_pixels = contest(self.judge, ours, theirs, described)
         by_features = contest(self.features, generated, real, described)
         return by_pixels[0] + by_features[0], by_pixels[1] + by_features[1]
 
