@@ -14,8 +14,7 @@ from scipy import ndimage
 
 from busigen.phantoms.tissue import Canvas
 
-KNEE = 0.1
-"""How gently a scanner's map of grey levels ends in black and in white, as a share of them."""
+KNEE = 0.1  # How gently the map of grey levels ends in black and in white, as a share of them.
 
 Floats = NDArray[Any]
 
@@ -36,7 +35,8 @@ def b_mode(canvas: Canvas, decibels: NDArray[np.float32]) -> NDArray[np.float32]
     compressed = 20.0 * np.log10((1.0 - p["compound"]) * envelope + p["compound"] * mean)
     # As a sonographer sets the gain: by what is near the skin.
     grey = p["level"] + (compressed - np.median(compressed[: canvas.height // 2])) / p["range"]
-    return np.asarray(255.0 * KNEE * (np.logaddexp(0, grey / KNEE) - np.logaddexp(0, (grey - 1.0) / KNEE)), np.float32)
+    ends = (np.logaddexp(0.0, (grey - end) / KNEE) for end in (0.0, 1.0))
+    return np.asarray(255.0 * KNEE * np.subtract(*ends), np.float32)
 
 
 def _shadows(canvas: Canvas, depth: Floats) -> Floats:

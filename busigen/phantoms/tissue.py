@@ -48,7 +48,7 @@ PARAMETERS: dict[str, tuple[float, float]] = {
     "streak_aspect": (5.0, 20.0),
     "fat_streaks": (0.0, 7.0),
     "gland_streaks": (0.0, 8.0),
-    "muscle_streaks": (1.0, 9.0),
+    "muscle_streaks": (2.5, 9.0),
     "fascia_gain": (2.0, 18.0),
     "skin_gain": (4.0, 18.0),
     "rib": (-1.0, 1.0),
@@ -64,7 +64,7 @@ PARAMETERS: dict[str, tuple[float, float]] = {
     "lateral": (1.0, 1.7),
     "spread": (0.0, 1.2),
     "compound": (0.5, 0.9),
-    "floor": (-36.0, -6.0),
+    "floor": (-40.0, -12.0),
     "range": (36.0, 66.0),
     "level": (0.2, 0.65),
 }
@@ -127,9 +127,8 @@ class Canvas:
 
         It has that many ``waves``, whose amplitude falls with that power of their number.
         """
-        place = self.columns[0] / self.width
         weights = self.normals(2, waves) / np.arange(1, waves + 1) ** fall
-        angles = np.pi * np.arange(1, waves + 1)[:, None] * place
+        angles = np.pi * np.arange(1, waves + 1)[:, None] * (self.columns[0] / self.width)
         found = amplitude * self.height * (weights[0] @ np.cos(angles) + weights[1] @ np.sin(angles))
         return np.asarray(found, np.float32)
 
@@ -160,8 +159,7 @@ class Tissue:
         return float(self.depth["fascia"].mean()) / self.canvas.height
 
     def _layers(self) -> tuple[NDArray[np.uint8], dict[str, Floats]]:
-        p, c = self.p, self.canvas
-        height = c.height
+        p, c, height = self.p, self.canvas, self.canvas.height
         tilt = p["tilt"] * height * (c.columns[0] / c.width - 0.5)
         skin = p["skin"] * height + c.curve(0.001)
         chest = skin + (p["fat"] + p["gland"] + p["behind"]) * height + c.curve(p["wave"], 6, 2.0) + tilt
@@ -206,15 +204,13 @@ class Tissue:
 
     def _bending(self) -> Any:
         """What bends a texture: with the layers, and as far again in each place."""
-        p, c = self.p, self.canvas
-        wide = p["bend_size"]
+        p, c, wide = self.p, self.canvas, self.p["bend_size"]
         down = p["bend"] * wide * c.side * c.field(0.7 * wide, wide)
         down += (self.depth["fascia"] - self.depth["fascia"].mean()) * np.clip(c.rows / self.depth["fascia"], 0.0, 1.0)
         places = (c.rows - 0.5 - down).astype(np.float32)
         above = np.floor(places).astype(np.intp)
         share = places - above
-        above %= c.height
-        below = (above + 1) % c.height
+        above, below = above % c.height, (above + 1) % c.height
 
         def bent(field: Floats) -> Floats:
             upper = np.take_along_axis(field, above, 0)
@@ -240,10 +236,10 @@ class Tissue:
         """Skin's two bright surfaces and the bright lines at the layers' boundaries, which fade in and out."""
         p, c = self.p, self.canvas
         level += p["skin_gain"] * (self.labels == SKIN) * (0.4 + 0.6 * np.exp(-((c.rows / 1.5) ** 2)))
-        gains = {"skin": 0.8 * p["skin_gain"], "fat": p["fascia_gain"], "gland": 0.7 * p["fascia_gain"]}
-        # The last is the pleura's, where the chest wall ends.
-        for name, gain in {**gains, "fascia": p["fascia_gain"], "muscle": p["fascia_gain"]}.items():
-            whole = {"skin": 0.9, "muscle": 0.0}.get(name, 0.5)
+        skin, fascia = 0.8 * p["skin_gain"], p["fascia_gain"]
+        gains = {"skin": skin, "fat": fascia, "gland": 0.7 * fascia, "fascia": fascia, "muscle": fascia}
+        # How much of a line is there; the last is the pleura's, where the chest wall ends.
+        for (name, gain), whole in zip(gains.items(), (0.9, 0.5, 0.5, 0.7, 0.0), strict=True):
             strength = np.clip(whole + c.curve(0.8, 24) / c.height, 0.0, 1.2)
             line = np.exp(-0.5 * ((c.rows - self.depth[name]) / (0.002 * c.side + 0.4)) ** 2) * strength
             level += gain * line
@@ -261,8 +257,8 @@ class Tissue:
         apart = (c.columns[0] - middle) / half
         top = self.depth["muscle"] + 0.5 * half * apart**2
         inside = (np.abs(apart) < 1.0)[None] & (c.rows > top)
-        sinks = np.clip((c.rows - top) / (0.12 * c.height), 0.0, 1.0) * (np.abs(apart) < 1.0)
-        level -= 12.0 * ndimage.gaussian_filter1d(sinks, 0.04 * c.side, axis=1)
+        shadow = inside * np.clip((c.rows - top) / (0.12 * c.height), 0.0, 1.0)
+        level -= 12.0 * ndimage.gaussian_filter1d(shadow, 0.04 * c.side, axis=1)
         arc = np.exp(-0.5 * ((c.rows - top) / (0.003 * c.side + 0.5)) ** 2)
         level += 15.0 * arc * np.clip(2.0 - 2.0 * np.abs(apart), 0.0, 1.0)
         self.labels[inside & (c.rows < top + 0.5 * half)] = RIB
