@@ -22,7 +22,7 @@ PARAMETERS: dict[str, tuple[float, float]] = {
     # Thicknesses and depths are shares of the image's height.
     "skin": (0.012, 0.06),
     "fat": (0.02, 0.40),
-    "gland": (0.10, 0.70),
+    "gland": (0.05, 0.70),
     "behind": (0.0, 0.12),
     "muscle": (0.05, 0.45),
     "wave": (0.003, 0.06),
