@@ -14,6 +14,8 @@ from scipy import ndimage
 
 from busigen.phantoms.tissue import Canvas
 
+KNEE = 0.1  # How gently the map of grey levels ends in black and in white, as a share of them.
+
 Floats = NDArray[Any]
 
 
@@ -22,7 +24,7 @@ def b_mode(canvas: Canvas, decibels: NDArray[np.float32]) -> NDArray[np.float32]
     p = canvas.p
     depth = canvas.rows / canvas.height
     level = decibels - p["attenuation"] * depth ** p["bow"] - _shadows(canvas, depth)
-    level += p["haze"] * canvas.field(p["haze_size"], p["haze_size"], rough=True)
+    level += p["haze"] * canvas.field(0.4 * p["haze_size"], p["haze_size"], rough=True)
     # What is too dark is lost in noise.
     amplitude = np.sqrt(10.0 ** (level / 10.0) + 10.0 ** (p["floor"] / 10.0)).astype(np.float32)
     parts = [canvas.normals(canvas.height, canvas.width) * amplitude for _ in range(2)]
@@ -33,7 +35,8 @@ def b_mode(canvas: Canvas, decibels: NDArray[np.float32]) -> NDArray[np.float32]
     compressed = 20.0 * np.log10((1.0 - p["compound"]) * envelope + p["compound"] * mean)
     # As a sonographer sets the gain: by what is near the skin.
     grey = p["level"] + (compressed - np.median(compressed[: canvas.height // 2])) / p["range"]
-    return np.asarray(255.0 * grey, np.float32)
+    ends = (np.logaddexp(0.0, (grey - end) / KNEE) for end in (0.0, 1.0))
+    return np.asarray(255.0 * KNEE * np.subtract(*ends), np.float32)
 
 
 def _shadows(canvas: Canvas, depth: Floats) -> Floats:

@@ -28,49 +28,49 @@ PARAMETERS: dict[str, tuple[float, float]] = {
     "wave": (0.003, 0.06),
     "tilt": (-0.18, 0.18),
     # Sizes of textures are shares of the image's longer side; the rest is decibels or a share.
-    "bend": (0.0, 0.16),
+    "bend": (0.0, 0.12),
     "bend_size": (0.10, 0.40),
     "lobule": (0.05, 0.20),
     "lobule_aspect": (1.5, 6.0),
-    "septum_gain": (0.0, 16.0),
+    "septum_gain": (2.0, 20.0),
     "septum_gaps": (0.1, 0.9),
-    "fat_texture": (0.0, 5.0),
-    "gland_gain": (-2.0, 14.0),
-    "gland_texture": (1.0, 8.0),
+    "fat_texture": (0.0, 4.0),
+    "gland_gain": (1.0, 18.0),
+    "gland_texture": (1.0, 9.0),
     "gland_grain": (0.006, 0.04),
     "gland_aspect": (1.0, 5.0),
     "ducts": (0.02, 0.40),
     "duct_size": (0.008, 0.035),
     "duct_aspect": (1.2, 5.0),
-    "duct_drop": (2.0, 14.0),
-    "muscle_gain": (-12.0, 5.0),
-    "streak_width": (0.0025, 0.007),
+    "duct_drop": (2.0, 18.0),
+    "muscle_gain": (-14.0, 4.0),
+    "streak_width": (0.002, 0.0055),
     "streak_aspect": (5.0, 20.0),
     "fat_streaks": (0.0, 7.0),
     "gland_streaks": (0.0, 8.0),
-    "muscle_streaks": (0.0, 9.0),
-    "fascia_gain": (0.0, 14.0),
-    "skin_gain": (5.0, 20.0),
+    "muscle_streaks": (2.5, 9.0),
+    "fascia_gain": (2.0, 18.0),
+    "skin_gain": (4.0, 18.0),
     "rib": (-1.0, 1.0),
     "shadows": (-1.0, 0.8),
     "shadow_drop": (1.0, 16.0),
-    "contact": (0.0, 16.0),
+    "contact": (0.0, 14.0),
     "contact_width": (0.03, 0.25),
     "attenuation": (-4.0, 45.0),
     "bow": (0.6, 4.0),
-    "haze": (0.0, 6.0),
+    "haze": (0.0, 4.5),
     "haze_size": (0.08, 0.4),
-    "axial": (0.5, 1.1),
-    "lateral": (0.7, 1.8),
-    "spread": (0.0, 1.5),
-    "compound": (0.3, 0.95),
-    "floor": (-36.0, -6.0),
-    "range": (24.0, 65.0),
-    "level": (0.15, 0.65),
+    "axial": (0.5, 0.8),
+    "lateral": (1.0, 1.7),
+    "spread": (0.0, 1.2),
+    "compound": (0.5, 0.9),
+    "floor": (-40.0, -12.0),
+    "range": (36.0, 66.0),
+    "level": (0.2, 0.65),
 }
 """Least and greatest value of each parameter; a logistic curve takes normals to between them."""
 
-FIELDS, OTHERS = 12, 340
+FIELDS, OTHERS = 12, 360
 """How many fields a phantom has, speckle included, and how many normals its curves, shadows and ribs take at most."""
 
 Floats = NDArray[Any]
@@ -127,9 +127,8 @@ class Canvas:
 
         It has that many ``waves``, whose amplitude falls with that power of their number.
         """
-        place = self.columns[0] / self.width
         weights = self.normals(2, waves) / np.arange(1, waves + 1) ** fall
-        angles = np.pi * np.arange(1, waves + 1)[:, None] * place
+        angles = np.pi * np.arange(1, waves + 1)[:, None] * (self.columns[0] / self.width)
         found = amplitude * self.height * (weights[0] @ np.cos(angles) + weights[1] @ np.sin(angles))
         return np.asarray(found, np.float32)
 
@@ -160,8 +159,7 @@ class Tissue:
         return float(self.depth["fascia"].mean()) / self.canvas.height
 
     def _layers(self) -> tuple[NDArray[np.uint8], dict[str, Floats]]:
-        p, c = self.p, self.canvas
-        height = c.height
+        p, c, height = self.p, self.canvas, self.canvas.height
         tilt = p["tilt"] * height * (c.columns[0] / c.width - 0.5)
         skin = p["skin"] * height + c.curve(0.001)
         chest = skin + (p["fat"] + p["gland"] + p["behind"]) * height + c.curve(p["wave"], 6, 2.0) + tilt
@@ -186,13 +184,19 @@ class Tissue:
         holes = bent(c.field(p["duct_size"], p["duct_size"] * p["duct_aspect"]))
         edge = float(np.quantile(holes[::3, ::3], 1.0 - p["ducts"]))
         level = p["gland_gain"] + p["gland_texture"] * fine - p["duct_drop"] * np.clip(2.0 * (holes - edge), 0.0, 1.0)
-        level = level * gland + p["fat_texture"] * fine * fat + (p["muscle_gain"] + p["fat_texture"] * fine) * muscle
-        tall, crowds = p["streak_width"], np.clip(1.0 + 0.8 * c.field(0.04, 0.10), 0.0, 2.5)
+        # Muscle grows dark by and by, sooner in some places, so that no edge is sharper than the fascia itself.
+        within = (c.rows - self.depth["fascia"]) / c.height
+        sinks = np.clip(within / 0.16 + 0.25 * fine, 0.0, 1.0)
+        level = level * gland + p["fat_texture"] * fine * (fat + muscle)
+        level += (0.3 * p["gland_gain"] * (1.0 - sinks) + p["muscle_gain"] * sinks) * muscle
+        tall, crowds = p["streak_width"], np.clip(1.0 + 0.8 * c.field(0.04, 0.10), 0.0, 2.0)
+        # Of fat and gland a few bright ones, of muscle one beside the other.
         short, long = (
-            bent(np.maximum(c.field(tall, tall * p["streak_aspect"] * longer) - 0.5, 0.0)) * crowds
-            for longer in (1.0, 2.0)
+            bent(np.clip(c.field(tall, tall * p["streak_aspect"] * longer) - least, 0.0, 1.8)) * crowds
+            for longer, least in ((1.0, 0.5), (2.0, 0.1))
         )
-        level += short * (p["fat_streaks"] * fat + p["gland_streaks"] * gland) + long * p["muscle_streaks"] * muscle
+        level += short * (p["fat_streaks"] * fat + p["gland_streaks"] * gland)
+        level += p["muscle_streaks"] * (0.6 + 0.8 * np.exp(-np.abs(within) / 0.1)) * long * muscle
         self._septa(level, bent, fat)
         self._lines(level)
         self._rib(level)
@@ -200,15 +204,13 @@ class Tissue:
 
     def _bending(self) -> Any:
         """What bends a texture: with the layers, and as far again in each place."""
-        p, c = self.p, self.canvas
-        wide = p["bend_size"]
+        p, c, wide = self.p, self.canvas, self.p["bend_size"]
         down = p["bend"] * wide * c.side * c.field(0.7 * wide, wide)
         down += (self.depth["fascia"] - self.depth["fascia"].mean()) * np.clip(c.rows / self.depth["fascia"], 0.0, 1.0)
         places = (c.rows - 0.5 - down).astype(np.float32)
         above = np.floor(places).astype(np.intp)
         share = places - above
-        above %= c.height
-        below = (above + 1) % c.height
+        above, below = above % c.height, (above + 1) % c.height
 
         def bent(field: Floats) -> Floats:
             upper = np.take_along_axis(field, above, 0)
@@ -226,20 +228,20 @@ class Tissue:
             down, along = np.gradient(field)
             slope = down**2 + along**2 + 1e-9
             line = np.maximum(line, np.exp(-0.5 * field**2 / slope) * (0.15 + 0.85 * (down**2 / slope) ** 2))
-        line *= np.clip(1.0 + c.field(0.05, 0.08) - 2.0 * (p["septum_gaps"] - 0.5), 0.0, 1.6) * fat
+        line *= np.clip(1.0 + c.field(0.03, 0.06, rough=True) - 2.0 * (p["septum_gaps"] - 0.5), 0.0, 1.6) * fat
         level += p["septum_gain"] * line
         self.labels[(line > 0.5) & (self.labels == FAT)] = SEPTUM
 
     def _lines(self, level: NDArray[np.float32]) -> None:
         """Skin's two bright surfaces and the bright lines at the layers' boundaries, which fade in and out."""
         p, c = self.p, self.canvas
-        surface = np.exp(-((c.rows / max(0.35 * p["skin"] * c.height, 1.0)) ** 2))
-        level += p["skin_gain"] * (self.labels == SKIN) * surface
-        gains = {"skin": p["skin_gain"], "fat": p["fascia_gain"], "gland": 0.7 * p["fascia_gain"]}
-        for name, gain in {**gains, "fascia": p["fascia_gain"]}.items():
-            whole = 0.9 if name == "skin" else 0.5
-            strength = np.clip(whole + c.curve(0.8, 24) / c.height, 0.0, 1.4)
-            line = np.exp(-0.5 * ((c.rows - self.depth[name]) / (0.003 * c.side + 0.5)) ** 2) * strength
+        level += p["skin_gain"] * (self.labels == SKIN) * (0.4 + 0.6 * np.exp(-((c.rows / 1.5) ** 2)))
+        skin, fascia = 0.8 * p["skin_gain"], p["fascia_gain"]
+        gains = {"skin": skin, "fat": fascia, "gland": 0.7 * fascia, "fascia": fascia, "muscle": fascia}
+        # How much of a line is there; the last is the pleura's, where the chest wall ends.
+        for (name, gain), whole in zip(gains.items(), (0.9, 0.5, 0.5, 0.7, 0.0), strict=True):
+            strength = np.clip(whole + c.curve(0.8, 24) / c.height, 0.0, 1.2)
+            line = np.exp(-0.5 * ((c.rows - self.depth[name]) / (0.002 * c.side + 0.4)) ** 2) * strength
             level += gain * line
             if name == "fascia":
                 self.labels[line > 0.5] = FASCIA
@@ -255,8 +257,8 @@ class Tissue:
         apart = (c.columns[0] - middle) / half
         top = self.depth["muscle"] + 0.5 * half * apart**2
         inside = (np.abs(apart) < 1.0)[None] & (c.rows > top)
-        soft = ndimage.gaussian_filter(inside.astype(np.float32), (1.0, 0.02 * c.side))
-        level -= 16.0 * soft
-        arc = np.exp(-0.5 * ((c.rows - top) / (0.006 * c.side + 0.8)) ** 2)
-        level += 12.0 * arc * np.clip(2.0 - 2.0 * np.abs(apart), 0.0, 1.0)
+        shadow = inside * np.clip((c.rows - top) / (0.12 * c.height), 0.0, 1.0)
+        level -= 12.0 * ndimage.gaussian_filter1d(shadow, 0.04 * c.side, axis=1)
+        arc = np.exp(-0.5 * ((c.rows - top) / (0.003 * c.side + 0.5)) ** 2)
+        level += 15.0 * arc * np.clip(2.0 - 2.0 * np.abs(apart), 0.0, 1.0)
         self.labels[inside & (c.rows < top + 0.5 * half)] = RIB
