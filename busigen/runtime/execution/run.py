@@ -24,7 +24,6 @@ from busigen.runtime.execution.workers import Coordinator, SourceMaker
 from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.backgrounds import AskedTissue, parse_tissue
 from busigen.runtime.sampling.conditions import (
     SampleConditions,
     hardly_known,
@@ -33,9 +32,10 @@ from busigen.runtime.sampling.conditions import (
     parse_shares,
     refuse_normals,
 )
-from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
 from busigen.runtime.sampling.grid import Grid
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.backgrounds import AskedTissue, parse_tissue
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder, refuse_jitter
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.url import Address
 

@@ -38,7 +38,7 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_row
 from busigen.runtime.maintenance.merge import find_sample
 from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now
 from busigen.runtime.maintenance.verify import read_run
-from busigen.runtime.sampling.placement import Placement
+from busigen.runtime.sampling.inputs.placement import Placement
 from busigen.runtime.storage.files import output_errors
 from busigen.text import describe, unproven_line
 

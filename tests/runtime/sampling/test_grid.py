@@ -22,12 +22,12 @@ from busigen.runtime.execution.run import GenerateOptions, SourceOptions
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.grid import HELD, Grid, levels_of
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.hashing import hashes
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.runtime.maintenance.test_given_masks import change
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 
 SEED = 4
 VARY = "class,birads=3/5"

@@ -19,11 +19,11 @@ from busigen.runtime.dataset.format import Sample
 from busigen.runtime.execution.run import SourceOptions
 from busigen.runtime.sampling.batching import DrawRequest
 from busigen.runtime.sampling.conditions import SampleConditions, parse_conditions, parse_lesions
-from busigen.runtime.sampling.healthy_images import HealthyFolder, synthetic
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder, synthetic
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.sampling.several import free_place
 from tests.harness.quick_engine import QuickEngine, quick_sampler
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 from tests.runtime.sampling.test_grid import Placed
 
 SEED = 6
