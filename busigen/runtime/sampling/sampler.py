@@ -6,6 +6,7 @@ batches without changing what any of them is. Batches are padded to powers of tw
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -52,7 +53,10 @@ from busigen.runtime.sampling.inputs.healthy_images import Healthy, HealthyFolde
 from busigen.runtime.sampling.noise import normal, uniform
 from busigen.runtime.sampling.sample_plan import SamplePlan
 
+log = logging.getLogger("busigen.runtime")
+
 MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
+MANY_ATTEMPTS = 8  # after which a person is told once why it takes so long
 WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
 
 
@@ -169,9 +173,17 @@ class Sampler:
     ) -> Generator[SampleBatch, None, None]:
         """See :class:`busigen.runtime.dataset.format.Stream`; raises what :meth:`draw` does."""
         reasons: Counter[str] = Counter()
+        warned = False
 
         def refused(rejection: Rejection) -> None:
+            nonlocal warned
             reasons[rejection.reason] += 1
+            if rejection.attempt + 1 == MANY_ATTEMPTS and not warned:
+                warned = True
+                log.warning(
+                    "sample %d was refused %d times, last for: %s. Drawing goes on, %d times at most, and takes longer",
+                    *(rejection.index, MANY_ATTEMPTS, rejection.reason, MAX_ATTEMPTS),
+                )
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
                 mask = self.plan.mask(rejection.index)
                 given = f" Its mask is {mask.file}." if mask else ""

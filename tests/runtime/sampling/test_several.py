@@ -139,14 +139,19 @@ def test_stage_1_sees_no_lesion_and_the_painting_stages_those_that_are_there() -
     assert len(found.samples) <= len(painted) <= len(backgrounds)
 
 
-def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_the_end() -> None:
+def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     crowded = parse_conditions(size="0.1", depth="0.4", across="0.4:0.6", height_width="0.7")
     with pytest.raises(AcceptanceError, match="lesions too near") as caught:
         draw(several(mix="2", asked=crowded), 1)
     assert "ask for less" in caught.value.fix
+    assert caplog.messages == [
+        "sample 0 was refused 8 times, last for: lesions too near. Drawing goes on, 64 times at most, and takes longer"
+    ]
     tight = parse_conditions(size="0.04", depth="0.4", across="0.1:0.9", height_width="0.7")
     found = several(mix="2", asked=tight).draw(SEED, range(8), lambda done: None)
-    assert "lesions too near" not in {draw.reason for draw in found.rejections}
+    assert "lesions too near" not in {draw.reason for draw in found.rejections} and len(caplog.messages) == 1
 
 
 def test_a_further_lesion_is_asked_for_where_the_others_leave_room() -> None:
