@@ -151,7 +151,7 @@ def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_
     ]
     tight = parse_conditions(size="0.04", depth="0.4", across="0.1:0.9", height_width="0.7")
     found = several(mix="2", asked=tight).draw(SEED, range(8), lambda done: None)
-    assert "lesions too near" not in {draw.reason for draw in found.rejections} and len(caplog.messages) == 1
+    assert "lesions too near" not in {draw.reason for draw in found.rejections}
 
 
 def test_a_further_lesion_is_asked_for_where_the_others_leave_room() -> None:
